@@ -1,0 +1,36 @@
+"""Selective image classification that keeps its promises.
+
+Stations: ``split, train, calibrate, evaluate, export``; a deployed bundle: ``Cascade.load(bundle).predict(images)``.
+Everything is imported on first use, so that serving needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stage1_pro.deploy.cascade import Cascade
+    from stage1_pro.stations.calibration import calibrate
+    from stage1_pro.stations.evaluation import evaluate
+    from stage1_pro.stations.exporting import export
+    from stage1_pro.stations.splitting import split
+    from stage1_pro.training.loop import train
+
+__version__ = "0.1.0"
+__all__ = ["Cascade", "__version__", "calibrate", "evaluate", "export", "split", "train"]
+
+_HOMES = {
+    "Cascade": "stage1_pro.deploy.cascade",
+    "calibrate": "stage1_pro.stations.calibration",
+    "evaluate": "stage1_pro.stations.evaluation",
+    "export": "stage1_pro.stations.exporting",
+    "split": "stage1_pro.stations.splitting",
+    "train": "stage1_pro.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'stage1_pro' has no attribute {name!r}")

@@ -1,0 +1,467 @@
+"""Files that pass between stations: atomic writes and one pydantic model per JSON artefact.
+
+JSON Schema is generated from the models (``Model.model_json_schema()``), never written twice.
+No torch in here: the slim runtime reads bundles with this module alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stage1_pro.errors import ArtifactError, InputError
+
+SplitName = Literal["train", "val_select", "val_calib", "val_test"]
+SPLITS: tuple[SplitName, ...] = ("train", "val_select", "val_calib", "val_test")
+Half = Literal["fit", "certify"]
+PolicyName = Literal["softmax", "gate", "scrc"]
+POLICY_FILES: dict[PolicyName, str] = {
+    "softmax": "thresholds.json",
+    "gate": "gateparams.json",
+    "scrc": "scrcparams.json",
+}
+
+
+# --------------------------------------------------------------------------------------------
+# Atomic writes
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed over it.
+
+    A process killed at any moment leaves either the old file or the new one. Leftovers of
+    killed writers are named ``.<name>.*.tmp`` and never read.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that takes its place on success.
+
+    An existing folder at ``path`` is moved aside first and removed after the new one stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        staging.chmod(0o755)
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            path.replace(aside / path.name)
+            staging.replace(path)
+            shutil.rmtree(aside)
+        else:
+            staging.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write bytes atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Write rows under the given columns atomically; ``None`` and NaN become empty cells."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(row.get(key)) for key in columns})
+    write_text(path, buffer.getvalue())
+
+
+def _cell(value: object) -> object:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    if isinstance(value, float):
+        return repr(float(value))
+    return value
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex sha256 of a file's content, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------------
+# Records
+
+R = TypeVar("R", bound="Record")
+
+
+class Record(BaseModel):
+    """Base of every JSON artefact: unknown keys are refused, NaN is not JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def write(self, path: Path | str) -> None:
+        """Write as indented JSON, atomically."""
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """Read and validate; raise ArtifactError naming the file and the first wrong key."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} must exist, but there is no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{path} must be readable JSON, got: {error}") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Self:
+        """Validate JSON text; ``name`` is what error messages call it."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "document"
+            raise ArtifactError(f"{name} is not a valid {cls.__name__}: {where}: {first['msg']}") from None
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of the canonical JSON form."""
+        data = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return sha256_bytes(data.encode())
+
+
+class PreprocessSpec(Record):
+    """How pixels become the model's input; shared by evaluation, export and serving.
+
+    ``stretch`` resizes to (height, width) ignoring the aspect ratio (DINOv3's processor);
+    ``crop`` resizes the shorter side to ``round(size * crop_ratio)`` and crops the centre (DINOv2's).
+    Resampling is antialiased on float pixels; values are scaled to [0, 1], then normalised.
+    """
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    resize: Literal["stretch", "crop"] = "stretch"
+    crop_ratio: float = Field(default=256 / 224, ge=1.0)
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class Row(Record):
+    """One labelled image of a run."""
+
+    id: str
+    file: str
+    label: str
+    group: str
+    source: str = ""
+    split: SplitName
+    half: Half | None = None
+    sha256: str
+
+
+class Merging(Record):
+    """What near-duplicate detection joined across groups."""
+
+    pairs: int
+    components: int
+    largest_rows: int
+    largest_share: float
+    largest_groups: list[str]
+
+
+class Splits(Record):
+    """``splits.json``: every row of a run, its split and the hash of every split.
+
+    ``hashes`` has an entry per split and for ``val_calib.fit`` and ``val_calib.certify``.
+    """
+
+    format_version: Literal[1] = 1
+    root: str
+    classes: list[str]
+    positive: str
+    seed: int
+    fractions: dict[SplitName, float]
+    folds: int | None = None
+    fold: int | None = None
+    counts: dict[SplitName, dict[str, int]]
+    groups: dict[SplitName, int]
+    hashes: dict[str, str]
+    quarantined: int = 0
+    merging: Merging
+    rows: list[Row]
+
+    def of(self, split: SplitName, half: Half | None = None) -> list[Row]:
+        """Rows of one split (or one half of ``val_calib``), in file order."""
+        return [r for r in self.rows if r.split == split and (half is None or r.half == half)]
+
+    def path(self, row: Row) -> Path:
+        """Where the row's image is."""
+        return Path(self.root) / row.file
+
+    def summary(self) -> SplitsSummary:
+        """The part that may leave the house: hashes and counts, no file names."""
+        return SplitsSummary(
+            classes=self.classes,
+            positive=self.positive,
+            seed=self.seed,
+            fractions=self.fractions,
+            counts=self.counts,
+            groups=self.groups,
+            hashes=self.hashes,
+        )
+
+
+class SplitsSummary(Record):
+    """``splits.json`` of a bundle: hashes and counts only."""
+
+    format_version: Literal[1] = 1
+    classes: list[str]
+    positive: str
+    seed: int
+    fractions: dict[SplitName, float]
+    counts: dict[SplitName, dict[str, int]]
+    groups: dict[SplitName, int]
+    hashes: dict[str, str]
+
+
+class SweepRow(Record):
+    """Exits at one threshold: an image exits iff its confidence is at or above it."""
+
+    threshold: float
+    coverage: float
+    fnr_on_exited: float | None = Field(description="null when no positive exits")
+    exit_accuracy: float | None = Field(description="null when nothing exits")
+    n_exited: int
+    n_positive_exited: int
+    n_false_negative: int
+    grid: bool = Field(description="whether the threshold belongs to the classic grid")
+
+
+class Thresholds(Record):
+    """``thresholds.json``: the softmax exit policy.
+
+    An image exits at Stage A iff its confidence (largest softmax probability) is at or above
+    ``exit_threshold``. For two classes that is P(positive) at or above ``exit_upper_threshold``
+    or at or below ``exit_lower_threshold``; for more classes the lower one is null.
+    """
+
+    format_version: Literal[1] = 1
+    policy: Literal["softmax"] = "softmax"
+    classes: list[str] = Field(min_length=2)
+    positive: str
+    exit_threshold: float = Field(ge=0, le=1)
+    exit_lower_threshold: float | None = Field(default=None, ge=0, le=1)
+    exit_upper_threshold: float = Field(ge=0, le=1)
+    fnr_on_exited: float = Field(ge=0, le=1)
+    coverage: float = Field(ge=0, le=1)
+    exit_accuracy: float = Field(ge=0, le=1)
+    target_fnr: float = Field(gt=0, lt=1)
+    guarantee: Literal["none"]
+    statement: str
+    fnr_upper_bound: float = Field(ge=0, le=1)
+    bound_level: float = Field(gt=0, lt=1)
+    bound_method: str
+    n_rows: int
+    n_exited: int
+    n_positive_exited: int
+    n_false_negative: int
+    n_positive_groups: int
+    grouped: bool
+    sweep_results: list[SweepRow]
+    split_hashes: dict[str, str]
+    model_fingerprint: str | None = None
+    preprocessing_fingerprint: str | None = None
+
+
+class FileEntry(Record):
+    """Size in bytes and sha256 of one file of a bundle."""
+
+    sha256: str
+    size: int
+
+
+class StageEntry(Record):
+    """One ONNX graph of a bundle: input and output names with shapes (-1 = batch)."""
+
+    onnx: str
+    inputs: dict[str, list[int]]
+    outputs: dict[str, list[int]]
+    parity: float = Field(description="largest absolute difference from torch when exported")
+
+
+class EngineEntry(Record):
+    """One compiled engine of a bundle."""
+
+    stage: Literal["stage_a", "stage_b"]
+    path: str
+    target: str
+    builder: str
+    builder_version: str
+    compute_capabilities: list[str]
+    precision: str
+    batch: tuple[int, int, int] = Field(description="smallest, optimal and largest batch")
+    onnx_sha256: str
+    layers: int
+    attention_layers: int
+    build_seconds: float
+    validated: str
+
+
+class BackboneInfo(Record):
+    """Which backbone a model stands on."""
+
+    source: str
+    family: Literal["dinov3", "dinov2"]
+    licence: str
+    hidden_size: int
+    n_blocks: int
+    patch_size: int
+
+
+class Provenance(Record):
+    """Where a bundle came from."""
+
+    stage1_pro: str
+    torch: str
+    transformers: str
+    checkpoint_sha256: str
+    model_fingerprint: str
+    split_hashes: dict[str, str]
+
+
+class BundleManifest(Record):
+    """``bundle.json``: what is deployed, with the hash of every other file in the folder."""
+
+    format_version: Literal[1] = 1
+    active_exit_policy: PolicyName
+    policy_file: str
+    classes: list[str]
+    positive: str
+    preprocessing: PreprocessSpec
+    backbone: BackboneInfo
+    tap: int
+    stages: dict[Literal["stage_a", "stage_b"], StageEntry]
+    engines: list[EngineEntry] = []
+    files: dict[str, FileEntry]
+    provenance: Provenance
+
+
+# --------------------------------------------------------------------------------------------
+# Predictions of both stages
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Both stages' outputs on the rows of one split; ``val_calib.npz`` is one of these.
+
+    Shapes: ``row_ids, groups, sources, halves`` [N] str; ``logits_a, logits_b`` [N, K] float32;
+    ``gate_logits`` [N] float32; ``labels`` [N] int64 indices into ``classes`` [K] str.
+    ``positive``, ``split``, ``split_hash``, ``model_fingerprint`` and
+    ``preprocessing_fingerprint`` are 0-d strings when stored. ``halves`` is empty text outside ``val_calib``.
+    """
+
+    row_ids: NDArray[np.str_]
+    groups: NDArray[np.str_]
+    sources: NDArray[np.str_]
+    halves: NDArray[np.str_]
+    logits_a: NDArray[np.float32]
+    logits_b: NDArray[np.float32]
+    gate_logits: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    classes: list[str]
+    positive: str
+    split: str
+    split_hash: str
+    model_fingerprint: str
+    preprocessing_fingerprint: str
+
+    def save(self, path: Path | str) -> None:
+        """Write as an uncompressed ``.npz``, atomically and with reproducible bytes."""
+        import zipfile
+
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            for field in fields(self):
+                item = io.BytesIO()
+                np.lib.format.write_array(item, np.asarray(getattr(self, field.name)), allow_pickle=False)
+                # A fixed date: np.savez stamps the clock, and the same run must give the same bytes.
+                info = zipfile.ZipInfo(f"{field.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+                archive.writestr(info, item.getvalue())
+        write_bytes(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Predictions:
+        """Read a file written by ``save``; nothing in it can run code."""
+        arrays = load_npz(path)
+        missing = [f.name for f in fields(cls) if f.name not in arrays]
+        if missing:
+            raise ArtifactError(f"{path} must hold the arrays of a prediction file, missing: {', '.join(missing)}")
+        values: dict[str, Any] = {f.name: arrays[f.name] for f in fields(cls)}
+        for name in ("positive", "split", "split_hash", "model_fingerprint", "preprocessing_fingerprint"):
+            values[name] = str(values[name])
+        values["classes"] = [str(name) for name in values["classes"]]
+        return cls(**values)
+
+
+def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
+    """Read every array of an ``.npz`` without pickle; raise InputError when it is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+    except FileNotFoundError:
+        raise InputError(f"{path} must exist, but there is no such file") from None
+    except Exception as error:
+        raise InputError(f"{path} must be a NumPy .npz file without pickled objects, got: {error}") from None

@@ -1,0 +1,197 @@
+"""Configuration: pydantic models read from YAML, overridden by ``--set a.b=c``, stored resolved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stage1_pro.errors import InputError, nearest
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which backbone, where Stage A reads it, and the heads."""
+
+    backbone: str = Field("tiny", description="preset (tiny), local folder, or hub id of a DINOv3 or DINOv2 backbone")
+    image_size: int | None = Field(None, gt=0, description="input side in pixels, a multiple of the patch; null = 48 for tiny, 224 otherwise (DINOv3) or the nearest multiple")
+    tap: int | None = Field(None, ge=1, description="block whose tokens Stage A reads, 1..L; null = the last one")
+    auxiliary_hidden: int = Field(256, ge=1, description="hidden width of the auxiliary (Stage B) head")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the heads")
+    pos_embed_rescale: float | None = Field(None, ge=1, description="DINOv3's random RoPE rescaling in training; null = off")
+
+
+class AugmentConfig(Section):
+    """Training augmentation; a function of (seed, epoch, row) alone. Never flips vertically."""
+
+    enabled: bool = True
+    crop_scale: tuple[float, float] = Field((0.6, 1.0), description="area share of RandomResizedCrop")
+    crop_ratio: tuple[float, float] = Field((0.8, 1.25), description="aspect ratio of RandomResizedCrop")
+    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of a mirror image; 0 where left and right matter (signs)")
+    rotation: float = Field(20.0, ge=0, le=180, description="largest rotation in degrees")
+    rotation_probability: float = Field(0.5, ge=0, le=1)
+    brightness: float = Field(0.3, ge=0, lt=1)
+    contrast: float = Field(0.3, ge=0, lt=1)
+    saturation: float = Field(0.3, ge=0, lt=1)
+    hue: float = Field(0.02, ge=0, le=0.5)
+    blur_probability: float = Field(0.1, ge=0, le=1)
+    blur_sigma: tuple[float, float] = (0.1, 1.5)
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    mode: Literal["full", "linear"] = Field("full", description="full = every weight; linear = frozen backbone, cached features, heads only")
+    epochs: int = Field(16, ge=1)
+    batch_size: int = Field(64, ge=1, description="effective batch over all processes and accumulation steps")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
+    head_lr: float | None = Field(None, gt=0, description="peak learning rate of the heads; null = lr")
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float = Field(1.0, ge=0)
+    min_lr_ratio: float = Field(0.01, ge=0, le=1, description="final learning rate as a share of the peak (cosine)")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="0 = no moving average of the weights")
+    auxiliary_weight: float = Field(1.0, ge=0, description="weight of the auxiliary head's cross entropy")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: Literal["none", "balanced"] = "balanced"
+    patience: int = Field(8, ge=1, description="epochs without a better AUGRC on val_select before stopping")
+    save_every_steps: int = Field(50, ge=1, description="steps between two last.pth inside an epoch")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on GPUs that have it, fp32 on a CPU")
+    deterministic: bool = True
+    workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
+    max_quarantine: float = Field(0.02, ge=0, le=1, description="largest share of unreadable images")
+    tensorboard: bool = False
+
+
+class CalibrateConfig(Section):
+    """Exit policy."""
+
+    policy: Literal["softmax"] = "softmax"
+    guarantee: Literal["none"] = "none"
+    target_fnr: float = Field(0.02, gt=0, lt=1, description="largest false negative rate among exits")
+
+
+class ExportConfig(Section):
+    """Bundle."""
+
+    target: Literal["onnx", "rtx"] = "onnx"
+    opset: int = Field(20, ge=20, le=23)
+    tolerance: float = Field(1e-3, gt=0, description="largest difference of a logit between torch and ONNX")
+
+
+class Config(Section):
+    """Everything a run is made from; stored resolved as config.json."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    export: ExportConfig = ExportConfig()
+
+
+def load_config(path: Path | str | None = None, overrides: list[str] | None = None, base: Config | None = None) -> Config:
+    """Read YAML (or JSON), then apply ``a.b=c`` overrides; values are parsed as YAML.
+
+    ``base`` gives the values that neither names (defaults otherwise). Raises InputError naming
+    the wrong key, the nearest right one, and what the value must be.
+    """
+    values: dict[str, Any] = base.model_dump(mode="json") if base else {}
+    if path is not None:
+        try:
+            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"--config must name an existing file, got {path}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"{path} must be YAML, got: {error}") from None
+        if read is None:
+            read = {}
+        if not isinstance(read, dict):
+            raise InputError(f"{path} must hold a mapping of sections, got {type(read).__name__}")
+        _merge(values, read)
+    for item in overrides or []:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise InputError(f"--set must be SECTION.KEY=VALUE, got '{item}'")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--set {key} must have a YAML value, got '{text}'") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(values, value)
+    return build_config(values)
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """Validate a nested mapping; raise InputError with the key, its place and the nearest name."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        key = ".".join(place)
+        if first["type"] == "extra_forbidden":
+            options = _keys(place[:-1])
+            raise InputError(
+                f"unknown configuration key '{key}'{nearest(place[-1], options) or _elsewhere(place[-1])}; "
+                f"known here: {', '.join(options)}"
+            ) from None
+        raise InputError(f"configuration key '{key}' must be valid, got {first['input']!r}; {first['msg']}") from None
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every key as (dotted name, default, description), for ``--help``."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(prefix: str, section: type[BaseModel]) -> None:
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                walk(f"{prefix}{name}.", annotation)
+                continue
+            options = [str(o) for o in get_args(annotation) if isinstance(o, str)]
+            text = field.description or ""
+            if options:
+                text = f"{' | '.join(options)}{'; ' + text if text else ''}"
+            default = yaml.safe_dump(
+                list(field.default) if isinstance(field.default, tuple) else field.default, default_flow_style=True
+            )
+            rows.append((f"{prefix}{name}", default.splitlines()[0], text))
+
+    walk("", Config)
+    return rows
+
+
+def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def _keys(place: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in place:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)
+
+
+def _elsewhere(word: str) -> str:
+    full = [name for name, _, _ in describe()]
+    tail = {name.rsplit(".", 1)[-1]: name for name in full}
+    found = nearest(word, tail)
+    if not found:
+        return ""
+    inner = found.split("'")[1]
+    return f"; did you mean '{tail[inner]}'?"

@@ -1,0 +1,56 @@
+"""Every error a user can cause, with the exit code the command line gives it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Stage1Error(Exception):
+    """Base of all errors raised on purpose; shown as one message without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(Stage1Error):
+    """An argument, a configuration key or a data file is not what the station needs."""
+
+    exit_code = 2
+
+
+class NotReachableError(Stage1Error):
+    """The requested target cannot be met on this data; nothing was deployed in its place."""
+
+    exit_code = 3
+
+
+class ArtifactError(Stage1Error):
+    """A checkpoint, policy or bundle is damaged, changed, incomplete or of another model."""
+
+    exit_code = 4
+
+
+class DependencyError(Stage1Error):
+    """An optional library or tool is missing; the message names the command that adds it."""
+
+    exit_code = 5
+
+
+class TrainingError(Stage1Error):
+    """Training cannot go on (out of memory at the smallest batch, loss not finite)."""
+
+    exit_code = 6
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest option, or an empty string."""
+    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def need(extra: str, package: str) -> DependencyError:
+    """Build the error for a missing optional package, naming the extra that brings it."""
+    return DependencyError(
+        f"{package} is not installed; install it with: "
+        f"pip install -c constraints.txt 'stage1_pro[{extra}]'"
+    )
