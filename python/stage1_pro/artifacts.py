@@ -29,6 +29,7 @@ SplitName = Literal["train", "val_select", "val_calib", "val_test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val_select", "val_calib", "val_test")
 Half = Literal["fit", "certify"]
 PolicyName = Literal["softmax", "gate", "scrc"]
+StageName = Literal["stage_a", "stage_b"]
 POLICY_FILES: dict[PolicyName, str] = {
     "softmax": "thresholds.json",
     "gate": "gateparams.json",
@@ -324,6 +325,55 @@ class Thresholds(Record):
     split_hashes: dict[str, str]
     model_fingerprint: str | None = None
     preprocessing_fingerprint: str | None = None
+
+
+class Measure(Record):
+    """One figure of an evaluation, with its interval and the data behind it; undefined ones are null."""
+
+    source: str | None = Field(description="null = all rows")
+    stage: Literal["stage_a", "stage_b", "cascade"] = Field(description="whose answers are measured")
+    metric: str
+    value: float | None = None
+    std: float | None = None
+    low: float | None = None
+    high: float | None = Field(default=None, description="an upper bound alone when low is null")
+    n: int = Field(description="rows that the figure is a mean over")
+    n_groups: int
+
+
+class Evaluation(Record):
+    """What ``evaluate`` found on ``val_test``: every figure, and the policy they were measured under."""
+
+    format_version: Literal[1] = 1
+    split: Literal["val_test"] = "val_test"
+    split_hash: str
+    model_fingerprint: str
+    classes: list[str]
+    positive: str
+    n_rows: int
+    n_groups: int
+    n_exited: int | None = Field(description="null without a policy")
+    n_mistakes: int = Field(description="wrong answers of the cascade; of Stage A without a policy")
+    policy: PolicyName | None
+    guarantee: str | None
+    exit_threshold: float | None
+    target_fnr: float | None
+    statement: str = Field(description="what the policy promises, in words")
+    level: float = Field(gt=0, lt=1, description="of intervals and bounds")
+    n_replicates: int
+    seed: int
+    measures: list[Measure]
+
+    def value(self, metric: str, stage: str = "cascade", source: str | None = None) -> float | None:
+        """The figure itself; null when it is undefined, KeyError when it was not measured."""
+        return self.measure(metric, stage, source).value
+
+    def measure(self, metric: str, stage: str = "cascade", source: str | None = None) -> Measure:
+        """One figure with its interval; KeyError when it was not measured."""
+        for found in self.measures:
+            if (found.metric, found.stage, found.source) == (metric, stage, source):
+                return found
+        raise KeyError((metric, stage, source))
 
 
 class FileEntry(Record):

@@ -21,7 +21,10 @@ class ModelConfig(Section):
     """Which backbone, where Stage A reads it, and the heads."""
 
     backbone: str = Field("tiny", description="preset (tiny), local folder, or hub id of a DINOv3 or DINOv2 backbone")
-    image_size: int | None = Field(None, gt=0, description="input side in pixels, a multiple of the patch; null = 48 for tiny, 224 otherwise (DINOv3) or the nearest multiple")
+    image_size: int | None = Field(
+        None, gt=0, description="input side in pixels, a multiple of the patch; null = 48 for tiny, 224 otherwise"
+    )
+    resize: Literal["stretch", "crop"] = Field("stretch", description="crop loses the sides of wide street photos")
     tap: int | None = Field(None, ge=1, description="block whose tokens Stage A reads, 1..L; null = the last one")
     auxiliary_hidden: int = Field(256, ge=1, description="hidden width of the auxiliary (Stage B) head")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the heads")
@@ -51,6 +54,9 @@ class TrainConfig(Section):
     mode: Literal["full", "linear"] = Field("full", description="full = every weight; linear = frozen backbone, cached features, heads only")
     epochs: int = Field(16, ge=1)
     batch_size: int = Field(64, ge=1, description="effective batch over all processes and accumulation steps")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows per forward pass of one process; null = all; halved down to 16 when memory runs out"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
     head_lr: float | None = Field(None, gt=0, description="peak learning rate of the heads; null = lr")
     weight_decay: float = Field(0.05, ge=0)

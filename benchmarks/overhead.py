@@ -1,0 +1,87 @@
+"""Training overhead: images/s of ``stage1 train`` against a bare PyTorch loop, and the loader alone.
+
+    python benchmarks/overhead.py --run RUN [--rounds 3] [--epochs 2]
+
+RUN holds splits.json. Each round times, one after the other: the loader alone, a bare loop (same model, same
+augmented loader, loss, backward, AdamW step, nothing else) and ``train`` itself. Ratios are of one round; their
+median is the result, since machines are noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import stage1_pro
+from stage1_pro.artifacts import Splits
+from stage1_pro.config import Config, load_config
+from stage1_pro.data.loader import TrainLoader
+from stage1_pro.models.model import create_model
+from stage1_pro.training.losses import balanced_weights, joint_loss
+
+
+def make_loader(splits: Splits, config: Config, spec: object) -> TrainLoader:
+    rows = splits.of("train")
+    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+    return TrainLoader(
+        [splits.path(row) for row in rows], labels, spec, config.augment, seed=0,
+        batch_size=config.train.batch_size, rank=0, world=1, workers=config.train.workers,
+    )  # fmt: skip
+
+
+def epochs_of(loader: TrainLoader, epochs: int) -> Iterator[object]:
+    for epoch in range(epochs):
+        yield from loader.epoch(epoch, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    options = parser.parse_args()
+    splits = Splits.read(options.run / "splits.json")
+    config = load_config(None, [f"train.epochs={options.epochs}"])
+    ratios = []
+    for number in range(options.rounds):
+        model = create_model(config.model, splits.classes, splits.positive, 0).train()
+        loader = make_loader(splits, config, model.architecture.preprocessing)
+        images = loader.steps_per_epoch * config.train.batch_size * options.epochs
+        next(iter(loader.epoch(0, 0)))  # workers are up
+        began = time.perf_counter()
+        for _ in epochs_of(loader, options.epochs):
+            pass
+        alone = images / (time.perf_counter() - began)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        weights = balanced_weights(torch.from_numpy(np.asarray([splits.classes.index(r.label) for r in splits.of("train")])), 2)
+        began = time.perf_counter()
+        for batch in epochs_of(loader, options.epochs):
+            optimizer.zero_grad(set_to_none=True)
+            loss = joint_loss(model(batch.pixels), batch.labels, weights, auxiliary_weight=1.0, label_smoothing=0.0)
+            (loss / len(batch.labels)).backward()
+            optimizer.step()
+        bare = images / (time.perf_counter() - began)
+        loader.close()
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(options.run / "splits.json", folder)
+            stage1_pro.train(folder, config)
+            import csv
+
+            with (Path(folder) / "metrics.csv").open(newline="") as file:
+                seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+        ours = images / seconds
+        ratios.append(ours / bare)
+        print(f"round {number}: loader alone {alone:.0f}, bare loop {bare:.0f}, stage1 train {ours:.0f} images/s; ratio {ours / bare:.3f}", flush=True)
+    print(f"median ratio {statistics.median(ratios):.3f} over {len(ratios)} rounds (target >= 0.9)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Command line: a subcommand per station. Heavy libraries load only when a station needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stage1_pro.errors import InputError, NotReachableError, Stage1Error, need
+
+_TRAIN_PACKAGES = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"}
+_FLOW = """\
+the usual way:
+  stage1 split --labels labels.csv --out RUN      images and labels to four splits that cannot leak
+  stage1 train --run RUN                          a DINOv3 classifier; killed? add --resume
+  stage1 calibrate --run RUN                      when may Stage A answer? the exit policy
+  stage1 evaluate --run RUN                       figures on val_test and a report to open
+  stage1 export --run RUN --target rtx            a bundle: ONNX, engines, exactly one policy
+  stage1 predict --bundle RUN/bundle photos/      label, probability, exited or deferred
+
+exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
+            5 missing dependency, 6 training stopped, 1 some images could not be read
+"""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults on every option that has one, line breaks as written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _TrainParser(argparse.ArgumentParser):
+    """Adds the table of configuration keys to ``--help``, and only then loads the configuration."""
+
+    def format_help(self) -> str:
+        from stage1_pro.config import describe
+
+        rows = describe()
+        width = max(len(name) for name, _, _ in rows)
+        table = "\n".join(f"  {name:<{width}}  {default:<12} {text}" for name, default, text in rows)
+        return f"{super().format_help()}\nconfiguration keys (YAML sections or --set KEY=VALUE) and their defaults:\n{table}\n"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; each subcommand stores its handler in ``run_station``."""
+    parser = argparse.ArgumentParser(
+        prog="stage1",
+        description="Selective image classification that keeps its promises.",
+        epilog=_FLOW,
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="STATION", parser_class=argparse.ArgumentParser)
+
+    def command(name: str, text: str, handler: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
+        commands._parser_class = _TrainParser if name == "train" else argparse.ArgumentParser
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+        sub.set_defaults(run_station=handler)
+        return sub
+
+    sub = command("split", "cut labelled images into train, val_select, val_calib and val_test", _split)
+    sub.add_argument("--labels", type=Path, required=True, help="CSV with file,label[,label_name,group,source], or a folder with one sub-folder per class")
+    sub.add_argument("--images", type=Path, help="folder that `file` is relative to; the CSV's own by default")
+    sub.add_argument("--out", type=Path, required=True, help="run folder to write")
+    sub.add_argument("--positive", help="name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag")
+    sub.add_argument("--classes", help="comma-separated class names that are allowed; all found by default")
+    sub.add_argument("--fractions", default="train=.6,val_select=.1,val_calib=.15,val_test=.15", help="share of rows per split")
+    sub.add_argument("--seed", type=int, default=0, help="another seed, other splits")
+    sub.add_argument("--folds", type=int, help="cut into K folds by group; val_test is one of them")
+    sub.add_argument("--fold", type=int, help="which of the K folds (0..K-1) is val_test")
+    sub.add_argument("--max-component", type=float, default=0.05, help="largest share of rows that near-duplicates may join across groups")
+    sub.add_argument("--max-quarantine", type=float, default=0.02, help="largest share of unreadable images")
+    sub.add_argument("--overwrite", action="store_true", help="replace the splits of a run that has been trained")
+
+    sub = command("train", "train both stages on the splits of a run", _train)
+    sub.add_argument("--run", type=Path, required=True, help="run folder with splits.json")
+    sub.add_argument("--config", type=Path, help="YAML file with the keys below")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="one key, for example train.epochs=4 (may be repeated)")
+    sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
+    sub.add_argument("--overwrite", action="store_true", help="forget an earlier training in this folder")
+
+    sub = command("calibrate", "choose the exit policy on val_calib", _calibrate)
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="trained run folder")
+    which.add_argument("--logits", type=Path, help=".npz with logits [N, K] (or probs) and labels [N], optional groups, classes, positive")
+    sub.add_argument("--policy", choices=["softmax"], default="softmax", help="what decides an exit")
+    sub.add_argument("--guarantee", choices=["none"], default="none", help="none = empirical choice, promises nothing")
+    sub.add_argument("--target-fnr", type=float, help="largest false negative rate among exits; the run's configuration or .02 by default")
+    sub.add_argument("--positive", help="with --logits: name of the positive class")
+    sub.add_argument("--out", type=Path, help="with --logits: where to write thresholds.json")
+
+    sub = command("evaluate", "measure the best model and its policy on val_test, once it is final", _evaluate)
+    sub.add_argument("--run", type=Path, required=True, help="trained run folder")
+    sub.add_argument("--replicates", type=int, default=1000, help="bootstrap replicates of an interval")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+
+    sub = command("export", "write the bundle: ONNX per stage, engines, exactly one policy", _export)
+    sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
+    sub.add_argument("--out", type=Path, help="bundle folder; RUN/bundle by default")
+    sub.add_argument("--target", choices=["onnx", "rtx"], help="rtx also compiles engines with TensorRT for RTX (no GPU needed); the run's configuration or onnx by default")
+    sub.add_argument("--recipe", type=Path, help="YAML engine recipe, see engines/; the default recipe otherwise")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+
+    sub = command("predict", "answer for images with a bundle (needs no torch)", _predict)
+    sub.add_argument("--bundle", type=Path, required=True, help="bundle folder")
+    sub.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER|CSV", help="what to answer for")
+    sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
+    sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
+
+    sub = command("inspect", "say what a bundle is, what it promises and for which GPUs", _inspect)
+    sub.add_argument("bundle", type=Path, help="bundle folder")
+
+    command("doctor", "print versions, devices, compiled modules, builders, and what is missing", _doctor)
+
+    sub = command("demo", "run every station on rendered street scenes (minutes, no data needed)", _demo)
+    sub.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be a demo's")
+    sub.add_argument("--seed", type=int, default=0, help="seed of scenes, splits and training")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        from stage1_pro import __version__
+
+        print(__version__)
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(options.run_station(options) or 0)
+    except Stage1Error as error:
+        return _fail(error, as_json=options.json)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _TRAIN_PACKAGES:
+            raise
+        return _fail(need("train", package), as_json=options.json)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _fail(error: Stage1Error, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+    kind = "not reachable" if isinstance(error, NotReachableError) else "error"
+    print(f"stage1: {kind}: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _emit(options: argparse.Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data, default=str) if options.json else text)
+
+
+def _split(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.splitting import split
+
+    splits = split(
+        options.labels,
+        options.out,
+        images=options.images,
+        positive=options.positive,
+        classes=[name.strip() for name in options.classes.split(",")] if options.classes else None,
+        fractions=_fractions(options.fractions),
+        seed=options.seed,
+        folds=options.folds,
+        fold=options.fold,
+        max_component=options.max_component,
+        max_quarantine=options.max_quarantine,
+        overwrite=options.overwrite,
+    )
+    width = max(len(name) for name in splits.classes)
+    lines = [f"{'split':<12}{'groups':>8}" + "".join(f"{name:>{max(width, 8) + 2}}" for name in splits.classes)]
+    for name, counts in splits.counts.items():
+        cells = "".join(f"{counts[label]:>{max(width, 8) + 2}}" for label in splits.classes)
+        lines.append(f"{name:<12}{splits.groups[name]:>8}{cells}")
+    merging = splits.merging
+    lines.append(
+        f"positive class: {splits.positive}; {merging.pairs} near-duplicate pairs across groups, largest joined "
+        f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); {splits.quarantined} images in quarantine"
+    )
+    lines.append(f"wrote {options.out}/splits.json")
+    _emit(options, {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(options.out)}, "\n".join(lines))
+
+
+def _fractions(text: str) -> dict[str, float]:
+    try:
+        return {key.strip(): float(value) for key, _, value in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise InputError(f"--fractions must be like train=.6,val_select=.1,val_calib=.15,val_test=.15, got '{text}'") from None
+
+
+def _train(options: argparse.Namespace) -> None:
+    from stage1_pro.config import load_config
+
+    given = options.config is not None or options.overrides
+    config = load_config(options.config, options.overrides) if given else None
+    # Fail, and write config.json, before the seconds that torch takes to load.
+    from stage1_pro.training.prepare import prepare_run
+
+    prepare_run(options.run, config, resume=options.resume, overwrite=options.overwrite)
+    from stage1_pro.training.loop import train
+
+    result = train(options.run, config, resume=options.resume, overwrite=options.overwrite)
+    best = result.best
+    _emit(
+        options,
+        {**asdict(result), "run": str(result.run)},
+        f"trained {result.epochs} epochs in {result.seconds:.0f} s; best epoch {result.best_epoch + 1}: "
+        f"accuracy {best['accuracy']:.4f}, AUROC {best['auroc']:.4f}, AUGRC {best['augrc']:.5f} on val_select\n"
+        f"wrote {result.run}/model_best.pth; next: stage1 calibrate --run {result.run}",
+    )
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.calibration import calibrate, render
+
+    thresholds = calibrate(
+        options.run,
+        logits=options.logits,
+        policy=options.policy,
+        guarantee=options.guarantee,
+        target_fnr=options.target_fnr,
+        positive=options.positive,
+        out=options.out,
+    )
+    _emit(options, thresholds.model_dump(mode="json"), render(thresholds))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.evaluation import evaluate, render
+
+    evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed)
+    _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.exporting import export
+    from stage1_pro.stations.inspection import inspect
+
+    bundle = export(options.run, options.out, target=options.target, recipe=options.recipe, overwrite=options.overwrite)
+    _emit(options, inspect(bundle), f"wrote {bundle}; next: stage1 predict --bundle {bundle} IMAGES")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from stage1_pro.stations.prediction import predict, render
+
+    rows, failures = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size)
+    _emit(options, {"rows": rows, "failures": failures}, render(rows, options.out))
+    return 1 if failures else 0
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.inspection import inspect, render
+
+    facts = inspect(options.bundle)
+    _emit(options, facts, render(facts))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.doctor import doctor, render
+
+    facts = doctor()
+    _emit(options, facts, render(facts))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.demo import demo
+
+    result = demo(options.out, seed=options.seed)
+    _emit(options, result, f"open {result['report']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

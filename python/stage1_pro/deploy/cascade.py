@@ -1,0 +1,169 @@
+"""The cascade: Stage A answers what it is sure of, Stage B takes the rest. No torch, no transformers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stage1_pro.data.images import preprocess, read_image
+from stage1_pro.deploy.bundle import Bundle, Policy, load_bundle
+from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
+from stage1_pro.errors import InputError
+from stage1_pro.policies.softmax import confidence, decide, softmax
+
+ImageLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
+# Far above the rounding between batch shapes (1e-7), far below what anybody calibrates to.
+_NEAR = 1e-5
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the cascade says about N images.
+
+    ``label`` [N] class names; ``prob`` [N] P(positive) and ``confidence`` [N] the largest probability, both of
+    the stage that answered, float64; ``stage`` [N] "A" or "B"; ``exited`` [N] whether Stage A answered.
+    An image for which the answering stage gave NaN is abstained from: ``label`` and ``stage`` are empty,
+    ``prob`` and ``confidence`` are NaN.
+    """
+
+    label: NDArray[np.str_]
+    prob: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+    stage: NDArray[np.str_]
+    exited: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.label)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """A mapping of plain Python values per image."""
+        names = [field.name for field in fields(self)]
+        for values in zip(*(getattr(self, name).tolist() for name in names), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns as plain lists."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+
+class Cascade:
+    """A bundle ready to answer.
+
+    >>> decisions = Cascade.load("run/bundle").predict(["a.jpg", "b.jpg"])  # doctest: +SKIP
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+        self.bundle = bundle
+        self.runtime = runtime
+
+    @classmethod
+    def load(cls, bundle: Bundle | Path | str, runtime: str = "onnxruntime", *, threads: int = 0) -> Cascade:
+        """Verify a bundle and start a runtime on it.
+
+        Raises:
+            ArtifactError: the bundle is damaged, changed or incomplete.
+            InputError: no such runtime.
+        """
+        loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        return cls(loaded, load_runtime(loaded, runtime, threads))
+
+    def pixels(self, image: ImageLike) -> NDArray[np.float32]:
+        """One image as the model's input [3, H, W].
+
+        Args:
+            image: path, encoded bytes, PIL image, or array [H, W, 3] (or [H, W] grey) of uint8.
+
+        Raises:
+            ImageError: it cannot be read as an image.
+            InputError: it is none of these kinds.
+        """
+        return preprocess(_open(image), self.bundle.manifest.preprocessing)
+
+    def predict(self, images: Iterable[ImageLike], batch_size: int = 32) -> Decisions:
+        """Decide for images in order, ``batch_size`` at a time; any batch size gives the same decisions.
+
+        Raises:
+            ImageError: one of them cannot be read as an image.
+            InputError: ``batch_size`` is below 1, or ``images`` is a single one instead of several.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+        if isinstance(images, str | Path | bytes | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim != 4
+        ):
+            raise InputError("images must be a list or another iterable of images, got a single one; put it in a list")
+        iterator = iter(images)
+        parts = []
+        while batch := [self.pixels(image) for image in islice(iterator, batch_size)]:
+            parts.append(self.decide(np.stack(batch)))
+        if not parts:
+            spec = self.bundle.manifest.preprocessing
+            return self.decide(np.empty((0, 3, spec.height, spec.width), dtype=np.float32))
+        columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Decisions)}
+        return Decisions(**columns)
+
+    def decide(self, pixels: NDArray[np.float32]) -> Decisions:
+        """Decide for preprocessed images [N, 3, H, W] as one batch; N may be 0."""
+        classes = self.bundle.manifest.classes
+        count = len(pixels)
+        probs = np.empty((0, len(classes)))
+        exited = np.zeros(0, dtype=bool)
+        deferred = np.zeros(0, dtype=np.intp)
+        if count:
+            first = self._stage_a(pixels)
+            probs = softmax(first["logits"])
+            exited = exits(self.bundle.policy, probs)
+            deferred = np.flatnonzero(~exited)
+        if len(deferred):
+            hidden = np.ascontiguousarray(first["hidden"][deferred])
+            probs[deferred] = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])
+        answered = np.isfinite(probs).all(axis=1)
+        # argmax takes the lowest index on ties; rows of NaN are blanked below.
+        best = np.argmax(probs, axis=1) if count else np.zeros(0, dtype=np.intp)
+        sure = confidence(probs) if count else np.zeros(0)
+        return Decisions(
+            label=np.where(answered, np.asarray(classes, dtype=np.str_)[best], ""),
+            prob=np.where(answered, probs[:, classes.index(self.bundle.manifest.positive)], np.nan),
+            confidence=np.where(answered, sure, np.nan),
+            stage=np.where(answered, np.where(exited, "A", "B"), ""),
+            exited=exited & answered,
+        )
+
+    def _stage_a(self, pixels: NDArray[np.float32]) -> Arrays:
+        outputs = self.runtime.run("stage_a", {"pixels": pixels})
+        if len(pixels) == 1:
+            # One row goes through other kernels than several do and differs by 1e-7, which would decide
+            # differently for the very image that a threshold was put on. There it is run as two rows.
+            sure = float(confidence(softmax(outputs["logits"]))[0])
+            if abs(sure - self.bundle.policy.exit_threshold) < _NEAR:
+                twice = self.runtime.run("stage_a", {"pixels": np.repeat(pixels, 2, axis=0)})
+                return {name: value[:1] for name, value in twice.items()}
+        return outputs
+
+
+def exits(policy: Policy, probs: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which rows Stage A answers under a bundle's policy; rows with NaN never exit. [N, K] → [N]."""
+    return decide(probs, policy)
+
+
+def _open(image: ImageLike) -> Image.Image:
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, bytes | bytearray | memoryview):
+        return read_image(io.BytesIO(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise InputError(f"an image array must be uint8 [H, W, 3] or [H, W], got {image.dtype} {list(image.shape)}")
+        return Image.fromarray(image).convert("RGB")
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")

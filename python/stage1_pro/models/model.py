@@ -1,0 +1,168 @@
+"""Stage1Model: backbone, tap and three heads behind one forward, and its two deployable halves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, Record
+from stage1_pro.config import ModelConfig
+from stage1_pro.errors import InputError
+from stage1_pro.models.backbone import Backbone, backbone_from_config, load_backbone, normalisation
+from stage1_pro.models.heads import Auxiliary, Classifier, Gate
+
+
+class Architecture(Record):
+    """All that is needed to rebuild a model around its weights, without the backbone's source."""
+
+    backbone: BackboneInfo
+    hf_config: dict[str, Any]
+    image_size: int
+    tap: int
+    classes: list[str]
+    positive: str
+    auxiliary_hidden: int
+    dropout: float
+    preprocessing: PreprocessSpec
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass gives.
+
+    ``logits_a, logits_b`` [N, K]; ``gate_logit`` [N]; ``features_a, features_b`` [N, 2D] (CLS and mean patch token).
+    """
+
+    logits_a: Tensor
+    gate_logit: Tensor
+    logits_b: Tensor
+    features_a: Tensor
+    features_b: Tensor
+
+
+class Heads(nn.Module):
+    """The three heads on given features; what linear mode trains."""
+
+    def __init__(self, features: int, classes: int, auxiliary_hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.classifier = Classifier(features, classes, dropout)
+        self.gate = Gate(features)
+        self.auxiliary = Auxiliary(features, auxiliary_hidden, classes, dropout)
+
+    def forward(self, features_a: Tensor, features_b: Tensor) -> Outputs:
+        """Outputs from both stages' features [N, 2D]."""
+        logits = self.classifier(features_a)
+        return Outputs(logits, self.gate(features_a, logits), self.auxiliary(features_b), features_a, features_b)
+
+
+class Stage1Model(nn.Module):
+    """Stage A = blocks 1..tap, classifier and gate; Stage B = the other blocks and the auxiliary head."""
+
+    def __init__(self, architecture: Architecture, backbone: Backbone, seed: int = 0) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.backbone = backbone
+        self.tap = architecture.tap
+        width = backbone.hidden_size
+        self.norm_a = nn.LayerNorm(width, eps=1e-6) if self.tap < backbone.n_blocks else nn.Identity()
+        # Heads have a stream of their own: arms with other backbones or adapters start from the same ones.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            self.heads = Heads(
+                2 * width, len(architecture.classes), architecture.auxiliary_hidden, architecture.dropout
+            )
+
+    def _to_tap(self, pixels: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Features at the tap [N, 2D], what Stage B goes on from, and the blocks' shared context."""
+        tokens, context = self.backbone.embed(pixels)
+        tokens = self.backbone.run_blocks(tokens, context, 0, self.tap)
+        if self.tap == self.backbone.n_blocks:
+            features = self.backbone.pool(self.backbone.norm(tokens))
+            return features, features, context
+        return self.backbone.pool(self.norm_a(tokens)), tokens, context
+
+    def _from_tap(self, hidden: Tensor, context: Any) -> Tensor:
+        """Stage B's features [N, 2D] from what ``_to_tap`` handed over."""
+        if self.tap == self.backbone.n_blocks:
+            return hidden
+        tokens = self.backbone.run_blocks(hidden, context, self.tap, self.backbone.n_blocks)
+        return self.backbone.pool(self.backbone.norm(tokens))
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stages' features, each [N, 2D]."""
+        features_a, hidden, context = self._to_tap(pixels)
+        return features_a, self._from_tap(hidden, context)
+
+    def forward(self, pixels: Tensor) -> Outputs:
+        """Both stages on pixels [N, 3, H, W]."""
+        outputs: Outputs = self.heads(*self.features(pixels))
+        return outputs
+
+    def stage_a(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage A alone: logits [N, K], gate logit [N] and what Stage B goes on from.
+
+        The last is tokens [N, T, D] for ``tap < L`` and the final features [N, 2D] for ``tap = L``.
+        """
+        features, hidden, _ = self._to_tap(pixels)
+        logits = self.heads.classifier(features)
+        return logits, self.heads.gate(features, logits), hidden
+
+    def stage_b(self, hidden: Tensor) -> Tensor:
+        """Stage B's logits [N, K] for (a subset of) the rows Stage A handed over."""
+        logits: Tensor = self.heads.auxiliary(self._from_tap(hidden, self.backbone.context()))
+        return logits
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over architecture and every weight; changes when either does."""
+        digest = hashlib.sha256(self.architecture.fingerprint().encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
+    """Build the configured model with its starting weights (pretrained where the backbone is)."""
+    backbone = load_backbone(
+        config.backbone, config.image_size, pos_embed_rescale=config.pos_embed_rescale, seed=seed
+    )
+    tap = config.tap or backbone.n_blocks
+    if tap > backbone.n_blocks:
+        raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")
+    spec = PreprocessSpec(
+        height=backbone.image_size,
+        width=backbone.image_size,
+        resize=config.resize,
+        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
+        **normalisation(config.backbone),
+    )
+    architecture = Architecture(
+        backbone=backbone.info(config.backbone),
+        hf_config=_clean(backbone.hf.config.to_dict()),
+        image_size=backbone.image_size,
+        tap=tap,
+        classes=classes,
+        positive=positive,
+        auxiliary_hidden=config.auxiliary_hidden,
+        dropout=config.dropout,
+        preprocessing=spec,
+    )
+    return Stage1Model(architecture, backbone, seed)
+
+
+def rebuild_model(architecture: Architecture) -> Stage1Model:
+    """Build a model of this architecture with weights that are to be replaced."""
+    return Stage1Model(architecture, backbone_from_config(architecture.hf_config, architecture.image_size))
+
+
+def _clean(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop what says nothing of the architecture; pass through JSON so that a stored copy compares equal."""
+    drop = {"_name_or_path", "id2label", "label2id", "transformers_version"}
+    kept = {key: value for key, value in values.items() if key not in drop}
+    cleaned: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return cleaned

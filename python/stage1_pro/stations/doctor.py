@@ -1,0 +1,141 @@
+"""doctor: versions, devices, compiled modules, engine builders, and what is missing. Needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from stage1_pro import __version__
+from stage1_pro.deploy.engine import BUILDERS
+from stage1_pro.deploy.runtime import RUNTIMES
+from stage1_pro.errors import need
+
+BASE = ("numpy", "scipy", "pillow", "pydantic", "pyyaml", "rich", "onnxruntime", "matplotlib", "jinja2", "jsonschema")
+TRAIN = ("torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "scikit-learn")
+
+
+def doctor() -> dict[str, Any]:
+    """What is here and what is not, as plain values; ``missing`` maps a thing to the command that adds it."""
+    missing: dict[str, str] = {}
+    base = {name: _version(name) for name in BASE}
+    train = {name: _version(name) for name in TRAIN}
+    for name, found in base.items():
+        if found is None:
+            missing[name] = "pip install -c constraints.txt stage1_pro"
+    if None in train.values():
+        names = ", ".join(name for name, found in train.items() if found is None)
+        missing[f"training and export ({names})"] = _command("train")
+    builders: dict[str, str | None] = {}
+    for target, (module, extra) in BUILDERS.items():
+        builders[target] = _builder(module)
+        if builders[target] is None:
+            missing[f"engine builder for {target} ({module})"] = _command(extra)
+    compiled = {"_core": _compiled("_core"), "_cuda": _compiled("_cuda")}
+    if compiled["_core"] is None:
+        missing["compiled core (_core)"] = (
+            "install a C++ compiler, then: pip install --force-reinstall --no-deps . (slower NumPy twins are used meanwhile)"
+        )
+    return {
+        "stage1_pro": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "base": base,
+        "train": train,
+        "gpus": _gpus(),
+        "torch_devices": _torch_devices(),
+        "compiled": compiled,
+        "runtimes": sorted(RUNTIMES),
+        "builders": builders,
+        "missing": missing,
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The findings for people."""
+
+    def listing(values: dict[str, str | None]) -> str:
+        return ", ".join(f"{name} {found or '-'}" for name, found in values.items())
+
+    lines = [
+        f"stage1_pro  {facts['stage1_pro']} on Python {facts['python']}, {facts['platform']}, {facts['cpus']} CPUs",
+        f"base        {listing(facts['base'])}",
+        f"train       {listing(facts['train'])}",
+        f"GPUs        {', '.join(facts['gpus']) or 'none found (nvidia-smi)'}",
+        f"torch       {', '.join(facts['torch_devices']) or 'not installed'}",
+        f"compiled    {listing(facts['compiled'])}",
+        f"runtimes    {', '.join(facts['runtimes'])}",
+        f"builders    {listing(facts['builders'])}",
+    ]
+    if facts["missing"]:
+        lines.append("missing")
+        lines += [f"  {name}\n    {command}" for name, command in facts["missing"].items()]
+    else:
+        lines.append("nothing is missing")
+    return "\n".join(lines)
+
+
+def _command(extra: str) -> str:
+    return str(need(extra, extra)).split("install it with: ")[1]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _builder(module: str) -> str | None:
+    """Version of a builder that really loads: its bindings can be there without their libraries."""
+    try:
+        return str(importlib.import_module(module).__version__)
+    except (ImportError, OSError, AttributeError):
+        return None
+
+
+def _compiled(name: str) -> str | None:
+    """Where a compiled module is, if it is there and loads."""
+    try:
+        found = importlib.import_module(f"stage1_pro.{name}")
+    except (ImportError, OSError):
+        return None
+    return str(getattr(found, "__version__", None) or "loaded")
+
+
+def _gpus() -> list[str]:
+    """Name, compute capability, memory and driver of each NVIDIA GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
+    try:
+        done = subprocess.run(
+            [tool, query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _torch_devices() -> list[str]:
+    """What torch computes on; empty when it is not installed."""
+    if _version("torch") is None and "torch" not in sys.modules:
+        return []
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [f"installed but does not load: {error}"]
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices

@@ -1,0 +1,93 @@
+"""inspect: what a bundle is, what it promises, and for which GPUs. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stage1_pro.deploy.bundle import LICENCE, load_bundle
+
+
+def inspect(bundle: Path | str) -> dict[str, Any]:
+    """Verify a bundle and describe it as plain values.
+
+    Raises:
+        ArtifactError: the bundle is damaged, changed or incomplete.
+    """
+    loaded = load_bundle(bundle)
+    manifest, policy = loaded.manifest, loaded.policy
+    return {
+        "path": str(loaded.path),
+        "format_version": manifest.format_version,
+        "classes": manifest.classes,
+        "positive": manifest.positive,
+        "backbone": manifest.backbone.model_dump(mode="json"),
+        "licence_file": LICENCE if LICENCE in manifest.files else None,
+        "tap": manifest.tap,
+        "preprocessing": manifest.preprocessing.model_dump(mode="json"),
+        "stages": {name: entry.model_dump(mode="json") for name, entry in manifest.stages.items()},
+        "policy": {
+            "name": manifest.active_exit_policy,
+            "file": manifest.policy_file,
+            "exit_threshold": policy.exit_threshold,
+            "guarantee": policy.guarantee,
+            "statement": policy.statement,
+            "coverage": policy.coverage,
+            "fnr_on_exited": policy.fnr_on_exited,
+            "fnr_upper_bound": policy.fnr_upper_bound,
+            "bound_level": policy.bound_level,
+            "n_positive_groups": policy.n_positive_groups,
+            "target_fnr": policy.target_fnr,
+        },
+        "engines": [engine.model_dump(mode="json") for engine in manifest.engines],
+        "files": {name: entry.model_dump(mode="json") for name, entry in sorted(manifest.files.items())},
+        "size": sum(entry.size for entry in manifest.files.values()),
+        "splits": {"seed": loaded.splits.seed, "counts": loaded.splits.counts, "groups": loaded.splits.groups},
+        "provenance": manifest.provenance.model_dump(mode="json"),
+        "verified": True,
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The description for people."""
+    backbone, policy, spec = facts["backbone"], facts["policy"], facts["preprocessing"]
+    origin = facts["provenance"]
+    parity = max(stage["parity"] for stage in facts["stages"].values())
+    lines = [
+        f"bundle      {facts['path']} (format {facts['format_version']}, {_size(facts['size'])}, every file verified)",
+        f"answers     {' | '.join(facts['classes'])}; positive: {facts['positive']}",
+        f"input       {spec['width']}x{spec['height']} pixels, {spec['resize']}, {spec['resample']}",
+        f"backbone    {backbone['source']} ({backbone['family']}, {backbone['n_blocks']} blocks of width "
+        f"{backbone['hidden_size']}); Stage A reads block {facts['tap']}",
+        f"licence     {backbone['licence']}{'; see ' + facts['licence_file'] if facts['licence_file'] else ''}",
+        f"policy      {policy['name']}: exit at confidence >= {policy['exit_threshold']:.6g}",
+        f"promise     guarantee: {policy['guarantee']}. {policy['statement']}",
+        f"on val_calib  coverage {policy['coverage']:.1%}, FNR on exits {policy['fnr_on_exited']:.2%} "
+        f"(at most {policy['fnr_upper_bound']:.2%} at level {policy['bound_level']:g}, "
+        f"{policy['n_positive_groups']} positive groups; target {policy['target_fnr']:.2%})",
+        f"ONNX        both stages; at most {parity:.2g} away from torch when exported",
+    ]
+    for engine in facts["engines"]:
+        lines.append(
+            f"engine      {engine['path']}: {engine['builder']} {engine['builder_version']}, "
+            f"{engine['precision']}, batch {'/'.join(map(str, engine['batch']))}, "
+            f"{engine['layers']} fused layers; {engine['validated']}"
+        )
+    cards = sorted({c for e in facts["engines"] for c in e["compute_capabilities"]}, key=lambda c: int(c[2:]))
+    lines.append(f"GPUs        {', '.join(cards) if cards else 'none: no engine in it; it runs on the CPU (onnxruntime)'}")
+    lines += [f"file        {name}  {_size(entry['size'])}" for name, entry in facts["files"].items()]
+    lines.append(
+        f"made by     stage1_pro {origin['stage1_pro']}, torch {origin['torch']}, transformers "
+        f"{origin['transformers']}; checkpoint {origin['checkpoint_sha256'][:12]}, "
+        f"model {origin['model_fingerprint'][:12]}"
+    )
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

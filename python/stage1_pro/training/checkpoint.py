@@ -1,0 +1,160 @@
+"""Checkpoints: atomic, byte-reproducible, loaded without running code, checked before use."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stage1_pro.artifacts import Splits, sha256_file, write_bytes
+from stage1_pro.errors import ArtifactError
+from stage1_pro.models.model import Architecture, Stage1Model, rebuild_model
+from stage1_pro.training.prepare import RunConfig
+
+
+def canonical(value: Any) -> Any:
+    """Rebuild a nested structure so that equal content pickles to equal bytes.
+
+    Pickle writes a string or tensor once and refers back to it by identity; a resumed process shares
+    other objects than an undisturbed one, so identity is made to follow equality here.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone().contiguous()
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, Mapping):
+        return {canonical(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    return value
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically; equal content gives equal bytes."""
+    buffer = io.BytesIO()
+    torch.save(canonical(content), buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this package on the CPU; nothing in it can run code.
+
+    Raises:
+        ArtifactError: no file, not a checkpoint, or one of another program.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} must exist, but there is no such file; run `stage1 train` first")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on damaged zips and refused pickles
+        raise ArtifactError(f"{path} must be a checkpoint that loads with weights_only, got: {_first(error)}") from None
+    if not isinstance(content, dict) or "model_state_dict" not in content or "architecture" not in content:
+        found = sorted(map(str, content))[:6] if isinstance(content, dict) else type(content).__name__
+        raise ArtifactError(
+            f"{path} must be a stage1_pro checkpoint (keys architecture, model_state_dict), got {found}"
+        )
+    return content
+
+
+def check_architecture(path: Path, found: Architecture, wanted: Architecture) -> None:
+    """Raise ArtifactError naming every field in which a checkpoint's architecture differs."""
+    a, b = found.model_dump(mode="json"), wanted.model_dump(mode="json")
+    differences = _differences(a, b, "")
+    if differences:
+        raise ArtifactError(
+            f"{path} must be of this run's architecture; it differs in " + "; ".join(differences[:6])
+        )
+
+
+def check_state(path: Path, module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise ArtifactError naming missing and unexpected keys and wrong shapes."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{name}: {', '.join(items[:4])}{f' and {len(items) - 4} more' if len(items) > 4 else ''}"
+        for name, items in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
+        if items
+    ]
+    if problems:
+        raise ArtifactError(f"{path} does not fit the model; " + "; ".join(problems))
+
+
+def save_model(path: Path, model: Stage1Model, state: Mapping[str, Tensor], **facts: Any) -> None:
+    """Write ``model_best.pth`` or its like: the architecture as JSON text, the weights, some plain facts."""
+    content = {"architecture": model.architecture.model_dump_json(), "model_state_dict": state, **facts}
+    save(path, content)
+
+
+def load_model(path: Path, wanted: Architecture | None = None) -> Stage1Model:
+    """Rebuild a model from a checkpoint, in evaluation mode."""
+    content = load(path)
+    architecture = Architecture.parse(str(content["architecture"]), f"{path} (architecture)")
+    if wanted is not None:
+        check_architecture(path, architecture, wanted)
+    model = rebuild_model(architecture)
+    check_state(path, model, content["model_state_dict"])
+    model.load_state_dict(content["model_state_dict"])
+    return model.eval()
+
+
+def load_run_model(run: Path) -> tuple[Stage1Model, RunConfig]:
+    """The best model of a run and its configuration, checked against ``config.json`` and ``splits.json``.
+
+    Raises:
+        ArtifactError: a checkpoint of another run, architecture or set of classes.
+    """
+    run = Path(run)
+    run_config = RunConfig.read(run / "config.json")
+    splits = Splits.read(run / "splits.json")
+    path = run / "model_best.pth"
+    model = load_model(path)
+    architecture, wanted = model.architecture, run_config.config.model
+    if splits.hashes != run_config.split_hashes:
+        raise ArtifactError(f"{run}/splits.json has changed since training; train again on the new splits")
+    found = {
+        "classes": architecture.classes,
+        "positive": architecture.positive,
+        "model.image_size": architecture.image_size,
+        "model.tap": architecture.tap,
+        "model.auxiliary_hidden": architecture.auxiliary_hidden,
+    }
+    asked = {
+        "classes": splits.classes,
+        "positive": splits.positive,
+        "model.image_size": wanted.image_size,
+        "model.tap": wanted.tap,
+        "model.auxiliary_hidden": wanted.auxiliary_hidden,
+    }
+    differences = [f"{key}: {found[key]} instead of {asked[key]}" for key in found if found[key] != asked[key]]
+    if differences:
+        raise ArtifactError(f"{path} must be of this run's architecture; it differs in " + "; ".join(differences))
+    return model, run_config
+
+
+def checkpoint_hash(run: Path) -> str:
+    """Hex sha256 of the run's best checkpoint file."""
+    return sha256_file(run / "model_best.pth")
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _differences(a: Any, b: Any, place: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: list[str] = []
+        for key in sorted({*a, *b}):
+            found += _differences(a.get(key), b.get(key), f"{place}.{key}" if place else str(key))
+        return found
+    return [] if a == b else [f"{place}: {a} instead of {b}"]

@@ -1,0 +1,118 @@
+"""Both stages' outputs of a trained run on one split, in row order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stage1_pro.artifacts import Predictions, PreprocessSpec, Row, SplitName, Splits
+from stage1_pro.data.loader import iterate
+from stage1_pro.models.model import Outputs, Stage1Model
+from stage1_pro.training.checkpoint import load_run_model
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+def run_over(
+    forward: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    paths: Sequence[Path],
+    spec: PreprocessSpec,
+    *,
+    device: torch.device,
+    workers: int,
+    batch_size: int = 64,
+    description: str = "",
+) -> Arrays:
+    """Apply ``forward`` to every image in order; each output is gathered to [N, ...] float32."""
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    with torch.inference_mode():
+        for pixels in iterate(paths, spec, batch_size=batch_size, workers=workers, description=description):
+            for name, value in forward(pixels.to(device)).items():
+                parts.setdefault(name, []).append(value.float().cpu().numpy())
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def named_logits(outputs: Outputs) -> dict[str, torch.Tensor]:
+    """The part of the outputs that policies and metrics read."""
+    return {"logits_a": outputs.logits_a, "logits_b": outputs.logits_b, "gate_logits": outputs.gate_logit}
+
+
+def pick_device() -> torch.device:
+    """The first GPU when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def infer(model: Stage1Model, splits: Splits, split: SplitName, *, workers: int = 2) -> Predictions:
+    """Run a model over one split."""
+    device = pick_device()
+    model = model.to(device).eval()
+    rows = splits.of(split)
+    spec = model.architecture.preprocessing
+    arrays = run_over(
+        lambda pixels: named_logits(model(pixels)),
+        [splits.path(row) for row in rows],
+        spec,
+        device=device,
+        workers=workers,
+        description=split,
+    )
+    return assemble(rows, splits, split, arrays, model.fingerprint(), spec.fingerprint())
+
+
+def infer_split(run: Path, split: SplitName) -> Predictions:
+    """Run the best model of a run over one of its splits.
+
+    Raises:
+        ArtifactError: the run has no checkpoint, or one that does not belong to it.
+    """
+    run = Path(run)
+    model, config = load_run_model(run)
+    return infer(model, Splits.read(run / "splits.json"), split, workers=config.config.train.workers)
+
+
+def assemble(
+    rows: Sequence[Row], splits: Splits, split: SplitName, arrays: Arrays, model_hash: str, spec_hash: str
+) -> Predictions:
+    """Join outputs with the rows they belong to."""
+
+    def text(values: Sequence[Any]) -> NDArray[np.str_]:
+        return np.asarray([str(value) for value in values], dtype=np.str_)
+
+    return Predictions(
+        row_ids=text([row.id for row in rows]),
+        groups=text([row.group for row in rows]),
+        sources=text([row.source for row in rows]),
+        halves=text([row.half or "" for row in rows]),
+        labels=np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64),
+        logits_a=arrays["logits_a"],
+        logits_b=arrays["logits_b"],
+        gate_logits=arrays["gate_logits"],
+        classes=list(splits.classes),
+        positive=splits.positive,
+        split=split,
+        split_hash=splits.hashes[split],
+        model_fingerprint=model_hash,
+        preprocessing_fingerprint=spec_hash,
+    )
+
+
+def save_calibration(run: Path, predictions: Predictions) -> None:
+    """Write ``val_calib.npz`` and the plain tensors other tools read."""
+    import io
+
+    from stage1_pro.artifacts import write_bytes
+
+    predictions.save(run / "val_calib.npz")
+    for name, array in (
+        ("val_calib_logits", predictions.logits_a),
+        ("val_calib_labels", predictions.labels),
+        ("val_calib_gate_logits", predictions.gate_logits),
+    ):
+        buffer = io.BytesIO()
+        torch.save(torch.from_numpy(array.copy()), buffer)
+        write_bytes(run / f"{name}.pt", buffer.getvalue())

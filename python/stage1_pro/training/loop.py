@@ -1,0 +1,703 @@
+"""Training: one ``train`` that builds every component itself, survives being killed, and resumes exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from stage1_pro.artifacts import PreprocessSpec, Row, Splits, load_npz, sha256_bytes, write_csv
+from stage1_pro.config import Config
+from stage1_pro.data.loader import TrainLoader
+from stage1_pro.errors import InputError, TrainingError
+from stage1_pro.metrics.intervals import bootstrap_augrc
+from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, nll
+from stage1_pro.metrics.selective import augrc
+from stage1_pro.models.model import Architecture, Outputs, Stage1Model, create_model
+from stage1_pro.policies.softmax import confidence, softmax
+from stage1_pro.progress import say
+from stage1_pro.training import checkpoint
+from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
+from stage1_pro.training.losses import balanced_weights, joint_loss
+from stage1_pro.training.prepare import exclusive, prepare_run, write_config
+
+SMALLEST_MICRO_BATCH = 16
+COLUMNS = [
+    "epoch", "step", "lr", "train_loss", "train_accuracy", "accuracy", "balanced_accuracy", "auroc",
+    "augrc", "augrc_low", "augrc_high", "nll", "brier", "accuracy_b", "augrc_b", "best", "seconds", "images_per_second",
+]  # fmt: skip
+TIMINGS = ("seconds", "images_per_second")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training gives: where it is and its best epoch's figures on ``val_select``."""
+
+    run: Path
+    epochs: int
+    best_epoch: int
+    best: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of the trained module (one tensor or several, rows first), labels [N], file names."""
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+    files: list[str]
+
+
+class Source(Protocol):
+    """Where an epoch's batches of this process come from."""
+
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        """Batches of one epoch from a step on, the same whenever asked."""
+
+    def close(self) -> None:
+        """Stop workers."""
+
+
+@dataclass
+class State:
+    """All that changes while training and is not inside a torch object; stored in ``last.pth``."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    global_step: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    best_augrc: float = math.inf
+    best_nll: float = math.inf
+    best_acc: float = -1.0
+    best_epoch: int = -1
+    patience_counter: int = 0
+    micro_batch: int = 0
+    finished: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(run: Path | str, config: Config | None = None, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Train the configured model on the splits in a run folder.
+
+    Builds model, loaders, heads, optimizer and schedule itself. Reads ``train`` rows for learning and
+    ``val_select`` rows for choosing; writes ``val_calib``'s outputs at the end; never touches ``val_test``.
+
+    Args:
+        run: folder with ``splits.json``.
+        config: the configuration; with ``resume`` it defaults to the run's own.
+        resume: go on from ``last.pth`` (or from the start when none was written yet).
+        overwrite: forget an earlier training in this folder.
+
+    Raises:
+        InputError: no splits, an earlier training in the way, or a resumed configuration that differs.
+        ArtifactError: a checkpoint that does not fit.
+        TrainingError: out of memory at the smallest batch, or a loss that is not finite.
+    """
+    run = Path(run)
+    splits, config = prepare_run(run, config, resume=resume, overwrite=overwrite)
+    with exclusive(run) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
+        return _Trainer(run, splits, config).fit()
+
+
+class _Images:
+    """Augmented training images."""
+
+    def __init__(self, splits: Splits, rows: list[Row], labels: np.ndarray[Any, Any], spec: PreprocessSpec,
+                 config: Config, rank: int, world: int) -> None:  # fmt: skip
+        self._files = [row.file for row in rows]
+        self._loader = TrainLoader(
+            [splits.path(row) for row in rows], labels, spec, config.augment, seed=config.seed,
+            batch_size=config.train.batch_size, rank=rank, world=world, workers=config.train.workers,
+        )  # fmt: skip
+        self.steps_per_epoch = self._loader.steps_per_epoch
+
+    def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        for item in self._loader.epoch(epoch, start_step):
+            yield Batch((item.pixels,), item.labels, [self._files[i] for i in item.index.tolist()])
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+class _Features:
+    """Cached features of a frozen backbone, in the same order the images would come."""
+
+    def __init__(self, arrays: Arrays, rows: list[Row], labels: np.ndarray[Any, Any], config: Config,
+                 rank: int, world: int) -> None:  # fmt: skip
+        self._inputs = [torch.from_numpy(arrays[name]) for name in ("features_a", "features_b")]
+        self._labels = torch.from_numpy(labels)
+        self._files = [row.file for row in rows]
+        self._seed, self._rank, self._world = config.seed, rank, world
+        self._batch = min(config.train.batch_size, len(rows))
+        self.steps_per_epoch = len(rows) // self._batch
+
+    def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        from stage1_pro.data.loader import epoch_order
+
+        order = torch.from_numpy(epoch_order(len(self._files), self._seed, epoch))
+        for step in range(start_step, self.steps_per_epoch):
+            index = order[step * self._batch : (step + 1) * self._batch][self._rank :: self._world]
+            yield Batch(
+                tuple(array[index] for array in self._inputs),
+                self._labels[index],
+                [self._files[i] for i in index.tolist()],
+            )
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class _Log:
+    """``train.log``: what the process was doing, line by line; timings live here, not in artefacts."""
+
+    def __init__(self, path: Path, active: bool) -> None:
+        self._path = path if active else None
+
+    def __call__(self, event: str) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {os.getpid()} {event}\n")
+
+
+class _Trainer:
+    """The components of one training and the loop over them."""
+
+    def __init__(self, run: Path, splits: Splits, config: Config) -> None:
+        self.run, self.splits, self.config = run, splits, config
+        options = config.train
+        _seed_everything(config.seed, deterministic=options.deterministic)
+        bf16 = options.precision == "bf16" or (
+            options.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        )
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="bf16" if bf16 else "no",
+            log_with="tensorboard" if options.tensorboard else None,
+            project_dir=str(run),
+        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        if options.batch_size % self.world:
+            raise InputError(
+                f"train.batch_size must be a multiple of the {self.world} processes, got {options.batch_size}"
+            )
+        self.device = self.accelerator.device
+        self.log = _Log(run / "train.log", self.main)
+        self.model: Stage1Model = create_model(config.model, splits.classes, splits.positive, config.seed)
+        self._resolve_config()
+        if options.mode == "linear":
+            self.model.requires_grad_(False)
+            self.model.heads.requires_grad_(True)
+        # The gate is fitted after training, on correctness it has not seen; see the gate policy.
+        self.model.heads.gate.requires_grad_(False)
+        self.model.backbone.hf.embeddings.mask_token.requires_grad_(False)
+        self.model.to(self.device)
+        self.rows = {name: splits.of(name) for name in ("train", "val_select")}
+        self.labels = {
+            name: np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+            for name, rows in self.rows.items()
+        }
+        self._build()
+
+    # ---------------------------------------------------------------------------- building
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.model.architecture
+
+    def _resolve_config(self) -> None:
+        model = self.config.model.model_copy(
+            update={"image_size": self.architecture.image_size, "tap": self.architecture.tap}
+        )
+        resolved = self.config.model_copy(update={"model": model})
+        if resolved != self.config and self.main:
+            write_config(self.run, resolved, self.splits)
+        self.config = resolved
+
+    def _build(self) -> None:
+        options = self.config.train
+        spec = self.architecture.preprocessing
+        self.source: Source
+        self.trained: nn.Module
+        if options.mode == "linear":
+            self.model.eval()
+            self.features = {name: self._cached_features(name) for name in self.rows}
+            self.source = _Features(
+                self.features["train"], self.rows["train"], self.labels["train"], self.config, self.rank, self.world
+            )
+            self.trained = self.model.heads
+        else:
+            self.source = _Images(
+                self.splits, self.rows["train"], self.labels["train"], spec, self.config, self.rank, self.world
+            )
+            self.trained = self.model
+        labels = torch.from_numpy(self.labels["train"])
+        classes = len(self.splits.classes)
+        weights = balanced_weights(labels, classes) if options.class_weights == "balanced" else torch.ones(classes)
+        self.weights = weights.to(self.device)
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=options.lr, betas=(0.9, 0.999))
+        total = options.epochs * self.source.steps_per_epoch
+        warmup = max(1, round(options.warmup_epochs * self.source.steps_per_epoch))
+        self.scheduler = LambdaLR(self.optimizer, lambda step: _schedule(step, warmup, total, options.min_lr_ratio))
+        self.ema = (
+            AveragedModel(self.trained, multi_avg_fn=_ema(options.ema_decay)) if options.ema_decay > 0 else None
+        )
+        if self.ema is not None:
+            self.ema.requires_grad_(False)
+        self.net: nn.Module = self.accelerator.prepare_model(self.trained)
+        self.state = State(micro_batch=options.micro_batch or options.batch_size // self.world)
+        self.total_steps = total
+        trainable = sum(p.numel() for p in self.trained.parameters() if p.requires_grad)
+        whole = sum(p.numel() for p in self.model.parameters())
+        self._say(
+            f"{self.architecture.backbone.source}: {whole / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trained "
+            f"({100 * trainable / whole:.1f}%), {len(self.rows['train'])} train rows, "
+            f"{self.source.steps_per_epoch} steps an epoch, device {self.device.type}, {self.world} process(es)"
+        )
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        options = self.config.train
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decays = parameter.ndim > 1 and not name.endswith(("cls_token", "register_tokens", "position_embeddings"))
+                groups.setdefault((name.startswith("heads."), decays), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": (options.head_lr or options.lr) if is_head else options.lr,
+                "weight_decay": options.weight_decay if decays else 0.0,
+            }
+            for (is_head, decays), parameters in sorted(groups.items())
+        ]
+
+    def _cached_features(self, split: Any) -> Arrays:
+        """Both stages' features of a split, computed once per backbone, preprocessing and rows."""
+        backbone = sha256_bytes(
+            "".join(
+                f"{k}{sha256_bytes(v.detach().cpu().numpy().tobytes())}"
+                for k, v in sorted(self.model.state_dict().items())
+                if not k.startswith("heads.")
+            ).encode()
+        )
+        spec = self.architecture.preprocessing
+        key = sha256_bytes(f"{backbone}{spec.fingerprint()}{self.splits.hashes[split]}{self.model.tap}".encode())
+        path = self.run / f"features_{split}.npz"
+        if path.is_file():
+            with contextlib.suppress(InputError):
+                stored = load_npz(path)
+                if str(stored.pop("key")) == key:
+                    self.log(f"features {split} read")
+                    return stored
+        rows = self.rows[split][self.rank :: self.world]
+        self._say(f"features of {len(self.rows[split])} {split} rows (once)")
+
+        def forward(pixels: Tensor) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                features_a, features_b = self.model.features(pixels)
+            return {"features_a": features_a, "features_b": features_b}
+
+        own = run_over(forward, [self.splits.path(row) for row in rows], spec, device=self.device,
+                       workers=self.config.train.workers, description=f"features {split}")  # fmt: skip
+        arrays = self._join(own, len(self.rows[split]))
+        if self.main:
+            from stage1_pro.artifacts import write_bytes
+
+            buffer = io.BytesIO()
+            np.savez(buffer, key=np.asarray(key), **arrays)
+            write_bytes(path, buffer.getvalue())
+        self.accelerator.wait_for_everyone()
+        return arrays
+
+    def _join(self, own: Arrays, total: int) -> Arrays:
+        """Put the processes' interleaved shares back into row order."""
+        if self.world == 1:
+            return own
+        shares: list[Arrays] = gather_object([own])
+        joined: Arrays = {}
+        for name, first in shares[0].items():
+            out = np.empty((total, *first.shape[1:]), dtype=first.dtype)
+            for rank, share in enumerate(shares):
+                out[rank :: self.world] = share[name]
+            joined[name] = out
+        return joined
+
+    # ---------------------------------------------------------------------------- the loop
+
+    def fit(self) -> TrainResult:
+        began = time.monotonic()
+        if (self.run / "last.pth").is_file():
+            self._restore()
+        try:
+            if self.config.train.tensorboard:
+                self.accelerator.init_trackers("tensorboard")
+            while not self.state.finished:
+                self._epoch()
+        finally:
+            self.source.close()
+            if self.config.train.tensorboard:
+                self.accelerator.end_training()
+        if self.main:
+            self._finish()
+        self.accelerator.wait_for_everyone()
+        best = self.state.history[self.state.best_epoch]
+        return TrainResult(self.run, len(self.state.history), self.state.best_epoch, best, time.monotonic() - began)
+
+    def _epoch(self) -> None:
+        state, options = self.state, self.config.train
+        self.log(f"epoch {state.epoch} train from step {state.step_in_epoch}")
+        self.trained.train()
+        if options.mode == "linear":
+            self.model.backbone.eval()
+        began, rows_before = time.monotonic(), state.seen
+        with self._progress() as advance:
+            for batch in self.source.batches(state.epoch, state.step_in_epoch):
+                self._step(batch)
+                advance()
+                done = state.step_in_epoch == self.source.steps_per_epoch
+                if not done and state.step_in_epoch % options.save_every_steps == 0:
+                    self._save_last()
+        seconds = time.monotonic() - began
+        rate = (state.seen - rows_before) * self.world / max(seconds, 1e-9)
+        self._validate(seconds, rate)
+
+    def _step(self, batch: Batch) -> None:
+        """One optimizer step on one effective batch, in as many micro-batches as memory needs."""
+        state = self.state
+        before = torch.get_rng_state()
+        while True:
+            try:
+                loss, correct = self._accumulate(batch)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self._shrink(error)
+                torch.set_rng_state(before)
+                self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.train.grad_clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.trained)
+        state.loss_sum += loss
+        state.correct += correct
+        state.seen += len(batch.labels)
+        state.step_in_epoch += 1
+        state.global_step += 1
+
+    def _accumulate(self, batch: Batch) -> tuple[float, int]:
+        """Gradients of one effective batch; gives this process's summed loss and right answers."""
+        options, size = self.config.train, self.state.micro_batch
+        rows = len(batch.labels)
+        total, correct = 0.0, 0
+        labels = batch.labels.to(self.device)
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            last = start + size >= rows
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
+                with self.accelerator.autocast():
+                    outputs: Outputs = self.net(*(x[part].to(self.device) for x in batch.inputs))
+                loss = joint_loss(
+                    outputs, labels[part], self.weights,
+                    auxiliary_weight=options.auxiliary_weight, label_smoothing=options.label_smoothing,
+                )  # fmt: skip
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    names = ", ".join(batch.files[part])
+                    self.log(f"loss {value} at step {self.state.global_step}: {names}")
+                    raise TrainingError(
+                        f"loss must be finite, got {value} at epoch {self.state.epoch}, step {self.state.global_step}; "
+                        f"the batch was: {names}; lower train.lr or look at these images (last.pth is as it was)"
+                    )
+                # DDP averages over processes: a sum over rows divided by this process's rows is the mean over all.
+                self.accelerator.backward(loss / rows)
+            total += value
+            correct += int((outputs.logits_a.argmax(1) == labels[part]).sum())
+        return total, correct
+
+    def _shrink(self, error: Exception) -> None:
+        size = self.state.micro_batch
+        if self.world > 1:
+            raise TrainingError(
+                f"out of memory at {size} rows a process; set train.micro_batch to {max(SMALLEST_MICRO_BATCH, size // 2)}"
+            ) from error
+        if size <= SMALLEST_MICRO_BATCH:
+            raise TrainingError(
+                f"out of memory at {size} rows, the smallest micro-batch; use a smaller model.image_size or backbone"
+            ) from error
+        self.state.micro_batch = max(SMALLEST_MICRO_BATCH, size // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.log(f"out of memory at {size} rows; micro-batch {self.state.micro_batch}")
+        self._say(f"out of memory at {size} rows; going on with micro-batches of {self.state.micro_batch}, same effective batch")
+
+    # ---------------------------------------------------------------------------- validation and files
+
+    def _evaluated(self) -> nn.Module:
+        """The weights that are validated and kept: the moving average when there is one."""
+        return self.trained if self.ema is None else self.ema.module
+
+    def _predict_select(self) -> Arrays:
+        module = self._evaluated().eval()
+        mine = slice(self.rank, None, self.world)
+
+        def forward(*inputs: Tensor) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                return named_logits(module(*inputs))
+
+        rows = self.rows["val_select"]
+        if self.config.train.mode == "linear":
+            inputs = [torch.from_numpy(self.features["val_select"][n][mine]) for n in ("features_a", "features_b")]
+            with torch.inference_mode():
+                own = {k: v.float().cpu().numpy() for k, v in forward(*(x.to(self.device) for x in inputs)).items()}
+        else:
+            own = run_over(forward, [self.splits.path(row) for row in rows[mine]], self.architecture.preprocessing,
+                           device=self.device, workers=self.config.train.workers)  # fmt: skip
+        return self._join(own, len(rows))
+
+    def _validate(self, seconds: float, rate: float) -> None:
+        state = self.state
+        self.log(f"epoch {state.epoch} validate begin")
+        figures = self._figures(self._predict_select())
+        self.log(f"epoch {state.epoch} validate end")
+        better = (figures["augrc"], figures["nll"]) < (state.best_augrc, state.best_nll)
+        better_acc = figures["accuracy"] > state.best_acc
+        sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=torch.float64)
+        if self.world > 1:
+            sums = self.accelerator.reduce(sums.to(self.device), "sum").cpu()
+        row = {
+            "epoch": state.epoch, "step": state.global_step, "lr": self.scheduler.get_last_lr()[0],
+            "train_loss": float(sums[0] / sums[2]), "train_accuracy": float(sums[1] / sums[2]),
+            **figures, "best": int(better), "seconds": round(seconds, 3), "images_per_second": round(rate, 1),
+        }  # fmt: skip
+        state.history.append(row)
+        state.patience_counter = 0 if better else state.patience_counter + 1
+        if better:
+            state.best_augrc, state.best_nll, state.best_epoch = figures["augrc"], figures["nll"], state.epoch
+        state.best_acc = max(state.best_acc, figures["accuracy"])
+        epoch = state.epoch
+        state.epoch, state.step_in_epoch = epoch + 1, 0
+        state.loss_sum, state.correct, state.seen = 0.0, 0, 0
+        stopped = state.patience_counter >= self.config.train.patience
+        state.finished = state.epoch == self.config.train.epochs or stopped
+        # Order matters when killed: best files first, last.pth last. Whatever is lost is made again, the same.
+        for name, wanted in (("model_best.pth", better), ("model_best_acc.pth", better_acc)):
+            if wanted and self.main:
+                self._save_best(name, epoch, figures)
+        if self.main:
+            write_csv(self.run / "metrics.csv", state.history, COLUMNS)
+        self._save_last()
+        if self.config.train.tensorboard:
+            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=state.global_step)
+        self._say(
+            f"epoch {epoch + 1}/{self.config.train.epochs}: loss {row['train_loss']:.4f}, val_select accuracy "
+            f"{figures['accuracy']:.4f}, AUROC {figures['auroc']:.4f}, AUGRC {figures['augrc']:.5f} "
+            f"[{figures['augrc_low']:.5f}, {figures['augrc_high']:.5f}], {rate:.0f} images/s"
+            f"{' *' if better else ''}{'; stopped early' if stopped else ''}"
+        )
+
+    def _figures(self, arrays: Arrays) -> dict[str, float]:
+        labels = self.labels["val_select"]
+        probs_a, probs_b = softmax(arrays["logits_a"]), softmax(arrays["logits_b"])
+        if not np.isfinite(probs_a).all() or not np.isfinite(probs_b).all():
+            raise TrainingError("logits on val_select must be finite, got NaN; lower train.lr (last.pth is as it was)")
+        error_a, error_b = (probs.argmax(1) != labels for probs in (probs_a, probs_b))
+        positive = self.splits.classes.index(self.splits.positive)
+        interval = bootstrap_augrc(
+            confidence(probs_a), error_a, groups=np.asarray([r.group for r in self.rows["val_select"]]),
+            n_replicates=500, seed=self.config.seed,
+        )  # fmt: skip
+        return {
+            "accuracy": accuracy(probs_a.argmax(1), labels),
+            "balanced_accuracy": balanced_accuracy(probs_a.argmax(1), labels),
+            "auroc": auroc(probs_a[:, positive], labels == positive),
+            "augrc": augrc(confidence(probs_a), error_a),
+            "augrc_low": interval.low,
+            "augrc_high": interval.high,
+            "nll": nll(probs_a, labels),
+            "brier": brier(probs_a, labels),
+            "accuracy_b": accuracy(probs_b.argmax(1), labels),
+            "augrc_b": augrc(confidence(probs_b), error_b),
+        }
+
+    def _save_best(self, name: str, epoch: int, figures: dict[str, float]) -> None:
+        weights = self._evaluated().state_dict()
+        if self.config.train.mode == "linear":
+            weights = {**self.model.state_dict(), **{f"heads.{k}": v for k, v in weights.items()}}
+        self.log(f"checkpoint {name} writing")
+        checkpoint.save_model(self.run / name, self.model, weights, epoch=epoch, figures=figures)
+        self.log(f"checkpoint {name} replaced")
+
+    def _save_last(self) -> None:
+        """Write ``last.pth``: always at an optimizer step, so no half-accumulated gradient exists."""
+        self.accelerator.wait_for_everyone()
+        rng = torch.get_rng_state()
+        rng_states = [rng] if self.world == 1 else gather_object([rng])
+        sums = [self.state.loss_sum, self.state.correct, self.state.seen]
+        all_sums = [sums] if self.world == 1 else gather_object([sums])
+        if not self.main:
+            return
+        state = self.state
+        plain = {k: getattr(state, k) for k in ("best_nll", "best_epoch", "finished", "micro_batch", "history")}
+        # Timings differ from run to run; artefacts must not.
+        plain["history"] = [{k: v for k, v in row.items() if k not in TIMINGS} for row in state.history]
+        self.log("checkpoint last.pth writing")
+        checkpoint.save(
+            self.run / "last.pth",
+            {
+                "architecture": self.architecture.model_dump_json(),
+                "model_state_dict": self.trained.state_dict(),
+                "optimizer_state_dict": self.optimizer.state_dict(),
+                "scheduler_state_dict": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+                "epoch": state.epoch,
+                "global_step": state.global_step,
+                "sampler_state": {
+                    "epoch": state.epoch, "step_in_epoch": state.step_in_epoch, "seed": self.config.seed,
+                    "accumulated_micro_batches": 0, "sums": all_sums,
+                },
+                "best_acc": state.best_acc,
+                "best_augrc": state.best_augrc,
+                "patience_counter": state.patience_counter,
+                "ema_state_dict": self.ema.state_dict() if self.ema is not None else None,
+                "rng_state": rng_states,
+                "world": self.world,
+                "progress": plain,
+            },
+        )  # fmt: skip
+        self.log("checkpoint last.pth replaced")
+
+    def _restore(self) -> None:
+        path = self.run / "last.pth"
+        content = checkpoint.load(path)
+        checkpoint.check_architecture(
+            path, Architecture.parse(str(content["architecture"]), str(path)), self.architecture
+        )
+        checkpoint.check_state(path, self.trained, content["model_state_dict"])
+        if content["world"] != self.world:
+            raise InputError(
+                f"--resume must use the {content['world']} process(es) the run was started with, got {self.world}"
+            )
+        self.trained.load_state_dict(content["model_state_dict"])
+        self.optimizer.load_state_dict(content["optimizer_state_dict"])
+        self.scheduler.load_state_dict(content["scheduler_state_dict"])
+        if self.ema is not None:
+            self.ema.load_state_dict(content["ema_state_dict"])
+        torch.set_rng_state(content["rng_state"][self.rank])
+        sampler = content["sampler_state"]
+        loss_sum, correct, seen = sampler["sums"][self.rank]
+        self.state = State(
+            epoch=content["epoch"], step_in_epoch=sampler["step_in_epoch"], global_step=content["global_step"],
+            loss_sum=loss_sum, correct=correct, seen=seen, best_acc=content["best_acc"],
+            best_augrc=content["best_augrc"], patience_counter=content["patience_counter"], **content["progress"],
+        )  # fmt: skip
+        self._restore_timings()
+        self._say(f"resumed at epoch {self.state.epoch}, step {self.state.step_in_epoch}")
+        self.log(f"resumed at epoch {self.state.epoch} step {self.state.step_in_epoch}")
+
+    def _restore_timings(self) -> None:
+        """Take earlier epochs' timings from ``metrics.csv``; they are not in the checkpoint."""
+        if (self.run / "metrics.csv").is_file():
+            with (self.run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                for row, stored in zip(self.state.history, csv.DictReader(file), strict=False):
+                    row.update({k: float(stored[k]) for k in TIMINGS if stored.get(k)})
+
+    def _finish(self) -> None:
+        """Outputs on ``val_calib``, from the best checkpoint as it stands on disk."""
+        write_csv(self.run / "metrics.csv", self.state.history, COLUMNS)
+        self.log("val_calib begin")
+        model, _ = checkpoint.load_run_model(self.run)
+        save_calibration(self.run, infer(model, self.splits, "val_calib", workers=self.config.train.workers))
+        self.log("finished")
+        best = self.state.history[self.state.best_epoch]
+        self._say(
+            f"best epoch {self.state.best_epoch + 1}: AUGRC {best['augrc']:.5f}, accuracy {best['accuracy']:.4f}; "
+            f"wrote {self.run}/model_best.pth, metrics.csv, val_calib.npz"
+        )
+
+    # ---------------------------------------------------------------------------- small things
+
+    def _say(self, message: str) -> None:
+        if self.main:
+            say(message)
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Callable[[], None]]:
+        """A bar with loss and images/s on a terminal; nothing elsewhere."""
+        state = self.state
+        if not (self.main and sys.stderr.isatty()):
+            yield lambda: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("loss {task.fields[loss]:.4f}, {task.fields[rate]:.0f} images/s"), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"epoch {state.epoch + 1}", total=self.source.steps_per_epoch,
+                                completed=state.step_in_epoch, loss=0.0, rate=0.0)  # fmt: skip
+            began, seen = time.monotonic(), state.seen
+
+            def advance() -> None:
+                rate = (state.seen - seen) * self.world / max(time.monotonic() - began, 1e-9)
+                bar.update(task, completed=state.step_in_epoch, loss=state.loss_sum / state.seen, rate=rate)
+
+            yield advance
+
+
+def _seed_everything(seed: int, *, deterministic: bool) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def _schedule(step: int, warmup: int, total: int, floor: float) -> float:
+    """Linear warm-up, then a cosine down to ``floor``; a share of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Moving average whose decay grows with the steps, so that early weights do not linger."""
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        steps = int(count)
+        weight = 1 - min(decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    return update
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,318 @@
+"""Training: builds everything itself, reads only its splits, resumes exactly, and says what went wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import stage1_pro  # noqa: E402
+from stage1_pro.artifacts import Predictions, Splits  # noqa: E402
+from stage1_pro.config import Config, load_config  # noqa: E402
+from stage1_pro.data.synthetic import render_pool  # noqa: E402
+from stage1_pro.errors import ArtifactError, InputError, TrainingError  # noqa: E402
+from stage1_pro.models.model import Stage1Model  # noqa: E402
+from stage1_pro.training import checkpoint, losses  # noqa: E402
+from stage1_pro.training.inference import infer_split  # noqa: E402
+from stage1_pro.training.loop import COLUMNS, TIMINGS, train  # noqa: E402
+from stage1_pro.training.prepare import RunConfig  # noqa: E402
+
+SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "train.save_every_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with splits of 240 rendered scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    labels = render_pool(folder / "pool", 240, seed=1, size=64)
+    stage1_pro.split(labels, folder / "run", seed=0)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(split_run: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the split run."""
+    shutil.copytree(split_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*SMALL, *overrides])
+
+
+def test_one_call_writes_every_artefact(run: Path) -> None:
+    splits = Splits.read(run / "splits.json")
+    result = train(run, config())
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [0, 1]
+    assert list(rows[0]) == COLUMNS
+    assert all(float(row["augrc_low"]) <= float(row["augrc"]) <= float(row["augrc_high"]) for row in rows)
+    last = torch.load(run / "last.pth", weights_only=True)
+    for key in ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "epoch", "global_step",
+                "sampler_state", "best_acc", "best_augrc", "patience_counter", "ema_state_dict", "rng_state"):  # fmt: skip
+        assert key in last, key
+    assert last["best_augrc"] == min(float(row["augrc"]) for row in rows) == result.best["augrc"]
+    assert last["best_acc"] == max(float(row["accuracy"]) for row in rows)
+    stored = RunConfig.read(run / "config.json")
+    assert stored.config.model.image_size == 48
+    assert stored.config.model.tap == 4
+    assert stored.versions["torch"] == torch.__version__
+    predictions = Predictions.load(run / "val_calib.npz")
+    assert predictions.row_ids.tolist() == [row.id for row in splits.of("val_calib")]
+    assert set(predictions.halves.tolist()) == {"fit", "certify"}
+    np.testing.assert_array_equal(torch.load(run / "val_calib_logits.pt").numpy(), predictions.logits_a)
+    assert torch.load(run / "val_calib_labels.pt").dtype == torch.int64
+    again = infer_split(run, "val_calib")
+    np.testing.assert_array_equal(again.logits_a, predictions.logits_a)
+    # figures in metrics.csv are those of the kept weights
+    select = infer_split(run, "val_select")
+    best = rows[result.best_epoch]
+    assert np.mean(select.logits_a.argmax(1) == select.labels) == pytest.approx(float(best["accuracy"]))
+
+
+def test_training_never_opens_val_test_or_foreign_rows(run: Path) -> None:
+    splits = Splits.read(run / "splits.json")
+    copy = run.parent / "images"
+    for row in splits.rows:
+        if row.split != "val_test":
+            (copy / row.file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(splits.path(row), copy / row.file)
+    splits.model_copy(update={"root": str(copy)}).write(run / "splits.json")
+    train(run, config("train.epochs=1"))
+    with pytest.raises(InputError):
+        infer_split(run, "val_test")
+
+
+def weights(run: Path, name: str = "last.pth") -> dict[str, torch.Tensor]:
+    return torch.load(run / name, weights_only=True)["model_state_dict"]
+
+
+def test_number_of_workers_does_not_matter(run: Path, split_run: Path, tmp_path: Path) -> None:
+    train(run, config("train.epochs=1", "train.workers=0"))
+    other = shutil.copytree(split_run, tmp_path / "other")
+    train(other, config("train.epochs=1", "train.workers=2"))
+    assert (run / "last.pth").read_bytes() == (other / "last.pth").read_bytes()
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(run: Path, split_run: Path, tmp_path: Path) -> None:
+    train(run, config("train.epochs=1"))
+    other = shutil.copytree(split_run, tmp_path / "other")
+    train(other, config("train.epochs=1", "train.micro_batch=12"))
+    a, b = weights(run), weights(other)
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3  # AdamW turns rounding into up to lr a step
+    la, lb = ([float(r["train_loss"]) for r in csv.DictReader((x / "metrics.csv").open())] for x in (run, other))
+    assert la == pytest.approx(lb, rel=1e-4)
+
+
+def _fail_above(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    whole = Stage1Model.forward
+
+    def forward(self: Stage1Model, pixels: torch.Tensor):  # type: ignore[no-untyped-def]
+        if self.training and len(pixels) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, pixels)
+
+    monkeypatch.setattr(Stage1Model, "forward", forward)
+
+
+def test_out_of_memory_keeps_the_effective_batch(
+    run: Path, split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(split_run, tmp_path / "other")
+    train(other, config("train.epochs=1", "train.batch_size=64", "train.micro_batch=16"))
+    _fail_above(monkeypatch, 20)
+    train(run, config("train.epochs=1", "train.batch_size=64"))
+    assert "micro-batches of 16, same effective batch" in capsys.readouterr().err
+    assert torch.load(run / "last.pth", weights_only=True)["progress"]["micro_batch"] == 16
+    a, b = weights(run), weights(other)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_out_of_memory_at_the_smallest_batch_is_a_clear_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fail_above(monkeypatch, 8)
+    with pytest.raises(TrainingError, match="out of memory at 16 rows, the smallest micro-batch"):
+        train(run, config("train.epochs=1"))
+
+
+def test_a_loss_that_is_not_finite_names_its_images(run: Path) -> None:
+    with pytest.raises(TrainingError, match=r"loss must be finite, got nan .*\.(png|jpg)"):
+        train(run, config("train.lr=1e30", "train.grad_clip=1e30", "train.warmup_epochs=0"))
+
+
+def test_early_stopping_counts_epochs_without_a_better_augrc(run: Path) -> None:
+    result = train(run, config("train.epochs=30", "train.patience=1", "train.lr=1e-8", "train.ema_decay=0"))
+    assert result.epochs < 30
+    assert result.best_epoch < result.epochs - 1
+
+
+def test_class_weights_average_to_one_over_the_rows() -> None:
+    labels = torch.tensor([0] * 30 + [1] * 10 + [2] * 20)
+    weight = losses.balanced_weights(labels, 3)
+    assert float(weight[labels].mean()) == pytest.approx(1.0)
+    assert (weight * torch.bincount(labels)).tolist() == pytest.approx([20.0] * 3)
+
+
+def test_a_second_training_needs_a_word(run: Path) -> None:
+    train(run, config("train.epochs=1"))
+    with pytest.raises(InputError, match="trained already; go on with --resume or start anew with --overwrite"):
+        train(run, config("train.epochs=1"))
+    with pytest.raises(InputError, match=r"--resume must keep .* train.epochs = 3 instead of 1"):
+        train(run, config("train.epochs=3"), resume=True)
+    before = (run / "model_best.pth").read_bytes()
+    train(run, resume=True)
+    assert (run / "model_best.pth").read_bytes() == before
+    train(run, config("train.epochs=1", "seed=5"), overwrite=True)
+    assert (run / "model_best.pth").read_bytes() != before
+
+
+def test_a_run_with_a_foreign_checkpoint_is_refused(run: Path, split_run: Path, tmp_path: Path) -> None:
+    train(run, config("train.epochs=1"))
+    other = shutil.copytree(split_run, tmp_path / "other")
+    train(other, config("train.epochs=1", "model.tap=2"))
+    shutil.copy(other / "model_best.pth", run / "model_best.pth")
+    with pytest.raises(ArtifactError, match="differs in model.tap: 2 instead of 4"):
+        infer_split(run, "val_select")
+    shutil.copy(other / "last.pth", run / "last.pth")
+    with pytest.raises(ArtifactError, match=r"last.pth must be of this run's architecture; it differs in tap: 2 instead of 4"):
+        train(run, resume=True)
+
+
+def test_resume_with_nothing_to_resume(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--resume needs"):
+        train(run, resume=True)
+    with pytest.raises(InputError, match="must be a folder with splits.json"):
+        train(tmp_path / "nowhere")
+
+
+def test_linear_mode_trains_heads_on_cached_features(run: Path, shared) -> None:  # type: ignore[no-untyped-def]
+    folder = shared("weights/dinov2-small")
+    options = (f"model.backbone={folder}", "model.image_size=56", "model.tap=6", "train.mode=linear", "train.epochs=20")
+    result = train(run, config(*options))
+    state = weights(run, "model_best.pth")
+    from stage1_pro.models.backbone import load_backbone
+
+    fresh = load_backbone(str(folder), 56, pos_embed_rescale=None, seed=0).state_dict()
+    assert all(torch.equal(state[f"backbone.{k}"], v) for k, v in fresh.items() if f"backbone.{k}" in state)
+    assert set(weights(run)) == {k.removeprefix("heads.") for k in state if k.startswith("heads.")}
+    select = infer_split(run, "val_select")
+    assert np.mean(select.logits_a.argmax(1) == select.labels) == pytest.approx(result.best["accuracy"])
+    stamp = (run / "features_train.npz").stat().st_mtime_ns
+    train(run, config(*options, "train.epochs=5"), overwrite=True)
+    assert (run / "features_train.npz").stat().st_mtime_ns == stamp, "features must be computed once"
+
+
+# ------------------------------------------------------------------------------------------------
+# kill -9
+
+ARTEFACTS = ("config.json", "splits.json", "model_best.pth", "model_best_acc.pth", "last.pth", "val_calib.npz",
+             "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt")  # fmt: skip
+
+
+def command(run: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "stage1_pro.cli", "train", "--run", str(run), *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "2"}
+
+
+def without_timings(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+
+
+def _kill_when(run: Path, options: list[str], seen: str | None, delay: float) -> str | None:
+    """Start a training, kill -9 it when its log says ``seen`` (and after ``delay``); the log's last words."""
+    log = run / "train.log"
+    start = log.stat().st_size if log.exists() else 0
+    process = subprocess.Popen(command(run, *options), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        text = log.read_bytes()[start:].decode() if log.exists() else ""
+        if (seen or "train from step") in text:
+            time.sleep(delay)
+            break
+        time.sleep(0.0005)
+    if process.poll() is not None:
+        return None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return log.read_text()[start:].strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
+    options = [part for item in (*SMALL, "train.epochs=8", "model.tap=2") for part in ("--set", item)]
+    whole = shutil.copytree(split_run, tmp_path / "whole")
+    subprocess.run(command(whole, *options), env=environment(), check=True, capture_output=True)
+
+    killed = shutil.copytree(split_run, tmp_path / "killed")
+    rng = random.Random(4)
+    wanted: list[str | None] = ["validate begin", "last.pth writing", None, "validate begin", "model_best.pth writing",
+                                None, "last.pth writing", None, "validate begin", None]  # fmt: skip
+    words: list[str] = []
+    for seen in wanted:
+        given = ["--resume"] if (killed / "config.json").exists() else options
+        delay = rng.uniform(0, 0.5) if seen is None else rng.uniform(0, 0.003)
+        last = _kill_when(killed, given, seen, delay)
+        if last is None:
+            break
+        words.append(last)
+    while len(words) < 10:  # finished early: kill while it ends once more, or starts
+        last = _kill_when(killed, ["--resume"], "val_calib begin", rng.uniform(0, 0.02))
+        assert last is not None, "a resumed run must still be alive when it writes val_calib"
+        words.append(last)
+    result = subprocess.run(command(killed, "--resume"), env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+    assert len(words) == 10
+    inside = [w for w in words if w.endswith(("validate begin", "writing"))]
+    assert len(inside) >= 2, words
+    for name in ARTEFACTS:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs after {words}"
+    assert without_timings(killed / "metrics.csv") == without_timings(whole / "metrics.csv")
+    assert not list(killed.glob(".*.tmp")), "what killed writers left must be swept up"
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_figures_of_one(split_run: Path, tmp_path: Path) -> None:
+    options = [part for item in (*SMALL, "train.epochs=3") for part in ("--set", item)]
+    runs = {}
+    for processes in (1, 2):
+        run = shutil.copytree(split_run, tmp_path / f"p{processes}")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [*launcher, "-m", "stage1_pro.cli", "train", "--run", str(run), "--json", *options],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        runs[processes] = without_timings(run / "metrics.csv")
+        assert Predictions.load(run / "val_calib.npz").logits_a.shape[0] == len(Splits.read(run / "splits.json").of("val_calib"))
+    one, two = runs[1], runs[2]
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a["step"] == b["step"], "same effective batch, same number of steps"
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=2e-2)
+        assert float(a["nll"]) == pytest.approx(float(b["nll"]), rel=5e-2)
+    assert float(one[0]["train_loss"]) == pytest.approx(float(two[0]["train_loss"]), rel=1e-3)
+
+
+def test_train_json_is_one_document(run: Path) -> None:
+    done = subprocess.run(
+        command(run, "--json", "--set", "train.epochs=1", "--set", "train.workers=0"),
+        env=environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["epochs"] == 1
