@@ -72,7 +72,6 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on GPUs that have it, fp32 on a CPU")
     deterministic: bool = True
     workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
-    max_quarantine: float = Field(0.02, ge=0, le=1, description="largest share of unreadable images")
     tensorboard: bool = False
 
 

@@ -357,4 +357,3 @@ def _licence_note(config: Config, backbone: BackboneInfo) -> str | None:
     if not texts:
         lines += ["The licence's text did not come with the backbone: add it when you pass this bundle on outside it."]
     return "\n".join(lines) + "\n"
-

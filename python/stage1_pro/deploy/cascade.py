@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.data.images import preprocess, read_image
+from stage1_pro.data.images import ImageError, _orientation, _to_rgb, preprocess, read_image
 from stage1_pro.deploy.bundle import Bundle, Policy, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
 from stage1_pro.errors import InputError
@@ -114,22 +113,19 @@ class Cascade:
     def decide(self, pixels: NDArray[np.float32]) -> Decisions:
         """Decide for preprocessed images [N, 3, H, W] as one batch; N may be 0."""
         classes = self.bundle.manifest.classes
-        count = len(pixels)
-        probs = np.empty((0, len(classes)))
-        exited = np.zeros(0, dtype=bool)
-        deferred = np.zeros(0, dtype=np.intp)
-        if count:
+        if len(pixels) == 0:
+            first: Arrays = {"logits": np.empty((0, len(classes)), dtype=np.float32)}
+        else:
             first = self._stage_a(pixels)
-            probs = softmax(first["logits"])
-            exited = exits(self.bundle.policy, probs)
-            deferred = np.flatnonzero(~exited)
+        probs = softmax(first["logits"])
+        exited = exits(self.bundle.policy, probs)
+        deferred = np.flatnonzero(~exited)
         if len(deferred):
             hidden = np.ascontiguousarray(first["hidden"][deferred])
             probs[deferred] = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])
         answered = np.isfinite(probs).all(axis=1)
         # argmax takes the lowest index on ties; rows of NaN are blanked below.
-        best = np.argmax(probs, axis=1) if count else np.zeros(0, dtype=np.intp)
-        sure = confidence(probs) if count else np.zeros(0)
+        best, sure = np.argmax(probs, axis=1), confidence(probs)
         return Decisions(
             label=np.where(answered, np.asarray(classes, dtype=np.str_)[best], ""),
             prob=np.where(answered, probs[:, classes.index(self.bundle.manifest.positive)], np.nan),
@@ -156,14 +152,20 @@ def exits(policy: Policy, probs: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _open(image: ImageLike) -> Image.Image:
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, bytes | bytearray | memoryview):
-        return read_image(io.BytesIO(image))
+    """Any kind of image as 8-bit RGB the right way up; a PIL image just as its file would be read."""
+    if isinstance(image, str | Path | bytes | bytearray | memoryview):
+        return read_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise InputError(f"an image array must be uint8 [H, W, 3] or [H, W], got {image.dtype} {list(image.shape)}")
+        if image.size == 0:
+            raise ImageError("image array", "damaged", "no pixels")
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        try:
+            image.load()
+            transpose, picture = _orientation(image), _to_rgb(image, "image")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ImageError("image", "damaged", str(error)) from None
+        return picture if transpose is None else picture.transpose(transpose)
     raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from stage1_pro.artifacts import EngineEntry, Record, StageName, atomic_path, sha256_file
-from stage1_pro.errors import ArtifactError, InputError, need, nearest
+from stage1_pro.errors import ArtifactError, InputError, nearest, need
 from stage1_pro.progress import say
 
 # Target → Python module of its builder and the extra that installs it.
@@ -28,9 +28,9 @@ class EngineRecipe(Record):
     """What an engine is built for; ``engines/*.yaml`` holds these."""
 
     target: Literal["rtx"] = "rtx"
-    precision: Literal["fp32"] = Field("fp32", description="type of the graph; engines are strongly typed")
-    compute_capabilities: tuple[str, ...] = Field((), description="like SM86, SM120; empty = Ampere and later")
-    batch: tuple[int, int, int] = Field((1, 8, 64), description="smallest, optimal and largest batch")
+    precision: Literal["fp32"] = Field(default="fp32", description="type of the graph; engines are strongly typed")
+    compute_capabilities: tuple[str, ...] = Field(default=(), description="like SM86, SM120; empty = Ampere and later")
+    batch: tuple[int, int, int] = Field(default=(1, 8, 64), description="smallest, optimal and largest batch")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -306,7 +306,7 @@ def _progress(trt: Any, config: Any, stage: str) -> Iterator[None]:
             def __init__(self) -> None:
                 trt.IProgressMonitor.__init__(self)
 
-            def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            def phase_start(self, name: str, _parent: str | None, steps: int) -> None:
                 tasks[name] = bar.add_task(f"{stage}: {name}"[:60], total=steps)
 
             def step_complete(self, name: str, step: int) -> bool:

@@ -210,4 +210,3 @@ def _entry(folder: Path, stage: StageName, parity: float) -> StageEntry:
     if any(shape[0] != -1 for shape in (*inputs.values(), *outputs.values())):
         raise ArtifactError(f"{stage}.onnx must have a dynamic batch, got {inputs} -> {outputs}")
     return StageEntry(onnx=f"{stage}.onnx", inputs=inputs, outputs=outputs, parity=parity)
-

@@ -78,7 +78,7 @@ def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.Infe
     graph = bundle.graph(stage)
     try:
         session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a kind of its own per status code
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises a kind of its own per status code
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ArtifactError(f"{graph.name} must be a graph onnxruntime can load, got: {reason}") from None
     entry = bundle.manifest.stages[stage]

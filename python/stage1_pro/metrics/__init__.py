@@ -1,1 +1,44 @@
-"""Room: metrics."""
+"""Metrics of selective classifiers and of probabilities: NumPy in, numbers out, no torch."""
+
+from __future__ import annotations
+
+from stage1_pro.metrics.intervals import (
+    Interval,
+    bootstrap_augrc,
+    clopper_pearson,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+)
+from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, mcc, nll
+from stage1_pro.metrics.selective import (
+    OperatingPoint,
+    RiskCoverage,
+    augrc,
+    aurc,
+    coverage_at_risk,
+    fnr_on_exited,
+    risk_at_coverage,
+    risk_coverage,
+)
+
+__all__ = [
+    "Interval",
+    "OperatingPoint",
+    "RiskCoverage",
+    "accuracy",
+    "augrc",
+    "aurc",
+    "auroc",
+    "balanced_accuracy",
+    "bootstrap_augrc",
+    "brier",
+    "clopper_pearson",
+    "clopper_pearson_lower",
+    "clopper_pearson_upper",
+    "coverage_at_risk",
+    "fnr_on_exited",
+    "mcc",
+    "nll",
+    "risk_at_coverage",
+    "risk_coverage",
+]

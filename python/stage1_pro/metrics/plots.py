@@ -12,10 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import ArrayLike
+
+from stage1_pro.metrics.selective import risk_coverage
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
-SIZE = (6.4, 4.0)
+SIZE = (5.4, 3.5)
 # More points than a printed line can show only make the drawing slow.
 CURVE_POINTS = 2000
 
@@ -31,21 +34,27 @@ def risk_coverage_png(
         point: (coverage, risk) of a policy to mark.
         band: [3, M] coverage, low and high risk, to shade.
     """
-    coverage, risk = _risk_coverage(np.asarray(confidence, np.float64), np.asarray(error, np.float64))
+    curve = risk_coverage(confidence, error)
+    kept = np.unique(np.linspace(0, curve.coverage.size - 1, CURVE_POINTS).round().astype(int))
+    coverage, risk = curve.coverage[kept], curve.selective_risk[kept]
     figure, axes = _canvas("coverage: share of photos answered by Stage A", "share wrong among them")
     if band is not None:
         x, low, high = np.asarray(band, np.float64)
         axes.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0, label="interval")
     # A tie group enters whole, so between two achievable points there is nothing: dots when there are few.
-    axes.plot(coverage, risk, color=BLUE, linewidth=2, marker="o" if coverage.size <= 30 else None, label="all thresholds")
+    axes.plot(
+        coverage, risk, color=BLUE, linewidth=2, marker="o" if coverage.size <= 30 else None, label="all thresholds"
+    )
     top = float(risk.max())
     if point is not None:
-        axes.plot(*point, "D", color=VERMILION, markersize=9, label=f"policy: {point[0]:.0%} answered, {point[1]:.1%} wrong")
+        axes.plot(
+            *point, "D", color=VERMILION, markersize=9, label=f"policy: {point[0]:.0%} answered, {point[1]:.1%} wrong"
+        )
         top = max(top, point[1])
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, max(top * 1.15, 0.01))
     _percent(axes, x=True, y=True)
-    axes.legend(frameon=False, loc="upper left")
+    _legend(axes)
     return _png(figure)
 
 
@@ -69,13 +78,13 @@ def reliability_png(probability: ArrayLike, correct: ArrayLike, *, bins: int = 1
     axes.plot([start, 1], [start, 1], color=GREY, linestyle="--", linewidth=1, label="as sure as right")
     area = 20 + 400 * count[kept] / sure.size
     axes.plot(mean_sure, mean_right, color=BLUE, linewidth=1)
-    axes.scatter(mean_sure, mean_right, s=area, color=BLUE, label="measured; area and number: photos")
+    axes.scatter(mean_sure, mean_right, s=area, color=BLUE, label="measured (numbers: photos)")
     for x, y, n in zip(mean_sure, mean_right, count[kept], strict=True):
         axes.annotate(str(n), (x, y), xytext=(0, -20), textcoords="offset points", ha="center", fontsize=8, color=GREY)
     axes.set_xlim(start - 0.02, 1.02)
     axes.set_ylim(min(start, float(mean_right.min())) - 0.12, 1.05)
     _percent(axes, x=True, y=True)
-    axes.legend(frameon=False, loc="upper left")
+    _legend(axes)
     return _png(figure)
 
 
@@ -91,13 +100,22 @@ def confidence_png(confidence: ArrayLike, correct: ArrayLike, *, threshold: floa
     edges = np.linspace(min(np.floor(float(sure.min()) * 20) / 20, 0.95), 1, 26).tolist()
     figure, axes = _canvas("confidence of Stage A", "photos (log scale)")
     axes.hist(sure[right], edges, color=BLUE, alpha=0.35, label=f"right ({int(right.sum())})")
-    axes.hist(sure[~right], edges, histtype="step", color=VERMILION, linewidth=2, hatch="///", label=f"wrong ({int((~right).sum())})")
+    axes.hist(
+        sure[~right],
+        edges,
+        histtype="step",
+        color=VERMILION,
+        linewidth=2,
+        hatch="///",
+        label=f"wrong ({int((~right).sum())})",
+    )
     if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--", linewidth=1.5, label=f"exit threshold {threshold:.4g}")
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1.5, label=f"threshold {threshold:.4g}")
     axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.set_ylim(bottom=0)
     _percent(axes, x=True)
-    axes.legend(frameon=False, loc="upper left")
+    _legend(axes)
     return _png(figure)
 
 
@@ -108,27 +126,18 @@ def training_png(epochs: Sequence[float], series: Mapping[str, Sequence[float]])
         epochs: [E], one number an epoch.
         series: title to values [E].
     """
-    figure = Figure(figsize=(SIZE[0], 2.0 * len(series)), layout="constrained")
+    figure = Figure(figsize=(SIZE[0], 1.75 * len(series)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = np.atleast_1d(figure.subplots(len(series), 1, sharex=True))
-    for axes, (title, values), color in zip(panels, series.items(), [BLUE, VERMILION, GREEN, ORANGE] * len(series), strict=False):
+    for axes, (title, values), color in zip(
+        panels, series.items(), [BLUE, VERMILION, GREEN, ORANGE] * len(series), strict=False
+    ):
         axes.plot(epochs, values, color=color, marker="o", markersize=4, linewidth=1.5)
         axes.set_title(title, loc="left", fontsize=10)
         _clean(axes)
     panels[-1].set_xlabel("epoch")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return _png(figure)
-
-
-def _risk_coverage(sure: NDArray[np.float64], error: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Coverage and selective risk at every achievable threshold, strictest first; tie groups whole."""
-    order = np.argsort(-sure, kind="stable")
-    descending = sure[order]
-    last = np.append(np.flatnonzero(descending[1:] < descending[:-1]), descending.size - 1)
-    if last.size > CURVE_POINTS:
-        last = last[np.unique(np.linspace(0, last.size - 1, CURVE_POINTS).round().astype(int))]
-    accepted = last + 1
-    return accepted / sure.size, np.cumsum(error[order])[last] / accepted
 
 
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
@@ -141,6 +150,11 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _legend(axes: Axes) -> None:
+    # Above the axes, where no line of anybody's data runs through it.
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.2)
+
+
 def _clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
@@ -148,18 +162,16 @@ def _clean(axes: Axes) -> None:
 
 
 def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     formatter = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
     for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
         if wanted:
             axis.set_major_formatter(formatter)
-            axis.set_major_locator(MaxNLocator(7))
+            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # The Software entry names the library's version, which would change the bytes.
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     figure.clear()
     return buffer.getvalue()

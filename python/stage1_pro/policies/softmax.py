@@ -241,11 +241,15 @@ def _checked(
         raise InputError(f"probs must be free of NaN, got NaN in row {row}; leave such rows out or mend the model")
     row = _first(((values < 0) | (values > 1 + SUM_TOLERANCE)).any(axis=1))
     if row is not None:
-        raise InputError(f"probs must be in [0, 1], got {values[row].tolist()} in row {row}; pass logits through softmax")
+        raise InputError(
+            f"probs must be in [0, 1], got {values[row].tolist()} in row {row}; pass logits through softmax"
+        )
     total = values.sum(axis=1)
     row = _first(np.abs(total - 1) > SUM_TOLERANCE)
     if row is not None:
-        raise InputError(f"probs must sum to 1 in each row, got {total[row]:.6g} in row {row}; pass logits through softmax")
+        raise InputError(
+            f"probs must sum to 1 in each row, got {total[row]:.6g} in row {row}; pass logits through softmax"
+        )
     truth = np.asarray(labels)
     if truth.shape != total.shape:
         raise InputError(f"labels must have shape [{total.size}] as probs has rows, got {list(truth.shape)}")

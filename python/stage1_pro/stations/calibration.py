@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 
 from stage1_pro.artifacts import POLICY_FILES, Predictions, Splits, Thresholds, load_npz, sha256_file
+from stage1_pro.classes import choose_positive
 from stage1_pro.config import CalibrateConfig
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.policies import withdraw_policies
@@ -90,7 +91,9 @@ def render(thresholds: Thresholds) -> str:
         )
     buffer = io.StringIO()
     console = Console(file=buffer, width=100, color_system=None)
-    console.print(f"softmax policy, positive class '{thresholds.positive}', target FNR on exits {thresholds.target_fnr:.4g}")
+    console.print(
+        f"softmax policy, positive class '{thresholds.positive}', target FNR on exits {thresholds.target_fnr:.4g}"
+    )
     console.print(table)
     console.print(
         f"exit when the largest probability of Stage A is at or above {thresholds.exit_threshold:.6g}\n"
@@ -146,7 +149,9 @@ def read_calibration(run: Path) -> Predictions:
     except InputError as error:
         raise ArtifactError(str(error)) from None
     if predictions.split != "val_calib":
-        raise ArtifactError(f"{path} must hold the split val_calib, got {predictions.split}; thresholds come from val_calib alone")
+        raise ArtifactError(
+            f"{path} must hold the split val_calib, got {predictions.split}; thresholds come from val_calib alone"
+        )
     same_rows = predictions.row_ids.tolist() == [row.id for row in splits.of("val_calib")]
     if predictions.split_hash != splits.hashes["val_calib"] or not same_rows:
         raise ArtifactError(
@@ -168,8 +173,6 @@ def _run_target(run: Path) -> float:
 def _calibrate_logits(
     path: Path, target_fnr: float | None, out: Path | None, positive: str | None, classes: list[str] | None
 ) -> Thresholds:
-    from stage1_pro.data.splits import choose_positive
-
     arrays = load_npz(path)
     probs = _file_probs(path, arrays)
     if "labels" not in arrays:
@@ -201,9 +204,8 @@ def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.fl
     """Probabilities [N, K] from ``logits`` or ``probs``; one column stands for the second of two classes."""
     given = [name for name in ("logits", "probs") if name in arrays]
     if len(given) != 1:
-        raise InputError(
-            f"{path} must hold exactly one of logits and probs, got {' and '.join(given) or ', '.join(sorted(arrays)) or 'nothing'}"
-        )
+        found = " and ".join(given) or ", ".join(sorted(arrays)) or "nothing"
+        raise InputError(f"{path} must hold exactly one of logits and probs, got {found}")
     values = arrays[given[0]]
     if values.dtype.kind not in "fiu":
         raise InputError(f"{given[0]} must be numbers, got {values.dtype}")
@@ -223,6 +225,8 @@ def _write(thresholds: Thresholds, path: Path) -> None:
         Draft202012Validator(Thresholds.model_json_schema()).iter_errors(thresholds.model_dump(mode="json")), None
     )
     if problem is not None:
-        raise ArtifactError(f"{path.name} must fit its JSON Schema, but {problem.json_path}: {problem.message}; not written")
+        raise ArtifactError(
+            f"{path.name} must fit its JSON Schema, but {problem.json_path}: {problem.message}; not written"
+        )
     thresholds.write(path)
     say(f"wrote {path}")

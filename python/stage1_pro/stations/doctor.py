@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-from stage1_pro import __version__
+from stage1_pro import __version__, _native
 from stage1_pro.deploy.engine import BUILDERS
 from stage1_pro.deploy.runtime import RUNTIMES
 from stage1_pro.errors import need
@@ -37,10 +37,9 @@ def doctor() -> dict[str, Any]:
         builders[target] = _builder(module)
         if builders[target] is None:
             missing[f"engine builder for {target} ({module})"] = _command(extra)
-    compiled = {"_core": _compiled("_core"), "_cuda": _compiled("_cuda")}
-    if compiled["_core"] is None:
+    if _native.backend() != "compiled":
         missing["compiled core (_core)"] = (
-            "install a C++ compiler, then: pip install --force-reinstall --no-deps . (slower NumPy twins are used meanwhile)"
+            "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
     return {
         "stage1_pro": __version__,
@@ -51,7 +50,10 @@ def doctor() -> dict[str, Any]:
         "train": train,
         "gpus": _gpus(),
         "torch_devices": _torch_devices(),
-        "compiled": compiled,
+        "compiled": {
+            "_core": _native.why(),
+            "_cuda": "built" if importlib.util.find_spec("stage1_pro._cuda") else None,
+        },
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,
@@ -70,7 +72,7 @@ def render(facts: dict[str, Any]) -> str:
         f"train       {listing(facts['train'])}",
         f"GPUs        {', '.join(facts['gpus']) or 'none found (nvidia-smi)'}",
         f"torch       {', '.join(facts['torch_devices']) or 'not installed'}",
-        f"compiled    {listing(facts['compiled'])}",
+        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or '-'}",
         f"runtimes    {', '.join(facts['runtimes'])}",
         f"builders    {listing(facts['builders'])}",
     ]
@@ -99,15 +101,6 @@ def _builder(module: str) -> str | None:
         return str(importlib.import_module(module).__version__)
     except (ImportError, OSError, AttributeError):
         return None
-
-
-def _compiled(name: str) -> str | None:
-    """Where a compiled module is, if it is there and loads."""
-    try:
-        found = importlib.import_module(f"stage1_pro.{name}")
-    except (ImportError, OSError):
-        return None
-    return str(getattr(found, "__version__", None) or "loaded")
 
 
 def _gpus() -> list[str]:

@@ -57,24 +57,30 @@ def render(facts: dict[str, Any]) -> str:
         f"bundle      {facts['path']} (format {facts['format_version']}, {_size(facts['size'])}, every file verified)",
         f"answers     {' | '.join(facts['classes'])}; positive: {facts['positive']}",
         f"input       {spec['width']}x{spec['height']} pixels, {spec['resize']}, {spec['resample']}",
-        f"backbone    {backbone['source']} ({backbone['family']}, {backbone['n_blocks']} blocks of width "
-        f"{backbone['hidden_size']}); Stage A reads block {facts['tap']}",
+        (
+            f"backbone    {backbone['source']} ({backbone['family']}, {backbone['n_blocks']} blocks of width "
+            f"{backbone['hidden_size']}); Stage A reads block {facts['tap']}"
+        ),
         f"licence     {backbone['licence']}{'; see ' + facts['licence_file'] if facts['licence_file'] else ''}",
         f"policy      {policy['name']}: exit at confidence >= {policy['exit_threshold']:.6g}",
         f"promise     guarantee: {policy['guarantee']}. {policy['statement']}",
-        f"on val_calib  coverage {policy['coverage']:.1%}, FNR on exits {policy['fnr_on_exited']:.2%} "
-        f"(at most {policy['fnr_upper_bound']:.2%} at level {policy['bound_level']:g}, "
-        f"{policy['n_positive_groups']} positive groups; target {policy['target_fnr']:.2%})",
+        (
+            f"on val_calib  coverage {policy['coverage']:.1%}, FNR on exits {policy['fnr_on_exited']:.2%} "
+            f"(at most {policy['fnr_upper_bound']:.2%} at level {policy['bound_level']:g}, "
+            f"{policy['n_positive_groups']} positive groups; target {policy['target_fnr']:.2%})"
+        ),
         f"ONNX        both stages; at most {parity:.2g} away from torch when exported",
     ]
-    for engine in facts["engines"]:
-        lines.append(
-            f"engine      {engine['path']}: {engine['builder']} {engine['builder_version']}, "
-            f"{engine['precision']}, batch {'/'.join(map(str, engine['batch']))}, "
-            f"{engine['layers']} fused layers; {engine['validated']}"
-        )
+    lines += [
+        f"engine      {engine['path']}: {engine['builder']} {engine['builder_version']}, "
+        f"{engine['precision']}, batch {'/'.join(map(str, engine['batch']))}, "
+        f"{engine['layers']} fused layers; {engine['validated']}"
+        for engine in facts["engines"]
+    ]
     cards = sorted({c for e in facts["engines"] for c in e["compute_capabilities"]}, key=lambda c: int(c[2:]))
-    lines.append(f"GPUs        {', '.join(cards) if cards else 'none: no engine in it; it runs on the CPU (onnxruntime)'}")
+    lines.append(
+        f"GPUs        {', '.join(cards) if cards else 'none: no engine in it; it runs on the CPU (onnxruntime)'}"
+    )
     lines += [f"file        {name}  {_size(entry['size'])}" for name, entry in facts["files"].items()]
     lines.append(
         f"made by     stage1_pro {origin['stage1_pro']}, torch {origin['torch']}, transformers "

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from stage1_pro.artifacts import write_csv
-from stage1_pro.data.images import ImageError
+from stage1_pro.data.images import SUFFIXES, ImageError
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
 from stage1_pro.progress import say, track
 
 COLUMNS = ("file", "label", "probability", "confidence", "decision", "stage", "error")
-ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
 def predict(
@@ -68,9 +67,9 @@ def gather(inputs: Sequence[Path | str]) -> list[tuple[str, Path]]:
     files: list[tuple[str, Path]] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:
-                raise InputError(f"inputs must hold images, got {path} with none ({', '.join(sorted(ENDINGS))})")
+                raise InputError(f"inputs must hold images, got {path} with none ({' '.join(sorted(SUFFIXES))})")
             files += [(str(p), p) for p in found]
         elif not path.exists():
             raise InputError(f"inputs must exist, got {path}, and there is no such file or folder")
@@ -145,7 +144,7 @@ def _answer(cascade: Cascade, chunk: list[tuple[str, Path]]) -> list[dict[str, A
         try:
             pixels.append(cascade.pixels(path))
         except ImageError as error:
-            row["error"] = getattr(error, "reason", None) or str(error)
+            row["error"] = f"{error.reason}: {error.detail}"
     if not pixels:
         return rows
     answers = iter(cascade.decide(np.stack(pixels)))

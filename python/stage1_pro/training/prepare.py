@@ -81,7 +81,8 @@ def exclusive(run: Path) -> Iterator[None]:
     """
     with (run / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A record lock: forked decoders do not inherit it, so it cannot outlive a killed training.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{run} must not be in use, but another process is training in it; wait for it") from None
         for leftover in run.glob(".*.tmp"):

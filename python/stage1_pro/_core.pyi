@@ -1,0 +1,92 @@
+"""
+Compiled kernels of stage1_pro; call them through stage1_pro._native
+"""
+
+from __future__ import annotations
+import numpy
+import numpy.typing
+import typing
+
+__all__: list[str] = ["augrc", "bootstrap_augrc"]
+
+@typing.overload
+def augrc(confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]) -> float:
+    """
+    AUGRC of rows [N]
+    """
+
+@typing.overload
+def augrc(confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.float64]) -> float:
+    """
+    AUGRC of rows [N]
+    """
+
+@typing.overload
+def augrc(confidence: numpy.typing.NDArray[numpy.float64], error: numpy.typing.NDArray[numpy.uint8]) -> float:
+    """
+    AUGRC of rows [N]
+    """
+
+@typing.overload
+def augrc(confidence: numpy.typing.NDArray[numpy.float64], error: numpy.typing.NDArray[numpy.float64]) -> float:
+    """
+    AUGRC of rows [N]
+    """
+
+@typing.overload
+def bootstrap_augrc(
+    confidence: numpy.typing.NDArray[numpy.float32],
+    error: numpy.typing.NDArray[numpy.uint8],
+    cluster: numpy.typing.NDArray[numpy.uint32],
+    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    n_replicates: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    """
+
+@typing.overload
+def bootstrap_augrc(
+    confidence: numpy.typing.NDArray[numpy.float32],
+    error: numpy.typing.NDArray[numpy.float64],
+    cluster: numpy.typing.NDArray[numpy.uint32],
+    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    n_replicates: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    """
+
+@typing.overload
+def bootstrap_augrc(
+    confidence: numpy.typing.NDArray[numpy.float64],
+    error: numpy.typing.NDArray[numpy.uint8],
+    cluster: numpy.typing.NDArray[numpy.uint32],
+    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    n_replicates: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    """
+
+@typing.overload
+def bootstrap_augrc(
+    confidence: numpy.typing.NDArray[numpy.float64],
+    error: numpy.typing.NDArray[numpy.float64],
+    cluster: numpy.typing.NDArray[numpy.uint32],
+    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    n_replicates: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    """
+
+__version__: str = "0.1.0"

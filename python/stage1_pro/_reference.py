@@ -1,0 +1,103 @@
+"""NumPy twin of every kernel in ``csrc``: the oracle of the tests, and the fallback where nothing is compiled.
+
+Functions have the names, arguments and results of ``_core``, bit for bit; ``_native`` checks what goes in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Confidence = NDArray[np.float32] | NDArray[np.float64]
+Error = NDArray[np.uint8] | NDArray[np.float64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def augrc(confidence: Confidence, error: Error) -> float:
+    """AUGRC of [N] rows; see ``stage1_pro.metrics.selective.augrc``."""
+    loss, _, ends = _sort(confidence, error, np.zeros(0, np.uint32))
+    return _evaluate(np.ones(loss.size, np.int64), loss, ends)
+
+
+def bootstrap_augrc(
+    confidence: Confidence,
+    error: Error,
+    cluster: NDArray[np.uint32],
+    n_clusters: int,
+    n_replicates: int,
+    seed: int,
+    threads: int,
+) -> NDArray[np.float64]:
+    """AUGRC of [n_replicates] resamples of the rows, or of whole clusters; ``threads`` has no effect here."""
+    loss, cluster, ends = _sort(confidence, error, cluster)
+    replicates = np.empty(n_replicates)
+    for replicate in range(n_replicates):
+        counts = resample_counts(n_clusters or loss.size, seed, replicate)
+        replicates[replicate] = _evaluate(counts[cluster] if n_clusters else counts, loss, ends)
+    return replicates
+
+
+def resample_counts(n: int, seed: int, replicate: int) -> NDArray[np.int64]:
+    """How often each of ``n`` units is drawn in one replicate: exactly Multinomial(n, 1/n), int64 [n]."""
+    return np.bincount(_draw(n, seed, replicate), minlength=n)
+
+
+def _draw(n: int, seed: int, replicate: int) -> NDArray[np.int64]:
+    """Draw ``n`` units out of ``n``: Lemire's multiplication with rejection on the 32-bit halves of hashed counters."""
+    key = _mix(_mix(seed + _GOLDEN) + _GOLDEN * (replicate + 1))
+    gamma = _mix(key ^ _GOLDEN) | 1
+    words = _hash(key, gamma, np.arange(1, (n + 1) // 2 + 1, dtype=np.uint64))
+    words = np.stack([words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)], axis=1).ravel()[:n]
+    product = words * np.uint64(n)
+    limit = np.uint64((1 << 32) % n)
+    rejected = np.flatnonzero((product & np.uint64(0xFFFFFFFF)) < limit)
+    attempt = 0
+    while rejected.size:
+        # A rejected draw has a stream of attempts of its own, so the others do not depend on it.
+        attempt += 1
+        words = _hash(_mix(key + attempt), gamma, rejected.astype(np.uint64)) >> np.uint64(32)
+        product[rejected] = words * np.uint64(n)
+        rejected = rejected[(product[rejected] & np.uint64(0xFFFFFFFF)) < limit]
+    return (product >> np.uint64(32)).astype(np.int64)
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014), of one Python integer modulo 2**64."""
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _hash(key: int, gamma: int, counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    value = np.uint64(key) + np.uint64(gamma) * counter
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _sort(
+    confidence: Confidence, error: Error, cluster: NDArray[np.uint32]
+) -> tuple[NDArray[Any], NDArray[np.uint32], NDArray[np.int64]]:
+    """Sort rows by descending confidence; within ties by cluster and error, so that row order never matters.
+
+    Returns the errors [N], the clusters [N] or [0], and where each tie group ends [M].
+    """
+    keys = (error, cluster, -confidence) if cluster.size else (error, -confidence)
+    order = np.lexsort(keys)
+    ranked = confidence[order]
+    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, ranked.size)
+    return error[order], cluster[order] if cluster.size else cluster, ends
+
+
+def _evaluate(counts: NDArray[np.int64], loss: NDArray[Any], ends: NDArray[np.int64]) -> float:
+    """AUGRC of sorted rows under counts: Σ C_g (2 E_before + E_g) over 2 n², integers all the way for 0/1 errors."""
+    rows = np.cumsum(counts)[ends - 1]
+    errors = np.cumsum(counts * loss)[ends - 1]
+    pairs = np.cumsum(np.diff(rows, prepend=0) * (np.concatenate([errors[:1] * 0, errors[:-1]]) + errors))[-1]
+    total = int(rows[-1])
+    return float(pairs) / float(2 * total * total)

@@ -1,0 +1,274 @@
+"""Reading images and turning them into the model's input: one implementation for evaluation, export and serving.
+
+No torch in here. Whatever a file holds, reading it gives an 8-bit RGB picture the right way up, or an ImageError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from stage1_pro.artifacts import PreprocessSpec, write_csv
+from stage1_pro.errors import InputError
+from stage1_pro.progress import track
+
+Reason = Literal["unreadable", "empty", "not an image", "truncated", "damaged", "oversized", "unsupported"]
+MAX_PIXELS = 64_000_000
+# Enlarging the short side of a longer strip would take gigabytes.
+MAX_ASPECT = 1000
+# Raster formats that Pillow decodes itself: an EPS, for one, would start an external program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga .ico .mpo".split()
+)
+_RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(InputError):
+    """A file cannot be used as an image; ``reason`` is one of ``Reason``."""
+
+    def __init__(self, name: str, reason: Reason, detail: str) -> None:
+        super().__init__(f"{name} must be a readable image, got: {reason}: {detail}")
+        self.name = name
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, Reason, str]]:
+        return type(self), (self.name, self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A file left out, relative to the data's root, and why."""
+
+    file: str
+    reason: str
+
+
+def read_image(source: Path | str | BinaryIO | bytes, max_pixels: float = MAX_PIXELS) -> Image.Image:
+    """Read the first frame of an image as 8-bit RGB, the right way up.
+
+    EXIF orientation is applied. Grey, CMYK (Adobe's inverted kind too) and palette images are converted;
+    16-bit grey keeps its upper 8 bits (``>> 8``, as Pillow does for 16-bit colour); transparent pixels are
+    laid on white. Colour profiles are not applied.
+
+    Args:
+        source: path, binary file (read from its start, left open) or encoded bytes.
+        max_pixels: width x height above which the file is refused by its header, before decoding.
+
+    Raises:
+        ImageError: for every file that does not give a whole picture, with its ``reason``.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _read(io.BytesIO(source), "image", max_pixels)
+    if not isinstance(source, str | Path):
+        return _read(source, str(getattr(source, "name", "image")), max_pixels)
+    name = str(source)
+    try:
+        if Path(source).exists() and not Path(source).is_file():
+            # Opening a pipe would wait for its writer.
+            raise ImageError(name, "unreadable", "not a regular file")
+        file = Path(source).open("rb")
+    except (OSError, ValueError) as error:
+        raise ImageError(name, "unreadable", getattr(error, "strerror", None) or str(error)) from None
+    with file:
+        return _read(file, name, max_pixels)
+
+
+def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
+    try:
+        with _QUIET:
+            with Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(name, "oversized", f"{width} x {height} pixels, more than {max_pixels:.0f}")
+                if width * height == 0:
+                    raise ImageError(name, "damaged", "no pixels")
+                if max(width, height) > MAX_ASPECT * min(width, height):
+                    raise ImageError(name, "unsupported", f"{width} x {height} pixels, a strip and no picture")
+                image.load()
+                # Read after decoding: some formats keep it behind the pixels, and TIFF is turned by Pillow itself.
+                transpose = _orientation(image)
+                picture = _to_rgb(image, name)
+            return picture if transpose is None else picture.transpose(transpose)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow lets a dozen kinds out, of a plugin's parser as of the decoder
+        raise ImageError(name, *_explain(error, file)) from None
+
+
+def _explain(error: Exception, file: BinaryIO) -> tuple[Reason, str]:
+    text = str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError | MemoryError):
+        return "oversized", text
+    if isinstance(error, UnidentifiedImageError):
+        with contextlib.suppress(Exception):
+            file.seek(0)
+            if not file.read(1):
+                return "empty", "the file has no content"
+        return "not an image", "no known image format"
+    if isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "not large enough", "end of")):
+        return "truncated", text
+    if isinstance(error, NotImplementedError) or "not supported" in text:
+        return "unsupported", text
+    return "damaged", text
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    # A damaged EXIF block is no reason to refuse the picture.
+    try:
+        return _ORIENTATION.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return None
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError(name, "unsupported", "floating-point pixels have no stated range")
+    if image.has_transparency_data:
+        overlay = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", overlay.size, "white"), overlay).convert("RGB")
+    return image.convert("RGB")
+
+
+class _Quiet:
+    """Silences Pillow's warnings while any thread is reading.
+
+    ``warnings.catch_warnings`` saves and restores global state, so overlapping threads would restore
+    each other's; the first one in enters it and the last one out leaves it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._saved: warnings.catch_warnings[None] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._readers += 1
+            if self._readers == 1:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0 and self._saved is not None:
+                self._saved.__exit__(None, None, None)
+                self._saved = None
+
+
+_QUIET = _Quiet()
+
+
+# --------------------------------------------------------------------------------------------
+# Pixels to input
+
+
+def preprocess(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.float32]:
+    """Turn an RGB image into the model's input [3, H, W] float32: resize, scale to [0, 1], normalise.
+
+    Each channel is resized on floats with antialiasing, so nothing is rounded in between; bicubic overshoot
+    is clipped to the range of pixels. In ``crop`` mode the picture is made just large enough to cover
+    (height, width) times ``crop_ratio``, then cut in the middle.
+    """
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return normalise(np.stack([_resize(channel.convert("F"), spec) for channel in image.split()]), spec)
+
+
+def normalise(pixels: NDArray[np.float32], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """Pixels [3, H, W] of 0..255 to (pixels / 255 - mean) / std, in place."""
+    pixels *= np.float32(1 / 255)
+    pixels -= np.asarray(spec.mean, dtype=np.float32)[:, None, None]
+    pixels /= np.asarray(spec.std, dtype=np.float32)[:, None, None]
+    return pixels
+
+
+def preprocess_many(images: Iterable[Image.Image], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """Preprocess images to one batch [N, 3, H, W] float32; N may be 0."""
+    batch = [preprocess(image, spec) for image in images]
+    return np.stack(batch) if batch else np.empty((0, 3, spec.height, spec.width), dtype=np.float32)
+
+
+def _resize(channel: Image.Image, spec: PreprocessSpec) -> NDArray[np.float32]:
+    """One channel of floats 0..255 to [H, W], still 0..255."""
+    target = (spec.width, spec.height)
+    if spec.resize == "stretch":
+        return _scale(channel, target, (0, 0, *channel.size), spec)
+    size = crop_geometry(channel.size, spec)
+    left, top = (size[0] - spec.width) // 2, (size[1] - spec.height) // 2
+    if max(size) > 16 * max(target):
+        # The whole of a long strip would be blown up to gigabytes; only its middle is resized.
+        x, y = channel.width / size[0], channel.height / size[1]
+        return _scale(channel, target, (left * x, top * y, (left + spec.width) * x, (top + spec.height) * y), spec)
+    return _scale(channel, size, (0, 0, *channel.size), spec)[top : top + spec.height, left : left + spec.width]
+
+
+def _scale(
+    channel: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float], spec: PreprocessSpec
+) -> NDArray[np.float32]:
+    resample = _RESAMPLE[spec.resample]
+    if spec.resample == "bilinear":
+        return np.asarray(channel.resize(size, resample, box=box))
+    # Bicubic overshoots; 8-bit processors clip after each direction, and clipping once differs by 15 levels.
+    wide = channel.resize((size[0], channel.height), resample, box=(box[0], 0, box[2], channel.height))
+    wide = Image.fromarray(np.clip(np.asarray(wide), 0, 255))
+    return np.clip(np.asarray(wide.resize(size, resample, box=(0, box[1], size[0], box[3]))), 0, 255)
+
+
+def crop_geometry(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """(width, height) an image is resized to before the centre crop.
+
+    For a square target this is the shorter side at ``round(side * crop_ratio)`` and the longer one floored,
+    as in transformers; otherwise the side that is short in relation to the target takes that part.
+    """
+    width, height = size
+    if width * spec.height <= height * spec.width:
+        new = round(spec.width * spec.crop_ratio)
+        return new, max(spec.height, int(new * height / width))
+    new = round(spec.height * spec.crop_ratio)
+    return max(spec.width, int(new * width / height)), new
+
+
+# --------------------------------------------------------------------------------------------
+# Quarantine
+
+
+def scan(root: Path, files: Sequence[str], max_pixels: float = MAX_PIXELS) -> list[Quarantined]:
+    """Read every file under ``root`` and list those that are no whole image."""
+    found = []
+    for file in track(files, "reading images", total=len(files)):
+        try:
+            read_image(root / file, max_pixels)
+        except ImageError as error:
+            found.append(Quarantined(file, f"{error.reason}: {error.detail}"))
+    return found
+
+
+def write_quarantine(path: Path | str, rows: Sequence[Quarantined]) -> None:
+    """Write ``quarantine.csv`` (file, reason), atomically."""
+    write_csv(path, [{"file": row.file, "reason": row.reason} for row in rows], ["file", "reason"])

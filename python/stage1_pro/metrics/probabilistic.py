@@ -1,0 +1,133 @@
+"""Metrics of answers and probabilities, in NumPy alone: the base install has no scikit-learn (the tests' judge)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_pro.errors import InputError
+
+# -log of it is 708.4: a certain and wrong answer costs much, but the mean stays a number.
+_SMALLEST = float(np.finfo(np.float64).tiny)
+
+
+def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Share of right answers, in [0, 1]; higher is better. Both are class indices [N]."""
+    answers, truth = _answers(predicted, labels)
+    return float(np.mean(answers == truth))
+
+
+def balanced_accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Mean recall over the classes that occur in ``labels``, in [0, 1]; higher is better. Both are indices [N]."""
+    answers, truth = _answers(predicted, labels)
+    return float(np.mean([np.mean(answers[truth == name] == name) for name in np.unique(truth)]))
+
+
+def mcc(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Matthews correlation of any number of classes, in [-1, 1]; 0 is chance, higher is better. Both are indices [N].
+
+    0 when all answers or all labels are of one class (Gorodkin 2004 leaves it undefined; 0 is the usual reading).
+    """
+    answers, truth = _answers(predicted, labels)
+    names, codes = np.unique(np.concatenate([truth, answers]), return_inverse=True)
+    confusion = np.zeros((names.size, names.size))
+    np.add.at(confusion, (codes[: truth.size], codes[truth.size :]), 1)
+    true, given, n = confusion.sum(1), confusion.sum(0), float(truth.size)
+    spread = (n * n - true @ true) * (n * n - given @ given)
+    return float((np.trace(confusion) * n - true @ given) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def auroc(score: ArrayLike, positive: ArrayLike) -> float:
+    """P(a positive scores above a negative), ties counted half, in [0, 1]; higher is better; NaN with one class only.
+
+    Args:
+        score: [N], higher is more positive.
+        positive: [N] booleans.
+    """
+    scores, truth = np.asarray(score, dtype=np.float64), np.asarray(positive)
+    if truth.dtype != np.bool_ and not np.isin(truth, (0, 1)).all():
+        raise InputError("positive must be booleans, got other values; compare labels with the positive class first")
+    truth = truth.astype(bool)
+    _one_shape("score", scores, "positive", truth)
+    _no_nan("score", scores)
+    n_positive, n_negative = int(truth.sum()), int((~truth).sum())
+    if n_positive == 0 or n_negative == 0:
+        return float("nan")
+    _, place, tied = np.unique(scores, return_inverse=True, return_counts=True)
+    # Twice the mean rank of a tie group, in integers: the same bits for any order of the rows.
+    twice_rank = 2 * np.cumsum(tied) - tied + 1
+    above = int(twice_rank[place[truth]].sum()) - n_positive * (n_positive + 1)
+    return above / (2 * n_positive * n_negative)
+
+
+def nll(probs: ArrayLike, labels: ArrayLike) -> float:
+    """Mean negative log likelihood in nats, at least 0; lower is better.
+
+    A probability of 0 counts as the smallest normal number, so one row costs at most 708.4.
+
+    Args:
+        probs: [N, K], rows sum to 1.
+        labels: [N] class indices 0..K-1.
+    """
+    values, truth = _probabilities(probs, labels)
+    return float(-np.mean(np.log(np.maximum(values[np.arange(truth.size), truth], _SMALLEST))))
+
+
+def brier(probs: ArrayLike, labels: ArrayLike) -> float:
+    """Mean squared distance of probabilities from the truth; lower is better.
+
+    For two classes mean (p − y)² of one of them, in [0, 1] (Brier's sum is twice that); for more the sum over
+    classes, in [0, 2]: scikit-learn's ``scale_by_half="auto"``. Arguments as in ``nll``.
+    """
+    values, truth = _probabilities(probs, labels)
+    target = np.zeros_like(values)
+    target[np.arange(truth.size), truth] = 1
+    total = float(np.mean(((values - target) ** 2).sum(1)))
+    return total / 2 if values.shape[1] == 2 else total
+
+
+def _answers(predicted: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    answers, truth = np.asarray(predicted), np.asarray(labels)
+    _one_shape("predicted", answers, "labels", truth)
+    return answers, truth
+
+
+def _probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    values, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise InputError(
+            f"probs must have shape [N, K] with K at least 2, got {list(values.shape)}; one column per class"
+        )
+    _one_shape("probs", values[:, 0], "labels", truth)
+    _no_nan("probs", values)
+    wrong = ~np.isin(truth, np.arange(values.shape[1]))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(
+            f"labels must be class indices 0 to {values.shape[1] - 1}, got {truth[row]} at row {row}; "
+            "number the classes in the order of the columns"
+        )
+    off = (values < 0).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)
+    if off.any():
+        row = int(off.argmax())
+        raise InputError(
+            f"probs must be non-negative rows that sum to 1, got {values[row].tolist()} at row {row}; "
+            "logits need a softmax first"
+        )
+    return values, truth.astype(np.int64)
+
+
+def _one_shape(first_name: str, first: NDArray[Any], second_name: str, second: NDArray[Any]) -> None:
+    if first.ndim != 1 or second.shape != first.shape or first.size == 0:
+        raise InputError(
+            f"{first_name} and {second_name} must have one value per row and at least one row, got shapes "
+            f"{list(first.shape)} and {list(second.shape)}; a metric of no rows is undefined"
+        )
+
+
+def _no_nan(name: str, values: NDArray[np.float64]) -> None:
+    missing = np.isnan(values) if values.ndim == 1 else np.isnan(values).any(1)
+    if missing.any():
+        raise InputError(f"{name} must not be NaN, got NaN at row {int(missing.argmax())}; drop or mend the row")

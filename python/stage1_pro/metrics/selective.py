@@ -1,0 +1,154 @@
+"""Metrics of a selective classifier: how much is wrong among what it is sure of.
+
+Everywhere: ``confidence`` [N] is higher where surer; ``error`` [N] is 0/1 or a loss in [0, 1]; a row is accepted iff
+its confidence is at or above the threshold, so a tie group is never cut. Definitions after Traub et al., "Overcoming
+Common Flaws in the Evaluation of Selective Classification Systems", NeurIPS 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_pro import _native
+from stage1_pro.errors import InputError
+
+NanPolicy = Literal["raise", "propagate"]
+# Shares that differ by rounding alone are the same share: 0.07 of 100 rows is 7 rows.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class RiskCoverage:
+    """The risk-coverage curve: one point per distinct confidence, from the highest down; all arrays [M].
+
+    ``coverage`` is the share accepted, ``selective_risk`` the mean error among the accepted, and
+    ``generalized_risk`` the accepted errors over all rows: P(wrong and accepted).
+    """
+
+    threshold: NDArray[np.float64]
+    coverage: NDArray[np.float64]
+    selective_risk: NDArray[np.float64]
+    generalized_risk: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One achievable threshold; with nothing accepted: threshold inf, coverage 0, selective risk NaN."""
+
+    threshold: float
+    coverage: float
+    selective_risk: float
+
+
+def augrc(confidence: ArrayLike, error: ArrayLike, *, nan_policy: NanPolicy = "raise") -> float:
+    """Area under the generalized-risk-coverage curve, in [e²/2, e − e²/2] for error rate e; lower is better.
+
+    The trapezoid over distinct confidences from (0, 0), in the exact form Σ C_g (2 E_before + E_g) / (2 n²) over tie
+    groups g of C_g rows and E_g errors: the same bits for any row order. It is not the integral of *selective* risk.
+
+    Args:
+        confidence: [N], higher is surer; infinities are allowed.
+        error: [N], 0/1 or a loss in [0, 1].
+        nan_policy: "raise" names the first NaN row; "propagate" returns NaN.
+
+    Raises:
+        InputError: wrong shape, no rows, a NaN, or an error outside [0, 1].
+
+    >>> augrc([0.9, 0.8, 0.7, 0.6], [0, 1, 0, 1])
+    0.1875
+    """
+    if _propagates(confidence, error, nan_policy):
+        return float("nan")
+    return _native.augrc(confidence, error)
+
+
+def aurc(confidence: ArrayLike, error: ArrayLike, *, nan_policy: NanPolicy = "raise") -> float:
+    """Area under the selective-risk-coverage curve, in [0, 1]; lower is better. Prefer ``augrc``.
+
+    The trapezoid over distinct confidences, with the risk of the highest one repeated down to coverage 0.
+    Arguments and errors as in ``augrc``.
+    """
+    if _propagates(confidence, error, nan_policy):
+        return float("nan")
+    curve = risk_coverage(confidence, error)
+    risk = np.concatenate([curve.selective_risk[:1], curve.selective_risk])
+    return float(np.trapezoid(risk, np.concatenate([[0.0], curve.coverage])))
+
+
+def risk_coverage(confidence: ArrayLike, error: ArrayLike) -> RiskCoverage:
+    """Coverage and both risks at every distinct confidence; arguments and errors as in ``augrc``."""
+    threshold, accepted, wrong, n = _cumulate(confidence, error)
+    return RiskCoverage(threshold, accepted / n, wrong / accepted, wrong / n)
+
+
+def risk_at_coverage(confidence: ArrayLike, error: ArrayLike, coverage: float) -> OperatingPoint:
+    """Selective risk at the smallest achievable coverage that is at least ``coverage``, in (0, 1].
+
+    The returned point carries the coverage achieved: ties may force it above the one asked for.
+    """
+    if not 0 < coverage <= 1:
+        raise InputError(f"coverage must be in (0, 1], got {coverage}; it is a share of the rows")
+    threshold, accepted, wrong, n = _cumulate(confidence, error)
+    point = int(np.argmax(accepted >= coverage * n * (1 - _ROUNDING)))
+    return _point(threshold, accepted, wrong, n, point)
+
+
+def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> OperatingPoint:
+    """The largest achievable coverage whose selective risk is at most ``risk``, in [0, 1].
+
+    Only achievable thresholds count; where none meets the risk, nothing is accepted (coverage 0).
+    """
+    if not 0 <= risk <= 1:
+        raise InputError(f"risk must be in [0, 1], got {risk}; it is a mean error")
+    threshold, accepted, wrong, n = _cumulate(confidence, error)
+    met = np.flatnonzero(wrong <= risk * accepted * (1 + _ROUNDING))
+    if met.size == 0:
+        return OperatingPoint(float("inf"), 0.0, float("nan"))
+    return _point(threshold, accepted, wrong, n, int(met[-1]))
+
+
+def fnr_on_exited(positive: ArrayLike, predicted_positive: ArrayLike, exited: ArrayLike) -> float:
+    """Exited positives answered negative over exited positives, in [0, 1], lower is better; NaN without any.
+
+    All three are booleans [N]: the row is positive, Stage A answers positive, the row exits.
+    """
+    truth, answer, gone = (np.asarray(values, dtype=bool) for values in (positive, predicted_positive, exited))
+    if truth.ndim != 1 or answer.shape != truth.shape or gone.shape != truth.shape:
+        raise InputError(
+            "positive, predicted_positive and exited must have one shape [N], got "
+            f"{list(truth.shape)}, {list(answer.shape)} and {list(gone.shape)}; pass one value per row"
+        )
+    exited_positives = int((truth & gone).sum())
+    missed = int((truth & gone & ~answer).sum())
+    return missed / exited_positives if exited_positives else float("nan")
+
+
+def _propagates(confidence: ArrayLike, error: ArrayLike, nan_policy: NanPolicy) -> bool:
+    if nan_policy not in ("raise", "propagate"):
+        raise InputError(f"nan_policy must be raise or propagate, got '{nan_policy}'; raise names the row")
+    return nan_policy == "propagate" and any(
+        bool(np.isnan(np.asarray(values, dtype=np.float64)).any()) for values in (confidence, error)
+    )
+
+
+def _cumulate(
+    confidence: ArrayLike, error: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[Any], int]:
+    """Distinct confidences from the highest down, rows accepted and errors accepted at each, and the row count."""
+    scores, losses = _native.rows(confidence, error)
+    # Errors are a sort key too, so that float losses sum in one order whatever the order of the rows.
+    order = np.lexsort((losses, -scores))
+    ranked = scores[order]
+    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), ranked.size - 1)
+    wrong = np.cumsum(losses[order], dtype=np.float64 if losses.dtype == np.float64 else np.int64)[ends]
+    return ranked[ends].astype(np.float64), ends + 1, wrong, scores.size
+
+
+def _point(
+    threshold: NDArray[np.float64], accepted: NDArray[np.int64], wrong: NDArray[Any], n: int, at: int
+) -> OperatingPoint:
+    return OperatingPoint(float(threshold[at]), float(accepted[at] / n), float(wrong[at] / accepted[at]))

@@ -1,0 +1,845 @@
+"""Room deploy: ONNX parity, engines, bundles and what they refuse, the cascade, and the stations around them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from stage1_pro.artifacts import (
+    SPLITS,
+    BundleManifest,
+    FileEntry,
+    Merging,
+    Row,
+    Splits,
+    Thresholds,
+    sha256_bytes,
+    sha256_file,
+)
+from stage1_pro.config import Config, ModelConfig
+from stage1_pro.deploy import engine as engine_module
+from stage1_pro.deploy import onnx as onnx_module
+from stage1_pro.deploy.bundle import LICENCE, load_bundle
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.engine import BuildRecord, EngineRecipe, build_engine, check_header, load_recipe, sanitise
+from stage1_pro.deploy.onnx import export_onnx
+from stage1_pro.deploy.runtime import OnnxRuntime
+from stage1_pro.errors import ArtifactError, DependencyError, InputError
+from stage1_pro.models.model import Stage1Model, create_model
+from stage1_pro.stations.doctor import doctor
+from stage1_pro.stations.doctor import render as render_doctor
+from stage1_pro.stations.exporting import export
+from stage1_pro.stations.inspection import inspect
+from stage1_pro.stations.inspection import render as render_inspection
+from stage1_pro.stations.prediction import COLUMNS, predict, render
+from stage1_pro.training.checkpoint import save_model
+from stage1_pro.training.prepare import write_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ["none", "roadwork"]
+
+
+def make_model(tap: int = 2, seed: int = 0, backbone: str = "tiny", image_size: int | None = None) -> Stage1Model:
+    """A tiny model whose heads and norms are random enough for every output to depend on the pixels."""
+    model = create_model(ModelConfig(backbone=backbone, tap=tap, image_size=image_size), CLASSES, "roadwork", seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in (model.heads, model.norm_a):
+            for parameter in module.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def make_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """Photos of coloured noise at several scales and sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    paths = []
+    for index in range(count):
+        coarse = rng.integers(0, 256, (2 + index % 5, 3 + index % 4, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((60 + index, 50 + 2 * index), Image.Resampling.BICUBIC)
+        paths.append(folder / f"{index:02d}.png")
+        image.save(paths[-1])
+    return paths
+
+
+def make_policy(model: Stage1Model, hashes: dict[str, str], threshold: float = 0.8) -> Thresholds:
+    """A policy as `stage1 calibrate` would write for this model."""
+    return Thresholds(
+        classes=CLASSES,
+        positive="roadwork",
+        exit_threshold=threshold,
+        exit_lower_threshold=1 - threshold,
+        exit_upper_threshold=threshold,
+        fnr_on_exited=0.0,
+        coverage=0.5,
+        exit_accuracy=1.0,
+        target_fnr=0.02,
+        guarantee="none",
+        statement="Chosen on val_calib; nothing is promised about other images.",
+        fnr_upper_bound=0.2,
+        bound_level=0.95,
+        bound_method="test",
+        n_rows=10,
+        n_exited=5,
+        n_positive_exited=3,
+        n_false_negative=0,
+        n_positive_groups=3,
+        grouped=True,
+        sweep_results=[],
+        split_hashes={"val_calib": hashes["val_calib"]},
+        model_fingerprint=model.fingerprint(),
+        preprocessing_fingerprint=model.architecture.preprocessing.fingerprint(),
+    )
+
+
+def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
+    """A trained and calibrated run without the training; the threshold splits its images in two."""
+    paths = make_images(run / "images", 16, seed)
+    rows = [
+        Row(
+            id=str(i), file=path.name, label=CLASSES[i % 2], group=f"secret-street-{i}", split=SPLITS[i // 2 % 4],
+            half="fit" if SPLITS[i // 2 % 4] == "val_calib" else None, sha256=sha256_file(path),
+        )
+        for i, path in enumerate(paths)
+    ]  # fmt: skip
+    splits = Splits(
+        root=str(run / "images"),
+        classes=CLASSES,
+        positive="roadwork",
+        seed=0,
+        fractions={"train": 0.25, "val_select": 0.25, "val_calib": 0.25, "val_test": 0.25},
+        counts={name: {"none": 2, "roadwork": 2} for name in SPLITS},
+        groups=dict.fromkeys(SPLITS, 4),
+        hashes={name: sha256_bytes(name.encode()) for name in (*SPLITS, "val_calib.fit", "val_calib.certify")},
+        merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0.0, largest_groups=[]),
+        rows=rows,
+    )
+    splits.write(run / "splits.json")
+    a = model.architecture
+    config = Config(model=ModelConfig(backbone="tiny", tap=a.tap, image_size=a.image_size))
+    write_config(run, config, splits)
+    save_model(run / "model_best.pth", model, model.state_dict())
+    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
+    make_policy(model, splits.hashes).write(run / "thresholds.json")
+    return run
+
+
+def torch_answers(model: Stage1Model, pixels: np.ndarray[Any, Any], threshold: float) -> tuple[Any, Any, Any]:
+    """Labels, P(roadwork) and exits from plain torch in float64 over the float32 logits."""
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(pixels))
+    first, second = (torch.softmax(x.double(), 1) for x in (outputs.logits_a, outputs.logits_b))
+    exited = first.max(1).values >= threshold
+    probs = torch.where(exited[:, None], first, second)
+    return np.array(CLASSES)[probs.argmax(1).numpy()], probs[:, 1].numpy(), exited.numpy()
+
+
+@pytest.fixture(scope="module")
+def model() -> Stage1Model:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model: Stage1Model) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("deploy") / "run", model)
+    from stage1_pro.data.images import preprocess, read_image
+
+    spec = model.architecture.preprocessing
+    pixels = np.stack([preprocess(read_image(p), spec) for p in sorted((folder / "images").iterdir())])
+    with torch.no_grad():
+        sure = np.sort(torch.softmax(model(torch.from_numpy(pixels)).logits_a.double(), 1).max(1).values.numpy())
+    middle = float(sure[len(sure) // 2 - 1 : len(sure) // 2 + 1].mean())
+    make_policy(model, Splits.read(folder / "splits.json").hashes, middle).write(folder / "thresholds.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Path:
+    return export(run)
+
+
+@pytest.fixture
+def graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the seconds of tracing: the exporter's writer gives the graphs it wrote for the bundle."""
+
+    def write(module: Any, stage: str, name: str, example: Any, folder: Path, opset: int) -> None:
+        shutil.copy(bundle / f"{stage}.onnx", folder)
+
+    monkeypatch.setattr(onnx_module, "_write", write)
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of one's own to damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx cannot be imported: no engine can be built here")
+
+
+def rewrite(bundle: Path, change: Any) -> None:
+    """Edit bundle.json as plain JSON."""
+    path = bundle / "bundle.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def rehash(bundle: Path, name: str) -> None:
+    """Make the manifest agree with a file again, as somebody who means harm would."""
+    file = bundle / name
+    rewrite(bundle, lambda v: v["files"].update({name: {"sha256": sha256_file(file), "size": file.stat().st_size}}))
+
+
+class TestOnnx:
+    def test_parity_when_stage_b_goes_on_from_tokens(self, bundle: Path, model: Stage1Model) -> None:
+        """The bundle's graphs (tap 2 of 4), on batches the exporter has not seen."""
+        self.compare(bundle, model)
+        entries = load_bundle(bundle).manifest.stages
+        assert all(0 <= entry.parity < 1e-4 for entry in entries.values())
+        assert entries["stage_a"].inputs == {"pixels": [-1, 3, 48, 48]}
+        assert entries["stage_a"].outputs == {"logits": [-1, 2], "gate_logit": [-1], "hidden": [-1, 41, 128]}
+        assert entries["stage_b"].inputs == {"hidden": [-1, 41, 128]}
+        assert entries["stage_b"].outputs == {"logits": [-1, 2]}
+
+    def test_parity_when_both_share_the_last_block(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tap 4 of 4, with weights beside the graph; the model keeps its training mode."""
+        monkeypatch.setattr(onnx_module, "_INLINE_LIMIT", 300_000)
+        model = make_model(4).train()
+        entries = export_onnx(model, model.architecture.preprocessing, tmp_path)
+        assert model.training and model.heads.training
+        assert entries["stage_a"].outputs["hidden"] == entries["stage_b"].inputs["hidden"] == [-1, 256]
+        assert (tmp_path / "stage_a.onnx.data").stat().st_size > 10 * (tmp_path / "stage_a.onnx").stat().st_size
+        self.compare(tmp_path, model.eval())
+
+    @staticmethod
+    def compare(folder: Path, model: Stage1Model) -> None:
+        a, b = (onnxruntime.InferenceSession(str(folder / f"{s}.onnx")) for s in ("stage_a", "stage_b"))
+        for batch in (1, 3, 7, 33):
+            pixels = torch.randn(batch, 3, 48, 48, generator=torch.Generator().manual_seed(batch)) * 2
+            with torch.no_grad():
+                expected = model(pixels)
+            logits, gate, hidden = a.run(None, {"pixels": pixels.numpy()})
+            assert np.abs(logits - expected.logits_a.numpy()).max() < 1e-4
+            assert np.abs(gate - expected.gate_logit.numpy()).max() < 1e-4
+            chosen = np.arange(batch)[::2]
+            late = b.run(None, {"hidden": hidden[chosen]})[0]
+            assert np.abs(late - expected.logits_b.numpy()[chosen]).max() < 1e-4
+            # Rows differ, so an output that ignores its input would have been seen.
+            assert batch == 1 or min(np.ptp(late, axis=0).min(), np.ptp(gate)) > 1e-3
+
+    def test_file_is_self_contained_and_names_no_folder(self, bundle: Path) -> None:
+        for stage in ("stage_a", "stage_b"):
+            data = (bundle / f"{stage}.onnx").read_bytes()
+            graph = onnx.load_from_string(data)
+            onnx.checker.check_model(graph)
+            assert graph.opset_import[0].version == 20
+            assert not [t for t in graph.graph.initializer if t.external_data]
+            assert not {n.op_type for n in graph.graph.node} & {"Cos", "Sin", "Dropout", "RandomUniformLike"}
+            for trace in (b"site-packages", b"stage1_pro/", str(ROOT).encode()):
+                assert trace not in data
+
+    def test_difference_above_tolerance_is_an_error(self, graphs: None, model: Stage1Model, tmp_path: Path) -> None:
+        spec = model.architecture.preprocessing
+        with pytest.raises(ArtifactError, match=r"must agree with torch within 1e-12, got a difference of"):
+            export_onnx(model, spec, tmp_path, tolerance=1e-12)
+        with pytest.raises(ArtifactError, match=r"stage_a.onnx must agree with torch within 0.001"):
+            export_onnx(make_model(seed=1), spec, tmp_path)
+
+    def test_nan_is_no_parity(self, graphs: None, tmp_path: Path) -> None:
+        model = make_model()
+        with torch.no_grad():
+            model.heads.auxiliary[3].bias.fill_(float("nan"))
+        with pytest.raises(ArtifactError, match="stage_b.onnx must agree with torch"):
+            export_onnx(model, model.architecture.preprocessing, tmp_path)
+
+    def test_wrong_pixels(self, model: Stage1Model, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"pixels must be \[M, 3, 48, 48\]"):
+            export_onnx(model, model.architecture.preprocessing, tmp_path, pixels=np.zeros((2, 3, 40, 48), np.float32))
+
+    @pytest.mark.slow
+    def test_dinov2_backbone(self, shared: Any, tmp_path: Path) -> None:
+        model = make_model(6, backbone=str(shared("weights/dinov2-small")), image_size=112)
+        entries = export_onnx(model, model.architecture.preprocessing, tmp_path)
+        assert all(entry.parity < 1e-3 for entry in entries.values())
+
+
+class TestEngine:
+    def test_yaml_is_the_default(self) -> None:
+        assert load_recipe(ROOT / "engines" / "rtx.yaml") == EngineRecipe()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("presicion: fp32", "unknown key 'presicion'.*did you mean 'precision'"),
+            ("batch: [8, 4, 2]", "batch must rise from 1"),
+            ("precision: fp64", "'precision' in .* must be valid, got 'fp64'"),
+            ("- 1", "must hold a mapping, got list"),
+            ("a: [", "must be YAML"),
+        ],
+    )
+    def test_bad_recipe(self, text: str, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "r.yaml"
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_recipe(path)
+
+    @pytest.mark.parametrize("name", ["SM90", "SM100", "SM75", "8.6"])
+    def test_refused_cards_name_what_works(self, trt: Any, name: str, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=rf"must be among SM80, SM86, SM89, SM120.*got '{name}'"):
+            build_engine(tmp_path / "a.onnx", tmp_path, EngineRecipe(compute_capabilities=(name,)), "stage_a")
+
+    def test_missing_builder_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+        with pytest.raises(DependencyError, match=r"tensorrt_rtx is not installed.*stage1_pro\[rtx\]"):
+            engine_module.import_builder("rtx")
+
+    def test_not_a_graph(self, trt: Any, tmp_path: Path) -> None:
+        (tmp_path / "a.onnx").write_bytes(b"no graph")
+        with pytest.raises(ArtifactError, match="a.onnx must be a graph tensorrt_rtx can parse"):
+            build_engine(tmp_path / "a.onnx", tmp_path, EngineRecipe(), "stage_a")
+
+    def test_sanitise(self) -> None:
+        told = "read /home/u/run/stage_a.onnx and C:\\Users\\u\\x.onnx, 3/4 done, node a/b, ratio 1/2"
+        assert sanitise(told) == "read stage_a.onnx and x.onnx, 3/4 done, node a/b, ratio 1/2"
+
+    def test_engines_are_this_models(self, trt: Any, run: Path, bundle: Path, tmp_path: Path) -> None:
+        out = export(run, tmp_path / "bundle", target="rtx")
+        for name in ("stage_a.onnx", "stage_b.onnx", "config.json", "splits.json"):
+            assert (out / name).read_bytes() == (bundle / name).read_bytes(), "the same run gives the same bytes"
+        manifest = load_bundle(out).manifest
+        assert [e.stage for e in manifest.engines] == ["stage_a", "stage_b"]
+        for entry in manifest.engines:
+            data = (out / entry.path).read_bytes()
+            record = BuildRecord.read((out / entry.path).with_suffix(".build.json"))
+            # Built by TensorRT for RTX, from the graph in this bundle.
+            assert entry.builder == record.builder == "tensorrt_rtx"
+            assert entry.builder_version == record.builder_version == trt.__version__
+            assert entry.onnx_sha256 == record.onnx_sha256 == sha256_file(out / manifest.stages[entry.stage].onnx)
+            assert record.engine_sha256 == sha256_bytes(data) == manifest.files[entry.path].sha256
+            # The log's fused layers carry the names of this graph's own matrix products.
+            assert entry.layers == len(record.layers) >= 10 * 2
+            products = {n.name for n in onnx.load(out / f"{entry.stage}.onnx").graph.node if n.op_type == "MatMul"}
+            named = {part for layer in record.layers for part in layer.name.rsplit("_myl", 1)[0].split("+")}
+            assert len(named & products) >= 4
+            # The header is well formed: the runtime says so, and its length field is the file's length.
+            assert "well formed" in entry.validated and "not run" in entry.validated
+            assert data[:4] == b"vtrt" and int.from_bytes(data[16:24], "little") == len(data)
+            # fp32 weights are in it.
+            assert len(data) > (out / f"{entry.stage}.onnx").stat().st_size * 0.8
+            assert entry.compute_capabilities[:3] == ["SM80", "SM86", "SM89"]
+            assert entry.build_seconds > 0
+            text = record.model_dump_json()
+            assert str(tmp_path) not in text and str(ROOT) not in text and "Parsing node" not in text
+        assert "SM120" in render_inspection(inspect(out))
+
+    def test_recipe_reaches_the_builder(self, trt: Any, bundle: Path, tmp_path: Path) -> None:
+        recipe = EngineRecipe(compute_capabilities=("SM86", "SM120"), batch=(1, 2, 4))
+        entry = build_engine(bundle / "stage_b.onnx", tmp_path, recipe, "stage_b")
+        assert entry.compute_capabilities == ["SM86", "SM120"] and entry.batch == (1, 2, 4)
+
+    def test_header(self, trt: Any, bundle: Path, tmp_path: Path) -> None:
+        entry = build_engine(bundle / "stage_b.onnx", tmp_path, EngineRecipe(batch=(1, 1, 2)), "stage_b")
+        header = (tmp_path / entry.path).read_bytes()[:64]
+        assert check_header(header).startswith("header well formed")
+        for bad, message in ((b"x" + header[1:], "malformed"), (bytes(64), "malformed"), (header[:63], "got 63")):
+            with pytest.raises(ArtifactError, match=message):
+                check_header(bad)
+
+    def test_fused_attentions_are_counted(self, trt: Any, tmp_path: Path) -> None:
+        class Attention(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for _ in range(3):
+                    heads = x.reshape(x.shape[0], 64, 4, 32).transpose(1, 2)
+                    x = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+                    x = x.transpose(1, 2).reshape(x.shape[0], 64, 128)
+                return x
+
+        with onnx_module._quiet():
+            program = torch.onnx.export(
+                Attention().eval(), (torch.zeros(2, 64, 128, dtype=torch.float16),), dynamo=True, opset_version=20,
+                dynamic_shapes={"x": {0: torch.export.Dim("batch")}}, verbose=False,
+            )  # fmt: skip
+        assert program is not None
+        program.save(str(tmp_path / "m.onnx"))
+        entry = build_engine(tmp_path / "m.onnx", tmp_path, EngineRecipe(), "stage_a")
+        assert entry.attention_layers == 3
+
+
+class TestBundle:
+    def test_what_is_in_it(self, bundle: Path, run: Path) -> None:
+        files = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
+        assert files == {
+            "bundle.json", "config.json", "metrics.csv", "splits.json", "stage_a.onnx", "stage_b.onnx",
+            "thresholds.json",
+        }  # fmt: skip
+        manifest = BundleManifest.read(bundle / "bundle.json")
+        assert set(manifest.files) == files - {"bundle.json"}
+        assert manifest.active_exit_policy == "softmax"
+        assert (bundle / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+        everything = b"".join(p.read_bytes() for p in bundle.rglob("*.json"))
+        # File names and places do not leave the house.
+        assert b"secret-street" not in everything and b".png" not in everything and str(run).encode() not in everything
+
+    def test_changed_byte(self, copy: Path) -> None:
+        for name in load_bundle(copy).manifest.files:
+            data = bytearray((copy / name).read_bytes())
+            data[len(data) // 2] ^= 1
+            (copy / name).write_bytes(data)
+            with pytest.raises(ArtifactError, match=f"{name} must have the sha256 it was exported with"):
+                load_bundle(copy)
+            data[len(data) // 2] ^= 1
+            (copy / name).write_bytes(data)
+        load_bundle(copy)
+
+    def test_changed_size(self, copy: Path) -> None:
+        with (copy / "stage_a.onnx").open("ab") as file:
+            file.write(b"\0")
+        with pytest.raises(ArtifactError, match=r"stage_a.onnx must have \d+ bytes as exported"):
+            load_bundle(copy)
+
+    @pytest.mark.parametrize("name", ["stage_b.onnx", "metrics.csv", "config.json", "splits.json"])
+    def test_missing_file(self, copy: Path, name: str) -> None:
+        (copy / name).unlink()
+        with pytest.raises(ArtifactError, match=f"missing: {name}"):
+            load_bundle(copy)
+
+    def test_missing_manifest(self, copy: Path) -> None:
+        (copy / "bundle.json").unlink()
+        with pytest.raises(ArtifactError, match="bundle must hold bundle.json"):
+            load_bundle(copy)
+        with pytest.raises(ArtifactError, match="bundle must be a folder"):
+            load_bundle(copy / "nowhere")
+
+    @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "engines/rtx/stage_a.engine"])
+    def test_extra_file(self, copy: Path, name: str) -> None:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("x")
+        with pytest.raises(ArtifactError, match=f"only the files of bundle.json, extra: {name}"):
+            load_bundle(copy)
+
+    @pytest.mark.parametrize("name", ["gateparams.json", "scrcparams.json", "old/thresholds.json", "Thresholds.JSON"])
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_second_policy_file(self, copy: Path, name: str, listed: bool) -> None:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes((copy / "thresholds.json").read_bytes())
+        if listed:
+            rehash(copy, name)
+        with pytest.raises(ArtifactError, match="exactly one policy file"):
+            load_bundle(copy)
+
+    def test_no_policy_file(self, copy: Path) -> None:
+        (copy / "thresholds.json").unlink()
+        with pytest.raises(ArtifactError, match="missing: thresholds.json"):
+            load_bundle(copy)
+        rewrite(copy, lambda v: v["files"].pop("thresholds.json"))
+        with pytest.raises(ArtifactError, match="exactly one policy file, got none"):
+            load_bundle(copy)
+
+    def test_policy_file_of_another_policy(self, copy: Path) -> None:
+        rewrite(copy, lambda v: v.update(active_exit_policy="gate"))
+        with pytest.raises(ArtifactError, match="policy_file must be gateparams.json"):
+            load_bundle(copy)
+
+    def test_policy_this_version_cannot_read(self, copy: Path) -> None:
+        (copy / "thresholds.json").rename(copy / "gateparams.json")
+
+        def change(values: Any) -> None:
+            values.update(active_exit_policy="gate", policy_file="gateparams.json")
+            values["files"]["gateparams.json"] = values["files"].pop("thresholds.json")
+
+        rewrite(copy, change)
+        with pytest.raises(ArtifactError, match="must be one this version reads"):
+            load_bundle(copy)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("classes", ["roadwork", "none"], "another classes"),
+            ("positive", "none", "another positive class"),
+            ("model_fingerprint", "0" * 64, "another model fingerprint: 000000000000…"),
+            ("model_fingerprint", None, "another model fingerprint: none"),
+            ("preprocessing_fingerprint", "0" * 64, "another preprocessing fingerprint"),
+            ("split_hashes", {"val_calib": "0" * 64}, "calibrated on this run's val_calib"),
+            ("exit_threshold", 1.5, "exit_threshold: Input should be less than or equal to 1"),
+            ("exit_thresholt", 0.5, "exit_thresholt: Extra inputs"),
+        ],
+    )
+    def test_policy_of_another_model(self, copy: Path, key: str, value: Any, message: str) -> None:
+        path = copy / "thresholds.json"
+        values = json.loads(path.read_text())
+        values[key] = value
+        path.write_text(json.dumps(values))
+        rehash(copy, "thresholds.json")
+        with pytest.raises(ArtifactError, match=message):
+            load_bundle(copy)
+
+    def test_other_preprocessing_in_the_manifest(self, copy: Path) -> None:
+        rewrite(copy, lambda v: v["preprocessing"].update(mean=[0.5, 0.5, 0.5]))
+        with pytest.raises(ArtifactError, match="another preprocessing fingerprint"):
+            load_bundle(copy)
+
+    @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../b", "a//b", "c:\\x", "a\\..\\b", "", ".", "a\0b"])
+    def test_names_that_leave_the_folder(self, copy: Path, name: str) -> None:
+        entry = FileEntry(sha256="0" * 64, size=0).model_dump()
+        rewrite(copy, lambda v: v["files"].update({name: entry}))
+        with pytest.raises(ArtifactError, match="must name files inside the bundle"):
+            load_bundle(copy)
+
+    def test_graph_outside_the_folder(self, copy: Path) -> None:
+        rewrite(copy, lambda v: v["stages"]["stage_a"].update(onnx="../stage_a.onnx"))
+        with pytest.raises(ArtifactError, match="must name files inside the bundle"):
+            load_bundle(copy)
+
+    def test_links_are_refused(self, copy: Path) -> None:
+        outside = copy.parent / "outside.onnx"
+        (copy / "stage_a.onnx").rename(outside)
+        (copy / "stage_a.onnx").symlink_to(outside)
+        with pytest.raises(ArtifactError, match="got a link: stage_a.onnx"):
+            load_bundle(copy)
+
+    def test_linked_manifest_and_folder(self, copy: Path) -> None:
+        (copy / "engines").symlink_to(copy.parent)
+        with pytest.raises(ArtifactError, match="got a link: engines"):
+            load_bundle(copy)
+        (copy / "bundle.json").rename(copy.parent / "b.json")
+        (copy / "bundle.json").symlink_to(copy.parent / "b.json")
+        with pytest.raises(ArtifactError, match="bundle.json must be a plain file"):
+            load_bundle(copy)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 2}', "\udcff", '"' + "[" * 100000])
+    def test_broken_manifest(self, copy: Path, text: str) -> None:
+        (copy / "bundle.json").write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(ArtifactError, match=r"bundle.json"):
+            load_bundle(copy)
+
+    def test_graph_of_another_shape(self, copy: Path) -> None:
+        rewrite(copy, lambda v: v["stages"]["stage_a"]["outputs"].update(logits=[-1, 3]))
+        with pytest.raises(ArtifactError, match=r"logits of stage_a must be \[-1, 2\], got \[-1, 3\]"):
+            load_bundle(copy)
+
+    def test_graphs_swapped(self, copy: Path) -> None:
+        (copy / "stage_a.onnx").write_bytes((copy / "stage_b.onnx").read_bytes())
+        rehash(copy, "stage_a.onnx")
+        loaded = load_bundle(copy)
+        with pytest.raises(ArtifactError, match="stage_a.onnx must have the inputs and outputs of bundle.json"):
+            OnnxRuntime(loaded)
+
+    def test_graph_that_is_none(self, copy: Path) -> None:
+        (copy / "stage_a.onnx").write_bytes(b"garbage")
+        rehash(copy, "stage_a.onnx")
+        with pytest.raises(ArtifactError, match="stage_a.onnx must be a graph onnxruntime can load"):
+            Cascade.load(copy)
+
+    def test_engine_of_another_graph(self, copy: Path) -> None:
+        path = copy / "engines/rtx/stage_a.engine"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * 64)
+        rehash(copy, "engines/rtx/stage_a.engine")
+        entry = {
+            "stage": "stage_a", "path": "engines/rtx/stage_a.engine", "target": "rtx", "builder": "tensorrt_rtx",
+            "builder_version": "1", "compute_capabilities": [], "precision": "fp32", "batch": [1, 2, 3],
+            "onnx_sha256": "0" * 64, "layers": 1, "attention_layers": 0, "build_seconds": 1.0, "validated": "",
+        }  # fmt: skip
+        rewrite(copy, lambda v: v["engines"].append(entry))
+        with pytest.raises(ArtifactError, match="must be built from stage_a.onnx of this bundle"):
+            load_bundle(copy)
+
+
+class TestExport:
+    def test_no_policy(self, run: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
+        (other / "thresholds.json").unlink()
+        with pytest.raises(InputError, match="run `stage1 calibrate"):
+            export(other)
+        assert not (other / "bundle").exists()
+
+    def test_policy_of_another_model(self, run: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
+        strange = make_model(seed=9)
+        save_model(other / "model_best.pth", strange, strange.state_dict())
+        with pytest.raises(ArtifactError, match="thresholds.json must belong to this model, got another model fing"):
+            export(other)
+
+    def test_two_policies(self, run: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
+        (other / "gateparams.json").write_text("{}")
+        with pytest.raises(ArtifactError, match="exactly one policy, got thresholds.json, gateparams.json"):
+            export(other)
+
+    def test_overwrite(self, graphs: None, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        out = export(run, tmp_path / "b")
+        with pytest.raises(InputError, match="--overwrite"):
+            export(run, out)
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        import stage1_pro.stations.exporting as station
+
+        reference = station._reference
+        monkeypatch.setattr(station, "_reference", lambda *_: np.full((2, 3, 48, 48), np.nan, np.float32))
+        with pytest.raises(ArtifactError, match="nothing was exported"):
+            export(run, out, overwrite=True)
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
+        monkeypatch.setattr(station, "_reference", reference)
+        assert export(run, out, overwrite=True) == out
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+    def test_a_folder_of_something_else_is_left_alone(self, run: Path) -> None:
+        with pytest.raises(InputError, match="holds something else"):
+            export(run, run, overwrite=True)
+        assert (run / "splits.json").exists()
+
+    def test_recipe_needs_a_target(self, run: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="recipe must go with target rtx"):
+            export(run, tmp_path / "b", target="onnx", recipe=EngineRecipe())
+
+    def test_licence_travels_with_derived_weights(self, tmp_path: Path) -> None:
+        from stage1_pro.deploy.bundle import _licence_note, _portable
+
+        model = make_model(4)
+        info = model.architecture.backbone
+        backbone = tmp_path / "dinov3-own"
+        backbone.mkdir()
+        (backbone / "LICENSE.md").write_text("the whole text")
+        config = Config(model=ModelConfig(backbone=str(backbone)))
+        assert _portable(config)["model"]["backbone"] == "dinov3-own"
+        hub = "facebook/dinov3-vits16-pretrain-lvd1689m"
+        assert _portable(Config(model=ModelConfig(backbone=hub)))["model"]["backbone"] == hub
+        assert _licence_note(config, info) is None
+        note = _licence_note(config, info.model_copy(update={"source": "dinov3-own", "licence": "DINOv3 License"}))
+        assert note is not None and "DINOv3 License" in note and "the whole text" in note
+        assert LICENCE == "LICENCE-BACKBONE.txt"
+
+
+class TestCascade:
+    def test_decides_as_torch_does(self, run: Path, bundle: Path, model: Stage1Model) -> None:
+        paths = sorted((run / "images").iterdir())
+        cascade = Cascade.load(bundle)
+        decisions = cascade.predict(paths, batch_size=5)
+        pixels = np.stack([cascade.pixels(path) for path in paths])
+        label, prob, exited = torch_answers(model, pixels, cascade.bundle.policy.exit_threshold)
+        assert 0 < exited.sum() < len(paths)
+        assert decisions.label.tolist() == label.tolist()
+        assert decisions.exited.tolist() == exited.tolist()
+        assert decisions.stage.tolist() == ["A" if e else "B" for e in exited]
+        np.testing.assert_allclose(decisions.prob, prob, atol=1e-5)
+        np.testing.assert_allclose(decisions.confidence, np.maximum(prob, 1 - prob), atol=1e-5)
+        assert [row["label"] for row in decisions] == decisions.to_dict()["label"] == label.tolist()
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 16, 100])
+    def test_batches_do_not_matter(self, run: Path, bundle: Path, batch_size: int) -> None:
+        paths = sorted((run / "images").iterdir())
+        cascade = Cascade.load(bundle)
+        one, many = cascade.predict(paths, batch_size=batch_size), cascade.predict(paths, batch_size=7)
+        assert one.label.tolist() == many.label.tolist() and one.exited.tolist() == many.exited.tolist()
+        np.testing.assert_allclose(one.prob, many.prob, atol=1e-6)
+
+    def test_image_at_the_threshold_decides_alike_alone(self, run: Path, bundle: Path) -> None:
+        paths = sorted((run / "images").iterdir())
+        cascade = Cascade.load(bundle)
+        pixels = np.stack([cascade.pixels(path) for path in paths])
+        everything = cascade.predict(paths, batch_size=16)
+        for index in np.flatnonzero(everything.exited):
+            threshold = float(everything.confidence[index])
+            policy = cascade.bundle.policy.model_copy(update={"exit_threshold": threshold})
+            moved = Cascade(type(cascade.bundle)(bundle, cascade.bundle.manifest, policy, cascade.bundle.splits),
+                            cascade.runtime)  # fmt: skip
+            assert moved.decide(pixels).exited[index]
+            assert moved.decide(pixels[index : index + 1]).exited[0]
+
+    def test_stage_b_sees_deferred_rows_only(self, run: Path, bundle: Path) -> None:
+        cascade = Cascade.load(bundle)
+        seen: list[int] = []
+        inner = cascade.runtime
+
+        class Spy:
+            name = "spy"
+
+            def run(self, stage: Any, inputs: Any) -> Any:
+                if stage == "stage_b":
+                    seen.append(len(inputs["hidden"]))
+                return inner.run(stage, inputs)
+
+        cascade.runtime = Spy()
+        decisions = cascade.predict(sorted((run / "images").iterdir()), batch_size=16)
+        assert seen == [int((~decisions.exited).sum())]
+
+    def test_every_kind_of_image(self, run: Path, bundle: Path) -> None:
+        path = min((run / "images").iterdir())
+        image = Image.open(path)
+        kinds = [path, str(path), path.read_bytes(), image, np.asarray(image)]
+        decisions = Cascade.load(bundle).predict(kinds)
+        assert len(set(decisions.prob.tolist())) == 1
+        assert len(Cascade.load(bundle).predict(np.stack([np.asarray(image)] * 2))) == 2
+
+    def test_nan_defers_and_then_abstains(self, bundle: Path) -> None:
+        cascade = Cascade.load(bundle)
+        first = np.array([[np.nan, 0], [9, 0], [np.inf, 0], [0, 0]], np.float32)
+        second = np.array([[0, 3], [np.nan, 0], [1, 1]], np.float32)
+
+        class Fake:
+            name = "fake"
+
+            def run(self, stage: Any, inputs: Any) -> Any:
+                if stage == "stage_a":
+                    return {"logits": first, "hidden": np.arange(4, dtype=np.float32)[:, None]}
+                assert inputs["hidden"].ravel().tolist() == [0, 2, 3]
+                return {"logits": second}
+
+        cascade.runtime = Fake()
+        decisions = cascade.decide(np.zeros((4, 3, 48, 48), np.float32))
+        assert decisions.label.tolist() == ["roadwork", "none", "", "none"]
+        assert decisions.stage.tolist() == ["B", "A", "", "B"]
+        assert decisions.exited.tolist() == [False, True, False, False]
+        assert np.isnan(decisions.prob).tolist() == [False, False, True, False]
+        assert decisions.prob[3] == 0.5
+
+    def test_no_images(self, bundle: Path) -> None:
+        decisions = Cascade.load(bundle).predict([])
+        assert len(decisions) == 0 and list(decisions) == [] and decisions.prob.dtype == np.float64
+
+    def test_wrong_arguments(self, bundle: Path) -> None:
+        cascade = Cascade.load(bundle)
+        with pytest.raises(InputError, match="put it in a list"):
+            cascade.predict("a.jpg")
+        with pytest.raises(InputError, match="put it in a list"):
+            cascade.predict(np.zeros((5, 5, 3), np.uint8))
+        with pytest.raises(InputError, match="batch_size must be 1 or more"):
+            cascade.predict([], batch_size=0)
+        with pytest.raises(InputError, match=r"must be uint8 \[H, W, 3\]"):
+            cascade.predict([np.zeros((5, 5, 3), np.float32)])
+        with pytest.raises(InputError, match="got int"):
+            cascade.predict([3])  # type: ignore[list-item]
+        with pytest.raises(InputError, match="runtime must be one of onnxruntime"):
+            Cascade.load(bundle, "onnxruntim")
+        with pytest.raises(InputError, match="threads must be 0"):
+            OnnxRuntime(load_bundle(bundle), -1)
+
+
+class TestPredict:
+    def test_images_folders_and_csv(self, run: Path, bundle: Path, tmp_path: Path) -> None:
+        paths = make_images(tmp_path / "photos" / "deep", 3)
+        (tmp_path / "photos" / "notes.txt").write_text("not an image ending")
+        (tmp_path / "photos" / "bad.jpg").write_bytes(b"broken")
+        lines = ["file,other", *(f"photos/deep/{p.name},x" for p in paths), "photos/nowhere.png,x"]
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        out = tmp_path / "answers.csv"
+        inputs = [paths[0], tmp_path / "photos", tmp_path / "list.csv"]
+        rows, failures = predict(bundle, inputs, out=out, batch_size=2)
+        assert [Path(row["file"]).name for row in rows] == [
+            "00.png", "bad.jpg", "00.png", "01.png", "02.png", "00.png", "01.png", "02.png", "nowhere.png",
+        ]  # fmt: skip
+        assert failures == 2
+        good = [row for row in rows if row["error"] is None]
+        assert {row["decision"] for row in good} <= {"exited", "deferred"}
+        expected = Cascade.load(bundle).predict(paths)
+        assert [row["label"] for row in good[-3:]] == expected.label.tolist()
+        np.testing.assert_allclose([row["probability"] for row in good[-3:]], expected.prob, atol=1e-6)
+        with out.open(newline="") as file:
+            written = list(csv.DictReader(file))
+        assert list(written[0]) == list(COLUMNS) and len(written) == 9
+        assert written[1]["label"] == "" and written[1]["error"]
+        assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+        assert "2 unreadable" in render(rows) and "bad.jpg" in render(rows) and str(out) in render(rows, out)
+
+    def test_wrong_inputs(self, bundle: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "a.csv").write_text("path\nx.jpg\n")
+        (tmp_path / "b.csv").write_text("file\n")
+        for inputs, message in (
+            ([tmp_path / "nowhere"], "inputs must exist"),
+            ([tmp_path / "empty"], "inputs must hold images"),
+            ([tmp_path / "a.csv"], "must have a column 'file', got path"),
+            ([tmp_path / "b.csv"], "must list at least one image"),
+            ([], "at least one image"),
+        ):
+            with pytest.raises(InputError, match=message):
+                predict(bundle, inputs)
+
+
+class TestInspectAndDoctor:
+    def test_inspect(self, bundle: Path, model: Stage1Model) -> None:
+        facts = inspect(bundle)
+        assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+        assert (
+            facts["policy"]["guarantee"] == "none" and facts["provenance"]["model_fingerprint"] == model.fingerprint()
+        )
+        text = render_inspection(facts)
+        for word in ("roadwork", "guarantee: none", "Chosen on val_calib", "no engine", "thresholds.json", "tiny"):
+            assert word in text
+
+    def test_doctor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        facts = doctor()
+        assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+        assert facts["base"]["numpy"] == np.__version__ and "onnxruntime" in facts["runtimes"]
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+        facts = doctor()
+        text = render_doctor(facts)
+        assert facts["builders"]["rtx"] is None and "stage1_pro[rtx]" in text
+
+    def test_base_install_needs_no_torch(self, run: Path, bundle: Path) -> None:
+        """Predict, inspect and doctor where torch, transformers and peft cannot be imported."""
+        program = """
+import sys
+BLOCKED = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "tensorrt_rtx"}
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+from stage1_pro import Cascade
+from stage1_pro.stations import doctor, inspection, prediction
+rows, failures = prediction.predict(sys.argv[1], [sys.argv[2]])
+print(prediction.render(rows))
+print(inspection.render(inspection.inspect(sys.argv[1])))
+print(doctor.render(doctor.doctor()))
+assert failures == 0 and len(rows) == 16
+assert not BLOCKED & set(sys.modules)
+from stage1_pro.stations.exporting import export
+from stage1_pro.errors import DependencyError
+try:
+    export(sys.argv[3], sys.argv[3] + "/other")
+except DependencyError as error:
+    print("REFUSED", error)
+"""
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program, str(bundle), str(run / "images"), str(run)],
+            capture_output=True, text=True, check=False,
+            env={"PYTHONPATH": str(ROOT / "python"), "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "16 images" in done.stdout and "missing" in done.stdout
+        assert "stage1_pro[train]" in done.stdout.split("REFUSED")[1]
+
+
+def test_bytes_and_pil_agree(bundle: Path) -> None:
+    cascade = Cascade.load(bundle)
+    image = Image.new("RGB", (70, 50), (250, 120, 10))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    np.testing.assert_array_equal(cascade.pixels(buffer.getvalue()), cascade.pixels(image))
+    # A PIL image opened lazily is turned and flattened just as its file is.
+    turned = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 4), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    turned.save(buffer, "PNG", exif=exif)
+    np.testing.assert_array_equal(
+        cascade.pixels(buffer.getvalue()), cascade.pixels(Image.open(io.BytesIO(buffer.getvalue())))
+    )
