@@ -29,46 +29,46 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
-    results = []
-    for seed in options.seeds:
-        run = options.out / f"seed{seed}"
-        if not (run / "splits.json").exists():
-            stage1_pro.split(options.data / "labels.csv", run, positive="roadwork", seed=seed)
-        config = load_config(None, [*OVERRIDES, f"seed={seed}", *options.overrides])
-        began = time.monotonic()
-        trained = stage1_pro.train(run, config, resume=(run / "config.json").exists())
-        seconds = time.monotonic() - began
-        if (run / "seconds.json").exists():  # a finished run that was only read again
-            seconds = json.loads((run / "seconds.json").read_text())
-        else:
-            write_text(run / "seconds.json", json.dumps(seconds))
-        try:
-            policy = stage1_pro.calibrate(run).statement
-        except NotReachableError as error:
-            policy = f"NOT REACHABLE: {error}"
-        evaluation = stage1_pro.evaluate(run)
-        splits = Splits.read(run / "splits.json")
-        results.append(
-            {
-                "seed": seed,
-                "train_seconds": seconds,
-                "best_epoch": trained.best_epoch,
-                "counts": splits.counts["val_test"],
-                "policy": policy,
-                "evaluation": evaluation.model_dump(mode="json"),
-            }
+    results = [one_seed(options.data, options.out / f"seed{seed}", seed, options.overrides) for seed in options.seeds]
+    write_text(options.out / "results.json", json.dumps(results, indent=1))
+    for stage in ("stage_a", "stage_b"):
+        values = np.array([result[stage] for result in results])
+        print(
+            f"{stage}: mean val_test AUROC {values.mean():.4f}, SD {values.std(ddof=1) if len(values) > 1 else 0:.4f} "
+            f"over {len(values)} split seeds; training {np.mean([r['seconds'] for r in results]):.0f} s "
+            f"(longest {max(r['seconds'] for r in results):.0f} s)"
         )
-        write_text(options.out / "results.json", json.dumps(results, indent=1))
-        stage_a = auroc(results[-1], "A")
-        print(f"seed {seed}: AUROC A {stage_a:.4f}, B {auroc(results[-1], 'B'):.4f}, {seconds:.0f} s, {policy}", flush=True)
-    for stage in ("A", "B"):
-        values = np.array([auroc(result, stage) for result in results])
-        print(f"stage {stage}: mean val_test AUROC {values.mean():.4f}, SD {values.std(ddof=1):.4f} over {len(values)} split seeds")
 
 
-def auroc(result: dict, stage: str) -> float:
-    """AUROC of one stage on all of val_test."""
-    raise SystemExit("see below")
+def one_seed(data: Path, run: Path, seed: int, overrides: list[str]) -> dict[str, object]:
+    """Split, train, calibrate and evaluate one split seed; a finished run is read again, not trained again."""
+    if not (run / "splits.json").exists():
+        stage1_pro.split(data / "labels.csv", run, positive="roadwork", seed=seed)
+    config = load_config(None, [*OVERRIDES, f"seed={seed}", *overrides])
+    began = time.monotonic()
+    trained = stage1_pro.train(run, config, resume=(run / "config.json").exists())
+    clock = run / "train_seconds.json"
+    if not clock.exists():
+        write_text(clock, json.dumps(time.monotonic() - began))
+    try:
+        policy = stage1_pro.calibrate(run)
+        words = f"exits at {policy.exit_threshold:.3f}, coverage {policy.coverage:.3f} on val_calib"
+    except NotReachableError as error:
+        words = f"not reachable: {error}"
+    evaluation = stage1_pro.evaluate(run)
+    result: dict[str, object] = {
+        "seed": seed,
+        "seconds": json.loads(clock.read_text()),
+        "best_epoch": trained.best_epoch,
+        "stage_a": evaluation.value("auroc", "stage_a"),
+        "stage_b": evaluation.value("auroc", "stage_b"),
+        "accuracy_a": evaluation.value("accuracy", "stage_a"),
+        "augrc_a": evaluation.value("augrc", "stage_a"),
+        "val_test": Splits.read(run / "splits.json").counts["val_test"],
+        "policy": words,
+    }
+    print(json.dumps(result), flush=True)
+    return result
 
 
 if __name__ == "__main__":

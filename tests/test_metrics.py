@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -14,8 +15,8 @@ from stage1_pro.errors import InputError
 from stage1_pro.metrics import (
     accuracy,
     augrc,
-    auroc,
     aurc,
+    auroc,
     balanced_accuracy,
     bootstrap_augrc,
     brier,
@@ -87,7 +88,7 @@ def test_augrc_invariants(rows, random):
     assert augrc(np.exp(np.array(confidence) * 3), error) == value
     assert e**2 / 2 - 1e-12 <= value <= e - e**2 / 2 + 1e-12
     points = [(0.0, 0.0, 0.0), *curve_by_hand(confidence, error)]
-    trapezoid = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(points, points[1:], strict=False))
+    trapezoid = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
     assert value == pytest.approx(trapezoid, abs=1e-12)
     if 0 < e < 1:
         failure = judge.roc_auc_score(1 - np.array(error), confidence)
@@ -112,9 +113,7 @@ def test_the_curve_and_its_points_by_hand(rows):
     assert curve.threshold.tolist() == sorted(set(confidence), reverse=True)
     found = np.stack([curve.coverage, curve.generalized_risk, curve.selective_risk], axis=1)
     assert found == pytest.approx(np.array(points), abs=1e-15)
-    area = points[0][0] * points[0][2] + sum(
-        (b[0] - a[0]) * (a[2] + b[2]) / 2 for a, b in zip(points, points[1:], strict=False)
-    )
+    area = points[0][0] * points[0][2] + sum((b[0] - a[0]) * (a[2] + b[2]) / 2 for a, b in itertools.pairwise(points))
     assert aurc(confidence, error) == pytest.approx(area, abs=1e-12)
     for share in (0.1, 0.5, 0.8, 1.0):
         point = risk_at_coverage(confidence, error, share)
@@ -303,7 +302,10 @@ def test_few_errors_are_said():
     interval = bootstrap_augrc(confidence, np.arange(200) % 67 == 0)
     assert interval.note == "only 3 rows with errors: the interval covers less often than its level"
     many = np.arange(200) % 3 == 0
-    assert "only 4 groups with errors and only 4 groups" in bootstrap_augrc(confidence, many, groups=np.arange(200) // 50).note
+    assert (
+        "only 4 groups with errors and only 4 groups"
+        in bootstrap_augrc(confidence, many, groups=np.arange(200) // 50).note
+    )
     for wrong, message in [({"level": 1.0}, "level must be in"), ({"method": "normal"}, "method must be bca")]:
         with pytest.raises(InputError, match=message):
             bootstrap_augrc(confidence, many, **wrong)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -516,3 +518,9 @@ def test_names_that_do_not_tell_ask_for_one(classes: list[str]) -> None:
         choose_positive(classes)
     with pytest.raises(InputError, match="--positive must be one of .*, got 'dogg'"):
         choose_positive(classes, "dogg")
+
+
+def test_calibration_and_evaluation_import_no_torch() -> None:
+    code = "import sys, stage1_pro.stations.calibration, stage1_pro.stations.evaluation; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr

@@ -8,7 +8,24 @@ from collections.abc import Sequence
 from stage1_pro.errors import InputError, nearest
 
 NEGATIVE_NAMES = frozenset(
-    ["none", "no", "negative", "neg", "0", "false", "background", "normal", "clear", "other", "nothing", "absent", "empty", "clean", "ok", "n"]
+    [
+        "none",
+        "no",
+        "n",
+        "negative",
+        "neg",
+        "0",
+        "false",
+        "background",
+        "normal",
+        "clear",
+        "clean",
+        "ok",
+        "other",
+        "nothing",
+        "absent",
+        "empty",
+    ]
 )
 
 

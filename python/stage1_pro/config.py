@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.errors import InputError
 
 
 class Section(BaseModel):
@@ -146,8 +147,7 @@ def build_config(values: dict[str, Any]) -> Config:
         if first["type"] == "extra_forbidden":
             options = _keys(place[:-1])
             raise InputError(
-                f"unknown configuration key '{key}'{nearest(place[-1], options) or _elsewhere(place[-1])}; "
-                f"known here: {', '.join(options)}"
+                f"unknown configuration key '{key}'{_nearest_key(place)}; known here: {', '.join(options)}"
             ) from None
         raise InputError(f"configuration key '{key}' must be valid, got {first['input']!r}; {first['msg']}") from None
 
@@ -192,11 +192,12 @@ def _keys(place: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _elsewhere(word: str) -> str:
-    full = [name for name, _, _ in describe()]
-    tail = {name.rsplit(".", 1)[-1]: name for name in full}
-    found = nearest(word, tail)
-    if not found:
-        return ""
-    inner = found.split("'")[1]
-    return f"; did you mean '{tail[inner]}'?"
+def _nearest_key(place: list[str]) -> str:
+    """The dotted key or section whose last part is most alike; siblings win over equals elsewhere."""
+    prefix = ".".join(place[:-1])
+    siblings = [f"{prefix}.{name}" if prefix else name for name in _keys(place[:-1])]
+    known = [*siblings, *(name for name, _, _ in describe() if name not in siblings)]
+    word = place[-1]
+    ratio = {name: difflib.SequenceMatcher(None, word, name.rsplit(".", 1)[-1]).ratio() for name in known}
+    best = max(known, key=lambda name: ratio[name])
+    return f"; did you mean '{best}'?" if ratio[best] >= 0.6 else ""

@@ -28,9 +28,12 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 1000
 # Raster formats that Pillow decodes itself: an EPS, for one, would start an external program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga .ico .mpo".split()
-)
+# fmt: off
+SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".ico", ".mpo",
+})
+# fmt: on
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,7 +90,7 @@ def read_image(source: Path | str | BinaryIO | bytes, max_pixels: float = MAX_PI
         if Path(source).exists() and not Path(source).is_file():
             # Opening a pipe would wait for its writer.
             raise ImageError(name, "unreadable", "not a regular file")
-        file = Path(source).open("rb")
+        file = Path(source).open("rb")  # noqa: SIM115 (closed below, outside this except)
     except (OSError, ValueError) as error:
         raise ImageError(name, "unreadable", getattr(error, "strerror", None) or str(error)) from None
     with file:
@@ -112,7 +115,7 @@ def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
             return picture if transpose is None else picture.transpose(transpose)
     except ImageError:
         raise
-    except Exception as error:  # Pillow lets a dozen kinds out, of a plugin's parser as of the decoder
+    except Exception as error:  # noqa: BLE001  Pillow lets a dozen kinds out, of its parsers as of its decoders
         raise ImageError(name, *_explain(error, file)) from None
 
 
@@ -137,7 +140,7 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
     # A damaged EXIF block is no reason to refuse the picture.
     try:
         return _ORIENTATION.get(image.getexif().get(0x0112, 1))
-    except Exception:
+    except Exception:  # noqa: BLE001
         return None
 
 

@@ -1,21 +1,26 @@
-"""Batches for torch: decoded in workers, the same for any number of them.
+"""Batches for training and evaluation, decoded in worker processes and the same for any number of them.
 
-An epoch's order is a function of (seed, epoch), an image's augmentation of (seed, epoch, row); nothing depends on
-which worker does it, so training can start again at any step.
+The order of an epoch is a function of (seed, epoch), an image's augmentation of (seed, epoch, row); workers and
+processes decide nothing.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset, Sampler
+from PIL import Image
+from scipy.ndimage import gaussian_filter1d
+from torch.utils.data import DataLoader, Dataset
 
 from stage1_pro.artifacts import PreprocessSpec
 from stage1_pro.config import AugmentConfig
@@ -23,191 +28,98 @@ from stage1_pro.data.images import ImageError, normalise, preprocess, read_image
 from stage1_pro.errors import InputError
 from stage1_pro.progress import track
 
-_LUMA = np.array([0.299, 0.587, 0.114])
-_YIQ = np.array([_LUMA, [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-_FROM_YIQ = np.linalg.inv(_YIQ)
-# Below this many images, starting workers costs more than they save.
-_WORTH_WORKERS = 64
+# Decoded pictures kept over all workers: small data sets are decoded once, not once an epoch.
+CACHE_BYTES = 512 << 20
+_GREY = np.asarray([0.299, 0.587, 0.114], dtype=np.float64)
+_YIQ = np.asarray([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_RGB = np.linalg.inv(_YIQ)
 
 
-class Batch(NamedTuple):
-    """``pixels`` [b, 3, H, W] float32, ``labels`` [b] int64, ``index`` [b] int64 into the loader's rows."""
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one process: ``pixels`` [B, 3, H, W] float32, ``labels`` and row numbers ``index`` [B] int64, ``files``."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
     index: torch.Tensor
+    files: list[str]
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order [rows] in which an epoch takes its rows; a function of (seed, epoch) alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
+def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The permutation of ``n`` rows that an epoch goes through."""
+    return np.random.Generator(np.random.Philox(key=_key(seed, epoch, _ORDER))).permutation(n)
 
 
-def augment(image: Image.Image, spec: PreprocessSpec, options: AugmentConfig, rng: np.random.Generator) -> NDArray[np.float32]:
-    """One random view of an RGB image as the model's input [3, H, W] float32.
-
-    Crop and resize, rotation (corners black), mirror, blur, then brightness, contrast, saturation and hue as
-    one linear map of the colours. Never flips vertically.
-    """
-    left, top, width, height = _crop(image.size, options, rng)
-    angle = rng.uniform(-options.rotation, options.rotation) if rng.random() < options.rotation_probability else 0.0
-    target = (spec.width, spec.height)
-    if angle:
-        image, left, top, width, height = _rotated(image, (left, top, width, height), angle, target)
-    view = image.resize(target, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
-    if rng.random() < options.horizontal_flip:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if rng.random() < options.blur_probability:
-        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(*options.blur_sigma)))
-    colours = np.asarray(view, dtype=np.float32).reshape(-1, 3)
-    matrix, offset = _colour_map(colours, options, rng)
-    mixed = (colours @ matrix.T + offset).clip(0, 255).T.reshape(3, spec.height, spec.width)
-    return normalise(np.ascontiguousarray(mixed, dtype=np.float32), spec)
+_ORDER = (1 << 32) - 1
 
 
-def _crop(size: tuple[int, int], options: AugmentConfig, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """(left, top, width, height) of a random part: area share and relative aspect ratio from the options.
-
-    The ratio is relative to the image's own: what follows stretches to the input, as evaluation does.
-    """
-    area = rng.uniform(*options.crop_scale)
-    ratio = math.exp(rng.uniform(math.log(options.crop_ratio[0]), math.log(options.crop_ratio[1])))
-    width = size[0] * min(1.0, math.sqrt(area * ratio))
-    height = size[1] * min(1.0, math.sqrt(area / ratio))
-    return rng.uniform(0, size[0] - width), rng.uniform(0, size[1] - height), width, height
-
-
-def _rotated(
-    image: Image.Image, box: tuple[float, float, float, float], angle: float, target: tuple[int, int]
-) -> tuple[Image.Image, float, float, float, float]:
-    """The surroundings of a crop, scaled to at most twice the target and turned about the crop's centre."""
-    left, top, width, height = box
-    reach = abs(math.cos(math.radians(angle))) + abs(math.sin(math.radians(angle)))
-    side = max(width, height) * reach / 2
-    x, y = left + width / 2, top + height / 2
-    outer = (max(0.0, x - side), max(0.0, y - side), min(float(image.width), x + side), min(float(image.height), y + side))
-    scale = min(1.0, 2 * max(target) / min(width, height))
-    size = (max(1, round((outer[2] - outer[0]) * scale)), max(1, round((outer[3] - outer[1]) * scale)))
-    region = image.resize(size, Image.Resampling.BILINEAR, box=outer)
-    sx, sy = size[0] / (outer[2] - outer[0]), size[1] / (outer[3] - outer[1])
-    centre = ((x - outer[0]) * sx, (y - outer[1]) * sy)
-    turned = region.rotate(angle, Image.Resampling.BILINEAR, center=centre)
-    return turned, (left - outer[0]) * sx, (top - outer[1]) * sy, width * sx, height * sy
-
-
-def _colour_map(
-    colours: NDArray[np.float32], options: AugmentConfig, rng: np.random.Generator
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Matrix [3, 3] and offset [3] that change brightness, contrast, saturation and hue at once."""
-    brightness, contrast, saturation = (
-        rng.uniform(1 - span, 1 + span) for span in (options.brightness, options.contrast, options.saturation)
-    )
-    turn = 2 * math.pi * rng.uniform(-options.hue, options.hue)
-    hue = np.array([[1, 0, 0], [0, math.cos(turn), -math.sin(turn)], [0, math.sin(turn), math.cos(turn)]])
-    grey = np.outer(np.ones(3), _LUMA)
-    matrix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * grey) @ _FROM_YIQ @ hue @ _YIQ
-    offset = brightness * (1 - contrast) * float(colours.mean(axis=0) @ _LUMA)
-    return matrix.astype(np.float32), np.full(3, offset, dtype=np.float32)
-
-
-class _Views(Dataset[Any]):
-    """Augmented images by (epoch, row); errors come back as values, a worker cannot raise them whole."""
-
-    def __init__(self, paths: Sequence[Path], spec: PreprocessSpec, options: AugmentConfig | None, seed: int) -> None:
-        self._paths = [str(path) for path in paths]
-        self._spec, self._options, self._seed = spec, options, seed
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> torch.Tensor | ImageError:
-        try:
-            return torch.from_numpy(np.stack([self._view(epoch, row) for epoch, row in keys]))
-        except ImageError as error:
-            return error
-
-    def _view(self, epoch: int, row: int) -> NDArray[np.float32]:
-        image = read_image(self._paths[row])
-        if self._options is None or not self._options.enabled:
-            return preprocess(image, self._spec)
-        stream = np.random.Generator(np.random.Philox(key=[self._seed, (epoch << 32) | row]))
-        return augment(image, self._spec, self._options, stream)
-
-
-class _Plan(Sampler[list[tuple[int, int]]]):
-    """The batches of keys that come next; set anew for every epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _loader(dataset: _Views, plan: _Plan, workers: int, *, persistent: bool) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        batch_sampler=plan,
-        num_workers=workers,
-        collate_fn=_as_is,
-        persistent_workers=persistent and workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        # Its own stream: otherwise every start of a loader would draw from the training's.
-        generator=torch.Generator(),
-    )
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _checked(item: torch.Tensor | ImageError) -> torch.Tensor:
-    if isinstance(item, ImageError):
-        raise InputError(f"{item}; the file was readable at the split: restore it, or run `stage1 split` again")
-    return item
+def _key(seed: int, epoch: int, row: int) -> NDArray[np.uint64]:
+    return np.asarray([seed & (2**64 - 1), (epoch << 32) | row], dtype=np.uint64)
 
 
 class TrainLoader:
-    """Shuffled, augmented batches of one process, with workers that live as long as the loader.
+    """Augmented training batches; its workers live until ``close``.
+
+    The last rows of an epoch that make no full batch are dropped (other ones each epoch); with fewer rows than
+    ``batch_size`` an epoch is one batch of all.
 
     Args:
-        paths: image files, N.
-        labels: class indices [N].
-        spec: size and normalisation of the input.
-        options: augmentation.
-        seed: with epoch and row it determines everything.
+        paths: image files [N].
+        labels: class index of each [N].
+        spec: what the model takes.
+        augment: training augmentation.
+        seed: seed of order and augmentation.
         batch_size: rows of a batch over all processes.
-        rank: this process, 0..world-1; it gets every ``world``-th row of each batch.
-        world: number of processes.
-        workers: decoding processes; 0 decodes in this one.
-
-    An epoch has ``N // batch_size`` steps, the rest is left out (another rest each epoch); fewer rows than one
-    batch make one smaller batch.
+        rank: number of this process, 0 .. world - 1; it gets every ``world``-th row of a batch.
+        world: how many processes there are.
+        workers: processes that decode; 0 = none but this one.
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: NDArray[np.int64], spec: PreprocessSpec, options: AugmentConfig, *,
-        seed: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 2,
-    ) -> None:  # fmt: skip
-        self._labels = torch.from_numpy(np.ascontiguousarray(labels))
+        self,
+        paths: Sequence[Path | str],
+        labels: NDArray[Any] | Sequence[int],
+        spec: PreprocessSpec,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if len(paths) == 0 or len(paths) != len(labels):
+            raise InputError(f"paths and labels must be as many and not empty, got {len(paths)} and {len(labels)}")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+        self._n = len(paths)
+        self._labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self._files = [str(path) for path in paths]
         self._seed, self._rank, self._world = seed, rank, world
-        self._batch = min(batch_size, len(paths))
-        self.steps_per_epoch = len(paths) // self._batch
+        self._batch = min(batch_size, self._n)
+        self.steps_per_epoch = self._n // self._batch
         self._plan = _Plan()
-        self._loader = _loader(_Views(paths, spec, options, seed), self._plan, workers, persistent=True)
+        images = _Images(self._files, spec, augment if augment.enabled else None, seed, max(1, workers))
+        self._loader = _loader(images, self._plan, workers, math.ceil(self._batch / world) * _bytes(spec))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from a step on; skipped ones are not decoded."""
-        order = epoch_order(len(self._labels), self._seed, epoch)
+        """Yield the batches of an epoch from ``start_step`` on; skipped ones are not decoded.
+
+        Raises:
+            InputError: an image that could be read when the data was split cannot be read any more.
+        """
+        order = epoch_order(self._n, self._seed, epoch)
         steps = range(start_step, self.steps_per_epoch)
-        parts = [order[s * self._batch : (s + 1) * self._batch][self._rank :: self._world] for s in steps]
-        self._plan.batches = [[(epoch, int(row)) for row in part] for part in parts]
-        for part, pixels in zip(parts, self._loader, strict=True):
-            index = torch.from_numpy(part)
-            yield Batch(_checked(pixels), self._labels[index], index)
+        shares = [order[step * self._batch : (step + 1) * self._batch][self._rank :: self._world] for step in steps]
+        self._plan.keys = [[(epoch, int(i)) for i in share] for share in shares]
+        with _no_loader_warnings():
+            batches = iter(self._loader)
+        for share, pixels in zip(shares, batches, strict=True):
+            index = torch.from_numpy(share)
+            yield Batch(_checked(pixels), self._labels[index], index, [self._files[i] for i in share])
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers; an epoch asked for later starts new ones."""
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
@@ -215,17 +127,225 @@ class TrainLoader:
 
 
 def iterate(
-    paths: Sequence[Path], spec: PreprocessSpec, *, batch_size: int = 64, workers: int = 2, description: str = ""
+    paths: Sequence[Path | str], spec: PreprocessSpec, batch_size: int = 64, workers: int = 0, description: str = ""
 ) -> Iterator[torch.Tensor]:
-    """Preprocessed images in order, as batches [b, 3, H, W] float32; no augmentation.
+    """Yield images [B, 3, H, W] float32 in order, without augmentation; with a description, behind a progress bar.
 
     Raises:
-        InputError: a file cannot be read any more.
+        InputError: an image cannot be read.
     """
-    plan = _Plan()
-    plan.batches = [[(0, row) for row in range(s, min(s + batch_size, len(paths)))] for s in range(0, len(paths), batch_size)]
-    used = workers if len(paths) >= _WORTH_WORKERS else 0
-    loader = _loader(_Views(paths, spec, None, 0), plan, used, persistent=False)
-    batches = track(loader, description, total=len(plan)) if description else iter(loader)
-    for pixels in batches:
+    keys = [[(0, i) for i in range(k, min(k + batch_size, len(paths)))] for k in range(0, len(paths), batch_size)]
+    images = _Images([str(path) for path in paths], spec, None, 0, 0)
+    loader = _loader(images, _Plan(keys), min(workers, len(keys) - 1), batch_size * _bytes(spec), persistent=False)
+    with _no_loader_warnings():
+        batches = iter(loader)
+    for pixels in track(batches, description, total=len(keys)) if description else batches:
         yield _checked(pixels)
+
+
+# --------------------------------------------------------------------------------------------
+# Workers
+
+
+class _Plan:
+    """Batches of (epoch, row) still to be made; replaced before each pass, so that workers can outlive it."""
+
+    def __init__(self, keys: list[list[tuple[int, int]]] | None = None) -> None:
+        self.keys = keys or []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _Images(Dataset[Any]):
+    def __init__(
+        self, files: list[str], spec: PreprocessSpec, augment: AugmentConfig | None, seed: int, sharing: int
+    ) -> None:
+        self._files, self._spec, self._augment, self._seed = files, spec, augment, seed
+        self._room = CACHE_BYTES // sharing if sharing else 0
+        self._cache: dict[int, Image.Image] = {}
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> NDArray[np.float32] | str:
+        """A batch, or the message of what went wrong: an exception would come out of a worker as a traceback."""
+        spec = self._spec
+        batch = np.empty((len(keys), 3, spec.height, spec.width), dtype=np.float32)
+        for pixels, (epoch, row) in zip(batch, keys, strict=True):
+            try:
+                image = self._image(row)
+            except ImageError as error:
+                return f"{error}; it was readable when the data was split, so restore it or run `stage1 split` again"
+            if self._augment is None:
+                pixels[:] = preprocess(image, spec)
+            else:
+                pixels[:] = augmented(image, spec, self._augment, self._seed, epoch, row)
+        return batch
+
+    def _image(self, row: int) -> Image.Image:
+        image = self._cache.get(row)
+        if image is None:
+            image = read_image(self._files[row])
+            size = 4 * image.width * image.height
+            if size <= self._room:
+                self._room -= size
+                self._cache[row] = image
+        return image
+
+
+class _ToTensor:
+    """What a worker sends: a tensor in shared memory, or an array through the pipe where that is too small."""
+
+    def __init__(self, shared: bool) -> None:
+        self._shared = shared
+
+    def __call__(self, batch: NDArray[np.float32] | str) -> Any:
+        return torch.from_numpy(batch) if self._shared and not isinstance(batch, str) else batch
+
+
+def _loader(images: _Images, plan: _Plan, workers: int, size: int, *, persistent: bool = True) -> DataLoader[Any]:
+    workers = max(0, workers)
+    with _no_loader_warnings():
+        return DataLoader(
+            images,
+            batch_sampler=plan,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_ToTensor(_shared_memory() > 4 * workers * size),
+            persistent_workers=persistent and workers > 0,
+            # Linux: workers start at once, with what is loaded already.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            # Its own: drawing from the global one would make training depend on how often a loader was started.
+            generator=torch.Generator(),
+        )
+
+
+def _shared_memory() -> int:
+    try:
+        return shutil.disk_usage("/dev/shm").free  # noqa: S108
+    except OSError:
+        return sys.maxsize
+
+
+def _bytes(spec: PreprocessSpec) -> int:
+    return 12 * spec.height * spec.width
+
+
+def _checked(pixels: torch.Tensor | NDArray[np.float32] | str) -> torch.Tensor:
+    if isinstance(pixels, str):
+        raise InputError(pixels)
+    return torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
+
+
+class _no_loader_warnings(warnings.catch_warnings):  # type: ignore[type-arg]  # noqa: N801
+    """More workers than cores, and forking beside idle torch threads, are both fine here."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message=".*worker processes in total.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+
+
+# --------------------------------------------------------------------------------------------
+# Augmentation
+
+
+def augmented(
+    image: Image.Image, spec: PreprocessSpec, augment: AugmentConfig, seed: int, epoch: int, row: int
+) -> NDArray[np.float32]:
+    """One augmented training input [3, H, W] float32, a function of (seed, epoch, row) and the picture alone.
+
+    A random part of the original is resized to the target and turned (what a turn takes from outside the picture
+    is black), mirrored, blurred and recoloured. The part's area and aspect ratio are relative to what evaluation
+    sees: the whole picture for ``stretch``, the largest part of the target's shape for ``crop``.
+    """
+    rng = np.random.Generator(np.random.Philox(key=_key(seed, epoch, row)))
+    # All draws in a fixed order, used or not: switching one step off leaves the others as they are.
+    u = rng.random(13)
+
+    def between(k: int, low: float, high: float) -> float:
+        return low + (high - low) * float(u[k])
+
+    width, height = image.size
+    base_w, base_h = float(width), float(height)
+    if spec.resize == "crop":
+        base_w, base_h = min(base_w, base_h * spec.width / spec.height), min(base_h, base_w * spec.height / spec.width)
+    area = between(0, *augment.crop_scale)
+    ratio = math.exp(between(1, *(math.log(r) for r in augment.crop_ratio)))
+    w, h = min(width, base_w * math.sqrt(area * ratio)), min(height, base_h * math.sqrt(area / ratio))
+    left, top = between(2, 0, width - w), between(3, 0, height - h)
+    angle = between(4, -augment.rotation, augment.rotation) if u[5] < augment.rotation_probability else 0.0
+    pixels = _region(image, (left, top, left + w, top + h), math.radians(angle), spec)
+    if u[6] < augment.horizontal_flip:
+        pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+    if u[7] < augment.blur_probability:
+        sigma = between(8, *augment.blur_sigma)
+        for axis in (1, 2):
+            pixels = gaussian_filter1d(pixels, sigma, axis=axis, mode="nearest")
+    pixels = _recolour(
+        pixels,
+        brightness=between(9, 1 - augment.brightness, 1 + augment.brightness),
+        contrast=between(10, 1 - augment.contrast, 1 + augment.contrast),
+        saturation=between(11, 1 - augment.saturation, 1 + augment.saturation),
+        hue=between(12, -augment.hue, augment.hue),
+    )
+    return normalise(pixels, spec)
+
+
+def _recolour(
+    pixels: NDArray[np.float32], *, brightness: float, contrast: float, saturation: float, hue: float
+) -> NDArray[np.float32]:
+    """Brightness, contrast around the mean grey, saturation and hue (in turns) as one affine map of colours."""
+    cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
+    turn = _RGB @ np.asarray([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ _YIQ
+    colour = saturation * np.eye(3) + (1 - saturation) * np.outer(np.ones(3), _GREY)
+    matrix = (turn @ colour * (contrast * brightness)).astype(np.float32)
+    flat = pixels.reshape(3, -1)
+    mean = float(_GREY @ flat.mean(axis=1))
+    shift = np.float32((1 - contrast) * brightness * mean)
+    # Not by BLAS, whose threads and a forked worker get on badly.
+    out = cast("NDArray[np.float32]", np.einsum("ij,jk->ik", matrix, flat))
+    out += shift
+    return np.clip(out, 0, 255, out=out).reshape(pixels.shape)
+
+
+def _region(
+    image: Image.Image, box: tuple[float, float, float, float], angle: float, spec: PreprocessSpec
+) -> NDArray[np.float32]:
+    """The box (left, top, right, bottom), turned about its centre, as floats 0..255 [3, H, W]."""
+    target = (spec.width, spec.height)
+    resample = Image.Resampling.BILINEAR if spec.resample == "bilinear" else Image.Resampling.BICUBIC
+    if angle == 0:
+        return _floats(_part(image, box, target, resample))
+    left, top, right, bottom = box
+    w, h, x, y = right - left, bottom - top, (left + right) / 2, (top + bottom) / 2
+    cos, sin = math.cos(angle), math.sin(angle)
+    # The upright box around the turned one, as far as there is picture, at the target's scale; then one small turn.
+    reach_x, reach_y = (w * abs(cos) + h * abs(sin)) / 2, (w * abs(sin) + h * abs(cos)) / 2
+    outer = (
+        max(0.0, x - reach_x),
+        max(0.0, y - reach_y),
+        min(float(image.width), x + reach_x),
+        min(float(image.height), y + reach_y),
+    )
+    outer_w, outer_h = outer[2] - outer[0], outer[3] - outer[1]
+    size = (max(1, round(outer_w * target[0] / w)), max(1, round(outer_h * target[1] / h)))
+    upright = _part(image, outer, size, resample)
+    # From target coordinates to the picture, then to the upright part.
+    to_x, to_y, step_x, step_y = size[0] / outer_w, size[1] / outer_h, w / target[0], h / target[1]
+    a, b, d, e = cos * step_x * to_x, -sin * step_y * to_x, sin * step_x * to_y, cos * step_y * to_y
+    c = (x - outer[0]) * to_x - a * target[0] / 2 - b * target[1] / 2
+    f = (y - outer[1]) * to_y - d * target[0] / 2 - e * target[1] / 2
+    turn = (a, b, c, d, e, f)
+    return _floats(upright.transform(target, Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR, fillcolor=0))
+
+
+def _part(
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    # On 8 bits, unlike evaluation: twice as fast, and half a level is nothing beside the change of colours.
+    return image.resize(size, resample, box=box, reducing_gap=2.0)
+
+
+def _floats(image: Image.Image) -> NDArray[np.float32]:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1), dtype=np.float32)

@@ -31,9 +31,12 @@ from stage1_pro.progress import track
 
 FRACTIONS: dict[SplitName, float] = {"train": 0.6, "val_select": 0.1, "val_calib": 0.15, "val_test": 0.15}
 HALVES: tuple[Half, ...] = ("fit", "certify")
-NEGATIVE_NAMES = frozenset(
-    "none no negative neg 0 false background normal clear other nothing absent empty clean ok n".split()
-)
+# fmt: off
+NEGATIVE_NAMES = frozenset({
+    "none", "no", "negative", "neg", "0", "false", "background", "normal", "clear", "other", "nothing", "absent",
+    "empty", "clean", "ok", "n",
+})
+# fmt: on
 
 # Measured on roadwork_signs and roadwork_scenes and on re-encoded copies of both (JPEG 50-95, x0.5-2, brightness
 # 10%): of 19.8 million pairs of frames of different signs 41 thousand are within 12 bits, and none of those reaches
@@ -43,6 +46,7 @@ CORRELATION = 0.987
 MEAN_DIFFERENCE = 32.0
 _SIDE = 32
 _COARSE = 0.95
+_ROWS, _COLUMNS = 64, 2048
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -185,6 +189,8 @@ def _hash(rows: Sequence[Row]) -> str:
 # --------------------------------------------------------------------------------------------
 # Labels
 
+_ONE_CLASS = "labels must have two classes or more, got one class only: '{}'; add images of another"
+
 
 def _read_labels(labels: Path, images: Path | None) -> tuple[Path, list[_Entry]]:
     if labels.is_dir() and (labels / "labels.csv").is_file():
@@ -218,7 +224,8 @@ def _read_folder(root: Path) -> list[_Entry]:
             file = path.relative_to(root)
             if path.is_dir() or any(part.startswith(".") for part in file.parts) or path.name in _SYSTEM_FILES:
                 continue
-            entries.append(_Entry(file.as_posix(), folder.name, folder.name, file.as_posix(), "", f"folder {folder.name}"))
+            name = file.as_posix()
+            entries.append(_Entry(name, folder.name, folder.name, name, "", f"folder {folder.name}"))
     if not entries:
         raise InputError(f"--labels must hold one sub-folder of images per class, got {root} without any")
     return entries
@@ -232,7 +239,7 @@ def _read_csv(path: Path, root: Path) -> list[_Entry]:
     header = text.split("\n", 1)[0]
     delimiter = next((d for d in ",;\t" if {"file", "label"} <= {_clean(c).strip('"') for c in header.split(d)}), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="\0")
-    entries = []
+    entries: list[_Entry] = []
     try:
         columns = [_clean(name) for name in reader.fieldnames or []]
         reader.fieldnames = columns
@@ -242,8 +249,7 @@ def _read_csv(path: Path, root: Path) -> list[_Entry]:
                     f"{path} must have a column '{column}', got {', '.join(columns) or 'an empty file'}"
                     f"{nearest(column, columns)}"
                 )
-        for cells in reader:
-            entries.append(_entry(cells, f"{path.name} line {reader.line_num}", root))
+        entries.extend(_entry(cells, f"{path.name} line {reader.line_num}", root) for cells in reader)
     except csv.Error as error:
         raise InputError(f"{path} must be a CSV, got in line {reader.line_num}: {error}") from None
     if not entries:
@@ -291,7 +297,7 @@ def _relative(text: str, where: str, root: Path) -> str:
         text = text.replace("\\", "/")
     # Lexical, so that links inside the folder may point anywhere, but no row climbs out of it.
     inside = os.path.relpath(os.path.normpath(root / text), root)
-    if "\0" in text or inside == "." or inside.split(os.sep)[0] == "..":
+    if "\0" in text or inside == "." or Path(inside).parts[0] == "..":
         raise InputError(
             f"file must be inside {root}, got {text!r} in {where}; name the folder that holds all images with --images"
         )
@@ -327,7 +333,7 @@ def _classes(entries: Sequence[_Entry], given: Sequence[str] | None) -> list[str
                     f"classes: {', '.join(names)}"
                 )
     if len(names) < 2:
-        raise InputError(f"labels must have two classes or more, got one class only: '{names[0]}'; add images without it")
+        raise InputError(_ONE_CLASS.format(names[0]))
     return names
 
 
@@ -347,8 +353,8 @@ def _positive(given: str | None, names: Sequence[str], entries: Sequence[_Entry]
 
 
 def _means_none(name: str, other: str) -> bool:
-    plain = re.sub(r"[\s_-]+", "", name.casefold())
-    return plain in NEGATIVE_NAMES or plain in {f"{no}{re.sub(r'[ _-]+', '', other.casefold())}" for no in ("no", "not", "non")}
+    plain, found = (re.sub(r"[\s_-]+", "", text.casefold()) for text in (name, other))
+    return plain in NEGATIVE_NAMES or plain in {f"no{found}", f"not{found}", f"non{found}"}
 
 
 def _refuse_contradictions(entries: Sequence[_Entry], pictures: Mapping[str, _Picture]) -> None:
@@ -365,7 +371,7 @@ def _refuse_contradictions(entries: Sequence[_Entry], pictures: Mapping[str, _Pi
 def _refuse_missing(counts: Mapping[str, int], names: Sequence[str]) -> None:
     present = [name for name in names if counts.get(name)]
     if len(present) == 1:
-        raise InputError(f"labels must have two classes or more, got one class only: '{present[0]}'; add images of another")
+        raise InputError(_ONE_CLASS.format(present[0]))
     for name in names:
         if name not in present:
             raise InputError(f"every class must have readable images, got none of '{name}'; add some or leave it out")
@@ -419,23 +425,22 @@ def near_duplicates(small: NDArray[np.uint8], groups: NDArray[np.int64]) -> list
         groups: group number of each [N]; pairs within a group are not looked for.
     """
     hashes = perceptual_hashes(small)
-    coarse = _centred(small.reshape(-1, 8, _SIDE // 8, 8, _SIDE // 8, 3).mean((2, 4), dtype=np.float32).reshape(-1, 192))
+    coarse = small.reshape(-1, 8, _SIDE // 8, 8, _SIDE // 8, 3).mean((2, 4), dtype=np.float32).reshape(-1, 192)
+    coarse = _centred(coarse)
     pairs: list[tuple[int, int]] = []
-    # All pairs in blocks: exact, without the worst cases of buckets, and under a minute for 10^5 images.
-    step = max(1, min(1024, 30_000_000 // max(1, len(hashes))))
-    for start in range(0, len(hashes), step):
-        block = slice(start, start + step)
-        distance = np.bitwise_count(hashes[block, None] ^ hashes[None, start:])
-        first, second = np.nonzero(distance <= HASH_BITS)
-        first, second = first + start, second + start
-        keep = (first < second) & (groups[first] != groups[second])
-        first, second = first[keep], second[keep]
-        for begin in range(0, len(first), 4096):
-            i, j = first[begin : begin + 4096], second[begin : begin + 4096]
-            alike = _correlation(coarse[i], coarse[j]) >= _COARSE
-            i, j = i[alike], j[alike]
-            same = _same(small[i], small[j])
-            pairs += zip(i[same].tolist(), j[same].tolist(), strict=True)
+    # All pairs, in blocks that stay in the cache: exact, and without the worst cases of buckets.
+    for top in range(0, len(hashes), _ROWS):
+        for start in range(top, len(hashes), _COLUMNS):
+            distance = np.bitwise_count(hashes[top : top + _ROWS, None] ^ hashes[None, start : start + _COLUMNS])
+            near = np.flatnonzero((distance <= HASH_BITS).ravel())
+            i, j = near // distance.shape[1] + top, near % distance.shape[1] + start
+            keep = (i < j) & (groups[i] != groups[j])
+            i, j = i[keep], j[keep]
+            keep = _correlation(coarse[i], coarse[j]) >= _COARSE
+            i, j = i[keep], j[keep]
+            for k in range(0, len(i), 4096):
+                same = _same(small[i[k : k + 4096]], small[j[k : k + 4096]])
+                pairs += zip(i[k : k + 4096][same].tolist(), j[k : k + 4096][same].tolist(), strict=True)
     return pairs
 
 
@@ -496,13 +501,13 @@ def _join_groups(
     largest = max(joined, key=lambda name: (sizes[name], name), default=None)
     rows = sizes[largest] if largest is not None else 0
     if largest is not None and rows > max(2, max_component * len(entries)):
-        shown = joined[largest]
-        example = next((i, j) for i, j in sorted(found) if units[i] == largest)
+        shown = ", ".join(joined[largest][:3]) + (", ..." if len(joined[largest]) > 3 else "")
+        i, j = next((i, j) for i, j in sorted(found) if units[i] == largest)
         raise InputError(
             f"near-duplicates across groups must tie at most {max_component:.1%} of the rows together, got {rows} of "
-            f"{len(entries)} rows in {len(shown)} groups ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''}; for "
-            f"example {entries[example[0]].file} and {entries[example[1]].file}); remove the copies, give frames of one "
-            f"clip or place one `group`, or accept it with --max-component {rows / len(entries) + 0.005:.2f}"
+            f"{len(entries)} rows in {len(joined[largest])} groups ({shown}; for example {entries[i].file} and "
+            f"{entries[j].file}); remove the copies, give frames of one clip or place one `group`, or accept it with "
+            f"--max-component {rows / len(entries) + 0.005:.2f}"
         )
     return units, Merging(
         pairs=len(found),
@@ -559,14 +564,15 @@ def _assign_splits(
     for k, name in enumerate(names):
         holding = sum(bool(count[k]) for count in counts.values())
         if holding < parts:
+            where = "every split" if folds is None else f"each of {folds} folds and every split"
             raise InputError(
-                f"class '{name}' must be in at least {parts} groups, to be in every {'split' if folds is None else 'fold and split'}, "
-                f"got {holding} ({sum(int(c[k]) for c in counts.values())} rows); add groups of it, or cut its groups into "
+                f"class '{name}' must be in at least {parts} groups, so that {where} can have it, got {holding} "
+                f"({sum(int(count[k]) for count in counts.values())} rows); add groups of it, or cut its groups into "
                 "finer ones if they are independent"
             )
     if folds is None:
         return assign(counts, shares, f"{seed}:splits")
-    fold_of = assign(counts, {number: 1 / folds for number in range(folds)}, f"{seed}:folds:{folds}")
+    fold_of = assign(counts, dict.fromkeys(range(folds), 1 / folds), f"{seed}:folds:{folds}")
     result: dict[str, SplitName] = {unit: "val_test" for unit, number in fold_of.items() if number == fold}
     rest = {unit: count for unit, count in counts.items() if unit not in result}
     others = {name: share for name, share in shares.items() if name != "val_test"}
@@ -602,7 +608,7 @@ def assign(counts: Mapping[str, NDArray[np.int64]], shares: Mapping[Key, float],
         order = sorted(range(len(names)), key=lambda i: (not large[i], keys[i]))
         placed = _greedy(features, fraction, order)
         _repair(features, rows > 0, fraction, placed)
-        missing = sum(not (rows[placed == p] > 0).any(axis=0)[k] for p in range(len(parts)) for k in range(rows.shape[1]))
+        missing = sum(int((~(rows[placed == part] > 0).any(axis=0)).sum()) for part in range(len(parts)))
         quality = (missing, _deviation(features, fraction, placed))
         if best is None or quality < best:
             best, chosen = quality, placed
@@ -636,8 +642,9 @@ def _repair(
         moves = []
         for part, k in lacking:
             # A unit may go when its part keeps another of each of its classes.
-            free = [i for i in np.flatnonzero(holds[:, k]) if (have[placed[i]] - holds[i] >= (have[placed[i]] > 0)).all()]
-            for i in free:
+            for i in np.flatnonzero(holds[:, k]):
+                if (have[placed[i]] - holds[i] < (have[placed[i]] > 0)).any():
+                    continue
                 moved = placed.copy()
                 moved[i] = part
                 moves.append((_deviation(features, fraction, moved), int(i), int(part)))

@@ -115,6 +115,9 @@ def load_run_model(run: Path) -> tuple[Stage1Model, RunConfig]:
         ArtifactError: a checkpoint of another run, architecture or set of classes.
     """
     run = Path(run)
+    for name, station in (("splits.json", f"split --out {run}"), ("model_best.pth", f"train --run {run}")):
+        if not (run / name).is_file():
+            raise ArtifactError(f"{run} must hold {name}, but it does not; run `stage1 {station}` first")
     run_config = RunConfig.read(run / "config.json")
     splits = Splits.read(run / "splits.json")
     path = run / "model_best.pth"

@@ -1,0 +1,242 @@
+"""The command line: one walk through every command, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stage1_pro import cli
+from stage1_pro.data.synthetic import render_pool
+
+COMMANDS = ["split", "train", "calibrate", "evaluate", "export", "predict", "inspect", "doctor", "demo"]
+
+
+def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stage1_pro.cli", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}, timeout=600,
+    )  # fmt: skip
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
+    assert cli.main([str(a) for a in arguments]) == code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("stage1: ")
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render_pool(tmp_path_factory.mktemp("pool") / "scenes", 300, seed=3, size=64)
+
+
+def test_help_teaches_every_command_and_default() -> None:
+    whole = stage1("--help")
+    assert whole.returncode == 0
+    for command in COMMANDS:
+        assert re.search(rf"^\s+{command}\s", whole.stdout, re.MULTILINE), command
+        text = stage1(command, "--help")
+        assert text.returncode == 0, text.stderr
+        assert "--json" in text.stdout
+    text = stage1("train", "--help").stdout
+    from stage1_pro.config import describe
+
+    for name, default, _ in describe():
+        assert re.search(rf"^  {re.escape(name)}\s+{re.escape(default)}\s", text, re.MULTILINE), name
+
+
+def test_help_takes_under_half_a_second() -> None:
+    def seconds(*arguments: str) -> float:
+        began = time.perf_counter()
+        stage1(*arguments)
+        return time.perf_counter() - began
+
+    assert min(seconds("--help") for _ in range(5)) < 0.5
+    assert min(seconds("split", "--help") for _ in range(5)) < 0.5
+    # This one loads pydantic for the table of keys; a bare interpreter is measured beside it on busy machines.
+    assert min(seconds("train", "--help") for _ in range(8)) < 0.75
+
+
+def test_no_command_and_version() -> None:
+    assert stage1().returncode == 2
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", stage1("--version").stdout)
+
+
+@pytest.mark.slow
+def test_walk_through_every_command(pool: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def done(*arguments: object) -> dict:
+        result = stage1(*arguments, "--json")
+        assert result.returncode == 0, f"{arguments}: {result.stderr}"
+        return json.loads(result.stdout)
+
+    assert done("split", "--labels", pool, "--out", run)["positive"] == "roadwork"
+    small = ("--set", "train.epochs=8", "--set", "train.batch_size=32", "--set", "model.tap=2")
+    assert done("train", "--run", run, *small)["epochs"] <= 8
+    policy = done("calibrate", "--run", run, "--target-fnr", "0.3")
+    assert policy["guarantee"] == "none"
+    assert policy["split_hashes"]["val_calib"] == json.loads((run / "splits.json").read_text())["hashes"]["val_calib"]
+    assert done("evaluate", "--run", run, "--replicates", 100)["n_rows"] > 0
+    assert (run / "report.html").stat().st_size > 10_000
+    assert (run / "evaluation" / "mistakes.csv").exists()
+    rtx = subprocess.run([sys.executable, "-c", "import tensorrt_rtx"], capture_output=True, check=False).returncode == 0
+    bundle = run / "bundle"
+    done("export", "--run", run, "--target", "rtx" if rtx else "onnx")
+    assert sorted(p.name for p in bundle.glob("*.json")) == ["bundle.json", "config.json", "splits.json", "thresholds.json"]
+    assert str(tmp_path) not in "".join(p.read_text() for p in bundle.glob("*.json")), "no path of this machine travels"
+    assert len(list(bundle.rglob("*.engine"))) == (2 if rtx else 0)
+
+    pictures = [row["file"] for row in json.loads((run / "splits.json").read_text())["rows"] if row["split"] == "val_test"]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    answers = stage1("predict", "--bundle", bundle, *[pool.parent / f for f in pictures], broken, "--out", tmp_path / "out.csv")
+    assert answers.returncode == 1, "one image could not be read"
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(pictures) + 1
+    assert rows[-1]["error"]
+    assert not rows[-1]["label"]
+    for row in rows[:-1]:
+        assert row["decision"] == ("exited" if row["stage"] == "A" else "deferred")
+        exits = float(row["confidence"]) >= policy["exit_threshold"]
+        assert exits or row["stage"] == "B"
+        assert (float(row["probability"]) > 0.5) == (row["label"] == "roadwork")
+
+    # torch and the bundle agree, decision for decision
+    from stage1_pro.artifacts import Thresholds
+    from stage1_pro.policies.softmax import decide, softmax
+    from stage1_pro.training.inference import infer_split
+
+    predictions = infer_split(run, "val_test")
+    exited = decide(softmax(predictions.logits_a), Thresholds.read(run / "thresholds.json"))
+    assert [row["decision"] == "exited" for row in rows[:-1]] == exited.tolist()
+
+    text = stage1("inspect", bundle)
+    assert text.returncode == 0
+    assert "none" in text.stdout
+    assert "roadwork" in text.stdout
+    assert stage1("doctor").returncode == 0
+
+    # a target out of reach withdraws the policy, and nothing can be exported after it
+    refused = stage1("calibrate", "--run", run, "--target-fnr", "0.000001")
+    if refused.returncode == 3:
+        assert not (run / "thresholds.json").exists()
+        assert stage1("export", "--run", run, "--overwrite").returncode != 0
+        assert bundle.exists(), "the bundle that stands is not touched"
+
+
+def test_wrong_labels_are_told(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    bad = tmp_path / "labels.csv"
+    bad.write_text("file,lable\na.jpg,1\n")
+    assert "must have a column 'label'" in fails(capsys, 2, "split", "--labels", bad, "--out", out)
+    assert "did you mean 'lable'" in fails(capsys, 2, "split", "--labels", bad, "--out", out)
+    message = fails(capsys, 2, "split", "--labels", pool, "--out", out, "--classes", "none,roadworks")
+    assert "unknown label 'roadwork'" in message
+    assert "did you mean 'roadworks'" in message
+    assert "--positive must be one of none, roadwork" in fails(capsys, 2, "split", "--labels", pool, "--out", out, "--positive", "cones")
+    one = tmp_path / "one" / "only"
+    one.mkdir(parents=True)
+    for k in range(4):
+        Image.new("RGB", (20, 20), (k * 60, 0, 0)).save(one / f"{k}.png")
+    assert "one class only" in fails(capsys, 2, "split", "--labels", one.parent, "--out", out)
+    assert "no split may be empty" in fails(
+        capsys, 2, "split", "--labels", pool, "--out", out, "--fractions", "train=.8,val_select=.1,val_calib=.1,val_test=0"
+    )
+    assert "--fractions must be like" in fails(capsys, 2, "split", "--labels", pool, "--out", out, "--fractions", "a=b")
+    assert not (out / "splits.json").exists()
+
+
+def test_wrong_configuration_is_told(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["split", "--labels", str(pool), "--out", str(out)]) == 0
+    capsys.readouterr()
+    message = fails(capsys, 2, "train", "--run", out, "--set", "train.epoch=3")
+    assert "unknown configuration key 'train.epoch'; did you mean 'train.epochs'?" in message
+    assert "did you mean 'train.epochs'?" in fails(capsys, 2, "train", "--run", out, "--set", "epochs=3")
+    assert "'train.epochs' must be valid, got 'many'" in fails(capsys, 2, "train", "--run", out, "--set", "train.epochs=many")
+    assert "--set must be SECTION.KEY=VALUE" in fails(capsys, 2, "train", "--run", out, "--set", "train.epochs")
+    file = tmp_path / "c.yaml"
+    file.write_text("train: [1, 2")
+    assert "must be YAML" in fails(capsys, 2, "train", "--run", out, "--config", file)
+    file.write_text("trian: {epochs: 2}")
+    assert "did you mean 'train'?" in fails(capsys, 2, "train", "--run", out, "--config", file)
+    assert "run `stage1 split" in fails(capsys, 2, "train", "--run", tmp_path / "nothing")
+    assert not (out / "config.json").exists(), "a refused configuration leaves nothing behind"
+
+
+def test_stations_out_of_order_say_what_comes_first(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    cli.main(["split", "--labels", str(pool), "--out", str(out)])
+    capsys.readouterr()
+    for command in ("calibrate", "evaluate", "export"):
+        code = cli.main([command, "--run", str(out)])
+        assert code in (2, 4)
+        assert "stage1 train" in capsys.readouterr().err, command
+    assert "bundle" in fails(capsys, 4, "predict", "--bundle", tmp_path / "none", pool.parent)
+    assert fails(capsys, 4, "inspect", out)
+
+
+def test_errors_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 4
+    assert json.loads(capsys.readouterr().out)["kind"] == "ArtifactError"
+
+
+def test_calibrate_anybodys_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 4000)
+    logits = np.stack([np.zeros(4000), 3 * (labels * 2 - 1) + rng.normal(0, 2, 4000)], axis=1)
+    np.savez(tmp_path / "mine.npz", logits=logits, labels=labels)
+    code = cli.main(["calibrate", "--logits", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "thresholds.json"), "--json"])
+    assert code == 0
+    policy = json.loads(capsys.readouterr().out)
+    assert policy == json.loads((tmp_path / "thresholds.json").read_text())
+    confidence = 1 / (1 + np.exp(-np.abs(logits[:, 1])))
+    exited = (confidence >= policy["exit_threshold"]) & (labels == 1)
+    missed = exited & (logits[:, 1] <= 0)
+    assert missed.sum() / exited.sum() == pytest.approx(policy["fnr_on_exited"])
+    assert policy["fnr_on_exited"] <= 0.02
+
+
+def test_base_install_predicts_without_torch(tmp_path: Path) -> None:
+    blocker = tmp_path / "block"
+    blocker.mkdir()
+    for name in ("torch", "transformers", "peft", "accelerate"):
+        (blocker / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')\n")
+    path = os.pathsep.join([str(blocker), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for arguments in (("doctor",), ("--help",), ("split", "--help")):
+        assert stage1(*arguments, env={"PYTHONPATH": path}).returncode == 0
+    run = tmp_path / "run"
+    pool = render_pool(tmp_path / "scenes", 60, seed=0, size=48)
+    assert stage1("split", "--labels", pool, "--out", run, env={"PYTHONPATH": path}).returncode == 0
+    refused = stage1("train", "--run", run, env={"PYTHONPATH": path})
+    assert refused.returncode == 5
+    assert "pip install -c constraints.txt 'stage1_pro[train]'" in refused.stderr
+
+
+@pytest.mark.slow
+def test_demo_is_worth_it_and_ends_in_a_report(tmp_path: Path) -> None:
+    began = time.monotonic()
+    result = stage1("demo", "--out", tmp_path / "demo", "--json")
+    seconds = time.monotonic() - began
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    auroc = {(m["metric"], m["stage"]): m["value"] for m in facts["evaluation"]["measures"] if m["source"] is None}
+    assert 0.8 <= auroc["auroc", "stage_a"] <= 0.99
+    assert facts["exited"] > 0
+    assert facts["deferred"] > 0
+    assert Path(facts["report"]).exists()
+    assert seconds < 240, f"the demo took {seconds:.0f} s"
