@@ -10,6 +10,7 @@ median is the result, since machines are noisy.
 from __future__ import annotations
 
 import argparse
+import csv
 import shutil
 import statistics
 import tempfile
@@ -61,7 +62,9 @@ def main() -> None:
             pass
         alone = images / (time.perf_counter() - began)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        weights = balanced_weights(torch.from_numpy(np.asarray([splits.classes.index(r.label) for r in splits.of("train")])), 2)
+        weights = balanced_weights(
+            torch.from_numpy(np.asarray([splits.classes.index(r.label) for r in splits.of("train")])), 2
+        )
         began = time.perf_counter()
         for batch in epochs_of(loader, options.epochs):
             optimizer.zero_grad(set_to_none=True)
@@ -73,13 +76,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(options.run / "splits.json", folder)
             stage1_pro.train(folder, config)
-            import csv
-
             with (Path(folder) / "metrics.csv").open(newline="") as file:
                 seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
         ours = images / seconds
         ratios.append(ours / bare)
-        print(f"round {number}: loader alone {alone:.0f}, bare loop {bare:.0f}, stage1 train {ours:.0f} images/s; ratio {ours / bare:.3f}", flush=True)
+        print(
+            f"round {number}: loader alone {alone:.0f}, bare loop {bare:.0f}, stage1 train {ours:.0f} images/s; "
+            f"ratio {ours / bare:.3f}",
+            flush=True,
+        )
     print(f"median ratio {statistics.median(ratios):.3f} over {len(ratios)} rounds (target >= 0.9)")
 
 

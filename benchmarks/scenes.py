@@ -1,6 +1,7 @@
 """The same chain on real street scenes: a pretrained DINOv2-small, linear mode, group cross-validation.
 
-    python benchmarks/scenes.py --data ../shared/data/roadwork_scenes --backbone ../shared/weights/dinov2-small --out /tmp/scenes
+    python benchmarks/scenes.py --data ../shared/data/roadwork_scenes \
+        --backbone ../shared/weights/dinov2-small --out /tmp/scenes
 
 Every group is in exactly one fold's val_test. Reported per source, since in this set the source predicts the label.
 Rows are pooled over folds with the share of stage A's errors; AUROC is given per fold where a source has both classes.
@@ -45,7 +46,9 @@ def main() -> None:
         stage1_pro.train(run, config, overwrite=True)
         try:
             policy = stage1_pro.calibrate(run, target_fnr=options.target_fnr)
-            policies.append(f"fold {fold}: coverage {policy.coverage:.2f}, FNR on exits {policy.fnr_on_exited:.3f} (guarantee none)")
+            policies.append(
+                f"fold {fold}: coverage {policy.coverage:.2f}, FNR on exits {policy.fnr_on_exited:.3f} (guarantee none)"
+            )
         except NotReachableError as error:
             policies.append(f"fold {fold}: not reachable: {error}")
         evaluation = stage1_pro.evaluate(run)
@@ -66,7 +69,9 @@ def main() -> None:
         count = sum(row["rows"] for row in rows)
         accuracy = sum(row["rows"] * row["accuracy"] for row in rows) / count
         aurocs = [row["auroc"] for row in rows if row["auroc"] is not None]
-        text = f"{np.mean(aurocs):.3f} ± {np.std(aurocs, ddof=1):.3f} ({len(aurocs)})" if len(aurocs) > 1 else "one class"
+        text = (
+            f"{np.mean(aurocs):.3f} ± {np.std(aurocs, ddof=1):.3f} ({len(aurocs)})" if len(aurocs) > 1 else "one class"
+        )
         print(f"{source[:56]:<58}{count:>6}{accuracy:>10.3f}{text:>20}")
     write_text(options.out / "results.json", json.dumps({"policies": policies, "sources": table}, indent=1))
 

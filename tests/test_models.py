@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from transformers import Dinov2Model  # noqa: E402
+from transformers import Dinov2Model
 
-from stage1_pro.config import ModelConfig  # noqa: E402
-from stage1_pro.errors import ArtifactError, InputError  # noqa: E402
-from stage1_pro.models.backbone import PRESETS, load_backbone  # noqa: E402
-from stage1_pro.models.model import Architecture, Stage1Model, create_model, rebuild_model  # noqa: E402
-from stage1_pro.training import checkpoint  # noqa: E402
+from stage1_pro.config import ModelConfig
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.models.backbone import PRESETS, load_backbone
+from stage1_pro.models.model import Architecture, Stage1Model, create_model, rebuild_model
+from stage1_pro.training import checkpoint
 
 
 def tiny(tap: int | None = None, seed: int = 0) -> Stage1Model:

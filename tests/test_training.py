@@ -18,16 +18,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import stage1_pro  # noqa: E402
-from stage1_pro.artifacts import Predictions, Splits  # noqa: E402
-from stage1_pro.config import Config, load_config  # noqa: E402
-from stage1_pro.data.synthetic import render_pool  # noqa: E402
-from stage1_pro.errors import ArtifactError, InputError, TrainingError  # noqa: E402
-from stage1_pro.models.model import Stage1Model  # noqa: E402
-from stage1_pro.training import checkpoint, losses  # noqa: E402
-from stage1_pro.training.inference import infer_split  # noqa: E402
-from stage1_pro.training.loop import COLUMNS, TIMINGS, train  # noqa: E402
-from stage1_pro.training.prepare import RunConfig  # noqa: E402
+import stage1_pro
+from stage1_pro.artifacts import Predictions, Splits
+from stage1_pro.config import Config, load_config
+from stage1_pro.data.synthetic import render_pool
+from stage1_pro.errors import ArtifactError, InputError, TrainingError
+from stage1_pro.models.model import Stage1Model
+from stage1_pro.training import losses
+from stage1_pro.training.inference import infer_split
+from stage1_pro.training.loop import COLUMNS, TIMINGS, train
+from stage1_pro.training.prepare import RunConfig
 
 SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "train.save_every_steps=2"]
 
@@ -62,7 +62,8 @@ def test_one_call_writes_every_artefact(run: Path) -> None:
     assert all(float(row["augrc_low"]) <= float(row["augrc"]) <= float(row["augrc_high"]) for row in rows)
     last = torch.load(run / "last.pth", weights_only=True)
     for key in ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "epoch", "global_step",
-                "sampler_state", "best_acc", "best_augrc", "patience_counter", "ema_state_dict", "rng_state"):  # fmt: skip
+                "sampler_state", "best_acc", "best_augrc", "patience_counter", "ema_state_dict",
+                "rng_state"):  # fmt: skip
         assert key in last, key
     assert last["best_augrc"] == min(float(row["augrc"]) for row in rows) == result.best["augrc"]
     assert last["best_acc"] == max(float(row["accuracy"]) for row in rows)
@@ -186,7 +187,9 @@ def test_a_run_with_a_foreign_checkpoint_is_refused(run: Path, split_run: Path, 
     with pytest.raises(ArtifactError, match="differs in model.tap: 2 instead of 4"):
         infer_split(run, "val_select")
     shutil.copy(other / "last.pth", run / "last.pth")
-    with pytest.raises(ArtifactError, match=r"last.pth must be of this run's architecture; it differs in tap: 2 instead of 4"):
+    with pytest.raises(
+        ArtifactError, match=r"last.pth must be of this run's architecture; it differs in tap: 2 instead of 4"
+    ):
         train(run, resume=True)
 
 
@@ -238,7 +241,9 @@ def _kill_when(run: Path, options: list[str], seen: str | None, delay: float) ->
     """Start a training, kill -9 it when its log says ``seen`` (and after ``delay``); the log's last words."""
     log = run / "train.log"
     start = log.stat().st_size if log.exists() else 0
-    process = subprocess.Popen(command(run, *options), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(run, *options), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         text = log.read_bytes()[start:].decode() if log.exists() else ""
@@ -300,7 +305,9 @@ def test_two_processes_reach_the_figures_of_one(split_run: Path, tmp_path: Path)
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         runs[processes] = without_timings(run / "metrics.csv")
-        assert Predictions.load(run / "val_calib.npz").logits_a.shape[0] == len(Splits.read(run / "splits.json").of("val_calib"))
+        assert Predictions.load(run / "val_calib.npz").logits_a.shape[0] == len(
+            Splits.read(run / "splits.json").of("val_calib")
+        )
     one, two = runs[1], runs[2]
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):

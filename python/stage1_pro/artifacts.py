@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -480,17 +481,7 @@ class Predictions:
 
     def save(self, path: Path | str) -> None:
         """Write as an uncompressed ``.npz``, atomically and with reproducible bytes."""
-        import zipfile
-
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-            for field in fields(self):
-                item = io.BytesIO()
-                np.lib.format.write_array(item, np.asarray(getattr(self, field.name)), allow_pickle=False)
-                # A fixed date: np.savez stamps the clock, and the same run must give the same bytes.
-                info = zipfile.ZipInfo(f"{field.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-                archive.writestr(info, item.getvalue())
-        write_bytes(path, buffer.getvalue())
+        save_npz(path, {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)})
 
     @classmethod
     def load(cls, path: Path | str) -> Predictions:
@@ -506,6 +497,18 @@ class Predictions:
         return cls(**values)
 
 
+def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays as an uncompressed ``.npz``, atomically; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            item = io.BytesIO()
+            np.lib.format.write_array(item, array, allow_pickle=False)
+            # A fixed date: np.savez stamps the clock, and the same run must give the same bytes.
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), item.getvalue())
+    write_bytes(path, buffer.getvalue())
+
+
 def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
     """Read every array of an ``.npz`` without pickle; raise InputError when it is not one."""
     try:
@@ -513,5 +516,5 @@ def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
             return {name: data[name] for name in data.files}
     except FileNotFoundError:
         raise InputError(f"{path} must exist, but there is no such file") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy each raise kinds of their own on damage
         raise InputError(f"{path} must be a NumPy .npz file without pickled objects, got: {error}") from None

@@ -43,7 +43,8 @@ class _TrainParser(argparse.ArgumentParser):
         rows = describe()
         width = max(len(name) for name, _, _ in rows)
         table = "\n".join(f"  {name:<{width}}  {default:<12} {text}" for name, default, text in rows)
-        return f"{super().format_help()}\nconfiguration keys (YAML sections or --set KEY=VALUE) and their defaults:\n{table}\n"
+        title = "configuration keys (YAML sections or --set KEY=VALUE) and their defaults:"
+        return f"{super().format_help()}\n{title}\n{table}\n"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,39 +60,71 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, handler: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
         commands._parser_class = _TrainParser if name == "train" else argparse.ArgumentParser
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter
+        )
         sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
         sub.set_defaults(run_station=handler)
         return sub
 
     sub = command("split", "cut labelled images into train, val_select, val_calib and val_test", _split)
-    sub.add_argument("--labels", type=Path, required=True, help="CSV with file,label[,label_name,group,source], or a folder with one sub-folder per class")
+    sub.add_argument(
+        "--labels",
+        type=Path,
+        required=True,
+        help="CSV with file,label[,label_name,group,source], or a folder with one sub-folder per class",
+    )
     sub.add_argument("--images", type=Path, help="folder that `file` is relative to; the CSV's own by default")
     sub.add_argument("--out", type=Path, required=True, help="run folder to write")
-    sub.add_argument("--positive", help="name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag")
+    sub.add_argument(
+        "--positive",
+        help="name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag",
+    )
     sub.add_argument("--classes", help="comma-separated class names that are allowed; all found by default")
-    sub.add_argument("--fractions", default="train=.6,val_select=.1,val_calib=.15,val_test=.15", help="share of rows per split")
+    sub.add_argument(
+        "--fractions", default="train=.6,val_select=.1,val_calib=.15,val_test=.15", help="share of rows per split"
+    )
     sub.add_argument("--seed", type=int, default=0, help="another seed, other splits")
     sub.add_argument("--folds", type=int, help="cut into K folds by group; val_test is one of them")
     sub.add_argument("--fold", type=int, help="which of the K folds (0..K-1) is val_test")
-    sub.add_argument("--max-component", type=float, default=0.05, help="largest share of rows that near-duplicates may join across groups")
+    sub.add_argument(
+        "--max-component",
+        type=float,
+        default=0.05,
+        help="largest share of rows that near-duplicates may join across groups",
+    )
     sub.add_argument("--max-quarantine", type=float, default=0.02, help="largest share of unreadable images")
     sub.add_argument("--overwrite", action="store_true", help="replace the splits of a run that has been trained")
 
     sub = command("train", "train both stages on the splits of a run", _train)
     sub.add_argument("--run", type=Path, required=True, help="run folder with splits.json")
     sub.add_argument("--config", type=Path, help="YAML file with the keys below")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="one key, for example train.epochs=4 (may be repeated)")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="one key, for example train.epochs=4 (may be repeated)",
+    )
     sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
     sub.add_argument("--overwrite", action="store_true", help="forget an earlier training in this folder")
 
     sub = command("calibrate", "choose the exit policy on val_calib", _calibrate)
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="trained run folder")
-    which.add_argument("--logits", type=Path, help=".npz with logits [N, K] (or probs) and labels [N], optional groups, classes, positive")
+    which.add_argument(
+        "--logits",
+        type=Path,
+        help=".npz with logits [N, K] (or probs) and labels [N], optional groups, classes, positive",
+    )
     sub.add_argument("--policy", choices=["softmax"], default="softmax", help="what decides an exit")
     sub.add_argument("--guarantee", choices=["none"], default="none", help="none = empirical choice, promises nothing")
-    sub.add_argument("--target-fnr", type=float, help="largest false negative rate among exits; the run's configuration or .02 by default")
+    sub.add_argument(
+        "--target-fnr",
+        type=float,
+        help="largest false negative rate among exits; the run's configuration or .02 by default",
+    )
     sub.add_argument("--positive", help="with --logits: name of the positive class")
     sub.add_argument("--out", type=Path, help="with --logits: where to write thresholds.json")
 
@@ -103,7 +136,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("export", "write the bundle: ONNX per stage, engines, exactly one policy", _export)
     sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
     sub.add_argument("--out", type=Path, help="bundle folder; RUN/bundle by default")
-    sub.add_argument("--target", choices=["onnx", "rtx"], help="rtx also compiles engines with TensorRT for RTX (no GPU needed); the run's configuration or onnx by default")
+    sub.add_argument(
+        "--target",
+        choices=["onnx", "rtx"],
+        help="rtx also compiles engines, no GPU needed; the run's configuration or onnx by default",
+    )
     sub.add_argument("--recipe", type=Path, help="YAML engine recipe, see engines/; the default recipe otherwise")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
@@ -190,7 +227,8 @@ def _split(options: argparse.Namespace) -> None:
     merging = splits.merging
     lines.append(
         f"positive class: {splits.positive}; {merging.pairs} near-duplicate pairs across groups, largest joined "
-        f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); {splits.quarantined} images in quarantine"
+        f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); "
+        f"{splits.quarantined} images in quarantine"
     )
     lines.append(f"wrote {options.out}/splits.json")
     _emit(options, {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(options.out)}, "\n".join(lines))
@@ -200,7 +238,9 @@ def _fractions(text: str) -> dict[str, float]:
     try:
         return {key.strip(): float(value) for key, _, value in (part.partition("=") for part in text.split(","))}
     except ValueError:
-        raise InputError(f"--fractions must be like train=.6,val_select=.1,val_calib=.15,val_test=.15, got '{text}'") from None
+        raise InputError(
+            f"--fractions must be like train=.6,val_select=.1,val_calib=.15,val_test=.15, got '{text}'"
+        ) from None
 
 
 def _train(options: argparse.Namespace) -> None:

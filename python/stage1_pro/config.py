@@ -29,7 +29,9 @@ class ModelConfig(Section):
     tap: int | None = Field(None, ge=1, description="block whose tokens Stage A reads, 1..L; null = the last one")
     auxiliary_hidden: int = Field(256, ge=1, description="hidden width of the auxiliary (Stage B) head")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the heads")
-    pos_embed_rescale: float | None = Field(None, ge=1, description="DINOv3's random RoPE rescaling in training; null = off")
+    pos_embed_rescale: float | None = Field(
+        None, ge=1, description="DINOv3's random RoPE rescaling in training; null = off"
+    )
 
 
 class AugmentConfig(Section):
@@ -38,7 +40,9 @@ class AugmentConfig(Section):
     enabled: bool = True
     crop_scale: tuple[float, float] = Field((0.6, 1.0), description="area share of RandomResizedCrop")
     crop_ratio: tuple[float, float] = Field((0.8, 1.25), description="aspect ratio of RandomResizedCrop")
-    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of a mirror image; 0 where left and right matter (signs)")
+    horizontal_flip: float = Field(
+        0.5, ge=0, le=1, description="probability of a mirror image; 0 where left and right matter (signs)"
+    )
     rotation: float = Field(20.0, ge=0, le=180, description="largest rotation in degrees")
     rotation_probability: float = Field(0.5, ge=0, le=1)
     brightness: float = Field(0.3, ge=0, lt=1)
@@ -52,11 +56,15 @@ class AugmentConfig(Section):
 class TrainConfig(Section):
     """One training run."""
 
-    mode: Literal["full", "linear"] = Field("full", description="full = every weight; linear = frozen backbone, cached features, heads only")
+    mode: Literal["full", "linear"] = Field(
+        "full", description="full = every weight; linear = frozen backbone, cached features, heads only"
+    )
     epochs: int = Field(16, ge=1)
     batch_size: int = Field(64, ge=1, description="effective batch over all processes and accumulation steps")
     micro_batch: int | None = Field(
-        None, ge=1, description="rows per forward pass of one process; null = all; halved down to 16 when memory runs out"
+        None,
+        ge=1,
+        description="rows per forward pass of one process; null = all; halved down to 16 when memory runs out",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
     head_lr: float | None = Field(None, gt=0, description="peak learning rate of the heads; null = lr")
@@ -70,7 +78,9 @@ class TrainConfig(Section):
     class_weights: Literal["none", "balanced"] = "balanced"
     patience: int = Field(8, ge=1, description="epochs without a better AUGRC on val_select before stopping")
     save_every_steps: int = Field(50, ge=1, description="steps between two last.pth inside an epoch")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on GPUs that have it, fp32 on a CPU")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto = bf16 autocast on GPUs that have it, fp32 on a CPU"
+    )
     deterministic: bool = True
     workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
     tensorboard: bool = False
@@ -103,7 +113,9 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
 
 
-def load_config(path: Path | str | None = None, overrides: list[str] | None = None, base: Config | None = None) -> Config:
+def load_config(
+    path: Path | str | None = None, overrides: list[str] | None = None, base: Config | None = None
+) -> Config:
     """Read YAML (or JSON), then apply ``a.b=c`` overrides; values are parsed as YAML.
 
     ``base`` gives the values that neither names (defaults otherwise). Raises InputError naming
@@ -116,7 +128,7 @@ def load_config(path: Path | str | None = None, overrides: list[str] | None = No
         except FileNotFoundError:
             raise InputError(f"--config must name an existing file, got {path}") from None
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{path} must be YAML, got: {error}") from None
+            raise InputError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from None
         if read is None:
             read = {}
         if not isinstance(read, dict):
@@ -187,7 +199,8 @@ def _keys(place: list[str]) -> list[str]:
     section: type[BaseModel] = Config
     for part in place:
         annotation = section.model_fields[part].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
         section = annotation
     return list(section.model_fields)
 

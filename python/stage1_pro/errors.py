@@ -51,6 +51,5 @@ def nearest(word: str, options: Iterable[str]) -> str:
 def need(extra: str, package: str) -> DependencyError:
     """Build the error for a missing optional package, naming the extra that brings it."""
     return DependencyError(
-        f"{package} is not installed; install it with: "
-        f"pip install -c constraints.txt 'stage1_pro[{extra}]'"
+        f"{package} is not installed; install it with: pip install -c constraints.txt 'stage1_pro[{extra}]'"
     )

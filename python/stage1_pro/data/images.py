@@ -240,7 +240,8 @@ def _scale(
     # Bicubic overshoots; 8-bit processors clip after each direction, and clipping once differs by 15 levels.
     wide = channel.resize((size[0], channel.height), resample, box=(box[0], 0, box[2], channel.height))
     wide = Image.fromarray(np.clip(np.asarray(wide), 0, 255))
-    return np.clip(np.asarray(wide.resize(size, resample, box=(0, box[1], size[0], box[3]))), 0, 255)
+    pixels: NDArray[np.float32] = np.asarray(wide.resize(size, resample, box=(0, box[1], size[0], box[3])))
+    return np.clip(pixels, 0, 255)
 
 
 def crop_geometry(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:

@@ -37,7 +37,7 @@ _RGB = np.linalg.inv(_YIQ)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one process: ``pixels`` [B, 3, H, W] float32, ``labels`` and row numbers ``index`` [B] int64, ``files``."""
+    """A process's rows: ``pixels`` [B, 3, H, W] float32, ``labels`` and row numbers ``index`` [B] int64, ``files``."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -200,7 +200,7 @@ class _ToTensor:
     def __init__(self, shared: bool) -> None:
         self._shared = shared
 
-    def __call__(self, batch: NDArray[np.float32] | str) -> Any:
+    def __call__(self, batch: Any) -> Any:
         return torch.from_numpy(batch) if self._shared and not isinstance(batch, str) else batch
 
 
@@ -209,7 +209,7 @@ def _loader(images: _Images, plan: _Plan, workers: int, size: int, *, persistent
     with _no_loader_warnings():
         return DataLoader(
             images,
-            batch_sampler=plan,  # type: ignore[arg-type]
+            batch_sampler=plan,
             num_workers=workers,
             collate_fn=_ToTensor(_shared_memory() > 4 * workers * size),
             persistent_workers=persistent and workers > 0,
@@ -237,7 +237,7 @@ def _checked(pixels: torch.Tensor | NDArray[np.float32] | str) -> torch.Tensor:
     return torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
 
 
-class _no_loader_warnings(warnings.catch_warnings):  # type: ignore[type-arg]  # noqa: N801
+class _no_loader_warnings(warnings.catch_warnings):  # noqa: N801
     """More workers than cores, and forking beside idle torch threads, are both fine here."""
 
     def __enter__(self) -> None:

@@ -650,8 +650,8 @@ def _repair(
                 moves.append((_deviation(features, fraction, moved), int(i), int(part)))
         if not moves:
             return
-        _, i, part = min(moves)
-        placed[i] = part
+        _, unit, to = min(moves)
+        placed[unit] = to
 
 
 def _refuse_lacking(counts: Mapping[SplitName, Mapping[str, int]], rows: Sequence[Row], names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ delivery boxes. Scenes come in clips of one to three frames, the unit that must 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from stage1_pro.progress import track
 
 Colour = tuple[int, int, int]
 Draw = ImageDraw.ImageDraw
+Thing = Callable[[Draw, float], None]
 
 # Canvas of one frame before it is scaled down; drawing at three times the size smooths the edges.
 _SCALE = 3
@@ -30,7 +32,7 @@ def render_pool(out: Path | str, n: int, seed: int = 0, size: int = 96) -> Path:
     """Render ``n`` labelled scenes of ``size`` x ``size`` pixels; the same arguments give the same bytes.
 
     Args:
-        out: folder to write (replaced when it exists): ``labels.csv`` and ``images/``.
+        out: folder to write (an earlier pool in it is replaced): ``labels.csv`` and ``images/``.
         n: number of images, at least 2; half of the clips show roadwork.
         seed: scenes are a function of (seed, clip).
         size: side in pixels, at least 32.
@@ -43,15 +45,19 @@ def render_pool(out: Path | str, n: int, seed: int = 0, size: int = 96) -> Path:
     if size < 32:
         raise InputError(f"size must be at least 32 pixels, got {size}")
     out = Path(out)
+    if out.exists() and not (out / "labels.csv").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"out must be new, empty or an earlier pool, got {out} with something else; name another folder"
+        )
     rows: list[dict[str, object]] = []
     with atomic_directory(out) as folder:
         (folder / "images").mkdir()
         clip = 0
-        with_progress = track(range(n), "rendering scenes", total=n)
+        progress = track(range(n), "rendering scenes", total=n)
         while len(rows) < n:
             scene = _Scene(np.random.default_rng([seed, clip]), roadwork=clip % 2 == 1, size=size)
             for frame in range(min(scene.frames, n - len(rows))):
-                next(with_progress, None)
+                next(progress, None)
                 name = f"images/scene_{clip:05d}_{frame}.jpg"
                 buffer = io.BytesIO()
                 scene.frame(frame).save(buffer, "JPEG", quality=90)
@@ -66,7 +72,7 @@ def render_pool(out: Path | str, n: int, seed: int = 0, size: int = 96) -> Path:
                     }
                 )
             clip += 1
-        with_progress.close()
+        next(progress, None)  # to its end, which takes the bar away
         write_csv(folder / "labels.csv", rows, ["file", "label", "label_name", "group", "source"])
     return out / "labels.csv"
 
@@ -111,12 +117,17 @@ class _Scene:
         self._sky(draw)
         self._buildings(draw)
         self._road(draw)
-        items = [self._tree] * int(rng.integers(0, 4)) + [self._car] * int(rng.integers(0, 4))
-        items += [self._lookalike] * int(rng.integers(0, 4)) + [self._lamp] * int(rng.integers(0, 3))
-        first, *more = self._roadwork_items() if self.roadwork else [None]
-        items += more
+        items: list[Thing] = []
+        for thing, most in ((self._tree, 4), (self._car, 4), (self._lookalike, 4), (self._lamp, 3)):
+            items += [thing] * int(rng.integers(0, most))
+        first: Thing | None = None
+        if self.roadwork:
+            first, *more = self._roadwork_items()
+            items += more
         # Far things first, so that near ones cover them.
-        placed = sorted(((float(rng.beta(1.2, 2.0)), k, draw_item) for k, draw_item in enumerate(items)), key=lambda x: x[:2])
+        placed = sorted(
+            ((float(rng.beta(1.2, 2.0)), k, draw_item) for k, draw_item in enumerate(items)), key=lambda x: x[:2]
+        )
         for nearness, _, draw_item in placed:
             draw_item(draw, nearness)
         if first is not None:  # the one that makes the label true: in every frame, behind nothing
@@ -124,7 +135,7 @@ class _Scene:
             first(draw, float(rng.beta(1.2, 2.0)))
         return image
 
-    def _roadwork_items(self) -> list:  # type: ignore[type-arg]
+    def _roadwork_items(self) -> list[Thing]:
         kinds = (self._cone, self._cone, self._barrel, self._barrier, self._diamond)
         first = kinds[int(self._rng.integers(len(kinds)))]
         others = [kinds[int(self._rng.integers(len(kinds)))] for _ in range(int(self._rng.integers(0, 3)))]
@@ -152,20 +163,32 @@ class _Scene:
                 for wy in np.arange(self.horizon - height + step * 0.4, self.horizon - step * 0.6, step):
                     draw.rectangle((wx, wy, wx + step * 0.5, wy + step * 0.55), fill=dark)
             if rng.random() < 0.25:  # an awning over a shop, orange now and then
-                fill = _ORANGE[int(rng.integers(3))] if rng.random() < 0.5 else tuple(int(v) for v in rng.integers(60, 220, 3))
+                fill = (
+                    _ORANGE[int(rng.integers(3))]
+                    if rng.random() < 0.5
+                    else tuple(int(v) for v in rng.integers(60, 220, 3))
+                )
                 y = self.horizon - step
-                draw.polygon(((x, y), (x + width, y), (x + width * 0.95, y + step * 0.6), (x + width * 0.05, y + step * 0.6)), fill=fill)
+                draw.polygon(
+                    ((x, y), (x + width, y), (x + width * 0.95, y + step * 0.6), (x + width * 0.05, y + step * 0.6)),
+                    fill=fill,
+                )
             x += width * rng.uniform(0.9, 1.3)
 
     def _road(self, draw: Draw) -> None:
         rng, side = self._rng, self._side
-        ground = tuple(int(v) for v in ((95, 120, 70) if rng.random() < 0.5 else (150, 145, 140)) + rng.integers(-12, 12, 3))
+        ground = tuple(
+            int(v) for v in ((95, 120, 70) if rng.random() < 0.5 else (150, 145, 140)) + rng.integers(-12, 12, 3)
+        )
         draw.rectangle((0, self.horizon, side, side), fill=ground)
         grey = int(rng.integers(75, 120))
         self.road = side * rng.uniform(0.45, 0.8)
         edge = self.vanish - side * 0.03, self.vanish + side * 0.03
         centre = side * 0.5
-        draw.polygon(((edge[0], self.horizon), (edge[1], self.horizon), (centre + self.road, side), (centre - self.road, side)), fill=(grey, grey, grey + 4))
+        draw.polygon(
+            ((edge[0], self.horizon), (edge[1], self.horizon), (centre + self.road, side), (centre - self.road, side)),
+            fill=(grey, grey, grey + 4),
+        )
         line = (225, 222, 205) if rng.random() < 0.7 else (225, 185, 60)
         for k in range(9):
             a, b = (k / 9) ** 1.6, ((k + 0.5) / 9) ** 1.6
@@ -182,7 +205,9 @@ class _Scene:
         y = self.horizon + (self._side - self.horizon) * depth
         centre = self.vanish + (self._side * 0.5 - self.vanish) * depth
         half = self.road * depth
-        offset = self._rng.uniform(1.02, 1.5) * self._rng.choice([-1, 1]) if roadside else self._rng.uniform(-1.15, 1.15)
+        offset = (
+            self._rng.uniform(1.02, 1.5) * self._rng.choice([-1, 1]) if roadside else self._rng.uniform(-1.15, 1.15)
+        )
         x, unit = centre + half * offset, self._side * (0.02 + 0.19 * depth)
         if self._inside:
             x = min(max(x, self._side * 0.2), self._side * 0.8)
@@ -195,7 +220,9 @@ class _Scene:
         for _ in range(4):
             dx, dy, r = self._rng.uniform(-0.5, 0.5), self._rng.uniform(1.5, 2.6), self._rng.uniform(0.45, 0.8)
             green = (int(self._rng.integers(30, 80)), int(self._rng.integers(90, 140)), 45)
-            draw.ellipse((x + (dx - r) * unit, y - (dy + r) * unit, x + (dx + r) * unit, y - (dy - r) * unit), fill=green)
+            draw.ellipse(
+                (x + (dx - r) * unit, y - (dy + r) * unit, x + (dx + r) * unit, y - (dy - r) * unit), fill=green
+            )
 
     def _lamp(self, draw: Draw, nearness: float) -> None:
         x, y, unit = self._place(nearness, roadside=True)
@@ -204,7 +231,11 @@ class _Scene:
 
     def _car(self, draw: Draw, nearness: float) -> None:
         x, y, unit = self._place(nearness)
-        paint = _ORANGE[int(self._rng.integers(3))] if self._rng.random() < 0.2 else tuple(int(v) for v in self._rng.integers(20, 235, 3))
+        paint = (
+            _ORANGE[int(self._rng.integers(3))]
+            if self._rng.random() < 0.2
+            else tuple(int(v) for v in self._rng.integers(20, 235, 3))
+        )
         self._box_car(draw, x, y, unit, paint)
 
     def _box_car(self, draw: Draw, x: float, y: float, unit: float, paint: tuple[int, ...]) -> None:
@@ -212,10 +243,18 @@ class _Scene:
         draw.rounded_rectangle((x - w / 2, y - h * 0.62, x + w / 2, y - h * 0.12), radius=unit * 0.16, fill=paint)
         roof = ((x - w * 0.34, y - h * 0.6), (x - w * 0.24, y - h), (x + w * 0.24, y - h), (x + w * 0.34, y - h * 0.6))
         draw.polygon(roof, fill=paint)
-        draw.polygon([(x + (px - x) * 0.8, y - h * 0.6 + (py - y + h * 0.6) * 0.8) for px, py in roof], fill=(52, 64, 74))
+        draw.polygon(
+            [(x + (px - x) * 0.8, y - h * 0.6 + (py - y + h * 0.6) * 0.8) for px, py in roof], fill=(52, 64, 74)
+        )
         for side in (-1, 1):
-            draw.rectangle((x + side * w * 0.36 - unit * 0.12, y - h * 0.2, x + side * w * 0.36 + unit * 0.12, y), fill=(22, 22, 24))
-            draw.rectangle((x + side * w * 0.4 - unit * 0.1, y - h * 0.5, x + side * w * 0.4 + unit * 0.1, y - h * 0.38), fill=(215, 40, 35))
+            draw.rectangle(
+                (x + side * w * 0.36 - unit * 0.12, y - h * 0.2, x + side * w * 0.36 + unit * 0.12, y),
+                fill=(22, 22, 24),
+            )
+            draw.rectangle(
+                (x + side * w * 0.4 - unit * 0.1, y - h * 0.5, x + side * w * 0.4 + unit * 0.1, y - h * 0.38),
+                fill=(215, 40, 35),
+            )
 
     def _lookalike(self, draw: Draw, nearness: float) -> None:
         kind = int(self._rng.integers(5))
@@ -230,7 +269,11 @@ class _Scene:
         elif kind == 2:  # a traffic light
             self._pole(draw, x, y, unit, 2.1)
             draw.rectangle((x - unit * 0.2, y - unit * 2.9, x + unit * 0.2, y - unit * 2.0), fill=(30, 30, 32))
-            lamps = ((220, 40, 35), (70, 60, 20), (20, 70, 30)) if self._rng.random() < 0.5 else ((70, 20, 20), (240, 150, 40), (20, 70, 30))
+            lamps = (
+                ((220, 40, 35), (70, 60, 20), (20, 70, 30))
+                if self._rng.random() < 0.5
+                else ((70, 20, 20), (240, 150, 40), (20, 70, 30))
+            )
             for k, lamp in enumerate(lamps):
                 top = y - unit * (2.84 - 0.29 * k)
                 draw.ellipse((x - unit * 0.12, top, x + unit * 0.12, top + unit * 0.24), fill=lamp)
@@ -251,15 +294,33 @@ class _Scene:
         for k in range(int(self._rng.integers(1, 4))):
             cx, u = x + k * unit * 1.1, unit * 0.95
             draw.rectangle((cx - u * 0.36, y - u * 0.1, cx + u * 0.36, y), fill=tuple(int(v * 0.8) for v in orange))
-            draw.polygon(((cx - u * 0.26, y - u * 0.1), (cx + u * 0.26, y - u * 0.1), (cx + u * 0.05, y - u * 0.95), (cx - u * 0.05, y - u * 0.95)), fill=orange)
-            draw.polygon(((cx - u * 0.19, y - u * 0.36), (cx + u * 0.19, y - u * 0.36), (cx + u * 0.13, y - u * 0.58), (cx - u * 0.13, y - u * 0.58)), fill=(240, 240, 238))
+            draw.polygon(
+                (
+                    (cx - u * 0.26, y - u * 0.1),
+                    (cx + u * 0.26, y - u * 0.1),
+                    (cx + u * 0.05, y - u * 0.95),
+                    (cx - u * 0.05, y - u * 0.95),
+                ),
+                fill=orange,
+            )
+            draw.polygon(
+                (
+                    (cx - u * 0.19, y - u * 0.36),
+                    (cx + u * 0.19, y - u * 0.36),
+                    (cx + u * 0.13, y - u * 0.58),
+                    (cx - u * 0.13, y - u * 0.58),
+                ),
+                fill=(240, 240, 238),
+            )
 
     def _barrel(self, draw: Draw, nearness: float) -> None:
         x, y, unit = self._place(nearness)
         orange = _ORANGE[int(self._rng.integers(3))]
         draw.rounded_rectangle((x - unit * 0.32, y - unit * 1.05, x + unit * 0.32, y), radius=unit * 0.08, fill=orange)
         for top in (0.85, 0.45):
-            draw.rectangle((x - unit * 0.32, y - unit * top, x + unit * 0.32, y - unit * (top - 0.18)), fill=(242, 242, 240))
+            draw.rectangle(
+                (x - unit * 0.32, y - unit * top, x + unit * 0.32, y - unit * (top - 0.18)), fill=(242, 242, 240)
+            )
 
     def _barrier(self, draw: Draw, nearness: float) -> None:
         x, y, unit = self._place(nearness)
@@ -270,7 +331,10 @@ class _Scene:
         draw.rectangle((x - w, top, x + w, bottom), fill=(244, 244, 242))
         stripe = unit * 0.3
         for sx in np.arange(x - w, x + w - stripe, stripe * 2):
-            draw.polygon(((sx, bottom), (sx + stripe, bottom), (min(x + w, sx + stripe * 1.6), top), (sx + stripe * 0.6, top)), fill=red)
+            draw.polygon(
+                ((sx, bottom), (sx + stripe, bottom), (min(x + w, sx + stripe * 1.6), top), (sx + stripe * 0.6, top)),
+                fill=red,
+            )
 
     def _diamond(self, draw: Draw, nearness: float) -> None:
         x, y, unit = self._place(nearness, roadside=True)
@@ -279,4 +343,8 @@ class _Scene:
         draw.polygon(((x - r, cy), (x, cy - r), (x + r, cy), (x, cy + r)), fill=(20, 20, 20))
         r *= 0.88
         draw.polygon(((x - r, cy), (x, cy - r), (x + r, cy), (x, cy + r)), fill=_ORANGE[int(self._rng.integers(3))])
-        draw.line((x - r * 0.3, cy + r * 0.25, x, cy - r * 0.35, x + r * 0.3, cy + r * 0.25), fill=(25, 25, 25), width=max(1, int(unit * 0.09)))
+        draw.line(
+            (x - r * 0.3, cy + r * 0.25, x, cy - r * 0.35, x + r * 0.3, cy + r * 0.25),
+            fill=(25, 25, 25),
+            width=max(1, int(unit * 0.09)),
+        )

@@ -20,10 +20,7 @@ from stage1_pro.deploy.runtime import shapes
 from stage1_pro.errors import ArtifactError, InputError, need
 
 PARITY_BATCHES = (1, 2, 5)
-OUTPUTS: dict[StageName, tuple[str, ...]] = {
-    "stage_a": ("logits", "gate_logit", "hidden"),
-    "stage_b": ("logits",),
-}
+OUTPUTS: dict[StageName, tuple[str, ...]] = {"stage_a": ("logits", "gate_logit", "hidden"), "stage_b": ("logits",)}
 # A protobuf ends at 2 GiB; graphs and names need a little of it.
 _INLINE_LIMIT = 2**31 - 2**25
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_register_tokens": 4,
-    },
+    }
 }
-_LICENCES = {
-    "dinov3": "DINOv3 License (Meta): derived weights must ship it",
-    "dinov2": "Apache-2.0 (DINOv2)",
-}
+_LICENCES = {"dinov3": "DINOv3 License (Meta): derived weights must ship it", "dinov2": "Apache-2.0 (DINOv2)"}
 
 
 class Backbone(nn.Module):
@@ -57,6 +54,8 @@ class Backbone(nn.Module):
                 f"use {lower} or {image_size // patch * patch + patch}"
             )
         self.hf = hf
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
         self.image_size = image_size
         self.hidden_size = int(config.hidden_size)
         self.n_prefix = 1 + int(getattr(config, "num_register_tokens", 0))
@@ -74,14 +73,14 @@ class Backbone(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """Transformer blocks in order; their place differs between families and versions."""
         if self.family == "dinov2":
-            return self.hf.encoder.layer
+            return cast("nn.ModuleList", self.hf.encoder.layer)
         # transformers up to 5.3 kept DINOv3's blocks at `layer`, later ones at `model.layer`.
-        return (self.hf.model if hasattr(self.hf, "model") else self.hf).layer
+        return cast("nn.ModuleList", (self.hf.model if hasattr(self.hf, "model") else self.hf).layer)
 
     @property
     def norm(self) -> nn.Module:
         """The final LayerNorm."""
-        return self.hf.layernorm if self.family == "dinov2" else self.hf.norm
+        return cast("nn.Module", self.hf.layernorm if self.family == "dinov2" else self.hf.norm)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Context]:
         """Turn pixels [N, 3, H, W] into tokens [N, T, D] and what the blocks share (RoPE or None)."""
@@ -177,14 +176,14 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
         ) from None
     model_class = {"dinov3_vit": DINOv3ViTModel, "dinov2": Dinov2Model}.get(config.model_type)
     if model_class is None:
-        raise InputError(f"model.backbone '{source}' must be a DINOv3 ViT or DINOv2 model, got type '{config.model_type}'")
+        raise InputError(
+            f"model.backbone '{source}' must be a DINOv3 ViT or DINOv2 model, got type '{config.model_type}'"
+        )
     if config.model_type == "dinov3_vit":
         config.pos_embed_rescale = pos_embed_rescale
     try:
         with _quiet():
-            hf, report = model_class.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True
-            )
+            hf, report = model_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"weights of '{source}' cannot be loaded: {str(error).splitlines()[0]}") from None
     # A classifier checkpoint's own head may be left over; a missing key would silently stay random.

@@ -17,9 +17,7 @@ class Auxiliary(nn.Sequential):
     """Stage B's head, the stronger one: features [N, F] to logits [N, K] through one hidden layer."""
 
     def __init__(self, features: int, hidden: int, classes: int, dropout: float) -> None:
-        super().__init__(
-            nn.Linear(features, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, classes)
-        )
+        super().__init__(nn.Linear(features, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
 
 
 class Gate(nn.Module):

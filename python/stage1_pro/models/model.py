@@ -128,9 +128,7 @@ class Stage1Model(nn.Module):
 
 def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
     """Build the configured model with its starting weights (pretrained where the backbone is)."""
-    backbone = load_backbone(
-        config.backbone, config.image_size, pos_embed_rescale=config.pos_embed_rescale, seed=seed
-    )
+    backbone = load_backbone(config.backbone, config.image_size, pos_embed_rescale=config.pos_embed_rescale, seed=seed)
     tap = config.tap or backbone.n_blocks
     if tap > backbone.n_blocks:
         raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stage1_pro.config import Config, load_config
 from stage1_pro.errors import InputError
@@ -58,7 +58,7 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
     policy = calibrate(run, target_fnr=TARGET_FNR)
     say("5/7 evaluate")
     evaluation = evaluate(run)
-    target = "rtx" if importlib.util.find_spec("tensorrt_rtx") else "onnx"
+    target: Literal["onnx", "rtx"] = "rtx" if importlib.util.find_spec("tensorrt_rtx") else "onnx"
     say(f"6/7 export --target {target}")
     bundle = export(run, target=target, overwrite=True)
     say("7/7 predict")

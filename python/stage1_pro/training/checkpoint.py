@@ -51,7 +51,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} must exist, but there is no such file; run `stage1 train` first")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on damaged zips and refused pickles
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds on damaged zips and refused pickles
         raise ArtifactError(f"{path} must be a checkpoint that loads with weights_only, got: {_first(error)}") from None
     if not isinstance(content, dict) or "model_state_dict" not in content or "architecture" not in content:
         found = sorted(map(str, content))[:6] if isinstance(content, dict) else type(content).__name__
@@ -66,9 +66,7 @@ def check_architecture(path: Path, found: Architecture, wanted: Architecture) ->
     a, b = found.model_dump(mode="json"), wanted.model_dump(mode="json")
     differences = _differences(a, b, "")
     if differences:
-        raise ArtifactError(
-            f"{path} must be of this run's architecture; it differs in " + "; ".join(differences[:6])
-        )
+        raise ArtifactError(f"{path} must be of this run's architecture; it differs in " + "; ".join(differences[:6]))
 
 
 def check_state(path: Path, module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import math
 import os
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from stage1_pro.artifacts import PreprocessSpec, Row, Splits, load_npz, sha256_bytes, write_csv
+from stage1_pro.artifacts import PreprocessSpec, Row, Splits, load_npz, save_npz, sha256_bytes, write_csv
 from stage1_pro.config import Config
 from stage1_pro.data.loader import TrainLoader
 from stage1_pro.errors import InputError, TrainingError
@@ -98,7 +97,9 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(run: Path | str, config: Config | None = None, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+def train(
+    run: Path | str, config: Config | None = None, *, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
     """Train the configured model on the splits in a run folder.
 
     Builds model, loaders, heads, optimizer and schedule itself. Reads ``train`` rows for learning and
@@ -261,9 +262,7 @@ class _Trainer:
         total = options.epochs * self.source.steps_per_epoch
         warmup = max(1, round(options.warmup_epochs * self.source.steps_per_epoch))
         self.scheduler = LambdaLR(self.optimizer, lambda step: _schedule(step, warmup, total, options.min_lr_ratio))
-        self.ema = (
-            AveragedModel(self.trained, multi_avg_fn=_ema(options.ema_decay)) if options.ema_decay > 0 else None
-        )
+        self.ema = AveragedModel(self.trained, multi_avg_fn=_ema(options.ema_decay)) if options.ema_decay > 0 else None
         if self.ema is not None:
             self.ema.requires_grad_(False)
         self.net: nn.Module = self.accelerator.prepare_model(self.trained)
@@ -282,7 +281,9 @@ class _Trainer:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                decays = parameter.ndim > 1 and not name.endswith(("cls_token", "register_tokens", "position_embeddings"))
+                decays = parameter.ndim > 1 and not name.endswith(
+                    ("cls_token", "register_tokens", "position_embeddings")
+                )
                 groups.setdefault((name.startswith("heads."), decays), []).append(parameter)
         return [
             {
@@ -323,11 +324,7 @@ class _Trainer:
                        workers=self.config.train.workers, description=f"features {split}")  # fmt: skip
         arrays = self._join(own, len(self.rows[split]))
         if self.main:
-            from stage1_pro.artifacts import write_bytes
-
-            buffer = io.BytesIO()
-            np.savez(buffer, key=np.asarray(key), **arrays)
-            write_bytes(path, buffer.getvalue())
+            save_npz(path, {**arrays, "key": np.asarray(key)})
         self.accelerator.wait_for_everyone()
         return arrays
 
@@ -443,7 +440,8 @@ class _Trainer:
         size = self.state.micro_batch
         if self.world > 1:
             raise TrainingError(
-                f"out of memory at {size} rows a process; set train.micro_batch to {max(SMALLEST_MICRO_BATCH, size // 2)}"
+                f"out of memory at {size} rows a process; "
+                f"set train.micro_batch to {max(SMALLEST_MICRO_BATCH, size // 2)}"
             ) from error
         if size <= SMALLEST_MICRO_BATCH:
             raise TrainingError(
@@ -453,7 +451,10 @@ class _Trainer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.log(f"out of memory at {size} rows; micro-batch {self.state.micro_batch}")
-        self._say(f"out of memory at {size} rows; going on with micro-batches of {self.state.micro_batch}, same effective batch")
+        self._say(
+            f"out of memory at {size} rows; going on with micro-batches of {self.state.micro_batch}, "
+            "same effective batch"
+        )
 
     # ---------------------------------------------------------------------------- validation and files
 
@@ -655,7 +656,8 @@ class _Trainer:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("loss {task.fields[loss]:.4f}, {task.fields[rate]:.0f} images/s"), TimeRemainingColumn())  # fmt: skip
+                   TextColumn("loss {task.fields[loss]:.4f}, {task.fields[rate]:.0f} images/s"),
+                   TimeRemainingColumn())  # fmt: skip
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(f"epoch {state.epoch + 1}", total=self.source.steps_per_epoch,
                                 completed=state.step_in_epoch, loss=0.0, rate=0.0)  # fmt: skip
@@ -670,7 +672,6 @@ class _Trainer:
 
 def _seed_everything(seed: int, *, deterministic: bool) -> None:
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
     torch.backends.cuda.matmul.allow_tf32 = not deterministic
     torch.backends.cudnn.allow_tf32 = not deterministic
     if deterministic:
