@@ -22,7 +22,7 @@ import stage1_pro
 from stage1_pro.artifacts import SPLITS, PreprocessSpec, Splits
 from stage1_pro.config import AugmentConfig
 from stage1_pro.data.images import ImageError, crop_geometry, preprocess, preprocess_many, read_image, scan
-from stage1_pro.data.splits import CORRELATION, assign, make_splits, near_duplicates
+from stage1_pro.data.splits import WHOLE, assign, make_splits, near_duplicates
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import InputError
 
@@ -542,7 +542,7 @@ def test_positive_by_name_or_label(pool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row5_label_name": "wrok", "row5_label": 2}, r"unknown label 'wrok' in labels.csv line 7; did you mean 'work'\?; classes: "),
+        ({"row5_label_name": "wrok", "row5_label": 2}, r"unknown label 'wrok' in labels.csv line 7; did you mean"),
         ({"row5_label": ""}, r"label must not be empty, got an empty label in labels.csv line 7"),
         ({"row5_file": ""}, r"file must not be empty, got an empty file in labels.csv line 7"),
         ({"row5_file": "p000.png"}, r"listed once, got p000.png in labels.csv line 2 and labels.csv line 7"),
@@ -550,7 +550,7 @@ def test_positive_by_name_or_label(pool, tmp_path: Path) -> None:
         ({"row5_file": "../../etc/passwd"}, r"file must be inside .*, got '../../etc/passwd' in labels.csv line 7"),
         ({"row5_file": "/etc/passwd"}, r"file must be inside"),
         ({"row5_label_name": ""}, r"in every row or in none, got an empty one in labels.csv line 7"),
-        ({"row5_label": 3}, r"must be one to one, got 0 = 'none' in labels.csv line \d+ and 3 = 'none' in labels.csv line 7"),
+        ({"row5_label": 3}, r"must be one to one, got 0 = 'none' in .* and 3 = 'none' in labels.csv line 7"),
     ],
 )  # fmt: skip
 def test_wrong_cells(pool, tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -693,9 +693,9 @@ def test_near_duplicates_are_found_by_brute_force_too() -> None:
     small = np.stack([np.asarray(picture(k, (32, 32))) for k in range(300)])
     copies = np.clip(small[::3].astype(int) + rng.integers(-6, 7, small[::3].shape), 0, 255).astype(np.uint8)
     both = np.concatenate([small, copies])
-    flat = both.reshape(len(both), -1).astype(float)
-    correlation = np.corrcoef(flat)
-    expected = {(i, j) for i in range(400) for j in range(i + 1, 400) if correlation[i, j] >= CORRELATION}
+    grey = (both @ [0.299, 0.587, 0.114]).reshape(-1, 8, 4, 8, 4).mean((2, 4)).reshape(len(both), -1)
+    correlation = np.corrcoef(grey)
+    expected = {(i, j) for i in range(400) for j in range(i + 1, 400) if correlation[i, j] >= WHOLE}
     assert len(expected) == 100
     assert set(near_duplicates(both, np.arange(400))) == expected
     assert near_duplicates(both, np.zeros(400, dtype=np.int64)) == []
@@ -729,13 +729,27 @@ def test_reencoded_photos_are_found(shared) -> None:
     assert not any(i < n and j < n for i, j in found)
 
 
+def test_reencoded_small_crops_are_found(shared) -> None:
+    originals = [
+        image for path in photos(shared("data/roadwork_signs"), 300) if min((image := read_image(path)).size) >= 32
+    ]
+    for change, least in ((1, 0.95), (2, 0.95), (0.75, 0.92), (0.5, 0.75)):
+        copies = [
+            im.resize((int(im.width * change), int(im.height * change)), Image.Resampling.BICUBIC) for im in originals
+        ]
+        small = np.stack([thumb(image) for image in originals])
+        again = np.stack([thumb(read_image(encode(image, "JPEG", quality=80))) for image in copies])
+        n = len(originals)
+        found = set(near_duplicates(np.concatenate([small, again]), np.arange(2 * n)))
+        assert np.mean([(k, n + k) in found for k in range(n)]) > least, change
+
+
 def test_different_signs_are_not_merged(shared, tmp_path: Path) -> None:
     """A perceptual hash alone would merge half of all signs; distinct tracks must stay apart."""
     splits, quarantined = make_splits(shared("data/roadwork_signs") / "labels.csv")
     check(splits)
     assert not quarantined
-    assert splits.merging.largest_rows <= 60
-    assert splits.merging.pairs <= 3
+    assert splits.merging.pairs == 0
     assert splits.positive == "roadwork"
     for split, share in splits.fractions.items():
         assert abs(len(splits.of(split)) / 6296 - share) < 0.01

@@ -19,8 +19,9 @@ from scipy import special, stats
 from stage1_pro.artifacts import Merging, Predictions, Row, Splits, Thresholds
 from stage1_pro.classes import choose_positive
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
+from stage1_pro.metrics.intervals import clopper_pearson_upper
 from stage1_pro.policies import read_policy
-from stage1_pro.policies.certify import clopper_pearson_upper, groups_in_error
+from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.softmax import GRID, SWEEP_ROWS, confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.stations.calibration import calibrate, render
 
@@ -242,7 +243,7 @@ def test_groups_in_error_counts_by_hand() -> None:
     assert groups_in_error([True, False, True, False], ["a", "a", "a", "b"]) == (1, 2)
     assert groups_in_error([True, False, True]) == (2, 3)
     assert groups_in_error([], []) == (0, 0)
-    with pytest.raises(InputError, match=r"errors must be in 0\.\.trials, got 3 of 2"):
+    with pytest.raises(InputError, match=r"k must be from 0 to n, got k = 3, n = 2"):
         clopper_pearson_upper(3, 2)
     with pytest.raises(InputError, match=r"level must be inside \(0, 1\), got 1"):
         clopper_pearson_upper(0, 2, level=1)

@@ -260,7 +260,7 @@ def _kill_when(run: Path, options: list[str], seen: str | None, delay: float) ->
 
 @pytest.mark.slow
 def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
-    options = [part for item in (*SMALL, "train.epochs=8", "model.tap=2") for part in ("--set", item)]
+    options = [part for item in (*SMALL, "train.epochs=12", "model.tap=2") for part in ("--set", item)]
     whole = shutil.copytree(split_run, tmp_path / "whole")
     subprocess.run(command(whole, *options), env=environment(), check=True, capture_output=True)
 
@@ -273,12 +273,9 @@ def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
         given = ["--resume"] if (killed / "config.json").exists() else options
         delay = rng.uniform(0, 0.5) if seen is None else rng.uniform(0, 0.003)
         last = _kill_when(killed, given, seen, delay)
-        if last is None:
-            break
-        words.append(last)
-    while len(words) < 10:  # finished early: kill while it ends once more, or starts
-        last = _kill_when(killed, ["--resume"], "val_calib begin", rng.uniform(0, 0.02))
-        assert last is not None, "a resumed run must still be alive when it writes val_calib"
+        if last is None:  # it ended before the moment came; kill it at the end of the resumed run instead
+            last = _kill_when(killed, ["--resume"], "val_calib begin", rng.uniform(0, 0.02))
+        assert last is not None, (killed / "train.log").read_text()
         words.append(last)
     result = subprocess.run(command(killed, "--resume"), env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -300,7 +297,7 @@ def test_two_processes_reach_the_figures_of_one(split_run: Path, tmp_path: Path)
         run = shutil.copytree(split_run, tmp_path / f"p{processes}")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         done = subprocess.run(
-            [*launcher, "-m", "stage1_pro.cli", "train", "--run", str(run), "--json", *options],
+            [*launcher, "-m", "stage1_pro.cli", "--", "train", "--run", str(run), "--json", *options],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -97,7 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace the splits of a run that has been trained")
 
     sub = command("train", "train both stages on the splits of a run", _train)
-    sub.add_argument("--run", type=Path, required=True, help="run folder with splits.json")
+    sub.add_argument("--run", "--run-folder", type=Path, required=True, help="run folder with splits.json")
+    sub.epilog = (
+        "several processes: torchrun --nproc-per-node 2 -m stage1_pro.cli -- train --run RUN\n"
+        "(the lone -- keeps torchrun from taking --run for an option of its own)"
+    )
     sub.add_argument("--config", type=Path, help="YAML file with the keys below")
     sub.add_argument(
         "--set",

@@ -38,14 +38,18 @@ NEGATIVE_NAMES = frozenset({
 })
 # fmt: on
 
-# Measured on roadwork_signs and roadwork_scenes and on re-encoded copies of both (JPEG 50-95, x0.5-2, brightness
-# 10%): of 19.8 million pairs of frames of different signs 41 thousand are within 12 bits, and none of those reaches
-# .987 (the closest are .985: "70" and "120" on dark plates); copies of scenes stay above .992.
-HASH_BITS = 12
-CORRELATION = 0.987
+# Two pictures are one when few of 64 hash bits differ and their pixels correlate: as a whole (grey, 8 x 8), in detail
+# (grey, 32 x 32) and in colour (8 x 8). Measured on 19.8 million pairs of different signs of roadwork_signs, of which
+# 41 thousand are within 12 bits: the most alike reach .9949 as a whole ("70" and "120" on dark plates). Copies (JPEG
+# 50-95, x0.5-2, brightness 10%) stay above .996 on all street scenes and on 9 in 10 signs, tiny ones among them; as a
+# whole tells copies from look-alikes better than detail does, since re-encoding a small picture costs its detail.
+HASH_BITS = 14
+WHOLE = 0.996
+DETAIL = 0.96
+COLOUR = 0.93
 MEAN_DIFFERENCE = 32.0
 _SIDE = 32
-_COARSE = 0.95
+_GREY = np.asarray([0.299, 0.587, 0.114], dtype=np.float32)
 _ROWS, _COLUMNS = 64, 2048
 
 Key = TypeVar("Key", bound=Hashable)
@@ -408,7 +412,7 @@ def _read_picture(root: Path, file: str) -> _Picture | Quarantined:
 
 def perceptual_hashes(small: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """64 bits per picture [N, 32, 32, 3] → [N]: signs of its lowest 8 x 8 DCT coefficients around their median."""
-    grey = small.astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], dtype=np.float32)
+    grey = small.astype(np.float32) @ _GREY
     low = dctn(grey, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(small), 64)
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
@@ -417,16 +421,16 @@ def perceptual_hashes(small: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def near_duplicates(small: NDArray[np.uint8], groups: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Pairs (i < j) of different groups that show the same picture.
 
-    Candidates differ in at most 12 of 64 hash bits; the pixels then have to correlate. Signs of one kind are alike
-    to any such hash, so the hash alone decides nothing.
+    A perceptual hash gives the candidates and pixels decide: signs of one kind are alike to any such hash.
 
     Args:
         small: pictures at 32 x 32 [N, 32, 32, 3].
         groups: group number of each [N]; pairs within a group are not looked for.
     """
     hashes = perceptual_hashes(small)
-    coarse = small.reshape(-1, 8, _SIDE // 8, 8, _SIDE // 8, 3).mean((2, 4), dtype=np.float32).reshape(-1, 192)
-    coarse = _centred(coarse)
+    coarse = small.reshape(-1, 8, _SIDE // 8, 8, _SIDE // 8, 3).mean((2, 4), dtype=np.float32)
+    whole = _centred((coarse @ _GREY).reshape(-1, 64))
+    colour = _centred(coarse.reshape(-1, 192))
     pairs: list[tuple[int, int]] = []
     # All pairs, in blocks that stay in the cache: exact, and without the worst cases of buckets.
     for top in range(0, len(hashes), _ROWS):
@@ -436,8 +440,9 @@ def near_duplicates(small: NDArray[np.uint8], groups: NDArray[np.int64]) -> list
             i, j = near // distance.shape[1] + top, near % distance.shape[1] + start
             keep = (i < j) & (groups[i] != groups[j])
             i, j = i[keep], j[keep]
-            keep = _correlation(coarse[i], coarse[j]) >= _COARSE
-            i, j = i[keep], j[keep]
+            for rows, least in ((whole, WHOLE), (colour, COLOUR)):
+                keep = _correlation(rows[i], rows[j]) >= least
+                i, j = i[keep], j[keep]
             for k in range(0, len(i), 4096):
                 same = _same(small[i[k : k + 4096]], small[j[k : k + 4096]])
                 pairs += zip(i[k : k + 4096][same].tolist(), j[k : k + 4096][same].tolist(), strict=True)
@@ -458,12 +463,13 @@ def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.f
 
 
 def _same(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    x, y = (side.reshape(-1, _SIDE * _SIDE * 3).astype(np.float32) for side in (a, b))
-    difference = np.abs(x - y).mean(axis=1)
+    x, y = (side.astype(np.float32) for side in (a, b))
+    difference = np.abs(x - y).mean(axis=(1, 2, 3))
+    x, y = (_centred((side @ _GREY).reshape(-1, _SIDE * _SIDE)) for side in (x, y))
     flat = np.minimum(x.std(axis=1), y.std(axis=1)) < 1
-    alike = _correlation(_centred(x), _centred(y)) >= CORRELATION
     # Empty pictures correlate with each other whatever their colour.
-    return cast("NDArray[np.bool_]", alike & (difference <= np.where(flat, 1.0, MEAN_DIFFERENCE)))
+    close = difference <= np.where(flat, 1.0, MEAN_DIFFERENCE)
+    return cast("NDArray[np.bool_]", close & (_correlation(x, y) >= DETAIL))
 
 
 def _join_groups(

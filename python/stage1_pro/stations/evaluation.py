@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from stage1_pro.artifacts import Evaluation, Measure, Predictions, Splits, Thresholds, write_bytes, write_csv
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.metrics.intervals import bootstrap_augrc
+from stage1_pro.metrics.intervals import bootstrap_augrc, clopper_pearson_upper
 from stage1_pro.metrics.plots import confidence_png, reliability_png, risk_coverage_png
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, mcc
 from stage1_pro.policies import read_policy
-from stage1_pro.policies.certify import clopper_pearson_upper, groups_in_error
+from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.softmax import confidence, decide, softmax
 from stage1_pro.progress import say
 from stage1_pro.report import Picture, training_picture, write_report

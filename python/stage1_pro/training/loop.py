@@ -573,7 +573,7 @@ class _Trainer:
                 "architecture": self.architecture.model_dump_json(),
                 "model_state_dict": self.trained.state_dict(),
                 "optimizer_state_dict": self.optimizer.state_dict(),
-                "scheduler_state_dict": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+                "scheduler_state_dict": self.scheduler.state_dict(),
                 "epoch": state.epoch,
                 "global_step": state.global_step,
                 "sampler_state": {
