@@ -99,20 +99,15 @@ def read_image(source: Path | str | BinaryIO | bytes, max_pixels: float = MAX_PI
 
 def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
     try:
-        with _QUIET:
-            with Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(name, "oversized", f"{width} x {height} pixels, more than {max_pixels:.0f}")
-                if width * height == 0:
-                    raise ImageError(name, "damaged", "no pixels")
-                if max(width, height) > MAX_ASPECT * min(width, height):
-                    raise ImageError(name, "unsupported", f"{width} x {height} pixels, a strip and no picture")
-                image.load()
-                # Read after decoding: some formats keep it behind the pixels, and TIFF is turned by Pillow itself.
-                transpose = _orientation(image)
-                picture = _to_rgb(image, name)
-            return picture if transpose is None else picture.transpose(transpose)
+        with _QUIET, Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(name, "oversized", f"{width} x {height} pixels, more than {max_pixels:.0f}")
+            if width * height == 0:
+                raise ImageError(name, "damaged", "no pixels")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ImageError(name, "unsupported", f"{width} x {height} pixels, a strip and no picture")
+            return upright_rgb(image, name)
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001  Pillow lets a dozen kinds out, of its parsers as of its decoders
@@ -134,6 +129,15 @@ def _explain(error: Exception, file: BinaryIO) -> tuple[Reason, str]:
     if isinstance(error, NotImplementedError) or "not supported" in text:
         return "unsupported", text
     return "damaged", text
+
+
+def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """Decode an opened image and give it as 8-bit RGB, the right way up; ``name`` is what errors call it."""
+    image.load()
+    # Read after decoding: some formats keep it behind the pixels, and TIFF is turned by Pillow itself.
+    transpose = _orientation(image)
+    picture = _to_rgb(image, name)
+    return picture if transpose is None else picture.transpose(transpose)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

@@ -25,19 +25,13 @@ from PIL import Image
 from scipy.fft import dctn
 
 from stage1_pro.artifacts import SPLITS, Half, Merging, Row, SplitName, Splits, sha256_bytes, sha256_file
+from stage1_pro.classes import choose_positive
 from stage1_pro.data.images import ImageError, Quarantined, read_image
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.progress import track
 
 FRACTIONS: dict[SplitName, float] = {"train": 0.6, "val_select": 0.1, "val_calib": 0.15, "val_test": 0.15}
 HALVES: tuple[Half, ...] = ("fit", "certify")
-# fmt: off
-NEGATIVE_NAMES = frozenset({
-    "none", "no", "negative", "neg", "0", "false", "background", "normal", "clear", "other", "nothing", "absent",
-    "empty", "clean", "ok", "n",
-})
-# fmt: on
-
 # Two pictures are one when few of 64 hash bits differ and their pixels correlate: as a whole (grey, 8 x 8), in detail
 # (grey, 32 x 32) and in colour (8 x 8). Measured on 19.8 million pairs of different signs of roadwork_signs, of which
 # 41 thousand are within 12 bits: the most alike reach .9949 as a whole ("70" and "120" on dark plates). Copies (JPEG
@@ -342,23 +336,10 @@ def _classes(entries: Sequence[_Entry], given: Sequence[str] | None) -> list[str
 
 
 def _positive(given: str | None, names: Sequence[str], entries: Sequence[_Entry]) -> str:
-    if given is not None:
-        if given in names:
-            return given
-        for entry in entries:
-            if entry.label == given:
-                return entry.name
-        raise InputError(f"--positive must be one of {', '.join(names)}, got '{given}'{nearest(given, names)}")
-    if len(names) == 2:
-        others = [b for a, b in (names, names[::-1]) if _means_none(a, b)]
-        if len(others) == 1:
-            return others[0]
-    raise InputError(f"--positive must name the class to be found, got none; classes: {', '.join(names)}")
-
-
-def _means_none(name: str, other: str) -> bool:
-    plain, found = (re.sub(r"[\s_-]+", "", text.casefold()) for text in (name, other))
-    return plain in NEGATIVE_NAMES or plain in {f"no{found}", f"not{found}", f"non{found}"}
+    """The positive class by its name, or by the label it has in the CSV."""
+    if given is not None and given not in names:
+        given = next((entry.name for entry in entries if entry.label == given), given)
+    return choose_positive(names, given)
 
 
 def _refuse_contradictions(entries: Sequence[_Entry], pictures: Mapping[str, _Picture]) -> None:

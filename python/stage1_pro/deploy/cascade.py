@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.data.images import ImageError, _orientation, _to_rgb, preprocess, read_image
+from stage1_pro.data.images import ImageError, preprocess, read_image, upright_rgb
 from stage1_pro.deploy.bundle import Bundle, Policy, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
 from stage1_pro.errors import InputError
@@ -163,9 +163,7 @@ def _open(image: ImageLike) -> Image.Image:
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
         try:
-            image.load()
-            transpose, picture = _orientation(image), _to_rgb(image, "image")
+            return upright_rgb(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise ImageError("image", "damaged", str(error)) from None
-        return picture if transpose is None else picture.transpose(transpose)
     raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")
