@@ -24,7 +24,7 @@ Thing = Callable[[Draw, float], None]
 
 # Canvas of one frame before it is scaled down; drawing at three times the size smooths the edges.
 _SCALE = 3
-_LIGHT = {"day": (1.0, 0.0), "dusk": (0.62, 12.0), "night": (0.34, 6.0)}
+_LIGHT = {"day": (1.0, 0.0), "dusk": (0.68, 7.0), "night": (0.34, 6.0)}
 _ORANGE: tuple[Colour, ...] = ((240, 110, 30), (228, 90, 22), (250, 130, 40))
 
 
@@ -84,7 +84,7 @@ class _Scene:
         self.roadwork = roadwork
         self.size = size
         self.frames = int(rng.integers(1, 4))
-        self.light = str(rng.choice(list(_LIGHT), p=[0.6, 0.25, 0.15]))
+        self.light = str(rng.choice(list(_LIGHT), p=[0.65, 0.22, 0.13]))
         self._rng = rng
         self._inside = False
         # A margin around the canvas, so that the camera can move.
@@ -132,7 +132,7 @@ class _Scene:
             draw_item(draw, nearness)
         if first is not None:  # the one that makes the label true: in every frame, behind nothing
             self._inside = True
-            first(draw, float(rng.beta(1.2, 2.0)))
+            first(draw, 0.15 + 0.85 * float(rng.beta(2.2, 1.4)))
         return image
 
     def _roadwork_items(self) -> list[Thing]:
