@@ -196,6 +196,9 @@ def test_wrong_configuration_is_told(pool: Path, tmp_path: Path, capsys: pytest.
     file.write_text("trian: {epochs: 2}")
     assert "did you mean 'train'?" in fails(capsys, 2, "train", "--run", out, "--config", file)
     assert "run `stage1 split" in fails(capsys, 2, "train", "--run", tmp_path / "nothing")
+    for bad in ("augment.crop_scale=[1.0, 0.6]", "augment.crop_scale=[-1, 2]", "seed=99999999999999999999"):
+        assert f"'{bad.split('=')[0].split('.')[0]}" in fails(capsys, 2, "train", "--run", out, "--set", bad)
+    assert "from 0 to 1, got nan" in fails(capsys, 2, "split", "--labels", pool, "--out", out, "--max-component", "nan")
     assert not (out / "config.json").exists(), "a refused configuration leaves nothing behind"
 
 
@@ -212,6 +215,23 @@ def test_stations_out_of_order_say_what_comes_first(
         assert first in capsys.readouterr().err, command
     assert "bundle" in fails(capsys, 4, "predict", "--bundle", tmp_path / "none", pool.parent)
     assert fails(capsys, 4, "inspect", out)
+
+
+def test_places_that_cannot_be_written_are_told(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert fails(capsys, 2, "split", "--labels", pool, "--out", tmp_path / "file" / "run")
+    assert fails(capsys, 2, "demo", "--out", tmp_path / "file")
+
+
+def test_file_names_that_are_not_utf8_are_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for label in ("none", "cone"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for k in range(40):
+            Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "photos" / label / f"{k}.png")
+    (tmp_path / "photos" / "none" / "0.png").rename(tmp_path / "photos" / "none" / os.fsdecode(b"\xe4.png"))
+    assert cli.main(["split", "--labels", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert b"/\xe4.png,unreadable: the file name is not UTF-8" in (tmp_path / "run" / "quarantine.csv").read_bytes()
 
 
 def test_errors_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

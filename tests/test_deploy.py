@@ -26,6 +26,7 @@ from stage1_pro.artifacts import (
     Row,
     Splits,
     Thresholds,
+    hash_splits,
     sha256_bytes,
     sha256_file,
 )
@@ -124,7 +125,7 @@ def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
         fractions={"train": 0.25, "val_select": 0.25, "val_calib": 0.25, "val_test": 0.25},
         counts={name: {"none": 2, "roadwork": 2} for name in SPLITS},
         groups=dict.fromkeys(SPLITS, 4),
-        hashes={name: sha256_bytes(name.encode()) for name in (*SPLITS, "val_calib.fit", "val_calib.certify")},
+        hashes=hash_splits(rows),
         merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0.0, largest_groups=[]),
         rows=rows,
     )
@@ -132,7 +133,7 @@ def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
     a = model.architecture
     config = Config(model=ModelConfig(backbone="tiny", tap=a.tap, image_size=a.image_size))
     write_config(run, config, splits)
-    save_model(run / "model_best.pth", model, model.state_dict())
+    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
     (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
     make_policy(model, splits.hashes).write(run / "thresholds.json")
     return run

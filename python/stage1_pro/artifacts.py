@@ -29,6 +29,7 @@ from stage1_pro.errors import ArtifactError, InputError
 SplitName = Literal["train", "val_select", "val_calib", "val_test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val_select", "val_calib", "val_test")
 Half = Literal["fit", "certify"]
+HALVES: tuple[Half, ...] = ("fit", "certify")
 PolicyName = Literal["softmax", "gate", "scrc"]
 StageName = Literal["stage_a", "stage_b"]
 POLICY_FILES: dict[PolicyName, str] = {
@@ -73,6 +74,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover_directory(path)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield staging
@@ -93,6 +95,17 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def recover_directory(path: Path) -> None:
+    """Put back a folder that a writer killed between its two renames had moved aside."""
+    if path.exists():
+        return
+    for aside in path.parent.glob(f".{path.name}.*.old"):
+        if (aside / path.name).is_dir():
+            (aside / path.name).replace(path)
+            aside.rmdir()
+            return
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -109,7 +122,8 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode())
+    # File names on Linux are bytes: those that are not UTF-8 go out as they came in.
+    write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
@@ -249,6 +263,23 @@ class Splits(Record):
         """Rows of one split (or one half of ``val_calib``), in file order."""
         return [r for r in self.rows if r.split == split and (half is None or r.half == half)]
 
+    def verify(self) -> Self:
+        """Check that the rows are those the hashes were taken of, and that no two splits share any.
+
+        Raises:
+            ArtifactError: rows were moved, added, removed or relabelled since the split.
+        """
+        if hash_splits(self.rows) != self.hashes:
+            raise ArtifactError(
+                "splits.json must be as `stage1 split` wrote it, but its rows do not give its hashes; split again"
+            )
+        where: dict[str, str] = {}
+        for row in self.rows:
+            for key in (f"group {row.group}", f"content {row.sha256}"):
+                if where.setdefault(key, row.split) != row.split:
+                    raise ArtifactError(f"splits must not share images, got {key} in {where[key]} and {row.split}")
+        return self
+
     def path(self, row: Row) -> Path:
         """Where the row's image is."""
         return Path(self.root) / row.file
@@ -264,6 +295,17 @@ class Splits(Record):
             groups=self.groups,
             hashes=self.hashes,
         )
+
+
+def hash_splits(rows: Sequence[Row]) -> dict[str, str]:
+    """The hash of every split and half: contents, labels and groups, in any order and under any file names."""
+    parts: dict[str, list[Row]] = {split: [row for row in rows if row.split == split] for split in SPLITS}
+    for half in HALVES:
+        parts[f"val_calib.{half}"] = [row for row in rows if row.half == half]
+    return {
+        name: sha256_bytes("\n".join(sorted(f"{r.sha256} {r.label} {r.group}" for r in part)).encode())
+        for name, part in parts.items()
+    }
 
 
 class SplitsSummary(Record):
@@ -512,8 +554,13 @@ def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
 def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
     """Read every array of an ``.npz`` without pickle; raise InputError when it is not one."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        data = np.load(path, allow_pickle=False)
+        if isinstance(data, np.ndarray):
+            raise InputError(f"{path} must be a NumPy .npz file with named arrays, got a single array")
+        with data:
             return {name: data[name] for name in data.files}
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} must exist, but there is no such file") from None
     except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy each raise kinds of their own on damage

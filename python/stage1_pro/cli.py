@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stage1_pro.errors import InputError, NotReachableError, Stage1Error, need
+from stage1_pro.errors import DependencyError, InputError, NotReachableError, Stage1Error, need
 
 _TRAIN_PACKAGES = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"}
 _FLOW = """\
@@ -189,9 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except ImportError as error:
+        return _fail(DependencyError(f"a library cannot be loaded: {error}; see `stage1 doctor`"), as_json=options.json)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()
+            return 0
+        where = f"{error.filename} " if error.filename else ""
+        return _fail(InputError(f"{where}cannot be used: {error.strerror or error}"), as_json=options.json)
 
 
 def _fail(error: Stage1Error, *, as_json: bool) -> int:
@@ -252,10 +257,10 @@ def _train(options: argparse.Namespace) -> None:
 
     given = options.config is not None or options.overrides
     config = load_config(options.config, options.overrides) if given else None
-    # Fail, and write config.json, before the seconds that torch takes to load.
-    from stage1_pro.training.prepare import prepare_run
+    # Tell mistakes before the seconds that torch takes to load.
+    from stage1_pro.training.prepare import check_run
 
-    prepare_run(options.run, config, resume=options.resume, overwrite=options.overwrite)
+    check_run(options.run, config, resume=options.resume, overwrite=options.overwrite)
     from stage1_pro.training.loop import train
 
     result = train(options.run, config, resume=options.resume, overwrite=options.overwrite)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stage1_pro.errors import InputError
 
@@ -51,6 +52,14 @@ class AugmentConfig(Section):
     hue: float = Field(0.02, ge=0, le=0.5)
     blur_probability: float = Field(0.1, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 1.5)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high <= {top:g}, got [{low:g}, {high:g}]")
+        return self
 
 
 class TrainConfig(Section):
@@ -105,7 +114,7 @@ class ExportConfig(Section):
 class Config(Section):
     """Everything a run is made from; stored resolved as config.json."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()

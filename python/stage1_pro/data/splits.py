@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.fft import dctn
 
-from stage1_pro.artifacts import SPLITS, Half, Merging, Row, SplitName, Splits, sha256_bytes, sha256_file
+from stage1_pro.artifacts import HALVES, SPLITS, Merging, Row, SplitName, Splits, hash_splits, sha256_bytes, sha256_file
 from stage1_pro.classes import choose_positive
 from stage1_pro.data.images import ImageError, Quarantined, read_image
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.progress import track
 
 FRACTIONS: dict[SplitName, float] = {"train": 0.6, "val_select": 0.1, "val_calib": 0.15, "val_test": 0.15}
-HALVES: tuple[Half, ...] = ("fit", "certify")
 # Two pictures are one when few of 64 hash bits differ and their pixels correlate: as a whole (grey, 8 x 8), in detail
 # (grey, 32 x 32) and in colour (8 x 8). Measured on 19.8 million pairs of different signs of roadwork_signs, of which
 # 41 thousand are within 12 bits: the most alike reach .9949 as a whole ("70" and "120" on dark plates). Copies (JPEG
@@ -117,6 +116,9 @@ def make_splits(
         QuarantineError: too many files cannot be read as images.
         InputError: anything wrong with the labels, or splits that cannot hold every class.
     """
+    for name, limit in (("max_component", max_component), ("max_quarantine", max_quarantine)):
+        if not 0 <= limit <= 1:  # written so that NaN fails too
+            raise InputError(f"--{name.replace('_', '-')} must be a share from 0 to 1, got {limit}")
     shares = _shares(fractions, folds, fold)
     root, entries = _read_labels(Path(labels), Path(images) if images is not None else None)
     names = _classes(entries, classes)
@@ -158,9 +160,6 @@ def make_splits(
     ]
     counts = {s: {name: sum(r.split == s and r.label == name for r in rows) for name in names} for s in SPLITS}
     _refuse_lacking(counts, rows, names)
-    parts: dict[str, list[Row]] = {s: [r for r in rows if r.split == s] for s in SPLITS}
-    parts |= {f"val_calib.{half}": [r for r in rows if r.half == half] for half in HALVES}
-    _refuse_overlap(parts)
     splits = Splits(
         root=str(root),
         classes=names,
@@ -170,18 +169,13 @@ def make_splits(
         folds=folds,
         fold=fold,
         counts=counts,
-        groups={s: len({r.group for r in parts[s]}) for s in SPLITS},
-        hashes={name: _hash(part) for name, part in parts.items()},
+        groups={s: len({r.group for r in rows if r.split == s}) for s in SPLITS},
+        hashes=hash_splits(rows),
         quarantined=len(quarantined),
         merging=merging,
         rows=rows,
     )
-    return splits, quarantined
-
-
-def _hash(rows: Sequence[Row]) -> str:
-    """What makes a split what it is: contents, labels and groups, in any order and under any file names."""
-    return sha256_bytes("\n".join(sorted(f"{r.sha256} {r.label} {r.group}" for r in rows)).encode())
+    return splits.verify(), quarantined
 
 
 # --------------------------------------------------------------------------------------------
@@ -381,6 +375,10 @@ def _read_pictures(root: Path, entries: Sequence[_Entry]) -> tuple[dict[str, _Pi
 
 
 def _read_picture(root: Path, file: str) -> _Picture | Quarantined:
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        return Quarantined(file, "unreadable: the file name is not UTF-8; rename it")
     try:
         image = read_image(root / file)
         small = image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
@@ -652,13 +650,3 @@ def _refuse_lacking(counts: Mapping[SplitName, Mapping[str, int]], rows: Sequenc
                     f"{split} must have every class, got none of '{name}', which is in {holding} groups; "
                     "try another --seed, add groups of it, or cut its groups into finer ones if they are independent"
                 )
-
-
-def _refuse_overlap(parts: Mapping[str, Sequence[Row]]) -> None:
-    for names in (SPLITS, [f"val_calib.{half}" for half in HALVES]):
-        where: dict[str, str] = {}
-        for name in names:
-            for row in parts[name]:
-                for key in (f"content {row.sha256}", f"group {row.group}"):
-                    if where.setdefault(key, name) != name:
-                        raise InputError(f"splits must not share images, got {key} in {where[key]} and {name}")

@@ -26,6 +26,7 @@ from stage1_pro.artifacts import (
     StageName,
     Thresholds,
     atomic_directory,
+    recover_directory,
     sha256_file,
     write_text,
 )
@@ -142,6 +143,7 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
             a second policy file or none; a policy, engine or split of another model.
     """
     path = Path(path)
+    recover_directory(path)
     if not path.is_dir():
         raise ArtifactError(f"bundle must be a folder that holds {MANIFEST}, got {path}")
     manifest = BundleManifest.parse(_read_json(path, MANIFEST), f"{path.name}/{MANIFEST}")

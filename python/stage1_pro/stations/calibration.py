@@ -177,7 +177,7 @@ def _calibrate_logits(
     probs = _file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
-    names = classes or [str(name) for name in arrays.get("classes", np.arange(probs.shape[1])).tolist()]
+    names = classes or [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
     if positive is None and "positive" in arrays:
         positive = str(arrays["positive"])
     target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES["softmax"])
@@ -212,6 +212,8 @@ def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.fl
     values = values.astype(np.float64)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
+    if values.size == 0:
+        raise InputError(f"{given[0]} must be [N, K] or [N] with at least one row and class, got {list(values.shape)}")
     if values.ndim == 1:
         other = 1 - values if given[0] == "probs" else np.zeros_like(values)
         values = np.stack([other, values], axis=1)

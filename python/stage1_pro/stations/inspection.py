@@ -66,7 +66,7 @@ def render(facts: dict[str, Any]) -> str:
         f"promise     guarantee: {policy['guarantee']}. {policy['statement']}",
         (
             f"on val_calib  coverage {policy['coverage']:.1%}, FNR on exits {policy['fnr_on_exited']:.2%} "
-            f"(at most {policy['fnr_upper_bound']:.2%} at level {policy['bound_level']:g}, "
+            f"({policy['bound_level']:.0%} upper bound {policy['fnr_upper_bound']:.2%}, not corrected for the search, "
             f"{policy['n_positive_groups']} positive groups; target {policy['target_fnr']:.2%})"
         ),
         f"ONNX        both stages; at most {parity:.2g} away from torch when exported",

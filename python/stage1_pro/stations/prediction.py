@@ -48,6 +48,8 @@ def predict(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+    if out is not None and Path(out).is_dir():
+        raise InputError(f"--out must be a CSV file to write, got the folder {out}")
     files = gather(inputs)
     cascade = Cascade.load(bundle, runtime)
     rows: list[dict[str, Any]] = []

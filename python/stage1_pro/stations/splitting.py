@@ -10,6 +10,7 @@ from stage1_pro.data.images import write_quarantine
 from stage1_pro.data.splits import QuarantineError, make_splits
 from stage1_pro.errors import InputError
 from stage1_pro.progress import say
+from stage1_pro.training.prepare import exclusive, forget_training
 
 
 def split(
@@ -38,7 +39,7 @@ def split(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder, got the file {out}")
-    trained = next((name for name in ("model_best.pth", "last.pth") if (out / name).exists()), None)
+    trained = next((name for name in ("model_best.pth", "last.pth", "config.json") if (out / name).exists()), None)
     if trained and not overwrite:
         raise InputError(
             f"--out must be a run that has not been trained, got {out} with {trained}; "
@@ -60,7 +61,11 @@ def split(
     except QuarantineError as error:
         write_quarantine(out / "quarantine.csv", error.quarantined)
         raise InputError(f"{error}; the whole list is in {out / 'quarantine.csv'}") from None
-    write_quarantine(out / "quarantine.csv", quarantined)
-    splits.write(out / "splits.json")
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        # What was trained on other splits must not be taken for this split's: some of its rows may be tests now.
+        forget_training(out)
+        write_quarantine(out / "quarantine.csv", quarantined)
+        splits.write(out / "splits.json")
     say(f"wrote {out / 'splits.json'} and {out / 'quarantine.csv'}")
     return splits

@@ -117,8 +117,11 @@ def load_run_model(run: Path) -> tuple[Stage1Model, RunConfig]:
         if not (run / name).is_file():
             raise ArtifactError(f"{run} must hold {name}, but it does not; run `stage1 {station}` first")
     run_config = RunConfig.read(run / "config.json")
-    splits = Splits.read(run / "splits.json")
+    splits = Splits.read(run / "splits.json").verify()
     path = run / "model_best.pth"
+    content = load(path)
+    if content.get("split_hashes") != splits.hashes:
+        raise ArtifactError(f"{path} was trained on other splits than {run}/splits.json; train again on the new ones")
     model = load_model(path)
     architecture, wanted = model.architecture, run_config.config.model
     if splits.hashes != run_config.split_hashes:

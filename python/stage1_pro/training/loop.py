@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from stage1_pro.artifacts import PreprocessSpec, Row, Splits, load_npz, save_npz, sha256_bytes, write_csv
 from stage1_pro.config import Config
 from stage1_pro.data.loader import TrainLoader
-from stage1_pro.errors import InputError, TrainingError
+from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.metrics.intervals import bootstrap_augrc
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, nll
 from stage1_pro.metrics.selective import augrc
@@ -35,13 +35,16 @@ from stage1_pro.progress import say
 from stage1_pro.training import checkpoint
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
 from stage1_pro.training.losses import balanced_weights, joint_loss
-from stage1_pro.training.prepare import exclusive, prepare_run, write_config
+from stage1_pro.training.prepare import check_run, exclusive, forget_training, write_config
 
 SMALLEST_MICRO_BATCH = 16
 COLUMNS = [
     "epoch", "step", "lr", "train_loss", "train_accuracy", "accuracy", "balanced_accuracy", "auroc",
     "augrc", "augrc_low", "augrc_high", "nll", "brier", "accuracy_b", "augrc_b", "best", "seconds", "images_per_second",
 ]  # fmt: skip
+LAST_KEYS = ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "epoch", "global_step",
+             "sampler_state", "best_acc", "best_augrc", "patience_counter", "ema_state_dict", "rng_state", "world",
+             "split_hashes", "progress")  # fmt: skip
 TIMINGS = ("seconds", "images_per_second")
 
 
@@ -117,9 +120,11 @@ def train(
         TrainingError: out of memory at the smallest batch, or a loss that is not finite.
     """
     run = Path(run)
-    splits, config = prepare_run(run, config, resume=resume, overwrite=overwrite)
+    splits, config = check_run(run, config, resume=resume, overwrite=overwrite)
     with exclusive(run) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
-        return _Trainer(run, splits, config).fit()
+        trainer = _Trainer(run, splits, config)
+        trainer.begin(resume=resume)
+        return trainer.fit()
 
 
 class _Images:
@@ -232,10 +237,7 @@ class _Trainer:
         model = self.config.model.model_copy(
             update={"image_size": self.architecture.image_size, "tap": self.architecture.tap}
         )
-        resolved = self.config.model_copy(update={"model": model})
-        if resolved != self.config and self.main:
-            write_config(self.run, resolved, self.splits)
-        self.config = resolved
+        self.config = self.config.model_copy(update={"model": model})
 
     def _build(self) -> None:
         options = self.config.train
@@ -343,10 +345,19 @@ class _Trainer:
 
     # ---------------------------------------------------------------------------- the loop
 
-    def fit(self) -> TrainResult:
-        began = time.monotonic()
-        if (self.run / "last.pth").is_file():
+    def begin(self, *, resume: bool) -> None:
+        """Take over the folder, once everything is built: an earlier training is given up no sooner."""
+        if self.main:
+            if not resume:
+                forget_training(self.run)
+            write_config(self.run, self.config, self.splits)
+        self.accelerator.wait_for_everyone()
+        if resume and (self.run / "last.pth").is_file():
             self._restore()
+
+    def fit(self) -> TrainResult:
+        """Train to the end, and write what calibration reads."""
+        began = time.monotonic()
         try:
             if self.config.train.tensorboard:
                 self.accelerator.init_trackers("tensorboard")
@@ -550,7 +561,9 @@ class _Trainer:
         if self.config.train.mode == "linear":
             weights = {**self.model.state_dict(), **{f"heads.{k}": v for k, v in weights.items()}}
         self.log(f"checkpoint {name} writing")
-        checkpoint.save_model(self.run / name, self.model, weights, epoch=epoch, figures=figures)
+        checkpoint.save_model(
+            self.run / name, self.model, weights, split_hashes=self.splits.hashes, epoch=epoch, figures=figures
+        )
         self.log(f"checkpoint {name} replaced")
 
     def _save_last(self) -> None:
@@ -586,6 +599,7 @@ class _Trainer:
                 "ema_state_dict": self.ema.state_dict() if self.ema is not None else None,
                 "rng_state": rng_states,
                 "world": self.world,
+                "split_hashes": self.splits.hashes,
                 "progress": plain,
             },
         )  # fmt: skip
@@ -594,6 +608,11 @@ class _Trainer:
     def _restore(self) -> None:
         path = self.run / "last.pth"
         content = checkpoint.load(path)
+        missing = [key for key in LAST_KEYS if key not in content]
+        if missing:
+            raise ArtifactError(f"{path} must be a checkpoint of this version, missing keys: {', '.join(missing)}")
+        if content["split_hashes"] != self.splits.hashes:
+            raise ArtifactError(f"{path} was trained on other splits than {self.run}/splits.json; use --overwrite")
         checkpoint.check_architecture(
             path, Architecture.parse(str(content["architecture"]), str(path)), self.architecture
         )
@@ -603,10 +622,13 @@ class _Trainer:
                 f"--resume must use the {content['world']} process(es) the run was started with, got {self.world}"
             )
         self.trained.load_state_dict(content["model_state_dict"])
-        self.optimizer.load_state_dict(content["optimizer_state_dict"])
-        self.scheduler.load_state_dict(content["scheduler_state_dict"])
-        if self.ema is not None:
-            self.ema.load_state_dict(content["ema_state_dict"])
+        try:
+            self.optimizer.load_state_dict(content["optimizer_state_dict"])
+            self.scheduler.load_state_dict(content["scheduler_state_dict"])
+            if self.ema is not None:
+                self.ema.load_state_dict(content["ema_state_dict"])
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise ArtifactError(f"{path} must hold this run's optimizer, schedule and average, got: {error}") from None
         torch.set_rng_state(content["rng_state"][self.rank])
         sampler = content["sampler_state"]
         loss_sum, correct, seen = sampler["sums"][self.rank]

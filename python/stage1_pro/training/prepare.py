@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from stage1_pro.artifacts import Record, Splits
+from stage1_pro.artifacts import POLICY_FILES, Record, Splits
 from stage1_pro.config import Config
-from stage1_pro.errors import InputError
+from stage1_pro.errors import ArtifactError, InputError
 
 
 class RunConfig(Record):
@@ -23,30 +23,43 @@ class RunConfig(Record):
     versions: dict[str, str]
 
 
-def prepare_run(run: Path, config: Config | None, *, resume: bool, overwrite: bool) -> tuple[Splits, Config]:
-    """Check a run folder and write its ``config.json``, before anything slow is loaded."""
+# What one training writes; a new one in the same folder starts without them. A bundle is its own thing and stays.
+OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "train.log", "config.json",
+             "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
+             *POLICY_FILES.values(), "report.html")  # fmt: skip
+OWN_FOLDERS = ("evaluation", "metrics")
+# Keys that cannot change what is learned, so that a resumed run may set them anew.
+_FREE = {"workers", "save_every_steps", "tensorboard"}
+
+
+def check_run(run: Path, config: Config | None, *, resume: bool, overwrite: bool) -> tuple[Splits, Config]:
+    """Give a run's splits and the configuration to train with; changes nothing.
+
+    Raises:
+        InputError: no splits, an earlier training in the way, nothing to resume, or another configuration.
+        ArtifactError: splits that were edited, or are not those of the training to resume.
+    """
     if not (run / "splits.json").is_file():
         raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
-    splits = Splits.read(run / "splits.json")
-    stored = RunConfig.read(run / "config.json").config if (run / "config.json").is_file() else None
-    main_process = int(os.environ.get("RANK", "0")) == 0
-    if resume:
-        if config is not None and stored is not None:
-            _refuse_changes(config, stored)
-        config = stored or config
-        if config is None:
-            raise InputError(f"--resume needs {run}/config.json, which is not there; start without --resume")
-    elif (run / "last.pth").exists() and not overwrite:
-        raise InputError(f"{run} has been trained already; go on with --resume or start anew with --overwrite")
-    config = config or Config()
-    if not resume and main_process:
-        for name in ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "val_calib.npz",
-                     "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
-                     "thresholds.json", "gateparams.json", "scrcparams.json", "features.npz", "train.log"):  # fmt: skip
-            (run / name).unlink(missing_ok=True)
-    if main_process and stored != config:
-        write_config(run, config, splits)
-    return splits, config
+    splits = Splits.read(run / "splits.json").verify()
+    if not resume:
+        if (run / "last.pth").exists() and not overwrite:
+            raise InputError(f"{run} has been trained already; go on with --resume or start anew with --overwrite")
+        return splits, config or Config()
+    if not (run / "config.json").is_file():
+        raise InputError(f"--resume needs {run}/config.json, which is not there; start without --resume")
+    stored = RunConfig.read(run / "config.json")
+    if stored.split_hashes != splits.hashes:
+        raise ArtifactError(f"{run}/splits.json has changed since the training began; start anew with --overwrite")
+    return splits, stored.config if config is None else _resumed(config, stored.config)
+
+
+def forget_training(run: Path) -> None:
+    """Remove what an earlier training and the stations after it wrote."""
+    for name in OWN_FILES:
+        (run / name).unlink(missing_ok=True)
+    for name in OWN_FOLDERS:
+        shutil.rmtree(run / name, ignore_errors=True)
 
 
 def write_config(run: Path, config: Config, splits: Splits) -> None:
@@ -56,18 +69,27 @@ def write_config(run: Path, config: Config, splits: Splits) -> None:
     RunConfig(config=config, split_hashes=splits.hashes, versions=versions).write(run / "config.json")
 
 
-def _refuse_changes(config: Config, stored: Config) -> None:
-    """A resumed run keeps its configuration; only what cannot change the result may differ."""
-    free = {"workers", "save_every_steps", "tensorboard"}
-    given, kept = config.model_dump(), stored.model_dump()
-    for section in ("augment", "train", "model"):
-        for key, value in given[section].items():
-            default = getattr(getattr(Config(), section), key)
-            if key not in free and value not in (kept[section][key], default):
-                raise InputError(
-                    f"--resume must keep the run's configuration, got {section}.{key} = {value} instead of "
-                    f"{kept[section][key]}; start anew with --overwrite"
-                )
+def _resumed(given: Config, stored: Config) -> Config:
+    """The run's configuration with the free keys that were named anew; any other change is refused."""
+    kept = stored.model_dump()
+    if "seed" in given.model_fields_set and given.seed != stored.seed:
+        raise _changed("seed", given.seed, stored.seed)
+    for name in sorted(given.model_fields_set - {"seed"}):
+        section = getattr(given, name)
+        for key in sorted(section.model_fields_set):
+            value = getattr(section, key)
+            if key in _FREE and name == "train":
+                kept[name][key] = value
+            elif value != getattr(getattr(stored, name), key):
+                raise _changed(f"{name}.{key}", value, kept[name][key])
+    return Config.model_validate(kept)
+
+
+def _changed(key: str, value: object, kept: object) -> InputError:
+    return InputError(
+        f"--resume must keep the run's configuration, got {key} = {value} instead of {kept}; "
+        "start anew with --overwrite"
+    )
 
 
 @contextlib.contextmanager
@@ -85,6 +107,7 @@ def exclusive(run: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{run} must not be in use, but another process is training in it; wait for it") from None
-        for leftover in run.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for name in OWN_FILES:
+            for leftover in run.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
         yield
