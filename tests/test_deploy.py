@@ -574,7 +574,8 @@ class TestExport:
     def test_policy_of_another_model(self, run: Path, tmp_path: Path) -> None:
         other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
         strange = make_model(seed=9)
-        save_model(other / "model_best.pth", strange, strange.state_dict())
+        hashes = Splits.read(other / "splits.json").hashes
+        save_model(other / "model_best.pth", strange, strange.state_dict(), split_hashes=hashes)
         with pytest.raises(ArtifactError, match="thresholds.json must belong to this model, got another model fing"):
             export(other)
 

@@ -245,7 +245,7 @@ def test_groups_in_error_counts_by_hand() -> None:
     assert groups_in_error([], []) == (0, 0)
     with pytest.raises(InputError, match=r"k must be from 0 to n, got k = 3, n = 2"):
         clopper_pearson_upper(3, 2)
-    with pytest.raises(InputError, match=r"level must be inside \(0, 1\), got 1"):
+    with pytest.raises(InputError, match=r"level must be in \(0, 1\), got 1"):
         clopper_pearson_upper(0, 2, level=1)
 
 

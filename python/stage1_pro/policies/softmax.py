@@ -199,8 +199,8 @@ def fit_softmax_policy(
         statement=(
             f"Empirical choice, no guarantee: nothing is promised for new images. Of {truth.size} calibration rows "
             f"{row.n_exited} exit, {row.n_positive_exited} of them positive ({n_groups} {unit}, taken as independent), "
-            f"and {row.n_false_negative} of those positives are answered negative. The threshold was chosen on the same "
-            f"rows as the best of {counts.threshold.size}, so this looks better than it is. 95% upper bound with "
+            f"and {row.n_false_negative} of those positives are answered negative. The threshold was chosen on the "
+            f"same rows as the best of {counts.threshold.size}, so this looks better than it is. 95% upper bound with "
             f"{n_groups} {unit}: {100 * bound:.1f}%, not corrected for that search."
         ),
         fnr_upper_bound=bound,
