@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -272,9 +273,9 @@ def test_base_install_predicts_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_is_worth_it_and_ends_in_a_report(tmp_path: Path) -> None:
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = stage1("demo", "--out", tmp_path / "demo", "--json")
-    seconds = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     auroc = {(m["metric"], m["stage"]): m["value"] for m in facts["evaluation"]["measures"] if m["source"] is None}
@@ -282,4 +283,6 @@ def test_demo_is_worth_it_and_ends_in_a_report(tmp_path: Path) -> None:
     assert facts["exited"] > 0
     assert facts["deferred"] > 0
     assert Path(facts["report"]).exists()
-    assert seconds < 240, f"the demo took {seconds:.0f} s"
+    # Four minutes on two cores; processor time, since neighbours on a shared machine stretch the clock.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 2 * 240, f"the demo took {seconds:.0f} s of processor time"

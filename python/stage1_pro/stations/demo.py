@@ -12,8 +12,8 @@ from stage1_pro.config import Config, load_config
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.progress import say
 
-SCENES = 3200
-OVERRIDES = ["train.epochs=14", "train.batch_size=32", "augment.rotation=5", "augment.crop_scale=[0.85, 1.0]"]
+SCENES = 3000
+OVERRIDES = ["train.epochs=12", "train.batch_size=32", "augment.rotation=5", "augment.crop_scale=[0.85, 1.0]"]
 # A small model on small pictures: the usual .02 would let few exit. Where a target is refused, the demo says so and
 # asks for the next one, as a user would.
 TARGETS = (0.05, 0.1, 0.2)
