@@ -582,7 +582,7 @@ class TestExport:
     def test_two_policies(self, run: Path, tmp_path: Path) -> None:
         other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
         (other / "gateparams.json").write_text("{}")
-        with pytest.raises(ArtifactError, match="exactly one policy, got thresholds.json, gateparams.json"):
+        with pytest.raises(ArtifactError, match="exactly one policy file, got thresholds.json, gateparams.json"):
             export(other)
 
     def test_overwrite(self, graphs: None, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

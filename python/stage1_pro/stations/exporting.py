@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from stage1_pro import __version__
-from stage1_pro.artifacts import POLICY_FILES, EngineEntry, Provenance, Splits
-from stage1_pro.deploy.bundle import MANIFEST, POLICIES, STAGES, Graphs, Policy, check_policy_belongs, write_bundle
+from stage1_pro.artifacts import EngineEntry, Provenance, Splits
+from stage1_pro.deploy.bundle import MANIFEST, STAGES, Graphs, check_policy_belongs, write_bundle
 from stage1_pro.deploy.engine import EngineRecipe, build_engine, check_recipe, load_recipe
-from stage1_pro.errors import ArtifactError, InputError, need
+from stage1_pro.errors import InputError, need
+from stage1_pro.policies import read_policy
 from stage1_pro.progress import say
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def export(
         raise InputError(f"run must be a run folder, got {run}")
     if (out / MANIFEST).is_file() and not overwrite:
         raise InputError(f"out must be new, got {out}, which holds a bundle; replace it with --overwrite")
-    policy = active_policy(run)
+    policy = read_policy(run)
+    if policy is None:
+        raise InputError(f"run must hold a policy, got none in {run}; run `stage1 calibrate --run {run}` first")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -127,24 +130,6 @@ def export(
     )
     say(f"wrote {out}")
     return out
-
-
-def active_policy(run: Path) -> Policy:
-    """The one policy of a run.
-
-    Raises:
-        InputError: there is none.
-        ArtifactError: there are several, or one this version cannot read.
-    """
-    found = [name for name, file in POLICY_FILES.items() if (run / file).exists()]
-    if not found:
-        raise InputError(f"run must hold a policy, got none in {run}; run `stage1 calibrate --run {run}` first")
-    if len(found) > 1:
-        files = ", ".join(POLICY_FILES[name] for name in found)
-        raise ArtifactError(f"run must hold exactly one policy, got {files}; calibrate again")
-    if found[0] not in POLICIES:
-        raise ArtifactError(f"policy must be one of {', '.join(POLICIES)}, got '{found[0]}'; update stage1_pro")
-    return POLICIES[found[0]].read(run / POLICY_FILES[found[0]])
 
 
 def _recipe(target: str, recipe: Path | str | EngineRecipe | None) -> EngineRecipe | None:

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from stage1_pro.artifacts import PreprocessSpec, Row, Splits, load_npz, save_npz, sha256_bytes, write_csv
 from stage1_pro.config import Config
-from stage1_pro.data.loader import TrainLoader
+from stage1_pro.data.loader import TrainLoader, epoch_order
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.metrics.intervals import bootstrap_augrc
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, nll
@@ -132,7 +132,6 @@ class _Images:
 
     def __init__(self, splits: Splits, rows: list[Row], labels: np.ndarray[Any, Any], spec: PreprocessSpec,
                  config: Config, rank: int, world: int) -> None:  # fmt: skip
-        self._files = [row.file for row in rows]
         self._loader = TrainLoader(
             [splits.path(row) for row in rows], labels, spec, config.augment, seed=config.seed,
             batch_size=config.train.batch_size, rank=rank, world=world, workers=config.train.workers,
@@ -141,7 +140,7 @@ class _Images:
 
     def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         for item in self._loader.epoch(epoch, start_step):
-            yield Batch((item.pixels,), item.labels, [self._files[i] for i in item.index.tolist()])
+            yield Batch((item.pixels,), item.labels, item.files)
 
     def close(self) -> None:
         self._loader.close()
@@ -160,8 +159,6 @@ class _Features:
         self.steps_per_epoch = len(rows) // self._batch
 
     def batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        from stage1_pro.data.loader import epoch_order
-
         order = torch.from_numpy(epoch_order(len(self._files), self._seed, epoch))
         for step in range(start_step, self.steps_per_epoch):
             index = order[step * self._batch : (step + 1) * self._batch][self._rank :: self._world]
