@@ -3,18 +3,39 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cstddef>
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "stage1/machine.hpp"
-#include "stage1/random.hpp"
 
 namespace stage1 {
 namespace {
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+// Shares that differ by rounding alone are the same share: 0.07 of 100 rows is 7 rows.
+constexpr double rounding = 1e-12;
+constexpr std::uint64_t most_rows = std::uint64_t{1} << 31;
+
+template <class L>
+using SumOf = std::conditional_t<std::same_as<L, double>, double, std::uint64_t>;
+
+double ratio(double part, double whole) { return whole > 0 ? part / whole : nan; }
+
+std::size_t width_of(const Suite& suite) {
+    return suite.curve || suite.exits || !suite.nll.empty() || !suite.brier.empty() || !suite.coverages.empty() ||
+                   !suite.risks.empty()
+               ? fixed_columns + suite.coverages.size() + suite.risks.size()
+               : 1;
+}
+
+// ------------------------------------------------------------------------------------------------- sorting
 
 template <class C>
 using BitsOf = std::conditional_t<sizeof(C) == 4, std::uint32_t, std::uint64_t>;
@@ -53,16 +74,37 @@ void radix_sort(std::vector<std::uint64_t>& keys) {
     }
 }
 
-template <class L>
-using SumOf = std::conditional_t<std::same_as<L, double>, double, std::uint64_t>;
+// ------------------------------------------------------------------------------------------------- any loss, any count
 
-// take(i) is how often row i counts. Integer sums stay below 2^63 while fewer than 2^31 rows count in all.
+// The suite by its definitions, tie group by tie group; take(row) is how often the row counts.
 template <Loss L, class Take>
-STAGE1_INLINE double evaluate(const SortedRows<L>& rows, Take take) {
+void measure(const Rows<L>& rows, const Suite& suite, Take take, std::span<double> out) {
+    std::uint64_t total = 0;
+    for (std::size_t row = 0; row < rows.loss.size(); ++row) {
+        total += take(row);
+    }
+    if (total >= most_rows) {
+        throw std::overflow_error("a resample of clusters reached 2^31 rows");
+    }
+    const double n = static_cast<double>(total);
+    const bool whole = out.size() > 1;
+    const auto at_coverage = whole ? out.subspan(fixed_columns, suite.coverages.size()) : std::span<double>{};
+    const auto at_risk = whole ? out.subspan(fixed_columns + suite.coverages.size()) : std::span<double>{};
+    std::fill(at_coverage.begin(), at_coverage.end(), nan);
+    std::fill(at_risk.begin(), at_risk.end(), 0.0);
+
     SumOf<L> pairs{};
     SumOf<L> errors{};
-    std::uint64_t total = 0;
-    std::uint32_t row = 0;
+    std::uint64_t accepted = 0;
+    double area = 0;
+    double risk = 0;
+    double nll = 0;
+    double brier = 0;
+    double exited = 0;
+    double exited_errors = 0;
+    std::uint64_t positives = 0;
+    std::uint64_t missed = 0;
+    std::size_t row = 0;
     for (const std::uint32_t end : rows.tie_ends) {
         const SumOf<L> errors_before = errors;
         std::uint64_t group = 0;
@@ -70,26 +112,539 @@ STAGE1_INLINE double evaluate(const SortedRows<L>& rows, Take take) {
             const std::uint64_t times = take(row);
             group += times;
             errors += static_cast<SumOf<L>>(times) * static_cast<SumOf<L>>(rows.loss[row]);
+            if (!suite.nll.empty()) {
+                nll += static_cast<double>(times) * suite.nll[row];
+            }
+            if (!suite.brier.empty()) {
+                brier += static_cast<double>(times) * suite.brier[row];
+            }
+            if (row < suite.n_exit && !suite.kind.empty()) {
+                positives += (suite.kind[row] & is_positive) != 0 ? times : 0;
+                missed += (suite.kind[row] & is_missed) != 0 ? times : 0;
+            }
         }
-        total += group;
         pairs += static_cast<SumOf<L>>(group) * (errors_before + errors);
+        if (row == suite.n_exit) {
+            exited = static_cast<double>(accepted + group);
+            exited_errors = static_cast<double>(errors);
+        }
+        if (!whole || group == 0) {
+            continue;
+        }
+        const double now = static_cast<double>(errors) / static_cast<double>(accepted + group);
+        area += static_cast<double>(group) * ((accepted == 0 ? now : risk) + now);
+        risk = now;
+        accepted += group;
+        for (std::size_t k = 0; k < at_coverage.size(); ++k) {
+            if (std::isnan(at_coverage[k]) &&
+                static_cast<double>(accepted) >= suite.coverages[k] * n * (1 - rounding)) {
+                at_coverage[k] = now;
+            }
+        }
+        for (std::size_t k = 0; k < at_risk.size(); ++k) {
+            if (static_cast<double>(errors) <= suite.risks[k] * static_cast<double>(accepted) * (1 + rounding)) {
+                at_risk[k] = static_cast<double>(accepted) / n;
+            }
+        }
     }
-    if (total >= std::uint64_t{1} << 31) {
-        throw std::overflow_error("a resample of clusters reached 2^31 rows");
+    out[augrc_at] = static_cast<double>(pairs) / static_cast<double>(2 * total * total);
+    if (whole) {
+        out[aurc_at] = suite.curve ? area / (2 * n) : nan;
+        out[accuracy_at] = (n - static_cast<double>(errors)) / n;
+        out[nll_at] = suite.nll.empty() ? nan : nll / n;
+        out[brier_at] = suite.brier.empty() ? nan : brier / n;
+        out[coverage_at] = suite.exits ? exited / n : nan;
+        out[exit_error_at] = suite.exits ? ratio(exited_errors, exited) : nan;
+        out[fnr_at] = suite.exits && !suite.kind.empty()
+                          ? ratio(static_cast<double>(missed), static_cast<double>(positives))
+                          : nan;
     }
-    return static_cast<double>(pairs) / static_cast<double>(2 * total * total);
 }
+
+// ------------------------------------------------------------------------------------------------- 0/1 errors, fast
+//
+// Counts are bytes, eight rows a word. A word times `ones` holds in each byte the sum of the bytes up to it, so one
+// multiplication makes eight prefix sums. Every sum is an integer, so the order of additions changes no bit.
+
+constexpr std::uint64_t ones = 0x0101010101010101U;
+constexpr std::uint64_t ones16 = 0x0001000100010001U;
+constexpr std::size_t block = 1024;
+constexpr std::size_t words = block / 8;
+constexpr std::size_t stretch = 8;                       // words that Coverage@Risk looks at together
+constexpr std::uint64_t too_many = 0xF0F0F0F0F0F0F0F0U;  // a count above 15 would overflow the bytes
+constexpr std::uint64_t most_packed = most_rows / 32;    // rows of a resample whose products stay below 2^31
+
+STAGE1_INLINE std::uint64_t load(const std::uint8_t* bytes) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes, sizeof(word));
+    return word;
+}
+
+struct Totals {
+    std::uint64_t pairs = 0;  // sum over rows of c_i (2 E_before + e_i), as if nothing were tied
+    std::uint64_t rows = 0;
+    std::uint64_t errors = 0;
+    std::uint64_t seen = 0;  // bits of all counts
+};
+
+// One block of counts after the totals before it. With `before` it also writes rows and errors before each word.
+template <bool keep>
+STAGE1_INLINE void scan_block(const std::uint8_t* counts, const std::uint8_t* wrong, Totals& totals,
+                              std::uint32_t* rows_before, std::uint32_t* errors_before) {
+    std::array<std::uint64_t, words> word, mask, weight;
+    std::array<std::uint16_t, words> in_word, errors_in;
+    std::memcpy(word.data(), counts, block);
+    std::memcpy(mask.data(), wrong, block);
+    std::uint64_t seen = 0;
+    for (std::size_t w = 0; w < words; ++w) {
+        const std::uint64_t through = (word[w] & mask[w]) * ones;
+        errors_in[w] = static_cast<std::uint16_t>(through >> 56);
+        in_word[w] = static_cast<std::uint16_t>((word[w] * ones) >> 56);
+        weight[w] = through + (through << 8);
+        seen |= word[w];
+    }
+    std::array<std::uint8_t, block> weights;
+    std::memcpy(weights.data(), weight.data(), block);
+    std::uint32_t inside = 0;
+    for (std::size_t row = 0; row < block; ++row) {
+        inside += std::uint32_t{counts[row]} * weights[row];
+    }
+    // The same among the words of a quarter of a stretch, four 16-bit sums a word.
+    std::array<std::uint64_t, words / 4> quad, quad_rows, shifted;
+    std::array<std::uint16_t, words / 4> quad_errors, quad_total;
+    std::memcpy(quad.data(), errors_in.data(), sizeof(quad));
+    std::memcpy(quad_rows.data(), in_word.data(), sizeof(quad_rows));
+    for (std::size_t q = 0; q < quad.size(); ++q) {
+        const std::uint64_t through = quad[q] * ones16;
+        quad_errors[q] = static_cast<std::uint16_t>(through >> 48);
+        quad_total[q] = static_cast<std::uint16_t>((quad_rows[q] * ones16) >> 48);
+        shifted[q] = through << 16;
+    }
+    std::array<std::uint16_t, words> errors_earlier;
+    std::memcpy(errors_earlier.data(), shifted.data(), sizeof(errors_earlier));
+    std::uint32_t across = 0;
+    for (std::size_t w = 0; w < words; ++w) {
+        across += std::uint32_t{in_word[w]} * errors_earlier[w];
+    }
+    std::uint64_t far = 0;
+    for (std::size_t q = 0; q < quad.size(); ++q) {
+        if constexpr (keep) {
+            std::uint32_t rows = static_cast<std::uint32_t>(totals.rows);
+            for (std::size_t w = 4 * q; w < 4 * q + 4; ++w) {
+                rows_before[w] = rows;
+                errors_before[w] = static_cast<std::uint32_t>(totals.errors) + errors_earlier[w];
+                rows += in_word[w];
+            }
+        }
+        far += quad_total[q] * totals.errors;
+        totals.errors += quad_errors[q];
+        totals.rows += quad_total[q];
+    }
+    totals.pairs += inside + 2 * (across + far);
+    totals.seen |= seen;
+}
+
+STAGE1_CLONES Totals scan(const std::uint8_t* counts, const std::uint8_t* wrong, std::size_t blocks) {
+    Totals totals;
+    for (std::size_t b = 0; b < blocks; ++b) {
+        scan_block<false>(counts + b * block, wrong + b * block, totals, nullptr, nullptr);
+    }
+    return totals;
+}
+
+STAGE1_CLONES Totals scan_keeping(const std::uint8_t* counts, const std::uint8_t* wrong, std::size_t blocks,
+                                  std::uint32_t* rows_before, std::uint32_t* errors_before) {
+    Totals totals;
+    for (std::size_t b = 0; b < blocks; ++b) {
+        scan_block<true>(counts + b * block, wrong + b * block, totals, rows_before + b * words,
+                         errors_before + b * words);
+    }
+    return totals;
+}
+
+// Eight numbers at a time, in the vector extension of GCC and Clang; the compiler splits them where registers are
+// narrower, so every instruction set adds in the same order.
+using Doubles = double __attribute__((vector_size(64)));
+using Ints = std::int32_t __attribute__((vector_size(32)));
+
+STAGE1_INLINE Ints ints(const std::int32_t* from) {
+    Ints eight;
+    std::memcpy(&eight, from, sizeof(eight));
+    return eight;
+}
+
+STAGE1_INLINE Doubles doubles(Ints eight) { return __builtin_convertvector(eight, Doubles); }
+
+STAGE1_INLINE double add_up(const Doubles& lanes) {
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// Twice n times the area under the selective risk, as if nothing were tied and with risk 0 before the first row: the
+// sum over rows of (c_i + c_{i+1}) E_i / C_i. Two fractions share a division; 30 E_i must be below 2^31.
+STAGE1_CLONES double risk_area(const std::uint8_t* counts, const std::uint8_t* wrong, std::size_t blocks,
+                               const std::uint32_t* rows_before, const std::uint32_t* errors_before) {
+    constexpr std::size_t part = 256;  // all that is made of a part stays in L1
+    constexpr std::size_t part_words = part / 8;
+    Doubles area{};
+    for (std::size_t p = 0; p < blocks * (block / part); ++p) {
+        const std::uint8_t* here = counts + p * part;
+        std::array<std::uint64_t, part_words> through, errors_through;
+        for (std::size_t w = 0; w < part_words; ++w) {
+            const std::uint64_t word = load(here + 8 * w);
+            through[w] = word * ones;
+            errors_through[w] = (word & load(wrong + p * part + 8 * w)) * ones;
+        }
+        std::array<std::uint8_t, part> bytes;
+        std::array<std::int32_t, part> rows, errors, steps;
+        // Bytes are widened in loops of their own: the compiler vectorises these, and not one with other widths in it.
+        std::memcpy(bytes.data(), through.data(), part);
+        std::copy(bytes.begin(), bytes.end(), rows.begin());
+        std::memcpy(bytes.data(), errors_through.data(), part);
+        std::copy(bytes.begin(), bytes.end(), errors.begin());
+        for (std::size_t row = 0; row < part; ++row) {
+            bytes[row] = static_cast<std::uint8_t>(here[row] + here[row + 1]);
+        }
+        std::copy(bytes.begin(), bytes.end(), steps.begin());
+        const auto fraction = [&](std::size_t w, Doubles& top, Doubles& bottom) __attribute__((always_inline)) {
+            const std::size_t word = p * part_words + w;
+            const Ints accepted = ints(&rows[8 * w]) + static_cast<std::int32_t>(rows_before[word]);
+            const Ints wrongs = ints(&errors[8 * w]) + static_cast<std::int32_t>(errors_before[word]);
+            bottom = doubles(accepted - (accepted == 0));  // a comparison that holds is -1
+            top = doubles(wrongs * ints(&steps[8 * w]));
+        };
+        for (std::size_t w = 0; w < part_words / 2; ++w) {
+            Doubles top, bottom, other_top, other_bottom;
+            fraction(w, top, bottom);
+            fraction(w + part_words / 2, other_top, other_bottom);
+            area += (top * other_bottom + other_top * bottom) / (bottom * other_bottom);
+        }
+    }
+    return add_up(area);
+}
+
+// Resamples whose weighted sums are taken together, so that the values are read once for all of them.
+constexpr std::size_t batch = 4;
+
+// For each resample of a batch the sum of counts times values, both padded with zeros to whole blocks.
+STAGE1_CLONES void weighted_sums(const std::array<const std::uint8_t*, batch>& counts, const double* values,
+                                 std::size_t blocks, std::array<double, batch>& totals) {
+    std::array<Doubles, batch> lanes{};
+    for (std::size_t b = 0; b < blocks; ++b) {
+        for (std::size_t r = 0; r < batch; ++r) {
+            std::array<std::int32_t, block> times;
+            std::copy(counts[r] + b * block, counts[r] + (b + 1) * block, times.begin());
+            Doubles sum = lanes[r];
+            for (std::size_t row = 0; row < block; row += 8) {
+                Doubles eight;
+                std::memcpy(&eight, values + b * block + row, sizeof(eight));
+                sum += doubles(ints(&times[row])) * eight;
+            }
+            lanes[r] = sum;
+        }
+    }
+    for (std::size_t r = 0; r < batch; ++r) {
+        totals[r] = add_up(lanes[r]);
+    }
+}
+
+STAGE1_CLONES std::uint32_t masked_sum(const std::uint8_t* counts, const std::uint8_t* mask, std::size_t n) {
+    std::uint32_t total = 0;
+    for (std::size_t row = 0; row < n; ++row) {
+        total += static_cast<std::uint32_t>(counts[row] & mask[row]);
+    }
+    return total;
+}
+
+STAGE1_CLONES std::uint64_t row_count(const std::uint8_t* counts, std::size_t n) {
+    std::uint64_t total = 0;
+    for (std::size_t row = 0; row < n; ++row) {
+        total += counts[row];
+    }
+    return total;
+}
+
+struct Group {
+    std::uint32_t begin;
+    std::uint32_t end;
+};
+
+// Rows with 0/1 errors as the fast pass wants them: padded to whole blocks, masks instead of bits.
+class PackedRows {
+  public:
+    PackedRows(const Rows<std::uint8_t>& rows, const Suite& suite)
+        : rows_(rows), suite_(suite), blocks_((rows.loss.size() + block - 1) / block), wrong_(blocks_ * block) {
+        std::transform(rows.loss.begin(), rows.loss.end(), wrong_.begin(), as_mask);
+        std::uint32_t begin = 0;
+        for (const std::uint32_t end : rows.tie_ends) {
+            if (end - begin > 1) {
+                tied_.push_back({begin, end});
+                // Errors are last in their group, so the first and the last row tell whether it is mixed.
+                if (rows.loss[begin] != rows.loss[end - 1]) {
+                    mixed_.push_back({begin, end});
+                }
+            }
+            begin = end;
+        }
+        if (!suite.kind.empty()) {
+            for (std::size_t row = 0; row < suite.n_exit; ++row) {
+                positive_.push_back(as_mask(suite.kind[row] & is_positive));
+                missed_.push_back(as_mask(suite.kind[row] & is_missed));
+            }
+        }
+        const auto pad = [&](std::span<const double> values, std::vector<double>& padded) {
+            padded.assign(values.begin(), values.end());
+            padded.resize(values.empty() ? 0 : blocks_ * block);
+        };
+        pad(suite.nll, nll_);
+        pad(suite.brier, brier_);
+        by_risk_.resize(suite.risks.size());
+        std::iota(by_risk_.begin(), by_risk_.end(), std::size_t{0});
+        std::stable_sort(by_risk_.begin(), by_risk_.end(),
+                         [&](std::size_t a, std::size_t b) { return suite.risks[a] > suite.risks[b]; });
+    }
+
+    bool has_means() const { return !nll_.empty() || !brier_.empty(); }
+
+    // NLL and Brier of a batch of resamples; the row counts of each, and where their suites are.
+    void means(const std::array<const std::uint8_t*, batch>& counts, std::span<double> out, std::size_t width) const {
+        for (const auto& [values, column] : {std::pair{&nll_, nll_at}, std::pair{&brier_, brier_at}}) {
+            if (values->empty()) {
+                continue;
+            }
+            std::array<double, batch> totals;
+            weighted_sums(counts, values->data(), blocks_, totals);
+            for (std::size_t r = 0; r * width < out.size(); ++r) {
+                const std::uint64_t rows = rows_.unit.empty() ? rows_.loss.size() : row_count(counts[r], padded());
+                out[r * width + column] = totals[r] / static_cast<double>(rows);
+            }
+        }
+    }
+
+    // Bytes of row counts that measure() reads: rows, then zeros.
+    std::size_t padded() const { return (blocks_ + 1) * block; }
+    std::size_t word_count() const { return blocks_ * words; }
+
+    struct Scratch {
+        std::vector<std::uint32_t> rows_before, errors_before;
+    };
+
+    // The suite on one resample, NLL and Brier apart; false when its counts are too large and the general pass must do
+    // it.
+    bool measure(const std::uint8_t* counts, Scratch& scratch, std::span<double> out) const {
+        if (out.size() == 1) {
+            const Totals totals = scan(counts, wrong_.data(), blocks_);
+            if (!fits(totals)) {
+                return false;
+            }
+            out[augrc_at] = augrc_of(counts, totals);
+            return true;
+        }
+        scratch.rows_before.resize(word_count() + 1);
+        scratch.errors_before.resize(word_count() + 1);
+        const Totals totals =
+            scan_keeping(counts, wrong_.data(), blocks_, scratch.rows_before.data(), scratch.errors_before.data());
+        if (!fits(totals)) {
+            return false;
+        }
+        scratch.rows_before.back() = static_cast<std::uint32_t>(totals.rows);
+        scratch.errors_before.back() = static_cast<std::uint32_t>(totals.errors);
+        const Pass pass{counts, wrong_.data(), scratch.rows_before.data(), scratch.errors_before.data()};
+        const double n = static_cast<double>(totals.rows);
+        out[augrc_at] = augrc_of(counts, totals);
+        out[aurc_at] = suite_.curve ? area(pass) / (2 * n) : nan;
+        out[accuracy_at] = (n - static_cast<double>(totals.errors)) / n;
+        out[nll_at] = out[brier_at] = nan;
+        out[coverage_at] = out[exit_error_at] = out[fnr_at] = nan;
+        if (suite_.exits) {
+            const auto [exited, errors] = pass.through(suite_.n_exit);
+            out[coverage_at] = static_cast<double>(exited) / n;
+            out[exit_error_at] = ratio(static_cast<double>(errors), static_cast<double>(exited));
+            if (!suite_.kind.empty()) {
+                const double positives = masked_sum(counts, positive_.data(), positive_.size());
+                out[fnr_at] = ratio(masked_sum(counts, missed_.data(), missed_.size()), positives);
+            }
+        }
+        for (std::size_t k = 0; k < suite_.coverages.size(); ++k) {
+            const auto target = static_cast<std::uint32_t>(std::ceil(suite_.coverages[k] * n * (1 - rounding)));
+            const auto [accepted, errors] = pass.through(end_of_tie(pass.first_reaching(target, word_count())));
+            out[fixed_columns + k] = static_cast<double>(errors) / static_cast<double>(accepted);
+        }
+        std::size_t stretches = (word_count() + stretch - 1) / stretch;
+        for (const std::size_t k : by_risk_) {
+            const double coverage = last_within(pass, suite_.risks[k], stretches);
+            out[fixed_columns + suite_.coverages.size() + k] = coverage / n;
+        }
+        return true;
+    }
+
+  private:
+    static bool fits(const Totals& totals) { return (totals.seen & too_many) == 0 && totals.rows < most_packed; }
+
+    static std::uint8_t as_mask(int bit) { return bit != 0 ? 0xFF : 0; }
+
+    // One replicate's counts with the prefix sums of its words.
+    struct Pass {
+        const std::uint8_t* counts;
+        const std::uint8_t* wrong;
+        const std::uint32_t* rows_before;
+        const std::uint32_t* errors_before;
+
+        // Rows and errors among the first `end` rows.
+        std::pair<std::uint32_t, std::uint32_t> through(std::size_t end) const {
+            const std::size_t w = end / 8;
+            if (end % 8 == 0) {
+                return {rows_before[w], errors_before[w]};
+            }
+            const std::uint64_t kept = load(counts + 8 * w) & ((std::uint64_t{1} << (8 * (end % 8))) - 1);
+            return {rows_before[w] + static_cast<std::uint32_t>((kept * ones) >> 56),
+                    errors_before[w] + static_cast<std::uint32_t>(((kept & load(wrong + 8 * w)) * ones) >> 56)};
+        }
+
+        // The first row with which at least `target` rows are accepted.
+        std::size_t first_reaching(std::uint32_t target, std::size_t n_words) const {
+            const auto after = std::lower_bound(rows_before, rows_before + n_words + 1, target);
+            const std::size_t w = static_cast<std::size_t>(after - rows_before) - 1;
+            std::uint32_t accepted = rows_before[w];
+            std::size_t row = 8 * w;
+            for (;; ++row) {
+                accepted += counts[row];
+                if (accepted >= target) {
+                    return row;
+                }
+            }
+        }
+    };
+
+    std::size_t end_of_tie(std::size_t row) const {
+        return tied_.empty()
+                   ? row + 1
+                   : *std::upper_bound(rows_.tie_ends.begin(), rows_.tie_ends.end(), static_cast<std::uint32_t>(row));
+    }
+
+    double augrc_of(const std::uint8_t* counts, const Totals& totals) const {
+        std::uint64_t pairs = totals.pairs;
+        for (const Group& group : mixed_) {
+            // Its right rows stand before its wrong ones here, and share the group's confidence.
+            std::uint64_t right = 0;
+            std::uint64_t errors = 0;
+            for (std::size_t row = group.begin; row < group.end; ++row) {
+                const std::uint64_t error = counts[row] & wrong_[row];
+                errors += error;
+                right += counts[row] - error;
+            }
+            pairs += right * errors;
+        }
+        return static_cast<double>(pairs) / static_cast<double>(2 * totals.rows * totals.rows);
+    }
+
+    // Twice n times AURC.
+    double area(const Pass& pass) const {
+        double twice = 0;
+        if (4 * rows_.tie_ends.size() < rows_.loss.size()) {
+            std::uint32_t accepted = 0;
+            double risk = 0;
+            for (const std::uint32_t end : rows_.tie_ends) {
+                const auto [through, errors] = pass.through(end);
+                if (through != accepted) {
+                    const double now = static_cast<double>(errors) / static_cast<double>(through);
+                    twice += static_cast<double>(through - accepted) * (risk + now);
+                    risk = now;
+                    accepted = through;
+                }
+            }
+        } else {
+            twice = risk_area(pass.counts, pass.wrong, blocks_, pass.rows_before, pass.errors_before);
+            for (const Group& group : tied_) {
+                twice += tie_correction(pass, group);
+            }
+        }
+        // The risk of the highest confidence is repeated down to coverage 0.
+        return twice + static_cast<double>(pass.through(end_of_tie(pass.first_reaching(1, word_count()))).second);
+    }
+
+    // What a tie group adds to the area beyond its rows taken one by one.
+    static double tie_correction(const Pass& pass, const Group& group) {
+        auto [accepted, errors] = pass.through(group.begin);
+        const double risk_before = accepted != 0 ? static_cast<double>(errors) / static_cast<double>(accepted) : 0.0;
+        const std::uint32_t accepted_before = accepted;
+        double risk = risk_before;
+        double one_by_one = 0;
+        for (std::size_t row = group.begin; row < group.end; ++row) {
+            const std::uint8_t times = pass.counts[row];
+            if (times != 0) {
+                accepted += times;
+                errors += static_cast<std::uint32_t>(times & pass.wrong[row]);
+                const double now = static_cast<double>(errors) / static_cast<double>(accepted);
+                one_by_one += times * (risk + now);
+                risk = now;
+            }
+        }
+        return static_cast<double>(accepted - accepted_before) * (risk_before + risk) - one_by_one;
+    }
+
+    // Rows accepted at the last tie group whose risk is within `target`; 0 without one. The search goes back from
+    // `stretches`, and leaves there where it stopped: a smaller risk is not met later than a larger one.
+    double last_within(const Pass& pass, double target, std::size_t& stretches) const {
+        const auto within = [&](std::uint32_t errors, std::uint32_t accepted) {
+            return static_cast<double>(errors) <= target * static_cast<double>(accepted) * (1 + rounding);
+        };
+        for (; stretches > 0; --stretches) {
+            const std::size_t first = (stretches - 1) * stretch;
+            const std::size_t last = std::min(first + stretch, word_count());
+            // Fewest errors and most rows that any row of the stretch can have.
+            if (!within(pass.errors_before[first], pass.rows_before[last])) {
+                continue;
+            }
+            const double found = last_within_stretch(pass, 8 * first, std::min(8 * last, rows_.loss.size()), within);
+            if (found > 0) {
+                return found;
+            }
+        }
+        return 0;
+    }
+
+    template <class Within>
+    double last_within_stretch(const Pass& pass, std::size_t first, std::size_t last, Within within) const {
+        if (tied_.empty()) {
+            auto [accepted, errors] = pass.through(last);
+            for (std::size_t row = last; row-- > first;) {
+                if (within(errors, accepted)) {
+                    return accepted;
+                }
+                accepted -= pass.counts[row];
+                errors -= static_cast<std::uint32_t>(pass.counts[row] & pass.wrong[row]);
+            }
+            return 0;
+        }
+        auto end = std::upper_bound(rows_.tie_ends.begin(), rows_.tie_ends.end(), static_cast<std::uint32_t>(last));
+        while (end != rows_.tie_ends.begin() && *(end - 1) > first) {
+            --end;
+            const auto [accepted, errors] = pass.through(*end);
+            if (within(errors, accepted)) {
+                return accepted;
+            }
+        }
+        return 0;
+    }
+
+    Rows<std::uint8_t> rows_;
+    Suite suite_;
+    std::size_t blocks_;
+    std::vector<std::uint8_t> wrong_, positive_, missed_;
+    std::vector<double> nll_, brier_;
+    std::vector<Group> tied_, mixed_;
+    std::vector<std::size_t> by_risk_;
+};
 
 }  // namespace
 
 template <std::floating_point C, Loss L>
-SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss,
-                        std::span<const std::uint32_t> cluster) {
+SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss, std::span<const std::uint32_t> unit) {
     const std::size_t n = confidence.size();
-    const bool clustered = !cluster.empty();
+    const bool clustered = !unit.empty();
     SortedRows<L> rows;
     rows.loss.resize(n);
-    rows.cluster.resize(clustered ? n : 0);
+    rows.unit.resize(clustered ? n : 0);
     rows.tie_ends.reserve(n);
     const auto close_ties = [&](auto tied) {
         for (std::size_t row = 1; row < n; ++row) {
@@ -100,32 +655,32 @@ SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss,
         rows.tie_ends.push_back(static_cast<std::uint32_t>(n));
     };
     if constexpr (std::same_as<C, float> && std::same_as<L, std::uint8_t>) {
-        // One key holds it all: 32 bits of confidence, 31 of cluster, 1 of error.
+        // One key holds it all: 32 bits of confidence, 1 of error, 31 of unit.
         std::vector<std::uint64_t> keys(n);
         for (std::size_t row = 0; row < n; ++row) {
-            const std::uint64_t owner = clustered ? cluster[row] : 0;
-            keys[row] = std::uint64_t{descending_bits(confidence[row])} << 32 | owner << 1 | loss[row];
+            const std::uint64_t owner = clustered ? unit[row] : 0;
+            keys[row] = std::uint64_t{descending_bits(confidence[row])} << 32 | std::uint64_t{loss[row]} << 31 | owner;
         }
         radix_sort(keys);
         for (std::size_t row = 0; row < n; ++row) {
-            rows.loss[row] = static_cast<std::uint8_t>(keys[row] & 1U);
+            rows.loss[row] = static_cast<std::uint8_t>((keys[row] >> 31) & 1U);
             if (clustered) {
-                rows.cluster[row] = static_cast<std::uint32_t>(keys[row]) >> 1;
+                rows.unit[row] = static_cast<std::uint32_t>(keys[row] & 0x7FFFFFFFU);
             }
         }
         close_ties([&](std::size_t row) { return keys[row] >> 32 == keys[row - 1] >> 32; });
     } else {
         // Float64 confidences that would collide in float32 must not become ties, so the key is a whole record.
-        using Record = std::tuple<std::uint64_t, std::uint32_t, L>;
+        using Record = std::tuple<std::uint64_t, L, std::uint32_t>;
         std::vector<Record> records(n);
         for (std::size_t row = 0; row < n; ++row) {
-            records[row] = {descending_bits(confidence[row]), clustered ? cluster[row] : 0, loss[row]};
+            records[row] = {descending_bits(confidence[row]), loss[row], clustered ? unit[row] : 0};
         }
         std::sort(records.begin(), records.end());
         for (std::size_t row = 0; row < n; ++row) {
-            rows.loss[row] = std::get<2>(records[row]);
+            rows.loss[row] = std::get<1>(records[row]);
             if (clustered) {
-                rows.cluster[row] = std::get<1>(records[row]);
+                rows.unit[row] = std::get<2>(records[row]);
             }
         }
         close_ties([&](std::size_t row) { return std::get<0>(records[row]) == std::get<0>(records[row - 1]); });
@@ -134,35 +689,78 @@ SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss,
 }
 
 template <Loss L>
-double augrc(const SortedRows<L>& rows) {
-    return evaluate(rows, [](std::uint32_t) { return std::uint64_t{1}; });
+double augrc(const Rows<L>& rows) {
+    double value = 0;
+    measure(rows, Suite{}, [](std::size_t) { return std::uint64_t{1}; }, {&value, 1});
+    return value;
 }
 
 template <Loss L>
-bool bootstrap_augrc(const SortedRows<L>& rows, std::size_t n_clusters, std::uint64_t seed, unsigned threads,
-                     std::span<double> replicates, const std::function<bool()>& interrupted) {
-    const std::size_t units = n_clusters != 0 ? n_clusters : rows.loss.size();
+bool bootstrap(const Rows<L>& rows, const Suite& suite, const Strata& strata, std::uint64_t seed, unsigned threads,
+               std::size_t replicates, std::span<double> out, const std::function<bool()>& interrupted) {
+    const std::size_t n = rows.loss.size();
+    const std::size_t width = width_of(suite);
+    const std::size_t units = std::accumulate(strata.sizes.begin(), strata.sizes.end(), std::size_t{0});
+    std::unique_ptr<const PackedRows> packed;
+    if constexpr (std::same_as<L, std::uint8_t>) {
+        if (n < most_packed) {
+            packed = std::make_unique<const PackedRows>(rows, suite);
+        }
+    }
+    const std::size_t room = packed ? packed->padded() : n;
+    const bool mapped = !rows.unit.empty();
+    const std::size_t together = packed && packed->has_means() ? batch : 1;
+
     const auto make_work = [&]() -> std::function<void(std::size_t)> {
-        const auto counts = std::make_shared<std::vector<std::uint32_t>>(units);
-        return [&, counts](std::size_t replicate) {
-            std::fill(counts->begin(), counts->end(), 0U);
-            add_resample_counts(Stream(seed, replicate), *counts);
-            const std::uint32_t* times = counts->data();
-            const std::uint32_t* owner = rows.cluster.data();
-            replicates[replicate] = n_clusters != 0
-                                        ? evaluate(rows, [=](std::uint32_t row) { return times[owner[row]]; })
-                                        : evaluate(rows, [=](std::uint32_t row) { return times[row]; });
+        struct Buffers {
+            std::vector<std::uint8_t> drawn;
+            std::array<std::vector<std::uint8_t>, batch> counts;
+            PackedRows::Scratch scratch;
+        };
+        const auto own = std::make_shared<Buffers>();
+        own->drawn.resize(mapped ? units : 0);
+        for (std::size_t r = 0; r < together; ++r) {
+            own->counts[r].resize(room);
+        }
+        return [&, own](std::size_t item) {
+            const std::size_t first = item * together;
+            const std::size_t last = std::min(first + together, replicates);
+            std::array<const std::uint8_t*, batch> drawn;
+            for (std::size_t replicate = first; replicate < last; ++replicate) {
+                const std::span<std::uint8_t> counts = own->counts[replicate - first];
+                const std::span<std::uint8_t> by_unit = mapped ? std::span(own->drawn) : counts.first(units);
+                std::size_t done = 0;
+                for (std::size_t s = 0; s < strata.sizes.size(); ++s) {
+                    draw_counts(Stream(seed, replicate), s, strata.tables[s], by_unit.subspan(done, strata.sizes[s]));
+                    done += strata.sizes[s];
+                }
+                for (std::size_t row = 0; mapped && row < n; ++row) {
+                    counts[row] = by_unit[rows.unit[row]];
+                }
+                const std::span<double> to = out.subspan(replicate * width, width);
+                bool measured = false;
+                if constexpr (std::same_as<L, std::uint8_t>) {
+                    measured = packed && packed->measure(counts.data(), own->scratch, to);
+                }
+                if (!measured) {
+                    measure(rows, suite, [=](std::size_t row) { return std::uint64_t{counts[row]}; }, to);
+                }
+                std::fill(drawn.begin() + static_cast<std::ptrdiff_t>(replicate - first), drawn.end(), counts.data());
+            }
+            if (together == batch) {
+                packed->means(drawn, out.subspan(first * width, (last - first) * width), width);
+            }
         };
     };
-    return parallel_for(replicates.size(), threads, make_work, interrupted);
+    return parallel_for((replicates + together - 1) / together, threads, make_work, interrupted);
 }
 
 #define STAGE1_INSTANTIATE(L)                                                                                      \
     template SortedRows<L> sort_rows(std::span<const float>, std::span<const L>, std::span<const std::uint32_t>);  \
     template SortedRows<L> sort_rows(std::span<const double>, std::span<const L>, std::span<const std::uint32_t>); \
-    template double augrc(const SortedRows<L>&);                                                                   \
-    template bool bootstrap_augrc(const SortedRows<L>&, std::size_t, std::uint64_t, unsigned, std::span<double>,   \
-                                  const std::function<bool()>&);
+    template double augrc(const Rows<L>&);                                                                         \
+    template bool bootstrap(const Rows<L>&, const Suite&, const Strata&, std::uint64_t, unsigned, std::size_t,     \
+                            std::span<double>, const std::function<bool()>&);
 STAGE1_INSTANTIATE(std::uint8_t)
 STAGE1_INSTANTIATE(double)
 #undef STAGE1_INSTANTIATE

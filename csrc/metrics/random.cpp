@@ -2,43 +2,143 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
+#include <cstring>
 
 namespace stage1 {
 namespace {
 
-constexpr std::size_t block = 1024;  // words hashed at a time: 8 KiB stay in L1
+constexpr std::size_t draw_block = 1024;  // rows at a time: their words, codes and counts stay in L1
 
-STAGE1_CLONES void hash_words(const Stream stream, std::uint64_t first, std::uint64_t* words, std::size_t size) {
-    for (std::size_t word = 0; word < size; ++word) {
-        words[word] = mix(stream.key + stream.gamma * (first + word + 1));
+constexpr std::size_t chunk = 64;         // rows whose flags are told apart
+constexpr std::uint8_t of_the_rest = 16;  // above every count that a code gives; eight of them fit a byte
+constexpr std::uint64_t each = 0x0101010101010101U;
+
+struct Block {
+    std::array<std::uint16_t, draw_block> codes;
+    std::array<std::uint8_t, draw_block> counts;
+    std::array<std::uint64_t, draw_block / chunk> open;  // not zero: some are of_the_rest
+    std::uint32_t sum;
+};
+
+// Counts of one block from its 16-bit codes, `of_the_rest` where these leave it open.
+STAGE1_CLONES void fill_block(std::uint64_t key, std::uint64_t gamma, std::uint64_t first_word,
+                              const std::array<std::uint64_t, 6>& cuts, Block& out) {
+    std::array<std::uint64_t, draw_block / 4> words;
+    for (std::size_t word = 0; word < words.size(); ++word) {
+        words[word] = mix(key + gamma * (first_word + word + 1));
     }
+    std::memcpy(out.codes.data(), words.data(), sizeof(words));
+    std::array<std::uint16_t, 6> cut;
+    std::copy(cuts.begin(), cuts.end(), cut.begin());
+    for (std::size_t row = 0; row < draw_block; ++row) {
+        const std::uint16_t code = out.codes[row];
+        std::uint16_t count = 0;
+        for (std::size_t k = 0; k < 5; ++k) {
+            count = code >= cut[k] ? static_cast<std::uint16_t>(count + 1) : count;
+        }
+        out.counts[row] = static_cast<std::uint8_t>(code >= cut[5] ? of_the_rest : count);
+    }
+    // Eight counts a word; their sum is the highest byte of the word times 0x01…01.
+    std::array<std::uint64_t, draw_block / 8> eights;
+    std::memcpy(eights.data(), out.counts.data(), draw_block);
+    std::uint64_t sum = 0;
+    for (const std::uint64_t eight : eights) {
+        sum += (eight * each) >> 56;
+    }
+    out.sum = static_cast<std::uint32_t>(sum);
+    for (std::size_t c = 0; c < out.open.size(); ++c) {
+        out.open[c] = 0;
+        for (std::size_t word = c * chunk / 8; word < (c + 1) * chunk / 8; ++word) {
+            out.open[c] |= eights[word] & (each * of_the_rest);
+        }
+    }
+}
+
+// Settles the counts that the codes left open, from 48 more bits each.
+void fill_rest(std::uint64_t key, std::uint64_t gamma, std::size_t first, const CountTable& table, Block& block) {
+    for (std::size_t word = 0; word < draw_block; word += 8) {
+        if (block.open[word / chunk] == 0) {
+            word += chunk - 8;
+            continue;
+        }
+        std::uint64_t eight;
+        std::memcpy(&eight, block.counts.data() + word, sizeof(eight));
+        for (eight &= each * of_the_rest; eight != 0; eight &= eight - 1) {
+            const std::size_t row = word + static_cast<std::size_t>(std::countr_zero(eight)) / 8;
+            const std::uint64_t low = mix(key + gamma * (first + row + 1)) >> 16;
+            const std::uint64_t value = (block.codes[row] - table.cuts.back()) << 48 | low;
+            const auto reached = std::upper_bound(table.rest.begin(), table.rest.end(), value);
+            block.counts[row] = static_cast<std::uint8_t>(reached - table.rest.begin());
+            block.sum += block.counts[row] - std::uint32_t{of_the_rest};
+        }
+    }
+}
+
+// Poisson counts of all units; gives their sum, which may pass n.
+std::uint64_t fill_poisson(std::uint64_t key, std::uint64_t gamma, const CountTable& table,
+                           std::span<std::uint8_t> counts) {
+    Block block;
+    std::uint64_t total = 0;
+    for (std::size_t first = 0; first < counts.size(); first += draw_block) {
+        const std::size_t size = std::min(draw_block, counts.size() - first);
+        fill_block(key, gamma, first / 4, table.cuts, block);
+        fill_rest(mix(key + 1), gamma, first, table, block);
+        std::memcpy(counts.data() + first, block.counts.data(), size);
+        total += block.sum;
+        for (std::size_t row = size; row < draw_block; ++row) {
+            total -= block.counts[row];
+        }
+    }
+    return total;
+}
+
+STAGE1_CLONES void hash_words(std::uint64_t key, std::uint64_t gamma, std::uint64_t first,
+                              std::array<std::uint64_t, 128>& words) {
+    for (std::size_t word = 0; word < words.size(); ++word) {
+        words[word] = mix(key + gamma * (first + word + 1));
+    }
+}
+
+// Adds uniform draws; false when a count passes 255, which no resample that can be met does.
+bool add_uniform(std::uint64_t key, std::uint64_t gamma, std::uint64_t draws, std::span<std::uint8_t> counts) {
+    const std::uint64_t n = counts.size();
+    const std::uint64_t limit = (std::uint64_t{1} << 32) % n;
+    std::array<std::uint64_t, 128> words;
+    for (std::uint64_t first = 0; first < draws; first += words.size()) {
+        hash_words(key, gamma, first, words);
+        const std::uint64_t last = std::min<std::uint64_t>(draws, first + words.size());
+        for (std::uint64_t draw = first; draw < last; ++draw) {
+            // Lemire's multiplication with rejection on 32 bits. A rejected draw has attempts of its own, so the others
+            // do not depend on it.
+            std::uint64_t product = (words[draw - first] >> 32) * n;
+            for (std::uint64_t attempt = 1; (product & 0xFFFFFFFFU) < limit; ++attempt) {
+                product = (mix(mix(key + attempt) + gamma * (draw + 1)) >> 32) * n;
+            }
+            if (++counts[static_cast<std::size_t>(product >> 32)] == 0) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 }  // namespace
 
-void add_resample_counts(const Stream& stream, std::span<std::uint32_t> counts) {
+void draw_counts(const Stream& stream, std::uint64_t stratum, const CountTable& table, std::span<std::uint8_t> counts) {
     const std::uint64_t n = counts.size();
-    const std::uint64_t limit = (std::uint64_t{1} << 32) % n;
-    const auto take = [&](std::uint64_t bits, std::uint64_t draw) {
-        std::uint64_t product = bits * n;
-        for (std::uint64_t attempt = 1; (product & 0xFFFFFFFFU) < limit; ++attempt) {
-            // A rejected draw has a stream of attempts of its own, so the others do not depend on it.
-            product = (mix(mix(stream.key + attempt) + stream.gamma * draw) >> 32) * n;
+    const std::uint64_t base = mix(stream.key + golden * (stratum + 1));
+    for (std::uint64_t attempt = 1;; ++attempt) {
+        const std::uint64_t key = mix(base + golden * attempt);
+        std::uint64_t drawn = 0;
+        if (n < smallest_poisson) {
+            std::fill(counts.begin(), counts.end(), std::uint8_t{0});
+        } else {
+            drawn = fill_poisson(key, stream.gamma, table, counts);
         }
-        ++counts[static_cast<std::size_t>(product >> 32)];
-    };
-    std::array<std::uint64_t, block> words;
-    for (std::uint64_t first = 0; first < (n + 1) / 2; first += block) {
-        const std::size_t size = static_cast<std::size_t>(std::min<std::uint64_t>(block, (n + 1) / 2 - first));
-        hash_words(stream, first, words.data(), size);
-        const std::size_t pairs = static_cast<std::size_t>(std::min<std::uint64_t>(size, n / 2 - first));
-        for (std::size_t word = 0; word < pairs; ++word) {
-            take(words[word] & 0xFFFFFFFFU, 2 * (first + word));
-            take(words[word] >> 32, 2 * (first + word) + 1);
-        }
-        if (pairs < size) {
-            take(words[pairs] & 0xFFFFFFFFU, n - 1);
+        if (drawn <= n && add_uniform(mix(key + 2), stream.gamma, n - drawn, counts)) {
+            return;
         }
     }
 }

@@ -1,12 +1,16 @@
 // Counter-based random numbers: draw i of a stream needs no draw before it, so any order of work gives the same bits.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
 #include "stage1/machine.hpp"
 
 namespace stage1 {
+
+inline constexpr std::uint64_t golden = 0x9E3779B97F4A7C15U;
 
 // SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 STAGE1_INLINE constexpr std::uint64_t mix(std::uint64_t value) {
@@ -22,14 +26,26 @@ struct Stream {
 
     constexpr Stream(std::uint64_t seed, std::uint64_t replicate)
         : key(mix(mix(seed + golden) + golden * (replicate + 1))), gamma(mix(key ^ golden) | 1U) {}
-
-    static constexpr std::uint64_t golden = 0x9E3779B97F4A7C15U;
 };
 
-// Adds to counts[u] how often unit u is among counts.size() uniform draws with replacement: exactly
-// Multinomial(n, 1/n). Each draw is Lemire's multiplication with rejection on 32 bits, so no unit is favoured.
+// Poisson(1 - 2.5 / sqrt(n)) as 16-bit codes and what they leave over; made by stage1_pro/_native.py to 2^-64. A mean
+// closer to one leaves fewer units to draw one by one, but more fills with too many (0.6% here).
 //
-// counts: [n], 1 <= n < 2^32; zeroed by the caller.
-void add_resample_counts(const Stream& stream, std::span<std::uint32_t> counts);
+// A code below cuts[k] (and at or above cuts[k - 1]) means k. Codes from cuts.back() on stand for the rest of the law:
+// with 48 more bits they make a number below (2^16 - cuts.back()) 2^48, and it counts how many of `rest` it reaches.
+struct CountTable {
+    std::array<std::uint64_t, 6> cuts;
+    std::array<std::uint64_t, 26> rest;
+};
+
+// Resamples up to this size are drawn one by one: the Poisson mean would not be positive.
+inline constexpr std::size_t smallest_poisson = 17;
+
+// Writes how often each of counts.size() units is among as many uniform draws with replacement: Multinomial(n, 1/n).
+//
+// Poisson counts of a mean a little below one, then uniform draws for what is missing; drawn anew when there are too
+// many. Given their sum Poisson counts are multinomial, so the result is, exactly. `stratum` separates the streams of
+// several resamples in one replicate.   counts: [n], 1 <= n < 2^31.
+void draw_counts(const Stream& stream, std::uint64_t stratum, const CountTable& table, std::span<std::uint8_t> counts);
 
 }  // namespace stage1
