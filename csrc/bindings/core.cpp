@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "arrays.hpp"
 #include "stage1/bootstrap.hpp"
 
 namespace py = pybind11;
@@ -90,4 +91,5 @@ PYBIND11_MODULE(_core, module) {
     bind<float, double>(module);
     bind<double, std::uint8_t>(module);
     bind<double, double>(module);
+    stage1::bindings::bind_order(module);
 }

@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import typing
 
-__all__: list[str] = ["augrc", "bootstrap_augrc"]
+__all__: list[str] = ["augrc", "bootstrap_augrc", "order"]
 
 @typing.overload
 def augrc(confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]) -> float:
@@ -87,6 +87,38 @@ def bootstrap_augrc(
 ) -> numpy.typing.NDArray[numpy.float64]:
     """
     AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.float64]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float64], error: numpy.typing.NDArray[numpy.uint8]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float64], error: numpy.typing.NDArray[numpy.float64]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
     """
 
 __version__: str = "0.1.0"

@@ -166,3 +166,14 @@ def cluster_numbers(groups: ArrayLike, n: int) -> NDArray[np.uint32]:
             f"groups must have shape [{n}], one group per row, got {list(names.shape)}; pass one name per row"
         )
     return np.unique(names, return_inverse=True)[1].astype(np.uint32)
+
+
+def order(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Rows by descending confidence, then error, then index, [N], and one past the last place of each tie group, [M].
+
+    Arguments and errors as in ``rows``; the same order in either backend.
+    """
+    places: NDArray[np.uint32]
+    tie_ends: NDArray[np.uint32]
+    places, tie_ends = _kernels.order(*rows(confidence, error))
+    return places, tie_ends

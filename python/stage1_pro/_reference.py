@@ -101,3 +101,11 @@ def _evaluate(counts: NDArray[np.int64], loss: NDArray[Any], ends: NDArray[np.in
     pairs = np.cumsum(np.diff(rows, prepend=0) * (np.concatenate([errors[:1] * 0, errors[:-1]]) + errors))[-1]
     total = int(rows[-1])
     return float(pairs) / float(2 * total * total)
+
+
+def order(confidence: Confidence, error: Error) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Rows [N] by descending confidence, then error, then index, and where tie groups end [M]."""
+    places = np.lexsort((error, -confidence))
+    ranked = confidence[places]
+    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, ranked.size)
+    return places.astype(np.uint32), ends.astype(np.uint32)
