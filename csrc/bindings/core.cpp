@@ -92,4 +92,5 @@ PYBIND11_MODULE(_core, module) {
     bind<double, std::uint8_t>(module);
     bind<double, double>(module);
     stage1::bindings::bind_order(module);
+    stage1::bindings::bind_sweep(module);
 }

@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import typing
 
-__all__: list[str] = ["augrc", "bootstrap_augrc", "order"]
+__all__: list[str] = ["augrc", "bootstrap_augrc", "order", "search_dual", "sweep"]
 
 @typing.overload
 def augrc(confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]) -> float:
@@ -119,6 +119,91 @@ def order(
 ) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
     """
     Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+def search_dual(
+    rows: numpy.typing.NDArray[numpy.int64],
+    positives: numpy.typing.NDArray[numpy.int64],
+    exit_error: bool,
+    fnr_numerator: typing.SupportsInt | typing.SupportsIndex,
+    fnr_denominator: typing.SupportsInt | typing.SupportsIndex,
+    second_numerator: typing.SupportsInt | typing.SupportsIndex,
+    second_denominator: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[int, int, int, int]:
+    """
+    Tie groups above the upper and before the lower threshold: of the best pair, of the nearest one
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float32],
+    error: numpy.typing.NDArray[numpy.uint8],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float32],
+    error: numpy.typing.NDArray[numpy.float64],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float64],
+    error: numpy.typing.NDArray[numpy.uint8],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float64],
+    error: numpy.typing.NDArray[numpy.float64],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
     """
 
 __version__: str = "0.1.0"

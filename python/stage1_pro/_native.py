@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from types import ModuleType
 from typing import Any, Literal
 
@@ -177,3 +178,81 @@ def order(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[np.uint32], 
     tie_ends: NDArray[np.uint32]
     places, tie_ends = _kernels.order(*rows(confidence, error))
     return places, tie_ends
+
+
+def sweep(
+    confidence: ArrayLike,
+    error: ArrayLike,
+    positive: NDArray[np.bool_] | None = None,
+    predicted_positive: NDArray[np.bool_] | None = None,
+) -> tuple[
+    NDArray[np.float64],
+    NDArray[np.int64],
+    NDArray[Any],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+]:
+    """Count what is accepted at every distinct threshold, from the highest down, [M] each.
+
+    The threshold, then rows, errors (a float sum for losses), positives, false negatives, negatives and false
+    positives; the last four are [0] without ``positive`` [N] and ``predicted_positive`` [N], which go together.
+    """
+    scores, losses = rows(confidence, error)
+    answer: NDArray[np.uint8] = np.zeros(0, np.uint8)
+    if positive is not None and predicted_positive is not None:
+        answer = positive.view(np.uint8) | (predicted_positive.view(np.uint8) << np.uint8(1))
+        if answer.shape != scores.shape:
+            raise InputError(
+                f"positive and predicted_positive must have shape {list(scores.shape)} as confidence, got "
+                f"{list(answer.shape)}; pass one value per row"
+            )
+    return _kernels.sweep(scores, losses, answer)  # type: ignore[no-any-return]
+
+
+def search_dual(
+    accepted: NDArray[np.int64],
+    positives: NDArray[np.int64],
+    *,
+    exit_error: bool,
+    max_fnr: Fraction,
+    max_second: Fraction,
+) -> tuple[int, int, int, int]:
+    """Find the two thresholds of largest coverage under two constraints, as numbers of tie groups.
+
+    Returns how many groups lie above the upper threshold and how many before the lower one, for the best pair and for
+    the one with the smallest FNR within the second constraint; -1 where there is none.
+
+    Args:
+        accepted: [M + 1] rows in the first 0..M tie groups of descending score.
+        positives: [M + 1] positives among them.
+        exit_error: the second constraint is on exit error, not on FPR.
+        max_fnr: in [0, 1).
+        max_second: in [0, 1).
+    """
+    n = int(accepted[-1])
+    # Shares of at most n rows compare alike with the next smaller fraction that n rows can have, and that fits 64 bits.
+    fnr, second = floor_fraction(max_fnr, n), floor_fraction(max_second, n)
+    cuts: tuple[int, int, int, int] = _kernels.search_dual(
+        accepted, positives, exit_error, fnr.numerator, fnr.denominator, second.numerator, second.denominator
+    )
+    return cuts
+
+
+def floor_fraction(value: Fraction, limit: int) -> Fraction:
+    """The largest fraction at most ``value`` whose denominator is at most ``limit``; 0 <= value, 1 <= limit."""
+    if value.denominator <= limit:
+        return value
+    # Continued fraction: the last convergent that fits and the last semiconvergent stand on either side of the value.
+    (p, q), (next_p, next_q) = (0, 1), (1, 0)
+    numerator, denominator = value.numerator, value.denominator
+    while True:
+        step, rest = divmod(numerator, denominator)
+        if q + step * next_q > limit:
+            break
+        (p, q), (next_p, next_q) = (next_p, next_q), (p + step * next_p, q + step * next_q)
+        numerator, denominator = denominator, rest
+    steps = (limit - q) // next_q
+    sides = Fraction(next_p, next_q), Fraction(p + steps * next_p, q + steps * next_q)
+    return max(side for side in sides if side <= value)

@@ -5,6 +5,7 @@ Functions have the names, arguments and results of ``_core``, bit for bit; ``_na
 
 from __future__ import annotations
 
+import bisect
 from typing import Any
 
 import numpy as np
@@ -109,3 +110,81 @@ def order(confidence: Confidence, error: Error) -> tuple[NDArray[np.uint32], NDA
     ranked = confidence[places]
     ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, ranked.size)
     return places.astype(np.uint32), ends.astype(np.uint32)
+
+
+def sweep(
+    confidence: Confidence, error: Error, answer: NDArray[np.uint8]
+) -> tuple[
+    NDArray[np.float64],
+    NDArray[np.int64],
+    NDArray[Any],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+]:
+    """At every distinct threshold [M]: itself, then rows, errors and what is known of answers; see ``sweep.hpp``."""
+    places, ends = order(confidence, error)
+    last = ends.astype(np.int64) - 1
+    accepted = last + 1
+    losses = error[places]
+    errors = np.cumsum(losses, dtype=np.float64 if losses.dtype == np.float64 else np.int64)[last]
+    threshold = confidence[places][last].astype(np.float64) + 0.0
+    if not answer.size:
+        nothing = np.zeros(0, np.int64)
+        return threshold, accepted, errors, nothing, nothing, nothing, nothing
+    is_positive, said_positive = (answer[places] & 1).astype(bool), (answer[places] >> 1).astype(bool)
+
+    def upto(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.asarray(np.cumsum(mask, dtype=np.int64)[last])
+
+    positive = upto(is_positive)
+    false_negative, false_positive = upto(is_positive & ~said_positive), upto(said_positive & ~is_positive)
+    return threshold, accepted, errors, positive, false_negative, accepted - positive, false_positive
+
+
+def search_dual(
+    rows: NDArray[np.int64],
+    positives: NDArray[np.int64],
+    exit_error: bool,
+    fnr_numerator: int,
+    fnr_denominator: int,
+    second_numerator: int,
+    second_denominator: int,
+) -> tuple[int, int, int, int]:
+    """Tie groups above the upper and before the lower threshold, of the best pair and the nearest (``sweep.hpp``)."""
+    accepted, found = rows.tolist(), positives.tolist()
+    n, all_positive = accepted[-1], found[-1]
+    excess = [second_denominator * (a - p) - second_numerator * a for a, p in zip(accepted, found, strict=True)]
+    negatives = [a - p for a, p in zip(accepted, found, strict=True)]
+    last_with: list[int] = []  # indices of growing excess: each is the last with so little
+    best, nearest = (-1, -1), (-1, -1)
+    best_worth, nearest_missed, nearest_positive, nearest_exited = (0, 0, 0), 0, 0, 0
+    for j in range(len(accepted)):
+        missed, below = all_positive - found[j], n - accepted[j]
+        if exit_error:
+            while last_with and excess[last_with[-1]] >= excess[j]:
+                last_with.pop()
+            last_with.append(j)
+            room = second_numerator * below - second_denominator * missed
+            place = bisect.bisect_right(last_with, room, key=excess.__getitem__)
+            if place == 0:
+                continue
+            i = last_with[place - 1]
+        else:
+            right = below - missed
+            if right == 0:
+                break
+            most = second_numerator * right // (second_denominator - second_numerator)
+            i = min(bisect.bisect_right(negatives, most) - 1, j)
+        exited_positive = found[i] + missed
+        if exited_positive == 0:
+            continue
+        exited, wrong = accepted[i] + below, negatives[i] + missed
+        left, right = missed * nearest_positive, nearest_missed * exited_positive
+        if nearest[0] < 0 or left < right or (left == right and exited >= nearest_exited):
+            nearest, nearest_missed, nearest_positive, nearest_exited = (i, j), missed, exited_positive, exited
+        worth = exited, -wrong, -missed
+        if missed * fnr_denominator <= fnr_numerator * exited_positive and (best[0] < 0 or worth >= best_worth):
+            best, best_worth = (i, j), worth
+    return *best, *nearest

@@ -20,11 +20,14 @@ from stage1_pro.metrics.selective import (
     risk_at_coverage,
     risk_coverage,
 )
+from stage1_pro.metrics.sweeps import DualThreshold, Sweep, dual_threshold, sweep
 
 __all__ = [
+    "DualThreshold",
     "Interval",
     "OperatingPoint",
     "RiskCoverage",
+    "Sweep",
     "accuracy",
     "augrc",
     "aurc",
@@ -36,9 +39,11 @@ __all__ = [
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "coverage_at_risk",
+    "dual_threshold",
     "fnr_on_exited",
     "mcc",
     "nll",
     "risk_at_coverage",
     "risk_coverage",
+    "sweep",
 ]
