@@ -45,5 +45,6 @@ void check_rows(std::span<const C> confidence, std::span<const L> error) {
 
 void bind_order(py::module_& module);
 void bind_sweep(py::module_& module);
+void bind_route(py::module_& module);
 
 }  // namespace stage1::bindings

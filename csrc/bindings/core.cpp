@@ -93,4 +93,5 @@ PYBIND11_MODULE(_core, module) {
     bind<double, double>(module);
     stage1::bindings::bind_order(module);
     stage1::bindings::bind_sweep(module);
+    stage1::bindings::bind_route(module);
 }

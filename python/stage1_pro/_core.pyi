@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import typing
 
-__all__: list[str] = ["augrc", "bootstrap_augrc", "order", "search_dual", "sweep"]
+__all__: list[str] = ["augrc", "bootstrap_augrc", "gather", "merge", "order", "route", "search_dual", "sweep"]
 
 @typing.overload
 def augrc(confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]) -> float:
@@ -89,6 +89,28 @@ def bootstrap_augrc(
     AUGRC of resampled rows, or of resampled clusters [n_replicates]
     """
 
+def gather(
+    source: numpy.typing.NDArray[numpy.float32],
+    index: numpy.typing.NDArray[numpy.int32],
+    out: numpy.typing.NDArray[numpy.float32],
+) -> None:
+    """
+    Rows index [M] of source [N, D] into out [M, D]
+    """
+
+def merge(
+    index: numpy.typing.NDArray[numpy.int32],
+    label: numpy.typing.NDArray[numpy.int32],
+    probability: numpy.typing.NDArray[numpy.float32],
+    score: numpy.typing.NDArray[numpy.float32],
+    out_label: numpy.typing.NDArray[numpy.int32],
+    out_probability: numpy.typing.NDArray[numpy.float32],
+    out_score: numpy.typing.NDArray[numpy.float32],
+) -> None:
+    """
+    Writes answers [M] to rows index [M] of the three arrays [N]
+    """
+
 @typing.overload
 def order(
     confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]
@@ -119,6 +141,23 @@ def order(
 ) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
     """
     Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+def route(
+    logits: numpy.typing.NDArray[numpy.float32],
+    gate: numpy.typing.NDArray[numpy.float32],
+    use_gate: bool,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    offset: typing.SupportsFloat | typing.SupportsIndex,
+    threshold: typing.SupportsFloat | typing.SupportsIndex,
+    exited: numpy.typing.NDArray[numpy.uint8],
+    score: numpy.typing.NDArray[numpy.float32],
+    label: numpy.typing.NDArray[numpy.int32],
+    probability: numpy.typing.NDArray[numpy.float32],
+    deferred: numpy.typing.NDArray[numpy.int32],
+) -> int:
+    """
+    Decides rows [N, K] into the five arrays [N], and returns how many are deferred
     """
 
 def search_dual(

@@ -6,6 +6,7 @@ Functions have the names, arguments and results of ``_core``, bit for bit; ``_na
 from __future__ import annotations
 
 import bisect
+import math
 from typing import Any
 
 import numpy as np
@@ -188,3 +189,76 @@ def search_dual(
         if missed * fnr_denominator <= fnr_numerator * exited_positive and (best[0] < 0 or worth >= best_worth):
             best, best_worth = (i, j), worth
     return *best, *nearest
+
+
+def route(
+    logits: NDArray[np.float32],
+    gate: NDArray[np.float32],
+    use_gate: bool,
+    scale: float,
+    offset: float,
+    threshold: float,
+    exited: NDArray[np.uint8],
+    score: NDArray[np.float32],
+    label: NDArray[np.int32],
+    probability: NDArray[np.float32],
+    deferred: NDArray[np.int32],
+) -> int:
+    """Decide rows [N, K] into the five arrays [N], and return how many are deferred; see ``route.hpp``."""
+    values = logits.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if values.shape[1] == 1:
+            defined = np.isfinite(values[:, 0])
+            label[:] = values[:, 0] > 0
+            total = 1.0 + _exponential(-np.abs(values[:, 0]))
+        else:
+            largest = values.max(axis=1)
+            # A maximum is NaN where any is; -inf alone leaves no probability.
+            defined = np.isfinite(largest)
+            label[:] = values.argmax(axis=1)
+            total = np.zeros(largest.size)
+            for column in values.T:
+                total += _exponential(column - largest)
+        label[~defined] = -1
+        probability[:] = np.where(defined, 1.0 / total, np.nan)
+        score[:] = probability
+        if use_gate:
+            logit = scale * gate.astype(np.float64) + offset
+            power = _exponential(-np.abs(logit))
+            sigmoid = np.where(logit >= 0, 1.0, power) / (1.0 + power)
+            score[:] = np.where(defined & np.isfinite(gate), sigmoid, np.nan)
+        exited[:] = score >= np.float32(threshold)
+    rows = np.flatnonzero(exited == 0)
+    deferred[: rows.size] = rows
+    return int(rows.size)
+
+
+def gather(source: NDArray[np.float32], index: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+    """Rows index [M] of source [N, D] into out [M, D]."""
+    out[:] = source[index]
+
+
+def merge(
+    index: NDArray[np.int32],
+    label: NDArray[np.int32],
+    probability: NDArray[np.float32],
+    score: NDArray[np.float32],
+    out_label: NDArray[np.int32],
+    out_probability: NDArray[np.float32],
+    out_score: NDArray[np.float32],
+) -> None:
+    """Write answers [M] to rows index [M] of the three arrays [N]."""
+    out_label[index], out_probability[index], out_score[index] = label, probability, score
+
+
+def _exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp(x) for x <= 0, 0 below -708, by the very steps of ``route.cpp``: NumPy's own differs between CPUs."""
+    clamped = np.where(x < -708.0, -708.0, x)
+    shifted = clamped * float.fromhex("0x1.71547652b82fep+0") + 6755399441055744.0
+    k = shifted - 6755399441055744.0
+    r = (clamped - k * float.fromhex("0x1.62e42fefa3000p-1")) - k * float.fromhex("0x1.3de6af278ece6p-42")
+    total = np.full(x.shape, 1.0 / math.factorial(11))
+    for power in range(10, -1, -1):
+        total = total * r + 1.0 / math.factorial(power)
+    scale = ((shifted.view(np.uint64) + np.uint64(1023)) << np.uint64(52)).view(np.float64)
+    return np.where(x < -708.0, 0.0, total * scale)
