@@ -9,11 +9,11 @@
 #include <memory>
 #include <numeric>
 #include <stdexcept>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "stage1/machine.hpp"
+#include "stage1/order.hpp"
 
 namespace stage1 {
 namespace {
@@ -645,15 +645,6 @@ SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss, 
     SortedRows<L> rows;
     rows.loss.resize(n);
     rows.unit.resize(clustered ? n : 0);
-    rows.tie_ends.reserve(n);
-    const auto close_ties = [&](auto tied) {
-        for (std::size_t row = 1; row < n; ++row) {
-            if (!tied(row)) {
-                rows.tie_ends.push_back(static_cast<std::uint32_t>(row));
-            }
-        }
-        rows.tie_ends.push_back(static_cast<std::uint32_t>(n));
-    };
     if constexpr (std::same_as<C, float> && std::same_as<L, std::uint8_t>) {
         // One key holds it all: 32 bits of confidence, 1 of error, 31 of unit.
         std::vector<std::uint64_t> keys(n);
@@ -668,22 +659,34 @@ SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss, 
                 rows.unit[row] = static_cast<std::uint32_t>(keys[row] & 0x7FFFFFFFU);
             }
         }
-        close_ties([&](std::size_t row) { return keys[row] >> 32 == keys[row - 1] >> 32; });
-    } else {
-        // Float64 confidences that would collide in float32 must not become ties, so the key is a whole record.
-        using Record = std::tuple<std::uint64_t, L, std::uint32_t>;
-        std::vector<Record> records(n);
-        for (std::size_t row = 0; row < n; ++row) {
-            records[row] = {descending_bits(confidence[row]), loss[row], clustered ? unit[row] : 0};
-        }
-        std::sort(records.begin(), records.end());
-        for (std::size_t row = 0; row < n; ++row) {
-            rows.loss[row] = std::get<1>(records[row]);
-            if (clustered) {
-                rows.unit[row] = std::get<2>(records[row]);
+        rows.tie_ends.reserve(n);
+        for (std::size_t row = 1; row < n; ++row) {
+            if (keys[row] >> 32 != keys[row - 1] >> 32) {
+                rows.tie_ends.push_back(static_cast<std::uint32_t>(row));
             }
         }
-        close_ties([&](std::size_t row) { return std::get<0>(records[row]) == std::get<0>(records[row - 1]); });
+        rows.tie_ends.push_back(static_cast<std::uint32_t>(n));
+    } else {
+        // Float64 confidences that would collide in float32 must not become ties.
+        std::vector<std::uint32_t> order(n);
+        rows.tie_ends.resize(n);
+        rows.tie_ends.resize(sort_order(confidence, loss, std::span(order), std::span(rows.tie_ends)));
+        if (clustered) {
+            std::size_t begin = 0;
+            for (const std::uint32_t end : rows.tie_ends) {
+                std::sort(order.begin() + static_cast<std::ptrdiff_t>(begin),
+                          order.begin() + static_cast<std::ptrdiff_t>(end), [&](std::uint32_t a, std::uint32_t b) {
+                              return std::pair{loss[a], unit[a]} < std::pair{loss[b], unit[b]};
+                          });
+                begin = end;
+            }
+        }
+        for (std::size_t row = 0; row < n; ++row) {
+            rows.loss[row] = loss[order[row]];
+            if (clustered) {
+                rows.unit[row] = unit[order[row]];
+            }
+        }
     }
     return rows;
 }
@@ -693,6 +696,42 @@ double augrc(const Rows<L>& rows) {
     double value = 0;
     measure(rows, Suite{}, [](std::size_t) { return std::uint64_t{1}; }, {&value, 1});
     return value;
+}
+
+template <Loss L>
+Moments augrc_influence(const Rows<L>& rows, std::size_t n_units) {
+    const double n = static_cast<double>(rows.loss.size());
+    const double value = augrc(rows);
+    std::vector<double> of_unit(rows.unit.empty() ? 0 : n_units);
+    Moments moments;
+    double errors_before = 0;
+    std::size_t row = 0;
+    for (const std::uint32_t end : rows.tie_ends) {
+        const std::size_t begin = row;
+        double errors = 0;
+        for (std::size_t tied = begin; tied < end; ++tied) {
+            errors += static_cast<double>(rows.loss[tied]);
+        }
+        // What an accepted row pays for errors at or above it, and an error for the rows at or below it.
+        const double as_row = 2 * errors_before + errors;
+        const double as_error = 2 * (n - end) + static_cast<double>(end - begin);
+        for (; row < end; ++row) {
+            const double influence =
+                (as_row + static_cast<double>(rows.loss[row]) * as_error) / (2 * n * n) - 2 * value / n;
+            if (rows.unit.empty()) {
+                moments.second += influence * influence;
+                moments.third += influence * influence * influence;
+            } else {
+                of_unit[rows.unit[row]] += influence;
+            }
+        }
+        errors_before += errors;
+    }
+    for (const double influence : of_unit) {
+        moments.second += influence * influence;
+        moments.third += influence * influence * influence;
+    }
+    return moments;
 }
 
 template <Loss L>
@@ -759,6 +798,7 @@ bool bootstrap(const Rows<L>& rows, const Suite& suite, const Strata& strata, st
     template SortedRows<L> sort_rows(std::span<const float>, std::span<const L>, std::span<const std::uint32_t>);  \
     template SortedRows<L> sort_rows(std::span<const double>, std::span<const L>, std::span<const std::uint32_t>); \
     template double augrc(const Rows<L>&);                                                                         \
+    template Moments augrc_influence(const Rows<L>&, std::size_t);                                                 \
     template bool bootstrap(const Rows<L>&, const Suite&, const Strata&, std::uint64_t, unsigned, std::size_t,     \
                             std::span<double>, const std::function<bool()>&);
 STAGE1_INSTANTIATE(std::uint8_t)

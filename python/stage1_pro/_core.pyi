@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import typing
 
-__all__: list[str] = ["augrc", "bootstrap_augrc"]
+__all__: list[str] = ["augrc", "bootstrap_augrc", "gather", "merge", "order", "route", "search_dual", "sweep"]
 
 @typing.overload
 def augrc(confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]) -> float:
@@ -87,6 +87,162 @@ def bootstrap_augrc(
 ) -> numpy.typing.NDArray[numpy.float64]:
     """
     AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    """
+
+def gather(
+    source: numpy.typing.NDArray[numpy.float32],
+    index: numpy.typing.NDArray[numpy.int32],
+    out: numpy.typing.NDArray[numpy.float32],
+) -> None:
+    """
+    Rows index [M] of source [N, D] into out [M, D]
+    """
+
+def merge(
+    index: numpy.typing.NDArray[numpy.int32],
+    label: numpy.typing.NDArray[numpy.int32],
+    probability: numpy.typing.NDArray[numpy.float32],
+    score: numpy.typing.NDArray[numpy.float32],
+    out_label: numpy.typing.NDArray[numpy.int32],
+    out_probability: numpy.typing.NDArray[numpy.float32],
+    out_score: numpy.typing.NDArray[numpy.float32],
+) -> None:
+    """
+    Writes answers [M] to rows index [M] of the three arrays [N]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.float64]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float64], error: numpy.typing.NDArray[numpy.uint8]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+@typing.overload
+def order(
+    confidence: numpy.typing.NDArray[numpy.float64], error: numpy.typing.NDArray[numpy.float64]
+) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
+    """
+    Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+def route(
+    logits: numpy.typing.NDArray[numpy.float32],
+    gate: numpy.typing.NDArray[numpy.float32],
+    use_gate: bool,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    offset: typing.SupportsFloat | typing.SupportsIndex,
+    threshold: typing.SupportsFloat | typing.SupportsIndex,
+    exited: numpy.typing.NDArray[numpy.uint8],
+    score: numpy.typing.NDArray[numpy.float32],
+    label: numpy.typing.NDArray[numpy.int32],
+    probability: numpy.typing.NDArray[numpy.float32],
+    deferred: numpy.typing.NDArray[numpy.int32],
+) -> int:
+    """
+    Decides rows [N, K] into the five arrays [N], and returns how many are deferred
+    """
+
+def search_dual(
+    rows: numpy.typing.NDArray[numpy.int64],
+    positives: numpy.typing.NDArray[numpy.int64],
+    exit_error: bool,
+    fnr_numerator: typing.SupportsInt | typing.SupportsIndex,
+    fnr_denominator: typing.SupportsInt | typing.SupportsIndex,
+    second_numerator: typing.SupportsInt | typing.SupportsIndex,
+    second_denominator: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[int, int, int, int]:
+    """
+    Tie groups above the upper and before the lower threshold: of the best pair, of the nearest one
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float32],
+    error: numpy.typing.NDArray[numpy.uint8],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float32],
+    error: numpy.typing.NDArray[numpy.float64],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float64],
+    error: numpy.typing.NDArray[numpy.uint8],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
+    """
+
+@typing.overload
+def sweep(
+    confidence: numpy.typing.NDArray[numpy.float64],
+    error: numpy.typing.NDArray[numpy.float64],
+    answer: numpy.typing.NDArray[numpy.uint8],
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+    numpy.typing.NDArray[numpy.int64],
+]:
+    """
+    At every distinct threshold [M]: itself, then rows, errors, positives, false negatives, negatives and false positives accepted
     """
 
 __version__: str = "0.1.0"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
+from fractions import Fraction
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -118,6 +120,19 @@ def augrc(confidence: ArrayLike, error: ArrayLike) -> float:
     return float(_kernels.augrc(*rows(confidence, error)))
 
 
+class AugrcReplicates(NamedTuple):
+    """AUGRC of resamples [B], of the rows themselves, and its moments.
+
+    ``second`` and ``third`` are the sums of squares and cubes of the influences of the resampled units; the root of
+    ``second`` is the standard error.
+    """
+
+    replicates: NDArray[np.float64]
+    value: float
+    second: float
+    third: float
+
+
 def bootstrap_augrc(
     confidence: ArrayLike,
     error: ArrayLike,
@@ -126,8 +141,8 @@ def bootstrap_augrc(
     n_replicates: int,
     seed: int = 0,
     threads: int = 0,
-) -> NDArray[np.float64]:
-    """AUGRC of resampled rows, or of resampled groups with all their rows, [n_replicates].
+) -> AugrcReplicates:
+    """AUGRC of resampled rows, or of resampled groups with all their rows.
 
     The same (seed, replicate) gives the same bits for any number of threads, any row order and either backend.
 
@@ -143,15 +158,16 @@ def bootstrap_augrc(
     scores, losses = rows(confidence, error)
     unit = np.zeros(0, dtype=np.uint32) if groups is None else cluster_numbers(groups, scores.size)
     n_units = int(unit.max()) + 1 if unit.size else scores.size
-    replicates: NDArray[np.float64] = _kernels.bootstrap_augrc(
-        scores, losses, unit, n_units, count_tables([n_units]), n_replicates, seed, _workers(threads, n_replicates)
+    return AugrcReplicates(
+        *_kernels.bootstrap_augrc(
+            scores, losses, unit, n_units, count_tables([n_units]), n_replicates, seed, _workers(threads, n_replicates)
+        )
     )
-    return replicates
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What one model says of N rows, in any order; ``None`` where it is not known.
+    """What one model says of N rows; ``None`` where it is not known.
 
     ``confidence`` [N] and ``error`` [N] as ``rows`` gives them; ``positive`` and ``missed`` bool [N]: of the positive
     class, and of it but answered otherwise; ``nll`` and ``brier`` float64 [N]; ``threshold``: a row exits iff its
@@ -166,32 +182,39 @@ class Columns:
     brier: NDArray[np.float64] | None = None
     threshold: float | None = None
 
-    def kind(self) -> NDArray[np.uint8]:
-        """What the row is to the positive class [N], or [0]: 1 of it, 3 of it and missed."""
-        if self.positive is None or self.missed is None:
-            return np.zeros(0, dtype=np.uint8)
-        return (self.positive + 2 * (self.missed & self.positive)).astype(np.uint8)
 
-    def keys(self) -> list[NDArray[Any]]:
-        """All that tells rows apart, the most important first."""
-        extra = [values for values in (self.kind(), self.nll, self.brier) if values is not None and values.size]
-        return [-self.confidence, self.error, *extra]
+class Ranked:
+    """The columns of one model in sorted order, surest first; what the suite's kernel reads.
+
+    ``error`` [N]; ``ends`` [M], one past each tie group; ``unit`` uint32 [N], which unit a row is drawn with, or [0]:
+    row i is unit i; ``kind`` uint8 [N] or [0], 1 for a positive row and 3 for a missed one; ``n_exit`` rows exit, None
+    without a threshold; ``nll`` and ``brier`` [N] or [0].
+    """
+
+    def __init__(self, columns: Columns, unit: NDArray[np.uint32] | None) -> None:
+        kind = np.zeros(0, dtype=np.uint8)
+        if columns.positive is not None and columns.missed is not None:
+            kind = (columns.positive + 2 * (columns.missed & columns.positive)).astype(np.uint8)
+        nll, brier = (np.zeros(0) if values is None else values for values in (columns.nll, columns.brier))
+        place, ends = order(columns.confidence, columns.error)
+        # Rows that are tied in all that was sorted by are told apart by the rest, so that row order never matters.
+        minor = [values for values in (kind, nll, brier, unit) if values is not None and values.size]
+        place = _settle(place, columns.confidence, columns.error, minor)
+        self.ends = ends
+        self.error: NDArray[Any] = columns.error[place]
+        self.kind: NDArray[np.uint8] = kind[place] if kind.size else kind
+        self.nll: NDArray[np.float64] = nll[place] if nll.size else nll
+        self.brier: NDArray[np.float64] = brier[place] if brier.size else brier
+        self.unit = np.zeros(0, dtype=np.uint32) if unit is None else unit[place]
+        self.n_exit = None
+        if columns.threshold is not None:
+            self.n_exit = int(np.count_nonzero(columns.confidence >= columns.threshold))
 
 
-def bootstrap_suite(
-    models: Sequence[Columns],
-    *,
-    groups: ArrayLike | None = None,
-    strata: ArrayLike | None = None,
-    coverages: Sequence[float] = (),
-    risks: Sequence[float] = (),
-    n_replicates: int,
-    seed: int = 0,
-    threads: int = 0,
-) -> list[NDArray[np.float64]]:
-    """Every metric of resamples, [n_replicates, 8 + coverages + risks] for each model; columns: ``SUITE``, then these.
+class Suite:
+    """Every selective metric of one model's rows, or of several models' answers to the same rows, and of resamples.
 
-    All models see the same resamples (paired). Row order never matters, nor does the number of threads.
+    All models see the same resamples (paired). Neither row order nor the number of threads changes a resample.
 
     Args:
         models: of the same N rows in the same order.
@@ -199,70 +222,106 @@ def bootstrap_suite(
         strata: [N]; resample rows within each stratum, which keeps its size. Not together with groups.
         coverages: targets of Risk@Coverage.
         risks: targets of Coverage@Risk.
-        n_replicates: at least 1.
-        seed: 0 to 2**64 - 1.
-        threads: 0 = one per processor this process may use.
     """
-    _check_resampling(n_replicates, seed, threads)
-    if groups is not None and strata is not None:
-        raise InputError("groups and strata must not be given together: whole groups cannot keep every stratum's size")
-    n = models[0].confidence.size
-    unit, sizes = _units(models, n, groups, strata)
-    empty = np.zeros(0)
-    found = []
-    for model in models:
-        keys = model.keys() if unit is None else [*model.keys(), unit]
-        order, ends = _ranked(keys)
-        columns = [np.zeros(0) if values is None else values[order] for values in (model.nll, model.brier)]
-        kind = model.kind()
-        n_exit = None if model.threshold is None else int(np.count_nonzero(model.confidence >= model.threshold))
-        found.append(
+
+    def __init__(
+        self,
+        models: Sequence[Columns],
+        *,
+        groups: ArrayLike | None = None,
+        strata: ArrayLike | None = None,
+        coverages: Sequence[float] = (),
+        risks: Sequence[float] = (),
+    ) -> None:
+        n = models[0].confidence.size
+        if groups is not None and strata is not None:
+            raise InputError("groups and strata must not be given together; whole groups cannot keep a stratum's size")
+        unit: NDArray[np.uint32] | None = None
+        sizes = [n]
+        if groups is not None:
+            unit = cluster_numbers(groups, n)
+            sizes = [int(unit.max()) + 1]
+        elif strata is not None or len(models) > 1:
+            # Rows are numbered by what they are, not by where they stand.
+            unit = np.empty(n, dtype=np.uint32)
+            keys = [key for model in models for key in _keys(model)]
+            if strata is not None:
+                stratum = cluster_numbers(strata, n)
+                keys.insert(0, stratum)
+                sizes = np.bincount(stratum).tolist()
+            unit[np.lexsort(keys[::-1])] = np.arange(n, dtype=np.uint32)
+        self.n_units = sum(sizes)
+        self.models = [Ranked(model, unit) for model in models]
+        self.sizes = sizes
+        self._targets = [np.asarray(values, dtype=np.float64) for values in (coverages, risks)]
+
+    def values(self) -> list[NDArray[np.float64]]:
+        """The metrics of the rows themselves, [8 + coverages + risks] for each model; columns: ``SUITE``, targets."""
+        found = []
+        for one in self.models:
+            counts = np.ones(one.error.size, dtype=np.int64)
+            ends = one.ends.astype(np.int64)
+            found.append(
+                _reference.measure(counts, one.error, ends, one.kind, one.n_exit, one.nll, one.brier, *self._targets)
+            )
+        return found
+
+    def resample(self, n_replicates: int, *, seed: int = 0, threads: int = 0) -> list[NDArray[np.float64]]:
+        """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model.
+
+        Args:
+            n_replicates: at least 1.
+            seed: 0 to 2**64 - 1.
+            threads: 0 = one per processor this process may use.
+        """
+        _check_resampling(n_replicates, seed, threads)
+        sizes, tables = np.asarray(self.sizes, dtype=np.uint32), count_tables(self.sizes)
+        return [
             _kernels.bootstrap_suite(
-                model.error[order],
-                ends,
-                np.zeros(0, dtype=np.uint32) if unit is None else unit[order],
-                np.asarray(sizes, dtype=np.uint32),
-                count_tables(sizes),
-                kind[order] if kind.size else kind,
-                n_exit,
-                *columns,
-                np.asarray(coverages, dtype=np.float64) if coverages else empty,
-                np.asarray(risks, dtype=np.float64) if risks else empty,
+                one.error,
+                one.ends,
+                one.unit,
+                sizes,
+                tables,
+                one.kind,
+                one.n_exit,
+                one.nll,
+                one.brier,
+                *self._targets,
                 n_replicates,
                 seed,
                 _workers(threads, n_replicates),
             )
-        )
-    return found
+            for one in self.models
+        ]
 
 
-def _units(
-    models: Sequence[Columns], n: int, groups: ArrayLike | None, strata: ArrayLike | None
-) -> tuple[NDArray[np.uint32] | None, list[int]]:
-    """Which unit each row is drawn with [N] (None: the rows of the one model in its own order), and strata's sizes."""
-    if groups is not None:
-        unit = cluster_numbers(groups, n)
-        return unit, [int(unit.max()) + 1]
-    if strata is None and len(models) == 1:
-        return None, [n]
-    # Rows are numbered by what they are, not by where they stand, so that row order never matters.
-    keys = [key for model in models for key in model.keys()]
-    sizes = [n]
-    if strata is not None:
-        stratum = cluster_numbers(strata, n)
-        keys.insert(0, stratum)
-        sizes = np.bincount(stratum).tolist()
-    unit = np.empty(n, dtype=np.uint32)
-    unit[np.lexsort(keys[::-1])] = np.arange(n, dtype=np.uint32)
-    return unit, sizes
+def augrc_influence(ranked: Ranked) -> NDArray[np.float64]:
+    """Derivative of AUGRC along the weight of each sorted row [N]."""
+    return _reference.augrc_influence(ranked.error, ranked.ends.astype(np.int64))
 
 
-def _ranked(keys: Sequence[NDArray[Any]]) -> tuple[NDArray[np.intp], NDArray[np.uint32]]:
-    """The order of rows by their keys [N], and one past each run of an equal first key [M]."""
-    order = np.lexsort(keys[::-1])
-    ranked = keys[0][order]
-    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, ranked.size)
-    return order, ends.astype(np.uint32)
+def _keys(model: Columns) -> list[NDArray[Any]]:
+    """All that tells rows apart, the most important first."""
+    extra = (model.positive, model.missed, model.nll, model.brier)
+    return [-model.confidence, model.error, *(values for values in extra if values is not None)]
+
+
+def _settle(
+    place: NDArray[np.uint32], confidence: NDArray[Any], error: NDArray[Any], minor: Sequence[NDArray[Any]]
+) -> NDArray[np.uint32]:
+    """Order the rows of each run of equal confidence and error by the minor keys."""
+    if not minor or place.size < 2:
+        return place
+    same = (confidence[place[1:]] == confidence[place[:-1]]) & (error[place[1:]] == error[place[:-1]])
+    inside = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    if inside.size == 0:
+        return place
+    run = np.cumsum(np.append(True, ~same))[inside]
+    tied = place[inside]
+    settled = place.copy()
+    settled[inside] = tied[np.lexsort([*(key[tied] for key in minor[::-1]), run])]
+    return settled
 
 
 def count_tables(sizes: Sequence[int]) -> NDArray[np.uint64]:
@@ -321,3 +380,230 @@ def cluster_numbers(groups: ArrayLike, n: int) -> NDArray[np.uint32]:
             f"groups must have shape [{n}], one group per row, got {list(names.shape)}; pass one name per row"
         )
     return np.unique(names, return_inverse=True)[1].astype(np.uint32)
+
+
+def order(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Rows by descending confidence, then error, then index, [N], and one past the last place of each tie group, [M].
+
+    Arguments and errors as in ``rows``; the same order in either backend.
+    """
+    places: NDArray[np.uint32]
+    tie_ends: NDArray[np.uint32]
+    places, tie_ends = _kernels.order(*rows(confidence, error))
+    return places, tie_ends
+
+
+def sweep(
+    confidence: ArrayLike,
+    error: ArrayLike,
+    positive: NDArray[np.bool_] | None = None,
+    predicted_positive: NDArray[np.bool_] | None = None,
+) -> tuple[
+    NDArray[np.float64],
+    NDArray[np.int64],
+    NDArray[Any],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+]:
+    """Count what is accepted at every distinct threshold, from the highest down, [M] each.
+
+    The threshold, then rows, errors (a float sum for losses), positives, false negatives, negatives and false
+    positives; the last four are [0] without ``positive`` [N] and ``predicted_positive`` [N], which go together.
+    """
+    scores, losses = rows(confidence, error)
+    answer: NDArray[np.uint8] = np.zeros(0, np.uint8)
+    if positive is not None and predicted_positive is not None:
+        answer = positive.view(np.uint8) | (predicted_positive.view(np.uint8) << np.uint8(1))
+        if answer.shape != scores.shape:
+            raise InputError(
+                f"positive and predicted_positive must have shape {list(scores.shape)} as confidence, got "
+                f"{list(answer.shape)}; pass one value per row"
+            )
+    return _kernels.sweep(scores, losses, answer)  # type: ignore[no-any-return]
+
+
+def search_dual(
+    accepted: NDArray[np.int64],
+    positives: NDArray[np.int64],
+    *,
+    exit_error: bool,
+    max_fnr: Fraction,
+    max_second: Fraction,
+) -> tuple[int, int, int, int]:
+    """Find the two thresholds of largest coverage under two constraints, as numbers of tie groups.
+
+    Returns how many groups lie above the upper threshold and how many before the lower one, for the best pair and for
+    the one with the smallest FNR within the second constraint; -1 where there is none.
+
+    Args:
+        accepted: [M + 1] rows in the first 0..M tie groups of descending score.
+        positives: [M + 1] positives among them.
+        exit_error: the second constraint is on exit error, not on FPR.
+        max_fnr: in [0, 1).
+        max_second: in [0, 1).
+    """
+    n = int(accepted[-1])
+    # Shares of at most n rows compare alike with the next smaller fraction that n rows can have, and that fits 64 bits.
+    fnr, second = floor_fraction(max_fnr, n), floor_fraction(max_second, n)
+    cuts: tuple[int, int, int, int] = _kernels.search_dual(
+        accepted, positives, exit_error, fnr.numerator, fnr.denominator, second.numerator, second.denominator
+    )
+    return cuts
+
+
+def floor_fraction(value: Fraction, limit: int) -> Fraction:
+    """The largest fraction at most ``value`` whose denominator is at most ``limit``; 0 <= value, 1 <= limit."""
+    if value.denominator <= limit:
+        return value
+    # Continued fraction: the last convergent that fits and the last semiconvergent stand on either side of the value.
+    (p, q), (next_p, next_q) = (0, 1), (1, 0)
+    numerator, denominator = value.numerator, value.denominator
+    while True:
+        step, rest = divmod(numerator, denominator)
+        if q + step * next_q > limit:
+            break
+        (p, q), (next_p, next_q) = (next_p, next_q), (p + step * next_p, q + step * next_q)
+        numerator, denominator = denominator, rest
+    steps = (limit - q) // next_q
+    sides = Fraction(next_p, next_q), Fraction(p + steps * next_p, q + steps * next_q)
+    return max(side for side in sides if side <= value)
+
+
+class Routed(NamedTuple):
+    """What became of rows [N]: views of a Router's buffers, valid until its next call.
+
+    ``exited`` is 0 or 1; ``label`` the most probable class (first on a tie), -1 without an answer; ``probability`` that
+    class's, in [1/K, 1]; ``score`` what was compared, in [0, 1]; ``deferred`` [M] the rows that did not exit, in order.
+    """
+
+    exited: NDArray[np.uint8]
+    score: NDArray[np.float32]
+    label: NDArray[np.int32]
+    probability: NDArray[np.float32]
+    deferred: NDArray[np.int32]
+
+
+class Router:
+    """Decides which rows of Stage A exit, and puts Stage B's answers to the others back; owns its buffers.
+
+    A row exits iff its score is at or above the threshold, in float32. The score is the largest probability of its
+    logits or, with ``platt`` = (scale, offset), sigmoid(scale * gate + offset). A row without an answer (NaN or +inf
+    among its logits, or nothing but -inf; an infinite single logit) and a gate that is not finite always defer. Both
+    backends give the same bits. Not for use from several threads: give each its own.
+
+    Args:
+        max_rows: the largest batch; nothing is allocated after this.
+        threshold: rounded to float32; no NaN.
+        platt: None decides by probability.
+    """
+
+    def __init__(self, max_rows: int, *, threshold: float, platt: tuple[float, float] | None = None) -> None:
+        if not 1 <= max_rows <= MAX_ROWS:
+            raise InputError(f"max_rows must be 1 to {MAX_ROWS}, got {max_rows}; take the largest batch")
+        if math.isnan(threshold):
+            raise InputError("threshold must be a number, got NaN; take it from a policy")
+        if platt is not None and not all(map(math.isfinite, platt)):
+            raise InputError(f"platt must be two finite numbers, got {platt}; fit the gate again")
+        self.max_rows = max_rows
+        self.uses_gate = platt is not None
+        with np.errstate(over="ignore"):
+            self.threshold = float(np.float32(threshold))
+        self._scale, self._offset = platt or (0.0, 0.0)
+        self._no_gate = np.zeros(0, np.float32)
+        self._buffers = Routed(
+            np.empty(max_rows, np.uint8),
+            np.empty(max_rows, np.float32),
+            np.empty(max_rows, np.int32),
+            np.empty(max_rows, np.float32),
+            np.empty(max_rows, np.int32),
+        )
+        self._views = self._buffers
+        self._gathered = np.zeros(0, np.float32)
+
+    def route(self, logits: NDArray[np.float32], gate: NDArray[np.float32] | None = None) -> Routed:
+        """Decide rows: logits [N, K] float32 (K = 1: the logit of the second of two classes), gate [N] float32.
+
+        Raises:
+            InputError: another dtype or shape, strided memory, more than ``max_rows`` rows, a gate too many or missing.
+        """
+        _check_floats("logits", logits, 2)
+        n = logits.shape[0]
+        if n > self.max_rows or logits.shape[1] == 0:
+            raise InputError(
+                f"logits must have at most {self.max_rows} rows and at least one class, got shape "
+                f"{list(logits.shape)}; make a router for the largest batch"
+            )
+        if (gate is not None) != self.uses_gate:
+            raise InputError(
+                f"gate must be {'given' if self.uses_gate else 'None'}, got {'None' if gate is None else 'values'}; "
+                "a router with platt decides by gate, one without by probability"
+            )
+        if gate is None:
+            gate = self._no_gate
+        else:
+            _check_floats("gate", gate, 1)
+            if gate.size != n:
+                raise InputError(f"gate must have shape [{n}] as logits has rows, got [{gate.size}]; one per row")
+        if self._views.exited.size != n:
+            exited, score, label, probability, deferred = self._buffers
+            self._views = Routed(exited[:n], score[:n], label[:n], probability[:n], deferred[:n])
+        views = self._views
+        count: int = _kernels.route(logits, gate, self.uses_gate, self._scale, self._offset, self.threshold, *views)
+        return views._replace(deferred=views.deferred[:count])
+
+    def gather(self, source: NDArray[np.float32], index: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Rows ``index`` [M] of source [N, ...] float32, [M, ...]: a view of a buffer, valid until the next call."""
+        if source.dtype != np.float32 or source.ndim < 1 or not source.flags.c_contiguous:
+            raise InputError(
+                f"source must be contiguous float32 [N, ...], got {source.dtype} {list(source.shape)}; copy it first"
+            )
+        _check_index(index, source.shape[0])
+        flat = source.reshape(source.shape[0], -1)
+        size = index.size * flat.shape[1]
+        if self._gathered.size < size:
+            self._gathered = np.empty(
+                self.max_rows * flat.shape[1] if index.size <= self.max_rows else size, np.float32
+            )
+        out = self._gathered[:size].reshape(index.size, flat.shape[1])
+        _kernels.gather(flat, index, out)
+        return out.reshape(index.size, *source.shape[1:])
+
+    def merge(
+        self, routed: Routed, label: NDArray[np.int32], probability: NDArray[np.float32], score: NDArray[np.float32]
+    ) -> None:
+        """Write Stage B's answers [M] into ``routed`` at its deferred rows; ``exited`` still tells whose they are."""
+        index = routed.deferred
+        _check_index(index, routed.label.size)
+        for name, values, dtype in (
+            ("label", label, np.int32),
+            ("probability", probability, np.float32),
+            ("score", score, np.float32),
+        ):
+            if values.dtype != dtype or values.shape != index.shape or not values.flags.c_contiguous:
+                raise InputError(
+                    f"{name} must be contiguous {np.dtype(dtype)} [{index.size}], one per deferred row, got "
+                    f"{values.dtype} {list(values.shape)}; convert it first"
+                )
+        _kernels.merge(index, label, probability, score, routed.label, routed.probability, routed.score)
+
+
+def _check_floats(name: str, values: NDArray[np.float32], ndim: int) -> None:
+    if values.dtype != np.float32 or values.ndim != ndim or not values.flags.c_contiguous:
+        raise InputError(
+            f"{name} must be contiguous float32 {'[N, K]' if ndim == 2 else '[N]'}, got {values.dtype} "
+            f"{list(values.shape)}; convert it first"
+        )
+
+
+def _check_index(index: NDArray[np.int32], n: int) -> None:
+    if index.dtype != np.int32 or index.ndim != 1 or not index.flags.c_contiguous:
+        raise InputError(
+            f"index must be contiguous int32 [M], got {index.dtype} {list(index.shape)}; take Routed.deferred"
+        )
+    # One reduction for both ends: read as unsigned, a negative index is beyond every row.
+    if index.size and index.view(np.uint32).max() >= n:
+        raise InputError(
+            f"index must be from 0 to {n - 1}, got {int(index.min())} to {int(index.max())}; rows of source"
+        )

@@ -7,6 +7,8 @@ order.
 
 from __future__ import annotations
 
+import bisect
+import math
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,8 @@ _ROUNDING = 1e-12
 
 def augrc(confidence: Confidence, error: Error) -> float:
     """AUGRC of [N] rows; see ``stage1_pro.metrics.selective.augrc``."""
-    order, ends = _sort(confidence, error)
-    return _augrc(np.ones(error.size, np.int64), error[order], ends)
+    ranked, ends = _sort(confidence, error)
+    return _augrc(np.ones(error.size, np.int64), error[ranked], ends)
 
 
 def bootstrap_augrc(
@@ -41,15 +43,38 @@ def bootstrap_augrc(
     n_replicates: int,
     seed: int,
     threads: int,
-) -> NDArray[np.float64]:
-    """AUGRC of [n_replicates] resamples of the units; ``threads`` has no effect here."""
-    order, ends = _sort(confidence, error, unit)
-    loss, owner = error[order], unit[order] if unit.size else None
+) -> tuple[NDArray[np.float64], float, float, float]:
+    """AUGRC of [n_replicates] resamples of the units, AUGRC itself, and two sums over the units' influences on it.
+
+    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows. ``threads``
+    has no effect here.
+    """
+    ranked, ends = _sort(confidence, error, unit)
+    loss, owner = error[ranked], unit[ranked] if unit.size else None
     replicates = np.empty(n_replicates)
     for replicate in range(n_replicates):
         counts = resample_counts(n_units, seed, replicate, table[0])
         replicates[replicate] = _augrc(counts if owner is None else counts[owner], loss, ends)
-    return replicates
+    n = loss.size
+    influence = augrc_influence(loss, ends)
+    if owner is not None:
+        influence = np.bincount(owner, influence, n_units).astype(np.float64)
+    value = _augrc(np.ones(n, np.int64), loss, ends)
+    squares = influence * influence
+    return replicates, value, float(squares.sum()), float((squares * influence).sum())
+
+
+def augrc_influence(loss: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Derivative of AUGRC along the weight of each sorted row [N]; the root of the sum of squares is its SE."""
+    n = loss.size
+    tied = np.diff(ends, prepend=0)
+    through = np.cumsum(loss.astype(np.float64))[ends - 1]
+    errors = np.diff(through, prepend=0)
+    # What an accepted row pays for errors at or above it, and an error for the rows at or below it.
+    as_row, as_error = 2 * through - errors, 2 * (n - ends) + tied
+    value = float((tied * as_row).sum()) / (2 * n * n)
+    paid = np.repeat(as_row, tied) + loss * np.repeat(as_error, tied)
+    return np.asarray(paid / (2 * n * n) - 2 * value / n, dtype=np.float64)
 
 
 def bootstrap_suite(
@@ -83,7 +108,7 @@ def bootstrap_suite(
             ]
         )
         counts = counts[unit] if unit.size else counts
-        replicates[replicate] = _suite(counts, error, ends, kind, n_exit, nll, brier, coverages, risks)
+        replicates[replicate] = measure(counts, error, ends, kind, n_exit, nll, brier, coverages, risks)
     return replicates
 
 
@@ -158,9 +183,10 @@ def _sort(
 ) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
     """The order by descending confidence, then error, then unit [N], and where each tie group ends [M]."""
     keys = (error, -confidence) if unit is None or not unit.size else (unit, error, -confidence)
-    order = np.lexsort(keys)
-    ranked = confidence[order]
-    return order, np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, ranked.size)
+    ranked = np.lexsort(keys)
+    sorted_confidence = confidence[ranked]
+    ends = np.flatnonzero(sorted_confidence[1:] != sorted_confidence[:-1]) + 1
+    return ranked, np.append(ends, ranked.size)
 
 
 def _augrc(counts: NDArray[np.int64], loss: NDArray[Any], ends: NDArray[np.int64]) -> float:
@@ -172,7 +198,7 @@ def _augrc(counts: NDArray[np.int64], loss: NDArray[Any], ends: NDArray[np.int64
     return float(pairs) / float(2 * total * total)
 
 
-def _suite(
+def measure(
     counts: NDArray[np.int64],
     loss: NDArray[Any],
     ends: NDArray[np.int64],
@@ -183,7 +209,7 @@ def _suite(
     coverages: NDArray[np.float64],
     risks: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """One replicate: ``COLUMNS``, Risk@Coverage, Coverage@Risk."""
+    """The suite of sorted rows under counts [N]: ``COLUMNS``, Risk@Coverage, Coverage@Risk."""
     nan = float("nan")
     rows, wrong = np.cumsum(counts), np.cumsum(counts * loss)
     accepted, errors = rows[ends - 1], wrong[ends - 1]
@@ -202,7 +228,7 @@ def _suite(
         if kind.size:
             positives, missed = (int(counts[:n_exit][(kind[:n_exit] & bit) > 0].sum()) for bit in (1, 2))
             exits[2] = missed / positives if positives else nan
-    at_coverage = [risk[np.argmax(accepted >= share * n * (1 - _ROUNDING))] for share in coverages]
+    at_coverage = risk[np.searchsorted(accepted, coverages * n * (1 - _ROUNDING))]
     at_risk = []
     for limit in risks:
         met = np.flatnonzero(errors <= limit * accepted * (1 + _ROUNDING))
@@ -210,3 +236,162 @@ def _suite(
     means = [float(counts @ values) / n if values.size else nan for values in (nll, brier)]
     fixed = [_augrc(counts, loss, ends), aurc, (n - float(wrong[-1])) / n, *means, *exits]
     return np.array([*fixed, *at_coverage, *at_risk])
+
+
+def order(confidence: Confidence, error: Error) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Rows [N] by descending confidence, then error, then index, and where tie groups end [M]."""
+    places = np.lexsort((error, -confidence))
+    ranked = confidence[places]
+    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, ranked.size)
+    return places.astype(np.uint32), ends.astype(np.uint32)
+
+
+def sweep(
+    confidence: Confidence, error: Error, answer: NDArray[np.uint8]
+) -> tuple[
+    NDArray[np.float64],
+    NDArray[np.int64],
+    NDArray[Any],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+]:
+    """At every distinct threshold [M]: itself, then rows, errors and what is known of answers; see ``sweep.hpp``."""
+    places, ends = order(confidence, error)
+    last = ends.astype(np.int64) - 1
+    accepted = last + 1
+    losses = error[places]
+    errors = np.cumsum(losses, dtype=np.float64 if losses.dtype == np.float64 else np.int64)[last]
+    threshold = confidence[places][last].astype(np.float64) + 0.0
+    if not answer.size:
+        nothing = np.zeros(0, np.int64)
+        return threshold, accepted, errors, nothing, nothing, nothing, nothing
+    is_positive, said_positive = (answer[places] & 1).astype(bool), (answer[places] >> 1).astype(bool)
+
+    def upto(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.asarray(np.cumsum(mask, dtype=np.int64)[last])
+
+    positive = upto(is_positive)
+    false_negative, false_positive = upto(is_positive & ~said_positive), upto(said_positive & ~is_positive)
+    return threshold, accepted, errors, positive, false_negative, accepted - positive, false_positive
+
+
+def search_dual(
+    rows: NDArray[np.int64],
+    positives: NDArray[np.int64],
+    exit_error: bool,
+    fnr_numerator: int,
+    fnr_denominator: int,
+    second_numerator: int,
+    second_denominator: int,
+) -> tuple[int, int, int, int]:
+    """Tie groups above the upper and before the lower threshold, of the best pair and the nearest (``sweep.hpp``)."""
+    accepted, found = rows.tolist(), positives.tolist()
+    n, all_positive = accepted[-1], found[-1]
+    excess = [second_denominator * (a - p) - second_numerator * a for a, p in zip(accepted, found, strict=True)]
+    negatives = [a - p for a, p in zip(accepted, found, strict=True)]
+    last_with: list[int] = []  # indices of growing excess: each is the last with so little
+    best, nearest = (-1, -1), (-1, -1)
+    best_worth, nearest_missed, nearest_positive, nearest_exited = (0, 0, 0), 0, 0, 0
+    for j in range(len(accepted)):
+        missed, below = all_positive - found[j], n - accepted[j]
+        if exit_error:
+            while last_with and excess[last_with[-1]] >= excess[j]:
+                last_with.pop()
+            last_with.append(j)
+            room = second_numerator * below - second_denominator * missed
+            place = bisect.bisect_right(last_with, room, key=excess.__getitem__)
+            if place == 0:
+                continue
+            i = last_with[place - 1]
+        else:
+            right = below - missed
+            if right == 0:
+                break
+            most = second_numerator * right // (second_denominator - second_numerator)
+            i = min(bisect.bisect_right(negatives, most) - 1, j)
+        exited_positive = found[i] + missed
+        if exited_positive == 0:
+            continue
+        exited, wrong = accepted[i] + below, negatives[i] + missed
+        left, right = missed * nearest_positive, nearest_missed * exited_positive
+        if nearest[0] < 0 or left < right or (left == right and exited >= nearest_exited):
+            nearest, nearest_missed, nearest_positive, nearest_exited = (i, j), missed, exited_positive, exited
+        worth = exited, -wrong, -missed
+        if missed * fnr_denominator <= fnr_numerator * exited_positive and (best[0] < 0 or worth >= best_worth):
+            best, best_worth = (i, j), worth
+    return *best, *nearest
+
+
+def route(
+    logits: NDArray[np.float32],
+    gate: NDArray[np.float32],
+    use_gate: bool,
+    scale: float,
+    offset: float,
+    threshold: float,
+    exited: NDArray[np.uint8],
+    score: NDArray[np.float32],
+    label: NDArray[np.int32],
+    probability: NDArray[np.float32],
+    deferred: NDArray[np.int32],
+) -> int:
+    """Decide rows [N, K] into the five arrays [N], and return how many are deferred; see ``route.hpp``."""
+    values = logits.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if values.shape[1] == 1:
+            defined = np.isfinite(values[:, 0])
+            label[:] = values[:, 0] > 0
+            total = 1.0 + _exponential(-np.abs(values[:, 0]))
+        else:
+            largest = values.max(axis=1)
+            # A maximum is NaN where any is; -inf alone leaves no probability.
+            defined = np.isfinite(largest)
+            label[:] = values.argmax(axis=1)
+            total = np.zeros(largest.size)
+            for column in values.T:
+                total += _exponential(column - largest)
+        label[~defined] = -1
+        probability[:] = np.where(defined, 1.0 / total, np.nan)
+        score[:] = probability
+        if use_gate:
+            logit = scale * gate.astype(np.float64) + offset
+            power = _exponential(-np.abs(logit))
+            sigmoid = np.where(logit >= 0, 1.0, power) / (1.0 + power)
+            score[:] = np.where(defined & np.isfinite(gate), sigmoid, np.nan)
+        exited[:] = score >= np.float32(threshold)
+    rows = np.flatnonzero(exited == 0)
+    deferred[: rows.size] = rows
+    return int(rows.size)
+
+
+def gather(source: NDArray[np.float32], index: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+    """Rows index [M] of source [N, D] into out [M, D]."""
+    out[:] = source[index]
+
+
+def merge(
+    index: NDArray[np.int32],
+    label: NDArray[np.int32],
+    probability: NDArray[np.float32],
+    score: NDArray[np.float32],
+    out_label: NDArray[np.int32],
+    out_probability: NDArray[np.float32],
+    out_score: NDArray[np.float32],
+) -> None:
+    """Write answers [M] to rows index [M] of the three arrays [N]."""
+    out_label[index], out_probability[index], out_score[index] = label, probability, score
+
+
+def _exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp(x) for x <= 0, 0 below -708, by the very steps of ``route.cpp``: NumPy's own differs between CPUs."""
+    clamped = np.where(x < -708.0, -708.0, x)
+    shifted = clamped * float.fromhex("0x1.71547652b82fep+0") + 6755399441055744.0
+    k = shifted - 6755399441055744.0
+    r = (clamped - k * float.fromhex("0x1.62e42fefa3000p-1")) - k * float.fromhex("0x1.3de6af278ece6p-42")
+    total = np.full(x.shape, 1.0 / math.factorial(11))
+    for power in range(10, -1, -1):
+        total = total * r + 1.0 / math.factorial(power)
+    scale = ((shifted.view(np.uint64) + np.uint64(1023)) << np.uint64(52)).view(np.float64)
+    return np.where(x < -708.0, 0.0, total * scale)

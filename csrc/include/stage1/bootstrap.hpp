@@ -58,13 +58,22 @@ struct SortedRows {
 };
 
 // confidence: [N], no NaN; float32 with 0/1 errors is sorted as packed 64-bit keys.   unit: [N] or empty, below 2^31.
-// Within tie groups rows are ordered by unit and loss or by loss, so the order of the input never matters.
+// Within tie groups rows are ordered by loss and unit, so the order of the input never matters.
 template <std::floating_point C, Loss L>
 SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss, std::span<const std::uint32_t> unit);
 
 // Sum over tie groups g of C_g (2 E_before + E_g), over 2 n^2.
 template <Loss L>
 double augrc(const Rows<L>& rows);
+
+// Sums over the units of squares and cubes of their influence on AUGRC: its derivative along their rows' weights. The
+// root of the first is AUGRC's standard error; both make the acceleration of BCa.
+struct Moments {
+    double second = 0;
+    double third = 0;
+};
+template <Loss L>
+Moments augrc_influence(const Rows<L>& rows, std::size_t n_units);
 
 // The suite on every resample: out is [replicates, width], width = 1 (AUGRC alone) or fixed_columns and the targets.
 // Stream b gives replicate b, whatever the number of threads. False when interrupted() stopped it (see parallel_for).

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from stage1_pro.metrics.intervals import (
     Interval,
+    Intervals,
+    bootstrap,
     bootstrap_augrc,
+    bootstrap_errors,
     clopper_pearson,
     clopper_pearson_lower,
     clopper_pearson_upper,
+    compare,
 )
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, mcc, nll
 from stage1_pro.metrics.selective import (
@@ -20,25 +24,34 @@ from stage1_pro.metrics.selective import (
     risk_at_coverage,
     risk_coverage,
 )
+from stage1_pro.metrics.sweeps import DualThreshold, Sweep, dual_threshold, sweep
 
 __all__ = [
+    "DualThreshold",
     "Interval",
+    "Intervals",
     "OperatingPoint",
     "RiskCoverage",
+    "Sweep",
     "accuracy",
     "augrc",
     "aurc",
     "auroc",
     "balanced_accuracy",
+    "bootstrap",
     "bootstrap_augrc",
+    "bootstrap_errors",
     "brier",
     "clopper_pearson",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
+    "compare",
     "coverage_at_risk",
+    "dual_threshold",
     "fnr_on_exited",
     "mcc",
     "nll",
     "risk_at_coverage",
     "risk_coverage",
+    "sweep",
 ]

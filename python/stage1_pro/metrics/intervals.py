@@ -1,30 +1,50 @@
-"""Intervals on metrics: bootstrap by row or by group, and exact binomial bounds. NumPy in, no torch."""
+"""Intervals on metrics: bootstrap by row or by group, closed forms, and exact binomial bounds. NumPy in, no torch.
+
+Three constructions, by what they are good for:
+
+- ``bca`` (Efron 1987), the default for metrics that are smooth in the weights of the rows; its acceleration comes from
+  the influence of every row (or group), in closed form, so no jackknife is run;
+- ``percentile``, always used for the stepwise ones (Risk@Coverage, Coverage@Risk);
+- ``logit``, the closed-form standard error on the logit scale (the log scale for NLL), without any resample.
+
+Where no resample can help (no error at all, nobody exits) the interval is Clopper and Pearson's.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv, ndtr, ndtri
+from scipy.special import betaincinv, expit, logit, ndtr, ndtri
 
 from stage1_pro import _native
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, nearest
+from stage1_pro.metrics.probabilistic import brier_rows, check_probabilities, nll_rows
 
-Method = Literal["bca", "percentile"]
+Method = Literal["bca", "percentile", "logit"]
+COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9)
+RISKS = (0.01, 0.02, 0.05, 0.1)
 # Below this the bootstrap's coverage falls under its level whatever the construction (BCa: .79 at two errors of 200).
 FEW_ERRORS = 10
 FEW_GROUPS = 10
+
+_COVERAGE, _RISK = "risk_at_coverage_", "coverage_at_risk_"
+_EXITS = ("coverage", "exit_error", "fnr_on_exited")
+_PROBABILITIES = ("nll", "brier")
+# Metrics that are shares lie in [0, top]; NLL has no top.
+_TOP = {"augrc": 0.5, "nll": math.inf}
 
 
 @dataclass(frozen=True)
 class Interval:
     """A value with its standard error and interval; NaN where there is none, and then ``note`` says why.
 
-    ``method`` is "bca", "percentile", "clopper-pearson" or "none". ``note`` is empty or a caution to show with the
-    interval. ``replicates`` [B] is what the interval was cut from.
+    ``method`` is "bca", "percentile", "logit", "clopper-pearson" or "none". ``note`` is empty or a caution to show with
+    the interval. ``replicates`` [B] is what the interval was cut from.
     """
 
     value: float
@@ -35,6 +55,164 @@ class Interval:
     method: str = "bca"
     note: str = ""
     replicates: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+
+
+class Intervals(Mapping[str, Interval]):
+    """Metrics by name, in a fixed order: ``intervals["augrc"].low``; ``unit`` is what was resampled, rows or groups."""
+
+    def __init__(self, intervals: Mapping[str, Interval], *, n_rows: int, n_units: int, unit: str) -> None:
+        self._intervals = dict(intervals)
+        self.n_rows, self.n_units, self.unit = n_rows, n_units, unit
+
+    def __getitem__(self, name: str) -> Interval:
+        try:
+            return self._intervals[name]
+        except KeyError:
+            raise KeyError(f"{name!r} was not measured{nearest(name, self._intervals)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._intervals)
+
+    def __len__(self) -> int:
+        return len(self._intervals)
+
+    def __repr__(self) -> str:
+        lines = [
+            "; ".join(
+                filter(None, [f"  {name:<24}{one.value:>10.5f} [{one.low:.5f}, {one.high:.5f}] {one.method}", one.note])
+            )
+            for name, one in self.items()
+        ]
+        return "\n".join([f"Intervals of {self.n_rows} rows, {self.n_units} {self.unit}", *lines])
+
+
+def bootstrap(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    confidence: ArrayLike | None = None,
+    threshold: float | None = None,
+    groups: ArrayLike | None = None,
+    metrics: str | Sequence[str] = "all",
+    n_replicates: int = 1000,
+    level: float = 0.95,
+    method: Method = "bca",
+    seed: int = 0,
+    threads: int = 0,
+    positive: int | None = None,
+    stratify: bool = False,
+) -> Intervals:
+    """Every metric of a selective classifier with its interval, from one pass over each resample.
+
+    ``augrc``, ``aurc``, ``risk_at_coverage_C`` for C of .5 to .9, ``coverage_at_risk_R`` for R of .01, .02, .05, .1,
+    ``accuracy``, ``nll``, ``brier``; with a threshold also ``coverage``, ``exit_error`` and ``fnr_on_exited``. Any
+    other target can be asked for by its name, such as ``risk_at_coverage_0.95``.
+
+    With ``groups`` whole groups are resampled: rows of one clip are near-copies, and intervals that take them for
+    independent are far too narrow. The same seed gives the same bits for any number of threads and any row order.
+
+    Stated answers: a metric that is undefined on the rows is NaN and its note says why. No error among the rows that a
+    metric speaks of (or nothing but errors, or nobody or everybody exits): Clopper and Pearson's bound over rows, or
+    over groups of which one counts as wrong when any of its rows is. One row or group, or replicates that are all
+    equal: NaN ends, never a zero-width interval.
+
+    Args:
+        probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
+        labels: [N] class indices 0..K-1.
+        confidence: [N], higher is surer; the largest probability by default.
+        threshold: a row exits iff its confidence is at or above it.
+        groups: [N] names or numbers of the independent units; None = every row is one.
+        metrics: "all", or names.
+        n_replicates: resamples.
+        level: nominal coverage, in (0, 1).
+        method: "bca", "percentile" or "logit"; stepwise metrics take percentiles all the same.
+        seed: of the resamples.
+        threads: 0 = one per processor.
+        positive: index of the positive class, for FNR; of two classes the second one by default.
+        stratify: resample within each class, whose size it keeps; not together with groups.
+
+    Raises:
+        InputError: an argument is not what it must be; NaN names its row.
+    """
+    columns, truth = _columns(probs, labels, confidence, threshold, positive)
+    return _intervals(
+        [columns], groups, truth if stratify else None, metrics, n_replicates, level, method, seed, threads
+    )
+
+
+def bootstrap_errors(
+    confidence: ArrayLike,
+    error: ArrayLike,
+    *,
+    threshold: float | None = None,
+    groups: ArrayLike | None = None,
+    metrics: str | Sequence[str] = "all",
+    n_replicates: int = 1000,
+    level: float = 0.95,
+    method: Method = "bca",
+    seed: int = 0,
+    threads: int = 0,
+) -> Intervals:
+    """The part of ``bootstrap`` that needs no probabilities: error [N] is 0/1 or a loss in [0, 1]."""
+    columns = _native.Columns(*_native.rows(confidence, error), threshold=_threshold(threshold))
+    return _intervals([columns], groups, None, metrics, n_replicates, level, method, seed, threads)
+
+
+def compare(
+    a: ArrayLike,
+    b: ArrayLike,
+    labels: ArrayLike,
+    *,
+    confidence: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
+    threshold: float | tuple[float | None, float | None] | None = None,
+    groups: ArrayLike | None = None,
+    metrics: str | Sequence[str] = "all",
+    n_replicates: int = 1000,
+    level: float = 0.95,
+    method: Method = "bca",
+    seed: int = 0,
+    threads: int = 0,
+    positive: int | None = None,
+    stratify: bool = False,
+) -> Intervals:
+    """Each metric of model ``a`` minus that of model ``b`` on the same rows, with its paired interval.
+
+    Both models are measured on the same resamples, so what the rows have in common cancels. Of AUGRC, AURC, risks, NLL
+    and Brier a negative difference speaks for ``a``; of accuracy and coverages a positive one.
+
+    Args:
+        a: probabilities [N, K] or [N] of one model.
+        b: of the other one.
+        labels: [N] class indices.
+        confidence: [N] of each model, where it is not the largest probability.
+        threshold: of both models, or of each.
+        groups: [N] names or numbers of the independent units; None = every row is one.
+        metrics: "all", or names.
+        n_replicates: resamples.
+        level: nominal coverage, in (0, 1).
+        method: "bca" or "percentile".
+        seed: of the resamples.
+        threads: 0 = one per processor.
+        positive: index of the positive class, for FNR; of two classes the second one by default.
+        stratify: resample within each class, whose size it keeps; not together with groups.
+
+    Raises:
+        InputError: as ``bootstrap``.
+    """
+    if method not in ("bca", "percentile"):
+        raise InputError(
+            f"method must be bca or percentile for a difference, got '{method}'; a difference has no logit"
+        )
+    limits = threshold if isinstance(threshold, tuple) else (threshold, threshold)
+    pairs = [
+        _columns(probs, labels, sure, limit, positive)
+        for probs, sure, limit in zip((a, b), confidence, limits, strict=True)
+    ]
+    if pairs[0][0].confidence.size != pairs[1][0].confidence.size:
+        raise InputError("a and b must be of the same rows, got other numbers of them; compare row by row")
+    models = [columns for columns, _ in pairs]
+    strata = pairs[0][1] if stratify else None
+    return _intervals(models, groups, strata, metrics, n_replicates, level, method, seed, threads)
 
 
 def bootstrap_augrc(
@@ -48,13 +226,7 @@ def bootstrap_augrc(
     threads: int = 0,
     method: Method = "bca",
 ) -> Interval:
-    """AUGRC with its bootstrap interval; the same bits for a seed, whatever the threads or the order of the rows.
-
-    With ``groups`` whole groups are resampled: rows of one clip are near-copies, and intervals that take them for
-    independent are far too narrow. BCa (Efron 1987) takes its acceleration from the closed-form jackknife.
-
-    Stated answers: no error at all, or nothing but errors: a bound from Clopper-Pearson over rows (or groups) and the
-    attainable AUGRC at that error rate, never [0, 0]. One group, or replicates that are all equal: NaN.
+    """AUGRC with its interval: ``bootstrap_errors`` for this metric alone, the fastest there is.
 
     Args:
         confidence: [N], higher is surer.
@@ -64,78 +236,22 @@ def bootstrap_augrc(
         level: nominal coverage, in (0, 1).
         seed: of the resamples.
         threads: 0 = one per processor.
-        method: "bca", or "percentile".
+        method: "bca", "percentile" or "logit".
 
     Raises:
         InputError: as ``augrc``, and for arguments out of range.
     """
-    _check_level(level)
-    if method not in ("bca", "percentile"):
-        raise InputError(f"method must be bca or percentile, got '{method}'; bca is the better one for AUGRC")
-    scores, losses = _native.rows(confidence, error)
-    value = _native.augrc(scores, losses)
-    replicates = _native.bootstrap_augrc(scores, losses, groups, n_replicates=n_replicates, seed=seed, threads=threads)
-    cluster = None if groups is None else _native.cluster_numbers(groups, scores.size)
-    units = scores.size if cluster is None else int(cluster.max()) + 1
-    kind = "rows" if cluster is None else "groups"
-    if losses.max() == 0 or losses.min() == 1:
-        return _degenerate(value, bool(losses.max() == 0), units, kind, level, replicates)
-    if units == 1 or replicates.min() == replicates.max():
-        reason = f"1 {kind[:-1]} cannot be resampled" if units == 1 else "all replicates are equal"
-        nan = float("nan")
-        return Interval(value, nan, nan, nan, level, "none", f"no interval: {reason}", replicates)
-    tails = (1 - level) / 2, (1 + level) / 2
-    if method == "bca":
-        left_out = leave_one_out_augrc(scores, losses, cluster)
-        tails = _bca_tails(value, replicates, left_out, tails)
-    low, high = np.quantile(replicates, tails)
-    return Interval(
-        value,
-        float(replicates.std(ddof=1)) if n_replicates > 1 else float("nan"),
-        float(low),
-        float(high),
-        level,
-        method,
-        _caution(losses, cluster, units),
-        replicates,
-    )
-
-
-def leave_one_out_augrc(
-    confidence: NDArray[Any], error: NDArray[Any], cluster: NDArray[np.uint32] | None = None
-) -> NDArray[np.float64]:
-    """AUGRC without row i, [N], or without cluster i, [G], all in closed form after one sort.
-
-    2n²·AUGRC is a sum over ordered pairs of rows, so leaving rows out subtracts their share as accepted rows, their
-    share as errors, and adds back the pairs counted twice.
-    """
-    n = confidence.size
-    _, place, tied = np.unique(-confidence, return_inverse=True, return_counts=True)
-    errors = np.bincount(place, weights=error)
-    errors_through, rows_through = np.cumsum(errors), np.cumsum(tied)
-    as_row = (2 * errors_through - errors)[place]
-    as_error = error * (2 * (n - rows_through) + tied)[place]
-    if cluster is None:
-        sizes: NDArray[Any] = np.ones(n)
-        share, inside = as_row + as_error, error
-    else:
-        sizes = np.bincount(cluster)
-        share = np.bincount(cluster, weights=as_row + as_error)
-        inside = _pairs_inside(place, error, cluster)
-    return np.asarray((as_row.sum() - share + inside) / (2.0 * (n - sizes) ** 2), dtype=np.float64)
-
-
-def _pairs_inside(place: NDArray[np.intp], error: NDArray[Any], cluster: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """2n²·AUGRC of each cluster's own rows, [G]; ``place`` [N] is the rank of a row's tie group."""
-    order = np.lexsort((place, cluster))
-    owner, rank, wrong = cluster[order], place[order], error[order].astype(np.float64)
-    starts = np.flatnonzero(np.append(True, (owner[1:] != owner[:-1]) | (rank[1:] != rank[:-1])))
-    rows = np.diff(np.append(starts, owner.size))
-    errors, tie_owner = np.add.reduceat(wrong, starts), owner[starts]
-    through = np.cumsum(errors)
-    before_owner = (through - errors)[np.searchsorted(tie_owner, np.arange(int(owner[-1]) + 1))]
-    pairs = rows * (2 * (through - before_owner[tie_owner]) - errors)
-    return np.asarray(np.bincount(tie_owner, weights=pairs), dtype=np.float64)
+    return bootstrap_errors(
+        confidence,
+        error,
+        groups=groups,
+        metrics=["augrc"],
+        n_replicates=n_replicates,
+        level=level,
+        seed=seed,
+        threads=threads,
+        method=method,
+    )["augrc"]
 
 
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -157,34 +273,410 @@ def clopper_pearson_lower(k: int, n: int, level: float = 0.95) -> float:
     return 0.0 if k == 0 else float(betaincinv(k, n - k + 1, 1 - level))
 
 
-def _degenerate(
-    value: float, right: bool, units: int, kind: str, level: float, replicates: NDArray[np.float64]
-) -> Interval:
-    """Bound AUGRC by the error rates that the absence (or ubiquity) of errors allows: e²/2 ≤ AUGRC ≤ e − e²/2."""
-    lowest, highest = clopper_pearson(0 if right else units, units, level)
-    return Interval(
-        value,
-        float("nan"),
-        lowest**2 / 2,
-        highest - highest**2 / 2,
-        level,
-        "clopper-pearson",
-        f"{'no' if right else 'nothing but'} errors in {units} {kind}: a bound from Clopper-Pearson, not a bootstrap",
-        replicates,
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+def _columns(
+    probs: ArrayLike, labels: ArrayLike, confidence: ArrayLike | None, threshold: float | None, positive: int | None
+) -> tuple[_native.Columns, NDArray[np.int64]]:
+    """Rows of one model from probabilities, and the labels."""
+    values = np.asarray(probs)
+    if values.ndim == 1:
+        values = np.stack([1 - values, values], axis=1)
+    values, truth = check_probabilities(values, labels)
+    n_classes = values.shape[1]
+    if positive is not None and not 0 <= positive < n_classes:
+        raise InputError(f"positive must be a class index 0 to {n_classes - 1}, got {positive}; number it by columns")
+    answered = values.argmax(axis=1)
+    sure = values.max(axis=1) if confidence is None else confidence
+    scores, errors = _native.rows(sure, answered != truth)
+    wanted = 1 if positive is None and n_classes == 2 else positive
+    is_positive = None if wanted is None else truth == wanted
+    return _native.Columns(
+        scores,
+        errors,
+        positive=is_positive,
+        missed=None if is_positive is None else is_positive & (answered != wanted),
+        nll=nll_rows(values, truth),
+        brier=brier_rows(values, truth),
+        threshold=_threshold(threshold),
+    ), truth
+
+
+def _threshold(threshold: float | None) -> float | None:
+    if threshold is not None and math.isnan(threshold):
+        raise InputError("threshold must be a number, got NaN; leave it out to measure no exits")
+    return threshold
+
+
+def metric_names(*, probabilities: bool = True, exits: bool = True, fnr: bool = True) -> list[str]:
+    """Names of all metrics in their order; without probabilities, exits or a positive class some cannot be measured."""
+    names = ["augrc", "aurc", *(f"{_COVERAGE}{share:g}" for share in COVERAGES)]
+    names += [*(f"{_RISK}{limit:g}" for limit in RISKS), "accuracy"]
+    if probabilities:
+        names += _PROBABILITIES
+    if exits:
+        names += _EXITS if fnr else _EXITS[:2]
+    return names
+
+
+def _wanted(metrics: str | Sequence[str], columns: _native.Columns) -> list[str]:
+    """The names asked for, checked against what these columns can give."""
+    known = metric_names(
+        probabilities=columns.nll is not None, exits=columns.threshold is not None, fnr=columns.positive is not None
     )
+    if isinstance(metrics, str):
+        if metrics == "all":
+            return known
+        metrics = [metrics]
+    if not metrics:
+        raise InputError('metrics must name at least one metric, got none; "all" measures every one')
+    for name in metrics:
+        if name in known or _target(name) is not None:
+            continue
+        missing = "a threshold" if name in _EXITS and columns.threshold is None else None
+        if name == "fnr_on_exited" and columns.threshold is not None:
+            missing = "the positive class"
+        if name in _PROBABILITIES:
+            missing = "probabilities"
+        hint = f"; it needs {missing}" if missing else nearest(name, known)
+        raise InputError(f"metrics must be all or names such as augrc, got '{name}'{hint}")
+    return list(dict.fromkeys(metrics))
+
+
+def _target(name: str) -> float | None:
+    """The coverage or risk in a metric's name; None when it has none."""
+    for prefix, low in ((_COVERAGE, 0.0), (_RISK, -1.0)):
+        if name.startswith(prefix):
+            try:
+                value = float(name[len(prefix) :])
+            except ValueError:
+                return None
+            return value if low < value <= 1 and value >= 0 else None
+    return None
+
+
+def _intervals(
+    models: Sequence[_native.Columns],
+    groups: ArrayLike | None,
+    strata: ArrayLike | None,
+    metrics: str | Sequence[str],
+    n_replicates: int,
+    level: float,
+    method: Method,
+    seed: int,
+    threads: int,
+) -> Intervals:
+    """Intervals of one model's metrics, or of the difference of two."""
+    _check_level(level)
+    if method not in ("bca", "percentile", "logit"):
+        raise InputError(f"method must be bca, percentile or logit, got '{method}'; bca is the usual one")
+    names = _wanted(metrics, models[0])
+    n = models[0].confidence.size
+    if names == ["augrc"] and len(models) == 1 and strata is None:
+        return _augrc_interval(models[0], groups, n_replicates, level, method, seed, threads)
+    coverages = [_target(name) or 0.0 for name in names if name.startswith(_COVERAGE)]
+    risks = [_target(name) or 0.0 for name in names if name.startswith(_RISK)]
+    if not set(names) & set(_PROBABILITIES):
+        models = [_native.Columns(m.confidence, m.error, m.positive, m.missed, threshold=m.threshold) for m in models]
+    suite = _native.Suite(models, groups=groups, strata=strata, coverages=coverages, risks=risks)
+    columns = [*_native.SUITE]
+    columns += [f"{_COVERAGE}{share!r}" for share in coverages] + [f"{_RISK}{limit!r}" for limit in risks]
+    place = {}
+    for name in names:
+        prefix = _COVERAGE if name.startswith(_COVERAGE) else _RISK
+        place[name] = columns.index(name if name in _native.SUITE else f"{prefix}{_target(name)!r}")
+    stepwise = [name for name in names if _target(name) is not None]
+    values = suite.values()
+    drawn = [np.empty((0, len(columns)))] * len(models)
+    if method != "logit" or stepwise:
+        drawn = suite.resample(n_replicates, seed=seed, threads=threads)
+    unit = "rows" if groups is None else "groups"
+    found = {}
+    for name in names:
+        measured = [
+            _Measured.of(name, ranked, value[place[name]], replicates[:, place[name]], suite.sizes)
+            for ranked, value, replicates in zip(suite.models, values, drawn, strict=True)
+        ]
+        one = measured[0] if len(measured) == 1 else measured[0].minus(measured[1])
+        found[name] = one.interval(level, "percentile" if name in stepwise else method, unit)
+    return Intervals(found, n_rows=n, n_units=suite.n_units, unit=unit)
+
+
+def _augrc_interval(
+    columns: _native.Columns,
+    groups: ArrayLike | None,
+    n_replicates: int,
+    level: float,
+    method: Method,
+    seed: int,
+    threads: int,
+) -> Intervals:
+    """AUGRC alone: the kernel sorts packed keys and brings value and moments along."""
+    losses = columns.error
+    drawn = _native.bootstrap_augrc(
+        columns.confidence,
+        losses,
+        groups,
+        n_replicates=1 if method == "logit" else n_replicates,
+        seed=seed,
+        threads=threads,
+    )
+    cluster = None if groups is None else _native.cluster_numbers(groups, losses.size)
+    n_units = losses.size if cluster is None else int(cluster.max()) + 1
+    unit = "rows" if groups is None else "groups"
+    measured = _Measured(
+        "augrc",
+        drawn.value,
+        drawn.replicates if method != "logit" else np.empty(0),
+        (drawn.second, drawn.third),
+        _Events.among(losses, cluster, None),
+        n_units,
+    )
+    return Intervals({"augrc": measured.interval(level, method, unit)}, n_rows=losses.size, n_units=n_units, unit=unit)
+
+
+# ---------------------------------------------------------------------------------------------- from replicates to ends
+
+
+@dataclass(frozen=True)
+class _Events:
+    """How many independent units hold an event that a metric counts, of how many it speaks of.
+
+    ``all`` says that every row is one, for a bound from the other side.
+    """
+
+    wrong: int
+    units: int
+    none: bool
+    all: bool
+
+    @classmethod
+    def among(
+        cls, hit: NDArray[Any], unit: NDArray[np.uint32] | None, rows: NDArray[np.bool_] | slice | None
+    ) -> _Events:
+        """Count hits [N] (0/1, or losses) among some rows by row, or by the unit [N] they belong to."""
+        if rows is not None:
+            hit, unit = hit[rows], None if unit is None else unit[rows]
+        if unit is None:
+            return cls(int(np.count_nonzero(hit)), hit.size, not hit.any(), bool(hit.size and hit.min() == 1))
+        wrong = np.unique(unit[hit > 0]).size
+        return cls(wrong, np.unique(unit).size, not hit.any(), bool(hit.size and hit.min() == 1))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One metric of the rows and of their resamples, and what its interval can be made from.
+
+    ``moments``: sums of squares and cubes of the units' influences; None for stepwise metrics. ``events``: what it
+    counts; None for means of other things. ``influence`` [units], for differences.
+    """
+
+    name: str
+    value: float
+    replicates: NDArray[np.float64]
+    moments: tuple[float, float] | None
+    events: _Events | None
+    n_units: int
+    influence: NDArray[np.float64] | None = None
+    difference: bool = False
+
+    @classmethod
+    def of(
+        cls, name: str, ranked: _native.Ranked, value: float, replicates: NDArray[np.float64], sizes: Sequence[int]
+    ) -> _Measured:
+        n_units = sum(sizes)
+        unit = ranked.unit if ranked.unit.size else None
+        influence, rows, hit = _influence(name, ranked, value)
+        if influence is not None and unit is not None:
+            influence = np.bincount(unit, influence, n_units).astype(np.float64)
+        if influence is not None and len(sizes) > 1:
+            # A stratum keeps its size, so only what differs within it varies.
+            means = np.add.reduceat(influence, np.cumsum([0, *sizes[:-1]])) / sizes
+            influence = influence - np.repeat(means, sizes)
+        moments = None if influence is None else _moments(influence)
+        grouped = unit if unit is not None and n_units < unit.size else None
+        events = None if hit is None else _Events.among(hit, grouped, rows)
+        return cls(name, float(value), replicates, moments, events, n_units, influence)
+
+    def minus(self, other: _Measured) -> _Measured:
+        moments = None
+        if self.influence is not None and other.influence is not None:
+            influence = self.influence - other.influence
+            moments = _moments(influence)
+        events = None
+        if self.events is not None and other.events is not None:
+            events = min(self.events, other.events, key=lambda one: one.wrong)
+        return _Measured(
+            self.name,
+            self.value - other.value,
+            self.replicates - other.replicates,
+            moments,
+            events,
+            self.n_units,
+            difference=True,
+        )
+
+    def interval(self, level: float, method: str, unit: str) -> Interval:
+        nan = math.nan
+        if math.isnan(self.value):
+            return Interval(nan, nan, nan, nan, level, "none", f"undefined: {_UNDEFINED[self.name]}", self.replicates)
+        if not self.difference and self.events is not None and (self.events.none or self.events.all):
+            bound = self._bound(self.events, level, unit)
+            if bound is not None:
+                return bound
+        defined = self.replicates[~np.isnan(self.replicates)]
+        std = float(defined.std(ddof=1)) if defined.size > 1 else nan
+        reason = ""
+        if self.n_units == 1:
+            reason = f"1 {unit[:-1]} cannot be resampled"
+        elif method != "logit" and (defined.size == 0 or defined.min() == defined.max()):
+            reason = "all replicates are equal" if defined.size else "it is undefined in every resample"
+        if reason:
+            return Interval(self.value, nan, nan, nan, level, "none", f"no interval: {reason}", self.replicates)
+        notes = [self._caution(unit)]
+        if defined.size < self.replicates.size:
+            notes.append(f"undefined in {self.replicates.size - defined.size} of {self.replicates.size} resamples")
+        note = "; ".join(filter(None, notes))
+        if method == "logit":
+            assert self.moments is not None
+            # The sum of squares takes the units' mean as known; a factor mends that where they are few.
+            error = math.sqrt(self.moments[0] * self.n_units / (self.n_units - 1))
+            low, high = _on_logit_scale(self.value, error, level, _TOP.get(self.name, 1.0))
+            return Interval(self.value, error, low, high, level, method, note, self.replicates)
+        tails = (1 - level) / 2, (1 + level) / 2
+        if method == "bca" and self.moments is not None:
+            tails = _bca_tails(self.value, defined, self.moments, tails)
+        else:
+            method = "percentile"
+        low, high = np.quantile(defined, tails)
+        return Interval(self.value, std, float(low), float(high), level, method, note, self.replicates)
+
+    def _bound(self, events: _Events, level: float, unit: str) -> Interval | None:
+        """From Clopper and Pearson's interval of the share that the absence (or ubiquity) of events allows."""
+        if events.units == 0:
+            return None
+        lowest, highest = clopper_pearson(0 if events.none else events.units, events.units, level)
+        low, high = _BOUNDS.get(self.name, _share_bounds)(lowest, highest)
+        target = _target(self.name)
+        if self.name.startswith(_RISK):
+            assert target is not None
+            # All errors could be at the top; only a share below the limit is met there too.
+            low, high = (1.0 if highest <= target else 0.0, 1.0) if events.none else (0.0, 0.0)
+            if high == 0:
+                return None
+        what = "no" if events.none else "nothing but"
+        note = f"{what} {_EVENTS.get(self.name, 'errors')} in {events.units} {unit}: Clopper-Pearson, not a bootstrap"
+        return Interval(self.value, math.nan, low, high, level, "clopper-pearson", note, self.replicates)
+
+    def _caution(self, unit: str) -> str:
+        notes = []
+        if self.events is not None and self.events.wrong < FEW_ERRORS:
+            one = self.events.wrong == 1
+            notes.append(
+                f"only {self.events.wrong} {unit[:-1] if one else unit} with {_EVENTS.get(self.name, 'errors')}"
+            )
+        if unit == "groups" and self.n_units < FEW_GROUPS:
+            notes.append(f"only {self.n_units} groups")
+        return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
+
+
+def _moments(influence: NDArray[np.float64]) -> tuple[float, float]:
+    squares = influence * influence
+    return float(squares.sum()), float((squares * influence).sum())
+
+
+def _share_bounds(low: float, high: float) -> tuple[float, float]:
+    return low, high
+
+
+# What an error rate between two bounds allows, whatever the order of the rows.
+_BOUNDS: dict[str, Callable[[float, float], tuple[float, float]]] = {
+    "augrc": lambda low, high: (low**2 / 2, high - high**2 / 2),
+    "aurc": lambda low, high: (
+        low + (1 - low) * math.log1p(-low) if low < 1 else 1.0,
+        high * (1 - math.log(high)) if high > 0 else 0.0,
+    ),
+    "accuracy": lambda low, high: (1 - high, 1 - low),
+}
+_EVENTS = {"coverage": "exits", "exit_error": "wrong exits", "fnr_on_exited": "missed positives"}
+_UNDEFINED = {"exit_error": "no row exits", "fnr_on_exited": "no positive row exits"}
+
+
+def _influence(
+    name: str, ranked: _native.Ranked, value: float
+) -> tuple[NDArray[np.float64] | None, NDArray[np.bool_] | slice | None, NDArray[Any] | None]:
+    """Derivative of a metric along each sorted row's weight [N], the rows it speaks of, and what it counts [N].
+
+    The derivative is None for stepwise metrics, the count for means of other things than events.
+    """
+    error = ranked.error
+    n = error.size
+    exited = np.arange(n) < (ranked.n_exit or 0)
+    if name == "accuracy":
+        return (1 - error - value) / n, None, error
+    if name == "nll":
+        return (ranked.nll - value) / n, None, None
+    if name == "brier":
+        return (ranked.brier - value) / n, None, None
+    if name == "augrc":
+        return _native.augrc_influence(ranked), None, error
+    if name == "aurc":
+        return _aurc_influence(ranked, value), None, error
+    if name == "coverage":
+        return (exited - value) / n, None, exited
+    if name == "exit_error":
+        return exited * (error - value) / max(int(exited.sum()), 1), exited, error
+    if name == "fnr_on_exited":
+        rows, missed = exited & ((ranked.kind & 1) > 0), (ranked.kind & 2) > 0
+        return rows * (missed - value) / max(int(rows.sum()), 1), rows, missed
+    if name.startswith(_COVERAGE):
+        # The rows accepted at the point that is reported.
+        reached = np.searchsorted(ranked.ends, (_target(name) or 0.0) * n * (1 - 1e-12), side="left")
+        return None, slice(0, int(ranked.ends[reached])), error
+    return None, None, error
+
+
+def _aurc_influence(ranked: _native.Ranked, value: float) -> NDArray[np.float64]:
+    """Derivative of AURC along each sorted row's weight [N].
+
+    With risk ρ_g = E_g / C_g at the end of tie group g and trapezoid weights v_g, n·AURC is Σ v_g ρ_g. A row of group h
+    widens that group's step, and moves every risk from h on by (r − ρ_g) / C_g.
+    """
+    ends = ranked.ends.astype(np.float64)
+    tied = np.diff(ends, prepend=0)
+    risk = np.cumsum(ranked.error.astype(np.float64))[ranked.ends.astype(np.int64) - 1] / ends
+    before = np.concatenate([risk[:1], risk[:-1]])
+    weight = (tied + np.append(tied[1:], 0)) / 2
+    weight[0] += tied[0] / 2
+    later = np.cumsum((weight / ends)[::-1])[::-1]
+    later_risk = np.cumsum((weight * risk / ends)[::-1])[::-1]
+    repeats = tied.astype(np.int64)
+    steps, slope, offset = (np.repeat(values, repeats) for values in ((before + risk) / 2, later, later_risk))
+    return np.asarray((steps - value + ranked.error * slope - offset) / ranked.error.size, dtype=np.float64)
+
+
+def _on_logit_scale(value: float, error: float, level: float, top: float) -> tuple[float, float]:
+    """A normal interval on the logit scale of [0, top], or the log scale where there is no top."""
+    reach = float(ndtri((1 + level) / 2))
+    if math.isinf(top):
+        step = math.exp(reach * error / value)
+        return value / step, value * step
+    share = value / top
+    center, width = float(logit(share)), reach * error / top / (share * (1 - share))
+    return top * float(expit(center - width)), top * float(expit(center + width))
 
 
 def _bca_tails(
-    value: float, replicates: NDArray[np.float64], left_out: NDArray[np.float64], tails: tuple[float, float]
+    value: float, replicates: NDArray[np.float64], moments: tuple[float, float], tails: tuple[float, float]
 ) -> tuple[float, float]:
     """Shift the two tail probabilities for bias and skewness (Efron 1987)."""
     n = replicates.size
     below = (np.count_nonzero(replicates < value) + np.count_nonzero(replicates <= value)) / (2 * n)
     # A value outside all its replicates has no finite normal score; half a replicate is as far as they can tell.
     bias = float(ndtri(min(max(below, 0.5 / n), 1 - 0.5 / n)))
-    influence = left_out.mean() - left_out
-    spread = float((influence**2).sum())
-    acceleration = float((influence**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
+    second, third = moments
+    acceleration = third / (6 * second**1.5) if second > 0 else 0.0
 
     def shift(tail: float) -> float:
         score = bias + float(ndtri(tail))
@@ -192,17 +684,6 @@ def _bca_tails(
         return float(ndtr(bias + score / scale)) if scale > 0 else float(score > 0)
 
     return shift(tails[0]), shift(tails[1])
-
-
-def _caution(losses: NDArray[Any], cluster: NDArray[np.uint32] | None, units: int) -> str:
-    wrong = losses > 0
-    notes = []
-    few = int(np.count_nonzero(wrong)) if cluster is None else int(np.unique(cluster[wrong]).size)
-    if few < FEW_ERRORS:
-        notes.append(f"only {few} {'rows' if cluster is None else 'groups'} with errors")
-    if cluster is not None and units < FEW_GROUPS:
-        notes.append(f"only {units} groups")
-    return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
 
 
 def _check_level(level: float) -> None:

@@ -71,8 +71,13 @@ def nll(probs: ArrayLike, labels: ArrayLike) -> float:
         probs: [N, K], rows sum to 1.
         labels: [N] class indices 0..K-1.
     """
-    values, truth = _probabilities(probs, labels)
-    return float(-np.mean(np.log(np.maximum(values[np.arange(truth.size), truth], _SMALLEST))))
+    values, truth = check_probabilities(probs, labels)
+    return float(np.mean(nll_rows(values, truth)))
+
+
+def nll_rows(probs: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Negative log likelihood of each row [N], of checked arguments."""
+    return np.asarray(-np.log(np.maximum(probs[np.arange(labels.size), labels], _SMALLEST)), dtype=np.float64)
 
 
 def brier(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -81,11 +86,16 @@ def brier(probs: ArrayLike, labels: ArrayLike) -> float:
     For two classes mean (p − y)² of one of them, in [0, 1] (Brier's sum is twice that); for more the sum over
     classes, in [0, 2]: scikit-learn's ``scale_by_half="auto"``. Arguments as in ``nll``.
     """
-    values, truth = _probabilities(probs, labels)
-    target = np.zeros_like(values)
-    target[np.arange(truth.size), truth] = 1
-    total = float(np.mean(((values - target) ** 2).sum(1)))
-    return total / 2 if values.shape[1] == 2 else total
+    values, truth = check_probabilities(probs, labels)
+    return float(np.mean(brier_rows(values, truth)))
+
+
+def brier_rows(probs: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Brier score of each row [N], of checked arguments; halved for two classes."""
+    target = np.zeros_like(probs)
+    target[np.arange(labels.size), labels] = 1
+    total = np.asarray(((probs - target) ** 2).sum(1), dtype=np.float64)
+    return total / 2 if probs.shape[1] == 2 else total
 
 
 def _answers(predicted: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -94,7 +104,8 @@ def _answers(predicted: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDA
     return answers, truth
 
 
-def _probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Give probabilities [N, K] and labels [N] that can be trusted; raise InputError naming the first wrong row."""
     values, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels)
     if values.ndim != 2 or values.shape[1] < 2:
         raise InputError(
