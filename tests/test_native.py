@@ -1,4 +1,4 @@
-"""Every kernel against its twin, bit for bit, and the twin against brute force and NumPy's own multinomial."""
+"""Every kernel against its twin, and both against brute force, public functions and NumPy's own multinomial."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from stage1_pro import _native, _reference
+from stage1_pro import _native, metrics
 from stage1_pro.errors import InputError
 
 COMPILED = importlib.util.find_spec("stage1_pro._core") is not None
@@ -58,12 +58,18 @@ def test_kernel_and_twin_give_the_same_bits(n, dtype, losses, groups):
     order = rng.permutation(n)
     arguments = {"n_replicates": 9, "seed": 5}
     with _native.use("reference"):
-        expected = _native.bootstrap_augrc(confidence, error, group, **arguments).tobytes()
+        expected = _native.bootstrap_augrc(confidence, error, group, **arguments)
         value = _native.augrc(confidence, error)
+    assert expected.value == value
     for threads in (1, 2, 8):
-        assert _native.bootstrap_augrc(confidence, error, group, threads=threads, **arguments).tobytes() == expected
+        found = _native.bootstrap_augrc(confidence, error, group, threads=threads, **arguments)
+        assert found.replicates.tobytes() == expected.replicates.tobytes()
+        assert found.value == value
+        assert found.second == pytest.approx(expected.second, rel=1e-9, abs=1e-18)
+        assert found.third == pytest.approx(expected.third, rel=1e-6, abs=1e-18)
     moved = None if group is None else group[order]
-    assert _native.bootstrap_augrc(confidence[order], error[order], moved, **arguments).tobytes() == expected
+    again = _native.bootstrap_augrc(confidence[order], error[order], moved, **arguments)
+    assert again.replicates.tobytes() == expected.replicates.tobytes()
     assert _native.augrc(confidence, error) == _native.augrc(confidence[order], error[order]) == value
 
 
@@ -91,43 +97,220 @@ def test_a_replicate_is_augrc_of_its_resample(backend, losses):
     with _native.use(backend):
         by_row = _native.bootstrap_augrc(confidence, error, n_replicates=5, seed=11)
         by_group = _native.bootstrap_augrc(confidence, error, group, n_replicates=5, seed=11)
+    n_groups = int(owner.max()) + 1
     for replicate in range(5):
-        counts = _reference.resample_counts(40, 11, replicate)
-        assert by_row[replicate] == pytest.approx(pairwise(confidence[order], error[order], counts), abs=1e-12)
-        counts = _reference.resample_counts(int(owner.max()) + 1, 11, replicate)[owner]
-        assert by_group[replicate] == pytest.approx(pairwise(confidence, error, counts), abs=1e-12)
+        counts = _native.resample_counts([40], 1, first=replicate, seed=11)[0]
+        assert by_row.replicates[replicate] == pytest.approx(
+            pairwise(confidence[order], error[order], counts), abs=1e-12
+        )
+        counts = _native.resample_counts([n_groups], 1, first=replicate, seed=11)[0][owner]
+        assert by_group.replicates[replicate] == pytest.approx(pairwise(confidence, error, counts), abs=1e-12)
 
 
-@pytest.mark.parametrize("n", [20, 50, 200])
+# ------------------------------------------------------------------------------------------------- resamples
+
+
+@needs_core
+@pytest.mark.parametrize("sizes", [[1], [2], [16], [17], [18], [1000], [1023, 1, 16], [1025, 4096], [70_000]])
+def test_kernel_and_twin_draw_the_same_counts(sizes):
+    arguments = {"n_replicates": 3 if sum(sizes) > 10_000 else 40, "first": 5, "seed": 2**63 + 1}
+    compiled = _native.resample_counts(sizes, **arguments)
+    with _native.use("reference"):
+        assert (_native.resample_counts(sizes, **arguments) == compiled).all()
+    ends = np.cumsum(sizes)
+    within = np.add.reduceat(compiled.astype(int), np.append(0, ends[:-1]), axis=1)
+    assert (within == sizes).all(), "every stratum keeps its size"
+
+
+@needs_core
+@pytest.mark.parametrize("n", [20, 50, 200, 1000])
 def test_counts_are_exactly_multinomial(n):
-    draws = 8000
-    counts = np.stack([_reference.resample_counts(n, 2024, replicate) for replicate in range(draws)])
+    """40,000 resamples beside NumPy's, by statistics that see single counts, ties, extremes and neighbours."""
+    draws = 40_000
+    counts = _native.resample_counts([n], draws, seed=2024).astype(np.int32)
     assert (counts.sum(1) == n).all()
     judge = np.random.default_rng(7).multinomial(n, np.full(n, 1 / n), size=draws)
-    statistic = np.arange(n) ** 2 / n
-    assert ks_2samp(counts @ statistic, judge @ statistic).pvalue > 0.001
-    # Var = 1 - 1/n and Cov = -1/n; the tolerance is five standard errors of the pooled estimates.
+    statistics = {
+        "a weighted sum": lambda c: c @ (np.arange(n) ** 2 / n),
+        "the sum of squares": lambda c: (c**2).sum(1),
+        "units left out": lambda c: (c == 0).sum(1),
+        "the largest count": lambda c: c.max(1),
+        "neighbours": lambda c: (c[:, 1:] * c[:, :-1]).sum(1),
+        "the first unit": lambda c: c[:, 0],
+        "the last unit": lambda c: c[:, -1],
+    }
+    for name, statistic in statistics.items():
+        assert ks_2samp(statistic(counts), statistic(judge)).pvalue > 0.001, name
+    # Var = 1 - 1/n and Cov = -1/n. Tolerances are five standard errors of the estimates, taken over units and draws.
     assert np.var(counts, axis=0).mean() == pytest.approx(1 - 1 / n, abs=5 * np.sqrt(2 / (draws * n)))
-    assert np.cov(counts[:, 0], counts[:, 1])[0, 1] == pytest.approx(-1 / n, abs=5 / np.sqrt(draws))
+    left, right = counts[:, : n // 2], counts[:, n // 2 : 2 * (n // 2)]
+    covariance = ((left - 1) * (right - 1)).mean()
+    assert covariance == pytest.approx(-1 / n, abs=5 / np.sqrt(draws * (n // 2)))
     assert np.corrcoef(counts[:-1, 0], counts[1:, 0])[0, 1] == pytest.approx(0, abs=5 / np.sqrt(draws))
 
 
 @needs_core
+def test_poisson_alone_would_be_seen():
+    """Counts without the fixed sum are another law (SD of their sum is not 0): the test above can fail."""
+    n, draws = 20, 40_000
+    poisson = np.random.default_rng(3).poisson(1, (draws, n))
+    judge = np.random.default_rng(7).multinomial(n, np.full(n, 1 / n), size=draws)
+    weights = np.arange(n) ** 2 / n
+    assert ks_2samp(poisson @ weights, judge @ weights).pvalue < 0.001
+
+
+def test_the_table_is_the_poisson_law():
+    """Codes and remainders together give each count its probability, to 2**-63."""
+    import decimal
+
+    for n in (17, 200, 100_000, 2**31 - 1):
+        table = _native.count_tables([n])[0].astype(object)
+        cuts, rest = table[:6], table[6:]
+        with decimal.localcontext() as context:
+            context.prec = 60
+            mean = 1 - decimal.Decimal("2.5") / decimal.Decimal(n).sqrt()
+            share = (-mean).exp()
+            for count in range(20):
+                codes = (cuts[count] - (cuts[count - 1] if count else 0)) if count < 6 else 0
+                left = rest[count] - (rest[count - 1] if count else 0)
+                assert abs(decimal.Decimal(int(codes << 48) + int(left)) / 2**64 - share) < decimal.Decimal(2) ** -63
+                share *= mean / (count + 1)
+
+
+@needs_core
 def test_rejected_draws_agree_too():
-    # About one draw in 2**32 / (2**32 % n) is rejected: for this n and seed some are, in every replicate.
-    n, rejections = 1_300_003, 0
-    for replicate in range(3):
-        key = _reference._mix(_reference._mix(1 + _reference._GOLDEN) + _reference._GOLDEN * (replicate + 1))
-        gamma = _reference._mix(key ^ _reference._GOLDEN) | 1
-        words = _reference._hash(key, gamma, np.arange(1, (n + 1) // 2 + 1, dtype=np.uint64))
-        halves = np.concatenate([words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)])
-        rejections += int((((halves * np.uint64(n)) & np.uint64(0xFFFFFFFF)) < (1 << 32) % n).sum())
-    assert rejections > 10
-    rng = np.random.default_rng(0)
-    confidence, error = rng.random(n).astype(np.float32), rng.random(n) < 0.1
-    compiled = _native.bootstrap_augrc(confidence, error, n_replicates=3, seed=1)
+    # One draw in 2**32 / (2**32 % n) is rejected: of the some 8,000 for this n several are, in every resample.
+    n = 11_184_811
+    assert (1 << 32) % n > 2**32 / 400
+    compiled = _native.resample_counts([n], 1, seed=1)
     with _native.use("reference"):
-        assert _native.bootstrap_augrc(confidence, error, n_replicates=3, seed=1).tobytes() == compiled.tobytes()
+        assert (_native.resample_counts([n], 1, seed=1) == compiled).all()
+
+
+# ------------------------------------------------------------------------------------------------- the suite
+
+TARGETS = {"coverages": [0.05, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "risks": [0.0, 0.01, 0.05, 0.3, 1.0]}
+
+
+def draw_columns(rng, n, *, levels=None, losses=False, threshold=0.1, dtype=np.float64):
+    confidence, error, _ = draw_rows(rng, n, levels=levels, losses=losses, dtype=dtype)
+    scores, errors = _native.rows(confidence, error)
+    positive = rng.random(n) < 0.4
+    missed = positive & (rng.random(n) < 0.3)
+    return _native.Columns(scores, errors, positive, missed, rng.exponential(1, n), rng.random(n), threshold)
+
+
+def resampled(columns, times):
+    """The columns with each row as often as it was drawn."""
+    values = [None if v is None else np.repeat(v, times) for v in list(vars(columns).values())[:-1]]
+    return _native.Columns(*values, threshold=columns.threshold)
+
+
+def by_definition(columns):
+    """The suite of rows, each metric from its own public function."""
+    confidence, error = columns.confidence, columns.error
+    exited = confidence >= columns.threshold
+    found = [metrics.augrc(confidence, error), metrics.aurc(confidence, error), 1 - error.mean()]
+    found += [columns.nll.mean(), columns.brier.mean(), exited.mean()]
+    found.append(error[exited].mean() if exited.any() else np.nan)
+    found.append(metrics.fnr_on_exited(columns.positive, ~columns.missed, exited))
+    found += [metrics.risk_at_coverage(confidence, error, c).selective_risk for c in TARGETS["coverages"]]
+    return found + [metrics.coverage_at_risk(confidence, error, r).coverage for r in TARGETS["risks"]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("losses", [False, True], ids=["errors", "losses"])
+@pytest.mark.parametrize(("n", "levels"), [(1, 3), (7, 3), (40, 5), (40, 1000), (300, 40), (1500, 8), (1500, 10**6)])
+def test_every_replicate_is_the_suite_of_its_resample(backend, losses, n, levels):
+    rng = np.random.default_rng(n + (levels or 0))
+    columns = draw_columns(rng, n, levels=levels, losses=losses)
+    other = draw_columns(rng, n, levels=levels)
+    groups = rng.integers(0, max(n // 6, 1), n)
+    strata = rng.integers(0, 2, n)
+    for models, arguments in (
+        ([columns], {}),
+        ([columns], {"groups": groups}),
+        ([columns], {"strata": strata}),
+        ([columns, other], {}),
+        ([columns, other], {"groups": groups}),
+    ):
+        with _native.use(backend):
+            suite = _native.Suite(models, **arguments, **TARGETS)
+            found = suite.resample(3, seed=4)
+            values = suite.values()
+        assert values[0] == pytest.approx(np.array(by_definition(columns)), abs=1e-12, nan_ok=True)
+        drawn = _native.resample_counts(suite.sizes, 3, seed=4)
+        for k, model in enumerate(models):
+            ranked = suite.models[k]
+            for replicate in range(3):
+                times = np.empty(n, dtype=int)
+                times[ranked.order] = drawn[replicate][ranked.unit] if ranked.unit.size else drawn[replicate]
+                expected = by_definition(resampled(model, times))
+                assert found[k][replicate] == pytest.approx(np.array(expected), abs=1e-12, nan_ok=True)
+        if len(models) == 2:
+            # Paired: both models see the same rows equally often.
+            times = [np.empty(n, dtype=int) for _ in models]
+            for ranked, out in zip(suite.models, times, strict=True):
+                out[ranked.order] = drawn[0][ranked.unit]
+            assert (times[0] == times[1]).all()
+
+
+@needs_core
+@pytest.mark.parametrize("n", [1, 9, 64, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("levels", [4, 10**6], ids=["tied", "distinct"])
+@pytest.mark.parametrize("threshold", [-1.0, 0.1, 9.0], ids=["all exit", "some exit", "none exits"])
+def test_the_suites_kernel_and_twin_agree(n, levels, threshold):
+    rng = np.random.default_rng(n)
+    columns = draw_columns(rng, n, levels=levels, threshold=threshold, dtype=np.float32)
+    suite = _native.Suite([columns], **TARGETS)
+    compiled = suite.resample(6, seed=9, threads=2)[0]
+    for threads in (1, 8):
+        assert suite.resample(6, seed=9, threads=threads)[0].tobytes() == compiled.tobytes()
+    with _native.use("reference"):
+        twin = suite.resample(6, seed=9)[0]
+    assert compiled == pytest.approx(twin, rel=1e-12, abs=1e-12, nan_ok=True)
+    # Integers all the way: the same bits.
+    exact = [_native.SUITE.index(name) for name in ("augrc", "accuracy", "coverage", "exit_error", "fnr_on_exited")]
+    assert compiled[:, exact].tobytes() == twin[:, exact].tobytes()
+    assert compiled[:, len(_native.SUITE) :].tobytes() == twin[:, len(_native.SUITE) :].tobytes()
+    alone = _native.bootstrap_augrc(columns.confidence, columns.error, n_replicates=6, seed=9)
+    assert alone.replicates.tobytes() == compiled[:, 0].tobytes()
+
+
+@needs_core
+def test_the_fast_and_the_general_pass_agree():
+    """Losses of 0 and 1 as float64 go through the pass that takes any loss and any count."""
+    rng = np.random.default_rng(8)
+    columns = draw_columns(rng, 4000, levels=30)
+    groups = rng.integers(0, 40, 4000)
+    floats = _native.Columns(columns.confidence, columns.error.astype(np.float64), *list(vars(columns).values())[2:])
+    fast, general = (_native.Suite([one], groups=groups, **TARGETS) for one in (columns, floats))
+    assert (fast.models[0].error.dtype, general.models[0].error.dtype) == (np.uint8, np.float64)
+    found, expected = fast.resample(30, seed=0)[0], general.resample(30, seed=0)[0]
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_order_never_matters_to_the_suite(backend):
+    rng = np.random.default_rng(2)
+    columns, other = draw_columns(rng, 500, levels=6), draw_columns(rng, 500, levels=6)
+    strata, moved = rng.integers(0, 2, 500), rng.permutation(500)
+
+    def permuted(one):
+        return _native.Columns(*(v[moved] for v in list(vars(one).values())[:-1]), threshold=one.threshold)
+
+    with _native.use(backend):
+        for models, arguments in (([columns], {}), ([columns, other], {}), ([columns], {"strata": strata})):
+            expected = _native.Suite(models, **arguments, **TARGETS).resample(4, seed=1)
+            same = {key: value[moved] for key, value in arguments.items()}
+            found = _native.Suite([permuted(m) for m in models], **same, **TARGETS).resample(4, seed=1)
+            assert [f.tobytes() for f in found] == [e.tobytes() for e in expected]
+
+
+def test_groups_and_strata_exclude_each_other():
+    columns = draw_columns(np.random.default_rng(0), 10)
+    with pytest.raises(InputError, match="groups and strata must not be given together"):
+        _native.Suite([columns], groups=np.zeros(10), strata=np.zeros(10))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,9 +326,9 @@ def test_close_float64_confidences_are_not_ties(backend):
 def test_seeds_and_replicates_have_streams_of_their_own(backend):
     confidence, error, _ = draw_rows(np.random.default_rng(0), 300)
     with _native.use(backend):
-        one = _native.bootstrap_augrc(confidence, error, n_replicates=50, seed=1)
-        longer = _native.bootstrap_augrc(confidence, error, n_replicates=60, seed=1)
-        largest = _native.bootstrap_augrc(confidence, error, n_replicates=50, seed=2**64 - 1)
+        one = _native.bootstrap_augrc(confidence, error, n_replicates=50, seed=1).replicates
+        longer = _native.bootstrap_augrc(confidence, error, n_replicates=60, seed=1).replicates
+        largest = _native.bootstrap_augrc(confidence, error, n_replicates=50, seed=2**64 - 1).replicates
     assert (one == longer[:50]).all()
     assert np.unique(one).size > 40
     assert not np.intersect1d(one, largest).size > 25
@@ -155,13 +338,16 @@ def test_seeds_and_replicates_have_streams_of_their_own(backend):
 def test_concurrent_calls_give_the_serial_answers():
     rng = np.random.default_rng(1)
     rows = [draw_rows(rng, 4000) for _ in range(8)]
-    serial = [_native.bootstrap_augrc(c, e, n_replicates=20, seed=i).tobytes() for i, (c, e, _) in enumerate(rows)]
+    suites = [_native.Suite([draw_columns(rng, 3000, levels=40 + i)], **TARGETS) for i in range(8)]
+
+    def answer(i, threads):
+        c, e, _ = rows[i]
+        alone = _native.bootstrap_augrc(c, e, n_replicates=20, seed=i, threads=threads)
+        return alone.replicates.tobytes() + suites[i].resample(20, seed=i, threads=threads)[0].tobytes()
+
+    serial = [answer(i, 1) for i in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        jobs = [
-            pool.submit(_native.bootstrap_augrc, c, e, n_replicates=20, seed=i, threads=2)
-            for i, (c, e, _) in enumerate(rows)
-        ]
-        assert [job.result().tobytes() for job in jobs] == serial
+        assert list(pool.map(answer, range(8), [2] * 8)) == serial
 
 
 @needs_core

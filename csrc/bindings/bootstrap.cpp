@@ -135,6 +135,20 @@ Array<double> bootstrap_suite(const Array<L>& error, const Array<std::uint32_t>&
     return replicates;
 }
 
+Array<std::uint8_t> resample_counts(const Array<std::uint32_t>& sizes, const Array<std::uint64_t>& tables,
+                                    std::size_t first, std::size_t n_replicates, std::uint64_t seed) {
+    const auto sizes_of = view(sizes);
+    const std::size_t units = std::accumulate(sizes_of.begin(), sizes_of.end(), std::size_t{0});
+    const auto strata = strata_of(sizes_of, tables, units);
+    Array<std::uint8_t> counts({static_cast<py::ssize_t>(n_replicates), static_cast<py::ssize_t>(units)});
+    const std::span<std::uint8_t> out(counts.mutable_data(), n_replicates * units);
+    const py::gil_scoped_release release;
+    for (std::size_t replicate = 0; replicate < n_replicates; ++replicate) {
+        draw_counts(Stream(seed, first + replicate), strata, out.subspan(replicate * units, units));
+    }
+    return counts;
+}
+
 template <class L>
 void bind_suite(py::module_& module) {
     module.def("bootstrap_suite", &bootstrap_suite<L>, py::arg("error").noconvert(), py::arg("tie_ends").noconvert(),
@@ -162,6 +176,9 @@ void bind_bootstrap(py::module_& module) {
     bind_augrc<float, double>(module);
     bind_augrc<double, std::uint8_t>(module);
     bind_augrc<double, double>(module);
+    module.def("resample_counts", &resample_counts, py::arg("sizes").noconvert(), py::arg("tables").noconvert(),
+               py::arg("first"), py::arg("n_replicates"), py::arg("seed"),
+               "How often each unit is in each resample [n_replicates, units]");
     bind_suite<std::uint8_t>(module);
     bind_suite<double>(module);
 }

@@ -768,11 +768,7 @@ bool bootstrap(const Rows<L>& rows, const Suite& suite, const Strata& strata, st
             for (std::size_t replicate = first; replicate < last; ++replicate) {
                 const std::span<std::uint8_t> counts = own->counts[replicate - first];
                 const std::span<std::uint8_t> by_unit = mapped ? std::span(own->drawn) : counts.first(units);
-                std::size_t done = 0;
-                for (std::size_t s = 0; s < strata.sizes.size(); ++s) {
-                    draw_counts(Stream(seed, replicate), s, strata.tables[s], by_unit.subspan(done, strata.sizes[s]));
-                    done += strata.sizes[s];
-                }
+                draw_counts(Stream(seed, replicate), strata, by_unit);
                 for (std::size_t row = 0; mapped && row < n; ++row) {
                     counts[row] = by_unit[rows.unit[row]];
                 }

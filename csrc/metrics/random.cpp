@@ -124,22 +124,31 @@ bool add_uniform(std::uint64_t key, std::uint64_t gamma, std::uint64_t draws, st
     return true;
 }
 
-}  // namespace
-
-void draw_counts(const Stream& stream, std::uint64_t stratum, const CountTable& table, std::span<std::uint8_t> counts) {
+// Counts of one stratum.
+void draw_stratum(std::uint64_t base, std::uint64_t gamma, const CountTable& table, std::span<std::uint8_t> counts) {
     const std::uint64_t n = counts.size();
-    const std::uint64_t base = mix(stream.key + golden * (stratum + 1));
     for (std::uint64_t attempt = 1;; ++attempt) {
         const std::uint64_t key = mix(base + golden * attempt);
         std::uint64_t drawn = 0;
         if (n < smallest_poisson) {
             std::fill(counts.begin(), counts.end(), std::uint8_t{0});
         } else {
-            drawn = fill_poisson(key, stream.gamma, table, counts);
+            drawn = fill_poisson(key, gamma, table, counts);
         }
-        if (drawn <= n && add_uniform(mix(key + 2), stream.gamma, n - drawn, counts)) {
+        if (drawn <= n && add_uniform(mix(key + 2), gamma, n - drawn, counts)) {
             return;
         }
+    }
+}
+
+}  // namespace
+
+void draw_counts(const Stream& stream, const Strata& strata, std::span<std::uint8_t> counts) {
+    std::size_t first = 0;
+    for (std::size_t s = 0; s < strata.sizes.size(); ++s) {
+        draw_stratum(mix(stream.key + golden * (s + 1)), stream.gamma, strata.tables[s],
+                     counts.subspan(first, strata.sizes[s]));
+        first += strata.sizes[s];
     }
 }
 

@@ -7,7 +7,18 @@ import numpy
 import numpy.typing
 import typing
 
-__all__: list[str] = ["augrc", "bootstrap_augrc", "gather", "merge", "order", "route", "search_dual", "sweep"]
+__all__: list[str] = [
+    "augrc",
+    "bootstrap_augrc",
+    "bootstrap_suite",
+    "gather",
+    "merge",
+    "order",
+    "resample_counts",
+    "route",
+    "search_dual",
+    "sweep",
+]
 
 @typing.overload
 def augrc(confidence: numpy.typing.NDArray[numpy.float32], error: numpy.typing.NDArray[numpy.uint8]) -> float:
@@ -37,56 +48,102 @@ def augrc(confidence: numpy.typing.NDArray[numpy.float64], error: numpy.typing.N
 def bootstrap_augrc(
     confidence: numpy.typing.NDArray[numpy.float32],
     error: numpy.typing.NDArray[numpy.uint8],
-    cluster: numpy.typing.NDArray[numpy.uint32],
-    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    unit: numpy.typing.NDArray[numpy.uint32],
+    n_units: typing.SupportsInt | typing.SupportsIndex,
+    table: numpy.typing.NDArray[numpy.uint64],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
-) -> numpy.typing.NDArray[numpy.float64]:
+) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
     """
-    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
     """
 
 @typing.overload
 def bootstrap_augrc(
     confidence: numpy.typing.NDArray[numpy.float32],
     error: numpy.typing.NDArray[numpy.float64],
-    cluster: numpy.typing.NDArray[numpy.uint32],
-    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    unit: numpy.typing.NDArray[numpy.uint32],
+    n_units: typing.SupportsInt | typing.SupportsIndex,
+    table: numpy.typing.NDArray[numpy.uint64],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
-) -> numpy.typing.NDArray[numpy.float64]:
+) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
     """
-    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
     """
 
 @typing.overload
 def bootstrap_augrc(
     confidence: numpy.typing.NDArray[numpy.float64],
     error: numpy.typing.NDArray[numpy.uint8],
-    cluster: numpy.typing.NDArray[numpy.uint32],
-    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    unit: numpy.typing.NDArray[numpy.uint32],
+    n_units: typing.SupportsInt | typing.SupportsIndex,
+    table: numpy.typing.NDArray[numpy.uint64],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
-) -> numpy.typing.NDArray[numpy.float64]:
+) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
     """
-    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
     """
 
 @typing.overload
 def bootstrap_augrc(
     confidence: numpy.typing.NDArray[numpy.float64],
     error: numpy.typing.NDArray[numpy.float64],
-    cluster: numpy.typing.NDArray[numpy.uint32],
-    n_clusters: typing.SupportsInt | typing.SupportsIndex,
+    unit: numpy.typing.NDArray[numpy.uint32],
+    n_units: typing.SupportsInt | typing.SupportsIndex,
+    table: numpy.typing.NDArray[numpy.uint64],
+    n_replicates: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
+    """
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
+    """
+
+@typing.overload
+def bootstrap_suite(
+    error: numpy.typing.NDArray[numpy.uint8],
+    tie_ends: numpy.typing.NDArray[numpy.uint32],
+    unit: numpy.typing.NDArray[numpy.uint32],
+    sizes: numpy.typing.NDArray[numpy.uint32],
+    tables: numpy.typing.NDArray[numpy.uint64],
+    kind: numpy.typing.NDArray[numpy.uint8],
+    n_exit: typing.SupportsInt | typing.SupportsIndex | None,
+    nll: numpy.typing.NDArray[numpy.float64],
+    brier: numpy.typing.NDArray[numpy.float64],
+    coverages: numpy.typing.NDArray[numpy.float64],
+    risks: numpy.typing.NDArray[numpy.float64],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> numpy.typing.NDArray[numpy.float64]:
     """
-    AUGRC of resampled rows, or of resampled clusters [n_replicates]
+    Every metric of resampled sorted rows [n_replicates, 8 + coverages + risks]
+    """
+
+@typing.overload
+def bootstrap_suite(
+    error: numpy.typing.NDArray[numpy.float64],
+    tie_ends: numpy.typing.NDArray[numpy.uint32],
+    unit: numpy.typing.NDArray[numpy.uint32],
+    sizes: numpy.typing.NDArray[numpy.uint32],
+    tables: numpy.typing.NDArray[numpy.uint64],
+    kind: numpy.typing.NDArray[numpy.uint8],
+    n_exit: typing.SupportsInt | typing.SupportsIndex | None,
+    nll: numpy.typing.NDArray[numpy.float64],
+    brier: numpy.typing.NDArray[numpy.float64],
+    coverages: numpy.typing.NDArray[numpy.float64],
+    risks: numpy.typing.NDArray[numpy.float64],
+    n_replicates: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    Every metric of resampled sorted rows [n_replicates, 8 + coverages + risks]
     """
 
 def gather(
@@ -141,6 +198,17 @@ def order(
 ) -> tuple[numpy.typing.NDArray[numpy.uint32], numpy.typing.NDArray[numpy.uint32]]:
     """
     Rows [N] by descending confidence, then error, then index, and where tie groups end [M]
+    """
+
+def resample_counts(
+    sizes: numpy.typing.NDArray[numpy.uint32],
+    tables: numpy.typing.NDArray[numpy.uint64],
+    first: typing.SupportsInt | typing.SupportsIndex,
+    n_replicates: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    How often each unit is in each resample [n_replicates, units]
     """
 
 def route(

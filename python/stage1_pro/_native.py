@@ -186,9 +186,9 @@ class Columns:
 class Ranked:
     """The columns of one model in sorted order, surest first; what the suite's kernel reads.
 
-    ``error`` [N]; ``ends`` [M], one past each tie group; ``unit`` uint32 [N], which unit a row is drawn with, or [0]:
-    row i is unit i; ``kind`` uint8 [N] or [0], 1 for a positive row and 3 for a missed one; ``n_exit`` rows exit, None
-    without a threshold; ``nll`` and ``brier`` [N] or [0].
+    ``order`` [N], which row stands where; ``error`` [N]; ``ends`` [M], one past each tie group; ``unit`` uint32 [N],
+    which unit a row is drawn with, or [0]: row i is unit i; ``kind`` uint8 [N] or [0], 1 for a positive row and 3 for a
+    missed one; ``n_exit`` rows exit, None without a threshold; ``nll`` and ``brier`` [N] or [0].
     """
 
     def __init__(self, columns: Columns, unit: NDArray[np.uint32] | None) -> None:
@@ -200,6 +200,7 @@ class Ranked:
         # Rows that are tied in all that was sorted by are told apart by the rest, so that row order never matters.
         minor = [values for values in (kind, nll, brier, unit) if values is not None and values.size]
         place = _settle(place, columns.confidence, columns.error, minor)
+        self.order = place
         self.ends = ends
         self.error: NDArray[Any] = columns.error[place]
         self.kind: NDArray[np.uint8] = kind[place] if kind.size else kind
@@ -322,6 +323,24 @@ def _settle(
     settled = place.copy()
     settled[inside] = tied[np.lexsort([*(key[tied] for key in minor[::-1]), run])]
     return settled
+
+
+def resample_counts(sizes: Sequence[int], n_replicates: int, *, first: int = 0, seed: int = 0) -> NDArray[np.uint8]:
+    """How often each unit is in each resample [n_replicates, units]; what ``Suite.resample`` draws.
+
+    Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n).
+
+    Args:
+        sizes: units of each stratum, at least 1.
+        n_replicates: at least 1.
+        first: number of the first replicate.
+        seed: 0 to 2**64 - 1.
+    """
+    _check_resampling(n_replicates, seed, 0)
+    counts: NDArray[np.uint8] = _kernels.resample_counts(
+        np.asarray(sizes, dtype=np.uint32), count_tables(sizes), first, n_replicates, seed
+    )
+    return counts
 
 
 def count_tables(sizes: Sequence[int]) -> NDArray[np.uint64]:

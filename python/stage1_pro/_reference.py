@@ -53,7 +53,7 @@ def bootstrap_augrc(
     loss, owner = error[ranked], unit[ranked] if unit.size else None
     replicates = np.empty(n_replicates)
     for replicate in range(n_replicates):
-        counts = resample_counts(n_units, seed, replicate, table[0])
+        counts = _stratum_counts(n_units, seed, replicate, table[0], 0)
         replicates[replicate] = _augrc(counts if owner is None else counts[owner], loss, ends)
     n = loss.size
     influence = augrc_influence(loss, ends)
@@ -101,25 +101,34 @@ def bootstrap_suite(
     replicates = np.empty((n_replicates, len(COLUMNS) + coverages.size + risks.size))
     ends = tie_ends.astype(np.int64)
     for replicate in range(n_replicates):
-        counts = np.concatenate(
-            [
-                resample_counts(int(n), seed, replicate, table, stratum)
-                for stratum, (n, table) in enumerate(zip(sizes, tables, strict=True))
-            ]
-        )
+        counts = resample_counts(sizes, tables, replicate, 1, seed)[0].astype(np.int64)
         counts = counts[unit] if unit.size else counts
         replicates[replicate] = measure(counts, error, ends, kind, n_exit, nll, brier, coverages, risks)
     return replicates
 
 
 def resample_counts(
-    n: int, seed: int, replicate: int, table: NDArray[np.uint64], stratum: int = 0
-) -> NDArray[np.int64]:
-    """How often each of ``n`` units is drawn in one replicate: exactly Multinomial(n, 1/n), int64 [n].
+    sizes: NDArray[np.uint32], tables: NDArray[np.uint64], first: int, n_replicates: int, seed: int
+) -> NDArray[np.uint8]:
+    """How often each unit is in each resample [n_replicates, units], from replicate ``first`` on.
 
-    Poisson counts of a mean a little below one (16 bits a unit; what these leave open is settled by 48 more), then
-    uniform draws for what is missing. Given their sum Poisson counts are multinomial, and so is the result.
+    Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n). Poisson counts of a mean a
+    little below one (16 bits a unit; what these leave open is settled by 48 more), then uniform draws for what is
+    missing. Given their sum Poisson counts are multinomial, and so is the result.
     """
+    counts = [
+        np.concatenate(
+            [
+                _stratum_counts(int(n), seed, replicate, table, stratum)
+                for stratum, (n, table) in enumerate(zip(sizes, tables, strict=True))
+            ]
+        )
+        for replicate in range(first, first + n_replicates)
+    ]
+    return np.stack(counts).astype(np.uint8)
+
+
+def _stratum_counts(n: int, seed: int, replicate: int, table: NDArray[np.uint64], stratum: int) -> NDArray[np.int64]:
     key = _mix(_mix(seed + _GOLDEN) + _GOLDEN * (replicate + 1))
     gamma = _mix(key ^ _GOLDEN) | 1
     base = _mix(key + _GOLDEN * (stratum + 1))
@@ -194,7 +203,7 @@ def _augrc(counts: NDArray[np.int64], loss: NDArray[Any], ends: NDArray[np.int64
     accepted = np.cumsum(counts)[ends - 1]
     errors = np.cumsum(counts * loss)[ends - 1]
     pairs = np.cumsum(np.diff(accepted, prepend=0) * (np.concatenate([errors[:1] * 0, errors[:-1]]) + errors))[-1]
-    total = int(accepted[-1])
+    total = accepted[-1].item()
     return float(pairs) / float(2 * total * total)
 
 
@@ -226,7 +235,7 @@ def measure(
         exits[0] = exited / n
         exits[1] = float(wrong[n_exit - 1]) / exited if exited else nan
         if kind.size:
-            positives, missed = (int(counts[:n_exit][(kind[:n_exit] & bit) > 0].sum()) for bit in (1, 2))
+            positives, missed = (float(counts[:n_exit][(kind[:n_exit] & bit) > 0].sum()) for bit in (1, 2))
             exits[2] = missed / positives if positives else nan
     at_coverage = risk[np.searchsorted(accepted, coverages * n * (1 - _ROUNDING))]
     at_risk = []

@@ -41,12 +41,6 @@ inline constexpr std::uint8_t is_missed = 2;    // positive, and answered otherw
 enum Column : std::size_t { augrc_at, aurc_at, accuracy_at, nll_at, brier_at, coverage_at, exit_error_at, fnr_at };
 inline constexpr std::size_t fixed_columns = 8;
 
-// Units are drawn within each stratum: sizes[s] units of stratum s follow those of the strata before it.
-struct Strata {
-    std::span<const std::uint32_t> sizes;
-    std::span<const CountTable> tables;  // one per stratum
-};
-
 // Owns what Rows looks at.
 template <Loss L>
 struct SortedRows {

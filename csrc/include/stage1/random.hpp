@@ -41,11 +41,17 @@ struct CountTable {
 // Resamples up to this size are drawn one by one: the Poisson mean would not be positive.
 inline constexpr std::size_t smallest_poisson = 17;
 
-// Writes how often each of counts.size() units is among as many uniform draws with replacement: Multinomial(n, 1/n).
+// Units are drawn within each stratum: sizes[s] units of stratum s follow those of the strata before it.
+struct Strata {
+    std::span<const std::uint32_t> sizes;
+    std::span<const CountTable> tables;  // one per stratum
+};
+
+// Writes how often each unit is in a resample that draws, within each stratum of n units, n of them with replacement:
+// Multinomial(n, 1/n).
 //
 // Poisson counts of a mean a little below one, then uniform draws for what is missing; drawn anew when there are too
-// many. Given their sum Poisson counts are multinomial, so the result is, exactly. `stratum` separates the streams of
-// several resamples in one replicate.   counts: [n], 1 <= n < 2^31.
-void draw_counts(const Stream& stream, std::uint64_t stratum, const CountTable& table, std::span<std::uint8_t> counts);
+// many. Given their sum Poisson counts are multinomial, so the result is, exactly.   counts: [units], units < 2^31.
+void draw_counts(const Stream& stream, const Strata& strata, std::span<std::uint8_t> counts);
 
 }  // namespace stage1
