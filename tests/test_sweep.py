@@ -264,6 +264,21 @@ def test_the_search_is_that_of_the_twin(second):
         assert 0 < expected.coverage < 1 or seed
 
 
+@needs_core
+@pytest.mark.parametrize("exit_error", [False, True])
+def test_small_searches_are_those_of_the_twin_too(exit_error):
+    rng = np.random.default_rng(9)
+    for _ in range(1500):
+        groups = rng.integers(0, 4, (int(rng.integers(1, 12)), 2))
+        groups[groups.sum(axis=1) == 0, 0] = 1
+        positives, negatives = np.concatenate([[[0, 0]], groups.cumsum(axis=0)]).T
+        accepted = np.ascontiguousarray(positives + negatives)
+        limits = {name: Fraction(int(rng.integers(0, 5)), 8) for name in ("max_fnr", "max_second")}
+        with _native.use("reference"):
+            expected = _native.search_dual(accepted, positives.copy(), exit_error=exit_error, **limits)
+        assert _native.search_dual(accepted, positives.copy(), exit_error=exit_error, **limits) == expected
+
+
 def test_limits_are_the_decimals_they_are_written_as():
     # 3 of 100 exited positives are missed, and 0.03 is a little less than 3/100 in binary; 1/3 is not 0.3333.
     score = np.concatenate([np.full(97, 0.9), np.full(3, 0.1), np.full(200, 0.1)])

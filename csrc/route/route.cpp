@@ -14,7 +14,8 @@ namespace {
 constexpr std::size_t block = 256;  // rows at a time: their doubles stay in L1, on the stack
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-// exp(x) for x <= 0 within 1e-14 of itself, 0 below -708: 2^k exp(r) with |r| <= ln(2)/2 and Taylor's polynomial.
+// exp(x) for x <= 0 within 1e-14 of itself, and exp(-708), nothing in float32, below that: 2^k exp(r) with |r| <=
+// ln(2)/2 and Taylor's polynomial.
 STAGE1_INLINE double exponential(double x) {
     constexpr double lowest = -708.0;
     constexpr double log2e = 0x1.71547652b82fep+0;
@@ -33,7 +34,7 @@ STAGE1_INLINE double exponential(double x) {
         sum = sum * r + inverse_factorial[power];
     }
     const double scale = std::bit_cast<double>((std::bit_cast<std::uint64_t>(shifted) + 1023) << 52);
-    return x < lowest ? 0.0 : sum * scale;
+    return sum * scale;
 }
 
 STAGE1_CLONES void exponentials(double* values, std::size_t size) {

@@ -486,8 +486,7 @@ def floor_fraction(value: Fraction, limit: int) -> Fraction:
         (p, q), (next_p, next_q) = (next_p, next_q), (p + step * next_p, q + step * next_q)
         numerator, denominator = denominator, rest
     steps = (limit - q) // next_q
-    sides = Fraction(next_p, next_q), Fraction(p + steps * next_p, q + steps * next_q)
-    return max(side for side in sides if side <= value)
+    return min(Fraction(next_p, next_q), Fraction(p + steps * next_p, q + steps * next_q))
 
 
 class Routed(NamedTuple):

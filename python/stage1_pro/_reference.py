@@ -394,7 +394,7 @@ def merge(
 
 
 def _exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """exp(x) for x <= 0, 0 below -708, by the very steps of ``route.cpp``: NumPy's own differs between CPUs."""
+    """exp(x) for x <= 0, exp(-708) below that, by the very steps of ``route.cpp``: NumPy's own differs between CPUs."""
     clamped = np.where(x < -708.0, -708.0, x)
     shifted = clamped * float.fromhex("0x1.71547652b82fep+0") + 6755399441055744.0
     k = shifted - 6755399441055744.0
@@ -403,4 +403,4 @@ def _exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:
     for power in range(10, -1, -1):
         total = total * r + 1.0 / math.factorial(power)
     scale = ((shifted.view(np.uint64) + np.uint64(1023)) << np.uint64(52)).view(np.float64)
-    return np.where(x < -708.0, 0.0, total * scale)
+    return np.asarray(total * scale)
