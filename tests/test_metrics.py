@@ -99,6 +99,45 @@ def test_augrc_invariants(rows, random):
         assert value == pytest.approx((1 - failure) * e * (1 - e) + e**2 / 2, abs=1e-12)
 
 
+def test_augrc_equals_the_pairwise_definition_on_thousands_of_cases():
+    """O(n²) over pairs of rows: ties, weights, losses, and the identity with the AUROC of failure detection."""
+    rng = np.random.default_rng(20)
+    for case in range(4000):
+        n = int(rng.integers(1, 40))
+        confidence = rng.integers(0, rng.integers(1, 30), n) / 7 - 1
+        losses = rng.random(n) if case % 4 == 0 else (rng.random(n) < rng.random()).astype(float)
+        weights = rng.integers(0, 4, n) if case % 2 else rng.random(n)
+        above, tied = confidence[:, None] > confidence[None, :], confidence[:, None] == confidence[None, :]
+        pays = 2 * above.T + tied  # row i pays for the error of row j at or above it
+        plain = (pays * losses).sum() / (2 * n * n)
+        assert augrc(confidence, losses) == pytest.approx(plain, abs=1e-12)
+        moved = rng.permutation(n)
+        assert augrc(confidence[moved], losses[moved]) == augrc(confidence, losses)
+        if weights.sum() > 0:
+            weighted = (weights[:, None] * pays * losses * weights).sum() / (2 * weights.sum() ** 2)
+            assert augrc(confidence, losses, weights=weights) == pytest.approx(weighted, abs=1e-12)
+        if case % 2 and weights.sum() > 0:
+            rows = np.repeat(np.arange(n), weights)
+            assert augrc(confidence[rows], losses[rows]) == pytest.approx(weighted, abs=1e-12)
+        error_rate = losses.mean()
+        if case % 4 and 0 < error_rate < 1:
+            right, wrong = confidence[losses == 0], confidence[losses == 1]
+            failure = (right[:, None] > wrong).mean() + 0.5 * (right[:, None] == wrong).mean()
+            identity = (1 - failure) * error_rate * (1 - error_rate) + error_rate**2 / 2
+            assert augrc(confidence, losses) == pytest.approx(identity, abs=1e-12)
+
+
+def test_weights_are_checked():
+    for weights, message in [
+        ([1.0], r"weights must have shape \[2\], one per row, got \[1\]"),
+        ([1.0, -1.0], "weights must be finite and not negative, got -1 at row 1"),
+        ([np.nan, 1.0], "weights must be finite and not negative, got nan at row 0"),
+        ([0.0, 0.0], "weights must not all be 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            augrc([0.5, 0.6], [0, 1], weights=weights)
+
+
 def test_augrc_is_not_the_area_under_selective_risk():
     rng = np.random.default_rng(0)
     confidence = rng.random(500)

@@ -44,7 +44,9 @@ class OperatingPoint:
     selective_risk: float
 
 
-def augrc(confidence: ArrayLike, error: ArrayLike, *, nan_policy: NanPolicy = "raise") -> float:
+def augrc(
+    confidence: ArrayLike, error: ArrayLike, *, weights: ArrayLike | None = None, nan_policy: NanPolicy = "raise"
+) -> float:
     """Area under the generalized-risk-coverage curve, in [e²/2, e − e²/2] for error rate e; lower is better.
 
     The trapezoid over distinct confidences from (0, 0), in the exact form Σ C_g (2 E_before + E_g) / (2 n²) over tie
@@ -53,17 +55,26 @@ def augrc(confidence: ArrayLike, error: ArrayLike, *, nan_policy: NanPolicy = "r
     Args:
         confidence: [N], higher is surer; infinities are allowed.
         error: [N], 0/1 or a loss in [0, 1].
+        weights: [N], how much each row counts, finite and not negative; None = every row once.
         nan_policy: "raise" names the first NaN row; "propagate" returns NaN.
 
     Raises:
-        InputError: wrong shape, no rows, a NaN, or an error outside [0, 1].
+        InputError: wrong shape, no rows, a NaN, an error outside [0, 1], or weights that are negative or all 0.
 
     >>> augrc([0.9, 0.8, 0.7, 0.6], [0, 1, 0, 1])
     0.1875
     """
     if _propagates(confidence, error, nan_policy):
         return float("nan")
-    return _native.augrc(confidence, error)
+    if weights is None:
+        return _native.augrc(confidence, error)
+    _, losses = _native.rows(confidence, error)
+    shares = _weights(weights, losses.size)
+    order, ends = _native.order(confidence, error)
+    rows = np.cumsum(shares[order])[ends.astype(np.int64) - 1]
+    errors = np.cumsum((shares * losses)[order])[ends.astype(np.int64) - 1]
+    before = np.concatenate([[0.0], errors[:-1]])
+    return float((np.diff(rows, prepend=0) * (before + errors)).sum() / (2 * rows[-1] ** 2))
 
 
 def aurc(confidence: ArrayLike, error: ArrayLike, *, nan_policy: NanPolicy = "raise") -> float:
@@ -139,13 +150,23 @@ def _cumulate(
     confidence: ArrayLike, error: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[Any], int]:
     """Distinct confidences from the highest down, rows accepted and errors accepted at each, and the row count."""
-    scores, losses = _native.rows(confidence, error)
-    # Errors are a sort key too, so that float losses sum in one order whatever the order of the rows.
-    order = np.lexsort((losses, -scores))
-    ranked = scores[order]
-    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), ranked.size - 1)
-    wrong = np.cumsum(losses[order], dtype=np.float64 if losses.dtype == np.float64 else np.int64)[ends]
-    return ranked[ends].astype(np.float64), ends + 1, wrong, scores.size
+    threshold, accepted, errors, *_ = _native.sweep(*_native.rows(confidence, error), None, None)
+    return threshold, accepted, errors, int(accepted[-1])
+
+
+def _weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (n,):
+        raise InputError(f"weights must have shape [{n}], one per row, got {list(values.shape)}; give each row its own")
+    wrong = ~np.isfinite(values) | (values < 0)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(
+            f"weights must be finite and not negative, got {values[row]:g} at row {row}; 0 leaves a row out"
+        )
+    if not values.any():
+        raise InputError("weights must not all be 0, got no weight at all; a metric of no rows is undefined")
+    return values
 
 
 def _point(
