@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 TAILS = (0.025, 0.975)
 WARM_ROWS = 96
+BATCH_ROWS = 300_000
 
 Answer = tuple[float, float, float]
 Run = Callable[[int, int], Answer]
@@ -175,37 +176,34 @@ def _numba(variant: str) -> Callable[[Data, int], Run]:
 
 
 def _numpy_presort(data: Data, workers: int) -> Run:
-    """Sort once; per replicate integers, bincount, a cumulative sum: what a good NumPy user writes."""
+    """Sort once; per replicate integers, bincount, a cumulative sum, and sums over the wrong rows alone."""
 
     def run(replicates: int, seed: int) -> Answer:
-        bits = data.confidence.view(np.uint32)
-        keys = (~bits).astype(np.uint64) << np.uint64(32) | data.error.astype(np.uint64)
+        keys = _packed(data)
         keys.sort()
-        wrong = (keys & np.uint64(1)).astype(np.int64)
         score = keys >> np.uint64(32)
-        ends = np.append(np.flatnonzero(score[1:] != score[:-1]), score.size - 1)
-        n = wrong.size
-        tied = ends.size < n
-        streams = np.random.SeedSequence(seed).spawn(replicates)
+        wrong = np.flatnonzero(keys & np.uint64(1))
+        before = np.searchsorted(score, score[wrong], side="left")
+        through = np.searchsorted(score, score[wrong], side="right")
+        n = keys.size
 
         def augrc(counts: NDArray[np.int64]) -> float:
-            errors = np.cumsum(counts * wrong)
-            if tied:
-                errors = errors[ends]
-                counts = np.diff(np.cumsum(counts)[ends], prepend=0)
-            twice = errors.copy()
-            twice[1:] += errors[:-1]
-            return int(counts @ twice) / (2 * n * n)
+            # 2 n^2 AUGRC pairs a wrong row with every row ranked lower, twice, and with its own tie once.
+            rows = np.zeros(n + 1, np.int64)
+            np.cumsum(counts, out=rows[1:])
+            return int(counts[wrong] @ (2 * n - rows[before] - rows[through])) / (2 * n * n)
 
-        def replicate(stream: np.random.SeedSequence) -> float:
+        def draw(stream: np.random.SeedSequence, times: int) -> list[float]:
             rng = np.random.Generator(np.random.SFC64(stream))
-            return augrc(np.bincount(rng.integers(0, n, n), minlength=n))
+            return [augrc(np.bincount(rng.integers(0, n, n), minlength=n)) for _ in range(times)]
 
+        streams = np.random.SeedSequence(seed).spawn(workers)
+        shares = [len(part) for part in np.array_split(np.arange(replicates), workers)]
         if workers == 1:
-            drawn = [replicate(stream) for stream in streams]
+            drawn = draw(streams[0], replicates)
         else:
             with ThreadPoolExecutor(workers) as pool:
-                drawn = list(pool.map(replicate, streams))
+                drawn = [value for part in pool.map(draw, streams, shares) for value in part]
         return _percentile(augrc(np.ones(n, np.int64)), np.array(drawn))
 
     return run
@@ -220,19 +218,19 @@ def numpy_presort_threads(data: Data, threads: int) -> Run:
 
 
 def _packed_augrc(keys: NDArray[np.uint64], axis: int = -1) -> NDArray[np.float64]:
-    """AUGRC of packed rows along the last axis: 31 bits of confidence, descending, and the error bit."""
+    """AUGRC of packed rows along the last axis, [...]: sorted anew, since a resample comes in no order."""
     assert axis in (-1, keys.ndim - 1)
     keys = np.sort(keys, axis=-1)
     n = keys.shape[-1]
-    wrong = keys & np.uint64(1)
-    last = np.ones(keys.shape, bool)
-    np.not_equal(keys[..., 1:] >> np.uint64(32), keys[..., :-1] >> np.uint64(32), out=last[..., :-1])
-    # Points of the curve lie at the ends of ties; between them both coordinates stay at the end before.
-    errors = np.maximum.accumulate(np.where(last, np.cumsum(wrong, axis=-1, dtype=np.int64), 0), axis=-1)
-    rows = np.maximum.accumulate(np.where(last, np.arange(1, n + 1), 0), axis=-1)
-    pairs = rows[..., 0] * errors[..., 0]
-    pairs = pairs + ((rows[..., 1:] - rows[..., :-1]) * (errors[..., 1:] + errors[..., :-1])).sum(axis=-1)
-    return pairs / (2.0 * n * n)
+    wrong = (keys & np.uint64(1)).astype(np.float64)
+    # Each wrong row pairs with itself once and with every row behind it twice; whole numbers below 2^53 are exact.
+    pairs = np.atleast_1d(wrong @ np.arange(2.0 * n - 1, 0, -2))
+    # Keys that differ in the error bit alone: a tie of right and wrong rows, right ones first, whose pairs are missed.
+    for place in np.argwhere(np.atleast_2d(keys[..., 1:] ^ keys[..., :-1]) == 1):
+        row, meet = np.atleast_2d(keys)[place[0]], place[1] + 1
+        right = meet - np.searchsorted(row, row[meet - 1], side="left")
+        pairs[place[0]] += right * (np.searchsorted(row, row[meet], side="right") - meet)
+    return (pairs if keys.ndim > 1 else pairs[0]) / (2.0 * n * n)
 
 
 def _packed(data: Data) -> NDArray[np.uint64]:
@@ -245,8 +243,8 @@ def _scipy(method: str) -> Callable[[Data, int], Run]:
 
         def run(replicates: int, seed: int) -> Answer:
             keys = _packed(data)
-            # Whole batches are held several times over: more than 10 million rows at a time took gigabytes.
-            batch = max(1, min(replicates, 10_000_000 // keys.size))
+            # A whole batch is held several times over: one of all replicates takes gigabytes, and longer.
+            batch = max(1, min(replicates, BATCH_ROWS // keys.size))
             result = bootstrap(
                 (keys,), _packed_augrc, vectorized=True, axis=-1, n_resamples=replicates, batch=batch, method=method,
                 rng=np.random.default_rng(seed),
