@@ -28,6 +28,7 @@ Variant = Literal["plain", "blocked", "poisson"]
 LANES = 32  # segments of the interleaved layout: eight 4-lane or two 16-lane vectors of uint32
 BLOCK = 512  # 64-bit random words hashed at a time: 4 KiB stay in L1
 TABLE_BITS = 12
+CHUNK = 8  # replicates
 AMBIGUOUS = np.uint8(255)
 
 _U = np.uint64
@@ -77,15 +78,17 @@ def bootstrap_augrc(
     assert n < 1 << 23, "the interleaved pass multiplies in 32 bits"
     numba.set_num_threads(threads)
     sums = np.empty(n_replicates, np.uint64)
-    if variant == "plain":
-        scratch = np.empty((threads, n), np.uint32)
-        _plain(rows.mixed, _mask(rows.error, np.uint32), _U(seed), scratch, sums)
-    else:
-        scratch = np.empty((threads, n), np.uint8)
-        words = np.empty((threads, BLOCK), np.uint64)
-        mask = _interleave(_mask(rows.error, np.uint8))
-        edges = _poisson_edges(n) if variant == "poisson" else np.empty(0, np.uint64)
-        _interleaved(rows.mixed, mask, _U(seed), edges, _poisson_table(edges), scratch, words, sums)
+    # Chunks are handed out as threads come free, so one that is held up elsewhere does not hold up the whole.
+    with numba.parallel_chunksize(CHUNK):
+        if variant == "plain":
+            scratch = np.empty((threads, n), np.uint32)
+            _plain(rows.mixed, _mask(rows.error, np.uint32), _U(seed), scratch, sums)
+        else:
+            scratch = np.empty((threads, n), np.uint8)
+            words = np.empty((threads, BLOCK), np.uint64)
+            mask = _interleave(_mask(rows.error, np.uint8))
+            edges = _poisson_edges(n) if variant == "poisson" else np.empty(0, np.uint64)
+            _interleaved(rows.mixed, mask, _U(seed), edges, _poisson_table(edges), scratch, words, sums)
     return sums / (2.0 * n * n)
 
 
