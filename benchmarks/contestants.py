@@ -356,6 +356,7 @@ CONTESTANTS: dict[str, Callable[[Data, int], Run]] = {
     "numba poisson": _numba("poisson"),
     "NumPy presort": numpy_presort,
     "NumPy presort, 2 threads": numpy_presort_threads,
+    "NumPy presort, kept heap": numpy_presort,
     "scipy percentile": _scipy("percentile"),
     "scipy BCa": _scipy("BCa"),
     "torch-uncertainty loop": torch_uncertainty,
