@@ -286,13 +286,14 @@ def plot(results: list[Result], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     colours = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-    markers = "osD^vPX*<>hpd8H1234"
+    markers = [*"osD^vPX*<>hpd8H", (4, 1, 0), (3, 1, 0)]
     figure, axes = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
     for number, name in enumerate(CONTESTANTS):
         mine = [one for one in results if one.name == name and one.rounds and (name != BASELINE or one.venv == "main")]
         mine.sort(key=lambda one: one.n)
         if not mine:
             continue
+        marker = markers[number % len(markers)]
         colour, thick = colours[number % len(colours)], 2.5 if name == OURS else 1.2
         seconds = [one.median("scaled") for one in mine]
         axes.plot(
@@ -301,7 +302,7 @@ def plot(results: list[Result], path: Path) -> None:
         for one, value in zip(mine, seconds, strict=True):
             whole = one.replicates == REPLICATES
             axes.plot(
-                one.n, value, markers[number % len(markers)], color=colour, markerfacecolor=colour if whole else "white",
+                one.n, value, marker=marker, linestyle="", color=colour, markerfacecolor=colour if whole else "white",
                 label=name if one is mine[0] else None,
             )  # fmt: skip
     axes.set(
