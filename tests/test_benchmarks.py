@@ -1,0 +1,98 @@
+"""What the benchmark compares us with computes AUGRC and the right law, or the comparison is worth nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from stage1_pro import metrics
+
+VARIANTS = ["plain", "blocked", "poisson"]
+
+
+@pytest.fixture
+def room(repository, monkeypatch):
+    """Import a script of benchmarks/ by name; skip where a peer of it is not installed."""
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+
+    def load(name):
+        if name == "numba_presort":
+            pytest.importorskip("numba", reason="numba is not installed; pip install -c constraints.txt '.[bench]'")
+        return importlib.import_module(name)
+
+    return load
+
+
+def draw_rows(n, levels, rate=0.3):
+    rng = np.random.default_rng(n + levels)
+    return (rng.integers(0, levels, n) / levels).astype(np.float32), rng.random(n) < rate
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 1000, 4099])
+@pytest.mark.parametrize("levels", [1, 5, 2**24])
+def test_numba_value_is_ours_exactly(room, n, levels):
+    presort = room("numba_presort")
+    confidence, error = draw_rows(n, levels)
+    rows = presort.presort(confidence - np.float32(0.5), error)
+    assert presort.augrc(rows) == metrics.augrc(confidence - np.float32(0.5), error)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("n", [1, 16, 17, 33, 1000])
+def test_numba_replicate_is_augrc_of_the_rows_it_drew(room, variant, n):
+    presort = room("numba_presort")
+    confidence, error = draw_rows(n, 7)
+    counts = presort.resample_counts(n, seed=3, variant=variant)
+    assert counts.sum() == n
+    if variant != "plain":  # counts lie as the interleaved rows do
+        length = n // presort.LANES
+        row = np.arange(n)
+        inside = row < length * presort.LANES
+        counts = counts[np.where(inside, row % max(length, 1) * presort.LANES + row // max(length, 1), row)]
+    order = np.lexsort((error, -confidence))
+    resample = np.repeat(order, counts)
+    (replicate,) = presort.bootstrap_augrc(presort.presort(confidence, error), 1, seed=3, variant=variant)
+    assert replicate == metrics.augrc(confidence[resample], error[resample])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("n", "replicates"), [(20, 40_000), (1000, 4_000)])
+def test_numba_replicates_spread_as_ours(room, variant, n, replicates):
+    """At n = 20 the tolerance would catch plain Poisson(1) counts: their standard deviation is 3.5% larger."""
+    presort = room("numba_presort")
+    confidence, error = draw_rows(n, 50)
+    ours = metrics.bootstrap_augrc(confidence, error, n_replicates=replicates).replicates
+    theirs = presort.bootstrap_augrc(presort.presort(confidence, error), replicates, seed=1, variant=variant)
+    # Five standard errors of the difference of two means, and of two standard deviations (kurtosis near a normal's).
+    assert abs(ours.mean() - theirs.mean()) < 5 * ours.std() * (2 / replicates) ** 0.5
+    assert abs(theirs.std() / ours.std() - 1) < 5 * replicates**-0.5
+
+
+@pytest.mark.parametrize("name", ["NumPy presort", "NumPy presort, 2 threads", "scipy percentile"])
+def test_numpy_peers_compute_augrc_with_its_interval(room, name):
+    contestants = room("contestants")
+    confidence, error = draw_rows(400, 50)
+    data = contestants.Data(confidence + np.float32(0.5), error)
+    value, low, high = contestants.CONTESTANTS[name](data, 2)(4000, 0)
+    ours = metrics.bootstrap_augrc(data.confidence, data.error, n_replicates=4000)
+    assert value == pytest.approx(ours.value, abs=1e-15)
+    ends = np.quantile(ours.replicates, (0.025, 0.975))
+    # An end of 4,000 replicates wanders by about .04 standard deviations.
+    assert np.abs(np.array([low, high]) - ends).max() < 0.2 * ours.std
+
+
+def test_peers_say_why_they_are_not_run(room):
+    contestants = room("contestants")
+    data = contestants.make_data(96, 0.1, seed=0)
+    if importlib.util.find_spec("torch_uncertainty") is None:
+        with pytest.raises(contestants.UnavailableError, match="torch-uncertainty is not installed"):
+            contestants.CONTESTANTS["torch-uncertainty loop"](data, 1)
+
+
+def test_benchmark_rows_have_the_error_rate_asked_for(room):
+    data = room("contestants").make_data(100_000, 0.1, seed=0)
+    assert data.error.mean() == pytest.approx(0.1, abs=0.005)
+    assert (data.probabilities().argmax(axis=1) == 1).all()
+    assert ((data.probabilities().argmax(axis=1) != data.labels()) == data.error).all()
