@@ -9,6 +9,7 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "arrays.hpp"
 
@@ -88,13 +89,13 @@ std::tuple<Array<double>, double, double, double> bootstrap_augrc(
     return {replicates, value, moments.second, moments.third};
 }
 
+// The rows and what is measured on them, checked.
 template <class L>
-Array<double> bootstrap_suite(const Array<L>& error, const Array<std::uint32_t>& tie_ends,
-                              const Array<std::uint32_t>& unit, const Array<std::uint32_t>& sizes,
-                              const Array<std::uint64_t>& tables, const Array<std::uint8_t>& kind,
-                              std::optional<std::size_t> n_exit, const Array<double>& nll, const Array<double>& brier,
-                              const Array<double>& coverages, const Array<double>& risks, std::size_t n_replicates,
-                              std::uint64_t seed, unsigned threads) {
+std::pair<Rows<L>, Suite> suite_of(const Array<L>& error, const Array<std::uint32_t>& tie_ends,
+                                   const Array<std::uint32_t>& unit, const Array<std::uint8_t>& kind,
+                                   std::optional<std::size_t> n_exit, const Array<double>& nll,
+                                   const Array<double>& brier, const Array<double>& coverages,
+                                   const Array<double>& risks) {
     const Rows<L> rows{view(error), view(tie_ends), view(unit)};
     const std::size_t n = rows.loss.size();
     std::uint32_t end = 0;
@@ -103,11 +104,6 @@ Array<double> bootstrap_suite(const Array<L>& error, const Array<std::uint32_t>&
         end = next;
     }
     require(n != 0 && end == n, "tie_ends must end with the rows");
-    const std::size_t units = std::accumulate(sizes.data(), sizes.data() + sizes.size(), std::size_t{0});
-    const auto strata = strata_of(view(sizes), tables, units);
-    require(rows.unit.empty() ? units == n : rows.unit.size() == n, "unit must have one entry per row");
-    require(std::all_of(rows.unit.begin(), rows.unit.end(), [=](std::uint32_t owner) { return owner < units; }),
-            "unit must be below the number of units");
     Suite suite;
     suite.coverages = view(coverages);
     suite.risks = view(risks);
@@ -118,8 +114,39 @@ Array<double> bootstrap_suite(const Array<L>& error, const Array<std::uint32_t>&
     suite.exits = n_exit.has_value();
     suite.n_exit = n_exit.value_or(0);
     const auto fits = [=](std::size_t size) { return size == 0 || size == n; };
-    require(fits(suite.nll.size()) && fits(suite.brier.size()) && fits(suite.kind.size()) && suite.n_exit <= n,
+    require(fits(suite.nll.size()) && fits(suite.brier.size()) && fits(suite.kind.size()) && fits(rows.unit.size()) &&
+                suite.n_exit <= n,
             "columns must have one value per row");
+    return {rows, suite};
+}
+
+template <class L>
+Array<double> measure_suite(const Array<L>& error, const Array<std::uint32_t>& tie_ends,
+                            const Array<std::uint8_t>& kind, std::optional<std::size_t> n_exit,
+                            const Array<double>& nll, const Array<double>& brier, const Array<double>& coverages,
+                            const Array<double>& risks) {
+    const Array<std::uint32_t> no_unit(0);
+    const auto [rows, suite] = suite_of(error, tie_ends, no_unit, kind, n_exit, nll, brier, coverages, risks);
+    auto values = make_array<double>(fixed_columns + suite.coverages.size() + suite.risks.size());
+    const auto out = fill(values);
+    const py::gil_scoped_release release;
+    measure(rows, suite, out);
+    return values;
+}
+
+template <class L>
+Array<double> bootstrap_suite(const Array<L>& error, const Array<std::uint32_t>& tie_ends,
+                              const Array<std::uint32_t>& unit, const Array<std::uint32_t>& sizes,
+                              const Array<std::uint64_t>& tables, const Array<std::uint8_t>& kind,
+                              std::optional<std::size_t> n_exit, const Array<double>& nll, const Array<double>& brier,
+                              const Array<double>& coverages, const Array<double>& risks, std::size_t n_replicates,
+                              std::uint64_t seed, unsigned threads) {
+    const auto [rows, suite] = suite_of(error, tie_ends, unit, kind, n_exit, nll, brier, coverages, risks);
+    const std::size_t units = std::accumulate(sizes.data(), sizes.data() + sizes.size(), std::size_t{0});
+    const auto strata = strata_of(view(sizes), tables, units);
+    require(!rows.unit.empty() || units == rows.loss.size(), "without unit every row is one");
+    require(std::all_of(rows.unit.begin(), rows.unit.end(), [=](std::uint32_t owner) { return owner < units; }),
+            "unit must be below the number of units");
     require(threads != 0, "threads must be at least 1");
     const std::size_t width = fixed_columns + suite.coverages.size() + suite.risks.size();
     Array<double> replicates({static_cast<py::ssize_t>(n_replicates), static_cast<py::ssize_t>(width)});
@@ -151,6 +178,10 @@ Array<std::uint8_t> resample_counts(const Array<std::uint32_t>& sizes, const Arr
 
 template <class L>
 void bind_suite(py::module_& module) {
+    module.def("measure_suite", &measure_suite<L>, py::arg("error").noconvert(), py::arg("tie_ends").noconvert(),
+               py::arg("kind").noconvert(), py::arg("n_exit"), py::arg("nll").noconvert(), py::arg("brier").noconvert(),
+               py::arg("coverages").noconvert(), py::arg("risks").noconvert(),
+               "Every metric of sorted rows [8 + coverages + risks]");
     module.def("bootstrap_suite", &bootstrap_suite<L>, py::arg("error").noconvert(), py::arg("tie_ends").noconvert(),
                py::arg("unit").noconvert(), py::arg("sizes").noconvert(), py::arg("tables").noconvert(),
                py::arg("kind").noconvert(), py::arg("n_exit"), py::arg("nll").noconvert(), py::arg("brier").noconvert(),

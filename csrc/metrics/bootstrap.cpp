@@ -210,35 +210,40 @@ STAGE1_INLINE void scan_block(const std::uint8_t* counts, const std::uint8_t* wr
         inside += std::uint32_t{counts[row]} * weights[row];
     }
     // The same among the words of a quarter of a stretch, four 16-bit sums a word.
-    std::array<std::uint64_t, words / 4> quad, quad_rows, shifted;
-    std::array<std::uint16_t, words / 4> quad_errors, quad_total;
-    std::memcpy(quad.data(), errors_in.data(), sizeof(quad));
+    std::array<std::uint64_t, words / 4> quad_errors, quad_rows, shifted, shifted_rows;
+    std::array<std::uint16_t, words / 4> errors_of, rows_of;
+    std::memcpy(quad_errors.data(), errors_in.data(), sizeof(quad_errors));
     std::memcpy(quad_rows.data(), in_word.data(), sizeof(quad_rows));
-    for (std::size_t q = 0; q < quad.size(); ++q) {
-        const std::uint64_t through = quad[q] * ones16;
-        quad_errors[q] = static_cast<std::uint16_t>(through >> 48);
-        quad_total[q] = static_cast<std::uint16_t>((quad_rows[q] * ones16) >> 48);
-        shifted[q] = through << 16;
+    for (std::size_t q = 0; q < words / 4; ++q) {
+        const std::uint64_t errors_through = quad_errors[q] * ones16;
+        const std::uint64_t rows_through = quad_rows[q] * ones16;
+        errors_of[q] = static_cast<std::uint16_t>(errors_through >> 48);
+        rows_of[q] = static_cast<std::uint16_t>(rows_through >> 48);
+        shifted[q] = errors_through << 16;
+        shifted_rows[q] = rows_through << 16;
     }
-    std::array<std::uint16_t, words> errors_earlier;
+    std::array<std::uint16_t, words> errors_earlier, rows_earlier;
     std::memcpy(errors_earlier.data(), shifted.data(), sizeof(errors_earlier));
     std::uint32_t across = 0;
     for (std::size_t w = 0; w < words; ++w) {
         across += std::uint32_t{in_word[w]} * errors_earlier[w];
     }
+    if constexpr (keep) {
+        std::memcpy(rows_earlier.data(), shifted_rows.data(), sizeof(rows_earlier));
+        std::copy(rows_earlier.begin(), rows_earlier.end(), rows_before);
+        std::copy(errors_earlier.begin(), errors_earlier.end(), errors_before);
+    }
     std::uint64_t far = 0;
-    for (std::size_t q = 0; q < quad.size(); ++q) {
+    for (std::size_t q = 0; q < words / 4; ++q) {
         if constexpr (keep) {
-            std::uint32_t rows = static_cast<std::uint32_t>(totals.rows);
             for (std::size_t w = 4 * q; w < 4 * q + 4; ++w) {
-                rows_before[w] = rows;
-                errors_before[w] = static_cast<std::uint32_t>(totals.errors) + errors_earlier[w];
-                rows += in_word[w];
+                rows_before[w] += static_cast<std::uint32_t>(totals.rows);
+                errors_before[w] += static_cast<std::uint32_t>(totals.errors);
             }
         }
-        far += quad_total[q] * totals.errors;
-        totals.errors += quad_errors[q];
-        totals.rows += quad_total[q];
+        far += rows_of[q] * totals.errors;
+        totals.errors += errors_of[q];
+        totals.rows += rows_of[q];
     }
     totals.pairs += inside + 2 * (across + far);
     totals.seen |= seen;
@@ -325,25 +330,33 @@ STAGE1_CLONES double risk_area(const std::uint8_t* counts, const std::uint8_t* w
 // Resamples whose weighted sums are taken together, so that the values are read once for all of them.
 constexpr std::size_t batch = 4;
 
-// For each resample of a batch the sum of counts times values, both padded with zeros to whole blocks.
-STAGE1_CLONES void weighted_sums(const std::array<const std::uint8_t*, batch>& counts, const double* values,
-                                 std::size_t blocks, std::array<double, batch>& totals) {
-    std::array<Doubles, batch> lanes{};
+using Sums = std::array<double, batch>;
+
+// For each resample of a batch the sums of counts times two values, all padded with zeros to whole blocks.
+STAGE1_CLONES void weighted_sums(const std::array<const std::uint8_t*, batch>& counts, const double* first,
+                                 const double* second, std::size_t blocks, Sums& first_sums, Sums& second_sums) {
+    std::array<Doubles, batch> of_first{}, of_second{};
     for (std::size_t b = 0; b < blocks; ++b) {
         for (std::size_t r = 0; r < batch; ++r) {
             std::array<std::int32_t, block> times;
             std::copy(counts[r] + b * block, counts[r] + (b + 1) * block, times.begin());
-            Doubles sum = lanes[r];
+            Doubles sum = of_first[r];
+            Doubles other = of_second[r];
             for (std::size_t row = 0; row < block; row += 8) {
-                Doubles eight;
-                std::memcpy(&eight, values + b * block + row, sizeof(eight));
-                sum += doubles(ints(&times[row])) * eight;
+                const Doubles weight = doubles(ints(&times[row]));
+                Doubles values, others;
+                std::memcpy(&values, first + b * block + row, sizeof(values));
+                std::memcpy(&others, second + b * block + row, sizeof(others));
+                sum += weight * values;
+                other += weight * others;
             }
-            lanes[r] = sum;
+            of_first[r] = sum;
+            of_second[r] = other;
         }
     }
     for (std::size_t r = 0; r < batch; ++r) {
-        totals[r] = add_up(lanes[r]);
+        first_sums[r] = add_up(of_first[r]);
+        second_sums[r] = add_up(of_second[r]);
     }
 }
 
@@ -391,7 +404,7 @@ class PackedRows {
                 missed_.push_back(as_mask(suite.kind[row] & is_missed));
             }
         }
-        const auto pad = [&](std::span<const double> values, std::vector<double>& padded) {
+        const auto pad = [&](std::span<const double> values, Aligned<double>& padded) {
             padded.assign(values.begin(), values.end());
             padded.resize(values.empty() ? 0 : blocks_ * block);
         };
@@ -407,15 +420,17 @@ class PackedRows {
 
     // NLL and Brier of a batch of resamples; the row counts of each, and where their suites are.
     void means(const std::array<const std::uint8_t*, batch>& counts, std::span<double> out, std::size_t width) const {
-        for (const auto& [values, column] : {std::pair{&nll_, nll_at}, std::pair{&brier_, brier_at}}) {
-            if (values->empty()) {
-                continue;
+        const auto& first = nll_.empty() ? brier_ : nll_;
+        const auto& second = brier_.empty() ? nll_ : brier_;
+        Sums first_sums, second_sums;
+        weighted_sums(counts, first.data(), second.data(), blocks_, first_sums, second_sums);
+        for (std::size_t r = 0; r * width < out.size(); ++r) {
+            const std::uint64_t rows = rows_.unit.empty() ? rows_.loss.size() : row_count(counts[r], padded());
+            if (!nll_.empty()) {
+                out[r * width + nll_at] = first_sums[r] / static_cast<double>(rows);
             }
-            std::array<double, batch> totals;
-            weighted_sums(counts, values->data(), blocks_, totals);
-            for (std::size_t r = 0; r * width < out.size(); ++r) {
-                const std::uint64_t rows = rows_.unit.empty() ? rows_.loss.size() : row_count(counts[r], padded());
-                out[r * width + column] = totals[r] / static_cast<double>(rows);
+            if (!brier_.empty()) {
+                out[r * width + brier_at] = second_sums[r] / static_cast<double>(rows);
             }
         }
     }
@@ -425,7 +440,7 @@ class PackedRows {
     std::size_t word_count() const { return blocks_ * words; }
 
     struct Scratch {
-        std::vector<std::uint32_t> rows_before, errors_before;
+        Aligned<std::uint32_t> rows_before, errors_before;
     };
 
     // The suite on one resample, NLL and Brier apart; false when its counts are too large and the general pass must do
@@ -564,6 +579,14 @@ class PackedRows {
 
     // What a tie group adds to the area beyond its rows taken one by one.
     static double tie_correction(const Pass& pass, const Group& group) {
+        // One row that was drawn stands for the group as well as for itself.
+        std::size_t drawn = 0;
+        for (std::size_t row = group.begin; row < group.end; ++row) {
+            drawn += pass.counts[row] != 0 ? 1 : 0;
+        }
+        if (drawn < 2) {
+            return 0;
+        }
         auto [accepted, errors] = pass.through(group.begin);
         const double risk_before = accepted != 0 ? static_cast<double>(errors) / static_cast<double>(accepted) : 0.0;
         const std::uint32_t accepted_before = accepted;
@@ -630,8 +653,8 @@ class PackedRows {
     Rows<std::uint8_t> rows_;
     Suite suite_;
     std::size_t blocks_;
-    std::vector<std::uint8_t> wrong_, positive_, missed_;
-    std::vector<double> nll_, brier_;
+    Aligned<std::uint8_t> wrong_, positive_, missed_;
+    Aligned<double> nll_, brier_;
     std::vector<Group> tied_, mixed_;
     std::vector<std::size_t> by_risk_;
 };
@@ -699,6 +722,11 @@ double augrc(const Rows<L>& rows) {
 }
 
 template <Loss L>
+void measure(const Rows<L>& rows, const Suite& suite, std::span<double> out) {
+    measure(rows, suite, [](std::size_t) { return std::uint64_t{1}; }, out);
+}
+
+template <Loss L>
 Moments augrc_influence(const Rows<L>& rows, std::size_t n_units) {
     const double n = static_cast<double>(rows.loss.size());
     const double value = augrc(rows);
@@ -752,8 +780,8 @@ bool bootstrap(const Rows<L>& rows, const Suite& suite, const Strata& strata, st
 
     const auto make_work = [&]() -> std::function<void(std::size_t)> {
         struct Buffers {
-            std::vector<std::uint8_t> drawn;
-            std::array<std::vector<std::uint8_t>, batch> counts;
+            Aligned<std::uint8_t> drawn;
+            std::array<Aligned<std::uint8_t>, batch> counts;
             PackedRows::Scratch scratch;
         };
         const auto own = std::make_shared<Buffers>();
@@ -794,6 +822,7 @@ bool bootstrap(const Rows<L>& rows, const Suite& suite, const Strata& strata, st
     template SortedRows<L> sort_rows(std::span<const float>, std::span<const L>, std::span<const std::uint32_t>);  \
     template SortedRows<L> sort_rows(std::span<const double>, std::span<const L>, std::span<const std::uint32_t>); \
     template double augrc(const Rows<L>&);                                                                         \
+    template void measure(const Rows<L>&, const Suite&, std::span<double>);                                        \
     template Moments augrc_influence(const Rows<L>&, std::size_t);                                                 \
     template bool bootstrap(const Rows<L>&, const Suite&, const Strata&, std::uint64_t, unsigned, std::size_t,     \
                             std::span<double>, const std::function<bool()>&);

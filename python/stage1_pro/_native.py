@@ -258,14 +258,10 @@ class Suite:
 
     def values(self) -> list[NDArray[np.float64]]:
         """The metrics of the rows themselves, [8 + coverages + risks] for each model; columns: ``SUITE``, targets."""
-        found = []
-        for one in self.models:
-            counts = np.ones(one.error.size, dtype=np.int64)
-            ends = one.ends.astype(np.int64)
-            found.append(
-                _reference.measure(counts, one.error, ends, one.kind, one.n_exit, one.nll, one.brier, *self._targets)
-            )
-        return found
+        return [
+            _kernels.measure_suite(one.error, one.ends, one.kind, one.n_exit, one.nll, one.brier, *self._targets)
+            for one in self.models
+        ]
 
     def resample(self, n_replicates: int, *, seed: int = 0, threads: int = 0) -> list[NDArray[np.float64]]:
         """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model.

@@ -107,6 +107,21 @@ def bootstrap_suite(
     return replicates
 
 
+def measure_suite(
+    error: Error,
+    tie_ends: NDArray[np.uint32],
+    kind: NDArray[np.uint8],
+    n_exit: int | None,
+    nll: NDArray[np.float64],
+    brier: NDArray[np.float64],
+    coverages: NDArray[np.float64],
+    risks: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Every metric of sorted rows, [8 + coverages + risks]; arguments as in ``bootstrap_suite``."""
+    counts = np.ones(error.size, dtype=np.int64)
+    return measure(counts, error, tie_ends.astype(np.int64), kind, n_exit, nll, brier, coverages, risks)
+
+
 def resample_counts(
     sizes: NDArray[np.uint32], tables: NDArray[np.uint64], first: int, n_replicates: int, seed: int
 ) -> NDArray[np.uint8]:
@@ -242,7 +257,8 @@ def measure(
     for limit in risks:
         met = np.flatnonzero(errors <= limit * accepted * (1 + _ROUNDING))
         at_risk.append(accepted[met[-1]] / n if met.size else 0.0)
-    means = [float(counts @ values) / n if values.size else nan for values in (nll, brier)]
+    # Not a dot product: the BLAS behind it would leave threads spinning beside the kernel that runs next.
+    means = [float((counts * values).sum()) / n if values.size else nan for values in (nll, brier)]
     fixed = [_augrc(counts, loss, ends), aurc, (n - float(wrong[-1])) / n, *means, *exits]
     return np.array([*fixed, *at_coverage, *at_risk])
 

@@ -60,6 +60,10 @@ SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss, 
 template <Loss L>
 double augrc(const Rows<L>& rows);
 
+// The suite on the rows themselves: out is [fixed_columns and the targets], or [1] for AUGRC alone.
+template <Loss L>
+void measure(const Rows<L>& rows, const Suite& suite, std::span<double> out);
+
 // Sums over the units of squares and cubes of their influence on AUGRC: its derivative along their rows' weights. The
 // root of the first is AUGRC's standard error; both make the acceleration of BCa.
 struct Moments {

@@ -23,7 +23,7 @@ from scipy.special import betaincinv, expit, logit, ndtr, ndtri
 
 from stage1_pro import _native
 from stage1_pro.errors import InputError, nearest
-from stage1_pro.metrics.probabilistic import brier_rows, check_probabilities, nll_rows
+from stage1_pro.metrics.probabilistic import brier_rows, check_probabilities, largest, nll_rows
 
 Method = Literal["bca", "percentile", "logit"]
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -287,8 +287,8 @@ def _columns(
     n_classes = values.shape[1]
     if positive is not None and not 0 <= positive < n_classes:
         raise InputError(f"positive must be a class index 0 to {n_classes - 1}, got {positive}; number it by columns")
-    answered = values.argmax(axis=1)
-    sure = values.max(axis=1) if confidence is None else confidence
+    answered, highest = largest(values)
+    sure = highest if confidence is None else confidence
     scores, errors = _native.rows(sure, answered != truth)
     wanted = 1 if positive is None and n_classes == 2 else positive
     is_positive = None if wanted is None else truth == wanted
@@ -612,7 +612,6 @@ def _influence(
     """
     error = ranked.error
     n = error.size
-    exited = np.arange(n) < (ranked.n_exit or 0)
     if name == "accuracy":
         return (1 - error - value) / n, None, error
     if name == "nll":
@@ -623,18 +622,19 @@ def _influence(
         return _native.augrc_influence(ranked), None, error
     if name == "aurc":
         return _aurc_influence(ranked, value), None, error
-    if name == "coverage":
-        return (exited - value) / n, None, exited
-    if name == "exit_error":
-        return exited * (error - value) / max(int(exited.sum()), 1), exited, error
-    if name == "fnr_on_exited":
-        rows, missed = exited & ((ranked.kind & 1) > 0), (ranked.kind & 2) > 0
-        return rows * (missed - value) / max(int(rows.sum()), 1), rows, missed
     if name.startswith(_COVERAGE):
         # The rows accepted at the point that is reported.
         reached = np.searchsorted(ranked.ends, (_target(name) or 0.0) * n * (1 - 1e-12), side="left")
         return None, slice(0, int(ranked.ends[reached])), error
-    return None, None, error
+    if name.startswith(_RISK):
+        return None, None, error
+    exited = np.arange(n) < (ranked.n_exit or 0)
+    if name == "coverage":
+        return (exited - value) / n, None, exited
+    if name == "exit_error":
+        return exited * (error - value) / max(int(exited.sum()), 1), exited, error
+    rows, missed = exited & ((ranked.kind & 1) > 0), (ranked.kind & 2) > 0
+    return rows * (missed - value) / max(int(rows.sum()), 1), rows, missed
 
 
 def _aurc_influence(ranked: _native.Ranked, value: float) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.errors import InputError
 
 # -log of it is 708.4: a certain and wrong answer costs much, but the mean stays a number.
+# Up to so many columns a loop over them beats a reduction over rows.
+_FEW_CLASSES = 8
 _SMALLEST = float(np.finfo(np.float64).tiny)
 
 
@@ -92,10 +95,30 @@ def brier(probs: ArrayLike, labels: ArrayLike) -> float:
 
 def brier_rows(probs: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Brier score of each row [N], of checked arguments; halved for two classes."""
-    target = np.zeros_like(probs)
-    target[np.arange(labels.size), labels] = 1
-    total = np.asarray(((probs - target) ** 2).sum(1), dtype=np.float64)
-    return total / 2 if probs.shape[1] == 2 else total
+    n_classes = probs.shape[1]
+    if n_classes == 2:
+        return np.asarray((probs[:, 0] - (labels == 0)) ** 2 + (probs[:, 1] - (labels == 1)) ** 2) / 2
+    at_label = probs[np.arange(labels.size), labels]
+    return np.asarray((probs**2).sum(1) - at_label**2 + (1 - at_label) ** 2, dtype=np.float64)
+
+
+def largest(probs: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The first class of largest probability and that probability, [N] each; faster than NumPy for few classes."""
+    if probs.shape[1] > _FEW_CLASSES:
+        return probs.argmax(axis=1), probs.max(axis=1)
+    best, value = np.zeros(probs.shape[0], dtype=np.int64), probs[:, 0].copy()
+    for name in range(1, probs.shape[1]):
+        better = probs[:, name] > value
+        best[better] = name
+        value[better] = probs[better, name]
+    return best, value
+
+
+def _across(ufunc: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+    """Reduce [N, K] over K; column by column for few classes, where NumPy's own reduction is slow."""
+    if values.shape[1] > _FEW_CLASSES:
+        return np.asarray(ufunc.reduce(values, axis=1))
+    return np.asarray(functools.reduce(ufunc, values.T))
 
 
 def _answers(predicted: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -112,15 +135,17 @@ def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np
             f"probs must have shape [N, K] with K at least 2, got {list(values.shape)}; one column per class"
         )
     _one_shape("probs", values[:, 0], "labels", truth)
+    if truth.dtype.kind not in "biuf":
+        raise InputError(f"labels must be class indices, got an array of {truth.dtype}; number the classes by columns")
     _no_nan("probs", values)
-    wrong = ~np.isin(truth, np.arange(values.shape[1]))
+    wrong = (truth < 0) | (truth >= values.shape[1]) | (truth != np.floor(truth))
     if wrong.any():
         row = int(wrong.argmax())
         raise InputError(
             f"labels must be class indices 0 to {values.shape[1] - 1}, got {truth[row]} at row {row}; "
             "number the classes in the order of the columns"
         )
-    off = (values < 0).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)
+    off = (_across(np.minimum, values) < 0) | (np.abs(_across(np.add, values) - 1) > 1e-3)
     if off.any():
         row = int(off.argmax())
         raise InputError(
@@ -139,6 +164,6 @@ def _one_shape(first_name: str, first: NDArray[Any], second_name: str, second: N
 
 
 def _no_nan(name: str, values: NDArray[np.float64]) -> None:
-    missing = np.isnan(values) if values.ndim == 1 else np.isnan(values).any(1)
+    missing = np.isnan(values) if values.ndim == 1 else _across(np.logical_or, np.isnan(values))
     if missing.any():
         raise InputError(f"{name} must not be NaN, got NaN at row {int(missing.argmax())}; drop or mend the row")
