@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.util
+import itertools
 import subprocess
 import sys
 import time
@@ -185,6 +186,55 @@ def test_rejected_draws_agree_too():
     compiled = _native.resample_counts([n], 1, seed=1)
     with _native.use("reference"):
         assert (_native.resample_counts([n], 1, seed=1) == compiled).all()
+
+
+def few_errors(n, errors, levels, dtype):
+    rng = np.random.default_rng(n)
+    confidence = rng.integers(0, levels, n) / levels
+    error = np.zeros(n, dtype=bool)
+    error[rng.choice(n, errors, replace=False)] = True
+    return confidence.astype(dtype), error
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("n", "errors", "levels"),
+    [(257, 0, 9), (257, 1, 3), (600, 1, 10**6), (3000, 11, 12), (3000, 11, 500), (70_000, 250, 10**6)],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cells_of_few_errors_are_drawn_the_same_by_kernel_and_twin(n, errors, levels, dtype):
+    confidence, error = few_errors(n, errors, levels, dtype)
+    found = _native.bootstrap_augrc(confidence, error, n_replicates=25, seed=3, threads=2)
+    with _native.use("reference"):
+        expected = _native.bootstrap_augrc(confidence, error, n_replicates=25, seed=3)
+    assert found.replicates.tobytes() == expected.replicates.tobytes()
+    moved = np.random.default_rng(1).permutation(n)
+    again = _native.bootstrap_augrc(confidence[moved], error[moved], n_replicates=25, seed=3, threads=8)
+    assert again.replicates.tobytes() == found.replicates.tobytes()
+
+
+@needs_core
+@pytest.mark.parametrize("levels", [6, 10**6], ids=["tied", "distinct"])
+def test_cells_and_rows_follow_one_law(levels, monkeypatch):
+    confidence, error = few_errors(1100, 4, levels, np.float64)
+    by_cells = _native.bootstrap_augrc(confidence, error, n_replicates=40_000, seed=1).replicates
+    monkeypatch.setattr(_native, "ROWS_PER_ERROR", 1_000)
+    by_rows = _native.bootstrap_augrc(confidence, error, n_replicates=40_000, seed=2).replicates
+    assert not np.array_equal(by_cells[:100], by_rows[:100])
+    assert ks_2samp(by_cells, by_rows).pvalue > 0.001
+
+
+def test_the_laws_of_cells_are_poisson():
+    from scipy.stats import poisson
+
+    for n in (300, 100_000):
+        reach, starts, lowest = _native._cell_laws(n)
+        assert lowest.size == n.bit_length()
+        for law, (begin, end) in enumerate(itertools.pairwise(starts)):
+            through = reach[begin:end].astype(np.float64) / 2**64
+            counts = lowest[law] + np.arange(through.size)
+            # SciPy's own error at means of thousands is some 1e-12.
+            assert through == pytest.approx(poisson.cdf(counts, (1 - 2.5 / np.sqrt(n)) * 2**law), abs=1e-11)
 
 
 # ------------------------------------------------------------------------------------------------- the suite

@@ -56,6 +56,19 @@ double augrc(const Array<C>& confidence, const Array<L>& error) {
     return stage1::augrc(sort_checked<C, L>(scores, losses, {}, 0).view());
 }
 
+PoissonTables poisson_tables(const Array<std::uint64_t>& reach, const Array<std::uint32_t>& starts,
+                             const Array<std::uint32_t>& lowest, std::uint32_t n_units) {
+    const PoissonTables tables{view(reach), view(starts), view(lowest)};
+    if (!tables.lowest.empty()) {
+        require(tables.starts.size() == tables.lowest.size() + 1 && tables.starts.front() == 0 &&
+                    tables.starts.back() == tables.reach.size() &&
+                    std::is_sorted(tables.starts.begin(), tables.starts.end()) && tables.lowest.size() < 33 &&
+                    n_units >> (tables.lowest.size() - 1) <= 1,
+                "tables must hold a law for each digit of a size");
+    }
+    return tables;
+}
+
 bool signalled() {
     const py::gil_scoped_acquire acquire;
     return PyErr_CheckSignals() != 0;
@@ -64,13 +77,15 @@ bool signalled() {
 template <class C, class L>
 std::tuple<Array<double>, double, double, double> bootstrap_augrc(
     const Array<C>& confidence, const Array<L>& error, const Array<std::uint32_t>& unit, std::uint32_t n_units,
-    const Array<std::uint64_t>& table, std::size_t n_replicates, std::uint64_t seed, unsigned threads) {
+    const Array<std::uint64_t>& table, const Array<std::uint64_t>& reach, const Array<std::uint32_t>& starts,
+    const Array<std::uint32_t>& lowest, std::size_t n_replicates, std::uint64_t seed, unsigned threads) {
     const auto scores = view(confidence);
     const auto losses = view(error);
     const auto owners = view(unit);
     const std::array<std::uint32_t, 1> sizes{n_units};
     const auto strata = strata_of(sizes, table, n_units);
     require(threads != 0, "threads must be at least 1");
+    const auto cells = poisson_tables(reach, starts, lowest, n_units);
     auto replicates = make_array<double>(n_replicates);
     const auto out = fill(replicates);
     bool complete = false;
@@ -81,7 +96,17 @@ std::tuple<Array<double>, double, double, double> bootstrap_augrc(
         const auto rows = sort_checked<C, L>(scores, losses, owners, n_units);
         value = stage1::augrc(rows.view());
         moments = augrc_influence(rows.view(), n_units);
-        complete = bootstrap(rows.view(), Suite{}, strata, seed, threads, n_replicates, out, signalled);
+        bool by_cells = false;
+        if constexpr (std::same_as<L, std::uint8_t>) {
+            by_cells = !cells.lowest.empty();
+            if (by_cells) {
+                require(owners.empty(), "cells are of rows");
+                complete = bootstrap_augrc_of_cells(rows.view(), cells, seed, threads, out, signalled);
+            }
+        }
+        if (!by_cells) {
+            complete = bootstrap(rows.view(), Suite{}, strata, seed, threads, n_replicates, out, signalled);
+        }
     }
     if (!complete) {
         throw py::error_already_set();
@@ -195,9 +220,10 @@ void bind_augrc(py::module_& module) {
                "AUGRC of rows [N]");
     module.def("bootstrap_augrc", &bootstrap_augrc<C, L>, py::arg("confidence").noconvert(),
                py::arg("error").noconvert(), py::arg("unit").noconvert(), py::arg("n_units"),
-               py::arg("table").noconvert(), py::arg("n_replicates"), py::arg("seed"), py::arg("threads"),
+               py::arg("table").noconvert(), py::arg("reach").noconvert(), py::arg("starts").noconvert(),
+               py::arg("lowest").noconvert(), py::arg("n_replicates"), py::arg("seed"), py::arg("threads"),
                "AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of "
-               "squares and of cubes of the units' influences on it");
+               "squares and of cubes of the units' influences on it; with laws for cells their counts are drawn");
 }
 
 }  // namespace

@@ -818,6 +818,59 @@ bool bootstrap(const Rows<L>& rows, const Suite& suite, const Strata& strata, st
     return parallel_for((replicates + together - 1) / together, threads, make_work, interrupted);
 }
 
+bool bootstrap_augrc_of_cells(const Rows<std::uint8_t>& rows, const PoissonTables& tables, std::uint64_t seed,
+                              unsigned threads, std::span<double> out, const std::function<bool()>& interrupted) {
+    // A run of equal errors is a cell. Tie groups of right and wrong rows are cells of their own: there right rows pay
+    // for errors that stand behind them.
+    struct Cell {
+        bool wrong;
+        bool mixed;  // the wrong rows of a tie group, whose right rows are the cell before
+    };
+    std::vector<Cell> cells;
+    std::vector<std::uint32_t> sizes;
+    std::uint32_t begin = 0;
+    bool closed = true;
+    for (const std::uint32_t end : rows.tie_ends) {
+        const bool mixed = rows.loss[begin] != rows.loss[end - 1];
+        const auto wrong = std::find(rows.loss.begin() + begin, rows.loss.begin() + end, std::uint8_t{1});
+        const auto n_right = static_cast<std::uint32_t>(wrong - rows.loss.begin()) - begin;
+        for (const bool is_wrong : {false, true}) {
+            const std::uint32_t size = is_wrong ? end - begin - n_right : n_right;
+            if (size == 0) {
+                continue;
+            }
+            if (!closed && !mixed && cells.back().wrong == is_wrong) {
+                sizes.back() += size;
+                continue;
+            }
+            cells.push_back({is_wrong, mixed && is_wrong});
+            sizes.push_back(size);
+            closed = mixed;
+        }
+        begin = end;
+    }
+    const CellSampler sampler(sizes, tables);
+    const double n = static_cast<double>(rows.loss.size());
+    const auto make_work = [&]() -> std::function<void(std::size_t)> {
+        const auto counts = std::make_shared<std::vector<std::uint32_t>>(cells.size());
+        return [&, counts](std::size_t replicate) {
+            sampler.draw(Stream(seed, replicate), *counts);
+            std::uint64_t pairs = 0;
+            std::uint64_t errors = 0;
+            for (std::size_t cell = 0; cell < cells.size(); ++cell) {
+                const std::uint64_t count = (*counts)[cell];
+                pairs += 2 * count * errors;
+                if (cells[cell].wrong) {
+                    pairs += count * count + (cells[cell].mixed ? count * (*counts)[cell - 1] : 0);
+                    errors += count;
+                }
+            }
+            out[replicate] = static_cast<double>(pairs) / (2 * n * n);
+        };
+    };
+    return parallel_for(out.size(), threads, make_work, interrupted);
+}
+
 #define STAGE1_INSTANTIATE(L)                                                                                      \
     template SortedRows<L> sort_rows(std::span<const float>, std::span<const L>, std::span<const std::uint32_t>);  \
     template SortedRows<L> sort_rows(std::span<const double>, std::span<const L>, std::span<const std::uint32_t>); \

@@ -101,9 +101,9 @@ STAGE1_CLONES void hash_words(std::uint64_t key, std::uint64_t gamma, std::uint6
     }
 }
 
-// Adds uniform draws; false when a count passes 255, which no resample that can be met does.
-bool add_uniform(std::uint64_t key, std::uint64_t gamma, std::uint64_t draws, std::span<std::uint8_t> counts) {
-    const std::uint64_t n = counts.size();
+// Calls take(unit) for uniform draws out of n units; stops when it returns false.
+template <class Take>
+bool draw_uniform(std::uint64_t key, std::uint64_t gamma, std::uint64_t draws, std::uint64_t n, Take take) {
     const std::uint64_t limit = (std::uint64_t{1} << 32) % n;
     std::array<std::uint64_t, 128> words;
     for (std::uint64_t first = 0; first < draws; first += words.size()) {
@@ -116,7 +116,7 @@ bool add_uniform(std::uint64_t key, std::uint64_t gamma, std::uint64_t draws, st
             for (std::uint64_t attempt = 1; (product & 0xFFFFFFFFU) < limit; ++attempt) {
                 product = (mix(mix(key + attempt) + gamma * (draw + 1)) >> 32) * n;
             }
-            if (++counts[static_cast<std::size_t>(product >> 32)] == 0) {
+            if (!take(static_cast<std::size_t>(product >> 32))) {
                 return false;
             }
         }
@@ -135,7 +135,9 @@ void draw_stratum(std::uint64_t base, std::uint64_t gamma, const CountTable& tab
         } else {
             drawn = fill_poisson(key, gamma, table, counts);
         }
-        if (drawn <= n && add_uniform(mix(key + 2), gamma, n - drawn, counts)) {
+        // A count that passes 255 is drawn anew; no resample that can be met has one.
+        if (drawn <= n &&
+            draw_uniform(mix(key + 2), gamma, n - drawn, n, [&](std::size_t unit) { return ++counts[unit] != 0; })) {
             return;
         }
     }
@@ -149,6 +151,68 @@ void draw_counts(const Stream& stream, const Strata& strata, std::span<std::uint
         draw_stratum(mix(stream.key + golden * (s + 1)), stream.gamma, strata.tables[s],
                      counts.subspan(first, strata.sizes[s]));
         first += strata.sizes[s];
+    }
+}
+
+CellSampler::CellSampler(std::span<const std::uint32_t> sizes, const PoissonTables& tables)
+    : sizes_(sizes), tables_(tables), guides_(tables.lowest.size() * 256) {
+    for (std::size_t law = 0; law < tables_.lowest.size(); ++law) {
+        std::uint32_t reached = tables_.starts[law];
+        for (std::uint64_t byte = 0; byte < 256; ++byte) {
+            while (reached < tables_.starts[law + 1] && tables_.reach[reached] <= byte << 56) {
+                ++reached;
+            }
+            guides_[law * 256 + byte] = reached;
+        }
+    }
+    for (const std::uint32_t size : sizes_) {
+        n_ += size;
+        ends_.push_back(static_cast<std::uint32_t>(n_));
+    }
+    // About one run of units per cell.
+    shift_ = static_cast<unsigned>(std::bit_width(n_ / sizes_.size()));
+    std::uint32_t cell = 0;
+    for (std::uint64_t unit = 0; unit < n_; unit += std::uint64_t{1} << shift_) {
+        while (ends_[cell] <= unit) {
+            ++cell;
+        }
+        cell_guide_.push_back(cell);
+    }
+}
+
+std::uint32_t CellSampler::draw_poisson(std::size_t law, std::uint64_t word) const {
+    std::uint32_t reached = guides_[law * 256 + (word >> 56)];
+    while (reached < tables_.starts[law + 1] && word >= tables_.reach[reached]) {
+        ++reached;
+    }
+    return tables_.lowest[law] + reached - tables_.starts[law];
+}
+
+void CellSampler::draw(const Stream& stream, std::span<std::uint32_t> counts) const {
+    const std::uint64_t base = mix(stream.key + golden);
+    for (std::uint64_t attempt = 1;; ++attempt) {
+        const std::uint64_t key = mix(base + golden * attempt);
+        std::uint64_t drawn = 0;
+        for (std::size_t cell = 0; cell < sizes_.size(); ++cell) {
+            std::uint32_t count = 0;
+            for (std::uint32_t digits = sizes_[cell]; digits != 0; digits &= digits - 1) {
+                const auto law = static_cast<std::size_t>(std::countr_zero(digits));
+                count += draw_poisson(law, mix(key + stream.gamma * (32 * cell + law + 1)));
+            }
+            counts[cell] = count;
+            drawn += count;
+        }
+        if (drawn <= n_) {
+            draw_uniform(mix(key + 2), stream.gamma, n_ - drawn, n_, [&](std::size_t unit) {
+                std::uint32_t cell = cell_guide_[unit >> shift_];
+                while (ends_[cell] <= unit) {
+                    ++cell;
+                }
+                ++counts[cell];
+                return true;
+            });
+            return;
+        }
     }
 }
 

@@ -12,6 +12,7 @@ __all__: list[str] = [
     "bootstrap_augrc",
     "bootstrap_suite",
     "gather",
+    "measure_suite",
     "merge",
     "order",
     "resample_counts",
@@ -51,12 +52,15 @@ def bootstrap_augrc(
     unit: numpy.typing.NDArray[numpy.uint32],
     n_units: typing.SupportsInt | typing.SupportsIndex,
     table: numpy.typing.NDArray[numpy.uint64],
+    reach: numpy.typing.NDArray[numpy.uint64],
+    starts: numpy.typing.NDArray[numpy.uint32],
+    lowest: numpy.typing.NDArray[numpy.uint32],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
     """
-    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it; with laws for cells their counts are drawn
     """
 
 @typing.overload
@@ -66,12 +70,15 @@ def bootstrap_augrc(
     unit: numpy.typing.NDArray[numpy.uint32],
     n_units: typing.SupportsInt | typing.SupportsIndex,
     table: numpy.typing.NDArray[numpy.uint64],
+    reach: numpy.typing.NDArray[numpy.uint64],
+    starts: numpy.typing.NDArray[numpy.uint32],
+    lowest: numpy.typing.NDArray[numpy.uint32],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
     """
-    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it; with laws for cells their counts are drawn
     """
 
 @typing.overload
@@ -81,12 +88,15 @@ def bootstrap_augrc(
     unit: numpy.typing.NDArray[numpy.uint32],
     n_units: typing.SupportsInt | typing.SupportsIndex,
     table: numpy.typing.NDArray[numpy.uint64],
+    reach: numpy.typing.NDArray[numpy.uint64],
+    starts: numpy.typing.NDArray[numpy.uint32],
+    lowest: numpy.typing.NDArray[numpy.uint32],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
     """
-    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it; with laws for cells their counts are drawn
     """
 
 @typing.overload
@@ -96,12 +106,15 @@ def bootstrap_augrc(
     unit: numpy.typing.NDArray[numpy.uint32],
     n_units: typing.SupportsInt | typing.SupportsIndex,
     table: numpy.typing.NDArray[numpy.uint64],
+    reach: numpy.typing.NDArray[numpy.uint64],
+    starts: numpy.typing.NDArray[numpy.uint32],
+    lowest: numpy.typing.NDArray[numpy.uint32],
     n_replicates: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> tuple[numpy.typing.NDArray[numpy.float64], float, float, float]:
     """
-    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it
+    AUGRC of resampled units [n_replicates] (rows, or clusters of rows), AUGRC itself, and the sums of squares and of cubes of the units' influences on it; with laws for cells their counts are drawn
     """
 
 @typing.overload
@@ -153,6 +166,36 @@ def gather(
 ) -> None:
     """
     Rows index [M] of source [N, D] into out [M, D]
+    """
+
+@typing.overload
+def measure_suite(
+    error: numpy.typing.NDArray[numpy.uint8],
+    tie_ends: numpy.typing.NDArray[numpy.uint32],
+    kind: numpy.typing.NDArray[numpy.uint8],
+    n_exit: typing.SupportsInt | typing.SupportsIndex | None,
+    nll: numpy.typing.NDArray[numpy.float64],
+    brier: numpy.typing.NDArray[numpy.float64],
+    coverages: numpy.typing.NDArray[numpy.float64],
+    risks: numpy.typing.NDArray[numpy.float64],
+) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    Every metric of sorted rows [8 + coverages + risks]
+    """
+
+@typing.overload
+def measure_suite(
+    error: numpy.typing.NDArray[numpy.float64],
+    tie_ends: numpy.typing.NDArray[numpy.uint32],
+    kind: numpy.typing.NDArray[numpy.uint8],
+    n_exit: typing.SupportsInt | typing.SupportsIndex | None,
+    nll: numpy.typing.NDArray[numpy.float64],
+    brier: numpy.typing.NDArray[numpy.float64],
+    coverages: numpy.typing.NDArray[numpy.float64],
+    risks: numpy.typing.NDArray[numpy.float64],
+) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    Every metric of sorted rows [8 + coverages + risks]
     """
 
 def merge(

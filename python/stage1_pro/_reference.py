@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import itertools
 from typing import Any
 
 import numpy as np
@@ -40,19 +41,27 @@ def bootstrap_augrc(
     unit: NDArray[np.uint32],
     n_units: int,
     table: NDArray[np.uint64],
+    reach: NDArray[np.uint64],
+    starts: NDArray[np.uint32],
+    lowest: NDArray[np.uint32],
     n_replicates: int,
     seed: int,
     threads: int,
 ) -> tuple[NDArray[np.float64], float, float, float]:
     """AUGRC of [n_replicates] resamples of the units, AUGRC itself, and two sums over the units' influences on it.
 
-    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows. ``threads``
-    has no effect here.
+    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows. With Poisson
+    laws (``reach``, ``starts``, ``lowest``) runs of right and of wrong rows are drawn as cells. ``threads`` has no
+    effect here.
     """
     ranked, ends = _sort(confidence, error, unit)
     loss, owner = error[ranked], unit[ranked] if unit.size else None
     replicates = np.empty(n_replicates)
+    cells = _Cells(loss, ends, reach, starts, lowest) if lowest.size and loss.dtype == np.uint8 else None
     for replicate in range(n_replicates):
+        if cells is not None:
+            replicates[replicate] = cells.augrc(cells.draw(seed, replicate))
+            continue
         counts = _stratum_counts(n_units, seed, replicate, table[0], 0)
         replicates[replicate] = _augrc(counts if owner is None else counts[owner], loss, ends)
     n = loss.size
@@ -62,6 +71,61 @@ def bootstrap_augrc(
     value = _augrc(np.ones(n, np.int64), loss, ends)
     squares = influence * influence
     return replicates, value, float(squares.sum()), float((squares * influence).sum())
+
+
+class _Cells:
+    """Sorted rows with few errors as runs of equal errors; the right and the wrong rows of a tie group stay apart."""
+
+    def __init__(
+        self,
+        loss: NDArray[Any],
+        ends: NDArray[np.int64],
+        reach: NDArray[np.uint64],
+        starts: NDArray[np.uint32],
+        lowest: NDArray[np.uint32],
+    ) -> None:
+        begins = np.append(0, ends[:-1])
+        mixed = loss[begins] != loss[ends - 1]
+        cut = np.zeros(loss.size + 1, dtype=bool)
+        cut[0] = True
+        cut[1:-1] = loss[1:] != loss[:-1]
+        cut[begins[mixed]] = cut[ends[mixed]] = True
+        self.first = np.flatnonzero(cut[:-1])
+        self.n = loss.size
+        self.sizes = np.diff(np.append(self.first, self.n))
+        self.wrong = loss[self.first] == 1
+        group = np.searchsorted(ends, self.first, side="right")
+        self.mixed = self.wrong & mixed[group]
+        self.laws = [reach[a:b] for a, b in itertools.pairwise(starts)], lowest.astype(np.int64)
+
+    def draw(self, seed: int, replicate: int) -> NDArray[np.int64]:
+        """How many of n uniform draws fall into each cell: Multinomial(n, sizes / n)."""
+        key = _mix(_mix(seed + _GOLDEN) + _GOLDEN * (replicate + 1))
+        gamma = _mix(key ^ _GOLDEN) | 1
+        base = _mix(key + _GOLDEN)
+        cell = np.arange(self.sizes.size, dtype=np.uint64)
+        attempt = 0
+        while True:
+            attempt += 1
+            sub = _mix(base + _GOLDEN * attempt)
+            counts = np.zeros(self.sizes.size, dtype=np.int64)
+            for law, (reach, lowest) in enumerate(zip(*self.laws, strict=True)):
+                have = np.flatnonzero((self.sizes >> law) & 1)
+                words = _hash(sub, gamma, np.uint64(32) * cell[have] + np.uint64(law + 1))
+                counts[have] += lowest + np.searchsorted(reach, words, side="right")
+            missing = self.n - int(counts.sum())
+            if missing >= 0:
+                units = _draw(missing, self.n, _mix(sub + 2), gamma)
+                place = np.searchsorted(self.first, units, side="right") - 1
+                return counts + np.bincount(place, minlength=counts.size)
+
+    def augrc(self, counts: NDArray[np.int64]) -> float:
+        """AUGRC of cell counts: right rows pay for the errors before them, tied ones for those of their group too."""
+        errors = counts * self.wrong
+        before = np.cumsum(errors) - errors
+        tied = np.append(0, counts[:-1]) * self.mixed
+        pairs = int((2 * counts * before + errors * (counts + tied)).sum())
+        return float(pairs) / float(2 * self.n * self.n)
 
 
 def augrc_influence(loss: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.float64]:

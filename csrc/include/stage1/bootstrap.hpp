@@ -80,4 +80,9 @@ template <Loss L>
 bool bootstrap(const Rows<L>& rows, const Suite& suite, const Strata& strata, std::uint64_t seed, unsigned threads,
                std::size_t replicates, std::span<double> out, const std::function<bool()>& interrupted);
 
+// AUGRC of resampled rows with few errors: runs of right and of wrong rows count as cells, so the work is one of cells
+// and not of rows. Other draws than bootstrap() makes, from the same law.   out: [replicates].
+bool bootstrap_augrc_of_cells(const Rows<std::uint8_t>& rows, const PoissonTables& tables, std::uint64_t seed,
+                              unsigned threads, std::span<double> out, const std::function<bool()>& interrupted);
+
 }  // namespace stage1

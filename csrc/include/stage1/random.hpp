@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "stage1/machine.hpp"
 
@@ -38,6 +39,14 @@ struct CountTable {
     std::array<std::uint64_t, 26> rest;
 };
 
+// Cumulated Poisson laws of the means (1 - 2.5 / sqrt(n)) 2^j, in units of 2^-64, of all j in one row: a word that
+// reaches k of the numbers of law j, from starts[j] on, stands for lowest[j] + k.
+struct PoissonTables {
+    std::span<const std::uint64_t> reach;
+    std::span<const std::uint32_t> starts;  // [laws + 1]
+    std::span<const std::uint32_t> lowest;  // [laws]
+};
+
 // Resamples up to this size are drawn one by one: the Poisson mean would not be positive.
 inline constexpr std::size_t smallest_poisson = 17;
 
@@ -53,5 +62,27 @@ struct Strata {
 // Poisson counts of a mean a little below one, then uniform draws for what is missing; drawn anew when there are too
 // many. Given their sum Poisson counts are multinomial, so the result is, exactly.   counts: [units], units < 2^31.
 void draw_counts(const Stream& stream, const Strata& strata, std::span<std::uint8_t> counts);
+
+// Resamples of n units that are told apart only by which cell they are in: how many draws fall into each cell.
+class CellSampler {
+  public:
+    // sizes: units of each cell, at least 1, n in all; laws up to the largest size.
+    CellSampler(std::span<const std::uint32_t> sizes, const PoissonTables& tables);
+
+    // counts: [cells]. Multinomial(n, sizes / n): Poisson counts of each cell, by the binary digits of its size, then
+    // uniform draws for what is missing.
+    void draw(const Stream& stream, std::span<std::uint32_t> counts) const;
+
+  private:
+    std::uint32_t draw_poisson(std::size_t law, std::uint64_t word) const;
+
+    std::span<const std::uint32_t> sizes_;
+    PoissonTables tables_;
+    std::uint64_t n_ = 0;
+    std::vector<std::uint32_t> guides_;      // [laws, 256]: where the search for a word starts, by its first byte
+    std::vector<std::uint32_t> cell_guide_;  // [n / 2^shift + 1]: the cell of the first unit of each run of 2^shift
+    std::vector<std::uint32_t> ends_;        // [cells]
+    unsigned shift_ = 0;
+};
 
 }  // namespace stage1
