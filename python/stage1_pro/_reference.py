@@ -8,8 +8,8 @@ order.
 from __future__ import annotations
 
 import bisect
-import math
 import itertools
+import math
 from typing import Any
 
 import numpy as np
