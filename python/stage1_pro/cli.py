@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -208,7 +209,16 @@ def _fail(error: Stage1Error, *, as_json: bool) -> int:
 
 
 def _emit(options: argparse.Namespace, data: Any, text: str) -> None:
-    print(json.dumps(data, default=str) if options.json else text)
+    print(json.dumps(_strict(data), default=str, allow_nan=False) if options.json else text)
+
+
+def _strict(data: Any) -> Any:
+    """The same with null for NaN and infinities, which are no JSON."""
+    if isinstance(data, dict):
+        return {key: _strict(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_strict(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _split(options: argparse.Namespace) -> None:
