@@ -24,6 +24,9 @@ from stage1_pro.report import training_picture
 from stage1_pro.stations.evaluation import answer, evaluate, evaluate_predictions, find_mistakes, render
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
+FIGURES = (
+    "risk_coverage_curve", "augrc", "reliability", "confidence", "fnr_on_exited", "coverage", "training_curve",
+)  # fmt: skip
 NASTY = "images/<script>alert('x')</script> & \"co\".png"
 
 
@@ -321,9 +324,11 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
         "id",
     ]
     assert len(mistakes) == found.n_mistakes
-    for name in ("risk_coverage_curve", "reliability", "confidence", "training_curve"):
-        with Image.open(run / "metrics" / f"{name}.png") as image:
+    for name in FIGURES:
+        folder = "metrics" if name == "training_curve" else "evaluation"
+        with Image.open(run / folder / f"{name}.png") as image:
             assert min(image.size) > 300
+    assert [p.name for p in (run / "metrics").iterdir()] == ["training_curve.png"], "val_select's figures are no test's"
     assert not list(run.rglob("*.tmp"))
 
     text = (run / "report.html").read_text(encoding="utf-8")
@@ -332,7 +337,7 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
     assert all(str(value).startswith("data:") for name, value in page.attributes if name in ("src", "href"))
     assert not re.search(r"url\(|@import|https?://", text)
     figures = [i for i in page.images if str(i["src"]).startswith("data:image/png;base64,")]
-    assert len(figures) == 4
+    assert len(figures) == len(FIGURES)
     thumbnails = [i for i in page.images if str(i["src"]).startswith("data:image/jpeg;base64,")]
     assert thumbnails
     assert f"{found.n_rows} photos from {found.n_groups} separate groups" in page.text

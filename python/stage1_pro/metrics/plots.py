@@ -170,9 +170,9 @@ def reliability_png(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15
     figure, axes = _canvas("confidence of the answer", "share of right answers")
     axes.plot([start, 1], [start, 1], color=GREY, linestyle="--", linewidth=1, label="as sure as right")
     axes.vlines(sure, np.minimum(sure, right), np.maximum(sure, right), color=ORANGE, linewidth=3,
-                label="gap" if error is None else f"gap; weighted mean (ECE) {error:.2%}")  # fmt: skip
+                label="gap" if error is None else f"gap (ECE {error:.2%})")  # fmt: skip
     axes.plot(sure, right, color=BLUE, linewidth=1)
-    axes.scatter(sure, right, s=20 + 300 * count / count.sum(), color=BLUE, zorder=3, label="measured; numbers: rows")
+    axes.scatter(sure, right, s=20 + 300 * count / count.sum(), color=BLUE, zorder=3, label="measured, with rows")
     bottom = min(start, float(right.min())) - 0.02
     axes.set_xlim(start - 0.02, 1.03)
     axes.set_ylim(bottom - 0.16 * (1.05 - bottom), 1.05)
