@@ -19,7 +19,7 @@ from PIL import Image
 from stage1_pro import cli
 from stage1_pro.data.synthetic import render_pool
 
-COMMANDS = ["split", "train", "calibrate", "evaluate", "export", "predict", "inspect", "doctor", "demo"]
+COMMANDS = ["split", "train", "calibrate", "evaluate", "metrics", "export", "predict", "inspect", "doctor", "demo"]
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

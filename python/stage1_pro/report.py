@@ -33,6 +33,7 @@ SHARES = ("accuracy", "balanced_accuracy", "coverage", "exit_accuracy", "exit_er
           "deferred_accuracy", "ece")  # fmt: skip
 # Measured without an interval.
 POINTS = ("balanced_accuracy", "mcc", "auroc", "ece")
+NO_INTERVAL = "no interval is computed for this metric"
 # Long figures: their digits after the point.
 DIGITS = {"augrc": 4, "aurc": 4, "nll": 4, "brier": 4}
 # Panels of the training figure: the first column of each row that the file has.
@@ -125,12 +126,14 @@ def write_report(
 
 def write_measurement(path: Path | str, found: Measurement, pictures: Sequence[Picture]) -> None:
     """Write the page of ``stage1 metrics`` atomically; it refers to no other file and no network."""
-    columns = ["Value", "Std", "Low", "High", "Method", "Note"]
+    columns = ["Value", "Std", "Interval", "Method", "Note"]
     if found.compared_with is not None:
         columns = ["A", "B", "A − B", *columns[1:]]
     lines = []
     for one in found.metrics:
-        cells = [_plain(value) for value in (one.value, one.std, one.low, one.high)]
+        known = one.low is not None and one.high is not None
+        interval = f"{_plain(one.low)} to {_plain(one.high)}" if known else "–"
+        cells = [_plain(one.value), _plain(one.std), interval]
         if found.compared_with is not None:
             cells = [*map(_plain, found.values[one.metric]), *cells]
         method = "–" if one.method == "none" else one.method

@@ -247,6 +247,8 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, title: str = "") -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
     # Above the axes, where no line of anybody's data runs through it; two columns are as wide as a phone shows.
     axes.legend(
         frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2,

@@ -28,14 +28,13 @@ from stage1_pro.policies import read_policy
 from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.softmax import confidence, decide, softmax
 from stage1_pro.progress import say
-from stage1_pro.report import POINTS, Picture, short_note, training_picture, write_report
+from stage1_pro.report import NO_INTERVAL, POINTS, Picture, short_note, training_picture, write_report
 
 StageName = Literal["stage_a", "stage_b", "cascade"]
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b", "cascade")
 LEVEL = 0.95
 NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
 SUITE = metric_names(exits=False)
-NO_INTERVAL = "no interval is computed for this metric"
 GROUP_COLUMNS = ["group", "source", "rows", "errors", "exits", "missed_positives"]
 MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"]
 
