@@ -27,6 +27,7 @@ from stage1_pro.metrics.selective import augrc
 from stage1_pro.policies.softmax import confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.stations.evaluation import answer, count_groups, evaluate, evaluate_predictions, find_mistakes, render
+from stage1_pro.stations.measuring import measure
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 FIGURES = (
