@@ -318,7 +318,7 @@ def _cell(measure: Measure) -> dict[str, str]:
 
 
 def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:.5f}"
+    return "–" if value is None else f"{value:.5f}".replace("-", "−")
 
 
 def _percent(value: float | None) -> str:
