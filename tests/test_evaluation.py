@@ -545,6 +545,8 @@ window.onload = () => {
   for (const one of document.querySelectorAll("body *"))
     if (one.getBoundingClientRect().right > innerWidth + 1 && !one.closest(".scroll"))
       found.wide.push(one.tagName);
+  found.scrolled = [...document.querySelectorAll(".scroll")]
+    .filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.innerText.slice(0, 60));
   for (const image of document.images) {
     if (!image.complete || !image.naturalWidth) {
       found.images.push({id: image.closest("figure").id, width: 0});
@@ -615,7 +617,7 @@ def test_the_report_in_a_browser(browser: str, width: int, policy: bool, tmp_pat
     found = look(browser, run / "report.html", width)
     assert found["inner"] == width
     assert found["scroll"] <= width, found["wide"]
-    assert found["wide"] == []
+    assert (found["wide"], found["scrolled"]) == ([], []), "every table must be read without scrolling aside"
     figures = {one["id"]: one for one in found["images"] if one["id"]}
     assert set(figures) == {name for name in FIGURES if policy or name not in ("fnr_on_exited", "coverage")}
     for one in figures.values():
@@ -640,7 +642,7 @@ def test_the_page_of_metrics_alone_in_a_browser(browser: str, tmp_path: Path) ->
         measure(tmp_path / "a.npz", compare_with=other, threshold=0.8, n_replicates=50, out=out)
         for width in (360, 1200):
             found = look(browser, out / "report.html", width)
-            assert found["scroll"] <= width and found["wide"] == []
+            assert found["scroll"] <= width and found["wide"] == [] and found["scrolled"] == []
             assert {one["id"] for one in found["images"]} == {p.stem for p in out.glob("*.png")}
             assert all(one["ink"] > 0.01 and one["std"] > 5 for one in found["images"])
             assert not re.search(r"\b(nan|NaN|None)\b", found["text"])

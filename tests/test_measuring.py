@@ -196,6 +196,22 @@ def test_a_comparison_is_the_paired_difference(tmp_path: Path) -> None:
     assert values(other) == pytest.approx(values(found))
 
 
+def test_classes_in_another_order_are_put_right(tmp_path: Path) -> None:
+    (probs_a, labels), (probs_b, _) = make(k=3), make(k=3, seed=1)
+    names = ["a", "b", "c"]
+    label = [names[i] for i in labels]
+    a = write(tmp_path / "a.csv", label=label, **{f"prob_{names[i]}": probs_a[:, i] for i in (0, 1, 2)})
+    b = write(tmp_path / "b.csv", label=label, **{f"prob_{names[i]}": probs_b[:, i] for i in (2, 0, 1)})
+    found = measure(a, compare_with=b, n_replicates=20)
+    direct = compare(probs_a, probs_b, labels, n_replicates=20)
+    assert values(found) == pytest.approx({name: one.value for name, one in direct.items()})
+    c = write(tmp_path / "c.csv", label=label, prob_a=probs_b[:, 0], prob_b=probs_b[:, 1], prob_c=probs_b[:, 2])
+    d = write(tmp_path / "d.csv", label=["a"] * 300, prob_a=probs_b[:, 0], prob_b=probs_b[:, 1], prob_d=probs_b[:, 2])
+    assert measure(a, compare_with=c, n_replicates=20).metrics == found.metrics
+    with pytest.raises(InputError, match=r"d\.csv must have the classes of .* \(a, b, c\), got a, b, d"):
+        measure(a, compare_with=d)
+
+
 def test_other_rows_are_not_compared(tmp_path: Path) -> None:
     probs, labels = make()
     ids = np.arange(300)

@@ -128,7 +128,8 @@ def distribution_png(
     if drawn.size:
         spread = float(drawn.max() - drawn.min())
         # All equal: one bar as wide as the figure allows it to be seen.
-        width = spread / 30 or max(0.02 * max((abs(mark) for mark in marks), default=1.0), 1e-6)
+        reach = max(marks) - min(marks) if marks else 0.0
+        width = spread / 30 or 0.05 * reach or 0.01
         # Shares of few rows take few values: bins that fall between them would leave a comb.
         values = np.unique(drawn)
         if values.size > 1:
@@ -146,7 +147,7 @@ def distribution_png(
     axes.set_ylim(bottom=0)
     if marks or drawn.size:
         ends = [*marks, *([float(drawn.min()), float(drawn.max())] if drawn.size else [])]
-        room = max(0.08 * (max(ends) - min(ends)), 1e-6 + 0.02 * abs(max(ends)))
+        room = 0.08 * (max(ends) - min(ends)) or 0.02
         axes.set_xlim(min(ends) - room, max(ends) + room)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     if percent:
