@@ -19,7 +19,7 @@ from PIL import Image
 from stage1_pro import cli
 from stage1_pro.data.synthetic import render_pool
 
-COMMANDS = ["split", "train", "calibrate", "evaluate", "export", "predict", "inspect", "doctor", "demo"]
+COMMANDS = ["split", "train", "calibrate", "evaluate", "metrics", "export", "predict", "inspect", "doctor", "demo"]
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -145,6 +145,22 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
         exits = float(row["confidence"]) >= policy["exit_threshold"]
         assert exits or row["stage"] == "B"
         assert (float(row["probability"]) > 0.5) == (row["label"] == "roadwork")
+
+    # What the bundle answered, measured as anybody's file: the evaluation's own figures.
+    truth = [
+        row["label"] for row in json.loads((run / "splits.json").read_text())["rows"] if row["split"] == "val_test"
+    ]
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "prob"])
+        writer.writerows((label, row["probability"]) for label, row in zip(truth, rows, strict=False))
+    mine = {
+        one["metric"]: one["value"] for one in done("metrics", tmp_path / "mine.csv", "--replicates", 50)["metrics"]
+    }
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    for one in evaluation["measures"]:
+        if one["stage"] == "cascade" and one["source"] is None and one["metric"] in ("accuracy", "nll", "auroc"):
+            assert mine[one["metric"]] == pytest.approx(one["value"], abs=1e-3), one["metric"]
 
     # torch and the bundle agree, decision for decision
     from stage1_pro.artifacts import Thresholds

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import html
 import html.parser
+import io
 import json
 import re
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -17,13 +22,17 @@ from sklearn import metrics as judge
 
 from stage1_pro.artifacts import Evaluation, Merging, Predictions, Row, Splits, Thresholds
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.metrics import plots
+from stage1_pro.metrics import bootstrap, ece, plots
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.policies.softmax import confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.report import training_picture
-from stage1_pro.stations.evaluation import answer, evaluate, evaluate_predictions, find_mistakes, render
+from stage1_pro.stations.evaluation import answer, count_groups, evaluate, evaluate_predictions, find_mistakes, render
+from stage1_pro.stations.measuring import measure
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
+FIGURES = (
+    "risk_coverage_curve", "augrc", "reliability", "confidence", "fnr_on_exited", "coverage", "training_curve",
+)  # fmt: skip
 NASTY = "images/<script>alert('x')</script> & \"co\".png"
 
 
@@ -156,6 +165,102 @@ def test_exits_by_hand() -> None:
     assert measure.low is None
     wrong = np.where(out, given, given_b) != labels
     assert found.n_mistakes == wrong.sum()
+
+
+def test_the_suite_has_the_intervals_of_the_bootstrap() -> None:
+    predictions = make_predictions()
+    policy = make_policy(predictions)
+    found = evaluate_predictions(predictions, policy, n_replicates=100, seed=5)
+    probs_a, probs_b = softmax(predictions.logits_a), softmax(predictions.logits_b)
+    rows = predictions.sources == "city1"
+    out = decide(probs_a, policy)
+    cascade = np.where(out[:, None], probs_a, probs_b)
+    cases = (
+        (None, "stage_a", probs_a), (None, "stage_b", probs_b), (None, "cascade", cascade),
+        ("city1", "stage_b", probs_b[rows]),
+    )  # fmt: skip
+    for source, stage, probs in cases:
+        part = rows if source else slice(None)
+        groups, labels = predictions.groups[part], predictions.labels[part]
+        for name, one in bootstrap(probs, labels, groups=groups, n_replicates=100, seed=5).items():
+            measure = found.measure(name, stage, source)
+            for field in ("value", "std", "low", "high"):
+                expected = getattr(one, field)
+                assert getattr(measure, field) == (None if np.isnan(expected) else pytest.approx(expected)), name
+            assert (measure.method, measure.note) == (one.method, one.note)
+    labels, groups = predictions.labels, predictions.groups
+    exits = bootstrap(probs_a, labels, groups=groups, n_replicates=100, seed=5, threshold=policy.exit_threshold)
+    assert found.measure("coverage", "stage_a").low == exits["coverage"].low
+    right = found.measure("exit_accuracy", "stage_a")
+    assert (right.low, right.high) == (1 - exits["exit_error"].high, 1 - exits["exit_error"].low)
+    assert found.value("ece", "stage_a") == ece(probs_a, labels)
+    assert found.value("nll") == pytest.approx(judge.log_loss(labels, cascade))
+
+
+def fixed(n_groups: int, n_missed: int, target: float, *, rows: int = 1) -> Evaluation:
+    """Everybody exits; each group holds ``rows`` positives, and in the first ``n_missed`` groups one is missed."""
+    n = n_groups * rows
+    missed = (np.arange(n) % rows == 0) & (np.arange(n) // rows < n_missed)
+    predictions = make_predictions(n)
+    policy = make_policy(predictions).model_copy(update={"exit_threshold": 0.5, "target_fnr": target})
+    logits = np.where(missed[:, None], [4.0, 0.0], [0.0, 4.0]).astype(np.float32)
+    mine = changed(
+        predictions, labels=np.ones(n, np.int64), logits_a=logits, groups=np.array([f"g{i // rows}" for i in range(n)])
+    )
+    return evaluate_predictions(mine, policy, n_replicates=20)
+
+
+@pytest.mark.parametrize(
+    ("groups", "missed", "rows", "outcome"),
+    [(300, 0, 1, "holds"), (59, 0, 1, "holds"), (58, 0, 1, "not shown"), (100, 3, 1, "not shown"),
+     (100, 6, 1, "exceeded"), (58, 0, 10, "not shown"), (100, 6, 10, "not shown")],
+)  # fmt: skip
+def test_fnr_on_exits_holds_by_its_bound_or_not(groups: int, missed: int, rows: int, outcome: str) -> None:
+    found = fixed(groups, missed, 0.05, rows=rows)
+    check = found.fnr_check
+    assert check is not None
+    assert check.outcome == outcome
+    assert check.upper_bound == pytest.approx(stats.beta.ppf(0.95, missed + 1, groups - missed))
+    assert (check.n_missed, check.n_positives, check.n_groups_missed, check.n_groups) == (
+        missed,
+        groups * rows,
+        missed,
+        groups,
+    )
+    assert check.statement.startswith({"holds": "holds by its bound"}.get(outcome, outcome))
+    assert check.statement in " ".join(render(found).split())
+
+
+def test_no_exited_positive_shows_nothing() -> None:
+    predictions = make_predictions()
+    policy = make_policy(predictions).model_copy(update={"exit_threshold": 1.0})
+    check = evaluate_predictions(predictions, policy, n_replicates=10).fnr_check
+    assert check is not None
+    assert (check.outcome, check.value, check.upper_bound) == ("not shown", None, None)
+    assert evaluate_predictions(predictions, n_replicates=10).fnr_check is None
+
+
+def test_groups_are_counted_by_hand() -> None:
+    predictions = make_predictions()
+    answers = answer(predictions, make_policy(predictions))
+    found = count_groups(predictions, answers)
+    deployed, stage_a = answers["cascade"], answers["stage_a"]
+    assert {row["group"] for row in found} == set(predictions.groups)
+    for row in found:
+        inside = predictions.groups == row["group"]
+        missed = inside & deployed.exited & (predictions.labels == 1) & (stage_a.prediction != 1)
+        assert (row["rows"], row["errors"], row["exits"], row["missed_positives"]) == (
+            inside.sum(),
+            deployed.error[inside].sum(),
+            deployed.exited[inside].sum(),
+            missed.sum(),
+        )
+        assert row["source"] == predictions.sources[inside][0]
+    errors = [row["errors"] for row in found]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0
+    assert sum(row["missed_positives"] for row in found) > 0
+    without = count_groups(predictions, answer(predictions, None))
+    assert {row["exits"] for row in without} == {None}
 
 
 def test_one_class_in_a_source_is_undefined_not_zero() -> None:
@@ -307,7 +412,12 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
     table = {(r["scope"], r["source"], r["stage"], r["metric"]): r for r in rows}
     assert float(table["all", "", "cascade", "accuracy"]["value"]) == found.value("accuracy")
     assert table["source", "city2", "stage_a", "auroc"]["value"] == ""
+    assert table["all", "", "cascade", "augrc"]["method"] == "bca"
+    assert "groups hold a missed positive" in table["all", "", "stage_a", "fnr_on_exited"]["note"]
     assert Evaluation.read(run / "evaluation" / "evaluation.json") == found
+    groups = read_csv(run / "evaluation" / "groups.csv")
+    assert len(groups) == found.n_groups
+    assert sum(int(row["errors"]) for row in groups) == found.n_mistakes
     mistakes = read_csv(run / "evaluation" / "mistakes.csv")
     assert list(mistakes[0]) == [
         "file",
@@ -321,9 +431,11 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
         "id",
     ]
     assert len(mistakes) == found.n_mistakes
-    for name in ("risk_coverage_curve", "reliability", "confidence", "training_curve"):
-        with Image.open(run / "metrics" / f"{name}.png") as image:
+    for name in FIGURES:
+        folder = "metrics" if name == "training_curve" else "evaluation"
+        with Image.open(run / folder / f"{name}.png") as image:
             assert min(image.size) > 300
+    assert [p.name for p in (run / "metrics").iterdir()] == ["training_curve.png"], "val_select's figures are no test's"
     assert not list(run.rglob("*.tmp"))
 
     text = (run / "report.html").read_text(encoding="utf-8")
@@ -332,7 +444,7 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
     assert all(str(value).startswith("data:") for name, value in page.attributes if name in ("src", "href"))
     assert not re.search(r"url\(|@import|https?://", text)
     figures = [i for i in page.images if str(i["src"]).startswith("data:image/png;base64,")]
-    assert len(figures) == 4
+    assert len(figures) == len(FIGURES)
     thumbnails = [i for i in page.images if str(i["src"]).startswith("data:image/jpeg;base64,")]
     assert thumbnails
     assert f"{found.n_rows} photos from {found.n_groups} separate groups" in page.text
@@ -408,7 +520,12 @@ def test_figures_of_degenerate_data(sure: list[float], wrong: list[int]) -> None
         warnings.simplefilter("error")
         for png in (
             plots.risk_coverage_png(sure, wrong, point=(1.0, 0.5)),
-            plots.reliability_png(sure, right),
+            plots.reliability_png(sure, right, error=0.1),
+            plots.risk_coverage_png(sure, wrong, band=np.array([[0.5, 1.0], [np.nan, 0.0], [np.nan, 1.0]])),
+            plots.risk_coverage_png(sure, wrong, band=np.full((3, 2), np.nan)),
+            plots.distribution_png([], value=0.0, label="x", target=0.05, bound=0.1),
+            plots.distribution_png([np.nan, 0.0, 0.0], value=0.0, low=0.0, high=0.3, label="x", percent=True),
+            plots.distribution_png([0.1, 0.2], value=np.nan, label="x"),
             plots.confidence_png(sure, right, threshold=0.75),
         ):
             assert png.startswith(b"\x89PNG")
@@ -417,3 +534,129 @@ def test_figures_of_degenerate_data(sure: list[float], wrong: list[int]) -> None
 def test_evaluation_is_strict_json() -> None:
     found = evaluate_predictions(make_predictions(), n_replicates=10)
     json.loads(found.model_dump_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+# --------------------------------------------------------------------------------------------
+# The page as a browser shows it
+
+PROBE = """<script>
+window.onload = () => {
+  const found = {inner: innerWidth, scroll: document.documentElement.scrollWidth, wide: [], images: []};
+  for (const one of document.querySelectorAll("body *"))
+    if (one.getBoundingClientRect().right > innerWidth + 1 && !one.closest(".scroll"))
+      found.wide.push(one.tagName);
+  found.scrolled = [...document.querySelectorAll(".scroll")]
+    .filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.innerText.slice(0, 60));
+  for (const image of document.images) {
+    if (!image.complete || !image.naturalWidth) {
+      found.images.push({id: image.closest("figure").id, width: 0});
+      continue;
+    }
+    const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+    canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+    context.drawImage(image, 0, 0);
+    const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
+    let ink = 0, sum = 0, squares = 0;
+    for (let i = 0; i < pixels.length; i += 4) {
+      const v = pixels[i + 1]; ink += v < 250; sum += v; squares += v * v;
+    }
+    const n = pixels.length / 4, mean = sum / n;
+    found.images.push({id: image.closest("figure").id, width: image.naturalWidth, shown: image.clientWidth,
+                       ink: ink / n, std: Math.sqrt(squares / n - mean * mean)});
+  }
+  found.text = document.body.innerText;
+  parent.postMessage(found, "*");
+};
+</script>"""
+# A browser's own window is never as narrow as a phone's; a frame can be.
+FRAME = """<!DOCTYPE html><pre id="probe"></pre><script>
+window.onmessage = (event) => {
+  document.getElementById("probe").textContent = "PROBE" + JSON.stringify(event.data) + "PROBE";
+};
+</script><iframe src="probed.html" style="border: 0; width: %dpx; height: 900px"></iframe>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    """A headless browser; the test is skipped where there is none."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH to show the report in")
+    return found
+
+
+def look(browser: str, page: Path, width: int) -> dict:
+    """What a browser of this width makes of a copy of the page."""
+    probed = page.with_name("probed.html")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("</body>") == 1
+    probed.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME % width, encoding="utf-8")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom",
+         f"--user-data-dir={page.parent / 'profile'}", "--window-size=1400,1000", frame.as_uri()],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert "PROBE{" in done.stdout, done.stderr[-2000:]
+    return json.loads(html.unescape(done.stdout.rsplit("PROBE{", 1)[1].split("}PROBE")[0]).join("{}"))
+
+
+@pytest.mark.parametrize(
+    ("width", "policy"),
+    [(360, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1200, True), (360, False)))],
+)
+def test_the_report_in_a_browser(browser: str, width: int, policy: bool, tmp_path: Path) -> None:
+    predictions = make_predictions()
+    run = tmp_path / "run"
+    make_run(run, predictions)
+    if policy:
+        make_policy(predictions).write(run / "thresholds.json")
+    (run / "metrics.csv").write_text("epoch,train_loss,accuracy,augrc\n0,0.9,0.6,0.2\n1,0.5,0.7,0.1\n")
+    evaluate(run, n_replicates=50, predictions=predictions)
+    found = look(browser, run / "report.html", width)
+    assert found["inner"] == width
+    assert found["scroll"] <= width, found["wide"]
+    assert (found["wide"], found["scrolled"]) == ([], []), "every table must be read without scrolling aside"
+    figures = {one["id"]: one for one in found["images"] if one["id"]}
+    assert set(figures) == {name for name in FIGURES if policy or name not in ("fnr_on_exited", "coverage")}
+    for one in figures.values():
+        assert one["width"] > 300 and 250 < one["shown"] <= width
+        assert one["ink"] > 0.01 and one["std"] > 5, "a blank figure"
+    thumbnails = [one for one in found["images"] if not one["id"]]
+    assert thumbnails and all(one["shown"] > 50 for one in thumbnails)
+    words = found["text"]
+    assert "AUGRC" in words and "Most confident mistakes" in words
+    assert ("Is the target on missed positives kept here?" in words) == policy
+    assert not re.search(r"\b(nan|NaN|None|Infinity|undefined:|[Ee]xception|Traceback|Error:)\b", words)
+    assert "{{" not in words and "{%" not in words
+
+
+@pytest.mark.slow
+def test_the_page_of_metrics_alone_in_a_browser(browser: str, tmp_path: Path) -> None:
+    predictions = make_predictions()
+    for name, logits in (("a", predictions.logits_a), ("b", predictions.logits_b)):
+        np.savez(tmp_path / f"{name}.npz", labels=predictions.labels, logits=logits, groups=predictions.groups)
+    for other in (None, tmp_path / "b.npz"):
+        out = tmp_path / f"out {other is None}"
+        measure(tmp_path / "a.npz", compare_with=other, threshold=0.8, n_replicates=50, out=out)
+        for width in (360, 1200):
+            found = look(browser, out / "report.html", width)
+            assert found["scroll"] <= width and found["wide"] == [] and found["scrolled"] == []
+            assert {one["id"] for one in found["images"]} == {p.stem for p in out.glob("*.png")}
+            assert all(one["ink"] > 0.01 and one["std"] > 5 for one in found["images"])
+            assert not re.search(r"\b(nan|NaN|None)\b", found["text"])
+
+
+@pytest.mark.slow
+def test_the_probe_sees_a_blank_figure_and_an_overflow(browser: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    buffer = io.BytesIO()
+    Image.new("RGB", (800, 400), "white").save(buffer, "PNG")
+    blank = base64.b64encode(buffer.getvalue()).decode()
+    page.write_text(
+        f'<html><body><figure id="x"><img width="700" src="data:image/png;base64,{blank}"></figure></body></html>'
+    )
+    found = look(browser, page, 390)
+    assert found["scroll"] > 390 and "IMG" in found["wide"]
+    assert found["images"][0]["ink"] == 0

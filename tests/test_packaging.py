@@ -29,7 +29,7 @@ BASE_MODULES = [
     "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "data.images",
     "data.splits",
     "deploy.bundle", "deploy.runtime", "deploy.cascade", "report", "stations.calibration", "stations.evaluation",
-    "stations.inspection", "stations.prediction", "stations.doctor",
+    "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",
 ]  # fmt: skip
 
 

@@ -15,15 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
+
+from sklearn import metrics as judge
 
 import stage1_pro
 from stage1_pro.artifacts import Predictions, Splits
 from stage1_pro.config import Config, load_config
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
+from stage1_pro.metrics import augrc, aurc, bootstrap, coverage_at_risk, risk_at_coverage
+from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.models.model import Stage1Model
+from stage1_pro.policies.softmax import softmax
 from stage1_pro.training import losses
 from stage1_pro.training.inference import infer_split
 from stage1_pro.training.loop import COLUMNS, TIMINGS, train
@@ -82,6 +88,36 @@ def test_one_call_writes_every_artefact(run: Path) -> None:
     select = infer_split(run, "val_select")
     best = rows[result.best_epoch]
     assert np.mean(select.logits_a.argmax(1) == select.labels) == pytest.approx(float(best["accuracy"]))
+    with Image.open(run / "metrics" / "risk_coverage_curve.png") as image:
+        assert min(image.size) > 300
+
+
+def test_every_epoch_has_the_selective_suite_on_val_select(run: Path) -> None:
+    result = train(run, config())
+    with (run / "metrics.csv").open(newline="") as file:
+        best = list(csv.DictReader(file))[result.best_epoch]
+    select = infer_split(run, "val_select")
+    probs = softmax(select.logits_a)
+    sure, wrong = probs.max(1), probs.argmax(1) != select.labels
+    expected = {"augrc": augrc(sure, wrong), "aurc": aurc(sure, wrong), "accuracy": 1 - wrong.mean()}
+    expected |= {f"risk_at_coverage_{c}": risk_at_coverage(sure, wrong, c).selective_risk for c in (0.5, 0.6, 0.7, 0.8)}
+    expected |= {f"coverage_at_risk_{r}": coverage_at_risk(sure, wrong, r).coverage for r in (0.01, 0.02, 0.05, 0.1)}
+    expected |= {
+        "nll": judge.log_loss(select.labels, probs),
+        "brier": judge.brier_score_loss(select.labels == 1, probs[:, 1]),
+        "augrc_b": augrc(softmax(select.logits_b).max(1), select.logits_b.argmax(1) != select.labels),
+    }
+    for name, value in expected.items():
+        assert float(best[name]) == pytest.approx(value, abs=1e-6), name
+    groups = np.asarray([row.group for row in Splits.read(run / "splits.json").of("val_select")])
+    interval = bootstrap(probs, select.labels, groups=groups, n_replicates=500)["augrc"]
+    assert (float(best["augrc_low"]), float(best["augrc_high"])) == pytest.approx(
+        (interval.low, interval.high), rel=1e-3
+    )
+    for name in metric_names(exits=False):
+        low, high = best[f"{name}_low"], best[f"{name}_high"]
+        assert (low == "") == (high == ""), name
+        assert low == "" or float(low) <= float(best[name]) <= float(high), name
 
 
 def test_training_never_opens_val_test_or_foreign_rows(run: Path) -> None:
@@ -293,7 +329,8 @@ def test_linear_mode_trains_heads_on_cached_features(run: Path, shared) -> None:
 # kill -9
 
 ARTEFACTS = ("config.json", "splits.json", "model_best.pth", "model_best_acc.pth", "last.pth", "val_calib.npz",
-             "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt")  # fmt: skip
+             "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
+             "metrics/risk_coverage_curve.png")  # fmt: skip
 
 
 def command(run: Path, *options: str) -> list[str]:
@@ -358,7 +395,7 @@ def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
     for name in ARTEFACTS:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs after {words}"
     assert without_timings(killed / "metrics.csv") == without_timings(whole / "metrics.csv")
-    assert not list(killed.glob(".*.tmp")), "what killed writers left must be swept up"
+    assert not list(killed.rglob(".*.tmp")), "what killed writers left must be swept up"
 
 
 @pytest.mark.slow

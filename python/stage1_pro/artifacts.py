@@ -370,18 +370,44 @@ class Thresholds(Record):
     preprocessing_fingerprint: str | None = None
 
 
-class Measure(Record):
-    """One figure of an evaluation, with its interval and the data behind it; undefined ones are null."""
+class Metric(Record):
+    """One metric with its interval; what is undefined is null, and ``note`` says why."""
 
-    source: str | None = Field(description="null = all rows")
-    stage: Literal["stage_a", "stage_b", "cascade"] = Field(description="whose answers are measured")
     metric: str
     value: float | None = None
     std: float | None = None
     low: float | None = None
     high: float | None = Field(default=None, description="an upper bound alone when low is null")
+    method: str = Field(default="none", description="of the interval: bca, percentile, logit, clopper-pearson or none")
+    note: str = Field(default="", description="why there is no value or interval, or a caution to show with it")
+
+
+class Measure(Metric):
+    """One figure of an evaluation, with its interval and the data behind it; undefined ones are null."""
+
+    source: str | None = Field(description="null = all rows")
+    stage: Literal["stage_a", "stage_b", "cascade"] = Field(description="whose answers are measured")
     n: int = Field(description="rows that the figure is a mean over")
     n_groups: int
+
+
+class FnrCheck(Record):
+    """Whether FNR on exits keeps the policy's target on these rows, by its upper bound.
+
+    ``holds``: the bound is at or below the target; ``not shown``: the value is, the bound is not (or no positive
+    exited); ``exceeded``: the value itself is above the target.
+    """
+
+    outcome: Literal["holds", "not shown", "exceeded"]
+    value: float | None = Field(description="null when no positive exited")
+    upper_bound: float | None = Field(description="one-sided Clopper-Pearson; a group with any miss counts as wrong")
+    target: float
+    level: float = Field(gt=0, lt=1)
+    n_missed: int = Field(description="exited positives that were answered otherwise")
+    n_positives: int = Field(description="exited positives")
+    n_groups_missed: int
+    n_groups: int = Field(description="groups of the exited positives")
+    statement: str = Field(description="the outcome in words")
 
 
 class Evaluation(Record):
@@ -402,6 +428,7 @@ class Evaluation(Record):
     exit_threshold: float | None
     target_fnr: float | None
     statement: str = Field(description="what the policy promises, in words")
+    fnr_check: FnrCheck | None = Field(description="null without a policy")
     level: float = Field(gt=0, lt=1, description="of intervals and bounds")
     n_replicates: int
     seed: int
@@ -417,6 +444,35 @@ class Evaluation(Record):
             if (found.metric, found.stage, found.source) == (metric, stage, source):
                 return found
         raise KeyError((metric, stage, source))
+
+
+class Measurement(Record):
+    """What ``stage1 metrics`` found in a file of predictions, or of the difference of two files."""
+
+    format_version: Literal[1] = 1
+    file: str
+    compared_with: str | None = Field(description="the other file; metrics are then those of this one minus its")
+    n_rows: int
+    n_units: int
+    unit: Literal["rows", "groups"] = Field(description="what is resampled")
+    classes: list[str] | None = Field(description="null when the file holds errors instead of labels")
+    positive: str | None
+    threshold: float | None
+    level: float = Field(gt=0, lt=1)
+    method: Literal["bca", "percentile", "logit"]
+    n_replicates: int
+    seed: int
+    metrics: list[Metric]
+    values: dict[str, tuple[float | None, float | None]] = Field(
+        default_factory=dict, description="of a difference: the metric of this file and of the other one"
+    )
+
+    def metric(self, name: str) -> Metric:
+        """One metric; KeyError when it was not measured."""
+        for found in self.metrics:
+            if found.metric == name:
+                return found
+        raise KeyError(name)
 
 
 class FileEntry(Record):

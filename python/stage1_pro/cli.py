@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,9 +22,27 @@ the usual way:
   stage1 evaluate --run RUN                       figures on val_test and a report to open
   stage1 export --run RUN --target rtx            a bundle: ONNX, engines, exactly one policy
   stage1 predict --bundle RUN/bundle photos/      label, probability, exited or deferred
+without a model:
+  stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read
+"""
+
+
+_METRICS = """\
+forms of a CSV (columns)                 of an .npz (arrays)
+  label, prob                              labels [N], probs [N] or [N, K]
+  label, prob_<class> of every class       labels [N], logits [N] or [N, K]
+  error, confidence                        error [N], confidence [N]
+prob is P(positive); label is 0 or 1, or a name; error is 0, 1 or a loss in [0, 1]. Optional:
+  group        rows of one clip or track: whole groups are resampled, plain intervals would be too narrow
+  confidence   what rows are ranked by, instead of the largest probability
+  id           checked to be the same when two files are compared
+
+examples:
+  stage1 metrics predictions.csv --out figures
+  stage1 metrics new.csv --compare old.csv --metrics augrc,nll
 """
 
 
@@ -137,6 +156,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--replicates", type=int, default=1000, help="bootstrap replicates of an interval")
     sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
 
+    sub = command("metrics", "measure anybody's predictions: AUGRC and the suite with intervals, no model", _metrics)
+    sub.epilog = _METRICS
+    sub.add_argument("file", type=Path, metavar="FILE.csv|FILE.npz", help="predictions, in one of the forms below")
+    sub.add_argument("--compare", type=Path, metavar="FILE", help="predictions on the same rows: FILE.csv minus these")
+    sub.add_argument("--positive", help="name of the positive class; 1 of labels 0 and 1")
+    sub.add_argument("--threshold", type=float, help="a row exits at or above it; adds coverage and errors of exits")
+    sub.add_argument("--replicates", type=int, default=1000, help="bootstrap replicates of an interval")
+    sub.add_argument("--level", type=float, default=0.95, help="nominal coverage of the intervals")
+    sub.add_argument("--method", choices=["bca", "percentile", "logit"], default="bca", help="how intervals are made")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    sub.add_argument("--metrics", default="all", help="comma-separated names, such as augrc,risk_at_coverage_0.95")
+    sub.add_argument("--out", type=Path, help="folder for metrics.csv, metrics.json, figures and report.html")
+
     sub = command("export", "write the bundle: ONNX per stage, engines, exactly one policy", _export)
     sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
     sub.add_argument("--out", type=Path, help="bundle folder; RUN/bundle by default")
@@ -208,7 +240,16 @@ def _fail(error: Stage1Error, *, as_json: bool) -> int:
 
 
 def _emit(options: argparse.Namespace, data: Any, text: str) -> None:
-    print(json.dumps(data, default=str) if options.json else text)
+    print(json.dumps(_strict(data), default=str, allow_nan=False) if options.json else text)
+
+
+def _strict(data: Any) -> Any:
+    """The same with null for NaN and infinities, which are no JSON."""
+    if isinstance(data, dict):
+        return {key: _strict(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_strict(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _split(options: argparse.Namespace) -> None:
@@ -294,6 +335,25 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
+
+
+def _metrics(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.measuring import measure, render
+
+    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    found = measure(
+        options.file,
+        compare_with=options.compare,
+        positive=options.positive,
+        threshold=options.threshold,
+        metrics="all" if names == ["all"] else names,
+        n_replicates=options.replicates,
+        level=options.level,
+        method=options.method,
+        seed=options.seed,
+        out=options.out,
+    )
+    _emit(options, found.model_dump(mode="json"), render(found))
 
 
 def _export(options: argparse.Namespace) -> None:

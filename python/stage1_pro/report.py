@@ -6,25 +6,36 @@ import base64
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from stage1_pro.artifacts import Evaluation, Measure, Thresholds, write_text
+from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Thresholds, write_text
 from stage1_pro.errors import Stage1Error
+from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.plots import training_png
 
 THUMBNAILS = 24
 THUMBNAIL_SIDE = 220
 STAGE_NAMES = {"stage_a": "Stage A alone", "stage_b": "Stage B alone", "cascade": "Cascade"}
+WORST_GROUPS = 20
 METRIC_NAMES = {
     "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "mcc": "MCC", "auroc": "AUROC", "augrc": "AUGRC",
-    "coverage": "Coverage", "exit_accuracy": "Exit accuracy", "fnr_on_exited": "FNR on exits",
-    "deferred_accuracy": "Deferred accuracy",
+    "aurc": "AURC", "nll": "NLL", "brier": "Brier score", "ece": "ECE (calibration)",
+    "coverage": "Coverage", "exit_accuracy": "Exit accuracy", "exit_error": "Exit error",
+    "fnr_on_exited": "FNR on exits", "deferred_accuracy": "Deferred accuracy",
 }  # fmt: skip
 QUALITY = ("accuracy", "balanced_accuracy", "mcc", "auroc", "augrc")
-SHARES = ("accuracy", "balanced_accuracy", "coverage", "exit_accuracy", "fnr_on_exited", "deferred_accuracy")
+EXITS = ("coverage", "exit_accuracy", "fnr_on_exited", "deferred_accuracy")
+SHARES = ("accuracy", "balanced_accuracy", "coverage", "exit_accuracy", "exit_error", "fnr_on_exited",
+          "deferred_accuracy", "ece")  # fmt: skip
+# Measured without an interval.
+POINTS = ("balanced_accuracy", "mcc", "auroc", "ece")
+NO_INTERVAL = "no interval is computed for this metric"
+# Long figures: their digits after the point.
+DIGITS = {"augrc": 4, "aurc": 4, "nll": 4, "brier": 4}
 # Panels of the training figure: the first column of each row that the file has.
 TRAINING_PANELS = (
     ("training loss", ("train_loss", "loss")),
@@ -71,6 +82,7 @@ def write_report(
     policy: Thresholds | None,
     pictures: Sequence[Picture],
     mistakes: Sequence[Mapping[str, object]],
+    groups: Sequence[Mapping[str, object]],
     image_root: Path,
 ) -> None:
     """Write the report atomically; it refers to no other file and no network.
@@ -81,30 +93,81 @@ def write_report(
         policy: the policy they were measured under.
         pictures: in the order to show.
         mistakes: rows of ``mistakes.csv``, the most confident first; the first ones are shown as thumbnails.
+        groups: rows of ``groups.csv``, the most errors first; the first ones with any are shown.
         image_root: folder that their ``file`` is relative to.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["png"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
-    environment.filters["percent"] = _percent
-    environment.filters["stage"] = lambda name: {"stage_a": "Stage A", "stage_b": "Stage B"}[name]
-    template = environment.from_string(
-        files("stage1_pro").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    )
     shown = [{**row, "image": _thumbnail(image_root / str(row["file"]))} for row in mistakes[:THUMBNAILS]]
-    html = template.render(
+    bad = [row for row in groups if row["errors"] or row["missed_positives"]]
+    notes: list[str] = []
+    html = _page(
+        "report.html.j2",
         evaluation=evaluation,
         policy=policy,
         story=_story(evaluation),
+        check=evaluation.fnr_check,
+        verdict=None if evaluation.fnr_check is None else _verdict(evaluation.fnr_check, evaluation.positive),
         quality=_table(evaluation),
         quality_names=[METRIC_NAMES[name] for name in QUALITY],
+        suite=_suite(evaluation, notes),
+        suite_stages=[name for stage, name in STAGE_NAMES.items() if _measured(evaluation, stage)],
+        suite_notes=notes,
         exits=_exit_table(evaluation) if policy else [],
+        exit_names=[METRIC_NAMES[name] for name in EXITS],
         grid=_grid(policy) if policy else [],
         pictures=pictures,
+        # Where every row is a group of its own the table would be the mistakes again.
+        groups=bad[:WORST_GROUPS] if evaluation.n_groups < evaluation.n_rows else [],
+        n_bad_groups=len(bad),
+        named_sources=any(row["source"] for row in groups),
         mistakes=shown,
     )
     write_text(path, html)
+
+
+def write_measurement(path: Path | str, found: Measurement, pictures: Sequence[Picture]) -> None:
+    """Write the page of ``stage1 metrics`` atomically; it refers to no other file and no network."""
+    columns = ["Value", "Std", "Interval", "Method", "Note"]
+    if found.compared_with is not None:
+        columns = ["A", "B", "A − B", *columns[1:]]
+    lines = []
+    for one in found.metrics:
+        known = one.low is not None and one.high is not None
+        interval = f"{_plain(one.low)} to {_plain(one.high)}" if known else "–"
+        cells = [_plain(one.value), _plain(one.std), interval]
+        if found.compared_with is not None:
+            cells = [*map(_plain, found.values[one.metric]), *cells]
+        method = "–" if one.method == "none" else one.method
+        lines.append({"name": metric_title(one.metric), "cells": [*cells, method, one.note]})
+    write_text(path, _page("metrics.html.j2", found=found, columns=columns, lines=lines, pictures=pictures))
+
+
+def metric_title(name: str) -> str:
+    """A metric's name for readers: ``risk_at_coverage_0.8`` is "Risk at coverage 80%"."""
+    for prefix, title in (("risk_at_coverage_", "Risk at coverage"), ("coverage_at_risk_", "Coverage at risk")):
+        if name.startswith(prefix):
+            return f"{title} {100 * float(name.removeprefix(prefix)):.4g}%"
+    return METRIC_NAMES[name]
+
+
+def short_note(note: str) -> str:
+    """A note without its counts, so that one line serves many figures; the files have them."""
+    note = re.sub(r"only \d+ (row|group)s?( with)?", rf"fewer than {FEW_ERRORS} \1s\2", note)
+    return re.sub(r"(errors|exits|positives) in \d+ (row|group)s", r"\1 in any \2", note)
+
+
+def _page(template: str, **values: object) -> str:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    def read(name: str) -> str:
+        return files("stage1_pro").joinpath("templates", name).read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["png"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
+    environment.filters["percent"] = _percent
+    environment.filters["stage"] = lambda name: {"stage_a": "Stage A", "stage_b": "Stage B"}[name]
+    return environment.get_template(template).render(**values)
 
 
 def _story(evaluation: Evaluation) -> list[str]:
@@ -133,22 +196,35 @@ def _story(evaluation: Evaluation) -> list[str]:
 
 def _missed(evaluation: Evaluation) -> str:
     """The sentence on positives that Stage A let go as something else."""
-    measure, positive, aim = evaluation.measure("fnr_on_exited", "stage_a"), evaluation.positive, evaluation.target_fnr
+    measure, positive = evaluation.measure("fnr_on_exited", "stage_a"), evaluation.positive
     if measure.value is None:
         return f"No “{positive}” photo was answered by Stage A, so its rate of misses there is unknown."
     count = round(measure.value * measure.n)
-    wish = f"; the aim on the calibration photos was at most {_percent(aim)}"
-    if aim is not None and measure.value > aim:
-        wish += ", so here it is more"
-    if measure.n_groups == measure.n:
-        unit, bound = _photos(measure.n), "of that rate"
-    else:
-        unit = f"{measure.n_groups} group" + ("" if measure.n_groups == 1 else "s")
-        bound = "for a new group to hold any such miss"
     return (
         f"Of the {measure.n} “{positive}” photos that Stage A answered, {count} "
-        f"{'was' if count == 1 else 'were'} called something else ({_percent(measure.value)}{wish}). "
-        f"That rests on {unit}: the {evaluation.level:.0%} upper bound {bound} is {_percent(measure.high)}."
+        f"{'was' if count == 1 else 'were'} called something else ({_percent(measure.value)})."
+    )
+
+
+def _verdict(check: FnrCheck, positive: str) -> str:
+    """What was measured of the target on missed positives, for anybody."""
+    if check.value is None:
+        return f"No “{positive}” photo was answered by Stage A, so nothing is known about its misses there."
+    if check.n_groups == check.n_positives:
+        unit, bound = _photos(check.n_positives), "of that rate"
+    else:
+        unit = f"{check.n_groups} group" + ("" if check.n_groups == 1 else "s")
+        bound = "for a new group to hold any such miss"
+    end = {
+        "holds": "Even that bound meets the aim.",
+        "not shown": "The rate meets the aim, that bound does not: it takes more test photos to tell.",
+        "exceeded": "The measured rate itself is above the aim.",
+    }[check.outcome]
+    return (
+        f"The aim, set on the calibration photos, was to miss at most {_percent(check.target)} of the “{positive}” "
+        f"photos that Stage A answers. Here it missed {check.n_missed} of {check.n_positives} "
+        f"({_percent(check.value)}). That rests on {unit}: the {check.level:.0%} upper bound {bound} is "
+        f"{_percent(check.upper_bound)}. {end}"
     )
 
 
@@ -182,13 +258,35 @@ def _table(evaluation: Evaluation) -> list[dict[str, object]]:
     ]
 
 
+def _measured(evaluation: Evaluation, stage: str) -> bool:
+    return any(found.stage == stage and found.metric == "augrc" for found in evaluation.measures)
+
+
+def _suite(evaluation: Evaluation, notes: list[str]) -> list[dict[str, object]]:
+    """A row a metric over all photos, a cell a stage; cautions are collected in ``notes`` and marked by number."""
+    stages = [stage for stage in STAGE_NAMES if _measured(evaluation, stage)]
+    names = [m.metric for m in evaluation.measures if m.source is None and m.stage == stages[0] and m.n]
+    lines: list[dict[str, object]] = []
+    for name in names:
+        if name in EXITS or name == "exit_error":
+            continue
+        cells = []
+        for stage in stages:
+            measure = evaluation.measure(name, stage)
+            mark = ""
+            # That some metrics have no interval is plain to see.
+            if measure.note and (measure.value is None or name not in POINTS):
+                note = short_note(measure.note)
+                if note not in notes:
+                    notes.append(note)
+                mark = str(notes.index(note) + 1)
+            cells.append({**_cell(measure), "mark": mark})
+        lines.append({"name": metric_title(name), "cells": cells})
+    return lines
+
+
 def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
-    wanted = [
-        ("coverage", "stage_a"),
-        ("exit_accuracy", "stage_a"),
-        ("fnr_on_exited", "stage_a"),
-        ("deferred_accuracy", "stage_b"),
-    ]
+    wanted = [(name, "stage_b" if name == "deferred_accuracy" else "stage_a") for name in EXITS]
     return [
         {
             "source": source or "All photos",
@@ -207,16 +305,20 @@ def _grid(policy: Thresholds) -> list[dict[str, object]]:
 
 
 def _cell(measure: Measure) -> dict[str, str]:
-    share = measure.metric in SHARES
+    share = measure.metric in SHARES or "_at_" in measure.metric
 
     def show(value: float | None) -> str:
         if value is None:
             return "–"
-        return _percent(value) if share else f"{value:.4f}" if measure.metric == "augrc" else f"{value:.3f}"
+        return _percent(value) if share else f"{value:.{DIGITS.get(measure.metric, 3)}f}"
 
     if measure.low is not None and measure.high is not None:
         return {"value": show(measure.value), "note": f"{show(measure.low)} to {show(measure.high)}"}
     return {"value": show(measure.value), "note": "" if measure.high is None else f"at most {show(measure.high)}"}
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.5f}".replace("-", "−")
 
 
 def _percent(value: float | None) -> str:

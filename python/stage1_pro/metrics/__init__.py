@@ -13,7 +13,7 @@ from stage1_pro.metrics.intervals import (
     clopper_pearson_upper,
     compare,
 )
-from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, mcc, nll
+from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, ece, mcc, nll
 from stage1_pro.metrics.selective import (
     OperatingPoint,
     RiskCoverage,
@@ -48,6 +48,7 @@ __all__ = [
     "compare",
     "coverage_at_risk",
     "dual_threshold",
+    "ece",
     "fnr_on_exited",
     "mcc",
     "nll",

@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,18 +14,28 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.metrics.intervals import Interval
+from stage1_pro.metrics.probabilistic import calibration_bins
 from stage1_pro.metrics.selective import risk_coverage
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
 SIZE = (5.4, 3.5)
 # More points than a printed line can show only make the drawing slow.
 CURVE_POINTS = 2000
+# Where the band of the risk-coverage curve is measured: names for ``bootstrap``.
+BAND_METRICS = tuple(f"risk_at_coverage_{share / 50:g}" for share in range(1, 51))
 
 
 def risk_coverage_png(
-    confidence: ArrayLike, error: ArrayLike, *, point: tuple[float, float] | None = None, band: ArrayLike | None = None
+    confidence: ArrayLike,
+    error: ArrayLike,
+    *,
+    point: tuple[float, float] | None = None,
+    band: ArrayLike | None = None,
+    level: float = 0.95,
+    title: str = "",
 ) -> bytes:
     """Draw the share of wrong answers among the surest rows against their share of all rows.
 
@@ -32,57 +43,143 @@ def risk_coverage_png(
         confidence: [N], N >= 1, higher is surer.
         error: [N] in [0, 1].
         point: (coverage, risk) of a policy to mark.
-        band: [3, M] coverage, low and high risk, to shade.
+        band: [3, M] coverage, low and high risk at it, to shade; NaN leaves a gap.
+        level: of the band.
+        title: above the figure.
     """
+    figure, axes = _canvas("coverage: share of rows answered, surest first", "share wrong among them")
     curve = risk_coverage(confidence, error)
-    kept = np.unique(np.linspace(0, curve.coverage.size - 1, CURVE_POINTS).round().astype(int))
-    coverage, risk = curve.coverage[kept], curve.selective_risk[kept]
-    figure, axes = _canvas("coverage: share of photos answered by Stage A", "share wrong among them")
+    coverage, risk = curve.coverage, curve.selective_risk
+    top = float(risk.max())
     if band is not None:
         x, low, high = np.asarray(band, np.float64)
-        axes.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0, label="interval")
+        kept = ~np.isnan(low + high)
+        if kept.any():
+            axes.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0, label=f"{100 * level:.4g}% interval")
+            # A handful of surest rows tells next to nothing; their huge interval must not flatten all the rest.
+            top = max(float(risk[coverage >= 0.1].max()), float(np.quantile(high[kept], 0.9)))
+    shown = np.unique(np.linspace(0, coverage.size - 1, CURVE_POINTS).round().astype(int))
     # A tie group enters whole, so between two achievable points there is nothing: dots when there are few.
     axes.plot(
-        coverage, risk, color=BLUE, linewidth=2, marker="o" if coverage.size <= 30 else None, label="all thresholds"
+        coverage[shown],
+        risk[shown],
+        color=BLUE,
+        linewidth=2,
+        marker="o" if coverage.size <= 30 else None,
+        label="all thresholds",
     )
-    top = float(risk.max())
     if point is not None:
         axes.plot(
-            *point, "D", color=VERMILION, markersize=9, label=f"policy: {point[0]:.0%} answered, {point[1]:.1%} wrong"
+            *point, "D", color=VERMILION, markersize=8, label=f"policy: {point[0]:.1%} answered, {point[1]:.2%} wrong"
         )
         top = max(top, point[1])
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, max(top * 1.15, 0.01))
     _percent(axes, x=True, y=True)
+    _legend(axes, title)
+    return _png(figure)
+
+
+def risk_band(intervals: Mapping[str, Interval]) -> NDArray[np.float64]:
+    """Coverage, low and high risk [3, M] for ``risk_coverage_png``, from intervals of ``BAND_METRICS``."""
+    return np.array(
+        [(float(name.rpartition("_")[2]), intervals[name].low, intervals[name].high) for name in BAND_METRICS]
+    ).T
+
+
+def distribution_png(
+    replicates: ArrayLike,
+    *,
+    value: float,
+    low: float = math.nan,
+    high: float = math.nan,
+    label: str,
+    level: float = 0.95,
+    percent: bool = False,
+    target: float | None = None,
+    bound: float | None = None,
+    target_label: str = "target",
+) -> bytes:
+    """Draw how a metric varies over its resamples, with its value, interval, target and upper bound.
+
+    Args:
+        replicates: [B]; NaN (undefined in that resample) is left out, none at all leaves the lines alone.
+        value: the metric of the rows themselves.
+        low: end of the interval; NaN where there is none.
+        high: other end.
+        label: what the axis says.
+        level: of the interval.
+        percent: the metric is a share, shown in percent.
+        target: to mark, with ``target_label``.
+        bound: upper bound to mark.
+        target_label: the target's name in the legend.
+    """
+    drawn = np.asarray(replicates, np.float64)
+    drawn = drawn[np.isfinite(drawn)]
+    figure, axes = _canvas(label, "resamples")
+
+    def text(number: float) -> str:
+        return f"{100 * number:.3g}%" if percent else f"{number:.3g}"
+
+    if math.isfinite(low) and math.isfinite(high):
+        axes.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0,
+                     label=f"{100 * level:.4g}% interval {text(low)} to {text(high)}")  # fmt: skip
+    marks = [number for number in (value, low, high, target, bound) if number is not None and math.isfinite(number)]
+    if drawn.size:
+        spread = float(drawn.max() - drawn.min())
+        # All equal: one bar as wide as the figure allows it to be seen.
+        reach = max(marks) - min(marks) if marks else 0.0
+        width = spread / 30 or 0.05 * reach or 0.01
+        # Shares of few rows take few values: bins that fall between them would leave a comb.
+        values = np.unique(drawn)
+        if values.size > 1:
+            step = float(np.diff(values).min())
+            width = max(width, step) if values.size <= 30 and spread / step <= 60 else width
+        start = float(drawn.min()) - width / 2
+        edges = start + width * np.arange(math.ceil(spread / width) + 2)
+        axes.hist(drawn, edges.tolist(), color=BLUE, alpha=0.55)
+    if math.isfinite(value):
+        axes.axvline(value, color="black", linewidth=1.8, label=f"measured {text(value)}")
+    if bound is not None and math.isfinite(bound):
+        axes.axvline(bound, color=VERMILION, linewidth=1.8, linestyle=":", label=f"upper bound {text(bound)}")
+    if target is not None:
+        axes.axvline(target, color=GREEN, linewidth=1.8, linestyle="--", label=f"{target_label} {text(target)}")
+    axes.set_ylim(bottom=0)
+    if marks or drawn.size:
+        ends = [*marks, *([float(drawn.min()), float(drawn.max())] if drawn.size else [])]
+        room = 0.08 * (max(ends) - min(ends)) or 0.02
+        axes.set_xlim(min(ends) - room, max(ends) + room)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if percent:
+        axes.xaxis.set_major_formatter(FuncFormatter(_in_percent))
     _legend(axes)
     return _png(figure)
 
 
-def reliability_png(probability: ArrayLike, correct: ArrayLike, *, bins: int = 10) -> bytes:
-    """Draw how often answers of a confidence are right, in bins of equal width, with their counts.
+def reliability_png(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15, error: float | None = None) -> bytes:
+    """Draw how often answers of a confidence are right, in the equal bins that ``ece`` sums over, with their counts.
 
     Args:
-        probability: confidence [N] in [0, 1].
+        confidence: of the answer [N] in [0, 1].
         correct: bool [N].
-        bins: how many of equal width between the smallest confidence, rounded down to .1, and 1.
+        bins: of equal width over [0, 1]; empty ones are left out.
+        error: the expected calibration error, for the legend.
     """
-    sure, right = np.asarray(probability, np.float64), np.asarray(correct, np.float64)
-    start = np.floor(float(sure.min()) * 10) / 10 if sure.min() < 1 else 0.5
-    edges = np.linspace(start, 1, bins + 1)
-    place = np.clip(np.searchsorted(edges, sure, side="right") - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    kept = count > 0
-    mean_sure = np.bincount(place, sure, bins)[kept] / count[kept]
-    mean_right = np.bincount(place, right, bins)[kept] / count[kept]
-    figure, axes = _canvas("confidence of Stage A", "share of right answers")
+    count, sure, right = calibration_bins(confidence, correct, bins=bins)
+    kept = np.flatnonzero(count)
+    count, sure, right, start = count[kept], sure[kept], right[kept], kept[0] / bins
+    figure, axes = _canvas("confidence of the answer", "share of right answers")
     axes.plot([start, 1], [start, 1], color=GREY, linestyle="--", linewidth=1, label="as sure as right")
-    area = 20 + 400 * count[kept] / sure.size
-    axes.plot(mean_sure, mean_right, color=BLUE, linewidth=1)
-    axes.scatter(mean_sure, mean_right, s=area, color=BLUE, label="measured (numbers: photos)")
-    for x, y, n in zip(mean_sure, mean_right, count[kept], strict=True):
-        axes.annotate(str(n), (x, y), xytext=(0, -20), textcoords="offset points", ha="center", fontsize=8, color=GREY)
-    axes.set_xlim(start - 0.02, 1.02)
-    axes.set_ylim(min(start, float(mean_right.min())) - 0.12, 1.05)
+    axes.vlines(sure, np.minimum(sure, right), np.maximum(sure, right), color=ORANGE, linewidth=3,
+                label="gap" if error is None else f"gap (ECE {error:.2%})")  # fmt: skip
+    axes.plot(sure, right, color=BLUE, linewidth=1)
+    axes.scatter(sure, right, s=20 + 300 * count / count.sum(), color=BLUE, zorder=3, label="measured, with rows")
+    bottom = min(start, float(right.min())) - 0.02
+    axes.set_xlim(start - 0.02, 1.03)
+    axes.set_ylim(bottom - 0.16 * (1.05 - bottom), 1.05)
+    # In a row of their own, the counts cannot run into points or lines.
+    for x, n in zip(sure, count, strict=True):
+        axes.annotate(f"{n}", (x, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=7, color=GREY)
     _percent(axes, x=True, y=True)
     _legend(axes)
     return _png(figure)
@@ -98,7 +195,7 @@ def confidence_png(confidence: ArrayLike, correct: ArrayLike, *, threshold: floa
     """
     sure, right = np.asarray(confidence, np.float64), np.asarray(correct, dtype=bool)
     edges = np.linspace(min(np.floor(float(sure.min()) * 20) / 20, 0.95), 1, 26).tolist()
-    figure, axes = _canvas("confidence of Stage A", "photos (log scale)")
+    figure, axes = _canvas("confidence of the answer", "answers (log scale)")
     axes.hist(sure[right], edges, color=BLUE, alpha=0.35, label=f"right ({int(right.sum())})")
     axes.hist(
         sure[~right],
@@ -150,9 +247,14 @@ def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
-    # Above the axes, where no line of anybody's data runs through it.
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.2)
+def _legend(axes: Axes, title: str = "") -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    # Above the axes, where no line of anybody's data runs through it; two columns are as wide as a phone shows.
+    axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2,
+        fontsize=9, title=title or None, alignment="left", title_fontproperties={"weight": "bold", "size": 10},
+    )  # fmt: skip
 
 
 def _clean(axes: Axes) -> None:
@@ -161,11 +263,15 @@ def _clean(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def _in_percent(value: float, _: object = None) -> str:
+    return f"{100 * value:.4g}%"
+
+
 def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:
-    formatter = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
     for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
         if wanted:
-            axis.set_major_formatter(formatter)
+            # A formatter belongs to one axis.
+            axis.set_major_formatter(FuncFormatter(_in_percent))
             axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 

@@ -121,6 +121,43 @@ def _across(ufunc: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(functools.reduce(ufunc, values.T))
 
 
+def ece(probs: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> float:
+    """Expected calibration error of the answer's confidence, in [0, 1]; 0 is as sure as right, lower is better.
+
+    Σ over bins of (rows in the bin / rows) · |share right − mean confidence|, with ``bins`` bins of equal width
+    ((k − 1)/bins, k/bins] over [0, 1] and the largest probability as confidence (Guo et al., "On Calibration of Modern
+    Neural Networks", ICML 2017). It says nothing of the other classes' probabilities, and grows with ``bins`` on few
+    rows. Other arguments as in ``nll``.
+    """
+    values, truth = check_probabilities(probs, labels)
+    count, sure, right = calibration_bins(values.max(axis=1), values.argmax(axis=1) == truth, bins=bins)
+    kept = count > 0
+    return float(np.sum(count[kept] * np.abs(sure[kept] - right[kept])) / truth.size)
+
+
+def calibration_bins(
+    confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Rows, mean confidence and share right of each of ``bins`` equal bins (low, high] over [0, 1]; NaN where empty.
+
+    Args:
+        confidence: [N] in [0, 1].
+        correct: bool [N].
+        bins: how many, at least 1.
+    """
+    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    _one_shape("confidence", sure, "correct", right)
+    _no_nan("confidence", sure)
+    if bins < 1:
+        raise InputError(f"bins must be at least 1, got {bins}; 15 is usual")
+    edges = np.arange(bins + 1) / bins
+    place = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(place, values, bins) / count for values in (sure, right)]
+    return count, means[0], means[1]
+
+
 def _answers(predicted: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     answers, truth = np.asarray(predicted), np.asarray(labels)
     _one_shape("predicted", answers, "labels", truth)

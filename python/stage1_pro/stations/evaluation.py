@@ -5,28 +5,37 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import Evaluation, Measure, Predictions, Splits, Thresholds, write_bytes, write_csv
+from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Predictions, Splits, Thresholds, write_bytes, write_csv
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.metrics.intervals import bootstrap_augrc, clopper_pearson_upper
-from stage1_pro.metrics.plots import confidence_png, reliability_png, risk_coverage_png
-from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, mcc
+from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, clopper_pearson_upper, metric_names
+from stage1_pro.metrics.plots import (
+    BAND_METRICS,
+    confidence_png,
+    distribution_png,
+    reliability_png,
+    risk_band,
+    risk_coverage_png,
+)  # fmt: skip
+from stage1_pro.metrics.probabilistic import auroc, balanced_accuracy, ece, mcc
 from stage1_pro.policies import read_policy
 from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.softmax import confidence, decide, softmax
 from stage1_pro.progress import say
-from stage1_pro.report import Picture, training_picture, write_report
+from stage1_pro.report import NO_INTERVAL, POINTS, Picture, short_note, training_picture, write_report
 
 StageName = Literal["stage_a", "stage_b", "cascade"]
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b", "cascade")
 LEVEL = 0.95
 NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
+SUITE = metric_names(exits=False)
+GROUP_COLUMNS = ["group", "source", "rows", "errors", "exits", "missed_positives"]
 MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"]
 
 
@@ -34,10 +43,11 @@ MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "s
 class Answers:
     """What one stage, or the cascade of both, answers on N rows.
 
-    ``prediction`` [N] class indices; ``probability`` [N] of the positive class; ``confidence`` [N] of the
-    answer; ``error`` bool [N]; ``exited`` bool [N]: answered by Stage A.
+    ``probs`` [N, K]; ``prediction`` [N] class indices; ``probability`` [N] of the positive class; ``confidence`` [N]
+    of the answer; ``error`` bool [N]; ``exited`` bool [N]: answered by Stage A.
     """
 
+    probs: NDArray[np.float64]
     prediction: NDArray[np.int64]
     probability: NDArray[np.float64]
     confidence: NDArray[np.float64]
@@ -71,6 +81,7 @@ def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageNam
         if stage in probs:
             given = probs[stage].argmax(axis=1)
             found[stage] = Answers(
+                probs=probs[stage],
                 prediction=given,
                 probability=probs[stage][:, positive],
                 confidence=confidence(probs[stage]),
@@ -85,10 +96,11 @@ def evaluate_predictions(
 ) -> Evaluation:
     """Measure predictions on ``val_test``: per stage and for the cascade, over all rows and per source.
 
-    For each: ``accuracy, balanced_accuracy, mcc, auroc`` (positive against the rest) and ``augrc`` with a
-    bootstrap interval by group. Under a policy also, of Stage A, ``coverage``, ``exit_accuracy`` and
-    ``fnr_on_exited`` with its Clopper-Pearson upper bound by group, and of Stage B ``deferred_accuracy``;
-    without one these are null. Undefined figures are null, never 0.
+    For each the suite of ``metric_names`` with intervals by group, and ``balanced_accuracy, mcc, auroc`` (positive
+    against the rest) and ``ece`` without. Under a policy also, of Stage A, ``coverage``, ``exit_error``,
+    ``exit_accuracy`` and ``fnr_on_exited`` with its one-sided Clopper-Pearson upper bound by group, and of Stage B
+    ``deferred_accuracy``; without one these are null. Undefined figures are null, never 0. ``fnr_check`` says whether
+    FNR on exits keeps the policy's target by that bound.
 
     Args:
         predictions: of ``val_test``, N >= 1.
@@ -114,7 +126,7 @@ def evaluate_predictions(
     for source, rows in _scopes(predictions):
         for stage, given in answers.items():
             measures += _quality(predictions, given, source, stage, rows, n_replicates, seed)
-        measures += _exits(predictions, answers, exited, source, rows)
+        measures += _exits(predictions, answers, policy, source, rows, n_replicates, seed)
     return Evaluation(
         split_hash=predictions.split_hash,
         model_fingerprint=predictions.model_fingerprint,
@@ -129,6 +141,7 @@ def evaluate_predictions(
         exit_threshold=None if policy is None else policy.exit_threshold,
         target_fnr=None if policy is None else policy.target_fnr,
         statement=NO_POLICY if policy is None else policy.statement,
+        fnr_check=None if policy is None else _check_fnr(predictions, answers, policy),
         level=LEVEL,
         n_replicates=n_replicates,
         seed=seed,
@@ -141,9 +154,10 @@ def evaluate(
 ) -> Evaluation:
     """Measure the best model of a run and its policy on ``val_test``, and write figures, mistakes and report.
 
-    Writes ``RUN/evaluation/metrics.csv`` (a row a figure), ``RUN/evaluation/evaluation.json``,
-    ``RUN/evaluation/mistakes.csv`` (wrong answers, the most confident first), ``RUN/metrics/*.png`` and
-    ``RUN/report.html``.
+    Writes into ``RUN/evaluation``, which holds figures of ``val_test`` and nothing else: ``metrics.csv`` (a row a
+    figure), ``evaluation.json``, ``mistakes.csv`` (wrong answers, the most confident first), ``groups.csv`` (a row a
+    group, the most errors first) and ``*.png``; and ``RUN/report.html``. ``RUN/metrics`` holds training's own figures,
+    of ``val_select``.
 
     Args:
         run: trained run folder.
@@ -173,10 +187,12 @@ def evaluate(
 
     write_csv(run / "evaluation" / "metrics.csv", [_flat(measure) for measure in evaluation.measures], _CSV_COLUMNS)
     write_csv(run / "evaluation" / "mistakes.csv", mistakes, MISTAKE_COLUMNS)
+    groups = count_groups(predictions, answers)
+    write_csv(run / "evaluation" / "groups.csv", groups, GROUP_COLUMNS)
     evaluation.write(run / "evaluation" / "evaluation.json")
-    pictures = _draw(answers, policy)
+    pictures = _draw(predictions, answers, policy, evaluation)
     for picture in pictures:
-        write_bytes(run / "metrics" / f"{picture.name}.png", picture.png)
+        write_bytes(run / "evaluation" / f"{picture.name}.png", picture.png)
     training = training_picture(run / "metrics.csv")
     if training is not None:
         write_bytes(run / "metrics" / f"{training.name}.png", training.png)
@@ -187,9 +203,10 @@ def evaluate(
         policy=policy,
         pictures=pictures,
         mistakes=mistakes,
+        groups=groups,
         image_root=Path(splits.root),
     )
-    say(f"wrote {run / 'evaluation'}/metrics.csv, mistakes.csv and {run / 'report.html'}")
+    say(f"wrote {run / 'evaluation'}/ (metrics.csv, mistakes.csv, groups.csv, figures) and {run / 'report.html'}")
     return evaluation
 
 
@@ -220,22 +237,62 @@ def find_mistakes(
     ]
 
 
+def count_groups(predictions: Predictions, answers: dict[StageName, Answers]) -> list[dict[str, object]]:
+    """Give a row a group with what went wrong in it, the most errors first: columns ``GROUP_COLUMNS``.
+
+    ``errors`` are of what would be deployed (the cascade, or Stage A while there is no policy); ``missed_positives``
+    are positives that exited under another name; without a policy nothing exits and both counts are null.
+    """
+    deployed, policy = answers.get("cascade", answers["stage_a"]), "cascade" in answers
+    positive = predictions.classes.index(predictions.positive)
+    missed = deployed.exited & (predictions.labels == positive) & (answers["stage_a"].prediction != positive)
+    names, first, member = np.unique(predictions.groups, return_index=True, return_inverse=True)
+    counts = {
+        "rows": np.bincount(member),
+        "errors": np.bincount(member, deployed.error),
+        "exits": np.bincount(member, deployed.exited),
+        "missed_positives": np.bincount(member, missed),
+    }
+    order = np.lexsort((names, -counts["rows"], -counts["missed_positives"], -counts["errors"]))
+    return [
+        {
+            "group": str(names[i]),
+            "source": str(predictions.sources[first[i]]),
+            **{name: int(count[i]) if policy or name in ("rows", "errors") else None for name, count in counts.items()},
+        }
+        for i in order.tolist()
+    ]
+
+
 def render(evaluation: Evaluation) -> str:
     """Show the main figures as text."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    def cell(metric: str, stage: str, source: str | None) -> str:
+    notes: list[str] = []
+
+    def cell(metric: str, stage: str, source: str | None, *, short: bool = False) -> str:
         try:
             found = evaluation.measure(metric, stage, source)
         except KeyError:
             return ""
+        mark = ""
+        if source is not None:
+            # What is to be said of every source fills pages; the file has it.
+            mark = " *" if found.method != "none" and found.note and metric != "fnr_on_exited" and not short else ""
+        elif found.note and found.note != NO_INTERVAL and not short:
+            note = short_note(found.note)
+            if note not in notes:
+                notes.append(note)
+            mark = f" ({notes.index(note) + 1})"
         if found.value is None:
-            return "-"
-        if found.low is not None and found.high is not None:
-            return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
-        return f"{found.value:.4f}" + ("" if found.high is None else f" (<= {found.high:.4f})")
+            return f"-{mark}"
+        if short or (found.low is None and found.high is None):
+            return f"{found.value:.4f}{mark}"
+        if found.low is None:
+            return f"{found.value:.4f} (<= {found.high:.4f}){mark}"
+        return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]{mark}"
 
     buffer = io.StringIO()
     console = Console(file=buffer, width=118, color_system=None, highlight=False)
@@ -244,6 +301,13 @@ def render(evaluation: Evaluation) -> str:
     )
     sources = sorted({m.source for m in evaluation.measures if m.source is not None})
     stages = [stage for stage in STAGES if any(m.stage == stage for m in evaluation.measures)]
+    whole = Table(box=box.SIMPLE_HEAD)
+    whole.add_column("all rows", no_wrap=True)
+    for stage in stages:
+        whole.add_column(stage)
+    for metric in (*SUITE, *POINTS):
+        whole.add_row(metric, *(cell(metric, stage, None) for stage in stages))
+    console.print(whole)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("source", "answers", "rows", "accuracy", "balanced", "MCC", "AUROC", "AUGRC"):
         table.add_column(name, justify="left" if name in ("source", "answers") else "right", no_wrap=True)
@@ -255,19 +319,24 @@ def render(evaluation: Evaluation) -> str:
         name = "all" if source is None else source if len(source) <= 24 else source[:23] + "…"
         for stage in stages:
             n = evaluation.measure("accuracy", stage, source).n
-            cells = [cell(m, stage, source) for m in ("accuracy", "balanced_accuracy", "mcc", "auroc", "augrc")]
+            cells = [cell(m, stage, source, short=True) for m in ("accuracy", "balanced_accuracy", "mcc", "auroc")]
+            cells.append(cell("augrc", stage, source))
             table.add_row(name if stage == stages[0] else "", stage, str(n) if stage == stages[0] else "", *cells)
         cells = [cell(m, "stage_a", source) for m in ("coverage", "exit_accuracy", "fnr_on_exited")]
         exits.add_row(name, *cells, cell("deferred_accuracy", "stage_b", source))
-    console.print(table)
-    if evaluation.policy is None:
+    if sources:
+        console.print(table)
+    if evaluation.policy is not None:
+        console.print(exits)
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}")
+    if sources:
+        console.print("* has a note in evaluation/metrics.csv", highlight=False)
+    if evaluation.fnr_check is None:
         console.print(evaluation.statement)
     else:
-        console.print(exits)
-        console.print(
-            f"guarantee: {evaluation.guarantee}. The bound of FNR on exits counts groups (Clopper-Pearson, "
-            f"{evaluation.level:.0%}); target {evaluation.target_fnr:g}."
-        )
+        console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
+        console.print(f"guarantee: {evaluation.guarantee}")
     return buffer.getvalue().rstrip()
 
 
@@ -307,106 +376,184 @@ def _quality(
     seed: int,
 ) -> list[Measure]:
     labels, groups, prediction = predictions.labels[rows], predictions.groups[rows], given.prediction[rows]
-    is_positive = labels == predictions.classes.index(predictions.positive)
-    interval = bootstrap_augrc(
-        given.confidence[rows], given.error[rows], groups=groups, n_replicates=n_replicates, level=LEVEL, seed=seed
-    )
+    positive = predictions.classes.index(predictions.positive)
+    intervals = bootstrap(
+        given.probs[rows], labels, confidence=given.confidence[rows], groups=groups, metrics=SUITE,
+        n_replicates=n_replicates, level=LEVEL, seed=seed, positive=positive,
+    )  # fmt: skip
     n, n_groups = labels.size, np.unique(groups).size
-    values = {
-        "accuracy": accuracy(prediction, labels),
+    points = {
         "balanced_accuracy": balanced_accuracy(prediction, labels),
         "mcc": mcc(prediction, labels) if np.unique(labels).size > 1 else math.nan,
-        "auroc": auroc(given.probability[rows], is_positive),
+        "auroc": auroc(given.probability[rows], labels == positive),
+        "ece": ece(given.probs[rows], labels),
     }
-    found = [
-        Measure(source=source, stage=stage, metric=name, value=_known(value), n=n, n_groups=n_groups)
-        for name, value in values.items()
-    ]
-    found.append(
-        Measure(
-            source=source,
-            stage=stage,
-            metric="augrc",
-            value=_known(interval.value),
-            std=_known(interval.std),
-            low=_known(interval.low),
-            high=_known(interval.high),
-            n=n,
-            n_groups=n_groups,
-        )
-    )
+    found = [_measure(source, stage, name, one, n, n_groups) for name, one in intervals.items()]
+    for name in POINTS:
+        known = _known(points[name])
+        note = NO_INTERVAL if known is not None else "undefined: only one class is there"
+        found.append(Measure(source=source, stage=stage, metric=name, value=known, note=note, n=n, n_groups=n_groups))
     return found
+
+
+def _measure(source: str | None, stage: StageName, name: str, one: Interval, n: int, n_groups: int) -> Measure:
+    return Measure(
+        source=source, stage=stage, metric=name, value=_known(one.value), std=_known(one.std), low=_known(one.low),
+        high=_known(one.high), method=one.method, note=one.note, n=n, n_groups=n_groups,
+    )  # fmt: skip
 
 
 def _exits(
     predictions: Predictions,
     answers: dict[StageName, Answers],
-    exited: NDArray[np.bool_] | None,
+    policy: Thresholds | None,
     source: str | None,
     rows: NDArray[np.bool_],
+    n_replicates: int,
+    seed: int,
 ) -> list[Measure]:
     """What the policy does: exits of Stage A, and Stage B on the rest; null without a policy."""
+    names: list[tuple[StageName, str]] = [("stage_a", name) for name in ("coverage", "exit_error", "exit_accuracy")]
+    names += [("stage_a", "fnr_on_exited"), ("stage_b", "deferred_accuracy")]
+    if policy is None:
+        return [
+            Measure(source=source, stage=stage, metric=name, note="undefined: no exit policy", n=0, n_groups=0)
+            for stage, name in names
+        ]
+    out, groups, stage_a = answers["cascade"].exited, predictions.groups, answers["stage_a"]
+    among = {"coverage": rows, "exit_error": rows & out, "deferred_accuracy": rows & ~out}
+    sizes = {name: (int(part.sum()), np.unique(groups[part]).size) for name, part in among.items()}
+    found = _exit_intervals(predictions, stage_a, policy, rows, n_replicates, seed)
+    intervals = {name: found[name] for name in ("coverage", "exit_error")}
+    measures = [_measure(source, "stage_a", name, one, *sizes[name]) for name, one in intervals.items()]
+    wrong = intervals["exit_error"]
+    right = replace(wrong, value=1 - wrong.value, low=1 - wrong.high, high=1 - wrong.low)
+    # The mean itself, not one minus another mean: the last bit counts where figures are compared.
+    if sizes["exit_error"][0]:
+        right = replace(right, value=float(np.mean(~stage_a.error[among["exit_error"]])))
+    measures.append(_measure(source, "stage_a", "exit_accuracy", right, *sizes["exit_error"]))
+    measures.append(_fnr_measure(source, _fnr_counts(predictions, answers, rows)))
+    deferred = Interval(math.nan, math.nan, math.nan, math.nan, method="none", note="undefined: no row is deferred")
+    if sizes["deferred_accuracy"][0]:
+        part = among["deferred_accuracy"]
+        deferred = bootstrap(
+            answers["stage_b"].probs[part], predictions.labels[part], groups=groups[part], metrics=["accuracy"],
+            n_replicates=n_replicates, level=LEVEL, seed=seed,
+        )["accuracy"]  # fmt: skip
+    return [*measures, _measure(source, "stage_b", "deferred_accuracy", deferred, *sizes["deferred_accuracy"])]
 
-    def over(
-        stage: StageName, metric: str, hits: NDArray[np.bool_], among: NDArray[np.bool_], *, bound: bool = False
-    ) -> Measure:
-        if exited is None:
-            return Measure(source=source, stage=stage, metric=metric, n=0, n_groups=0)
-        n, groups = int(among.sum()), predictions.groups[among]
-        upper = clopper_pearson_upper(*groups_in_error(hits[among], groups), level=LEVEL) if bound and n else None
-        return Measure(
-            source=source,
-            stage=stage,
-            metric=metric,
-            value=int(hits[among].sum()) / n if n else None,
-            high=upper,
-            n=n,
-            n_groups=np.unique(groups).size,
+
+def _exit_intervals(
+    predictions: Predictions,
+    stage_a: Answers,
+    policy: Thresholds,
+    rows: NDArray[np.bool_],
+    n_replicates: int,
+    seed: int,
+) -> Intervals:
+    return bootstrap(
+        stage_a.probs[rows], predictions.labels[rows], confidence=stage_a.confidence[rows],
+        threshold=policy.exit_threshold, groups=predictions.groups[rows],
+        metrics=["coverage", "exit_error", "fnr_on_exited"], n_replicates=n_replicates, level=LEVEL, seed=seed,
+        positive=predictions.classes.index(predictions.positive),
+    )  # fmt: skip
+
+
+def _fnr_counts(
+    predictions: Predictions, answers: dict[StageName, Answers], rows: NDArray[np.bool_]
+) -> tuple[int, int, int, int]:
+    """Missed and all exited positives, then the groups that hold any of them."""
+    positive = predictions.classes.index(predictions.positive)
+    among = rows & answers["cascade"].exited & (predictions.labels == positive)
+    missed = answers["stage_a"].prediction[among] != positive
+    return int(missed.sum()), int(among.sum()), *groups_in_error(missed, predictions.groups[among])
+
+
+def _fnr_measure(source: str | None, counts: tuple[int, int, int, int]) -> Measure:
+    missed, n, groups_missed, n_groups = counts
+    if n == 0:
+        note = "undefined: no positive row exits"
+        return Measure(source=source, stage="stage_a", metric="fnr_on_exited", note=note, n=0, n_groups=0)
+    return Measure(
+        source=source, stage="stage_a", metric="fnr_on_exited", value=missed / n,
+        high=clopper_pearson_upper(groups_missed, n_groups, level=LEVEL), method="clopper-pearson",
+        note=f"one-sided upper bound: {groups_missed} of {n_groups} groups hold a missed positive", n=n,
+        n_groups=n_groups,
+    )  # fmt: skip
+
+
+def _check_fnr(predictions: Predictions, answers: dict[StageName, Answers], policy: Thresholds) -> FnrCheck:
+    """Hold FNR on exits against the policy's target, by its upper bound."""
+    counts = _fnr_counts(predictions, answers, np.ones(predictions.labels.size, dtype=bool))
+    missed, n, groups_missed, n_groups = counts
+    measure, target = _fnr_measure(None, counts), policy.target_fnr
+    outcome: Literal["holds", "not shown", "exceeded"]
+    if measure.value is None or measure.high is None:
+        outcome, words = "not shown", "not shown: no positive row exits, so nothing is known"
+    else:
+        figures = (
+            f"{missed} of {n} exited positives missed ({measure.value:.2%}), {LEVEL:.0%} upper bound "
+            f"{measure.high:.2%} from {n_groups} groups, target {target:.2%}"
         )
-
-    out = np.zeros_like(rows) if exited is None else exited
-    stage_a, positive = answers["stage_a"], predictions.classes.index(predictions.positive)
-    missed = stage_a.prediction != positive
-    return [
-        over("stage_a", "coverage", out, rows),
-        over("stage_a", "exit_accuracy", ~stage_a.error, rows & out),
-        over("stage_a", "fnr_on_exited", missed, rows & out & (predictions.labels == positive), bound=True),
-        over("stage_b", "deferred_accuracy", ~answers["stage_b"].error, rows & ~out),
-    ]
+        if measure.value > target:
+            outcome, words = "exceeded", f"exceeded: the measured rate itself is above the target; {figures}"
+        elif measure.high <= target:
+            outcome, words = "holds", f"holds by its bound: even the upper bound meets the target; {figures}"
+        else:
+            outcome = "not shown"
+            words = f"not shown: the measured rate meets the target, its upper bound does not; {figures}"
+    return FnrCheck(
+        outcome=outcome, value=measure.value, upper_bound=measure.high, target=target, level=LEVEL, n_missed=missed,
+        n_positives=n, n_groups_missed=groups_missed, n_groups=n_groups, statement=words,
+    )  # fmt: skip
 
 
 def _known(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-_CSV_COLUMNS = ["scope", "source", "stage", "metric", "value", "std", "low", "high", "n", "n_groups"]
+_CSV_COLUMNS = ["scope", "source", "stage", "metric", "value", "std", "low", "high", "method", "note", "n", "n_groups"]
 
 
 def _flat(measure: Measure) -> dict[str, object]:
     return {"scope": "all" if measure.source is None else "source", **measure.model_dump()}
 
 
-def _draw(answers: dict[StageName, Answers], policy: Thresholds | None) -> list[Picture]:
+def _draw(
+    predictions: Predictions, answers: dict[StageName, Answers], policy: Thresholds | None, evaluation: Evaluation
+) -> list[Picture]:
     """Figures of Stage A, which is what the policy selects from."""
-    stage_a = answers["stage_a"]
+    stage_a, rows = answers["stage_a"], np.ones(predictions.labels.size, dtype=bool)
+    # The same resamples as the figures in the table come from: one seed, one number of replicates.
+    intervals = bootstrap(
+        stage_a.probs, predictions.labels, confidence=stage_a.confidence, groups=predictions.groups,
+        metrics=["augrc", *BAND_METRICS], n_replicates=evaluation.n_replicates, level=LEVEL, seed=evaluation.seed,
+    )  # fmt: skip
     point = threshold = None
     if policy is not None:
         exited, threshold = answers["cascade"].exited, policy.exit_threshold
         if exited.any():
             point = (float(exited.mean()), float(stage_a.error[exited].mean()))
-    return [
+    pictures = [
         Picture(
             "risk_coverage_curve",
             "Risk against coverage",
             "If Stage A answers only its surest photos (left), how many of those answers are wrong? "
-            "Good confidence keeps the line low on the left.",
-            risk_coverage_png(stage_a.confidence, stage_a.error, point=point),
+            f"Good confidence keeps the line low on the left. Shaded: {LEVEL:.0%} interval at each coverage.",
+            risk_coverage_png(stage_a.confidence, stage_a.error, point=point, band=risk_band(intervals), level=LEVEL),
+        ),
+        Picture(
+            "augrc",
+            "How far AUGRC may be off",
+            "AUGRC of Stage A on each resample of whole groups. A wide heap: few groups or few errors.",
+            _heap(intervals["augrc"], "AUGRC of Stage A (lower is better)"),
         ),
         Picture(
             "reliability",
             "Is it as sure as it is right?",
-            "Points below the dashed line: Stage A is surer than it should be. Small dots are few photos.",
-            reliability_png(stage_a.confidence, ~stage_a.error),
+            "Points below the dashed line: Stage A is surer than it should be. ECE is the mean length of the bars, "
+            "weighted by photos, over 15 bins of equal width. Small dots are few photos.",
+            reliability_png(stage_a.confidence, ~stage_a.error, error=evaluation.value("ece", "stage_a")),
         ),
         Picture(
             "confidence",
@@ -415,3 +562,29 @@ def _draw(answers: dict[StageName, Answers], policy: Thresholds | None) -> list[
             confidence_png(stage_a.confidence, ~stage_a.error, threshold=threshold),
         ),
     ]
+    if policy is not None:
+        exits = _exit_intervals(predictions, stage_a, policy, rows, evaluation.n_replicates, evaluation.seed)
+        fnr = evaluation.measure("fnr_on_exited", "stage_a")
+        if fnr.value is not None:
+            png = distribution_png(
+                exits["fnr_on_exited"].replicates, value=fnr.value, label="FNR on exits", percent=True,
+                target=policy.target_fnr, bound=fnr.high,
+            )  # fmt: skip
+            caption = (
+                "Missed positives among exits, on each resample of whole groups. The target is kept by its bound when "
+                "the dotted line is left of the dashed one."
+            )
+            pictures.append(Picture("fnr_on_exited", "How far FNR on exits may be off", caption, png))
+        png = _heap(
+            exits["coverage"], "coverage: share answered by Stage A", percent=True, target=policy.coverage,
+            target_label="on calibration rows",
+        )  # fmt: skip
+        caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
+        pictures.append(Picture("coverage", "How far coverage may be off", caption, png))
+    return pictures
+
+
+def _heap(one: Interval, label: str, **options: Any) -> bytes:
+    return distribution_png(
+        one.replicates, value=one.value, low=one.low, high=one.high, label=label, level=one.level, **options
+    )

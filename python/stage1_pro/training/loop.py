@@ -22,12 +22,22 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from stage1_pro.artifacts import PreprocessSpec, Row, Splits, load_npz, save_npz, sha256_bytes, write_csv
+from stage1_pro.artifacts import (
+    PreprocessSpec,
+    Row,
+    Splits,
+    load_npz,
+    save_npz,
+    sha256_bytes,
+    write_bytes,
+    write_csv,
+)  # fmt: skip
 from stage1_pro.config import Config
 from stage1_pro.data.loader import TrainLoader, epoch_order
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
-from stage1_pro.metrics.intervals import bootstrap_augrc
-from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, nll
+from stage1_pro.metrics.intervals import Intervals, bootstrap, metric_names
+from stage1_pro.metrics.plots import BAND_METRICS, risk_band, risk_coverage_png
+from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.models.model import Architecture, Outputs, Stage1Model, create_model
 from stage1_pro.policies.softmax import confidence, softmax
@@ -38,9 +48,13 @@ from stage1_pro.training.losses import balanced_weights, joint_loss
 from stage1_pro.training.prepare import check_run, exclusive, forget_training, write_config
 
 SMALLEST_MICRO_BATCH = 16
+# Stage A's suite on val_select, each with the ends of its interval.
+SUITE = metric_names(exits=False)
+N_REPLICATES = 500
 COLUMNS = [
-    "epoch", "step", "lr", "train_loss", "train_accuracy", "accuracy", "balanced_accuracy", "auroc",
-    "augrc", "augrc_low", "augrc_high", "nll", "brier", "accuracy_b", "augrc_b", "best", "seconds", "images_per_second",
+    "epoch", "step", "lr", "train_loss", "train_accuracy", "balanced_accuracy", "auroc",
+    *(f"{name}{end}" for name in SUITE for end in ("", "_low", "_high")),
+    "accuracy_b", "augrc_b", "best", "seconds", "images_per_second",
 ]  # fmt: skip
 LAST_KEYS = ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "epoch", "global_step",
              "sampler_state", "best_acc", "best_augrc", "patience_counter", "ema_state_dict", "rng_state", "world",
@@ -491,7 +505,8 @@ class _Trainer:
     def _validate(self, seconds: float, rate: float) -> None:
         state = self.state
         self.log(f"epoch {state.epoch} validate begin")
-        figures = self._figures(self._predict_select())
+        arrays = self._predict_select()
+        figures, intervals = self._figures(arrays)
         self.log(f"epoch {state.epoch} validate end")
         better = (figures["augrc"], figures["nll"]) < (state.best_augrc, state.best_nll)
         better_acc = figures["accuracy"] > state.best_acc
@@ -518,6 +533,7 @@ class _Trainer:
             if wanted and self.main:
                 self._save_best(name, epoch, figures)
         if self.main:
+            self._draw(arrays, intervals, epoch, best=better)
             write_csv(self.run / "metrics.csv", state.history, COLUMNS)
         self._save_last()
         if self.config.train.tensorboard:
@@ -529,29 +545,38 @@ class _Trainer:
             f"{' *' if better else ''}{'; stopped early' if stopped else ''}"
         )
 
-    def _figures(self, arrays: Arrays) -> dict[str, float]:
+    def _figures(self, arrays: Arrays) -> tuple[dict[str, float], Intervals]:
+        """Both stages' figures on ``val_select``, and Stage A's suite with its intervals by group."""
         labels = self.labels["val_select"]
         probs_a, probs_b = softmax(arrays["logits_a"]), softmax(arrays["logits_b"])
         if not np.isfinite(probs_a).all() or not np.isfinite(probs_b).all():
             raise TrainingError("logits on val_select must be finite, got NaN; lower train.lr (last.pth is as it was)")
-        error_a, error_b = (probs.argmax(1) != labels for probs in (probs_a, probs_b))
+        given_a, given_b = probs_a.argmax(1), probs_b.argmax(1)
         positive = self.splits.classes.index(self.splits.positive)
-        interval = bootstrap_augrc(
-            confidence(probs_a), error_a, groups=np.asarray([r.group for r in self.rows["val_select"]]),
-            n_replicates=500, seed=self.config.seed,
+        intervals = bootstrap(
+            probs_a, labels, confidence=confidence(probs_a),
+            groups=np.asarray([row.group for row in self.rows["val_select"]]),
+            metrics=[*SUITE, *BAND_METRICS], n_replicates=N_REPLICATES, seed=self.config.seed, positive=positive,
         )  # fmt: skip
-        return {
-            "accuracy": accuracy(probs_a.argmax(1), labels),
-            "balanced_accuracy": balanced_accuracy(probs_a.argmax(1), labels),
+        figures = {
+            "balanced_accuracy": balanced_accuracy(given_a, labels),
             "auroc": auroc(probs_a[:, positive], labels == positive),
-            "augrc": augrc(confidence(probs_a), error_a),
-            "augrc_low": interval.low,
-            "augrc_high": interval.high,
-            "nll": nll(probs_a, labels),
-            "brier": brier(probs_a, labels),
-            "accuracy_b": accuracy(probs_b.argmax(1), labels),
-            "augrc_b": augrc(confidence(probs_b), error_b),
+            "accuracy_b": accuracy(given_b, labels),
+            "augrc_b": augrc(confidence(probs_b), given_b != labels),
         }
+        for name in SUITE:
+            one = intervals[name]
+            figures |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+        return figures, intervals
+
+    def _draw(self, arrays: Arrays, intervals: Intervals, epoch: int, *, best: bool) -> None:
+        """Refresh the run's own risk-coverage curve: Stage A on ``val_select`` after this epoch."""
+        probs = softmax(arrays["logits_a"])
+        png = risk_coverage_png(
+            confidence(probs), probs.argmax(1) != self.labels["val_select"], band=risk_band(intervals),
+            title=f"Stage A on val_select, epoch {epoch + 1}{' (best so far)' if best else ''}",
+        )  # fmt: skip
+        write_bytes(self.run / "metrics" / "risk_coverage_curve.png", png)
 
     def _save_best(self, name: str, epoch: int, figures: dict[str, float]) -> None:
         weights = self._evaluated().state_dict()

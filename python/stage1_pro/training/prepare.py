@@ -110,4 +110,7 @@ def exclusive(run: Path) -> Iterator[None]:
         for name in OWN_FILES:
             for leftover in run.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
+        for name in OWN_FOLDERS:
+            for leftover in (run / name).glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         yield
