@@ -44,7 +44,7 @@ from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.training import checkpoint
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
-from stage1_pro.training.losses import balanced_weights, joint_loss
+from stage1_pro.training.losses import as_share, balanced_weights, joint_loss, selective_loss, selective_sums
 from stage1_pro.training.prepare import check_run, exclusive, forget_training, write_config
 
 SMALLEST_MICRO_BATCH = 16
@@ -227,8 +227,10 @@ class _Trainer:
         if options.mode == "linear":
             self.model.requires_grad_(False)
             self.model.heads.requires_grad_(True)
-        # The gate is fitted after training, on correctness it has not seen; see the gate policy.
-        self.model.heads.gate.requires_grad_(False)
+        # Without a loss on it the gate stays as it starts.
+        self.selective = options.selective_weight > 0 or options.coverage_weight > 0
+        self.model.heads.gate.requires_grad_(self.selective)
+        self.model.heads.gate.stop_features = config.gate.stop_features
         self.model.backbone.hf.embeddings.mask_token.requires_grad_(False)
         self.model.to(self.device)
         self.rows = {name: splits.of(name) for name in ("train", "val_select")}
@@ -281,6 +283,9 @@ class _Trainer:
         self.net: nn.Module = self.accelerator.prepare_model(self.trained)
         self.state = State(micro_batch=options.micro_batch or options.batch_size // self.world)
         self.total_steps = total
+        gate = [p for p in self.model.heads.gate.parameters() if p.requires_grad]
+        rest = [p for p in self.trained.parameters() if not any(p is own for own in gate)]
+        self.clipped = [rest, gate] if gate and self.config.gate.stop_features else [[*rest, *gate]]
         trainable = sum(p.numel() for p in self.trained.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.model.parameters())
         self._say(
@@ -416,7 +421,9 @@ class _Trainer:
                 self._shrink(error)
                 torch.set_rng_state(before)
                 self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.train.grad_clip)
+        # Apart from the rest: the hinge pulls the gate hard, and that must not shorten everybody's step.
+        for parameters in self.clipped:
+            self.accelerator.clip_grad_norm_(parameters, self.config.train.grad_clip)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -434,29 +441,68 @@ class _Trainer:
         rows = len(batch.labels)
         total, correct = 0.0, 0
         labels = batch.labels.to(self.device)
-        for start in range(0, rows, size):
+        starts = range(0, rows, size)
+        # The selective risk is a ratio over the whole batch: several micro-batches need its sums before the first step
+        # back, which takes a forward pass more.
+        whole = self._selective_sums(batch, labels) if self.selective and len(starts) > 1 else None
+        for start in starts:
             part = slice(start, start + size)
             last = start + size >= rows
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
                 with self.accelerator.autocast():
                     outputs: Outputs = self.net(*(x[part].to(self.device) for x in batch.inputs))
                 loss = joint_loss(
-                    outputs, labels[part], self.weights,
+                    outputs, labels[part], self.weights, classifier_weight=options.classifier_weight,
                     auxiliary_weight=options.auxiliary_weight, label_smoothing=options.label_smoothing,
                 )  # fmt: skip
                 value = float(loss.detach())
-                if not math.isfinite(value):
-                    names = ", ".join(batch.files[part])
-                    self.log(f"loss {value} at step {self.state.global_step}: {names}")
-                    raise TrainingError(
-                        f"loss must be finite, got {value} at epoch {self.state.epoch}, step {self.state.global_step}; "
-                        f"the batch was: {names}; lower train.lr or look at these images (last.pth is as it was)"
-                    )
                 # DDP averages over processes: a sum over rows divided by this process's rows is the mean over all.
-                self.accelerator.backward(loss / rows)
+                loss = loss / rows
+                if self.selective:
+                    sums = selective_sums(outputs, labels[part], self.weights, label_smoothing=options.label_smoothing)
+                    value += 0.0 * float(sums.detach().sum())  # its NaN is this micro-batch's, not another's
+                    self._check_finite(value, batch.files[part])
+                    if whole is None:
+                        whole = self._over_processes(sums.detach())
+                    shared = selective_loss(
+                        as_share(sums, whole), selective_weight=options.selective_weight,
+                        coverage_weight=options.coverage_weight, target_coverage=options.target_coverage,
+                    )  # fmt: skip
+                    value += float(shared.detach()) * len(labels[part])
+                    loss = loss + self.world * shared
+                self._check_finite(value, batch.files[part])
+                self.accelerator.backward(loss)
             total += value
             correct += int((outputs.logits_a.argmax(1) == labels[part]).sum())
         return total, correct
+
+    def _check_finite(self, value: float, files: list[str]) -> None:
+        if not math.isfinite(value):
+            names = ", ".join(files)
+            self.log(f"loss {value} at step {self.state.global_step}: {names}")
+            raise TrainingError(
+                f"loss must be finite, got {value} at epoch {self.state.epoch}, step {self.state.global_step}; "
+                f"the batch was: {names}; lower train.lr or look at these images (last.pth is as it was)"
+            )
+
+    def _selective_sums(self, batch: Batch, labels: Tensor) -> Tensor:
+        """Sums of the whole effective batch [3] over micro-batches and processes, with the draws of the real pass."""
+        size, smoothing = self.state.micro_batch, self.config.train.label_smoothing
+        devices = [self.device] if self.device.type == "cuda" else []
+        found = []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for start in range(0, len(labels), size):
+                part = slice(start, start + size)
+                with self.accelerator.autocast():
+                    outputs: Outputs = self.trained(*(x[part].to(self.device) for x in batch.inputs))
+                found.append(selective_sums(outputs, labels[part], self.weights, label_smoothing=smoothing))
+        return self._over_processes(torch.stack(found).sum(0))
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        if self.world == 1:
+            return sums
+        reduced: Tensor = self.accelerator.reduce(sums.clone(), "sum")
+        return reduced
 
     def _shrink(self, error: Exception) -> None:
         size = self.state.micro_batch
