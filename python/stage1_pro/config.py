@@ -115,6 +115,21 @@ class TrainConfig(Section):
 class GateConfig(Section):
     """The gate, which says P(Stage A is correct | x), and what is sure of an answer."""
 
+    fit: Literal["out_of_fold", "joint"] = Field(
+        "out_of_fold",
+        description="out_of_fold = refitted after training on answers of heads that had not seen the row's label; "
+        "joint = as training left it, worse than max softmax on new rows",
+    )
+    folds: int = Field(5, ge=2, description="parts of the train groups; each is answered by a head fitted on the rest")
+    views: int = Field(
+        2,
+        ge=0,
+        description="augmented draws of every train row to refit on, since a backbone knows its clean rows by heart; "
+        "0 = clean rows; a frozen backbone always takes those",
+    )
+    confidence: Literal["auto", "softmax", "gate"] = Field(
+        "auto", description="what ranks answers; auto = the lower AUGRC on val_select; recorded in gate.json"
+    )
     stop_features: bool = Field(
         True,
         description="keep the joint gate's gradient from the backbone: what it learns there is right on rows already "

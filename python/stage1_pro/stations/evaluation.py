@@ -26,9 +26,10 @@ from stage1_pro.metrics.plots import (
 from stage1_pro.metrics.probabilistic import auroc, balanced_accuracy, ece, mcc
 from stage1_pro.policies import read_policy
 from stage1_pro.policies.certify import groups_in_error
+from stage1_pro.policies.ranking import GATE, rank_answers
 from stage1_pro.policies.softmax import confidence, decide, softmax
 from stage1_pro.progress import say
-from stage1_pro.report import NO_INTERVAL, POINTS, Picture, short_note, training_picture, write_report
+from stage1_pro.report import NO_INTERVAL, POINTS, RANKINGS, Picture, short_note, training_picture, write_report
 
 StageName = Literal["stage_a", "stage_b", "cascade"]
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b", "cascade")
@@ -99,7 +100,8 @@ def evaluate_predictions(
     For each the suite of ``metric_names`` with intervals by group, and ``balanced_accuracy, mcc, auroc`` (positive
     against the rest) and ``ece`` without. Under a policy also, of Stage A, ``coverage``, ``exit_error``,
     ``exit_accuracy`` and ``fnr_on_exited`` with its one-sided Clopper-Pearson upper bound by group, and of Stage B
-    ``deferred_accuracy``; without one these are null. Undefined figures are null, never 0. ``fnr_check`` says whether
+    ``deferred_accuracy``; without one these are null. Over all rows also what ``rank_answers`` gives: AUGRC of the gate
+    and of max softmax side by side. Undefined figures are null, never 0. ``fnr_check`` says whether
     FNR on exits keeps the policy's target by that bound.
 
     Args:
@@ -127,6 +129,9 @@ def evaluate_predictions(
         for stage, given in answers.items():
             measures += _quality(predictions, given, source, stage, rows, n_replicates, seed)
         measures += _exits(predictions, answers, policy, source, rows, n_replicates, seed)
+    n, n_groups = predictions.labels.size, np.unique(predictions.groups).size
+    ranked = rank_answers(predictions, n_replicates=n_replicates, seed=seed, level=LEVEL)
+    measures += [_measure(None, "stage_a", name, one, n, n_groups) for name, one in ranked.items()]
     return Evaluation(
         split_hash=predictions.split_hash,
         model_fingerprint=predictions.model_fingerprint,
@@ -332,6 +337,10 @@ def render(evaluation: Evaluation) -> str:
         console.print(f"({number}) {note}")
     if sources:
         console.print("* has a note in evaluation/metrics.csv", highlight=False)
+    ranked = {name: cell(name, "stage_a", None) for name in RANKINGS}
+    if ranked[GATE]:
+        words = [f"{RANKINGS[name]} {text}" for name, text in ranked.items() if text]
+        console.print(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
     if evaluation.fnr_check is None:
         console.print(evaluation.statement)
     else:

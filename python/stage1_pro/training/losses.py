@@ -51,9 +51,7 @@ def selective_sums(outputs: Outputs, labels: Tensor, weights: Tensor, *, label_s
     return torch.stack([(soft * losses).sum(), soft.sum(), soft.new_tensor(float(len(labels)))])
 
 
-def selective_loss(
-    sums: Tensor, *, selective_weight: float, coverage_weight: float, target_coverage: float
-) -> Tensor:
+def selective_loss(sums: Tensor, *, selective_weight: float, coverage_weight: float, target_coverage: float) -> Tensor:
     """Selective risk with its coverage hinge, a scalar >= 0; lower is better.
 
     ``selective_weight · Σ g·CE / (Σ g + ε) + coverage_weight · max(0, target_coverage - mean g)²``. Without the hinge
