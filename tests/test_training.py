@@ -329,7 +329,7 @@ def test_linear_mode_trains_heads_on_cached_features(run: Path, shared) -> None:
 # kill -9
 
 ARTEFACTS = ("config.json", "splits.json", "model_best.pth", "model_best_acc.pth", "last.pth", "val_calib.npz",
-             "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
+             "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt", "gate.json",
              "metrics/risk_coverage_curve.png")  # fmt: skip
 
 
@@ -387,6 +387,9 @@ def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
             last = _kill_when(killed, ["--resume"], "val_calib begin", rng.uniform(0, 0.02))
         assert last is not None, (killed / "train.log").read_text()
         words.append(last)
+    for seen, longest in (("gate refit begin", 0.3), ("gate refitted", 0.02)):
+        words.append(_kill_when(killed, ["--resume"], seen, rng.uniform(0, longest)) or "ended")
+    assert any("gate" in word for word in words), words
     result = subprocess.run(command(killed, "--resume"), env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
