@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -474,6 +475,11 @@ def test_what_cannot_be_measured_is_stated():
     assert few["accuracy"].note == "only 1 row with errors: the interval covers less often than its level"
     rare = bootstrap([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0], threshold=0.85, n_replicates=400)["exit_error"]
     assert rare.method == "clopper-pearson"
+    piled = bootstrap_errors(np.arange(400), np.arange(400) % 13 == 12, metrics="coverage_at_risk_0.11")
+    piled = piled["coverage_at_risk_0.11"]
+    assert (piled.low, piled.high, piled.method) == (1, 1, "percentile")
+    assert piled.std > 0
+    assert re.search(r"no width: 9\d\.\d% of the resamples give this value", piled.note)
     half = bootstrap_errors([0.9, 0.8, 0.7], [1, 0, 0], threshold=0.75, n_replicates=400)["exit_error"]
     assert "of 400 resamples" in half.note, "resamples without an exit have no exit error"
 

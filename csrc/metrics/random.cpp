@@ -15,7 +15,7 @@ constexpr std::size_t chunk = 64;         // rows whose flags are told apart
 constexpr std::uint8_t of_the_rest = 16;  // above every count that a code gives; eight of them fit a byte
 constexpr std::uint64_t each = 0x0101010101010101U;
 
-struct Block {
+struct alignas(64) Block {
     std::array<std::uint16_t, draw_block> codes;
     std::array<std::uint8_t, draw_block> counts;
     std::array<std::uint64_t, draw_block / chunk> open;  // not zero: some are of_the_rest

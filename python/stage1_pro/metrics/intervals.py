@@ -550,6 +550,10 @@ class _Measured:
         else:
             method = "percentile"
         low, high = np.quantile(defined, tails)
+        if low == high:
+            # Replicates differ, but most pile up on one value, such as a coverage of 1.
+            share = np.count_nonzero(defined == low) / defined.size
+            note = "; ".join(filter(None, [note, f"no width: {share:.1%} of the resamples give this value"]))
         return Interval(self.value, std, float(low), float(high), level, method, note, self.replicates)
 
     def _bound(self, events: _Events, level: float, unit: str) -> Interval | None:
