@@ -218,9 +218,17 @@ STAGE1_INLINE void scan_block(const std::uint8_t* counts, const std::uint8_t* wr
     }
     std::array<std::uint8_t, block> weights;
     std::memcpy(weights.data(), weight.data(), block);
+    // Sixteen products of at most 15 * 240 fit 16 bits, which takes half the vectors that 32 bits would.
+    constexpr std::size_t strip = block / 16;
+    std::array<std::uint16_t, strip> products{};
+    for (std::size_t first = 0; first < block; first += strip) {
+        for (std::size_t row = 0; row < strip; ++row) {
+            products[row] = static_cast<std::uint16_t>(products[row] + counts[first + row] * weights[first + row]);
+        }
+    }
     std::uint32_t inside = 0;
-    for (std::size_t row = 0; row < block; ++row) {
-        inside += std::uint32_t{counts[row]} * weights[row];
+    for (const std::uint16_t product : products) {
+        inside += product;
     }
     // The same among the words of a quarter of a stretch, four 16-bit sums a word.
     std::array<std::uint64_t, words / 4> quad_errors, quad_rows, shifted, shifted_rows;
