@@ -216,6 +216,36 @@ def confidence_png(confidence: ArrayLike, correct: ArrayLike, *, threshold: floa
     return _png(figure)
 
 
+def speedup_png(
+    measured: Mapping[str, Sequence[tuple[float, float, float, float]]], *, tap: int, n_blocks: int
+) -> bytes:
+    """Draw how many times faster than a full pass the cascade is at each exit rate, beside what blocks alone allow.
+
+    Args:
+        measured: name of a line to its points: exit rate, speed-up, and its lower and upper quartile.
+        tap: block that Stage A ends with.
+        n_blocks: blocks of a full pass.
+    """
+    figure, axes = _canvas("exit rate: share of rows answered by Stage A", "speed-up over one full pass")
+    rates = np.linspace(0, 1, 101)
+    share = tap / n_blocks
+    axes.plot(
+        rates, 1 / (share + (1 - rates) * (1 - share)), color=GREY, linestyle="--", linewidth=1.5,
+        label=f"ideal: blocks only, tap {tap} of {n_blocks}",
+    )  # fmt: skip
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    styles = zip((BLUE, VERMILION, GREEN, ORANGE), ("o", "s", "^", "D"), strict=True)
+    for (name, points), (color, marker) in zip(measured.items(), list(styles) * len(measured), strict=False):
+        x, middle, low, high = np.array(sorted(points), np.float64).T
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(x, middle, color=color, marker=marker, markersize=4, linewidth=1.5, label=name)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(bottom=0)
+    _percent(axes, x=True)
+    _legend(axes)
+    return _png(figure)
+
+
 def training_png(epochs: Sequence[float], series: Mapping[str, Sequence[float]]) -> bytes:
     """Draw one small panel per series over the epochs; NaN leaves a gap.
 
