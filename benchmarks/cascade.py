@@ -5,7 +5,8 @@
 Without RUN two models with random heads are built into runs and exported: the preset ``tiny`` (4 blocks at 48 px) and,
 with ``--backbone``, that one at ``--size`` px, each with the tap at half its blocks; heads need not have learned
 anything to be timed. Measured on rendered scenes with onnxruntime and, with ``--torch``, in torch as well. Last comes
-the verdict: at batch 64 the cascade's throughput is to reach .93 of the ideal, and 1.4 times a full pass where 70% exit.
+the verdict: at batch 64 the cascade's throughput is to reach .93 of the ideal, and 1.4 times a full pass where 70% of
+images exit.
 """
 
 from __future__ import annotations

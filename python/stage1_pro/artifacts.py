@@ -410,6 +410,20 @@ class FnrCheck(Record):
     statement: str = Field(description="the outcome in words")
 
 
+class StageEffect(Record):
+    """Stage A against Stage B on the rows that exit, or on those that are deferred, in counts.
+
+    On deferred rows ``fixed`` and ``broken`` are what Stage B changes; on exited ones what it would have changed.
+    """
+
+    rows: Literal["exited", "deferred"]
+    n: int
+    both_right: int
+    fixed: int = Field(description="Stage A is wrong, Stage B right")
+    broken: int = Field(description="Stage A is right, Stage B wrong")
+    both_wrong: int
+
+
 class Evaluation(Record):
     """What ``evaluate`` found on ``val_test``: every figure, and the policy they were measured under."""
 
@@ -429,6 +443,9 @@ class Evaluation(Record):
     target_fnr: float | None
     statement: str = Field(description="what the policy promises, in words")
     fnr_check: FnrCheck | None = Field(description="null without a policy")
+    effects: list[StageEffect] = Field(default=[], description="exited, then deferred rows; empty without a policy")
+    tap: int | None = Field(default=None, description="block that Stage A ends with; null when it is not known")
+    n_blocks: int | None = Field(default=None, description="blocks of a full pass; null when it is not known")
     level: float = Field(gt=0, lt=1, description="of intervals and bounds")
     n_replicates: int
     seed: int

@@ -20,6 +20,7 @@ from stage1_pro.artifacts import BenchBatch, BenchTiming
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.runtime import Arrays, OnnxRuntime, open_session
 from stage1_pro.errors import need
+from stage1_pro.metrics.selective import relative_cost
 from stage1_pro.progress import track
 
 if TYPE_CHECKING:
@@ -28,20 +29,6 @@ if TYPE_CHECKING:
 # A visit repeats its call for about this long: single calls of a millisecond mostly measure the scheduler.
 VISIT_SECONDS = 0.02
 Pass = Callable[[], object]
-
-
-def ideal_speedup(exit_rate: float, tap: int, n_blocks: int) -> float:
-    """How many times faster than a full pass the cascade would be if only blocks took time, in [1, L/k].
-
-    1 / (k/L + (1 - exit rate)(1 - k/L)) for tap k of L blocks; higher is better.
-    """
-    return 1 / relative_cost(exit_rate, tap, n_blocks)
-
-
-def relative_cost(exit_rate: float, tap: int, n_blocks: int) -> float:
-    """The cascade's share of the blocks of a full pass, in [k/L, 1]; lower is better."""
-    share = tap / n_blocks
-    return share + (1 - exit_rate) * (1 - share)
 
 
 def time_rounds(
@@ -137,7 +124,7 @@ def bench_batch(
     for name, values in seconds.items():
         kind, _, number = name.partition(" ")
         deferred = int(number) if number else None
-        best = ideal.get(name) if deferred is None else ideal_speedup(1 - deferred / n, tap, n_blocks)
+        best = ideal.get(name) if deferred is None else float(1 / relative_cost(1 - deferred / n, tap, n_blocks))
         timings.append(_timing(kind, deferred, n, values[0], base / values, best))
     return BenchBatch(batch=n, timings=timings, shares=shares)
 
