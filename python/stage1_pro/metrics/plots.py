@@ -260,7 +260,7 @@ def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, 
     shown = np.unique(place)
     x, count = np.arange(shown.size), np.bincount(place)[shown]
     rate, accuracy = (np.bincount(place, weights=of)[shown] / count for of in (out, right))
-    figure, axes = _canvas("confidence of Stage A, from the least sure rows to the surest (rows below)", "share")
+    figure, axes = _canvas("confidence of Stage A: bins from least to most sure (rows)", "share")
     axes.bar(x, rate, width=0.8, color=BLUE, alpha=0.45, label="exits at Stage A")
     axes.plot(x, accuracy, color=VERMILION, marker="D", markersize=5, linewidth=1, label="Stage A is right")
     names = [f"{sure[place == one].min():.3f}\n{sure[place == one].max():.3f}" for one in shown]
@@ -295,13 +295,7 @@ def cost_risk_png(
     marks = (("policy", point, "D", VERMILION), ("Stage B alone", stage_b, "s", "black"))
     for name, mark, shape, color in marks:
         if mark is not None:
-            axes.plot(
-                *mark,
-                shape,
-                color=color,
-                markersize=8,
-                label=f"{name}: {mark[0]:.1%} of the blocks, {mark[1]:.2%} wrong",
-            )
+            axes.plot(*mark, shape, color=color, markersize=8, label=f"{name}: {mark[1]:.2%} wrong")
             top = max(top, mark[1])
     axes.set_xlim(right=1.03)
     axes.set_ylim(0, max(top * 1.15, 0.01))
