@@ -111,32 +111,33 @@ def render(found: CascadeBench) -> str:
     console.print(
         f"{found.source}: {found.backbone} at {found.height} x {found.width}, tap {found.tap} of {found.n_blocks} "
         "blocks; "
-        f"{found.runtime}, {found.inputs}, medians of {found.rounds} rounds [quartiles]"
+        f"{found.runtime}, {found.inputs}, medians of {found.rounds} rounds"
     )
     for one in found.batches:
         table = Table(box=box.SIMPLE_HEAD, title=f"batch {one.batch}", title_justify="left")
         table.add_column("what", no_wrap=True)
-        for name in ("ms a batch", "images/s", "speed-up", "by CPU time", "ideal", "of ideal"):
+        for name in ("ms", "images/s", "speed-up (quartiles)", "CPU", "ideal", "of ideal"):
             table.add_column(name, justify="right", no_wrap=True)
         for timing in one.timings:
             table.add_row(*_cells(timing, one.batch))
         console.print(table)
         shares = ", ".join(f"{name} {share:.1%}" for name, share in one.shares.items() if name != "python")
         console.print(
-            f"of a full pass: {shares or 'not known'}; deciding and gathering in Python comes to "
-            f"{one.shares['python']:.1%} of one. The ideal counts blocks only."
+            f"Of a full pass: {shares or 'not known'}; deciding and gathering in Python comes to "
+            f"{one.shares['python']:.1%} of one. "
+            "The ideal counts blocks only. CPU: the speed-up by processor time, less moved by neighbours."
         )
     console.print(", ".join(f"{name} {value}" for name, value in found.machine.items()))
     return buffer.getvalue().rstrip()
 
 
 def _cells(timing: BenchTiming, batch: int) -> list[str]:
-    names = {"stage_a": "Stage A alone", "stage_b": "Stage B alone (from A's tokens)", "always_both": "always both",
+    names = {"stage_a": "Stage A alone", "stage_b": "Stage B from A's tokens", "always_both": "always both",
              "full_pass": "one full pass"}  # fmt: skip
     name = names.get(timing.contestant) or f"cascade, {timing.n_deferred} of {batch} deferred"
     return [
         name,
-        f"{timing.milliseconds:.2f} [{timing.milliseconds_low:.2f}, {timing.milliseconds_high:.2f}]",
+        f"{timing.milliseconds:.2f}",
         f"{timing.images_per_second:.0f}",
         f"{timing.speedup:.3f} [{timing.speedup_low:.3f}, {timing.speedup_high:.3f}]",
         f"{timing.processor_speedup:.3f}",
