@@ -19,7 +19,10 @@ from PIL import Image
 from stage1_pro import cli
 from stage1_pro.data.synthetic import render_pool
 
-COMMANDS = ["split", "train", "calibrate", "evaluate", "metrics", "export", "predict", "inspect", "doctor", "demo"]
+COMMANDS = [
+    "split", "train", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect", "doctor",
+    "demo",
+]  # fmt: skip
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -50,6 +53,8 @@ def test_help_teaches_every_command_and_default() -> None:
         text = stage1(command, "--help")
         assert text.returncode == 0, text.stderr
         assert "--json" in text.stdout
+    text = " ".join(stage1("bench", "cascade", "--help").stdout.split())
+    assert "--rates R" in text and "deferral rates to force" in text and "(default: 20)" in text
     text = stage1("train", "--help").stdout
     from stage1_pro.config import describe
 
@@ -146,6 +151,16 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
         assert exits or row["stage"] == "B"
         assert (float(row["probability"]) > 0.5) == (row["label"] == "roadwork")
 
+    # torch answers from the run as the bundle does, before and without it.
+    before = done("infer", "--run", run, "--split", "val_test")
+    assert [row["decision"] for row in before["rows"]] == [row["decision"] for row in rows[:-1]]
+    assert [row["label"] for row in before["rows"]] == [row["label"] for row in rows[:-1]]
+    bench = done(
+        "bench", "cascade", "--run", run, "--batch", 8, "--rounds", 1, "--rates", 0, 0.5, "--out", tmp_path / "b"
+    )
+    assert [t["n_deferred"] for t in bench["batches"][0]["timings"] if t["contestant"] == "cascade"] == [0, 4]
+    assert json.loads((tmp_path / "b" / "cascade.json").read_text()) == bench
+
     # What the bundle answered, measured as anybody's file: the evaluation's own figures.
     truth = [
         row["label"] for row in json.loads((run / "splits.json").read_text())["rows"] if row["split"] == "val_test"
@@ -239,8 +254,8 @@ def test_stations_out_of_order_say_what_comes_first(
     out = tmp_path / "run"
     cli.main(["split", "--labels", str(pool), "--out", str(out)])
     capsys.readouterr()
-    for command in ("calibrate", "evaluate", "export"):
-        code = cli.main([command, "--run", str(out)])
+    for command in ("calibrate", "evaluate", "export", "infer --split val_test", "bench cascade"):
+        code = cli.main([*command.split(), "--run", str(out)])
         assert code in (2, 4)
         first = "stage1 calibrate" if command == "export" else "stage1 train"
         assert first in capsys.readouterr().err, command

@@ -594,3 +594,19 @@ def test_bca_covers_at_its_level(n, rate):
         interval = bootstrap_augrc(*selective_rows(rng, n, rate), seed=trial)
         hits += interval.low <= rate / 3 <= interval.high
     assert 0.91 <= hits / 1000 <= 0.97
+
+
+def test_cascade_risks_by_every_threshold() -> None:
+    from stage1_pro.metrics import cascade_risks, relative_cost
+
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 200):
+        sure, a, b = rng.integers(0, 20, n) / 20, rng.random(n) < 0.3, rng.random(n) < 0.1
+        rates, risks = cascade_risks(sure, a, b)
+        exits = [np.zeros(n, bool), *(sure >= t for t in np.unique(sure)[::-1])]
+        np.testing.assert_allclose(rates, [out.mean() for out in exits])
+        np.testing.assert_allclose(risks, [np.where(out, a, b).mean() for out in exits], atol=1e-15)
+    assert relative_cost([0, 0.8, 1], 6, 12).tolist() == pytest.approx([1, 0.6, 0.5])
+    assert relative_cost(0.3, 4, 4) == 1
+    with pytest.raises(InputError, match="tap must be a block from 1 to 4, got 5"):
+        relative_cost(0.5, 5, 4)

@@ -28,7 +28,8 @@ TRAIN_ONLY = [
 BASE_MODULES = [
     "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "data.images",
     "data.splits",
-    "deploy.bundle", "deploy.runtime", "deploy.cascade", "report", "stations.calibration", "stations.evaluation",
+    "deploy.bundle", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "stations.benching",
+    "stations.calibration", "stations.evaluation",
     "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",
 ]  # fmt: skip
 

@@ -410,6 +410,20 @@ class FnrCheck(Record):
     statement: str = Field(description="the outcome in words")
 
 
+class StageEffect(Record):
+    """Stage A against Stage B on the rows that exit, or on those that are deferred, in counts.
+
+    On deferred rows ``fixed`` and ``broken`` are what Stage B changes; on exited ones what it would have changed.
+    """
+
+    rows: Literal["exited", "deferred"]
+    n: int
+    both_right: int
+    fixed: int = Field(description="Stage A is wrong, Stage B right")
+    broken: int = Field(description="Stage A is right, Stage B wrong")
+    both_wrong: int
+
+
 class Evaluation(Record):
     """What ``evaluate`` found on ``val_test``: every figure, and the policy they were measured under."""
 
@@ -429,6 +443,9 @@ class Evaluation(Record):
     target_fnr: float | None
     statement: str = Field(description="what the policy promises, in words")
     fnr_check: FnrCheck | None = Field(description="null without a policy")
+    effects: list[StageEffect] = Field(default=[], description="exited, then deferred rows; empty without a policy")
+    tap: int | None = Field(default=None, description="block that Stage A ends with; null when it is not known")
+    n_blocks: int | None = Field(default=None, description="blocks of a full pass; null when it is not known")
     level: float = Field(gt=0, lt=1, description="of intervals and bounds")
     n_replicates: int
     seed: int
@@ -473,6 +490,63 @@ class Measurement(Record):
             if found.metric == name:
                 return found
         raise KeyError(name)
+
+
+class BenchTiming(Record):
+    """One contestant of ``stage1 bench cascade`` at one batch size: medians over rounds, with quartiles."""
+
+    contestant: Literal["stage_a", "stage_b", "always_both", "full_pass", "cascade"]
+    n_deferred: int | None = Field(description="rows of the batch that Stage B was made to answer; of a cascade alone")
+    deferral_rate: float | None
+    milliseconds: float = Field(description="of one batch")
+    milliseconds_low: float
+    milliseconds_high: float
+    images_per_second: float
+    speedup: float = Field(description="time of the full pass in the same round / own time; higher is better")
+    speedup_low: float
+    speedup_high: float
+    processor_speedup: float = Field(
+        description="the same of processor time over all threads, which neighbours on a busy machine stretch less"
+    )
+    ideal: float | None = Field(description="speed-up if only blocks took time; null where nothing is left to run")
+    of_ideal: float | None = Field(description="speed-up / ideal")
+
+
+class BenchBatch(Record):
+    """What ``stage1 bench cascade`` measured at one batch size."""
+
+    batch: int
+    timings: list[BenchTiming]
+    shares: dict[str, float] = Field(
+        description="of a full pass's time: embedding, blocks and heads; python: deciding and gathering of a batch "
+        "with half its rows deferred, which comes on top"
+    )
+
+    def cascade(self, n_deferred: int) -> BenchTiming:
+        """The cascade with so many rows deferred; KeyError when it was not measured."""
+        for found in self.timings:
+            if found.n_deferred == n_deferred:
+                return found
+        raise KeyError(n_deferred)
+
+
+class CascadeBench(Record):
+    """What ``stage1 bench cascade`` found: latency and throughput over batch sizes and deferral rates."""
+
+    format_version: Literal[1] = 1
+    source: str = Field(description="last name of the bundle's or run's folder")
+    runtime: str
+    backbone: str
+    tap: int
+    n_blocks: int
+    height: int
+    width: int
+    inputs: str = Field(description="what the pixels were")
+    rounds: int
+    warmup: int
+    seed: int
+    machine: dict[str, str | int | float | None]
+    batches: list[BenchBatch]
 
 
 class FileEntry(Record):

@@ -16,9 +16,12 @@ from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Thr
 from stage1_pro.errors import Stage1Error
 from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.plots import training_png
+from stage1_pro.metrics.selective import relative_cost
 
 THUMBNAILS = 24
 THUMBNAIL_SIDE = 220
+# Thumbnails of each kind of change: fixed and broken.
+EXAMPLES = 6
 STAGE_NAMES = {"stage_a": "Stage A alone", "stage_b": "Stage B alone", "cascade": "Cascade"}
 WORST_GROUPS = 20
 METRIC_NAMES = {
@@ -26,6 +29,7 @@ METRIC_NAMES = {
     "aurc": "AURC", "nll": "NLL", "brier": "Brier score", "ece": "ECE (calibration)",
     "coverage": "Coverage", "exit_accuracy": "Exit accuracy", "exit_error": "Exit error",
     "fnr_on_exited": "FNR on exits", "deferred_accuracy": "Deferred accuracy",
+    "accuracy_minus_stage_b": "Accuracy minus Stage B's",
 }  # fmt: skip
 QUALITY = ("accuracy", "balanced_accuracy", "mcc", "auroc", "augrc")
 EXITS = ("coverage", "exit_accuracy", "fnr_on_exited", "deferred_accuracy")
@@ -82,6 +86,7 @@ def write_report(
     policy: Thresholds | None,
     pictures: Sequence[Picture],
     mistakes: Sequence[Mapping[str, object]],
+    changes: Sequence[Mapping[str, object]] = (),
     groups: Sequence[Mapping[str, object]],
     image_root: Path,
 ) -> None:
@@ -93,10 +98,16 @@ def write_report(
         policy: the policy they were measured under.
         pictures: in the order to show.
         mistakes: rows of ``mistakes.csv``, the most confident first; the first ones are shown as thumbnails.
+        changes: rows of ``changes.csv``; the first of each effect are shown as thumbnails.
         groups: rows of ``groups.csv``, the most errors first; the first ones with any are shown.
         image_root: folder that their ``file`` is relative to.
     """
     shown = [{**row, "image": _thumbnail(image_root / str(row["file"]))} for row in mistakes[:THUMBNAILS]]
+    examples = [
+        {**row, "image": _thumbnail(image_root / str(row["file"]))}
+        for effect in ("fixed", "broken")
+        for row in [row for row in changes if row["effect"] == effect][:EXAMPLES]
+    ]
     bad = [row for row in groups if row["errors"] or row["missed_positives"]]
     notes: list[str] = []
     html = _page(
@@ -113,6 +124,10 @@ def write_report(
         suite_notes=notes,
         exits=_exit_table(evaluation) if policy else [],
         exit_names=[METRIC_NAMES[name] for name in EXITS],
+        effects=evaluation.effects,
+        apart=_apart(evaluation) if policy else "",
+        examples=examples,
+        saved=_saved(evaluation),
         grid=_grid(policy) if policy else [],
         pictures=pictures,
         # Where every row is a group of its own the table would be the mistakes again.
@@ -225,6 +240,37 @@ def _verdict(check: FnrCheck, positive: str) -> str:
         f"photos that Stage A answers. Here it missed {check.n_missed} of {check.n_positives} "
         f"({_percent(check.value)}). That rests on {unit}: the {check.level:.0%} upper bound {bound} is "
         f"{_percent(check.upper_bound)}. {end}"
+    )
+
+
+def _apart(evaluation: Evaluation) -> str:
+    """The sentence on the cascade's accuracy against Stage B answering everything."""
+    found = evaluation.measure("accuracy_minus_stage_b")
+    if found.value is None:
+        return ""
+
+    def points(value: float) -> str:
+        return f"{100 * value:+.2f}".replace("-", "−")
+
+    text = (
+        f"The cascade's accuracy minus that of Stage B answering every photo: {points(found.value)} percentage points"
+    )
+    if found.low is None or found.high is None:
+        return f"{text}; {short_note(found.note) or 'no interval'}."
+    return f"{text} ({evaluation.level:.0%} interval {points(found.low)} to {points(found.high)}, paired, by group)."
+
+
+def _saved(evaluation: Evaluation) -> str:
+    """The sentence on what exits save, by blocks alone; empty where the tap is not known."""
+    tap, n_blocks = evaluation.tap, evaluation.n_blocks
+    if tap is None or n_blocks is None or evaluation.n_exited is None:
+        return ""
+    if tap == n_blocks:
+        return "Stage A reads the last block: an exit saves nothing but Stage B's head."
+    cost = float(relative_cost(evaluation.n_exited / evaluation.n_rows, tap, n_blocks))
+    return (
+        f"Stage A ends after {tap} of {n_blocks} blocks, so the cascade ran {_percent(cost)} of the blocks of a full "
+        f"pass: {1 / cost:.2f} times faster at best."
     )
 
 

@@ -59,6 +59,31 @@ class Bundle:
         """The ONNX file of one stage."""
         return self.path / self.manifest.stages[stage].onnx
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return self.manifest.classes
+
+    @property
+    def positive(self) -> str:
+        """The class that must not be missed."""
+        return self.manifest.positive
+
+    @property
+    def preprocessing(self) -> PreprocessSpec:
+        """What turns an image into the graphs' input."""
+        return self.manifest.preprocessing
+
+    @property
+    def backbone(self) -> BackboneInfo:
+        """Facts about the backbone."""
+        return self.manifest.backbone
+
+    @property
+    def tap(self) -> int:
+        """Block whose tokens Stage A reads."""
+        return self.manifest.tap
+
 
 def write_bundle(
     out: Path | str,
