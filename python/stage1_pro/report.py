@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from stage1_pro.artifacts import Evaluation, Measure, Thresholds, write_text
+from stage1_pro.artifacts import Evaluation, Measure, Policy, write_text
 from stage1_pro.errors import Stage1Error
 from stage1_pro.metrics.plots import training_png
 
@@ -68,7 +68,7 @@ def write_report(
     path: Path | str,
     evaluation: Evaluation,
     *,
-    policy: Thresholds | None,
+    policy: Policy | None,
     pictures: Sequence[Picture],
     mistakes: Sequence[Mapping[str, object]],
     image_root: Path,
@@ -137,7 +137,7 @@ def _missed(evaluation: Evaluation) -> str:
     if measure.value is None:
         return f"No “{positive}” photo was answered by Stage A, so its rate of misses there is unknown."
     count = round(measure.value * measure.n)
-    wish = f"; the aim on the calibration photos was at most {_percent(aim)}"
+    wish = "" if aim is None else f"; the aim on the calibration photos was at most {_percent(aim)}"
     if aim is not None and measure.value > aim:
         wish += ", so here it is more"
     if measure.n_groups == measure.n:
@@ -199,7 +199,7 @@ def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
     ]
 
 
-def _grid(policy: Thresholds) -> list[dict[str, object]]:
+def _grid(policy: Policy) -> list[dict[str, object]]:
     """The classic grid with the chosen threshold in its place."""
     rows = [row for row in policy.sweep_results if row.grid or row.threshold == policy.exit_threshold]
     chosen = next((i for i, row in enumerate(rows) if not row.grid), None)

@@ -12,14 +12,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import Evaluation, Measure, Predictions, Splits, Thresholds, write_bytes, write_csv
+from stage1_pro.artifacts import Evaluation, Measure, Policy, Predictions, Splits, write_bytes, write_csv
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.metrics.intervals import bootstrap_augrc, clopper_pearson_upper
 from stage1_pro.metrics.plots import confidence_png, reliability_png, risk_coverage_png
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, mcc
+from stage1_pro.policies import exits as rows_that_exit
 from stage1_pro.policies import read_policy
 from stage1_pro.policies.certify import groups_in_error
-from stage1_pro.policies.softmax import confidence, decide, softmax
+from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.report import Picture, training_picture, write_report
 
@@ -45,7 +46,7 @@ class Answers:
     exited: NDArray[np.bool_]
 
 
-def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageName, Answers]:
+def answer(predictions: Predictions, policy: Policy | None) -> dict[StageName, Answers]:
     """Give both stages' answers and, under a policy, the cascade's: Stage A's where it exits, else Stage B's.
 
     Raises:
@@ -64,7 +65,7 @@ def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageNam
             )
     exits = {"stage_a": np.ones(predictions.labels.size, dtype=bool)}
     if policy is not None:
-        exits["cascade"] = decide(probs["stage_a"], policy)
+        exits["cascade"] = rows_that_exit(policy, probs["stage_a"], predictions.gate_logits)
         probs["cascade"] = np.where(exits["cascade"][:, None], probs["stage_a"], probs["stage_b"])
     found: dict[StageName, Answers] = {}
     for stage in STAGES:
@@ -81,7 +82,7 @@ def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageNam
 
 
 def evaluate_predictions(
-    predictions: Predictions, policy: Thresholds | None = None, *, n_replicates: int = 1000, seed: int = 0
+    predictions: Predictions, policy: Policy | None = None, *, n_replicates: int = 1000, seed: int = 0
 ) -> Evaluation:
     """Measure predictions on ``val_test``: per stage and for the cascade, over all rows and per source.
 
@@ -266,12 +267,13 @@ def render(evaluation: Evaluation) -> str:
         console.print(exits)
         console.print(
             f"guarantee: {evaluation.guarantee}. The bound of FNR on exits counts groups (Clopper-Pearson, "
-            f"{evaluation.level:.0%}); target {evaluation.target_fnr:g}."
+            f"{evaluation.level:.0%}); target "
+            f"{'none' if evaluation.target_fnr is None else format(evaluation.target_fnr, 'g')}."
         )
     return buffer.getvalue().rstrip()
 
 
-def _check_policy(predictions: Predictions, policy: Thresholds) -> None:
+def _check_policy(predictions: Predictions, policy: Policy) -> None:
     """A policy speaks of the logits it was calibrated on, and of no others."""
     for name in ("model_fingerprint", "preprocessing_fingerprint"):
         promised, found = getattr(policy, name), getattr(predictions, name)
@@ -386,12 +388,14 @@ def _flat(measure: Measure) -> dict[str, object]:
     return {"scope": "all" if measure.source is None else "source", **measure.model_dump()}
 
 
-def _draw(answers: dict[StageName, Answers], policy: Thresholds | None) -> list[Picture]:
+def _draw(answers: dict[StageName, Answers], policy: Policy | None) -> list[Picture]:
     """Figures of Stage A, which is what the policy selects from."""
     stage_a = answers["stage_a"]
     point = threshold = None
     if policy is not None:
-        exited, threshold = answers["cascade"].exited, policy.exit_threshold
+        exited = answers["cascade"].exited
+        # The gate's threshold is not on this axis.
+        threshold = policy.exit_threshold if policy.policy == "softmax" else None
         if exited.any():
             point = (float(exited.mean()), float(stage_a.error[exited].mean()))
     return [
