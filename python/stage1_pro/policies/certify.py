@@ -371,13 +371,14 @@ def order_candidates(
     """Give thresholds [T] from the fit half, in the order in which the certify half will test them.
 
     All thresholds that part two scores, in the middle of their gap, strict to lax. Where the walk starts decides its
-    power, and only the fit half and the size of the certify half may: with ``min_coverage`` c0 at the strictest
-    threshold that could still be certified for it, coverage c0 + 3 sqrt(c0 (1 - c0) (1/n_fit + 1/n_certify)), both
-    halves being noisy; without one where the p-value to expect is smallest. Rows are weighted: groups count alike.
+    power, and only the fit half and the size of the certify half may decide that. It starts where the largest p-value
+    to expect is smallest; with ``min_coverage`` c0 never stricter than coverage c0 + 3 sqrt(c0 (1 - c0) (1/n_fit +
+    1/n_certify)), below which chance in either half would fail the test of the coverage. Rows are weighted: groups
+    count alike.
 
     Args:
         scores: [N] of the fit half; NaN is never accepted.
-        risks: of the fit half's rows; their alphas matter only without ``min_coverage``.
+        risks: of the fit half's rows.
         n_certify: rows, or groups, of the certify half.
         min_coverage: the least coverage that will be certified.
         groups: [N] of the fit half.
@@ -396,19 +397,20 @@ def order_candidates(
     order = known[np.argsort(-values[known], kind="stable")]
     last, thresholds = gaps(values[order], lowest)
     n_fit = weights.sum()
-    if min_coverage is not None:
-        coverage = np.cumsum(weights[order])[last] / n_fit
-        margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
-        reached = np.flatnonzero(coverage >= min_coverage + margin)
-        start = int(reached[0]) if reached.size else last.size - 1
-    else:
-        expected = np.zeros(last.size)
-        for risk in risks:
-            share = _weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
-            m = np.cumsum(share[order])[last] * n_certify / n_fit
-            k = np.cumsum(share[order] * risk.errors[order])[last] * n_certify / n_fit
-            expected = np.maximum(expected, _binomial_cdf(k, m, risk.alpha))
-        start = int(expected.argmin())
+    scale = n_certify / n_fit
+    expected = np.zeros(last.size)
+    for risk in risks:
+        share = _weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
+        m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
+        expected = np.maximum(expected, _binomial_cdf(k, m, risk.alpha))
+    if min_coverage is None:
+        return thresholds[int(expected.argmin()) :]
+    covered = np.cumsum(weights[order])[last]
+    margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
+    reached = np.flatnonzero(covered / n_fit >= min_coverage + margin)
+    accepted = np.minimum(covered * scale, n_certify)
+    expected = np.maximum(expected, betainc(accepted, n_certify - accepted + 1.0, min_coverage))
+    start = max(int(reached[0]) if reached.size else last.size - 1, int(expected.argmin()))
     return thresholds[start:]
 
 
@@ -550,16 +552,18 @@ def infeasible(certificate: Certificate, wish: str, what: str) -> NotReachableEr
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    if certificate.n_needed is None:
-        said += f". No number of {certificate.unit} would do while so many answers are wrong: train a better Stage A"
+    unit, needed, more = certificate.unit, certificate.n_needed, "Bring more, or choose"
+    if needed is None:
+        said += f". No number of {unit} would do while so many answers are wrong"
+        more = "Train a better Stage A, ask for less, or choose"
+    elif needed <= certificate.n:
+        said += f". About {needed} {unit} in the certify half succeed 9 times in 10; these {certificate.n} did not"
     else:
         said += (
-            f". With answers as good as these about {certificate.n_needed} {certificate.unit} in the certify half "
-            f"would do (it has {certificate.n}; val_calib is cut in two, so twice that there)"
+            f". With answers as good as these about {needed} {unit} in the certify half would do (it has "
+            f"{certificate.n}; val_calib is cut in two, so twice that there)"
         )
-    return NotReachableError(
-        f"{said}. Bring more, or choose with --guarantee none, which promises nothing. No policy was written"
-    )
+    return NotReachableError(f"{said}. {more} with --guarantee none, which promises nothing. No policy was written")
 
 
 def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -851,8 +855,10 @@ def _counts(name: str, part: ArrayLike, of: str, whole: ArrayLike) -> tuple[NDAr
         raise InputError(
             f"{name} and {of} must be integers, got {counted.dtype} and {total.dtype}; count, never average"
         )
-    if not ((counted >= 0) & (counted <= total)).all():
-        raise InputError(f"{name} must be from 0 to {of}, got {counted.max(initial=0)} of {total.min(initial=0)}")
+    counted, total = np.broadcast_arrays(counted, total)
+    bad = np.flatnonzero((counted < 0) | (counted > total))
+    if bad.size:
+        raise InputError(f"{name} must be from 0 to {of}, got {counted.flat[bad[0]]} of {total.flat[bad[0]]}")
     return counted.astype(np.float64), total.astype(np.float64)
 
 
