@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -361,7 +362,7 @@ def test_the_certified_gate_keeps_its_promise_and_the_naive_one_does_not(n: int,
 
 @pytest.mark.slow
 def test_ranks_keep_their_promise() -> None:
-    scenario, rng, draws = Scenario(), np.random.default_rng(5), 600
+    scenario, rng, draws = Scenario(), np.random.default_rng(5), 400
     found = [
         certify_threshold(*scenario.draw(rng, 8000), alpha=0.01, delta=0.05, min_coverage=0.7) for _ in range(draws)
     ]
@@ -371,22 +372,29 @@ def test_ranks_keep_their_promise() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("correlation", [0.3, 0.6])
-def test_groups_keep_the_promise_that_rows_break(correlation: float) -> None:
-    """Done when 5: tracks of 30 rows, true error 2.5% > alpha = 2%; a certificate is false whenever it is given."""
-    rng, draws, tracks, rows, alpha, delta, risk = np.random.default_rng(0), 1000, 200, 30, 0.02, 0.05, 0.025
+@pytest.mark.parametrize("correlation", [0.3, 0.45, 0.6])
+@pytest.mark.parametrize(("tracks", "risk"), [(100, 0.025), (400, 0.0201)])
+def test_groups_keep_the_promise_that_rows_break(tracks: int, risk: float, correlation: float) -> None:
+    """Done when 5: tracks of 30 rows, true error above alpha = 2%, so a certificate is false whenever it is given.
+
+    100 groups can never certify 2% (149 would with no error); 400 can, which is where chance could break the promise.
+    """
+    rng, draws, rows, alpha, delta = np.random.default_rng(0), 1000, 30, 0.02, 0.05
     # A track's own error rate is Beta with this mean; the rows' correlation is 1 / (a + b + 1).
     total = 1 / correlation - 1
     groups = np.repeat(np.arange(tracks), rows)
     scores = np.ones(tracks * rows)
     by_group = by_row = 0
-    for _ in range(draws):
+    for draw in range(draws):
         rate = rng.beta(risk * total, (1 - risk) * total, tracks)
-        errors = rng.random((tracks, rows)).__lt__(rate[:, None]).ravel()
+        errors = (rng.random((tracks, rows)) < rate[:, None]).ravel()
         kwargs = {"alpha": alpha, "delta": delta, "candidates": [0.5], "groups": groups}
-        by_group += certify_threshold(scores, errors, **kwargs).feasible
+        by_group += certify_threshold(scores, errors, seed=draw, **kwargs).feasible
         by_row += certify_threshold(scores, errors, rows_independent=True, **kwargs).feasible
-    print(f"correlation {correlation}: certified by group {by_group / draws:.3f}, by row {by_row / draws:.3f}")
+    print(
+        f"{tracks} tracks, error {risk:g}, correlation {correlation}: certified by group {by_group / draws:.3f}, "
+        f"by row {by_row / draws:.3f}"
+    )
     assert by_group / draws <= delta + 3 * math.sqrt(delta * (1 - delta) / draws)
     assert by_row / draws > 0.10
 
@@ -394,7 +402,7 @@ def test_groups_keep_the_promise_that_rows_break(correlation: float) -> None:
 @pytest.mark.slow
 def test_the_certified_softmax_choice_has_power() -> None:
     """FNR on exits <= 2% at n = 2,000 certify rows: true where given, and given often."""
-    rng, draws = np.random.default_rng(1), 400
+    rng, draws = np.random.default_rng(1), 300
     big = np.random.default_rng(99)
 
     def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -402,7 +410,7 @@ def test_the_certified_softmax_choice_has_power() -> None:
         logit = np.where(labels, 3.2, -3.2) + rng.normal(0, 2, n)
         return np.abs(logit), labels & (logit < 0), labels
 
-    scores, missed, labels = draw(big, 2_000_000)
+    scores, missed, labels = draw(big, 1_000_000)
     given_, broken = 0, 0
     for _ in range(draws):
         s, e, y = draw(rng, 2000)
@@ -824,11 +832,12 @@ def test_the_real_sets_are_too_small_for_the_default_promise(name: str, shared, 
         classes=splits.classes, positive=splits.positive, split="val_calib", split_hash=splits.hashes["val_calib"],
         model_fingerprint="m" * 64, preprocessing_fingerprint="p" * 64,
     ).save(tmp_path / "run" / "val_calib.npz")  # fmt: skip
-    for policy, words in (("softmax", "even no error at all would need 149"), ("gate", "would need 299")):
+    few = {"softmax": "even no error at all would need 149", "gate": "would need 299|too few to certify a coverage"}
+    for policy, words in few.items():
         (tmp_path / "run" / "claims.json").unlink(missing_ok=True)
         with pytest.raises(NotReachableError, match="INFEASIBLE") as caught:
             calibrate(tmp_path / "run", policy=policy)
-        assert words in str(caught.value)
+        assert re.search(words, str(caught.value))
         assert "groups in the certify half would do" in str(caught.value)
     # The softmax of a sure model is what it is: nothing above depends on the logits' size.
     assert softmax(logits).max() > 0.99
