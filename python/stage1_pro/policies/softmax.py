@@ -218,7 +218,8 @@ def fit_softmax_policy(
         values, truth, units = values[kept], truth[kept], None if units is None else units[kept]
         assert certificate.threshold is not None
         found = count_exits(values, truth, index, [certificate.threshold])
-        row, correct, n_tried = found.row(0, truth.size, grid=False), int(found.n_correct[0]), 0
+        row, correct = found.row(0, truth.size, grid=False), int(found.n_correct[0])
+        counts, n_tried = count_exits(values, truth, index), 0
     else:
         counts = count_exits(values, truth, index)
         reached = np.flatnonzero(meets(counts.n_false_negative, counts.n_positive, target_fnr))
@@ -277,9 +278,7 @@ def fit_softmax_policy(
         n_false_negative=row.n_false_negative,
         n_positive_groups=n_groups,
         grouped=units is not None,
-        sweep_results=sweep_table(
-            count_exits(values, truth, index), count_exits(values, truth, index, GRID), row, truth.size
-        ),
+        sweep_results=sweep_table(counts, count_exits(values, truth, index, GRID), row, truth.size),
         split_hashes=dict(split_hashes or {}),
         model_fingerprint=model_fingerprint,
         preprocessing_fingerprint=preprocessing_fingerprint,
