@@ -22,6 +22,8 @@ from stage1_pro.artifacts import (
     SPLITS,
     BundleManifest,
     FileEntry,
+    GateConstraints,
+    GateParams,
     Merging,
     Row,
     Splits,
@@ -42,6 +44,7 @@ from stage1_pro.deploy.runtime import RUNTIMES, OnnxRuntime
 from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.models.model import Stage1Model, create_model
+from stage1_pro.policies import exit_scores
 from stage1_pro.stations.benching import bench_cascade, draw
 from stage1_pro.stations.benching import render as render_bench
 from stage1_pro.stations.doctor import doctor
@@ -109,6 +112,20 @@ def make_policy(model: Stage1Model, hashes: dict[str, str], threshold: float = 0
         model_fingerprint=model.fingerprint(),
         preprocessing_fingerprint=model.architecture.preprocessing.fingerprint(),
     )
+
+
+def make_gate_policy(model: Stage1Model, hashes: dict[str, str], threshold: float) -> GateParams:
+    """A gate policy as `stage1 calibrate` would write for this model."""
+    return GateParams(
+        classes=CLASSES, positive="roadwork", a=1.5, b=-0.2, fitted=True, platt="test", threshold=threshold,
+        coverage=0.5, exit_error=0.0, fnr_on_exited=None, guarantee="none", certificate=None, certify_uses=None,
+        constraints=GateConstraints(min_coverage=0.4, max_exit_error=0.01), statement="Chosen on val_calib.",
+        exit_error_upper_bound=0.4, fnr_upper_bound=None, bound_level=0.95, bound_method="test", n_rows=10, n_exited=5,
+        n_errors=0, n_positive_exited=0, n_false_negative=0, n_exited_groups=5, n_positive_groups=0, n_fit_rows=5,
+        grouped=False, sweep_results=[], split_hashes={"val_calib": hashes["val_calib"]},
+        model_fingerprint=model.fingerprint(),
+        preprocessing_fingerprint=model.architecture.preprocessing.fingerprint(),
+    )  # fmt: skip
 
 
 def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
@@ -463,11 +480,11 @@ class TestBundle:
             load_bundle(copy)
 
     def test_policy_this_version_cannot_read(self, copy: Path) -> None:
-        (copy / "thresholds.json").rename(copy / "gateparams.json")
+        (copy / "thresholds.json").rename(copy / "scrcparams.json")
 
         def change(values: Any) -> None:
-            values.update(active_exit_policy="gate", policy_file="gateparams.json")
-            values["files"]["gateparams.json"] = values["files"].pop("thresholds.json")
+            values.update(active_exit_policy="scrc", policy_file="scrcparams.json")
+            values["files"]["scrcparams.json"] = values["files"].pop("thresholds.json")
 
         rewrite(copy, change)
         with pytest.raises(ArtifactError, match="must be one this version reads"):
@@ -668,6 +685,56 @@ class TestCascade:
                             cascade.runtime)  # fmt: skip
             assert moved.decide(pixels).exited[index]
             assert moved.decide(pixels[index : index + 1]).exited[0]
+
+    def test_gate_policy_decides_as_torch_does(
+        self, graphs: None, run: Path, model: Stage1Model, tmp_path: Path
+    ) -> None:
+        """Exits by the ONNX gate's logit, for any batch, also for the very image that the threshold was put on."""
+        other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
+        (other / "thresholds.json").unlink()
+        paths = sorted((run / "images").iterdir())
+        from stage1_pro.data.images import preprocess, read_image
+
+        pixels = np.stack([preprocess(read_image(path), model.architecture.preprocessing) for path in paths])
+        with torch.no_grad():
+            outputs = model(torch.from_numpy(pixels))
+        sure = 1 / (1 + np.exp(-(1.5 * outputs.gate_logit.double().numpy() - 0.2)))
+        ordered = np.sort(sure)
+        policy = make_gate_policy(model, Splits.read(other / "splits.json").hashes, float(ordered[7:9].mean()))
+        policy.write(other / "gateparams.json")
+        out = export(other)
+        loaded = load_bundle(out)
+        assert loaded.policy == policy and loaded.manifest.active_exit_policy == "gate"
+        assert (out / "gateparams.json").exists() and not (out / "thresholds.json").exists()
+        cascade = Cascade.load(out)
+        wanted = sure >= policy.threshold
+        assert 0 < wanted.sum() < len(paths)
+        # The gate is no monotone function of the largest probability, so the other rule would have been seen.
+        first = torch.softmax(outputs.logits_a.double(), 1).numpy()
+        assert not np.array_equal(np.argsort(sure), np.argsort(first.max(1)))
+        for batch_size in (1, 3, 16):
+            decisions = cascade.predict(paths, batch_size=batch_size)
+            assert decisions.exited.tolist() == wanted.tolist()
+        probs = np.where(wanted[:, None], first, torch.softmax(outputs.logits_b.double(), 1).numpy())
+        assert decisions.label.tolist() == np.array(CLASSES)[probs.argmax(1)].tolist()
+        scores = exit_scores(
+            policy, first, cascade.runtime.run("stage_a", {"pixels": pixels})["gate_logit"].astype(np.float64)
+        )
+        for index in range(len(paths)):
+            moved = policy.model_copy(update={"threshold": float(scores[index])})
+            near = Cascade(type(loaded)(out, loaded.manifest, moved, loaded.splits), cascade.runtime)
+            assert near.decide(pixels).exited[index]
+            assert near.decide(pixels[index : index + 1]).exited[0]
+        assert len(cascade.predict([])) == 0
+        text = render_inspection(inspect(out))
+        for words in (
+            "sigmoid(1.5 * gate logit + -0.2)",
+            "guarantee: none",
+            "gateparams.json",
+            "exit error",
+            "wished 1.00%",
+        ):
+            assert words in text
 
     def test_stage_b_sees_deferred_rows_only(self, run: Path, bundle: Path) -> None:
         cascade = Cascade.load(bundle)

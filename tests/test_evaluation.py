@@ -241,6 +241,25 @@ def test_fnr_on_exits_holds_by_its_bound_or_not(groups: int, missed: int, rows: 
     assert check.statement in " ".join(render(found).split())
 
 
+def test_a_large_missed_group_is_not_hidden_by_many_small_ones() -> None:
+    """One clip of ten missed positives beside 390 single ones: few groups hold a miss, but the rows' rate is 2.5%."""
+    missed = np.arange(400) < 10
+    predictions = make_predictions(400)
+    policy = make_policy(predictions).model_copy(update={"exit_threshold": 0.5, "target_fnr": 0.026})
+    mine = changed(
+        predictions,
+        labels=np.ones(400, np.int64),
+        logits_a=np.where(missed[:, None], [4.0, 0.0], [0.0, 4.0]).astype(np.float32),
+        groups=np.array([f"g{max(i, 9)}" for i in range(400)]),
+    )
+    check = evaluate_predictions(mine, policy, n_replicates=400).fnr_check
+    assert check is not None
+    assert check.upper_bound is not None
+    assert check.value == 0.025
+    assert check.upper_bound > 0.05 > stats.beta.ppf(0.95, 2, 390)
+    assert check.outcome == "not shown"
+
+
 def test_no_exited_positive_shows_nothing() -> None:
     predictions = make_predictions()
     policy = make_policy(predictions).model_copy(update={"exit_threshold": 1.0})

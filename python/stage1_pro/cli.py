@@ -139,17 +139,42 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--logits",
         type=Path,
-        help=".npz with logits [N, K] (or probs) and labels [N], optional groups, classes, positive",
+        help=".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, groups, half, classes, positive",
     )
-    sub.add_argument("--policy", choices=["softmax"], default="softmax", help="what decides an exit")
-    sub.add_argument("--guarantee", choices=["none"], default="none", help="none = empirical choice, promises nothing")
+    sub.epilog = (
+        "what is not given comes from the run's configuration; its defaults are named above.\n"
+        "ltt certifies on a half of val_calib that is used for one claim: a second one is refused unless --claims\n"
+        "divided delta before the first. Exit code 3: the wish cannot be met or certified; no policy is written."
+    )
+    sub.add_argument(
+        "--policy", choices=["softmax", "gate"], help="what decides an exit: softmax (by default) or the gate head"
+    )
+    sub.add_argument(
+        "--guarantee",
+        choices=["ltt", "none"],
+        help="ltt (by default) = certified or refused; none = empirical choice, promises nothing",
+    )
     sub.add_argument(
         "--target-fnr",
         type=float,
-        help="largest false negative rate among exits; the run's configuration or .02 by default",
+        help="largest false negative rate among exits; softmax: .02 by default; gate: a third wish, off by default",
+    )
+    sub.add_argument(
+        "--alpha",
+        "--max-exit-error",
+        type=float,
+        dest="max_exit_error",
+        help="gate: largest share of wrong answers among exits; .01 by default",
+    )
+    sub.add_argument("--min-coverage", type=float, help="gate: least share of images that exit; .70 by default")
+    sub.add_argument(
+        "--delta", type=float, help="ltt: largest chance of a false certificate, all claims together; .05 by default"
+    )
+    sub.add_argument(
+        "--claims", type=int, help="ltt: claims that delta is divided for, fixed by the first; 1 by default"
     )
     sub.add_argument("--positive", help="with --logits: name of the positive class")
-    sub.add_argument("--out", type=Path, help="with --logits: where to write thresholds.json")
+    sub.add_argument("--out", type=Path, help="with --logits: where to write the policy, a folder or a .json file")
 
     sub = command("evaluate", "measure the best model and its policy on val_test, once it is final", _evaluate)
     sub.add_argument("--run", type=Path, required=True, help="trained run folder")
@@ -363,16 +388,20 @@ def _train(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from stage1_pro.stations.calibration import calibrate, render
 
-    thresholds = calibrate(
+    policy = calibrate(
         options.run,
         logits=options.logits,
         policy=options.policy,
         guarantee=options.guarantee,
         target_fnr=options.target_fnr,
+        max_exit_error=options.max_exit_error,
+        min_coverage=options.min_coverage,
+        delta=options.delta,
+        claims=options.claims,
         positive=options.positive,
         out=options.out,
     )
-    _emit(options, thresholds.model_dump(mode="json"), render(thresholds))
+    _emit(options, policy.model_dump(mode="json"), render(policy))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

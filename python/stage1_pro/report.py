@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Thresholds, write_text
+from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Policy, write_text
 from stage1_pro.errors import Stage1Error
 from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.plots import training_png
@@ -83,7 +83,7 @@ def write_report(
     path: Path | str,
     evaluation: Evaluation,
     *,
-    policy: Thresholds | None,
+    policy: Policy | None,
     pictures: Sequence[Picture],
     mistakes: Sequence[Mapping[str, object]],
     changes: Sequence[Mapping[str, object]] = (),
@@ -229,7 +229,7 @@ def _verdict(check: FnrCheck, positive: str) -> str:
         unit, bound = _photos(check.n_positives), "of that rate"
     else:
         unit = f"{check.n_groups} group" + ("" if check.n_groups == 1 else "s")
-        bound = "for a new group to hold any such miss"
+        bound = "of the rate, by whole groups,"
     end = {
         "holds": "Even that bound meets the aim.",
         "not shown": "The rate meets the aim, that bound does not: it takes more test photos to tell.",
@@ -343,7 +343,7 @@ def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
     ]
 
 
-def _grid(policy: Thresholds) -> list[dict[str, object]]:
+def _grid(policy: Policy) -> list[dict[str, object]]:
     """The classic grid with the chosen threshold in its place."""
     rows = [row for row in policy.sweep_results if row.grid or row.threshold == policy.exit_threshold]
     chosen = next((i for i, row in enumerate(rows) if not row.grid), None)

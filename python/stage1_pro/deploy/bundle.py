@@ -17,6 +17,8 @@ from stage1_pro.artifacts import (
     BundleManifest,
     EngineEntry,
     FileEntry,
+    GateParams,
+    Policy,
     PolicyName,
     PreprocessSpec,
     Provenance,
@@ -36,9 +38,8 @@ from stage1_pro.errors import ArtifactError, InputError
 MANIFEST = "bundle.json"
 LICENCE = "LICENCE-BACKBONE.txt"
 REQUIRED = ("config.json", "splits.json", "metrics.csv")
-# One record per policy; a new policy joins here and in cascade.py.
-Policy = Thresholds
-POLICIES: dict[PolicyName, type[Policy]] = {"softmax": Thresholds}
+# One record per policy; a new policy joins here and in policies/__init__.py.
+POLICIES: dict[PolicyName, type[Policy]] = {"softmax": Thresholds, "gate": GateParams}
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
 # JSON is parsed whole into memory, so a hostile file must not be allowed to be huge.
 _JSON_LIMIT = 64 * 2**20

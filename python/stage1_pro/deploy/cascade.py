@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.data.images import ImageError, preprocess, read_image, upright_rgb
-from stage1_pro.deploy.bundle import Bundle, Policy, load_bundle
+from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
 from stage1_pro.errors import InputError, need
-from stage1_pro.policies.softmax import confidence, decide, softmax
+from stage1_pro.policies import exit_scores, exits
+from stage1_pro.policies.softmax import confidence, softmax
 
 if TYPE_CHECKING:
     from stage1_pro.deploy.trained import Trained
@@ -143,11 +144,11 @@ class Cascade:
         """
         classes = self.bundle.classes
         if len(pixels) == 0:
-            first: Arrays = {"logits": np.empty((0, len(classes)), dtype=np.float32)}
+            first: Arrays = {"logits": np.empty((0, len(classes)), np.float32), "gate_logit": np.empty(0, np.float32)}
         else:
             first = self._stage_a(pixels)
         probs = softmax(first["logits"])
-        asked = exits(self.bundle.policy, probs)
+        asked = exits(self.bundle.policy, probs, first.get("gate_logit"))
         exited = asked if exited is None else exited
         deferred = np.flatnonzero(~exited)
         if len(deferred):
@@ -169,16 +170,11 @@ class Cascade:
         if len(pixels) == 1:
             # One row goes through other kernels than several do and differs by 1e-7, which would decide
             # differently for the very image that a threshold was put on. There it is run as two rows.
-            sure = float(confidence(softmax(outputs["logits"]))[0])
-            if abs(sure - self.bundle.policy.exit_threshold) < _NEAR:
+            sure = exit_scores(self.bundle.policy, softmax(outputs["logits"]), outputs.get("gate_logit"))
+            if abs(float(sure[0]) - self.bundle.policy.exit_threshold) < _NEAR:
                 twice = self.runtime.run("stage_a", {"pixels": np.repeat(pixels, 2, axis=0)})
                 return {name: value[:1] for name, value in twice.items()}
         return outputs
-
-
-def exits(policy: Policy, probs: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows Stage A answers under a bundle's policy; rows with NaN never exit. [N, K] → [N]."""
-    return decide(probs, policy)
 
 
 def _open(image: ImageLike) -> Image.Image:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, StageName
-from stage1_pro.deploy.bundle import Policy, check_policy_belongs
+from stage1_pro.artifacts import BackboneInfo, Policy, PreprocessSpec, StageName
+from stage1_pro.deploy.bundle import check_policy_belongs
 from stage1_pro.deploy.runtime import Arrays
 from stage1_pro.errors import InputError
 from stage1_pro.models.model import Stage1Model

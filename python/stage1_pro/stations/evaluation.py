@@ -16,10 +16,10 @@ from stage1_pro.artifacts import (
     Evaluation,
     FnrCheck,
     Measure,
+    Policy,
     Predictions,
     Splits,
     StageEffect,
-    Thresholds,
     write_bytes,
     write_csv,
 )
@@ -37,9 +37,10 @@ from stage1_pro.metrics.plots import (
 )  # fmt: skip
 from stage1_pro.metrics.probabilistic import auroc, balanced_accuracy, ece, mcc
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
-from stage1_pro.policies import read_policy
+from stage1_pro.policies import exit_scores, read_policy
+from stage1_pro.policies import exits as rows_that_exit
 from stage1_pro.policies.certify import groups_in_error
-from stage1_pro.policies.softmax import confidence, decide, softmax
+from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.report import NO_INTERVAL, POINTS, Picture, short_note, training_picture, write_report
 
@@ -82,7 +83,7 @@ class Answers:
     exited: NDArray[np.bool_]
 
 
-def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageName, Answers]:
+def answer(predictions: Predictions, policy: Policy | None) -> dict[StageName, Answers]:
     """Give both stages' answers and, under a policy, the cascade's: Stage A's where it exits, else Stage B's.
 
     Raises:
@@ -101,7 +102,7 @@ def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageNam
             )
     exits = {"stage_a": np.ones(predictions.labels.size, dtype=bool)}
     if policy is not None:
-        exits["cascade"] = decide(probs["stage_a"], policy)
+        exits["cascade"] = rows_that_exit(policy, probs["stage_a"], predictions.gate_logits)
         probs["cascade"] = np.where(exits["cascade"][:, None], probs["stage_a"], probs["stage_b"])
     found: dict[StageName, Answers] = {}
     for stage in STAGES:
@@ -120,7 +121,7 @@ def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageNam
 
 def evaluate_predictions(
     predictions: Predictions,
-    policy: Thresholds | None = None,
+    policy: Policy | None = None,
     *,
     n_replicates: int = 1000,
     seed: int = 0,
@@ -164,6 +165,11 @@ def evaluate_predictions(
         measures += _exits(predictions, answers, policy, source, rows, n_replicates, seed)
         if policy is not None:
             measures.append(_difference(predictions, answers, source, rows, n_replicates, seed))
+    check = None
+    if policy is not None and policy.target_fnr is not None:
+        everything = np.ones(predictions.labels.size, dtype=bool)
+        fnr = next(m for m in measures if m.metric == "fnr_on_exited" and m.source is None)
+        check = _check_fnr(fnr, _fnr_counts(predictions, answers, everything), policy.target_fnr)
     return Evaluation(
         split_hash=predictions.split_hash,
         model_fingerprint=predictions.model_fingerprint,
@@ -178,7 +184,7 @@ def evaluate_predictions(
         exit_threshold=None if policy is None else policy.exit_threshold,
         target_fnr=None if policy is None else policy.target_fnr,
         statement=NO_POLICY if policy is None else policy.statement,
-        fnr_check=None if policy is None else _check_fnr(predictions, answers, policy),
+        fnr_check=check,
         effects=[] if policy is None else count_effects(answers),
         tap=None if blocks is None else blocks[0],
         n_blocks=None if blocks is None else blocks[1],
@@ -443,15 +449,16 @@ def render(evaluation: Evaluation) -> str:
         console.print(f"({number}) {note}")
     if sources:
         console.print("* has a note in evaluation/metrics.csv", highlight=False)
-    if evaluation.fnr_check is None:
+    if evaluation.fnr_check is not None:
+        console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
+    if evaluation.policy is None:
         console.print(evaluation.statement)
     else:
-        console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
         console.print(f"guarantee: {evaluation.guarantee}")
     return buffer.getvalue().rstrip()
 
 
-def _check_policy(predictions: Predictions, policy: Thresholds) -> None:
+def _check_policy(predictions: Predictions, policy: Policy) -> None:
     """A policy speaks of the logits it was calibrated on, and of no others."""
     for name in ("model_fingerprint", "preprocessing_fingerprint"):
         promised, found = getattr(policy, name), getattr(predictions, name)
@@ -517,7 +524,7 @@ def _measure(source: str | None, stage: StageName, name: str, one: Interval, n: 
 def _exits(
     predictions: Predictions,
     answers: dict[StageName, Answers],
-    policy: Thresholds | None,
+    policy: Policy | None,
     source: str | None,
     rows: NDArray[np.bool_],
     n_replicates: int,
@@ -543,7 +550,7 @@ def _exits(
     if sizes["exit_error"][0]:
         right = replace(right, value=float(np.mean(~stage_a.error[among["exit_error"]])))
     measures.append(_measure(source, "stage_a", "exit_accuracy", right, *sizes["exit_error"]))
-    measures.append(_fnr_measure(source, _fnr_counts(predictions, answers, rows)))
+    measures.append(_fnr_measure(source, _fnr_counts(predictions, answers, rows), found["fnr_on_exited"]))
     deferred = Interval(math.nan, math.nan, math.nan, math.nan, method="none", note="undefined: no row is deferred")
     if sizes["deferred_accuracy"][0]:
         part = among["deferred_accuracy"]
@@ -572,15 +579,13 @@ def _difference(
 
 
 def _exit_intervals(
-    predictions: Predictions,
-    stage_a: Answers,
-    policy: Thresholds,
-    rows: NDArray[np.bool_],
-    n_replicates: int,
-    seed: int,
+    predictions: Predictions, stage_a: Answers, policy: Policy, rows: NDArray[np.bool_], n_replicates: int, seed: int
 ) -> Intervals:
+    scores = exit_scores(policy, stage_a.probs, predictions.gate_logits)
+    # A row without a score never exits.
+    scores = np.where(np.isnan(scores), -np.inf, scores)
     return bootstrap(
-        stage_a.probs[rows], predictions.labels[rows], confidence=stage_a.confidence[rows],
+        stage_a.probs[rows], predictions.labels[rows], confidence=scores[rows],
         threshold=policy.exit_threshold, groups=predictions.groups[rows],
         metrics=["coverage", "exit_error", "fnr_on_exited"], n_replicates=n_replicates, level=LEVEL, seed=seed,
         positive=predictions.classes.index(predictions.positive),
@@ -597,24 +602,30 @@ def _fnr_counts(
     return int(missed.sum()), int(among.sum()), *groups_in_error(missed, predictions.groups[among])
 
 
-def _fnr_measure(source: str | None, counts: tuple[int, int, int, int]) -> Measure:
+def _fnr_measure(source: str | None, counts: tuple[int, int, int, int], interval: Interval) -> Measure:
+    """FNR on exits with an upper bound on the rate of rows, whatever the sizes of their groups.
+
+    Clopper and Pearson's bound is on the share of groups that hold a miss. Where a large group is missed the share of
+    rows is more than that, which the bootstrap by group sees; the larger of the two is the bound.
+    """
     missed, n, groups_missed, n_groups = counts
     if n == 0:
         note = "undefined: no positive row exits"
         return Measure(source=source, stage="stage_a", metric="fnr_on_exited", note=note, n=0, n_groups=0)
+    high, method = clopper_pearson_upper(groups_missed, n_groups, level=LEVEL), "clopper-pearson"
+    note = f"one-sided upper bound: {groups_missed} of {n_groups} groups hold a missed positive"
+    if n_groups < n and interval.method in ("bca", "percentile") and interval.high > high:
+        high, method = interval.high, interval.method
+        note += "; the bootstrap by group goes higher, since the groups' sizes differ"
     return Measure(
-        source=source, stage="stage_a", metric="fnr_on_exited", value=missed / n,
-        high=clopper_pearson_upper(groups_missed, n_groups, level=LEVEL), method="clopper-pearson",
-        note=f"one-sided upper bound: {groups_missed} of {n_groups} groups hold a missed positive", n=n,
-        n_groups=n_groups,
+        source=source, stage="stage_a", metric="fnr_on_exited", value=missed / n, std=_known(interval.std), high=high,
+        method=method, note=note, n=n, n_groups=n_groups,
     )  # fmt: skip
 
 
-def _check_fnr(predictions: Predictions, answers: dict[StageName, Answers], policy: Thresholds) -> FnrCheck:
+def _check_fnr(measure: Measure, counts: tuple[int, int, int, int], target: float) -> FnrCheck:
     """Hold FNR on exits against the policy's target, by its upper bound."""
-    counts = _fnr_counts(predictions, answers, np.ones(predictions.labels.size, dtype=bool))
     missed, n, groups_missed, n_groups = counts
-    measure, target = _fnr_measure(None, counts), policy.target_fnr
     outcome: Literal["holds", "not shown", "exceeded"]
     if measure.value is None or measure.high is None:
         outcome, words = "not shown", "not shown: no positive row exits, so nothing is known"
@@ -648,7 +659,7 @@ def _flat(measure: Measure) -> dict[str, object]:
 
 
 def _draw(
-    predictions: Predictions, answers: dict[StageName, Answers], policy: Thresholds | None, evaluation: Evaluation
+    predictions: Predictions, answers: dict[StageName, Answers], policy: Policy | None, evaluation: Evaluation
 ) -> list[Picture]:
     """Figures of Stage A, which is what the policy selects from."""
     stage_a, rows = answers["stage_a"], np.ones(predictions.labels.size, dtype=bool)
@@ -659,7 +670,9 @@ def _draw(
     )  # fmt: skip
     point = threshold = None
     if policy is not None:
-        exited, threshold = answers["cascade"].exited, policy.exit_threshold
+        exited = answers["cascade"].exited
+        # The gate's threshold is not on this axis.
+        threshold = policy.exit_threshold if policy.policy == "softmax" else None
         if exited.any():
             point = (float(exited.mean()), float(stage_a.error[exited].mean()))
     pictures = [
