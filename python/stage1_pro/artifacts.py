@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -679,6 +679,30 @@ class CascadeBench(Record):
     batches: list[BenchBatch]
 
 
+class GateChoice(Record):
+    """``gate.json``: how the gate was fitted, and what ranks answers better on ``val_select``, it or max softmax."""
+
+    format_version: Literal[1] = 1
+    fit: Literal["out_of_fold", "joint"]
+    form: str = Field(description="features and margin, margin alone, or joint: as training left it")
+    reason: str = Field("", description="why the form is the margin alone")
+    folds: int | None = None
+    views: int | None = None
+    strength: float | None = Field(None, description="penalty per row, the best on rows out of fold")
+    n_rows: int = Field(0, description="rows it was fitted on, every view counted")
+    n_groups: int = 0
+    n_errors: int = Field(0, description="wrong answers among them")
+    split: Literal["val_select"] = "val_select"
+    split_hash: str
+    model_fingerprint: str
+    gate_augrc: Metric
+    softmax_augrc: Metric
+    joint_gate_augrc: Metric | None = Field(None, description="of the gate before it was refitted")
+    difference: Metric = Field(description="AUGRC of the gate minus that of max softmax, paired, by group")
+    asked: Literal["auto", "softmax", "gate"]
+    confidence: Literal["softmax", "gate"] = Field(description="which one says how sure an answer is")
+
+
 class FileEntry(Record):
     """Size in bytes and sha256 of one file of a bundle."""
 
@@ -764,6 +788,7 @@ class Predictions:
     ``gate_logits`` [N] float32; ``labels`` [N] int64 indices into ``classes`` [K] str.
     ``positive``, ``split``, ``split_hash``, ``model_fingerprint`` and
     ``preprocessing_fingerprint`` are 0-d strings when stored. ``halves`` is empty text outside ``val_calib``.
+    ``joint_gate_logits`` [N] are of the gate before it was refitted; None where it was not.
     """
 
     row_ids: NDArray[np.str_]
@@ -780,19 +805,21 @@ class Predictions:
     split_hash: str
     model_fingerprint: str
     preprocessing_fingerprint: str
+    joint_gate_logits: NDArray[np.float32] | None = None
 
     def save(self, path: Path | str) -> None:
         """Write as an uncompressed ``.npz``, atomically and with reproducible bytes."""
-        save_npz(path, {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        save_npz(path, {name: np.asarray(value) for name, value in values.items() if value is not None})
 
     @classmethod
     def load(cls, path: Path | str) -> Predictions:
         """Read a file written by ``save``; nothing in it can run code."""
         arrays = load_npz(path)
-        missing = [f.name for f in fields(cls) if f.name not in arrays]
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in arrays]
         if missing:
             raise ArtifactError(f"{path} must hold the arrays of a prediction file, missing: {', '.join(missing)}")
-        values: dict[str, Any] = {f.name: arrays[f.name] for f in fields(cls)}
+        values: dict[str, Any] = {f.name: arrays[f.name] for f in fields(cls) if f.name in arrays}
         for name in ("positive", "split", "split_hash", "model_fingerprint", "preprocessing_fingerprint"):
             values[name] = str(values[name])
         values["classes"] = [str(name) for name in values["classes"]]

@@ -82,7 +82,24 @@ class TrainConfig(Section):
     min_lr_ratio: float = Field(0.01, ge=0, le=1, description="final learning rate as a share of the peak (cosine)")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="0 = no moving average of the weights")
-    auxiliary_weight: float = Field(1.0, ge=0, description="weight of the auxiliary head's cross entropy")
+    auxiliary_weight: float = Field(
+        1.0, ge=0, description="weight of the auxiliary head's cross entropy; 1 = as much as Stage A's, it answers too"
+    )
+    classifier_weight: float = Field(
+        0.5, ge=0, description="weight of the classifier's plain cross entropy; with selective_weight it adds up to 1"
+    )
+    selective_weight: float = Field(
+        0.5,
+        ge=0,
+        description="weight of the selective risk (sum of g*CE / sum of g); half, as in SelectiveNet: more than plain "
+        "cross entropy lets hard rows go",
+    )
+    coverage_weight: float = Field(
+        32.0, ge=0, description="weight of max(0, target_coverage - mean g)^2; 32 as in SelectiveNet, 0 collapses"
+    )
+    target_coverage: float = Field(
+        0.8, gt=0, le=1, description="mean soft gate that training keeps; above the 0.7 that calibration asks for"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = "balanced"
     patience: int = Field(8, ge=1, description="epochs without a better AUGRC on val_select before stopping")
@@ -93,6 +110,31 @@ class TrainConfig(Section):
     deterministic: bool = True
     workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
     tensorboard: bool = False
+
+
+class GateConfig(Section):
+    """The gate, which says P(Stage A is correct | x), and what is sure of an answer."""
+
+    fit: Literal["out_of_fold", "joint"] = Field(
+        "out_of_fold",
+        description="out_of_fold = refitted after training on answers of heads that had not seen the row's label; "
+        "joint = as training left it, worse than max softmax on new rows",
+    )
+    folds: int = Field(5, ge=2, description="parts of the train groups; each is answered by a head fitted on the rest")
+    views: int = Field(
+        2,
+        ge=0,
+        description="augmented draws of every train row to refit on, since a backbone knows its clean rows by heart; "
+        "0 = clean rows; a frozen backbone always takes those",
+    )
+    confidence: Literal["auto", "softmax", "gate"] = Field(
+        "auto", description="what ranks answers; auto = the lower AUGRC on val_select; recorded in gate.json"
+    )
+    stop_features: bool = Field(
+        True,
+        description="keep the joint gate's gradient from the backbone: what it learns there is right on rows already "
+        "learned by heart, and the refitted gate replaces it",
+    )
 
 
 class CalibrateConfig(Section):
@@ -127,6 +169,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    gate: GateConfig = GateConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     export: ExportConfig = ExportConfig()
 

@@ -17,6 +17,7 @@ from stage1_pro.errors import Stage1Error
 from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.plots import training_png
 from stage1_pro.metrics.selective import relative_cost
+from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
 
 THUMBNAILS = 24
 THUMBNAIL_SIDE = 220
@@ -30,6 +31,11 @@ METRIC_NAMES = {
     "coverage": "Coverage", "exit_accuracy": "Exit accuracy", "exit_error": "Exit error",
     "fnr_on_exited": "FNR on exits", "deferred_accuracy": "Deferred accuracy",
     "accuracy_minus_stage_b": "Accuracy minus Stage B's",
+}  # fmt: skip
+# What can rank Stage A's answers, by the metric that says how well.
+RANKINGS = {
+    GATE: "the gate", SOFTMAX: "max softmax", JOINT: "the gate before it was refitted",
+    DIFFERENCE: "difference, gate minus max softmax",
 }  # fmt: skip
 QUALITY = ("accuracy", "balanced_accuracy", "mcc", "auroc", "augrc")
 EXITS = ("coverage", "exit_accuracy", "fnr_on_exited", "deferred_accuracy")
@@ -122,6 +128,7 @@ def write_report(
         suite=_suite(evaluation, notes),
         suite_stages=[name for stage, name in STAGE_NAMES.items() if _measured(evaluation, stage)],
         suite_notes=notes,
+        rankings=_rankings(evaluation),
         exits=_exit_table(evaluation) if policy else [],
         exit_names=[METRIC_NAMES[name] for name in EXITS],
         effects=evaluation.effects,
@@ -314,7 +321,7 @@ def _suite(evaluation: Evaluation, notes: list[str]) -> list[dict[str, object]]:
     names = [m.metric for m in evaluation.measures if m.source is None and m.stage == stages[0] and m.n]
     lines: list[dict[str, object]] = []
     for name in names:
-        if name in EXITS or name == "exit_error":
+        if name in EXITS or name == "exit_error" or name in RANKINGS:
             continue
         cells = []
         for stage in stages:
@@ -329,6 +336,16 @@ def _suite(evaluation: Evaluation, notes: list[str]) -> list[dict[str, object]]:
             cells.append({**_cell(measure), "mark": mark})
         lines.append({"name": metric_title(name), "cells": cells})
     return lines
+
+
+def _rankings(evaluation: Evaluation) -> list[dict[str, object]]:
+    """A row for each of what can rank Stage A's answers; none in evaluations that did not measure it."""
+    found = {m.metric: m for m in evaluation.measures if m.source is None and m.stage == "stage_a"}
+    return [
+        {"name": title[0].upper() + title[1:], "cell": _cell(found[name]), "note": found[name].note}
+        for name, title in RANKINGS.items()
+        if name in found
+    ]
 
 
 def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
@@ -356,6 +373,8 @@ def _cell(measure: Measure) -> dict[str, str]:
     def show(value: float | None) -> str:
         if value is None:
             return "–"
+        if measure.metric in RANKINGS:
+            return f"{value:.4f}".replace("-", "−")
         return _percent(value) if share else f"{value:.{DIGITS.get(measure.metric, 3)}f}"
 
     if measure.low is not None and measure.high is not None:

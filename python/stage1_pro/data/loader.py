@@ -127,15 +127,23 @@ class TrainLoader:
 
 
 def iterate(
-    paths: Sequence[Path | str], spec: PreprocessSpec, batch_size: int = 64, workers: int = 0, description: str = ""
+    paths: Sequence[Path | str],
+    spec: PreprocessSpec,
+    batch_size: int = 64,
+    workers: int = 0,
+    description: str = "",
+    draw: tuple[AugmentConfig, int, int] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield images [B, 3, H, W] float32 in order, without augmentation; with a description, behind a progress bar.
+    """Yield images [B, 3, H, W] float32 in order; with a description, behind a progress bar.
+
+    They are as evaluation sees them or, with ``draw`` = (augmentation, seed, epoch), as that epoch of training does.
 
     Raises:
         InputError: an image cannot be read.
     """
-    keys = [[(0, i) for i in range(k, min(k + batch_size, len(paths)))] for k in range(0, len(paths), batch_size)]
-    images = _Images([str(path) for path in paths], spec, None, 0, 0)
+    augment, seed, epoch = draw or (None, 0, 0)
+    keys = [[(epoch, i) for i in range(k, min(k + batch_size, len(paths)))] for k in range(0, len(paths), batch_size)]
+    images = _Images([str(path) for path in paths], spec, augment, seed, 0)
     loader = _loader(images, _Plan(keys), min(workers, len(keys) - 1), batch_size * _bytes(spec), persistent=False)
     with _no_loader_warnings():
         batches = iter(loader)

@@ -23,11 +23,13 @@ class Auxiliary(nn.Sequential):
 class Gate(nn.Module):
     """Logit of P(Stage A is correct | x) from features [N, F] and the margin of its logits [N, K]: [N].
 
-    No gradient flows back into features or logits. Starts at zero: one half for every image.
+    Its own weights learn; no gradient flows back into the logits, and into the features only when ``stop_features``
+    is False. Starts at zero: one half for every image.
     """
 
     def __init__(self, features: int) -> None:
         super().__init__()
+        self.stop_features = True
         self.linear = nn.Linear(features + 1, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -36,5 +38,6 @@ class Gate(nn.Module):
         """Gate logits [N]."""
         top = logits.detach().topk(2, dim=1).values
         margin = (top[:, :1] - top[:, 1:]).to(features.dtype)
-        out: Tensor = self.linear(torch.cat((features.detach(), margin), dim=1))
+        read = features.detach() if self.stop_features else features
+        out: Tensor = self.linear(torch.cat((read, margin), dim=1))
         return out.squeeze(1)

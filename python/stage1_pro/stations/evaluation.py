@@ -40,9 +40,10 @@ from stage1_pro.metrics.selective import cascade_risks, relative_cost
 from stage1_pro.policies import exit_scores, read_policy
 from stage1_pro.policies import exits as rows_that_exit
 from stage1_pro.policies.certify import groups_in_error
+from stage1_pro.policies.ranking import GATE, rank_answers
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
-from stage1_pro.report import NO_INTERVAL, POINTS, Picture, short_note, training_picture, write_report
+from stage1_pro.report import NO_INTERVAL, POINTS, RANKINGS, Picture, short_note, training_picture, write_report
 
 StageName = Literal["stage_a", "stage_b", "cascade"]
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b", "cascade")
@@ -132,10 +133,10 @@ def evaluate_predictions(
     For each the suite of ``metric_names`` with intervals by group, and ``balanced_accuracy, mcc, auroc`` (positive
     against the rest) and ``ece`` without. Under a policy also, of Stage A, ``coverage``, ``exit_error``,
     ``exit_accuracy`` and ``fnr_on_exited`` with its one-sided Clopper-Pearson upper bound by group, and of Stage B
-    ``deferred_accuracy``; without one these are null. Undefined figures are null, never 0. ``fnr_check`` says whether
-    FNR on exits keeps the policy's target by that bound. Of the cascade there is ``accuracy_minus_stage_b``, the paired
-    difference from Stage B answering every row (positive: the cascade is better), and ``effects`` count what Stage B
-    fixes and breaks.
+    ``deferred_accuracy``; without one these are null. Over all rows also what ``rank_answers`` gives: AUGRC of the gate
+    and of max softmax side by side. Undefined figures are null, never 0. ``fnr_check`` says whether FNR on exits keeps
+    the policy's target by that bound. Of the cascade there is ``accuracy_minus_stage_b``, the paired difference from
+    Stage B answering every row (positive: the cascade is better), and ``effects`` count what Stage B fixes and breaks.
 
     Args:
         predictions: of ``val_test``, N >= 1.
@@ -170,6 +171,9 @@ def evaluate_predictions(
         everything = np.ones(predictions.labels.size, dtype=bool)
         fnr = next(m for m in measures if m.metric == "fnr_on_exited" and m.source is None)
         check = _check_fnr(fnr, _fnr_counts(predictions, answers, everything), policy.target_fnr)
+    n, n_groups = predictions.labels.size, np.unique(predictions.groups).size
+    ranked = rank_answers(predictions, n_replicates=n_replicates, seed=seed, level=LEVEL)
+    measures += [_measure(None, "stage_a", name, one, n, n_groups) for name, one in ranked.items()]
     return Evaluation(
         split_hash=predictions.split_hash,
         model_fingerprint=predictions.model_fingerprint,
@@ -449,6 +453,10 @@ def render(evaluation: Evaluation) -> str:
         console.print(f"({number}) {note}")
     if sources:
         console.print("* has a note in evaluation/metrics.csv", highlight=False)
+    ranked = {name: cell(name, "stage_a", None) for name in RANKINGS}
+    if ranked[GATE]:
+        words = [f"{RANKINGS[name]} {text}" for name, text in ranked.items() if text]
+        console.print(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
     if evaluation.fnr_check is not None:
         console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
     if evaluation.policy is None:

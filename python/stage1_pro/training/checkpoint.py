@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stage1_pro.artifacts import Splits, sha256_file, write_bytes
 from stage1_pro.errors import ArtifactError
+from stage1_pro.models.heads import Gate
 from stage1_pro.models.model import Architecture, Stage1Model, rebuild_model
 from stage1_pro.training.prepare import RunConfig
 
@@ -104,6 +105,17 @@ def load_model(path: Path, wanted: Architecture | None = None) -> Stage1Model:
     check_state(path, model, content["model_state_dict"])
     model.load_state_dict(content["model_state_dict"])
     return model.eval()
+
+
+def load_joint_gate(path: Path, model: Stage1Model) -> Gate | None:
+    """The gate as joint training left it, where a checkpoint's own has been refitted since; else None."""
+    state = load(path).get("joint_gate_state_dict")
+    if state is None:
+        return None
+    gate = Gate(model.heads.gate.linear.in_features - 1)
+    check_state(path, gate, state)
+    gate.load_state_dict(state)
+    return gate.eval()
 
 
 def load_run_model(run: Path) -> tuple[Stage1Model, RunConfig]:

@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from stage1_pro.artifacts import Predictions, PreprocessSpec, Row, SplitName, Splits
+from stage1_pro.config import AugmentConfig
 from stage1_pro.data.loader import iterate
+from stage1_pro.models.heads import Gate
 from stage1_pro.models.model import Outputs, Stage1Model
-from stage1_pro.training.checkpoint import load_run_model
+from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -27,11 +29,16 @@ def run_over(
     workers: int,
     batch_size: int = 64,
     description: str = "",
+    draw: tuple[AugmentConfig, int, int] | None = None,
 ) -> Arrays:
-    """Apply ``forward`` to every image in order; each output is gathered to [N, ...] float32."""
+    """Apply ``forward`` to every image in order; each output is gathered to [N, ...] float32.
+
+    With ``draw`` the images are augmented as ``iterate`` says.
+    """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     with torch.inference_mode():
-        for pixels in iterate(paths, spec, batch_size=batch_size, workers=workers, description=description):
+        images = iterate(paths, spec, batch_size=batch_size, workers=workers, description=description, draw=draw)
+        for pixels in images:
             for name, value in forward(pixels.to(device)).items():
                 parts.setdefault(name, []).append(value.float().cpu().numpy())
     return {name: np.concatenate(values) for name, values in parts.items()}
@@ -47,19 +54,23 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def infer(model: Stage1Model, splits: Splits, split: SplitName, *, workers: int = 2) -> Predictions:
-    """Run a model over one split."""
+def infer(
+    model: Stage1Model, splits: Splits, split: SplitName, *, workers: int = 2, joint_gate: Gate | None = None
+) -> Predictions:
+    """Run a model over one split; ``joint_gate`` is the gate as training left it, to be shown beside the refitted."""
     device = pick_device()
     model = model.to(device).eval()
+    joint = None if joint_gate is None else joint_gate.to(device).eval()
+
+    def forward(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = model(pixels)
+        found = named_logits(outputs)
+        return found if joint is None else {**found, "joint_gate": joint(outputs.features_a, outputs.logits_a)}
+
     rows = splits.of(split)
     spec = model.architecture.preprocessing
     arrays = run_over(
-        lambda pixels: named_logits(model(pixels)),
-        [splits.path(row) for row in rows],
-        spec,
-        device=device,
-        workers=workers,
-        description=split,
+        forward, [splits.path(row) for row in rows], spec, device=device, workers=workers, description=split
     )
     return assemble(rows, splits, split, arrays, model.fingerprint(), spec.fingerprint())
 
@@ -72,7 +83,9 @@ def infer_split(run: Path, split: SplitName) -> Predictions:
     """
     run = Path(run)
     model, config = load_run_model(run)
-    return infer(model, Splits.read(run / "splits.json"), split, workers=config.config.train.workers)
+    gate = load_joint_gate(run / "model_best.pth", model)
+    splits = Splits.read(run / "splits.json")
+    return infer(model, splits, split, workers=config.config.train.workers, joint_gate=gate)
 
 
 def assemble(
@@ -98,6 +111,7 @@ def assemble(
         split_hash=splits.hashes[split],
         model_fingerprint=model_hash,
         preprocessing_fingerprint=spec_hash,
+        joint_gate_logits=arrays.get("joint_gate"),
     )
 
 

@@ -23,6 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from stage1_pro.artifacts import (
+    GateChoice,
+    Metric,
+    Predictions,
     PreprocessSpec,
     Row,
     Splits,
@@ -35,16 +38,18 @@ from stage1_pro.artifacts import (
 from stage1_pro.config import Config
 from stage1_pro.data.loader import TrainLoader, epoch_order
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
-from stage1_pro.metrics.intervals import Intervals, bootstrap, metric_names
+from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, metric_names
 from stage1_pro.metrics.plots import BAND_METRICS, risk_band, risk_coverage_png
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.models.model import Architecture, Outputs, Stage1Model, create_model
+from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, rank_answers
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.training import checkpoint
+from stage1_pro.training.gate import fit_gate
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
-from stage1_pro.training.losses import balanced_weights, joint_loss
+from stage1_pro.training.losses import as_share, balanced_weights, joint_loss, selective_loss, selective_sums
 from stage1_pro.training.prepare import check_run, exclusive, forget_training, write_config
 
 SMALLEST_MICRO_BATCH = 16
@@ -54,7 +59,7 @@ N_REPLICATES = 500
 COLUMNS = [
     "epoch", "step", "lr", "train_loss", "train_accuracy", "balanced_accuracy", "auroc",
     *(f"{name}{end}" for name in SUITE for end in ("", "_low", "_high")),
-    "accuracy_b", "augrc_b", "best", "seconds", "images_per_second",
+    "accuracy_b", "augrc_b", "gate_augrc", "best", "seconds", "images_per_second",
 ]  # fmt: skip
 LAST_KEYS = ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "epoch", "global_step",
              "sampler_state", "best_acc", "best_augrc", "patience_counter", "ema_state_dict", "rng_state", "world",
@@ -227,8 +232,10 @@ class _Trainer:
         if options.mode == "linear":
             self.model.requires_grad_(False)
             self.model.heads.requires_grad_(True)
-        # The gate is fitted after training, on correctness it has not seen; see the gate policy.
-        self.model.heads.gate.requires_grad_(False)
+        # Without a loss on it the gate stays as it starts.
+        self.selective = options.selective_weight > 0 or options.coverage_weight > 0
+        self.model.heads.gate.requires_grad_(self.selective)
+        self.model.heads.gate.stop_features = config.gate.stop_features
         self.model.backbone.hf.embeddings.mask_token.requires_grad_(False)
         self.model.to(self.device)
         self.rows = {name: splits.of(name) for name in ("train", "val_select")}
@@ -281,6 +288,9 @@ class _Trainer:
         self.net: nn.Module = self.accelerator.prepare_model(self.trained)
         self.state = State(micro_batch=options.micro_batch or options.batch_size // self.world)
         self.total_steps = total
+        gate = [p for p in self.model.heads.gate.parameters() if p.requires_grad]
+        rest = [p for p in self.trained.parameters() if not any(p is own for own in gate)]
+        self.clipped = [rest, gate] if gate and self.config.gate.stop_features else [[*rest, *gate]]
         trainable = sum(p.numel() for p in self.trained.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.model.parameters())
         self._say(
@@ -416,7 +426,9 @@ class _Trainer:
                 self._shrink(error)
                 torch.set_rng_state(before)
                 self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.train.grad_clip)
+        # Apart from the rest: the hinge pulls the gate hard, and that must not shorten everybody's step.
+        for parameters in self.clipped:
+            self.accelerator.clip_grad_norm_(parameters, self.config.train.grad_clip)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -434,29 +446,68 @@ class _Trainer:
         rows = len(batch.labels)
         total, correct = 0.0, 0
         labels = batch.labels.to(self.device)
-        for start in range(0, rows, size):
+        starts = range(0, rows, size)
+        # The selective risk is a ratio over the whole batch: several micro-batches need its sums before the first step
+        # back, which takes a forward pass more.
+        whole = self._selective_sums(batch, labels) if self.selective and len(starts) > 1 else None
+        for start in starts:
             part = slice(start, start + size)
             last = start + size >= rows
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
                 with self.accelerator.autocast():
                     outputs: Outputs = self.net(*(x[part].to(self.device) for x in batch.inputs))
                 loss = joint_loss(
-                    outputs, labels[part], self.weights,
+                    outputs, labels[part], self.weights, classifier_weight=options.classifier_weight,
                     auxiliary_weight=options.auxiliary_weight, label_smoothing=options.label_smoothing,
                 )  # fmt: skip
                 value = float(loss.detach())
-                if not math.isfinite(value):
-                    names = ", ".join(batch.files[part])
-                    self.log(f"loss {value} at step {self.state.global_step}: {names}")
-                    raise TrainingError(
-                        f"loss must be finite, got {value} at epoch {self.state.epoch}, step {self.state.global_step}; "
-                        f"the batch was: {names}; lower train.lr or look at these images (last.pth is as it was)"
-                    )
                 # DDP averages over processes: a sum over rows divided by this process's rows is the mean over all.
-                self.accelerator.backward(loss / rows)
+                loss = loss / rows
+                if self.selective:
+                    sums = selective_sums(outputs, labels[part], self.weights, label_smoothing=options.label_smoothing)
+                    value += 0.0 * float(sums.detach().sum())  # its NaN is this micro-batch's, not another's
+                    self._check_finite(value, batch.files[part])
+                    if whole is None:
+                        whole = self._over_processes(sums.detach())
+                    shared = selective_loss(
+                        as_share(sums, whole), selective_weight=options.selective_weight,
+                        coverage_weight=options.coverage_weight, target_coverage=options.target_coverage,
+                    )  # fmt: skip
+                    value += float(shared.detach()) * len(labels[part])
+                    loss = loss + self.world * shared
+                self._check_finite(value, batch.files[part])
+                self.accelerator.backward(loss)
             total += value
             correct += int((outputs.logits_a.argmax(1) == labels[part]).sum())
         return total, correct
+
+    def _check_finite(self, value: float, files: list[str]) -> None:
+        if not math.isfinite(value):
+            names = ", ".join(files)
+            self.log(f"loss {value} at step {self.state.global_step}: {names}")
+            raise TrainingError(
+                f"loss must be finite, got {value} at epoch {self.state.epoch}, step {self.state.global_step}; "
+                f"the batch was: {names}; lower train.lr or look at these images (last.pth is as it was)"
+            )
+
+    def _selective_sums(self, batch: Batch, labels: Tensor) -> Tensor:
+        """Sums of the whole effective batch [3] over micro-batches and processes, with the draws of the real pass."""
+        size, smoothing = self.state.micro_batch, self.config.train.label_smoothing
+        devices = [self.device] if self.device.type == "cuda" else []
+        found = []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for start in range(0, len(labels), size):
+                part = slice(start, start + size)
+                with self.accelerator.autocast():
+                    outputs: Outputs = self.trained(*(x[part].to(self.device) for x in batch.inputs))
+                found.append(selective_sums(outputs, labels[part], self.weights, label_smoothing=smoothing))
+        return self._over_processes(torch.stack(found).sum(0))
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        if self.world == 1:
+            return sums
+        reduced: Tensor = self.accelerator.reduce(sums.clone(), "sum")
+        return reduced
 
     def _shrink(self, error: Exception) -> None:
         size = self.state.micro_batch
@@ -563,6 +614,7 @@ class _Trainer:
             "auroc": auroc(probs_a[:, positive], labels == positive),
             "accuracy_b": accuracy(given_b, labels),
             "augrc_b": augrc(confidence(probs_b), given_b != labels),
+            "gate_augrc": augrc(arrays["gate_logits"], given_a != labels),
         }
         for name in SUITE:
             one = intervals[name]
@@ -673,14 +725,97 @@ class _Trainer:
     def _finish(self) -> None:
         """Outputs on ``val_calib``, from the best checkpoint as it stands on disk."""
         write_csv(self.run / "metrics.csv", self.state.history, COLUMNS)
-        self.log("val_calib begin")
+        workers = self.config.train.workers
+        if self.config.gate.fit == "out_of_fold":
+            self._refit_gate()
         model, _ = checkpoint.load_run_model(self.run)
-        save_calibration(self.run, infer(model, self.splits, "val_calib", workers=self.config.train.workers))
+        joint = checkpoint.load_joint_gate(self.run / "model_best.pth", model)
+        self.log("gate.json begin")
+        self._choose_confidence(infer(model, self.splits, "val_select", workers=workers, joint_gate=joint))
+        self.log("val_calib begin")
+        save_calibration(self.run, infer(model, self.splits, "val_calib", workers=workers))
         self.log("finished")
         best = self.state.history[self.state.best_epoch]
         self._say(
             f"best epoch {self.state.best_epoch + 1}: AUGRC {best['augrc']:.5f}, accuracy {best['accuracy']:.4f}; "
             f"wrote {self.run}/model_best.pth, metrics.csv, val_calib.npz"
+        )
+
+    def _refit_gate(self) -> None:
+        """Put the gate of ``model_best.pth`` anew, from train rows alone; a second time changes nothing."""
+        path = self.run / "model_best.pth"
+        content = checkpoint.load(path)
+        if "joint_gate_state_dict" in content:
+            return
+        self.log("gate refit begin")
+        model = checkpoint.load_model(path, self.architecture).to(self.device)
+        rows, options = self.rows["train"], self.config.gate
+        with torch.inference_mode():
+            views = self._views(model)
+            logits = [model.heads.classifier(torch.from_numpy(x).to(self.device)).float().cpu().numpy() for x in views]
+        fit = fit_gate(
+            views, logits, self.labels["train"], [row.group for row in rows], self.weights.cpu().numpy(),
+            folds=options.folds, seed=self.config.seed,
+        )  # fmt: skip
+        state = content["model_state_dict"]
+        joint = {k: state[f"heads.gate.{k}"] for k in model.heads.gate.state_dict()}
+        fitted = {
+            "linear.weight": torch.from_numpy(fit.weight.astype(np.float32)[None]),
+            "linear.bias": torch.tensor([fit.bias], dtype=torch.float32),
+        }
+        facts = {k: getattr(fit, k) for k in ("form", "reason", "strength", "n_rows", "n_groups", "n_errors")}
+        content |= {
+            "model_state_dict": {**state, **{f"heads.gate.{k}": v for k, v in fitted.items()}},
+            "joint_gate_state_dict": joint,
+            "gate_fit": {**facts, "folds": options.folds, "views": len(views)},
+        }
+        checkpoint.save(path, content)
+        self.log(f"gate refitted: {fit.form}, {fit.n_errors} errors of {fit.n_rows}{fit.reason and '; ' + fit.reason}")
+        if fit.reason:
+            self._say(f"the gate reads the margin alone: {fit.reason}")
+
+    def _views(self, model: Stage1Model) -> list[np.ndarray[Any, Any]]:
+        """Features of the train rows at the tap, once per view; a frozen backbone has learned none of them by heart."""
+        if self.config.train.mode == "linear":
+            return [self.features["train"]["features_a"]]
+        augment, options = self.config.augment, self.config.gate
+        draws = options.views if augment.enabled else 0
+        # Epochs that training cannot have drawn.
+        first = self.config.train.epochs
+        epochs: list[int | None] = [*range(first, first + draws)] or [None]
+
+        def forward(pixels: Tensor) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                return {"features": model.features(pixels)[0]}
+
+        return [
+            run_over(
+                forward, [self.splits.path(row) for row in self.rows["train"]], self.architecture.preprocessing,
+                device=self.device, workers=self.config.train.workers, description="train rows for the gate",
+                draw=None if epoch is None else (augment, self.config.seed, epoch),
+            )["features"]
+            for epoch in epochs
+        ]  # fmt: skip
+
+    def _choose_confidence(self, predictions: Predictions) -> None:
+        """Write ``gate.json``: what ranks answers better on ``val_select``."""
+        found = rank_answers(predictions, seed=self.config.seed)
+        better = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
+        asked = self.config.gate.confidence
+        facts = checkpoint.load(self.run / "model_best.pth").get("gate_fit", {"form": "joint"})
+        record = GateChoice.model_validate({
+            "fit": self.config.gate.fit, **facts, "split_hash": predictions.split_hash,
+            "model_fingerprint": predictions.model_fingerprint, "gate_augrc": _metric(GATE, found[GATE]),
+            "softmax_augrc": _metric(SOFTMAX, found[SOFTMAX]),
+            "joint_gate_augrc": _metric(JOINT, found[JOINT]) if JOINT in found else None,
+            "difference": _metric(DIFFERENCE, found[DIFFERENCE]), "asked": asked,
+            "confidence": better if asked == "auto" else asked,
+        })  # fmt: skip
+        record.write(self.run / "gate.json")
+        gate, sure, difference = found[GATE], found[SOFTMAX], found[DIFFERENCE]
+        self._say(
+            f"AUGRC on val_select: gate {gate.value:.5f}, max softmax {sure.value:.5f}, difference "
+            f"{difference.value:+.5f} [{difference.low:+.5f}, {difference.high:+.5f}]; confidence: {record.confidence}"
         )
 
     # ---------------------------------------------------------------------------- small things
@@ -742,6 +877,11 @@ def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
         torch._foreach_lerp_(averaged, current, weight)
 
     return update
+
+
+def _metric(name: str, one: Interval) -> Metric:
+    ends = {k: v if math.isfinite(v) else None for k, v in (("std", one.std), ("low", one.low), ("high", one.high))}
+    return Metric(metric=name, value=one.value, method=one.method, note=one.note, **ends)
 
 
 def _out_of_memory(error: Exception) -> bool:

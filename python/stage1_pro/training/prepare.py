@@ -26,6 +26,7 @@ class RunConfig(Record):
 # What one training writes; a new one in the same folder starts without them. A bundle is its own thing and stays.
 OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "train.log", "config.json",
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
+             "gate.json",
              *POLICY_FILES.values(), "report.html")  # fmt: skip
 OWN_FOLDERS = ("evaluation", "metrics")
 # Keys that cannot change what is learned, so that a resumed run may set them anew.

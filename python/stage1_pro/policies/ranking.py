@@ -1,0 +1,46 @@
+"""What ranks Stage A's answers better, the gate or max softmax: AUGRC of both and their paired difference."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stage1_pro.artifacts import Predictions
+from stage1_pro.errors import ArtifactError
+from stage1_pro.metrics.intervals import Interval, bootstrap_augrc, compare
+from stage1_pro.policies.softmax import confidence, softmax
+
+GATE, SOFTMAX, JOINT, DIFFERENCE = "gate_augrc", "softmax_augrc", "joint_gate_augrc", "gate_minus_softmax_augrc"
+
+
+def rank_answers(
+    predictions: Predictions, *, n_replicates: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, Interval]:
+    """AUGRC of Stage A's answers ranked by the gate and by max softmax, in [0, 0.5], lower is better, by group.
+
+    ``gate_minus_softmax_augrc`` is paired: both are measured on the same resamples, and a negative one speaks for the
+    gate. ``joint_gate_augrc``, of the gate before it was refitted, is there when the predictions hold it. Any strictly
+    monotone rescaling of a score, such as Platt's, leaves its AUGRC as it is.
+
+    Raises:
+        ArtifactError: a gate logit is NaN.
+    """
+    probs = softmax(predictions.logits_a)
+    wrong = probs.argmax(1) != predictions.labels
+    scores = {GATE: predictions.gate_logits.astype(np.float64), SOFTMAX: confidence(probs)}
+    if predictions.joint_gate_logits is not None:
+        scores[JOINT] = predictions.joint_gate_logits.astype(np.float64)
+    for name, values in scores.items():
+        broken = np.flatnonzero(np.isnan(values))
+        if broken.size:
+            row = predictions.row_ids[broken[0]]
+            raise ArtifactError(f"scores of {name} must be numbers, got NaN for row {row}; train again")
+    groups = predictions.groups
+    found = {
+        name: bootstrap_augrc(values, wrong, groups=groups, n_replicates=n_replicates, level=level, seed=seed)
+        for name, values in scores.items()
+    }
+    found[DIFFERENCE] = compare(
+        probs, probs, predictions.labels, confidence=(scores[GATE], scores[SOFTMAX]), groups=groups,
+        metrics=["augrc"], n_replicates=n_replicates, level=level, seed=seed,
+    )["augrc"]  # fmt: skip
+    return found
