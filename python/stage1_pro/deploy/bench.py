@@ -214,7 +214,7 @@ def join_graphs(runtime: OnnxRuntime, out: Path) -> None:
 def _profile(folder: Path, runtime: OnnxRuntime, pixels: NDArray[np.float32]) -> dict[str, float]:
     """Shares of the operators before the first and after the last LayerNorm of the joined graph, by its own clock."""
     session = open_session(folder / "full.onnx", runtime.threads, folder / "profile")
-    for _ in range(4):
+    for _ in range(8):
         session.run(None, {"a/pixels": pixels})
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
@@ -223,13 +223,17 @@ def _profile(folder: Path, runtime: OnnxRuntime, pixels: NDArray[np.float32]) ->
     # Parts by the node that opens them; the last LayerNorm still belongs to the blocks.
     opens = {kernels[0]["name"]: "embedding", kernels[norms[0]]["name"]: "blocks"}
     last = kernels[norms[-1]]["name"]
-    spent, part = {"embedding": 0.0, "blocks": 0.0, "heads": 0.0}, "embedding"
+    passes: list[dict[str, float]] = []
+    part = "embedding"
     for event in kernels:
         part = opens.get(event["name"], part)
-        spent[part] += event["dur"]
+        if event["name"] == kernels[0]["name"]:
+            passes.append({"embedding": 0.0, "blocks": 0.0, "heads": 0.0})
+        passes[-1][part] += event["dur"]
         part = "heads" if event["name"] == last else part
-    total = sum(spent.values()) or 1.0
-    return {"embedding": spent["embedding"] / total, "heads": spent["heads"] / total}
+    # Medians: the first pass is cold, and any may be interrupted.
+    shares = [{name: spent / (sum(one.values()) or 1.0) for name, spent in one.items()} for one in passes]
+    return {name: float(np.median([one[name] for one in shares])) for name in ("embedding", "heads")}
 
 
 def _seconds(call: Pass, repeats: int) -> tuple[float, float]:
