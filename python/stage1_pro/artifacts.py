@@ -703,6 +703,28 @@ class GateChoice(Record):
     confidence: Literal["softmax", "gate"] = Field(description="which one says how sure an answer is")
 
 
+class TapCandidate(Record):
+    """One block that Stage A could read, measured by a linear probe on ``val_select``."""
+
+    tap: int
+    accuracy: float
+    augrc: float
+    exits: float = Field(description="largest exit rate at which the cascade errs no more than Stage B alone")
+    cascade_error: float
+    cost: float = Field(description="blocks run per photo at that rate, as a share of all")
+
+
+class TapChoice(Record):
+    """``tap.json``: what ``model.tap: auto`` measured and chose."""
+
+    format_version: Literal[1] = 1
+    n_blocks: int
+    tap: int
+    error_b: float = Field(description="error of the probe at the last block, the risk that is kept")
+    candidates: list[TapCandidate]
+    split_hashes: dict[str, str]
+
+
 class FileEntry(Record):
     """Size in bytes and sha256 of one file of a bundle."""
 

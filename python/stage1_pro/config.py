@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,7 +27,11 @@ class ModelConfig(Section):
         None, gt=0, description="input side in pixels, a multiple of the patch; null = 48 for tiny, 224 otherwise"
     )
     resize: Literal["stretch", "crop"] = Field("stretch", description="crop loses the sides of wide street photos")
-    tap: int | None = Field(None, ge=1, description="block whose tokens Stage A reads, 1..L; null = the last one")
+    tap: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="block whose tokens Stage A reads, 1..L; null = the last one; auto = the cheapest of L/3, L/2, "
+        "2L/3 and L at equal risk, by linear probes on the pretrained backbone",
+    )
     auxiliary_hidden: int = Field(256, ge=1, description="hidden width of the auxiliary (Stage B) head")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the heads")
     pos_embed_rescale: float | None = Field(

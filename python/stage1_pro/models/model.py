@@ -98,6 +98,16 @@ class Stage1Model(nn.Module):
         features_a, hidden, context = self._to_tap(pixels)
         return features_a, self._from_tap(hidden, context)
 
+    def features_at(self, pixels: Tensor, taps: list[int]) -> dict[int, Tensor]:
+        """What a Stage A with its starting norm would read at each of these blocks, [N, 2D] by block, in one pass."""
+        tokens, context = self.backbone.embed(pixels)
+        found, done = {}, 0
+        for tap in sorted(taps):
+            tokens, done = self.backbone.run_blocks(tokens, context, done, tap), tap
+            plain = nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+            found[tap] = self.backbone.pool(self.backbone.norm(tokens) if tap == self.backbone.n_blocks else plain)
+        return found
+
     def forward(self, pixels: Tensor) -> Outputs:
         """Both stages on pixels [N, 3, H, W]."""
         outputs: Outputs = self.heads(*self.features(pixels))
@@ -129,7 +139,7 @@ class Stage1Model(nn.Module):
 def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
     """Build the configured model with its starting weights (pretrained where the backbone is)."""
     backbone = load_backbone(config.backbone, config.image_size, pos_embed_rescale=config.pos_embed_rescale, seed=seed)
-    tap = config.tap or backbone.n_blocks
+    tap = config.tap if isinstance(config.tap, int) else backbone.n_blocks
     if tap > backbone.n_blocks:
         raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")
     spec = PreprocessSpec(

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -29,6 +29,7 @@ from stage1_pro.artifacts import (
     PreprocessSpec,
     Row,
     Splits,
+    TapChoice,
     load_npz,
     save_npz,
     sha256_bytes,
@@ -42,6 +43,7 @@ from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, metric_
 from stage1_pro.metrics.plots import BAND_METRICS, risk_band, risk_coverage_png
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
 from stage1_pro.metrics.selective import augrc
+from stage1_pro.models.backbone import PRESETS
 from stage1_pro.models.model import Architecture, Outputs, Stage1Model, create_model
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, rank_answers
 from stage1_pro.policies.softmax import confidence, softmax
@@ -51,6 +53,7 @@ from stage1_pro.training.gate import fit_gate
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
 from stage1_pro.training.losses import as_share, balanced_weights, joint_loss, selective_loss, selective_sums
 from stage1_pro.training.prepare import check_run, exclusive, forget_training, write_config
+from stage1_pro.training.taps import candidates, choose_tap, table
 
 SMALLEST_MICRO_BATCH = 16
 # Stage A's suite on val_select, each with the ends of its interval.
@@ -227,7 +230,16 @@ class _Trainer:
             )
         self.device = self.accelerator.device
         self.log = _Log(run / "train.log", self.main)
+        self.rows = {name: splits.of(name) for name in ("train", "val_select")}
+        self.labels = {
+            name: np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+            for name, rows in self.rows.items()
+        }
         self.model: Stage1Model = create_model(config.model, splits.classes, splits.positive, config.seed)
+        self.tap_choice = self._measure_taps() if config.model.tap == "auto" else None
+        if self.tap_choice is not None:
+            chosen = config.model.model_copy(update={"tap": self.tap_choice.tap})
+            self.model = create_model(chosen, splits.classes, splits.positive, config.seed)
         self._resolve_config()
         if options.mode == "linear":
             self.model.requires_grad_(False)
@@ -238,11 +250,6 @@ class _Trainer:
         self.model.heads.gate.stop_features = config.gate.stop_features
         self.model.backbone.hf.embeddings.mask_token.requires_grad_(False)
         self.model.to(self.device)
-        self.rows = {name: splits.of(name) for name in ("train", "val_select")}
-        self.labels = {
-            name: np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
-            for name, rows in self.rows.items()
-        }
         self._build()
 
     # ---------------------------------------------------------------------------- building
@@ -256,6 +263,47 @@ class _Trainer:
             update={"image_size": self.architecture.image_size, "tap": self.architecture.tap}
         )
         self.config = self.config.model_copy(update={"model": model})
+
+    def _measure_taps(self) -> TapChoice:
+        """Probe the candidates on the starting backbone; the main process's choice holds for all."""
+        if self.config.model.backbone in PRESETS:
+            raise InputError(
+                f"model.tap must be a block for the preset {self.config.model.backbone}, got auto; it starts from "
+                "random weights, whose blocks say nothing of where a trained one can be read"
+            )
+        choice: list[TapChoice | None] = [None]
+        if self.main:
+            model = self.model.to(self.device).eval()
+            taps = candidates(model.backbone.n_blocks)
+
+            def forward(pixels: Tensor) -> dict[str, Tensor]:
+                with self.accelerator.autocast():
+                    return {str(tap): x for tap, x in model.features_at(pixels, taps).items()}
+
+            found = {}
+            for name, rows in self.rows.items():
+                paths = [self.splits.path(row) for row in rows]
+                arrays = run_over(
+                    forward, paths, model.architecture.preprocessing, device=self.device,
+                    workers=self.config.train.workers, description=f"{name} rows for the tap",
+                )  # fmt: skip
+                found[name] = {int(tap): x for tap, x in arrays.items()}
+            measured = choose_tap(
+                found["train"], found["val_select"], (self.labels["train"], self.labels["val_select"]),
+                self._class_weights().numpy(), self.splits.hashes,
+            )  # fmt: skip
+            for line in table(measured):
+                self._say(line)
+            choice[0] = measured
+        if self.world > 1:
+            broadcast_object_list(choice)
+        assert choice[0] is not None
+        return choice[0]
+
+    def _class_weights(self) -> Tensor:
+        labels, classes = torch.from_numpy(self.labels["train"]), len(self.splits.classes)
+        balanced = self.config.train.class_weights == "balanced"
+        return balanced_weights(labels, classes) if balanced else torch.ones(classes)
 
     def _build(self) -> None:
         options = self.config.train
@@ -274,10 +322,7 @@ class _Trainer:
                 self.splits, self.rows["train"], self.labels["train"], spec, self.config, self.rank, self.world
             )
             self.trained = self.model
-        labels = torch.from_numpy(self.labels["train"])
-        classes = len(self.splits.classes)
-        weights = balanced_weights(labels, classes) if options.class_weights == "balanced" else torch.ones(classes)
-        self.weights = weights.to(self.device)
+        self.weights = self._class_weights().to(self.device)
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=options.lr, betas=(0.9, 0.999))
         total = options.epochs * self.source.steps_per_epoch
         warmup = max(1, round(options.warmup_epochs * self.source.steps_per_epoch))
@@ -371,6 +416,8 @@ class _Trainer:
         if self.main:
             if not resume:
                 forget_training(self.run)
+            if self.tap_choice is not None:
+                self.tap_choice.write(self.run / "tap.json")
             write_config(self.run, self.config, self.splits)
         self.accelerator.wait_for_everyone()
         if resume and (self.run / "last.pth").is_file():

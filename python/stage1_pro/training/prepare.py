@@ -26,7 +26,7 @@ class RunConfig(Record):
 # What one training writes; a new one in the same folder starts without them. A bundle is its own thing and stays.
 OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "train.log", "config.json",
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
-             "gate.json",
+             "gate.json", "tap.json",
              *POLICY_FILES.values(), "report.html")  # fmt: skip
 OWN_FOLDERS = ("evaluation", "metrics")
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
@@ -81,6 +81,8 @@ def _resumed(given: Config, stored: Config) -> Config:
             value = getattr(section, key)
             if key in _FREE and name == "train":
                 kept[name][key] = value
+            elif (name, key, value) == ("model", "tap", "auto"):
+                continue  # measured when the run began; the block found is stored
             elif value != getattr(getattr(stored, name), key):
                 raise _changed(f"{name}.{key}", value, kept[name][key])
     return Config.model_validate(kept)
