@@ -228,11 +228,12 @@ def evaluate(
     splits = Splits.read(run / "splits.json")
     policy = read_policy(run)
     if predictions is None:
-        from stage1_pro.training.checkpoint import load_run_model
+        from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
         from stage1_pro.training.inference import infer
 
         model, config = load_run_model(run)
-        predictions = infer(model, splits, "val_test", workers=config.config.train.workers)
+        joint = load_joint_gate(run / "model_best.pth", model)
+        predictions = infer(model, splits, "val_test", workers=config.config.train.workers, joint_gate=joint)
         blocks = model.architecture.tap, model.architecture.backbone.n_blocks
     rows = splits.of("val_test")
     same_rows = predictions.row_ids.tolist() == [row.id for row in rows]
