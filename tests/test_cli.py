@@ -19,7 +19,10 @@ from PIL import Image
 from stage1_pro import cli
 from stage1_pro.data.synthetic import render_pool
 
-COMMANDS = ["split", "train", "calibrate", "evaluate", "metrics", "export", "predict", "inspect", "doctor", "demo"]
+COMMANDS = [
+    "split", "train", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect", "doctor",
+    "demo",
+]  # fmt: skip
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -50,6 +53,8 @@ def test_help_teaches_every_command_and_default() -> None:
         text = stage1(command, "--help")
         assert text.returncode == 0, text.stderr
         assert "--json" in text.stdout
+    text = " ".join(stage1("bench", "cascade", "--help").stdout.split())
+    assert "--rates R" in text and "deferral rates to force" in text and "(default: 20)" in text
     text = stage1("train", "--help").stdout
     from stage1_pro.config import describe
 
@@ -102,10 +107,16 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert done("train", "--run", run, *small)["epochs"] <= 10
     # Twenty seconds make no good model, and how bad it is depends on the processor's arithmetic. The wish is what this
     # model can do, so that every command is walked through; one that it cannot do is refused.
+    # So few rows certify nothing: the default is refused, and says what would do.
+    certified = stage1("calibrate", "--run", run)
+    assert certified.returncode == 3 and "INFEASIBLE" in certified.stderr and not (run / "thresholds.json").exists()
+    again = stage1("calibrate", "--run", run, "--policy", "gate")
+    assert again.returncode == 2 and "must serve one claim" in again.stderr
     missed = smallest_fnr(run)
-    refused = stage1("calibrate", "--run", run, "--target-fnr", missed / 2) if missed > 0 else None
+    empirical = ("calibrate", "--run", run, "--guarantee", "none")
+    refused = stage1(*empirical, "--target-fnr", missed / 2) if missed > 0 else None
     assert refused is None or (refused.returncode == 3 and not (run / "thresholds.json").exists()), refused
-    policy = done("calibrate", "--run", run, "--target-fnr", missed + 1e-3)
+    policy = done(*empirical, "--target-fnr", missed + 1e-3)
     assert policy["fnr_on_exited"] <= missed + 1e-3
     assert policy["guarantee"] == "none"
     assert policy["split_hashes"]["val_calib"] == json.loads((run / "splits.json").read_text())["hashes"]["val_calib"]
@@ -146,6 +157,16 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
         assert exits or row["stage"] == "B"
         assert (float(row["probability"]) > 0.5) == (row["label"] == "roadwork")
 
+    # torch answers from the run as the bundle does, before and without it.
+    before = done("infer", "--run", run, "--split", "val_test")
+    assert [row["decision"] for row in before["rows"]] == [row["decision"] for row in rows[:-1]]
+    assert [row["label"] for row in before["rows"]] == [row["label"] for row in rows[:-1]]
+    bench = done(
+        "bench", "cascade", "--run", run, "--batch", 8, "--rounds", 1, "--rates", 0, 0.5, "--out", tmp_path / "b"
+    )
+    assert [t["n_deferred"] for t in bench["batches"][0]["timings"] if t["contestant"] == "cascade"] == [0, 4]
+    assert json.loads((tmp_path / "b" / "cascade.json").read_text()) == bench
+
     # What the bundle answered, measured as anybody's file: the evaluation's own figures.
     truth = [
         row["label"] for row in json.loads((run / "splits.json").read_text())["rows"] if row["split"] == "val_test"
@@ -176,6 +197,28 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert "none" in text.stdout
     assert "roadwork" in text.stdout
     assert stage1("doctor").returncode == 0
+
+    # The same again with the gate: one policy takes the other's place, in the run and in the bundle.
+    gate = done(*empirical, "--policy", "gate", "--min-coverage", ".1", "--max-exit-error", ".9")
+    assert gate["policy"] == "gate" and gate["guarantee"] == "none" and gate["coverage"] >= 0.1
+    assert (run / "gateparams.json").exists() and not (run / "thresholds.json").exists()
+    assert done("evaluate", "--run", run, "--replicates", 20)["policy"] == "gate"
+    facts = done("export", "--run", run, "--target", "rtx" if rtx else "onnx", "--overwrite")
+    assert facts["policy"]["name"] == "gate" and facts["policy"]["certificate"] is None
+    assert len(list(bundle.rglob("*.engine"))) == (2 if rtx else 0)
+    done("predict", "--bundle", bundle, *[pool.parent / f for f in pictures], "--out", tmp_path / "gate.csv")
+    with (tmp_path / "gate.csv").open(newline="") as file:
+        decided = [row["decision"] == "exited" for row in csv.DictReader(file)]
+    from stage1_pro.artifacts import GateParams
+    from stage1_pro.policies import exits as rows_that_exit
+
+    assert (
+        decided
+        == rows_that_exit(
+            GateParams.read(run / "gateparams.json"), softmax(predictions.logits_a), predictions.gate_logits
+        ).tolist()
+    )
+    assert "sigmoid(" in stage1("inspect", bundle).stdout
 
 
 def test_wrong_labels_are_told(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,8 +282,8 @@ def test_stations_out_of_order_say_what_comes_first(
     out = tmp_path / "run"
     cli.main(["split", "--labels", str(pool), "--out", str(out)])
     capsys.readouterr()
-    for command in ("calibrate", "evaluate", "export"):
-        code = cli.main([command, "--run", str(out)])
+    for command in ("calibrate", "evaluate", "export", "infer --split val_test", "bench cascade"):
+        code = cli.main([*command.split(), "--run", str(out)])
         assert code in (2, 4)
         first = "stage1 calibrate" if command == "export" else "stage1 train"
         assert first in capsys.readouterr().err, command
@@ -278,8 +321,9 @@ def test_calibrate_anybodys_logits(tmp_path: Path, capsys: pytest.CaptureFixture
     logits = np.stack([np.zeros(4000), 3 * (labels * 2 - 1) + rng.normal(0, 2, 4000)], axis=1)
     np.savez(tmp_path / "mine.npz", logits=logits, labels=labels)
     code = cli.main(
-        ["calibrate", "--logits", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "thresholds.json"), "--json"]
-    )
+        ["calibrate", "--logits", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "thresholds.json"), "--json",
+         "--guarantee", "none"]
+    )  # fmt: skip
     assert code == 0
     policy = json.loads(capsys.readouterr().out)
     assert policy == json.loads((tmp_path / "thresholds.json").read_text())

@@ -22,6 +22,8 @@ from stage1_pro.artifacts import (
     SPLITS,
     BundleManifest,
     FileEntry,
+    GateConstraints,
+    GateParams,
     Merging,
     Row,
     Splits,
@@ -33,19 +35,24 @@ from stage1_pro.artifacts import (
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.deploy import engine as engine_module
 from stage1_pro.deploy import onnx as onnx_module
+from stage1_pro.deploy.bench import time_rounds
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.engine import BuildRecord, EngineRecipe, build_engine, check_header, load_recipe, sanitise
 from stage1_pro.deploy.onnx import export_onnx
-from stage1_pro.deploy.runtime import OnnxRuntime
+from stage1_pro.deploy.runtime import RUNTIMES, OnnxRuntime
+from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.models.model import Stage1Model, create_model
+from stage1_pro.policies import exit_scores
+from stage1_pro.stations.benching import bench_cascade, draw
+from stage1_pro.stations.benching import render as render_bench
 from stage1_pro.stations.doctor import doctor
 from stage1_pro.stations.doctor import render as render_doctor
 from stage1_pro.stations.exporting import export
 from stage1_pro.stations.inspection import inspect
 from stage1_pro.stations.inspection import render as render_inspection
-from stage1_pro.stations.prediction import COLUMNS, predict, render
+from stage1_pro.stations.prediction import COLUMNS, infer, predict, render
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.prepare import write_config
 
@@ -105,6 +112,20 @@ def make_policy(model: Stage1Model, hashes: dict[str, str], threshold: float = 0
         model_fingerprint=model.fingerprint(),
         preprocessing_fingerprint=model.architecture.preprocessing.fingerprint(),
     )
+
+
+def make_gate_policy(model: Stage1Model, hashes: dict[str, str], threshold: float) -> GateParams:
+    """A gate policy as `stage1 calibrate` would write for this model."""
+    return GateParams(
+        classes=CLASSES, positive="roadwork", a=1.5, b=-0.2, fitted=True, platt="test", threshold=threshold,
+        coverage=0.5, exit_error=0.0, fnr_on_exited=None, guarantee="none", certificate=None, certify_uses=None,
+        constraints=GateConstraints(min_coverage=0.4, max_exit_error=0.01), statement="Chosen on val_calib.",
+        exit_error_upper_bound=0.4, fnr_upper_bound=None, bound_level=0.95, bound_method="test", n_rows=10, n_exited=5,
+        n_errors=0, n_positive_exited=0, n_false_negative=0, n_exited_groups=5, n_positive_groups=0, n_fit_rows=5,
+        grouped=False, sweep_results=[], split_hashes={"val_calib": hashes["val_calib"]},
+        model_fingerprint=model.fingerprint(),
+        preprocessing_fingerprint=model.architecture.preprocessing.fingerprint(),
+    )  # fmt: skip
 
 
 def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
@@ -459,11 +480,11 @@ class TestBundle:
             load_bundle(copy)
 
     def test_policy_this_version_cannot_read(self, copy: Path) -> None:
-        (copy / "thresholds.json").rename(copy / "gateparams.json")
+        (copy / "thresholds.json").rename(copy / "scrcparams.json")
 
         def change(values: Any) -> None:
-            values.update(active_exit_policy="gate", policy_file="gateparams.json")
-            values["files"]["gateparams.json"] = values["files"].pop("thresholds.json")
+            values.update(active_exit_policy="scrc", policy_file="scrcparams.json")
+            values["files"]["scrcparams.json"] = values["files"].pop("thresholds.json")
 
         rewrite(copy, change)
         with pytest.raises(ArtifactError, match="must be one this version reads"):
@@ -665,6 +686,56 @@ class TestCascade:
             assert moved.decide(pixels).exited[index]
             assert moved.decide(pixels[index : index + 1]).exited[0]
 
+    def test_gate_policy_decides_as_torch_does(
+        self, graphs: None, run: Path, model: Stage1Model, tmp_path: Path
+    ) -> None:
+        """Exits by the ONNX gate's logit, for any batch, also for the very image that the threshold was put on."""
+        other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
+        (other / "thresholds.json").unlink()
+        paths = sorted((run / "images").iterdir())
+        from stage1_pro.data.images import preprocess, read_image
+
+        pixels = np.stack([preprocess(read_image(path), model.architecture.preprocessing) for path in paths])
+        with torch.no_grad():
+            outputs = model(torch.from_numpy(pixels))
+        sure = 1 / (1 + np.exp(-(1.5 * outputs.gate_logit.double().numpy() - 0.2)))
+        ordered = np.sort(sure)
+        policy = make_gate_policy(model, Splits.read(other / "splits.json").hashes, float(ordered[7:9].mean()))
+        policy.write(other / "gateparams.json")
+        out = export(other)
+        loaded = load_bundle(out)
+        assert loaded.policy == policy and loaded.manifest.active_exit_policy == "gate"
+        assert (out / "gateparams.json").exists() and not (out / "thresholds.json").exists()
+        cascade = Cascade.load(out)
+        wanted = sure >= policy.threshold
+        assert 0 < wanted.sum() < len(paths)
+        # The gate is no monotone function of the largest probability, so the other rule would have been seen.
+        first = torch.softmax(outputs.logits_a.double(), 1).numpy()
+        assert not np.array_equal(np.argsort(sure), np.argsort(first.max(1)))
+        for batch_size in (1, 3, 16):
+            decisions = cascade.predict(paths, batch_size=batch_size)
+            assert decisions.exited.tolist() == wanted.tolist()
+        probs = np.where(wanted[:, None], first, torch.softmax(outputs.logits_b.double(), 1).numpy())
+        assert decisions.label.tolist() == np.array(CLASSES)[probs.argmax(1)].tolist()
+        scores = exit_scores(
+            policy, first, cascade.runtime.run("stage_a", {"pixels": pixels})["gate_logit"].astype(np.float64)
+        )
+        for index in range(len(paths)):
+            moved = policy.model_copy(update={"threshold": float(scores[index])})
+            near = Cascade(type(loaded)(out, loaded.manifest, moved, loaded.splits), cascade.runtime)
+            assert near.decide(pixels).exited[index]
+            assert near.decide(pixels[index : index + 1]).exited[0]
+        assert len(cascade.predict([])) == 0
+        text = render_inspection(inspect(out))
+        for words in (
+            "sigmoid(1.5 * gate logit + -0.2)",
+            "guarantee: none",
+            "gateparams.json",
+            "exit error",
+            "wished 1.00%",
+        ):
+            assert words in text
+
     def test_stage_b_sees_deferred_rows_only(self, run: Path, bundle: Path) -> None:
         cascade = Cascade.load(bundle)
         seen: list[int] = []
@@ -732,6 +803,190 @@ class TestCascade:
             Cascade.load(bundle, "onnxruntim")
         with pytest.raises(InputError, match="threads must be 0"):
             OnnxRuntime(load_bundle(bundle), -1)
+
+
+def served(cascade: Cascade, threshold: float) -> Cascade:
+    """The same cascade under another threshold."""
+    from dataclasses import replace
+
+    policy = cascade.bundle.policy.model_copy(update={"exit_threshold": threshold})
+    return Cascade(replace(cascade.bundle, policy=policy), cascade.runtime)
+
+
+def same_decisions(one: Any, other: Any) -> None:
+    for name in ("label", "stage", "exited"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist(), name
+    np.testing.assert_allclose(one.prob, other.prob, atol=1e-5)
+    np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-5)
+
+
+class TestTorchRuntime:
+    @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+    def test_decides_as_the_bundle_does(self, run: Path, bundle: Path, batch_size: int) -> None:
+        paths = sorted((run / "images").iterdir())
+        trained = Cascade.from_run(run)
+        assert trained.runtime.name == "torch"
+        decisions = trained.predict(paths, batch_size=batch_size)
+        same_decisions(decisions, Cascade.load(bundle).predict(paths, batch_size=7))
+        assert 0 < decisions.exited.sum() < len(paths)
+
+    def test_every_threshold_between_two_rows(self, run: Path, bundle: Path) -> None:
+        """Wherever a policy may stand, in the middle of a gap, both runtimes and any batch size decide alike."""
+        torch_, onnx_ = Cascade.from_run(run), Cascade.load(bundle)
+        pixels = np.stack([onnx_.pixels(path) for path in sorted((run / "images").iterdir())])
+        # Copies of rows tie: a tie exits whole.
+        pixels = np.concatenate([pixels, pixels[3:6]])
+        sure = np.sort(onnx_.decide(pixels, exited=np.ones(len(pixels), bool)).confidence)
+        middles = ((sure[1:] + sure[:-1]) / 2)[np.diff(sure) > 2e-6]
+        assert middles.size >= 14, "this test wants gaps above the rounding"
+        for threshold in middles:
+            one, other = (served(cascade, float(threshold)) for cascade in (torch_, onnx_))
+            whole = one.decide(pixels)
+            same_decisions(whole, other.decide(pixels))
+            assert whole.exited[3:6].tolist() == whole.exited[-3:].tolist()
+            for cascade in (one, other):
+                alone = [cascade.decide(pixels[i : i + 1]).exited[0] for i in range(0, len(pixels), 4)]
+                assert alone == whole.exited[::4].tolist()
+
+    def test_ties_exactly_at_the_threshold(self, tmp_path: Path) -> None:
+        """Logits that are exact in every arithmetic: all rows are at the threshold and exit, in both runtimes."""
+        from stage1_pro.policies.softmax import confidence, softmax
+
+        model = make_model()
+        with torch.no_grad():
+            model.heads.classifier[1].weight.zero_()
+            model.heads.classifier[1].bias.copy_(torch.tensor([0.25, 1.5]))
+        folder = make_run(tmp_path / "run", model)
+        exported = export(folder)
+        threshold = float(confidence(softmax([[0.25, 1.5]]))[0])
+        for cascade in (Cascade.from_run(folder), Cascade.load(exported)):
+            for n in (1, 2, 5):
+                pixels = np.random.default_rng(n).normal(size=(n, 3, 48, 48)).astype(np.float32)
+                assert served(cascade, threshold).decide(pixels).exited.all()
+                assert not served(cascade, float(np.nextafter(threshold, 2))).decide(pixels).exited.any()
+
+    def test_full_pass_is_stage_b_on_everything(self, run: Path) -> None:
+        cascade = Cascade.from_run(run)
+        pixels = np.random.default_rng(0).normal(size=(5, 3, 48, 48)).astype(np.float32)
+        hidden = cascade.runtime.run("stage_a", {"pixels": pixels})["hidden"]
+        logits = cascade.runtime.run("stage_b", {"hidden": hidden})["logits"]
+        assert isinstance(cascade.runtime, TorchRuntime)
+        np.testing.assert_allclose(cascade.runtime.full_pass(pixels), logits, atol=1e-5)
+
+    def test_what_it_refuses(self, run: Path, bundle: Path, tmp_path: Path) -> None:
+        assert set(RUNTIMES) == {"onnxruntime", "torch"}
+        with pytest.raises(InputError, match=r"got 'torch', which needs the run's checkpoint; use Cascade.from_run"):
+            Cascade.load(bundle, "torch")
+        with pytest.raises(InputError, match="run must be a run folder, got"):
+            Cascade.from_run(tmp_path / "nowhere")
+        with pytest.raises(InputError, match="threads must be 0"):
+            Cascade.from_run(run, threads=-1)
+        other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
+        make_policy(make_model(seed=9), Splits.read(other / "splits.json").hashes).write(other / "thresholds.json")
+        with pytest.raises(ArtifactError, match="must belong to this model, got another model fingerprint"):
+            Cascade.from_run(other)
+        (other / "thresholds.json").unlink()
+        with pytest.raises(InputError, match="run must hold a policy, got none"):
+            Cascade.from_run(other)
+
+
+class TestForcedDeferral:
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+    def test_what_the_policy_chose_forced_is_the_same(self, run: Path, bundle: Path, runtime: str) -> None:
+        cascade = Cascade.from_run(run) if runtime == "torch" else Cascade.load(bundle)
+        pixels = np.stack([cascade.pixels(path) for path in sorted((run / "images").iterdir())])
+        free = cascade.decide(pixels)
+        forced = cascade.decide(pixels, exited=free.exited)
+        assert free.to_dict() == forced.to_dict()
+        turned = cascade.decide(pixels, exited=~free.exited)
+        assert (turned.exited == ~free.exited).all()
+        # Exits forced to Stage B get its answer and the other way round.
+        everything = cascade.decide(pixels, exited=np.zeros(len(pixels), bool))
+        assert (everything.stage == "B").all()
+        np.testing.assert_allclose(turned.prob[free.exited], everything.prob[free.exited], atol=1e-6)
+
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+    def test_bench(self, run: Path, bundle: Path, runtime: Any, tmp_path: Path) -> None:
+        where = {"run": run} if runtime == "torch" else {"bundle": bundle}
+        found = bench_cascade(**where, batch=[1, 6], rates=[0, 0.25, 0.3, 1], rounds=2, out=tmp_path / "out")
+        assert (found.runtime, found.tap, found.n_blocks) == (runtime, 2, 4)
+        assert found.inputs == ("4 val_select images" if runtime == "torch" else "noise of seed 0")
+        assert [[t.n_deferred for t in one.timings if t.contestant == "cascade"] for one in found.batches] == [
+            [0, 1], [0, 2, 6],
+        ]  # fmt: skip
+        for one in found.batches:
+            named = {t.contestant: t for t in one.timings}
+            assert named["full_pass"].speedup == 1 and named["stage_a"].ideal == named["stage_b"].ideal == 2
+            assert one.cascade(0).ideal == 2 and one.cascade(one.batch).ideal == 1
+            assert sum(one.shares[part] for part in ("embedding", "blocks", "heads")) == pytest.approx(1)
+            assert 0 < one.shares["embedding"] < 0.6 and 0 < one.shares["heads"] < 0.6 and one.shares["python"] > 0
+            for t in one.timings:
+                assert 0 < t.milliseconds_low <= t.milliseconds <= t.milliseconds_high
+                assert t.images_per_second == pytest.approx(1000 * one.batch / t.milliseconds)
+        assert found.batches[1].cascade(2).ideal == pytest.approx(1 / (0.5 + 2 / 6 * 0.5))
+        assert type(found).read(tmp_path / "out" / "cascade.json") == found
+        assert (tmp_path / "out" / "cascade.png").read_bytes() == draw(found)
+        text = render_bench(found)
+        assert "one full pass" in text and "cascade, 2 of 6 deferred" in text
+        assert max(map(len, text.splitlines())) <= 120
+        assert str(tmp_path) not in found.model_dump_json()
+
+    def test_wrong_arguments(self, run: Path, bundle: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle")))
+        for arguments, message in (
+            ({}, "must get --bundle or --run, got neither"),
+            ({"bundle": bundle, "run": run}, "got both"),
+            ({"bundle": bundle, "batch": [0]}, r"batch must be one or more sizes of 1 or more, got \[0\]"),
+            ({"bundle": bundle, "rates": [1.5]}, r"rates must be one or more shares in \[0, 1\], got \[1.5\]"),
+            ({"bundle": bundle, "rounds": 0}, "rounds must be 1 or more, got 0"),
+            ({"bundle": bundle, "runtime": "torch"}, "needs the run's checkpoint"),
+            ({"bundle": bundle, "runtime": "torhc"}, "did you mean 'torch'"),
+            ({"run": other, "runtime": "onnxruntime"}, "which needs its bundle; run `stage1 export"),
+        ):
+            with pytest.raises(InputError, match=message):
+                bench_cascade(**arguments)  # type: ignore[arg-type]
+
+    def test_rounds_visit_everybody_in_shuffled_order(self) -> None:
+        calls: list[str] = []
+
+        def contestant(name: str) -> Any:
+            def call() -> None:
+                calls.append(name)
+                import time
+
+                time.sleep(0.021)
+
+            return call
+
+        found = time_rounds({name: contestant(name) for name in "abc"}, rounds=4, warmup=1, seed=1)
+        assert all(values.shape == (2, 4) and (values[0] > 0.02).all() for values in found.values())
+        orders = ["".join(calls[3 + 3 * k : 6 + 3 * k]) for k in range(4)]
+        assert all(sorted(order) == ["a", "b", "c"] for order in orders) and len(set(orders)) > 1
+
+
+class TestInfer:
+    def test_a_split_as_predict_answers_its_images(self, run: Path, bundle: Path, tmp_path: Path) -> None:
+        rows, failures = infer(run, split="val_test", out=tmp_path / "out.csv")
+        splits = Splits.read(run / "splits.json")
+        paths = [splits.path(row) for row in splits.of("val_test")]
+        assert [row["file"] for row in rows] == [row.file for row in splits.of("val_test")]
+        expected, _ = predict(bundle, paths)
+        for mine, theirs in zip(rows, expected, strict=True):
+            for name in ("label", "decision", "stage", "error"):
+                assert mine[name] == theirs[name]
+            assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
+        with (tmp_path / "out.csv").open(newline="") as file:
+            assert list(next(csv.reader(file))) == list(COLUMNS)
+        again, _ = infer(run, [paths[0], tmp_path / "out.csv"])
+        assert failures == 0 and again[0]["label"] == rows[0]["label"] and len(again) == 1 + len(rows)
+
+    def test_wrong_inputs(self, run: Path) -> None:
+        with pytest.raises(InputError, match="infer must get images or --split, got neither"):
+            infer(run)
+        with pytest.raises(InputError, match="got both"):
+            infer(run, [run / "images"], split="val_test")
+        with pytest.raises(InputError, match="batch_size must be 1 or more"):
+            infer(run, split="val_test", batch_size=0)
 
 
 class TestPredict:

@@ -26,13 +26,23 @@ from stage1_pro.metrics import bootstrap, ece, plots
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.policies.softmax import confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.report import training_picture
-from stage1_pro.stations.evaluation import answer, count_groups, evaluate, evaluate_predictions, find_mistakes, render
+from stage1_pro.stations.evaluation import (
+    answer,
+    count_groups,
+    evaluate,
+    evaluate_predictions,
+    find_changes,
+    find_mistakes,
+    render,
+)
 from stage1_pro.stations.measuring import measure
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 FIGURES = (
-    "risk_coverage_curve", "augrc", "reliability", "confidence", "fnr_on_exited", "coverage", "training_curve",
+    "risk_coverage_curve", "augrc", "reliability", "confidence", "fnr_on_exited", "coverage", "exit_rate",
+    "cost_risk", "training_curve",
 )  # fmt: skip
+OF_A_POLICY = ("fnr_on_exited", "coverage", "exit_rate", "cost_risk")
 NASTY = "images/<script>alert('x')</script> & \"co\".png"
 
 
@@ -231,6 +241,25 @@ def test_fnr_on_exits_holds_by_its_bound_or_not(groups: int, missed: int, rows: 
     assert check.statement in " ".join(render(found).split())
 
 
+def test_a_large_missed_group_is_not_hidden_by_many_small_ones() -> None:
+    """One clip of ten missed positives beside 390 single ones: few groups hold a miss, but the rows' rate is 2.5%."""
+    missed = np.arange(400) < 10
+    predictions = make_predictions(400)
+    policy = make_policy(predictions).model_copy(update={"exit_threshold": 0.5, "target_fnr": 0.026})
+    mine = changed(
+        predictions,
+        labels=np.ones(400, np.int64),
+        logits_a=np.where(missed[:, None], [4.0, 0.0], [0.0, 4.0]).astype(np.float32),
+        groups=np.array([f"g{max(i, 9)}" for i in range(400)]),
+    )
+    check = evaluate_predictions(mine, policy, n_replicates=400).fnr_check
+    assert check is not None
+    assert check.upper_bound is not None
+    assert check.value == 0.025
+    assert check.upper_bound > 0.05 > stats.beta.ppf(0.95, 2, 390)
+    assert check.outcome == "not shown"
+
+
 def test_no_exited_positive_shows_nothing() -> None:
     predictions = make_predictions()
     policy = make_policy(predictions).model_copy(update={"exit_threshold": 1.0})
@@ -358,6 +387,55 @@ def test_mistakes_are_the_deployed_ones_surest_first() -> None:
     assert {row["stage"] for row in found} == {"stage_a", "stage_b"}
 
 
+def test_the_cascade_against_stage_b_alone_by_hand() -> None:
+    predictions = make_predictions()
+    policy = make_policy(predictions)
+    found = evaluate_predictions(predictions, policy, n_replicates=200, seed=4, blocks=(2, 4))
+    answers = answer(predictions, policy)
+    cascade, b = answers["cascade"], answers["stage_b"]
+    one = found.measure("accuracy_minus_stage_b")
+    assert one.value == pytest.approx(np.mean(~cascade.error) - np.mean(~b.error))
+    # The paired difference is the mean of row-wise differences: its bootstrap by group, drawn here by NumPy.
+    difference = b.error.astype(float) - cascade.error
+    _, member = np.unique(predictions.groups, return_inverse=True)
+    sums, sizes = np.bincount(member, difference), np.bincount(member)
+    draws = np.random.default_rng(0).integers(0, sizes.size, (4000, sizes.size))
+    spread = (sums[draws].sum(1) / sizes[draws].sum(1)).std()
+    assert one.std == pytest.approx(spread, rel=0.2)
+    assert one.low is not None and one.high is not None and one.low < one.value < one.high
+    assert found.measure("accuracy_minus_stage_b", source="city1").n == 80
+    assert "minus Stage B alone, paired" in render(found)
+    assert (found.tap, found.n_blocks) == (2, 4)
+    with pytest.raises(KeyError):
+        evaluate_predictions(predictions, n_replicates=10).measure("accuracy_minus_stage_b")
+    # Nobody exits: the cascade is Stage B.
+    nobody = policy.model_copy(update={"exit_threshold": 1.0})
+    same = evaluate_predictions(predictions, nobody, n_replicates=20).measure("accuracy_minus_stage_b")
+    assert same.value == 0 and same.note
+
+
+def test_what_stage_b_fixes_and_breaks_by_hand() -> None:
+    predictions = make_predictions()
+    policy = make_policy(predictions)
+    answers = answer(predictions, policy)
+    exited, deferred = evaluate_predictions(predictions, policy, n_replicates=10).effects
+    out = answers["cascade"].exited
+    right_a, right_b = ~answers["stage_a"].error, ~answers["stage_b"].error
+    for found, rows in ((exited, out), (deferred, ~out)):
+        assert found.n == rows.sum() == found.both_right + found.fixed + found.broken + found.both_wrong
+        assert found.fixed == np.sum(rows & ~right_a & right_b)
+        assert found.broken == np.sum(rows & right_a & ~right_b)
+    changes = find_changes(predictions, answers, [f"{i}.png" for i in range(out.size)])
+    assert [row["effect"] for row in changes] == ["broken"] * deferred.broken + ["fixed"] * deferred.fixed
+    assert deferred.broken > 0 and deferred.fixed > 0
+    for row in changes:
+        i = int(str(row["file"]).removesuffix(".png"))
+        assert not out[i] and (row["label"] == row["stage_b"]) == (row["effect"] == "fixed")
+        assert (row["label"] == row["stage_a"]) == (row["effect"] == "broken")
+        assert row["confidence_b"] == softmax(predictions.logits_b)[i].max()
+    assert find_changes(predictions, answer(predictions, None), []) == []
+
+
 # --------------------------------------------------------------------------------------------
 # Files and the report
 
@@ -405,7 +483,7 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
     policy = make_policy(predictions)
     policy.write(run / "thresholds.json")
     (run / "metrics.csv").write_text("epoch,train_loss,accuracy,augrc\n0,0.9,0.6,0.2\n1,0.5,,0.1\n")
-    found = evaluate(run, n_replicates=50, predictions=predictions)
+    found = evaluate(run, n_replicates=50, predictions=predictions, blocks=(2, 4))
 
     rows = read_csv(run / "evaluation" / "metrics.csv")
     assert len(rows) == len(found.measures)
@@ -415,6 +493,7 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
     assert table["all", "", "cascade", "augrc"]["method"] == "bca"
     assert "groups hold a missed positive" in table["all", "", "stage_a", "fnr_on_exited"]["note"]
     assert Evaluation.read(run / "evaluation" / "evaluation.json") == found
+    assert len(read_csv(run / "evaluation" / "changes.csv")) == found.effects[1].fixed + found.effects[1].broken
     groups = read_csv(run / "evaluation" / "groups.csv")
     assert len(groups) == found.n_groups
     assert sum(int(row["errors"]) for row in groups) == found.n_mistakes
@@ -527,6 +606,9 @@ def test_figures_of_degenerate_data(sure: list[float], wrong: list[int]) -> None
             plots.distribution_png([np.nan, 0.0, 0.0], value=0.0, low=0.0, high=0.3, label="x", percent=True),
             plots.distribution_png([0.1, 0.2], value=np.nan, label="x"),
             plots.confidence_png(sure, right, threshold=0.75),
+            plots.exit_rate_png(sure, wrong, right),
+            plots.cost_risk_png({"tap": ([1.0], [0.0])}, point=(0.5, 0.0)),
+            plots.speedup_png({"batch 1": [(0.0, 1.0, 1.0, 1.0)]}, tap=2, n_blocks=4),
         ):
             assert png.startswith(b"\x89PNG")
 
@@ -613,13 +695,13 @@ def test_the_report_in_a_browser(browser: str, width: int, policy: bool, tmp_pat
     if policy:
         make_policy(predictions).write(run / "thresholds.json")
     (run / "metrics.csv").write_text("epoch,train_loss,accuracy,augrc\n0,0.9,0.6,0.2\n1,0.5,0.7,0.1\n")
-    evaluate(run, n_replicates=50, predictions=predictions)
+    evaluate(run, n_replicates=50, predictions=predictions, blocks=(2, 4))
     found = look(browser, run / "report.html", width)
     assert found["inner"] == width
     assert found["scroll"] <= width, found["wide"]
     assert (found["wide"], found["scrolled"]) == ([], []), "every table must be read without scrolling aside"
     figures = {one["id"]: one for one in found["images"] if one["id"]}
-    assert set(figures) == {name for name in FIGURES if policy or name not in ("fnr_on_exited", "coverage")}
+    assert set(figures) == {name for name in FIGURES if policy or name not in OF_A_POLICY}
     for one in figures.values():
         assert one["width"] > 300 and 250 < one["shown"] <= width
         assert one["ink"] > 0.01 and one["std"] > 5, "a blank figure"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -474,6 +475,11 @@ def test_what_cannot_be_measured_is_stated():
     assert few["accuracy"].note == "only 1 row with errors: the interval covers less often than its level"
     rare = bootstrap([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0], threshold=0.85, n_replicates=400)["exit_error"]
     assert rare.method == "clopper-pearson"
+    piled = bootstrap_errors(np.arange(400), np.arange(400) % 13 == 12, metrics="coverage_at_risk_0.11")
+    piled = piled["coverage_at_risk_0.11"]
+    assert (piled.low, piled.high, piled.method) == (1, 1, "percentile")
+    assert piled.std > 0
+    assert re.search(r"no width: 9\d\.\d% of the resamples give this value", piled.note)
     half = bootstrap_errors([0.9, 0.8, 0.7], [1, 0, 0], threshold=0.75, n_replicates=400)["exit_error"]
     assert "of 400 resamples" in half.note, "resamples without an exit have no exit error"
 
@@ -588,3 +594,19 @@ def test_bca_covers_at_its_level(n, rate):
         interval = bootstrap_augrc(*selective_rows(rng, n, rate), seed=trial)
         hits += interval.low <= rate / 3 <= interval.high
     assert 0.91 <= hits / 1000 <= 0.97
+
+
+def test_cascade_risks_by_every_threshold() -> None:
+    from stage1_pro.metrics import cascade_risks, relative_cost
+
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 200):
+        sure, a, b = rng.integers(0, 20, n) / 20, rng.random(n) < 0.3, rng.random(n) < 0.1
+        rates, risks = cascade_risks(sure, a, b)
+        exits = [np.zeros(n, bool), *(sure >= t for t in np.unique(sure)[::-1])]
+        np.testing.assert_allclose(rates, [out.mean() for out in exits])
+        np.testing.assert_allclose(risks, [np.where(out, a, b).mean() for out in exits], atol=1e-15)
+    assert relative_cost([0, 0.8, 1], 6, 12).tolist() == pytest.approx([1, 0.6, 0.5])
+    assert relative_cost(0.3, 4, 4) == 1
+    with pytest.raises(InputError, match="tap must be a block from 1 to 4, got 5"):
+        relative_cost(0.5, 5, 4)

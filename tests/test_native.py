@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import importlib.util
 import itertools
 import subprocess
@@ -250,10 +251,15 @@ def draw_columns(rng, n, *, levels=None, losses=False, threshold=0.1, dtype=np.f
     return _native.Columns(scores, errors, positive, missed, rng.exponential(1, n), rng.random(n), threshold)
 
 
+def mapped(columns, change):
+    """The columns with every array changed."""
+    arrays = {name: change(values) for name, values in vars(columns).items() if isinstance(values, np.ndarray)}
+    return dataclasses.replace(columns, **arrays)
+
+
 def resampled(columns, times):
     """The columns with each row as often as it was drawn."""
-    values = [None if v is None else np.repeat(v, times) for v in list(vars(columns).values())[:-1]]
-    return _native.Columns(*values, threshold=columns.threshold)
+    return mapped(columns, lambda values: np.repeat(values, times))
 
 
 def by_definition(columns):
@@ -333,7 +339,7 @@ def test_the_fast_and_the_general_pass_agree():
     rng = np.random.default_rng(8)
     columns = draw_columns(rng, 4000, levels=30)
     groups = rng.integers(0, 40, 4000)
-    floats = _native.Columns(columns.confidence, columns.error.astype(np.float64), *list(vars(columns).values())[2:])
+    floats = dataclasses.replace(columns, error=columns.error.astype(np.float64))
     fast, general = (_native.Suite([one], groups=groups, **TARGETS) for one in (columns, floats))
     assert (fast.models[0].error.dtype, general.models[0].error.dtype) == (np.uint8, np.float64)
     found, expected = fast.resample(30, seed=0)[0], general.resample(30, seed=0)[0]
@@ -347,7 +353,7 @@ def test_row_order_never_matters_to_the_suite(backend):
     strata, moved = rng.integers(0, 2, 500), rng.permutation(500)
 
     def permuted(one):
-        return _native.Columns(*(v[moved] for v in list(vars(one).values())[:-1]), threshold=one.threshold)
+        return mapped(one, lambda values: values[moved])
 
     with _native.use(backend):
         for models, arguments in (([columns], {}), ([columns, other], {}), ([columns], {"strata": strata})):

@@ -26,9 +26,10 @@ TRAIN_ONLY = [
     "onnxscript",
 ]
 BASE_MODULES = [
-    "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "data.images",
-    "data.splits",
-    "deploy.bundle", "deploy.runtime", "deploy.cascade", "report", "stations.calibration", "stations.evaluation",
+    "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "policies.gate",
+    "policies.claims", "data.images", "data.splits",
+    "deploy.bundle", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "stations.benching",
+    "stations.calibration", "stations.evaluation",
     "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",
 ]  # fmt: skip
 

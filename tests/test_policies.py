@@ -325,7 +325,8 @@ def make_run(
             group=f"g{i // 2}",
             source=f"city{i % 3}",
             split=split,
-            sha256="0",
+            half="fit" if i // 2 % 2 == 0 else "certify",
+            sha256=f"{i}",
         )
         for i, y in enumerate(labels)
     ]
@@ -338,7 +339,7 @@ def make_run(
         fractions=dict.fromkeys(names, 0.25),
         counts={name: {} for name in names},
         groups=dict.fromkeys(names, 0),
-        hashes={name: f"hash-of-{name}" for name in names},
+        hashes={name: f"hash-of-{name}" for name in (*names, "val_calib.fit", "val_calib.certify")},
         merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0, largest_groups=[]),
         rows=rows,
     ).write(run / "splits.json")
@@ -346,10 +347,10 @@ def make_run(
         row_ids=np.array([row.id for row in rows]),
         groups=np.array([row.group for row in rows]),
         sources=np.array([row.source for row in rows]),
-        halves=np.array(["fit"] * n),
+        halves=np.array([row.half for row in rows]),
         logits_a=logits,
         logits_b=logits + np.float32(0.5),
-        gate_logits=logits[:, 0],
+        gate_logits=np.abs(logits[:, 1] - logits[:, 0]),
         labels=labels,
         classes=classes,
         positive="roadwork",
@@ -365,7 +366,7 @@ def make_run(
 def test_calibrate_writes_the_only_policy_of_a_run(tmp_path: Path) -> None:
     predictions = make_run(tmp_path)
     (tmp_path / "gateparams.json").write_text("{}")
-    policy = calibrate(tmp_path, target_fnr=0.1)
+    policy = calibrate(tmp_path, guarantee="none", target_fnr=0.1)
     assert not (tmp_path / "gateparams.json").exists()
     assert read_policy(tmp_path) == policy
     written = json.loads((tmp_path / "thresholds.json").read_text())
@@ -384,7 +385,7 @@ def test_calibrate_writes_the_only_policy_of_a_run(tmp_path: Path) -> None:
 
 def test_a_withdrawn_policy_is_gone(tmp_path: Path) -> None:
     predictions = make_run(tmp_path)
-    calibrate(tmp_path, target_fnr=0.1)
+    calibrate(tmp_path, guarantee="none", target_fnr=0.1)
     # A worse model: every positive is answered negative, most surely.
     spoiled = predictions.logits_a.copy()
     spoiled[predictions.labels == 1] = [9, -9]
@@ -392,7 +393,7 @@ def test_a_withdrawn_policy_is_gone(tmp_path: Path) -> None:
     with pytest.raises(
         NotReachableError, match=r"No policy was written, and the old one \(thresholds.json\) was withdrawn"
     ):
-        calibrate(tmp_path, target_fnr=0.1)
+        calibrate(tmp_path, guarantee="none", target_fnr=0.1)
     assert read_policy(tmp_path) is None
 
 
@@ -425,29 +426,29 @@ def test_anybodys_logits(tmp_path: Path) -> None:
     logits, labels = noisy(300, seed=2, strength=12)
     file = tmp_path / "theirs.npz"
     np.savez(file, logits=logits, labels=labels, classes=["no", "yes"], groups=np.arange(300) // 3)
-    policy = calibrate(logits=file, target_fnr=0.1, out=tmp_path / "out")
+    policy = calibrate(logits=file, guarantee="none", target_fnr=0.1, out=tmp_path / "out")
     assert (policy.positive, policy.grouped) == ("yes", True)
     assert read_policy(tmp_path / "out") == policy
-    other = calibrate(logits=file, target_fnr=0.1, positive="no", out=tmp_path / "mine.json")
+    other = calibrate(logits=file, guarantee="none", target_fnr=0.1, positive="no", out=tmp_path / "mine.json")
     assert Thresholds.read(tmp_path / "mine.json") == other
     assert other.positive == "no"
 
     # One logit a row, and probabilities, say the same.
     np.savez(file, logits=logits[:, 1] - logits[:, 0], labels=labels)
-    single = calibrate(logits=file, target_fnr=0.1)
+    single = calibrate(logits=file, guarantee="none", target_fnr=0.1)
     assert (single.classes, single.positive) == (["0", "1"], "1")
     assert single.exit_threshold == pytest.approx(policy.exit_threshold, abs=1e-6)
     np.savez(file, probs=softmax(logits), labels=labels, positive="1")
-    assert calibrate(logits=file, target_fnr=0.1).exit_threshold == policy.exit_threshold
+    assert calibrate(logits=file, guarantee="none", target_fnr=0.1).exit_threshold == policy.exit_threshold
 
 
 def test_logits_not_reachable_withdraws_what_stood_there(tmp_path: Path) -> None:
     file, out = tmp_path / "theirs.npz", tmp_path / "thresholds.json"
     np.savez(file, logits=[[0.0, 3.0], [3.0, 0.0]], labels=[1, 0])
-    calibrate(logits=file, out=out)
+    calibrate(logits=file, guarantee="none", out=out)
     np.savez(file, logits=[[0.0, 3.0], [3.0, 0.0]], labels=[0, 1])
     with pytest.raises(NotReachableError):
-        calibrate(logits=file, out=out)
+        calibrate(logits=file, guarantee="none", out=out)
     assert not out.exists()
 
 
@@ -474,14 +475,21 @@ def test_wrong_logit_files_are_named(tmp_path: Path, arrays: dict[str, object], 
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    make_run(tmp_path)
     with pytest.raises(InputError, match="either a run or a logits file"):
         calibrate()
     with pytest.raises(InputError, match="either a run or a logits file"):
         calibrate(tmp_path, logits=tmp_path)
-    with pytest.raises(InputError, match="policy must be softmax, got 'softmx'; did you mean 'softmax'"):
+    with pytest.raises(InputError, match="policy must be softmax or gate, got 'softmx'; did you mean 'softmax'"):
         calibrate(tmp_path, policy="softmx")
-    with pytest.raises(InputError, match="guarantee must be none, got 'ltt'"):
-        calibrate(tmp_path, guarantee="ltt")
+    with pytest.raises(InputError, match="guarantee must be ltt or none, got 'lt'; did you mean 'ltt'"):
+        calibrate(tmp_path, guarantee="lt")
+    with pytest.raises(InputError, match="min_coverage must go with policy gate, got it with softmax"):
+        calibrate(tmp_path, min_coverage=0.5)
+    with pytest.raises(InputError, match="claims must go with guarantee ltt, got it with none"):
+        calibrate(tmp_path, guarantee="none", claims=2)
+    with pytest.raises(InputError, match="delta must be valid, got 1.5"):
+        calibrate(tmp_path, delta=1.5)
     with pytest.raises(InputError, match="got them with --run"):
         calibrate(tmp_path, positive="x")
     with pytest.raises(InputError, match="no such file"):
@@ -490,7 +498,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
 
 def test_render_shows_the_grid_and_the_choice(tmp_path: Path) -> None:
     make_run(tmp_path)
-    policy = calibrate(tmp_path, target_fnr=0.1)
+    policy = calibrate(tmp_path, guarantee="none", target_fnr=0.1)
     text = render(policy)
     for threshold in GRID:
         assert f"{threshold:.2f}" in text

@@ -95,7 +95,7 @@ std::tuple<Array<double>, double, double, double> bootstrap_augrc(
         const py::gil_scoped_release release;
         const auto rows = sort_checked<C, L>(scores, losses, owners, n_units);
         value = stage1::augrc(rows.view());
-        moments = augrc_influence(rows.view(), n_units);
+        moments = augrc_influence(rows.view(), n_units, value);
         bool by_cells = false;
         if constexpr (std::same_as<L, std::uint8_t>) {
             by_cells = !cells.lowest.empty();

@@ -49,26 +49,39 @@ BitsOf<C> descending_bits(C value) {
     return (bits & sign) != 0 ? bits : static_cast<Bits>(~(bits | sign));
 }
 
-// Least significant byte first; a byte that all keys share costs no pass.
+// Digits of 11 bits, least significant first; one that all keys share costs no pass. The upper three are confidence and
+// error, the lower ones the unit.
 void radix_sort(std::vector<std::uint64_t>& keys) {
-    std::vector<std::uint64_t> other(keys.size());
-    std::array<std::array<std::size_t, 256>, 8> histogram{};
+    constexpr unsigned digit_bits = 11;
+    constexpr std::uint64_t digit_mask = (std::uint64_t{1} << digit_bits) - 1;
+    constexpr std::array<unsigned, 6> shifts{0, 9, 20, 31, 42, 53};
+    std::uint64_t varies = 0;
     for (const std::uint64_t key : keys) {
-        for (unsigned byte = 0; byte < 8; ++byte) {
-            ++histogram[byte][(key >> (8 * byte)) & 0xFFU];
+        varies |= key ^ keys.front();
+    }
+    std::vector<std::uint64_t> other(keys.size());
+    std::vector<std::uint32_t> starts(shifts.size() << digit_bits);
+    const auto digit = [](std::uint64_t key, unsigned shift) { return (key >> shift) & digit_mask; };
+    std::array<unsigned, shifts.size()> used{};
+    std::size_t n_used = 0;
+    for (const unsigned shift : shifts) {
+        if (digit(varies, shift) != 0) {
+            used[n_used++] = shift;
         }
     }
-    for (unsigned byte = 0; byte < 8; ++byte) {
-        auto& starts = histogram[byte];
-        if (starts[(keys.front() >> (8 * byte)) & 0xFFU] == keys.size()) {
-            continue;
+    for (const std::uint64_t key : keys) {
+        for (std::size_t d = 0; d < n_used; ++d) {
+            ++starts[d << digit_bits | digit(key, used[d])];
         }
-        std::size_t total = 0;
-        for (std::size_t& start : starts) {
+    }
+    for (std::size_t d = 0; d < n_used; ++d) {
+        const std::span<std::uint32_t> of_digit = std::span(starts).subspan(d << digit_bits, digit_mask + 1);
+        std::uint32_t total = 0;
+        for (std::uint32_t& start : of_digit) {
             total += std::exchange(start, total);
         }
         for (const std::uint64_t key : keys) {
-            other[starts[(key >> (8 * byte)) & 0xFFU]++] = key;
+            other[of_digit[digit(key, used[d])]++] = key;
         }
         keys.swap(other);
     }
@@ -205,9 +218,17 @@ STAGE1_INLINE void scan_block(const std::uint8_t* counts, const std::uint8_t* wr
     }
     std::array<std::uint8_t, block> weights;
     std::memcpy(weights.data(), weight.data(), block);
+    // Sixteen products of at most 15 * 240 fit 16 bits, which takes half the vectors that 32 bits would.
+    constexpr std::size_t strip = block / 16;
+    std::array<std::uint16_t, strip> products{};
+    for (std::size_t first = 0; first < block; first += strip) {
+        for (std::size_t row = 0; row < strip; ++row) {
+            products[row] = static_cast<std::uint16_t>(products[row] + counts[first + row] * weights[first + row]);
+        }
+    }
     std::uint32_t inside = 0;
-    for (std::size_t row = 0; row < block; ++row) {
-        inside += std::uint32_t{counts[row]} * weights[row];
+    for (const std::uint16_t product : products) {
+        inside += product;
     }
     // The same among the words of a quarter of a stretch, four 16-bit sums a word.
     std::array<std::uint64_t, words / 4> quad_errors, quad_rows, shifted, shifted_rows;
@@ -672,8 +693,10 @@ SortedRows<L> sort_rows(std::span<const C> confidence, std::span<const L> loss, 
         // One key holds it all: 32 bits of confidence, 1 of error, 31 of unit.
         std::vector<std::uint64_t> keys(n);
         for (std::size_t row = 0; row < n; ++row) {
-            const std::uint64_t owner = clustered ? unit[row] : 0;
-            keys[row] = std::uint64_t{descending_bits(confidence[row])} << 32 | std::uint64_t{loss[row]} << 31 | owner;
+            keys[row] = std::uint64_t{descending_bits(confidence[row])} << 32 | std::uint64_t{loss[row]} << 31;
+        }
+        for (std::size_t row = 0; clustered && row < n; ++row) {
+            keys[row] |= unit[row];
         }
         radix_sort(keys);
         for (std::size_t row = 0; row < n; ++row) {
@@ -727,9 +750,8 @@ void measure(const Rows<L>& rows, const Suite& suite, std::span<double> out) {
 }
 
 template <Loss L>
-Moments augrc_influence(const Rows<L>& rows, std::size_t n_units) {
+Moments augrc_influence(const Rows<L>& rows, std::size_t n_units, double value) {
     const double n = static_cast<double>(rows.loss.size());
-    const double value = augrc(rows);
     std::vector<double> of_unit(rows.unit.empty() ? 0 : n_units);
     Moments moments;
     double errors_before = 0;
@@ -876,7 +898,7 @@ bool bootstrap_augrc_of_cells(const Rows<std::uint8_t>& rows, const PoissonTable
     template SortedRows<L> sort_rows(std::span<const double>, std::span<const L>, std::span<const std::uint32_t>); \
     template double augrc(const Rows<L>&);                                                                         \
     template void measure(const Rows<L>&, const Suite&, std::span<double>);                                        \
-    template Moments augrc_influence(const Rows<L>&, std::size_t);                                                 \
+    template Moments augrc_influence(const Rows<L>&, std::size_t, double);                                         \
     template bool bootstrap(const Rows<L>&, const Suite&, const Strata&, std::uint64_t, unsigned, std::size_t,     \
                             std::span<double>, const std::function<bool()>&);
 STAGE1_INSTANTIATE(std::uint8_t)

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstddef>
 #include <cstring>
+#include <functional>
+#include <numeric>
 
 namespace stage1 {
 namespace {
@@ -15,16 +17,15 @@ constexpr std::size_t chunk = 64;         // rows whose flags are told apart
 constexpr std::uint8_t of_the_rest = 16;  // above every count that a code gives; eight of them fit a byte
 constexpr std::uint64_t each = 0x0101010101010101U;
 
-struct Block {
+struct alignas(64) Block {
     std::array<std::uint16_t, draw_block> codes;
-    std::array<std::uint8_t, draw_block> counts;
     std::array<std::uint64_t, draw_block / chunk> open;  // not zero: some are of_the_rest
     std::uint32_t sum;
 };
 
 // Counts of one block from its 16-bit codes, `of_the_rest` where these leave it open.
 STAGE1_CLONES void fill_block(std::uint64_t key, std::uint64_t gamma, std::uint64_t first_word,
-                              const std::array<std::uint64_t, 6>& cuts, Block& out) {
+                              const std::array<std::uint64_t, 6>& cuts, Block& out, std::uint8_t* counts) {
     std::array<std::uint64_t, draw_block / 4> words;
     for (std::size_t word = 0; word < words.size(); ++word) {
         words[word] = mix(key + gamma * (first_word + word + 1));
@@ -38,11 +39,11 @@ STAGE1_CLONES void fill_block(std::uint64_t key, std::uint64_t gamma, std::uint6
         for (std::size_t k = 0; k < 5; ++k) {
             count = code >= cut[k] ? static_cast<std::uint16_t>(count + 1) : count;
         }
-        out.counts[row] = static_cast<std::uint8_t>(code >= cut[5] ? of_the_rest : count);
+        counts[row] = static_cast<std::uint8_t>(code >= cut[5] ? of_the_rest : count);
     }
     // Eight counts a word; their sum is the highest byte of the word times 0x01…01.
     std::array<std::uint64_t, draw_block / 8> eights;
-    std::memcpy(eights.data(), out.counts.data(), draw_block);
+    std::memcpy(eights.data(), counts, draw_block);
     std::uint64_t sum = 0;
     for (const std::uint64_t eight : eights) {
         sum += (eight * each) >> 56;
@@ -57,21 +58,22 @@ STAGE1_CLONES void fill_block(std::uint64_t key, std::uint64_t gamma, std::uint6
 }
 
 // Settles the counts that the codes left open, from 48 more bits each.
-void fill_rest(std::uint64_t key, std::uint64_t gamma, std::size_t first, const CountTable& table, Block& block) {
+void fill_rest(std::uint64_t key, std::uint64_t gamma, std::size_t first, const CountTable& table, Block& block,
+               std::uint8_t* counts) {
     for (std::size_t word = 0; word < draw_block; word += 8) {
         if (block.open[word / chunk] == 0) {
             word += chunk - 8;
             continue;
         }
         std::uint64_t eight;
-        std::memcpy(&eight, block.counts.data() + word, sizeof(eight));
+        std::memcpy(&eight, counts + word, sizeof(eight));
         for (eight &= each * of_the_rest; eight != 0; eight &= eight - 1) {
             const std::size_t row = word + static_cast<std::size_t>(std::countr_zero(eight)) / 8;
             const std::uint64_t low = mix(key + gamma * (first + row + 1)) >> 16;
             const std::uint64_t value = (block.codes[row] - table.cuts.back()) << 48 | low;
             const auto reached = std::upper_bound(table.rest.begin(), table.rest.end(), value);
-            block.counts[row] = static_cast<std::uint8_t>(reached - table.rest.begin());
-            block.sum += block.counts[row] - std::uint32_t{of_the_rest};
+            counts[row] = static_cast<std::uint8_t>(reached - table.rest.begin());
+            block.sum += counts[row] - std::uint32_t{of_the_rest};
         }
     }
 }
@@ -81,15 +83,21 @@ std::uint64_t fill_poisson(std::uint64_t key, std::uint64_t gamma, const CountTa
                            std::span<std::uint8_t> counts) {
     Block block;
     std::uint64_t total = 0;
-    for (std::size_t first = 0; first < counts.size(); first += draw_block) {
-        const std::size_t size = std::min(draw_block, counts.size() - first);
-        fill_block(key, gamma, first / 4, table.cuts, block);
-        fill_rest(mix(key + 1), gamma, first, table, block);
-        std::memcpy(counts.data() + first, block.counts.data(), size);
+    const auto fill = [&](std::size_t first, std::uint8_t* to) {
+        fill_block(key, gamma, first / 4, table.cuts, block, to);
+        fill_rest(mix(key + 1), gamma, first, table, block, to);
         total += block.sum;
-        for (std::size_t row = size; row < draw_block; ++row) {
-            total -= block.counts[row];
-        }
+    };
+    const std::size_t whole = counts.size() - counts.size() % draw_block;
+    for (std::size_t first = 0; first < whole; first += draw_block) {
+        fill(first, counts.data() + first);
+    }
+    if (whole < counts.size()) {
+        alignas(64) std::array<std::uint8_t, draw_block> last;
+        fill(whole, last.data());
+        const auto end = last.begin() + static_cast<std::ptrdiff_t>(counts.size() - whole);
+        std::copy(last.begin(), end, counts.begin() + static_cast<std::ptrdiff_t>(whole));
+        total = std::accumulate(end, last.end(), total, std::minus<>{});
     }
     return total;
 }

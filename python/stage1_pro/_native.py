@@ -78,14 +78,16 @@ def use(name: Backend) -> Iterator[None]:
 def rows(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     """Check confidence [N] and error [N] and give them the kernels' dtypes.
 
-    Float32 confidence stays float32; everything else becomes float64, so no two values become tied on the way.
+    Float32 confidence stays float32; everything else becomes float64, so no two floats become tied on the way
+    (integers beyond 2**53 may).
     Errors that are all 0 or 1 become uint8 (exact integer arithmetic), other losses float64. Raises InputError for
     other shapes, no rows, NaN (naming the row), and errors outside [0, 1].
     """
-    scores = np.ascontiguousarray(confidence)
+    # Aligned as well: an array may look into somebody's buffer at any byte.
+    scores = np.require(confidence, requirements=["C", "A"])
     if scores.dtype != np.float32:
         scores = _floats("confidence", scores)
-    losses = np.ascontiguousarray(error)
+    losses = np.require(error, requirements=["C", "A"])
     if losses.dtype != np.bool_:
         losses = _floats("error", losses)
     if scores.ndim != 1 or losses.shape != scores.shape:
@@ -114,7 +116,7 @@ def rows(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[Any], NDArray
 def _floats(name: str, values: NDArray[Any]) -> NDArray[np.float64]:
     if values.dtype.kind not in "biuf":
         raise InputError(f"{name} must be numbers, got an array of {values.dtype}; convert it first")
-    return np.ascontiguousarray(values, dtype=np.float64)
+    return np.require(values, dtype=np.float64, requirements=["C", "A"])
 
 
 def augrc(confidence: ArrayLike, error: ArrayLike) -> float:
@@ -146,9 +148,10 @@ def bootstrap_augrc(
 ) -> AugrcReplicates:
     """AUGRC of resampled rows, or of resampled groups with all their rows.
 
-    The same (seed, replicate) gives the same bits for any number of threads, any row order and either backend. Where
-    fewer than one row in 256 is wrong, runs of right and wrong rows are drawn as cells: other numbers than ``Suite``
-    draws, from the same law, with the work of the errors and not of the rows.
+    The same (seed, replicate) gives the same replicates, bit for bit, for any number of threads, any row order and
+    either backend (the moments agree to rounding). Where fewer than one row in 256 is wrong, runs of right and wrong
+    rows are drawn as cells: other numbers than ``Suite`` draws, from the same law, with the work of the errors and not
+    of the rows.
 
     Args:
         confidence: [N], higher is surer.
@@ -184,8 +187,8 @@ class Columns:
     """What one model says of N rows; ``None`` where it is not known.
 
     ``confidence`` [N] and ``error`` [N] as ``rows`` gives them; ``positive`` and ``missed`` bool [N]: of the positive
-    class, and of it but answered otherwise; ``nll`` and ``brier`` float64 [N]; ``threshold``: a row exits iff its
-    confidence is at or above it.
+    class, and of it but answered otherwise; ``nll`` and ``brier`` float64 [N], the latter at most ``brier_top``;
+    ``threshold``: a row exits iff its confidence is at or above it, both as float64.
     """
 
     confidence: NDArray[Any]
@@ -195,6 +198,7 @@ class Columns:
     nll: NDArray[np.float64] | None = None
     brier: NDArray[np.float64] | None = None
     threshold: float | None = None
+    brier_top: float = 1.0
 
 
 class Ranked:
@@ -223,7 +227,7 @@ class Ranked:
         self.unit = np.zeros(0, dtype=np.uint32) if unit is None else unit[place]
         self.n_exit = None
         if columns.threshold is not None:
-            self.n_exit = int(np.count_nonzero(columns.confidence >= columns.threshold))
+            self.n_exit = int(np.count_nonzero(columns.confidence.astype(np.float64) >= columns.threshold))
 
 
 class Suite:
@@ -406,6 +410,9 @@ def _cell_laws(n: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[
 
 
 def _check_resampling(n_replicates: int, seed: int, threads: int) -> None:
+    for name, value in (("n_replicates", n_replicates), ("seed", seed), ("threads", threads)):
+        if not isinstance(value, int | np.integer):
+            raise InputError(f"{name} must be an integer, got {value!r}; give a whole number")
     if n_replicates < 1:
         raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
     if not 0 <= seed < 2**64:
@@ -431,7 +438,18 @@ def cluster_numbers(groups: ArrayLike, n: int) -> NDArray[np.uint32]:
         raise InputError(
             f"groups must have shape [{n}], one group per row, got {list(names.shape)}; pass one name per row"
         )
-    return np.unique(names, return_inverse=True)[1].astype(np.uint32)
+    if names.dtype.kind in "fO":
+        # NaN, None and the gaps of tables are no group of their own.
+        missing = np.fromiter((name is None or name != name for name in names.tolist()), dtype=bool, count=n)  # noqa: PLR0124
+        if missing.any():
+            row = int(missing.argmax())
+            raise InputError(
+                f"groups must name a group for every row, got {names[row]} at row {row}; name it or drop it"
+            )
+    try:
+        return np.unique(names, return_inverse=True)[1].astype(np.uint32)
+    except TypeError:
+        raise InputError("groups must be all names or all numbers, got a mix; convert them to strings") from None
 
 
 def order(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

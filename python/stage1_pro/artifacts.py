@@ -37,6 +37,7 @@ POLICY_FILES: dict[PolicyName, str] = {
     "gate": "gateparams.json",
     "scrc": "scrcparams.json",
 }
+CLAIMS_FILE = "claims.json"
 
 
 # --------------------------------------------------------------------------------------------
@@ -334,6 +335,39 @@ class SweepRow(Record):
     grid: bool = Field(description="whether the threshold belongs to the classic grid")
 
 
+class RiskRecord(Record):
+    """One risk of a certificate: exact counts at the threshold, upper bound at level 1 - delta, and p-value."""
+
+    name: str
+    alpha: float = Field(gt=0, lt=1)
+    trials: int = Field(ge=0)
+    errors: int = Field(ge=0)
+    bound: float = Field(ge=0, le=1)
+    p_value: float = Field(ge=0, le=1)
+
+
+class CertificateRecord(Record):
+    """What a policy promises, from which counts, by which method; accepted means score >= threshold."""
+
+    method: Literal["ltt_fst"]
+    delta: float = Field(gt=0, lt=1, description="of this claim: what was declared, divided by claims")
+    claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
+    use: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
+    min_coverage: float | None
+    risks: list[RiskRecord] = Field(min_length=1)
+    unit: Literal["rows", "groups"]
+    n: int = Field(description="units of the certify half")
+    accepted: int
+    coverage: float = Field(ge=0, le=1, description="accepted / n")
+    threshold: float
+    first_candidate: float = Field(description="where the walk began, from the fit half alone")
+    n_tested: int = Field(description="candidates tested, the first that failed among them")
+    p_value: float = Field(ge=0, le=1, description="the largest of all constraints, at the threshold")
+    seed: int = Field(description="of the row that speaks for its group")
+    guarantee: str
+    assumptions: list[str]
+
+
 class Thresholds(Record):
     """``thresholds.json``: the softmax exit policy.
 
@@ -353,7 +387,8 @@ class Thresholds(Record):
     coverage: float = Field(ge=0, le=1)
     exit_accuracy: float = Field(ge=0, le=1)
     target_fnr: float = Field(gt=0, lt=1)
-    guarantee: Literal["none"]
+    guarantee: Literal["none", "ltt"]
+    certificate: CertificateRecord | None = Field(default=None, description="null with guarantee none")
     statement: str
     fnr_upper_bound: float = Field(ge=0, le=1)
     bound_level: float = Field(gt=0, lt=1)
@@ -368,6 +403,99 @@ class Thresholds(Record):
     split_hashes: dict[str, str]
     model_fingerprint: str | None = None
     preprocessing_fingerprint: str | None = None
+
+
+class GateConstraints(Record):
+    """What the gate policy was asked for; all at once, at one threshold."""
+
+    min_coverage: float = Field(gt=0, lt=1)
+    max_exit_error: float = Field(gt=0, lt=1)
+    target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
+
+
+class GateParams(Record):
+    """``gateparams.json``: the gate exit policy.
+
+    An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
+    counts are those of the calibration rows (with ``ltt`` of their certify half); ``a`` and ``b`` come from the fit
+    half.
+    """
+
+    format_version: Literal[1] = 1
+    policy: Literal["gate"] = "gate"
+    classes: list[str] = Field(min_length=2)
+    positive: str
+    a: float
+    b: float
+    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
+    platt: str = Field(description="how a and b came about")
+    threshold: float = Field(ge=0, le=1)
+    coverage: float = Field(ge=0, le=1)
+    exit_error: float = Field(ge=0, le=1)
+    fnr_on_exited: float | None = Field(ge=0, le=1, description="null when no positive exits")
+    constraints: GateConstraints
+    guarantee: Literal["none", "ltt"]
+    certificate: CertificateRecord | None = Field(description="null with guarantee none")
+    certify_uses: int | None = Field(description="claims on the certify half so far, with this one; null: not counted")
+    statement: str
+    exit_error_upper_bound: float = Field(ge=0, le=1)
+    fnr_upper_bound: float | None = Field(ge=0, le=1, description="null when no positive exits, or none was asked for")
+    bound_level: float = Field(gt=0, lt=1)
+    bound_method: str
+    n_rows: int
+    n_exited: int
+    n_errors: int
+    n_positive_exited: int
+    n_false_negative: int
+    n_exited_groups: int
+    n_positive_groups: int
+    n_fit_rows: int = Field(description="rows that Platt scaling saw")
+    grouped: bool
+    sweep_results: list[SweepRow]
+    split_hashes: dict[str, str]
+    model_fingerprint: str | None = None
+    preprocessing_fingerprint: str | None = None
+
+    @property
+    def exit_threshold(self) -> float:
+        """The threshold under the name that every policy has."""
+        return self.threshold
+
+    @property
+    def target_fnr(self) -> float | None:
+        """The wished FNR on exits; None when it was not asked for."""
+        return self.constraints.target_fnr_exit
+
+
+Policy = Thresholds | GateParams
+
+
+class Claim(Record):
+    """One use of a certify half: which promise was sought on it."""
+
+    key: str = Field(description="hash of model, preprocessing, policy and wish: the same key is the same claim")
+    policy: PolicyName
+    wish: str
+    model_fingerprint: str
+    outcome: Literal["open", "certified", "infeasible"] = "open"
+
+
+class HalfClaims(Record):
+    """What one certify half has been used for; delta and the number of claims are fixed by the first."""
+
+    delta: float = Field(gt=0, lt=1, description="for all claims together")
+    claims: int = Field(ge=1)
+    uses: list[Claim]
+
+
+class Claims(Record):
+    """``claims.json``: every use of every certify half of a run, by the half's hash.
+
+    It outlives policies and trainings: a certify half that was looked at stays looked at.
+    """
+
+    format_version: Literal[1] = 1
+    halves: dict[str, HalfClaims] = {}
 
 
 class Metric(Record):
@@ -400,7 +528,9 @@ class FnrCheck(Record):
 
     outcome: Literal["holds", "not shown", "exceeded"]
     value: float | None = Field(description="null when no positive exited")
-    upper_bound: float | None = Field(description="one-sided Clopper-Pearson; a group with any miss counts as wrong")
+    upper_bound: float | None = Field(
+        description="the larger of Clopper-Pearson on groups with a miss and the bootstrap by group"
+    )
     target: float
     level: float = Field(gt=0, lt=1)
     n_missed: int = Field(description="exited positives that were answered otherwise")
@@ -408,6 +538,20 @@ class FnrCheck(Record):
     n_groups_missed: int
     n_groups: int = Field(description="groups of the exited positives")
     statement: str = Field(description="the outcome in words")
+
+
+class StageEffect(Record):
+    """Stage A against Stage B on the rows that exit, or on those that are deferred, in counts.
+
+    On deferred rows ``fixed`` and ``broken`` are what Stage B changes; on exited ones what it would have changed.
+    """
+
+    rows: Literal["exited", "deferred"]
+    n: int
+    both_right: int
+    fixed: int = Field(description="Stage A is wrong, Stage B right")
+    broken: int = Field(description="Stage A is right, Stage B wrong")
+    both_wrong: int
 
 
 class Evaluation(Record):
@@ -428,7 +572,10 @@ class Evaluation(Record):
     exit_threshold: float | None
     target_fnr: float | None
     statement: str = Field(description="what the policy promises, in words")
-    fnr_check: FnrCheck | None = Field(description="null without a policy")
+    fnr_check: FnrCheck | None = Field(description="null without a policy, or without a target on FNR")
+    effects: list[StageEffect] = Field(default=[], description="exited, then deferred rows; empty without a policy")
+    tap: int | None = Field(default=None, description="block that Stage A ends with; null when it is not known")
+    n_blocks: int | None = Field(default=None, description="blocks of a full pass; null when it is not known")
     level: float = Field(gt=0, lt=1, description="of intervals and bounds")
     n_replicates: int
     seed: int
@@ -473,6 +620,63 @@ class Measurement(Record):
             if found.metric == name:
                 return found
         raise KeyError(name)
+
+
+class BenchTiming(Record):
+    """One contestant of ``stage1 bench cascade`` at one batch size: medians over rounds, with quartiles."""
+
+    contestant: Literal["stage_a", "stage_b", "always_both", "full_pass", "cascade"]
+    n_deferred: int | None = Field(description="rows of the batch that Stage B was made to answer; of a cascade alone")
+    deferral_rate: float | None
+    milliseconds: float = Field(description="of one batch")
+    milliseconds_low: float
+    milliseconds_high: float
+    images_per_second: float
+    speedup: float = Field(description="time of the full pass in the same round / own time; higher is better")
+    speedup_low: float
+    speedup_high: float
+    processor_speedup: float = Field(
+        description="the same of processor time over all threads, which neighbours on a busy machine stretch less"
+    )
+    ideal: float | None = Field(description="speed-up if only blocks took time; null where nothing is left to run")
+    of_ideal: float | None = Field(description="speed-up / ideal")
+
+
+class BenchBatch(Record):
+    """What ``stage1 bench cascade`` measured at one batch size."""
+
+    batch: int
+    timings: list[BenchTiming]
+    shares: dict[str, float] = Field(
+        description="of a full pass's time: embedding, blocks and heads; python: deciding and gathering of a batch "
+        "with half its rows deferred, which comes on top"
+    )
+
+    def cascade(self, n_deferred: int) -> BenchTiming:
+        """The cascade with so many rows deferred; KeyError when it was not measured."""
+        for found in self.timings:
+            if found.n_deferred == n_deferred:
+                return found
+        raise KeyError(n_deferred)
+
+
+class CascadeBench(Record):
+    """What ``stage1 bench cascade`` found: latency and throughput over batch sizes and deferral rates."""
+
+    format_version: Literal[1] = 1
+    source: str = Field(description="last name of the bundle's or run's folder")
+    runtime: str
+    backbone: str
+    tap: int
+    n_blocks: int
+    height: int
+    width: int
+    inputs: str = Field(description="what the pixels were")
+    rounds: int
+    warmup: int
+    seed: int
+    machine: dict[str, str | int | float | None]
+    batches: list[BenchBatch]
 
 
 class GateChoice(Record):

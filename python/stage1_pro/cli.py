@@ -139,17 +139,42 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--logits",
         type=Path,
-        help=".npz with logits [N, K] (or probs) and labels [N], optional groups, classes, positive",
+        help=".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, groups, half, classes, positive",
     )
-    sub.add_argument("--policy", choices=["softmax"], default="softmax", help="what decides an exit")
-    sub.add_argument("--guarantee", choices=["none"], default="none", help="none = empirical choice, promises nothing")
+    sub.epilog = (
+        "what is not given comes from the run's configuration; its defaults are named above.\n"
+        "ltt certifies on a half of val_calib that is used for one claim: a second one is refused unless --claims\n"
+        "divided delta before the first. Exit code 3: the wish cannot be met or certified; no policy is written."
+    )
+    sub.add_argument(
+        "--policy", choices=["softmax", "gate"], help="what decides an exit: softmax (by default) or the gate head"
+    )
+    sub.add_argument(
+        "--guarantee",
+        choices=["ltt", "none"],
+        help="ltt (by default) = certified or refused; none = empirical choice, promises nothing",
+    )
     sub.add_argument(
         "--target-fnr",
         type=float,
-        help="largest false negative rate among exits; the run's configuration or .02 by default",
+        help="largest false negative rate among exits; softmax: .02 by default; gate: a third wish, off by default",
+    )
+    sub.add_argument(
+        "--alpha",
+        "--max-exit-error",
+        type=float,
+        dest="max_exit_error",
+        help="gate: largest share of wrong answers among exits; .01 by default",
+    )
+    sub.add_argument("--min-coverage", type=float, help="gate: least share of images that exit; .70 by default")
+    sub.add_argument(
+        "--delta", type=float, help="ltt: largest chance of a false certificate, all claims together; .05 by default"
+    )
+    sub.add_argument(
+        "--claims", type=int, help="ltt: claims that delta is divided for, fixed by the first; 1 by default"
     )
     sub.add_argument("--positive", help="with --logits: name of the positive class")
-    sub.add_argument("--out", type=Path, help="with --logits: where to write thresholds.json")
+    sub.add_argument("--out", type=Path, help="with --logits: where to write the policy, a folder or a .json file")
 
     sub = command("evaluate", "measure the best model and its policy on val_test, once it is final", _evaluate)
     sub.add_argument("--run", type=Path, required=True, help="trained run folder")
@@ -186,6 +211,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
 
+    sub = command("infer", "answer for images or a split with a run's own model in torch, before any export", _infer)
+    sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
+    sub.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE|FOLDER|CSV", help="what to answer for")
+    sub.add_argument(
+        "--split", choices=["train", "val_select", "val_calib", "val_test"], help="rows of the run instead of images"
+    )
+    sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
+    sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
+
+    _add_bench(command("bench", "measure what an exit saves on this machine", lambda _: None))
+
     sub = command("inspect", "say what a bundle is, what it promises and for which GPUs", _inspect)
     sub.add_argument("bundle", type=Path, help="bundle folder")
 
@@ -195,6 +231,40 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be a demo's")
     sub.add_argument("--seed", type=int, default=0, help="seed of scenes, splits and training")
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    """What can be measured, as subcommands of their own."""
+    kinds = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    text = "latency and throughput of Stage A, Stage B, always both, a full pass and the cascade, by deferral rate"
+    sub = kinds.add_parser("cascade", help=text, description=f"L{text[1:]}.", formatter_class=_Formatter)
+    # Left out, it must not undo a --json before the word "cascade".
+    once = argparse.SUPPRESS
+    sub.add_argument("--json", action="store_true", default=once, help="print the result as JSON on stdout")
+    sub.set_defaults(run_station=_bench_cascade)
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--bundle", type=Path, help="bundle folder")
+    which.add_argument(
+        "--run", type=Path, help="trained and calibrated run folder; its val_select images are the input"
+    )
+    sub.add_argument(
+        "--runtime",
+        choices=["onnxruntime", "torch"],
+        help="what executes; onnxruntime for a bundle, torch for a run by default",
+    )
+    sub.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="batch sizes")
+    sub.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[step / 10 for step in range(11)],
+        metavar="R",
+        help="deferral rates to force: exactly round(R * N) rows of a batch go to Stage B",
+    )
+    sub.add_argument("--rounds", type=int, default=20, help="visits to each contestant, in shuffled order")
+    sub.add_argument("--threads", type=int, default=0, help="threads of an operator; 0 = as the runtime has them")
+    sub.add_argument("--seed", type=int, default=0, help="seed of orders, of deferred rows and of noise")
+    sub.add_argument("--out", type=Path, help="folder for cascade.json and cascade.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -318,16 +388,20 @@ def _train(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from stage1_pro.stations.calibration import calibrate, render
 
-    thresholds = calibrate(
+    policy = calibrate(
         options.run,
         logits=options.logits,
         policy=options.policy,
         guarantee=options.guarantee,
         target_fnr=options.target_fnr,
+        max_exit_error=options.max_exit_error,
+        min_coverage=options.min_coverage,
+        delta=options.delta,
+        claims=options.claims,
         positive=options.positive,
         out=options.out,
     )
-    _emit(options, thresholds.model_dump(mode="json"), render(thresholds))
+    _emit(options, policy.model_dump(mode="json"), render(policy))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -370,6 +444,33 @@ def _predict(options: argparse.Namespace) -> int:
     rows, failures = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size)
     _emit(options, {"rows": rows, "failures": failures}, render(rows, options.out))
     return 1 if failures else 0
+
+
+def _infer(options: argparse.Namespace) -> int:
+    from stage1_pro.stations.prediction import infer, render
+
+    rows, failures = infer(
+        options.run, options.inputs, split=options.split, out=options.out, batch_size=options.batch_size
+    )
+    _emit(options, {"rows": rows, "failures": failures}, render(rows, options.out))
+    return 1 if failures else 0
+
+
+def _bench_cascade(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.benching import bench_cascade, render
+
+    found = bench_cascade(
+        options.bundle,
+        run=options.run,
+        runtime=options.runtime,
+        batch=options.batch,
+        rates=options.rates,
+        rounds=options.rounds,
+        threads=options.threads,
+        seed=options.seed,
+        out=options.out,
+    )
+    _emit(options, found.model_dump(mode="json"), render(found))
 
 
 def _inspect(options: argparse.Namespace) -> None:

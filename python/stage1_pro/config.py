@@ -144,9 +144,18 @@ class GateConfig(Section):
 class CalibrateConfig(Section):
     """Exit policy."""
 
-    policy: Literal["softmax"] = "softmax"
-    guarantee: Literal["none"] = "none"
-    target_fnr: float = Field(0.02, gt=0, lt=1, description="largest false negative rate among exits")
+    policy: Literal["softmax", "gate"] = "softmax"
+    guarantee: Literal["ltt", "none"] = Field(
+        "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
+    )
+    target_fnr: float = Field(0.02, gt=0, lt=1, description="softmax: largest false negative rate among exits")
+    max_exit_error: float = Field(0.01, gt=0, lt=1, description="gate: largest share of wrong answers among exits")
+    min_coverage: float = Field(0.70, gt=0, lt=1, description="gate: least share of images that exit")
+    target_fnr_exit: float | None = Field(
+        None, gt=0, lt=1, description="gate: largest false negative rate among exits; null = not asked for"
+    )
+    delta: float = Field(0.05, gt=0, lt=1, description="largest chance of a false certificate, all claims together")
+    claims: int = Field(1, ge=1, description="claims that delta is divided for, before the first")
 
 
 class ExportConfig(Section):

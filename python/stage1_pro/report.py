@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Thresholds, write_text
+from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Policy, write_text
 from stage1_pro.errors import Stage1Error
 from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.plots import training_png
+from stage1_pro.metrics.selective import relative_cost
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
 
 THUMBNAILS = 24
 THUMBNAIL_SIDE = 220
+# Thumbnails of each kind of change: fixed and broken.
+EXAMPLES = 6
 STAGE_NAMES = {"stage_a": "Stage A alone", "stage_b": "Stage B alone", "cascade": "Cascade"}
 WORST_GROUPS = 20
 METRIC_NAMES = {
@@ -27,6 +30,7 @@ METRIC_NAMES = {
     "aurc": "AURC", "nll": "NLL", "brier": "Brier score", "ece": "ECE (calibration)",
     "coverage": "Coverage", "exit_accuracy": "Exit accuracy", "exit_error": "Exit error",
     "fnr_on_exited": "FNR on exits", "deferred_accuracy": "Deferred accuracy",
+    "accuracy_minus_stage_b": "Accuracy minus Stage B's",
 }  # fmt: skip
 # What can rank Stage A's answers, by the metric that says how well.
 RANKINGS = {
@@ -85,9 +89,10 @@ def write_report(
     path: Path | str,
     evaluation: Evaluation,
     *,
-    policy: Thresholds | None,
+    policy: Policy | None,
     pictures: Sequence[Picture],
     mistakes: Sequence[Mapping[str, object]],
+    changes: Sequence[Mapping[str, object]] = (),
     groups: Sequence[Mapping[str, object]],
     image_root: Path,
 ) -> None:
@@ -99,10 +104,16 @@ def write_report(
         policy: the policy they were measured under.
         pictures: in the order to show.
         mistakes: rows of ``mistakes.csv``, the most confident first; the first ones are shown as thumbnails.
+        changes: rows of ``changes.csv``; the first of each effect are shown as thumbnails.
         groups: rows of ``groups.csv``, the most errors first; the first ones with any are shown.
         image_root: folder that their ``file`` is relative to.
     """
     shown = [{**row, "image": _thumbnail(image_root / str(row["file"]))} for row in mistakes[:THUMBNAILS]]
+    examples = [
+        {**row, "image": _thumbnail(image_root / str(row["file"]))}
+        for effect in ("fixed", "broken")
+        for row in [row for row in changes if row["effect"] == effect][:EXAMPLES]
+    ]
     bad = [row for row in groups if row["errors"] or row["missed_positives"]]
     notes: list[str] = []
     html = _page(
@@ -120,6 +131,10 @@ def write_report(
         rankings=_rankings(evaluation),
         exits=_exit_table(evaluation) if policy else [],
         exit_names=[METRIC_NAMES[name] for name in EXITS],
+        effects=evaluation.effects,
+        apart=_apart(evaluation) if policy else "",
+        examples=examples,
+        saved=_saved(evaluation),
         grid=_grid(policy) if policy else [],
         pictures=pictures,
         # Where every row is a group of its own the table would be the mistakes again.
@@ -221,7 +236,7 @@ def _verdict(check: FnrCheck, positive: str) -> str:
         unit, bound = _photos(check.n_positives), "of that rate"
     else:
         unit = f"{check.n_groups} group" + ("" if check.n_groups == 1 else "s")
-        bound = "for a new group to hold any such miss"
+        bound = "of the rate, by whole groups,"
     end = {
         "holds": "Even that bound meets the aim.",
         "not shown": "The rate meets the aim, that bound does not: it takes more test photos to tell.",
@@ -232,6 +247,37 @@ def _verdict(check: FnrCheck, positive: str) -> str:
         f"photos that Stage A answers. Here it missed {check.n_missed} of {check.n_positives} "
         f"({_percent(check.value)}). That rests on {unit}: the {check.level:.0%} upper bound {bound} is "
         f"{_percent(check.upper_bound)}. {end}"
+    )
+
+
+def _apart(evaluation: Evaluation) -> str:
+    """The sentence on the cascade's accuracy against Stage B answering everything."""
+    found = evaluation.measure("accuracy_minus_stage_b")
+    if found.value is None:
+        return ""
+
+    def points(value: float) -> str:
+        return f"{100 * value:+.2f}".replace("-", "−")
+
+    text = (
+        f"The cascade's accuracy minus that of Stage B answering every photo: {points(found.value)} percentage points"
+    )
+    if found.low is None or found.high is None:
+        return f"{text}; {short_note(found.note) or 'no interval'}."
+    return f"{text} ({evaluation.level:.0%} interval {points(found.low)} to {points(found.high)}, paired, by group)."
+
+
+def _saved(evaluation: Evaluation) -> str:
+    """The sentence on what exits save, by blocks alone; empty where the tap is not known."""
+    tap, n_blocks = evaluation.tap, evaluation.n_blocks
+    if tap is None or n_blocks is None or evaluation.n_exited is None:
+        return ""
+    if tap == n_blocks:
+        return "Stage A reads the last block: an exit saves nothing but Stage B's head."
+    cost = float(relative_cost(evaluation.n_exited / evaluation.n_rows, tap, n_blocks))
+    return (
+        f"Stage A ends after {tap} of {n_blocks} blocks, so the cascade ran {_percent(cost)} of the blocks of a full "
+        f"pass: {1 / cost:.2f} times faster at best."
     )
 
 
@@ -314,7 +360,7 @@ def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
     ]
 
 
-def _grid(policy: Thresholds) -> list[dict[str, object]]:
+def _grid(policy: Policy) -> list[dict[str, object]]:
     """The classic grid with the chosen threshold in its place."""
     rows = [row for row in policy.sweep_results if row.grid or row.threshold == policy.exit_threshold]
     chosen = next((i for i, row in enumerate(rows) if not row.grid), None)

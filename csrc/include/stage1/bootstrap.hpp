@@ -71,7 +71,7 @@ struct Moments {
     double third = 0;
 };
 template <Loss L>
-Moments augrc_influence(const Rows<L>& rows, std::size_t n_units);
+Moments augrc_influence(const Rows<L>& rows, std::size_t n_units, double augrc);
 
 // The suite on every resample: out is [replicates, width], width = 1 (AUGRC alone) or fixed_columns and the targets.
 // Stream b gives replicate b, whatever the number of threads. False when interrupted() stopped it (see parallel_for).

@@ -17,6 +17,8 @@ from stage1_pro.artifacts import (
     BundleManifest,
     EngineEntry,
     FileEntry,
+    GateParams,
+    Policy,
     PolicyName,
     PreprocessSpec,
     Provenance,
@@ -36,9 +38,8 @@ from stage1_pro.errors import ArtifactError, InputError
 MANIFEST = "bundle.json"
 LICENCE = "LICENCE-BACKBONE.txt"
 REQUIRED = ("config.json", "splits.json", "metrics.csv")
-# One record per policy; a new policy joins here and in cascade.py.
-Policy = Thresholds
-POLICIES: dict[PolicyName, type[Policy]] = {"softmax": Thresholds}
+# One record per policy; a new policy joins here and in policies/__init__.py.
+POLICIES: dict[PolicyName, type[Policy]] = {"softmax": Thresholds, "gate": GateParams}
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
 # JSON is parsed whole into memory, so a hostile file must not be allowed to be huge.
 _JSON_LIMIT = 64 * 2**20
@@ -58,6 +59,31 @@ class Bundle:
     def graph(self, stage: StageName) -> Path:
         """The ONNX file of one stage."""
         return self.path / self.manifest.stages[stage].onnx
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return self.manifest.classes
+
+    @property
+    def positive(self) -> str:
+        """The class that must not be missed."""
+        return self.manifest.positive
+
+    @property
+    def preprocessing(self) -> PreprocessSpec:
+        """What turns an image into the graphs' input."""
+        return self.manifest.preprocessing
+
+    @property
+    def backbone(self) -> BackboneInfo:
+        """Facts about the backbone."""
+        return self.manifest.backbone
+
+    @property
+    def tap(self) -> int:
+        """Block whose tokens Stage A reads."""
+        return self.manifest.tap
 
 
 def write_bundle(

@@ -6,17 +6,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.data.images import ImageError, preprocess, read_image, upright_rgb
-from stage1_pro.deploy.bundle import Bundle, Policy, load_bundle
+from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
-from stage1_pro.errors import InputError
-from stage1_pro.policies.softmax import confidence, decide, softmax
+from stage1_pro.errors import InputError, need
+from stage1_pro.policies import exit_scores, exits
+from stage1_pro.policies.softmax import confidence, softmax
+
+if TYPE_CHECKING:
+    from stage1_pro.deploy.trained import Trained
 
 ImageLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
 # Far above the rounding between batch shapes (1e-7), far below what anybody calibrates to.
@@ -55,12 +59,12 @@ class Decisions:
 
 
 class Cascade:
-    """A bundle ready to answer.
+    """A bundle, or the model of a run before any export, ready to answer.
 
     >>> decisions = Cascade.load("run/bundle").predict(["a.jpg", "b.jpg"])  # doctest: +SKIP
     """
 
-    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+    def __init__(self, bundle: Bundle | Trained, runtime: Runtime) -> None:
         self.bundle = bundle
         self.runtime = runtime
 
@@ -75,6 +79,26 @@ class Cascade:
         loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         return cls(loaded, load_runtime(loaded, runtime, threads))
 
+    @classmethod
+    def from_run(cls, run: Path | str, *, threads: int = 0) -> Cascade:
+        """The best model of a trained and calibrated run, in torch; decides as its bundle will.
+
+        Args:
+            run: run folder.
+            threads: torch's threads in this process; 0 leaves them as they are.
+
+        Raises:
+            InputError: no such folder, or no exit policy in it.
+            ArtifactError: an incomplete run, or a policy of another model.
+            DependencyError: torch or transformers are missing.
+        """
+        try:
+            from stage1_pro.deploy.trained import TorchRuntime, load_trained
+        except ImportError as error:
+            raise need("train", error.name or "torch") from error
+        trained = load_trained(run)
+        return cls(trained, TorchRuntime(trained.model, threads))
+
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model's input [3, H, W].
 
@@ -85,7 +109,7 @@ class Cascade:
             ImageError: it cannot be read as an image.
             InputError: it is none of these kinds.
         """
-        return preprocess(_open(image), self.bundle.manifest.preprocessing)
+        return preprocess(_open(image), self.bundle.preprocessing)
 
     def predict(self, images: Iterable[ImageLike], batch_size: int = 32) -> Decisions:
         """Decide for images in order, ``batch_size`` at a time; any batch size gives the same decisions.
@@ -105,20 +129,27 @@ class Cascade:
         while batch := [self.pixels(image) for image in islice(iterator, batch_size)]:
             parts.append(self.decide(np.stack(batch)))
         if not parts:
-            spec = self.bundle.manifest.preprocessing
+            spec = self.bundle.preprocessing
             return self.decide(np.empty((0, 3, spec.height, spec.width), dtype=np.float32))
         columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Decisions)}
         return Decisions(**columns)
 
-    def decide(self, pixels: NDArray[np.float32]) -> Decisions:
-        """Decide for preprocessed images [N, 3, H, W] as one batch; N may be 0."""
-        classes = self.bundle.manifest.classes
+    def decide(self, pixels: NDArray[np.float32], *, exited: NDArray[np.bool_] | None = None) -> Decisions:
+        """Decide for preprocessed images as one batch.
+
+        Args:
+            pixels: [N, 3, H, W]; N may be 0.
+            exited: [N], which rows exit instead of those the policy names, to measure costs; the policy is asked
+                all the same, so that a forced batch costs what any other does.
+        """
+        classes = self.bundle.classes
         if len(pixels) == 0:
-            first: Arrays = {"logits": np.empty((0, len(classes)), dtype=np.float32)}
+            first: Arrays = {"logits": np.empty((0, len(classes)), np.float32), "gate_logit": np.empty(0, np.float32)}
         else:
             first = self._stage_a(pixels)
         probs = softmax(first["logits"])
-        exited = exits(self.bundle.policy, probs)
+        asked = exits(self.bundle.policy, probs, first.get("gate_logit"))
+        exited = asked if exited is None else exited
         deferred = np.flatnonzero(~exited)
         if len(deferred):
             hidden = np.ascontiguousarray(first["hidden"][deferred])
@@ -128,7 +159,7 @@ class Cascade:
         best, sure = np.argmax(probs, axis=1), confidence(probs)
         return Decisions(
             label=np.where(answered, np.asarray(classes, dtype=np.str_)[best], ""),
-            prob=np.where(answered, probs[:, classes.index(self.bundle.manifest.positive)], np.nan),
+            prob=np.where(answered, probs[:, classes.index(self.bundle.positive)], np.nan),
             confidence=np.where(answered, sure, np.nan),
             stage=np.where(answered, np.where(exited, "A", "B"), ""),
             exited=exited & answered,
@@ -139,16 +170,11 @@ class Cascade:
         if len(pixels) == 1:
             # One row goes through other kernels than several do and differs by 1e-7, which would decide
             # differently for the very image that a threshold was put on. There it is run as two rows.
-            sure = float(confidence(softmax(outputs["logits"]))[0])
-            if abs(sure - self.bundle.policy.exit_threshold) < _NEAR:
+            sure = exit_scores(self.bundle.policy, softmax(outputs["logits"]), outputs.get("gate_logit"))
+            if abs(float(sure[0]) - self.bundle.policy.exit_threshold) < _NEAR:
                 twice = self.runtime.run("stage_a", {"pixels": np.repeat(pixels, 2, axis=0)})
                 return {name: value[:1] for name, value in twice.items()}
         return outputs
-
-
-def exits(policy: Policy, probs: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows Stage A answers under a bundle's policy; rows with NaN never exit. [N, K] → [N]."""
-    return decide(probs, policy)
 
 
 def _open(image: ImageLike) -> Image.Image:

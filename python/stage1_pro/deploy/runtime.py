@@ -1,8 +1,9 @@
-"""What executes a bundle's stages: one ``run`` whatever is behind it. No torch, no transformers."""
+"""What executes a model's stages: one ``run`` whatever is behind it. Importing it loads no torch, no transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ Arrays = dict[str, NDArray[np.float32]]
 
 
 class Runtime(Protocol):
-    """Executes the stages of one bundle."""
+    """Executes the stages of one bundle or run."""
 
     name: str
 
@@ -42,6 +43,7 @@ class OnnxRuntime:
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         if threads < 0:
             raise InputError(f"threads must be 0 (all cores) or more, got {threads}")
+        self.bundle, self.threads = bundle, threads
         self._sessions = {stage: _session(bundle, stage, threads) for stage in bundle.manifest.stages}
 
     def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
@@ -59,7 +61,16 @@ class OnnxRuntime:
         return self.run("stage_b", {"hidden": hidden})["logits"]
 
 
-RUNTIMES: dict[str, Callable[[Bundle, int], Runtime]] = {"onnxruntime": OnnxRuntime}
+def _torch(bundle: Bundle, threads: int) -> Runtime:
+    """Torch runs a run's own model (``Cascade.from_run``): a bundle holds graphs, and no weights torch could load."""
+    del threads
+    raise InputError(
+        f"runtime must be onnxruntime for the bundle {bundle.path}, got 'torch', which needs the run's checkpoint; "
+        "use Cascade.from_run(RUN) or --run RUN instead"
+    )
+
+
+RUNTIMES: dict[str, Callable[[Bundle, int], Runtime]] = {"onnxruntime": OnnxRuntime, "torch": _torch}
 
 
 def load_runtime(bundle: Bundle, name: str = "onnxruntime", threads: int = 0) -> Runtime:
@@ -69,18 +80,34 @@ def load_runtime(bundle: Bundle, name: str = "onnxruntime", threads: int = 0) ->
     return RUNTIMES[name](bundle, threads)
 
 
-def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.InferenceSession:
+def open_session(graph: Path, threads: int = 0, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    """A graph in onnxruntime on the CPU, with the options everything of this package is served and measured with.
+
+    Args:
+        graph: ONNX file.
+        threads: threads inside an operator; 0 = as many as there are cores.
+        profile: prefix of a file to write the time of every operator to; ``end_profiling()`` finishes it.
+
+    Raises:
+        ArtifactError: onnxruntime cannot load it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # The two sessions take turns with image decoding; idle threads that spin took 70% longer on two cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    graph = bundle.graph(stage)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a kind of its own per status code
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ArtifactError(f"{graph.name} must be a graph onnxruntime can load, got: {reason}") from None
+
+
+def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.InferenceSession:
+    graph = bundle.graph(stage)
+    session = open_session(graph, threads)
     entry = bundle.manifest.stages[stage]
     found = shapes(session.get_inputs()), shapes(session.get_outputs())
     if found != (entry.inputs, entry.outputs):

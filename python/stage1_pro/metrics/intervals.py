@@ -13,8 +13,9 @@ Where no resample can help (no error at all, nobody exits) the interval is Clopp
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -112,15 +113,16 @@ def bootstrap(
     independent are far too narrow. The same seed gives the same bits for any number of threads and any row order.
 
     Stated answers: a metric that is undefined on the rows is NaN and its note says why. No error among the rows that a
-    metric speaks of (or nothing but errors, or nobody or everybody exits): Clopper and Pearson's bound over rows, or
-    over groups of which one counts as wrong when any of its rows is. One row or group, or replicates that are all
-    equal: NaN ends, never a zero-width interval.
+    metric speaks of (or nothing but errors, or nobody or everybody exits): Clopper and Pearson's bound over rows, also
+    for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size that bounds
+    the share of groups, which the share of rows can exceed (the note says so). Otherwise one row or group, replicates
+    that are all equal, or no variance: NaN ends. An interval without width says so.
 
     Args:
         probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
         labels: [N] class indices 0..K-1.
         confidence: [N], higher is surer; the largest probability by default.
-        threshold: a row exits iff its confidence is at or above it.
+        threshold: a row exits iff its confidence is at or above it; both are compared as float64.
         groups: [N] names or numbers of the independent units; None = every row is one.
         metrics: "all", or names.
         n_replicates: resamples.
@@ -203,7 +205,15 @@ def compare(
         raise InputError(
             f"method must be bca or percentile for a difference, got '{method}'; a difference has no logit"
         )
-    limits = threshold if isinstance(threshold, tuple) else (threshold, threshold)
+    limits = threshold if isinstance(threshold, tuple | list) else (threshold, threshold)
+    if len(limits) != 2 or not isinstance(confidence, tuple | list) or len(confidence) != 2:
+        raise InputError(
+            "confidence and threshold must be pairs, one of each model; threshold may be one number for both"
+        )
+    if _n_classes(a) != _n_classes(b):
+        raise InputError(
+            f"a and b must have the same classes, got {_n_classes(a)} and {_n_classes(b)} columns; give both the same"
+        )
     pairs = [
         _columns(probs, labels, sure, limit, positive)
         for probs, sure, limit in zip((a, b), confidence, limits, strict=True)
@@ -227,6 +237,9 @@ def bootstrap_augrc(
     method: Method = "bca",
 ) -> Interval:
     """AUGRC with its interval: ``bootstrap_errors`` for this metric alone, the fastest there is.
+
+    Where fewer than one row in 256 is wrong and there are no groups, runs of right and wrong rows are resampled as
+    cells: other resamples than those of the whole suite, from the same law.
 
     Args:
         confidence: [N], higher is surer.
@@ -276,16 +289,21 @@ def clopper_pearson_lower(k: int, n: int, level: float = 0.95) -> float:
 # ---------------------------------------------------------------------------------------------- what is measured
 
 
+def _n_classes(probs: ArrayLike) -> int:
+    values = np.asarray(probs)
+    return 2 if values.ndim == 1 else values.shape[-1]
+
+
 def _columns(
     probs: ArrayLike, labels: ArrayLike, confidence: ArrayLike | None, threshold: float | None, positive: int | None
 ) -> tuple[_native.Columns, NDArray[np.int64]]:
     """Rows of one model from probabilities, and the labels."""
     values = np.asarray(probs)
-    if values.ndim == 1:
+    if values.ndim == 1 and values.dtype.kind in "biuf":
         values = np.stack([1 - values, values], axis=1)
     values, truth = check_probabilities(values, labels)
     n_classes = values.shape[1]
-    if positive is not None and not 0 <= positive < n_classes:
+    if positive is not None and (not isinstance(positive, int | np.integer) or not 0 <= positive < n_classes):
         raise InputError(f"positive must be a class index 0 to {n_classes - 1}, got {positive}; number it by columns")
     answered, highest = largest(values)
     sure = highest if confidence is None else confidence
@@ -299,14 +317,18 @@ def _columns(
         missed=None if is_positive is None else is_positive & (answered != wanted),
         nll=nll_rows(values, truth),
         brier=brier_rows(values, truth),
+        brier_top=1.0 if n_classes == 2 else 2.0,
         threshold=_threshold(threshold),
     ), truth
 
 
 def _threshold(threshold: float | None) -> float | None:
-    if threshold is not None and math.isnan(threshold):
-        raise InputError("threshold must be a number, got NaN; leave it out to measure no exits")
-    return threshold
+    if threshold is None:
+        return None
+    if not isinstance(threshold, int | float | np.number) or math.isnan(float(threshold)):
+        shown = "NaN" if isinstance(threshold, float) else repr(threshold)
+        raise InputError(f"threshold must be a number, got {shown}; leave it out to measure no exits")
+    return float(threshold)
 
 
 def metric_names(*, probabilities: bool = True, exits: bool = True, fnr: bool = True) -> list[str]:
@@ -329,6 +351,7 @@ def _wanted(metrics: str | Sequence[str], columns: _native.Columns) -> list[str]
         if metrics == "all":
             return known
         metrics = [metrics]
+    metrics = [str(name) for name in metrics]
     if not metrics:
         raise InputError('metrics must name at least one metric, got none; "all" measures every one')
     for name in metrics:
@@ -347,12 +370,9 @@ def _wanted(metrics: str | Sequence[str], columns: _native.Columns) -> list[str]
 def _target(name: str) -> float | None:
     """The coverage or risk in a metric's name; None when it has none."""
     for prefix, low in ((_COVERAGE, 0.0), (_RISK, -1.0)):
-        if name.startswith(prefix):
-            try:
-                value = float(name[len(prefix) :])
-            except ValueError:
-                return None
-            return value if low < value <= 1 and value >= 0 else None
+        text = name.removeprefix(prefix)
+        if text != name and re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?", text):
+            return float(text) if low < float(text) <= 1 else None
     return None
 
 
@@ -378,7 +398,7 @@ def _intervals(
     coverages = [_target(name) or 0.0 for name in names if name.startswith(_COVERAGE)]
     risks = [_target(name) or 0.0 for name in names if name.startswith(_RISK)]
     if not set(names) & set(_PROBABILITIES):
-        models = [_native.Columns(m.confidence, m.error, m.positive, m.missed, threshold=m.threshold) for m in models]
+        models = [replace(model, nll=None, brier=None) for model in models]
     suite = _native.Suite(models, groups=groups, strata=strata, coverages=coverages, risks=risks)
     columns = [*_native.SUITE]
     columns += [f"{_COVERAGE}{share!r}" for share in coverages] + [f"{_RISK}{limit!r}" for limit in risks]
@@ -398,6 +418,8 @@ def _intervals(
             _Measured.of(name, ranked, value[place[name]], replicates[:, place[name]], suite.sizes)
             for ranked, value, replicates in zip(suite.models, values, drawn, strict=True)
         ]
+        if name == "brier":
+            measured = [replace(one, top=models[0].brier_top) for one in measured]
         one = measured[0] if len(measured) == 1 else measured[0].minus(measured[1])
         found[name] = one.interval(level, "percentile" if name in stepwise else method, unit)
     return Intervals(found, n_rows=n, n_units=suite.n_units, unit=unit)
@@ -432,6 +454,8 @@ def _augrc_interval(
         (drawn.second, drawn.third),
         _Events.among(losses, cluster, None),
         n_units,
+        top=_TOP["augrc"],
+        scale=drawn.value,
     )
     return Intervals({"augrc": measured.interval(level, method, unit)}, n_rows=losses.size, n_units=n_units, unit=unit)
 
@@ -443,13 +467,15 @@ def _augrc_interval(
 class _Events:
     """How many independent units hold an event that a metric counts, of how many it speaks of.
 
-    ``all`` says that every row is one, for a bound from the other side.
+    ``all`` says that every row is one, for a bound from the other side; ``uneven`` that units hold unlike numbers of
+    the rows that the metric speaks of.
     """
 
     wrong: int
     units: int
     none: bool
     all: bool
+    uneven: bool = False
 
     @classmethod
     def among(
@@ -460,8 +486,9 @@ class _Events:
             hit, unit = hit[rows], None if unit is None else unit[rows]
         if unit is None:
             return cls(int(np.count_nonzero(hit)), hit.size, not hit.any(), bool(hit.size and hit.min() == 1))
-        wrong = np.unique(unit[hit > 0]).size
-        return cls(wrong, np.unique(unit).size, not hit.any(), bool(hit.size and hit.min() == 1))
+        wrong, (names, rows_of) = np.unique(unit[hit > 0]).size, np.unique(unit, return_counts=True)
+        uneven = bool(names.size and rows_of.min() != rows_of.max())
+        return cls(wrong, names.size, not hit.any(), bool(hit.size and hit.min() == 1), uneven)
 
 
 @dataclass(frozen=True)
@@ -469,7 +496,8 @@ class _Measured:
     """One metric of the rows and of their resamples, and what its interval can be made from.
 
     ``moments``: sums of squares and cubes of the units' influences; None for stepwise metrics. ``events``: what it
-    counts; None for means of other things. ``influence`` [units], for differences.
+    counts; None for means of other things. ``influence`` [units], for differences. The metric lies in [0, ``top``];
+    ``scale`` is what its rounding is relative to.
     """
 
     name: str
@@ -480,6 +508,8 @@ class _Measured:
     n_units: int
     influence: NDArray[np.float64] | None = None
     difference: bool = False
+    top: float = 1.0
+    scale: float = 0.0
 
     @classmethod
     def of(
@@ -497,7 +527,8 @@ class _Measured:
         moments = None if influence is None else _moments(influence)
         grouped = unit if unit is not None and n_units < unit.size else None
         events = None if hit is None else _Events.among(hit, grouped, rows)
-        return cls(name, float(value), replicates, moments, events, n_units, influence)
+        top = _TOP.get(name, 1.0)
+        return cls(name, float(value), replicates, moments, events, n_units, influence, top=top, scale=abs(value))
 
     def minus(self, other: _Measured) -> _Measured:
         moments = None
@@ -515,6 +546,7 @@ class _Measured:
             events,
             self.n_units,
             difference=True,
+            scale=self.scale + other.scale,
         )
 
     def interval(self, level: float, method: str, unit: str) -> Interval:
@@ -527,10 +559,15 @@ class _Measured:
                 return bound
         defined = self.replicates[~np.isnan(self.replicates)]
         std = float(defined.std(ddof=1)) if defined.size > 1 else nan
+        # Sums in another order differ by so much; what is closer is the same number.
+        close = 1e-11 * self.scale
         reason = ""
         if self.n_units == 1:
             reason = f"1 {unit[:-1]} cannot be resampled"
-        elif method != "logit" and (defined.size == 0 or defined.min() == defined.max()):
+        elif method == "logit":
+            if self.moments is None or math.sqrt(self.moments[0]) <= close or not 0 < self.value < self.top:
+                reason = "its standard error is 0"
+        elif defined.size == 0 or defined.max() - defined.min() <= close:
             reason = "all replicates are equal" if defined.size else "it is undefined in every resample"
         if reason:
             return Interval(self.value, nan, nan, nan, level, "none", f"no interval: {reason}", self.replicates)
@@ -542,14 +579,18 @@ class _Measured:
             assert self.moments is not None
             # The sum of squares takes the units' mean as known; a factor mends that where they are few.
             error = math.sqrt(self.moments[0] * self.n_units / (self.n_units - 1))
-            low, high = _on_logit_scale(self.value, error, level, _TOP.get(self.name, 1.0))
+            low, high = _on_logit_scale(self.value, error, level, self.top)
             return Interval(self.value, error, low, high, level, method, note, self.replicates)
         tails = (1 - level) / 2, (1 + level) / 2
         if method == "bca" and self.moments is not None:
-            tails = _bca_tails(self.value, defined, self.moments, tails)
+            tails = _bca_tails(self.value, defined, self.moments, tails, close)
         else:
             method = "percentile"
         low, high = np.quantile(defined, tails)
+        if high - low <= close:
+            # Replicates differ, but most pile up on one value, such as a coverage of 1.
+            share = np.count_nonzero(np.abs(defined - low) <= close) / defined.size
+            note = "; ".join(filter(None, [note, f"no width: {share:.1%} of the resamples give this value"]))
         return Interval(self.value, std, float(low), float(high), level, method, note, self.replicates)
 
     def _bound(self, events: _Events, level: float, unit: str) -> Interval | None:
@@ -566,7 +607,10 @@ class _Measured:
             if high == 0:
                 return None
         what = "no" if events.none else "nothing but"
-        note = f"{what} {_EVENTS.get(self.name, 'errors')} in {events.units} {unit}: Clopper-Pearson, not a bootstrap"
+        note = f"{what} {_EVENTS.get(self.name, 'errors')} in {_count(events.units, unit)}: "
+        note += "Clopper-Pearson, not a bootstrap"
+        if events.uneven:
+            note += "; groups of unlike size, so it bounds the share of groups"
         return Interval(self.value, math.nan, low, high, level, "clopper-pearson", note, self.replicates)
 
     def _caution(self, unit: str) -> str:
@@ -579,6 +623,11 @@ class _Measured:
         if unit == "groups" and self.n_units < FEW_GROUPS:
             notes.append(f"only {self.n_units} groups")
         return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
+
+
+def _count(n: int, unit: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{n} {unit[:-1] if n == 1 else unit}"
 
 
 def _moments(influence: NDArray[np.float64]) -> tuple[float, float]:
@@ -668,11 +717,15 @@ def _on_logit_scale(value: float, error: float, level: float, top: float) -> tup
 
 
 def _bca_tails(
-    value: float, replicates: NDArray[np.float64], moments: tuple[float, float], tails: tuple[float, float]
+    value: float,
+    replicates: NDArray[np.float64],
+    moments: tuple[float, float],
+    tails: tuple[float, float],
+    close: float,
 ) -> tuple[float, float]:
-    """Shift the two tail probabilities for bias and skewness (Efron 1987)."""
+    """Shift the two tail probabilities for bias and skewness (Efron 1987); what is within ``close`` is a tie."""
     n = replicates.size
-    below = (np.count_nonzero(replicates < value) + np.count_nonzero(replicates <= value)) / (2 * n)
+    below = (np.count_nonzero(replicates < value - close) + np.count_nonzero(replicates <= value + close)) / (2 * n)
     # A value outside all its replicates has no finite normal score; half a replicate is as far as they can tell.
     bias = float(ndtri(min(max(below, 0.5 / n), 1 - 0.5 / n)))
     second, third = moments
@@ -687,7 +740,7 @@ def _bca_tails(
 
 
 def _check_level(level: float) -> None:
-    if not 0 < level < 1:
+    if not isinstance(level, int | float | np.number) or not 0 < level < 1:
         raise InputError(f"level must be in (0, 1), got {level}; 0.95 is usual")
 
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.metrics.intervals import Interval
 from stage1_pro.metrics.probabilistic import calibration_bins
-from stage1_pro.metrics.selective import risk_coverage
+from stage1_pro.metrics.selective import relative_cost, risk_coverage
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
 SIZE = (5.4, 3.5)
@@ -212,6 +212,94 @@ def confidence_png(confidence: ArrayLike, correct: ArrayLike, *, threshold: floa
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.set_ylim(bottom=0)
     _percent(axes, x=True)
+    _legend(axes)
+    return _png(figure)
+
+
+def speedup_png(
+    measured: Mapping[str, Sequence[tuple[float, float, float, float]]], *, tap: int, n_blocks: int
+) -> bytes:
+    """Draw how many times faster than a full pass the cascade is at each exit rate, beside what blocks alone allow.
+
+    Args:
+        measured: name of a line to its points: exit rate, speed-up, and its lower and upper quartile.
+        tap: block that Stage A ends with.
+        n_blocks: blocks of a full pass.
+    """
+    figure, axes = _canvas("exit rate: share of rows answered by Stage A", "speed-up over one full pass")
+    rates = np.linspace(0, 1, 101)
+    axes.plot(
+        rates, 1 / relative_cost(rates, tap, n_blocks), color=GREY, linestyle="--", linewidth=1.5,
+        label=f"ideal: blocks only, tap {tap} of {n_blocks}",
+    )  # fmt: skip
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    styles = zip((BLUE, VERMILION, GREEN, ORANGE), ("o", "s", "^", "D"), strict=True)
+    for (name, points), (color, marker) in zip(measured.items(), list(styles) * len(measured), strict=False):
+        x, middle, low, high = np.array(sorted(points), np.float64).T
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(x, middle, color=color, marker=marker, markersize=4, linewidth=1.5, label=name)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(bottom=0)
+    _percent(axes, x=True)
+    _legend(axes)
+    return _png(figure)
+
+
+def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, *, bins: int = 10) -> bytes:
+    """Draw which share exits in bins of about as many rows each, from least to most sure, and Stage A's accuracy there.
+
+    Args:
+        confidence: of Stage A's answer [N], N >= 1.
+        exited: bool [N].
+        correct: bool [N], whether Stage A is right.
+        bins: at most so many; rows of equal confidence share one.
+    """
+    sure, out, right = np.asarray(confidence, np.float64), np.asarray(exited, bool), np.asarray(correct, bool)
+    edges = np.unique(np.quantile(sure, np.linspace(0, 1, bins + 1)[1:-1], method="higher"))
+    place = np.searchsorted(edges, sure, side="right")
+    shown = np.unique(place)
+    x, count = np.arange(shown.size), np.bincount(place)[shown]
+    rate, accuracy = (np.bincount(place, weights=of)[shown] / count for of in (out, right))
+    figure, axes = _canvas("confidence of Stage A: bins from least to most sure (rows)", "share")
+    axes.bar(x, rate, width=0.8, color=BLUE, alpha=0.45, label="exits at Stage A")
+    axes.plot(x, accuracy, color=VERMILION, marker="D", markersize=5, linewidth=1, label="Stage A is right")
+    names = [f"{sure[place == one].min():.3f}\n{sure[place == one].max():.3f}" for one in shown]
+    axes.set_xticks(x, [f"{name}\n({n})" for name, n in zip(names, count, strict=True)], fontsize=7)
+    axes.set_ylim(0, 1.04)
+    _percent(axes, y=True)
+    _legend(axes)
+    return _png(figure)
+
+
+def cost_risk_png(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    point: tuple[float, float] | None = None,
+    stage_b: tuple[float, float] | None = None,
+) -> bytes:
+    """Draw the share of wrong answers against the share of a full pass's blocks, over all thresholds of each tap.
+
+    Args:
+        curves: name of a tap to its costs and risks, each [M].
+        point: (cost, risk) of the policy to mark.
+        stage_b: (cost, risk) of Stage B answering everything.
+    """
+    figure, axes = _canvas("blocks run, as a share of a full pass", "share of wrong answers")
+    styles = zip((BLUE, GREEN, ORANGE, GREY), ("-", "--", "-.", ":"), strict=True)
+    top = 0.0
+    for (name, (cost, risk)), (color, dash) in zip(curves.items(), list(styles) * len(curves), strict=False):
+        x, y = np.asarray(cost, np.float64), np.asarray(risk, np.float64)
+        shown = np.unique(np.linspace(0, x.size - 1, CURVE_POINTS).round().astype(int))
+        axes.plot(x[shown], y[shown], color=color, linestyle=dash, linewidth=2, label=name)
+        top = max(top, float(y.max()))
+    marks = (("policy", point, "D", VERMILION), ("Stage B alone", stage_b, "s", "black"))
+    for name, mark, shape, color in marks:
+        if mark is not None:
+            axes.plot(*mark, shape, color=color, markersize=8, label=f"{name}: {mark[1]:.2%} wrong")
+            top = max(top, mark[1])
+    axes.set_xlim(right=1.03)
+    axes.set_ylim(0, max(top * 1.15, 0.01))
+    _percent(axes, x=True, y=True)
     _legend(axes)
     return _png(figure)
 

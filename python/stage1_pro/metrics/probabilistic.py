@@ -166,7 +166,10 @@ def _answers(predicted: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDA
 
 def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Give probabilities [N, K] and labels [N] that can be trusted; raise InputError naming the first wrong row."""
-    values, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    try:
+        values, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    except (ValueError, TypeError):
+        raise InputError("probs must be numbers [N, K] in rows of one length, got something else") from None
     if values.ndim != 2 or values.shape[1] < 2:
         raise InputError(
             f"probs must have shape [N, K] with K at least 2, got {list(values.shape)}; one column per class"
@@ -182,7 +185,8 @@ def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np
             f"labels must be class indices 0 to {values.shape[1] - 1}, got {truth[row]} at row {row}; "
             "number the classes in the order of the columns"
         )
-    off = (_across(np.minimum, values) < 0) | (np.abs(_across(np.add, values) - 1) > 1e-3)
+    with np.errstate(invalid="ignore"):
+        off = (_across(np.minimum, values) < 0) | ~(np.abs(_across(np.add, values) - 1) <= 1e-3)
     if off.any():
         row = int(off.argmax())
         raise InputError(

@@ -44,6 +44,52 @@ class OperatingPoint:
     selective_risk: float
 
 
+def relative_cost(exit_rate: ArrayLike, tap: int, n_blocks: int) -> NDArray[np.float64]:
+    """The cascade's blocks over those of a full pass, in [k/L, 1]; lower is better. Its inverse is the ideal speed-up.
+
+    k/L + (1 - exit rate)(1 - k/L): every row pays the blocks up to the tap, deferred ones the others as well.
+
+    Args:
+        exit_rate: share of rows that exit, in [0, 1]; any shape, which the result has too.
+        tap: block k that Stage A ends with, 1..L.
+        n_blocks: L.
+
+    Raises:
+        InputError: a tap that is none of the blocks.
+    """
+    if not 1 <= tap <= n_blocks:
+        raise InputError(f"tap must be a block from 1 to {n_blocks}, got {tap}; count from 1")
+    share = tap / n_blocks
+    cost: NDArray[np.float64] = share + (1 - np.asarray(exit_rate, np.float64)) * (1 - share)
+    return cost
+
+
+def cascade_risks(
+    confidence: ArrayLike, error_a: ArrayLike, error_b: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Exit rate and risk of the cascade's answers at every threshold, from nobody exits to everybody: two arrays [M].
+
+    Rows at or above a threshold are answered by Stage A, the others by Stage B; a tie group exits whole.
+
+    Args:
+        confidence: [N], N >= 1, what exits are decided by; higher exits first.
+        error_a: [N] in [0, 1] of Stage A's answers.
+        error_b: [N] of Stage B's.
+
+    Raises:
+        InputError: other lengths, NaN, or no row.
+    """
+    sure, first = _native.rows(confidence, error_a)
+    _, second = _native.rows(confidence, error_b)
+    order = np.argsort(-sure, kind="stable")
+    ranked = sure[order]
+    ends = np.append(np.flatnonzero(ranked[1:] < ranked[:-1]) + 1, ranked.size)
+    exits = np.concatenate([[0], ends])
+    before_a, before_b = (np.concatenate([[0.0], np.cumsum(e[order], dtype=np.float64)]) for e in (first, second))
+    risk = (before_a[exits] + before_b[-1] - before_b[exits]) / ranked.size
+    return exits / ranked.size, risk
+
+
 def augrc(
     confidence: ArrayLike, error: ArrayLike, *, weights: ArrayLike | None = None, nan_policy: NanPolicy = "raise"
 ) -> float:

@@ -1,9 +1,32 @@
-"""Statistics that policies share: exact binomial bounds on integer counts, with the group as the unit."""
+"""Certified thresholds: exact binomial tests on integer counts, with the group as the unit. NumPy only.
+
+A certificate says: with probability at least 1 - delta over the draw of the certify rows, the risk of *this* threshold
+is at most alpha (and its coverage at least so much). It is found by testing thresholds in an order that was frozen
+before the certify rows were looked at (fixed-sequence testing; Angelopoulos et al., Learn then Test, 2110.01052), or it
+is refused: "infeasible" is a result, with its reason, the smallest risk that could be certified and the rows needed.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import betainc, gammaln, ndtri
+
+from stage1_pro.artifacts import CertificateRecord, RiskRecord
+from stage1_pro.errors import InputError, NotReachableError, nearest
+from stage1_pro.metrics.intervals import clopper_pearson_upper
+
+Method = Literal["ltt_fst"]
+Condition = Literal["exit", "exit&y=1"]
+Unit = Literal["rows", "groups"]
+# Beyond this many trials the normal approximation plans as well as the exact sum, to a fraction of a percent.
+_EXACT_TRIALS = 200_000
 
 
 def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple[int, int]:
@@ -23,3 +46,831 @@ def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple
     hit: NDArray[np.bool_] = np.zeros(int(member.max(initial=-1)) + 1, dtype=bool)
     hit[member[wrong]] = True
     return int(hit.sum()), hit.size
+
+
+# -------------------------------------------------------------------------------- p-values and sequences
+
+
+def risk_p_value(errors: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    """P(Bin(m, alpha) <= k): the exact p-value of "the risk is above alpha", in [0, 1]; small is evidence against.
+
+    Super-uniform under that hypothesis given m, so a random number of accepted rows is fine (Learn then Test,
+    2110.01052, on 0/1 losses). No trial gives 1. Counts are integers: k from a float mean is off by one often.
+
+    Args:
+        errors: k, integers of any shape.
+        trials: m, integers of the same shape.
+        alpha: inside (0, 1).
+    """
+    k, m = _counts("errors", errors, "trials", trials)
+    _check_share("alpha", alpha)
+    return _binomial_cdf(k, m, alpha)
+
+
+def coverage_p_value(accepted: ArrayLike, n: ArrayLike, min_coverage: float) -> NDArray[np.float64]:
+    """P(Bin(n, c0) >= N): the exact p-value of "the coverage is below c0", in [0, 1]; small is evidence against.
+
+    Args:
+        accepted: N, integers of any shape.
+        n: all rows or groups, integers of the same shape.
+        min_coverage: c0, inside (0, 1).
+    """
+    count, total = _counts("accepted", accepted, "n", n)
+    _check_share("min_coverage", min_coverage)
+    return np.where(count > 0, betainc(np.maximum(count, 1), total - count + 1.0, min_coverage), 1.0)
+
+
+def fixed_sequence(p_values: ArrayLike, delta: float) -> int:
+    """How many hypotheses are rejected: those before the first p-value above ``delta``, each tested at the full delta.
+
+    The chance that any of them is true is at most delta when the order was frozen before the data were seen (Maurer,
+    Hothorn & Lehmacher 1995; fixed-sequence testing in Learn then Test). A NaN p-value counts as 1.
+
+    Args:
+        p_values: [T] in the order of testing.
+        delta: inside (0, 1).
+    """
+    _check_share("delta", delta)
+    failed = np.flatnonzero(~(np.asarray(p_values, dtype=np.float64) <= delta))
+    return int(failed[0]) if failed.size else np.size(p_values)
+
+
+# From p-values in the order of testing to the number of them, from the front, that may be relied on.
+_METHODS: dict[Method, Callable[[ArrayLike, float], int]] = {"ltt_fst": fixed_sequence}
+
+
+def _binomial_cdf(k: NDArray[np.float64], m: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+    """P(Bin(m, alpha) <= k), also between integers; the regularised beta function, exact to rounding."""
+    inside = k < m
+    return np.asarray(
+        np.where(inside, betainc(np.where(inside, m - k, 1.0), k + 1.0, 1 - alpha), 1.0), dtype=np.float64
+    )
+
+
+# -------------------------------------------------------------------------------- the certificate
+
+
+@dataclass(frozen=True)
+class Risk:
+    """A risk to hold below ``alpha``: the share of errors among the accepted rows that are trials.
+
+    ``errors`` and ``trials`` are bool [N]; an error that is no trial does not count. ``trials`` None: every row is one.
+    """
+
+    name: str
+    alpha: float
+    errors: NDArray[np.bool_]
+    trials: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class RiskCounts:
+    """What one risk came to at a threshold: integer counts, the bound at level 1 - delta, and the p-value."""
+
+    name: str
+    alpha: float
+    trials: int
+    errors: int
+    bound: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certified threshold, or why there is none.
+
+    Counts, coverage and bounds are those at ``threshold``; of an infeasible one those at the first candidate, which is
+    where it failed. ``alpha``, ``errors``, ``trials`` and ``risk_bound`` are of the first risk; ``risks`` has all.
+    """
+
+    feasible: bool
+    threshold: float | None  # accept iff score >= it
+    coverage: float | None  # accepted units / units
+    risk_bound: float | None
+    min_certifiable_alpha: float | None  # the smallest one that would have passed; None when the coverage failed
+    coverage_there: float | None
+    reason: str
+    candidates: NDArray[np.float64]  # tested thresholds, up to the first that failed
+    p_values: NDArray[np.float64]
+    guarantee: str
+    assumptions: tuple[str, ...]
+    n: int
+    accepted: int
+    risks: tuple[RiskCounts, ...]
+    unit: Unit
+    method: Method
+    delta: float
+    min_coverage: float | None
+    seed: int
+    plan: Callable[[], int | None] = field(repr=False, compare=False)
+
+    @cached_property
+    def n_needed(self) -> int | None:
+        """Units for 90% power if errors are as seen here; None when feasible, or when no number would do."""
+        return None if self.feasible else self.plan()
+
+    @property
+    def alpha(self) -> float:
+        """What the first risk was to stay below."""
+        return self.risks[0].alpha
+
+    @property
+    def trials(self) -> int:
+        """Units that the first risk is a share of."""
+        return self.risks[0].trials
+
+    @property
+    def errors(self) -> int:
+        """Errors among them."""
+        return self.risks[0].errors
+
+
+def certify_threshold(
+    scores: ArrayLike,
+    errors: ArrayLike,
+    *,
+    alpha: float,
+    delta: float,
+    min_coverage: float | None = None,
+    candidates: ArrayLike | None = None,
+    method: Method = "ltt_fst",
+    condition: Condition = "exit",
+    labels: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    unit: Literal["auto", "rows", "groups"] = "auto",
+    seed: int = 0,
+    rows_independent: bool = False,
+) -> Certificate:
+    """Find the laxest threshold whose risk is at most ``alpha`` with probability 1 - ``delta``, or why there is none.
+
+    See ``certify`` for how; this is its form for one risk.
+
+    Args:
+        scores: [N], higher is surer; NaN is never accepted.
+        errors: [N] of 0 and 1.
+        alpha: largest risk, inside (0, 1).
+        delta: largest chance that the certificate is false, inside (0, 1).
+        min_coverage: least coverage that is certified along with the risk, inside (0, 1).
+        candidates: [T] thresholds in the order of testing, from other rows (``order_candidates``); ranks when None.
+        method: ``ltt_fst``, fixed-sequence testing.
+        condition: ``exit``: risk = P(error | accept); ``exit&y=1``: P(error | accept, y = 1), from positives alone.
+        labels: [N] of 0 and 1, for ``exit&y=1``.
+        groups: [N] clip or track of every row.
+        unit: what is counted: groups where rows share one (``auto``), or rows, which needs ``rows_independent``.
+        seed: of the row that speaks for its group.
+        rows_independent: the caller states that rows of one group are independent.
+
+    Raises:
+        InputError: an argument is not what it must be.
+    """
+    trials = None
+    if condition == "exit&y=1":
+        if labels is None:
+            raise InputError(
+                "labels must be given for condition 'exit&y=1', got None; they say which rows are positive"
+            )
+        trials = _zero_one("labels", labels, np.size(scores))
+    elif condition != "exit":
+        raise InputError(f"condition must be 'exit' or 'exit&y=1', got '{condition}'")
+    risk = Risk(
+        "error on accepted rows" if trials is None else "error on accepted positives",
+        alpha,
+        _zero_one("errors", errors, np.size(scores)),
+        trials,
+    )
+    return certify(
+        scores, [risk], delta=delta, min_coverage=min_coverage, candidates=candidates, method=method, groups=groups,
+        unit=unit, seed=seed, rows_independent=rows_independent,
+    )  # fmt: skip
+
+
+def certify(
+    scores: ArrayLike,
+    risks: Sequence[Risk],
+    *,
+    delta: float,
+    min_coverage: float | None = None,
+    candidates: ArrayLike | None = None,
+    method: Method = "ltt_fst",
+    groups: ArrayLike | None = None,
+    unit: Literal["auto", "rows", "groups"] = "auto",
+    seed: int = 0,
+    rows_independent: bool = False,
+) -> Certificate:
+    """Find the last threshold that passes every constraint, walking a frozen order until one fails.
+
+    At each candidate the p-value is the largest of those of the risks and of the coverage: a threshold that breaks any
+    of them passes with chance delta at most, so several constraints need no correction. Rows with equal scores are
+    accepted together, NaN never is (it counts among all for the coverage).
+
+    Candidates must come, order included, from rows that are not these (``order_candidates`` on the fit half). Without
+    them the ranks of the scores are walked, never the labels: the rows strictly above the M-th largest score are
+    independent draws from what lies above it. The start depends on counts alone. The last candidate accepts everything.
+
+    With groups the unit is the group. The coverage is tested on one row of each group, drawn by ``seed``, each risk on
+    one of its trials per group. The promise is then about one image drawn from a new group, and n counts groups.
+
+    Args:
+        scores: [N], higher is surer.
+        risks: at least one.
+        delta: largest chance that the certificate is false, inside (0, 1).
+        min_coverage: least coverage, inside (0, 1).
+        candidates: [T] thresholds in the order of testing; ranks when None.
+        method: ``ltt_fst``.
+        groups: [N] clip or track of every row.
+        unit: ``auto``, ``rows`` or ``groups``; see ``certify_threshold``.
+        seed: of the row that speaks for its group.
+        rows_independent: the caller states that rows of one group are independent.
+
+    Raises:
+        InputError: an argument is not what it must be; grouped rows are to count as rows without that statement.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1:
+        raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
+    _check_share("delta", delta)
+    if min_coverage is not None:
+        _check_share("min_coverage", min_coverage)
+    if method not in _METHODS:
+        raise InputError(f"method must be {' or '.join(_METHODS)}, got '{method}'{nearest(method, _METHODS)}")
+    if not risks:
+        raise InputError("risks must name at least one risk, got none")
+    for risk in risks:
+        _check_share(f"alpha of {risk.name}", risk.alpha)
+        if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
+            raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
+    counted, names = _unit(groups, values.size, unit, rows_independent)
+    drawn = _one_each(names, np.ones(values.size, dtype=bool), seed)
+    among = [drawn if risk.trials is None else _one_each(names, risk.trials, seed) for risk in risks]
+    n = drawn.size
+    if candidates is None:
+        order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage)
+    else:
+        order = np.asarray(candidates, dtype=np.float64)
+        if order.ndim != 1 or order.size == 0 or np.isnan(order).any():
+            raise InputError(
+                f"candidates must be at least one threshold [T] without NaN, got shape {list(order.shape)}; "
+                "take them from the fit half with order_candidates"
+            )
+    accepted = _at_least(values[drawn], order)
+    p_values = np.zeros(order.size) if min_coverage is None else coverage_p_value(accepted, n, min_coverage)
+    p_coverage, counts = p_values, []
+    for risk, rows in zip(risks, among, strict=True):
+        k, m = _at_least(values[rows[risk.errors[rows]]], order), _at_least(values[rows], order)
+        p_risk = _binomial_cdf(k.astype(np.float64), m.astype(np.float64), risk.alpha)
+        counts.append((k, m, p_risk))
+        p_values = np.maximum(p_values, p_risk)
+    passed = _METHODS[method](p_values, delta)
+    chosen = max(passed - 1, 0)
+    found = tuple(
+        RiskCounts(
+            risk.name, risk.alpha, int(m[chosen]), int(k[chosen]),
+            clopper_pearson_upper(int(k[chosen]), int(m[chosen]), 1 - delta), float(p[chosen]),
+        )
+        for risk, (k, m, p) in zip(risks, counts, strict=True)
+    )  # fmt: skip
+    covered = bool(n) and bool(p_coverage[0] <= delta)
+    reason, smallest, there = "", None, None
+    if not passed:
+        reason = _reason(found, float(order[0]), int(accepted[0]), n, counted, delta, min_coverage, covered)
+        if covered or (min_coverage is None and n):
+            smallest, there = found[0].bound, int(accepted[0]) / n
+    return Certificate(
+        feasible=passed > 0,
+        threshold=float(order[chosen]) if passed else None,
+        coverage=int(accepted[chosen]) / n if n else None,
+        risk_bound=found[0].bound,
+        min_certifiable_alpha=smallest,
+        coverage_there=there,
+        reason=reason,
+        candidates=order[: passed + 1],
+        p_values=p_values[: passed + 1],
+        guarantee=_sentence(risks, n, counted, delta, min_coverage) if passed else "none: infeasible",
+        assumptions=_assumptions(counted, names is None and groups is not None, candidates is None),
+        n=n,
+        accepted=int(accepted[chosen]),
+        risks=found,
+        unit=counted,
+        method=method,
+        delta=delta,
+        min_coverage=min_coverage,
+        seed=seed,
+        plan=partial(_needed, values, risks, names, order, delta, min_coverage),
+    )
+
+
+def order_candidates(
+    scores: ArrayLike,
+    risks: Sequence[Risk],
+    *,
+    n_certify: int,
+    min_coverage: float | None = None,
+    groups: ArrayLike | None = None,
+    lowest: float = -math.inf,
+) -> NDArray[np.float64]:
+    """Give thresholds [T] from the fit half, in the order in which the certify half will test them.
+
+    All thresholds that part two scores, in the middle of their gap, strict to lax. Where the walk starts decides its
+    power, and only the fit half and the size of the certify half may decide that. It starts where the largest p-value
+    to expect is smallest; with ``min_coverage`` c0 never stricter than coverage c0 + 3 sqrt(c0 (1 - c0) (1/n_fit +
+    1/n_certify)), below which chance in either half would fail the test of the coverage. Rows are weighted: groups
+    count alike.
+
+    Args:
+        scores: [N] of the fit half; NaN is never accepted.
+        risks: of the fit half's rows.
+        n_certify: rows, or groups, of the certify half.
+        min_coverage: the least coverage that will be certified.
+        groups: [N] of the fit half.
+        lowest: lower end of the scores' range, closes the last gap.
+
+    Raises:
+        InputError: no row of the fit half has a score.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    weights = _weights(groups, np.ones(values.size, dtype=bool))
+    known = np.flatnonzero(~np.isnan(values))
+    if known.size == 0:
+        raise InputError(
+            "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
+        )
+    order = known[np.argsort(-values[known], kind="stable")]
+    last, thresholds = gaps(values[order], lowest)
+    n_fit = weights.sum()
+    scale = n_certify / n_fit
+    expected = np.zeros(last.size)
+    for risk in risks:
+        share = _weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
+        m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
+        expected = np.maximum(expected, _binomial_cdf(k, m, risk.alpha))
+    if min_coverage is None:
+        return thresholds[int(expected.argmin()) :]
+    covered = np.cumsum(weights[order])[last]
+    margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
+    reached = np.flatnonzero(covered / n_fit >= min_coverage + margin)
+    accepted = np.minimum(covered * scale, n_certify)
+    expected = np.maximum(expected, betainc(accepted, n_certify - accepted + 1.0, min_coverage))
+    start = max(int(reached[0]) if reached.size else last.size - 1, int(expected.argmin()))
+    return thresholds[start:]
+
+
+def certify_halves(
+    scores: ArrayLike,
+    risks: Sequence[Risk],
+    halves: ArrayLike,
+    *,
+    delta: float,
+    min_coverage: float | None = None,
+    groups: ArrayLike | None = None,
+    lowest: float = -math.inf,
+    seed: int = 0,
+) -> Certificate:
+    """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
+
+    Args:
+        scores: [N] of both halves.
+        risks: of the rows of both halves.
+        halves: [N] of ``fit`` and ``certify``.
+        delta: largest chance that the certificate is false.
+        min_coverage: least coverage.
+        groups: [N] clip or track of every row.
+        lowest: lower end of the scores' range.
+        seed: of the row that speaks for its group.
+
+    Raises:
+        InputError: a half is empty, a group is in both, or another argument is not what it must be.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    names = None if groups is None else np.asarray(groups)
+    fit = check_halves(halves, values.size, names)
+
+    def part(rows: NDArray[np.bool_]) -> list[Risk]:
+        return [
+            replace(risk, errors=risk.errors[rows], trials=None if risk.trials is None else risk.trials[rows])
+            for risk in risks
+        ]
+
+    n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
+    candidates = order_candidates(
+        values[fit], part(fit), n_certify=n_certify, min_coverage=min_coverage,
+        groups=None if names is None else names[fit], lowest=lowest,
+    )  # fmt: skip
+    return certify(
+        values[~fit], part(~fit), delta=delta, min_coverage=min_coverage, candidates=candidates,
+        groups=None if names is None else names[~fit], seed=seed,
+    )  # fmt: skip
+
+
+def check_halves(halves: ArrayLike, n: int, groups: ArrayLike | None = None) -> NDArray[np.bool_]:
+    """Say which rows [N] are of the fit half.
+
+    Raises:
+        InputError: another shape, another word than ``fit`` and ``certify``, an empty half, or a group in both.
+    """
+    given = np.asarray(halves)
+    if given.shape != (n,):
+        raise InputError(f"halves must have shape [{n}] as scores, got {list(given.shape)}; give one per row")
+    fit: NDArray[np.bool_] = given == "fit"
+    other = np.flatnonzero(~fit & (given != "certify"))
+    if other.size:
+        raise InputError(f"halves must be fit or certify, got '{given[other[0]]}' in row {other[0]}; split again")
+    for name, rows in (("fit", fit), ("certify", ~fit)):
+        if not rows.any():
+            raise InputError(f"halves must both hold rows, got none of '{name}'; calibrate on more groups")
+    if groups is not None:
+        names = np.asarray(groups)
+        both = np.intersect1d(names[fit], names[~fit])
+        if both.size:
+            raise InputError(
+                f"halves must not share a group, got '{both[0]}' in both ({both.size} such); near-copies of a row that "
+                "chose the threshold cannot certify it: split again"
+            )
+    return fit
+
+
+def cut_halves(n: int, groups: ArrayLike | None = None, seed: int = 0) -> NDArray[np.str_]:
+    """Cut rows into ``fit`` and ``certify`` [N], at random and by group: every second group of a seeded order.
+
+    Args:
+        n: rows.
+        groups: [N] clip or track of every row; None = every row is its own.
+        seed: of the order.
+    """
+    names, member = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
+    place = np.random.default_rng(seed).permutation(names.size)
+    return np.where(place[member] % 2 == 0, "fit", "certify")
+
+
+def record(certificate: Certificate, *, claims: int, use: int | None) -> CertificateRecord:
+    """Write a feasible certificate as what is stored: counts, p-values and the promise in words.
+
+    Args:
+        certificate: a feasible one.
+        claims: how many claims its delta was divided for.
+        use: which of them this is; None when nobody counted.
+    """
+    assert certificate.threshold is not None
+    assert certificate.coverage is not None
+    passed = certificate.p_values[certificate.p_values <= certificate.delta].size
+    assumptions = list(certificate.assumptions)
+    if use is None:
+        assumptions.append("no other claim was made on the same certify rows (nobody counted: they are of no run)")
+    return CertificateRecord(
+        method=certificate.method,
+        delta=certificate.delta,
+        claims=claims,
+        use=use,
+        min_coverage=certificate.min_coverage,
+        risks=[RiskRecord(**asdict(risk)) for risk in certificate.risks],
+        unit=certificate.unit,
+        n=certificate.n,
+        accepted=certificate.accepted,
+        coverage=certificate.coverage,
+        threshold=certificate.threshold,
+        first_candidate=float(certificate.candidates[0]),
+        n_tested=certificate.p_values.size,
+        p_value=float(certificate.p_values[passed - 1]),
+        seed=certificate.seed,
+        guarantee=certificate.guarantee,
+        assumptions=assumptions,
+    )
+
+
+def infeasible(certificate: Certificate, wish: str, what: str) -> NotReachableError:
+    """Build the error of a wish that cannot be certified: why, what could be, and how many rows it takes.
+
+    Args:
+        certificate: an infeasible one.
+        wish: what was asked for, in words.
+        what: the first risk, in words.
+    """
+    said = f"{wish} must be certifiable on the certify half, but it is INFEASIBLE: {certificate.reason}. "
+    if certificate.min_certifiable_alpha is None:
+        said += f"No {what} at all could be certified there"
+    else:
+        said += (
+            f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
+            f"{certificate.coverage_there or 0:.4g}"
+        )
+    unit, needed, more = certificate.unit, certificate.n_needed, "Bring more, or choose"
+    if needed is None:
+        said += f". No number of {unit} would do while so many answers are wrong"
+        more = "Train a better Stage A, ask for less, or choose"
+    elif needed <= certificate.n:
+        said += f". About {needed} {unit} in the certify half succeed 9 times in 10; these {certificate.n} did not"
+    else:
+        said += (
+            f". With answers as good as these about {needed} {unit} in the certify half would do (it has "
+            f"{certificate.n}; val_calib is cut in two, so twice that there)"
+        )
+    return NotReachableError(f"{said}. {more} with --guarantee none, which promises nothing. No policy was written")
+
+
+def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Where equal scores end, [T] indices, and thresholds [T] in the middle of the gap below each.
+
+    As far as can be from every row, so that a runtime's rounding flips none. Neighbouring floats have no number between
+    them; the threshold is then the score itself.
+    """
+    last = np.append(np.flatnonzero(descending[1:] < descending[:-1]), descending.size - 1)
+    high = descending[last]
+    low = np.append(high[1:], min(lowest, high[-1]))
+    with np.errstate(invalid="ignore"):
+        middle = low + (high - low) / 2
+    return last, np.where((middle > low) & (middle <= high), middle, high)
+
+
+# -------------------------------------------------------------------------------- planning
+
+
+def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.int64]:
+    """The most errors among ``trials`` with which risk <= alpha is still certified at delta; -1 where none is enough.
+
+    Args:
+        trials: m, integers of any shape.
+        alpha: inside (0, 1).
+        delta: inside (0, 1).
+    """
+    m = np.asarray(trials, dtype=np.float64)
+    k = np.floor(np.clip(m * alpha + ndtri(delta) * np.sqrt(m * alpha * (1 - alpha)), -1, m))
+
+    def passes(errors: NDArray[np.float64]) -> NDArray[np.bool_]:
+        enough = (errors < m) & (_binomial_cdf(np.maximum(errors, 0.0), m, alpha) <= delta)
+        return np.asarray((errors < 0) | enough, dtype=bool)
+
+    while not passes(k).all():
+        k = np.where(passes(k), k, k - 1)
+    while (grows := passes(k + 1)).any():
+        k = np.where(grows, k + 1, k)
+    return np.asarray(k, dtype=np.int64)
+
+
+def trials_needed(errors: int, alpha: float, delta: float) -> int:
+    """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
+    _check_share("alpha", alpha)
+    _check_share("delta", delta)
+    low, high = errors, max(errors, 1)
+    while int(errors_allowed(high, alpha, delta)) < errors:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if int(errors_allowed(middle, alpha, delta)) >= errors else (middle, high)
+    return high
+
+
+def plan_calibration(
+    alpha: float, delta: float, min_coverage: float | None, expected_error: float, power: float = 0.9
+) -> int:
+    """How many rows the certify half needs (groups, where rows share one) to certify risk <= alpha; fewer is cheaper.
+
+    The power is exact: the number of trials is binomial(n, min_coverage), the errors among them are binomial with
+    ``expected_error``, and the threshold that will be deployed is taken as given. The walk over thresholds and the
+    test of the coverage itself cost a little more. Beyond 200,000 trials a normal approximation takes over.
+    ``val_calib`` is halved, so it needs twice as many.
+
+    Args:
+        alpha: largest risk, inside (0, 1).
+        delta: largest chance of a false certificate.
+        min_coverage: share of rows that are trials, in (0, 1]: the coverage, or the share of exited positives. None: 1.
+        expected_error: the true risk that is hoped for, in [0, alpha).
+        power: wished chance to succeed, inside (0, 1).
+
+    Raises:
+        InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
+    """
+    for name, value in (("alpha", alpha), ("delta", delta), ("power", power)):
+        _check_share(name, value)
+    share = 1.0 if min_coverage is None else min_coverage
+    if not 0 < share <= 1:
+        raise InputError(f"min_coverage must be in (0, 1], got {share}; it is the share of rows that are trials")
+    if not 0 <= expected_error < alpha:
+        raise InputError(
+            f"expected_error must be in [0, alpha = {alpha:g}), got {expected_error:g}; no number of rows certifies a "
+            "risk that is not below alpha"
+        )
+    spread = -ndtri(delta) * math.sqrt(alpha * (1 - alpha))
+    spread += ndtri(power) * math.sqrt(expected_error * (1 - expected_error))
+    rough = float(max((spread / (alpha - expected_error)) ** 2, 1))
+    if rough > _EXACT_TRIALS:
+        return math.ceil(rough / share)
+
+    def enough(n: int) -> bool:
+        deviation = math.sqrt(n * share * (1 - share))
+        low, high = max(0, math.floor(n * share - 8 * deviation)), min(n, math.ceil(n * share + 8 * deviation))
+        m = np.arange(low, high + 1, dtype=np.float64)
+        if share == 1:
+            chance = np.ones(1)
+        else:
+            ways = gammaln(n + 1) - gammaln(m + 1) - gammaln(n - m + 1)
+            chance = np.exp(ways + m * math.log(share) + (n - m) * math.log1p(-share))
+        allowed = errors_allowed(m, alpha, delta).astype(np.float64)
+        success = np.where(allowed >= 0, _binomial_cdf(np.maximum(allowed, 0), m, expected_error), 0.0)
+        return float(chance @ success) >= power
+
+    low, high = 0, math.ceil(rough / share)
+    while not enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    # Power saws a little with n: go on to where it has stayed above for the span of one more error.
+    span = max(1, math.ceil(1 / (alpha * share)))
+    n = high
+    while n - high < span:
+        n += max(1, span // 16)
+        if not enough(n):
+            high = n + 1
+            while not enough(high):
+                high += 1
+            n = high
+    return high
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _unit(
+    groups: ArrayLike | None, n: int, unit: str, rows_independent: bool
+) -> tuple[Unit, NDArray[np.generic] | None]:
+    """What is counted, and the group of every row (None when rows are)."""
+    if unit not in ("auto", "rows", "groups"):
+        raise InputError(f"unit must be auto, rows or groups, got '{unit}'")
+    names = None if groups is None else np.asarray(groups)
+    if names is not None and names.shape != (n,):
+        raise InputError(f"groups must have shape [{n}] as scores, got {list(names.shape)}; give one per row")
+    if unit == "groups" and names is None:
+        raise InputError("groups must be given where the unit is groups, got None")
+    if names is None or rows_independent or (unit != "groups" and np.unique(names).size == n):
+        return "rows", None
+    if unit == "rows":
+        raise InputError(
+            f"unit must be groups where rows share one ({np.unique(names).size} groups of {n} rows), got rows; rows of "
+            "one clip are near-copies and a bound on them is false: pass rows_independent=True only if they are not"
+        )
+    return "groups", names
+
+
+def _one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+    """One eligible row of every group that has one, [U] indices; drawn without a look at scores or errors."""
+    rows = np.flatnonzero(eligible)
+    if groups is None:
+        return rows
+    shuffled = rows[np.random.default_rng(seed).permutation(rows.size)]
+    _, first = np.unique(groups[shuffled], return_index=True)
+    return np.sort(shuffled[first])
+
+
+def _weights(groups: ArrayLike | None, eligible: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Weight of every row [N] that makes groups count alike: 1 / eligible rows of its group; 0 for the others."""
+    weights = eligible.astype(np.float64)
+    if groups is not None:
+        _, member = np.unique(np.asarray(groups), return_inverse=True)
+        weights /= np.maximum(np.bincount(member, weights), 1)[member]
+    return weights
+
+
+def _at_least(scores: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many scores are at or above each threshold [T]; NaN is above none."""
+    known = np.sort(scores[~np.isnan(scores)])
+    return np.asarray(known.size - np.searchsorted(known, thresholds, side="left"), dtype=np.int64)
+
+
+def _ranks(
+    values: NDArray[np.float64],
+    drawn: NDArray[np.int64],
+    trials: NDArray[np.int64],
+    alpha: float,
+    delta: float,
+    min_coverage: float | None,
+) -> NDArray[np.float64]:
+    """Thresholds just above one score after another, strict to lax, from a rank that counts alone decide."""
+    rows = drawn if min_coverage is not None else trials
+    known = np.unique(values[rows][~np.isnan(values[rows])])
+    # Just above a score: what is accepted lies strictly above it. Above -inf lies everything.
+    order = np.append(np.nextafter(known[::-1], np.inf), -np.inf)
+    above = _at_least(values[rows], order)
+    if min_coverage is not None:
+        start = np.flatnonzero(coverage_p_value(above, rows.size, min_coverage) <= delta)
+    else:
+        # Where two errors would do: a start that one unlucky row ends is a poor one.
+        start = np.flatnonzero(above >= trials_needed(2, alpha, delta))
+    return order[int(start[0]) :] if start.size else order[-1:]
+
+
+def _needed(
+    values: NDArray[np.float64],
+    risks: Sequence[Risk],
+    groups: NDArray[np.generic] | None,
+    order: NDArray[np.float64],
+    delta: float,
+    min_coverage: float | None,
+) -> int | None:
+    """Units for 90% power if the errors at the wished coverage are as seen here; None when no number would do."""
+    everyone = np.ones(values.size, dtype=bool)
+    weights = _weights(groups, everyone)
+    total = weights.sum()
+    if total == 0:
+        return None
+    thresholds = order
+    if min_coverage is not None:
+        known = np.flatnonzero(~np.isnan(values))
+        ranked = known[np.argsort(-values[known], kind="stable")]
+        reached = np.flatnonzero(np.cumsum(weights[ranked]) / total >= min_coverage)
+        thresholds = values[ranked[reached[:1]]]
+    # Without a coverage: at the candidate that needs least.
+    best: int | None = None
+    for threshold in np.unique(thresholds[np.linspace(0, thresholds.size - 1, min(thresholds.size, 9)).astype(int)]):
+        taken, found = values >= threshold, 0
+        for risk in risks:
+            share = _weights(groups, everyone if risk.trials is None else risk.trials)
+            m, k = share[taken].sum(), share[taken & risk.errors].sum()
+            if m == 0 or k / m >= risk.alpha:
+                break
+            found = max(found, plan_calibration(risk.alpha, delta, min(m / total, 1.0), k / m))
+        else:
+            best = found if best is None else min(best, found)
+    return best
+
+
+def _reason(
+    risks: tuple[RiskCounts, ...],
+    threshold: float,
+    accepted: int,
+    n: int,
+    unit: Unit,
+    delta: float,
+    min_coverage: float | None,
+    covered: bool,
+) -> str:
+    if n == 0:
+        return f"there are no certify {unit}"
+    where = f"at the first candidate, {threshold:.6g}, {accepted} of {n} {unit} are accepted"
+    if min_coverage is not None and not covered:
+        return f"{where}, too few to certify a coverage of {min_coverage:g} at delta {delta:g}"
+    parts = [
+        f"{risk.name} is {risk.errors} of {risk.trials} (upper bound {risk.bound:.4g}, wished {risk.alpha:g})"
+        + (
+            f", and even no error at all would need {trials_needed(0, risk.alpha, delta)}"
+            if int(errors_allowed(risk.trials, risk.alpha, delta)) < 0
+            else ""
+        )
+        for risk in risks
+        if risk.p_value > delta
+    ]
+    return f"{where}, where {' and '.join(parts)}"
+
+
+def _sentence(risks: Sequence[Risk], n: int, unit: Unit, delta: float, min_coverage: float | None) -> str:
+    image = "a new image" if unit == "rows" else "one image drawn from a new group"
+    wishes = [f"{risk.name} at most {100 * risk.alpha:g}%" for risk in risks]
+    if min_coverage is not None:
+        wishes.insert(0, f"coverage at least {100 * min_coverage:g}%")
+    return (
+        f"With probability at least {100 * (1 - delta):g}% over the draw of the {n} certify {unit}, this holds of "
+        f"{image}: {' and '.join(wishes)} (exact binomial tests in a fixed sequence)."
+    )
+
+
+def _assumptions(unit: Unit, stated: bool, ranks: bool) -> tuple[str, ...]:
+    found = [
+        f"certify {unit} are independent draws of what will be seen later, and nothing shifts",
+        "model, wish and order of testing were fixed before anybody looked at the certify rows",
+    ]
+    if stated:
+        found.append("rows of one group are independent, as the caller states")
+    if unit == "groups":
+        found.append(
+            "one row speaks for its group, drawn without a look at scores or errors; large groups count no more"
+        )
+    if ranks:
+        found.append(
+            "the risk does not fall as the threshold gets laxer (ranks are walked, not thresholds of other rows)"
+        )
+    return tuple(found)
+
+
+def _counts(name: str, part: ArrayLike, of: str, whole: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    counted, total = np.asarray(part), np.asarray(whole)
+    if counted.dtype.kind not in "iu" or total.dtype.kind not in "iu":
+        raise InputError(
+            f"{name} and {of} must be integers, got {counted.dtype} and {total.dtype}; count, never average"
+        )
+    counted, total = np.broadcast_arrays(counted, total)
+    bad = np.flatnonzero((counted < 0) | (counted > total))
+    if bad.size:
+        raise InputError(f"{name} must be from 0 to {of}, got {counted.flat[bad[0]]} of {total.flat[bad[0]]}")
+    return counted.astype(np.float64), total.astype(np.float64)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise InputError(f"{name} must be inside (0, 1), got {value}; it is a share")
+
+
+def _zero_one(name: str, given: ArrayLike, n: int) -> NDArray[np.bool_]:
+    values = np.asarray(given)
+    if values.shape != (n,):
+        raise InputError(f"{name} must have shape [{n}] as scores, got {list(values.shape)}; give one per row")
+    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+        raise InputError(f"{name} must be 0 or 1, got other values; exact binomial bounds need 0/1 losses")
+    return values.astype(bool)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.artifacts import SweepRow, Thresholds
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
-from stage1_pro.policies.certify import groups_in_error
+from stage1_pro.policies.certify import Certificate, Risk, certify_halves, gaps, groups_in_error, infeasible, record
 
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)
 BOUND_LEVEL = 0.95
@@ -91,11 +92,9 @@ class ExitCounts:
 def count_exits(
     probs: NDArray[np.float64], labels: NDArray[np.int64], positive: int, at: ArrayLike | None = None
 ) -> ExitCounts:
-    """Count exits at every achievable threshold, strictest first, or at the thresholds ``at`` [T].
+    """Count exits by confidence at every achievable threshold, strictest first, or at the thresholds ``at`` [T].
 
-    One sort and cumulative sums; rows of equal confidence exit together. Without ``at`` there is one
-    threshold per distinct confidence, in the middle of the gap below it (1/K closes the last gap):
-    as far as can be from every calibration row, so that a runtime's rounding does not flip one.
+    See ``count_exits_by``; 1/K closes the last gap.
 
     Args:
         probs: [N, K], N >= 1, free of NaN.
@@ -103,18 +102,39 @@ def count_exits(
         positive: index of the positive class.
         at: thresholds to count at instead.
     """
-    sure = confidence(probs)
-    order = np.argsort(-sure, kind="stable")
-    descending, sorted_labels = sure[order], labels[order]
+    return count_exits_by(confidence(probs), probs, labels, positive, at, lowest=1 / probs.shape[1])
+
+
+def count_exits_by(
+    score: NDArray[np.float64],
+    probs: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    positive: int,
+    at: ArrayLike | None = None,
+    *,
+    lowest: float,
+) -> ExitCounts:
+    """Count exits of rows whose score is at or above each threshold, strictest first; NaN never exits.
+
+    One sort and cumulative sums; rows of equal score exit together. Without ``at`` there is one
+    threshold per distinct score, in the middle of the gap below it: as far as can be from every
+    calibration row, so that a runtime's rounding does not flip one.
+
+    Args:
+        score: [N] what decides, higher is surer; at least one is not NaN.
+        probs: [N, K] Stage A's answers, free of NaN.
+        labels: [N] class indices.
+        positive: index of the positive class.
+        at: thresholds to count at instead.
+        lowest: lower end of the score's range, closes the last gap.
+    """
+    known = np.flatnonzero(~np.isnan(score))
+    order = known[np.argsort(-score[known], kind="stable")]
+    descending, sorted_labels = score[order], labels[order]
     predicted = probs.argmax(axis=1)[order]
     is_positive = sorted_labels == positive
     if at is None:
-        last = np.append(np.flatnonzero(descending[1:] < descending[:-1]), descending.size - 1)
-        high = descending[last]
-        low = np.append(high[1:], min(1 / probs.shape[1], high[-1]))
-        middle = low + (high - low) / 2
-        # Neighbouring floats have no number between them; the threshold is then the confidence itself.
-        threshold = np.where(middle > low, middle, high)
+        last, threshold = gaps(descending, lowest)
         n_exited = last + 1
     else:
         threshold = np.asarray(at, dtype=np.float64)
@@ -140,16 +160,25 @@ def fit_softmax_policy(
     classes: Sequence[str],
     positive: str,
     target_fnr: float = 0.02,
+    guarantee: Literal["none", "ltt"] = "none",
+    halves: ArrayLike | None = None,
+    delta: float = 0.05,
+    claims: int = 1,
+    use: int | None = None,
     groups: ArrayLike | None = None,
     split_hashes: Mapping[str, str] | None = None,
     model_fingerprint: str | None = None,
     preprocessing_fingerprint: str | None = None,
 ) -> Thresholds:
-    """Choose the threshold of largest coverage whose FNR on exits is at most ``target_fnr``.
+    """Choose the threshold of largest coverage whose FNR on exits is at most ``target_fnr``, empirically or certified.
 
-    FNR on exits = exited positives answered negative / exited positives, on the given rows; where no
-    positive exits it is undefined and the target counts as missed. All thresholds are tried, compared
-    in exact integers. The choice is empirical: it promises nothing (``guarantee: none``).
+    FNR on exits = exited positives answered negative / exited positives; where no positive exits it is
+    undefined and the target counts as missed.
+
+    ``none`` tries all thresholds on the given rows, compared in exact integers: it promises nothing.
+    ``ltt`` takes candidates and their order from the fit half and certifies on the other, by exact binomial
+    tests in a fixed sequence, by group: with probability 1 - ``delta`` the FNR on exits of new images is at
+    most the target. The record's figures are then those of the certify half.
 
     Args:
         probs: [N, K] probabilities of Stage A, N >= 1.
@@ -157,33 +186,75 @@ def fit_softmax_policy(
         classes: K names, K >= 2.
         positive: name of the positive class.
         target_fnr: inside (0, 1); read as the decimal number it is written as.
-        groups: [N] clip or track of every row; the unit of the upper bound. ``None``: rows are independent.
+        guarantee: ``none`` or ``ltt``.
+        halves: [N] of ``fit`` and ``certify``, for ``ltt``.
+        delta: largest chance of a false certificate, all claims together; each gets ``delta / claims``.
+        claims: how many claims on the certify half were declared before the first.
+        use: which of them this is, for the record; None when nobody counts.
+        groups: [N] clip or track of every row; the unit of the bounds. ``None``: rows are independent.
         split_hashes: which rows these are, for the record.
         model_fingerprint: which model gave the probabilities.
         preprocessing_fingerprint: how its pixels were prepared.
 
     Raises:
         InputError: an argument is not what it must be; NaN names its row.
-        NotReachableError: no threshold meets the target; nothing is chosen in its place.
+        NotReachableError: no threshold meets the target, or none can be certified; nothing is chosen in its place.
     """
     names = [str(name) for name in classes]
-    values, truth, units = _checked(probs, labels, groups, names)
+    values, truth, units = check_rows(probs, labels, groups, names)
     if positive not in names:
         raise InputError(f"positive must be one of {', '.join(names)}, got '{positive}'{nearest(positive, names)}")
     if not 0 < target_fnr < 1:
         raise InputError(f"target_fnr must be inside (0, 1), got {target_fnr}; 0.02 is usual")
+    if guarantee not in ("none", "ltt"):
+        raise InputError(f"guarantee must be none or ltt, got '{guarantee}'")
     index = names.index(positive)
-    counts = count_exits(values, truth, index)
-    reached = np.flatnonzero(_meets(counts, target_fnr))
-    if reached.size == 0:
-        raise NotReachableError(_why_not(counts, values, truth, units, index, positive, target_fnr))
-    chosen = int(reached[-1])
-    row = counts.row(chosen, truth.size, grid=False)
+    certificate = None
+    if guarantee == "ltt":
+        if halves is None:
+            raise InputError("halves must be given with guarantee ltt, got None; one half cannot choose and certify")
+        certificate = _certify(values, truth, units, index, target_fnr, halves, delta / claims)
+        kept = np.asarray(halves) == "certify"
+        values, truth, units = values[kept], truth[kept], None if units is None else units[kept]
+        assert certificate.threshold is not None
+        found = count_exits(values, truth, index, [certificate.threshold])
+        row, correct = found.row(0, truth.size, grid=False), int(found.n_correct[0])
+        counts, n_tried = count_exits(values, truth, index), 0
+    else:
+        counts = count_exits(values, truth, index)
+        reached = np.flatnonzero(meets(counts.n_false_negative, counts.n_positive, target_fnr))
+        if reached.size == 0:
+            raise NotReachableError(_why_not(counts, values, truth, units, index, positive, target_fnr))
+        chosen = int(reached[-1])
+        row, correct = counts.row(chosen, truth.size, grid=False), int(counts.n_correct[chosen])
+        n_tried = counts.threshold.size
     exited = confidence(values) >= row.threshold
     if int(exited.sum()) != row.n_exited:
         raise AssertionError("the stored threshold does not decide as the sweep did")
     wrong_groups, n_groups, bound = _bound(values, truth, units, index, exited)
     unit = "rows" if units is None else "groups"
+    if certificate is None:
+        statement = (
+            f"Empirical choice, no guarantee: nothing is promised for new images. Of {truth.size} calibration rows "
+            f"{row.n_exited} exit, {row.n_positive_exited} of them positive ({n_groups} {unit}, taken as independent), "
+            f"and {row.n_false_negative} of those positives are answered negative. The threshold was chosen on the "
+            f"same rows as the best of {n_tried}, so this looks better than it is. 95% upper bound with "
+            f"{n_groups} {unit}: {100 * bound:.1f}%, not corrected for that search."
+        )
+        level = BOUND_LEVEL
+        bound_method = (
+            "Clopper-Pearson, one-sided, on exited positives as independent rows"
+            if units is None
+            else "Clopper-Pearson, one-sided, on groups with an exited positive; a group is an error when any of its "
+            "exited positives is answered negative"
+        ) + f" ({wrong_groups} of {n_groups}); not corrected for the choice of the threshold on the same rows"
+    else:
+        bound, level = certificate.risks[0].bound, 1 - certificate.delta
+        statement = (
+            f"{certificate.guarantee} {certificate.errors} of {certificate.trials} exited positive {unit} were "
+            f"answered negative on the certify half, whose rows chose nothing. {assumed(certificate)}"
+        )
+        bound_method = certified_bound(certificate)
     return Thresholds(
         classes=names,
         positive=positive,
@@ -193,39 +264,62 @@ def fit_softmax_policy(
         exit_upper_threshold=row.threshold,
         fnr_on_exited=row.n_false_negative / row.n_positive_exited,
         coverage=row.coverage,
-        exit_accuracy=int(counts.n_correct[chosen]) / row.n_exited,
+        exit_accuracy=correct / row.n_exited,
         target_fnr=target_fnr,
-        guarantee="none",
-        statement=(
-            f"Empirical choice, no guarantee: nothing is promised for new images. Of {truth.size} calibration rows "
-            f"{row.n_exited} exit, {row.n_positive_exited} of them positive ({n_groups} {unit}, taken as independent), "
-            f"and {row.n_false_negative} of those positives are answered negative. The threshold was chosen on the "
-            f"same rows as the best of {counts.threshold.size}, so this looks better than it is. 95% upper bound with "
-            f"{n_groups} {unit}: {100 * bound:.1f}%, not corrected for that search."
-        ),
+        guarantee=guarantee,
+        certificate=None if certificate is None else record(certificate, claims=claims, use=use),
+        statement=statement,
         fnr_upper_bound=bound,
-        bound_level=BOUND_LEVEL,
-        bound_method=(
-            "Clopper-Pearson, one-sided, on exited positives as independent rows"
-            if units is None
-            else "Clopper-Pearson, one-sided, on groups with an exited positive; a group is an error when any of its "
-            "exited positives is answered negative"
-        )
-        + f" ({wrong_groups} of {n_groups}); not corrected for the choice of the threshold on the same rows",
+        bound_level=level,
+        bound_method=bound_method,
         n_rows=truth.size,
         n_exited=row.n_exited,
         n_positive_exited=row.n_positive_exited,
         n_false_negative=row.n_false_negative,
         n_positive_groups=n_groups,
         grouped=units is not None,
-        sweep_results=_table(counts, count_exits(values, truth, index, GRID), chosen, truth.size),
+        sweep_results=sweep_table(counts, count_exits(values, truth, index, GRID), row, truth.size),
         split_hashes=dict(split_hashes or {}),
         model_fingerprint=model_fingerprint,
         preprocessing_fingerprint=preprocessing_fingerprint,
     )
 
 
-def _checked(
+def _certify(
+    probs: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    groups: NDArray[np.str_] | None,
+    positive: int,
+    target_fnr: float,
+    halves: ArrayLike,
+    delta: float,
+) -> Certificate:
+    is_positive = labels == positive
+    risk = Risk("FNR on exits", target_fnr, is_positive & (probs.argmax(axis=1) != positive), is_positive)
+    certificate = certify_halves(
+        confidence(probs), [risk], halves, delta=delta, groups=groups, lowest=1 / probs.shape[1]
+    )
+    if not certificate.feasible:
+        raise infeasible(certificate, f"target_fnr {target_fnr:g}", "FNR on exits")
+    return certificate
+
+
+def assumed(certificate: Certificate) -> str:
+    """What a certificate takes for granted, as a sentence."""
+    return f"Provided that {'; '.join(certificate.assumptions)}."
+
+
+def certified_bound(certificate: Certificate) -> str:
+    """How the bounds of a certified policy came about, in words."""
+    drawn = ", one row drawn from each group" if certificate.unit == "groups" else ""
+    counts = ", ".join(f"{risk.name} {risk.errors} of {risk.trials}" for risk in certificate.risks)
+    return (
+        f"Clopper-Pearson, one-sided at level {1 - certificate.delta:g}, on {certificate.unit} of the certify "
+        f"half{drawn} ({counts})"
+    )
+
+
+def check_rows(
     probs: ArrayLike, labels: ArrayLike, groups: ArrayLike | None, classes: list[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.str_] | None]:
     """Probabilities, class indices and groups (None when each row is its own) that can be trusted."""
@@ -274,13 +368,13 @@ def _first(mask: ArrayLike) -> int | None:
     return int(found[0]) if found.size else None
 
 
-def _meets(counts: ExitCounts, target_fnr: float) -> NDArray[np.bool_]:
-    """FN <= target * positives, in integers: the float .02 is a little more than 2%, a product rounds."""
-    target = Fraction(repr(float(target_fnr)))
-    kind = np.int64 if target.denominator * int(counts.n_exited[-1]) < 2**62 else object
-    missed = counts.n_false_negative.astype(kind) * target.denominator
-    allowed = counts.n_positive.astype(kind) * target.numerator
-    met: NDArray[np.bool_] = np.asarray(missed <= allowed, dtype=bool) & (counts.n_positive > 0)
+def meets(part: NDArray[np.int64], whole: NDArray[np.int64], most: float) -> NDArray[np.bool_]:
+    """Part / whole <= most, in integers: the float .02 is a little more than 2%, a product rounds. 0 / 0 is not met."""
+    target = Fraction(repr(float(most)))
+    kind = np.int64 if target.denominator * int(whole.max(initial=1)) < 2**62 else object
+    counted = part.astype(kind) * target.denominator
+    allowed = whole.astype(kind) * target.numerator
+    met: NDArray[np.bool_] = np.asarray(counted <= allowed, dtype=bool) & (whole > 0)
     return met
 
 
@@ -327,12 +421,14 @@ def _why_not(
     )
 
 
-def _table(counts: ExitCounts, grid: ExitCounts, chosen: int, n_rows: int) -> list[SweepRow]:
-    """Grid rows and evenly thinned sweep rows (the chosen one always among them), laxest first."""
+def sweep_table(counts: ExitCounts, grid: ExitCounts, chosen: SweepRow, n_rows: int) -> list[SweepRow]:
+    """Grid rows, evenly thinned sweep rows and the chosen one, laxest first."""
     total = counts.threshold.size
     kept = np.arange(total)
     if total > SWEEP_ROWS:
-        kept = np.unique(np.append(np.linspace(0, total - 1, SWEEP_ROWS - 1).round().astype(np.int64), chosen))
-    rows = [grid.row(index, n_rows, grid=True) for index in range(len(GRID))]
-    rows += [counts.row(int(index), n_rows, grid=False) for index in kept]
-    return sorted(rows, key=lambda row: (row.threshold, not row.grid))
+        kept = np.unique(np.linspace(0, total - 1, SWEEP_ROWS - 1).round().astype(np.int64))
+    rows = [grid.row(index, n_rows, grid=True) for index in range(grid.threshold.size)]
+    rows += [
+        counts.row(int(index), n_rows, grid=False) for index in kept if counts.threshold[index] != chosen.threshold
+    ]
+    return sorted([*rows, chosen], key=lambda row: (row.threshold, not row.grid))

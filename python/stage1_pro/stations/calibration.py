@@ -10,12 +10,16 @@ from typing import Any, cast
 import numpy as np
 from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from stage1_pro.artifacts import POLICY_FILES, Predictions, Splits, Thresholds, load_npz, sha256_file
+from stage1_pro.artifacts import HALVES, POLICY_FILES, GateParams, Policy, Predictions, Splits, load_npz, sha256_file
 from stage1_pro.classes import choose_positive
 from stage1_pro.config import CalibrateConfig
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
-from stage1_pro.policies import withdraw_policies
+from stage1_pro.policies import exit_rule, withdraw_policies
+from stage1_pro.policies.certify import cut_halves
+from stage1_pro.policies.claims import Stake, close_claim, stake_claim
+from stage1_pro.policies.gate import describe, fit_gate_policy
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
 from stage1_pro.progress import say
 
@@ -24,48 +28,63 @@ def calibrate(
     run: Path | str | None = None,
     *,
     logits: Path | str | None = None,
-    policy: str = "softmax",
-    guarantee: str = "none",
+    policy: str | None = None,
+    guarantee: str | None = None,
     target_fnr: float | None = None,
+    max_exit_error: float | None = None,
+    min_coverage: float | None = None,
+    delta: float | None = None,
+    claims: int | None = None,
     out: Path | str | None = None,
     positive: str | None = None,
     classes: list[str] | None = None,
-) -> Thresholds:
+) -> Policy:
     """Choose when Stage A may answer, and write the policy file.
 
-    With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``RUN/thresholds.json``, the run's only
-    policy file from then on. With ``logits`` it reads an ``.npz`` of ``logits`` [N, K] (or [N]: the logit
-    of the second of two classes) or ``probs``, ``labels`` [N] as indices, and optionally ``groups`` [N],
+    With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json`` or ``gateparams.json``, the
+    run's only policy file from then on. With ``logits`` it reads an ``.npz`` of ``logits`` [N, K] (or [N]: the
+    logit of the second of two classes) or ``probs``, ``labels`` [N] as indices, for the gate ``gate_logits`` [N],
+    and optionally ``groups`` [N], ``half`` [N] (``fit`` or ``certify``; else cut at random by group),
     ``classes`` [K] and ``positive``; it writes to ``out`` when that is given.
+
+    What is not given is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``.
 
     Args:
         run: trained run folder.
         logits: somebody's logits instead of a run.
-        policy: what decides an exit; ``softmax``.
-        guarantee: ``none``, an empirical choice that promises nothing.
-        target_fnr: largest FNR among exits; the run's configuration (or .02) by default.
-        out: with ``logits``: a ``.json`` file to write, or a folder for ``thresholds.json``.
+        policy: what decides an exit; ``softmax`` or ``gate``.
+        guarantee: ``ltt``, certified on the certify half of ``val_calib`` or refused; ``none``, an empirical
+            choice on all of it that promises nothing.
+        target_fnr: largest FNR among exits; for the gate a third constraint, not asked for by default.
+        max_exit_error: gate: largest share of wrong answers among exits.
+        min_coverage: gate: least share of images that exit.
+        delta: largest chance that the certificate is false, all claims on the certify half together.
+        claims: how many claims delta is divided for; fixed by the first one.
+        out: with ``logits``: a ``.json`` file to write, or a folder for the policy file.
         positive: with ``logits``: name of the positive class.
         classes: with ``logits``: K names; the file's own, else ``0, 1, …`` by default.
 
     Raises:
-        InputError: an argument or array is not what it must be.
+        InputError: an argument or array is not what it must be, or the certify half has been used up.
         ArtifactError: ``val_calib.npz`` is missing, damaged, or of other splits.
-        NotReachableError: no threshold meets the target; the old policy is withdrawn, none is written.
+        NotReachableError: the wish cannot be met or certified; the old policy is withdrawn, none is written.
     """
     if (run is None) == (logits is None):
         raise InputError("calibrate must have either a run or a logits file; give one of --run and --logits")
-    _one_of("policy", policy, ["softmax"])
-    _one_of("guarantee", guarantee, ["none"])
+    given = {
+        "policy": policy, "guarantee": guarantee, "target_fnr": target_fnr, "max_exit_error": max_exit_error,
+        "min_coverage": min_coverage, "delta": delta, "claims": claims,
+    }  # fmt: skip
     if run is not None:
         if out is not None or positive is not None or classes is not None:
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
-        return _calibrate_run(Path(run), target_fnr)
+        return _calibrate_run(Path(run), given)
     assert logits is not None
-    return _calibrate_logits(Path(logits), target_fnr, None if out is None else Path(out), positive, classes)
+    wish = _wish(CalibrateConfig(), given)
+    return _calibrate_logits(Path(logits), wish, None if out is None else Path(out), positive, classes)
 
 
-def render(thresholds: Thresholds) -> str:
+def render(policy: Policy) -> str:
     """Show a policy as text: the classic grid with the chosen threshold in its place, and what it means."""
     from rich import box
     from rich.console import Console
@@ -75,13 +94,17 @@ def render(thresholds: Thresholds) -> str:
     for name in ("threshold", "coverage", "FNR on exits", "missed/positives", "exit accuracy", ""):
         table.add_column(name, justify="left" if name == "" else "right")
     chosen = False
-    for row in thresholds.sweep_results:
-        is_chosen = not row.grid and not chosen and row.threshold == thresholds.exit_threshold
+    for row in policy.sweep_results:
+        is_chosen = not row.grid and not chosen and row.threshold == policy.exit_threshold
         if not (row.grid or is_chosen):
             continue
         chosen = chosen or is_chosen
         table.add_row(
-            f"{row.threshold:.6g}" if is_chosen else f"{row.threshold:.2f}",
+            f"{row.threshold:.6g}"
+            if is_chosen
+            else f"{row.threshold:.3g}"
+            if row.threshold > 0.99
+            else f"{row.threshold:.2f}",
             f"{row.coverage:.1%}",
             "-" if row.fnr_on_exited is None else f"{row.fnr_on_exited:.2%}",
             f"{row.n_false_negative}/{row.n_positive_exited}",
@@ -90,16 +113,23 @@ def render(thresholds: Thresholds) -> str:
             style="bold" if is_chosen else None,
         )
     buffer = io.StringIO()
-    console = Console(file=buffer, width=100, color_system=None)
-    console.print(
-        f"softmax policy, positive class '{thresholds.positive}', target FNR on exits {thresholds.target_fnr:.4g}"
-    )
+    console = Console(file=buffer, width=100, color_system=None, highlight=False)
+    if isinstance(policy, GateParams):
+        console.print(f"gate policy, positive class '{policy.positive}', {describe(policy.constraints)}")
+    else:
+        console.print(
+            f"softmax policy, positive class '{policy.positive}', target FNR on exits {policy.target_fnr:.4g}"
+        )
     console.print(table)
-    console.print(
-        f"exit when the largest probability of Stage A is at or above {thresholds.exit_threshold:.6g}\n"
-        f"guarantee: {thresholds.guarantee}. {thresholds.statement}",
-        highlight=False,
-    )
+    if isinstance(policy, GateParams):
+        console.print(f"{policy.platt}; coverage {policy.coverage:.1%}, exit error {policy.exit_error:.2%}")
+    console.print(f"{exit_rule(policy)}\nguarantee: {policy.guarantee}. {policy.statement}", markup=False)
+    certificate = policy.certificate
+    if certificate is not None and certificate.use is not None:
+        console.print(
+            f"claim {certificate.use} of {certificate.claims} on this certify half"
+            + ("" if certificate.use < certificate.claims else "; it certifies nothing else")
+        )
     return buffer.getvalue().rstrip()
 
 
@@ -108,30 +138,118 @@ def _one_of(name: str, value: str, options: list[str]) -> None:
         raise InputError(f"{name} must be {' or '.join(options)}, got '{value}'{nearest(value, options)}")
 
 
-def _calibrate_run(run: Path, target_fnr: float | None) -> Thresholds:
-    predictions = read_calibration(run)
+def _wish(base: CalibrateConfig, given: dict[str, Any]) -> CalibrateConfig:
+    """What is asked for: the given values over the configuration's, checked before any row is looked at."""
+    _one_of("policy", given["policy"] or base.policy, ["softmax", "gate"])
+    _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
+    named = {name: value for name, value in given.items() if value is not None}
+    policy, guarantee = named.get("policy", base.policy), named.get("guarantee", base.guarantee)
+    for name in ("max_exit_error", "min_coverage"):
+        if policy != "gate" and name in named:
+            raise InputError(f"{name} must go with policy gate, got it with {policy}; drop it or add --policy gate")
+    for name in ("delta", "claims"):
+        if guarantee != "ltt" and name in named:
+            raise InputError(f"{name} must go with guarantee ltt, got it with {guarantee}; nothing is promised there")
+    if policy == "gate" and "target_fnr" in named:
+        named["target_fnr_exit"] = named.pop("target_fnr")
     try:
-        thresholds = fit_softmax_policy(
+        return CalibrateConfig.model_validate({**base.model_dump(), **named})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{first['loc'][0]} must be valid, got {first['input']!r}; {first['msg']}") from None
+
+
+def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
+    predictions = read_calibration(run)
+    splits = Splits.read(run / "splits.json")
+    wish = _wish(_run_wish(run), given)
+    _check_halves(predictions, splits)
+    half, stake = splits.hashes.get("val_calib.certify", ""), None
+    if wish.guarantee == "ltt":
+        if not half:
+            raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
+        from stage1_pro.training.prepare import exclusive
+
+        with exclusive(run):
+            stake = stake_claim(
+                run, half, policy=wish.policy, wish=_in_words(wish), model_fingerprint=predictions.model_fingerprint,
+                preprocessing_fingerprint=predictions.preprocessing_fingerprint, delta=given["delta"],
+                claims=given["claims"], defaults=(wish.delta, wish.claims),
+            )  # fmt: skip
+    try:
+        policy = _fit(
+            wish,
             softmax(predictions.logits_a),
+            predictions.gate_logits,
             predictions.labels,
+            predictions.halves,
+            stake=stake,
             classes=predictions.classes,
             positive=predictions.positive,
-            target_fnr=_run_target(run) if target_fnr is None else target_fnr,
             groups=predictions.groups,
-            split_hashes=Splits.read(run / "splits.json").hashes,
+            split_hashes=splits.hashes,
             model_fingerprint=predictions.model_fingerprint,
             preprocessing_fingerprint=predictions.preprocessing_fingerprint,
         )
     except NotReachableError as error:
+        if stake is not None:
+            close_claim(run, half, stake, "infeasible")
         # A policy of an earlier, easier wish must not be what export finds.
         withdrawn = withdraw_policies(run)
         if withdrawn:
             raise NotReachableError(f"{error}, and the old one ({', '.join(withdrawn)}) was withdrawn") from None
         raise
+    if stake is not None:
+        close_claim(run, half, stake, "certified")
     # Killed in between, the run has no policy rather than two.
     withdraw_policies(run)
-    _write(thresholds, run / POLICY_FILES["softmax"])
-    return thresholds
+    _write(policy, run / POLICY_FILES[policy.policy])
+    return policy
+
+
+def _in_words(wish: CalibrateConfig) -> str:
+    if wish.policy == "softmax":
+        return f"FNR on exits <= {wish.target_fnr!r}"
+    return f"coverage >= {wish.min_coverage!r}, exit error <= {wish.max_exit_error!r}" + (
+        "" if wish.target_fnr_exit is None else f", FNR on exits <= {wish.target_fnr_exit!r}"
+    )
+
+
+def _fit(
+    wish: CalibrateConfig,
+    probs: NDArray[np.float64],
+    gate_logits: NDArray[Any],
+    labels: NDArray[Any],
+    halves: NDArray[Any],
+    *,
+    stake: Stake | None,
+    **about: Any,
+) -> Policy:
+    about |= {"guarantee": wish.guarantee, "delta": stake.delta if stake else wish.delta}
+    about |= {"claims": stake.claims if stake else wish.claims, "use": stake.use if stake else None}
+    if wish.policy == "softmax":
+        return fit_softmax_policy(probs, labels, halves=halves, target_fnr=wish.target_fnr, **about)
+    return fit_gate_policy(
+        probs, gate_logits, labels, halves=halves, max_exit_error=wish.max_exit_error, min_coverage=wish.min_coverage,
+        target_fnr=wish.target_fnr_exit, **about,
+    )  # fmt: skip
+
+
+def _check_halves(predictions: Predictions, splits: Splits) -> None:
+    """Fit and certify rows are those of the splits, and share neither image nor group."""
+    rows = splits.of("val_calib")
+    if predictions.halves.tolist() != [row.half or "" for row in rows]:
+        raise ArtifactError(
+            "val_calib.npz must have the halves of splits.json, got others; train again on these splits"
+        )
+    for what in ("sha256", "group"):
+        part = {half: {getattr(row, what) for row in rows if row.half == half} for half in HALVES}
+        both = sorted(part["fit"] & part["certify"])
+        if both:
+            raise ArtifactError(
+                f"the fit and certify halves of val_calib must not overlap, got the same {what} in both: "
+                f"{both[0][:40]} ({len(both)} such); split again"
+            )
 
 
 def read_calibration(run: Path) -> Predictions:
@@ -161,34 +279,43 @@ def read_calibration(run: Path) -> Predictions:
     return predictions
 
 
-def _run_target(run: Path) -> float:
-    """The target of the run's configuration; the default where a run has none."""
+def _run_wish(run: Path) -> CalibrateConfig:
+    """The run's configuration; the default where a run has none."""
     if not (run / "config.json").is_file():
-        return CalibrateConfig().target_fnr
+        return CalibrateConfig()
     from stage1_pro.training.prepare import RunConfig
 
-    return RunConfig.read(run / "config.json").config.calibrate.target_fnr
+    return RunConfig.read(run / "config.json").config.calibrate
 
 
 def _calibrate_logits(
-    path: Path, target_fnr: float | None, out: Path | None, positive: str | None, classes: list[str] | None
-) -> Thresholds:
+    path: Path, wish: CalibrateConfig, out: Path | None, positive: str | None, classes: list[str] | None
+) -> Policy:
     arrays = load_npz(path)
     probs = _file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
+    if wish.policy == "gate" and "gate_logits" not in arrays:
+        raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
     names = classes or [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
     if positive is None and "positive" in arrays:
         positive = str(arrays["positive"])
-    target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES["softmax"])
+    groups = arrays.get("groups")
+    if groups is not None and groups.shape != probs.shape[:1]:
+        raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
+    halves = arrays.get("half")
+    target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES[wish.policy])
     try:
-        thresholds = fit_softmax_policy(
+        policy = _fit(
+            wish,
             probs,
+            arrays.get("gate_logits", np.empty(0)),
             arrays["labels"],
+            cut_halves(len(probs), groups) if halves is None else halves,
+            stake=None,
             classes=names,
             positive=choose_positive(names, positive),
-            target_fnr=CalibrateConfig().target_fnr if target_fnr is None else target_fnr,
-            groups=arrays.get("groups"),
+            groups=groups,
             split_hashes={"logits": sha256_file(path)},
         )
     except NotReachableError:
@@ -196,8 +323,8 @@ def _calibrate_logits(
             target.unlink(missing_ok=True)
         raise
     if target is not None:
-        _write(thresholds, target)
-    return thresholds
+        _write(policy, target)
+    return policy
 
 
 def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
@@ -222,13 +349,13 @@ def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.fl
     return softmax(values) if given[0] == "logits" else cast("NDArray[np.float64]", values)
 
 
-def _write(thresholds: Thresholds, path: Path) -> None:
+def _write(policy: Policy, path: Path) -> None:
     problem = next(
-        Draft202012Validator(Thresholds.model_json_schema()).iter_errors(thresholds.model_dump(mode="json")), None
+        Draft202012Validator(type(policy).model_json_schema()).iter_errors(policy.model_dump(mode="json")), None
     )
     if problem is not None:
         raise ArtifactError(
             f"{path.name} must fit its JSON Schema, but {problem.json_path}: {problem.message}; not written"
         )
-    thresholds.write(path)
+    policy.write(path)
     say(f"wrote {path}")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from stage1_pro.artifacts import Thresholds, write_text
+from stage1_pro.artifacts import Policy, write_text
 from stage1_pro.config import Config, load_config
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.progress import say
@@ -86,12 +86,13 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
     return result
 
 
-def _calibrate(run: Path) -> Thresholds:
+def _calibrate(run: Path) -> Policy:
     from stage1_pro.stations.calibration import calibrate
 
+    # A few hundred scenes certify nothing; the demo shows the empirical choice, which says that it promises nothing.
     for target in TARGETS[:-1]:
         try:
-            return calibrate(run, target_fnr=target)
+            return calibrate(run, guarantee="none", target_fnr=target)
         except NotReachableError as refusal:
             say(f"refused: {refusal}")
-    return calibrate(run, target_fnr=TARGETS[-1])
+    return calibrate(run, guarantee="none", target_fnr=TARGETS[-1])

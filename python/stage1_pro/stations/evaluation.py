@@ -12,22 +12,36 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Predictions, Splits, Thresholds, write_bytes, write_csv
+from stage1_pro.artifacts import (
+    Evaluation,
+    FnrCheck,
+    Measure,
+    Policy,
+    Predictions,
+    Splits,
+    StageEffect,
+    write_bytes,
+    write_csv,
+)
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, clopper_pearson_upper, metric_names
+from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, clopper_pearson_upper, compare, metric_names
 from stage1_pro.metrics.plots import (
     BAND_METRICS,
     confidence_png,
+    cost_risk_png,
     distribution_png,
+    exit_rate_png,
     reliability_png,
     risk_band,
     risk_coverage_png,
 )  # fmt: skip
 from stage1_pro.metrics.probabilistic import auroc, balanced_accuracy, ece, mcc
-from stage1_pro.policies import read_policy
+from stage1_pro.metrics.selective import cascade_risks, relative_cost
+from stage1_pro.policies import exit_scores, read_policy
+from stage1_pro.policies import exits as rows_that_exit
 from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.ranking import GATE, rank_answers
-from stage1_pro.policies.softmax import confidence, decide, softmax
+from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.report import NO_INTERVAL, POINTS, RANKINGS, Picture, short_note, training_picture, write_report
 
@@ -37,6 +51,20 @@ LEVEL = 0.95
 NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
 SUITE = metric_names(exits=False)
 GROUP_COLUMNS = ["group", "source", "rows", "errors", "exits", "missed_positives"]
+# Accuracy of the cascade minus that of Stage B answering everything, on the same rows.
+DIFFERENCE = "accuracy_minus_stage_b"
+CHANGE_COLUMNS = [
+    "file",
+    "label",
+    "effect",
+    "stage_a",
+    "confidence_a",
+    "stage_b",
+    "confidence_b",
+    "group",
+    "source",
+    "id",
+]
 MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"]
 
 
@@ -56,7 +84,7 @@ class Answers:
     exited: NDArray[np.bool_]
 
 
-def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageName, Answers]:
+def answer(predictions: Predictions, policy: Policy | None) -> dict[StageName, Answers]:
     """Give both stages' answers and, under a policy, the cascade's: Stage A's where it exits, else Stage B's.
 
     Raises:
@@ -75,7 +103,7 @@ def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageNam
             )
     exits = {"stage_a": np.ones(predictions.labels.size, dtype=bool)}
     if policy is not None:
-        exits["cascade"] = decide(probs["stage_a"], policy)
+        exits["cascade"] = rows_that_exit(policy, probs["stage_a"], predictions.gate_logits)
         probs["cascade"] = np.where(exits["cascade"][:, None], probs["stage_a"], probs["stage_b"])
     found: dict[StageName, Answers] = {}
     for stage in STAGES:
@@ -93,7 +121,12 @@ def answer(predictions: Predictions, policy: Thresholds | None) -> dict[StageNam
 
 
 def evaluate_predictions(
-    predictions: Predictions, policy: Thresholds | None = None, *, n_replicates: int = 1000, seed: int = 0
+    predictions: Predictions,
+    policy: Policy | None = None,
+    *,
+    n_replicates: int = 1000,
+    seed: int = 0,
+    blocks: tuple[int, int] | None = None,
 ) -> Evaluation:
     """Measure predictions on ``val_test``: per stage and for the cascade, over all rows and per source.
 
@@ -101,14 +134,16 @@ def evaluate_predictions(
     against the rest) and ``ece`` without. Under a policy also, of Stage A, ``coverage``, ``exit_error``,
     ``exit_accuracy`` and ``fnr_on_exited`` with its one-sided Clopper-Pearson upper bound by group, and of Stage B
     ``deferred_accuracy``; without one these are null. Over all rows also what ``rank_answers`` gives: AUGRC of the gate
-    and of max softmax side by side. Undefined figures are null, never 0. ``fnr_check`` says whether
-    FNR on exits keeps the policy's target by that bound.
+    and of max softmax side by side. Undefined figures are null, never 0. ``fnr_check`` says whether FNR on exits keeps
+    the policy's target by that bound. Of the cascade there is ``accuracy_minus_stage_b``, the paired difference from
+    Stage B answering every row (positive: the cascade is better), and ``effects`` count what Stage B fixes and breaks.
 
     Args:
         predictions: of ``val_test``, N >= 1.
         policy: the active exit policy, if any.
         n_replicates: bootstrap replicates.
         seed: of the bootstrap.
+        blocks: tap and number of blocks, for the record.
 
     Raises:
         ArtifactError: other rows than ``val_test``, a foreign policy, or NaN logits.
@@ -129,6 +164,13 @@ def evaluate_predictions(
         for stage, given in answers.items():
             measures += _quality(predictions, given, source, stage, rows, n_replicates, seed)
         measures += _exits(predictions, answers, policy, source, rows, n_replicates, seed)
+        if policy is not None:
+            measures.append(_difference(predictions, answers, source, rows, n_replicates, seed))
+    check = None
+    if policy is not None and policy.target_fnr is not None:
+        everything = np.ones(predictions.labels.size, dtype=bool)
+        fnr = next(m for m in measures if m.metric == "fnr_on_exited" and m.source is None)
+        check = _check_fnr(fnr, _fnr_counts(predictions, answers, everything), policy.target_fnr)
     n, n_groups = predictions.labels.size, np.unique(predictions.groups).size
     ranked = rank_answers(predictions, n_replicates=n_replicates, seed=seed, level=LEVEL)
     measures += [_measure(None, "stage_a", name, one, n, n_groups) for name, one in ranked.items()]
@@ -146,7 +188,10 @@ def evaluate_predictions(
         exit_threshold=None if policy is None else policy.exit_threshold,
         target_fnr=None if policy is None else policy.target_fnr,
         statement=NO_POLICY if policy is None else policy.statement,
-        fnr_check=None if policy is None else _check_fnr(predictions, answers, policy),
+        fnr_check=check,
+        effects=[] if policy is None else count_effects(answers),
+        tap=None if blocks is None else blocks[0],
+        n_blocks=None if blocks is None else blocks[1],
         level=LEVEL,
         n_replicates=n_replicates,
         seed=seed,
@@ -155,20 +200,26 @@ def evaluate_predictions(
 
 
 def evaluate(
-    run: Path | str, *, n_replicates: int = 1000, seed: int = 0, predictions: Predictions | None = None
+    run: Path | str,
+    *,
+    n_replicates: int = 1000,
+    seed: int = 0,
+    predictions: Predictions | None = None,
+    blocks: tuple[int, int] | None = None,
 ) -> Evaluation:
     """Measure the best model of a run and its policy on ``val_test``, and write figures, mistakes and report.
 
     Writes into ``RUN/evaluation``, which holds figures of ``val_test`` and nothing else: ``metrics.csv`` (a row a
-    figure), ``evaluation.json``, ``mistakes.csv`` (wrong answers, the most confident first), ``groups.csv`` (a row a
-    group, the most errors first) and ``*.png``; and ``RUN/report.html``. ``RUN/metrics`` holds training's own figures,
-    of ``val_select``.
+    figure), ``evaluation.json``, ``mistakes.csv`` (wrong answers, the most confident first), ``changes.csv`` (deferred
+    rows that Stage B fixes or breaks), ``groups.csv`` (a row a group, the most errors first) and ``*.png``; and
+    ``RUN/report.html``. ``RUN/metrics`` holds training's own figures, of ``val_select``.
 
     Args:
         run: trained run folder.
         n_replicates: bootstrap replicates of an interval.
         seed: of the bootstrap.
         predictions: both stages' outputs on ``val_test``; inferred with ``model_best.pth`` when not given.
+        blocks: with predictions: tap and number of blocks, for costs; without them no cost is shown.
 
     Raises:
         ArtifactError: the run is incomplete, or its parts are of different trainings or splits.
@@ -177,21 +228,27 @@ def evaluate(
     splits = Splits.read(run / "splits.json")
     policy = read_policy(run)
     if predictions is None:
-        from stage1_pro.training.inference import infer_split
+        from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
+        from stage1_pro.training.inference import infer
 
-        predictions = infer_split(run, "val_test")
+        model, config = load_run_model(run)
+        joint = load_joint_gate(run / "model_best.pth", model)
+        predictions = infer(model, splits, "val_test", workers=config.config.train.workers, joint_gate=joint)
+        blocks = model.architecture.tap, model.architecture.backbone.n_blocks
     rows = splits.of("val_test")
     same_rows = predictions.row_ids.tolist() == [row.id for row in rows]
     if predictions.split_hash != splits.hashes["val_test"] or not same_rows:
         raise ArtifactError(
             f"predictions must be of val_test in {run / 'splits.json'}, got other rows; infer them again"
         )
-    evaluation = evaluate_predictions(predictions, policy, n_replicates=n_replicates, seed=seed)
+    evaluation = evaluate_predictions(predictions, policy, n_replicates=n_replicates, seed=seed, blocks=blocks)
     answers = answer(predictions, policy)
-    mistakes = find_mistakes(predictions, answers, [row.file for row in rows])
+    files = [row.file for row in rows]
+    mistakes, changes = find_mistakes(predictions, answers, files), find_changes(predictions, answers, files)
 
     write_csv(run / "evaluation" / "metrics.csv", [_flat(measure) for measure in evaluation.measures], _CSV_COLUMNS)
     write_csv(run / "evaluation" / "mistakes.csv", mistakes, MISTAKE_COLUMNS)
+    write_csv(run / "evaluation" / "changes.csv", changes, CHANGE_COLUMNS)
     groups = count_groups(predictions, answers)
     write_csv(run / "evaluation" / "groups.csv", groups, GROUP_COLUMNS)
     evaluation.write(run / "evaluation" / "evaluation.json")
@@ -208,10 +265,14 @@ def evaluate(
         policy=policy,
         pictures=pictures,
         mistakes=mistakes,
+        changes=changes,
         groups=groups,
         image_root=Path(splits.root),
     )
-    say(f"wrote {run / 'evaluation'}/ (metrics.csv, mistakes.csv, groups.csv, figures) and {run / 'report.html'}")
+    say(
+        f"wrote {run / 'evaluation'}/ (metrics.csv, mistakes.csv, changes.csv, groups.csv, figures) and "
+        f"{run / 'report.html'}"
+    )
     return evaluation
 
 
@@ -239,6 +300,55 @@ def find_mistakes(
             "id": str(predictions.row_ids[i]),
         }
         for i in ordered.tolist()
+    ]
+
+
+def find_changes(
+    predictions: Predictions, answers: dict[StageName, Answers], files: list[str]
+) -> list[dict[str, object]]:
+    """Give the deferred rows on which Stage B breaks what was right, then those it fixes, its surest answers first.
+
+    ``effect`` is ``broken`` or ``fixed``; confidences are of each stage's own answer. Empty without a policy.
+    """
+    if "cascade" not in answers:
+        return []
+    a, b = answers["stage_a"], answers["stage_b"]
+    changed = np.flatnonzero(~answers["cascade"].exited & (a.error != b.error))
+    order = changed[np.lexsort((changed, -b.confidence[changed], a.error[changed]))]
+    return [
+        {
+            "file": files[i],
+            "label": predictions.classes[predictions.labels[i]],
+            "effect": "fixed" if a.error[i] else "broken",
+            "stage_a": predictions.classes[a.prediction[i]],
+            "confidence_a": float(a.confidence[i]),
+            "stage_b": predictions.classes[b.prediction[i]],
+            "confidence_b": float(b.confidence[i]),
+            "group": str(predictions.groups[i]),
+            "source": str(predictions.sources[i]),
+            "id": str(predictions.row_ids[i]),
+        }
+        for i in order.tolist()
+    ]
+
+
+def count_effects(answers: dict[StageName, Answers]) -> list[StageEffect]:
+    """Count on exited, then on deferred rows who of the two stages is right; under a policy."""
+    a, b, exited = answers["stage_a"].error, answers["stage_b"].error, answers["cascade"].exited
+    parts: tuple[tuple[Literal["exited", "deferred"], NDArray[np.bool_]], ...] = (
+        ("exited", exited),
+        ("deferred", ~exited),
+    )
+    return [
+        StageEffect(
+            rows=name,
+            n=int(rows.sum()),
+            both_right=int((rows & ~a & ~b).sum()),
+            fixed=int((rows & a & ~b).sum()),
+            broken=int((rows & ~a & b).sum()),
+            both_wrong=int((rows & a & b).sum()),
+        )
+        for name, rows in parts
     ]
 
 
@@ -333,6 +443,13 @@ def render(evaluation: Evaluation) -> str:
         console.print(table)
     if evaluation.policy is not None:
         console.print(exits)
+        apart = cell(DIFFERENCE, "cascade", None)
+        console.print(f"accuracy of the cascade minus Stage B alone, paired: {apart}")
+        deferred = evaluation.effects[1]
+        console.print(
+            f"of {deferred.n} deferred rows Stage B fixes {deferred.fixed} and breaks {deferred.broken}; "
+            f"{deferred.both_wrong} stay wrong"
+        )
     for number, note in enumerate(notes, 1):
         console.print(f"({number}) {note}")
     if sources:
@@ -341,15 +458,16 @@ def render(evaluation: Evaluation) -> str:
     if ranked[GATE]:
         words = [f"{RANKINGS[name]} {text}" for name, text in ranked.items() if text]
         console.print(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
-    if evaluation.fnr_check is None:
+    if evaluation.fnr_check is not None:
+        console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
+    if evaluation.policy is None:
         console.print(evaluation.statement)
     else:
-        console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
         console.print(f"guarantee: {evaluation.guarantee}")
     return buffer.getvalue().rstrip()
 
 
-def _check_policy(predictions: Predictions, policy: Thresholds) -> None:
+def _check_policy(predictions: Predictions, policy: Policy) -> None:
     """A policy speaks of the logits it was calibrated on, and of no others."""
     for name in ("model_fingerprint", "preprocessing_fingerprint"):
         promised, found = getattr(policy, name), getattr(predictions, name)
@@ -415,7 +533,7 @@ def _measure(source: str | None, stage: StageName, name: str, one: Interval, n: 
 def _exits(
     predictions: Predictions,
     answers: dict[StageName, Answers],
-    policy: Thresholds | None,
+    policy: Policy | None,
     source: str | None,
     rows: NDArray[np.bool_],
     n_replicates: int,
@@ -441,7 +559,7 @@ def _exits(
     if sizes["exit_error"][0]:
         right = replace(right, value=float(np.mean(~stage_a.error[among["exit_error"]])))
     measures.append(_measure(source, "stage_a", "exit_accuracy", right, *sizes["exit_error"]))
-    measures.append(_fnr_measure(source, _fnr_counts(predictions, answers, rows)))
+    measures.append(_fnr_measure(source, _fnr_counts(predictions, answers, rows), found["fnr_on_exited"]))
     deferred = Interval(math.nan, math.nan, math.nan, math.nan, method="none", note="undefined: no row is deferred")
     if sizes["deferred_accuracy"][0]:
         part = among["deferred_accuracy"]
@@ -452,16 +570,31 @@ def _exits(
     return [*measures, _measure(source, "stage_b", "deferred_accuracy", deferred, *sizes["deferred_accuracy"])]
 
 
-def _exit_intervals(
+def _difference(
     predictions: Predictions,
-    stage_a: Answers,
-    policy: Thresholds,
+    answers: dict[StageName, Answers],
+    source: str | None,
     rows: NDArray[np.bool_],
     n_replicates: int,
     seed: int,
+) -> Measure:
+    """Accuracy of the cascade minus that of Stage B alone, both on the same resamples of groups."""
+    groups = predictions.groups[rows]
+    one = compare(
+        answers["cascade"].probs[rows], answers["stage_b"].probs[rows], predictions.labels[rows], groups=groups,
+        metrics=["accuracy"], n_replicates=n_replicates, level=LEVEL, seed=seed,
+    )["accuracy"]  # fmt: skip
+    return _measure(source, "cascade", DIFFERENCE, one, int(rows.sum()), np.unique(groups).size)
+
+
+def _exit_intervals(
+    predictions: Predictions, stage_a: Answers, policy: Policy, rows: NDArray[np.bool_], n_replicates: int, seed: int
 ) -> Intervals:
+    scores = exit_scores(policy, stage_a.probs, predictions.gate_logits)
+    # A row without a score never exits.
+    scores = np.where(np.isnan(scores), -np.inf, scores)
     return bootstrap(
-        stage_a.probs[rows], predictions.labels[rows], confidence=stage_a.confidence[rows],
+        stage_a.probs[rows], predictions.labels[rows], confidence=scores[rows],
         threshold=policy.exit_threshold, groups=predictions.groups[rows],
         metrics=["coverage", "exit_error", "fnr_on_exited"], n_replicates=n_replicates, level=LEVEL, seed=seed,
         positive=predictions.classes.index(predictions.positive),
@@ -478,24 +611,30 @@ def _fnr_counts(
     return int(missed.sum()), int(among.sum()), *groups_in_error(missed, predictions.groups[among])
 
 
-def _fnr_measure(source: str | None, counts: tuple[int, int, int, int]) -> Measure:
+def _fnr_measure(source: str | None, counts: tuple[int, int, int, int], interval: Interval) -> Measure:
+    """FNR on exits with an upper bound on the rate of rows, whatever the sizes of their groups.
+
+    Clopper and Pearson's bound is on the share of groups that hold a miss. Where a large group is missed the share of
+    rows is more than that, which the bootstrap by group sees; the larger of the two is the bound.
+    """
     missed, n, groups_missed, n_groups = counts
     if n == 0:
         note = "undefined: no positive row exits"
         return Measure(source=source, stage="stage_a", metric="fnr_on_exited", note=note, n=0, n_groups=0)
+    high, method = clopper_pearson_upper(groups_missed, n_groups, level=LEVEL), "clopper-pearson"
+    note = f"one-sided upper bound: {groups_missed} of {n_groups} groups hold a missed positive"
+    if n_groups < n and interval.method in ("bca", "percentile") and interval.high > high:
+        high, method = interval.high, interval.method
+        note += "; the bootstrap by group goes higher, since the groups' sizes differ"
     return Measure(
-        source=source, stage="stage_a", metric="fnr_on_exited", value=missed / n,
-        high=clopper_pearson_upper(groups_missed, n_groups, level=LEVEL), method="clopper-pearson",
-        note=f"one-sided upper bound: {groups_missed} of {n_groups} groups hold a missed positive", n=n,
-        n_groups=n_groups,
+        source=source, stage="stage_a", metric="fnr_on_exited", value=missed / n, std=_known(interval.std), high=high,
+        method=method, note=note, n=n, n_groups=n_groups,
     )  # fmt: skip
 
 
-def _check_fnr(predictions: Predictions, answers: dict[StageName, Answers], policy: Thresholds) -> FnrCheck:
+def _check_fnr(measure: Measure, counts: tuple[int, int, int, int], target: float) -> FnrCheck:
     """Hold FNR on exits against the policy's target, by its upper bound."""
-    counts = _fnr_counts(predictions, answers, np.ones(predictions.labels.size, dtype=bool))
     missed, n, groups_missed, n_groups = counts
-    measure, target = _fnr_measure(None, counts), policy.target_fnr
     outcome: Literal["holds", "not shown", "exceeded"]
     if measure.value is None or measure.high is None:
         outcome, words = "not shown", "not shown: no positive row exits, so nothing is known"
@@ -529,7 +668,7 @@ def _flat(measure: Measure) -> dict[str, object]:
 
 
 def _draw(
-    predictions: Predictions, answers: dict[StageName, Answers], policy: Thresholds | None, evaluation: Evaluation
+    predictions: Predictions, answers: dict[StageName, Answers], policy: Policy | None, evaluation: Evaluation
 ) -> list[Picture]:
     """Figures of Stage A, which is what the policy selects from."""
     stage_a, rows = answers["stage_a"], np.ones(predictions.labels.size, dtype=bool)
@@ -540,7 +679,9 @@ def _draw(
     )  # fmt: skip
     point = threshold = None
     if policy is not None:
-        exited, threshold = answers["cascade"].exited, policy.exit_threshold
+        exited = answers["cascade"].exited
+        # The gate's threshold is not on this axis.
+        threshold = policy.exit_threshold if policy.policy == "softmax" else None
         if exited.any():
             point = (float(exited.mean()), float(stage_a.error[exited].mean()))
     pictures = [
@@ -590,7 +731,39 @@ def _draw(
         )  # fmt: skip
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
         pictures.append(Picture("coverage", "How far coverage may be off", caption, png))
+        pictures += _draw_exits(answers, evaluation)
     return pictures
+
+
+def _draw_exits(answers: dict[StageName, Answers], evaluation: Evaluation) -> list[Picture]:
+    """Which rows exit, and what every threshold would cost; the latter where the tap is known and saves anything."""
+    a, b, exited = answers["stage_a"], answers["stage_b"], answers["cascade"].exited
+    pictures = [
+        Picture(
+            "exit_rate",
+            "Who exits",
+            "Photos in bins of about equal size by Stage A's confidence (its range is below each bar, with the number "
+            "of photos). Bars should be high where the points are.",
+            exit_rate_png(a.confidence, exited, ~a.error),
+        )
+    ]
+    tap, n_blocks = evaluation.tap, evaluation.n_blocks
+    if tap is None or n_blocks is None or tap == n_blocks:
+        return pictures
+    rates, risks = cascade_risks(a.confidence, a.error, b.error)
+    # A run with other taps adds a curve each: name to (cost, risk).
+    curves = {f"tap {tap} of {n_blocks}, all thresholds": (relative_cost(rates, tap, n_blocks), risks)}
+    deployed = float(answers["cascade"].error.mean())
+    png = cost_risk_png(
+        curves,
+        point=(float(relative_cost(exited.mean(), tap, n_blocks)), deployed),
+        stage_b=(1.0, float(b.error.mean())),
+    )
+    caption = (
+        f"Left: everybody exits after {tap} of {n_blocks} blocks. Right: everybody runs them all. Lower and further "
+        "left is better. Cost counts blocks alone; `stage1 bench cascade` measures time."
+    )
+    return [*pictures, Picture("cost_risk", "What a threshold costs and risks", caption, png)]
 
 
 def _heap(one: Interval, label: str, **options: Any) -> bytes:

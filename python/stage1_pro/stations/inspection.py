@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stage1_pro.artifacts import GateParams, Policy
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
+from stage1_pro.policies import exit_rule
 
 
 def inspect(bundle: Path | str) -> dict[str, Any]:
@@ -26,19 +28,7 @@ def inspect(bundle: Path | str) -> dict[str, Any]:
         "tap": manifest.tap,
         "preprocessing": manifest.preprocessing.model_dump(mode="json"),
         "stages": {name: entry.model_dump(mode="json") for name, entry in manifest.stages.items()},
-        "policy": {
-            "name": manifest.active_exit_policy,
-            "file": manifest.policy_file,
-            "exit_threshold": policy.exit_threshold,
-            "guarantee": policy.guarantee,
-            "statement": policy.statement,
-            "coverage": policy.coverage,
-            "fnr_on_exited": policy.fnr_on_exited,
-            "fnr_upper_bound": policy.fnr_upper_bound,
-            "bound_level": policy.bound_level,
-            "n_positive_groups": policy.n_positive_groups,
-            "target_fnr": policy.target_fnr,
-        },
+        "policy": _policy(policy, manifest.policy_file),
         "engines": [engine.model_dump(mode="json") for engine in manifest.engines],
         "files": {name: entry.model_dump(mode="json") for name, entry in sorted(manifest.files.items())},
         "size": sum(entry.size for entry in manifest.files.values()),
@@ -62,13 +52,9 @@ def render(facts: dict[str, Any]) -> str:
             f"{backbone['hidden_size']}); Stage A reads block {facts['tap']}"
         ),
         f"licence     {backbone['licence']}{'; see ' + facts['licence_file'] if facts['licence_file'] else ''}",
-        f"policy      {policy['name']}: exit at confidence >= {policy['exit_threshold']:.6g}",
+        f"policy      {policy['name']}: {policy['rule']}",
         f"promise     guarantee: {policy['guarantee']}. {policy['statement']}",
-        (
-            f"on val_calib  coverage {policy['coverage']:.1%}, FNR on exits {policy['fnr_on_exited']:.2%} "
-            f"({policy['bound_level']:.0%} upper bound {policy['fnr_upper_bound']:.2%}, not corrected for the search, "
-            f"{policy['n_positive_groups']} positive groups; target {policy['target_fnr']:.2%})"
-        ),
+        f"on val_calib  {_measured(policy)}",
         f"ONNX        both stages; at most {parity:.2g} away from torch when exported",
     ]
     lines += [
@@ -88,6 +74,50 @@ def render(facts: dict[str, Any]) -> str:
         f"model {origin['model_fingerprint'][:12]}"
     )
     return "\n".join(lines)
+
+
+def _policy(policy: Policy, file: str) -> dict[str, Any]:
+    """What a policy does and promises; what only one kind has is null for the other."""
+    gate = policy if isinstance(policy, GateParams) else None
+    return {
+        "name": policy.policy,
+        "file": file,
+        "rule": exit_rule(policy),
+        "exit_threshold": policy.exit_threshold,
+        "guarantee": policy.guarantee,
+        "statement": policy.statement,
+        "certificate": None if policy.certificate is None else policy.certificate.model_dump(mode="json"),
+        "coverage": policy.coverage,
+        "fnr_on_exited": policy.fnr_on_exited,
+        "fnr_upper_bound": policy.fnr_upper_bound,
+        "bound_level": policy.bound_level,
+        "bound_method": policy.bound_method,
+        "n_positive_groups": policy.n_positive_groups,
+        "target_fnr": policy.target_fnr,
+        "exit_error": None if gate is None else gate.exit_error,
+        "exit_error_upper_bound": None if gate is None else gate.exit_error_upper_bound,
+        "constraints": None if gate is None else gate.constraints.model_dump(mode="json"),
+        "platt": None if gate is None else gate.platt,
+    }
+
+
+def _measured(policy: dict[str, Any]) -> str:
+    """Figures on the calibration rows, with their bounds."""
+    level = f"{policy['bound_level']:.4g} upper bound"
+    parts = [f"coverage {policy['coverage']:.1%}"]
+    if policy["exit_error"] is not None:
+        wish = policy["constraints"]["max_exit_error"]
+        parts.append(
+            f"exit error {policy['exit_error']:.2%} ({level} {policy['exit_error_upper_bound']:.2%}; wished {wish:.2%})"
+        )
+    if policy["fnr_on_exited"] is not None:
+        notes = [f"{level} {policy['fnr_upper_bound']:.2%}"] if policy["fnr_upper_bound"] is not None else []
+        notes.append(f"{policy['n_positive_groups']} positive groups")
+        if policy["target_fnr"] is not None:
+            notes.append(f"target {policy['target_fnr']:.2%}")
+        parts.append(f"FNR on exits {policy['fnr_on_exited']:.2%} ({'; '.join(notes)})")
+    search = "" if policy["certificate"] else "; bounds are not corrected for the search"
+    return ", ".join(parts) + search
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""predict: a bundle's answer for images, folders and CSV files. Needs no torch."""
+"""predict and infer: the cascade's answer for images, folders and CSV files. ``predict`` needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stage1_pro.artifacts import write_csv
+from stage1_pro.artifacts import SplitName, Splits, write_csv
 from stage1_pro.data.images import SUFFIXES, ImageError
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
@@ -46,14 +46,64 @@ def predict(
         InputError: an input does not exist, is of no known kind, or nothing is in it.
         ArtifactError: the bundle is damaged.
     """
+    _check(batch_size, out)
+    files = gather(inputs)
+    return _answer_all(Cascade.load(bundle, runtime), files, out, batch_size, "predict")
+
+
+def infer(
+    run: Path | str,
+    inputs: Sequence[Path | str] = (),
+    *,
+    split: SplitName | None = None,
+    out: Path | str | None = None,
+    batch_size: int = 32,
+) -> tuple[list[dict[str, Any]], int]:
+    """Answer for images, or for one split of the run, with a run's own model in torch: before any export.
+
+    Reads pixels alone, of the one split that is named; no label, and nothing is measured or chosen.
+
+    Args:
+        run: trained and calibrated run folder.
+        inputs: as ``predict`` takes them.
+        split: rows of the run's ``splits.json`` instead of inputs.
+        out: CSV to write, atomically.
+        batch_size: images per batch.
+
+    Returns:
+        What ``predict`` gives; it decides the same on the run's bundle.
+
+    Raises:
+        InputError: both inputs and a split or neither, no such input, or no policy in the run.
+        ArtifactError: an incomplete run, or a policy of another model.
+        DependencyError: torch or transformers are missing.
+    """
+    _check(batch_size, out)
+    if (split is None) == (not inputs):
+        got = "neither" if split is None else "both"
+        raise InputError(f"infer must get images or --split, got {got}; for example --split val_test")
+    if split is None:
+        files = gather(inputs)
+    else:
+        splits = Splits.read(Path(run) / "splits.json")
+        files = [(row.file, splits.path(row)) for row in splits.of(split)]
+        if not files:
+            raise InputError(f"split must have rows, got {split} with none; choose another one or name images")
+    return _answer_all(Cascade.from_run(run), files, out, batch_size, "infer")
+
+
+def _check(batch_size: int, out: Path | str | None) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size must be 1 or more, got {batch_size}")
     if out is not None and Path(out).is_dir():
         raise InputError(f"--out must be a CSV file to write, got the folder {out}")
-    files = gather(inputs)
-    cascade = Cascade.load(bundle, runtime)
+
+
+def _answer_all(
+    cascade: Cascade, files: list[tuple[str, Path]], out: Path | str | None, batch_size: int, description: str
+) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
-    for chunk in _chunks(files, batch_size):
+    for chunk in _chunks(files, batch_size, description):
         rows += _answer(cascade, chunk)
     failures = sum(row["error"] is not None for row in rows)
     if out is not None:
@@ -124,10 +174,10 @@ def _listed(path: Path) -> list[tuple[str, Path]]:
     return [(name, path.parent / name) for name in names]
 
 
-def _chunks(files: list[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:
+def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Iterator[list[tuple[str, Path]]]:
     """Parts of the list behind a progress bar that counts images."""
     chunk: list[tuple[str, Path]] = []
-    for item in track(files, "predict", len(files)):
+    for item in track(files, description, len(files)):
         chunk.append(item)
         if len(chunk) == size:
             yield chunk

@@ -1,0 +1,138 @@
+"""A run's model ready to answer in torch, before any export: the same cascade, the same decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stage1_pro.artifacts import BackboneInfo, Policy, PreprocessSpec, StageName
+from stage1_pro.deploy.bundle import check_policy_belongs
+from stage1_pro.deploy.runtime import Arrays
+from stage1_pro.errors import InputError
+from stage1_pro.models.model import Stage1Model
+from stage1_pro.policies import read_policy
+from stage1_pro.training.checkpoint import load_run_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best model of a run with its active policy; what ``Bundle`` is after export."""
+
+    path: Path
+    model: Stage1Model
+    policy: Policy
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return self.model.architecture.classes
+
+    @property
+    def positive(self) -> str:
+        """The class that must not be missed."""
+        return self.model.architecture.positive
+
+    @property
+    def preprocessing(self) -> PreprocessSpec:
+        """What turns an image into the model's input."""
+        return self.model.architecture.preprocessing
+
+    @property
+    def backbone(self) -> BackboneInfo:
+        """Facts about the backbone."""
+        return self.model.architecture.backbone
+
+    @property
+    def tap(self) -> int:
+        """Block whose tokens Stage A reads."""
+        return self.model.architecture.tap
+
+
+def load_trained(run: Path | str) -> Trained:
+    """Load ``model_best.pth`` and the active policy of a run, checked against each other.
+
+    Raises:
+        InputError: no such folder, or no exit policy in it.
+        ArtifactError: an incomplete run, or a policy of another model.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise InputError(f"run must be a run folder, got {run}; make one with `stage1 split --out {run}`")
+    model, _ = load_run_model(run)
+    policy = read_policy(run)
+    if policy is None:
+        raise InputError(f"run must hold a policy, got none in {run}; run `stage1 calibrate --run {run}` first")
+    check_policy_belongs(
+        policy,
+        classes=model.architecture.classes,
+        positive=model.architecture.positive,
+        model_fingerprint=model.fingerprint(),
+        preprocessing=model.architecture.preprocessing,
+    )
+    return Trained(run, model, policy)
+
+
+class TorchRuntime:
+    """Both stages of a model in eager torch, on the device that holds it.
+
+    Args:
+        model: is put into evaluation mode.
+        threads: torch's threads in this process; 0 leaves them as they are.
+
+    Raises:
+        InputError: ``threads`` is negative.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: Stage1Model, threads: int = 0) -> None:
+        if threads < 0:
+            raise InputError(f"threads must be 0 (as torch has them) or more, got {threads}")
+        if threads:
+            torch.set_num_threads(threads)
+        self.model = model.eval()
+        self._device = next(model.parameters()).device
+
+    def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
+        """Outputs by name for inputs by name; the first axis of each is the batch."""
+        with torch.inference_mode():
+            if stage == "stage_a":
+                logits, gate, hidden = self.model.stage_a(self._tensor(inputs["pixels"]))
+                return {"logits": _array(logits), "gate_logit": _array(gate), "hidden": _array(hidden)}
+            return {"logits": _array(self.model.stage_b(self._tensor(inputs["hidden"])))}
+
+    def full_pass(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Stage B's logits [N, K] from pixels [N, 3, H, W], with no Stage A on the way."""
+        backbone = self.model.backbone
+        with torch.inference_mode():
+            tokens = backbone(self._tensor(pixels))
+            return _array(self.model.heads.auxiliary(backbone.pool(tokens)))
+
+    def parts(self, pixels: NDArray[np.float32]) -> dict[str, Callable[[], object]]:
+        """The pieces of a full pass on these pixels, to be timed: ``embedding`` and ``heads`` (norm, pooling, head)."""
+        backbone, images = self.model.backbone, self._tensor(pixels)
+        with torch.inference_mode():
+            tokens, _ = backbone.embed(images)
+
+        def embedding() -> object:
+            with torch.inference_mode():
+                return backbone.embed(images)
+
+        def heads() -> object:
+            with torch.inference_mode():
+                return self.model.heads.auxiliary(backbone.pool(backbone.norm(tokens)))
+
+        return {"embedding": embedding, "heads": heads}
+
+    def _tensor(self, values: NDArray[np.float32]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+
+def _array(values: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.float().cpu().numpy()
+    return array

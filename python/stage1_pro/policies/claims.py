@@ -1,0 +1,102 @@
+"""Uses of a certify half, counted: one claim is a promise, the best of several is a selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stage1_pro.artifacts import CLAIMS_FILE, Claim, Claims, HalfClaims, PolicyName, sha256_bytes
+from stage1_pro.errors import InputError
+
+
+@dataclass(frozen=True)
+class Stake:
+    """A claim that may be made: ``delta`` declared for all ``claims``, of which this is number ``use``."""
+
+    delta: float
+    claims: int
+    use: int
+    key: str
+
+
+def stake_claim(
+    run: Path,
+    half: str,
+    *,
+    policy: PolicyName,
+    wish: str,
+    model_fingerprint: str,
+    preprocessing_fingerprint: str,
+    delta: float | None,
+    claims: int | None,
+    defaults: tuple[float, int],
+) -> Stake:
+    """Write down in ``RUN/claims.json`` that a certify half is about to be used, before anybody looks at it.
+
+    The very same claim (model, preprocessing, policy and wish) is no new use. The first claim fixes delta and the
+    number of claims it is divided by. The file outlives policies and trainings; another certify half starts anew.
+
+    Args:
+        run: run folder.
+        half: hash of the certify half.
+        policy: what will be certified.
+        wish: its constraints in words.
+        model_fingerprint: of the weights.
+        preprocessing_fingerprint: of the pixels.
+        delta: largest chance of a false certificate, all claims together; as declared before when None.
+        claims: how many claims to divide it for; as declared before when None.
+        defaults: delta and claims of a first claim that names neither.
+
+    Raises:
+        InputError: all declared claims have been made, or delta or their number differ from what was declared.
+        ArtifactError: ``claims.json`` is damaged.
+    """
+    path = run / CLAIMS_FILE
+    known = Claims.read(path) if path.is_file() else Claims()
+    counted = known.halves.get(half) or HalfClaims(delta=delta or defaults[0], claims=claims or defaults[1], uses=[])
+    key = sha256_bytes(f"{model_fingerprint}\n{preprocessing_fingerprint}\n{policy}\n{wish}".encode())
+    for name, given, declared in (
+        ("claims", claims or counted.claims, counted.claims),
+        ("delta", delta or counted.delta, counted.delta),
+    ):
+        if given != declared:
+            raise InputError(
+                f"--{name} must be {declared:g}, as declared at the first claim on this run's certify half, got "
+                f"{given:g}; dividing delta after looking would promise nothing"
+            )
+    place = next((i for i, use in enumerate(counted.uses) if use.key == key), None)
+    if place is None:
+        if len(counted.uses) >= counted.claims:
+            raise _refused(run, counted, policy, wish)
+        place = len(counted.uses)
+        claim = Claim(key=key, policy=policy, wish=wish, model_fingerprint=model_fingerprint)
+        _put(path, known, half, counted.model_copy(update={"uses": [*counted.uses, claim]}))
+    return Stake(counted.delta, counted.claims, place + 1, key)
+
+
+def close_claim(run: Path, half: str, stake: Stake, outcome: Literal["certified", "infeasible"]) -> None:
+    """Note how a claim ended, for the message that refuses the next one."""
+    known = Claims.read(run / CLAIMS_FILE)
+    counted = known.halves[half]
+    uses = [use.model_copy(update={"outcome": outcome}) if use.key == stake.key else use for use in counted.uses]
+    _put(run / CLAIMS_FILE, known, half, counted.model_copy(update={"uses": uses}))
+
+
+def _put(path: Path, known: Claims, half: str, counted: HalfClaims) -> None:
+    known.model_copy(update={"halves": {**known.halves, half: counted}}).write(path)
+
+
+def _refused(run: Path, counted: HalfClaims, policy: str, wish: str) -> InputError:
+    made = "; ".join(
+        f"{i}. {use.policy}: {use.wish}, model {use.model_fingerprint[:8]}: {use.outcome}"
+        for i, use in enumerate(counted.uses, 1)
+    )
+    one = counted.claims == 1
+    return InputError(
+        f"the certify half of {run} must serve {'one claim' if one else f'the {counted.claims} claims declared'}, "
+        f"which {'was' if one else 'were'} made ({made}), got another ({policy}: {wish}). Rows that were looked at "
+        "certify nothing more: the best of 5 tries is certified falsely in 19% of cases at delta 5%. Keep what stands; "
+        "or choose with --guarantee none, which promises nothing; or cut new splits (stage1 split --seed N "
+        "--overwrite, train again), and where several wishes are foreseen divide delta before the first: --claims K"
+    )
