@@ -98,6 +98,8 @@ def measure(
         raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
     if not metrics:
         raise InputError("metrics must name at least one metric, got none; leave it out to measure every one")
+    if threshold is not None and not math.isfinite(threshold):
+        raise InputError(f"--threshold must be a finite number, got {threshold}; leave it out to measure no exits")
     table = read_predictions(Path(path), positive=positive)
     other = None if compare_with is None else _paired(table, Path(compare_with), positive)
     chosen = [metrics] if isinstance(metrics, str) and metrics != "all" else metrics
