@@ -148,7 +148,7 @@ def test_metrics_are_chosen_by_name(tmp_path: Path) -> None:
     assert measure(file, metrics="ece").n_units == 300
     with pytest.raises(InputError, match="got 'augrk'; did you mean 'augrc'"):
         measure(file, metrics=["augrk"])
-    with pytest.raises(InputError, match="--threshold must be a finite number, got inf"):
+    with pytest.raises(InputError, match="threshold must be a number and finite, got inf"):
         measure(file, n_replicates=20, threshold=float("inf"))
     with pytest.raises(InputError, match="'fnr_on_exited'; it needs a threshold"):
         measure(file, metrics=["fnr_on_exited"])

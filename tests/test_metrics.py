@@ -21,6 +21,7 @@ from stage1_pro.metrics import (
     auroc,
     balanced_accuracy,
     bootstrap,
+    bootstrap_answers,
     bootstrap_augrc,
     bootstrap_errors,
     brier,
@@ -29,6 +30,7 @@ from stage1_pro.metrics import (
     clopper_pearson_upper,
     compare,
     coverage_at_risk,
+    ece,
     fnr_on_exited,
     mcc,
     nll,
@@ -450,6 +452,56 @@ def test_a_paired_difference_covers_its_truth():
         hits += found.low <= 0.85 - 0.82 <= found.high
     # Four standard errors of a share of 400 around 94%.
     assert 0.89 <= hits / 400 <= 0.985
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["rows", "groups"])
+def test_metrics_of_answers_have_the_bootstrap_by_hand(grouped):
+    """Every replicate equals scikit-learn's metric on the rows it drew, and the interval its quantiles."""
+    rng = np.random.default_rng(6)
+    labels = rng.integers(0, 3, 120)
+    probs = rng.dirichlet(np.ones(3), 120) * 0.6 + 0.4 * np.eye(3)[labels]
+    probs = np.round(probs, 1) + 1e-3
+    probs /= probs.sum(axis=1, keepdims=True)
+    groups = rng.integers(0, 30, 120) if grouped else None
+    found = bootstrap_answers(probs, labels, groups=groups, n_replicates=40, seed=5, positive=1)
+    assert list(found) == ["balanced_accuracy", "mcc", "auroc", "ece"]
+    unit = np.empty(120, dtype=int)
+    if grouped:
+        unit = np.unique(groups, return_inverse=True)[1]
+    else:
+        unit[np.lexsort((labels, *probs.T))] = np.arange(120)
+    drawn = _native.resample_counts([int(unit.max()) + 1], 40, seed=5)
+    answered = probs.argmax(1)
+    for replicate in range(40):
+        rows = np.repeat(np.arange(120), drawn[replicate][unit])
+        truth, given, part = labels[rows], answered[rows], probs[rows]
+        assert found["balanced_accuracy"].replicates[replicate] == pytest.approx(balanced_accuracy(given, truth))
+        assert found["mcc"].replicates[replicate] == pytest.approx(judge.matthews_corrcoef(truth, given))
+        assert found["auroc"].replicates[replicate] == pytest.approx(judge.roc_auc_score(truth == 1, part[:, 1]))
+        assert found["ece"].replicates[replicate] == pytest.approx(ece(part, truth))
+    for name, value in (("mcc", mcc(answered, labels)), ("ece", ece(probs, labels))):
+        one = found[name]
+        assert one.value == pytest.approx(value)
+        assert (one.low, one.high) == pytest.approx(tuple(np.quantile(one.replicates, [0.025, 0.975])))
+    moved = rng.permutation(120)
+    again = bootstrap_answers(
+        probs[moved],
+        labels[moved],
+        groups=None if groups is None else groups[moved],
+        n_replicates=40,
+        seed=5,
+        positive=1,
+    )
+    for name, one in found.items():
+        assert again[name].replicates == pytest.approx(one.replicates, abs=1e-12)
+
+
+def test_metrics_of_answers_where_one_class_is_there():
+    found = bootstrap_answers([0.9, 0.8, 0.3], [1, 1, 1], n_replicates=50)
+    assert found["auroc"].note == found["mcc"].note == "undefined: only one class is there"
+    assert found["balanced_accuracy"].value == pytest.approx(2 / 3)
+    few = bootstrap_answers([0.9, 0.8, 0.3, 0.4], [1, 1, 1, 0], n_replicates=200)["auroc"]
+    assert "of 200 resamples" in few.note
 
 
 def test_what_cannot_be_measured_is_stated():

@@ -43,7 +43,6 @@ SHARES = ("accuracy", "balanced_accuracy", "coverage", "exit_accuracy", "exit_er
           "deferred_accuracy", "ece")  # fmt: skip
 # Measured without an interval.
 POINTS = ("balanced_accuracy", "mcc", "auroc", "ece")
-NO_INTERVAL = "no interval is computed for this metric"
 # Long figures: their digits after the point.
 DIGITS = {"augrc": 4, "aurc": 4, "nll": 4, "brier": 4}
 # Panels of the training figure: the first column of each row that the file has.
@@ -327,8 +326,7 @@ def _suite(evaluation: Evaluation, notes: list[str]) -> list[dict[str, object]]:
         for stage in stages:
             measure = evaluation.measure(name, stage)
             mark = ""
-            # That some metrics have no interval is plain to see.
-            if measure.note and (measure.value is None or name not in POINTS):
+            if measure.note:
                 note = short_note(measure.note)
                 if note not in notes:
                     notes.append(note)

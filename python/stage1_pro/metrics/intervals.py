@@ -24,7 +24,14 @@ from scipy.special import betaincinv, expit, logit, ndtr, ndtri
 
 from stage1_pro import _native
 from stage1_pro.errors import InputError, nearest
-from stage1_pro.metrics.probabilistic import brier_rows, check_probabilities, largest, nll_rows
+from stage1_pro.metrics.probabilistic import (
+    ECE_BINS,
+    brier_rows,
+    calibration_places,
+    check_probabilities,
+    largest,
+    nll_rows,
+)
 
 Method = Literal["bca", "percentile", "logit"]
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -223,6 +230,122 @@ def compare(
     models = [columns for columns, _ in pairs]
     strata = pairs[0][1] if stratify else None
     return _intervals(models, groups, strata, metrics, n_replicates, level, method, seed, threads)
+
+
+def bootstrap_answers(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    n_replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    positive: int | None = None,
+) -> Intervals:
+    """``balanced_accuracy``, ``mcc``, ``auroc`` and ``ece`` with percentile intervals.
+
+    They are no sums over sorted rows, so they are measured on resampled confusion counts, bins and ranks. What is
+    undefined on the rows (AUROC and MCC where only one class is there) is NaN; resamples in which a metric is undefined
+    are left out, and the note counts them.
+
+    Args:
+        probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
+        labels: [N] class indices 0..K-1.
+        groups: [N] names or numbers of the independent units; None = every row is one.
+        n_replicates: resamples.
+        level: nominal coverage, in (0, 1).
+        seed: of the resamples.
+        positive: index of the class that AUROC holds against the others; of two classes the second one by default,
+            and without one AUROC is left out.
+
+    Raises:
+        InputError: as ``bootstrap``.
+    """
+    _check_level(level)
+    columns, truth = _columns(probs, labels, None, None, positive)
+    values = np.asarray(probs, dtype=np.float64)
+    values = np.stack([1 - values, values], axis=1) if values.ndim == 1 else values
+    n, n_classes = values.shape
+    answered, sure = largest(values)
+    if groups is None:
+        # Rows are numbered by what they are, so that row order never matters.
+        unit = np.empty(n, dtype=np.uint32)
+        unit[np.lexsort((truth, *values.T))] = np.arange(n, dtype=np.uint32)
+    else:
+        unit = _native.cluster_numbers(groups, n)
+    n_units = int(unit.max()) + 1
+    place = calibration_places(sure, bins=ECE_BINS)
+    design = np.zeros((n, n_classes**2 + 2 * ECE_BINS))
+    rows = np.arange(n)
+    design[rows, truth * n_classes + answered] = 1
+    design[rows, n_classes**2 + place] = sure
+    design[rows, n_classes**2 + ECE_BINS + place] = answered == truth
+    is_positive = columns.positive
+    ranking = None
+    if is_positive is not None:
+        score = values[:, 1 if positive is None else positive]
+        ascending = np.argsort(score, kind="stable")
+        ranked = score[ascending]
+        ranking = ascending, np.append(0, np.flatnonzero(ranked[1:] != ranked[:-1]) + 1), is_positive[ascending]
+
+    def measure(times: NDArray[np.uint8]) -> NDArray[np.float64]:
+        sums: NDArray[np.float64] = np.asarray(times @ design, dtype=np.float64)
+        confusion: NDArray[Any] = sums[:, : n_classes**2].reshape(-1, n_classes, n_classes)
+        found = [*_of_confusion(confusion)]
+        apart = np.abs(sums[:, n_classes**2 : n_classes**2 + ECE_BINS] - sums[:, n_classes**2 + ECE_BINS :])
+        found.append(apart.sum(axis=1) / sums[:, : n_classes**2].sum(axis=1))
+        if ranking is not None:
+            found.append(_auroc_of_counts(times, *ranking))
+        return np.stack(found, axis=1)
+
+    names = ["balanced_accuracy", "mcc", "ece", "auroc"][: 4 if ranking is not None else 3]
+    value = measure(np.ones((1, n), dtype=np.uint8))[0]
+    # Some 32 MB of counts at a time.
+    chunk = max(1, 4_000_000 // n)
+    drawn = [
+        measure(_native.resample_counts([n_units], min(chunk, n_replicates - first), first=first, seed=seed)[:, unit])
+        for first in range(0, n_replicates, chunk)
+    ]
+    replicates = np.concatenate(drawn)
+    kind = "rows" if groups is None else "groups"
+    found = {
+        name: _Measured(
+            name, float(value[k]), replicates[:, k], None, None, n_units, scale=max(abs(float(value[k])), 1e-3)
+        ).interval(level, "percentile", kind)
+        for k, name in enumerate(names)
+    }
+    return Intervals(
+        {name: found[name] for name in ("balanced_accuracy", "mcc", "auroc", "ece") if name in found},
+        n_rows=n,
+        n_units=n_units,
+        unit=kind,
+    )
+
+
+def _of_confusion(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Balanced accuracy and MCC [B] of counts [B, K true, K answered]; MCC is NaN with one true class only."""
+    true, given, n = counts.sum(axis=2), counts.sum(axis=1), counts.sum(axis=(1, 2))
+    right = np.diagonal(counts, axis1=1, axis2=2)
+    there = true > 0
+    recall = np.where(there, right / np.where(there, true, 1), 0)
+    balanced = recall.sum(axis=1) / there.sum(axis=1)
+    spread = (n * n - (true * true).sum(axis=1)) * (n * n - (given * given).sum(axis=1))
+    product = right.sum(axis=1) * n - (true * given).sum(axis=1)
+    correlation = np.where(spread > 0, product / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+    return balanced, np.where(there.sum(axis=1) > 1, correlation, np.nan)
+
+
+def _auroc_of_counts(
+    times: NDArray[np.uint8], ascending: NDArray[np.intp], starts: NDArray[np.intp], positive: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """AUROC [B] of rows counted ``times`` [B, N], ranked by ascending score with ties from ``starts`` on."""
+    ranked = times[:, ascending].astype(np.int64)
+    positives = np.add.reduceat(ranked * positive, starts, axis=1)
+    negatives = np.add.reduceat(ranked, starts, axis=1) - positives
+    below = np.cumsum(negatives, axis=1) - negatives
+    above = (positives * (2 * below + negatives)).sum(axis=1)
+    pairs = 2.0 * positives.sum(axis=1) * negatives.sum(axis=1)
+    return np.asarray(np.where(pairs > 0, above / np.where(pairs > 0, pairs, 1), np.nan), dtype=np.float64)
 
 
 def bootstrap_augrc(
@@ -649,7 +772,12 @@ _BOUNDS: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "accuracy": lambda low, high: (1 - high, 1 - low),
 }
 _EVENTS = {"coverage": "exits", "exit_error": "wrong exits", "fnr_on_exited": "missed positives"}
-_UNDEFINED = {"exit_error": "no row exits", "fnr_on_exited": "no positive row exits"}
+_UNDEFINED = {
+    "exit_error": "no row exits",
+    "fnr_on_exited": "no positive row exits",
+    "mcc": "only one class is there",
+    "auroc": "only one class is there",
+}
 
 
 def _influence(

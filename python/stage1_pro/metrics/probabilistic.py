@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.errors import InputError
 
 # -log of it is 708.4: a certain and wrong answer costs much, but the mean stays a number.
+ECE_BINS = 15
 # Up to so many columns a loop over them beats a reduction over rows.
 _FEW_CLASSES = 8
 _SMALLEST = float(np.finfo(np.float64).tiny)
@@ -121,7 +122,7 @@ def _across(ufunc: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(functools.reduce(ufunc, values.T))
 
 
-def ece(probs: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> float:
+def ece(probs: ArrayLike, labels: ArrayLike, *, bins: int = ECE_BINS) -> float:
     """Expected calibration error of the answer's confidence, in [0, 1]; 0 is as sure as right, lower is better.
 
     Σ over bins of (rows in the bin / rows) · |share right − mean confidence|, with ``bins`` bins of equal width
@@ -135,8 +136,14 @@ def ece(probs: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> float:
     return float(np.sum(count[kept] * np.abs(sure[kept] - right[kept])) / truth.size)
 
 
+def calibration_places(confidence: NDArray[np.float64], *, bins: int) -> NDArray[np.intp]:
+    """Which of ``bins`` equal bins (low, high] over [0, 1] each confidence [N] is in."""
+    edges = np.arange(bins + 1) / bins
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+
+
 def calibration_bins(
-    confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15
+    confidence: ArrayLike, correct: ArrayLike, *, bins: int = ECE_BINS
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Rows, mean confidence and share right of each of ``bins`` equal bins (low, high] over [0, 1]; NaN where empty.
 
@@ -150,8 +157,7 @@ def calibration_bins(
     _no_nan("confidence", sure)
     if bins < 1:
         raise InputError(f"bins must be at least 1, got {bins}; 15 is usual")
-    edges = np.arange(bins + 1) / bins
-    place = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
+    place = calibration_places(sure, bins=bins)
     count = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
         means = [np.bincount(place, values, bins) / count for values in (sure, right)]

@@ -24,7 +24,15 @@ from stage1_pro.artifacts import (
     write_csv,
 )
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, clopper_pearson_upper, compare, metric_names
+from stage1_pro.metrics.intervals import (
+    Interval,
+    Intervals,
+    bootstrap,
+    bootstrap_answers,
+    clopper_pearson_upper,
+    compare,
+    metric_names,
+)
 from stage1_pro.metrics.plots import (
     BAND_METRICS,
     confidence_png,
@@ -35,7 +43,6 @@ from stage1_pro.metrics.plots import (
     risk_band,
     risk_coverage_png,
 )  # fmt: skip
-from stage1_pro.metrics.probabilistic import auroc, balanced_accuracy, ece, mcc
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
 from stage1_pro.policies import exit_scores, read_policy
 from stage1_pro.policies import exits as rows_that_exit
@@ -43,7 +50,7 @@ from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.ranking import GATE, rank_answers
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
-from stage1_pro.report import NO_INTERVAL, POINTS, RANKINGS, Picture, short_note, training_picture, write_report
+from stage1_pro.report import POINTS, RANKINGS, Picture, short_note, training_picture, write_report
 
 StageName = Literal["stage_a", "stage_b", "cascade"]
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b", "cascade")
@@ -131,7 +138,7 @@ def evaluate_predictions(
     """Measure predictions on ``val_test``: per stage and for the cascade, over all rows and per source.
 
     For each the suite of ``metric_names`` with intervals by group, and ``balanced_accuracy, mcc, auroc`` (positive
-    against the rest) and ``ece`` without. Under a policy also, of Stage A, ``coverage``, ``exit_error``,
+    against the rest) and ``ece``. Under a policy also, of Stage A, ``coverage``, ``exit_error``,
     ``exit_accuracy`` and ``fnr_on_exited`` with its one-sided Clopper-Pearson upper bound by group, and of Stage B
     ``deferred_accuracy``; without one these are null. Over all rows also what ``rank_answers`` gives: AUGRC of the gate
     and of max softmax side by side. Undefined figures are null, never 0. ``fnr_check`` says whether FNR on exits keeps
@@ -396,7 +403,7 @@ def render(evaluation: Evaluation) -> str:
         if source is not None:
             # What is to be said of every source fills pages; the file has it.
             mark = " *" if found.method != "none" and found.note and metric != "fnr_on_exited" and not short else ""
-        elif found.note and found.note != NO_INTERVAL and not short:
+        elif found.note and not short:
             note = short_note(found.note)
             if note not in notes:
                 notes.append(note)
@@ -502,25 +509,17 @@ def _quality(
     n_replicates: int,
     seed: int,
 ) -> list[Measure]:
-    labels, groups, prediction = predictions.labels[rows], predictions.groups[rows], given.prediction[rows]
+    labels, groups = predictions.labels[rows], predictions.groups[rows]
     positive = predictions.classes.index(predictions.positive)
     intervals = bootstrap(
         given.probs[rows], labels, confidence=given.confidence[rows], groups=groups, metrics=SUITE,
         n_replicates=n_replicates, level=LEVEL, seed=seed, positive=positive,
     )  # fmt: skip
     n, n_groups = labels.size, np.unique(groups).size
-    points = {
-        "balanced_accuracy": balanced_accuracy(prediction, labels),
-        "mcc": mcc(prediction, labels) if np.unique(labels).size > 1 else math.nan,
-        "auroc": auroc(given.probability[rows], labels == positive),
-        "ece": ece(given.probs[rows], labels),
-    }
-    found = [_measure(source, stage, name, one, n, n_groups) for name, one in intervals.items()]
-    for name in POINTS:
-        known = _known(points[name])
-        note = NO_INTERVAL if known is not None else "undefined: only one class is there"
-        found.append(Measure(source=source, stage=stage, metric=name, value=known, note=note, n=n, n_groups=n_groups))
-    return found
+    answers = bootstrap_answers(
+        given.probs[rows], labels, groups=groups, n_replicates=n_replicates, level=LEVEL, seed=seed, positive=positive
+    )
+    return [_measure(source, stage, name, one, n, n_groups) for name, one in [*intervals.items(), *answers.items()]]
 
 
 def _measure(source: str | None, stage: StageName, name: str, one: Interval, n: int, n_groups: int) -> Measure:

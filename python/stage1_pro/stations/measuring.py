@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from stage1_pro.artifacts import Measurement, Metric, load_npz, write_bytes, write_csv
 from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
 from stage1_pro.errors import InputError, nearest
-from stage1_pro.metrics.intervals import Interval, Intervals, Method, bootstrap, bootstrap_errors, compare
+from stage1_pro.metrics.intervals import (
+    Interval,
+    Intervals,
+    Method,
+    bootstrap,
+    bootstrap_answers,
+    bootstrap_errors,
+    compare,
+)
 from stage1_pro.metrics.plots import (
     BAND_METRICS,
     confidence_png,
@@ -25,10 +33,10 @@ from stage1_pro.metrics.plots import (
     risk_band,
     risk_coverage_png,
 )
-from stage1_pro.metrics.probabilistic import auroc, balanced_accuracy, ece, mcc
+from stage1_pro.metrics.probabilistic import ece
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
-from stage1_pro.report import NO_INTERVAL, POINTS, Picture, short_note, write_measurement
+from stage1_pro.report import POINTS, Picture, short_note, write_measurement
 
 METRIC_COLUMNS = ["metric", "value", "std", "low", "high", "method", "note"]
 WAYS = "label and prob, label and prob_<class> of every class, or error and confidence"
@@ -99,14 +107,14 @@ def measure(
     if not metrics:
         raise InputError("metrics must name at least one metric, got none; leave it out to measure every one")
     if threshold is not None and not math.isfinite(threshold):
-        raise InputError(f"--threshold must be a finite number, got {threshold}; leave it out to measure no exits")
+        raise InputError(f"threshold must be a number and finite, got {threshold}; leave it out to measure no exits")
     table = read_predictions(Path(path), positive=positive)
     other = None if compare_with is None else _paired(table, Path(compare_with), positive)
     chosen = [metrics] if isinstance(metrics, str) and metrics != "all" else metrics
     asked: dict[str, Any] = {"level": level, "method": method, "seed": seed, "n_replicates": n_replicates}
     points, values = {}, {}
     if other is None:
-        points = _points(table, chosen)
+        points = _points(table, chosen, asked)
         wanted = "all" if chosen == "all" else [name for name in chosen if name not in points]
         intervals = _bootstrap(table, threshold, wanted, asked) if wanted else _no_intervals(table)
     else:
@@ -171,7 +179,7 @@ def render(found: Measurement) -> str:
     notes: list[str] = []
     for one in found.metrics:
         mark = ""
-        if one.note and one.note != NO_INTERVAL:
+        if one.note:
             note = short_note(one.note)
             if note not in notes:
                 notes.append(note)
@@ -227,27 +235,16 @@ def _index(table: Table) -> int | None:
     return table.classes.index(table.positive)
 
 
-def _points(table: Table, metrics: str | Sequence[str]) -> dict[str, Metric]:
-    """Metrics that have no interval, of those asked for."""
-    if table.probs is None or table.labels is None:
+def _points(table: Table, metrics: str | Sequence[str], asked: dict[str, Any]) -> dict[str, Metric]:
+    """Metrics of answers and probabilities, of those asked for; always with percentile intervals."""
+    wanted = [name for name in POINTS if metrics == "all" or name in metrics]
+    if table.probs is None or table.labels is None or not wanted:
         return {}
-    given, found = table.probs.argmax(axis=1), {}
-    several = np.unique(table.labels).size > 1
-    found["balanced_accuracy"] = balanced_accuracy(given, table.labels)
-    found["mcc"] = mcc(given, table.labels) if several else math.nan
-    index = _index(table)
-    if index is not None:
-        found["auroc"] = auroc(table.probs[:, index], table.labels == index)
-    found["ece"] = ece(table.probs, table.labels)
-    return {
-        name: Metric(
-            metric=name,
-            value=_known(found[name]),
-            note="undefined: only one class is there" if math.isnan(found[name]) else NO_INTERVAL,
-        )
-        for name in POINTS
-        if name in found and (metrics == "all" or name in metrics)
-    }
+    found = bootstrap_answers(
+        table.probs, table.labels, groups=table.groups, n_replicates=asked["n_replicates"], level=asked["level"],
+        seed=asked["seed"], positive=_index(table),
+    )  # fmt: skip
+    return {name: _metric(name, found[name]) for name in wanted if name in found}
 
 
 def _no_intervals(table: Table) -> Intervals:
