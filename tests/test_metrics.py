@@ -469,7 +469,7 @@ def test_metrics_of_answers_have_the_bootstrap_by_hand(grouped):
     if grouped:
         unit = np.unique(groups, return_inverse=True)[1]
     else:
-        unit[np.lexsort((labels, *probs.T))] = np.arange(120)
+        unit[np.lexsort((labels, *probs.T, probs[:, 1]))] = np.arange(120)
     drawn = _native.resample_counts([int(unit.max()) + 1], 40, seed=5)
     answered = probs.argmax(1)
     for replicate in range(40):

@@ -262,56 +262,46 @@ def bootstrap_answers(
         InputError: as ``bootstrap``.
     """
     _check_level(level)
-    columns, truth = _columns(probs, labels, None, None, positive)
+    _, truth = _columns(probs, labels, None, None, positive)
     values = np.asarray(probs, dtype=np.float64)
     values = np.stack([1 - values, values], axis=1) if values.ndim == 1 else values
     n, n_classes = values.shape
+    wanted = 1 if positive is None and n_classes == 2 else positive
+    score = values[:, 0 if wanted is None else wanted]
+    # Rows stand and are numbered by what they are, so that row order never matters; by score first, for AUROC.
+    order = np.lexsort((truth, *values.T, score))
+    values, truth, score = values[order], truth[order], score[order]
     answered, sure = largest(values)
-    if groups is None:
-        # Rows are numbered by what they are, so that row order never matters.
-        unit = np.empty(n, dtype=np.uint32)
-        unit[np.lexsort((truth, *values.T))] = np.arange(n, dtype=np.uint32)
-    else:
-        unit = _native.cluster_numbers(groups, n)
-    n_units = int(unit.max()) + 1
+    unit = None if groups is None else _native.cluster_numbers(groups, n)[order]
+    n_units = n if unit is None else int(unit.max()) + 1
     place = calibration_places(sure, bins=ECE_BINS)
-    design = np.zeros((n, n_classes**2 + 2 * ECE_BINS))
-    rows = np.arange(n)
-    design[rows, truth * n_classes + answered] = 1
-    design[rows, n_classes**2 + place] = sure
-    design[rows, n_classes**2 + ECE_BINS + place] = answered == truth
-    is_positive = columns.positive
-    ranking = None
-    if is_positive is not None:
-        score = values[:, 1 if positive is None else positive]
-        ascending = np.argsort(score, kind="stable")
-        ranked = score[ascending]
-        ranking = ascending, np.append(0, np.flatnonzero(ranked[1:] != ranked[:-1]) + 1), is_positive[ascending]
+    # Rows of one truth, answer and bin are one cell: its count is all that the metrics of answers need.
+    cells, cell = np.unique((truth * n_classes + answered) * ECE_BINS + place, return_inverse=True)
+    cell_truth, cell_answer = np.divmod(cells // ECE_BINS, n_classes)
+    bins = np.eye(ECE_BINS)[cells % ECE_BINS]
+    classes = np.eye(n_classes)
+    starts = np.append(0, np.flatnonzero(score[1:] != score[:-1]) + 1)
 
-    def measure(times: NDArray[np.uint8]) -> NDArray[np.float64]:
-        sums: NDArray[np.float64] = np.asarray(times @ design, dtype=np.float64)
-        confusion: NDArray[Any] = sums[:, : n_classes**2].reshape(-1, n_classes, n_classes)
-        found = [*_of_confusion(confusion)]
-        apart = np.abs(sums[:, n_classes**2 : n_classes**2 + ECE_BINS] - sums[:, n_classes**2 + ECE_BINS :])
-        found.append(apart.sum(axis=1) / sums[:, : n_classes**2].sum(axis=1))
-        if ranking is not None:
-            found.append(_auroc_of_counts(times, *ranking))
-        return np.stack(found, axis=1)
+    def measure(times: NDArray[np.uint8]) -> list[float]:
+        weights = times.astype(np.float64)
+        counts = np.bincount(cell, weights, cells.size)
+        right = counts * (cell_truth == cell_answer)
+        sums = [part @ classes[of] for part, of in ((right, cell_truth), (counts, cell_truth), (counts, cell_answer))]
+        apart = np.bincount(place, weights * sure, ECE_BINS) - right @ bins
+        found = [*_of_confusion(*sums), float(np.abs(apart).sum() / counts.sum())]
+        return found if wanted is None else [*found, _auroc_of_counts(times, starts, truth == wanted)]
 
-    names = ["balanced_accuracy", "mcc", "ece", "auroc"][: 4 if ranking is not None else 3]
-    value = measure(np.ones((1, n), dtype=np.uint8))[0]
-    # Some 32 MB of counts at a time.
-    chunk = max(1, 4_000_000 // n)
-    drawn = [
-        measure(_native.resample_counts([n_units], min(chunk, n_replicates - first), first=first, seed=seed)[:, unit])
-        for first in range(0, n_replicates, chunk)
-    ]
-    replicates = np.concatenate(drawn)
+    names = ["balanced_accuracy", "mcc", "ece", "auroc"][: 3 if wanted is None else 4]
+    value = measure(np.ones(n, dtype=np.uint8))
+    replicates = np.empty((n_replicates, len(names)))
+    for replicate in range(n_replicates):
+        times = _native.resample_counts([n_units], 1, first=replicate, seed=seed)[0]
+        replicates[replicate] = measure(times if unit is None else times[unit])
     kind = "rows" if groups is None else "groups"
     found = {
-        name: _Measured(
-            name, float(value[k]), replicates[:, k], None, None, n_units, scale=max(abs(float(value[k])), 1e-3)
-        ).interval(level, "percentile", kind)
+        name: _Measured(name, value[k], replicates[:, k], None, None, n_units, scale=max(abs(value[k]), 1e-3)).interval(
+            level, "percentile", kind
+        )
         for k, name in enumerate(names)
     }
     return Intervals(
@@ -322,30 +312,28 @@ def bootstrap_answers(
     )
 
 
-def _of_confusion(counts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Balanced accuracy and MCC [B] of counts [B, K true, K answered]; MCC is NaN with one true class only."""
-    true, given, n = counts.sum(axis=2), counts.sum(axis=1), counts.sum(axis=(1, 2))
-    right = np.diagonal(counts, axis1=1, axis2=2)
-    there = true > 0
-    recall = np.where(there, right / np.where(there, true, 1), 0)
-    balanced = recall.sum(axis=1) / there.sum(axis=1)
-    spread = (n * n - (true * true).sum(axis=1)) * (n * n - (given * given).sum(axis=1))
-    product = right.sum(axis=1) * n - (true * given).sum(axis=1)
-    correlation = np.where(spread > 0, product / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
-    return balanced, np.where(there.sum(axis=1) > 1, correlation, np.nan)
+def _of_confusion(
+    right: NDArray[np.float64], true: NDArray[np.float64], given: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Balanced accuracy and MCC from right answers, rows and answers of each class [K]; MCC of one class is NaN."""
+    there, n = true > 0, true.sum()
+    balanced = float(np.mean(right[there] / true[there]))
+    spread = (n * n - true @ true) * (n * n - given @ given)
+    correlation = float((right.sum() * n - true @ given) / math.sqrt(spread)) if spread > 0 else 0.0
+    return balanced, correlation if there.sum() > 1 else math.nan
 
 
-def _auroc_of_counts(
-    times: NDArray[np.uint8], ascending: NDArray[np.intp], starts: NDArray[np.intp], positive: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """AUROC [B] of rows counted ``times`` [B, N], ranked by ascending score with ties from ``starts`` on."""
-    ranked = times[:, ascending].astype(np.int64)
-    positives = np.add.reduceat(ranked * positive, starts, axis=1)
-    negatives = np.add.reduceat(ranked, starts, axis=1) - positives
-    below = np.cumsum(negatives, axis=1) - negatives
-    above = (positives * (2 * below + negatives)).sum(axis=1)
-    pairs = 2.0 * positives.sum(axis=1) * negatives.sum(axis=1)
-    return np.asarray(np.where(pairs > 0, above / np.where(pairs > 0, pairs, 1), np.nan), dtype=np.float64)
+def _auroc_of_counts(times: NDArray[np.uint8], starts: NDArray[np.intp], positive: NDArray[np.bool_]) -> float:
+    """AUROC of rows in ascending order of score, counted ``times`` [N]; tie groups begin at ``starts``."""
+    positives, rows = (times * positive).astype(np.int64), times.astype(np.int64)
+    if starts.size < times.size:
+        positives, rows = (np.add.reduceat(each, starts) for each in (positives, rows))
+    negatives = rows - positives
+    through = np.cumsum(negatives)
+    # A positive is above the negatives before its tie group, and half above those in it.
+    above = int((positives * (2 * through - negatives)).sum())
+    pairs = 2 * int(positives.sum()) * int(through[-1])
+    return above / pairs if pairs else math.nan
 
 
 def bootstrap_augrc(
