@@ -132,13 +132,20 @@ def augrc_influence(loss: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.f
     """Derivative of AUGRC along the weight of each sorted row [N]; the root of the sum of squares is its SE."""
     n = loss.size
     tied = np.diff(ends, prepend=0)
-    through = np.cumsum(loss.astype(np.float64))[ends - 1]
-    errors = np.diff(through, prepend=0)
+    through = np.cumsum(loss, dtype=np.float64)[ends - 1]
     # What an accepted row pays for errors at or above it, and an error for the rows at or below it.
-    as_row, as_error = 2 * through - errors, 2 * (n - ends) + tied
+    as_row = 2 * through
+    as_row -= np.diff(through, prepend=0)
+    as_error = 2.0 * (n - ends)
+    as_error += tied
     value = float((tied * as_row).sum()) / (2 * n * n)
-    paid = np.repeat(as_row, tied) + loss * np.repeat(as_error, tied)
-    return np.asarray(paid / (2 * n * n) - 2 * value / n, dtype=np.float64)
+    if tied.size < n:
+        as_row, as_error = np.repeat(as_row, tied), np.repeat(as_error, tied)
+    influence = loss * as_error
+    influence += as_row
+    influence /= 2 * n * n
+    influence -= 2 * value / n
+    return np.asarray(influence, dtype=np.float64)
 
 
 def bootstrap_suite(

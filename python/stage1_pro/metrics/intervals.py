@@ -742,8 +742,9 @@ def _count(n: int, unit: str) -> str:
 
 
 def _moments(influence: NDArray[np.float64]) -> tuple[float, float]:
-    squares = influence * influence
-    return float(squares.sum()), float((squares * influence).sum())
+    # No array in between: new memory costs more than the sums.
+    squares, cubes = np.einsum("i,i->", influence, influence), np.einsum("i,i,i->", influence, influence, influence)
+    return float(squares), float(cubes)
 
 
 def _share_bounds(low: float, high: float) -> tuple[float, float]:
@@ -793,13 +794,19 @@ def _influence(
         return None, slice(0, int(ranked.ends[reached])), error
     if name.startswith(_RISK):
         return None, None, error
-    exited = np.arange(n) < (ranked.n_exit or 0)
+    exits = ranked.n_exit or 0
+    influence = np.zeros(n)
     if name == "coverage":
-        return (exited - value) / n, None, exited
+        influence[:exits] = 1 / n
+        influence -= value / n
+        return influence, None, np.arange(n) < exits
     if name == "exit_error":
-        return exited * (error - value) / max(int(exited.sum()), 1), exited, error
-    rows, missed = exited & ((ranked.kind & 1) > 0), (ranked.kind & 2) > 0
-    return rows * (missed - value) / max(int(rows.sum()), 1), rows, missed
+        influence[:exits] = (error[:exits] - value) / max(exits, 1)
+        return influence, slice(0, exits), error
+    among, missed = (ranked.kind & 1) > 0, (ranked.kind & 2) > 0
+    among[exits:] = False
+    influence[:exits] = among[:exits] * (missed[:exits] - value) / max(int(among.sum()), 1)
+    return influence, among, missed
 
 
 def _aurc_influence(ranked: _native.Ranked, value: float) -> NDArray[np.float64]:
@@ -808,17 +815,30 @@ def _aurc_influence(ranked: _native.Ranked, value: float) -> NDArray[np.float64]
     With risk ρ_g = E_g / C_g at the end of tie group g and trapezoid weights v_g, n·AURC is Σ v_g ρ_g. A row of group h
     widens that group's step, and moves every risk from h on by (r − ρ_g) / C_g.
     """
+    # In place where it can be: new memory costs more than the arithmetic.
     ends = ranked.ends.astype(np.float64)
-    tied = np.diff(ends, prepend=0)
-    risk = np.cumsum(ranked.error.astype(np.float64))[ranked.ends.astype(np.int64) - 1] / ends
-    before = np.concatenate([risk[:1], risk[:-1]])
-    weight = (tied + np.append(tied[1:], 0)) / 2
-    weight[0] += tied[0] / 2
-    later = np.cumsum((weight / ends)[::-1])[::-1]
-    later_risk = np.cumsum((weight * risk / ends)[::-1])[::-1]
-    repeats = tied.astype(np.int64)
-    steps, slope, offset = (np.repeat(values, repeats) for values in ((before + risk) / 2, later, later_risk))
-    return np.asarray((steps - value + ranked.error * slope - offset) / ranked.error.size, dtype=np.float64)
+    repeats = np.diff(ranked.ends, prepend=np.uint32(0))
+    weight = repeats / 2
+    first = float(weight[0])
+    weight[:-1] += weight[1:].copy()
+    weight[0] += first
+    risk = np.cumsum(ranked.error, dtype=np.float64)[ranked.ends - np.uint32(1)]
+    risk /= ends
+    steps = risk.copy()
+    steps[1:] += risk[:-1]
+    steps[0] *= 2
+    steps /= 2
+    np.divide(weight, ends, out=weight)
+    slope = np.cumsum(weight[::-1])[::-1]
+    weight *= risk
+    steps -= np.cumsum(weight[::-1])[::-1]
+    steps -= value
+    if repeats.size < ranked.error.size:
+        steps, slope = np.repeat(steps, repeats), np.repeat(slope, repeats)
+    influence = ranked.error * slope
+    influence += steps
+    influence /= ranked.error.size
+    return influence
 
 
 def _on_logit_scale(value: float, error: float, level: float, top: float) -> tuple[float, float]:

@@ -107,6 +107,8 @@ def largest(probs: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.f
     """The first class of largest probability and that probability, [N] each; faster than NumPy for few classes."""
     if probs.shape[1] > _FEW_CLASSES:
         return probs.argmax(axis=1), probs.max(axis=1)
+    if probs.shape[1] == 2:
+        return (probs[:, 1] > probs[:, 0]).astype(np.int64), np.maximum(probs[:, 0], probs[:, 1])
     best, value = np.zeros(probs.shape[0], dtype=np.int64), probs[:, 0].copy()
     for name in range(1, probs.shape[1]):
         better = probs[:, name] > value
@@ -184,7 +186,9 @@ def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np
     if truth.dtype.kind not in "biuf":
         raise InputError(f"labels must be class indices, got an array of {truth.dtype}; number the classes by columns")
     _no_nan("probs", values)
-    wrong = (truth < 0) | (truth >= values.shape[1]) | (truth != np.floor(truth))
+    wrong = (truth < 0) | (truth >= values.shape[1])
+    if truth.dtype.kind == "f":
+        wrong |= truth != np.floor(truth)
     if wrong.any():
         row = int(wrong.argmax())
         raise InputError(
