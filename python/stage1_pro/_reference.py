@@ -131,7 +131,7 @@ class _Cells:
 def augrc_influence(loss: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.float64]:
     """Derivative of AUGRC along the weight of each sorted row [N]; the root of the sum of squares is its SE."""
     n = loss.size
-    tied = np.diff(ends, prepend=0)
+    tied = np.diff(ends, prepend=0).astype(np.intp, copy=False)
     through = np.cumsum(loss, dtype=np.float64)[ends - 1]
     # What an accepted row pays for errors at or above it, and an error for the rows at or below it.
     as_row = 2 * through

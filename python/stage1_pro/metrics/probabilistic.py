@@ -81,7 +81,11 @@ def nll(probs: ArrayLike, labels: ArrayLike) -> float:
 
 def nll_rows(probs: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Negative log likelihood of each row [N], of checked arguments."""
-    return np.asarray(-np.log(np.maximum(probs[np.arange(labels.size), labels], _SMALLEST)), dtype=np.float64)
+    if probs.shape[1] == 2:
+        likelihood = np.where(labels == 1, probs[:, 1], probs[:, 0])
+    else:
+        likelihood = probs[np.arange(labels.size), labels]
+    return np.asarray(-np.log(np.maximum(likelihood, _SMALLEST)), dtype=np.float64)
 
 
 def brier(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -185,7 +189,6 @@ def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np
     _one_shape("probs", values[:, 0], "labels", truth)
     if truth.dtype.kind not in "biuf":
         raise InputError(f"labels must be class indices, got an array of {truth.dtype}; number the classes by columns")
-    _no_nan("probs", values)
     wrong = (truth < 0) | (truth >= values.shape[1])
     if truth.dtype.kind == "f":
         wrong |= truth != np.floor(truth)
@@ -198,6 +201,8 @@ def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np
     with np.errstate(invalid="ignore"):
         off = (_across(np.minimum, values) < 0) | ~(np.abs(_across(np.add, values) - 1) <= 1e-3)
     if off.any():
+        # A NaN is off as well.
+        _no_nan("probs", values)
         row = int(off.argmax())
         raise InputError(
             f"probs must be non-negative rows that sum to 1, got {values[row].tolist()} at row {row}; "
