@@ -244,7 +244,8 @@ def bootstrap_answers(
 ) -> Intervals:
     """``balanced_accuracy``, ``mcc``, ``auroc`` and ``ece`` with percentile intervals.
 
-    They are no sums over sorted rows, so they are measured on resampled confusion counts, bins and ranks. What is
+    They are no sums over sorted rows, so they are measured on resampled confusion counts, bins and ranks. The ECE of a
+    resample is larger than that of the rows on average, so its interval leans to larger values. What is
     undefined on the rows (AUROC and MCC where only one class is there) is NaN; resamples in which a metric is undefined
     are left out, and the note counts them.
 
