@@ -22,19 +22,8 @@ from stage1_pro import cli
 from stage1_pro.artifacts import Claims, GateParams, Merging, Predictions, Row, Splits, Thresholds, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.policies import exit_scores, exits, read_policy
-from stage1_pro.policies.certify import (
-    Risk,
-    certify,
-    certify_threshold,
-    coverage_p_value,
-    cut_halves,
-    errors_allowed,
-    fixed_sequence,
-    order_candidates,
-    plan_calibration,
-    risk_p_value,
-    trials_needed,
-)
+from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, fixed_sequence, risk_p_value, trials_needed
+from stage1_pro.policies.certify import Risk, certify, certify_threshold, cut_halves, order_candidates, plan_calibration
 from stage1_pro.policies.gate import fit_gate_policy, fit_platt, score
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
 from stage1_pro.stations.calibration import calibrate, render
@@ -236,7 +225,10 @@ def test_ranks_never_cut_a_tie_group() -> None:
         ({"min_coverage": 1.0}, r"min_coverage must be inside \(0, 1\), got 1.0"),
         ({"candidates": []}, "candidates must be at least one threshold"),
         ({"candidates": [0.5, math.nan]}, "candidates must be at least one threshold"),
-        ({"method": "ltt_fts"}, "method must be ltt_fst, got 'ltt_fts'; did you mean 'ltt_fst'"),
+        (
+            {"method": "ltt_fts"},
+            "method must be one of ltt_fst, bonferroni, holm, sgr, rcps, crc, got 'ltt_fts'; did you mean 'ltt_fst'",
+        ),
         ({"condition": "y"}, "condition must be 'exit' or 'exit&y=1', got 'y'"),
         ({"condition": "exit&y=1"}, "labels must be given for condition 'exit&y=1', got None"),
         ({"groups": ["a"]}, r"groups must have shape \[3\] as scores, got \[1\]"),
