@@ -210,7 +210,7 @@ def crc_budget(alpha: float, trials: int) -> int:
     """The most errors among ``trials`` with (errors + 1) / (trials + 1) <= alpha: floor(alpha (m + 1)) - 1; -1: none.
 
     Conformal risk control (2208.02814) for 0/1 losses: the expected risk is then at most alpha. In exact integers of
-    the decimal text of alpha. The published budget of SCRC-I, ceil(alpha (m + 1)) - 1, lets the expected risk exceed alpha.
+    the decimal text of alpha. The budget published for SCRC-I, ceil(alpha (m + 1)) - 1, lets it exceed alpha.
 
     Args:
         alpha: inside (0, 1).

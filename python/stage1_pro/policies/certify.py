@@ -285,10 +285,10 @@ def certify(
         check_share(f"alpha of {risk.name}", risk.alpha)
         if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
             raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
-    counted, names = _unit(groups, values.size, unit, rows_independent)
+    counted, names = counting_unit(groups, values.size, unit, rows_independent)
     everyone = np.ones(values.size, dtype=bool)
-    drawn = _one_each(names, everyone, seed)
-    among = [drawn if risk.trials is None else _one_each(names, risk.trials, seed) for risk in risks]
+    drawn = one_each(names, everyone, seed)
+    among = [drawn if risk.trials is None else one_each(names, risk.trials, seed) for risk in risks]
     n = drawn.size
     if candidates is None:
         order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage, method)
@@ -505,7 +505,7 @@ class _Means:
 def _choose(
     tests: _Counts | _Means, method: Method, delta: float
 ) -> tuple[int | None, int, NDArray[np.int64], NDArray[np.float64], float]:
-    """The candidate that is deployed (None: none), the one to show, those tested, their p-values, and the level used."""
+    """The candidate to deploy (None: none), the one to show, those tested, their p-values, and the level used."""
     size = tests.order.size
     everything = np.arange(size)
 
@@ -850,7 +850,7 @@ def plan_calibration(
 # -------------------------------------------------------------------------------- helpers
 
 
-def _unit(
+def counting_unit(
     groups: ArrayLike | None, n: int, unit: str, rows_independent: bool
 ) -> tuple[Unit, NDArray[np.generic] | None]:
     """What is counted, and the group of every row (None when rows are)."""
@@ -875,7 +875,7 @@ def _unit(
     return "groups", names
 
 
-def _one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+def one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
     """One eligible row of every group that has one, [U] indices; drawn without a look at scores or errors."""
     rows = np.flatnonzero(eligible)
     if groups is None:
@@ -1045,9 +1045,9 @@ def _sentence(
 
 
 def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method) -> tuple[str, ...]:
+    units = "groups" if unit == "group_means" else unit
     found = [
-        f"certify {'groups' if unit == 'group_means' else unit} are independent draws of what will be seen later, and "
-        "nothing shifts",
+        f"certify {units} are independent draws of what will be seen later, and nothing shifts",
         "model, wish and order of testing were fixed before anybody looked at the certify rows",
     ]
     if stated:
