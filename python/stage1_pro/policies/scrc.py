@@ -60,7 +60,7 @@ class SCRC:
         alpha: largest risk among the accepted, inside (0, 1); taken by its decimal text.
         delta: chance of failure of the selection and of the risk.
         variant: see above.
-        loss: ``miscoverage``: P(label not in set | accepted); ``fnr``: the same of positive rows, and nothing of others.
+        loss: ``miscoverage``: P(label not in set | accepted); ``fnr``: the same of positive rows alone.
         score: nonconformity of a class: ``lac`` 1 - p; ``aps`` the mass of classes at least as probable; ``raps`` adds
             ``raps[0]`` for each rank beyond ``raps[1]``.
         groups: None, ``stage`` or ``class``.
@@ -302,7 +302,8 @@ class SCRC:
         share = f"at least {100 * self.xi:g}% {'of new images ' if self.variant != 'pac' else ''}are accepted"
         over = f"over the draw of the {n} calibration {unit}"
         if self.variant == "pac":
-            return f"With probability at least {100 * (1 - sum(self.delta)):g}% {over}, of {image}: {share}, and {risk}{each}."
+            sure = f"With probability at least {100 * (1 - sum(self.delta)):g}% {over}"
+            return f"{sure}, of {image}: {share}, and {risk}{each}."
         each = "" if len(cells) == 1 else f", in each of the {len(cells)} cells by {self.groups} separately"
         average = f"on average over draws of the {n} calibration {unit} and of {image} (an expectation, nothing about "
         average += f"these thresholds alone), {risk}{each}."
@@ -311,7 +312,7 @@ class SCRC:
         if self.variant == "T":
             return f"On average {over}, {share}; {average}"
         return (
-            f"none: the thresholds that met coverage {self.xi:g} and risk {self.alpha:g} on the {n} calibration {unit}; "
+            f"none: thresholds that met coverage {self.xi:g} and risk {self.alpha:g} on the {n} calibration {unit}; "
             "nothing is promised of new images"
         )
 
@@ -451,8 +452,8 @@ class FittedSCRC:
             other = np.flatnonzero(~np.isin(stages, names))
             if other.size:
                 raise InputError(
-                    f"stage must be one of {', '.join(names)}, got '{stages[other[0]]}' in row {other[0]}; calibrate on "
-                    "rows of every stage"
+                    f"stage must be one of {', '.join(names)}, got '{stages[other[0]]}' in row {other[0]}; calibrate "
+                    "on rows of every stage"
                 )
             limit = limits[(stages[:, None] == names).argmax(axis=1)][:, None]
         else:
@@ -472,7 +473,7 @@ class FittedSCRC:
     ) -> Verification:
         """Hold each promise against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
 
-        FAIL: Clopper and Pearson's 99% bound breaks the promise; PASS: their 95% bound keeps it; otherwise INCONCLUSIVE,
+        FAIL: Clopper and Pearson's 99% bound breaks the promise; PASS: their 95% bound keeps it; else INCONCLUSIVE,
         with the units that would settle it if rates stay as seen. ``rate <= alpha`` is no test: a system at true 0.8%
         fails it at alpha = 1% every third time on 500 rows. One seeded row speaks for its group, as in ``calibrate``.
 
