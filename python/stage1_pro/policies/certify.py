@@ -308,6 +308,8 @@ def certify(
         else _Counts(values, risks, drawn, among, order, min_coverage, joint)
     )
     chosen, shown, tested, p_values, level = _choose(tests, method, delta)
+    if chosen is not None and tests.accepted_at(chosen) == 0:
+        chosen = None  # nothing accepted is never wrong, and no answer either
     found = tests.risks_at(shown, level)
     if method == "crc":
         found = tuple(replace(one, bound=tests.crc_risk(i, shown), p_value=1.0) for i, one in enumerate(found))
@@ -911,14 +913,14 @@ def _ranks(
 ) -> NDArray[np.float64]:
     """Thresholds just above one score after another, strict to lax, from a rank that counts alone decide.
 
-    Methods that share delta take a few of them, evenly; those on the joint share all, and one that accepts nothing.
+    Methods that share delta take a few of them, evenly; those on the joint share all.
     """
     rows = drawn if min_coverage is not None else trials
     known = np.unique(values[rows][~np.isnan(values[rows])])
     # Just above a score: what is accepted lies strictly above it. Above -inf lies everything.
     order = np.append(np.nextafter(known[::-1], np.inf), -np.inf)
     if method in _JOINT:
-        return order
+        return order[min(1, order.size - 1) :]
     above = _at_least(values[rows], order)
     if min_coverage is not None:
         start = np.flatnonzero(coverage_p_value(above, rows.size, min_coverage) <= delta)
@@ -1004,7 +1006,7 @@ def _reason(
         for risk in risks
         if risk.p_value > delta
     ]
-    return f"{where}, where {' and '.join(parts)}"
+    return f"{where}, where {' and '.join(parts)}" if parts else f"{where}: a threshold that accepts none is no answer"
 
 
 _HOW: dict[Method, str] = {
