@@ -542,23 +542,25 @@ def test_every_method_keeps_its_promise(method: str, ranks: bool) -> None:
         assert broken / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
 
 
+def signs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """|logit|, missed positives, positives: the logit is normal around 3.2 or -3.2, with spread 2."""
+    labels = rng.random(n) < 0.5
+    logit = np.where(labels, 3.2, -3.2) + rng.normal(0, 2, n)
+    return np.abs(logit), labels & (logit < 0), labels
+
+
 @pytest.mark.slow
 def test_the_certified_softmax_choice_has_power() -> None:
     """FNR on exits <= 2% at n = 2,000 certify rows: true where given, and given often."""
     rng, draws = np.random.default_rng(1), 300
     big = np.random.default_rng(99)
 
-    def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        labels = rng.random(n) < 0.5
-        logit = np.where(labels, 3.2, -3.2) + rng.normal(0, 2, n)
-        return np.abs(logit), labels & (logit < 0), labels
-
-    scores, missed, labels = draw(big, 1_000_000)
+    scores, missed, labels = signs(big, 1_000_000)
     given_, broken = 0, 0
     for _ in range(draws):
-        s, e, y = draw(rng, 2000)
+        s, e, y = signs(rng, 2000)
         candidates = order_candidates(s, [Risk("fnr", 0.02, e, y)], n_certify=2000)
-        s, e, y = draw(rng, 2000)
+        s, e, y = signs(rng, 2000)
         found = certify_threshold(s, e, alpha=0.02, delta=0.05, candidates=candidates, condition="exit&y=1", labels=y)
         given_ += found.feasible
         if found.threshold is not None:
