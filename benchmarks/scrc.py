@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import test_certify
 import test_scrc
 
-from stage1_pro.policies.certify import Risk, certify_threshold, order_candidates
+from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certify import certify_threshold, order_candidates
 from stage1_pro.policies.scrc import SCRC, FittedSCRC
 
 SIZES = (500, 2000, 10_000)

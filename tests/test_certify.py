@@ -23,8 +23,8 @@ from stage1_pro.artifacts import Claims, GateParams, Merging, Predictions, Row, 
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.policies import exit_scores, exits, read_policy
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, fixed_sequence, risk_p_value, trials_needed
+from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certify import (
-    Risk,
     certify,
     certify_threshold,
     cut_halves,
@@ -314,9 +314,9 @@ def test_methods_say_what_they_promise_and_differ_as_they_must() -> None:
 @pytest.mark.parametrize("method", ["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"])
 @pytest.mark.parametrize("unit", ["rows", "group_means"])
 def test_every_method_is_infeasible_with_a_reason(method: str, unit: str) -> None:
-    groups = np.arange(100) if unit == "group_means" else None
-    kwargs = {"alpha": 0.005, "delta": 0.05, "method": method, "groups": groups, "unit": unit}
     scores = np.linspace(1, 0, 100)
+    groups, candidates = (np.arange(100), scores) if unit == "group_means" else (None, None)
+    kwargs = {"alpha": 0.005, "delta": 0.05, "method": method, "groups": groups, "unit": unit, "candidates": candidates}
     found = certify_threshold(scores, np.zeros(100), **kwargs)
     assert not found.feasible
     assert (found.threshold, found.guarantee) == (None, "none: infeasible")
@@ -350,6 +350,8 @@ def test_group_means_are_one_row_each_where_groups_are_rows() -> None:
     assert means.p_values[1] == means.p_values[list(means.candidates).index(0.4)]
     with pytest.raises(InputError, match="groups must be given where the unit is groups"):
         certify_threshold(scores, errors, unit="group_means", **kwargs)
+    with pytest.raises(InputError, match="candidates must be given where the unit is group_means, got None"):
+        certify_threshold(scores, errors, alpha=0.02, delta=0.05, groups=scores, unit="group_means")
     with pytest.raises(InputError, match="rows_independent must be False where the unit is group_means"):
         certify_threshold(scores, errors, groups=scores, unit="group_means", rows_independent=True, **kwargs)
 

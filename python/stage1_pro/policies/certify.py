@@ -20,28 +20,21 @@ from scipy.special import betainc, gammaln, ndtri
 
 from stage1_pro.artifacts import CertificateRecord, RiskRecord
 from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.intervals import clopper_pearson_upper
-from stage1_pro.policies.bounds import (
-    betting_p_value,
-    betting_upper,
-    binary_search,
-    binomial_cdf,
-    bonferroni,
-    check_share,
-    coverage_p_value,
-    crc_budget,
-    errors_allowed,
-    exact,
-    fixed_sequence,
-    holm,
-    trials_needed,
+from stage1_pro.policies.bounds import binomial_cdf, check_share, coverage_p_value, errors_allowed, trials_needed
+from stage1_pro.policies.candidates import (
+    JOINT,
+    Counts,
+    Means,
+    Method,
+    Risk,
+    RiskCounts,
+    Unit,
+    choose,
+    count_at_least,
+    group_weights,
 )
 
-Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
 Condition = Literal["exit", "exit&y=1"]
-Unit = Literal["rows", "groups", "group_means"]
-# These speak of the joint share P(error and accepted), which cannot fall as the threshold gets laxer.
-_JOINT = ("rcps", "crc")
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
 # Beyond this many trials the normal approximation plans as well as the exact sum, to a fraction of a percent.
@@ -68,31 +61,6 @@ def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple
 
 
 # -------------------------------------------------------------------------------- the certificate
-
-
-@dataclass(frozen=True)
-class Risk:
-    """A risk to hold below ``alpha``: the share of errors among the accepted rows that are trials.
-
-    ``errors`` and ``trials`` are bool [N]; an error that is no trial does not count. ``trials`` None: every row is one.
-    """
-
-    name: str
-    alpha: float
-    errors: NDArray[np.bool_]
-    trials: NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True)
-class RiskCounts:
-    """What one risk came to at a threshold: integer counts, the bound at level 1 - delta, and the p-value."""
-
-    name: str
-    alpha: float
-    trials: int
-    errors: int
-    bound: float
-    p_value: float
 
 
 @dataclass(frozen=True)
@@ -254,7 +222,7 @@ def certify(
         risks: at least one.
         delta: largest chance that the certificate is false, inside (0, 1).
         min_coverage: least coverage, inside (0, 1).
-        candidates: [T] thresholds in the order of testing; ranks when None.
+        candidates: [T] thresholds in the order of testing; ranks when None, which ``group_means`` has not.
         method: see above; ``bonferroni`` and ``holm`` take 20 ranks where no candidates are given.
         groups: [N] clip or track of every row.
         unit: ``auto``, ``rows``, ``groups`` or ``group_means``; see ``certify_threshold``.
@@ -290,6 +258,11 @@ def certify(
     drawn = one_each(names, everyone, seed)
     among = [drawn if risk.trials is None else one_each(names, risk.trials, seed) for risk in risks]
     n = drawn.size
+    if candidates is None and counted == "group_means":
+        raise InputError(
+            "candidates must be given where the unit is group_means, got None; rows above a rank of one row each are "
+            "independent, whole groups are not: take them from the fit half with order_candidates"
+        )
     if candidates is None:
         order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage, method)
     else:
@@ -301,13 +274,13 @@ def certify(
             )
         if method not in ("ltt_fst", "bonferroni", "holm"):
             order = np.unique(order)[::-1]
-    joint = method in _JOINT
+    joint = method in JOINT
     tests = (
-        _Means(values, risks, names, order, delta, min_coverage, joint, seed)
+        Means(values, risks, names, order, delta, min_coverage, joint, seed)
         if counted == "group_means" and names is not None
-        else _Counts(values, risks, drawn, among, order, min_coverage, joint)
+        else Counts(values, risks, drawn, among, order, min_coverage, joint)
     )
-    chosen, shown, tested, p_values, level = _choose(tests, method, delta)
+    chosen, shown, tested, p_values, level = choose(tests, method, delta)
     if chosen is not None and tests.accepted_at(chosen) == 0:
         chosen = None  # nothing accepted is never wrong, and no answer either
     found = tests.risks_at(shown, level)
@@ -356,207 +329,6 @@ def certify(
     )
 
 
-# -------------------------------------------------------------------------------- tests at candidates, and the choice
-
-
-class _Counts:
-    """Exact binomial tests at every candidate, one row a unit.
-
-    ``joint``: trials count whether accepted or not.
-    """
-
-    chunk = 1 << 62  # all at once
-
-    def __init__(
-        self,
-        values: NDArray[np.float64],
-        risks: Sequence[Risk],
-        drawn: NDArray[np.int64],
-        among: Sequence[NDArray[np.int64]],
-        order: NDArray[np.float64],
-        min_coverage: float | None,
-        joint: bool,
-    ) -> None:
-        self.n, self.order, self.risks, self.min_coverage = drawn.size, order, risks, min_coverage
-        self.accepted = _at_least(values[drawn], order)
-        self.k = [_at_least(values[rows[risk.errors[rows]]], order) for risk, rows in zip(risks, among, strict=True)]
-        self.m = [np.full(order.size, rows.size) if joint else _at_least(values[rows], order) for rows in among]
-
-    def p_coverage(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of "the coverage is below its limit" at candidates [T]; 0 where there is no limit."""
-        if self.min_coverage is None:
-            return np.zeros(at.size)
-        return coverage_p_value(self.accepted[at], self.n, self.min_coverage)
-
-    def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of "a risk is above its limit": the largest of the risks' at candidates [T]."""
-        found = [
-            binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), risk.alpha)
-            for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
-        ]
-        return np.asarray(np.max(found, axis=0), dtype=np.float64)
-
-    def risks_at(self, i: int, level: float) -> tuple[RiskCounts, ...]:
-        """Counts at candidate ``i``, with bounds at 1 - level."""
-        counts = [(int(k[i]), int(m[i])) for k, m in zip(self.k, self.m, strict=True)]
-        return tuple(
-            RiskCounts(
-                risk.name, risk.alpha, m, k, clopper_pearson_upper(k, m, 1 - level),
-                float(binomial_cdf(np.array(float(k)), np.array(float(m)), risk.alpha)),
-            )
-            for risk, (k, m) in zip(self.risks, counts, strict=True)
-        )  # fmt: skip
-
-    def accepted_at(self, i: int) -> int:
-        """Units accepted."""
-        return int(self.accepted[i])
-
-    def coverage_at(self, i: int) -> float:
-        """Their share."""
-        return int(self.accepted[i]) / max(self.n, 1)
-
-    def crc_risk(self, risk: int, i: int) -> float:
-        """(errors + 1) / (trials + 1)."""
-        return (int(self.k[risk][i]) + 1) / (int(self.m[risk][i]) + 1)
-
-    def within_crc(self, i: int) -> bool:
-        """Whether that is within every limit, in exact integers."""
-        return all(
-            int(k[i]) <= crc_budget(risk.alpha, int(m[i]))
-            for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
-        )
-
-
-class _Means:
-    """Tests by betting on the means of groups, which are visited in a seeded order; the interface of ``_Counts``."""
-
-    chunk = 8
-
-    def __init__(
-        self,
-        values: NDArray[np.float64],
-        risks: Sequence[Risk],
-        names: NDArray[np.generic],
-        order: NDArray[np.float64],
-        delta: float,
-        min_coverage: float | None,
-        joint: bool,
-        seed: int,
-    ) -> None:
-        _, member = np.unique(names, return_inverse=True)
-        self.n = int(member.max(initial=-1)) + 1
-        self.order, self.risks, self.delta, self.min_coverage, self.joint = order, risks, delta, min_coverage, joint
-        # An order of betting that no value decides.
-        self.member = np.random.default_rng(seed).permutation(self.n)[member]
-        known = np.flatnonzero(~np.isnan(values))
-        self.ranked = known[np.argsort(-values[known], kind="stable")]
-        self.ends = _at_least(values, order)
-        everyone = np.ones(values.size, dtype=bool)
-        self.everyone = _weights(self.member, everyone)
-        self.trials = [everyone if risk.trials is None else risk.trials for risk in risks]
-        self.shares = [_weights(self.member, trials) for trials in self.trials]
-
-    def _means(self, i: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Each group's sum of the weights of accepted rows [G]: a mean, as they sum to 1 over all its trials."""
-        rows = self.ranked[: self.ends[i]]
-        return np.minimum(np.bincount(self.member[rows], weights[rows], self.n), 1.0)
-
-    def _pairs(self, risk: int, i: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Losses and weights of the groups that have trials."""
-        share = self.shares[risk]
-        has = np.bincount(self.member, share, self.n) > 0
-        loss = self._means(i, share * self.risks[risk].errors)[has]
-        return loss, np.ones(loss.size) if self.joint else self._means(i, share)[has]
-
-    def p_coverage(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        if self.min_coverage is None:
-            return np.zeros(at.size)
-        wish = 1 - self.min_coverage
-        return np.array([betting_p_value(1 - self._means(int(i), self.everyone), wish, self.delta) for i in at])
-
-    def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.array([max(self._p_one(risk, int(i)) for risk in range(len(self.risks))) for i in at])
-
-    def _p_one(self, risk: int, i: int) -> float:
-        loss, weights = self._pairs(risk, i)
-        return betting_p_value(loss, self.risks[risk].alpha, self.delta, weights=weights)
-
-    def risks_at(self, i: int, level: float) -> tuple[RiskCounts, ...]:
-        found = []
-        for number, risk in enumerate(self.risks):
-            loss, weights = self._pairs(number, i)
-            bound = betting_upper(loss, level, weights=weights, alpha=risk.alpha)
-            trials, errors = int(np.count_nonzero(weights)), int(np.count_nonzero(loss))
-            found.append(RiskCounts(risk.name, risk.alpha, trials, errors, bound, self._p_one(number, i)))
-        return tuple(found)
-
-    def accepted_at(self, i: int) -> int:
-        return int(np.count_nonzero(self._means(i, self.everyone)))
-
-    def coverage_at(self, i: int) -> float:
-        return float(self._means(i, self.everyone).sum()) / max(self.n, 1)
-
-    def crc_risk(self, risk: int, i: int) -> float:
-        loss, _ = self._pairs(risk, i)
-        return (float(loss.sum()) + 1) / (loss.size + 1)
-
-    def within_crc(self, i: int) -> bool:
-        return all(self.crc_risk(number, i) <= exact(risk.alpha) for number, risk in enumerate(self.risks))
-
-
-def _choose(
-    tests: _Counts | _Means, method: Method, delta: float
-) -> tuple[int | None, int, NDArray[np.int64], NDArray[np.float64], float]:
-    """The candidate to deploy (None: none), the one to show, those tested, their p-values, and the level used."""
-    size = tests.order.size
-    everything = np.arange(size)
-
-    def both(at: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.maximum(tests.p_coverage(at), tests.p_risk(at))
-
-    if method == "crc":
-        passed = 0
-        while passed < size and tests.within_crc(passed):
-            passed += 1
-        return passed - 1 if passed else None, max(passed - 1, 0), everything[: passed + 1], np.empty(0), delta
-    if method in ("bonferroni", "holm"):
-        p_values = both(everything)
-        good = np.flatnonzero(bonferroni(p_values, delta) if method == "bonferroni" else holm(p_values, delta))
-        chosen = int(good[tests.order[good].argmin()]) if good.size else None
-        shown = int(p_values.argmin()) if chosen is None else chosen
-        rejected_before = int((p_values < p_values[shown]).sum()) if method == "holm" else 0
-        return chosen, shown, everything, p_values, delta / (size - rejected_before)
-    if method == "ltt_fst":
-        passed, p_values = _walk(tests, both, delta)
-        return passed - 1 if passed else None, max(passed - 1, 0), everything[: passed + 1], p_values, delta
-    # Risk and coverage are tested apart: each has half of delta.
-    level = delta if tests.min_coverage is None else delta / 2
-    if method == "rcps":
-        passed, p_values = _walk(tests, tests.p_risk, level)
-        chosen, shown, tested = passed - 1 if passed else None, max(passed - 1, 0), everything[: passed + 1]
-    else:
-        chosen, path = binary_search(lambda i: float(tests.p_risk(np.array([i]))[0]), size, level)
-        tested = np.array(path)
-        p_values = tests.p_risk(tested)
-        shown = path[-1] if chosen is None else chosen
-    if chosen is not None and float(tests.p_coverage(np.array([chosen]))[0]) > level:
-        chosen = None
-    return chosen, shown, tested, p_values, level if method == "rcps" else level / max(size.bit_length(), 1)
-
-
-def _walk(
-    tests: _Counts | _Means, p_value: Callable[[NDArray[np.int64]], NDArray[np.float64]], level: float
-) -> tuple[int, NDArray[np.float64]]:
-    """How many candidates pass before the first that fails, and the p-values up to it."""
-    found = np.empty(0)
-    for start in range(0, tests.order.size, tests.chunk):
-        found = np.append(found, p_value(np.arange(start, min(start + tests.chunk, tests.order.size))))
-        if fixed_sequence(found, level) < found.size:
-            break
-    passed = fixed_sequence(found, level)
-    return passed, found[: passed + 1]
-
-
 def order_candidates(
     scores: ArrayLike,
     risks: Sequence[Risk],
@@ -586,7 +358,7 @@ def order_candidates(
         InputError: no row of the fit half has a score.
     """
     values = np.asarray(scores, dtype=np.float64)
-    weights = _weights(groups, np.ones(values.size, dtype=bool))
+    weights = group_weights(groups, np.ones(values.size, dtype=bool))
     known = np.flatnonzero(~np.isnan(values))
     if known.size == 0:
         raise InputError(
@@ -598,7 +370,7 @@ def order_candidates(
     scale = n_certify / n_fit
     expected = np.zeros(last.size)
     for risk in risks:
-        share = _weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
+        share = group_weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
         m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
         expected = np.maximum(expected, binomial_cdf(k, m, risk.alpha))
     if min_coverage is None:
@@ -887,21 +659,6 @@ def one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], se
     return np.sort(shuffled[first])
 
 
-def _weights(groups: ArrayLike | None, eligible: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Weight of every row [N] that makes groups count alike: 1 / eligible rows of its group; 0 for the others."""
-    weights = eligible.astype(np.float64)
-    if groups is not None:
-        _, member = np.unique(np.asarray(groups), return_inverse=True)
-        weights /= np.maximum(np.bincount(member, weights), 1)[member]
-    return weights
-
-
-def _at_least(scores: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many scores are at or above each threshold [T]; NaN is above none."""
-    known = np.sort(scores[~np.isnan(scores)])
-    return np.asarray(known.size - np.searchsorted(known, thresholds, side="left"), dtype=np.int64)
-
-
 def _ranks(
     values: NDArray[np.float64],
     drawn: NDArray[np.int64],
@@ -919,9 +676,9 @@ def _ranks(
     known = np.unique(values[rows][~np.isnan(values[rows])])
     # Just above a score: what is accepted lies strictly above it. Above -inf lies everything.
     order = np.append(np.nextafter(known[::-1], np.inf), -np.inf)
-    if method in _JOINT:
+    if method in JOINT:
         return order[min(1, order.size - 1) :]
-    above = _at_least(values[rows], order)
+    above = count_at_least(values[rows], order)
     if min_coverage is not None:
         start = np.flatnonzero(coverage_p_value(above, rows.size, min_coverage) <= delta)
     else:
@@ -943,7 +700,7 @@ def _needed(
 ) -> int | None:
     """Units for 90% power if the errors at the wished coverage are as seen here; None when no number would do."""
     everyone = np.ones(values.size, dtype=bool)
-    weights = _weights(groups, everyone)
+    weights = group_weights(groups, everyone)
     total = weights.sum()
     if total == 0:
         return None
@@ -958,7 +715,7 @@ def _needed(
     for threshold in np.unique(thresholds[np.linspace(0, thresholds.size - 1, min(thresholds.size, 9)).astype(int)]):
         taken, found = values >= threshold, 0
         for risk in risks:
-            share = _weights(groups, everyone if risk.trials is None else risk.trials)
+            share = group_weights(groups, everyone if risk.trials is None else risk.trials)
             m, k = share[taken].sum(), share[taken & risk.errors].sum()
             if m == 0 or k / m >= risk.alpha:
                 break
@@ -1026,7 +783,7 @@ def _sentence(
     units = "groups" if unit == "group_means" else unit
     names = [
         risk.name
-        if method not in _JOINT
+        if method not in JOINT
         else f"share of {'images' if risk.trials is None else 'positives'} that are accepted and wrong ({risk.name}, "
         "jointly with its acceptance)"
         for risk in risks
@@ -1062,7 +819,7 @@ def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method) -> tuple
         found.append("the mean of its rows speaks for a group; large groups count no more")
     if method == "sgr":
         found.append("the risk does not fall as the threshold gets laxer")
-    elif ranks and method not in _JOINT:
+    elif ranks and method not in JOINT:
         found.append(
             "the risk does not fall as the threshold gets laxer (ranks are walked, not thresholds of other rows)"
         )

@@ -28,7 +28,8 @@ from stage1_pro.policies.bounds import (
     selection_rank,
     trials_needed,
 )
-from stage1_pro.policies.certify import Unit, counting_unit, one_each
+from stage1_pro.policies.candidates import Unit
+from stage1_pro.policies.certify import counting_unit, one_each
 
 Variant = Literal["pac", "I", "T", "naive"]
 Loss = Literal["miscoverage", "fnr"]
