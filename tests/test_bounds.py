@@ -120,6 +120,10 @@ def test_betting_holds_and_inverts() -> None:
     ratio = float(losses.mean() / weights.mean())
     p = np.array([betting_p_value(v, ratio, 0.05, weights=a) for v, a in zip(losses, weights, strict=True)])
     assert (p <= 0.05).mean() <= 0.05 + 3 * math.sqrt(0.05 / draws)
+    bounds = [
+        betting_upper(v, 0.05, weights=a, alpha=1.5 * ratio) for v, a in zip(losses[:1000], weights[:1000], strict=True)
+    ]
+    assert np.mean(np.array(bounds) < ratio) <= 0.05 + 3 * math.sqrt(0.05 / 1000)
     upper = betting_upper(losses[0], 0.05, weights=weights[0], alpha=0.2)
     assert betting_p_value(losses[0], 0.2, 0.05, weights=weights[0]) <= 0.05 or upper > 0.2
     assert ratio < upper < 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -11,6 +12,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from crepes import ConformalClassifier
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mapie.classification import SplitConformalClassifier
 from scipy import stats
 from scipy.special import expit, logit
@@ -495,6 +498,8 @@ def test_a_fit_is_plain_numbers_and_back() -> None:
         assert FittedSCRC.from_dict(json.loads(text)) == fitted
     with pytest.raises(InputError, match="must have the keys of FittedSCRC.to_dict, got others or too few: cells"):
         FittedSCRC.from_dict({k: v for k, v in fitted.to_dict().items() if k != "cells"})
+    with pytest.raises(InputError, match="must have the keys of FittedSCRC.to_dict, got others or too few: .*'power'"):
+        FittedSCRC.from_dict({**fitted.to_dict(), "scrc": {**fitted.to_dict()["scrc"], "power": 1}})
 
 
 def test_words_say_what_is_promised() -> None:
@@ -566,4 +571,24 @@ def test_wrong_rows_are_named(change: dict[str, object], message: str) -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    assert sys.modules["stage1_pro.policies.scrc"].__dict__.get("torch") is None
+    code = "import sys, stage1_pro.policies.scrc; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_row_order_and_the_scale_of_the_gate_change_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(30, 200))
+    probs, labels = np.round(rng.dirichlet(np.ones(3), n), 2), rng.integers(0, 3, n)
+    probs[:, 2] = 1 - probs[:, :2].sum(axis=1)
+    probs = np.abs(probs)
+    gate = np.round(rng.random(n), int(rng.integers(1, 4)))
+    wish = SCRC(0.4, 0.4, variant=str(rng.choice(["pac", "I", "T", "naive"])), score=str(rng.choice(["lac", "aps"])))  # type: ignore[arg-type]
+    fitted, order = wish.calibrate(probs, gate, labels), rng.permutation(n)
+    assert wish.calibrate(probs[order], gate[order], labels[order]) == fitted
+    scaled = wish.calibrate(probs, 3 * gate - 1, labels)
+    assert scaled.feasible == fitted.feasible
+    if fitted.feasible:
+        for one, other in zip(fitted.predict_sets(probs, gate), scaled.predict_sets(probs, 3 * gate - 1), strict=True):
+            np.testing.assert_array_equal(one, other)

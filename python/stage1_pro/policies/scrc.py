@@ -402,15 +402,13 @@ class FittedSCRC:
         if set(values) != known:
             odd = ", ".join(sorted(set(values) ^ known))
             raise InputError(f"values must have the keys of FittedSCRC.to_dict, got others or too few: {odd}")
-        scrc = {**values["scrc"], "delta": tuple(values["scrc"]["delta"]), "raps": tuple(values["scrc"]["raps"])}
-        return FittedSCRC(
-            **{
-                **values,
-                "scrc": SCRC(**scrc),
-                "cells": tuple(Cell(**cell) for cell in values["cells"]),
-                "assumptions": tuple(values["assumptions"]),
-            }
-        )
+        try:
+            wish, cells = SCRC(**values["scrc"]), tuple(Cell(**cell) for cell in values["cells"])
+        except TypeError as error:
+            raise InputError(
+                f"values must have the keys of FittedSCRC.to_dict, got others or too few: {error}"
+            ) from None
+        return FittedSCRC(**{**values, "scrc": wish, "cells": cells, "assumptions": tuple(values["assumptions"])})
 
     def infeasible(self) -> NotReachableError:
         """Build the error of a wish that cannot be certified: why, what could be, and how many units it takes."""
