@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -208,44 +208,62 @@ class Means:
         return all(self.crc_risk(number, i) <= exact(risk.alpha) for number, risk in enumerate(self.risks))
 
 
-def choose(
-    tests: Counts | Means, method: Method, delta: float
-) -> tuple[int | None, int, NDArray[np.int64], NDArray[np.float64], float]:
-    """The candidate to deploy (None: none), the one to show, those tested, their p-values, and the level used."""
+@dataclass(frozen=True)
+class Choice:
+    """The candidate to deploy and what led to it.
+
+    ``shown`` is the deployed one, or where it failed. Bounds hold at 1 - ``level``; the coverage is tested at
+    ``coverage_level``.
+    """
+
+    deployed: int | None
+    shown: int
+    tested: NDArray[np.int64]
+    p_values: NDArray[np.float64]
+    level: float
+    coverage_level: float
+
+
+def choose(tests: Counts | Means, method: Method, delta: float) -> Choice:
+    """Test candidates by a method that ``certify`` describes, and choose the laxest that may be relied on."""
     size = tests.order.size
     everything = np.arange(size)
 
     def both(at: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.maximum(tests.p_coverage(at), tests.p_risk(at))
 
-    if method == "crc":
+    def prefix(passed: int, p_values: NDArray[np.float64], level: float) -> Choice:
+        last = passed - 1 if passed else None
+        return Choice(last, max(passed - 1, 0), everything[: passed + 1], p_values, level, level)
+
+    if method == "ltt_fst":
+        found = prefix(*_walk(tests, both, delta), delta)
+    elif method == "crc":
         passed = 0
         while passed < size and tests.within_crc(passed):
             passed += 1
-        return passed - 1 if passed else None, max(passed - 1, 0), everything[: passed + 1], np.empty(0), delta
-    if method in ("bonferroni", "holm"):
+        found = prefix(passed, np.empty(0), delta)
+    elif method in ("bonferroni", "holm"):
         p_values = both(everything)
         good = np.flatnonzero(bonferroni(p_values, delta) if method == "bonferroni" else holm(p_values, delta))
-        chosen = int(good[tests.order[good].argmin()]) if good.size else None
-        shown = int(p_values.argmin()) if chosen is None else chosen
-        rejected_before = int((p_values < p_values[shown]).sum()) if method == "holm" else 0
-        return chosen, shown, everything, p_values, delta / (size - rejected_before)
-    if method == "ltt_fst":
-        passed, p_values = _walk(tests, both, delta)
-        return passed - 1 if passed else None, max(passed - 1, 0), everything[: passed + 1], p_values, delta
-    # Risk and coverage are tested apart: each has half of delta.
-    level = delta if tests.min_coverage is None else delta / 2
-    if method == "rcps":
-        passed, p_values = _walk(tests, tests.p_risk, level)
-        chosen, shown, tested = passed - 1 if passed else None, max(passed - 1, 0), everything[: passed + 1]
+        laxest = int(good[tests.order[good].argmin()]) if good.size else None
+        shown = int(p_values.argmin()) if laxest is None else laxest
+        level = delta / (size - (int((p_values < p_values[shown]).sum()) if method == "holm" else 0))
+        found = Choice(laxest, shown, everything, p_values, level, level)
     else:
-        chosen, path = binary_search(lambda i: float(tests.p_risk(np.array([i]))[0]), size, level)
-        tested = np.array(path)
-        p_values = tests.p_risk(tested)
-        shown = path[-1] if chosen is None else chosen
-    if chosen is not None and float(tests.p_coverage(np.array([chosen]))[0]) > level:
-        chosen = None
-    return chosen, shown, tested, p_values, level if method == "rcps" else level / max(size.bit_length(), 1)
+        # Risk and coverage are tested apart: each has half of delta.
+        half = delta if tests.min_coverage is None else delta / 2
+        if method == "rcps":
+            found = prefix(*_walk(tests, tests.p_risk, half), half)
+        else:
+            last, path = binary_search(lambda i: float(tests.p_risk(np.array([i]))[0]), size, half)
+            tested = np.array(path)
+            level = half / max(size.bit_length(), 1)
+            found = Choice(last, path[-1] if last is None else last, tested, tests.p_risk(tested), level, half)
+        if float(tests.p_coverage(np.array([found.shown]))[0]) > half:
+            found = replace(found, deployed=None)
+    # Nothing accepted is never wrong, and no answer either.
+    return replace(found, deployed=None) if tests.accepted_at(found.shown) == 0 else found
 
 
 def _walk(

@@ -280,27 +280,19 @@ def certify(
         if counted == "group_means" and names is not None
         else Counts(values, risks, drawn, among, order, min_coverage, joint)
     )
-    chosen, shown, tested, p_values, level = choose(tests, method, delta)
-    if chosen is not None and tests.accepted_at(chosen) == 0:
-        chosen = None  # nothing accepted is never wrong, and no answer either
-    found = tests.risks_at(shown, level)
+    choice = choose(tests, method, delta)
+    chosen, shown = choice.deployed, choice.shown
+    found = tests.risks_at(shown, choice.level)
     if method == "crc":
         found = tuple(replace(one, bound=tests.crc_risk(i, shown), p_value=1.0) for i, one in enumerate(found))
-    covered = bool(n) and float(tests.p_coverage(np.array([shown]))[0]) <= level
+    covered = bool(n) and float(tests.p_coverage(np.array([shown]))[0]) <= choice.coverage_level
     reason, smallest, there = "", None, None
     if chosen is None:
         where = f"at the {'first' if method == 'ltt_fst' else 'nearest'} candidate, {order[shown]:.6g}"
         reason = _reason(
-            found,
-            where,
-            tests.accepted_at(shown),
-            n,
-            counted,
-            level,
-            min_coverage,
-            covered,
+            found, where, tests.accepted_at(shown), n, counted, choice.level, min_coverage, covered,
             expectation=method == "crc",
-        )
+        )  # fmt: skip
         if covered or (min_coverage is None and n):
             smallest, there = found[0].bound, tests.coverage_at(shown)
     return Certificate(
@@ -311,8 +303,8 @@ def certify(
         min_certifiable_alpha=smallest,
         coverage_there=there,
         reason=reason,
-        candidates=order[tested],
-        p_values=p_values,
+        candidates=order[choice.tested],
+        p_values=choice.p_values,
         guarantee="none: infeasible" if chosen is None else _sentence(risks, n, counted, delta, min_coverage, method),
         assumptions=_assumptions(counted, names is None and groups is not None, candidates is None, method),
         n=n,
