@@ -147,7 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
         "divided delta before the first. Exit code 3: the wish cannot be met or certified; no policy is written."
     )
     sub.add_argument(
-        "--policy", choices=["softmax", "gate"], help="what decides an exit: softmax (by default) or the gate head"
+        "--policy",
+        choices=["softmax", "gate", "auto"],
+        help="what decides an exit: softmax (by default), the gate head, or the one that gate.json found better",
     )
     sub.add_argument(
         "--guarantee",
@@ -180,6 +182,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", type=Path, required=True, help="trained run folder")
     sub.add_argument("--replicates", type=int, default=1000, help="bootstrap replicates of an interval")
     sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    sub.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="RUN",
+        help="evaluated runs on the same splits with other taps, whose cost and risk are drawn beside this one's",
+    )  # fmt: skip
 
     sub = command("metrics", "measure anybody's predictions: AUGRC and the suite with intervals, no model", _metrics)
     sub.epilog = _METRICS
@@ -407,7 +413,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from stage1_pro.stations.evaluation import evaluate, render
 
-    evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed)
+    evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
 
 
