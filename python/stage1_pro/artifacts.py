@@ -725,6 +725,30 @@ class TapChoice(Record):
     split_hashes: dict[str, str]
 
 
+class Start(Record):
+    """``start.json``: what a training drew and started from, as hashes; arms of a comparison must have the same.
+
+    Written before the first step and left alone by ``--resume``. The batches are those of all processes together.
+    """
+
+    format_version: Literal[1] = 1
+    seed: int
+    split_hashes: dict[str, str]
+    head_shapes: dict[str, list[int]] = Field(description="shape of every tensor of the heads")
+    heads: str = Field(description="sha256 of the heads' starting weights")
+    order: str = Field(description="sha256 of the row ids of the first epochs, in the order they are gone through")
+    batch_size: int
+    batch_rows: str = Field(description="sha256 of row ids and labels of the first batches")
+    batch_inputs: str | None = Field(
+        description="sha256 of their augmented pixels; null where a frozen backbone's cached features are read"
+    )
+    preprocessing: str = Field(description="fingerprint of what made the pixels, before augmentation")
+    augmentation: str = Field(description="fingerprint of the augmentation's settings")
+    n_trainable: int
+    n_parameters: int
+    versions: dict[str, str]
+
+
 class FileEntry(Record):
     """Size in bytes and sha256 of one file of a bundle."""
 
