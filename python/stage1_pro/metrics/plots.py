@@ -325,6 +325,55 @@ def training_png(epochs: Sequence[float], series: Mapping[str, Sequence[float]])
     return _png(figure)
 
 
+def differences_png(
+    panels: Mapping[str, Sequence[tuple[str, float, float, float]]], *, baseline: str, level: float = 0.95
+) -> bytes:
+    """Draw each arm's difference to the baseline with its interval, one panel a metric.
+
+    Args:
+        panels: title to its rows: arm, difference, and the interval's ends (NaN where there is none).
+        baseline: name of what is subtracted.
+        level: of the intervals.
+    """
+    rows = max(len(points) for points in panels.values())
+    figure = Figure(figsize=(SIZE[0], (0.9 + 0.28 * rows) * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, points) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels.items(), strict=True):
+        names, values, low, high = zip(*points, strict=True)
+        place = np.arange(len(names))[::-1]
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.hlines(place, low, high, color=BLUE, linewidth=2)
+        axes.plot(values, place, "o", color=BLUE, markersize=5)
+        axes.set_yticks(place, names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_title(title, loc="left", fontsize=10)
+        _clean(axes)
+    axes.set_xlabel(f"minus {baseline}, {100 * level:.4g}% interval by group")
+    return _png(figure)
+
+
+def tradeoff_png(
+    points: Sequence[tuple[str, float, float, float, float]], *, x: str, y: str, log: bool = False
+) -> bytes:
+    """Draw what each arm reaches against what it costs.
+
+    Args:
+        points: arm, cost, value, and the ends of the value's interval (NaN where there is none).
+        x: name of the cost.
+        y: name of the value.
+        log: costs on a logarithmic axis.
+    """
+    figure, axes = _canvas(x, y)
+    for name, cost, value, low, high in points:
+        axes.vlines(cost, low, high, color=BLUE, linewidth=1.5, alpha=0.6)
+        axes.plot(cost, value, "o", color=BLUE, markersize=6)
+        axes.annotate(name, (cost, value), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    if log:
+        axes.set_xscale("log")
+    axes.margins(x=0.15)
+    return _png(figure)
+
+
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasAgg(figure)

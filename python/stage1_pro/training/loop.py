@@ -91,6 +91,7 @@ class TrainResult:
     best: dict[str, Any]
     seconds: float
     peak_memory: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -488,8 +489,9 @@ class _Trainer:
         best = self.state.history[self.state.best_epoch]
         seconds = time.monotonic() - began
         return TrainResult(
-            self.run, len(self.state.history), self.state.best_epoch, best, seconds, peak_memory(self.device)
-        )
+            self.run, len(self.state.history), self.state.best_epoch, best, seconds, peak_memory(self.device),
+            self.device.type,
+        )  # fmt: skip
 
     def _epoch(self) -> None:
         state, options = self.state, self.config.train
