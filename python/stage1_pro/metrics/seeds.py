@@ -7,6 +7,7 @@ differences, and overlapping splits are not taken for new data.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ def compare_seeds(
     sizes = np.cumsum([0, *(len(rows.labels) for rows in first)])
     units = _native.cluster_numbers(np.concatenate([rows.groups for rows in first]), int(sizes[-1]))
     n_units = int(units.max()) + 1
-    unit_of = [units[a:b] for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    unit_of = [units[a:b] for a, b in itertools.pairwise(sizes)]
     ranked = {name: [_Ranked(rows) for rows in seeds] for name, seeds in arms.items()}
 
     def measure(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

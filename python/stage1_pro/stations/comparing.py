@@ -576,7 +576,7 @@ def _sd(values: Any) -> float | None:
 
 
 def rows_of(found: Comparison) -> list[dict[str, str]]:
-    """The table of a comparison as text, an arm a row; what screen and Markdown show."""
+    """The table of a comparison as text, an arm an entry; intervals stand on a second line."""
     table = []
     for arm in found.arms:
         metrics = {one.metric: one for one in arm.metrics}
@@ -601,12 +601,12 @@ def rows_of(found: Comparison) -> list[dict[str, str]]:
 
 
 def markdown(found: Comparison) -> str:
-    """The comparison as a Markdown table with what it says and does not say below."""
+    """The comparison as a Markdown table, an arm a column, with what it says and does not say below."""
     table = rows_of(found)
-    columns = list(table[0])
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in table]
-    return "\n".join([*lines, "", *_remarks(found)]) + "\n"
+    first, *names = list(table[0])
+    lines = [f"| | {' | '.join(row[first] for row in table)} |", f"|---|{'---|' * len(table)}"]
+    lines += [f"| {name} | {' | '.join(row[name] for row in table)} |".replace("\n", " ") for name in names]
+    return "\n".join([*lines, "", *(f"- {line}" for line in _remarks(found))]) + "\n"
 
 
 def render(found: Comparison, tested: Comparison | None) -> str:
@@ -661,8 +661,8 @@ def _remarks(found: Comparison) -> list[str]:
 
 def _with_ends(one: Metric, sd: float | None, digits: int, *, sign: str = "") -> str:
     style = f"{sign}.{digits}f"
-    ends = "" if one.low is None or one.high is None else f" [{one.low:{style}}, {one.high:{style}}]"
-    return f"{_text(one.value, style)}{ends}{'' if sd is None else f' ± {sd:.{digits}f}'}"
+    ends = "no interval" if one.low is None or one.high is None else f"[{one.low:{style}}, {one.high:{style}}]"
+    return f"{_text(one.value, style)}{'' if sd is None else f' ± {sd:.{digits}f}'}\n{ends}"
 
 
 def _text(value: float | None, style: str) -> str:
