@@ -245,7 +245,14 @@ def speedup_png(
     return _png(figure)
 
 
-def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, *, bins: int = 10) -> bytes:
+def exit_rate_png(
+    confidence: ArrayLike,
+    exited: ArrayLike,
+    correct: ArrayLike,
+    *,
+    bins: int = 10,
+    label: str = "confidence of Stage A",
+) -> bytes:
     """Draw which share exits in bins of about as many rows each, from least to most sure, and Stage A's accuracy there.
 
     Args:
@@ -253,6 +260,7 @@ def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, 
         exited: bool [N].
         correct: bool [N], whether Stage A is right.
         bins: at most so many; rows of equal confidence share one.
+        label: what the confidence is.
     """
     sure, out, right = np.asarray(confidence, np.float64), np.asarray(exited, bool), np.asarray(correct, bool)
     edges = np.unique(np.quantile(sure, np.linspace(0, 1, bins + 1)[1:-1], method="higher"))
@@ -260,7 +268,7 @@ def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, 
     shown = np.unique(place)
     x, count = np.arange(shown.size), np.bincount(place)[shown]
     rate, accuracy = (np.bincount(place, weights=of)[shown] / count for of in (out, right))
-    figure, axes = _canvas("confidence of Stage A: bins from least to most sure (rows)", "share")
+    figure, axes = _canvas(f"{label}: bins from least to most sure (rows)", "share")
     axes.bar(x, rate, width=0.8, color=BLUE, alpha=0.45, label="exits at Stage A")
     axes.plot(x, accuracy, color=VERMILION, marker="D", markersize=5, linewidth=1, label="Stage A is right")
     names = [f"{sure[place == one].min():.3f}\n{sure[place == one].max():.3f}" for one in shown]

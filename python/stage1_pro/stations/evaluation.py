@@ -761,7 +761,7 @@ def _draw_exits(answers: dict[StageName, Answers], scores: NDArray[np.float64], 
         "Who exits",
         f"Photos in bins of about equal size by {what} (its range is below each bar, with the number of photos). Bars "
         "should be high where the points are.",
-        exit_rate_png(scores, exited, ~a.error),
+        exit_rate_png(scores, exited, ~a.error, label=what),
     )
 
 
