@@ -378,6 +378,8 @@ def tradeoff_png(
         axes.annotate(name, (cost, value), xytext=(6, 4), textcoords="offset points", fontsize=9)
     if log:
         axes.set_xscale("log")
+        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            set_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
     axes.margins(x=0.15)
     return _png(figure)
 
