@@ -637,10 +637,12 @@ def _remarks(found: Comparison) -> list[str]:
     seeds = len(found.seeds)
     what = (
         f"{found.split}, {seeds} seed{'s' if seeds > 1 else ''}: means over seeds, {100 * found.level:g}% intervals by "
-        f"group ({found.n_groups} groups, each with one weight in all seeds and arms) for models like these, and ± the "
-        "standard deviation over seeds, which no interval contains."
+        f"group ({found.n_groups} groups, each with one weight in all seeds and arms) for models like these"
     )
-    lines = [what]
+    spread = "; how much another seed changes a model is not known from one"
+    if seeds > 1:
+        spread = ", and ± the standard deviation over seeds, which no interval contains"
+    lines = [f"{what}{spread}."]
     if found.split == "val_select":
         lines.append(
             f"* chosen by {found.metric} on val_select, which also chose each arm's epoch, so figures lean to the good."
