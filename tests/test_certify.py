@@ -19,7 +19,18 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from stage1_pro import cli
-from stage1_pro.artifacts import Claims, GateParams, Merging, Predictions, Row, Splits, Thresholds, hash_splits
+from stage1_pro.artifacts import (
+    Claims,
+    GateChoice,
+    GateParams,
+    Merging,
+    Metric,
+    Predictions,
+    Row,
+    Splits,
+    Thresholds,
+    hash_splits,
+)
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.policies import exit_scores, exits, read_policy
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, fixed_sequence, risk_p_value, trials_needed
@@ -938,6 +949,29 @@ def test_overlapping_halves_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="must not overlap, got the same sha256 in both"):
         calibrate(tmp_path)
     assert not (tmp_path / "claims.json").exists()
+
+
+@pytest.mark.parametrize("better", ["gate", "softmax"])
+def test_auto_takes_the_policy_that_ranked_better(
+    better: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = make_run(tmp_path, 400)
+    with pytest.raises(ArtifactError, match=r"gate\.json, but there is no such file"):
+        calibrate(tmp_path, policy="auto", guarantee="none")
+    figures = {name: Metric(metric=name, value=0.1) for name in ("gate_augrc", "softmax_augrc", "difference")}
+    choice = GateChoice(
+        fit="joint", form="joint", split_hash="h", model_fingerprint=predictions.model_fingerprint, asked="auto",
+        confidence=better, **figures,
+    )  # fmt: skip
+    choice.write(tmp_path / "gate.json")
+    wish = {"min_coverage": 0.3, "max_exit_error": 0.5} if better == "gate" else {"target_fnr": 0.5}
+    assert calibrate(tmp_path, policy="auto", guarantee="none", **wish).policy == better
+    assert f"policy {better}: gate.json found it" in capsys.readouterr().err
+    choice.model_copy(update={"model_fingerprint": "other"}).write(tmp_path / "gate.json")
+    with pytest.raises(ArtifactError, match="must be of the model that gave"):
+        calibrate(tmp_path, policy="auto", guarantee="none")
+    with pytest.raises(InputError, match="must go with --run"):
+        calibrate(logits=tmp_path / "val_calib.npz", policy="auto")
 
 
 def test_anybodys_logits_for_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

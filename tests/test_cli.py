@@ -20,8 +20,8 @@ from stage1_pro import cli
 from stage1_pro.data.synthetic import render_pool
 
 COMMANDS = [
-    "split", "train", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect", "doctor",
-    "demo",
+    "split", "train", "compare", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect",
+    "doctor", "demo",
 ]  # fmt: skip
 
 
@@ -219,6 +219,64 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
         ).tolist()
     )
     assert "sigmoid(" in stage1("inspect", bundle).stdout
+
+
+@pytest.mark.slow
+def test_walk_with_the_certified_default(tmp_path: Path) -> None:
+    """Enough rows certify what the model can do, and the certificate travels to the predictions, for both policies."""
+    from stage1_pro.artifacts import Predictions
+    from stage1_pro.policies.softmax import softmax
+
+    run = tmp_path / "run"
+    pool = render_pool(tmp_path / "scenes", 5000, seed=3, size=64)
+    fractions = "train=.15,val_select=.03,val_calib=.8,val_test=.02"
+    small = ("--set", "train.epochs=6", "--set", "train.batch_size=32", "--set", "model.tap=2")
+    for command in (
+        ("split", "--labels", pool, "--out", run, "--fractions", fractions),
+        ("train", "--run", run, *small),
+    ):
+        result = stage1(*command)
+        assert result.returncode == 0, result.stderr
+
+    # How good a minute's model is depends on the processor's arithmetic: the wish is twice what its fit half does on
+    # the surer half of the rows. Nothing is looked at in the certify half.
+    known = Predictions.load(run / "val_calib.npz")
+    fit = known.halves == "fit"
+    probs, labels = softmax(known.logits_a)[fit], known.labels[fit]
+    wrong, positive = probs.argmax(1) != labels, labels == known.classes.index(known.positive)
+    surer = [score >= np.median(score) for score in (probs.max(1), known.gate_logits[fit])]
+    fnr = wrong[surer[0] & positive].mean()
+    error = wrong[surer[1]].mean()
+    wishes = {
+        "softmax": ("--target-fnr", min(0.9, 2 * fnr + 0.03)),
+        "gate": ("--min-coverage", 0.35, "--max-exit-error", min(0.9, 2 * error + 0.03)),
+    }
+    photos = sorted((pool.parent / "images").iterdir())[:200]
+    rtx = (
+        subprocess.run([sys.executable, "-c", "import tensorrt_rtx"], capture_output=True, check=False).returncode == 0
+    )
+    for k, (policy, wish) in enumerate(wishes.items()):
+        result = stage1("calibrate", "--run", run, "--policy", policy, *wish, "--claims", 2, "--json")
+        assert result.returncode == 0, result.stderr
+        calibrated = json.loads(result.stdout)
+        assert calibrated["guarantee"] == "ltt" and calibrated["certificate"]["use"] == k + 1
+        assert calibrated["certificate"]["delta"] == pytest.approx(0.025)
+        exported = stage1("export", "--run", run, "--target", "rtx" if rtx else "onnx", "--overwrite", "--json")
+        assert exported.returncode == 0, exported.stderr
+        facts = json.loads(exported.stdout)["policy"]
+        assert facts["guarantee"] == "ltt" and facts["certificate"] == calibrated["certificate"]
+        assert len(list((run / "bundle").rglob("*.engine"))) == (2 if rtx else 0)
+        answered = stage1("predict", "--bundle", run / "bundle", *photos, "--json")
+        assert answered.returncode == 0, answered.stderr
+        rows = json.loads(answered.stdout)["rows"]
+        assert len(rows) == len(photos) and "exited" in {row["decision"] for row in rows}
+        assert all((row["decision"] == "exited") == (row["stage"] == "A") for row in rows)
+        if policy == "softmax":
+            sure = calibrated["exit_threshold"]
+            assert all(row["confidence"] >= sure for row in rows if row["decision"] == "exited")
+        assert "with probability at least" in " ".join(stage1("inspect", run / "bundle").stdout.lower().split())
+    third = stage1("calibrate", "--run", run, "--policy", "gate", "--min-coverage", 0.3)
+    assert third.returncode == 2 and "claim" in third.stderr
 
 
 def test_wrong_labels_are_told(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

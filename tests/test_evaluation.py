@@ -24,6 +24,8 @@ from stage1_pro.artifacts import Evaluation, Merging, Predictions, Row, Splits, 
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.metrics import bootstrap, ece, plots
 from stage1_pro.metrics.selective import augrc
+from stage1_pro.policies import exit_scores
+from stage1_pro.policies.gate import fit_gate_policy
 from stage1_pro.policies.softmax import confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.stations.evaluation import (
@@ -532,6 +534,61 @@ def test_evaluate_writes_everything(tmp_path: Path) -> None:
     assert "satisfied" not in page.text
     assert f"{found.n_mistakes} wrong answers" in page.text
     assert "city2" in page.text
+
+
+def test_cost_and_risk_are_those_of_the_policys_own_score(tmp_path: Path) -> None:
+    predictions = make_predictions()
+    noise = np.random.default_rng(3).normal(size=predictions.labels.size).astype(np.float32)
+    predictions = changed(predictions, gate_logits=predictions.gate_logits + noise)
+    run = tmp_path / "run"
+    make_run(run, predictions)
+    make_policy(predictions).write(run / "thresholds.json")
+    evaluate(run, n_replicates=20, predictions=predictions, blocks=(2, 4))
+    by_softmax = read_csv(run / "evaluation" / "cost_risk.csv")
+    (run / "thresholds.json").unlink()
+    half = np.array(["fit", "certify"])[np.arange(predictions.labels.size) // 2 % 2]
+    gate = fit_gate_policy(
+        softmax(predictions.logits_a), predictions.gate_logits, predictions.labels, halves=half,
+        groups=predictions.groups, classes=predictions.classes, positive=predictions.positive, guarantee="none",
+        min_coverage=0.2, max_exit_error=0.6, model_fingerprint=predictions.model_fingerprint,
+        preprocessing_fingerprint=predictions.preprocessing_fingerprint,
+    )  # fmt: skip
+    gate.write(run / "gateparams.json")
+    evaluate(run, n_replicates=20, predictions=predictions, blocks=(2, 4))
+    by_gate = read_csv(run / "evaluation" / "cost_risk.csv")
+    found = answer(predictions, gate)
+    for rows, scores in (
+        (by_softmax, softmax(predictions.logits_a).max(1)),
+        (by_gate, exit_scores(gate, softmax(predictions.logits_a), predictions.gate_logits)),
+    ):
+        assert float(rows[0]["exit_rate"]) == 0 and float(rows[-1]["cost"]) == 0.5
+        for row in rows[:: len(rows) // 7]:
+            exits = scores >= float(row["threshold"])
+            assert float(row["exit_rate"]) == exits.mean()
+            assert float(row["cost"]) == pytest.approx(1 - exits.mean() / 2)
+            wrong = np.where(exits, found["stage_a"].error, found["stage_b"].error)
+            assert float(row["risk"]) == pytest.approx(wrong.mean())
+    assert by_softmax != by_gate
+
+    # Another run with its tap elsewhere is drawn beside; one of other rows, or without a curve, is refused.
+    other = tmp_path / "early"
+    shutil.copytree(run, other)
+    evaluate(other, n_replicates=20, predictions=predictions, blocks=(1, 4))
+    alone = (run / "evaluation" / "cost_risk.png").read_bytes()
+    evaluate(run, n_replicates=20, predictions=predictions, blocks=(2, 4), beside=[other])
+    assert (run / "evaluation" / "cost_risk.png").read_bytes() != alone
+    (other / "evaluation" / "cost_risk.csv").write_text("cost\n1\n")
+    with pytest.raises(ArtifactError, match="must have numbers under cost and risk"):
+        evaluate(run, predictions=predictions, blocks=(2, 4), beside=[other])
+    evaluate(other, n_replicates=20, predictions=predictions, blocks=(4, 4))
+    assert not (other / "evaluation" / "cost_risk.csv").exists(), "no exit saves anything at the last block"
+    with pytest.raises(ArtifactError, match="must exist to be drawn beside"):
+        evaluate(run, predictions=predictions, blocks=(2, 4), beside=[other])
+    theirs = Evaluation.read(run / "evaluation" / "evaluation.json").model_copy(update={"split_hash": "other"})
+    theirs.write(other / "evaluation" / "evaluation.json")
+    shutil.copy(run / "evaluation" / "cost_risk.csv", other / "evaluation")
+    with pytest.raises(ArtifactError, match="same val_test rows"):
+        evaluate(run, predictions=predictions, blocks=(2, 4), beside=[other])
 
 
 def test_the_report_escapes_names_and_survives_lost_photos(tmp_path: Path) -> None:

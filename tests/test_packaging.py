@@ -104,7 +104,7 @@ def test_every_dependency_is_pinned_in_the_constraints(project, repository):
 
 def test_the_installed_package_is_whole():
     folder = Path(stage1_pro.__file__).parent
-    for name in ("py.typed", "_core.pyi"):
+    for name in ("py.typed", "_core.pyi", "studies/modes.yaml", "studies/explora.yaml"):
         assert (folder / name).is_file(), name
     assert importlib.metadata.version("stage1_pro") == stage1_pro.__version__
     scripts = importlib.metadata.entry_points(group="console_scripts", name="stage1")

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stage1_pro.deploy.cascade import Cascade
     from stage1_pro.stations.calibration import calibrate
+    from stage1_pro.stations.comparing import compare
     from stage1_pro.stations.evaluation import evaluate
     from stage1_pro.stations.exporting import export
     from stage1_pro.stations.splitting import split
     from stage1_pro.training.loop import train
 
 __version__ = "0.1.0"
-__all__ = ["Cascade", "__version__", "calibrate", "evaluate", "export", "split", "train"]
+__all__ = ["Cascade", "__version__", "calibrate", "compare", "evaluate", "export", "split", "train"]
 
 _HOMES = {
     "Cascade": "stage1_pro.deploy.cascade",
     "calibrate": "stage1_pro.stations.calibration",
+    "compare": "stage1_pro.stations.comparing",
     "evaluate": "stage1_pro.stations.evaluation",
     "export": "stage1_pro.stations.exporting",
     "split": "stage1_pro.stations.splitting",

@@ -727,6 +727,114 @@ class TapChoice(Record):
     split_hashes: dict[str, str]
 
 
+class Start(Record):
+    """``start.json``: what a training drew and started from, as hashes; arms of a comparison must have the same.
+
+    Written before the first step and left alone by ``--resume``. The batches are those of all processes together.
+    """
+
+    format_version: Literal[1] = 1
+    seed: int
+    split_hashes: dict[str, str]
+    head_shapes: dict[str, list[int]] = Field(description="shape of every tensor of the heads")
+    heads: str = Field(description="sha256 of the heads' starting weights")
+    order: str = Field(description="sha256 of the row ids of the first epochs, in the order they are gone through")
+    batch_size: int
+    batch_rows: str = Field(description="sha256 of row ids and labels of the first batches")
+    batch_inputs: str | None = Field(
+        description="sha256 of their augmented pixels; null where a frozen backbone's cached features are read"
+    )
+    preprocessing: str = Field(description="fingerprint of what made the pixels, before augmentation")
+    augmentation: str = Field(description="fingerprint of the augmentation's settings")
+    n_trainable: int
+    n_parameters: int
+    versions: dict[str, str]
+
+
+class Cost(Record):
+    """``cost.json`` of a compared run: what the process that trained it took, start-up included."""
+
+    seconds: float | None = Field(description="wall clock; null when the run was killed in between and resumed")
+    peak_memory: int = Field(description="bytes; of the GPU's allocator, or the resident size of the main process")
+    device: str
+
+
+class SeedFigures(Record):
+    """One arm in one seed: Stage A of its best checkpoint, on one split."""
+
+    seed: int
+    n: int
+    n_groups: int
+    accuracy: float
+    mcc: float
+    augrc: float
+    gate_augrc: float
+    feasible: bool = Field(description="one threshold of the gate meets both constraints on these rows")
+    exit_error: float | None = Field(description="smallest by the gate at the coverage asked for")
+    coverage: float = Field(description="largest by the gate within the exit error asked for")
+
+
+class ArmFigures(Record):
+    """One arm over all seeds; intervals are of means over seeds, by group, ``sds`` are over seeds."""
+
+    name: str
+    mode: str
+    n_trainable: int
+    n_parameters: int
+    trainable_share: float
+    metrics: list[Metric]
+    sds: dict[str, float | None] = Field(description="standard deviation over seeds; null for one seed")
+    feasible_share: float = Field(description="share of seeds in which the gate meets both constraints at once")
+    exit_error: float | None = Field(description="mean over seeds of the smallest at the coverage asked for")
+    coverage: float = Field(description="mean over seeds of the largest within the exit error asked for")
+    seconds: float | None = Field(description="mean over the seeds that ran through; null when none did")
+    n_timed: int
+    peak_memory: int | None = Field(description="bytes, the largest of all seeds; null when none was measured")
+    seeds: list[SeedFigures]
+
+
+class ArmDifference(Metric):
+    """One metric of an arm minus that of the baseline: mean over seeds, paired by group."""
+
+    arm: str
+    baseline: str
+    sd: float | None = Field(description="standard deviation over seeds of the paired difference; null for one seed")
+    n_better: int = Field(description="seeds in which the arm is better")
+    n_seeds: int
+
+
+class ComparisonPlan(Record):
+    """``plan.json``: what is compared on what. Another plan needs another folder, or a second look at ``val_test``."""
+
+    format_version: Literal[1] = 1
+    data: str
+    data_sha256: str | None = Field(description="of the labels file; null for a folder per class")
+    splitting: dict[str, str | float | None]
+    hold_split: bool
+    min_coverage: float
+    max_exit_error: float
+
+
+class Comparison(Record):
+    """``compare.json``: arms trained on the same splits, heads, order and batches, measured on ``val_select``."""
+
+    format_version: Literal[1] = 1
+    split: Literal["val_select", "val_test"]
+    baseline: str
+    metric: str = Field(description="what the best arm was chosen by, on val_select")
+    chosen: str
+    seeds: list[int]
+    plan: ComparisonPlan
+    n_groups: int = Field(description="groups that were resampled, of all seeds together")
+    n_replicates: int
+    level: float
+    arms: list[ArmFigures]
+    differences: list[ArmDifference]
+    exceptions: list[str] = Field(description="where arms cannot have the same start, and what was compared instead")
+    chosen_from: str = Field(description="hash of arms, seeds, metric and plan")
+    looks: list[str] = Field([], description="val_test: arms chosen in earlier looks at it, whose figures are gone")
+
+
 class FileEntry(Record):
     """Size in bytes and sha256 of one file of a bundle."""
 

@@ -24,6 +24,8 @@ the usual way:
   stage1 predict --bundle RUN/bundle photos/      label, probability, exited or deferred
 without a model:
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
+which configuration is better:
+  stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read
@@ -43,6 +45,20 @@ prob is P(positive); label is 0 or 1, or a name; error is 0, 1 or a loss in [0, 
 examples:
   stage1 metrics predictions.csv --out figures
   stage1 metrics new.csv --compare old.csv --metrics augrc,nll
+"""
+
+
+_COMPARE = """\
+All arms of a seed have the same splits, starting heads, row order and batches; hashes of them are compared, and an
+unfair comparison is refused. Every run is a folder OUT/<arm>/seed<s> like any other. Finished ones are skipped, killed
+ones resumed, so the same command again goes on. val_test, the same rows in every seed, is read once: for the chosen arm
+and the baseline, into test.json.
+
+examples:
+  stage1 compare --config full.yaml linear.yaml --data photos/labels.csv --out study --seeds 5
+  stage1 compare --study modes --set model.backbone=weights/dinov2-small --data photos/labels.csv --out modes
+  stage1 compare --study explora --set none:model.backbone=BASE --set explora:model.backbone=RUN/explora/backbone \\
+                 --data photos/labels.csv --out explora
 """
 
 
@@ -133,6 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
     sub.add_argument("--overwrite", action="store_true", help="forget an earlier training in this folder")
 
+    _add_compare(command("compare", "train arms alike but for their configuration, over seeds, and compare", _compare))
+
     sub = command("calibrate", "choose the exit policy on val_calib", _calibrate)
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="trained run folder")
@@ -147,7 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
         "divided delta before the first. Exit code 3: the wish cannot be met or certified; no policy is written."
     )
     sub.add_argument(
-        "--policy", choices=["softmax", "gate"], help="what decides an exit: softmax (by default) or the gate head"
+        "--policy",
+        choices=["softmax", "gate", "auto"],
+        help="what decides an exit: softmax (by default), the gate head, or the one that gate.json found better",
     )
     sub.add_argument(
         "--guarantee",
@@ -180,6 +200,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", type=Path, required=True, help="trained run folder")
     sub.add_argument("--replicates", type=int, default=1000, help="bootstrap replicates of an interval")
     sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    sub.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="RUN",
+        help="evaluated runs on the same splits with other taps, whose cost and risk are drawn beside this one's",
+    )  # fmt: skip
 
     sub = command("metrics", "measure anybody's predictions: AUGRC and the suite with intervals, no model", _metrics)
     sub.epilog = _METRICS
@@ -231,6 +255,55 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be a demo's")
     sub.add_argument("--seed", type=int, default=0, help="seed of scenes, splits and training")
     return parser
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = _COMPARE
+    sub.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="an arm each, as for train; the first is the baseline",
+    )
+    sub.add_argument("--study", help="a standing study instead: modes (full, LoRA, DoRA, APLA, partial) or explora")
+    sub.add_argument("--data", type=Path, required=True, help="labels, as for split --labels")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the comparison; run again, it goes on")
+    sub.add_argument("--seeds", type=int, default=5, help="how many; each is one of splits and of training")
+    sub.add_argument("--names", help="comma-separated names of the arms; those of the files by default")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[ARM:]KEY=VALUE",
+        dest="overrides",
+        help="one key of all arms, or of one: lora:train.lr=5e-4 (may be repeated)",
+    )
+    sub.add_argument("--images", type=Path, help="folder that `file` is relative to; the CSV's own by default")
+    sub.add_argument("--positive", help="name of the positive class, as for split")
+    sub.add_argument("--fractions", help="share of rows per split, as for split; its defaults otherwise")
+    sub.add_argument("--hold-split", action="store_true", help="one split for all seeds; only training differs")
+    sub.add_argument(
+        "--metric",
+        default="augrc",
+        help="what the best arm is chosen by, its mean over seeds on val_select: accuracy, mcc, augrc or gate_augrc",
+    )
+    sub.add_argument("--min-coverage", type=float, default=0.70, help="of the gate's two constraints")
+    sub.add_argument(
+        "--alpha",
+        "--max-exit-error",
+        type=float,
+        default=0.01,
+        dest="max_exit_error",
+        help="of the gate's two constraints",
+    )
+    sub.add_argument("--replicates", type=int, default=2000, help="bootstrap resamples of whole groups")
+    sub.add_argument("--level", type=float, default=0.95, help="nominal coverage of the intervals")
+    sub.add_argument("--no-test", action="store_false", dest="test", help="leave val_test alone for now")
+    sub.add_argument(
+        "--second-look", action="store_true", help="read val_test again though another choice has; it is recorded"
+    )
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -385,6 +458,32 @@ def _train(options: argparse.Namespace) -> None:
     )
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.comparing import compare, read_arms, render
+
+    names = [name.strip() for name in options.names.split(",")] if options.names else None
+    arms = read_arms(options.config, names=names, overrides=options.overrides, study=options.study)
+    found, tested = compare(
+        options.out,
+        options.data,
+        arms,
+        seeds=options.seeds,
+        images=options.images,
+        positive=options.positive,
+        fractions=_fractions(options.fractions) if options.fractions else None,
+        hold_split=options.hold_split,
+        metric=options.metric,
+        min_coverage=options.min_coverage,
+        max_exit_error=options.max_exit_error,
+        n_replicates=options.replicates,
+        level=options.level,
+        test=options.test,
+        second_look=options.second_look,
+    )
+    both = {"val_select": found.model_dump(mode="json"), "val_test": tested and tested.model_dump(mode="json")}
+    _emit(options, both, f"{render(found, tested)}\nwrote {options.out}/compare.json, compare.csv, compare.md, figures")
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     from stage1_pro.stations.calibration import calibrate, render
 
@@ -407,7 +506,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from stage1_pro.stations.evaluation import evaluate, render
 
-    evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed)
+    evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
 
 

@@ -144,7 +144,9 @@ class GateConfig(Section):
 class CalibrateConfig(Section):
     """Exit policy."""
 
-    policy: Literal["softmax", "gate"] = "softmax"
+    policy: Literal["softmax", "gate", "auto"] = Field(
+        "softmax", description="auto = whichever ranked answers better on val_select, as gate.json says"
+    )
     guarantee: Literal["ltt", "none"] = Field(
         "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
     )

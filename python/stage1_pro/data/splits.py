@@ -158,7 +158,7 @@ def make_splits(
         )
         for entry, unit in zip(entries, units, strict=True)
     ]
-    counts = {s: {name: sum(r.split == s and r.label == name for r in rows) for name in names} for s in SPLITS}
+    counts = _split_counts(rows, names)
     _refuse_lacking(counts, rows, names)
     splits = Splits(
         root=str(root),
@@ -169,13 +169,61 @@ def make_splits(
         folds=folds,
         fold=fold,
         counts=counts,
-        groups={s: len({r.group for r in rows if r.split == s}) for s in SPLITS},
+        groups=_split_groups(rows),
         hashes=hash_splits(rows),
         quarantined=len(quarantined),
         merging=merging,
         rows=rows,
     )
     return splits.verify(), quarantined
+
+
+def resplit(splits: Splits, seed: int) -> Splits:
+    """Cut everything but ``val_test`` anew, by the same groups and shares; the splits' own seed gives other rows too.
+
+    ``val_test`` keeps its rows, so that a choice on the ``val_select`` of many seeds has seen none of them. No image is
+    read: near-duplicates were joined into groups when the data was split first.
+
+    Args:
+        splits: of ``make_splits``.
+        seed: another seed, other splits.
+
+    Raises:
+        InputError: a class that cannot be in every split.
+    """
+    rest = [row for row in splits.rows if row.split != "val_test"]
+    shares = {name: share for name, share in splits.fractions.items() if name != "val_test"}
+    total = sum(shares.values())
+    text = f"{splits.seed}:but val_test:{seed}"
+    units = _row_counts(rest, splits.classes)
+    split_of = assign(units, {name: share / total for name, share in shares.items()}, f"{text}:splits")
+    inside = [row for row in rest if split_of[row.group] == "val_calib"]
+    half_of = assign(_row_counts(inside, splits.classes), dict.fromkeys(HALVES, 0.5), f"{text}:halves")
+    rows = [
+        row
+        if row.split == "val_test"
+        else row.model_copy(update={"split": split_of[row.group], "half": half_of.get(row.group)})
+        for row in splits.rows
+    ]
+    counts = _split_counts(rows, splits.classes)
+    _refuse_lacking(counts, rows, splits.classes)
+    changed = {"counts": counts, "groups": _split_groups(rows), "hashes": hash_splits(rows), "rows": rows}
+    return splits.model_copy(update={**changed, "seed": seed}).verify()
+
+
+def _row_counts(rows: Sequence[Row], names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    counts = {unit: np.zeros(len(names), dtype=np.int64) for unit in sorted({row.group for row in rows})}
+    for row in rows:
+        counts[row.group][names.index(row.label)] += 1
+    return counts
+
+
+def _split_counts(rows: Sequence[Row], names: Sequence[str]) -> dict[SplitName, dict[str, int]]:
+    return {s: {name: sum(r.split == s and r.label == name for r in rows) for name in names} for s in SPLITS}
+
+
+def _split_groups(rows: Sequence[Row]) -> dict[SplitName, int]:
+    return {s: len({r.group for r in rows if r.split == s}) for s in SPLITS}
 
 
 # --------------------------------------------------------------------------------------------

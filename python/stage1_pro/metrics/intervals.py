@@ -379,6 +379,27 @@ def bootstrap_augrc(
     )["augrc"]
 
 
+def percentile_interval(
+    value: float, replicates: NDArray[np.float64], *, level: float = 0.95, n_units: int, unit: str = "groups"
+) -> Interval:
+    """The percentile interval of any statistic from its own resamples [B]; those that are NaN are left out and counted.
+
+    No ends where there is one unit only or all resamples are equal, as everywhere in this module.
+
+    Args:
+        value: the statistic of the rows themselves.
+        replicates: [B] of the resamples.
+        level: nominal coverage, in (0, 1).
+        n_units: how many independent units were resampled.
+        unit: what they are, ``rows`` or ``groups``.
+    """
+    _check_level(level)
+    scale = max(abs(value), float(np.nanmax(np.abs(replicates), initial=0.0)))
+    # Its name is only shown where the value is NaN.
+    measured = _Measured("mcc", value, replicates, None, None, n_units, difference=True, scale=scale)
+    return measured.interval(level, "percentile", unit)
+
+
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """The exact two-sided interval of a share of ``k`` in ``n`` independent trials; n = 0 gives (0, 1)."""
     _check_level(level)

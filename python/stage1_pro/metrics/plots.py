@@ -245,7 +245,14 @@ def speedup_png(
     return _png(figure)
 
 
-def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, *, bins: int = 10) -> bytes:
+def exit_rate_png(
+    confidence: ArrayLike,
+    exited: ArrayLike,
+    correct: ArrayLike,
+    *,
+    bins: int = 10,
+    label: str = "confidence of Stage A",
+) -> bytes:
     """Draw which share exits in bins of about as many rows each, from least to most sure, and Stage A's accuracy there.
 
     Args:
@@ -253,6 +260,7 @@ def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, 
         exited: bool [N].
         correct: bool [N], whether Stage A is right.
         bins: at most so many; rows of equal confidence share one.
+        label: what the confidence is.
     """
     sure, out, right = np.asarray(confidence, np.float64), np.asarray(exited, bool), np.asarray(correct, bool)
     edges = np.unique(np.quantile(sure, np.linspace(0, 1, bins + 1)[1:-1], method="higher"))
@@ -260,7 +268,7 @@ def exit_rate_png(confidence: ArrayLike, exited: ArrayLike, correct: ArrayLike, 
     shown = np.unique(place)
     x, count = np.arange(shown.size), np.bincount(place)[shown]
     rate, accuracy = (np.bincount(place, weights=of)[shown] / count for of in (out, right))
-    figure, axes = _canvas("confidence of Stage A: bins from least to most sure (rows)", "share")
+    figure, axes = _canvas(f"{label}: bins from least to most sure (rows)", "share")
     axes.bar(x, rate, width=0.8, color=BLUE, alpha=0.45, label="exits at Stage A")
     axes.plot(x, accuracy, color=VERMILION, marker="D", markersize=5, linewidth=1, label="Stage A is right")
     names = [f"{sure[place == one].min():.3f}\n{sure[place == one].max():.3f}" for one in shown]
@@ -322,6 +330,57 @@ def training_png(epochs: Sequence[float], series: Mapping[str, Sequence[float]])
         _clean(axes)
     panels[-1].set_xlabel("epoch")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    return _png(figure)
+
+
+def differences_png(
+    panels: Mapping[str, Sequence[tuple[str, float, float, float]]], *, baseline: str, level: float = 0.95
+) -> bytes:
+    """Draw each arm's difference to the baseline with its interval, one panel a metric.
+
+    Args:
+        panels: title to its rows: arm, difference, and the interval's ends (NaN where there is none).
+        baseline: name of what is subtracted.
+        level: of the intervals.
+    """
+    rows = max(len(points) for points in panels.values())
+    figure = Figure(figsize=(SIZE[0], (0.9 + 0.28 * rows) * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, points) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels.items(), strict=True):
+        names, values, low, high = zip(*points, strict=True)
+        place = np.arange(len(names))[::-1]
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.hlines(place, low, high, color=BLUE, linewidth=2)
+        axes.plot(values, place, "o", color=BLUE, markersize=5)
+        axes.set_yticks(place, names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_title(title, loc="left", fontsize=10)
+        _clean(axes)
+    axes.set_xlabel(f"minus {baseline}, {100 * level:.4g}% interval by group")
+    return _png(figure)
+
+
+def tradeoff_png(
+    points: Sequence[tuple[str, float, float, float, float]], *, x: str, y: str, log: bool = False
+) -> bytes:
+    """Draw what each arm reaches against what it costs.
+
+    Args:
+        points: arm, cost, value, and the ends of the value's interval (NaN where there is none).
+        x: name of the cost.
+        y: name of the value.
+        log: costs on a logarithmic axis.
+    """
+    figure, axes = _canvas(x, y)
+    for name, cost, value, low, high in points:
+        axes.vlines(cost, low, high, color=BLUE, linewidth=1.5, alpha=0.6)
+        axes.plot(cost, value, "o", color=BLUE, markersize=6)
+        axes.annotate(name, (cost, value), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    if log:
+        axes.set_xscale("log")
+        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            set_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+    axes.margins(x=0.15)
     return _png(figure)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_expit
 
+from stage1_pro._native import sweep
 from stage1_pro.artifacts import GateConstraints, GateParams, SweepRow
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
@@ -269,6 +270,58 @@ def fit_gate_policy(
     )
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How near a score comes to the gate's two constraints on some rows, by the best threshold for each.
+
+    ``exit_error``: the smallest with the coverage asked for, lower is better; NaN where no threshold covers so much.
+    ``coverage``: the largest within the exit error asked for, 0 when there is none. ``feasible``: both at once.
+    """
+
+    feasible: bool
+    exit_error: float
+    coverage: float
+
+
+def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max_exit_error: float = 0.01) -> Reach:
+    """Say what the best threshold of a score can do on these rows, in exact integers; it promises nothing.
+
+    Args:
+        score: [N], higher is surer, N >= 1; a row whose score is NaN never exits.
+        wrong: [N] of 0 and 1: whether Stage A's answer is wrong.
+        min_coverage: inside (0, 1).
+        max_exit_error: inside (0, 1).
+
+    Raises:
+        InputError: another shape, or a limit that is outside.
+    """
+    for name, value in (("min_coverage", min_coverage), ("max_exit_error", max_exit_error)):
+        if not 0 < value < 1:
+            raise InputError(f"{name} must be inside (0, 1), got {value}")
+    values, failed = np.asarray(score, dtype=np.float64), np.asarray(wrong)
+    if values.ndim != 1 or values.size == 0 or failed.shape != values.shape:
+        raise InputError(
+            f"score and wrong must both have shape [N], got {list(values.shape)} and {list(failed.shape)}; "
+            "give one of each per row"
+        )
+    known = ~np.isnan(values)
+    if not known.any():
+        return Reach(False, math.nan, 0.0)
+    _, exited, errors, *_ = sweep(values[known], failed[known])
+    covered = exited >= _least(min_coverage, values.size)
+    good = meets(errors.astype(np.int64), exited, max_exit_error)
+    return Reach(
+        feasible=bool((covered & good).any()),
+        exit_error=float((errors[covered] / exited[covered]).min()) if covered.any() else math.nan,
+        coverage=float(exited[good].max(initial=0) / values.size),
+    )
+
+
+def _least(share: float, n: int) -> int:
+    """Fewest of n rows that are this share, in the decimals that it is written in: .7 * 10 is 6.999... in floats."""
+    return math.ceil(Fraction(repr(float(share))) * n)
+
+
 def describe(constraints: GateConstraints) -> str:
     """The wish in words."""
     fnr = constraints.target_fnr_exit
@@ -316,8 +369,7 @@ def _best(
         )
     counts = count_exits_by(sure, probs, labels, positive, lowest=0.0)
     wrong = counts.n_exited - counts.n_correct
-    # In the decimals that the wish is written in: .7 * 10 is 6.999... in floats.
-    covered = counts.n_exited >= math.ceil(Fraction(repr(float(constraints.min_coverage))) * labels.size)
+    covered = counts.n_exited >= _least(constraints.min_coverage, labels.size)
     good = covered & meets(wrong, counts.n_exited, constraints.max_exit_error)
     if constraints.target_fnr_exit is not None:
         good &= meets(counts.n_false_negative, counts.n_positive, constraints.target_fnr_exit)

@@ -12,7 +12,18 @@ from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from stage1_pro.artifacts import HALVES, POLICY_FILES, GateParams, Policy, Predictions, Splits, load_npz, sha256_file
+from stage1_pro.artifacts import (
+    HALVES,
+    POLICY_FILES,
+    GateChoice,
+    GateParams,
+    Policy,
+    PolicyName,
+    Predictions,
+    Splits,
+    load_npz,
+    sha256_file,
+)
 from stage1_pro.classes import choose_positive
 from stage1_pro.config import CalibrateConfig
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
@@ -52,7 +63,8 @@ def calibrate(
     Args:
         run: trained run folder.
         logits: somebody's logits instead of a run.
-        policy: what decides an exit; ``softmax`` or ``gate``.
+        policy: what decides an exit; ``softmax``, ``gate``, or with a run ``auto``: the one that ranked answers better
+            on ``val_select``, as ``gate.json`` says.
         guarantee: ``ltt``, certified on the certify half of ``val_calib`` or refused; ``none``, an empirical
             choice on all of it that promises nothing.
         target_fnr: largest FNR among exits; for the gate a third constraint, not asked for by default.
@@ -80,6 +92,8 @@ def calibrate(
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
         return _calibrate_run(Path(run), given)
     assert logits is not None
+    if policy == "auto":
+        raise InputError("policy auto must go with --run, got it with --logits; name softmax or gate")
     wish = _wish(CalibrateConfig(), given)
     return _calibrate_logits(Path(logits), wish, None if out is None else Path(out), positive, classes)
 
@@ -140,7 +154,7 @@ def _one_of(name: str, value: str, options: list[str]) -> None:
 
 def _wish(base: CalibrateConfig, given: dict[str, Any]) -> CalibrateConfig:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
-    _one_of("policy", given["policy"] or base.policy, ["softmax", "gate"])
+    _one_of("policy", given["policy"] or base.policy, ["softmax", "gate", "auto"])
     _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
     named = {name: value for name, value in given.items() if value is not None}
     policy, guarantee = named.get("policy", base.policy), named.get("guarantee", base.guarantee)
@@ -162,7 +176,10 @@ def _wish(base: CalibrateConfig, given: dict[str, Any]) -> CalibrateConfig:
 def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
     predictions = read_calibration(run)
     splits = Splits.read(run / "splits.json")
-    wish = _wish(_run_wish(run), given)
+    base = _run_wish(run)
+    if (given["policy"] or base.policy) == "auto":
+        given = {**given, "policy": _better(run, predictions)}
+    wish = _wish(base, given)
     _check_halves(predictions, splits)
     half, stake = splits.hashes.get("val_calib.certify", ""), None
     if wish.guarantee == "ltt":
@@ -172,7 +189,7 @@ def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
 
         with exclusive(run):
             stake = stake_claim(
-                run, half, policy=wish.policy, wish=_in_words(wish), model_fingerprint=predictions.model_fingerprint,
+                run, half, policy=_kind(wish), wish=_in_words(wish), model_fingerprint=predictions.model_fingerprint,
                 preprocessing_fingerprint=predictions.preprocessing_fingerprint, delta=given["delta"],
                 claims=given["claims"], defaults=(wish.delta, wish.claims),
             )  # fmt: skip
@@ -205,6 +222,12 @@ def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
     withdraw_policies(run)
     _write(policy, run / POLICY_FILES[policy.policy])
     return policy
+
+
+def _kind(wish: CalibrateConfig) -> PolicyName:
+    """The policy asked for, once ``auto`` has been settled."""
+    assert wish.policy != "auto"
+    return wish.policy
 
 
 def _in_words(wish: CalibrateConfig) -> str:
@@ -288,6 +311,18 @@ def _run_wish(run: Path) -> CalibrateConfig:
     return RunConfig.read(run / "config.json").config.calibrate
 
 
+def _better(run: Path, predictions: Predictions) -> str:
+    """What ranked answers better on ``val_select``: softmax or gate."""
+    path = run / "gate.json"
+    if not path.is_file():
+        raise ArtifactError(f"policy auto must have {path}, but there is no such file; train again, or name a policy")
+    choice = GateChoice.read(path)
+    if choice.model_fingerprint != predictions.model_fingerprint:
+        raise ArtifactError(f"{path} must be of the model that gave val_calib.npz, got another's; train again")
+    say(f"policy {choice.confidence}: {path.name} found it to rank answers better on val_select")
+    return choice.confidence
+
+
 def _calibrate_logits(
     path: Path, wish: CalibrateConfig, out: Path | None, positive: str | None, classes: list[str] | None
 ) -> Policy:
@@ -304,7 +339,7 @@ def _calibrate_logits(
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
     halves = arrays.get("half")
-    target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES[wish.policy])
+    target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES[_kind(wish)])
     try:
         policy = _fit(
             wish,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,7 @@ CHANGE_COLUMNS = [
     "source",
     "id",
 ]
+COST_COLUMNS = ["threshold", "exit_rate", "cost", "risk"]
 MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"]
 
 
@@ -213,13 +215,15 @@ def evaluate(
     seed: int = 0,
     predictions: Predictions | None = None,
     blocks: tuple[int, int] | None = None,
+    beside: Sequence[Path | str] = (),
 ) -> Evaluation:
     """Measure the best model of a run and its policy on ``val_test``, and write figures, mistakes and report.
 
     Writes into ``RUN/evaluation``, which holds figures of ``val_test`` and nothing else: ``metrics.csv`` (a row a
     figure), ``evaluation.json``, ``mistakes.csv`` (wrong answers, the most confident first), ``changes.csv`` (deferred
-    rows that Stage B fixes or breaks), ``groups.csv`` (a row a group, the most errors first) and ``*.png``; and
-    ``RUN/report.html``. ``RUN/metrics`` holds training's own figures, of ``val_select``.
+    rows that Stage B fixes or breaks), ``groups.csv`` (a row a group, the most errors first), ``cost_risk.csv`` (cost
+    and risk at every threshold, where the tap saves anything) and ``*.png``; and ``RUN/report.html``. ``RUN/metrics``
+    holds training's own figures, of ``val_select``.
 
     Args:
         run: trained run folder.
@@ -227,12 +231,14 @@ def evaluate(
         seed: of the bootstrap.
         predictions: both stages' outputs on ``val_test``; inferred with ``model_best.pth`` when not given.
         blocks: with predictions: tap and number of blocks, for costs; without them no cost is shown.
+        beside: evaluated runs on the same splits with other taps, to draw their cost and risk beside this one's.
 
     Raises:
-        ArtifactError: the run is incomplete, or its parts are of different trainings or splits.
+        ArtifactError: the run is incomplete, its parts are of different trainings or splits, or a run beside it is.
     """
     run = Path(run)
     splits = Splits.read(run / "splits.json")
+    others = dict(_read_curve(Path(other), splits.hashes["val_test"]) for other in beside)
     policy = read_policy(run)
     if predictions is None:
         from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
@@ -259,7 +265,18 @@ def evaluate(
     groups = count_groups(predictions, answers)
     write_csv(run / "evaluation" / "groups.csv", groups, GROUP_COLUMNS)
     evaluation.write(run / "evaluation" / "evaluation.json")
+    curve = _cost_curve(predictions, answers, policy, blocks)
+    if curve is None:
+        (run / "evaluation" / "cost_risk.csv").unlink(missing_ok=True)
+    else:
+        write_csv(
+            run / "evaluation" / "cost_risk.csv",
+            [dict(zip(COST_COLUMNS, map(float, row), strict=True)) for row in zip(*curve, strict=True)],
+            COST_COLUMNS,
+        )
     pictures = _draw(predictions, answers, policy, evaluation)
+    if curve is not None:
+        pictures.append(_draw_cost(answers, evaluation, curve, others))
     for picture in pictures:
         write_bytes(run / "evaluation" / f"{picture.name}.png", picture.png)
     training = training_picture(run / "metrics.csv")
@@ -730,39 +747,81 @@ def _draw(
         )  # fmt: skip
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
         pictures.append(Picture("coverage", "How far coverage may be off", caption, png))
-        pictures += _draw_exits(answers, evaluation)
+        scores = exit_scores(policy, stage_a.probs, predictions.gate_logits)
+        pictures.append(_draw_exits(answers, np.nan_to_num(scores, nan=0.0), policy))
     return pictures
 
 
-def _draw_exits(answers: dict[StageName, Answers], evaluation: Evaluation) -> list[Picture]:
-    """Which rows exit, and what every threshold would cost; the latter where the tap is known and saves anything."""
-    a, b, exited = answers["stage_a"], answers["stage_b"], answers["cascade"].exited
-    pictures = [
-        Picture(
-            "exit_rate",
-            "Who exits",
-            "Photos in bins of about equal size by Stage A's confidence (its range is below each bar, with the number "
-            "of photos). Bars should be high where the points are.",
-            exit_rate_png(a.confidence, exited, ~a.error),
-        )
-    ]
+def _draw_exits(answers: dict[StageName, Answers], scores: NDArray[np.float64], policy: Policy) -> Picture:
+    """Which rows exit, by what the policy compares with its threshold."""
+    a, exited = answers["stage_a"], answers["cascade"].exited
+    what = "Stage A's confidence" if policy.policy == "softmax" else "the gate's P(Stage A is correct)"
+    return Picture(
+        "exit_rate",
+        "Who exits",
+        f"Photos in bins of about equal size by {what} (its range is below each bar, with the number of photos). Bars "
+        "should be high where the points are.",
+        exit_rate_png(scores, exited, ~a.error, label=what),
+    )
+
+
+def _cost_curve(
+    predictions: Predictions, answers: dict[StageName, Answers], policy: Policy | None, blocks: tuple[int, int] | None
+) -> tuple[NDArray[np.float64], ...] | None:
+    """Threshold, exit rate, cost and risk of the cascade, from nobody exits on; None where no exit saves anything.
+
+    Rows are ranked by what the policy compares with its threshold; a row without a score exits last.
+    """
+    if policy is None or blocks is None or blocks[0] == blocks[1]:
+        return None
+    scores = np.nan_to_num(exit_scores(policy, answers["stage_a"].probs, predictions.gate_logits), nan=-1.0)
+    rates, risks = cascade_risks(scores, answers["stage_a"].error, answers["stage_b"].error)
+    thresholds = np.concatenate([[np.inf], np.unique(scores)[::-1]])
+    return thresholds, rates, relative_cost(rates, *blocks), risks
+
+
+def _draw_cost(
+    answers: dict[StageName, Answers],
+    evaluation: Evaluation,
+    curve: tuple[NDArray[np.float64], ...],
+    others: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
+) -> Picture:
+    """What every threshold would cost and risk, here and with the taps of other runs, and where the policy stands."""
     tap, n_blocks = evaluation.tap, evaluation.n_blocks
-    if tap is None or n_blocks is None or tap == n_blocks:
-        return pictures
-    rates, risks = cascade_risks(a.confidence, a.error, b.error)
-    # A run with other taps adds a curve each: name to (cost, risk).
-    curves = {f"tap {tap} of {n_blocks}, all thresholds": (relative_cost(rates, tap, n_blocks), risks)}
-    deployed = float(answers["cascade"].error.mean())
+    assert tap is not None
+    assert n_blocks is not None
+    exited, deployed = answers["cascade"].exited, answers["cascade"].error
     png = cost_risk_png(
-        curves,
-        point=(float(relative_cost(exited.mean(), tap, n_blocks)), deployed),
-        stage_b=(1.0, float(b.error.mean())),
+        {f"tap {tap} of {n_blocks}, all thresholds": (curve[2], curve[3]), **others},
+        point=(float(relative_cost(exited.mean(), tap, n_blocks)), float(deployed.mean())),
+        stage_b=(1.0, float(answers["stage_b"].error.mean())),
     )
     caption = (
         f"Left: everybody exits after {tap} of {n_blocks} blocks. Right: everybody runs them all. Lower and further "
-        "left is better. Cost counts blocks alone; `stage1 bench cascade` measures time."
+        "left is better. Cost counts blocks alone; `stage1 bench cascade` measures time. `stage1 evaluate --beside` "
+        "adds the curves of runs with other taps."
     )
-    return [*pictures, Picture("cost_risk", "What a threshold costs and risks", caption, png)]
+    return Picture("cost_risk", "What a threshold costs and risks", caption, png)
+
+
+def _read_curve(run: Path, split_hash: str) -> tuple[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Cost and risk that another run's evaluation left, with a name for the legend."""
+    path = run / "evaluation" / "cost_risk.csv"
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path} must exist to be drawn beside; calibrate and evaluate {run} first, with its tap before the last "
+            "block"
+        )
+    other = Evaluation.read(run / "evaluation" / "evaluation.json")
+    if other.split_hash != split_hash:
+        raise ArtifactError(f"{run} must be of the same val_test rows, got others; split once and copy splits.json")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [(float(row["cost"]), float(row["risk"])) for row in csv.DictReader(file)]
+        cost, risk = np.asarray(rows, dtype=np.float64).T
+    except (KeyError, TypeError, ValueError):
+        raise ArtifactError(f"{path} must have numbers under cost and risk; evaluate {run} again") from None
+    return f"tap {other.tap} of {other.n_blocks} ({run.name}, {other.policy})", (cost, risk)
 
 
 def _heap(one: Interval, label: str, **options: Any) -> bytes:

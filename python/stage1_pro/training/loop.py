@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
+import itertools
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +32,7 @@ from stage1_pro.artifacts import (
     PreprocessSpec,
     Row,
     Splits,
+    Start,
     TapChoice,
     load_npz,
     save_npz,
@@ -52,13 +56,16 @@ from stage1_pro.training import checkpoint
 from stage1_pro.training.gate import fit_gate
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
 from stage1_pro.training.losses import as_share, balanced_weights, joint_loss, selective_loss, selective_sums
-from stage1_pro.training.prepare import check_run, exclusive, forget_training, write_config
+from stage1_pro.training.prepare import check_run, exclusive, forget_training, versions, write_config
 from stage1_pro.training.taps import candidates, choose_tap, table
 
 SMALLEST_MICRO_BATCH = 16
 # Stage A's suite on val_select, each with the ends of its interval.
 SUITE = metric_names(exits=False)
 N_REPLICATES = 500
+# How much of what a training draws is hashed into start.json.
+START_EPOCHS = 3
+START_BATCHES = 2
 COLUMNS = [
     "epoch", "step", "lr", "train_loss", "train_accuracy", "balanced_accuracy", "auroc",
     *(f"{name}{end}" for name in SUITE for end in ("", "_low", "_high")),
@@ -72,13 +79,19 @@ TIMINGS = ("seconds", "images_per_second")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training gives: where it is and its best epoch's figures on ``val_select``."""
+    """What a finished training gives: where it is and its best epoch's figures on ``val_select``.
+
+    ``peak_memory`` is in bytes: what the GPU's allocator held at most, or without one the largest resident size of
+    this process; processes that decode images are not in it.
+    """
 
     run: Path
     epochs: int
     best_epoch: int
     best: dict[str, Any]
     seconds: float
+    peak_memory: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -307,21 +320,15 @@ class _Trainer:
 
     def _build(self) -> None:
         options = self.config.train
-        spec = self.architecture.preprocessing
         self.source: Source
         self.trained: nn.Module
         if options.mode == "linear":
             self.model.eval()
             self.features = {name: self._cached_features(name) for name in self.rows}
-            self.source = _Features(
-                self.features["train"], self.rows["train"], self.labels["train"], self.config, self.rank, self.world
-            )
             self.trained = self.model.heads
         else:
-            self.source = _Images(
-                self.splits, self.rows["train"], self.labels["train"], spec, self.config, self.rank, self.world
-            )
             self.trained = self.model
+        self.source = self._open_source(self.config, self.rank, self.world)
         self.weights = self._class_weights().to(self.device)
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=options.lr, betas=(0.9, 0.999))
         total = options.epochs * self.source.steps_per_epoch
@@ -343,6 +350,15 @@ class _Trainer:
             f"({100 * trainable / whole:.1f}%), {len(self.rows['train'])} train rows, "
             f"{self.source.steps_per_epoch} steps an epoch, device {self.device.type}, {self.world} process(es)"
         )
+
+        # Building an adapter draws from the global stream too: dropout starts from the seed whatever was built.
+        torch.manual_seed(self.config.seed)
+
+    def _open_source(self, config: Config, rank: int, world: int) -> Source:
+        rows, labels = self.rows["train"], self.labels["train"]
+        if config.train.mode == "linear":
+            return _Features(self.features["train"], rows, labels, config, rank, world)
+        return _Images(self.splits, rows, labels, self.architecture.preprocessing, config, rank, world)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         options = self.config.train
@@ -419,9 +435,41 @@ class _Trainer:
             if self.tap_choice is not None:
                 self.tap_choice.write(self.run / "tap.json")
             write_config(self.run, self.config, self.splits)
+            if not (self.run / "start.json").is_file():
+                self._describe_start().write(self.run / "start.json")
         self.accelerator.wait_for_everyone()
         if resume and (self.run / "last.pth").is_file():
             self._restore()
+
+    def _describe_start(self) -> Start:
+        """Hashes of what a comparison holds equal; reads the first batches as training will, and draws nothing."""
+        rows = self.rows["train"]
+        drawn = [rows[i].id for epoch in range(START_EPOCHS) for i in epoch_order(len(rows), self.config.seed, epoch)]
+        ids = {name: row.id for row in rows for name in (row.file, str(self.splits.path(row)))}
+        alone = self.config.train.model_copy(update={"workers": 0})
+        source = self._open_source(self.config.model_copy(update={"train": alone}), 0, 1)
+        batches = (batch for epoch in range(START_BATCHES) for batch in source.batches(epoch, 0))
+        read, pixels = [], hashlib.sha256()
+        for batch in itertools.islice(batches, START_BATCHES):
+            read += [f"{ids[file]} {y}" for file, y in zip(batch.files, batch.labels.tolist(), strict=True)]
+            pixels.update(batch.inputs[0].numpy().tobytes())
+        source.close()
+        heads = {k: v.detach().cpu().contiguous() for k, v in sorted(self.model.heads.state_dict().items())}
+        return Start(
+            seed=self.config.seed,
+            split_hashes=self.splits.hashes,
+            head_shapes={name: list(tensor.shape) for name, tensor in heads.items()},
+            heads=sha256_bytes(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in heads.items())),
+            order=sha256_bytes("\n".join(drawn).encode()),
+            batch_size=self.config.train.batch_size,
+            batch_rows=sha256_bytes("\n".join(read).encode()),
+            batch_inputs=None if self.config.train.mode == "linear" else pixels.hexdigest(),
+            preprocessing=self.architecture.preprocessing.fingerprint(),
+            augmentation=sha256_bytes(self.config.augment.model_dump_json().encode()),
+            n_trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            n_parameters=sum(p.numel() for p in self.model.parameters()),
+            versions=versions(),
+        )
 
     def fit(self) -> TrainResult:
         """Train to the end, and write what calibration reads."""
@@ -439,7 +487,11 @@ class _Trainer:
             self._finish()
         self.accelerator.wait_for_everyone()
         best = self.state.history[self.state.best_epoch]
-        return TrainResult(self.run, len(self.state.history), self.state.best_epoch, best, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return TrainResult(
+            self.run, len(self.state.history), self.state.best_epoch, best, seconds, peak_memory(self.device),
+            self.device.type,
+        )  # fmt: skip
 
     def _epoch(self) -> None:
         state, options = self.state, self.config.train
@@ -778,7 +830,9 @@ class _Trainer:
         model, _ = checkpoint.load_run_model(self.run)
         joint = checkpoint.load_joint_gate(self.run / "model_best.pth", model)
         self.log("gate.json begin")
-        self._choose_confidence(infer(model, self.splits, "val_select", workers=workers, joint_gate=joint))
+        selected = infer(model, self.splits, "val_select", workers=workers, joint_gate=joint)
+        self._choose_confidence(selected)
+        selected.save(self.run / "val_select.npz")
         self.log("val_calib begin")
         save_calibration(self.run, infer(model, self.splits, "val_calib", workers=workers))
         self.log("finished")
@@ -894,6 +948,19 @@ class _Trainer:
                 bar.update(task, completed=state.step_in_epoch, loss=state.loss_sum / state.seen, rate=rate)
 
             yield advance
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: of the GPU's allocator, or this process's resident size."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # ru_maxrss of a started process begins at the size of the one that started it; VmHWM is this program's own.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest << 10
 
 
 def _seed_everything(seed: int, *, deterministic: bool) -> None:

@@ -26,7 +26,7 @@ class RunConfig(Record):
 # What one training writes; a new one in the same folder starts without them. A bundle is its own thing and stays.
 OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "train.log", "config.json",
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
-             "gate.json", "tap.json",
+             "gate.json", "tap.json", "start.json", "val_select.npz",
              *POLICY_FILES.values(), "report.html")  # fmt: skip
 OWN_FOLDERS = ("evaluation", "metrics")
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
@@ -65,9 +65,13 @@ def forget_training(run: Path) -> None:
 
 def write_config(run: Path, config: Config, splits: Splits) -> None:
     """Write ``config.json`` with the versions of what computes."""
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pillow")}
-    versions["python"] = ".".join(map(str, sys.version_info[:3]))
-    RunConfig(config=config, split_hashes=splits.hashes, versions=versions).write(run / "config.json")
+    RunConfig(config=config, split_hashes=splits.hashes, versions=versions()).write(run / "config.json")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pillow")}
+    return {**found, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
 def _resumed(given: Config, stored: Config) -> Config:
