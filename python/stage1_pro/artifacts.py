@@ -22,7 +22,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stage1_pro.errors import ArtifactError, InputError
 
@@ -469,7 +469,151 @@ class GateParams(Record):
         return self.constraints.target_fnr_exit
 
 
-Policy = Thresholds | GateParams
+class ScrcCell(Record):
+    """A limit on nonconformity, and the certify rows it comes from; a class is in the set iff it is at or below it."""
+
+    name: str = Field(description="all, a stage (A or B), or a class")
+    limit: float = Field(ge=0, description="a hair above the one certified, against rounding; that only enlarges sets")
+    trials: int = Field(ge=0, description="accepted units of the cell")
+    errors: int = Field(ge=0, description="of them, sets at the certified limit that miss the label")
+    budget: int = Field(ge=0, description="the most that could be certified")
+    delta: float | None = Field(gt=0, lt=1, description="of this cell; null where risk is an expectation or nothing")
+    bound: float = Field(
+        ge=0, le=1, description="Clopper-Pearson at 1 - delta (pac), (errors + 1) / (trials + 1) (I, T)"
+    )
+
+
+# Above every P(correct): a threshold here lets nobody exit.
+NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
+
+
+class ScrcParams(Record):
+    """``scrcparams.json``: selective conformal risk control after the cascade.
+
+    An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``exit_threshold``; else
+    Stage B answers. P(answer correct) is that score where it exits and ``sigmoid(a_b * logit + b_b)`` otherwise, of the
+    logit of Stage B's largest probability. The image is accepted iff it is at or above ``lambda_1``, and then gets the
+    set of classes whose nonconformity is at or below its cell's limit in ``lambda_2``; otherwise nobody answers.
+
+    Both Platt scalings and the exit rule come from the fit half, ``lambda_1``, ``lambda_2`` and all counts and bounds
+    from the certify half. ``calibrator_fingerprint`` is recomputed on reading: other numbers void the certificate.
+    """
+
+    format_version: Literal[1] = 1
+    policy: Literal["scrc"] = "scrc"
+    classes: list[str] = Field(min_length=2)
+    positive: str
+    a: float
+    b: float
+    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
+    platt: str = Field(description="how a and b came about")
+    exit_threshold: float = Field(ge=0, le=NOBODY_EXITS, description="just above 1: nobody exits")
+    max_exit_error: float = Field(gt=0, lt=1, description="what the exit rule was asked for, on the fit half")
+    exit_error: float | None = Field(ge=0, le=1, description="of the fit half; null when nobody exits")
+    exit_rate: float = Field(ge=0, le=1, description="of the fit half")
+    a_b: float
+    b_b: float
+    platt_b: str = Field(description="how a_b and b_b came about")
+    alpha: float = Field(gt=0, lt=1, description="largest risk among the accepted")
+    xi: float = Field(gt=0, lt=1, description="least share accepted")
+    delta: tuple[float, float] = Field(description="chance of failure of selection and risk, divided by claims")
+    variant: Literal["pac", "I", "T", "naive"]
+    loss: Literal["miscoverage", "fnr"] = Field(description="miscoverage: the set misses the label; fnr: of positives")
+    score: Literal["lac", "aps", "raps"]
+    cells: Literal["stage", "class"] | None = Field(description="what has a limit of its own; null: one for all")
+    allow_empty: bool
+    raps: tuple[float, int] = Field(description="penalty for each rank beyond the second number")
+    lambda_1: float = Field(description="accepted iff P(answer correct) is at or above it")
+    lambda_2: list[ScrcCell] = Field(min_length=1)
+    rank: int = Field(ge=1, description="lambda_1 is just above the score of this rank among the certify units")
+    n: int = Field(ge=1, description="units of the certify half")
+    unit: Literal["rows", "groups"]
+    seed: int = Field(description="of the row that speaks for its group")
+    accepted: int = Field(ge=0, description="units of the certify half")
+    coverage: float = Field(ge=0, le=1, description="accepted / n")
+    coverage_bound: float | None = Field(description="lower, at 1 - delta[0]; null for T and naive")
+    risk_bound: float = Field(ge=0, le=1, description="the largest of all cells")
+    fnr_bound: float | None = Field(
+        ge=0, le=1, description="of accepted positives whose set lacks the positive; null where cells do not tell it"
+    )
+    guarantee: Literal["none", "pac", "expectation"]
+    statement: str
+    assumptions: list[str]
+    claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
+    certify_uses: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
+    n_fit_rows: int
+    grouped: bool
+    split_hashes: dict[str, str]
+    model_fingerprint: str | None = Field(default=None, description="of all weights, the gate's among them")
+    preprocessing_fingerprint: str | None = None
+    calibrator_fingerprint: str = Field(description="sha256 over every number above that decides or is promised")
+
+    @property
+    def target_fnr(self) -> float | None:
+        """The wished FNR on exits: none, the promise is on sets."""
+        return None
+
+    @classmethod
+    def seal(cls, **values: Any) -> Self:
+        """Make a record with the fingerprint of its own numbers."""
+        return cls(**values, calibrator_fingerprint=cls.model_construct(**values).fingerprint_numbers())
+
+    def fingerprint_numbers(self) -> str:
+        """Hex sha256 over what decides and what is promised; words and other fingerprints are left out."""
+        left_out = {"calibrator_fingerprint", "platt", "platt_b", "statement", "assumptions", "split_hashes"}
+        left_out |= {"model_fingerprint", "preprocessing_fingerprint"}
+        data = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, separators=(",", ":"))
+        return sha256_bytes(data.encode())
+
+    @model_validator(mode="after")
+    def _sealed(self) -> Self:
+        found = self.fingerprint_numbers()
+        if self.calibrator_fingerprint != found:
+            raise ValueError(
+                f"calibrator_fingerprint must be of the numbers beside it, got {self.calibrator_fingerprint[:12]} "
+                f"instead of {found[:12]}; a number was changed, so the certificate is void: calibrate again"
+            )
+        return self
+
+
+Policy = Thresholds | GateParams | ScrcParams
+
+
+class PromiseCheck(Record):
+    """One promise held against rows that calibrated nothing: ``errors`` of ``trials`` should be at most ``limit``."""
+
+    name: str
+    source: str | None = Field(description="null = all rows; a source's own rows are information, nobody promised them")
+    limit: float
+    errors: int
+    trials: int
+    lower: float = Field(description="Clopper-Pearson, one-sided 99%; above the limit: FAIL")
+    upper: float = Field(description="Clopper-Pearson, one-sided 95%; at or below the limit: PASS")
+    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+    n_to_settle: int | None = Field(description="units in all that would settle it if rates stay as seen")
+
+
+class ShareOf(Record):
+    """A share, or a mean set size, with its two-sided 95% interval; null where nothing was accepted."""
+
+    value: float | None
+    low: float
+    high: float
+
+
+class SetCheck(Record):
+    """Promises and rates of sets on ``val_test``. Shares of sets are of the accepted, the rejection rate of all."""
+
+    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] = Field(description="FAIL when any promise fails; sources aside")
+    statement: str = Field(description="the outcome in words")
+    promises: list[PromiseCheck]
+    n: int
+    unit: Literal["rows", "groups", "group_means"]
+    accepted: int
+    average_set_size: ShareOf
+    ambiguous_rate: ShareOf
+    empty_rate: ShareOf
+    rejection_rate: ShareOf
 
 
 class Claim(Record):
@@ -575,6 +719,7 @@ class Evaluation(Record):
     target_fnr: float | None
     statement: str = Field(description="what the policy promises, in words")
     fnr_check: FnrCheck | None = Field(description="null without a policy, or without a target on FNR")
+    verification: SetCheck | None = Field(default=None, description="of policy scrc alone")
     effects: list[StageEffect] = Field(default=[], description="exited, then deferred rows; empty without a policy")
     tap: int | None = Field(default=None, description="block that Stage A ends with; null when it is not known")
     n_blocks: int | None = Field(default=None, description="blocks of a full pass; null when it is not known")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stage1_pro.errors import DependencyError, InputError, NotReachableError, Stage1Error, need
+from stage1_pro.errors import PROMISE_FAILED, DependencyError, InputError, NotReachableError, Stage1Error, need
 
 _TRAIN_PACKAGES = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"}
 _FLOW = """\
@@ -28,7 +28,8 @@ which configuration is better:
   stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
-            5 missing dependency, 6 training stopped, 1 some images could not be read
+            5 missing dependency, 6 training stopped, 1 some images could not be read,
+            7 evaluate: a promise of policy scrc fails on val_test (all is written all the same)
 """
 
 
@@ -157,7 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--logits",
         type=Path,
-        help=".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, groups, half, classes, positive",
+        help=".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, logits_b, groups, half, "
+        "classes, positive",
     )
     sub.epilog = (
         "what is not given comes from the run's configuration; its defaults are named above.\n"
@@ -166,8 +168,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--policy",
-        choices=["softmax", "gate", "auto"],
-        help="what decides an exit: softmax (by default), the gate head, or the one that gate.json found better",
+        choices=["softmax", "gate", "scrc", "auto"],
+        help="what decides an exit: softmax (by default), the gate head, or the one of both that gate.json found "
+        "better (auto); scrc: the gate decides exits, then a set of classes is given for what is accepted, and nobody "
+        "answers the rest",
     )
     sub.add_argument(
         "--guarantee",
@@ -181,12 +185,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--alpha",
+        type=float,
+        help="scrc: largest risk among the accepted; gate: largest share of wrong answers among exits; .01 by default",
+    )
+    sub.add_argument(
         "--max-exit-error",
         type=float,
-        dest="max_exit_error",
-        help="gate: largest share of wrong answers among exits; .01 by default",
+        help="gate: the same as --alpha; scrc: of its exit rule, on the fit half (it promises nothing of its own); .01 "
+        "by default",
     )
-    sub.add_argument("--min-coverage", type=float, help="gate: least share of images that exit; .70 by default")
+    sub.add_argument(
+        "--min-coverage",
+        type=float,
+        help="gate: least share of images that exit; scrc: that are accepted; .70 by default",
+    )
+    sub.add_argument(
+        "--variant",
+        choices=["pac", "I", "T", "naive"],
+        help="scrc: pac (by default) = holds for the thresholds found with probability 1 - delta; I, T = on average "
+        "over calibrations; naive = --guarantee none",
+    )
+    sub.add_argument(
+        "--loss",
+        choices=["miscoverage", "fnr"],
+        help="scrc: sets that miss the label (by default), or of positives alone",
+    )
+    sub.add_argument("--score", choices=["lac", "aps", "raps"], help="scrc: nonconformity of a class; lac by default")
+    sub.add_argument(
+        "--cells",
+        choices=["stage", "class"],
+        help="scrc: promise the risk for each stage that answers, or each class; one for all by default",
+    )
+    sub.add_argument("--allow-empty", action="store_true", default=None, help="scrc: let sets be empty")
     sub.add_argument(
         "--delta", type=float, help="ltt: largest chance of a false certificate, all claims together; .05 by default"
     )
@@ -197,6 +227,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="with --logits: where to write the policy, a folder or a .json file")
 
     sub = command("evaluate", "measure the best model and its policy on val_test, once it is final", _evaluate)
+    sub.epilog = (
+        "under policy scrc every promise is held against val_test: PASS, FAIL (exit code 7, after all is written) or\n"
+        "INCONCLUSIVE, with the number of rows or groups that would settle it."
+    )
     sub.add_argument("--run", type=Path, required=True, help="trained run folder")
     sub.add_argument("--replicates", type=int, default=1000, help="bootstrap replicates of an interval")
     sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
@@ -234,6 +268,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER|CSV", help="what to answer for")
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
+    sub.add_argument(
+        "--prior",
+        type=float,
+        help="share of positives where this serves; says what of the promise is void there, answers do not change",
+    )
 
     sub = command("infer", "answer for images or a split with a run's own model in torch, before any export", _infer)
     sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
@@ -243,6 +282,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
+    sub.add_argument(
+        "--prior",
+        type=float,
+        help="share of positives where this serves; says what of the promise is void there, answers do not change",
+    )
 
     _add_bench(command("bench", "measure what an exit saves on this machine", lambda _: None))
 
@@ -495,6 +539,12 @@ def _calibrate(options: argparse.Namespace) -> None:
         target_fnr=options.target_fnr,
         max_exit_error=options.max_exit_error,
         min_coverage=options.min_coverage,
+        alpha=options.alpha,
+        variant=options.variant,
+        loss=options.loss,
+        score=options.score,
+        cells=options.cells,
+        allow_empty=options.allow_empty,
         delta=options.delta,
         claims=options.claims,
         positive=options.positive,
@@ -503,11 +553,14 @@ def _calibrate(options: argparse.Namespace) -> None:
     _emit(options, policy.model_dump(mode="json"), render(policy))
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> int:
     from stage1_pro.stations.evaluation import evaluate, render
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
+    broken = evaluation.verification is not None and evaluation.verification.outcome == "FAIL"
+    # Who promised nothing breaks nothing.
+    return PROMISE_FAILED if broken and evaluation.guarantee != "none" else 0
 
 
 def _metrics(options: argparse.Namespace) -> None:
@@ -538,20 +591,30 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from stage1_pro.stations.prediction import predict, render
+    from stage1_pro.stations.prediction import count, predict, promised, render
 
+    found = promised(options.bundle, options.prior)
     rows, failures = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size)
-    _emit(options, {"rows": rows, "failures": failures}, render(rows, options.out))
+    _emit(
+        options,
+        {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)},
+        render(rows, options.out, found),
+    )
     return 1 if failures else 0
 
 
 def _infer(options: argparse.Namespace) -> int:
-    from stage1_pro.stations.prediction import infer, render
+    from stage1_pro.stations.prediction import count, infer, promised, render
 
+    found = promised(options.run, options.prior)
     rows, failures = infer(
         options.run, options.inputs, split=options.split, out=options.out, batch_size=options.batch_size
     )
-    _emit(options, {"rows": rows, "failures": failures}, render(rows, options.out))
+    _emit(
+        options,
+        {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)},
+        render(rows, options.out, found),
+    )
     return 1 if failures else 0
 
 

@@ -144,18 +144,41 @@ class GateConfig(Section):
 class CalibrateConfig(Section):
     """Exit policy."""
 
-    policy: Literal["softmax", "gate", "auto"] = Field(
-        "softmax", description="auto = whichever ranked answers better on val_select, as gate.json says"
+    policy: Literal["softmax", "gate", "scrc", "auto"] = Field(
+        "softmax",
+        description="scrc = sets and abstentions after the cascade; auto = softmax or gate, whichever ranked answers "
+        "better on val_select, as gate.json says",
     )
     guarantee: Literal["ltt", "none"] = Field(
         "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
     )
     target_fnr: float = Field(0.02, gt=0, lt=1, description="softmax: largest false negative rate among exits")
-    max_exit_error: float = Field(0.01, gt=0, lt=1, description="gate: largest share of wrong answers among exits")
-    min_coverage: float = Field(0.70, gt=0, lt=1, description="gate: least share of images that exit")
+    max_exit_error: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="gate: largest share of wrong answers among exits; scrc: of the fit half, for its exit rule",
+    )
+    min_coverage: float = Field(
+        0.70, gt=0, lt=1, description="gate: least share of images that exit; scrc: that are accepted"
+    )
     target_fnr_exit: float | None = Field(
         None, gt=0, lt=1, description="gate: largest false negative rate among exits; null = not asked for"
     )
+    alpha: float = Field(0.01, gt=0, lt=1, description="scrc: largest risk among the accepted")
+    variant: Literal["pac", "I", "T", "naive"] | None = Field(
+        None,
+        description="scrc: pac = for the very thresholds found; I, T = in expectation; naive promises nothing; null = "
+        "pac, or naive with guarantee none",
+    )
+    loss: Literal["miscoverage", "fnr"] = Field(
+        "miscoverage", description="scrc: risk that the set misses the label; fnr = of positives alone"
+    )
+    score: Literal["lac", "aps", "raps"] = Field("lac", description="scrc: nonconformity of a class")
+    cells: Literal["stage", "class"] | None = Field(
+        None, description="scrc: a limit for each stage that answers or each class; null = one for all"
+    )
+    allow_empty: bool = Field(False, description="scrc: let sets be empty")
     delta: float = Field(0.05, gt=0, lt=1, description="largest chance of a false certificate, all claims together")
     claims: int = Field(1, ge=1, description="claims that delta is divided for, before the first")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Exit code of ``stage1 evaluate`` where a promise fails on val_test: a result, written like any other, not an error.
+PROMISE_FAILED = 7
+
 
 class Stage1Error(Exception):
     """Base of all errors raised on purpose; shown as one message without a traceback."""

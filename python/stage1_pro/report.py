@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Policy, write_text
+from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Policy, ScrcParams, SetCheck, write_text
 from stage1_pro.errors import Stage1Error
 from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.plots import training_png
@@ -122,6 +122,10 @@ def write_report(
         story=_story(evaluation),
         check=evaluation.fnr_check,
         verdict=None if evaluation.fnr_check is None else _verdict(evaluation.fnr_check, evaluation.positive),
+        scrc=policy if isinstance(policy, ScrcParams) else None,
+        sets=evaluation.verification,
+        promised=_promised(policy) if isinstance(policy, ScrcParams) else [],
+        settled=[] if evaluation.verification is None else _settled(evaluation.verification),
         quality=_table(evaluation),
         quality_names=[METRIC_NAMES[name] for name in QUALITY],
         suite=_suite(evaluation, notes),
@@ -249,6 +253,48 @@ def _verdict(check: FnrCheck, positive: str) -> str:
     )
 
 
+def _promised(policy: ScrcParams) -> list[str]:
+    """What a policy with sets does and promises, to whom and from which photos, for anybody."""
+    unit = "photos" if policy.unit == "rows" else "groups (clips, tracks or places, one photo drawn from each)"
+    sets = (
+        "For a photo that is accepted the answer is a set of classes: one class where the model is sure enough, "
+        "several where it cannot tell them apart. For the others nobody answers, and a person should look."
+    )
+    risk = "the right class is missing from the set"
+    if policy.loss == "fnr":
+        risk = f"of “{policy.positive}” photos, “{policy.positive}” is missing from the set"
+    each = {None: "", "stage": ", for each stage that answers", "class": ", for the photos of each class"}[policy.cells]
+    wish = (
+        f"At least {_percent(policy.xi)} of photos are accepted, and among those at most {_percent(policy.alpha)} of "
+        f"the time {risk}{each}"
+    )
+    end = {
+        "pac": f"This holds for these very thresholds, unless the calibration photos were an unlucky draw: a chance of "
+        f"at most {_percent(sum(policy.delta))}.",
+        "expectation": "This holds on average over many such calibrations; of these very thresholds it says less.",
+        "none": "This is what was asked for and looked true on the calibration photos; nothing is promised.",
+    }[policy.guarantee]
+    source = (
+        f"It comes from {policy.n} {unit} of the certify half of val_calib, which neither trained the model nor chose "
+        "who exits, and it speaks of new photos like those: the same cameras and places, the same mix of classes. "
+        "Where that mix is another, the promise is void unless it is made for each class."
+    )
+    return [sets, f"{wish}. {end}", source]
+
+
+def _settled(check: SetCheck) -> list[str]:
+    """How many rows would settle each promise that is open, for anybody."""
+    unit = "photos" if check.unit == "rows" else "groups"
+    return [
+        f"{one.name[0].upper()}{one.name[1:]}: about {one.n_to_settle} test {unit} in all would settle it, if rates "
+        f"stay as seen (there are {check.n})."
+        if one.n_to_settle is not None
+        else f"{one.name[0].upper()}{one.name[1:]}: at the rate seen no number of test {unit} is known to settle it."
+        for one in check.promises
+        if one.source is None and one.outcome == "INCONCLUSIVE"
+    ]
+
+
 def _apart(evaluation: Evaluation) -> str:
     """The sentence on the cascade's accuracy against Stage B answering everything."""
     found = evaluation.measure("accuracy_minus_stage_b")
@@ -359,7 +405,9 @@ def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
 
 
 def _grid(policy: Policy) -> list[dict[str, object]]:
-    """The classic grid with the chosen threshold in its place."""
+    """The classic grid with the chosen threshold in its place; scrc has no one threshold."""
+    if isinstance(policy, ScrcParams):
+        return []
     rows = [row for row in policy.sweep_results if row.grid or row.threshold == policy.exit_threshold]
     chosen = next((i for i, row in enumerate(rows) if not row.grid), None)
     return [{"row": row, "chosen": index == chosen} for index, row in enumerate(rows)]

@@ -17,16 +17,13 @@ from stage1_pro.artifacts import (
     BundleManifest,
     EngineEntry,
     FileEntry,
-    GateParams,
     Policy,
-    PolicyName,
     PreprocessSpec,
     Provenance,
     Splits,
     SplitsSummary,
     StageEntry,
     StageName,
-    Thresholds,
     atomic_directory,
     recover_directory,
     sha256_file,
@@ -34,12 +31,11 @@ from stage1_pro.artifacts import (
 )
 from stage1_pro.config import Config
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.policies import POLICIES, void
 
 MANIFEST = "bundle.json"
 LICENCE = "LICENCE-BACKBONE.txt"
 REQUIRED = ("config.json", "splits.json", "metrics.csv")
-# One record per policy; a new policy joins here and in policies/__init__.py.
-POLICIES: dict[PolicyName, type[Policy]] = {"softmax": Thresholds, "gate": GateParams}
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
 # JSON is parsed whole into memory, so a hostile file must not be allowed to be huge.
 _JSON_LIMIT = 64 * 2**20
@@ -178,13 +174,7 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     _check_policy_files(manifest, present)
     _check_files(path, manifest, present, verify)
     _check_relations(manifest)
-    record = POLICIES.get(manifest.active_exit_policy)
-    if record is None:
-        raise ArtifactError(
-            f"active_exit_policy must be one this version reads ({', '.join(POLICIES)}), "
-            f"got '{manifest.active_exit_policy}'; update stage1_pro"
-        )
-    policy = record.parse(_read_json(path, manifest.policy_file), manifest.policy_file)
+    policy = POLICIES[manifest.active_exit_policy].parse(_read_json(path, manifest.policy_file), manifest.policy_file)
     splits = SplitsSummary.parse(_read_json(path, "splits.json"), "splits.json")
     _check_policy(manifest, policy, splits)
     return Bundle(path, manifest, policy, splits)
@@ -203,8 +193,8 @@ def check_policy_belongs(
     ):
         if ours != theirs:
             raise ArtifactError(
-                f"{name} must belong to this model, got another {what}: {_short(theirs)} instead of {_short(ours)}; "
-                "run `stage1 calibrate` again and export once more"
+                f"{name} must belong to this model, got another {what}: {_short(theirs)} instead of {_short(ours)}"
+                f"{void(policy)}; run `stage1 calibrate` again and export once more"
             )
 
 
@@ -344,8 +334,8 @@ def _check_policy(manifest: BundleManifest, policy: Policy, splits: SplitsSummar
     for name, digest in policy.split_hashes.items():
         if splits.hashes.get(name) != digest:
             raise ArtifactError(
-                f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows; "
-                "run `stage1 calibrate` again and export once more"
+                f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows"
+                f"{void(policy)}; run `stage1 calibrate` again and export once more"
             )
 
 

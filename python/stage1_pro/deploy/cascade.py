@@ -17,6 +17,7 @@ from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
 from stage1_pro.errors import InputError, need
 from stage1_pro.policies import exit_scores, exits
+from stage1_pro.policies.sets import answer_sets, margin
 from stage1_pro.policies.softmax import confidence, softmax
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class Decisions:
 
     ``label`` [N] class names; ``prob`` [N] P(positive) and ``confidence`` [N] the largest probability, both of
     the stage that answered, float64; ``stage`` [N] "A" or "B"; ``exited`` [N] whether Stage A answered.
-    An image for which the answering stage gave NaN is abstained from: ``label`` and ``stage`` are empty,
-    ``prob`` and ``confidence`` are NaN.
+    ``sets`` bool [N, K]: the classes in each image's set, the label alone unless the policy is scrc; ``accepted`` bool
+    [N]. Where it is False nobody answers: ``label`` and the set are empty. Under scrc the other fields then say who
+    looked last and how sure it was; where the stage gave NaN ``stage`` is empty, ``prob`` and ``confidence`` are NaN.
     """
 
     label: NDArray[np.str_]
@@ -42,6 +44,8 @@ class Decisions:
     confidence: NDArray[np.float64]
     stage: NDArray[np.str_]
     exited: NDArray[np.bool_]
+    sets: NDArray[np.bool_]
+    accepted: NDArray[np.bool_]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -147,34 +151,48 @@ class Cascade:
             first: Arrays = {"logits": np.empty((0, len(classes)), np.float32), "gate_logit": np.empty(0, np.float32)}
         else:
             first = self._stage_a(pixels)
-        probs = softmax(first["logits"])
-        asked = exits(self.bundle.policy, probs, first.get("gate_logit"))
+        probs, gate = softmax(first["logits"]), first.get("gate_logit")
+        asked = exits(self.bundle.policy, probs, gate)
         exited = asked if exited is None else exited
         deferred = np.flatnonzero(~exited)
         if len(deferred):
-            hidden = np.ascontiguousarray(first["hidden"][deferred])
-            probs[deferred] = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])
+            probs[deferred] = self._stage_b(first, deferred)
         answered = np.isfinite(probs).all(axis=1)
+        sets, accepted = answer_sets(self.bundle.policy, probs, exited, gate)
         # argmax takes the lowest index on ties; rows of NaN are blanked below.
         best, sure = np.argmax(probs, axis=1), confidence(probs)
         return Decisions(
-            label=np.where(answered, np.asarray(classes, dtype=np.str_)[best], ""),
+            label=np.where(accepted, np.asarray(classes, dtype=np.str_)[best], ""),
             prob=np.where(answered, probs[:, classes.index(self.bundle.positive)], np.nan),
             confidence=np.where(answered, sure, np.nan),
             stage=np.where(answered, np.where(exited, "A", "B"), ""),
             exited=exited & answered,
+            sets=sets,
+            accepted=accepted,
         )
+
+    # One row goes through other kernels than several do and differs by 1e-7, which would decide differently for the
+    # very image that a threshold was put on. There it is run as two rows.
 
     def _stage_a(self, pixels: NDArray[np.float32]) -> Arrays:
         outputs = self.runtime.run("stage_a", {"pixels": pixels})
         if len(pixels) == 1:
-            # One row goes through other kernels than several do and differs by 1e-7, which would decide
-            # differently for the very image that a threshold was put on. There it is run as two rows.
-            sure = exit_scores(self.bundle.policy, softmax(outputs["logits"]), outputs.get("gate_logit"))
-            if abs(float(sure[0]) - self.bundle.policy.exit_threshold) < _NEAR:
+            probs, gate = softmax(outputs["logits"]), outputs.get("gate_logit")
+            away = abs(float(exit_scores(self.bundle.policy, probs, gate)[0]) - self.bundle.policy.exit_threshold)
+            if away < _NEAR or margin(self.bundle.policy, probs, [True], gate)[0] < _NEAR:
                 twice = self.runtime.run("stage_a", {"pixels": np.repeat(pixels, 2, axis=0)})
                 return {name: value[:1] for name, value in twice.items()}
         return outputs
+
+    def _stage_b(self, first: Arrays, deferred: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Stage B's probabilities [M, K] of the deferred rows."""
+        hidden = np.ascontiguousarray(first["hidden"][deferred])
+        probs = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])
+        if len(deferred) == 1:
+            gate = first["gate_logit"][deferred] if "gate_logit" in first else None
+            if margin(self.bundle.policy, probs, [False], gate)[0] < _NEAR:
+                return softmax(self.runtime.run("stage_b", {"hidden": np.repeat(hidden, 2, axis=0)})["logits"])[:1]
+        return probs
 
 
 def _open(image: ImageLike) -> Image.Image:

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.artifacts import POLICY_FILES, GateParams, Policy, Thresholds
+from stage1_pro._native import Router
+from stage1_pro.artifacts import NOBODY_EXITS, POLICY_FILES, GateParams, Policy, PolicyName, ScrcParams, Thresholds
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies import gate
 from stage1_pro.policies.softmax import confidence, decide
 
-__all__ = ["exit_rule", "exit_scores", "exits", "read_policy", "withdraw_policies"]
+__all__ = ["POLICIES", "exit_rule", "exit_scores", "exits", "make_router", "read_policy", "void", "withdraw_policies"]
+
+# The record of each policy.
+POLICIES: dict[PolicyName, type[Policy]] = {"softmax": Thresholds, "gate": GateParams, "scrc": ScrcParams}
 
 
 def exits(policy: Policy, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.bool_]:
@@ -23,14 +27,14 @@ def exits(policy: Policy, probs: ArrayLike, gate_logits: ArrayLike | None = None
     Args:
         policy: of this model.
         probs: [N, K] probabilities of Stage A.
-        gate_logits: [N], for the gate policy.
+        gate_logits: [N], for gate and scrc.
 
     Raises:
         InputError: another number of classes than the policy's, or gate logits that are missing.
     """
     if isinstance(policy, Thresholds):
         return decide(probs, policy)
-    exited: NDArray[np.bool_] = exit_scores(policy, probs, gate_logits) >= policy.threshold
+    exited: NDArray[np.bool_] = exit_scores(policy, probs, gate_logits) >= policy.exit_threshold
     return exited
 
 
@@ -49,7 +53,7 @@ def exit_scores(policy: Policy, probs: ArrayLike, gate_logits: ArrayLike | None 
         return confidence(values)
     if gate_logits is None or np.shape(gate_logits) != values.shape[:1]:
         got = "None" if gate_logits is None else list(np.shape(gate_logits))
-        raise InputError(f"gate_logits must have shape [{len(values)}] for the gate policy, got {got}")
+        raise InputError(f"gate_logits must have shape [{len(values)}] for the {policy.policy} policy, got {got}")
     known = np.isfinite(values).all(axis=1)
     scores: NDArray[np.float64] = np.where(known, gate.score(gate_logits, policy.a, policy.b), np.nan)
     return scores
@@ -57,30 +61,60 @@ def exit_scores(policy: Policy, probs: ArrayLike, gate_logits: ArrayLike | None 
 
 def exit_rule(policy: Policy) -> str:
     """The rule in words."""
-    if isinstance(policy, GateParams):
-        return (
-            f"exit when the gate's P(Stage A is correct) = sigmoid({policy.a:.6g} * gate logit + {policy.b:.6g}) "
-            f"is at or above {policy.threshold:.6g}"
+    if isinstance(policy, ScrcParams):
+        limits = ", ".join(
+            f"{cell.limit:.6g}" + ("" if policy.cells is None else f" ({policy.cells} {cell.name})")
+            for cell in policy.lambda_2
         )
+        out = "nobody exits" if policy.exit_threshold == NOBODY_EXITS else _gate_rule(policy)
+        return (
+            f"{out}; accept when P(answer correct) is at or above {policy.lambda_1:.6g}, with the set of classes whose "
+            f"{policy.score} nonconformity is at or below {limits}; nobody answers the rest"
+        )
+    if isinstance(policy, GateParams):
+        return _gate_rule(policy)
     return f"exit when the largest probability of Stage A is at or above {policy.exit_threshold:.6g}"
+
+
+def _gate_rule(policy: GateParams | ScrcParams) -> str:
+    return (
+        f"exit when the gate's P(Stage A is correct) = sigmoid({policy.a:.6g} * gate logit + {policy.b:.6g}) "
+        f"is at or above {policy.exit_threshold:.6g}"
+    )
+
+
+def make_router(policy: Policy, max_rows: int) -> Router:
+    """Make the compiled router of a policy's exit rule; what it routed and merged goes to ``sets.answer_sets``.
+
+    Args:
+        policy: any; its gate logits go to ``Router.route`` unless it is softmax.
+        max_rows: the largest batch.
+    """
+    if isinstance(policy, Thresholds):
+        return Router(max_rows, threshold=policy.exit_threshold)
+    # In float32 just above 1 is 1, which a saturated score reaches.
+    threshold = np.inf if policy.exit_threshold > 1 else policy.exit_threshold
+    return Router(max_rows, threshold=threshold, platt=(policy.a, policy.b))
 
 
 def read_policy(folder: Path | str) -> Policy | None:
     """Read the active policy of a run or bundle; None when there is none.
 
     Raises:
-        ArtifactError: more than one policy file, a damaged one, or a kind this version cannot apply.
+        ArtifactError: more than one policy file, or a damaged one.
     """
     found = [name for name in POLICY_FILES.values() if (Path(folder) / name).is_file()]
     if len(found) > 1:
         raise ArtifactError(f"{folder} must hold exactly one policy file, got {', '.join(found)}; calibrate again")
     if not found:
         return None
-    if found[0] == POLICY_FILES["gate"]:
-        return GateParams.read(Path(folder) / found[0])
-    if found[0] != POLICY_FILES["softmax"]:
-        raise ArtifactError(f"{folder} must hold a policy this version knows, got {found[0]}; calibrate again")
-    return Thresholds.read(Path(folder) / found[0])
+    (record,) = (POLICIES[name] for name, file in POLICY_FILES.items() if file == found[0])
+    return record.read(Path(folder) / found[0])
+
+
+def void(policy: Policy) -> str:
+    """What follows for a promise where something that it stands on has changed; empty when there is none."""
+    return "" if policy.guarantee == "none" else ", so its certificate is void"
 
 
 def withdraw_policies(folder: Path | str) -> list[str]:

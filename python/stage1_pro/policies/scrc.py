@@ -151,7 +151,7 @@ class SCRC:
         rank = self._rank(n)
         threshold, tied = _selection(scores, rank, n, naive=self.variant == "naive")
         accepted = np.zeros(n, dtype=bool) if threshold is None else scores >= threshold
-        losses = _nonconformity(self, values)[np.arange(n), truth]
+        losses = nonconformity(self, values)[np.arange(n), truth]
         named = self._cells(stages, truth, values.shape[1])
         cells = []
         for name, member in named:
@@ -457,7 +457,7 @@ class FittedSCRC:
             limit = limits[(stages[:, None] == names).argmax(axis=1)][:, None]
         else:
             limit = limits[None, :]  # one for all, or one a class
-        return (_nonconformity(self.scrc, values) <= limit) & accepted[:, None], accepted
+        return (nonconformity(self.scrc, values) <= limit) & accepted[:, None], accepted
 
     def verify(
         self,
@@ -594,8 +594,8 @@ def _selection(scores: NDArray[np.float64], rank: int | None, n: int, *, naive: 
     return float(np.nextafter(lower[0], np.inf)) if lower.size else ACCEPT_ALL, True
 
 
-def _nonconformity(scrc: SCRC, probs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How ill each class fits each image [N, K]; 0 for the most probable one unless sets may be empty."""
+def nonconformity(scrc: SCRC, probs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How ill each class fits each image, [N, K] for probs [N, K]; 0 for the most probable unless sets may be empty."""
     if scrc.score == "lac":
         scores = 1 - probs
     else:

@@ -20,6 +20,7 @@ from stage1_pro.artifacts import (
     Policy,
     PolicyName,
     Predictions,
+    ScrcParams,
     Splits,
     load_npz,
     sha256_file,
@@ -27,7 +28,7 @@ from stage1_pro.artifacts import (
 from stage1_pro.classes import choose_positive
 from stage1_pro.config import CalibrateConfig
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
-from stage1_pro.policies import exit_rule, withdraw_policies
+from stage1_pro.policies import exit_rule, sets, withdraw_policies
 from stage1_pro.policies.certify import cut_halves
 from stage1_pro.policies.claims import Stake, close_claim, stake_claim
 from stage1_pro.policies.gate import describe, fit_gate_policy
@@ -44,6 +45,12 @@ def calibrate(
     target_fnr: float | None = None,
     max_exit_error: float | None = None,
     min_coverage: float | None = None,
+    alpha: float | None = None,
+    variant: str | None = None,
+    loss: str | None = None,
+    score: str | None = None,
+    cells: str | None = None,
+    allow_empty: bool | None = None,
     delta: float | None = None,
     claims: int | None = None,
     out: Path | str | None = None,
@@ -52,24 +59,33 @@ def calibrate(
 ) -> Policy:
     """Choose when Stage A may answer, and write the policy file.
 
-    With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json`` or ``gateparams.json``, the
-    run's only policy file from then on. With ``logits`` it reads an ``.npz`` of ``logits`` [N, K] (or [N]: the
-    logit of the second of two classes) or ``probs``, ``labels`` [N] as indices, for the gate ``gate_logits`` [N],
-    and optionally ``groups`` [N], ``half`` [N] (``fit`` or ``certify``; else cut at random by group),
-    ``classes`` [K] and ``positive``; it writes to ``out`` when that is given.
+    With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json``, ``gateparams.json`` or
+    ``scrcparams.json``, the run's only policy file from then on. With ``logits`` it reads an ``.npz`` of ``logits``
+    [N, K] (or [N]: the logit of the second of two classes) or ``probs``, ``labels`` [N] as indices, for the gate
+    ``gate_logits`` [N], and optionally ``groups`` [N], ``half`` [N] (``fit`` or ``certify``; else cut at random by
+    group), ``classes`` [K] and ``positive``; it writes to ``out`` when that is given. For scrc ``gate_logits`` are
+    optional too, as are ``logits_b`` or ``probs_b`` of Stage B: without them the logit of the largest probability
+    stands in for the gate, and the one stage answers deferred rows as well.
 
     What is not given is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``.
 
     Args:
         run: trained run folder.
         logits: somebody's logits instead of a run.
-        policy: what decides an exit; ``softmax``, ``gate``, or with a run ``auto``: the one that ranked answers better
-            on ``val_select``, as ``gate.json`` says.
+        policy: what decides an exit; ``softmax``, ``gate``, ``scrc`` (exits by the gate, then sets and abstentions), or
+            with a run ``auto``: softmax or gate, the one that ranked answers better on ``val_select``, as
+            ``gate.json`` says.
         guarantee: ``ltt``, certified on the certify half of ``val_calib`` or refused; ``none``, an empirical
-            choice on all of it that promises nothing.
+            choice that promises nothing: on all of it, for scrc (variant ``naive``) on the certify half.
         target_fnr: largest FNR among exits; for the gate a third constraint, not asked for by default.
-        max_exit_error: gate: largest share of wrong answers among exits.
-        min_coverage: gate: least share of images that exit.
+        max_exit_error: gate: largest share of wrong answers among exits; scrc: of its exit rule, on the fit half.
+        min_coverage: gate: least share of images that exit; scrc: that are accepted.
+        alpha: scrc: largest risk among the accepted; gate: another name of ``max_exit_error``.
+        variant: scrc: ``pac``, ``I``, ``T``, or ``naive``, which goes with guarantee ``none``.
+        loss: scrc: ``miscoverage`` or ``fnr``.
+        score: scrc: ``lac``, ``aps`` or ``raps``.
+        cells: scrc: ``stage`` or ``class``: what has a limit of its own.
+        allow_empty: scrc: let sets be empty.
         delta: largest chance that the certificate is false, all claims on the certify half together.
         claims: how many claims delta is divided for; fixed by the first one.
         out: with ``logits``: a ``.json`` file to write, or a folder for the policy file.
@@ -85,7 +101,8 @@ def calibrate(
         raise InputError("calibrate must have either a run or a logits file; give one of --run and --logits")
     given = {
         "policy": policy, "guarantee": guarantee, "target_fnr": target_fnr, "max_exit_error": max_exit_error,
-        "min_coverage": min_coverage, "delta": delta, "claims": claims,
+        "min_coverage": min_coverage, "alpha": alpha, "variant": variant, "loss": loss, "score": score, "cells": cells,
+        "allow_empty": allow_empty, "delta": delta, "claims": claims,
     }  # fmt: skip
     if run is not None:
         if out is not None or positive is not None or classes is not None:
@@ -93,13 +110,15 @@ def calibrate(
         return _calibrate_run(Path(run), given)
     assert logits is not None
     if policy == "auto":
-        raise InputError("policy auto must go with --run, got it with --logits; name softmax or gate")
+        raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
     wish = _wish(CalibrateConfig(), given)
     return _calibrate_logits(Path(logits), wish, None if out is None else Path(out), positive, classes)
 
 
 def render(policy: Policy) -> str:
     """Show a policy as text: the classic grid with the chosen threshold in its place, and what it means."""
+    if isinstance(policy, ScrcParams):
+        return _render_sets(policy)
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -147,6 +166,35 @@ def render(policy: Policy) -> str:
     return buffer.getvalue().rstrip()
 
 
+def _render_sets(policy: ScrcParams) -> str:
+    rate = "-" if policy.exit_error is None else f"{policy.exit_error:.2%}"
+    bound = "" if policy.coverage_bound is None else f", lower bound {policy.coverage_bound:.1%}"
+    named = ["sets" if policy.cells is None else f"{policy.cells} {cell.name}" for cell in policy.lambda_2]
+    lines = [
+        f"scrc policy, variant {policy.variant}, positive class '{policy.positive}', {sets.describe(policy)}",
+        (
+            f"fit half ({policy.n_fit_rows} rows): exits {policy.exit_rate:.1%}, exit error {rate} (at most "
+            f"{policy.max_exit_error:g} asked for)"
+        ),
+        f"  gate: {policy.platt}",
+        f"  Stage B: {policy.platt_b}",
+        (
+            f"certify half ({policy.n} {policy.unit}): accepted {policy.accepted} ({policy.coverage:.1%}{bound}), at "
+            f"P(answer correct) >= {policy.lambda_1:.6g}"
+        ),
+    ]
+    lines += [
+        f"  {name}: {policy.score} limit {cell.limit:.6g}, {cell.errors} of {cell.trials} wrong (at most "
+        f"{cell.budget} allowed), risk bound {cell.bound:.2%}"
+        for name, cell in zip(named, policy.lambda_2, strict=True)
+    ]
+    lines += [exit_rule(policy), f"guarantee: {policy.guarantee}. {policy.statement}"]
+    if policy.certify_uses is not None:
+        end = "" if policy.certify_uses < policy.claims else "; it certifies nothing else"
+        lines.append(f"claim {policy.certify_uses} of {policy.claims} on this certify half{end}")
+    return "\n".join(lines)
+
+
 def _one_of(name: str, value: str, options: list[str]) -> None:
     if value not in options:
         raise InputError(f"{name} must be {' or '.join(options)}, got '{value}'{nearest(value, options)}")
@@ -154,13 +202,23 @@ def _one_of(name: str, value: str, options: list[str]) -> None:
 
 def _wish(base: CalibrateConfig, given: dict[str, Any]) -> CalibrateConfig:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
-    _one_of("policy", given["policy"] or base.policy, ["softmax", "gate", "auto"])
+    _one_of("policy", given["policy"] or base.policy, ["softmax", "gate", "scrc", "auto"])
     _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
     named = {name: value for name, value in given.items() if value is not None}
-    policy, guarantee = named.get("policy", base.policy), named.get("guarantee", base.guarantee)
-    for name in ("max_exit_error", "min_coverage"):
-        if policy != "gate" and name in named:
-            raise InputError(f"{name} must go with policy gate, got it with {policy}; drop it or add --policy gate")
+    policy = named.get("policy", base.policy)
+    if policy == "scrc":
+        named |= _variant(named, base)
+    elif policy == "gate" and "alpha" in named:
+        if "max_exit_error" in named:
+            raise InputError("alpha and max_exit_error must not both be given with policy gate, which calls them one")
+        named["max_exit_error"] = named.pop("alpha")
+    for name, owners in _OWNERS.items():
+        if policy not in owners and name in named:
+            raise InputError(
+                f"{name} must go with policy {' or '.join(owners)}, got it with {policy}; drop it or add "
+                f"--policy {owners[-1]}"
+            )
+    guarantee = named.get("guarantee", base.guarantee)
     for name in ("delta", "claims"):
         if guarantee != "ltt" and name in named:
             raise InputError(f"{name} must go with guarantee ltt, got it with {guarantee}; nothing is promised there")
@@ -171,6 +229,32 @@ def _wish(base: CalibrateConfig, given: dict[str, Any]) -> CalibrateConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]} must be valid, got {first['input']!r}; {first['msg']}") from None
+
+
+# Whose wishes they are, the one that is meant most often last.
+_OWNERS = {
+    "target_fnr": ["gate", "softmax"],
+    "max_exit_error": ["scrc", "gate"],
+    "min_coverage": ["scrc", "gate"],
+    **{name: ["scrc"] for name in ("alpha", "variant", "loss", "score", "cells", "allow_empty")},
+}
+
+
+def _variant(named: dict[str, Any], base: CalibrateConfig) -> dict[str, str]:
+    """Variant and guarantee that say the same: naive is what promises nothing."""
+    variant, guarantee = named.get("variant"), named.get("guarantee")
+    if variant is None:
+        variant = base.variant or "pac"
+        if (guarantee or base.guarantee) == "none":
+            variant = "naive"
+        elif guarantee == "ltt" and variant == "naive":
+            variant = "pac"
+    wanted = "none" if variant == "naive" else "ltt"
+    if guarantee not in (None, wanted):
+        raise InputError(
+            f"guarantee must be {wanted} with variant {variant}, got {guarantee}; naive alone promises nothing"
+        )
+    return {"variant": variant, "guarantee": wanted}
 
 
 def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
@@ -198,6 +282,7 @@ def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
             wish,
             softmax(predictions.logits_a),
             predictions.gate_logits,
+            softmax(predictions.logits_b),
             predictions.labels,
             predictions.halves,
             stake=stake,
@@ -233,6 +318,11 @@ def _kind(wish: CalibrateConfig) -> PolicyName:
 def _in_words(wish: CalibrateConfig) -> str:
     if wish.policy == "softmax":
         return f"FNR on exits <= {wish.target_fnr!r}"
+    if wish.policy == "scrc":
+        return (
+            f"accepted >= {wish.min_coverage!r}, {wish.loss} <= {wish.alpha!r}, variant {wish.variant}, score "
+            f"{wish.score}, cells {wish.cells}, empty sets {wish.allow_empty}, exit rule {wish.max_exit_error!r}"
+        )
     return f"coverage >= {wish.min_coverage!r}, exit error <= {wish.max_exit_error!r}" + (
         "" if wish.target_fnr_exit is None else f", FNR on exits <= {wish.target_fnr_exit!r}"
     )
@@ -241,17 +331,27 @@ def _in_words(wish: CalibrateConfig) -> str:
 def _fit(
     wish: CalibrateConfig,
     probs: NDArray[np.float64],
-    gate_logits: NDArray[Any],
+    gate_logits: NDArray[Any] | None,
+    probs_b: NDArray[np.float64] | None,
     labels: NDArray[Any],
     halves: NDArray[Any],
     *,
     stake: Stake | None,
     **about: Any,
 ) -> Policy:
-    about |= {"guarantee": wish.guarantee, "delta": stake.delta if stake else wish.delta}
+    about |= {"delta": stake.delta if stake else wish.delta}
     about |= {"claims": stake.claims if stake else wish.claims, "use": stake.use if stake else None}
+    if wish.policy == "scrc":
+        assert wish.variant is not None
+        return sets.fit_scrc_policy(
+            probs, gate_logits, probs_b, labels, halves=halves, alpha=wish.alpha, xi=wish.min_coverage,
+            variant=wish.variant, loss=wish.loss, score=wish.score, cells=wish.cells, allow_empty=wish.allow_empty,
+            max_exit_error=wish.max_exit_error, **about,
+        )  # fmt: skip
+    about["guarantee"] = wish.guarantee
     if wish.policy == "softmax":
         return fit_softmax_policy(probs, labels, halves=halves, target_fnr=wish.target_fnr, **about)
+    assert gate_logits is not None
     return fit_gate_policy(
         probs, gate_logits, labels, halves=halves, max_exit_error=wish.max_exit_error, min_coverage=wish.min_coverage,
         target_fnr=wish.target_fnr_exit, **about,
@@ -344,7 +444,8 @@ def _calibrate_logits(
         policy = _fit(
             wish,
             probs,
-            arrays.get("gate_logits", np.empty(0)),
+            arrays.get("gate_logits"),
+            _file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
             arrays["labels"],
             cut_halves(len(probs), groups) if halves is None else halves,
             stake=None,
@@ -362,12 +463,12 @@ def _calibrate_logits(
     return policy
 
 
-def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:
     """Probabilities [N, K] from ``logits`` or ``probs``; one column stands for the second of two classes."""
-    given = [name for name in ("logits", "probs") if name in arrays]
+    given = [name for name in (f"logits{end}", f"probs{end}") if name in arrays]
     if len(given) != 1:
         found = " and ".join(given) or ", ".join(sorted(arrays)) or "nothing"
-        raise InputError(f"{path} must hold exactly one of logits and probs, got {found}")
+        raise InputError(f"{path} must hold exactly one of logits{end} and probs{end}, got {found}")
     values = arrays[given[0]]
     if values.dtype.kind not in "fiu":
         raise InputError(f"{given[0]} must be numbers, got {values.dtype}")
@@ -377,11 +478,11 @@ def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.fl
     if values.size == 0:
         raise InputError(f"{given[0]} must be [N, K] or [N] with at least one row and class, got {list(values.shape)}")
     if values.ndim == 1:
-        other = 1 - values if given[0] == "probs" else np.zeros_like(values)
+        other = 1 - values if given[0].startswith("probs") else np.zeros_like(values)
         values = np.stack([other, values], axis=1)
     if values.ndim != 2:
         raise InputError(f"{given[0]} must have shape [N, K] or [N], got {list(values.shape)}")
-    return softmax(values) if given[0] == "logits" else cast("NDArray[np.float64]", values)
+    return softmax(values) if given[0].startswith("logits") else cast("NDArray[np.float64]", values)
 
 
 def _write(policy: Policy, path: Path) -> None:

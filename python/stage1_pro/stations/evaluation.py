@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from stage1_pro.artifacts import (
     Measure,
     Policy,
     Predictions,
+    ScrcParams,
+    SetCheck,
     Splits,
     StageEffect,
     write_bytes,
@@ -45,13 +47,17 @@ from stage1_pro.metrics.plots import (
     risk_coverage_png,
 )  # fmt: skip
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
-from stage1_pro.policies import exit_scores, read_policy
+from stage1_pro.policies import exit_scores, read_policy, void
 from stage1_pro.policies import exits as rows_that_exit
 from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.ranking import GATE, rank_answers
+from stage1_pro.policies.sets import verify_sets
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.report import POINTS, RANKINGS, Picture, short_note, training_picture, write_report
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 StageName = Literal["stage_a", "stage_b", "cascade"]
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b", "cascade")
@@ -146,6 +152,8 @@ def evaluate_predictions(
     and of max softmax side by side. Undefined figures are null, never 0. ``fnr_check`` says whether FNR on exits keeps
     the policy's target by that bound. Of the cascade there is ``accuracy_minus_stage_b``, the paired difference from
     Stage B answering every row (positive: the cascade is better), and ``effects`` count what Stage B fixes and breaks.
+    Under scrc ``verification`` holds its promises against these rows; all other figures then take the most probable
+    class for the answer to every row, accepted or not.
 
     Args:
         predictions: of ``val_test``, N >= 1.
@@ -198,6 +206,7 @@ def evaluate_predictions(
         target_fnr=None if policy is None else policy.target_fnr,
         statement=NO_POLICY if policy is None else policy.statement,
         fnr_check=check,
+        verification=_verify(predictions, answers, policy) if isinstance(policy, ScrcParams) else None,
         effects=[] if policy is None else count_effects(answers),
         tap=None if blocks is None else blocks[0],
         n_blocks=None if blocks is None else blocks[1],
@@ -484,11 +493,46 @@ def render(evaluation: Evaluation) -> str:
         console.print(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
     if evaluation.fnr_check is not None:
         console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
+    if evaluation.verification is not None:
+        _print_sets(console, evaluation.verification)
     if evaluation.policy is None:
         console.print(evaluation.statement)
     else:
         console.print(f"guarantee: {evaluation.guarantee}")
     return buffer.getvalue().rstrip()
+
+
+def _print_sets(console: Console, check: SetCheck) -> None:
+    """The promises of a policy with sets, and what its sets are like."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("promise", "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"):
+        table.add_column(name, justify="left" if name in ("promise", "source", "outcome") else "right", no_wrap=True)
+    for one in check.promises:
+        bounds = (f"{value:.4f}" for value in (one.limit, one.lower, one.upper))
+        limit, lower, upper = bounds
+        settle = "" if one.n_to_settle is None else str(one.n_to_settle)
+        name = "all" if one.source is None else one.source[:24]
+        table.add_row(one.name, name, limit, f"{one.errors}/{one.trials}", lower, upper, one.outcome, settle)
+    console.print(table)
+    rates = (
+        ("rejected", check.rejection_rate),
+        ("ambiguous among the accepted", check.ambiguous_rate),
+        ("mean set size", check.average_set_size),
+    )
+    shown = ("-" if rate.value is None else f"{rate.value:.4f} [{rate.low:.4f}, {rate.high:.4f}]" for _, rate in rates)
+    console.print("; ".join(f"{name} {text}" for (name, _), text in zip(rates, shown, strict=True)))
+    console.print(check.statement)
+
+
+def _verify(predictions: Predictions, answers: dict[StageName, Answers], policy: ScrcParams) -> SetCheck:
+    cascade = answers["cascade"]
+    return verify_sets(
+        policy, cascade.probs, cascade.exited, predictions.gate_logits, predictions.labels,
+        groups=predictions.groups, sources=predictions.sources,
+    )  # fmt: skip
 
 
 def _check_policy(predictions: Predictions, policy: Policy) -> None:
@@ -498,8 +542,8 @@ def _check_policy(predictions: Predictions, policy: Policy) -> None:
         if promised is not None and promised != found:
             what = name.replace("_fingerprint", "")
             raise ArtifactError(
-                f"the policy must be of this {what}, got one calibrated on {promised[:12]} instead of {found[:12]}; "
-                "run `stage1 calibrate` again"
+                f"the policy must be of this {what}, got one calibrated on {promised[:12]} instead of {found[:12]}"
+                f"{void(policy)}; run `stage1 calibrate` again"
             )
     if policy.classes != predictions.classes or policy.positive != predictions.positive:
         raise ArtifactError(
@@ -742,7 +786,8 @@ def _draw(
             )
             pictures.append(Picture("fnr_on_exited", "How far FNR on exits may be off", caption, png))
         png = _heap(
-            exits["coverage"], "coverage: share answered by Stage A", percent=True, target=policy.coverage,
+            exits["coverage"], "coverage: share answered by Stage A", percent=True,
+            target=policy.exit_rate if isinstance(policy, ScrcParams) else policy.coverage,
             target_label="on calibration rows",
         )  # fmt: skip
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stage1_pro.artifacts import GateParams, Policy
+from stage1_pro.artifacts import GateParams, Policy, ScrcParams
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.policies import exit_rule
 
@@ -77,15 +77,20 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _policy(policy: Policy, file: str) -> dict[str, Any]:
-    """What a policy does and promises; what only one kind has is null for the other."""
-    gate = policy if isinstance(policy, GateParams) else None
-    return {
+    """What a policy does and promises; what softmax or gate does not have is null for it, scrc has its own record."""
+    shared = {
         "name": policy.policy,
         "file": file,
         "rule": exit_rule(policy),
         "exit_threshold": policy.exit_threshold,
         "guarantee": policy.guarantee,
         "statement": policy.statement,
+    }
+    if isinstance(policy, ScrcParams):
+        return {**shared, **policy.model_dump(mode="json", exclude={"policy", "format_version"})}
+    gate = policy if isinstance(policy, GateParams) else None
+    return {
+        **shared,
         "certificate": None if policy.certificate is None else policy.certificate.model_dump(mode="json"),
         "coverage": policy.coverage,
         "fnr_on_exited": policy.fnr_on_exited,
@@ -103,6 +108,17 @@ def _policy(policy: Policy, file: str) -> dict[str, Any]:
 
 def _measured(policy: dict[str, Any]) -> str:
     """Figures on the calibration rows, with their bounds."""
+    if policy["name"] == "scrc":
+        bound = "" if policy["coverage_bound"] is None else f" (lower bound {policy['coverage_bound']:.1%})"
+        risks = ", ".join(
+            f"{cell['name']} {cell['errors']} of {cell['trials']} (bound {cell['bound']:.2%})"
+            for cell in policy["lambda_2"]
+        )
+        return (
+            f"accepted {policy['coverage']:.1%} of {policy['n']} {policy['unit']} of the certify half{bound}, wished "
+            f"{policy['xi']:.1%}; risk {risks}, wished {policy['alpha']:.2%}; exits on the fit half "
+            f"{policy['exit_rate']:.1%}"
+        )
     level = f"{policy['bound_level']:.4g} upper bound"
     parts = [f"coverage {policy['coverage']:.1%}"]
     if policy["exit_error"] is not None:

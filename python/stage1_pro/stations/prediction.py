@@ -1,4 +1,4 @@
-"""predict and infer: the cascade's answer for images, folders and CSV files. ``predict`` needs no torch."""
+"""predict and infer: the cascade's answer for images, folders and CSV files, and its promise. No torch in predict."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import numpy as np
 
 from stage1_pro.artifacts import SplitName, Splits, write_csv
 from stage1_pro.data.images import SUFFIXES, ImageError
+from stage1_pro.deploy.bundle import MANIFEST, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
+from stage1_pro.policies import read_policy
+from stage1_pro.policies.promises import Promise, promise
 from stage1_pro.progress import say, track
 
-COLUMNS = ("file", "label", "probability", "confidence", "decision", "stage", "error")
+COLUMNS = ("file", "label", "set", "probability", "confidence", "decision", "stage", "error")
+SEPARATOR = "|"
 
 
 def predict(
@@ -40,7 +44,8 @@ def predict(
     Returns:
         A row per image with ``COLUMNS`` as keys, and how many failed. ``probability`` is P(positive) and
         ``confidence`` the largest probability of the stage that answered; ``decision`` is ``exited``,
-        ``deferred``, or ``abstained`` when the model gave no number; what a row lacks is None.
+        ``deferred``, or ``abstained``: policy scrc does not accept it, or, with an error, the model gave no number.
+        ``set`` is ``none|roadwork``, the label alone unless the policy is scrc; what a row lacks is None.
 
     Raises:
         InputError: an input does not exist, is of no known kind, or nothing is in it.
@@ -92,6 +97,27 @@ def infer(
     return _answer_all(Cascade.from_run(run), files, out, batch_size, "infer")
 
 
+def promised(source: Path | str, prior: float | None = None) -> Promise:
+    """Say what the policy of a bundle or a run promises, and what is left of it under another share of positives.
+
+    Args:
+        source: bundle or run folder.
+        prior: share of positives where it serves; None: nothing is said.
+
+    Raises:
+        InputError: ``prior`` is outside (0, 1), or the folder holds no policy.
+        ArtifactError: the bundle or the policy is damaged.
+    """
+    if (Path(source) / MANIFEST).is_file():
+        # Whoever answers with it verifies every hash.
+        bundle = load_bundle(source, verify=False)
+        return promise(bundle.policy, bundle.splits, prior)
+    policy = read_policy(source)
+    if policy is None:
+        raise InputError(f"{source} must hold a policy, got none; run `stage1 calibrate` first")
+    return promise(policy, Splits.read(Path(source) / "splits.json").summary(), prior)
+
+
 def _check(batch_size: int, out: Path | str | None) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size must be 1 or more, got {batch_size}")
@@ -134,28 +160,46 @@ def gather(inputs: Sequence[Path | str]) -> list[tuple[str, Path]]:
     return files
 
 
-def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None) -> str:
-    """Lines for people: a row an image, or where the CSV is and what is in it."""
-    counts = {kind: sum(row["decision"] == kind for row in rows) for kind in ("exited", "deferred", "abstained")}
-    failed = sum(row["decision"] is None for row in rows)
+def count(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many images exited, were deferred or abstained from, have a set of several classes, or could not be read."""
+    kinds = ("exited", "deferred", "abstained")
+    return {
+        **{kind: sum(row["decision"] == kind for row in rows) for kind in kinds},
+        "ambiguous": sum(row["set"] not in (None, "", row["label"]) for row in rows),
+        "unreadable": sum(row["decision"] is None for row in rows),
+    }
+
+
+def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promise: Promise | None = None) -> str:
+    """Lines for people: a row an image, or where the CSV is and what is in it; then the promise."""
+    end = "" if promise is None else f"\nguarantee: {promise.guarantee}. {promise.statement}"
+    if promise is not None and promise.prior is not None:
+        end += f"\n{promise.note}"
+    counts = count(rows)
     summary = (
         f"{len(rows)} images: {counts['exited']} exited at Stage A, {counts['deferred']} deferred to Stage B, "
-        f"{counts['abstained']} abstained, {failed} unreadable"
+        f"{counts['abstained']} abstained, {counts['unreadable']} unreadable"
     )
+    if counts["ambiguous"]:
+        summary += f"; {counts['ambiguous']} have a set of several classes"
     if out is not None:
-        return f"{summary}; wrote {out}"
+        return f"{summary}; wrote {out}{end}"
     width = max((len(row["file"]) for row in rows), default=4)
     names = max([5, *(len(row["label"] or "") for row in rows)])
-    lines = [f"{'file':<{width}}  {'label':<{names}}  probability  confidence  decision   stage"]
+    # The set says more than the label only where there are others.
+    shown = any(row["set"] != row["label"] for row in rows)
+    head = f"{'file':<{width}}  {'label':<{names}}  probability  confidence  decision   stage"
+    lines = [f"{head}  set" if shown else head]
     for row in rows:
         if row["error"] is not None:
             lines.append(f"{row['file']:<{width}}  {row['error']}")
         else:
             lines.append(
-                f"{row['file']:<{width}}  {row['label']:<{names}}  {row['probability']:>11.4f}  "
+                f"{row['file']:<{width}}  {row['label'] or '':<{names}}  {row['probability']:>11.4f}  "
                 f"{row['confidence']:>10.4f}  {row['decision']:<9}  {row['stage']}"
+                + (f"      {row['set'] or ''}" if shown else "")
             )
-    return "\n".join([*lines, summary])
+    return "\n".join([*lines, summary]) + end
 
 
 def _listed(path: Path) -> list[tuple[str, Path]]:
@@ -208,9 +252,13 @@ def _answer(cascade: Cascade, chunk: list[tuple[str, Path]]) -> list[dict[str, A
             row["decision"] = "abstained"
             row["error"] = "the model gave no number for this image"
             continue
-        row["label"] = answer["label"]
         row["probability"] = answer["prob"]
         row["confidence"] = answer["confidence"]
-        row["decision"] = "exited" if answer["exited"] else "deferred"
         row["stage"] = answer["stage"]
+        row["decision"] = "abstained"
+        if answer["accepted"]:
+            row["label"] = answer["label"]
+            row["decision"] = "exited" if answer["exited"] else "deferred"
+            named = zip(cascade.bundle.classes, answer["sets"], strict=True)
+            row["set"] = SEPARATOR.join(name for name, within in named if within)
     return rows

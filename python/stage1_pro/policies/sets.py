@@ -1,0 +1,456 @@
+"""The scrc policy: after the cascade, a set of labels for what is accepted; nobody answers the rest. NumPy only.
+
+``fit_scrc_policy`` makes the record, ``answer_sets`` applies it, the one rule of cascade, evaluation and router, and
+``verify_sets`` holds it against rows that calibrated nothing. The statistics are those of ``scrc.SCRC``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logit
+
+from stage1_pro.artifacts import NOBODY_EXITS, Policy, PromiseCheck, ScrcCell, ScrcParams, SetCheck, ShareOf
+from stage1_pro.errors import InputError, NotReachableError, nearest
+from stage1_pro.policies import gate
+from stage1_pro.policies.bounds import check_share
+from stage1_pro.policies.certify import check_halves
+from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Loss, Rate, Score, Variant, nonconformity
+from stage1_pro.policies.softmax import check_rows, confidence, count_exits_by, meets
+
+GUARANTEES: dict[Variant, Literal["none", "pac", "expectation"]] = {
+    "pac": "pac", "I": "expectation", "T": "expectation", "naive": "none",
+}  # fmt: skip
+# Limits are stored this much above the certified ones, far above the rounding between runtimes: sets only grow.
+LIMIT_SLACK = 1e-6
+# A logit of a probability beyond these is the rounding of softmax.
+_CLIP = 1e-12
+_STAGES = ("A", "B")
+
+
+def fit_scrc_policy(
+    probs_a: ArrayLike,
+    gate_logits: ArrayLike | None,
+    probs_b: ArrayLike | None,
+    labels: ArrayLike,
+    *,
+    halves: ArrayLike,
+    classes: Sequence[str],
+    positive: str,
+    alpha: float = 0.01,
+    xi: float = 0.70,
+    delta: float = 0.05,
+    variant: Variant = "pac",
+    loss: Loss = "miscoverage",
+    score: Score = "lac",
+    cells: Literal["stage", "class"] | None = None,
+    allow_empty: bool = False,
+    raps: tuple[float, int] = (0.01, 2),
+    max_exit_error: float = 0.01,
+    claims: int = 1,
+    use: int | None = None,
+    groups: ArrayLike | None = None,
+    seed: int = 0,
+    split_hashes: Mapping[str, str] | None = None,
+    model_fingerprint: str | None = None,
+    preprocessing_fingerprint: str | None = None,
+) -> ScrcParams:
+    """Fit both Platt scalings and the exit rule on the fit half, and both risk-controlled thresholds on the other.
+
+    The exit rule is the laxest one whose exit error on the fit half is at most ``max_exit_error``, in exact integers;
+    where there is none nobody exits. It may be poor without harm: what is promised is counted on the certify half, on
+    what this very cascade answers there. Stage B's scaling sees the deferred rows of the fit half, all of them where
+    those are answered only rightly or only wrongly.
+
+    Args:
+        probs_a: [N, K] probabilities of Stage A.
+        gate_logits: [N]; a row whose logit is not finite never exits. None: the logit of Stage A's largest probability.
+        probs_b: [N, K] of Stage B. None: there is one stage, which answers deferred rows too.
+        labels: [N] indices into ``classes``.
+        halves: [N] of ``fit`` and ``certify``.
+        classes: K names, K >= 2.
+        positive: name of the positive class.
+        alpha: largest risk among the accepted, inside (0, 1).
+        xi: least share accepted, inside (0, 1).
+        delta: chance of failure, all claims together: a fifth for the selection, the rest for the risk.
+        variant: see ``SCRC``.
+        loss: see ``SCRC``.
+        score: see ``SCRC``.
+        cells: None, ``stage`` or ``class``: what gets a limit of its own.
+        allow_empty: let sets be empty.
+        raps: see ``SCRC``.
+        max_exit_error: inside (0, 1); of the exit rule.
+        claims: how many claims on the certify half were declared before the first; delta is divided by it.
+        use: which of them this is, for the record; None when nobody counts.
+        groups: [N] clip or track of every row; the unit. ``None``: rows are independent.
+        seed: of the row that speaks for its group.
+        split_hashes: which rows these are, for the record.
+        model_fingerprint: which model gave the probabilities.
+        preprocessing_fingerprint: how its pixels were prepared.
+
+    Raises:
+        InputError: an argument is not what it must be.
+        NotReachableError: infeasible: nothing is chosen instead.
+    """
+    names = [str(name) for name in classes]
+    first, truth, units = check_rows(probs_a, labels, groups, names)
+    second = first if probs_b is None else check_rows(probs_b, labels, groups, names)[0]
+    if positive not in names:
+        raise InputError(f"positive must be one of {', '.join(names)}, got '{positive}'{nearest(positive, names)}")
+    check_share("max_exit_error", max_exit_error)
+    check_share("delta", delta)
+    if claims < 1:
+        raise InputError(f"claims must be at least 1, got {claims}")
+    index = names.index(positive)
+    wish = SCRC(
+        xi=xi, alpha=alpha, delta=(delta / 5 / claims, 4 * delta / 5 / claims), variant=variant, loss=loss,
+        score=score, groups=cells, allow_empty=allow_empty, positive=index, raps=raps,
+    )  # fmt: skip
+    fit = check_halves(halves, truth.size, units)
+    logits = confidence_logit(first) if gate_logits is None else np.asarray(gate_logits, dtype=np.float64)
+    if logits.shape != truth.shape:
+        raise InputError(f"gate_logits must have shape [{truth.size}] as probs_a has rows, got {list(logits.shape)}")
+
+    platt = gate.fit_platt(logits[fit], first[fit].argmax(axis=1) == truth[fit])
+    sure = gate.score(logits, platt.a, platt.b)
+    threshold = _exit_threshold(sure[fit], first[fit], truth[fit], index, max_exit_error)
+    exited = sure >= threshold
+    b_right, b_logit = second.argmax(axis=1) == truth, confidence_logit(second)
+    platt_b = gate.fit_platt(b_logit[fit & ~exited], b_right[fit & ~exited])
+    seen = "deferred rows"
+    if not platt_b.fitted:
+        platt_b, seen = gate.fit_platt(b_logit[fit], b_right[fit]), "all rows"
+
+    merged = np.where(exited[:, None], first, second)
+    correct = np.where(exited, sure, gate.score(b_logit, platt_b.a, platt_b.b))
+    stage = np.where(exited, *_STAGES)
+    certify = ~fit
+    found = wish.calibrate(
+        merged[certify], correct[certify], truth[certify], stage[certify] if cells == "stage" else None,
+        groups=None if units is None else units[certify], seed=seed,
+    )  # fmt: skip
+    if not found.feasible:
+        raise found.infeasible()
+    if cells == "stage":
+        missing = {"B"} if threshold == NOBODY_EXITS else {*_STAGES}
+        missing -= {cell.name for cell in found.cells}
+        if missing:
+            raise NotReachableError(
+                f"risk {alpha:g} must be certifiable for each stage, but it is INFEASIBLE: Stage {missing.pop()} "
+                f"answered none of {found.n} {found.unit} of the certify half; bring more, or drop the cells"
+            )
+    limits = [_record(cell, names if cells == "class" else None) for cell in found.cells]
+    right = exited & (first.argmax(axis=1) == truth)
+    n_exited = int(exited[fit].sum())
+    return ScrcParams.seal(
+        classes=names,
+        positive=positive,
+        a=platt.a,
+        b=platt.b,
+        fitted=platt.fitted,
+        platt=platt.reason,
+        exit_threshold=threshold,
+        max_exit_error=float(max_exit_error),
+        exit_error=1 - int(right[fit].sum()) / n_exited if n_exited else None,
+        exit_rate=n_exited / int(fit.sum()),
+        a_b=platt_b.a,
+        b_b=platt_b.b,
+        platt_b=f"{platt_b.reason} (of Stage B, {seen})",
+        alpha=float(alpha),
+        xi=float(xi),
+        delta=wish.delta,
+        variant=variant,
+        loss=loss,
+        score=score,
+        cells=cells,
+        allow_empty=allow_empty,
+        raps=wish.raps,
+        lambda_1=found.threshold,
+        lambda_2=limits,
+        rank=found.rank,
+        n=found.n,
+        unit=found.unit,
+        seed=seed,
+        accepted=found.accepted,
+        coverage=found.coverage,
+        coverage_bound=found.coverage_bound,
+        risk_bound=max(cell.bound for cell in limits),
+        fnr_bound=_fnr_bound(limits, loss, cells, positive),
+        guarantee=GUARANTEES[variant],
+        statement=_statement(found, limits),
+        assumptions=_assumptions(found, use),
+        claims=claims,
+        certify_uses=use if variant != "naive" else None,
+        n_fit_rows=int(fit.sum()),
+        grouped=units is not None,
+        split_hashes=dict(split_hashes or {}),
+        model_fingerprint=model_fingerprint,
+        preprocessing_fingerprint=preprocessing_fingerprint,
+    )
+
+
+def confidence_logit(probs: ArrayLike) -> NDArray[np.float64]:
+    """Give the logit of the largest probability [N], clipped to where it is no rounding; NaN where the row holds it."""
+    found: NDArray[np.float64] = logit(np.clip(confidence(probs), _CLIP, 1 - _CLIP))
+    return found
+
+
+def answer_sets(
+    policy: Policy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Give the classes in each image's set, bool [N, K], and which images are answered, bool [N].
+
+    Under softmax and gate the set is the most probable class alone, and answered is what has an answer at all. Under
+    scrc nobody answers what is not accepted: its set is empty.
+
+    Args:
+        policy: any.
+        probs: [N, K] of the stage that answered.
+        exited: [N] whether that was Stage A.
+        gate_logits: [N], for scrc.
+
+    Raises:
+        InputError: another number of classes than the policy's, or gate logits that are missing.
+    """
+    values = np.asarray(probs, dtype=np.float64)
+    if isinstance(policy, ScrcParams):
+        correct = p_correct(policy, values, exited, gate_logits)
+        found = fitted(policy)
+        if policy.cells != "stage":
+            return found.predict_sets(values, correct)
+        stage = np.where(np.asarray(exited, dtype=bool), *_STAGES)
+        # Only who is made to exit can be of a stage that never answered: nobody knows its risk.
+        unknown = ~np.isin(stage, [cell.name for cell in policy.lambda_2])
+        correct[unknown], stage[unknown] = np.nan, policy.lambda_2[0].name
+        return found.predict_sets(values, correct, stage)
+    answered = np.asarray(np.isfinite(values).all(axis=1))
+    sets = np.zeros(values.shape, dtype=bool)
+    sets[np.arange(len(values)), values.argmax(axis=1)] = True
+    return sets & answered[:, None], answered
+
+
+def p_correct(
+    policy: ScrcParams, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None
+) -> NDArray[np.float64]:
+    """Give P(answer correct) [N] of the stage that answered; NaN where it gave no number. Arguments as above."""
+    values, out = np.asarray(probs, dtype=np.float64), np.asarray(exited, dtype=bool)
+    if values.ndim != 2 or values.shape[1] != len(policy.classes):
+        raise InputError(
+            f"probs must have shape [N, {len(policy.classes)}] as the policy's classes, got {list(values.shape)}; "
+            "use the policy of this model"
+        )
+    if gate_logits is None or np.shape(gate_logits) != values.shape[:1] or out.shape != values.shape[:1]:
+        got = "None" if gate_logits is None else list(np.shape(gate_logits))
+        raise InputError(
+            f"exited and gate_logits must have shape [{len(values)}] for the scrc policy, got {list(out.shape)} and "
+            f"{got}; give one of each per row"
+        )
+    found: NDArray[np.float64] = np.where(
+        out, gate.score(gate_logits, policy.a, policy.b), gate.score(confidence_logit(values), policy.a_b, policy.b_b)
+    )
+    return found
+
+
+def margin(policy: Policy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.float64]:
+    """Give how far each row [N] is from where acceptance or a set changes; inf under policies that have neither."""
+    values = np.asarray(probs, dtype=np.float64)
+    if not isinstance(policy, ScrcParams):
+        return np.full(len(values), np.inf)
+    away = np.abs(p_correct(policy, values, exited, gate_logits) - policy.lambda_1)
+    known = np.isfinite(values).all(axis=1)
+    away[~known] = np.inf
+    if known.any():
+        scores = nonconformity(_wish(policy), values[known])
+        if not policy.allow_empty:
+            # The most probable class is in whatever its limit.
+            scores[values[known] == values[known].max(axis=1, keepdims=True)] = np.inf
+        limits = np.array([cell.limit for cell in policy.lambda_2])
+        # Near the limit of another stage only costs time.
+        gaps = np.abs(scores - limits) if policy.cells == "class" else np.abs(scores[:, :, None] - limits)
+        away[known] = np.fmin(away[known], gaps.reshape(len(scores), -1).min(axis=1))
+    found: NDArray[np.float64] = np.where(np.isnan(away), np.inf, away)
+    return found
+
+
+def fitted(policy: ScrcParams) -> FittedSCRC:
+    """The statistics behind a record, ready to predict and to verify."""
+    cells = tuple(
+        Cell(_code(policy, cell.name), cell.limit, cell.trials, cell.errors, cell.budget, cell.delta, cell.bound)
+        for cell in policy.lambda_2
+    )
+    return FittedSCRC(
+        scrc=_wish(policy), n_classes=len(policy.classes), n=policy.n, unit=policy.unit, seed=policy.seed,
+        rank=policy.rank, accepted=policy.accepted, threshold=policy.lambda_1, coverage_bound=policy.coverage_bound,
+        cells=cells, reason="", n_needed=None, min_certifiable_alpha=None, guarantee=policy.statement,
+        assumptions=tuple(policy.assumptions),
+    )  # fmt: skip
+
+
+def verify_sets(
+    policy: ScrcParams,
+    probs: ArrayLike,
+    exited: ArrayLike,
+    gate_logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    sources: ArrayLike | None = None,
+) -> SetCheck:
+    """Hold a policy's promises against rows that calibrated nothing: ``FittedSCRC.verify`` on what was answered.
+
+    Args:
+        policy: the record.
+        probs: [N, K] of the stage that answered.
+        exited: [N] whether that was Stage A.
+        gate_logits: [N].
+        labels: [N] class indices.
+        groups: [N] clip or track; one seeded row speaks for its group, as in calibration.
+        sources: [N] names; where there are several the promises are counted for each too, as information.
+    """
+    values, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    correct = p_correct(policy, values, exited, gate_logits)
+    stage = np.where(np.asarray(exited, dtype=bool), *_STAGES)
+    clips = None if groups is None else np.asarray(groups)
+    scopes: list[tuple[str | None, NDArray[np.bool_]]] = [(None, np.ones(truth.size, dtype=bool))]
+    if sources is not None:
+        known = np.asarray(sources)
+        names = np.unique(known)
+        scopes += [(str(name) or "(no source)", known == name) for name in names] if names.size > 1 else []
+    titles = ["rejection rate"]
+    titles += [
+        "risk" if len(policy.lambda_2) == 1 else f"risk of {policy.cells} {cell.name}" for cell in policy.lambda_2
+    ]
+    found = fitted(policy)
+    promises, whole = [], None
+    for source, rows in scopes:
+        seen = found.verify(
+            values[rows], correct[rows], truth[rows], stage[rows], groups=None if clips is None else clips[rows],
+            seed=policy.seed,
+        )  # fmt: skip
+        whole = whole or seen
+        promises += [
+            PromiseCheck(
+                name=title, source=source, limit=one.limit, errors=one.errors, trials=one.trials, lower=one.lower,
+                upper=one.upper, outcome=one.outcome, n_to_settle=one.n_to_settle,
+            )
+            for title, one in zip(titles, seen.claims, strict=True)
+        ]  # fmt: skip
+    assert whole is not None
+    return SetCheck(
+        outcome=whole.outcome,
+        statement=_outcome(policy, promises, whole.outcome, whole.unit),
+        promises=promises,
+        n=whole.n,
+        unit=whole.unit,
+        accepted=whole.accepted,
+        average_set_size=_share(whole.average_set_size),
+        ambiguous_rate=_share(whole.ambiguous_rate),
+        empty_rate=_share(whole.empty_rate),
+        rejection_rate=_share(whole.rejection_rate),
+    )
+
+
+def describe(policy: ScrcParams) -> str:
+    """The wish in words."""
+    risk = "sets that miss the label" if policy.loss == "miscoverage" else "positives whose set lacks the positive"
+    each = "" if policy.cells is None else f", for each {policy.cells}"
+    return f"accepted >= {policy.xi:g} with {risk} <= {policy.alpha:g}{each}"
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _exit_threshold(
+    sure: NDArray[np.float64], probs: NDArray[np.float64], truth: NDArray[np.int64], positive: int, most: float
+) -> float:
+    """The laxest threshold on P(Stage A is correct) whose exit error is at most this; ``NOBODY_EXITS``: none is."""
+    if np.isnan(sure).all():
+        return NOBODY_EXITS
+    counts = count_exits_by(sure, probs, truth, positive, lowest=0.0)
+    reached = np.flatnonzero(meets(counts.n_exited - counts.n_correct, counts.n_exited, most))
+    return float(counts.threshold[reached[-1]]) if reached.size else NOBODY_EXITS
+
+
+def _wish(policy: ScrcParams) -> SCRC:
+    return SCRC(
+        xi=policy.xi, alpha=policy.alpha, delta=policy.delta, variant=policy.variant, loss=policy.loss,
+        score=policy.score, groups=policy.cells, allow_empty=policy.allow_empty,
+        positive=policy.classes.index(policy.positive), raps=policy.raps,
+    )  # fmt: skip
+
+
+def _code(policy: ScrcParams, name: str) -> str:
+    """What ``SCRC`` calls a cell: classes by number."""
+    return str(policy.classes.index(name)) if policy.cells == "class" else name
+
+
+def _record(cell: Cell, classes: list[str] | None) -> ScrcCell:
+    assert cell.limit is not None
+    return ScrcCell(
+        name=cell.name if classes is None else classes[int(cell.name)], limit=cell.limit + LIMIT_SLACK,
+        trials=cell.trials, errors=cell.errors, budget=cell.budget, delta=cell.delta, bound=cell.bound,
+    )  # fmt: skip
+
+
+def _fnr_bound(cells: list[ScrcCell], loss: Loss, by: str | None, positive: str) -> float | None:
+    if loss == "fnr":
+        return max(cell.bound for cell in cells)
+    return next((cell.bound for cell in cells if by == "class" and cell.name == positive), None)
+
+
+def _statement(found: FittedSCRC, cells: list[ScrcCell]) -> str:
+    missed = " and ".join(
+        f"{cell.errors} of {cell.trials}" + ("" if len(cells) == 1 else f" ({found.scrc.groups} {cell.name})")
+        for cell in cells
+    )
+    counted = (
+        f"On the certify half, whose rows fitted nothing else, {found.accepted} of {found.n} {found.unit} are accepted "
+        f"and of the sets that count {missed} miss at the limit."
+    )
+    if found.scrc.variant == "naive":
+        return (
+            f"Empirical choice, no guarantee: nothing is promised for new images. {counted} Both thresholds were "
+            "chosen on these same rows, so this looks better than it is."
+        )
+    return f"{found.guarantee} {counted} Provided that {'; '.join(found.assumptions)}."
+
+
+def _assumptions(found: FittedSCRC, use: int | None) -> list[str]:
+    more = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
+    return [*found.assumptions, *([more] if use is None and found.scrc.variant != "naive" else [])]
+
+
+def _outcome(policy: ScrcParams, promises: list[PromiseCheck], outcome: str, unit: str) -> str:
+    """The outcome as a sentence."""
+    own = [one for one in promises if one.source is None]
+    asked = "what was promised" if policy.guarantee != "none" else "what was asked for (nothing was promised)"
+
+    def listed(kind: str) -> str:
+        return ", ".join(
+            f"{one.name} {one.errors} of {one.trials} (at most {one.limit:.4g}; 99% lower bound {one.lower:.4g}, "
+            f"95% upper bound {one.upper:.4g})"
+            for one in own
+            if one.outcome == kind
+        )
+
+    if outcome == "PASS":
+        return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"
+    if outcome == "FAIL":
+        words = f"FAIL: {asked} does not hold on val_test, by its 99% bounds: {listed('FAIL')}"
+        if policy.guarantee == "expectation":
+            words += "; an expectation is over many calibrations and does not vouch for these thresholds"
+        return words
+    needed = [one.n_to_settle for one in own if one.outcome == "INCONCLUSIVE"]
+    settled = [number for number in needed if number is not None]
+    words = f"INCONCLUSIVE: these rows neither show {asked} nor break it: {listed('INCONCLUSIVE')}"
+    if settled and len(settled) == len(needed):
+        return f"{words}; about {max(settled)} {unit} in all would settle it if rates stay as seen"
+    return f"{words}; no number of {unit} is known to settle it at the rates seen"
+
+
+def _share(rate: Rate) -> ShareOf:
+    return ShareOf(value=None if math.isnan(rate.value) else rate.value, low=rate.low, high=rate.high)
