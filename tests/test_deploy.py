@@ -479,7 +479,7 @@ class TestBundle:
         with pytest.raises(ArtifactError, match="policy_file must be gateparams.json"):
             load_bundle(copy)
 
-    def test_policy_this_version_cannot_read(self, copy: Path) -> None:
+    def test_another_policys_record_under_its_name(self, copy: Path) -> None:
         (copy / "thresholds.json").rename(copy / "scrcparams.json")
 
         def change(values: Any) -> None:
@@ -487,7 +487,7 @@ class TestBundle:
             values["files"]["scrcparams.json"] = values["files"].pop("thresholds.json")
 
         rewrite(copy, change)
-        with pytest.raises(ArtifactError, match="must be one this version reads"):
+        with pytest.raises(ArtifactError, match="scrcparams.json is not a valid ScrcParams"):
             load_bundle(copy)
 
     @pytest.mark.parametrize(

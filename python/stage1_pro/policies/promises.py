@@ -40,7 +40,7 @@ def promise(policy: Policy, splits: SplitsSummary, prior: float | None = None) -
     if prior is not None and not 0 < prior < 1:
         raise InputError(f"prior must be inside (0, 1), got {prior}; give the share of positives, such as 0.05")
     counts, n_groups = splits.counts["val_calib"], splits.groups["val_calib"]
-    share = counts[policy.positive] / max(1, sum(counts.values()))
+    share = counts.get(policy.positive, 0) / max(1, sum(counts.values()))
     within_class, overall = _parts(policy)
     if policy.guarantee == "none":
         note = "nothing is promised" if prior is None else "nothing is promised, so no prior can void it"

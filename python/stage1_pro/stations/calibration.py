@@ -236,7 +236,8 @@ _OWNERS = {
     "target_fnr": ["gate", "softmax"],
     "max_exit_error": ["scrc", "gate"],
     "min_coverage": ["scrc", "gate"],
-    **{name: ["scrc"] for name in ("alpha", "variant", "loss", "score", "cells", "allow_empty")},
+    "alpha": ["gate", "scrc"],
+    **{name: ["scrc"] for name in ("variant", "loss", "score", "cells", "allow_empty")},
 }
 
 
