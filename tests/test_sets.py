@@ -44,7 +44,7 @@ from stage1_pro.policies.sets import (
     confidence_logit,
     fit_scrc_policy,
     fitted,
-    margin,
+    near,
     p_correct,
     verify_sets,
 )
@@ -232,7 +232,7 @@ def test_ties_nan_gates_and_nobody() -> None:
     probs[:3] = np.nan
     sets, accepted = answer_sets(policy, probs, out, data["gate"])
     assert not accepted[:3].any() and not sets[:3].any() and accepted.any()
-    assert np.isinf(margin(policy, probs, out, data["gate"])[:3]).all()
+    assert not near(policy, probs, out, data["gate"])[:3].any()
 
 
 def test_a_stage_without_a_cell_answers_nothing() -> None:
@@ -318,7 +318,7 @@ def test_other_policies_answer_with_the_label_alone() -> None:
     sets, accepted = answer_sets(policy, probs, np.ones(2000, bool))
     assert not accepted[0] and accepted[1:].all() and not sets[0].any()
     assert (sets[1:].argmax(1) == probs[1:].argmax(1)).all() and (sets[1:].sum(1) == 1).all()
-    assert np.isinf(margin(policy, probs, np.ones(2000, bool), None)).all()
+    assert not near(policy, probs, np.ones(2000, bool), None).any()
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -827,10 +827,13 @@ def test_an_image_at_a_threshold_decides_alike_alone(run: Path) -> None:
     pixels = all_pixels(run, Cascade_model(run))
     for cascade in (Cascade.load(run / "bundle"), Cascade.from_run(run)):
         free = cascade.decide(pixels)
-        outputs = cascade.runtime.run("stage_a", {"pixels": pixels})
+        # What a row alone, as two, gives: where it lies near a threshold that decides, in any batch.
+        twice = [cascade.runtime.run("stage_a", {"pixels": pixels[[i, i]]}) for i in range(N_IMAGES)]
+        outputs = {name: np.stack([one[name][0] for one in twice]) for name in twice[0]}
         probs = softmax(outputs["logits"])
         late = np.flatnonzero(~free.exited)
-        probs[late] = softmax(cascade.runtime.run("stage_b", {"hidden": outputs["hidden"][late]})["logits"])
+        for i in late:
+            probs[i] = softmax(cascade.runtime.run("stage_b", {"hidden": twice[i]["hidden"]})["logits"])[0]
         correct = p_correct(policy, probs, free.exited, outputs["gate_logit"])
         second = np.sort(1 - probs, axis=1)[:, 1]
         for i in (*np.flatnonzero(free.exited)[:3], *late[:3]):
@@ -840,6 +843,8 @@ def test_an_image_at_a_threshold_decides_alike_alone(run: Path) -> None:
             for k, moved in enumerate(on):
                 there = with_policy(cascade, moved)
                 together, alone = there.decide(pixels), there.decide(pixels[i : i + 1])
+                three = there.decide(pixels[[i, 0, 1]])
+                assert three.accepted[0] and three.sets[0].tolist() == together.sets[i].tolist()
                 assert together.accepted[i] and alone.accepted[0]
                 assert alone.sets[0].tolist() == together.sets[i].tolist()
                 if k == 1:

@@ -17,15 +17,13 @@ from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
 from stage1_pro.errors import InputError, need
 from stage1_pro.policies import exit_scores, exits
-from stage1_pro.policies.sets import answer_sets, margin
+from stage1_pro.policies.sets import answer_sets, close, near
 from stage1_pro.policies.softmax import confidence, softmax
 
 if TYPE_CHECKING:
     from stage1_pro.deploy.trained import Trained
 
 ImageLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
-# Far above the rounding between batch shapes (1e-7), far below what anybody calibrates to.
-_NEAR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Cascade:
         exited = asked if exited is None else exited
         deferred = np.flatnonzero(~exited)
         if len(deferred):
-            probs[deferred] = self._stage_b(first, deferred)
+            probs[deferred] = self._stage_b(pixels, first, deferred)
         answered = np.isfinite(probs).all(axis=1)
         sets, accepted = answer_sets(self.bundle.policy, probs, exited, gate)
         # argmax takes the lowest index on ties; rows of NaN are blanked below.
@@ -171,28 +169,30 @@ class Cascade:
             accepted=accepted,
         )
 
-    # One row goes through other kernels than several do and differs by 1e-7, which would decide differently for the
-    # very image that a threshold was put on. There it is run as two rows.
+    # Kernels differ by the number of rows, and results by 1e-7 (in torch 1e-6), which would decide differently for the
+    # very image that a threshold was put on. There it is run as two rows, in every stage, whatever its batch.
 
     def _stage_a(self, pixels: NDArray[np.float32]) -> Arrays:
-        outputs = self.runtime.run("stage_a", {"pixels": pixels})
-        if len(pixels) == 1:
-            probs, gate = softmax(outputs["logits"]), outputs.get("gate_logit")
-            away = abs(float(exit_scores(self.bundle.policy, probs, gate)[0]) - self.bundle.policy.exit_threshold)
-            if away < _NEAR or margin(self.bundle.policy, probs, [True], gate)[0] < _NEAR:
-                twice = self.runtime.run("stage_a", {"pixels": np.repeat(pixels, 2, axis=0)})
-                return {name: value[:1] for name, value in twice.items()}
+        outputs, policy = self.runtime.run("stage_a", {"pixels": pixels}), self.bundle.policy
+        probs, gate = softmax(outputs["logits"]), outputs.get("gate_logit")
+        at = close(exit_scores(policy, probs, gate), policy.exit_threshold)
+        for row in np.flatnonzero(at | near(policy, probs, np.ones(len(probs), dtype=bool), gate)):
+            for name, value in self._twice(pixels, row).items():
+                outputs[name][row] = value[0]
         return outputs
 
-    def _stage_b(self, first: Arrays, deferred: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Stage B's probabilities [M, K] of the deferred rows."""
+    def _stage_b(self, pixels: NDArray[np.float32], first: Arrays, deferred: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Stage B's probabilities [M, K] of the deferred rows, from what Stage A gave for all."""
         hidden = np.ascontiguousarray(first["hidden"][deferred])
         probs = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])
-        if len(deferred) == 1:
-            gate = first["gate_logit"][deferred] if "gate_logit" in first else None
-            if margin(self.bundle.policy, probs, [False], gate)[0] < _NEAR:
-                return softmax(self.runtime.run("stage_b", {"hidden": np.repeat(hidden, 2, axis=0)})["logits"])[:1]
+        gate = first["gate_logit"][deferred] if "gate_logit" in first else None
+        for place in np.flatnonzero(near(self.bundle.policy, probs, np.zeros(len(probs), dtype=bool), gate)):
+            hidden = self._twice(pixels, deferred[place])["hidden"]
+            probs[place] = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])[0]
         return probs
+
+    def _twice(self, pixels: NDArray[np.float32], row: np.intp) -> Arrays:
+        return self.runtime.run("stage_a", {"pixels": np.repeat(pixels[row : row + 1], 2, axis=0)})
 
 
 def _open(image: ImageLike) -> Image.Image:

@@ -29,6 +29,8 @@ GUARANTEES: dict[Variant, Literal["none", "pac", "expectation"]] = {
 LIMIT_SLACK = 1e-6
 # A logit of a probability beyond these is the rounding of softmax.
 _CLIP = 1e-12
+# Far above the rounding between batch shapes (1e-7), far below what anybody calibrates to.
+_NEAR, _NEAR_LOGIT = 1e-5, 1e-3
 _STAGES = ("A", "B")
 
 
@@ -255,24 +257,35 @@ def p_correct(
     return found
 
 
-def margin(policy: Policy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.float64]:
-    """Give how far each row [N] is from where acceptance or a set changes; inf under policies that have neither."""
+def near(policy: Policy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.bool_]:
+    """Say which rows [N] lie so near a selection threshold or a limit that rounding could decide; see ``close``.
+
+    Never under policies that have neither. Arguments as above.
+    """
     values = np.asarray(probs, dtype=np.float64)
     if not isinstance(policy, ScrcParams):
-        return np.full(len(values), np.inf)
-    away = np.abs(p_correct(policy, values, exited, gate_logits) - policy.lambda_1)
-    known = np.isfinite(values).all(axis=1)
-    away[~known] = np.inf
-    if known.any():
-        scores = nonconformity(_wish(policy), values[known])
-        if not policy.allow_empty:
-            # The most probable class is in whatever its limit.
-            scores[values[known] == values[known].max(axis=1, keepdims=True)] = np.inf
-        limits = np.array([cell.limit for cell in policy.lambda_2])
+        return np.zeros(len(values), dtype=bool)
+    found = close(p_correct(policy, values, exited, gate_logits), policy.lambda_1)
+    known = np.flatnonzero(np.isfinite(values).all(axis=1))
+    scores = nonconformity(_wish(policy), values[known])
+    if not policy.allow_empty:
+        # The most probable class is in whatever its limit.
+        scores[values[known] == values[known].max(axis=1, keepdims=True)] = np.nan
+    for k, cell in enumerate(policy.lambda_2):
         # Near the limit of another stage only costs time.
-        gaps = np.abs(scores - limits) if policy.cells == "class" else np.abs(scores[:, :, None] - limits)
-        away[known] = np.fmin(away[known], gaps.reshape(len(scores), -1).min(axis=1))
-    found: NDArray[np.float64] = np.where(np.isnan(away), np.inf, away)
+        column = slice(k, k + 1) if policy.cells == "class" else slice(None)
+        found[known] |= close(scores[:, column], cell.limit).any(axis=1)
+    return found
+
+
+def close(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+    """Say where scores are so near a threshold that the rounding between runtimes and batch shapes could decide.
+
+    Near means within 1e-5 and, since scores of sure answers crowd at 0 and 1, within 1e-3 in their logit. NaN never is.
+    """
+    inside = 0 < threshold < 1
+    away = np.abs(logit(np.clip(scores, _CLIP, 1 - _CLIP)) - logit(threshold)) if inside else np.zeros(scores.shape)
+    found: NDArray[np.bool_] = (np.abs(scores - threshold) < _NEAR) & (away < _NEAR_LOGIT)
     return found
 
 
