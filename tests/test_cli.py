@@ -220,10 +220,32 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     )
     assert "sigmoid(" in stage1("inspect", bundle).stdout
 
+    # And with sets: wide enough a wish that a minute's model meets it, promised to nobody.
+    wish = ("--alpha", ".5", "--min-coverage", ".5", "--max-exit-error", ".5")
+    sets = done("calibrate", "--run", run, "--policy", "scrc", "--variant", "naive", *wish)
+    assert sets["policy"] == "scrc" and sets["guarantee"] == "none" and 0.5 <= sets["coverage"]
+    assert (run / "scrcparams.json").exists() and not (run / "gateparams.json").exists()
+    assert done("evaluate", "--run", run, "--replicates", 20)["verification"]["n"] > 0
+    facts = done("export", "--run", run, "--target", "rtx" if rtx else "onnx", "--overwrite")
+    assert facts["policy"]["name"] == "scrc" and facts["policy"]["lambda_1"] == sets["lambda_1"]
+    answered = done("predict", "--bundle", bundle, *[pool.parent / f for f in pictures])
+    assert answered["promise"]["guarantee"] == "none" and answered["abstained"] > 0
+    from stage1_pro.artifacts import ScrcParams
+    from stage1_pro.policies.sets import answer_sets
+
+    params = ScrcParams.read(run / "scrcparams.json")
+    first, second = softmax(predictions.logits_a), softmax(predictions.logits_b)
+    out = rows_that_exit(params, first, predictions.gate_logits)
+    members, accepted = answer_sets(params, np.where(out[:, None], first, second), out, predictions.gate_logits)
+    assert [row["decision"] != "abstained" for row in answered["rows"]] == accepted.tolist()
+    named = ["|".join(np.array(params.classes)[one]) or None for one in members]
+    assert [row["set"] for row in answered["rows"]] == named
+    assert "Empirical choice, no guarantee" in stage1("inspect", bundle).stdout
+
 
 @pytest.mark.slow
 def test_walk_with_the_certified_default(tmp_path: Path) -> None:
-    """Enough rows certify what the model can do, and the certificate travels to the predictions, for both policies."""
+    """Enough rows certify what the model can do, and the certificate travels to the predictions, for all policies."""
     from stage1_pro.artifacts import Predictions
     from stage1_pro.policies.softmax import softmax
 
@@ -250,33 +272,40 @@ def test_walk_with_the_certified_default(tmp_path: Path) -> None:
     wishes = {
         "softmax": ("--target-fnr", min(0.9, 2 * fnr + 0.03)),
         "gate": ("--min-coverage", 0.35, "--max-exit-error", min(0.9, 2 * error + 0.03)),
+        "scrc": ("--min-coverage", 0.35, "--alpha", min(0.9, 2 * error + 0.05)),
     }
     photos = sorted((pool.parent / "images").iterdir())[:200]
     rtx = (
         subprocess.run([sys.executable, "-c", "import tensorrt_rtx"], capture_output=True, check=False).returncode == 0
     )
     for k, (policy, wish) in enumerate(wishes.items()):
-        result = stage1("calibrate", "--run", run, "--policy", policy, *wish, "--claims", 2, "--json")
+        result = stage1("calibrate", "--run", run, "--policy", policy, *wish, "--claims", 3, "--json")
         assert result.returncode == 0, result.stderr
         calibrated = json.loads(result.stdout)
-        assert calibrated["guarantee"] == "ltt" and calibrated["certificate"]["use"] == k + 1
-        assert calibrated["certificate"]["delta"] == pytest.approx(0.025)
+        sets = policy == "scrc"
+        certificate = calibrated if sets else calibrated["certificate"]
+        assert calibrated["guarantee"] == ("pac" if sets else "ltt")
+        assert certificate["certify_uses" if sets else "use"] == k + 1
+        assert np.sum(certificate["delta"]) == pytest.approx(0.05 / 3)
         exported = stage1("export", "--run", run, "--target", "rtx" if rtx else "onnx", "--overwrite", "--json")
         assert exported.returncode == 0, exported.stderr
         facts = json.loads(exported.stdout)["policy"]
-        assert facts["guarantee"] == "ltt" and facts["certificate"] == calibrated["certificate"]
+        assert facts["guarantee"] == calibrated["guarantee"] and facts["statement"] == calibrated["statement"]
+        assert sets or facts["certificate"] == certificate
         assert len(list((run / "bundle").rglob("*.engine"))) == (2 if rtx else 0)
         answered = stage1("predict", "--bundle", run / "bundle", *photos, "--json")
         assert answered.returncode == 0, answered.stderr
         rows = json.loads(answered.stdout)["rows"]
-        assert len(rows) == len(photos) and "exited" in {row["decision"] for row in rows}
-        assert all((row["decision"] == "exited") == (row["stage"] == "A") for row in rows)
+        assert json.loads(answered.stdout)["promise"]["statement"] == calibrated["statement"]
+        decided = {row["decision"] for row in rows}
+        assert len(rows) == len(photos) and ("abstained" in decided if sets else "exited" in decided)
+        assert all((row["decision"] == "exited") == (row["stage"] == "A") for row in rows if row["set"])
         if policy == "softmax":
             sure = calibrated["exit_threshold"]
             assert all(row["confidence"] >= sure for row in rows if row["decision"] == "exited")
         assert "with probability at least" in " ".join(stage1("inspect", run / "bundle").stdout.lower().split())
-    third = stage1("calibrate", "--run", run, "--policy", "gate", "--min-coverage", 0.3)
-    assert third.returncode == 2 and "claim" in third.stderr
+    fourth = stage1("calibrate", "--run", run, "--policy", "gate", "--min-coverage", 0.3)
+    assert fourth.returncode == 2 and "claim" in fourth.stderr
 
 
 def test_wrong_labels_are_told(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from stage1_pro.metrics import bootstrap, ece, plots
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.policies import exit_scores
 from stage1_pro.policies.gate import fit_gate_policy
+from stage1_pro.policies.sets import fit_scrc_policy
 from stage1_pro.policies.softmax import confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.stations.evaluation import (
@@ -767,6 +768,28 @@ def test_the_report_in_a_browser(browser: str, width: int, policy: bool, tmp_pat
     words = found["text"]
     assert "AUGRC" in words and "Most confident mistakes" in words
     assert ("Is the target on missed positives kept here?" in words) == policy
+    assert not re.search(r"\b(nan|NaN|None|Infinity|undefined:|[Ee]xception|Traceback|Error:)\b", words)
+    assert "{{" not in words and "{%" not in words
+
+
+@pytest.mark.parametrize("width", [360, pytest.param(1200, marks=pytest.mark.slow)])
+def test_the_report_of_sets_in_a_browser(browser: str, width: int, tmp_path: Path) -> None:
+    predictions = make_predictions()
+    run = tmp_path / "run"
+    make_run(run, predictions)
+    fit_scrc_policy(
+        softmax(predictions.logits_a), predictions.gate_logits, softmax(predictions.logits_b), predictions.labels,
+        halves=np.where(np.arange(240) // 2 % 2, "fit", "certify"), classes=predictions.classes,
+        positive=predictions.positive, groups=predictions.groups, variant="naive", alpha=0.1, cells="class",
+        model_fingerprint=predictions.model_fingerprint,
+        preprocessing_fingerprint=predictions.preprocessing_fingerprint,
+    ).write(run / "scrcparams.json")  # fmt: skip
+    evaluate(run, n_replicates=50, predictions=predictions, blocks=(2, 4))
+    found = look(browser, run / "report.html", width)
+    assert found["scroll"] <= width and (found["wide"], found["scrolled"]) == ([], [])
+    words = found["text"]
+    assert "Nothing is guaranteed." in words and "Asked for, not promised" in words
+    assert "Is the promise kept here?" not in words and "Would it have been kept here?" in words
     assert not re.search(r"\b(nan|NaN|None|Infinity|undefined:|[Ee]xception|Traceback|Error:)\b", words)
     assert "{{" not in words and "{%" not in words
 

@@ -274,10 +274,15 @@ def _promised(policy: ScrcParams) -> list[str]:
         "expectation": "This holds on average over many such calibrations; of these very thresholds it says less.",
         "none": "This is what was asked for and looked true on the calibration photos; nothing is promised.",
     }[policy.guarantee]
+    kept = "the risk of each class" if policy.cells == "class" else "the risk" if policy.loss == "fnr" else ""
     source = (
         f"It comes from {policy.n} {unit} of the certify half of val_calib, which neither trained the model nor chose "
         "who exits, and it speaks of new photos like those: the same cameras and places, the same mix of classes. "
-        "Where that mix is another, the promise is void unless it is made for each class."
+        + (
+            f"Where that mix is another, the share accepted is promised no more, {kept} still is."
+            if kept
+            else "Where that mix is another, all of it is void."
+        )
     )
     return [sets, f"{wish}. {end}", source]
 
