@@ -481,12 +481,12 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="either a run or a logits file"):
         calibrate(tmp_path, logits=tmp_path)
     with pytest.raises(
-        InputError, match="policy must be softmax or gate or auto, got 'softmx'; did you mean 'softmax'"
+        InputError, match="policy must be softmax or gate or scrc or auto, got 'softmx'; did you mean 'softmax'"
     ):
         calibrate(tmp_path, policy="softmx")
     with pytest.raises(InputError, match="guarantee must be ltt or none, got 'lt'; did you mean 'ltt'"):
         calibrate(tmp_path, guarantee="lt")
-    with pytest.raises(InputError, match="min_coverage must go with policy gate, got it with softmax"):
+    with pytest.raises(InputError, match="min_coverage must go with policy scrc or gate, got it with softmax"):
         calibrate(tmp_path, min_coverage=0.5)
     with pytest.raises(InputError, match="claims must go with guarantee ltt, got it with none"):
         calibrate(tmp_path, guarantee="none", claims=2)

@@ -591,30 +591,29 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from stage1_pro.stations.prediction import count, predict, promised, render
+    from stage1_pro.policies.promises import check_prior
+    from stage1_pro.stations.prediction import predict
 
-    found = promised(options.bundle, options.prior)
-    rows, failures = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size)
-    _emit(
-        options,
-        {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)},
-        render(rows, options.out, found),
-    )
-    return 1 if failures else 0
+    check_prior(options.prior)
+    found = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size)
+    return _answered(options, options.bundle, *found)
 
 
 def _infer(options: argparse.Namespace) -> int:
-    from stage1_pro.stations.prediction import count, infer, promised, render
+    from stage1_pro.policies.promises import check_prior
+    from stage1_pro.stations.prediction import infer
 
-    found = promised(options.run, options.prior)
-    rows, failures = infer(
-        options.run, options.inputs, split=options.split, out=options.out, batch_size=options.batch_size
-    )
-    _emit(
-        options,
-        {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)},
-        render(rows, options.out, found),
-    )
+    check_prior(options.prior)
+    found = infer(options.run, options.inputs, split=options.split, out=options.out, batch_size=options.batch_size)
+    return _answered(options, options.run, *found)
+
+
+def _answered(options: argparse.Namespace, source: Path, rows: list[dict[str, Any]], failures: int) -> int:
+    from stage1_pro.stations.prediction import count, promised, render
+
+    found = promised(source, options.prior)
+    data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)}
+    _emit(options, data, render(rows, options.out, found))
     return 1 if failures else 0
 
 

@@ -37,8 +37,7 @@ def promise(policy: Policy, splits: SplitsSummary, prior: float | None = None) -
     Raises:
         InputError: ``prior`` is outside.
     """
-    if prior is not None and not 0 < prior < 1:
-        raise InputError(f"prior must be inside (0, 1), got {prior}; give the share of positives, such as 0.05")
+    check_prior(prior)
     counts, n_groups = splits.counts["val_calib"], splits.groups["val_calib"]
     share = counts.get(policy.positive, 0) / max(1, sum(counts.values()))
     within_class, overall = _parts(policy)
@@ -63,6 +62,12 @@ def promise(policy: Policy, splits: SplitsSummary, prior: float | None = None) -
     return Promise(
         policy.guarantee, policy.statement, prior, share, within_class, overall, f"{note}. Answers do not change"
     )
+
+
+def check_prior(prior: float | None) -> None:
+    """Raise InputError when a prior is given that is no share inside (0, 1)."""
+    if prior is not None and not 0 < prior < 1:
+        raise InputError(f"prior must be inside (0, 1), got {prior}; give the share of positives, such as 0.05")
 
 
 def _parts(policy: Policy) -> tuple[tuple[str, ...], tuple[str, ...]]:
