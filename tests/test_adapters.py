@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ import pytest
 torch = pytest.importorskip("torch")
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 import stage1_pro
+from stage1_pro import cli
 from stage1_pro.artifacts import FileEntry, sha256_file
 from stage1_pro.config import ADAPTER_MODES, AdapterConfig, ModelConfig, load_config
 from stage1_pro.data.synthetic import render_pool
@@ -427,3 +428,213 @@ def test_a_base_may_move_to_another_folder(tmp_path: Path) -> None:
     model = model_of(ModelConfig(backbone=str(tmp_path / "here"), image_size=48, tap=2))
     save(tmp_path / "adapter", model, adapt(model, "lora", AdapterConfig(), 0))
     load_adapted(tmp_path / "adapter", str(tmp_path / "there"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with splits of 160 rendered scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    labels = render_pool(folder / "pool", 160, seed=1, size=64)
+    stage1_pro.split(labels, folder / "run", seed=0)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(split_run: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the split run."""
+    return shutil.copytree(split_run, tmp_path / "run")
+
+
+def trained(run: Path, mode: str, *overrides: str, **options: bool) -> Path:
+    stage1_pro.train(run, load_config(None, [*SMALL, f"train.mode={mode}", *overrides]), **options)
+    return run
+
+
+def same_artefacts(a: Path, b: Path) -> None:
+    for name in ("model_best.pth", "model_best_acc.pth", "last.pth", "val_calib.npz", "gate.json",
+                 *(f"adapter/{p.name}" for p in (a / "adapter").iterdir())):  # fmt: skip
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("mode", ["dora", "partial"])
+def test_a_run_holds_the_merged_model_and_its_adapter(run: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(run, mode, "model.tap=2", "adapter.dropout=0.1")
+    record = read_adapter(run / "adapter")
+    share = 100 * record.trainable_parameters / record.parameters
+    assert f"mode {mode}:" in (said := capsys.readouterr().err)
+    assert f"trained ({share:.1f}%)" in said
+    plain, _ = checkpoint.load_run_model(run)
+    # the refitted gate too
+    assert plain.fingerprint() == record.model_fingerprint
+    assert torch.load(run / "model_best.pth", weights_only=True)["joint_gate_state_dict"]
+    back = load_adapted(run / "adapter", "tiny")
+    x = pixels(plain, 6)
+    torch.testing.assert_close(outputs(back, x), outputs(plain, x), rtol=0, atol=1e-4)
+    last = torch.load(run / "last.pth", weights_only=True)
+    assert sum(v.numel() for v in last["model_state_dict"].values()) == record.trainable_parameters
+    base = create_model(ModelConfig(tap=2), ["none", "roadwork"], "roadwork", 0).state_dict()
+    state = plain.state_dict()
+    touched = {k for k in base if k.startswith("backbone.") and not torch.equal(state[k], base[k])}
+    inside = r".*\.attention\.[qkvo]_proj\.weight$"
+    whole = r"backbone\.hf\.(model\.layer\.3|norm)\." if mode == "partial" else "never"
+    assert touched
+    assert all(re.match(rf"{inside}|{whole}", k) for k in touched), touched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "apla"])
+def test_a_resumed_training_reaches_the_same_bytes(
+    run: Path, split_run: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("adapter.dropout=0.1", "train.epochs=3")
+    trained(run, mode, *options)
+    other = shutil.copytree(split_run, tmp_path / "other")
+    from stage1_pro.training import loop
+
+    adapter, last, refit = loop.save_adapter, loop._Trainer._save_last, loop.replace_trained
+    calls = iter(range(100))
+
+    def killed(place: object, name: str, act: Callable[..., object]) -> None:
+        again = (other / "last.pth").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, act)
+            with pytest.raises(KeyboardInterrupt):
+                trained(other, mode, *options, resume=again)
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def fourth(trainer: object) -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        last(trainer)
+
+    def after(*arguments: object) -> None:
+        refit(*arguments)
+        raise KeyboardInterrupt
+
+    killed(loop, "save_adapter", dies)  # model_best.pth stands, its adapter does not
+    assert not (other / "adapter").exists()
+    killed(loop._Trainer, "_save_last", fourth)  # inside a later epoch
+    killed(loop, "replace_trained", after)  # the adapter's gate is refitted, that of model_best.pth is not
+    record = read_adapter(other / "adapter")
+    assert record.model_fingerprint != checkpoint.load_model(other / "model_best.pth").fingerprint()
+    assert loop.save_adapter is adapter
+    trained(other, mode, *options, resume=True)
+    same_artefacts(run, other)
+
+
+def test_a_resume_on_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    load_backbone("tiny", None, pos_embed_rescale=None, seed=4).hf.save_pretrained(base)
+    options = (f"model.backbone={base}", "model.image_size=48", "train.epochs=1")
+    trained(run, "lora", *options)
+    load_backbone("tiny", None, pos_embed_rescale=None, seed=5).hf.save_pretrained(base)
+    with pytest.raises(ArtifactError, match="must be resumed on the base it was trained on"):
+        stage1_pro.train(run, resume=True)
+
+
+def test_checkpointing_changes_no_byte(run: Path, split_run: Path, tmp_path: Path) -> None:
+    trained(run, "lora", "train.epochs=1")
+    other = shutil.copytree(split_run, tmp_path / "other")
+    trained(other, "lora", "train.epochs=1", "train.gradient_checkpointing=true")
+    same_artefacts(run, other)
+    stage1_pro.train(run, load_config(None, ["train.gradient_checkpointing=true"]), resume=True)
+
+
+def test_a_new_training_forgets_the_adapter(run: Path) -> None:
+    trained(run, "lora", "train.epochs=1")
+    left = run / ".adapter.x.tmp"
+    left.mkdir()
+    trained(run, "full", "train.epochs=1", overwrite=True)
+    assert not (run / "adapter").exists()
+    assert not left.exists()
+
+
+def test_bf16_training_merges_in_fp32(run: Path) -> None:
+    trained(run, "lora", "train.epochs=1", "train.precision=bf16")
+    plain, _ = checkpoint.load_run_model(run)
+    x = pixels(plain)
+    torch.testing.assert_close(outputs(load_adapted(run / "adapter", "tiny"), x), outputs(plain, x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_merge_writes_a_plain_backbone(tmp_path: Path, own: bool) -> None:
+    base = tmp_path / "base"
+    load_backbone("tiny", None, pos_embed_rescale=None, seed=4).hf.save_pretrained(base)
+    if own:
+        values = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.2, 0.2, 0.2], "image_processor_type": "own"}
+        (base / "preprocessor_config.json").write_text(json.dumps(values))
+    model = model_of(ModelConfig(backbone=str(base), image_size=48, tap=2))
+    adaptation = adapt(model, "dora", AdapterConfig(rank=4), 0)
+    learn(model, 5)
+    save(tmp_path / "adapter", model, adaptation)
+    facts = stage1_pro.merge(tmp_path / "adapter", str(base), tmp_path / "out")
+    plain = AutoModel.from_pretrained(tmp_path / "out").eval()
+    x = pixels(model)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x).last_hidden_state, model.backbone(x), rtol=0, atol=1e-4)
+    assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "dinov3_vit"
+    again = create_model(ModelConfig(backbone=str(tmp_path / "out"), image_size=48), ["a", "b"], "b", 0)
+    assert again.backbone.fingerprint() == facts["fingerprint"] != facts["base_fingerprint"]
+    assert again.architecture.preprocessing.mean == model.architecture.preprocessing.mean
+    stored = (tmp_path / "out" / "preprocessor_config.json").read_bytes()
+    assert not own or stored == (base / "preprocessor_config.json").read_bytes()
+    assert "may be passed on only together with the DINOv3 License" in (
+        tmp_path / "out" / "LICENCE-BACKBONE.txt"
+    ).read_text().replace("\n", " ")
+    with pytest.raises(InputError, match="must be a new folder, .* replace it with --overwrite"):
+        stage1_pro.merge(tmp_path / "adapter", str(base), tmp_path / "out")
+    stage1_pro.merge(tmp_path / "adapter", str(base), tmp_path / "out", overwrite=True)
+    with pytest.raises(InputError, match="holds something; choose another folder"):
+        stage1_pro.merge(tmp_path / "adapter", str(base), tmp_path, overwrite=True)
+    with pytest.raises(ArtifactError, match="must be put on the weights it was trained on"):
+        stage1_pro.merge(tmp_path / "adapter", str(tmp_path / "out"), tmp_path / "twice")
+
+
+@pytest.mark.slow
+def test_the_readmes_snippets_run(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Adapters\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", section[1], re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["yaml", "sh", "python"]
+    monkeypatch.chdir(tmp_path)
+    labels = render_pool(Path("pool"), 240, seed=1, size=64)
+    shutil.copytree(labels.parent / "images", "photos/new")
+    stage1_pro.split(labels, "run", seed=0)
+    # Nothing but the size is other than as printed.
+    little = {
+        "train": ["--set", "train.epochs=4", "--set", "train.batch_size=32", "--set", "train.workers=0"],
+        "calibrate": ["--target-fnr", "0.99"],
+    }
+    for kind, block in blocks:
+        if kind == "yaml":
+            name = re.match(r"# (\S+\.yaml)\n", block)
+            assert name is not None
+            Path(name[1]).write_text(block)
+        elif kind == "sh":
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                assert words[0] == "stage1"
+                assert cli.main([*words[1:], *little.get(words[1], [])]) == 0, (line, capsys.readouterr().err)
+        else:
+            names: dict[str, object] = {}
+            exec(compile(block, "README.md", "exec"), names)
+    assert "exited" in capsys.readouterr().out
+    assert json.loads(Path("run/bundle/bundle.json").read_text())["provenance"]["model_fingerprint"] == (
+        read_adapter("run/adapter").model_fingerprint
+    )
+    merged = create_model(ModelConfig(backbone="backbone", image_size=48), ["a", "b"], "b", 0)
+    kept = checkpoint.load_run_model(Path("run"))[0]
+    assert merged.backbone.fingerprint() == kept.backbone.fingerprint()
+    plain = names["plain"]
+    assert isinstance(plain, Stage1Model)
+    x = pixels(plain)
+    torch.testing.assert_close(outputs(plain, x), outputs(kept, x), rtol=0, atol=1e-4)

@@ -30,7 +30,7 @@ OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", 
              *POLICY_FILES.values(), "report.html")  # fmt: skip
 OWN_FOLDERS = ("adapter", "evaluation", "metrics")
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
-_FREE = {"workers", "save_every_steps", "tensorboard"}
+_FREE = {"workers", "save_every_steps", "tensorboard", "gradient_checkpointing"}
 
 
 def check_run(run: Path, config: Config | None, *, resume: bool, overwrite: bool) -> tuple[Splits, Config]:
