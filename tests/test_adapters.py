@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModel
 import stage1_pro
 from stage1_pro import cli
 from stage1_pro.artifacts import FileEntry, sha256_file
-from stage1_pro.config import ADAPTER_MODES, AdapterConfig, ModelConfig, load_config
+from stage1_pro.config import ADAPTER_MODES, AdapterConfig, Mode, ModelConfig, load_config
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.models.adapters import (
@@ -638,3 +639,32 @@ def test_the_readmes_snippets_run(
     assert isinstance(plain, Stage1Model)
     x = pixels(plain)
     torch.testing.assert_close(outputs(plain, x), outputs(kept, x), rtol=0, atol=1e-4)
+
+
+def test_every_mode_draws_the_same_heads_and_batches(
+    split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stage1_pro.training import loop
+
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def look(trainer: loop._Trainer, batch: loop.Batch) -> None:
+        mode = trainer.config.train.mode
+        found = seen.setdefault(mode, [p.detach().clone() for p in trainer.model.heads.parameters()])
+        found += [*batch.inputs, batch.labels, torch.get_rng_state()]
+        if len(found) > 2 * 3 + len(list(trainer.model.heads.parameters())):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Trainer, "_step", look)
+    for mode in ("full", *ADAPTER_MODES):
+        with pytest.raises(KeyboardInterrupt):
+            trained(shutil.copytree(split_run, tmp_path / mode), mode)
+    for mode, found in seen.items():
+        assert len(found) == len(seen["full"])
+        assert all(torch.equal(a, b) for a, b in zip(found, seen["full"], strict=True)), mode
+
+
+def test_the_command_line_knows_every_mode() -> None:
+    (train,) = (a.choices["train"] for a in cli.build_parser()._actions if isinstance(a.choices, dict))
+    (mode,) = (a for a in train._actions if "--mode" in a.option_strings)
+    assert tuple(mode.choices) == get_args(Mode)
