@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -225,6 +226,8 @@ class _Trainer:
         bf16 = options.precision == "bf16" or (
             options.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         )
+        # It would hold a process to the precision of its first training.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if bf16 else "no",
