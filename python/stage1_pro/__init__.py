@@ -1,6 +1,7 @@
 """Selective image classification that keeps its promises.
 
-Stations: ``split, train, calibrate, evaluate, export``; a deployed bundle: ``Cascade.load(bundle).predict(images)``.
+Stations: ``split, explora, train, calibrate, evaluate, export``; a deployed bundle:
+``Cascade.load(bundle).predict(images)``.
 Everything is imported on first use, so that serving needs no torch.
 """
 
@@ -13,17 +14,19 @@ if TYPE_CHECKING:
     from stage1_pro.deploy.cascade import Cascade
     from stage1_pro.stations.calibration import calibrate
     from stage1_pro.stations.evaluation import evaluate
+    from stage1_pro.stations.exploration import explora
     from stage1_pro.stations.exporting import export
     from stage1_pro.stations.splitting import split
     from stage1_pro.training.loop import train
 
 __version__ = "0.1.0"
-__all__ = ["Cascade", "__version__", "calibrate", "evaluate", "export", "split", "train"]
+__all__ = ["Cascade", "__version__", "calibrate", "evaluate", "explora", "export", "split", "train"]
 
 _HOMES = {
     "Cascade": "stage1_pro.deploy.cascade",
     "calibrate": "stage1_pro.stations.calibration",
     "evaluate": "stage1_pro.stations.evaluation",
+    "explora": "stage1_pro.stations.exploration",
     "export": "stage1_pro.stations.exporting",
     "split": "stage1_pro.stations.splitting",
     "train": "stage1_pro.training.loop",

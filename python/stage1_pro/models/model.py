@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, Record
 from stage1_pro.config import ModelConfig
 from stage1_pro.errors import InputError
-from stage1_pro.models.backbone import Backbone, backbone_from_config, load_backbone, normalisation
+from stage1_pro.models.backbone import Backbone, backbone_from_config, hash_state, load_backbone, normalisation
 from stage1_pro.models.heads import Auxiliary, Classifier, Gate
 
 
@@ -129,11 +128,7 @@ class Stage1Model(nn.Module):
 
     def fingerprint(self) -> str:
         """Hex sha256 over architecture and every weight; changes when either does."""
-        digest = hashlib.sha256(self.architecture.fingerprint().encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_state(self.state_dict(), self.architecture.fingerprint())
 
 
 def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
@@ -142,13 +137,6 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
     tap = config.tap if isinstance(config.tap, int) else backbone.n_blocks
     if tap > backbone.n_blocks:
         raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")
-    spec = PreprocessSpec(
-        height=backbone.image_size,
-        width=backbone.image_size,
-        resize=config.resize,
-        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
-        **normalisation(config.backbone),
-    )
     architecture = Architecture(
         backbone=backbone.info(config.backbone),
         hf_config=_clean(backbone.hf.config.to_dict()),
@@ -158,9 +146,20 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
         positive=positive,
         auxiliary_hidden=config.auxiliary_hidden,
         dropout=config.dropout,
-        preprocessing=spec,
+        preprocessing=input_spec(config, backbone),
     )
     return Stage1Model(architecture, backbone, seed)
+
+
+def input_spec(config: ModelConfig, backbone: Backbone) -> PreprocessSpec:
+    """How pixels become the input of a configured backbone."""
+    return PreprocessSpec(
+        height=backbone.image_size,
+        width=backbone.image_size,
+        resize=config.resize,
+        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
+        **normalisation(config.backbone),
+    )
 
 
 def rebuild_model(architecture: Architecture) -> Stage1Model:
