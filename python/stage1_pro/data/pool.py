@@ -29,7 +29,8 @@ def read_pool(images: Path | str, unseen: Sequence[Row]) -> Pool:
 
     Left out and counted: images of the same content as one before them, and what shows rows that must stay unseen:
     files of the same content, and, where the CSV names groups, files of the same group (a clip's other frames are
-    near-copies of it). A re-encoded copy under another group's name is not recognised.
+    near-copies of it; two sets that merely use the same names, such as "1", want the folder instead of the CSV). A
+    re-encoded copy under another group's name is not recognised.
 
     Raises:
         InputError: no such pool, or nothing in it that can be used.

@@ -8,6 +8,7 @@ so a killed run ends as if it had not been.
 from __future__ import annotations
 
 import copy
+import csv
 import io
 import math
 import time
@@ -334,7 +335,9 @@ class _Explorer:
                 "architecture": self.identity, "model_state_dict": self.learned,
                 "optimizer_state_dict": self.optimizer.state_dict(), "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch, "global_step": self.step, "loss_sum": self.loss_sum,
-                "seen": self.seen, "history": self.history,
+                "seen": self.seen,
+                # Without timings: a resumed run must end in the same bytes. metrics.csv has them.
+                "history": [{k: v for k, v in row.items() if k not in TIMINGS} for row in self.history],
             },
         )  # fmt: skip
 
@@ -355,6 +358,10 @@ class _Explorer:
         self.optimizer.load_state_dict(content["optimizer_state_dict"])
         self.epoch, self.step_in_epoch, self.step = (content[k] for k in ("epoch", "step_in_epoch", "global_step"))
         self.loss_sum, self.seen, self.history = (content[k] for k in ("loss_sum", "seen", "history"))
+        if (self.folder / "metrics.csv").is_file():
+            with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                for row, stored in zip(self.history, csv.DictReader(file), strict=False):
+                    row.update({name: float(stored[name]) for name in TIMINGS if stored.get(name)})
         say(f"going on from epoch {self.epoch + 1}, step {self.step_in_epoch}")
 
 
