@@ -20,7 +20,7 @@ from stage1_pro import cli
 from stage1_pro.data.synthetic import render_pool
 
 COMMANDS = [
-    "split", "train", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect", "doctor",
+    "split", "explora", "train", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect", "doctor",
     "demo",
 ]  # fmt: skip
 

@@ -743,6 +743,7 @@ class ExploraRecord(Record):
 
     format_version: Literal[1] = 1
     kept: Literal["base", "adapted"] = Field(description="whose weights are in backbone/")
+    better: bool = Field(description="by linear probe and neighbours, on held-out groups of train rows")
     reason: str
     objective: Literal["mae", "simmim", "latent", "diet"]
     train: Literal["explora", "full"]

@@ -177,6 +177,11 @@ class ExploraConfig(Section):
     held_out: float = Field(
         0.05, ge=0, lt=1, description="share of the pool that is not trained on; its loss is in metrics.csv"
     )
+    keep: Literal["better", "adapted"] = Field(
+        "better",
+        description="better = the base unless probes on train rows say that adaptation helped; adapted = whatever they "
+        "say, which the record tells",
+    )
     save_every_steps: int = Field(50, ge=1, description="steps between two last.pth inside an epoch")
 
     @model_validator(mode="after")

@@ -131,7 +131,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     identity = json.dumps(
         {
             "base": start, "pool": pool.fingerprint, "preprocessing": spec.fingerprint(), "seed": config.seed,
-            "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps"}),
+            "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps", "keep"}),
         }
     )  # fmt: skip
     adapted = adapt(folder, backbone, pool.paths, spec, config, identity)
@@ -140,9 +140,12 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
             before, probed(adapted.backbone, "adapted"), labels, groups,
             positive=splits.classes.index(splits.positive), seed=config.seed,
         )  # fmt: skip
-        kept, reason = verdict(figures)
+        better, reason = verdict(figures)
     except InputError as error:
-        figures, kept, reason = [], False, str(error)
+        figures, better, reason = [], False, str(error)
+    kept = better or options.keep == "adapted"
+    if kept and not better:
+        reason = f"kept because explora.keep=adapted asks for it, although {reason}"
     chosen = adapted.backbone if kept else load()
     how = f"{options.objective}{', every weight' if options.train == 'full' else ', ExPLoRA'}"
     with atomic_directory(folder / "backbone") as staging:
@@ -150,6 +153,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         save_backbone(staging, chosen, written, spec)
     record = ExploraRecord(
         kept="adapted" if kept else "base",
+        better=better,
         reason=reason,
         objective=options.objective,
         train=options.train,
