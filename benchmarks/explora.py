@@ -92,7 +92,10 @@ def pretrain(options: argparse.Namespace) -> str:
     if not labels.is_file():
         render_pool(labels.parent, options.scenes, seed=0)
     if not (run / "splits.json").is_file():
-        stage1_pro.split(labels, run, seed=0)
+        # The guard's probes need a few hundred train rows; what is not train is not pretrained on.
+        stage1_pro.split(
+            labels, run, seed=0, fractions={"train": 0.85, "val_select": 0.05, "val_calib": 0.05, "val_test": 0.05}
+        )
     flip = ["explora.horizontal_flip=0"] if options.source else []
     explore(
         options, labels.parent / "images", run, options.base,
@@ -278,10 +281,8 @@ def table(results: list[dict[str, object]], records: list[ExploraRecord], option
                 )
                 rows = f"{name} ({found['n_rows']}, {found['n_groups']} groups)"
                 lines.append(f"| {result['mode']} | {rows} | {metric} | {cells} |")
-    lines += [
-        "",
-        *(f"fold {k}: guard says {'better' if r.better else 'not better'}: {r.reason}" for k, r in enumerate(records)),
-    ]  # noqa: E501
+    for k, record in enumerate(records):
+        lines += ["", f"fold {k}: {'better' if record.better else 'not better'} to the guard: {record.reason}"]
     return "\n".join([*lines, ""])
 
 

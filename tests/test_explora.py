@@ -366,6 +366,33 @@ def test_dinov2_weights_are_adapted(scenes: Path, run: Path, shared) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# The study
+
+
+def test_the_study_resamples_groups_alike_in_both_arms_and_all_seeds(repository, monkeypatch) -> None:
+    judge_mcc = pytest.importorskip("sklearn.metrics").matthews_corrcoef
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    import explora as study
+
+    rng = np.random.default_rng(1)
+    groups = np.asarray([f"rw_{i // 10}" for i in range(80)])
+    labels = rng.integers(0, 2, 80)
+    better, worse = ([np.where(rng.random(80) < p, labels, 1 - labels) for _ in range(3)] for p in (0.9, 0.6))
+
+    def answers(given) -> list:
+        return [study.Answers(groups, labels, one) for one in given]
+
+    rows = np.ones(80, dtype=bool)
+    found = study.measure({"none": answers(worse), "explora": answers(better)}, rows)
+    for metric, reference in (("accuracy", lambda a: np.mean(a == labels)), ("mcc", lambda a: judge_mcc(labels, a))):
+        for arm, given in (("none", worse), ("explora", better)):
+            assert found[metric]["per_seed"][arm] == pytest.approx([reference(one) for one in given])
+        assert found[metric]["interval"][0] < found[metric]["difference"] < found[metric]["interval"][1]
+    same = study.measure({"none": answers(better), "explora": answers(better)}, rows)
+    assert same["accuracy"]["interval"] == same["mcc"]["interval"] == [0, 0], "what both arms share must cancel"
+
+
+# ------------------------------------------------------------------------------------------------
 # Killed is normal
 
 ARTEFACTS = ("explora.json", "config.json", "last.pth", "reconstructions.png", "quarantine.csv",
