@@ -308,6 +308,15 @@ def test_an_adaptation_that_ruins_features_is_rejected(scenes: Path, run: Path) 
     kept = load_backbone(str(run / "explora" / "backbone"), None, pos_embed_rescale=None, seed=0)
     assert kept.fingerprint() == base.fingerprint() == record.backbone_fingerprint
     assert kept.info(str(run / "explora" / "backbone")) == base.info(str(scenes / "base"))
+    with pytest.raises(InputError, match="--base must be outside"):
+        stage1_pro.explora(
+            scenes / "pool" / "images", run, config(scenes), base=str(run / "explora" / "backbone"), overwrite=True
+        )
+    asked = config(scenes, *ruin, "explora.keep=adapted")
+    overruled = stage1_pro.explora(scenes / "pool" / "images", run, asked, overwrite=True)
+    assert (overruled.kept, overruled.better) == ("adapted", False)
+    assert overruled.backbone_fingerprint != overruled.base_fingerprint
+    assert overruled.reason.startswith("kept because explora.keep=adapted asks for it, although")
 
 
 def test_the_guard_wants_better_features_of_held_out_groups() -> None:

@@ -42,7 +42,12 @@ def check_explora(
     if not resume:
         if (folder / "config.json").exists() and not overwrite:
             raise InputError(f"{folder} is there already; go on with --resume or start anew with --overwrite")
-        return splits, config or Config()
+        config = config or Config()
+        if Path(config.model.backbone).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--base must be outside {folder}, which is written anew, got {config.model.backbone}; copy it first"
+            )
+        return splits, config
     if not (folder / "config.json").is_file():
         raise InputError(f"--resume needs {folder}/config.json, which is not there; start without --resume")
     stored = RunConfig.read(folder / "config.json")
