@@ -262,6 +262,8 @@ def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: Pr
         hf.config.image_size = backbone.image_size
     with _quiet():
         hf.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone
     processor = {
         "do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255,
         "image_mean": list(spec.mean), "image_std": list(spec.std),
