@@ -33,18 +33,15 @@ from stage1_pro.artifacts import (
 )
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.policies import exit_scores, exits, read_policy
+from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, fixed_sequence, risk_p_value, trials_needed
+from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certify import (
-    Risk,
     certify,
     certify_threshold,
-    coverage_p_value,
     cut_halves,
-    errors_allowed,
-    fixed_sequence,
     order_candidates,
     plan_calibration,
-    risk_p_value,
-    trials_needed,
+    record,
 )
 from stage1_pro.policies.gate import fit_gate_policy, fit_platt, score
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
@@ -247,7 +244,10 @@ def test_ranks_never_cut_a_tie_group() -> None:
         ({"min_coverage": 1.0}, r"min_coverage must be inside \(0, 1\), got 1.0"),
         ({"candidates": []}, "candidates must be at least one threshold"),
         ({"candidates": [0.5, math.nan]}, "candidates must be at least one threshold"),
-        ({"method": "ltt_fts"}, "method must be ltt_fst, got 'ltt_fts'; did you mean 'ltt_fst'"),
+        (
+            {"method": "ltt_fts"},
+            "method must be one of ltt_fst, bonferroni, holm, sgr, rcps, crc, got 'ltt_fts'; did you mean 'ltt_fst'",
+        ),
         ({"condition": "y"}, "condition must be 'exit' or 'exit&y=1', got 'y'"),
         ({"condition": "exit&y=1"}, "labels must be given for condition 'exit&y=1', got None"),
         ({"groups": ["a"]}, r"groups must have shape \[3\] as scores, got \[1\]"),
@@ -286,6 +286,85 @@ def test_the_unit_is_the_group() -> None:
     few = certify_threshold(scores * 0 + 1, errors, alpha=0.2, delta=0.05, groups=groups, candidates=[0.5],
                             condition="exit&y=1", labels=labels)  # fmt: skip
     assert (few.n, few.trials, few.accepted) == (400, 100, 400)
+
+
+def test_methods_say_what_they_promise_and_differ_as_they_must() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.random(6000)
+    errors = rng.random(6000) < 0.03 * (1 - scores) ** 2
+    wish = {"alpha": 0.01, "delta": 0.05, "min_coverage": 0.5}
+    found = {m: certify_threshold(scores, errors, method=m, **wish) for m in ("ltt_fst", "bonferroni", "holm", "sgr")}
+    assert all(one.feasible and one.method == method for method, one in found.items())
+    assert all(one.risk_bound <= 0.01 and one.errors == errors[scores >= one.threshold].sum() for one in found.values())
+    assert found["holm"].coverage >= found["bonferroni"].coverage
+    assert found["ltt_fst"].coverage >= found["sgr"].coverage
+    assert found["bonferroni"].p_values.size == 20
+    assert found["sgr"].p_values.size <= 13
+    assert "binary search" in found["sgr"].guarantee
+    assert "the risk does not fall as the threshold gets laxer" in found["sgr"].assumptions
+    # The joint share is another quantity: less than the exit error, so it goes further.
+    rcps = certify_threshold(scores, errors, method="rcps", **wish)
+    assert "share of images that are accepted and wrong" in rcps.guarantee
+    assert rcps.trials == 6000
+    assert rcps.coverage > found["ltt_fst"].coverage
+    crc = certify_threshold(scores, errors, alpha=0.005, delta=0.05, method="crc")
+    assert crc.feasible
+    assert "an expectation" in crc.guarantee
+    assert "With probability" not in crc.guarantee
+    assert (crc.errors + 1) / 6001 <= 0.005 < (crc.errors + 2) / 6001 or crc.coverage == 1
+    assert crc.risk_bound == (crc.errors + 1) / 6001
+    assert crc.p_values.size == 0
+    labels = rng.random(6000) < 0.5
+    mpr = certify_threshold(scores, errors, alpha=0.02, delta=0.05, method="rcps", condition="exit&y=1", labels=labels)
+    assert "share of positives that are accepted and wrong" in mpr.guarantee
+    assert mpr.trials == labels.sum()
+    with pytest.raises(InputError, match=r"min_coverage must be None for crc, got 0.5; it promises an expectation"):
+        certify_threshold(scores, errors, method="crc", **wish)
+
+
+@pytest.mark.parametrize("method", ["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"])
+@pytest.mark.parametrize("unit", ["rows", "group_means"])
+def test_every_method_is_infeasible_with_a_reason(method: str, unit: str) -> None:
+    scores = np.linspace(1, 0, 100)
+    groups, candidates = (np.arange(100), scores) if unit == "group_means" else (None, None)
+    kwargs = {"alpha": 0.005, "delta": 0.05, "method": method, "groups": groups, "unit": unit, "candidates": candidates}
+    found = certify_threshold(scores, np.zeros(100), **kwargs)
+    assert not found.feasible
+    assert (found.threshold, found.guarantee) == (None, "none: infeasible")
+    assert "error on accepted rows is 0 of" in found.reason
+    assert found.min_certifiable_alpha is not None
+    assert found.min_certifiable_alpha > 0.005
+    assert found.n_needed == (199 if method == "crc" else 598)
+    hopeless = certify_threshold(scores, np.ones(100), **kwargs)
+    assert not hopeless.feasible
+    assert hopeless.n_needed is None
+    for empty in (certify_threshold([], [], **{**kwargs, "groups": None if groups is None else []}),):
+        assert not empty.feasible
+        assert "there are no certify" in empty.reason
+    blind = certify_threshold([np.nan] * 100, np.zeros(100), **{**kwargs, "alpha": 0.3})
+    assert not blind.feasible or blind.accepted == 0
+
+
+def test_group_means_are_one_row_each_where_groups_are_rows() -> None:
+    rng = np.random.default_rng(1)
+    scores, errors = rng.random(3000), rng.random(3000) < 0.004
+    kwargs = {"alpha": 0.02, "delta": 0.05, "min_coverage": 0.3, "candidates": [0.6, 0.4, 0.2]}
+    means = certify_threshold(scores, errors, groups=np.arange(3000), unit="group_means", **kwargs)
+    rows = certify_threshold(scores, errors, **kwargs)
+    assert means.feasible
+    assert (means.unit, means.n, means.threshold) == ("group_means", 3000, rows.threshold)
+    assert (means.accepted, means.trials, means.errors) == (rows.accepted, rows.trials, rows.errors)
+    assert means.coverage == pytest.approx(rows.coverage)
+    assert means.errors / means.trials < means.risk_bound <= 0.02
+    assert "betting on group means" in means.guarantee
+    assert record(means, claims=1, use=None).unit == "group_means"
+    assert means.p_values[1] == means.p_values[list(means.candidates).index(0.4)]
+    with pytest.raises(InputError, match="groups must be given where the unit is groups"):
+        certify_threshold(scores, errors, unit="group_means", **kwargs)
+    with pytest.raises(InputError, match="candidates must be given where the unit is group_means, got None"):
+        certify_threshold(scores, errors, alpha=0.02, delta=0.05, groups=scores, unit="group_means")
+    with pytest.raises(InputError, match="rows_independent must be False where the unit is group_means"):
+        certify_threshold(scores, errors, groups=scores, unit="group_means", rows_independent=True, **kwargs)
 
 
 def test_candidates_come_from_the_fit_half_alone() -> None:
@@ -410,23 +489,91 @@ def test_groups_keep_the_promise_that_rows_break(tracks: int, risk: float, corre
     assert by_row / draws > 0.10
 
 
+def clips(rng: np.random.Generator, n: int, error: tuple[float, float]) -> tuple[np.ndarray, ...]:
+    """Groups of two kinds: short clips (1 to 5 rows) that exit rarely, long ones (20 to 60) that exit often.
+
+    Each clip has error and exit rates of its own around those of its kind; scores are 1 (exits) or 0.
+    """
+    long = rng.random(n) < 0.5
+    sizes = np.where(long, rng.integers(20, 61, n), rng.integers(1, 6, n))
+    groups = np.repeat(np.arange(n), sizes)
+    mean_error, mean_exit = np.where(long, error[1], error[0]), np.where(long, 0.9, 0.5)
+    rates = [rng.beta(3 * mean, 3 * (1 - mean))[groups] for mean in (mean_error, mean_exit)]
+    return (rng.random(groups.size) < rates[1]).astype(float), rng.random(groups.size) < rates[0], groups
+
+
+@pytest.mark.slow
+def test_group_means_keep_the_promise_with_groups_of_unlike_size() -> None:
+    """The promise is P(wrong | exit) for one image drawn from a new group: E[v] / E[a] over groups.
+
+    Errors sit in short clips, so the pooled rows' rate is far below it, and every row-level certificate is false.
+    """
+    rng, draws, n, delta = np.random.default_rng(0), 1000, 250, 0.05
+    error = (0.12, 0.03)
+    risk = (0.5 * error[0] + 0.9 * error[1]) / (0.5 + 0.9)
+    kwargs = {"delta": delta, "candidates": [0.5]}
+    false = dict.fromkeys(("means", "one row", "rows"), 0)
+    given_ = dict.fromkeys(("means", "one row"), 0)
+    for draw in range(draws):
+        scores, errors, groups = clips(rng, n, error)
+        hows = {"means": {"unit": "group_means"}, "one row": {}, "rows": {"rows_independent": True}}
+        for name, how in hows.items():
+            kwargs.update(groups=groups, seed=draw)
+            false[name] += certify_threshold(scores, errors, alpha=risk - 1e-4, **how, **kwargs).feasible
+            if name in given_:
+                given_[name] += certify_threshold(scores, errors, alpha=1.6 * risk, **how, **kwargs).feasible
+    print(f"risk {risk:.4f}: false certificates {false}, power at 1.6 times the risk {given_} of {draws}")
+    for name in ("means", "one row"):
+        assert false[name] / draws <= delta + 3 * math.sqrt(delta * (1 - delta) / draws)
+    assert false["rows"] / draws > 0.3
+    assert given_["means"] / draws > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bonferroni", "holm", "sgr", "rcps", "crc"])
+@pytest.mark.parametrize("ranks", [False, True])
+def test_every_method_keeps_its_promise(method: str, ranks: bool) -> None:
+    """Exit error <= 1% at n = 2,000 (rcps, crc: the joint share <= .5%); thresholds truly violate in at most delta."""
+    scenario, rng, draws = Scenario(), np.random.default_rng(11), 600
+    joint = method in ("rcps", "crc")
+    broken, shares = 0, []
+    for _ in range(draws):
+        scores, errors = scenario.draw(rng, 2000)
+        candidates = None if ranks else np.linspace(0.5, 0.1, 20)
+        found = certify_threshold(
+            scores, errors, alpha=0.005 if joint else 0.01, delta=0.05, method=method, candidates=candidates
+        )
+        coverage = 0.0 if found.threshold is None else 1 - max(found.threshold, 0.0)
+        share = scenario.a * math.expm1(scenario.b * coverage) / scenario.b
+        shares.append(share)
+        broken += share > (0.005 if joint else 0.01 * coverage)
+    print(f"{method}: violates {broken / draws:.3f}, mean joint share {np.mean(shares):.5f}")
+    if method == "crc":
+        assert np.mean(shares) <= 0.005 + 3 * np.std(shares) / math.sqrt(draws)
+        assert broken / draws > 0.2, "an expectation says nothing about one threshold"
+    else:
+        assert broken / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
+
+
+def signs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """|logit|, missed positives, positives: the logit is normal around 3.2 or -3.2, with spread 2."""
+    labels = rng.random(n) < 0.5
+    logit = np.where(labels, 3.2, -3.2) + rng.normal(0, 2, n)
+    return np.abs(logit), labels & (logit < 0), labels
+
+
 @pytest.mark.slow
 def test_the_certified_softmax_choice_has_power() -> None:
     """FNR on exits <= 2% at n = 2,000 certify rows: true where given, and given often."""
     rng, draws = np.random.default_rng(1), 300
     big = np.random.default_rng(99)
 
-    def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        labels = rng.random(n) < 0.5
-        logit = np.where(labels, 3.2, -3.2) + rng.normal(0, 2, n)
-        return np.abs(logit), labels & (logit < 0), labels
-
-    scores, missed, labels = draw(big, 1_000_000)
+    scores, missed, labels = signs(big, 1_000_000)
     given_, broken = 0, 0
     for _ in range(draws):
-        s, e, y = draw(rng, 2000)
+        s, e, y = signs(rng, 2000)
         candidates = order_candidates(s, [Risk("fnr", 0.02, e, y)], n_certify=2000)
-        s, e, y = draw(rng, 2000)
+        s, e, y = signs(rng, 2000)
         found = certify_threshold(s, e, alpha=0.02, delta=0.05, candidates=candidates, condition="exit&y=1", labels=y)
         given_ += found.feasible
         if found.threshold is not None:

@@ -349,20 +349,22 @@ class RiskRecord(Record):
 class CertificateRecord(Record):
     """What a policy promises, from which counts, by which method; accepted means score >= threshold."""
 
-    method: Literal["ltt_fst"]
+    method: Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
     delta: float = Field(gt=0, lt=1, description="of this claim: what was declared, divided by claims")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     use: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
     min_coverage: float | None
     risks: list[RiskRecord] = Field(min_length=1)
-    unit: Literal["rows", "groups"]
+    unit: Literal["rows", "groups", "group_means"]
     n: int = Field(description="units of the certify half")
     accepted: int
     coverage: float = Field(ge=0, le=1, description="accepted / n")
     threshold: float
     first_candidate: float = Field(description="where the walk began, from the fit half alone")
     n_tested: int = Field(description="candidates tested, the first that failed among them")
-    p_value: float = Field(ge=0, le=1, description="the largest of all constraints, at the threshold")
+    p_value: float | None = Field(
+        ge=0, le=1, description="the largest of all constraints, at the threshold; null for crc"
+    )
     seed: int = Field(description="of the row that speaks for its group")
     guarantee: str
     assumptions: list[str]

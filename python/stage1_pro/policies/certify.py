@@ -1,4 +1,4 @@
-"""Certified thresholds: exact binomial tests on integer counts, with the group as the unit. NumPy only.
+"""Certified thresholds: tests on integer counts or group means, with the group as the unit. NumPy only.
 
 A certificate says: with probability at least 1 - delta over the draw of the certify rows, the risk of *this* threshold
 is at most alpha (and its coverage at least so much). It is found by testing thresholds in an order that was frozen
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,11 +20,23 @@ from scipy.special import betainc, gammaln, ndtri
 
 from stage1_pro.artifacts import CertificateRecord, RiskRecord
 from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.policies.bounds import binomial_cdf, check_share, coverage_p_value, errors_allowed, trials_needed
+from stage1_pro.policies.candidates import (
+    JOINT,
+    Counts,
+    Means,
+    Method,
+    Risk,
+    RiskCounts,
+    Unit,
+    choose,
+    count_at_least,
+    group_weights,
+)
 
-Method = Literal["ltt_fst"]
 Condition = Literal["exit", "exit&y=1"]
-Unit = Literal["rows", "groups"]
+# Without candidates, so many ranks share delta.
+_SHARING_RANKS = 20
 # Beyond this many trials the normal approximation plans as well as the exact sum, to a fraction of a percent.
 _EXACT_TRIALS = 200_000
 
@@ -48,99 +60,17 @@ def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple
     return int(hit.sum()), hit.size
 
 
-# -------------------------------------------------------------------------------- p-values and sequences
-
-
-def risk_p_value(errors: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
-    """P(Bin(m, alpha) <= k): the exact p-value of "the risk is above alpha", in [0, 1]; small is evidence against.
-
-    Super-uniform under that hypothesis given m, so a random number of accepted rows is fine (Learn then Test,
-    2110.01052, on 0/1 losses). No trial gives 1. Counts are integers: k from a float mean is off by one often.
-
-    Args:
-        errors: k, integers of any shape.
-        trials: m, integers of the same shape.
-        alpha: inside (0, 1).
-    """
-    k, m = _counts("errors", errors, "trials", trials)
-    _check_share("alpha", alpha)
-    return _binomial_cdf(k, m, alpha)
-
-
-def coverage_p_value(accepted: ArrayLike, n: ArrayLike, min_coverage: float) -> NDArray[np.float64]:
-    """P(Bin(n, c0) >= N): the exact p-value of "the coverage is below c0", in [0, 1]; small is evidence against.
-
-    Args:
-        accepted: N, integers of any shape.
-        n: all rows or groups, integers of the same shape.
-        min_coverage: c0, inside (0, 1).
-    """
-    count, total = _counts("accepted", accepted, "n", n)
-    _check_share("min_coverage", min_coverage)
-    return np.where(count > 0, betainc(np.maximum(count, 1), total - count + 1.0, min_coverage), 1.0)
-
-
-def fixed_sequence(p_values: ArrayLike, delta: float) -> int:
-    """How many hypotheses are rejected: those before the first p-value above ``delta``, each tested at the full delta.
-
-    The chance that any of them is true is at most delta when the order was frozen before the data were seen (Maurer,
-    Hothorn & Lehmacher 1995; fixed-sequence testing in Learn then Test). A NaN p-value counts as 1.
-
-    Args:
-        p_values: [T] in the order of testing.
-        delta: inside (0, 1).
-    """
-    _check_share("delta", delta)
-    failed = np.flatnonzero(~(np.asarray(p_values, dtype=np.float64) <= delta))
-    return int(failed[0]) if failed.size else np.size(p_values)
-
-
-# From p-values in the order of testing to the number of them, from the front, that may be relied on.
-_METHODS: dict[Method, Callable[[ArrayLike, float], int]] = {"ltt_fst": fixed_sequence}
-
-
-def _binomial_cdf(k: NDArray[np.float64], m: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """P(Bin(m, alpha) <= k), also between integers; the regularised beta function, exact to rounding."""
-    inside = k < m
-    return np.asarray(
-        np.where(inside, betainc(np.where(inside, m - k, 1.0), k + 1.0, 1 - alpha), 1.0), dtype=np.float64
-    )
-
-
 # -------------------------------------------------------------------------------- the certificate
-
-
-@dataclass(frozen=True)
-class Risk:
-    """A risk to hold below ``alpha``: the share of errors among the accepted rows that are trials.
-
-    ``errors`` and ``trials`` are bool [N]; an error that is no trial does not count. ``trials`` None: every row is one.
-    """
-
-    name: str
-    alpha: float
-    errors: NDArray[np.bool_]
-    trials: NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True)
-class RiskCounts:
-    """What one risk came to at a threshold: integer counts, the bound at level 1 - delta, and the p-value."""
-
-    name: str
-    alpha: float
-    trials: int
-    errors: int
-    bound: float
-    p_value: float
 
 
 @dataclass(frozen=True)
 class Certificate:
     """A certified threshold, or why there is none.
 
-    Counts, coverage and bounds are those at ``threshold``; of an infeasible one those at the first candidate, which is
-    where it failed. ``alpha``, ``errors``, ``trials`` and ``risk_bound`` are of the first risk; ``risks`` has all.
+    Counts, coverage and bounds are those at ``threshold``; of an infeasible one those at the candidate where it failed:
+    the first one (of ``bonferroni`` and ``holm`` the one with the smallest p-value). ``alpha``, ``errors``, ``trials``
+    and ``risk_bound`` are of the first risk; ``risks`` has all. With ``group_means`` counts are of groups: those with
+    an accepted trial, those with an error among them; bounds and p-values come from the means.
     """
 
     feasible: bool
@@ -150,8 +80,8 @@ class Certificate:
     min_certifiable_alpha: float | None  # the smallest one that would have passed; None when the coverage failed
     coverage_there: float | None
     reason: str
-    candidates: NDArray[np.float64]  # tested thresholds, up to the first that failed
-    p_values: NDArray[np.float64]
+    candidates: NDArray[np.float64]  # tested thresholds, in the order of testing
+    p_values: NDArray[np.float64]  # of each; empty for crc, which tests nothing
     guarantee: str
     assumptions: tuple[str, ...]
     n: int
@@ -197,7 +127,7 @@ def certify_threshold(
     condition: Condition = "exit",
     labels: ArrayLike | None = None,
     groups: ArrayLike | None = None,
-    unit: Literal["auto", "rows", "groups"] = "auto",
+    unit: Literal["auto", "rows", "groups", "group_means"] = "auto",
     seed: int = 0,
     rows_independent: bool = False,
 ) -> Certificate:
@@ -212,11 +142,12 @@ def certify_threshold(
         delta: largest chance that the certificate is false, inside (0, 1).
         min_coverage: least coverage that is certified along with the risk, inside (0, 1).
         candidates: [T] thresholds in the order of testing, from other rows (``order_candidates``); ranks when None.
-        method: ``ltt_fst``, fixed-sequence testing.
+        method: ``ltt_fst``, fixed-sequence testing, or another that ``certify`` lists.
         condition: ``exit``: risk = P(error | accept); ``exit&y=1``: P(error | accept, y = 1), from positives alone.
         labels: [N] of 0 and 1, for ``exit&y=1``.
         groups: [N] clip or track of every row.
-        unit: what is counted: groups where rows share one (``auto``), or rows, which needs ``rows_independent``.
+        unit: what is counted: groups where rows share one (``auto``), by one row each or by their means
+            (``group_means``), or rows, which needs ``rows_independent``.
         seed: of the row that speaks for its group.
         rows_independent: the caller states that rows of one group are independent.
 
@@ -253,7 +184,7 @@ def certify(
     candidates: ArrayLike | None = None,
     method: Method = "ltt_fst",
     groups: ArrayLike | None = None,
-    unit: Literal["auto", "rows", "groups"] = "auto",
+    unit: Literal["auto", "rows", "groups", "group_means"] = "auto",
     seed: int = 0,
     rows_independent: bool = False,
 ) -> Certificate:
@@ -269,16 +200,32 @@ def certify(
 
     With groups the unit is the group. The coverage is tested on one row of each group, drawn by ``seed``, each risk on
     one of its trials per group. The promise is then about one image drawn from a new group, and n counts groups.
+    ``group_means`` promises the same from all rows: of group i with trials j let v_i be the mean of error and accepted,
+    a_i the mean of accepted; the risk of that image is E[v] / E[a], so E[v] >= alpha E[a] is tested by betting on the
+    pairs (``betting_p_value``), and the coverage on the groups' accepted shares. It is worth it where groups differ
+    within; where a group's rows are all alike, one row each is exact and takes fewer groups.
+
+    Methods (``delta`` is the chance of a false certificate, ``crc`` apart):
+
+    - ``ltt_fst``: the walk above, each test at the full delta. The default.
+    - ``bonferroni``, ``holm``: all candidates share delta, in any order; the laxest that passes.
+    - ``sgr``: binary search from strict to lax (Geifman & El-Yaniv 2017); needs a risk that does not fall as thresholds
+      get laxer. With ``min_coverage`` delta is halved between risk and coverage.
+    - ``rcps``: promises another quantity, the joint share P(error and accepted) of all trials (MPR for ``exit&y=1``),
+      at most P(error | accepted) but a weaker wish. It cannot fall as thresholds get laxer, so each is tested
+      pointwise at delta (Bates et al. 2101.02703). With ``min_coverage`` delta is halved.
+    - ``crc``: the same joint share in expectation over calibration and new images (2208.02814), nothing about this
+      threshold alone, no use of delta, and no ``min_coverage``.
 
     Args:
         scores: [N], higher is surer.
         risks: at least one.
         delta: largest chance that the certificate is false, inside (0, 1).
         min_coverage: least coverage, inside (0, 1).
-        candidates: [T] thresholds in the order of testing; ranks when None.
-        method: ``ltt_fst``.
+        candidates: [T] thresholds in the order of testing; ranks when None, which ``group_means`` has not.
+        method: see above; ``bonferroni`` and ``holm`` take 20 ranks where no candidates are given.
         groups: [N] clip or track of every row.
-        unit: ``auto``, ``rows`` or ``groups``; see ``certify_threshold``.
+        unit: ``auto``, ``rows``, ``groups`` or ``group_means``; see ``certify_threshold``.
         seed: of the row that speaks for its group.
         rows_independent: the caller states that rows of one group are independent.
 
@@ -288,23 +235,36 @@ def certify(
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
         raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
-    _check_share("delta", delta)
+    check_share("delta", delta)
     if min_coverage is not None:
-        _check_share("min_coverage", min_coverage)
-    if method not in _METHODS:
-        raise InputError(f"method must be {' or '.join(_METHODS)}, got '{method}'{nearest(method, _METHODS)}")
+        check_share("min_coverage", min_coverage)
+    if method not in get_args(Method):
+        raise InputError(
+            f"method must be one of {', '.join(get_args(Method))}, got '{method}'{nearest(method, get_args(Method))}"
+        )
+    if method == "crc" and min_coverage is not None:
+        raise InputError(
+            f"min_coverage must be None for crc, got {min_coverage}; it promises an expectation of one risk, nothing "
+            "about the coverage: use ltt_fst"
+        )
     if not risks:
         raise InputError("risks must name at least one risk, got none")
     for risk in risks:
-        _check_share(f"alpha of {risk.name}", risk.alpha)
+        check_share(f"alpha of {risk.name}", risk.alpha)
         if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
             raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
-    counted, names = _unit(groups, values.size, unit, rows_independent)
-    drawn = _one_each(names, np.ones(values.size, dtype=bool), seed)
-    among = [drawn if risk.trials is None else _one_each(names, risk.trials, seed) for risk in risks]
+    counted, names = counting_unit(groups, values.size, unit, rows_independent)
+    everyone = np.ones(values.size, dtype=bool)
+    drawn = one_each(names, everyone, seed)
+    among = [drawn if risk.trials is None else one_each(names, risk.trials, seed) for risk in risks]
     n = drawn.size
+    if candidates is None and counted == "group_means":
+        raise InputError(
+            "candidates must be given where the unit is group_means, got None; rows above a rank of one row each are "
+            "independent, whole groups are not: take them from the fit half with order_candidates"
+        )
     if candidates is None:
-        order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage)
+        order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage, method)
     else:
         order = np.asarray(candidates, dtype=np.float64)
         if order.ndim != 1 or order.size == 0 or np.isnan(order).any():
@@ -312,50 +272,52 @@ def certify(
                 f"candidates must be at least one threshold [T] without NaN, got shape {list(order.shape)}; "
                 "take them from the fit half with order_candidates"
             )
-    accepted = _at_least(values[drawn], order)
-    p_values = np.zeros(order.size) if min_coverage is None else coverage_p_value(accepted, n, min_coverage)
-    p_coverage, counts = p_values, []
-    for risk, rows in zip(risks, among, strict=True):
-        k, m = _at_least(values[rows[risk.errors[rows]]], order), _at_least(values[rows], order)
-        p_risk = _binomial_cdf(k.astype(np.float64), m.astype(np.float64), risk.alpha)
-        counts.append((k, m, p_risk))
-        p_values = np.maximum(p_values, p_risk)
-    passed = _METHODS[method](p_values, delta)
-    chosen = max(passed - 1, 0)
-    found = tuple(
-        RiskCounts(
-            risk.name, risk.alpha, int(m[chosen]), int(k[chosen]),
-            clopper_pearson_upper(int(k[chosen]), int(m[chosen]), 1 - delta), float(p[chosen]),
-        )
-        for risk, (k, m, p) in zip(risks, counts, strict=True)
-    )  # fmt: skip
-    covered = bool(n) and bool(p_coverage[0] <= delta)
+        if method not in ("ltt_fst", "bonferroni", "holm"):
+            order = np.unique(order)[::-1]
+    joint = method in JOINT
+    tests = (
+        Means(values, risks, names, order, delta, min_coverage, joint, seed)
+        if counted == "group_means" and names is not None
+        else Counts(values, risks, drawn, among, order, min_coverage, joint)
+    )
+    choice = choose(tests, method, delta)
+    chosen, shown = choice.deployed, choice.shown
+    found = tests.risks_at(shown, choice.level)
+    if method == "crc":
+        found = tuple(replace(one, bound=tests.crc_risk(i, shown), p_value=1.0) for i, one in enumerate(found))
+    covered = bool(n) and float(tests.p_coverage(np.array([shown]))[0]) <= choice.coverage_level
     reason, smallest, there = "", None, None
-    if not passed:
-        reason = _reason(found, float(order[0]), int(accepted[0]), n, counted, delta, min_coverage, covered)
+    if chosen is None:
+        where = f"at the {'first' if method == 'ltt_fst' else 'nearest'} candidate, {order[shown]:.6g}"
+        reason = _reason(
+            found, where, tests.accepted_at(shown), n, counted, choice.level, min_coverage, covered,
+            expectation=method == "crc",
+        )  # fmt: skip
         if covered or (min_coverage is None and n):
-            smallest, there = found[0].bound, int(accepted[0]) / n
+            smallest, there = found[0].bound, tests.coverage_at(shown)
     return Certificate(
-        feasible=passed > 0,
-        threshold=float(order[chosen]) if passed else None,
-        coverage=int(accepted[chosen]) / n if n else None,
+        feasible=chosen is not None,
+        threshold=None if chosen is None else float(order[chosen]),
+        coverage=tests.coverage_at(shown) if n else None,
         risk_bound=found[0].bound,
         min_certifiable_alpha=smallest,
         coverage_there=there,
         reason=reason,
-        candidates=order[: passed + 1],
-        p_values=p_values[: passed + 1],
-        guarantee=_sentence(risks, n, counted, delta, min_coverage) if passed else "none: infeasible",
-        assumptions=_assumptions(counted, names is None and groups is not None, candidates is None),
+        candidates=order[choice.tested],
+        p_values=choice.p_values,
+        guarantee="none: infeasible" if chosen is None else _sentence(risks, n, counted, delta, min_coverage, method),
+        assumptions=_assumptions(counted, names is None and groups is not None, candidates is None, method),
         n=n,
-        accepted=int(accepted[chosen]),
+        accepted=tests.accepted_at(shown),
         risks=found,
         unit=counted,
         method=method,
         delta=delta,
         min_coverage=min_coverage,
         seed=seed,
-        plan=partial(_needed, values, risks, names, order, delta, min_coverage),
+        plan=partial(_needed_jointly, found[0], n, delta, method)
+        if joint
+        else partial(_needed, values, risks, names, order, delta, min_coverage),
     )
 
 
@@ -388,7 +350,7 @@ def order_candidates(
         InputError: no row of the fit half has a score.
     """
     values = np.asarray(scores, dtype=np.float64)
-    weights = _weights(groups, np.ones(values.size, dtype=bool))
+    weights = group_weights(groups, np.ones(values.size, dtype=bool))
     known = np.flatnonzero(~np.isnan(values))
     if known.size == 0:
         raise InputError(
@@ -400,9 +362,9 @@ def order_candidates(
     scale = n_certify / n_fit
     expected = np.zeros(last.size)
     for risk in risks:
-        share = _weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
+        share = group_weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
         m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
-        expected = np.maximum(expected, _binomial_cdf(k, m, risk.alpha))
+        expected = np.maximum(expected, binomial_cdf(k, m, risk.alpha))
     if min_coverage is None:
         return thresholds[int(expected.argmin()) :]
     covered = np.cumsum(weights[order])[last]
@@ -511,7 +473,7 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
     """
     assert certificate.threshold is not None
     assert certificate.coverage is not None
-    passed = certificate.p_values[certificate.p_values <= certificate.delta].size
+    (place,) = np.flatnonzero(certificate.candidates == certificate.threshold)[:1]
     assumptions = list(certificate.assumptions)
     if use is None:
         assumptions.append("no other claim was made on the same certify rows (nobody counted: they are of no run)")
@@ -528,8 +490,8 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
         coverage=certificate.coverage,
         threshold=certificate.threshold,
         first_candidate=float(certificate.candidates[0]),
-        n_tested=certificate.p_values.size,
-        p_value=float(certificate.p_values[passed - 1]),
+        n_tested=certificate.candidates.size,
+        p_value=None if certificate.method == "crc" else float(certificate.p_values[place]),
         seed=certificate.seed,
         guarantee=certificate.guarantee,
         assumptions=assumptions,
@@ -583,41 +545,6 @@ def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int
 # -------------------------------------------------------------------------------- planning
 
 
-def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.int64]:
-    """The most errors among ``trials`` with which risk <= alpha is still certified at delta; -1 where none is enough.
-
-    Args:
-        trials: m, integers of any shape.
-        alpha: inside (0, 1).
-        delta: inside (0, 1).
-    """
-    m = np.asarray(trials, dtype=np.float64)
-    k = np.floor(np.clip(m * alpha + ndtri(delta) * np.sqrt(m * alpha * (1 - alpha)), -1, m))
-
-    def passes(errors: NDArray[np.float64]) -> NDArray[np.bool_]:
-        enough = (errors < m) & (_binomial_cdf(np.maximum(errors, 0.0), m, alpha) <= delta)
-        return np.asarray((errors < 0) | enough, dtype=bool)
-
-    while not passes(k).all():
-        k = np.where(passes(k), k, k - 1)
-    while (grows := passes(k + 1)).any():
-        k = np.where(grows, k + 1, k)
-    return np.asarray(k, dtype=np.int64)
-
-
-def trials_needed(errors: int, alpha: float, delta: float) -> int:
-    """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
-    _check_share("alpha", alpha)
-    _check_share("delta", delta)
-    low, high = errors, max(errors, 1)
-    while int(errors_allowed(high, alpha, delta)) < errors:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if int(errors_allowed(middle, alpha, delta)) >= errors else (middle, high)
-    return high
-
-
 def plan_calibration(
     alpha: float, delta: float, min_coverage: float | None, expected_error: float, power: float = 0.9
 ) -> int:
@@ -639,7 +566,7 @@ def plan_calibration(
         InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
     """
     for name, value in (("alpha", alpha), ("delta", delta), ("power", power)):
-        _check_share(name, value)
+        check_share(name, value)
     share = 1.0 if min_coverage is None else min_coverage
     if not 0 < share <= 1:
         raise InputError(f"min_coverage must be in (0, 1], got {share}; it is the share of rows that are trials")
@@ -664,7 +591,7 @@ def plan_calibration(
             ways = gammaln(n + 1) - gammaln(m + 1) - gammaln(n - m + 1)
             chance = np.exp(ways + m * math.log(share) + (n - m) * math.log1p(-share))
         allowed = errors_allowed(m, alpha, delta).astype(np.float64)
-        success = np.where(allowed >= 0, _binomial_cdf(np.maximum(allowed, 0), m, expected_error), 0.0)
+        success = np.where(allowed >= 0, binomial_cdf(np.maximum(allowed, 0), m, expected_error), 0.0)
         return float(chance @ success) >= power
 
     low, high = 0, math.ceil(rough / share)
@@ -689,17 +616,21 @@ def plan_calibration(
 # -------------------------------------------------------------------------------- helpers
 
 
-def _unit(
+def counting_unit(
     groups: ArrayLike | None, n: int, unit: str, rows_independent: bool
 ) -> tuple[Unit, NDArray[np.generic] | None]:
     """What is counted, and the group of every row (None when rows are)."""
-    if unit not in ("auto", "rows", "groups"):
-        raise InputError(f"unit must be auto, rows or groups, got '{unit}'")
+    if unit not in ("auto", *get_args(Unit)):
+        raise InputError(f"unit must be auto, rows, groups or group_means, got '{unit}'")
     names = None if groups is None else np.asarray(groups)
     if names is not None and names.shape != (n,):
         raise InputError(f"groups must have shape [{n}] as scores, got {list(names.shape)}; give one per row")
-    if unit == "groups" and names is None:
+    if unit in ("groups", "group_means") and names is None:
         raise InputError("groups must be given where the unit is groups, got None")
+    if unit == "group_means":
+        if rows_independent:
+            raise InputError("rows_independent must be False where the unit is group_means, got True; choose one")
+        return "group_means", names
     if names is None or rows_independent or (unit != "groups" and np.unique(names).size == n):
         return "rows", None
     if unit == "rows":
@@ -710,7 +641,7 @@ def _unit(
     return "groups", names
 
 
-def _one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+def one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
     """One eligible row of every group that has one, [U] indices; drawn without a look at scores or errors."""
     rows = np.flatnonzero(eligible)
     if groups is None:
@@ -720,21 +651,6 @@ def _one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], s
     return np.sort(shuffled[first])
 
 
-def _weights(groups: ArrayLike | None, eligible: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Weight of every row [N] that makes groups count alike: 1 / eligible rows of its group; 0 for the others."""
-    weights = eligible.astype(np.float64)
-    if groups is not None:
-        _, member = np.unique(np.asarray(groups), return_inverse=True)
-        weights /= np.maximum(np.bincount(member, weights), 1)[member]
-    return weights
-
-
-def _at_least(scores: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many scores are at or above each threshold [T]; NaN is above none."""
-    known = np.sort(scores[~np.isnan(scores)])
-    return np.asarray(known.size - np.searchsorted(known, thresholds, side="left"), dtype=np.int64)
-
-
 def _ranks(
     values: NDArray[np.float64],
     drawn: NDArray[np.int64],
@@ -742,19 +658,28 @@ def _ranks(
     alpha: float,
     delta: float,
     min_coverage: float | None,
+    method: Method = "ltt_fst",
 ) -> NDArray[np.float64]:
-    """Thresholds just above one score after another, strict to lax, from a rank that counts alone decide."""
+    """Thresholds just above one score after another, strict to lax, from a rank that counts alone decide.
+
+    Methods that share delta take a few of them, evenly; those on the joint share all.
+    """
     rows = drawn if min_coverage is not None else trials
     known = np.unique(values[rows][~np.isnan(values[rows])])
     # Just above a score: what is accepted lies strictly above it. Above -inf lies everything.
     order = np.append(np.nextafter(known[::-1], np.inf), -np.inf)
-    above = _at_least(values[rows], order)
+    if method in JOINT:
+        return order[min(1, order.size - 1) :]
+    above = count_at_least(values[rows], order)
     if min_coverage is not None:
         start = np.flatnonzero(coverage_p_value(above, rows.size, min_coverage) <= delta)
     else:
         # Where two errors would do: a start that one unlucky row ends is a poor one.
         start = np.flatnonzero(above >= trials_needed(2, alpha, delta))
-    return order[int(start[0]) :] if start.size else order[-1:]
+    order = order[int(start[0]) :] if start.size else order[-1:]
+    if method in ("bonferroni", "holm"):
+        order = order[np.unique(np.linspace(0, order.size - 1, _SHARING_RANKS).round().astype(np.int64))]
+    return order
 
 
 def _needed(
@@ -767,7 +692,7 @@ def _needed(
 ) -> int | None:
     """Units for 90% power if the errors at the wished coverage are as seen here; None when no number would do."""
     everyone = np.ones(values.size, dtype=bool)
-    weights = _weights(groups, everyone)
+    weights = group_weights(groups, everyone)
     total = weights.sum()
     if total == 0:
         return None
@@ -782,7 +707,7 @@ def _needed(
     for threshold in np.unique(thresholds[np.linspace(0, thresholds.size - 1, min(thresholds.size, 9)).astype(int)]):
         taken, found = values >= threshold, 0
         for risk in risks:
-            share = _weights(groups, everyone if risk.trials is None else risk.trials)
+            share = group_weights(groups, everyone if risk.trials is None else risk.trials)
             m, k = share[taken].sum(), share[taken & risk.errors].sum()
             if m == 0 or k / m >= risk.alpha:
                 break
@@ -792,48 +717,88 @@ def _needed(
     return best
 
 
+def _needed_jointly(risk: RiskCounts, n: int, delta: float, method: Method) -> int | None:
+    """Units for 90% power (rcps), or for the budget (crc), if the joint share is as it was seen."""
+    if n == 0 or risk.trials == 0 or risk.errors / risk.trials >= risk.alpha:
+        return None
+    share, error = risk.trials / n, risk.errors / risk.trials
+    if method == "rcps":
+        return plan_calibration(risk.alpha, delta, share, error)
+    return math.ceil((1 - risk.alpha) / (risk.alpha - error) / share)
+
+
 def _reason(
     risks: tuple[RiskCounts, ...],
-    threshold: float,
+    at: str,
     accepted: int,
     n: int,
     unit: Unit,
     delta: float,
     min_coverage: float | None,
     covered: bool,
+    *,
+    expectation: bool,
 ) -> str:
+    unit = "groups" if unit == "group_means" else unit
     if n == 0:
         return f"there are no certify {unit}"
-    where = f"at the first candidate, {threshold:.6g}, {accepted} of {n} {unit} are accepted"
+    where = f"{at}, {accepted} of {n} {unit} are accepted"
     if min_coverage is not None and not covered:
         return f"{where}, too few to certify a coverage of {min_coverage:g} at delta {delta:g}"
     parts = [
         f"{risk.name} is {risk.errors} of {risk.trials} (upper bound {risk.bound:.4g}, wished {risk.alpha:g})"
         + (
             f", and even no error at all would need {trials_needed(0, risk.alpha, delta)}"
-            if int(errors_allowed(risk.trials, risk.alpha, delta)) < 0
+            if not expectation and int(errors_allowed(risk.trials, risk.alpha, delta)) < 0
             else ""
         )
         for risk in risks
         if risk.p_value > delta
     ]
-    return f"{where}, where {' and '.join(parts)}"
+    return f"{where}, where {' and '.join(parts)}" if parts else f"{where}: a threshold that accepts none is no answer"
 
 
-def _sentence(risks: Sequence[Risk], n: int, unit: Unit, delta: float, min_coverage: float | None) -> str:
+_HOW: dict[Method, str] = {
+    "ltt_fst": "in a fixed sequence",
+    "bonferroni": "that share delta",
+    "holm": "that share delta step by step",
+    "sgr": "in a binary search",
+    "rcps": "at each threshold alone; the joint share cannot fall as it gets laxer",
+    "crc": "",
+}
+
+
+def _sentence(
+    risks: Sequence[Risk], n: int, unit: Unit, delta: float, min_coverage: float | None, method: Method
+) -> str:
     image = "a new image" if unit == "rows" else "one image drawn from a new group"
-    wishes = [f"{risk.name} at most {100 * risk.alpha:g}%" for risk in risks]
+    units = "groups" if unit == "group_means" else unit
+    names = [
+        risk.name
+        if method not in JOINT
+        else f"share of {'images' if risk.trials is None else 'positives'} that are accepted and wrong ({risk.name}, "
+        "jointly with its acceptance)"
+        for risk in risks
+    ]
+    wishes = [f"{name} at most {100 * risk.alpha:g}%" for name, risk in zip(names, risks, strict=True)]
+    if method == "crc":
+        return (
+            f"On average over draws of {n} certify {units} and of {image}, and so not for this threshold alone: "
+            f"{' and '.join(wishes)} (conformal risk control: an expectation)."
+        )
     if min_coverage is not None:
         wishes.insert(0, f"coverage at least {100 * min_coverage:g}%")
+    tests = "betting on group means" if unit == "group_means" else "exact binomial tests"
     return (
-        f"With probability at least {100 * (1 - delta):g}% over the draw of the {n} certify {unit}, this holds of "
-        f"{image}: {' and '.join(wishes)} (exact binomial tests in a fixed sequence)."
+        f"With probability at least {100 * (1 - delta):g}% over the draw of the {n} certify {units}, this holds of "
+        f"{image}: {' and '.join(wishes)} ({tests} {_HOW[method]})."
     )
 
 
-def _assumptions(unit: Unit, stated: bool, ranks: bool) -> tuple[str, ...]:
+def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method) -> tuple[str, ...]:
+    units = "groups" if unit == "group_means" else unit
     found = [
-        f"certify {unit} are independent draws of what will be seen later, and nothing shifts",
+        f"certify {units} are independent draws of what will be seen later, and nothing shifts",
         "model, wish and order of testing were fixed before anybody looked at the certify rows",
     ]
     if stated:
@@ -842,29 +807,15 @@ def _assumptions(unit: Unit, stated: bool, ranks: bool) -> tuple[str, ...]:
         found.append(
             "one row speaks for its group, drawn without a look at scores or errors; large groups count no more"
         )
-    if ranks:
+    if unit == "group_means":
+        found.append("the mean of its rows speaks for a group; large groups count no more")
+    if method == "sgr":
+        found.append("the risk does not fall as the threshold gets laxer")
+    elif ranks and method not in JOINT:
         found.append(
             "the risk does not fall as the threshold gets laxer (ranks are walked, not thresholds of other rows)"
         )
     return tuple(found)
-
-
-def _counts(name: str, part: ArrayLike, of: str, whole: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    counted, total = np.asarray(part), np.asarray(whole)
-    if counted.dtype.kind not in "iu" or total.dtype.kind not in "iu":
-        raise InputError(
-            f"{name} and {of} must be integers, got {counted.dtype} and {total.dtype}; count, never average"
-        )
-    counted, total = np.broadcast_arrays(counted, total)
-    bad = np.flatnonzero((counted < 0) | (counted > total))
-    if bad.size:
-        raise InputError(f"{name} must be from 0 to {of}, got {counted.flat[bad[0]]} of {total.flat[bad[0]]}")
-    return counted.astype(np.float64), total.astype(np.float64)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise InputError(f"{name} must be inside (0, 1), got {value}; it is a share")
 
 
 def _zero_one(name: str, given: ArrayLike, n: int) -> NDArray[np.bool_]:

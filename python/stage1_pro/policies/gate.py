@@ -20,15 +20,8 @@ from stage1_pro._native import sweep
 from stage1_pro.artifacts import GateConstraints, GateParams, SweepRow
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
-from stage1_pro.policies.certify import (
-    Certificate,
-    Risk,
-    certify_halves,
-    check_halves,
-    groups_in_error,
-    infeasible,
-    record,
-)
+from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certify import Certificate, certify_halves, check_halves, groups_in_error, infeasible, record
 from stage1_pro.policies.softmax import (
     BOUND_LEVEL,
     ExitCounts,

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.artifacts import SweepRow, Thresholds
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
-from stage1_pro.policies.certify import Certificate, Risk, certify_halves, gaps, groups_in_error, infeasible, record
+from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certify import Certificate, certify_halves, gaps, groups_in_error, infeasible, record
 
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)
 BOUND_LEVEL = 0.95

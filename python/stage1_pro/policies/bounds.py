@@ -1,0 +1,350 @@
+"""Bounds, p-values and tests that certificates are made of: pure functions on integer counts or losses in [0, 1].
+
+NumPy and SciPy only. Each says which hypothesis it speaks of and where it comes from. Clopper and Pearson's bounds
+(one-sided and two-sided) are in ``metrics.intervals``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betainc, betaincinv, ndtri, xlogy
+
+from stage1_pro.errors import InputError
+
+# -------------------------------------------------------------------------------- 0/1 losses: exact binomial
+
+
+def risk_p_value(errors: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    """P(Bin(m, alpha) <= k): the exact p-value of "the risk is above alpha", in [0, 1]; small is evidence against.
+
+    Super-uniform under that hypothesis given m, so a random number of accepted rows is fine (Learn then Test,
+    2110.01052, on 0/1 losses). No trial gives 1. Counts are integers: k from a float mean is off by one often.
+
+    Args:
+        errors: k, integers of any shape.
+        trials: m, integers of the same shape.
+        alpha: inside (0, 1).
+    """
+    k, m = _counts("errors", errors, "trials", trials)
+    check_share("alpha", alpha)
+    return binomial_cdf(k, m, alpha)
+
+
+def coverage_p_value(accepted: ArrayLike, n: ArrayLike, min_coverage: float) -> NDArray[np.float64]:
+    """P(Bin(n, c0) >= N): the exact p-value of "the coverage is below c0", in [0, 1]; small is evidence against.
+
+    Args:
+        accepted: N, integers of any shape.
+        n: all rows or groups, integers of the same shape.
+        min_coverage: c0, inside (0, 1).
+    """
+    count, total = _counts("accepted", accepted, "n", n)
+    check_share("min_coverage", min_coverage)
+    return np.where(count > 0, betainc(np.maximum(count, 1), total - count + 1.0, min_coverage), 1.0)
+
+
+def binomial_cdf(k: NDArray[np.float64], m: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+    """P(Bin(m, alpha) <= k), also between integers; the regularised beta function, exact to rounding."""
+    inside = k < m
+    return np.asarray(
+        np.where(inside, betainc(np.where(inside, m - k, 1.0), k + 1.0, 1 - alpha), 1.0), dtype=np.float64
+    )
+
+
+def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.int64]:
+    """The most errors among ``trials`` with which risk <= alpha is still certified at delta; -1 where none is enough.
+
+    Args:
+        trials: m, integers of any shape.
+        alpha: inside (0, 1).
+        delta: inside (0, 1).
+    """
+    m = np.asarray(trials, dtype=np.float64)
+    k = np.floor(np.clip(m * alpha + ndtri(delta) * np.sqrt(m * alpha * (1 - alpha)), -1, m))
+
+    def passes(errors: NDArray[np.float64]) -> NDArray[np.bool_]:
+        enough = (errors < m) & (binomial_cdf(np.maximum(errors, 0.0), m, alpha) <= delta)
+        return np.asarray((errors < 0) | enough, dtype=bool)
+
+    while not passes(k).all():
+        k = np.where(passes(k), k, k - 1)
+    while (grows := passes(k + 1)).any():
+        k = np.where(grows, k + 1, k)
+    return np.asarray(k, dtype=np.int64)
+
+
+def trials_needed(errors: int, alpha: float, delta: float) -> int:
+    """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
+    check_share("alpha", alpha)
+    check_share("delta", delta)
+    low, high = errors, max(errors, 1)
+    while int(errors_allowed(high, alpha, delta)) < errors:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if int(errors_allowed(middle, alpha, delta)) >= errors else (middle, high)
+    return high
+
+
+# -------------------------------------------------------------------------------- the law of the coverage at a rank
+
+
+def selection_rank(n: int, xi: float, delta: float) -> int | None:
+    """The fewest rows M whose acceptance certifies coverage >= xi at delta; None where n rows are too few.
+
+    With continuous scores the share of new images strictly above the M-th largest of n calibration scores is Beta(M,
+    n + 1 - M) (order statistics of uniforms; Wilks 1941). M is the smallest with P(Beta(M, n + 1 - M) <= xi) <= delta,
+    which is also P(Bin(n, xi) >= M) <= delta: M accepted rows of n certify it for a threshold known beforehand.
+
+    Args:
+        n: calibration rows or groups.
+        xi: least coverage, inside (0, 1).
+        delta: inside (0, 1).
+    """
+    check_share("xi", xi)
+    check_share("delta", delta)
+    ranks = np.arange(1, n + 1, dtype=np.float64)
+    good = np.flatnonzero(betainc(ranks, n + 1 - ranks, xi) <= delta)
+    return int(good[0]) + 1 if good.size else None
+
+
+def selection_bounds(rank: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided bounds of the coverage strictly above the ``rank``-th largest of n scores, from its law Beta(M, n+1-M).
+
+    Args:
+        rank: M, from 1 to n.
+        n: calibration rows or groups.
+        level: chance that the coverage lies between, inside (0, 1).
+    """
+    check_share("level", level)
+    if not 1 <= rank <= n:
+        raise InputError(f"rank must be from 1 to n = {n}, got {rank}; the largest score has rank 1")
+    low, high = betaincinv(rank, n + 1 - rank, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# -------------------------------------------------------------------------------- losses in [0, 1]
+
+
+def hoeffding_bentkus_p_value(total: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    """p-value of "the mean loss is above alpha" for independent losses in [0, 1]; small is evidence against.
+
+    min(exp(-m h1(min(S/m, alpha), alpha)), e P(Bin(m, alpha) <= ceil(S))): Hoeffding 1963 and Bentkus 2004, joined as
+    in Learn then Test (2110.01052, prop. 1). For 0/1 losses ``risk_p_value`` is exact and never larger.
+
+    Args:
+        total: S, the sum of the losses, in [0, m], any shape.
+        trials: m, integers of the same shape.
+        alpha: inside (0, 1).
+    """
+    check_share("alpha", alpha)
+    s, m = np.broadcast_arrays(np.asarray(total, dtype=np.float64), np.asarray(trials, dtype=np.float64))
+    if not ((s >= 0) & (s <= m)).all():
+        raise InputError("total must be from 0 to trials; losses must be in [0, 1]")
+    mean = np.minimum(s / np.maximum(m, 1), alpha)
+    h1 = xlogy(mean, mean / alpha) + xlogy(1 - mean, (1 - mean) / (1 - alpha))
+    bentkus = np.minimum(math.e * binomial_cdf(np.ceil(s), m, alpha), 1.0)
+    return np.asarray(np.minimum(np.exp(-m * h1), bentkus), dtype=np.float64)
+
+
+def hoeffding_bentkus_upper(total: float, trials: int, delta: float) -> float:
+    """Upper bound of a mean loss at level 1 - delta, in [0, 1]: ``hoeffding_bentkus_p_value`` rejects what is above it.
+
+    Args:
+        total: sum of the losses.
+        trials: how many; 0 gives 1.
+        delta: inside (0, 1).
+    """
+    check_share("delta", delta)
+    return _smallest(lambda alpha: float(hoeffding_bentkus_p_value(total, trials, alpha)) <= delta)
+
+
+def betting_p_value(losses: ArrayLike, alpha: float, delta: float, *, weights: ArrayLike | None = None) -> float:
+    """p-value of "E[loss] >= alpha E[weight]" for independent pairs, by betting against it; small is evidence against.
+
+    The capital prod(1 + b_i (alpha a_i - v_i)) of bets b_i in [0, 0.9], each chosen from the pairs before it, is a
+    supermartingale under the hypothesis, so 1 / its maximum is a p-value (Ville; Waudby-Smith & Ramdas 2010.09686).
+    With weights it is a test of a ratio of means, E[v] / E[a] >= alpha. The order must not depend on the values.
+
+    Args:
+        losses: v [G] in [0, 1].
+        alpha: inside (0, 1).
+        delta: the level that the bets aim at; the p-value holds for any.
+        weights: a [G] in [0, 1]; 1 by default.
+    """
+    check_share("alpha", alpha)
+    check_share("delta", delta)
+    loss, weight = _losses(losses, weights)
+    return math.exp(-_log_capital(alpha * weight - loss, _bets(alpha * weight - loss, alpha * (1 - alpha), 20, delta)))
+
+
+def betting_upper(
+    losses: ArrayLike, delta: float, *, weights: ArrayLike | None = None, alpha: float | None = None
+) -> float:
+    """Upper bound of a mean loss, or of E[loss] / E[weight], at level 1 - delta, in [0, 1]; no loss gives 1.
+
+    The smallest ratio that the bets of ``betting_p_value`` reject; they are the same for every ratio, so it is a bound.
+
+    Args:
+        losses: [G] in [0, 1], in an order that does not depend on them.
+        delta: inside (0, 1).
+        weights: [G] in [0, 1]; 1 by default.
+        alpha: the ratio that the bets aim at; without one they learn the spread from nothing.
+    """
+    check_share("delta", delta)
+    loss, weight = _losses(losses, weights)
+    if alpha is None:
+        bets = _bets(loss, 0.25, 1, delta)
+    else:
+        check_share("alpha", alpha)
+        bets = _bets(alpha * weight - loss, alpha * (1 - alpha), 20, delta)
+    return _smallest(lambda ratio: _log_capital(ratio * weight - loss, bets) >= -math.log(delta))
+
+
+def crc_budget(alpha: float, trials: int) -> int:
+    """The most errors among ``trials`` with (errors + 1) / (trials + 1) <= alpha: floor(alpha (m + 1)) - 1; -1: none.
+
+    Conformal risk control (2208.02814) for 0/1 losses: the expected risk is then at most alpha. In exact integers of
+    the decimal text of alpha. The budget published for SCRC-I, ceil(alpha (m + 1)) - 1, lets it exceed alpha.
+
+    Args:
+        alpha: inside (0, 1).
+        trials: m.
+    """
+    check_share("alpha", alpha)
+    return math.floor(exact(alpha) * (trials + 1)) - 1
+
+
+def exact(value: float) -> Fraction:
+    """The number that the shortest decimal text of ``value`` writes: .55 is 11/20, so ceil(100 * .55) is 55."""
+    return Fraction(repr(float(value)))
+
+
+# -------------------------------------------------------------------------------- several tests
+
+
+def fixed_sequence(p_values: ArrayLike, delta: float) -> int:
+    """How many hypotheses are rejected: those before the first p-value above ``delta``, each tested at the full delta.
+
+    The chance that any of them is true is at most delta when the order was frozen before the data were seen (Maurer,
+    Hothorn & Lehmacher 1995; fixed-sequence testing in Learn then Test). A NaN p-value counts as 1.
+
+    Args:
+        p_values: [T] in the order of testing.
+        delta: inside (0, 1).
+    """
+    check_share("delta", delta)
+    failed = np.flatnonzero(~(np.asarray(p_values, dtype=np.float64) <= delta))
+    return int(failed[0]) if failed.size else np.size(p_values)
+
+
+def bonferroni(p_values: ArrayLike, delta: float) -> NDArray[np.bool_]:
+    """Which hypotheses [T] are rejected, each at delta / T; the chance of any false rejection is at most delta.
+
+    A NaN p-value counts as 1.
+    """
+    check_share("delta", delta)
+    p = np.asarray(p_values, dtype=np.float64)
+    return np.asarray(p <= delta / max(p.size, 1), dtype=bool)
+
+
+def holm(p_values: ArrayLike, delta: float) -> NDArray[np.bool_]:
+    """Which hypotheses [T] are rejected by steps: the i-th smallest p-value at delta / (T + 1 - i) (Holm 1979).
+
+    At least those of ``bonferroni``, with the same promise. A NaN p-value counts as 1.
+    """
+    check_share("delta", delta)
+    p = np.asarray(p_values, dtype=np.float64)
+    p = np.where(np.isnan(p), 1.0, p)
+    order = np.argsort(p, kind="stable")
+    rejected = np.zeros(p.size, dtype=bool)
+    rejected[order[: fixed_sequence(p[order] * np.arange(p.size, 0, -1), delta)]] = True
+    return rejected
+
+
+def binary_search(p_value: Callable[[int], float], size: int, delta: float) -> tuple[int | None, list[int]]:
+    """Search thresholds 0 (strict) to size - 1 (lax) for the laxest that passes; give it, and those that were tested.
+
+    SGR (Geifman & El-Yaniv 2017, algorithm 1): a pass goes on to laxer ones, a failure to stricter ones. Where the risk
+    does not fall as thresholds get laxer, a false pass must happen on the one path that right answers take, so each
+    test has delta / its length. A search of T thresholds takes up to ceil(log2(T + 1)) tests, one more than the paper's
+    ceil(log2 T) where T is a power of two.
+
+    Args:
+        p_value: of "the risk at this threshold is above its limit".
+        size: T.
+        delta: inside (0, 1).
+    """
+    check_share("delta", delta)
+    each = delta / max(size.bit_length(), 1)
+    found, tested, low, high = None, list[int](), 0, size - 1
+    while low <= high:
+        middle = (low + high) // 2
+        tested.append(middle)
+        if p_value(middle) <= each:
+            found, low = middle, middle + 1
+        else:
+            high = middle - 1
+    return found, tested
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _smallest(rejected: Callable[[float], bool]) -> float:
+    """The smallest share that is rejected, from above, to 1e-12 of itself; 1 where none is."""
+    low, high = 0.0, 1.0
+    while high - low > max(1e-12 * high, 1e-300):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rejected(middle) else (middle, high)
+    return high
+
+
+def _bets(gains: NDArray[np.float64], variance: float, weight: float, delta: float) -> NDArray[np.float64]:
+    """Bets [G] that aim at 1 / delta after all of them, each from the gains before it and a prior of that variance."""
+    n = gains.size
+    before = np.arange(n)
+    sums = np.cumsum(gains) - gains
+    away = (gains - sums / (weight + before)) ** 2
+    spread = (weight * variance + np.cumsum(away) - away) / (weight + before)
+    return np.minimum(np.sqrt(-2 * math.log(delta) / (max(n, 1) * spread)), 0.9)
+
+
+def _log_capital(gains: NDArray[np.float64], bets: NDArray[np.float64]) -> float:
+    """The largest log of the capital on the way, at least 0: it starts at 1."""
+    return max(float(np.cumsum(np.log1p(bets * gains)).max(initial=0.0)), 0.0)
+
+
+def _losses(losses: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    loss = np.asarray(losses, dtype=np.float64)
+    weight = np.ones(loss.shape) if weights is None else np.asarray(weights, dtype=np.float64)
+    if loss.ndim != 1 or weight.shape != loss.shape:
+        raise InputError(f"losses and weights must have shape [G], got {list(loss.shape)} and {list(weight.shape)}")
+    for name, values in (("losses", loss), ("weights", weight)):
+        if not ((values >= 0) & (values <= 1)).all():
+            raise InputError(f"{name} must be in [0, 1], got others; scale them")
+    return loss, weight
+
+
+def _counts(name: str, part: ArrayLike, of: str, whole: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    counted, total = np.asarray(part), np.asarray(whole)
+    if counted.dtype.kind not in "iu" or total.dtype.kind not in "iu":
+        raise InputError(
+            f"{name} and {of} must be integers, got {counted.dtype} and {total.dtype}; count, never average"
+        )
+    counted, total = np.broadcast_arrays(counted, total)
+    bad = np.flatnonzero((counted < 0) | (counted > total))
+    if bad.size:
+        raise InputError(f"{name} must be from 0 to {of}, got {counted.flat[bad[0]]} of {total.flat[bad[0]]}")
+    return counted.astype(np.float64), total.astype(np.float64)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise InputError unless ``value`` is inside (0, 1)."""
+    if not 0 < value < 1:
+        raise InputError(f"{name} must be inside (0, 1), got {value}; it is a share")

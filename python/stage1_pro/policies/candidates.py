@@ -1,0 +1,294 @@
+"""Tests at candidate thresholds, on exact counts or on means of groups, and the choice among those that pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.policies.bounds import (
+    betting_p_value,
+    betting_upper,
+    binary_search,
+    binomial_cdf,
+    bonferroni,
+    coverage_p_value,
+    crc_budget,
+    exact,
+    fixed_sequence,
+    holm,
+)
+
+Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
+Unit = Literal["rows", "groups", "group_means"]
+# These speak of the joint share P(error and accepted), which cannot fall as the threshold gets laxer.
+JOINT = ("rcps", "crc")
+
+
+@dataclass(frozen=True)
+class Risk:
+    """A risk to hold below ``alpha``: the share of errors among the accepted rows that are trials.
+
+    ``errors`` and ``trials`` are bool [N]; an error that is no trial does not count. ``trials`` None: every row is one.
+    """
+
+    name: str
+    alpha: float
+    errors: NDArray[np.bool_]
+    trials: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class RiskCounts:
+    """What one risk came to at a threshold: integer counts, the bound at level 1 - delta, and the p-value."""
+
+    name: str
+    alpha: float
+    trials: int
+    errors: int
+    bound: float
+    p_value: float
+
+
+class Counts:
+    """Exact binomial tests at every candidate, one row a unit.
+
+    ``joint``: trials count whether accepted or not.
+    """
+
+    chunk = 1 << 62  # all at once
+
+    def __init__(
+        self,
+        values: NDArray[np.float64],
+        risks: Sequence[Risk],
+        drawn: NDArray[np.int64],
+        among: Sequence[NDArray[np.int64]],
+        order: NDArray[np.float64],
+        min_coverage: float | None,
+        joint: bool,
+    ) -> None:
+        self.n, self.order, self.risks, self.min_coverage = drawn.size, order, risks, min_coverage
+        self.accepted = count_at_least(values[drawn], order)
+        self.k = [
+            count_at_least(values[rows[risk.errors[rows]]], order) for risk, rows in zip(risks, among, strict=True)
+        ]
+        self.m = [np.full(order.size, rows.size) if joint else count_at_least(values[rows], order) for rows in among]
+
+    def p_coverage(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of "the coverage is below its limit" at candidates [T]; 0 where there is no limit."""
+        if self.min_coverage is None:
+            return np.zeros(at.size)
+        return coverage_p_value(self.accepted[at], self.n, self.min_coverage)
+
+    def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of "a risk is above its limit": the largest of the risks' at candidates [T]."""
+        found = [
+            binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), risk.alpha)
+            for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
+        ]
+        return np.asarray(np.max(found, axis=0), dtype=np.float64)
+
+    def risks_at(self, i: int, level: float) -> tuple[RiskCounts, ...]:
+        """Counts at candidate ``i``, with bounds at 1 - level."""
+        counts = [(int(k[i]), int(m[i])) for k, m in zip(self.k, self.m, strict=True)]
+        return tuple(
+            RiskCounts(
+                risk.name, risk.alpha, m, k, clopper_pearson_upper(k, m, 1 - level),
+                float(binomial_cdf(np.array(float(k)), np.array(float(m)), risk.alpha)),
+            )
+            for risk, (k, m) in zip(self.risks, counts, strict=True)
+        )  # fmt: skip
+
+    def accepted_at(self, i: int) -> int:
+        """Units accepted."""
+        return int(self.accepted[i])
+
+    def coverage_at(self, i: int) -> float:
+        """Their share."""
+        return int(self.accepted[i]) / max(self.n, 1)
+
+    def crc_risk(self, risk: int, i: int) -> float:
+        """(errors + 1) / (trials + 1)."""
+        return (int(self.k[risk][i]) + 1) / (int(self.m[risk][i]) + 1)
+
+    def within_crc(self, i: int) -> bool:
+        """Whether that is within every limit, in exact integers."""
+        return all(
+            int(k[i]) <= crc_budget(risk.alpha, int(m[i]))
+            for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
+        )
+
+
+class Means:
+    """Tests by betting on the means of groups, which are visited in a seeded order; the interface of ``Counts``."""
+
+    chunk = 8
+
+    def __init__(
+        self,
+        values: NDArray[np.float64],
+        risks: Sequence[Risk],
+        names: NDArray[np.generic],
+        order: NDArray[np.float64],
+        delta: float,
+        min_coverage: float | None,
+        joint: bool,
+        seed: int,
+    ) -> None:
+        _, member = np.unique(names, return_inverse=True)
+        self.n = int(member.max(initial=-1)) + 1
+        self.order, self.risks, self.delta, self.min_coverage, self.joint = order, risks, delta, min_coverage, joint
+        # An order of betting that no value decides.
+        self.member = np.random.default_rng(seed).permutation(self.n)[member]
+        known = np.flatnonzero(~np.isnan(values))
+        self.ranked = known[np.argsort(-values[known], kind="stable")]
+        self.ends = count_at_least(values, order)
+        everyone = np.ones(values.size, dtype=bool)
+        self.everyone = group_weights(self.member, everyone)
+        self.trials = [everyone if risk.trials is None else risk.trials for risk in risks]
+        self.shares = [group_weights(self.member, trials) for trials in self.trials]
+
+    def _means(self, i: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Each group's sum of the weights of accepted rows [G]: a mean, as they sum to 1 over all its trials."""
+        rows = self.ranked[: self.ends[i]]
+        return np.minimum(np.bincount(self.member[rows], weights[rows], self.n), 1.0)
+
+    def _pairs(self, risk: int, i: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Losses and weights of the groups that have trials."""
+        share = self.shares[risk]
+        has = np.bincount(self.member, share, self.n) > 0
+        loss = self._means(i, share * self.risks[risk].errors)[has]
+        return loss, np.ones(loss.size) if self.joint else self._means(i, share)[has]
+
+    def p_coverage(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of "the coverage is below its limit", from the accepted share of each group."""
+        if self.min_coverage is None:
+            return np.zeros(at.size)
+        wish = 1 - self.min_coverage
+        return np.array([betting_p_value(1 - self._means(int(i), self.everyone), wish, self.delta) for i in at])
+
+    def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of "a risk is above its limit", from the pairs of each risk."""
+        return np.array([max(self._p_one(risk, int(i)) for risk in range(len(self.risks))) for i in at])
+
+    def _p_one(self, risk: int, i: int) -> float:
+        loss, weights = self._pairs(risk, i)
+        return betting_p_value(loss, self.risks[risk].alpha, self.delta, weights=weights)
+
+    def risks_at(self, i: int, level: float) -> tuple[RiskCounts, ...]:
+        """Counts of groups at candidate ``i``; bounds at 1 - level and p-values from the means."""
+        found = []
+        for number, risk in enumerate(self.risks):
+            loss, weights = self._pairs(number, i)
+            bound = betting_upper(loss, level, weights=weights, alpha=risk.alpha)
+            trials, errors = int(np.count_nonzero(weights)), int(np.count_nonzero(loss))
+            found.append(RiskCounts(risk.name, risk.alpha, trials, errors, bound, self._p_one(number, i)))
+        return tuple(found)
+
+    def accepted_at(self, i: int) -> int:
+        """Groups with an accepted row."""
+        return int(np.count_nonzero(self._means(i, self.everyone)))
+
+    def coverage_at(self, i: int) -> float:
+        """The mean of their accepted shares."""
+        return float(self._means(i, self.everyone).sum()) / max(self.n, 1)
+
+    def crc_risk(self, risk: int, i: int) -> float:
+        """(sum of losses + 1) / (groups + 1)."""
+        loss, _ = self._pairs(risk, i)
+        return (float(loss.sum()) + 1) / (loss.size + 1)
+
+    def within_crc(self, i: int) -> bool:
+        """Whether that is within every limit."""
+        return all(self.crc_risk(number, i) <= exact(risk.alpha) for number, risk in enumerate(self.risks))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate to deploy and what led to it.
+
+    ``shown`` is the deployed one, or where it failed. Bounds hold at 1 - ``level``; the coverage is tested at
+    ``coverage_level``.
+    """
+
+    deployed: int | None
+    shown: int
+    tested: NDArray[np.int64]
+    p_values: NDArray[np.float64]
+    level: float
+    coverage_level: float
+
+
+def choose(tests: Counts | Means, method: Method, delta: float) -> Choice:
+    """Test candidates by a method that ``certify`` describes, and choose the laxest that may be relied on."""
+    size = tests.order.size
+    everything = np.arange(size)
+
+    def both(at: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.maximum(tests.p_coverage(at), tests.p_risk(at))
+
+    def prefix(passed: int, p_values: NDArray[np.float64], level: float) -> Choice:
+        last = passed - 1 if passed else None
+        return Choice(last, max(passed - 1, 0), everything[: passed + 1], p_values, level, level)
+
+    if method == "ltt_fst":
+        found = prefix(*_walk(tests, both, delta), delta)
+    elif method == "crc":
+        passed = 0
+        while passed < size and tests.within_crc(passed):
+            passed += 1
+        found = prefix(passed, np.empty(0), delta)
+    elif method in ("bonferroni", "holm"):
+        p_values = both(everything)
+        good = np.flatnonzero(bonferroni(p_values, delta) if method == "bonferroni" else holm(p_values, delta))
+        laxest = int(good[tests.order[good].argmin()]) if good.size else None
+        shown = int(p_values.argmin()) if laxest is None else laxest
+        level = delta / (size - (int((p_values < p_values[shown]).sum()) if method == "holm" else 0))
+        found = Choice(laxest, shown, everything, p_values, level, level)
+    else:
+        # Risk and coverage are tested apart: each has half of delta.
+        half = delta if tests.min_coverage is None else delta / 2
+        if method == "rcps":
+            found = prefix(*_walk(tests, tests.p_risk, half), half)
+        else:
+            last, path = binary_search(lambda i: float(tests.p_risk(np.array([i]))[0]), size, half)
+            tested = np.array(path)
+            level = half / max(size.bit_length(), 1)
+            found = Choice(last, path[-1] if last is None else last, tested, tests.p_risk(tested), level, half)
+        if float(tests.p_coverage(np.array([found.shown]))[0]) > half:
+            found = replace(found, deployed=None)
+    # Nothing accepted is never wrong, and no answer either.
+    return replace(found, deployed=None) if tests.accepted_at(found.shown) == 0 else found
+
+
+def _walk(
+    tests: Counts | Means, p_value: Callable[[NDArray[np.int64]], NDArray[np.float64]], level: float
+) -> tuple[int, NDArray[np.float64]]:
+    """How many candidates pass before the first that fails, and the p-values up to it."""
+    found = np.empty(0)
+    for start in range(0, tests.order.size, tests.chunk):
+        found = np.append(found, p_value(np.arange(start, min(start + tests.chunk, tests.order.size))))
+        if fixed_sequence(found, level) < found.size:
+            break
+    passed = fixed_sequence(found, level)
+    return passed, found[: passed + 1]
+
+
+def group_weights(groups: ArrayLike | None, eligible: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Weight of every row [N] that makes groups count alike: 1 / eligible rows of its group; 0 for the others."""
+    weights = eligible.astype(np.float64)
+    if groups is not None:
+        _, member = np.unique(np.asarray(groups), return_inverse=True)
+        weights /= np.maximum(np.bincount(member, weights), 1)[member]
+    return weights
+
+
+def count_at_least(scores: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many scores are at or above each threshold [T]; NaN is above none."""
+    known = np.sort(scores[~np.isnan(scores)])
+    return np.asarray(known.size - np.searchsorted(known, thresholds, side="left"), dtype=np.int64)

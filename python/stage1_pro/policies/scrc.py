@@ -1,0 +1,700 @@
+"""Selective conformal risk control: sets of labels for the images that are accepted, with a promise that is true.
+
+An image is accepted iff its gate score is at or above a selection threshold, and then gets the set of classes whose
+nonconformity is at or below a limit; otherwise nobody answers. Promised are a least share accepted (xi) and a largest
+risk among the accepted (alpha): that the set misses the label. Xu, Guo & Wei (Selective Conformal Risk Control,
+2512.12844) give SCRC-T and SCRC-I; the default, SCRC-PAC, holds for the very thresholds that are shipped. NumPy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv
+
+from stage1_pro.errors import InputError, NotReachableError, nearest
+from stage1_pro.metrics.intervals import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.policies.bounds import (
+    betting_upper,
+    check_share,
+    crc_budget,
+    errors_allowed,
+    exact,
+    selection_rank,
+    trials_needed,
+)
+from stage1_pro.policies.candidates import Unit
+from stage1_pro.policies.certify import counting_unit, one_each
+
+Variant = Literal["pac", "I", "T", "naive"]
+Loss = Literal["miscoverage", "fnr"]
+Score = Literal["lac", "aps", "raps"]
+Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+# Accepts every row that has a score, and is a number that JSON can write.
+ACCEPT_ALL = -float(np.finfo(np.float64).max)
+PASS_LEVEL, FAIL_LEVEL = 0.95, 0.99
+# Where no smaller number of rows settles a question, none is named.
+_MOST_ROWS = 10**9
+
+
+@dataclass(frozen=True)
+class SCRC:
+    """What is wished: a share accepted of at least ``xi``, a risk among the accepted of at most ``alpha``.
+
+    Variants:
+
+    - ``pac``: with probability 1 - delta over the calibration rows both hold of the thresholds found. Default.
+    - ``I``: the coverage with probability 1 - delta[0]; the risk in expectation over calibration and new images.
+    - ``T``: both in expectation.
+    - ``naive``: what looks best on the calibration rows; promises nothing.
+
+    Cells (``groups``): one risk limit for all, one for each ``stage`` that answered, or one for each true ``class``.
+    delta[1] is divided by their number, so all cells hold together. Selection is one for all.
+
+    Args:
+        xi: least share accepted, inside (0, 1).
+        alpha: largest risk among the accepted, inside (0, 1); taken by its decimal text.
+        delta: chance of failure of the selection and of the risk.
+        variant: see above.
+        loss: ``miscoverage``: P(label not in set | accepted); ``fnr``: the same of positive rows alone.
+        score: nonconformity of a class: ``lac`` 1 - p; ``aps`` the mass of classes at least as probable; ``raps`` adds
+            ``raps[0]`` for each rank beyond ``raps[1]``.
+        groups: None, ``stage`` or ``class``.
+        allow_empty: let sets be empty; otherwise the most probable class (or classes) are always in.
+        positive: index of the positive class, for ``fnr``; of two classes the second one by default.
+        raps: penalty and the rank from which it counts.
+
+    Raises:
+        InputError: an argument is not what it must be.
+    """
+
+    xi: float
+    alpha: float
+    delta: tuple[float, float] = (0.01, 0.04)
+    variant: Variant = "pac"
+    loss: Loss = "miscoverage"
+    score: Score = "lac"
+    groups: Literal["stage", "class"] | None = None
+    allow_empty: bool = False
+    positive: int | None = None
+    raps: tuple[float, int] = (0.01, 2)
+
+    def __post_init__(self) -> None:
+        check_share("xi", self.xi)
+        check_share("alpha", self.alpha)
+        if len(self.delta) != 2:
+            raise InputError(f"delta must be two shares, of the selection and of the risk, got {self.delta}")
+        object.__setattr__(self, "delta", tuple(self.delta))
+        object.__setattr__(self, "raps", (float(self.raps[0]), int(self.raps[1])))
+        for share in (*self.delta, sum(self.delta)):
+            check_share("delta", share)
+        for name, options in (("variant", Variant), ("loss", Loss), ("score", Score)):
+            given = getattr(self, name)
+            if given not in get_args(options):
+                raise InputError(
+                    f"{name} must be one of {', '.join(get_args(options))}, got '{given}'"
+                    f"{nearest(str(given), get_args(options))}"
+                )
+        if self.groups not in (None, "stage", "class"):
+            raise InputError(f"groups must be None, 'stage' or 'class', got {self.groups!r}")
+        if self.loss == "fnr" and self.groups == "class":
+            raise InputError("groups must not be 'class' with loss fnr, which speaks of one class; use miscoverage")
+        if self.raps[0] < 0 or self.raps[1] < 0:
+            raise InputError(f"raps must be a penalty and a rank, both at least 0, got {self.raps}")
+
+    def calibrate(
+        self,
+        probs: ArrayLike,
+        gate: ArrayLike,
+        labels: ArrayLike,
+        stage: ArrayLike | None = None,
+        *,
+        groups: ArrayLike | None = None,
+        rows_independent: bool = False,
+        seed: int = 0,
+    ) -> FittedSCRC:
+        """Find both thresholds on calibration rows, or say why there are none: INFEASIBLE is a result.
+
+        Where rows share clips or tracks (``groups``) one seeded row speaks for its group, n counts groups, and the
+        promise is about one image drawn from a new group.
+
+        Stated answers: a row whose gate score or probabilities are not finite is never accepted and counts for the
+        coverage. Rows of one gate score are accepted together or not at all. A limit that only the set of all classes
+        could keep is infeasible, as is a cell of which no row is accepted, such as a class that never is.
+
+        Args:
+            probs: [N, K], rows sum to 1.
+            gate: [N], higher is surer.
+            labels: [N] class indices.
+            stage: [N] name of the stage that answered; needed for stage cells.
+            groups: [N] clip or track of every row.
+            rows_independent: the caller states that rows of one group are independent.
+            seed: of the row that speaks for its group.
+
+        Raises:
+            InputError: an argument is not what it must be.
+        """
+        values, scores = _rows(probs, gate)
+        truth = _labels(labels, *values.shape)
+        stages = _stages(stage, truth.size, wanted=self.groups == "stage")
+        positive = self._positive(values.shape[1])
+        unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
+        drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
+        values, scores, truth = values[drawn], scores[drawn], truth[drawn]
+        stages = None if stages is None else stages[drawn]
+        n = truth.size
+        rank = self._rank(n)
+        threshold, tied = _selection(scores, rank, n, naive=self.variant == "naive")
+        accepted = np.zeros(n, dtype=bool) if threshold is None else scores >= threshold
+        losses = _nonconformity(self, values)[np.arange(n), truth]
+        named = self._cells(stages, truth, values.shape[1])
+        cells = []
+        for name, member in named:
+            trials = accepted & member if positive is None else accepted & member & (truth == positive)
+            cells.append(self._limit(name, losses[trials], len(named)))
+        return self._fitted(values.shape[1], n, unit, seed, rank, threshold, tied, int(accepted.sum()), tuple(cells))
+
+    def _positive(self, n_classes: int) -> int | None:
+        """The class that the risk speaks of; None: all."""
+        if self.loss != "fnr":
+            return None
+        positive = 1 if self.positive is None and n_classes == 2 else self.positive
+        if positive is None or not 0 <= positive < n_classes:
+            raise InputError(f"positive must be a class index 0 to {n_classes - 1} for loss fnr, got {positive}")
+        return positive
+
+    def _rank(self, n: int) -> int | None:
+        """M: rows above the M-th largest score are accepted (naive: the M-th too); None where n is too small."""
+        xi = exact(self.xi)
+        if self.variant == "naive":
+            return math.ceil(xi * n) if n else None
+        if self.variant == "T":
+            return math.ceil(xi * (n + 1))
+        if self.variant == "pac":
+            return selection_rank(n, self.xi, self.delta[0])
+        if n == 0:
+            return None
+        # Dvoretzky, Kiefer & Wolfowitz with Massart's constant, for every threshold at once.
+        above = math.ceil(n * self.xi + math.sqrt(n * math.log(2 / self.delta[0]) / 2))
+        return above + 1 if above < n else None
+
+    def _budget(self, trials: int, n_cells: int) -> int:
+        """The most losses among the accepted rows of a cell; -1: none is few enough."""
+        if self.variant == "naive":
+            return math.floor(exact(self.alpha) * trials) if trials else -1
+        if self.variant == "pac":
+            return int(errors_allowed(trials, self.alpha, self.delta[1] / n_cells))
+        return crc_budget(self.alpha, trials)
+
+    def _cells(
+        self, stages: NDArray[np.str_] | None, truth: NDArray[np.int64], n_classes: int
+    ) -> list[tuple[str, NDArray[np.bool_]]]:
+        """Names of the cells and their rows [N]."""
+        if self.groups == "class":
+            return [(str(k), truth == k) for k in range(n_classes)]
+        if self.groups == "stage" and stages is not None:
+            return [(str(name), stages == name) for name in np.unique(stages)] or [("all", truth < 0)]
+        return [("all", np.ones(truth.size, dtype=bool))]
+
+    def _limit(self, name: str, losses: NDArray[np.float64], n_cells: int) -> Cell:
+        """The smallest limit that leaves no more losses above it than the budget."""
+        trials = losses.size
+        budget = self._budget(trials, n_cells)
+        delta = self.delta[1] / n_cells if self.variant == "pac" else None
+        limit = float(np.sort(losses)[trials - 1 - budget]) if 0 <= budget < trials else None
+        errors = 0 if limit is None else int((losses > limit).sum())
+        if delta is not None:
+            bound = clopper_pearson_upper(errors, trials, 1 - delta)
+        elif self.variant == "naive":
+            bound = errors / trials if trials else 1.0
+        else:
+            bound = (errors + 1) / (trials + 1)
+        return Cell(name, limit, trials, errors, budget, delta, bound)
+
+    def _fitted(
+        self,
+        n_classes: int,
+        n: int,
+        unit: Unit,
+        seed: int,
+        rank: int | None,
+        threshold: float | None,
+        tied: bool,
+        accepted: int,
+        cells: tuple[Cell, ...],
+    ) -> FittedSCRC:
+        failed = [cell for cell in cells if cell.limit is None]
+        feasible = threshold is not None and not failed
+        reason, needed, smallest = "", None, None
+        if not feasible:
+            needed = self._needed(n, accepted, cells)
+        if threshold is None:
+            reason = f"too few of {n} {unit} have a gate score to accept a share of {self.xi:g} ({self._selecting()})"
+        elif failed:
+            parts = []
+            for cell in failed:
+                least = self._least_trials(len(cells))
+                of = "" if len(cells) == 1 else f" of {self.groups} {cell.name}"
+                what = "accepted positives" if self.loss == "fnr" else "accepted " + unit
+                parts.append(f"{cell.trials} {what}{of}, where even no loss at all needs {least}")
+            reason = f"risk {self.alpha:g} cannot be certified by {' and '.join(parts)}"
+            if all(cell.trials for cell in cells) and self.variant != "naive":
+                smallest = max(
+                    1 / (cell.trials + 1)
+                    if cell.delta is None
+                    else clopper_pearson_upper(0, cell.trials, 1 - cell.delta)
+                    for cell in cells
+                )
+        return FittedSCRC(
+            scrc=self, n_classes=n_classes, n=n, unit=unit, seed=seed, rank=rank, accepted=accepted,
+            threshold=threshold if feasible else None,
+            coverage_bound=self._coverage_bound(n, rank, accepted, tied) if threshold is not None else None,
+            cells=cells, reason=reason, n_needed=needed, min_certifiable_alpha=smallest,
+            guarantee=self._sentence(n, unit, cells) if feasible else "none: infeasible",
+            assumptions=self._assumptions(unit, tied),
+        )  # fmt: skip
+
+    def _coverage_bound(self, n: int, rank: int | None, accepted: int, tied: bool) -> float | None:
+        """The lower bound of the share accepted at 1 - delta[0]; None where it is no more than expected."""
+        if self.variant == "I":
+            return accepted / n - math.sqrt(math.log(2 / self.delta[0]) / (2 * n))
+        if self.variant != "pac" or rank is None:
+            return None
+        if tied:
+            return clopper_pearson_lower(accepted, n, 1 - self.delta[0])
+        return float(betaincinv(rank, n + 1 - rank, self.delta[0]))
+
+    def _selecting(self) -> str:
+        return {
+            "pac": f"delta {self.delta[0]:g}", "I": f"delta {self.delta[0]:g}", "T": "on average", "naive": "as seen",
+        }[self.variant]  # fmt: skip
+
+    def _least_trials(self, n_cells: int) -> int:
+        """Accepted units of a cell with which no loss at all is enough."""
+        if self.variant == "pac":
+            return trials_needed(0, self.alpha, self.delta[1] / n_cells)
+        return 1 if self.variant == "naive" else math.ceil(1 / exact(self.alpha)) - 1
+
+    def _needed(self, n: int, accepted: int, cells: tuple[Cell, ...]) -> int | None:
+        """The fewest units that would do, with cells in the shares seen; None when a cell never is accepted."""
+        least = self._least_trials(len(cells))
+        shares = [cell.trials / accepted for cell in cells] if accepted else [1.0]
+        if min(shares) == 0:
+            return None
+
+        def enough(units: int) -> bool:
+            rank = self._rank(units)
+            return rank is not None and math.floor((rank - 1) * min(shares)) >= least
+
+        found = _first(enough, max(1, least), 10**7)
+        # Enough rows alone do not mend scores that are missing.
+        return found if found is None or found > n else None
+
+    def _sentence(self, n: int, unit: Unit, cells: tuple[Cell, ...]) -> str:
+        image = "a new image" if unit == "rows" else "one image drawn from a new group"
+        label = "the label is not in the set" if self.loss == "miscoverage" else "a positive's set lacks the positive"
+        each = "" if len(cells) == 1 else f", in each of the {len(cells)} cells by {self.groups} together"
+        risk = f"among those accepted {label} at most {100 * self.alpha:g}% of the time"
+        share = f"at least {100 * self.xi:g}% {'of new images ' if self.variant != 'pac' else ''}are accepted"
+        over = f"over the draw of the {n} calibration {unit}"
+        if self.variant == "pac":
+            sure = f"With probability at least {100 * (1 - sum(self.delta)):g}% {over}"
+            return f"{sure}, of {image}: {share}, and {risk}{each}."
+        each = "" if len(cells) == 1 else f", in each of the {len(cells)} cells by {self.groups} separately"
+        average = f"on average over draws of the {n} calibration {unit} and of {image} (an expectation, nothing about "
+        average += f"these thresholds alone), {risk}{each}."
+        if self.variant == "I":
+            return f"With probability at least {100 * (1 - self.delta[0]):g}% {over}, {share}; {average}"
+        if self.variant == "T":
+            return f"On average {over}, {share}; {average}"
+        return (
+            f"none: thresholds that met coverage {self.xi:g} and risk {self.alpha:g} on the {n} calibration {unit}; "
+            "nothing is promised of new images"
+        )
+
+    def _assumptions(self, unit: Unit, tied: bool) -> tuple[str, ...]:
+        if self.variant == "naive":
+            return ()
+        found = [
+            f"calibration {unit} are independent draws of what will be seen later, and nothing shifts",
+            "model, gate and wish were fixed before anybody looked at the calibration rows",
+        ]
+        if unit == "groups":
+            found.append("one row speaks for its group, drawn without a look at anything; large groups count no more")
+        if tied:
+            found.append(
+                "gate scores tie at the selection threshold: their whole tie group is accepted, and the risk does not "
+                "fall as the selection gets laxer"
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A limit on nonconformity and the counts it comes from; ``limit`` None: there is none that keeps the promise.
+
+    ``bound``: Clopper and Pearson's at 1 - ``delta`` (pac), (errors + 1) / (trials + 1) (I, T), the rate seen (naive).
+    """
+
+    name: str
+    limit: float | None  # a class is in the set iff its nonconformity is at or below it
+    trials: int
+    errors: int
+    budget: int
+    delta: float | None
+    bound: float
+
+
+@dataclass(frozen=True)
+class FittedSCRC:
+    """Thresholds that keep the wish, with what they come from, or why there are none. Plain numbers: ``to_dict``.
+
+    ``threshold`` is None when infeasible. ``min_certifiable_alpha`` is the smallest risk these counts could certify;
+    ``n_needed`` the units that would do, None where no number would (or none is needed).
+    """
+
+    scrc: SCRC
+    n_classes: int
+    n: int
+    unit: Unit
+    seed: int
+    rank: int | None
+    accepted: int
+    threshold: float | None  # accept iff gate >= it
+    coverage_bound: float | None
+    cells: tuple[Cell, ...]
+    reason: str
+    n_needed: int | None
+    min_certifiable_alpha: float | None
+    guarantee: str
+    assumptions: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def feasible(self) -> bool:
+        """Whether there are thresholds."""
+        return self.threshold is not None
+
+    @property
+    def coverage(self) -> float:
+        """Share of the calibration units that is accepted."""
+        return self.accepted / max(self.n, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give numbers, texts, lists and dicts alone, as JSON writes them; ``from_dict`` rebuilds the same."""
+        values = asdict(self)
+        values["scrc"]["delta"], values["scrc"]["raps"] = list(self.scrc.delta), list(self.scrc.raps)
+        values["cells"], values["assumptions"] = list(values["cells"]), list(self.assumptions)
+        return values
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> FittedSCRC:
+        """Rebuild from ``to_dict``.
+
+        Raises:
+            InputError: other keys than those of ``to_dict``.
+        """
+        known = {one.name for one in fields(FittedSCRC)}
+        if set(values) != known:
+            odd = ", ".join(sorted(set(values) ^ known))
+            raise InputError(f"values must have the keys of FittedSCRC.to_dict, got others or too few: {odd}")
+        try:
+            wish, cells = SCRC(**values["scrc"]), tuple(Cell(**cell) for cell in values["cells"])
+        except TypeError as error:
+            raise InputError(
+                f"values must have the keys of FittedSCRC.to_dict, got others or too few: {error}"
+            ) from None
+        return FittedSCRC(**{**values, "scrc": wish, "cells": cells, "assumptions": tuple(values["assumptions"])})
+
+    def infeasible(self) -> NotReachableError:
+        """Build the error of a wish that cannot be certified: why, what could be, and how many units it takes."""
+        said = (
+            f"coverage >= {self.scrc.xi:g} with risk <= {self.scrc.alpha:g} must be certifiable on the calibration "
+            f"{self.unit}, but it is INFEASIBLE: {self.reason}"
+        )
+        if self.min_certifiable_alpha is not None:
+            said += f". The smallest risk that could be certified is {self.min_certifiable_alpha:.4g}"
+        if self.n_needed is not None:
+            said += f". About {self.n_needed} {self.unit} would do (there are {self.n})"
+        return NotReachableError(f"{said}. Bring more, ask for less, or choose variant naive, which promises nothing")
+
+    def predict_sets(
+        self, probs: ArrayLike, gate: ArrayLike, stage: ArrayLike | None = None
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Give the classes in each image's set, bool [N, K], and which images are accepted, bool [N].
+
+        Nobody answers where it is not: the set is empty there. A row whose gate score or probabilities are not finite
+        is not accepted.
+
+        Args:
+            probs: [N, K], rows sum to 1.
+            gate: [N].
+            stage: [N] name of the stage that answered, for stage cells.
+
+        Raises:
+            InputError: an argument is not what it must be, or a stage was not calibrated.
+            NotReachableError: infeasible: there is nothing to predict with.
+        """
+        if self.threshold is None:
+            raise self.infeasible()
+        values, scores = _rows(probs, gate, self.n_classes)
+        accepted = scores >= self.threshold
+        limits = np.array([np.nan if cell.limit is None else cell.limit for cell in self.cells])
+        if self.scrc.groups == "stage":
+            stages = _stages(stage, len(values), wanted=True)
+            assert stages is not None
+            names = np.array([cell.name for cell in self.cells])
+            other = np.flatnonzero(~np.isin(stages, names))
+            if other.size:
+                raise InputError(
+                    f"stage must be one of {', '.join(names)}, got '{stages[other[0]]}' in row {other[0]}; calibrate "
+                    "on rows of every stage"
+                )
+            limit = limits[(stages[:, None] == names).argmax(axis=1)][:, None]
+        else:
+            limit = limits[None, :]  # one for all, or one a class
+        return (_nonconformity(self.scrc, values) <= limit) & accepted[:, None], accepted
+
+    def verify(
+        self,
+        probs: ArrayLike,
+        gate: ArrayLike,
+        labels: ArrayLike,
+        stage: ArrayLike | None = None,
+        *,
+        groups: ArrayLike | None = None,
+        rows_independent: bool = False,
+        seed: int = 0,
+    ) -> Verification:
+        """Hold each promise against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
+
+        FAIL: Clopper and Pearson's 99% bound breaks the promise; PASS: their 95% bound keeps it; else INCONCLUSIVE,
+        with the units that would settle it if rates stay as seen. ``rate <= alpha`` is no test: a system at true 0.8%
+        fails it at alpha = 1% every third time on 500 rows. One seeded row speaks for its group, as in ``calibrate``.
+
+        Args:
+            probs: [N, K], rows sum to 1.
+            gate: [N].
+            labels: [N] class indices.
+            stage: [N] name of the stage that answered, for stage cells.
+            groups: [N] clip or track of every row.
+            rows_independent: the caller states that rows of one group are independent.
+            seed: of the row that speaks for its group.
+
+        Raises:
+            InputError: an argument is not what it must be.
+            NotReachableError: infeasible.
+        """
+        sets, accepted = self.predict_sets(probs, gate, stage)
+        truth = _labels(labels, *sets.shape)
+        unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
+        drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
+        stages = _stages(stage, truth.size, wanted=False)
+        sets, accepted, truth = sets[drawn], accepted[drawn], truth[drawn]
+        stages = None if stages is None else stages[drawn]
+        n, missed = truth.size, ~sets[np.arange(truth.size), truth]
+        positive = self.scrc._positive(self.n_classes)
+        claims = [_check("rejection rate", int((~accepted).sum()), n, float(1 - exact(self.scrc.xi)), n)]
+        calibrated = dict(self.scrc._cells(stages, truth, self.n_classes))
+        for cell in self.cells:
+            member = calibrated.get(cell.name, np.zeros(n, dtype=bool))
+            trials = accepted & member if positive is None else accepted & member & (truth == positive)
+            name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
+            claims.append(_check(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
+        sizes = sets[accepted].sum(axis=1)
+        return Verification(
+            claims=tuple(claims),
+            n=n,
+            unit=unit,
+            accepted=sizes.size,
+            average_set_size=_mean_size(sizes, self.n_classes, np.random.default_rng(seed)),
+            ambiguous_rate=_rate(int((sizes > 1).sum()), sizes.size),
+            empty_rate=_rate(int((sizes == 0).sum()), sizes.size),
+            rejection_rate=_rate(n - sizes.size, n),
+        )
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share (or a mean set size) with its two-sided 95% interval; NaN where nothing was accepted."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One promise held against counts: ``errors`` of ``trials`` should be a share of at most ``limit``.
+
+    ``lower`` is the 99% and ``upper`` the 95% one-sided bound. ``n_to_settle``: units in all, if rates stay as seen.
+    """
+
+    name: str
+    limit: float
+    errors: int
+    trials: int
+    lower: float
+    upper: float
+    outcome: Outcome
+    n_to_settle: int | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Promises and rates of a fitted SCRC on rows that calibrated nothing.
+
+    ``ambiguous_rate`` and ``empty_rate`` are of the accepted, ``rejection_rate`` of all; intervals are Clopper and
+    Pearson's. That of the mean set size follows from them for two classes that never give an empty set, and otherwise
+    from betting on size / K.
+    """
+
+    claims: tuple[Claim, ...]
+    n: int
+    unit: Unit
+    accepted: int
+    average_set_size: Rate
+    ambiguous_rate: Rate
+    empty_rate: Rate
+    rejection_rate: Rate
+
+    @property
+    def outcome(self) -> Outcome:
+        """FAIL when any promise fails, PASS when all pass."""
+        found = {claim.outcome for claim in self.claims}
+        return "FAIL" if "FAIL" in found else "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _selection(scores: NDArray[np.float64], rank: int | None, n: int, *, naive: bool) -> tuple[float | None, bool]:
+    """The selection threshold (None: there is none), and whether scores tie there.
+
+    Accepted is what lies strictly above the ``rank``-th largest score: given it, these rows are independent draws. In a
+    tie group the law of its rank fails, so all of it is accepted: what lies strictly above the next lower score.
+    """
+    known = np.sort(scores[~np.isnan(scores)])[::-1]
+    if rank is None:
+        return None, False
+    if rank > n:
+        return (ACCEPT_ALL, False) if known.size == n else (None, False)
+    if rank > known.size:
+        return None, False
+    value = known[rank - 1]
+    if naive:
+        return float(value), False
+    if np.count_nonzero(known == value) == 1:
+        return float(np.nextafter(value, np.inf)), False
+    lower = known[known < value]
+    return float(np.nextafter(lower[0], np.inf)) if lower.size else ACCEPT_ALL, True
+
+
+def _nonconformity(scrc: SCRC, probs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How ill each class fits each image [N, K]; 0 for the most probable one unless sets may be empty."""
+    if scrc.score == "lac":
+        scores = 1 - probs
+    else:
+        order = np.argsort(-probs, axis=1, kind="stable")
+        ranked = np.take_along_axis(probs, order, axis=1)
+        mass = np.cumsum(ranked, axis=1)
+        if scrc.score == "raps":
+            mass += scrc.raps[0] * np.maximum(np.arange(1, probs.shape[1] + 1) - scrc.raps[1], 0)
+        # Classes of one probability are one tie group, with the value at its end.
+        for k in range(probs.shape[1] - 2, -1, -1):
+            mass[:, k] = np.where(ranked[:, k] == ranked[:, k + 1], mass[:, k + 1], mass[:, k])
+        scores = np.empty_like(mass)
+        np.put_along_axis(scores, order, mass, axis=1)
+    if not scrc.allow_empty:
+        scores[probs == probs.max(axis=1, keepdims=True)] = 0.0
+    return scores
+
+
+def _rows(
+    probs: ArrayLike, gate: ArrayLike, n_classes: int | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Probabilities [N, K] and gate scores [N], NaN where a row cannot be accepted."""
+    values, scores = np.array(probs, dtype=np.float64), np.array(gate, dtype=np.float64)
+    if values.ndim != 2 or values.shape[1] < 2 or (n_classes is not None and values.shape[1] != n_classes):
+        wanted = "K >= 2" if n_classes is None else str(n_classes)
+        raise InputError(f"probs must have shape [N, {wanted}], got {list(values.shape)}; give a column for each class")
+    if scores.shape != values.shape[:1]:
+        raise InputError(f"gate must have shape [{len(values)}] as probs has rows, got {list(scores.shape)}")
+    finite = np.isfinite(values).all(axis=1)
+    bad = np.flatnonzero(finite & ((values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > 1e-3)))
+    if bad.size:
+        raise InputError(f"probs must be probabilities whose rows sum to 1, got others in row {bad[0]}; take softmax")
+    scores[~finite | ~np.isfinite(scores)] = np.nan
+    values[~finite] = 1 / values.shape[1]
+    return values, scores
+
+
+def _labels(labels: ArrayLike, n: int, n_classes: int) -> NDArray[np.int64]:
+    truth = np.asarray(labels)
+    if truth.shape != (n,):
+        raise InputError(f"labels must have shape [{n}] as probs has rows, got {list(truth.shape)}")
+    if n and (truth.dtype.kind not in "biu" or truth.min() < 0 or truth.max() >= n_classes):
+        raise InputError(f"labels must be class indices 0 to {n_classes - 1}, got others")
+    return truth.astype(np.int64)
+
+
+def _stages(stage: ArrayLike | None, n: int, *, wanted: bool) -> NDArray[np.str_] | None:
+    if stage is None:
+        if wanted:
+            raise InputError("stage must be given where groups is 'stage', got None; name the stage of every row")
+        return None
+    names = np.asarray(stage).astype(np.str_)
+    if names.shape != (n,):
+        raise InputError(f"stage must have shape [{n}] as probs has rows, got {list(names.shape)}")
+    return names
+
+
+def _first(enough: Callable[[int], bool], start: int, most: int) -> int | None:
+    """The smallest number from ``start`` that is enough, when more is never less; None beyond ``most``."""
+    low, high = start - 1, start
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > most:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _check(name: str, errors: int, trials: int, limit: float, n: int) -> Claim:
+    lower = clopper_pearson_lower(errors, trials, FAIL_LEVEL)
+    upper = clopper_pearson_upper(errors, trials, PASS_LEVEL)
+    outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
+    needed = None
+    if outcome == "INCONCLUSIVE" and trials and errors / trials != limit:
+        rate = errors / trials
+
+        def settles(m: int) -> bool:
+            if rate < limit:
+                return clopper_pearson_upper(math.ceil(rate * m), m, PASS_LEVEL) <= limit
+            return clopper_pearson_lower(math.floor(rate * m), m, FAIL_LEVEL) > limit
+
+        more = _first(settles, trials, _MOST_ROWS)
+        needed = None if more is None else math.ceil(more * n / trials)
+    return Claim(name, limit, errors, trials, lower, upper, outcome, needed)
+
+
+def _rate(count: int, of: int) -> Rate:
+    return Rate(count / of, *clopper_pearson(count, of)) if of else Rate(math.nan, 0.0, 1.0)
+
+
+def _mean_size(sizes: NDArray[np.int64], n_classes: int, rng: np.random.Generator) -> Rate:
+    if sizes.size == 0:
+        return Rate(math.nan, 0.0, float(n_classes))
+    if n_classes == 2 and sizes.min() > 0:
+        both = _rate(int((sizes == 2).sum()), sizes.size)
+        return Rate(1 + both.value, 1 + both.low, 1 + both.high)
+    # Betting needs an order that no value decides.
+    shares = sizes[rng.permutation(sizes.size)] / n_classes
+    low, high = 1 - betting_upper(1 - shares, 0.025), betting_upper(shares, 0.025)
+    return Rate(float(sizes.mean()), n_classes * low, n_classes * high)

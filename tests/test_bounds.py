@@ -1,0 +1,174 @@
+"""Bounds and tests on counts and losses: against exact arithmetic, simulation, MAPIE and zugzwang."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from mapie.risk_control.fwer_control import control_fwer
+from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
+from scipy import stats
+from zugzwang.core.certify import certify_threshold as zugzwang_threshold
+
+from stage1_pro.errors import InputError
+from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.policies.bounds import (
+    betting_p_value,
+    betting_upper,
+    binary_search,
+    bonferroni,
+    crc_budget,
+    exact,
+    fixed_sequence,
+    hoeffding_bentkus_p_value,
+    hoeffding_bentkus_upper,
+    holm,
+    risk_p_value,
+    selection_bounds,
+    selection_rank,
+)
+from stage1_pro.policies.certify import certify_threshold
+
+
+def mapie_p_values(k: np.ndarray, m: np.ndarray, alpha: float, *, binary: bool) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return compute_hoeffding_bentkus_p_value(k / m, m, alpha, binary)[:, 0]
+
+
+def test_p_values_are_those_of_mapie_where_its_counts_are_right() -> None:
+    """It multiplies a float mean by m again and rounds up: often one error too many (a larger p-value, less power)."""
+    pairs = np.array([(k, m) for m in range(2, 101) for k in range(m + 1)])
+    k, m = pairs.T
+    right = np.ceil(k / m * m) == k
+    ours, theirs = risk_p_value(k, m, 0.1), mapie_p_values(k, m, 0.1, binary=True)
+    np.testing.assert_allclose(ours[right], theirs[right], rtol=1e-9)
+    wrong = ~right
+    assert 0.02 < wrong.mean() < 0.5
+    one_more = risk_p_value(np.minimum(k + 1, m), m, 0.1)[wrong]
+    # Its Hoeffding part, which is never off, may be the smaller one of the two.
+    assert (theirs[wrong] <= one_more + 1e-12).all()
+    assert (theirs[wrong] >= ours[wrong] - 1e-12).all()
+    inner = wrong & (ours < 0.9)
+    assert (theirs[inner] > ours[inner] * 1.01).mean() > 0.5
+    # The factor e of losses in [0, 1].
+    theirs = mapie_p_values(k, m, 0.1, binary=False)
+    np.testing.assert_allclose(hoeffding_bentkus_p_value(k, m, 0.1)[right], np.minimum(theirs[right], 1), rtol=1e-9)
+
+
+def test_rejections_are_those_of_mapie() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        p = rng.random(int(rng.integers(1, 12))) ** 4
+        for delta in (0.05, 0.2):
+            assert np.flatnonzero(bonferroni(p, delta)).tolist() == control_fwer(p, delta, "bonferroni").tolist()
+            assert np.flatnonzero(holm(p, delta)).tolist() == control_fwer(p, delta, "bonferroni_holm").tolist()
+            first = list(range(fixed_sequence(p, delta)))
+            assert control_fwer(p, delta, "fixed_sequence").tolist() == first
+            assert (holm(p, delta) >= bonferroni(p, delta)).all()
+
+
+def test_a_candidate_without_trials_does_not_spoil_the_others() -> None:
+    """MAPIE: 0 / 0 is a NaN p-value, and its default Holm then rejects nothing at all."""
+    k, m = np.array([0, 0]), np.array([400, 0])
+    theirs = mapie_p_values(k, m, 0.02, binary=True)
+    assert math.isnan(theirs[1])
+    assert control_fwer(theirs, 0.05, "bonferroni_holm").tolist() == []
+    ours = risk_p_value(k, m, 0.02)
+    assert ours[1] == 1
+    assert holm(ours, 0.05).tolist() == [True, False]
+    assert holm([ours[0], math.nan], 0.05).tolist() == [True, False]
+    assert bonferroni([ours[0], math.nan], 0.05).tolist() == [True, False]
+
+
+def test_zugzwang_cuts_a_tie_group() -> None:
+    """All rows have one score, every fifth is wrong, and the wrong ones come last: it certifies 2%."""
+    scores, errors = np.full(1000, 0.5), np.arange(1000) >= 800
+    theirs = zugzwang_threshold(scores, errors.astype(int), 0.02, delta=0.05)
+    assert theirs.threshold == 0.5
+    assert theirs.risk_bound <= 0.02
+    assert errors[scores >= theirs.threshold].mean() == 0.2
+    for method in ("ltt_fst", "bonferroni", "holm", "sgr", "rcps"):
+        assert not certify_threshold(scores, errors, alpha=0.02, delta=0.05, method=method).feasible
+
+
+def test_hoeffding_bentkus_holds_and_inverts() -> None:
+    rng = np.random.default_rng(1)
+    for mean, draw in ((0.1, lambda s: rng.beta(0.5, 4.5, s)), (0.3, lambda s: rng.random(s) < 0.3)):
+        p = hoeffding_bentkus_p_value(draw((20_000, 60)).sum(axis=1), 60, mean)
+        for level in (0.01, 0.05, 0.2):
+            assert (p <= level).mean() <= level + 3 * math.sqrt(level / 20_000)
+    upper = hoeffding_bentkus_upper(2.5, 100, 0.05)
+    assert hoeffding_bentkus_p_value(2.5, 100, upper) == pytest.approx(0.05, rel=1e-3)
+    assert hoeffding_bentkus_upper(2, 100, 0.05) >= clopper_pearson_upper(2, 100, 0.95)
+    assert (hoeffding_bentkus_upper(0, 0, 0.05), hoeffding_bentkus_upper(5, 5, 0.05)) == (1.0, 1.0)
+    with pytest.raises(InputError, match="total must be from 0 to trials"):
+        hoeffding_bentkus_p_value(3.0, 2, 0.1)
+
+
+def test_betting_holds_and_inverts() -> None:
+    rng, draws = np.random.default_rng(2), 3000
+    for mean, losses in ((0.1, rng.beta(0.5, 4.5, (draws, 80))), (0.05, rng.random((draws, 200)) < 0.05)):
+        p = np.array([betting_p_value(row, mean, 0.05) for row in losses])
+        upper = np.array([betting_upper(row, 0.05) for row in losses[:500]])
+        assert (p <= 0.05).mean() <= 0.05 + 3 * math.sqrt(0.05 / draws)
+        assert (upper < mean).mean() <= 0.05 + 3 * math.sqrt(0.05 / 500)
+    # A ratio of means, whose parts depend on each other.
+    weights = rng.random((draws, 300)) ** 3
+    losses = weights * rng.beta(0.4, 3.6, weights.shape) * (1 + weights) / 2
+    ratio = float(losses.mean() / weights.mean())
+    p = np.array([betting_p_value(v, ratio, 0.05, weights=a) for v, a in zip(losses, weights, strict=True)])
+    assert (p <= 0.05).mean() <= 0.05 + 3 * math.sqrt(0.05 / draws)
+    bounds = [
+        betting_upper(v, 0.05, weights=a, alpha=1.5 * ratio) for v, a in zip(losses[:1000], weights[:1000], strict=True)
+    ]
+    assert np.mean(np.array(bounds) < ratio) <= 0.05 + 3 * math.sqrt(0.05 / 1000)
+    upper = betting_upper(losses[0], 0.05, weights=weights[0], alpha=0.2)
+    assert betting_p_value(losses[0], 0.2, 0.05, weights=weights[0]) <= 0.05 or upper > 0.2
+    assert ratio < upper < 0.3
+    assert (betting_upper([], 0.05), betting_p_value([], 0.1, 0.05)) == (1.0, 1.0)
+    with pytest.raises(InputError, match=r"losses must be in \[0, 1\]"):
+        betting_p_value([1.5], 0.1, 0.05)
+    with pytest.raises(InputError, match=r"shape \[G\], got \[2\] and \[1\]"):
+        betting_p_value([0.5, 0.5], 0.1, 0.05, weights=[1.0])
+
+
+def test_betting_gains_where_losses_vary_little() -> None:
+    """Means of .05 that vary little are certified below .1 from few; a test that sees only their sum cannot."""
+    losses = np.random.default_rng(3).uniform(0.03, 0.07, 70)
+    assert betting_p_value(losses, 0.1, 0.05) <= 0.05 < hoeffding_bentkus_p_value(losses.sum(), 70, 0.1)
+
+
+@pytest.mark.parametrize(("n", "xi", "delta"), [(13, 0.7, 0.01), (500, 0.7, 0.01), (77, 0.9, 0.2)])
+def test_the_selection_rank_follows_the_beta_law(n: int, xi: float, delta: float) -> None:
+    rank = selection_rank(n, xi, delta)
+    assert rank is not None
+    rng = np.random.default_rng(n)
+    scores = np.sort(rng.random((4000, n)), axis=1)[:, ::-1]
+    coverage = 1 - scores[:, rank - 1]
+    assert (coverage < xi).mean() <= delta + 3 * math.sqrt(delta / 4000)
+    low, high = selection_bounds(rank, n, 0.9)
+    assert ((coverage > low) & (coverage < high)).mean() == pytest.approx(0.9, abs=0.016)
+    assert stats.binom.sf(rank - 1, n, xi) <= delta < stats.binom.sf(rank - 2, n, xi)
+    assert selection_rank(12, 0.7, 0.01) is None
+    with pytest.raises(InputError, match="rank must be from 1 to n = 3, got 4"):
+        selection_bounds(4, 3)
+
+
+def test_crc_budgets_are_exact() -> None:
+    for m in range(400):
+        for alpha in ("0.01", "0.07", "0.29", "0.55"):
+            budget = crc_budget(float(alpha), m)
+            assert Fraction(budget + 1, m + 1) <= Fraction(alpha) < Fraction(budget + 2, m + 1)
+    assert math.ceil(100 * exact(0.55)) == 55
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 100])
+def test_binary_search_finds_the_last_pass_in_its_budget_of_tests(size: int) -> None:
+    steps = math.ceil(math.log2(size + 1))
+    for last in range(-1, size):
+        found, tested = binary_search(lambda i, last=last: 0.05 / steps if i <= last else 0.06, size, 0.05)
+        assert found == (last if last >= 0 else None)
+        assert len(tested) <= steps
+    assert binary_search(lambda i: 0.0, 0, 0.05) == (None, [])
