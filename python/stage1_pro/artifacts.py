@@ -498,6 +498,7 @@ class Claims(Record):
 
     format_version: Literal[1] = 1
     halves: dict[str, HalfClaims] = {}
+    looks: dict[str, int] = Field({}, description="empirical choices that saw a certify half, which promise nothing")
 
 
 class Metric(Record):

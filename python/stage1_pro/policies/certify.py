@@ -60,6 +60,9 @@ def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple
     return int(hit.sum()), hit.size
 
 
+# Rounding of a logit between runtimes and batch shapes, as a share of one plus its size.
+NOISE = 4e-6
+
 # -------------------------------------------------------------------------------- the certificate
 
 
@@ -79,6 +82,7 @@ class Certificate:
     risk_bound: float | None
     min_certifiable_alpha: float | None  # the smallest one that would have passed; None when the coverage failed
     coverage_there: float | None
+    smallest_of: str  # name of the risk that min_certifiable_alpha is of
     reason: str
     candidates: NDArray[np.float64]  # tested thresholds, in the order of testing
     p_values: NDArray[np.float64]  # of each; empty for crc, which tests nothing
@@ -302,6 +306,7 @@ def certify(
         risk_bound=found[0].bound,
         min_certifiable_alpha=smallest,
         coverage_there=there,
+        smallest_of=risks[0].name,
         reason=reason,
         candidates=order[choice.tested],
         p_values=choice.p_values,
@@ -406,21 +411,57 @@ def certify_halves(
     names = None if groups is None else np.asarray(groups)
     fit = check_halves(halves, values.size, names)
 
-    def part(rows: NDArray[np.bool_]) -> list[Risk]:
+    def part(rows: NDArray[np.bool_], wished: Sequence[Risk]) -> list[Risk]:
         return [
             replace(risk, errors=risk.errors[rows], trials=None if risk.trials is None else risk.trials[rows])
-            for risk in risks
+            for risk in wished
         ]
 
     n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
-    candidates = order_candidates(
-        values[fit], part(fit), n_certify=n_certify, min_coverage=min_coverage,
-        groups=None if names is None else names[fit], lowest=lowest,
-    )  # fmt: skip
-    return certify(
-        values[~fit], part(~fit), delta=delta, min_coverage=min_coverage, candidates=candidates,
-        groups=None if names is None else names[~fit], seed=seed,
-    )  # fmt: skip
+
+    def attempt(wished: Sequence[Risk]) -> Certificate:
+        candidates = order_candidates(
+            values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
+            groups=None if names is None else names[fit], lowest=lowest,
+        )  # fmt: skip
+        return certify(
+            values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
+            groups=None if names is None else names[~fit], seed=seed,
+        )  # fmt: skip
+
+    found = attempt(risks)
+    return found if found.feasible else _with_smallest(found, risks, attempt)
+
+
+def _with_smallest(
+    found: Certificate, risks: Sequence[Risk], attempt: Callable[[Sequence[Risk]], Certificate]
+) -> Certificate:
+    """An infeasible certificate with the smallest alpha of the risk that failed at which the same walk succeeds.
+
+    Another alpha walks from another threshold, so it is searched for, not read off the walk that failed. The number
+    given has four digits and was tried. The other risks keep their alphas.
+    """
+    place = next((i for i, risk in enumerate(found.risks) if risk.p_value > found.delta), 0)
+
+    def tried(alpha: float) -> Certificate:
+        return attempt([replace(risk, alpha=alpha) if i == place else risk for i, risk in enumerate(risks)])
+
+    nothing = replace(found, min_certifiable_alpha=None, coverage_there=None, smallest_of=risks[place].name)
+    low, high = risks[place].alpha, risks[place].alpha
+    while not tried(high).feasible:
+        if high >= 0.999:
+            return nothing
+        low, high = high, min(0.999, 2 * high)
+    while high > low * 1.0005:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if tried(middle).feasible else (middle, high)
+    # Upwards in the fourth digit; the walk may fail at a number between, so what is said is tried.
+    digit = 10.0 ** (math.floor(math.log10(high)) - 3)
+    for step in range(20):
+        said = round((math.ceil(high / digit) + step) * digit, 12)
+        if said < 1 and (there := tried(said)).feasible:
+            return replace(nothing, min_certifiable_alpha=said, coverage_there=there.coverage)
+    return nothing
 
 
 def check_halves(halves: ArrayLike, n: int, groups: ArrayLike | None = None) -> NDArray[np.bool_]:
@@ -498,15 +539,15 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
     )
 
 
-def infeasible(certificate: Certificate, wish: str, what: str) -> NotReachableError:
+def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
     """Build the error of a wish that cannot be certified: why, what could be, and how many rows it takes.
 
     Args:
         certificate: an infeasible one.
         wish: what was asked for, in words.
-        what: the first risk, in words.
     """
     said = f"{wish} must be certifiable on the certify half, but it is INFEASIBLE: {certificate.reason}. "
+    what, unit = certificate.smallest_of, certificate.unit
     if certificate.min_certifiable_alpha is None:
         said += f"No {what} at all could be certified there"
     else:
@@ -514,8 +555,12 @@ def infeasible(certificate: Certificate, wish: str, what: str) -> NotReachableEr
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    unit, needed, more = certificate.unit, certificate.n_needed, "Bring more, or choose"
-    if needed is None:
+    needed, more = certificate.n_needed, "Bring more, or choose"
+    untried = [risk.name for risk in certificate.risks if risk.trials == 0]
+    if untried:
+        said += f". No {unit} of the certify half that may exit tell anything of {' or '.join(untried)}"
+        more = f"Bring {unit} of which it can be told, or choose"
+    elif needed is None:
         said += f". No number of {unit} would do while so many answers are wrong"
         more = "Train a better Stage A, ask for less, or choose"
     elif needed <= certificate.n:
@@ -532,14 +577,37 @@ def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int
     """Where equal scores end, [T] indices, and thresholds [T] in the middle of the gap below each.
 
     As far as can be from every row, so that a runtime's rounding flips none. Neighbouring floats have no number between
-    them; the threshold is then the score itself.
+    them; the threshold is then the score itself. Probabilities (a finite ``lowest``) that differ by no more than
+    rounding count as equal: one photo twice in a batch can get two scores, and no threshold may part them. Where scores
+    lie so dense that a run of such differences is longer than rounding, each stands for itself.
     """
-    last = np.append(np.flatnonzero(descending[1:] < descending[:-1]), descending.size - 1)
+    ends = descending[1:] < descending[:-1]
+    if math.isfinite(lowest):
+        ends &= ~_rounding(descending)
+    last = np.append(np.flatnonzero(ends), descending.size - 1)
     high = descending[last]
-    low = np.append(high[1:], min(lowest, high[-1]))
+    first = np.append(0, last[:-1] + 1)
+    low = np.append(descending[first][1:], min(lowest, high[-1]))
     with np.errstate(invalid="ignore"):
         middle = low + (high - low) / 2
     return last, np.where((middle > low) & (middle <= high), middle, high)
+
+
+def _rounding(descending: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which neighbours [N - 1] of descending probabilities are one number but for a runtime's rounding.
+
+    Logits in float32 are good to some 1e-6 of their size; that much in a logit moves a probability by p (1 - p) of it.
+    """
+    sure = np.clip(descending, 1e-300, 1 - 1e-16)
+    slack = NOISE * sure * (1 - sure) * (1 + np.abs(np.log(sure) - np.log1p(-sure)))
+    near: NDArray[np.bool_] = descending[:-1] - descending[1:] <= slack[:-1]
+    # Runs of near neighbours, each with the spread from its first to its last member.
+    start = np.flatnonzero(near & ~np.append(False, near[:-1]))
+    stop = np.flatnonzero(near & ~np.append(near[1:], False)) + 1
+    for a, b in zip(start, stop, strict=True):
+        if descending[a] - descending[b] > 2 * slack[a]:
+            near[a:b] = False
+    return near
 
 
 # -------------------------------------------------------------------------------- planning

@@ -144,14 +144,16 @@ def exclusive(run: Path) -> Iterator[None]:
     The lock goes with the process, also when it is killed.
 
     Raises:
-        InputError: another process is training in this folder.
+        InputError: another process is at work in this folder.
     """
     with (run / ".lock").open("w") as file:
         try:
             # A record lock: forked decoders do not inherit it, so it cannot outlive a killed training.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{run} must not be in use, but another process is training in it; wait for it") from None
+            raise InputError(
+                f"{run} must not be in use, but another process is at work in it (training or calibrating); wait for it"
+            ) from None
         for name in OWN_FILES:
             for leftover in run.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
