@@ -480,7 +480,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         calibrate()
     with pytest.raises(InputError, match="either a run or a logits file"):
         calibrate(tmp_path, logits=tmp_path)
-    with pytest.raises(InputError, match="policy must be softmax or gate or auto, got 'softmx'; did you mean 'softmax'"):
+    with pytest.raises(
+        InputError, match="policy must be softmax or gate or auto, got 'softmx'; did you mean 'softmax'"
+    ):
         calibrate(tmp_path, policy="softmx")
     with pytest.raises(InputError, match="guarantee must be ltt or none, got 'lt'; did you mean 'ltt'"):
         calibrate(tmp_path, guarantee="lt")

@@ -146,10 +146,21 @@ def build_parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="one key, for example train.epochs=4 (may be repeated)",
     )
+    sub.add_argument(
+        "--mode",
+        choices=["full", "linear", "lora", "rslora", "dora", "apla", "partial"],
+        help="what of the backbone is trained; short for --set train.mode=MODE",
+    )
     sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
     sub.add_argument("--overwrite", action="store_true", help="forget an earlier training in this folder")
 
     _add_compare(command("compare", "train arms alike but for their configuration, over seeds, and compare", _compare))
+
+    sub = command("merge", "write the plain backbone that an adapter makes of its base", _merge)
+    sub.add_argument("--adapter", type=Path, required=True, help="the adapter's folder, such as RUN/adapter")
+    sub.add_argument("--base", required=True, help="what it was trained on: a preset, a folder or a hub id")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write; model.backbone and transformers read it")
+    sub.add_argument("--overwrite", action="store_true", help="replace a backbone that is there")
 
     sub = command("calibrate", "choose the exit policy on val_calib", _calibrate)
     which = sub.add_mutually_exclusive_group(required=True)
@@ -439,8 +450,9 @@ def _fractions(text: str) -> dict[str, float]:
 def _train(options: argparse.Namespace) -> None:
     from stage1_pro.config import load_config
 
-    given = options.config is not None or options.overrides
-    config = load_config(options.config, options.overrides) if given else None
+    overrides = [*options.overrides, *([f"train.mode={options.mode}"] if options.mode else [])]
+    given = options.config is not None or overrides
+    config = load_config(options.config, overrides) if given else None
     # Tell mistakes before the seconds that torch takes to load.
     from stage1_pro.training.prepare import check_run
 
@@ -482,6 +494,18 @@ def _compare(options: argparse.Namespace) -> None:
     )
     both = {"val_select": found.model_dump(mode="json"), "val_test": tested and tested.model_dump(mode="json")}
     _emit(options, both, f"{render(found, tested)}\nwrote {options.out}/compare.json, compare.csv, compare.md, figures")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.merging import merge
+
+    found = merge(options.adapter, options.base, options.out, overwrite=options.overwrite)
+    _emit(
+        options,
+        found,
+        f"merged {options.adapter} (mode {found['mode']}) into {options.base}, in float32; heads stay with the run\n"
+        f"wrote {found['out']}; next: stage1 train --run RUN --set model.backbone={found['out']}",
+    )
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stage1_pro.errors import InputError
 
@@ -66,11 +66,20 @@ class AugmentConfig(Section):
         return self
 
 
+Mode = Literal["full", "linear", "lora", "rslora", "dora", "apla", "partial"]
+AdapterMode = Literal["lora", "rslora", "dora", "apla", "partial"]
+Target = Literal["q", "k", "v", "o", "up", "down", "gate"]
+ADAPTER_MODES: tuple[AdapterMode, ...] = get_args(AdapterMode)
+
+
 class TrainConfig(Section):
     """One training run."""
 
-    mode: Literal["full", "linear"] = Field(
-        "full", description="full = every weight; linear = frozen backbone, cached features, heads only"
+    mode: Mode = Field(
+        "full",
+        description="full = every weight; linear = frozen backbone, cached features, heads only; lora, rslora, dora = "
+        "low-rank updates of the backbone's projections; apla = each attention's output projection; partial = the last "
+        "blocks, LoRA before them; heads are always trained",
     )
     epochs: int = Field(16, ge=1)
     batch_size: int = Field(64, ge=1, description="effective batch over all processes and accumulation steps")
@@ -111,9 +120,39 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto = bf16 autocast on GPUs that have it, fp32 on a CPU"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute a block's activations again on the way back: less memory, about a third more time"
+    )
     deterministic: bool = True
     workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
     tensorboard: bool = False
+
+
+class AdapterConfig(Section):
+    """What ``train.mode`` lora, rslora, dora, apla and partial train of the backbone."""
+
+    rank: int = Field(8, description="rank of the update of a projection")
+    alpha: float | None = Field(
+        None, gt=0, description="the update is scaled by alpha / rank (rslora: alpha / sqrt(rank)); null = 2 * rank"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the update")
+    targets: tuple[Target, ...] | None = Field(
+        None,
+        min_length=1,
+        description="projections that are updated: q k v o of the attention, up down gate of the MLP; the same words "
+        "for DINOv3 and DINOv2; null = q, k, v, o",
+    )
+    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+        "default", description="of the update; default and gaussian start at exactly the base's outputs"
+    )
+    blocks: int = Field(1, ge=1, description="partial: last blocks that are trained whole, with the final norm")
+
+    @field_validator("rank")
+    @classmethod
+    def _some_rank(cls, rank: int) -> int:
+        if rank < 1:
+            raise ValueError(f"rank must be 1 or more, got {rank}; to train the heads alone use mode linear")
+        return rank
 
 
 class GateConfig(Section):
@@ -175,6 +214,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    adapter: AdapterConfig = AdapterConfig()
     gate: GateConfig = GateConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     export: ExportConfig = ExportConfig()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -78,6 +79,12 @@ class Backbone(nn.Module):
         return cast("nn.ModuleList", (self.hf.model if hasattr(self.hf, "model") else self.hf).layer)
 
     @property
+    def layout(self) -> str:
+        """Where the blocks lie in the transformers model, such as ``model.layer``."""
+        blocks = self.blocks
+        return next(str(name) for name, module in self.hf.named_modules() if module is blocks)
+
+    @property
     def norm(self) -> nn.Module:
         """The final LayerNorm."""
         return cast("nn.Module", self.hf.layernorm if self.family == "dinov2" else self.hf.norm)
@@ -119,6 +126,20 @@ class Backbone(nn.Module):
         normed: Tensor = self.norm(self.run_blocks(tokens, context, 0, self.n_blocks))
         return normed
 
+    def checkpoint_activations(self) -> None:
+        """From now on keep only every block's input in training, and compute the rest again on the way back."""
+        # The reentrant kind gives no gradient where a block's input needs none, as above a frozen embedding.
+        options = {"use_reentrant": False}
+        if hasattr(self.hf, "activation_checkpointing_enable"):
+            self.hf.activation_checkpointing_enable(options)
+        else:  # its name in older versions
+            self.hf.gradient_checkpointing_enable(options)
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over the name, shape and value of every weight that is used."""
+        # A base may lack the mask token, which is then random and never read.
+        return hash_tensors({k: v for k, v in self.hf.state_dict().items() if not k.endswith("mask_token")})
+
     def info(self, source: str) -> BackboneInfo:
         """Facts for manifests; ``source`` is where the weights came from."""
         preset = source in PRESETS
@@ -130,6 +151,15 @@ class Backbone(nn.Module):
             n_blocks=self.n_blocks,
             patch_size=int(self.hf.config.patch_size),
         )
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], start: str = "") -> str:
+    """Hex sha256 over ``start`` and names, shapes, types and values, in the order of the names."""
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

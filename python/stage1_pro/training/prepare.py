@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from stage1_pro.artifacts import POLICY_FILES, Record, Splits
+from stage1_pro.artifacts import POLICY_FILES, Record, Splits, recover_directory
 from stage1_pro.config import Config
 from stage1_pro.errors import ArtifactError, InputError
 
@@ -28,9 +28,9 @@ OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", 
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
              "gate.json", "tap.json", "start.json", "val_select.npz",
              *POLICY_FILES.values(), "report.html")  # fmt: skip
-OWN_FOLDERS = ("evaluation", "metrics")
+OWN_FOLDERS = ("adapter", "evaluation", "metrics")
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
-_FREE = {"workers", "save_every_steps", "tensorboard"}
+_FREE = {"workers", "save_every_steps", "tensorboard", "gradient_checkpointing"}
 
 
 def check_run(run: Path, config: Config | None, *, resume: bool, overwrite: bool) -> tuple[Splits, Config]:
@@ -70,7 +70,7 @@ def write_config(run: Path, config: Config, splits: Splits) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    found = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pillow")}
+    found = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")}
     return {**found, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
@@ -118,6 +118,9 @@ def exclusive(run: Path) -> Iterator[None]:
             for leftover in run.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         for name in OWN_FOLDERS:
+            recover_directory(run / name)
+            for leftover in (*run.glob(f".{name}.*.tmp"), *run.glob(f".{name}.*.old")):
+                shutil.rmtree(leftover, ignore_errors=True)
             for leftover in (run / name).glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         yield
