@@ -21,7 +21,7 @@ from stage1_pro.data.synthetic import render_pool
 
 COMMANDS = [
     "split", "train", "compare", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect",
-    "doctor", "demo", "merge",
+    "doctor", "demo", "merge", "plan",
 ]  # fmt: skip
 
 

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from stage1_pro.stations.evaluation import evaluate
     from stage1_pro.stations.exporting import export
     from stage1_pro.stations.merging import merge
+    from stage1_pro.stations.planning import plan
     from stage1_pro.stations.splitting import split
     from stage1_pro.training.loop import train
 
 __version__ = "0.1.0"
-__all__ = ["Cascade", "__version__", "calibrate", "compare", "evaluate", "export", "merge", "split", "train"]
+__all__ = ["Cascade", "__version__", "calibrate", "compare", "evaluate", "export", "merge", "plan", "split", "train"]
 
 _HOMES = {
     "Cascade": "stage1_pro.deploy.cascade",
@@ -30,6 +31,7 @@ _HOMES = {
     "evaluate": "stage1_pro.stations.evaluation",
     "export": "stage1_pro.stations.exporting",
     "merge": "stage1_pro.stations.merging",
+    "plan": "stage1_pro.stations.planning",
     "split": "stage1_pro.stations.splitting",
     "train": "stage1_pro.training.loop",
 }
