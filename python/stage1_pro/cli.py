@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stage1_pro.errors import DependencyError, InputError, NotReachableError, Stage1Error, need
+
+if TYPE_CHECKING:
+    from stage1_pro.config import Config
 
 _TRAIN_PACKAGES = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"}
 _FLOW = """\
@@ -22,6 +25,8 @@ the usual way:
   stage1 evaluate --run RUN                       figures on val_test and a report to open
   stage1 export --run RUN --target rtx            a bundle: ONNX, engines, exactly one policy
   stage1 predict --bundle RUN/bundle photos/      label, probability, exited or deferred
+unlabelled images of the place it will work in, before training:
+  stage1 explora --images POOL --run RUN          adapt the backbone to them; then train --explora
 without a model:
   stage1 plan --alpha .01 --min-coverage .7       how many calibration rows a promise takes
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
@@ -30,6 +35,20 @@ which configuration is better:
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read
+"""
+
+
+_EXPLORA = """\
+ExPLoRA goes on with self-supervised learning on images without labels: the last block, all norms, and LoRA on q
+and v of the other blocks, 0.1% to 10% of the encoder, merged afterwards. Its loss says nothing of what features are
+worth, so a linear probe and 10 nearest neighbours judge the backbone before and after, on held-out groups of train
+rows alone; the base is kept unless balanced accuracy rises by the probe and does not fall by the neighbours. Exit
+code 0 either way; RUN/explora/explora.json says `kept: base` or `kept: adapted`. Images of val_select, val_calib and
+val_test (same content, or a group of theirs) are left out of the pool.
+
+  stage1 explora --images street_pool --run RUN --base facebook/dinov3-vits16-pretrain-lvd1689m
+  stage1 train --run RUN --explora
+  stage1 explora --images scenes --run RUN --base narrow --set explora.train=full     a small model from scratch
 """
 
 
@@ -112,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="STATION", parser_class=argparse.ArgumentParser)
 
     def command(name: str, text: str, handler: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
-        commands._parser_class = _TrainParser if name == "train" else argparse.ArgumentParser
+        commands._parser_class = _TrainParser if name in ("train", "explora") else argparse.ArgumentParser
         sub = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter
         )
@@ -149,21 +168,22 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-quarantine", type=float, default=0.02, help="largest share of unreadable images")
     sub.add_argument("--overwrite", action="store_true", help="replace the splits of a run that has been trained")
 
+    sub = command("explora", "adapt the backbone to unlabelled images, and keep it where that helps", _explora)
+    sub.epilog = _EXPLORA
+    sub.add_argument("--images", type=Path, required=True, help="the pool: a folder, or a CSV with file[,group]")
+    sub.add_argument("--run", type=Path, required=True, help="run folder with splits.json")
+    sub.add_argument("--base", help="backbone to adapt: preset, folder or hub id; model.backbone otherwise")
+    _add_config(sub)
+    sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
+    sub.add_argument("--overwrite", action="store_true", help="forget an earlier adaptation of this run")
+
     sub = command("train", "train both stages on the splits of a run", _train)
     sub.add_argument("--run", "--run-folder", type=Path, required=True, help="run folder with splits.json")
     sub.epilog = (
         "several processes: torchrun --nproc-per-node 2 -m stage1_pro.cli -- train --run RUN\n"
         "(the lone -- keeps torchrun from taking --run for an option of its own)"
     )
-    sub.add_argument("--config", type=Path, help="YAML file with the keys below")
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="one key, for example train.epochs=4 (may be repeated)",
-    )
+    _add_config(sub)
     sub.add_argument(
         "--mode",
         choices=["full", "linear", "lora", "rslora", "dora", "apla", "partial"],
@@ -171,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
     sub.add_argument("--overwrite", action="store_true", help="forget an earlier training in this folder")
+    sub.add_argument("--explora", action="store_true", help="start from the backbone in RUN/explora/backbone")
 
     _add_compare(command("compare", "train arms alike but for their configuration, over seeds, and compare", _compare))
 
@@ -367,6 +388,18 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", type=Path, help="YAML file with the keys below")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="one key, for example train.epochs=4 (may be repeated)",
+    )
+
+
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     """What can be measured, as subcommands of their own."""
     kinds = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
@@ -497,19 +530,37 @@ def _fractions(text: str) -> dict[str, float]:
         ) from None
 
 
-def _train(options: argparse.Namespace) -> None:
+def _given_config(options: argparse.Namespace) -> Config | None:
     from stage1_pro.config import load_config
 
-    overrides = [*options.overrides, *([f"train.mode={options.mode}"] if options.mode else [])]
-    given = options.config is not None or overrides
-    config = load_config(options.config, overrides) if given else None
+    overrides = [*options.overrides, *([f"train.mode={options.mode}"] if getattr(options, "mode", None) else [])]
+    return load_config(options.config, overrides) if options.config is not None or overrides else None
+
+
+def _explora(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.exploration import explora, render
+
+    record = explora(
+        options.images,
+        options.run,
+        _given_config(options),
+        base=options.base,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    _emit(options, record.model_dump(mode="json"), render(record, options.run))
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _given_config(options)
     # Tell mistakes before the seconds that torch takes to load.
     from stage1_pro.training.prepare import check_run
 
-    check_run(options.run, config, resume=options.resume, overwrite=options.overwrite)
+    given_flags = {"resume": options.resume, "overwrite": options.overwrite, "explora": options.explora}
+    check_run(options.run, config, **given_flags)
     from stage1_pro.training.loop import train
 
-    result = train(options.run, config, resume=options.resume, overwrite=options.overwrite)
+    result = train(options.run, config, **given_flags)
     best = result.best
     _emit(
         options,

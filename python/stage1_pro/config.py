@@ -22,9 +22,14 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which backbone, where Stage A reads it, and the heads."""
 
-    backbone: str = Field("tiny", description="preset (tiny), local folder, or hub id of a DINOv3 or DINOv2 backbone")
+    backbone: str = Field(
+        "tiny", description="preset (tiny, narrow), local folder, or hub id of a DINOv3 or DINOv2 backbone"
+    )
     image_size: int | None = Field(
-        None, gt=0, description="input side in pixels, a multiple of the patch; null = 48 for tiny, 224 otherwise"
+        None,
+        gt=0,
+        description="input side in pixels, a multiple of the patch; null = 48 for presets, else 224 or what the folder "
+        "was adapted at",
     )
     resize: Literal["stretch", "crop"] = Field("stretch", description="crop loses the sides of wide street photos")
     tap: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
@@ -180,6 +185,57 @@ class GateConfig(Section):
     )
 
 
+class ExploraConfig(Section):
+    """Self-supervised adaptation of the backbone to unlabelled images (ExPLoRA)."""
+
+    objective: Literal["mae", "simmim", "latent", "diet"] = Field(
+        "mae",
+        description="mae = pixels of masked patches, which the encoder never sees; simmim = mask tokens in their "
+        "place; latent = the starting backbone's features of masked patches; diet = every image is a class of its own",
+    )
+    train: Literal["explora", "full"] = Field(
+        "explora",
+        description="explora = the last blocks, all norms, and LoRA on q and v of the others, 0.1-10% of the encoder; "
+        "full = every weight, for pretraining a small model from scratch, no limit",
+    )
+    blocks: int = Field(1, ge=1, description="last blocks that are trained whole")
+    rank: int = Field(8, ge=1, description="rank of LoRA on q and v of the other blocks")
+    alpha: float | None = Field(None, gt=0, description="LoRA's scale is alpha / rank; null = 2 * rank")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is masked")
+    epochs: int = Field(40, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of encoder and decoder")
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float = Field(2.0, ge=0, description="of the learning rate, once for each part that begins to learn")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    decoder_width: int = Field(96, ge=32, multiple_of=32)
+    decoder_depth: int = Field(2, ge=1, description="blocks of the decoder, which is thrown away afterwards")
+    decoder_warmup_epochs: int = Field(4, ge=0, description="first epochs, in which the encoder is frozen")
+    crop_scale: tuple[float, float] = Field((0.4, 1.0), description="area share of the random crop")
+    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of a mirror image")
+    held_out: float = Field(
+        0.05, ge=0, lt=1, description="share of the pool that is not trained on; its loss is in metrics.csv"
+    )
+    keep: Literal["better", "adapted"] = Field(
+        "better",
+        description="better = the base unless probes on train rows say that adaptation helped; adapted = whatever they "
+        "say, which the record tells",
+    )
+    save_every_steps: int = Field(50, ge=1, description="steps between two last.pth inside an epoch")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must be [low, high] with 0 < low <= high <= 1, got [{low:g}, {high:g}]")
+        if self.decoder_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"decoder_warmup_epochs must be fewer than the {self.epochs} epochs, got {self.decoder_warmup_epochs}; "
+                "the encoder would never learn"
+            )
+        return self
+
+
 class CalibrateConfig(Section):
     """Exit policy."""
 
@@ -216,6 +272,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     adapter: AdapterConfig = AdapterConfig()
     gate: GateConfig = GateConfig()
+    explora: ExploraConfig = ExploraConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     export: ExportConfig = ExportConfig()
 

@@ -144,13 +144,6 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
     tap = config.tap if isinstance(config.tap, int) else backbone.n_blocks
     if tap > backbone.n_blocks:
         raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")
-    spec = PreprocessSpec(
-        height=backbone.image_size,
-        width=backbone.image_size,
-        resize=config.resize,
-        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
-        **normalisation(config.backbone),
-    )
     architecture = Architecture(
         backbone=backbone.info(config.backbone),
         hf_config=_clean(backbone.hf.config.to_dict()),
@@ -160,9 +153,20 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
         positive=positive,
         auxiliary_hidden=config.auxiliary_hidden,
         dropout=config.dropout,
-        preprocessing=spec,
+        preprocessing=input_spec(config, backbone),
     )
     return Stage1Model(architecture, backbone, seed)
+
+
+def input_spec(config: ModelConfig, backbone: Backbone) -> PreprocessSpec:
+    """How pixels become the input of a configured backbone."""
+    return PreprocessSpec(
+        height=backbone.image_size,
+        width=backbone.image_size,
+        resize=config.resize,
+        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
+        **normalisation(config.backbone),
+    )
 
 
 def rebuild_model(architecture: Architecture) -> Stage1Model:

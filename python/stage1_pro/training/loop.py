@@ -67,6 +67,7 @@ from stage1_pro.training.gate import fit_gate
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
 from stage1_pro.training.losses import as_share, balanced_weights, joint_loss, selective_loss, selective_sums
 from stage1_pro.training.prepare import check_run, exclusive, forget_training, versions, write_config
+from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.taps import candidates, choose_tap, table
 
 SMALLEST_MICRO_BATCH = 16
@@ -146,7 +147,12 @@ class State:
 
 
 def train(
-    run: Path | str, config: Config | None = None, *, resume: bool = False, overwrite: bool = False
+    run: Path | str,
+    config: Config | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    explora: bool = False,
 ) -> TrainResult:
     """Train the configured model on the splits in a run folder.
 
@@ -158,6 +164,7 @@ def train(
         config: the configuration; with ``resume`` it defaults to the run's own.
         resume: go on from ``last.pth`` (or from the start when none was written yet).
         overwrite: forget an earlier training in this folder.
+        explora: start from the backbone that ``stage1 explora`` left in the run; a resumed training keeps its own.
 
     Raises:
         InputError: no splits, an earlier training in the way, or a resumed configuration that differs.
@@ -165,7 +172,7 @@ def train(
         TrainingError: out of memory at the smallest batch, or a loss that is not finite.
     """
     run = Path(run)
-    splits, config = check_run(run, config, resume=resume, overwrite=overwrite)
+    splits, config = check_run(run, config, resume=resume, overwrite=overwrite, explora=explora)
     with exclusive(run) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
         trainer = _Trainer(run, splits, config)
         trainer.begin(resume=resume)
@@ -235,15 +242,12 @@ class _Trainer:
     def __init__(self, run: Path, splits: Splits, config: Config) -> None:
         self.run, self.splits, self.config = run, splits, config
         options = config.train
-        _seed_everything(config.seed, deterministic=options.deterministic)
-        bf16 = options.precision == "bf16" or (
-            options.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        )
+        seed_everything(config.seed, deterministic=options.deterministic)
         # It would hold a process to the precision of its first training.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision="bf16" if bf16 else "no",
+            mixed_precision="bf16" if uses_bf16(options.precision) else "no",
             log_with="tensorboard" if options.tensorboard else None,
             project_dir=str(run),
         )
@@ -350,7 +354,7 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=options.lr, betas=(0.9, 0.999))
         total = options.epochs * self.source.steps_per_epoch
         warmup = max(1, round(options.warmup_epochs * self.source.steps_per_epoch))
-        self.scheduler = LambdaLR(self.optimizer, lambda step: _schedule(step, warmup, total, options.min_lr_ratio))
+        self.scheduler = LambdaLR(self.optimizer, lambda step: warm_cosine(step, warmup, total, options.min_lr_ratio))
         self.ema = AveragedModel(self.trained, multi_avg_fn=_ema(options.ema_decay)) if options.ema_decay > 0 else None
         if self.ema is not None:
             for averaged, parameter in zip(self.ema.module.parameters(), self.trained.parameters(), strict=True):
@@ -1011,24 +1015,6 @@ def peak_memory(device: torch.device) -> int:
                 return int(line.split()[1]) << 10
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest << 10
-
-
-def _seed_everything(seed: int, *, deterministic: bool) -> None:
-    torch.manual_seed(seed)
-    torch.backends.cuda.matmul.allow_tf32 = not deterministic
-    torch.backends.cudnn.allow_tf32 = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
-
-
-def _schedule(step: int, warmup: int, total: int, floor: float) -> float:
-    """Linear warm-up, then a cosine down to ``floor``; a share of the peak."""
-    if step < warmup:
-        return (step + 1) / warmup
-    share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
