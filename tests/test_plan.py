@@ -114,6 +114,8 @@ def test_the_expected_coverage_costs_rows_and_positives_are_a_share() -> None:
         ({"policy": "scrc", "expected_coverage": 0.8}, r"expected_coverage must be left out for policy scrc, got 0.8"),
         ({"delta": (0.01, 0.04)}, r"delta must be one share for policy gate, got \[0.01, 0.04\]"),
         ({"cells": 2}, r"cells must be 1 for policy gate, got 2"),
+        ({"cells": 1.5}, r"cells must be 1 for policy gate, got 1.5"),
+        ({"policy": "scrc", "cells": (0.5, float("nan"))}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"policy": "scrc", "cells": (0.5, 0.2)}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"power": 1.0}, r"power must be inside \(0, 1\), got 1.0"),
         ({"min_coverage": 1.5}, r"min_coverage must be inside \(0, 1\), got 1.5"),

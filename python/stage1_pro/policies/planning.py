@@ -80,7 +80,7 @@ def scrc_power(
         InputError: an argument outside its range.
     """
     _check(alpha, delta[1], 1.0)
-    if not 1 <= len(cells) <= _MOST_CELLS or min(cells) <= 0 or abs(sum(cells) - 1) > 1e-6:
+    if not (1 <= len(cells) <= _MOST_CELLS and min(cells) > 0 and abs(sum(cells) - 1) <= 1e-6):
         raise InputError(
             f"cells must be 1 to {_MOST_CELLS} positive shares that sum to 1, got {list(cells)}; they are shares of "
             "the accepted units"

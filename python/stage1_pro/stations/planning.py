@@ -204,10 +204,8 @@ def _cells(policy: str, cells: int | Sequence[float]) -> tuple[float, ...]:
     given = [float(cells)] if isinstance(cells, int | float) else [float(value) for value in cells]
     if len(given) == 1 and given[0] >= 1 and given[0] == math.floor(given[0]):
         given = [1 / given[0]] * min(int(given[0]), 1000)
-    if len(given) > 1 and policy != "scrc":
-        raise InputError(
-            f"cells must be 1 for policy {policy}, got {len(given)}; only scrc has limits of its own by cell"
-        )
+    if policy != "scrc" and given != [1.0]:
+        raise InputError(f"cells must be 1 for policy {policy}, got {cells}; only scrc has limits of its own by cell")
     return tuple(given)
 
 
