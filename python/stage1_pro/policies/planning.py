@@ -82,8 +82,8 @@ def scrc_power(
     _check(alpha, delta[1], 1.0)
     if not (1 <= len(cells) <= _MOST_CELLS and min(cells) > 0 and abs(sum(cells) - 1) <= 1e-6):
         raise InputError(
-            f"cells must be 1 to {_MOST_CELLS} positive shares that sum to 1, got {list(cells)}; they are shares of "
-            "the accepted units"
+            f"cells must be 1 to {_MOST_CELLS} positive shares that sum to 1, got {len(cells)} with "
+            f"sum {sum(cells):g}; they are shares of the accepted units"
         )
     rank = selection_rank(n, xi, delta[0])
     if rank is None:
