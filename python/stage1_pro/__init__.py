@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from stage1_pro.stations.exploration import explora
     from stage1_pro.stations.exporting import export
     from stage1_pro.stations.merging import merge
+    from stage1_pro.stations.planning import plan
     from stage1_pro.stations.splitting import split
     from stage1_pro.training.loop import train
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cascade", "__version__", "calibrate", "compare", "evaluate", "explora", "export", "merge", "split", "train",
+    "Cascade", "__version__", "calibrate", "compare", "evaluate", "explora", "export", "merge", "plan", "split",
+    "train",
 ]  # fmt: skip
 
 _HOMES = {
@@ -34,6 +36,7 @@ _HOMES = {
     "explora": "stage1_pro.stations.exploration",
     "export": "stage1_pro.stations.exporting",
     "merge": "stage1_pro.stations.merging",
+    "plan": "stage1_pro.stations.planning",
     "split": "stage1_pro.stations.splitting",
     "train": "stage1_pro.training.loop",
 }

@@ -28,6 +28,7 @@ the usual way:
 unlabelled images of the place it will work in, before training:
   stage1 explora --images POOL --run RUN          adapt the backbone to them; then train --explora
 without a model:
+  stage1 plan --alpha .01 --min-coverage .7       how many calibration rows a promise takes
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
 which configuration is better:
   stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
@@ -64,6 +65,23 @@ prob is P(positive); label is 0 or 1, or a name; error is 0, 1 or a loss in [0, 
 examples:
   stage1 metrics predictions.csv --out figures
   stage1 metrics new.csv --compare old.csv --metrics augrc,nll
+"""
+
+
+_PLAN = """\
+what is wished      gate     coverage at least --min-coverage and exit error at most --alpha
+                    softmax  at most --alpha of exited positives answered negative
+                    scrc     at least --min-coverage accepted, their sets without the label in at most --alpha
+A promise needs rows: with no error at all 299 certify 1% at delta .05, with five errors 1,049. Rows are what is
+counted only where they are independent; of clips, tracks or places count groups. The chance to succeed (power) is
+exact: binomial trials, binomial errors, the tests that calibrate runs. Half of val_calib chooses thresholds, the other
+half certifies them.
+
+examples:
+  stage1 plan --alpha .01 --min-coverage .7 --expected-error .005              how many for 1% if the truth is 0.5%
+  stage1 plan --alpha .01 --min-coverage .7 --expected-coverage .75 --n 800    what 800 groups can certify
+  stage1 plan --policy softmax --alpha .02 --positives .24                     FNR on exits, where 24% are positive
+  stage1 plan --policy scrc --alpha .05 --delta .01 .04 --cells 2 --out plan   sets by class, plan.json and plan.png
 """
 
 
@@ -250,6 +268,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--metrics", default="all", help="comma-separated names, such as augrc,risk_at_coverage_0.95")
     sub.add_argument("--out", type=Path, help="folder for metrics.csv, metrics.json, figures and report.html")
 
+    _add_plan(
+        command("plan", "say how many calibration rows a promise takes, and what rows you have can promise", _plan)
+    )
+
     sub = command("export", "write the bundle: ONNX per stage, engines, exactly one policy", _export)
     sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
     sub.add_argument("--out", type=Path, help="bundle folder; RUN/bundle by default")
@@ -287,6 +309,34 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be a demo's")
     sub.add_argument("--seed", type=int, default=0, help="seed of scenes, splits and training")
     return parser
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = _PLAN
+    sub.add_argument("--policy", choices=["softmax", "gate", "scrc"], default="gate", help="what makes the promise")
+    sub.add_argument("--alpha", type=float, help="largest risk; .01 by default, of softmax .02")
+    sub.add_argument(
+        "--delta", type=float, nargs="+", default=[0.05], metavar="D",
+        help="largest chance of a false certificate; scrc: of selection and risk (one number is split 1 : 4)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--min-coverage", type=float, default=0.7, help="least share accepted; softmax: share expected to exit"
+    )
+    sub.add_argument("--expected-error", type=float, help="true risk that you hope for; half of alpha by default")
+    sub.add_argument(
+        "--expected-coverage", type=float,
+        help="true share accepted that you hope for, above --min-coverage; gate: its test is then counted too",
+    )  # fmt: skip
+    sub.add_argument(
+        "--positives", type=float, default=0.5, help="softmax: share of rows (or groups) that are positive"
+    )
+    sub.add_argument("--power", type=float, default=0.9, help="wished chance to succeed")
+    sub.add_argument(
+        "--cells", type=float, nargs="+", default=[1], metavar="K",
+        help="scrc: number of cells (classes or stages) with a limit each, or the share of each among the accepted",
+    )  # fmt: skip
+    sub.add_argument("--n", type=int, help="rows (or groups) of the certify half that you have")
+    sub.add_argument("--out", type=Path, help="folder for plan.json and plan.png")
 
 
 def _add_compare(sub: argparse.ArgumentParser) -> None:
@@ -602,6 +652,26 @@ def _metrics(options: argparse.Namespace) -> None:
         out=options.out,
     )
     _emit(options, found.model_dump(mode="json"), render(found))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.planning import plan, render
+
+    found = plan(
+        options.policy,
+        alpha=options.alpha,
+        delta=options.delta,
+        min_coverage=options.min_coverage,
+        expected_error=options.expected_error,
+        expected_coverage=options.expected_coverage,
+        positives=options.positives,
+        power=options.power,
+        cells=options.cells,
+        n=options.n,
+        out=options.out,
+    )
+    wrote = "" if options.out is None else f"\nwrote {options.out}/plan.json and plan.png"
+    _emit(options, found.model_dump(mode="json"), render(found) + wrote)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betainc, gammaln, ndtri
+from scipy.special import betainc
 
 from stage1_pro.artifacts import CertificateRecord, RiskRecord
 from stage1_pro.errors import InputError, NotReachableError, nearest
@@ -33,12 +33,11 @@ from stage1_pro.policies.candidates import (
     count_at_least,
     group_weights,
 )
+from stage1_pro.policies.planning import plan_calibration
 
 Condition = Literal["exit", "exit&y=1"]
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
-# Beyond this many trials the normal approximation plans as well as the exact sum, to a fraction of a percent.
-_EXACT_TRIALS = 200_000
 
 
 def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple[int, int]:
@@ -604,81 +603,11 @@ def _rounding(descending: NDArray[np.float64]) -> NDArray[np.bool_]:
     # Runs of near neighbours, each with the spread from its first to its last member.
     start = np.flatnonzero(near & ~np.append(False, near[:-1]))
     stop = np.flatnonzero(near & ~np.append(near[1:], False)) + 1
-    for a, b in zip(start, stop, strict=True):
-        if descending[a] - descending[b] > 2 * slack[a]:
-            near[a:b] = False
+    long = descending[start] - descending[stop] > 2 * slack[start]
+    inside = np.zeros(near.size + 1, dtype=np.int64)
+    inside[start[long]], inside[stop[long]] = 1, -1
+    near &= np.cumsum(inside)[:-1] == 0
     return near
-
-
-# -------------------------------------------------------------------------------- planning
-
-
-def plan_calibration(
-    alpha: float, delta: float, min_coverage: float | None, expected_error: float, power: float = 0.9
-) -> int:
-    """How many rows the certify half needs (groups, where rows share one) to certify risk <= alpha; fewer is cheaper.
-
-    The power is exact: the number of trials is binomial(n, min_coverage), the errors among them are binomial with
-    ``expected_error``, and the threshold that will be deployed is taken as given. The walk over thresholds and the
-    test of the coverage itself cost a little more. Beyond 200,000 trials a normal approximation takes over.
-    ``val_calib`` is halved, so it needs twice as many.
-
-    Args:
-        alpha: largest risk, inside (0, 1).
-        delta: largest chance of a false certificate.
-        min_coverage: share of rows that are trials, in (0, 1]: the coverage, or the share of exited positives. None: 1.
-        expected_error: the true risk that is hoped for, in [0, alpha).
-        power: wished chance to succeed, inside (0, 1).
-
-    Raises:
-        InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
-    """
-    for name, value in (("alpha", alpha), ("delta", delta), ("power", power)):
-        check_share(name, value)
-    share = 1.0 if min_coverage is None else min_coverage
-    if not 0 < share <= 1:
-        raise InputError(f"min_coverage must be in (0, 1], got {share}; it is the share of rows that are trials")
-    if not 0 <= expected_error < alpha:
-        raise InputError(
-            f"expected_error must be in [0, alpha = {alpha:g}), got {expected_error:g}; no number of rows certifies a "
-            "risk that is not below alpha"
-        )
-    spread = -ndtri(delta) * math.sqrt(alpha * (1 - alpha))
-    spread += ndtri(power) * math.sqrt(expected_error * (1 - expected_error))
-    rough = float(max((spread / (alpha - expected_error)) ** 2, 1))
-    if rough > _EXACT_TRIALS:
-        return math.ceil(rough / share)
-
-    def enough(n: int) -> bool:
-        deviation = math.sqrt(n * share * (1 - share))
-        low, high = max(0, math.floor(n * share - 8 * deviation)), min(n, math.ceil(n * share + 8 * deviation))
-        m = np.arange(low, high + 1, dtype=np.float64)
-        if share == 1:
-            chance = np.ones(1)
-        else:
-            ways = gammaln(n + 1) - gammaln(m + 1) - gammaln(n - m + 1)
-            chance = np.exp(ways + m * math.log(share) + (n - m) * math.log1p(-share))
-        allowed = errors_allowed(m, alpha, delta).astype(np.float64)
-        success = np.where(allowed >= 0, binomial_cdf(np.maximum(allowed, 0), m, expected_error), 0.0)
-        return float(chance @ success) >= power
-
-    low, high = 0, math.ceil(rough / share)
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    # Power saws a little with n: go on to where it has stayed above for the span of one more error.
-    span = max(1, math.ceil(1 / (alpha * share)))
-    n = high
-    while n - high < span:
-        n += max(1, span // 16)
-        if not enough(n):
-            high = n + 1
-            while not enough(high):
-                high += 1
-            n = high
-    return high
 
 
 # -------------------------------------------------------------------------------- helpers
