@@ -96,3 +96,61 @@ def test_benchmark_rows_have_the_error_rate_asked_for(room):
     assert data.error.mean() == pytest.approx(0.1, abs=0.005)
     assert (data.probabilities().argmax(axis=1) == 1).all()
     assert ((data.probabilities().argmax(axis=1) != data.labels()) == data.error).all()
+
+
+def clustered(resplits, n=150, seed=0):
+    """Groups of 1 to 30 rows that are near-copies: half of them are hard, with errors and low gate scores."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(n), rng.integers(1, 31, n))
+    # What a group's rows share weighs more than what each has of its own.
+    hard = rng.normal(size=n)[groups] + 0.3 * rng.normal(size=groups.size)
+    labels = (rng.random(n) < 0.5).astype(int)[groups]
+    right = 1 / (1 + np.exp(1.3 * hard - 1.6))
+    probs = np.where(np.arange(2) == labels[:, None], right[:, None], 1 - right[:, None])
+    return resplits.Rows(probs, -hard + 0.5 * rng.normal(size=groups.size), labels, groups)
+
+
+def test_resplits_show_what_ignoring_groups_does(room):
+    resplits = room("resplits")
+    draws = 100
+    table = resplits.resplit(clustered(resplits), 0.5, 0.12, draws=draws, world=True)
+    noise = 3 * (0.05 * 0.95 / draws) ** 0.5
+    for method in ("gate, ltt", "scrc pac"):
+        by_group, by_row = table[method]["groups"], table[method]["rows"]
+        assert by_group["broken"] <= 0.05 + noise, method
+        assert by_row["broken"] > 0.15 and by_row["broken"] > 3 * by_group["broken"], method
+    assert table["scrc pac"]["groups"]["feasible"] == 1
+    # A shipped file is one draw: expectations and the naive choice break often, by group too.
+    assert table["scrc naive"]["groups"]["broken"] > 0.3
+    # Rows of the calibrated groups themselves cannot tell.
+    assert table["scrc pac"]["rows"]["deceived"] > 0.02
+
+
+def test_a_draw_of_resplits_calibrates_and_tells_the_truth_on_other_groups(room):
+    resplits = room("resplits")
+    pool = clustered(resplits)
+    rows, names, truth, others = resplits.cut(pool, np.random.default_rng(0), world=False)
+    assert not np.intersect1d(pool.groups[rows], pool.groups[truth]).size
+    assert np.array_equal(np.unique(pool.groups[truth]), np.sort(pool.groups[others]))
+    assert np.array_equal(np.sort(np.concatenate([rows, truth])), np.arange(len(pool)))
+    assert np.unique(names).size == np.unique(pool.groups[rows]).size == 75
+    rows, names, truth, _ = resplits.cut(pool, np.random.default_rng(0), world=True)
+    assert truth.size == len(pool)
+    # A group that is drawn twice is two groups.
+    assert np.unique(names).size == 75 > np.unique(pool.groups[rows]).size
+    deployed = resplits.methods(0.5, 0.2)["gate, ltt"](pool, pool, True, 0)
+    risk, coverage, size = deployed.measure(truth, resplits.alike(pool.groups))
+    wrong = [(pool.wrong & deployed.accepted)[member].mean() for member in pool.members()]
+    share = [deployed.accepted[member].mean() for member in pool.members()]
+    assert (risk, coverage, size) == pytest.approx((np.mean(wrong) / np.mean(share), np.mean(share), 1.0))
+
+
+def test_resplits_write_what_cannot_be_certified(room):
+    resplits = room("resplits")
+    facts = resplits.limits(clustered(resplits), ((0.5, 0.1),))
+    assert facts["groups"] == 150
+    assert facts["least risk with half of the groups: 75"] == pytest.approx(1 - 0.05 ** (1 / 75))
+    table = resplits.resplit(clustered(resplits), 0.9, 0.01, draws=2)
+    found = {"limits": facts, "wishes": {"a wish": {"other half": table, "pool as the world": table}}}
+    text = resplits.render({"simulated": found}, 2)
+    assert "| gate, ltt, by groups | infeasible in every draw | infeasible in every draw |" in text

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +39,7 @@ from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, fixed_s
 from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certify import (
     certify,
+    certify_halves,
     certify_threshold,
     cut_halves,
     order_candidates,
@@ -951,6 +954,117 @@ def test_overlapping_halves_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="must not overlap, got the same sha256 in both"):
         calibrate(tmp_path)
     assert not (tmp_path / "claims.json").exists()
+
+
+def test_an_empirical_look_is_counted_and_the_certificate_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path)
+    for alpha in (0.02, 0.03):
+        calibrate(tmp_path, policy="gate", guarantee="none", max_exit_error=alpha)
+    looks = Claims.read(tmp_path / "claims.json").looks
+    assert list(looks.values()) == [2] and not Claims.read(tmp_path / "claims.json").halves
+    policy = calibrate(tmp_path, policy="gate", max_exit_error=0.02)
+    assert policy.certificate is not None
+    assert any("2 empirical choice(s)" in text for text in policy.certificate.assumptions)
+    assert any("another run folder" in text for text in policy.certificate.assumptions)
+    assert "saw the certify half 2 time(s) before" in capsys.readouterr().err
+    fresh = tmp_path / "fresh"
+    make_run(fresh)
+    policy = calibrate(fresh, policy="gate", max_exit_error=0.02)
+    assert policy.certificate is not None
+    assert not any("empirical" in text for text in policy.certificate.assumptions)
+
+
+def test_calibrations_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    """Two at once would lose a claim between reading and writing, or leave two policies."""
+    make_run(tmp_path, 400)
+    code = (
+        "import sys, fcntl; f = open(sys.argv[1] + '/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        for guarantee in ("ltt", "none"):
+            with pytest.raises(InputError, match="another process is at work in it"):
+                calibrate(tmp_path, guarantee=guarantee)
+        assert not (tmp_path / "claims.json").exists() and read_policy(tmp_path) is None
+    finally:
+        holder.communicate("")
+
+
+def test_gate_logits_that_are_no_numbers_cost_no_claim(tmp_path: Path) -> None:
+    predictions = make_run(tmp_path, 400)
+    nothing = np.full_like(predictions.gate_logits, np.nan)
+    make_run(tmp_path, 400, gate_logits=nothing)
+    with pytest.raises(NotReachableError, match="no claim was made"):
+        calibrate(tmp_path, policy="gate")
+    assert not (tmp_path / "claims.json").exists()
+
+
+def test_the_smallest_risk_that_is_named_can_be_certified() -> None:
+    """Another alpha walks from another threshold: what is named is tried, for the risk that failed."""
+    named = 0
+    for seed in range(12):
+        data = gated(1500, seed=seed)
+        wish = {"delta": 0.05, "min_coverage": 0.5, "halves": data["halves"], "lowest": 0.0}
+        sure, wrong = expit(data["gate_logits"]), data["probs"].argmax(1) != data["labels"]
+        found = certify_halves(sure, [Risk("exit error", 0.004, wrong)], **wish)
+        if found.feasible or found.min_certifiable_alpha is None:
+            continue
+        named += 1
+        assert found.min_certifiable_alpha > 0.004 and found.smallest_of == "exit error"
+        assert certify_halves(sure, [Risk("exit error", found.min_certifiable_alpha, wrong)], **wish).feasible
+        assert not certify_halves(
+            sure, [Risk("exit error", 0.97 * found.min_certifiable_alpha, wrong)], **wish
+        ).feasible
+        # The second risk fails alone: the number is its own.
+        both = [Risk("exit error", 0.9, wrong), Risk("other", 0.004, wrong)]
+        assert certify_halves(sure, both, **wish).smallest_of == "other"
+    assert named > 5
+
+
+def test_no_positives_is_said_as_such(tmp_path: Path) -> None:
+    data = gated(800)
+    labels = np.where(data["halves"] == "certify", 0, data["labels"])
+    with pytest.raises(NotReachableError, match="tell anything of FNR on exits"):
+        fit_softmax_policy(data["probs"], labels, **BINARY, guarantee="ltt", halves=data["halves"])
+
+
+def test_a_gate_that_is_wrong_way_round_is_not_turned() -> None:
+    rng = np.random.default_rng(0)
+    logit = rng.normal(size=500)
+    platt = fit_platt(logit, rng.random(500) < expit(-2 * logit))
+    assert (platt.a, platt.b, platt.fitted) == (1.0, 0.0, False)
+    assert "does not rise" in platt.reason
+
+
+def test_a_policy_replaces_policies_and_nothing_else(tmp_path: Path) -> None:
+    data = gated(400)
+    np.savez(tmp_path / "mine.npz", probs=data["probs"], labels=data["labels"], gate_logits=data["gate_logits"])
+    precious = tmp_path / "precious.json"
+    precious.write_text('{"mine": 1}')
+    for wish in ({"policy": "gate", "max_exit_error": 0.0001, "guarantee": "ltt"}, {"guarantee": "none"}):
+        with pytest.raises(InputError, match="must be a new file or a policy to replace"):
+            calibrate(logits=tmp_path / "mine.npz", out=precious, **wish)
+    assert precious.read_text() == '{"mine": 1}'
+    folder = tmp_path / "out"
+    easy = {"guarantee": "none", "logits": tmp_path / "mine.npz", "out": folder}
+    calibrate(**easy, target_fnr=0.9)
+    calibrate(**easy, policy="gate", max_exit_error=0.9, min_coverage=0.1)
+    policy = read_policy(folder)
+    assert policy is not None and policy.policy == "gate"
+
+
+@pytest.mark.parametrize("name", ["[/weird] x", "[bold]", "[red]x[/red]"])
+def test_brackets_in_names_are_shown_as_they_are(name: str) -> None:
+    data = gated(400)
+    classes = {"classes": ["none", name], "positive": name}
+    policy = fit_softmax_policy(data["probs"], data["labels"], **classes, target_fnr=0.9)
+    assert name in render(policy)
 
 
 @pytest.mark.parametrize("better", ["gate", "softmax"])

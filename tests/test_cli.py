@@ -20,8 +20,8 @@ from stage1_pro import cli
 from stage1_pro.data.synthetic import render_pool
 
 COMMANDS = [
-    "split", "train", "compare", "calibrate", "evaluate", "metrics", "infer", "export", "predict", "bench", "inspect",
-    "doctor", "demo",
+    "split", "explora", "train", "compare", "merge", "plan", "calibrate", "evaluate", "metrics", "infer", "export",
+    "predict", "bench", "inspect", "doctor", "demo",
 ]  # fmt: skip
 
 

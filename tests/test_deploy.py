@@ -633,7 +633,7 @@ class TestExport:
             export(run, tmp_path / "b", target="onnx", recipe=EngineRecipe())
 
     def test_licence_travels_with_derived_weights(self, tmp_path: Path) -> None:
-        from stage1_pro.deploy.bundle import _licence_note, _portable
+        from stage1_pro.deploy.bundle import _portable, licence_note
 
         model = make_model(4)
         info = model.architecture.backbone
@@ -644,8 +644,10 @@ class TestExport:
         assert _portable(config)["model"]["backbone"] == "dinov3-own"
         hub = "facebook/dinov3-vits16-pretrain-lvd1689m"
         assert _portable(Config(model=ModelConfig(backbone=hub)))["model"]["backbone"] == hub
-        assert _licence_note(config, info) is None
-        note = _licence_note(config, info.model_copy(update={"source": "dinov3-own", "licence": "DINOv3 License"}))
+        assert licence_note(str(backbone), info) is None
+        note = licence_note(
+            str(backbone), info.model_copy(update={"source": "dinov3-own", "licence": "DINOv3 License"})
+        )
         assert note is not None and "DINOv3 License" in note and "the whole text" in note
         assert LICENCE == "LICENCE-BACKBONE.txt"
 

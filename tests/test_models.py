@@ -113,7 +113,10 @@ def test_gate_passes_no_gradient_back() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "tinny"}, r"must be a preset \(tiny\), an existing folder or a hub id .*did you mean 'tiny'"),
+        (
+            {"backbone": "tinny"},
+            r"must be a preset \(tiny, narrow\), an existing folder or a hub id .*did you mean 'tiny'",
+        ),
         ({"backbone": "./nowhere"}, "must be a preset"),
         ({"image_size": 50}, "must be a multiple of the patch size 8, got 50; use 48 or 56"),
         ({"tap": 5}, "model.tap must be a block from 1 to 4, got 5"),

@@ -21,7 +21,7 @@ from stage1_pro.classes import choose_positive
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.metrics.intervals import clopper_pearson_upper
 from stage1_pro.policies import read_policy
-from stage1_pro.policies.certify import groups_in_error
+from stage1_pro.policies.certify import gaps, groups_in_error
 from stage1_pro.policies.softmax import GRID, SWEEP_ROWS, confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.stations.calibration import calibrate, render
 
@@ -151,12 +151,22 @@ def test_the_threshold_stands_in_the_middle_of_the_gap() -> None:
     assert everything.exit_threshold == pytest.approx((0.7 + 0.5) / 2)
 
 
-def test_neighbouring_floats_are_told_apart() -> None:
-    high = 0.75
-    low = np.nextafter(high, 0)
-    policy = fit_softmax_policy([[1 - high, high], [low, 1 - low]], [1, 1], **BINARY)
-    assert policy.exit_threshold == high
-    assert policy.n_exited == 1
+def test_rounding_parts_no_photo_from_its_copy() -> None:
+    """One photo five times in a batch has up to three scores in torch and one in onnxruntime: all exit, or none."""
+    sure = np.array([0.9, 0.75, 0.75 - 1e-7, 0.75 + 2e-7, np.nextafter(0.75, 0), 0.75, 0.7])
+    right = np.array([1, 1, 0, 0, 0, 1, 0])
+    for target in (0.2, 0.4, 0.55, 0.7):
+        probs = np.stack([np.where(right, 1 - sure, sure), np.where(right, sure, 1 - sure)], axis=1)
+        policy = fit_softmax_policy(probs, np.ones(7, dtype=int), **BINARY, target_fnr=target)
+        copies = sure[1:6] >= policy.exit_threshold
+        assert copies.all() or not copies.any()
+    # Where scores that differ only by rounding go on and on, each stands for itself.
+    dense = np.linspace(0.8, 0.7999, 2000)
+    last, thresholds = gaps(dense, 0.5)
+    assert last.size == dense.size and np.all(np.diff(thresholds) < 0)
+    # Of scores of unknown scale neighbouring floats are two numbers.
+    last, thresholds = gaps(np.array([0.75, np.nextafter(0.75, 0)]), -np.inf)
+    assert last.tolist() == [0, 1] and thresholds[0] == 0.75
 
 
 def test_rounding_of_a_runtime_flips_no_calibration_row() -> None:

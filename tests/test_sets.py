@@ -395,7 +395,9 @@ def test_calibrate_a_run_and_count_the_claim(tmp_path: Path, capsys: pytest.Capt
     # What promises nothing needs no claim.
     assert cli.main([*arguments, "--variant", "naive"]) == 0
     said = capsys.readouterr().out
-    assert "variant naive" in said and "guarantee: none" in said and not (run / "claims.json").exists()
+    assert "variant naive" in said and "guarantee: none" in said
+    known = Claims.read(run / "claims.json")
+    assert known.halves == {} and list(known.looks.values()) == [1], "looked at, but nothing was claimed"
     assert cli.main([*arguments, "--guarantee", "none", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["variant"] == "naive"
 
@@ -405,6 +407,7 @@ def test_calibrate_a_run_and_count_the_claim(tmp_path: Path, capsys: pytest.Capt
     policy = read_policy(run)
     assert isinstance(policy, ScrcParams) and (policy.claims, policy.certify_uses) == (1, 1)
     assert policy.split_hashes == Splits.read(run / "splits.json").hashes
+    assert "the 2 empirical choice(s) that saw these rows before it" in policy.assumptions[-1]
     assert policy.model_fingerprint == "m" * 64 and render_policy(policy) in said
     data = made()
     assert policy.lambda_2 == fit(data, alpha=0.03, use=1).lambda_2
@@ -827,16 +830,18 @@ def test_an_image_at_a_threshold_decides_alike_alone(run: Path) -> None:
     pixels = all_pixels(run, Cascade_model(run))
     for cascade in (Cascade.load(run / "bundle"), Cascade.from_run(run)):
         free = cascade.decide(pixels)
-        # What a row alone, as two, gives: where it lies near a threshold that decides, in any batch.
-        twice = [cascade.runtime.run("stage_a", {"pixels": pixels[[i, i]]}) for i in range(N_IMAGES)]
-        outputs = {name: np.stack([one[name][0] for one in twice]) for name in twice[0]}
+        chosen = [*np.flatnonzero(free.exited)[:2], *np.flatnonzero(~free.exited)[:2]]
+        outputs = cascade.runtime.run("stage_a", {"pixels": pixels})
         probs = softmax(outputs["logits"])
-        late = np.flatnonzero(~free.exited)
-        for i in late:
-            probs[i] = softmax(cascade.runtime.run("stage_b", {"hidden": twice[i]["hidden"]})["logits"])[0]
+        # What a row alone, as two, gives: where it lies near a threshold that decides, in any batch.
+        for i in chosen:
+            twice = cascade.runtime.run("stage_a", {"pixels": pixels[[i, i]]})
+            late = cascade.runtime.run("stage_b", {"hidden": twice["hidden"]})["logits"]
+            probs[i] = softmax(twice["logits"] if free.exited[i] else late)[0]
+            outputs["gate_logit"][i] = twice["gate_logit"][0]
         correct = p_correct(policy, probs, free.exited, outputs["gate_logit"])
         second = np.sort(1 - probs, axis=1)[:, 1]
-        for i in (*np.flatnonzero(free.exited)[:2], *late[:2]):
+        for i in chosen:
             on = [sealed(policy, lambda_1=float(correct[i]))]
             cells = [cell.model_copy(update={"limit": float(second[i])}) for cell in policy.lambda_2]
             on.append(sealed(policy, lambda_1=0.0, lambda_2=cells))

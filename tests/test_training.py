@@ -369,15 +369,18 @@ def _kill_when(run: Path, options: list[str], seen: str | None, delay: float) ->
 
 
 @pytest.mark.slow
-def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
-    options = [part for item in (*SMALL, "train.epochs=12", "model.tap=2") for part in ("--set", item)]
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path, mode: str) -> None:
+    settings = (*SMALL, "train.epochs=12", "model.tap=2", f"train.mode={mode}", "adapter.dropout=0.1")
+    options = [part for item in settings for part in ("--set", item)]
     whole = shutil.copytree(split_run, tmp_path / "whole")
     subprocess.run(command(whole, *options), env=environment(), check=True, capture_output=True)
 
     killed = shutil.copytree(split_run, tmp_path / "killed")
     rng = random.Random(4)
     wanted: list[str | None] = ["validate begin", "last.pth writing", None, "validate begin", "model_best.pth writing",
-                                None, "last.pth writing", None, "validate begin", None]  # fmt: skip
+                                None, "adapter writing" if mode == "lora" else "last.pth writing", None,
+                                "validate begin", None]  # fmt: skip
     words: list[str] = []
     for seen in wanted:
         given = ["--resume"] if (killed / "config.json").exists() else options
@@ -387,6 +390,11 @@ def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
             last = _kill_when(killed, ["--resume"], "val_calib begin", rng.uniform(0, 0.02))
         assert last is not None, (killed / "train.log").read_text()
         words.append(last)
+    if mode == "lora":
+        adapter = [f"adapter/{path.name}" for path in (whole / "adapter").iterdir()]
+        assert len(adapter) == 4
+    else:
+        adapter = []
     for seen, longest in (("gate refit begin", 0.3), ("gate refitted", 0.02)):
         words.append(_kill_when(killed, ["--resume"], seen, rng.uniform(0, longest)) or "ended")
     assert any("gate" in word for word in words), words
@@ -395,15 +403,17 @@ def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path) -> None:
 
     inside = [w for w in words if w.endswith(("validate begin", "writing"))]
     assert len(inside) >= 2, words
-    for name in ARTEFACTS:
+    for name in (*ARTEFACTS, *adapter):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs after {words}"
     assert without_timings(killed / "metrics.csv") == without_timings(whole / "metrics.csv")
-    assert not list(killed.rglob(".*.tmp")), "what killed writers left must be swept up"
+    assert not [*killed.rglob(".*.tmp"), *killed.rglob(".*.old")], "what killed writers left must be swept up"
 
 
 @pytest.mark.slow
-def test_two_processes_reach_the_figures_of_one(split_run: Path, tmp_path: Path) -> None:
-    options = [part for item in (*SMALL, "train.epochs=3") for part in ("--set", item)]
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_two_processes_reach_the_figures_of_one(split_run: Path, tmp_path: Path, mode: str) -> None:
+    settings = (*SMALL, "train.epochs=3", f"train.mode={mode}", "train.gradient_checkpointing=true")
+    options = [part for item in settings for part in ("--set", item)]
     runs = {}
     for processes in (1, 2):
         run = shutil.copytree(split_run, tmp_path / f"p{processes}")

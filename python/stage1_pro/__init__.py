@@ -1,6 +1,7 @@
 """Selective image classification that keeps its promises.
 
-Stations: ``split, train, calibrate, evaluate, export``; a deployed bundle: ``Cascade.load(bundle).predict(images)``.
+Stations: ``split, explora, train, compare, calibrate, evaluate, export, merge``; a deployed bundle:
+``Cascade.load(bundle).predict(images)``.
 Everything is imported on first use, so that serving needs no torch.
 """
 
@@ -14,19 +15,28 @@ if TYPE_CHECKING:
     from stage1_pro.stations.calibration import calibrate
     from stage1_pro.stations.comparing import compare
     from stage1_pro.stations.evaluation import evaluate
+    from stage1_pro.stations.exploration import explora
     from stage1_pro.stations.exporting import export
+    from stage1_pro.stations.merging import merge
+    from stage1_pro.stations.planning import plan
     from stage1_pro.stations.splitting import split
     from stage1_pro.training.loop import train
 
 __version__ = "0.1.0"
-__all__ = ["Cascade", "__version__", "calibrate", "compare", "evaluate", "export", "split", "train"]
+__all__ = [
+    "Cascade", "__version__", "calibrate", "compare", "evaluate", "explora", "export", "merge", "plan", "split",
+    "train",
+]  # fmt: skip
 
 _HOMES = {
     "Cascade": "stage1_pro.deploy.cascade",
     "calibrate": "stage1_pro.stations.calibration",
     "compare": "stage1_pro.stations.comparing",
     "evaluate": "stage1_pro.stations.evaluation",
+    "explora": "stage1_pro.stations.exploration",
     "export": "stage1_pro.stations.exporting",
+    "merge": "stage1_pro.stations.merging",
+    "plan": "stage1_pro.stations.planning",
     "split": "stage1_pro.stations.splitting",
     "train": "stage1_pro.training.loop",
 }

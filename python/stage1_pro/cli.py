@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stage1_pro.errors import PROMISE_FAILED, DependencyError, InputError, NotReachableError, Stage1Error, need
+
+if TYPE_CHECKING:
+    from stage1_pro.config import Config
 
 _TRAIN_PACKAGES = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"}
 _FLOW = """\
@@ -22,7 +25,10 @@ the usual way:
   stage1 evaluate --run RUN                       figures on val_test and a report to open
   stage1 export --run RUN --target rtx            a bundle: ONNX, engines, exactly one policy
   stage1 predict --bundle RUN/bundle photos/      label, probability, exited or deferred
+unlabelled images of the place it will work in, before training:
+  stage1 explora --images POOL --run RUN          adapt the backbone to them; then train --explora
 without a model:
+  stage1 plan --alpha .01 --min-coverage .7       how many calibration rows a promise takes
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
 which configuration is better:
   stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
@@ -30,6 +36,20 @@ which configuration is better:
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read,
             7 evaluate: a promise of policy scrc fails on val_test (all is written all the same)
+"""
+
+
+_EXPLORA = """\
+ExPLoRA goes on with self-supervised learning on images without labels: the last block, all norms, and LoRA on q
+and v of the other blocks, 0.1% to 10% of the encoder, merged afterwards. Its loss says nothing of what features are
+worth, so a linear probe and 10 nearest neighbours judge the backbone before and after, on held-out groups of train
+rows alone; the base is kept unless balanced accuracy rises by the probe and does not fall by the neighbours. Exit
+code 0 either way; RUN/explora/explora.json says `kept: base` or `kept: adapted`. Images of val_select, val_calib and
+val_test (same content, or a group of theirs) are left out of the pool.
+
+  stage1 explora --images street_pool --run RUN --base facebook/dinov3-vits16-pretrain-lvd1689m
+  stage1 train --run RUN --explora
+  stage1 explora --images scenes --run RUN --base narrow --set explora.train=full     a small model from scratch
 """
 
 
@@ -46,6 +66,23 @@ prob is P(positive); label is 0 or 1, or a name; error is 0, 1 or a loss in [0, 
 examples:
   stage1 metrics predictions.csv --out figures
   stage1 metrics new.csv --compare old.csv --metrics augrc,nll
+"""
+
+
+_PLAN = """\
+what is wished      gate     coverage at least --min-coverage and exit error at most --alpha
+                    softmax  at most --alpha of exited positives answered negative
+                    scrc     at least --min-coverage accepted, their sets without the label in at most --alpha
+A promise needs rows: with no error at all 299 certify 1% at delta .05, with five errors 1,049. Rows are what is
+counted only where they are independent; of clips, tracks or places count groups. The chance to succeed (power) is
+exact: binomial trials, binomial errors, the tests that calibrate runs. Half of val_calib chooses thresholds, the other
+half certifies them.
+
+examples:
+  stage1 plan --alpha .01 --min-coverage .7 --expected-error .005              how many for 1% if the truth is 0.5%
+  stage1 plan --alpha .01 --min-coverage .7 --expected-coverage .75 --n 800    what 800 groups can certify
+  stage1 plan --policy softmax --alpha .02 --positives .24                     FNR on exits, where 24% are positive
+  stage1 plan --policy scrc --alpha .05 --delta .01 .04 --cells 2 --out plan   sets by class, plan.json and plan.png
 """
 
 
@@ -95,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="STATION", parser_class=argparse.ArgumentParser)
 
     def command(name: str, text: str, handler: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
-        commands._parser_class = _TrainParser if name == "train" else argparse.ArgumentParser
+        commands._parser_class = _TrainParser if name in ("train", "explora") else argparse.ArgumentParser
         sub = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter
         )
@@ -132,25 +169,38 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-quarantine", type=float, default=0.02, help="largest share of unreadable images")
     sub.add_argument("--overwrite", action="store_true", help="replace the splits of a run that has been trained")
 
+    sub = command("explora", "adapt the backbone to unlabelled images, and keep it where that helps", _explora)
+    sub.epilog = _EXPLORA
+    sub.add_argument("--images", type=Path, required=True, help="the pool: a folder, or a CSV with file[,group]")
+    sub.add_argument("--run", type=Path, required=True, help="run folder with splits.json")
+    sub.add_argument("--base", help="backbone to adapt: preset, folder or hub id; model.backbone otherwise")
+    _add_config(sub)
+    sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
+    sub.add_argument("--overwrite", action="store_true", help="forget an earlier adaptation of this run")
+
     sub = command("train", "train both stages on the splits of a run", _train)
     sub.add_argument("--run", "--run-folder", type=Path, required=True, help="run folder with splits.json")
     sub.epilog = (
         "several processes: torchrun --nproc-per-node 2 -m stage1_pro.cli -- train --run RUN\n"
         "(the lone -- keeps torchrun from taking --run for an option of its own)"
     )
-    sub.add_argument("--config", type=Path, help="YAML file with the keys below")
+    _add_config(sub)
     sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="one key, for example train.epochs=4 (may be repeated)",
+        "--mode",
+        choices=["full", "linear", "lora", "rslora", "dora", "apla", "partial"],
+        help="what of the backbone is trained; short for --set train.mode=MODE",
     )
     sub.add_argument("--resume", action="store_true", help="go on from last.pth; ends as if never interrupted")
     sub.add_argument("--overwrite", action="store_true", help="forget an earlier training in this folder")
+    sub.add_argument("--explora", action="store_true", help="start from the backbone in RUN/explora/backbone")
 
     _add_compare(command("compare", "train arms alike but for their configuration, over seeds, and compare", _compare))
+
+    sub = command("merge", "write the plain backbone that an adapter makes of its base", _merge)
+    sub.add_argument("--adapter", type=Path, required=True, help="the adapter's folder, such as RUN/adapter")
+    sub.add_argument("--base", required=True, help="what it was trained on: a preset, a folder or a hub id")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write; model.backbone and transformers read it")
+    sub.add_argument("--overwrite", action="store_true", help="replace a backbone that is there")
 
     sub = command("calibrate", "choose the exit policy on val_calib", _calibrate)
     which = sub.add_mutually_exclusive_group(required=True)
@@ -252,6 +302,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--metrics", default="all", help="comma-separated names, such as augrc,risk_at_coverage_0.95")
     sub.add_argument("--out", type=Path, help="folder for metrics.csv, metrics.json, figures and report.html")
 
+    _add_plan(
+        command("plan", "say how many calibration rows a promise takes, and what rows you have can promise", _plan)
+    )
+
     sub = command("export", "write the bundle: ONNX per stage, engines, exactly one policy", _export)
     sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
     sub.add_argument("--out", type=Path, help="bundle folder; RUN/bundle by default")
@@ -301,6 +355,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = _PLAN
+    sub.add_argument("--policy", choices=["softmax", "gate", "scrc"], default="gate", help="what makes the promise")
+    sub.add_argument("--alpha", type=float, help="largest risk; .01 by default, of softmax .02")
+    sub.add_argument(
+        "--delta", type=float, nargs="+", default=[0.05], metavar="D",
+        help="largest chance of a false certificate; scrc: of selection and risk (one number is split 1 : 4)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--min-coverage", type=float, default=0.7, help="least share accepted; softmax: share expected to exit"
+    )
+    sub.add_argument("--expected-error", type=float, help="true risk that you hope for; half of alpha by default")
+    sub.add_argument(
+        "--expected-coverage", type=float,
+        help="true share accepted that you hope for, above --min-coverage; gate: its test is then counted too",
+    )  # fmt: skip
+    sub.add_argument(
+        "--positives", type=float, default=0.5, help="softmax: share of rows (or groups) that are positive"
+    )
+    sub.add_argument("--power", type=float, default=0.9, help="wished chance to succeed")
+    sub.add_argument(
+        "--cells", type=float, nargs="+", default=[1], metavar="K",
+        help="scrc: number of cells (classes or stages) with a limit each, or the share of each among the accepted",
+    )  # fmt: skip
+    sub.add_argument("--n", type=int, help="rows (or groups) of the certify half that you have")
+    sub.add_argument("--out", type=Path, help="folder for plan.json and plan.png")
+
+
 def _add_compare(sub: argparse.ArgumentParser) -> None:
     sub.epilog = _COMPARE
     sub.add_argument(
@@ -347,6 +429,18 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no-test", action="store_false", dest="test", help="leave val_test alone for now")
     sub.add_argument(
         "--second-look", action="store_true", help="read val_test again though another choice has; it is recorded"
+    )
+
+
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", type=Path, help="YAML file with the keys below")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="one key, for example train.epochs=4 (may be repeated)",
     )
 
 
@@ -480,18 +574,37 @@ def _fractions(text: str) -> dict[str, float]:
         ) from None
 
 
-def _train(options: argparse.Namespace) -> None:
+def _given_config(options: argparse.Namespace) -> Config | None:
     from stage1_pro.config import load_config
 
-    given = options.config is not None or options.overrides
-    config = load_config(options.config, options.overrides) if given else None
+    overrides = [*options.overrides, *([f"train.mode={options.mode}"] if getattr(options, "mode", None) else [])]
+    return load_config(options.config, overrides) if options.config is not None or overrides else None
+
+
+def _explora(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.exploration import explora, render
+
+    record = explora(
+        options.images,
+        options.run,
+        _given_config(options),
+        base=options.base,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    _emit(options, record.model_dump(mode="json"), render(record, options.run))
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _given_config(options)
     # Tell mistakes before the seconds that torch takes to load.
     from stage1_pro.training.prepare import check_run
 
-    check_run(options.run, config, resume=options.resume, overwrite=options.overwrite)
+    given_flags = {"resume": options.resume, "overwrite": options.overwrite, "explora": options.explora}
+    check_run(options.run, config, **given_flags)
     from stage1_pro.training.loop import train
 
-    result = train(options.run, config, resume=options.resume, overwrite=options.overwrite)
+    result = train(options.run, config, **given_flags)
     best = result.best
     _emit(
         options,
@@ -526,6 +639,18 @@ def _compare(options: argparse.Namespace) -> None:
     )
     both = {"val_select": found.model_dump(mode="json"), "val_test": tested and tested.model_dump(mode="json")}
     _emit(options, both, f"{render(found, tested)}\nwrote {options.out}/compare.json, compare.csv, compare.md, figures")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.merging import merge
+
+    found = merge(options.adapter, options.base, options.out, overwrite=options.overwrite)
+    _emit(
+        options,
+        found,
+        f"merged {options.adapter} (mode {found['mode']}) into {options.base}, in float32; heads stay with the run\n"
+        f"wrote {found['out']}; next: stage1 train --run RUN --set model.backbone={found['out']}",
+    )
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -580,6 +705,26 @@ def _metrics(options: argparse.Namespace) -> None:
         out=options.out,
     )
     _emit(options, found.model_dump(mode="json"), render(found))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.planning import plan, render
+
+    found = plan(
+        options.policy,
+        alpha=options.alpha,
+        delta=options.delta,
+        min_coverage=options.min_coverage,
+        expected_error=options.expected_error,
+        expected_coverage=options.expected_coverage,
+        positives=options.positives,
+        power=options.power,
+        cells=options.cells,
+        n=options.n,
+        out=options.out,
+    )
+    wrote = "" if options.out is None else f"\nwrote {options.out}/plan.json and plan.png"
+    _emit(options, found.model_dump(mode="json"), render(found) + wrote)
 
 
 def _export(options: argparse.Namespace) -> None:

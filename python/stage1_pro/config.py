@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stage1_pro.errors import InputError
 
@@ -22,9 +22,14 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which backbone, where Stage A reads it, and the heads."""
 
-    backbone: str = Field("tiny", description="preset (tiny), local folder, or hub id of a DINOv3 or DINOv2 backbone")
+    backbone: str = Field(
+        "tiny", description="preset (tiny, narrow), local folder, or hub id of a DINOv3 or DINOv2 backbone"
+    )
     image_size: int | None = Field(
-        None, gt=0, description="input side in pixels, a multiple of the patch; null = 48 for tiny, 224 otherwise"
+        None,
+        gt=0,
+        description="input side in pixels, a multiple of the patch; null = 48 for presets, else 224 or what the folder "
+        "was adapted at",
     )
     resize: Literal["stretch", "crop"] = Field("stretch", description="crop loses the sides of wide street photos")
     tap: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
@@ -66,11 +71,20 @@ class AugmentConfig(Section):
         return self
 
 
+Mode = Literal["full", "linear", "lora", "rslora", "dora", "apla", "partial"]
+AdapterMode = Literal["lora", "rslora", "dora", "apla", "partial"]
+Target = Literal["q", "k", "v", "o", "up", "down", "gate"]
+ADAPTER_MODES: tuple[AdapterMode, ...] = get_args(AdapterMode)
+
+
 class TrainConfig(Section):
     """One training run."""
 
-    mode: Literal["full", "linear"] = Field(
-        "full", description="full = every weight; linear = frozen backbone, cached features, heads only"
+    mode: Mode = Field(
+        "full",
+        description="full = every weight; linear = frozen backbone, cached features, heads only; lora, rslora, dora = "
+        "low-rank updates of the backbone's projections; apla = each attention's output projection; partial = the last "
+        "blocks, LoRA before them; heads are always trained",
     )
     epochs: int = Field(16, ge=1)
     batch_size: int = Field(64, ge=1, description="effective batch over all processes and accumulation steps")
@@ -111,9 +125,39 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto = bf16 autocast on GPUs that have it, fp32 on a CPU"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute a block's activations again on the way back: less memory, about a third more time"
+    )
     deterministic: bool = True
     workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
     tensorboard: bool = False
+
+
+class AdapterConfig(Section):
+    """What ``train.mode`` lora, rslora, dora, apla and partial train of the backbone."""
+
+    rank: int = Field(8, description="rank of the update of a projection")
+    alpha: float | None = Field(
+        None, gt=0, description="the update is scaled by alpha / rank (rslora: alpha / sqrt(rank)); null = 2 * rank"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the update")
+    targets: tuple[Target, ...] | None = Field(
+        None,
+        min_length=1,
+        description="projections that are updated: q k v o of the attention, up down gate of the MLP; the same words "
+        "for DINOv3 and DINOv2; null = q, k, v, o",
+    )
+    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+        "default", description="of the update; default and gaussian start at exactly the base's outputs"
+    )
+    blocks: int = Field(1, ge=1, description="partial: last blocks that are trained whole, with the final norm")
+
+    @field_validator("rank")
+    @classmethod
+    def _some_rank(cls, rank: int) -> int:
+        if rank < 1:
+            raise ValueError(f"rank must be 1 or more, got {rank}; to train the heads alone use mode linear")
+        return rank
 
 
 class GateConfig(Section):
@@ -139,6 +183,57 @@ class GateConfig(Section):
         description="keep the joint gate's gradient from the backbone: what it learns there is right on rows already "
         "learned by heart, and the refitted gate replaces it",
     )
+
+
+class ExploraConfig(Section):
+    """Self-supervised adaptation of the backbone to unlabelled images (ExPLoRA)."""
+
+    objective: Literal["mae", "simmim", "latent", "diet"] = Field(
+        "mae",
+        description="mae = pixels of masked patches, which the encoder never sees; simmim = mask tokens in their "
+        "place; latent = the starting backbone's features of masked patches; diet = every image is a class of its own",
+    )
+    train: Literal["explora", "full"] = Field(
+        "explora",
+        description="explora = the last blocks, all norms, and LoRA on q and v of the others, 0.1-10% of the encoder; "
+        "full = every weight, for pretraining a small model from scratch, no limit",
+    )
+    blocks: int = Field(1, ge=1, description="last blocks that are trained whole")
+    rank: int = Field(8, ge=1, description="rank of LoRA on q and v of the other blocks")
+    alpha: float | None = Field(None, gt=0, description="LoRA's scale is alpha / rank; null = 2 * rank")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is masked")
+    epochs: int = Field(40, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of encoder and decoder")
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float = Field(2.0, ge=0, description="of the learning rate, once for each part that begins to learn")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    decoder_width: int = Field(96, ge=32, multiple_of=32)
+    decoder_depth: int = Field(2, ge=1, description="blocks of the decoder, which is thrown away afterwards")
+    decoder_warmup_epochs: int = Field(4, ge=0, description="first epochs, in which the encoder is frozen")
+    crop_scale: tuple[float, float] = Field((0.4, 1.0), description="area share of the random crop")
+    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of a mirror image")
+    held_out: float = Field(
+        0.05, ge=0, lt=1, description="share of the pool that is not trained on; its loss is in metrics.csv"
+    )
+    keep: Literal["better", "adapted"] = Field(
+        "better",
+        description="better = the base unless probes on train rows say that adaptation helped; adapted = whatever they "
+        "say, which the record tells",
+    )
+    save_every_steps: int = Field(50, ge=1, description="steps between two last.pth inside an epoch")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must be [low, high] with 0 < low <= high <= 1, got [{low:g}, {high:g}]")
+        if self.decoder_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"decoder_warmup_epochs must be fewer than the {self.epochs} epochs, got {self.decoder_warmup_epochs}; "
+                "the encoder would never learn"
+            )
+        return self
 
 
 class CalibrateConfig(Section):
@@ -198,7 +293,9 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    adapter: AdapterConfig = AdapterConfig()
     gate: GateConfig = GateConfig()
+    explora: ExploraConfig = ExploraConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     export: ExportConfig = ExportConfig()
 

@@ -125,7 +125,7 @@ def write_bundle(
         splits.summary().write(folder / "splits.json")
         write_text(folder / "config.json", json.dumps(_portable(config), indent=2) + "\n")
         write_text(folder / "metrics.csv", _read_metrics(metrics))
-        licence = _licence_note(config, backbone)
+        licence = licence_note(config.model.backbone, backbone)
         if licence:
             write_text(folder / LICENCE, licence)
         files = {
@@ -354,12 +354,12 @@ def _read_metrics(path: Path) -> str:
         raise ArtifactError(f"run must hold metrics.csv, but there is no {path}; train it again") from None
 
 
-def _licence_note(config: Config, backbone: BackboneInfo) -> str | None:
-    """What has to travel with weights that derive from somebody's backbone; None for own ones."""
+def licence_note(base: str, backbone: BackboneInfo) -> str | None:
+    """What has to travel with weights that derive from ``base`` (folder or hub id); None for own ones."""
     if backbone.licence.startswith("trained from scratch"):
         return None
     lines = [
-        f"The weights in this bundle derive from the backbone '{backbone.source}' ({backbone.family}).",
+        f"The weights in this folder derive from the backbone '{backbone.source}' ({backbone.family}).",
         f"Its licence: {backbone.licence}.",
     ]
     if backbone.family == "dinov3":
@@ -367,11 +367,11 @@ def _licence_note(config: Config, backbone: BackboneInfo) -> str | None:
             "Weights derived from Meta's DINOv3 may be passed on only together with the DINOv3 License and under",
             "its terms: https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
         ]
-    folder = Path(config.model.backbone).expanduser()
+    folder = Path(base).expanduser()
     texts = sorted(folder.glob("LICEN[CS]E*")) if folder.is_dir() else []
     for text in texts:
         if text.is_file():
             lines += ["", f"--- {text.name}, as it came with the backbone ---", "", text.read_text("utf-8", "replace")]
     if not texts:
-        lines += ["The licence's text did not come with the backbone: add it when you pass this bundle on outside it."]
+        lines += ["The licence's text did not come with the backbone: add it when you pass this folder on outside it."]
     return "\n".join(lines) + "\n"

@@ -144,7 +144,17 @@ class Cascade:
             exited: [N], which rows exit instead of those the policy names, to measure costs; the policy is asked
                 all the same, so that a forced batch costs what any other does.
         """
-        classes = self.bundle.classes
+        classes, spec = self.bundle.classes, self.bundle.preprocessing
+        pixels = np.asarray(pixels, dtype=np.float32)
+        if pixels.shape[1:] != (3, spec.height, spec.width):
+            raise InputError(
+                f"pixels must have shape [N, 3, {spec.height}, {spec.width}], got {list(pixels.shape)}; "
+                "Cascade.pixels makes them"
+            )
+        if exited is not None:
+            exited = np.asarray(exited, dtype=bool)
+            if exited.shape != pixels.shape[:1]:
+                raise InputError(f"exited must have shape [{len(pixels)}] as pixels has rows, got {list(exited.shape)}")
         if len(pixels) == 0:
             first: Arrays = {"logits": np.empty((0, len(classes)), np.float32), "gate_logit": np.empty(0, np.float32)}
         else:

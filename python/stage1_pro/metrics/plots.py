@@ -384,6 +384,39 @@ def tradeoff_png(
     return _png(figure)
 
 
+def power_png(
+    n: Sequence[int], power: Sequence[float], *, wished: float, needed: int, given: tuple[int, float] | None = None
+) -> bytes:
+    """Draw the chance to certify a wish against calibration units, with the wished chance and where it is reached.
+
+    Args:
+        n: units of the certify half.
+        power: chance at each, in [0, 1].
+        wished: the chance asked for.
+        needed: units from which it stays there.
+        given: units that there are and the chance with them, to mark.
+    """
+    figure, axes = _canvas("rows of the certify half (groups, where rows share one)", "chance to certify the wish")
+    axes.plot(n, power, color=BLUE, linewidth=2, label="power")
+    axes.axhline(wished, color=GREY, linestyle="--", linewidth=1.2, label=f"wished: {wished:.4g}")
+    axes.plot(needed, np.interp(needed, n, power), "o", color=GREEN, markersize=8, label=f"needed: {needed:,}")
+    if given is not None:
+        axes.plot(
+            *given,
+            "D",
+            color=VERMILION,
+            markersize=7,
+            clip_on=False,
+            label=f"given: {given[0]:,}, power {given[1]:.2f}",
+        )
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _legend(axes)
+    return _png(figure)
+
+
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasAgg(figure)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils import logging as hf_logging
 
-from stage1_pro.artifacts import BackboneInfo
+from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, write_text
 from stage1_pro.errors import ArtifactError, InputError, nearest
 
 Family = Literal["dinov3", "dinov2"]
@@ -29,8 +30,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_register_tokens": 4,
-    }
+    },
+    # Twelve blocks, so that one of them and LoRA of rank 8 on the rest stay below 10% of the weights (ExPLoRA).
+    "narrow": {
+        "image_size": 48,
+        "patch_size": 8,
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "num_register_tokens": 4,
+    },
 }
+# Facts of a backbone that this package wrote, beside its weights: a folder's name says nothing of a licence.
+INFO_FILE = "backbone_info.json"
 _LICENCES = {"dinov3": "DINOv3 License (Meta): derived weights must ship it", "dinov2": "Apache-2.0 (DINOv2)"}
 
 
@@ -78,18 +91,27 @@ class Backbone(nn.Module):
         return cast("nn.ModuleList", (self.hf.model if hasattr(self.hf, "model") else self.hf).layer)
 
     @property
+    def layout(self) -> str:
+        """Where the blocks lie in the transformers model, such as ``model.layer``."""
+        blocks = self.blocks
+        return next(str(name) for name, module in self.hf.named_modules() if module is blocks)
+
+    @property
     def norm(self) -> nn.Module:
         """The final LayerNorm."""
         return cast("nn.Module", self.hf.layernorm if self.family == "dinov2" else self.hf.norm)
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, Context]:
-        """Turn pixels [N, 3, H, W] into tokens [N, T, D] and what the blocks share (RoPE or None)."""
+    def embed(self, pixels: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Context]:
+        """Turn pixels [N, 3, H, W] into tokens [N, T, D] and what the blocks share (RoPE or None).
+
+        Where ``masked`` [N, P] bool is true, the mask token stands in a patch's place.
+        """
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             raise InputError(
                 f"pixels must be [N, 3, {self.image_size}, {self.image_size}], got {list(pixels.shape)}; "
                 "preprocess with the run's own specification"
             )
-        tokens: Tensor = self.hf.embeddings(pixels)
+        tokens: Tensor = self.hf.embeddings(pixels, bool_masked_pos=masked)
         return tokens, self.context(pixels if self.training else None)
 
     def context(self, pixels: Tensor | None = None) -> Context:
@@ -119,9 +141,26 @@ class Backbone(nn.Module):
         normed: Tensor = self.norm(self.run_blocks(tokens, context, 0, self.n_blocks))
         return normed
 
+    def checkpoint_activations(self) -> None:
+        """From now on keep only every block's input in training, and compute the rest again on the way back."""
+        # The reentrant kind gives no gradient where a block's input needs none, as above a frozen embedding.
+        options = {"use_reentrant": False}
+        if hasattr(self.hf, "activation_checkpointing_enable"):
+            self.hf.activation_checkpointing_enable(options)
+        else:  # its name in older versions
+            self.hf.gradient_checkpointing_enable(options)
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over the name, shape and value of every weight that is used."""
+        # A base may lack the mask token, which is then random and never read.
+        return hash_tensors({k: v for k, v in self.hf.state_dict().items() if not k.endswith("mask_token")})
+
     def info(self, source: str) -> BackboneInfo:
         """Facts for manifests; ``source`` is where the weights came from."""
         preset = source in PRESETS
+        written = Path(source).expanduser() / INFO_FILE
+        if not preset and written.is_file():
+            return BackboneInfo.read(written)
         return BackboneInfo(
             source=source if preset else Path(source).name if Path(source).is_dir() else source,
             family=self.family,
@@ -130,6 +169,15 @@ class Backbone(nn.Module):
             n_blocks=self.n_blocks,
             patch_size=int(self.hf.config.patch_size),
         )
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], start: str = "") -> str:
+    """Hex sha256 over ``start`` and names, shapes, types and values, in the order of the names."""
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -145,8 +193,12 @@ def _quiet() -> Iterator[None]:
 
 
 def default_image_size(source: str, patch: int) -> int:
-    """48 for the tiny preset; else the multiple of the patch nearest to 224."""
-    return int(PRESETS[source]["image_size"]) if source in PRESETS else round(224 / patch) * patch
+    """48 for presets; the height in a folder's processor file; else the multiple of the patch nearest to 224."""
+    if source in PRESETS:
+        return int(PRESETS[source]["image_size"])
+    size = _processor(source).get("size")
+    height = size.get("height") if isinstance(size, dict) else None
+    return int(height) if height else round(224 / patch) * patch
 
 
 def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: float | None, seed: int) -> Backbone:
@@ -208,11 +260,45 @@ def backbone_from_config(values: dict[str, Any], image_size: int, seed: int = 0)
 
 def normalisation(source: str) -> dict[str, tuple[float, float, float]]:
     """Mean and std a backbone expects: its own processor file, the SAT values, or ImageNet's."""
-    path = Path(source).expanduser() / "preprocessor_config.json"
-    if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if "image_mean" in values and "image_std" in values:
-            return {"mean": tuple(values["image_mean"]), "std": tuple(values["image_std"])}
+    values = _processor(source)
+    if "image_mean" in values and "image_std" in values:
+        return {"mean": tuple(values["image_mean"]), "std": tuple(values["image_std"])}
     if "sat493m" in source:
         return {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
     return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: PreprocessSpec) -> None:
+    """Write a plain transformers folder that ``load_backbone`` reads, with what its pixels must be and its origin.
+
+    The bytes are a function of weights and arguments.
+    """
+    hf = backbone.hf
+    if backbone.family == "dinov3":
+        hf.config.image_size = backbone.image_size
+    with _quiet():
+        hf.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone
+    processor = {
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255,
+        "image_mean": list(spec.mean), "image_std": list(spec.std),
+        "resample": {"bilinear": 2, "bicubic": 3}[spec.resample],
+        "size": {"height": spec.height, "width": spec.width},
+    }  # fmt: skip
+    write_text(folder / _PROCESSOR, json.dumps(processor, indent=2) + "\n")
+    info.write(folder / INFO_FILE)
+
+
+_PROCESSOR = "preprocessor_config.json"
+
+
+def _processor(source: str) -> dict[str, Any]:
+    path = Path(source).expanduser() / _PROCESSOR
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} must be JSON, got: {error}") from None
+    return values if isinstance(values, dict) else {}

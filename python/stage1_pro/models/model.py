@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, Record
 from stage1_pro.config import ModelConfig
-from stage1_pro.errors import InputError
-from stage1_pro.models.backbone import Backbone, backbone_from_config, load_backbone, normalisation
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.models.backbone import Backbone, backbone_from_config, hash_tensors, load_backbone, normalisation
 from stage1_pro.models.heads import Auxiliary, Classifier, Gate
 
 
@@ -129,11 +130,12 @@ class Stage1Model(nn.Module):
 
     def fingerprint(self) -> str:
         """Hex sha256 over architecture and every weight; changes when either does."""
-        digest = hashlib.sha256(self.architecture.fingerprint().encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.architecture, self.state_dict())
+
+
+def fingerprint(architecture: Architecture, state: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over architecture and every weight of a model in its plain form."""
+    return hash_tensors(state, architecture.fingerprint())
 
 
 def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
@@ -142,13 +144,6 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
     tap = config.tap if isinstance(config.tap, int) else backbone.n_blocks
     if tap > backbone.n_blocks:
         raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")
-    spec = PreprocessSpec(
-        height=backbone.image_size,
-        width=backbone.image_size,
-        resize=config.resize,
-        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
-        **normalisation(config.backbone),
-    )
     architecture = Architecture(
         backbone=backbone.info(config.backbone),
         hf_config=_clean(backbone.hf.config.to_dict()),
@@ -158,14 +153,60 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
         positive=positive,
         auxiliary_hidden=config.auxiliary_hidden,
         dropout=config.dropout,
-        preprocessing=spec,
+        preprocessing=input_spec(config, backbone),
     )
     return Stage1Model(architecture, backbone, seed)
+
+
+def input_spec(config: ModelConfig, backbone: Backbone) -> PreprocessSpec:
+    """How pixels become the input of a configured backbone."""
+    return PreprocessSpec(
+        height=backbone.image_size,
+        width=backbone.image_size,
+        resize=config.resize,
+        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
+        **normalisation(config.backbone),
+    )
 
 
 def rebuild_model(architecture: Architecture) -> Stage1Model:
     """Build a model of this architecture with weights that are to be replaced."""
     return Stage1Model(architecture, backbone_from_config(architecture.hf_config, architecture.image_size))
+
+
+def check_architecture(path: Path, found: Architecture, wanted: Architecture) -> None:
+    """Raise ArtifactError naming every field in which a checkpoint's architecture differs."""
+    a, b = found.model_dump(mode="json"), wanted.model_dump(mode="json")
+    differences = _differences(a, b, "")
+    if differences:
+        raise ArtifactError(f"{path} must be of this run's architecture; it differs in " + "; ".join(differences[:6]))
+
+
+def check_tensors(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ArtifactError naming missing and unexpected keys and wrong shapes."""
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{name}: {', '.join(items[:4])}{f' and {len(items) - 4} more' if len(items) > 4 else ''}"
+        for name, items in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
+        if items
+    ]
+    if problems:
+        raise ArtifactError(f"{path} does not fit the model; " + "; ".join(problems))
+
+
+def _differences(a: Any, b: Any, place: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: list[str] = []
+        for key in sorted({*a, *b}):
+            found += _differences(a.get(key), b.get(key), f"{place}.{key}" if place else str(key))
+        return found
+    return [] if a == b else [f"{place}: {a} instead of {b}"]
 
 
 def _clean(values: dict[str, Any]) -> dict[str, Any]:

@@ -108,9 +108,11 @@ def selection_rank(n: int, xi: float, delta: float) -> int | None:
     """
     check_share("xi", xi)
     check_share("delta", delta)
-    ranks = np.arange(1, n + 1, dtype=np.float64)
-    good = np.flatnonzero(betainc(ranks, n + 1 - ranks, xi) <= delta)
-    return int(good[0]) + 1 if good.size else None
+    low, high = 0, n + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if betainc(middle, n + 1 - middle, xi) <= delta else (middle, high)
+    return high if high <= n else None
 
 
 def selection_bounds(rank: int, n: int, level: float = 0.95) -> tuple[float, float]:

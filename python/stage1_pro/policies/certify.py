@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betainc, gammaln, ndtri
+from scipy.special import betainc
 
 from stage1_pro.artifacts import CertificateRecord, RiskRecord
 from stage1_pro.errors import InputError, NotReachableError, nearest
@@ -33,12 +33,11 @@ from stage1_pro.policies.candidates import (
     count_at_least,
     group_weights,
 )
+from stage1_pro.policies.planning import plan_calibration
 
 Condition = Literal["exit", "exit&y=1"]
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
-# Beyond this many trials the normal approximation plans as well as the exact sum, to a fraction of a percent.
-_EXACT_TRIALS = 200_000
 
 
 def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple[int, int]:
@@ -60,6 +59,9 @@ def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple
     return int(hit.sum()), hit.size
 
 
+# Rounding of a logit between runtimes and batch shapes, as a share of one plus its size.
+NOISE = 4e-6
+
 # -------------------------------------------------------------------------------- the certificate
 
 
@@ -79,6 +81,7 @@ class Certificate:
     risk_bound: float | None
     min_certifiable_alpha: float | None  # the smallest one that would have passed; None when the coverage failed
     coverage_there: float | None
+    smallest_of: str  # name of the risk that min_certifiable_alpha is of
     reason: str
     candidates: NDArray[np.float64]  # tested thresholds, in the order of testing
     p_values: NDArray[np.float64]  # of each; empty for crc, which tests nothing
@@ -302,6 +305,7 @@ def certify(
         risk_bound=found[0].bound,
         min_certifiable_alpha=smallest,
         coverage_there=there,
+        smallest_of=risks[0].name,
         reason=reason,
         candidates=order[choice.tested],
         p_values=choice.p_values,
@@ -406,21 +410,57 @@ def certify_halves(
     names = None if groups is None else np.asarray(groups)
     fit = check_halves(halves, values.size, names)
 
-    def part(rows: NDArray[np.bool_]) -> list[Risk]:
+    def part(rows: NDArray[np.bool_], wished: Sequence[Risk]) -> list[Risk]:
         return [
             replace(risk, errors=risk.errors[rows], trials=None if risk.trials is None else risk.trials[rows])
-            for risk in risks
+            for risk in wished
         ]
 
     n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
-    candidates = order_candidates(
-        values[fit], part(fit), n_certify=n_certify, min_coverage=min_coverage,
-        groups=None if names is None else names[fit], lowest=lowest,
-    )  # fmt: skip
-    return certify(
-        values[~fit], part(~fit), delta=delta, min_coverage=min_coverage, candidates=candidates,
-        groups=None if names is None else names[~fit], seed=seed,
-    )  # fmt: skip
+
+    def attempt(wished: Sequence[Risk]) -> Certificate:
+        candidates = order_candidates(
+            values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
+            groups=None if names is None else names[fit], lowest=lowest,
+        )  # fmt: skip
+        return certify(
+            values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
+            groups=None if names is None else names[~fit], seed=seed,
+        )  # fmt: skip
+
+    found = attempt(risks)
+    return found if found.feasible else _with_smallest(found, risks, attempt)
+
+
+def _with_smallest(
+    found: Certificate, risks: Sequence[Risk], attempt: Callable[[Sequence[Risk]], Certificate]
+) -> Certificate:
+    """An infeasible certificate with the smallest alpha of the risk that failed at which the same walk succeeds.
+
+    Another alpha walks from another threshold, so it is searched for, not read off the walk that failed. The number
+    given has four digits and was tried. The other risks keep their alphas.
+    """
+    place = next((i for i, risk in enumerate(found.risks) if risk.p_value > found.delta), 0)
+
+    def tried(alpha: float) -> Certificate:
+        return attempt([replace(risk, alpha=alpha) if i == place else risk for i, risk in enumerate(risks)])
+
+    nothing = replace(found, min_certifiable_alpha=None, coverage_there=None, smallest_of=risks[place].name)
+    low, high = risks[place].alpha, risks[place].alpha
+    while not tried(high).feasible:
+        if high >= 0.999:
+            return nothing
+        low, high = high, min(0.999, 2 * high)
+    while high > low * 1.0005:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if tried(middle).feasible else (middle, high)
+    # Upwards in the fourth digit; the walk may fail at a number between, so what is said is tried.
+    digit = 10.0 ** (math.floor(math.log10(high)) - 3)
+    for step in range(20):
+        said = round((math.ceil(high / digit) + step) * digit, 12)
+        if said < 1 and (there := tried(said)).feasible:
+            return replace(nothing, min_certifiable_alpha=said, coverage_there=there.coverage)
+    return nothing
 
 
 def check_halves(halves: ArrayLike, n: int, groups: ArrayLike | None = None) -> NDArray[np.bool_]:
@@ -498,15 +538,15 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
     )
 
 
-def infeasible(certificate: Certificate, wish: str, what: str) -> NotReachableError:
+def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
     """Build the error of a wish that cannot be certified: why, what could be, and how many rows it takes.
 
     Args:
         certificate: an infeasible one.
         wish: what was asked for, in words.
-        what: the first risk, in words.
     """
     said = f"{wish} must be certifiable on the certify half, but it is INFEASIBLE: {certificate.reason}. "
+    what, unit = certificate.smallest_of, certificate.unit
     if certificate.min_certifiable_alpha is None:
         said += f"No {what} at all could be certified there"
     else:
@@ -514,8 +554,12 @@ def infeasible(certificate: Certificate, wish: str, what: str) -> NotReachableEr
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    unit, needed, more = certificate.unit, certificate.n_needed, "Bring more, or choose"
-    if needed is None:
+    needed, more = certificate.n_needed, "Bring more, or choose"
+    untried = [risk.name for risk in certificate.risks if risk.trials == 0]
+    if untried:
+        said += f". No {unit} of the certify half that may exit tell anything of {' or '.join(untried)}"
+        more = f"Bring {unit} of which it can be told, or choose"
+    elif needed is None:
         said += f". No number of {unit} would do while so many answers are wrong"
         more = "Train a better Stage A, ask for less, or choose"
     elif needed <= certificate.n:
@@ -532,85 +576,38 @@ def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int
     """Where equal scores end, [T] indices, and thresholds [T] in the middle of the gap below each.
 
     As far as can be from every row, so that a runtime's rounding flips none. Neighbouring floats have no number between
-    them; the threshold is then the score itself.
+    them; the threshold is then the score itself. Probabilities (a finite ``lowest``) that differ by no more than
+    rounding count as equal: one photo twice in a batch can get two scores, and no threshold may part them. Where scores
+    lie so dense that a run of such differences is longer than rounding, each stands for itself.
     """
-    last = np.append(np.flatnonzero(descending[1:] < descending[:-1]), descending.size - 1)
+    ends = descending[1:] < descending[:-1]
+    if math.isfinite(lowest):
+        ends &= ~_rounding(descending)
+    last = np.append(np.flatnonzero(ends), descending.size - 1)
     high = descending[last]
-    low = np.append(high[1:], min(lowest, high[-1]))
+    first = np.append(0, last[:-1] + 1)
+    low = np.append(descending[first][1:], min(lowest, high[-1]))
     with np.errstate(invalid="ignore"):
         middle = low + (high - low) / 2
     return last, np.where((middle > low) & (middle <= high), middle, high)
 
 
-# -------------------------------------------------------------------------------- planning
+def _rounding(descending: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which neighbours [N - 1] of descending probabilities are one number but for a runtime's rounding.
 
-
-def plan_calibration(
-    alpha: float, delta: float, min_coverage: float | None, expected_error: float, power: float = 0.9
-) -> int:
-    """How many rows the certify half needs (groups, where rows share one) to certify risk <= alpha; fewer is cheaper.
-
-    The power is exact: the number of trials is binomial(n, min_coverage), the errors among them are binomial with
-    ``expected_error``, and the threshold that will be deployed is taken as given. The walk over thresholds and the
-    test of the coverage itself cost a little more. Beyond 200,000 trials a normal approximation takes over.
-    ``val_calib`` is halved, so it needs twice as many.
-
-    Args:
-        alpha: largest risk, inside (0, 1).
-        delta: largest chance of a false certificate.
-        min_coverage: share of rows that are trials, in (0, 1]: the coverage, or the share of exited positives. None: 1.
-        expected_error: the true risk that is hoped for, in [0, alpha).
-        power: wished chance to succeed, inside (0, 1).
-
-    Raises:
-        InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
+    Logits in float32 are good to some 1e-6 of their size; that much in a logit moves a probability by p (1 - p) of it.
     """
-    for name, value in (("alpha", alpha), ("delta", delta), ("power", power)):
-        check_share(name, value)
-    share = 1.0 if min_coverage is None else min_coverage
-    if not 0 < share <= 1:
-        raise InputError(f"min_coverage must be in (0, 1], got {share}; it is the share of rows that are trials")
-    if not 0 <= expected_error < alpha:
-        raise InputError(
-            f"expected_error must be in [0, alpha = {alpha:g}), got {expected_error:g}; no number of rows certifies a "
-            "risk that is not below alpha"
-        )
-    spread = -ndtri(delta) * math.sqrt(alpha * (1 - alpha))
-    spread += ndtri(power) * math.sqrt(expected_error * (1 - expected_error))
-    rough = float(max((spread / (alpha - expected_error)) ** 2, 1))
-    if rough > _EXACT_TRIALS:
-        return math.ceil(rough / share)
-
-    def enough(n: int) -> bool:
-        deviation = math.sqrt(n * share * (1 - share))
-        low, high = max(0, math.floor(n * share - 8 * deviation)), min(n, math.ceil(n * share + 8 * deviation))
-        m = np.arange(low, high + 1, dtype=np.float64)
-        if share == 1:
-            chance = np.ones(1)
-        else:
-            ways = gammaln(n + 1) - gammaln(m + 1) - gammaln(n - m + 1)
-            chance = np.exp(ways + m * math.log(share) + (n - m) * math.log1p(-share))
-        allowed = errors_allowed(m, alpha, delta).astype(np.float64)
-        success = np.where(allowed >= 0, binomial_cdf(np.maximum(allowed, 0), m, expected_error), 0.0)
-        return float(chance @ success) >= power
-
-    low, high = 0, math.ceil(rough / share)
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    # Power saws a little with n: go on to where it has stayed above for the span of one more error.
-    span = max(1, math.ceil(1 / (alpha * share)))
-    n = high
-    while n - high < span:
-        n += max(1, span // 16)
-        if not enough(n):
-            high = n + 1
-            while not enough(high):
-                high += 1
-            n = high
-    return high
+    sure = np.clip(descending, 1e-300, 1 - 1e-16)
+    slack = NOISE * sure * (1 - sure) * (1 + np.abs(np.log(sure) - np.log1p(-sure)))
+    near: NDArray[np.bool_] = descending[:-1] - descending[1:] <= slack[:-1]
+    # Runs of near neighbours, each with the spread from its first to its last member.
+    start = np.flatnonzero(near & ~np.append(False, near[:-1]))
+    stop = np.flatnonzero(near & ~np.append(near[1:], False)) + 1
+    long = descending[start] - descending[stop] > 2 * slack[start]
+    inside = np.zeros(near.size + 1, dtype=np.int64)
+    inside[start[long]], inside[stop[long]] = 1, -1
+    near &= np.cumsum(inside)[:-1] == 0
+    return near
 
 
 # -------------------------------------------------------------------------------- helpers

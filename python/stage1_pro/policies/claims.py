@@ -18,6 +18,7 @@ class Stake:
     claims: int
     use: int
     key: str
+    looks: int = 0  # empirical choices that had seen the half before
 
 
 def stake_claim(
@@ -72,7 +73,14 @@ def stake_claim(
         place = len(counted.uses)
         claim = Claim(key=key, policy=policy, wish=wish, model_fingerprint=model_fingerprint)
         _put(path, known, half, counted.model_copy(update={"uses": [*counted.uses, claim]}))
-    return Stake(counted.delta, counted.claims, place + 1, key)
+    return Stake(counted.delta, counted.claims, place + 1, key, known.looks.get(half, 0))
+
+
+def note_look(run: Path, half: str) -> None:
+    """Count that an empirical choice, which promises nothing, saw a certify half; a later certificate says so."""
+    path = run / CLAIMS_FILE
+    known = Claims.read(path) if path.is_file() else Claims()
+    known.model_copy(update={"looks": {**known.looks, half: known.looks.get(half, 0) + 1}}).write(path)
 
 
 def close_claim(run: Path, half: str, stake: Stake, outcome: Literal["certified", "infeasible"]) -> None:

@@ -106,6 +106,12 @@ def fit_platt(logit: ArrayLike, correct: ArrayLike) -> Platt:
         if before - current <= 1e-13 * abs(current):
             break
     a = slope / spread
+    if not a > 0:
+        return Platt(
+            1.0, 0.0, False,
+            f"the gate's logit does not rise with being right on the fit half (slope {a:.3g}), so its own sigmoid "
+            "stands", n,
+        )  # fmt: skip
     return Platt(
         a, offset - a * center, True, f"Platt scaling on {n} rows of the fit half, {n_right} answered rightly", n
     )
@@ -350,7 +356,7 @@ def _certify(
         sure, risks, halves, delta=delta, min_coverage=constraints.min_coverage, groups=groups, lowest=0.0
     )
     if not certificate.feasible:
-        raise infeasible(certificate, describe(constraints), "exit error")
+        raise infeasible(certificate, describe(constraints))
     return certificate
 
 

@@ -301,7 +301,7 @@ def _certify(
         confidence(probs), [risk], halves, delta=delta, groups=groups, lowest=1 / probs.shape[1]
     )
     if not certificate.feasible:
-        raise infeasible(certificate, f"target_fnr {target_fnr:g}", "FNR on exits")
+        raise infeasible(certificate, f"target_fnr {target_fnr:g}")
     return certificate
 
 

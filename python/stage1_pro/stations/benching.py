@@ -107,7 +107,7 @@ def render(found: CascadeBench) -> str:
     from rich.table import Table
 
     buffer = io.StringIO()
-    console = Console(file=buffer, width=120, color_system=None, highlight=False)
+    console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
     console.print(
         f"{found.source}: {found.backbone} at {found.height} x {found.width}, tap {found.tap} of {found.n_blocks} "
         "blocks; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from stage1_pro.config import CalibrateConfig
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.policies import exit_rule, sets, withdraw_policies
 from stage1_pro.policies.certify import cut_halves
-from stage1_pro.policies.claims import Stake, close_claim, stake_claim
+from stage1_pro.policies.claims import Stake, close_claim, note_look, stake_claim
 from stage1_pro.policies.gate import describe, fit_gate_policy
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
 from stage1_pro.progress import say
@@ -146,7 +147,7 @@ def render(policy: Policy) -> str:
             style="bold" if is_chosen else None,
         )
     buffer = io.StringIO()
-    console = Console(file=buffer, width=100, color_system=None, highlight=False)
+    console = Console(file=buffer, width=100, color_system=None, highlight=False, markup=False)
     if isinstance(policy, GateParams):
         console.print(f"gate policy, positive class '{policy.positive}', {describe(policy.constraints)}")
     else:
@@ -266,18 +267,30 @@ def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
         given = {**given, "policy": _better(run, predictions)}
     wish = _wish(base, given)
     _check_halves(predictions, splits)
-    half, stake = splits.hashes.get("val_calib.certify", ""), None
+    half = splits.hashes.get("val_calib.certify", "")
     if wish.guarantee == "ltt":
         if not half:
             raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
-        from stage1_pro.training.prepare import exclusive
+        _check_fit_half(wish, predictions)
+    from stage1_pro.training.prepare import exclusive
 
-        with exclusive(run):
-            stake = stake_claim(
-                run, half, policy=_kind(wish), wish=_in_words(wish), model_fingerprint=predictions.model_fingerprint,
-                preprocessing_fingerprint=predictions.preprocessing_fingerprint, delta=given["delta"],
-                claims=given["claims"], defaults=(wish.delta, wish.claims),
-            )  # fmt: skip
+    # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
+    with exclusive(run):
+        return _choose(run, wish, given, predictions, splits, half)
+
+
+def _choose(
+    run: Path, wish: CalibrateConfig, given: dict[str, Any], predictions: Predictions, splits: Splits, half: str
+) -> Policy:
+    stake = None
+    if wish.guarantee == "ltt":
+        stake = stake_claim(
+            run, half, policy=_kind(wish), wish=_in_words(wish), model_fingerprint=predictions.model_fingerprint,
+            preprocessing_fingerprint=predictions.preprocessing_fingerprint, delta=given["delta"],
+            claims=given["claims"], defaults=(wish.delta, wish.claims),
+        )  # fmt: skip
+    elif half:
+        note_look(run, half)
     try:
         policy = _fit(
             wish,
@@ -304,10 +317,41 @@ def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
         raise
     if stake is not None:
         close_claim(run, half, stake, "certified")
+        policy = _with_history(policy, stake)
     # Killed in between, the run has no policy rather than two.
     withdraw_policies(run)
     _write(policy, run / POLICY_FILES[policy.policy])
     return policy
+
+
+def _with_history(policy: Policy, stake: Stake) -> Policy:
+    """The policy with what else is assumed of its certify half, which this run's files alone cannot show."""
+    holder = policy if isinstance(policy, ScrcParams) else policy.certificate
+    assert holder is not None
+    assumptions = [
+        *holder.assumptions,
+        "these certify rows certified nothing in another run folder (a copy of splits.json counts its own claims)",
+    ]
+    if stake.looks:
+        assumptions.append(
+            f"the wish does not come from the {stake.looks} empirical choice(s) that saw these rows before it"
+        )
+        say(
+            f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if this "
+            "wish was not chosen by what it showed"
+        )
+    holder = holder.model_copy(update={"assumptions": assumptions})
+    return holder if isinstance(holder, ScrcParams) else policy.model_copy(update={"certificate": holder})
+
+
+def _check_fit_half(wish: CalibrateConfig, predictions: Predictions) -> None:
+    """What the fit half alone decides is refused before a claim is spent on it."""
+    fit = predictions.halves == "fit"
+    if _kind(wish) == "gate" and not np.isfinite(predictions.gate_logits[fit]).any():
+        raise NotReachableError(
+            "gate logits of the fit half must be finite in one row at least, got none, so nothing may exit; train "
+            "again. No policy was written, and no claim was made"
+        )
 
 
 def _kind(wish: CalibrateConfig) -> PolicyName:
@@ -441,6 +485,8 @@ def _calibrate_logits(
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
     halves = arrays.get("half")
     target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES[_kind(wish)])
+    if target is not None and target == out and out.is_file() and not _is_policy(out):
+        raise InputError(f"--out must be a new file or a policy to replace, got {out}, which is neither; name another")
     try:
         policy = _fit(
             wish,
@@ -457,11 +503,28 @@ def _calibrate_logits(
         )
     except NotReachableError:
         if target is not None:
-            target.unlink(missing_ok=True)
+            _withdraw(target, out)
         raise
     if target is not None:
+        _withdraw(target, out)
         _write(policy, target)
     return policy
+
+
+def _is_policy(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("policy") in POLICY_FILES
+
+
+def _withdraw(target: Path, out: Path | None) -> None:
+    """Take away the policy that this one replaces: the file named, or all of a folder, which holds one."""
+    if target == out:
+        target.unlink(missing_ok=True)
+    else:
+        withdraw_policies(target.parent)
 
 
 def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:

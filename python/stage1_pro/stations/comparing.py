@@ -616,7 +616,7 @@ def render(found: Comparison, tested: Comparison | None) -> str:
     from rich.table import Table
 
     buffer = io.StringIO()
-    console = Console(file=buffer, width=120, color_system=None, highlight=False)
+    console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
     for one in (found, tested):
         if one is None:
             continue

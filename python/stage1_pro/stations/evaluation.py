@@ -443,7 +443,7 @@ def render(evaluation: Evaluation) -> str:
         return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]{mark}"
 
     buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False)
+    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
     console.print(
         f"val_test: {evaluation.n_rows} rows, {evaluation.n_groups} groups, positive class '{evaluation.positive}'"
     )
@@ -859,7 +859,11 @@ def _read_curve(run: Path, split_hash: str) -> tuple[str, tuple[NDArray[np.float
         )
     other = Evaluation.read(run / "evaluation" / "evaluation.json")
     if other.split_hash != split_hash:
-        raise ArtifactError(f"{run} must be of the same val_test rows, got others; split once and copy splits.json")
+        raise ArtifactError(
+            f"{run} must be of the same val_test rows, got others; cut the same splits (stage1 split with the same "
+            "--seed) and train with another model.tap. Such runs share one certify half: certify one of them, or "
+            "divide delta over all (--claims)"
+        )
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [(float(row["cost"]), float(row["risk"])) for row in csv.DictReader(file)]

@@ -163,7 +163,7 @@ def render(found: Measurement) -> str:
     from rich.table import Table as Grid
 
     buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False)
+    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
     units = f" in {found.n_units} groups" if found.unit == "groups" else ""
     if found.compared_with is not None:
         console.print(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from stage1_pro.artifacts import SplitName, Splits, write_csv
-from stage1_pro.data.images import SUFFIXES, ImageError
+from stage1_pro.data.images import ImageError
+from stage1_pro.data.listing import gather
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
@@ -140,26 +140,6 @@ def _answer_all(
     return rows, failures
 
 
-def gather(inputs: Sequence[Path | str]) -> list[tuple[str, Path]]:
-    """Name to show and path of every image of the inputs, in order; raises InputError."""
-    files: list[tuple[str, Path]] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not found:
-                raise InputError(f"inputs must hold images, got {path} with none ({' '.join(sorted(SUFFIXES))})")
-            files += [(str(p), p) for p in found]
-        elif not path.exists():
-            raise InputError(f"inputs must exist, got {path}, and there is no such file or folder")
-        elif path.suffix.lower() == ".csv":
-            files += _listed(path)
-        else:
-            files.append((str(path), path))
-    if not files:
-        raise InputError("inputs must name at least one image, folder or CSV file, got none")
-    return files
-
-
 def count(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many images exited, were deferred or abstained from, have a set of several classes, or could not be read."""
     kinds = ("exited", "deferred", "abstained")
@@ -200,22 +180,6 @@ def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promis
                 + (f"      {row['set'] or ''}" if shown else "")
             )
     return "\n".join([*lines, summary]) + end
-
-
-def _listed(path: Path) -> list[tuple[str, Path]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if "file" not in (reader.fieldnames or ()):
-                raise InputError(
-                    f"{path} must have a column 'file', got {', '.join(reader.fieldnames or ()) or 'an empty file'}"
-                )
-            names = [row["file"] or "" for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} must be a readable UTF-8 CSV, got: {error}") from None
-    if not names:
-        raise InputError(f"{path} must list at least one image, got none")
-    return [(name, path.parent / name) for name in names]
 
 
 def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Iterator[list[tuple[str, Path]]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from stage1_pro.artifacts import Splits, sha256_file, write_bytes
 from stage1_pro.errors import ArtifactError
 from stage1_pro.models.heads import Gate
-from stage1_pro.models.model import Architecture, Stage1Model, rebuild_model
+from stage1_pro.models.model import Architecture, Stage1Model, check_architecture, check_tensors, rebuild_model
 from stage1_pro.training.prepare import RunConfig
 
 
@@ -62,31 +62,9 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_architecture(path: Path, found: Architecture, wanted: Architecture) -> None:
-    """Raise ArtifactError naming every field in which a checkpoint's architecture differs."""
-    a, b = found.model_dump(mode="json"), wanted.model_dump(mode="json")
-    differences = _differences(a, b, "")
-    if differences:
-        raise ArtifactError(f"{path} must be of this run's architecture; it differs in " + "; ".join(differences[:6]))
-
-
 def check_state(path: Path, module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raise ArtifactError naming missing and unexpected keys and wrong shapes."""
-    own = module.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{name}: {', '.join(items[:4])}{f' and {len(items) - 4} more' if len(items) > 4 else ''}"
-        for name, items in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes))
-        if items
-    ]
-    if problems:
-        raise ArtifactError(f"{path} does not fit the model; " + "; ".join(problems))
+    check_tensors(path, module.state_dict(), state)
 
 
 def save_model(path: Path, model: Stage1Model, state: Mapping[str, Tensor], **facts: Any) -> None:
@@ -165,12 +143,3 @@ def checkpoint_hash(run: Path) -> str:
 
 def _first(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _differences(a: Any, b: Any, place: str) -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        found: list[str] = []
-        for key in sorted({*a, *b}):
-            found += _differences(a.get(key), b.get(key), f"{place}.{key}" if place else str(key))
-        return found
-    return [] if a == b else [f"{place}: {a} instead of {b}"]

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -40,15 +41,24 @@ from stage1_pro.artifacts import (
     write_bytes,
     write_csv,
 )  # fmt: skip
-from stage1_pro.config import Config
+from stage1_pro.config import ADAPTER_MODES, Config
 from stage1_pro.data.loader import TrainLoader, epoch_order
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, metric_names
 from stage1_pro.metrics.plots import BAND_METRICS, risk_band, risk_coverage_png
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
 from stage1_pro.metrics.selective import augrc
+from stage1_pro.models.adapters import Adaptation, adapt, merged_state, replace_trained, save_adapter
 from stage1_pro.models.backbone import PRESETS
-from stage1_pro.models.model import Architecture, Outputs, Stage1Model, create_model
+from stage1_pro.models.model import (
+    Architecture,
+    Outputs,
+    Stage1Model,
+    check_architecture,
+    check_tensors,
+    create_model,
+    fingerprint,
+)  # fmt: skip
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, rank_answers
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
@@ -57,6 +67,7 @@ from stage1_pro.training.gate import fit_gate
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
 from stage1_pro.training.losses import as_share, balanced_weights, joint_loss, selective_loss, selective_sums
 from stage1_pro.training.prepare import check_run, exclusive, forget_training, versions, write_config
+from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.taps import candidates, choose_tap, table
 
 SMALLEST_MICRO_BATCH = 16
@@ -136,7 +147,12 @@ class State:
 
 
 def train(
-    run: Path | str, config: Config | None = None, *, resume: bool = False, overwrite: bool = False
+    run: Path | str,
+    config: Config | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    explora: bool = False,
 ) -> TrainResult:
     """Train the configured model on the splits in a run folder.
 
@@ -148,6 +164,7 @@ def train(
         config: the configuration; with ``resume`` it defaults to the run's own.
         resume: go on from ``last.pth`` (or from the start when none was written yet).
         overwrite: forget an earlier training in this folder.
+        explora: start from the backbone that ``stage1 explora`` left in the run; a resumed training keeps its own.
 
     Raises:
         InputError: no splits, an earlier training in the way, or a resumed configuration that differs.
@@ -155,7 +172,7 @@ def train(
         TrainingError: out of memory at the smallest batch, or a loss that is not finite.
     """
     run = Path(run)
-    splits, config = check_run(run, config, resume=resume, overwrite=overwrite)
+    splits, config = check_run(run, config, resume=resume, overwrite=overwrite, explora=explora)
     with exclusive(run) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
         trainer = _Trainer(run, splits, config)
         trainer.begin(resume=resume)
@@ -225,13 +242,12 @@ class _Trainer:
     def __init__(self, run: Path, splits: Splits, config: Config) -> None:
         self.run, self.splits, self.config = run, splits, config
         options = config.train
-        _seed_everything(config.seed, deterministic=options.deterministic)
-        bf16 = options.precision == "bf16" or (
-            options.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        )
+        seed_everything(config.seed, deterministic=options.deterministic)
+        # It would hold a process to the precision of its first training.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision="bf16" if bf16 else "no",
+            mixed_precision="bf16" if uses_bf16(options.precision) else "no",
             log_with="tensorboard" if options.tensorboard else None,
             project_dir=str(run),
         )
@@ -254,14 +270,19 @@ class _Trainer:
             chosen = config.model.model_copy(update={"tap": self.tap_choice.tap})
             self.model = create_model(chosen, splits.classes, splits.positive, config.seed)
         self._resolve_config()
+        self.adaptation: Adaptation | None = None
         if options.mode == "linear":
             self.model.requires_grad_(False)
             self.model.heads.requires_grad_(True)
+        elif options.mode in ADAPTER_MODES:
+            self.adaptation = adapt(self.model, options.mode, config.adapter, config.seed)
         # Without a loss on it the gate stays as it starts.
         self.selective = options.selective_weight > 0 or options.coverage_weight > 0
         self.model.heads.gate.requires_grad_(self.selective)
         self.model.heads.gate.stop_features = config.gate.stop_features
         self.model.backbone.hf.embeddings.mask_token.requires_grad_(False)
+        if options.gradient_checkpointing:
+            self.model.backbone.checkpoint_activations()
         self.model.to(self.device)
         self._build()
 
@@ -333,9 +354,12 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=options.lr, betas=(0.9, 0.999))
         total = options.epochs * self.source.steps_per_epoch
         warmup = max(1, round(options.warmup_epochs * self.source.steps_per_epoch))
-        self.scheduler = LambdaLR(self.optimizer, lambda step: _schedule(step, warmup, total, options.min_lr_ratio))
+        self.scheduler = LambdaLR(self.optimizer, lambda step: warm_cosine(step, warmup, total, options.min_lr_ratio))
         self.ema = AveragedModel(self.trained, multi_avg_fn=_ema(options.ema_decay)) if options.ema_decay > 0 else None
         if self.ema is not None:
+            for averaged, parameter in zip(self.ema.module.parameters(), self.trained.parameters(), strict=True):
+                if not parameter.requires_grad:
+                    averaged.data = parameter.data  # frozen: one copy serves both, and is not averaged
             self.ema.requires_grad_(False)
         self.net: nn.Module = self.accelerator.prepare_model(self.trained)
         self.state = State(micro_batch=options.micro_batch or options.batch_size // self.world)
@@ -346,8 +370,8 @@ class _Trainer:
         trainable = sum(p.numel() for p in self.trained.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.model.parameters())
         self._say(
-            f"{self.architecture.backbone.source}: {whole / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trained "
-            f"({100 * trainable / whole:.1f}%), {len(self.rows['train'])} train rows, "
+            f"{self.architecture.backbone.source}, mode {options.mode}: {whole / 1e6:.2f} M parameters, "
+            f"{trainable / 1e6:.2f} M trained ({100 * trainable / whole:.1f}%), {len(self.rows['train'])} train rows, "
             f"{self.source.steps_per_epoch} steps an epoch, device {self.device.type}, {self.world} process(es)"
         )
 
@@ -730,14 +754,24 @@ class _Trainer:
         write_bytes(self.run / "metrics" / "risk_coverage_curve.png", png)
 
     def _save_best(self, name: str, epoch: int, figures: dict[str, float]) -> None:
-        weights = self._evaluated().state_dict()
+        module = self._evaluated()
+        weights = own = module.state_dict()
         if self.config.train.mode == "linear":
-            weights = {**self.model.state_dict(), **{f"heads.{k}": v for k, v in weights.items()}}
+            weights = {**self.model.state_dict(), **{f"heads.{k}": v for k, v in own.items()}}
+        elif self.adaptation is not None:
+            weights = merged_state(module)
         self.log(f"checkpoint {name} writing")
         checkpoint.save_model(
             self.run / name, self.model, weights, split_hashes=self.splits.hashes, epoch=epoch, figures=figures
         )
         self.log(f"checkpoint {name} replaced")
+        if self.adaptation is not None and name == "model_best.pth":
+            self.log("adapter writing")
+            save_adapter(
+                self.run / "adapter", self.adaptation, self.architecture, own, epoch=epoch,
+                split_hashes=self.splits.hashes, model_fingerprint=fingerprint(self.architecture, weights),
+            )  # fmt: skip
+            self.log("adapter replaced")
 
     def _save_last(self) -> None:
         """Write ``last.pth``: always at an optimizer step, so no half-accumulated gradient exists."""
@@ -757,7 +791,8 @@ class _Trainer:
             self.run / "last.pth",
             {
                 "architecture": self.architecture.model_dump_json(),
-                "model_state_dict": self.trained.state_dict(),
+                **({} if self.adaptation is None else {"base_fingerprint": self.adaptation.base_fingerprint}),
+                "model_state_dict": self._learned(self.trained.state_dict()),
                 "optimizer_state_dict": self.optimizer.state_dict(),
                 "scheduler_state_dict": self.scheduler.state_dict(),
                 "epoch": state.epoch,
@@ -769,7 +804,7 @@ class _Trainer:
                 "best_acc": state.best_acc,
                 "best_augrc": state.best_augrc,
                 "patience_counter": state.patience_counter,
-                "ema_state_dict": self.ema.state_dict() if self.ema is not None else None,
+                "ema_state_dict": self._averaged() if self.ema is not None else None,
                 "rng_state": rng_states,
                 "world": self.world,
                 "split_hashes": self.splits.hashes,
@@ -777,6 +812,16 @@ class _Trainer:
             },
         )  # fmt: skip
         self.log("checkpoint last.pth replaced")
+
+    def _learned(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of the trained module's weights ``last.pth`` holds: with an adapter not the base, which is at hand."""
+        return state if self.adaptation is None else self.adaptation.learned(state)
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """The same of the moving average."""
+        assert self.ema is not None
+        own = {f"module.{key}": value for key, value in self._learned(self.ema.module.state_dict()).items()}
+        return {"n_averaged": self.ema.n_averaged, **own}
 
     def _restore(self) -> None:
         path = self.run / "last.pth"
@@ -786,20 +831,24 @@ class _Trainer:
             raise ArtifactError(f"{path} must be a checkpoint of this version, missing keys: {', '.join(missing)}")
         if content["split_hashes"] != self.splits.hashes:
             raise ArtifactError(f"{path} was trained on other splits than {self.run}/splits.json; use --overwrite")
-        checkpoint.check_architecture(
-            path, Architecture.parse(str(content["architecture"]), str(path)), self.architecture
-        )
-        checkpoint.check_state(path, self.trained, content["model_state_dict"])
+        check_architecture(path, Architecture.parse(str(content["architecture"]), str(path)), self.architecture)
+        if self.adaptation is not None and content.get("base_fingerprint") != self.adaptation.base_fingerprint:
+            raise ArtifactError(
+                f"{path} must be resumed on the base it was trained on, got other weights in "
+                f"'{self.config.model.backbone}'; put those back or start anew with --overwrite"
+            )
+        check_tensors(path, self._learned(self.trained.state_dict()), content["model_state_dict"])
         if content["world"] != self.world:
             raise InputError(
                 f"--resume must use the {content['world']} process(es) the run was started with, got {self.world}"
             )
-        self.trained.load_state_dict(content["model_state_dict"])
+        self.trained.load_state_dict({**self.trained.state_dict(), **content["model_state_dict"]})
         try:
             self.optimizer.load_state_dict(content["optimizer_state_dict"])
             self.scheduler.load_state_dict(content["scheduler_state_dict"])
             if self.ema is not None:
-                self.ema.load_state_dict(content["ema_state_dict"])
+                check_tensors(path, self._averaged(), content["ema_state_dict"])
+                self.ema.load_state_dict({**self.ema.state_dict(), **content["ema_state_dict"]})
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise ArtifactError(f"{path} must hold this run's optimizer, schedule and average, got: {error}") from None
         torch.set_rng_state(content["rng_state"][self.rank])
@@ -864,12 +913,17 @@ class _Trainer:
             "linear.weight": torch.from_numpy(fit.weight.astype(np.float32)[None]),
             "linear.bias": torch.tensor([fit.bias], dtype=torch.float32),
         }
+        whole = {**state, **{f"heads.gate.{k}": v for k, v in fitted.items()}}
         facts = {k: getattr(fit, k) for k in ("form", "reason", "strength", "n_rows", "n_groups", "n_errors")}
         content |= {
-            "model_state_dict": {**state, **{f"heads.gate.{k}": v for k, v in fitted.items()}},
+            "model_state_dict": whole,
             "joint_gate_state_dict": joint,
             "gate_fit": {**facts, "folds": options.folds, "views": len(views)},
         }
+        if self.adaptation is not None:
+            # First: while model_best.pth is as it was, all of this is done again, to the same bytes.
+            own = {f"heads.gate.{k}": v for k, v in fitted.items()}
+            replace_trained(self.run / "adapter", own, fingerprint(self.architecture, whole))
         checkpoint.save(path, content)
         self.log(f"gate refitted: {fit.form}, {fit.n_errors} errors of {fit.n_rows}{fit.reason and '; ' + fit.reason}")
         if fit.reason:
@@ -963,24 +1017,6 @@ def peak_memory(device: torch.device) -> int:
     return largest if sys.platform == "darwin" else largest << 10
 
 
-def _seed_everything(seed: int, *, deterministic: bool) -> None:
-    torch.manual_seed(seed)
-    torch.backends.cuda.matmul.allow_tf32 = not deterministic
-    torch.backends.cudnn.allow_tf32 = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
-
-
-def _schedule(step: int, warmup: int, total: int, floor: float) -> float:
-    """Linear warm-up, then a cosine down to ``floor``; a share of the peak."""
-    if step < warmup:
-        return (step + 1) / warmup
-    share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
     """Moving average whose decay grows with the steps, so that early weights do not linger."""
 
@@ -988,7 +1024,8 @@ def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
     def update(averaged: Any, current: Any, count: Any) -> None:
         steps = int(count)
         weight = 1 - min(decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(averaged, current, weight)
+        apart = [(a, b) for a, b in zip(averaged, current, strict=True) if a.data_ptr() != b.data_ptr()]
+        torch._foreach_lerp_([a for a, _ in apart], [b for _, b in apart], weight)
 
     return update
 

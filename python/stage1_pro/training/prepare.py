@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from stage1_pro.artifacts import POLICY_FILES, Record, Splits
+from stage1_pro.artifacts import POLICY_FILES, ExploraRecord, Record, Splits, recover_directory, sha256_file
 from stage1_pro.config import Config
 from stage1_pro.errors import ArtifactError, InputError
 
@@ -28,13 +28,19 @@ OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", 
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
              "gate.json", "tap.json", "start.json", "val_select.npz",
              *POLICY_FILES.values(), "report.html")  # fmt: skip
-OWN_FOLDERS = ("evaluation", "metrics")
+OWN_FOLDERS = ("adapter", "evaluation", "metrics")
+# What `stage1 explora` leaves in a run; trainings come and go beside it.
+EXPLORA = "explora"
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
-_FREE = {"workers", "save_every_steps", "tensorboard"}
+_FREE = {"workers", "save_every_steps", "tensorboard", "gradient_checkpointing"}
 
 
-def check_run(run: Path, config: Config | None, *, resume: bool, overwrite: bool) -> tuple[Splits, Config]:
+def check_run(
+    run: Path, config: Config | None, *, resume: bool, overwrite: bool, explora: bool = False
+) -> tuple[Splits, Config]:
     """Give a run's splits and the configuration to train with; changes nothing.
+
+    With ``explora`` the backbone is the run's adapted one; a resumed training must have begun with it.
 
     Raises:
         InputError: no splits, an earlier training in the way, nothing to resume, or another configuration.
@@ -46,13 +52,16 @@ def check_run(run: Path, config: Config | None, *, resume: bool, overwrite: bool
     if not resume:
         if (run / "last.pth").exists() and not overwrite:
             raise InputError(f"{run} has been trained already; go on with --resume or start anew with --overwrite")
-        return splits, config or Config()
+        config = config or Config()
+        return splits, use_adapted(run, splits, config) if explora else config
     if not (run / "config.json").is_file():
         raise InputError(f"--resume needs {run}/config.json, which is not there; start without --resume")
     stored = RunConfig.read(run / "config.json")
     if stored.split_hashes != splits.hashes:
         raise ArtifactError(f"{run}/splits.json has changed since the training began; start anew with --overwrite")
-    return splits, stored.config if config is None else _resumed(config, stored.config)
+    if explora and use_adapted(run, splits, stored.config).model.backbone != stored.config.model.backbone:
+        raise _changed("model.backbone", str(run / EXPLORA / "backbone"), stored.config.model.backbone)
+    return splits, stored.config if config is None else resumed(config, stored.config)
 
 
 def forget_training(run: Path) -> None:
@@ -70,11 +79,40 @@ def write_config(run: Path, config: Config, splits: Splits) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    found = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pillow")}
+    found = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")}
     return {**found, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
-def _resumed(given: Config, stored: Config) -> Config:
+def use_adapted(run: Path, splits: Splits, config: Config) -> Config:
+    """The configuration with the backbone that ``stage1 explora`` left in a run, checked against its record.
+
+    The base's own weights are there when adaptation was not kept.
+
+    Raises:
+        InputError: the run has none.
+        ArtifactError: it was adapted beside other splits, or its weights are not those of the record.
+    """
+    folder = run / EXPLORA
+    if not (folder / "explora.json").is_file():
+        raise InputError(
+            f"--explora needs {folder}/explora.json, which is not there; run `stage1 explora --run {run}` first"
+        )
+    record = ExploraRecord.read(folder / "explora.json")
+    if record.split_hashes != splits.hashes:
+        raise ArtifactError(
+            f"{folder} was adapted beside other splits than {run}/splits.json: its pool may hold images that are tests "
+            "now; run `stage1 explora --overwrite` again"
+        )
+    weights = folder / "backbone" / "model.safetensors"
+    if not weights.is_file() or sha256_file(weights) != record.weights_sha256:
+        raise ArtifactError(f"{weights} must be as explora.json says, but it is missing or changed; adapt again")
+    model = config.model.model_copy(
+        update={"backbone": str(weights.parent), "image_size": config.model.image_size or record.preprocessing.height}
+    )
+    return config.model_copy(update={"model": model})
+
+
+def resumed(given: Config, stored: Config) -> Config:
     """The run's configuration with the free keys that were named anew; any other change is refused."""
     kept = stored.model_dump()
     if "seed" in given.model_fields_set and given.seed != stored.seed:
@@ -83,7 +121,7 @@ def _resumed(given: Config, stored: Config) -> Config:
         section = getattr(given, name)
         for key in sorted(section.model_fields_set):
             value = getattr(section, key)
-            if key in _FREE and name == "train":
+            if key in _FREE:
                 kept[name][key] = value
             elif (name, key, value) == ("model", "tap", "auto"):
                 continue  # measured when the run began; the block found is stored
@@ -106,18 +144,23 @@ def exclusive(run: Path) -> Iterator[None]:
     The lock goes with the process, also when it is killed.
 
     Raises:
-        InputError: another process is training in this folder.
+        InputError: another process is at work in this folder.
     """
     with (run / ".lock").open("w") as file:
         try:
             # A record lock: forked decoders do not inherit it, so it cannot outlive a killed training.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{run} must not be in use, but another process is training in it; wait for it") from None
+            raise InputError(
+                f"{run} must not be in use, but another process is at work in it (training or calibrating); wait for it"
+            ) from None
         for name in OWN_FILES:
             for leftover in run.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         for name in OWN_FOLDERS:
+            recover_directory(run / name)
+            for leftover in (*run.glob(f".{name}.*.tmp"), *run.glob(f".{name}.*.old")):
+                shutil.rmtree(leftover, ignore_errors=True)
             for leftover in (run / name).glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         yield
