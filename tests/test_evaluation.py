@@ -417,6 +417,43 @@ def test_the_cascade_against_stage_b_alone_by_hand() -> None:
     assert same.value == 0 and same.note
 
 
+def test_every_constraint_of_a_policy_is_held_against_the_rows() -> None:
+    """One row a group, three outcomes; a rate below its limit is no PASS and one above it no FAIL."""
+    n = 2000
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, n)
+    predictions = make_predictions(n)
+    wrong = np.zeros(n, dtype=bool)
+    wrong[:40] = True
+    sure = np.where(np.arange(n) < 1600, 4.0, -4.0)
+    logits = np.zeros((n, 2), np.float32)
+    logits[np.arange(n), np.where(wrong, 1 - labels, labels)] = 3
+    changes = {"logits_a": logits, "logits_b": logits, "labels": labels, "gate_logits": sure.astype(np.float32)}
+    predictions = changed(predictions, **changes, groups=np.array([f"g{i}" for i in range(n)]))
+    half = np.array(["fit", "certify"])[np.arange(n) % 2]
+    found = {}
+    for error, coverage in ((0.05, 0.7), (0.027, 0.81), (0.015, 0.9)):
+        gate = fit_gate_policy(
+            softmax(logits), sure, labels, halves=half, classes=predictions.classes, positive=predictions.positive,
+            guarantee="none", max_exit_error=0.5, min_coverage=0.2, target_fnr=0.5,
+            model_fingerprint=predictions.model_fingerprint,
+            preprocessing_fingerprint=predictions.preprocessing_fingerprint,
+        )  # fmt: skip
+        wish = gate.constraints.model_copy(
+            update={"max_exit_error": error, "min_coverage": coverage, "target_fnr_exit": error}
+        )
+        gate = gate.model_copy(update={"constraints": wish, "threshold": 0.5, "a": 1.0, "b": 0.0})
+        checks = evaluate_predictions(predictions, gate, n_replicates=10).exit_promises
+        deferred, exit_error, fnr = checks
+        assert (deferred.errors, deferred.trials, exit_error.errors, exit_error.trials) == (400, n, 40, 1600)
+        assert fnr.trials == (labels[:1600] == 1).sum() and fnr.errors == (labels[:40] == 1).sum()
+        found[error] = [one.outcome for one in checks]
+    assert found[0.05][:2] == ["PASS", "PASS"]
+    assert found[0.027][:2] == ["INCONCLUSIVE", "INCONCLUSIVE"]
+    assert found[0.015][:2] == ["FAIL", "FAIL"]
+    assert "exit error" in render(evaluate_predictions(predictions, gate, n_replicates=10))
+
+
 def test_what_stage_b_fixes_and_breaks_by_hand() -> None:
     predictions = make_predictions()
     policy = make_policy(predictions)

@@ -721,6 +721,9 @@ class Evaluation(Record):
     statement: str = Field(description="what the policy promises, in words")
     fnr_check: FnrCheck | None = Field(description="null without a policy, or without a target on FNR")
     verification: SetCheck | None = Field(default=None, description="of policy scrc alone")
+    exit_promises: list[PromiseCheck] = Field(
+        default=[], description="of policies softmax and gate: each constraint held against these rows"
+    )
     effects: list[StageEffect] = Field(default=[], description="exited, then deferred rows; empty without a policy")
     tap: int | None = Field(default=None, description="block that Stage A ends with; null when it is not known")
     n_blocks: int | None = Field(default=None, description="blocks of a full pass; null when it is not known")

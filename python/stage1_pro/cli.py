@@ -278,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", "measure the best model and its policy on val_test, once it is final", _evaluate)
     sub.epilog = (
-        "under policy scrc every promise is held against val_test: PASS, FAIL (exit code 7, after all is written) or\n"
+        "every promise of the policy is held against val_test: PASS, FAIL (exit code 7, after all is written) or\n"
         "INCONCLUSIVE, with the number of rows or groups that would settle it."
     )
     sub.add_argument("--run", type=Path, required=True, help="trained run folder")
@@ -683,7 +683,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
-    broken = evaluation.verification is not None and evaluation.verification.outcome == "FAIL"
+    broken = any(one.outcome == "FAIL" for one in evaluation.exit_promises) or (
+        evaluation.verification is not None and evaluation.verification.outcome == "FAIL"
+    )
     # Who promised nothing breaks nothing.
     return PROMISE_FAILED if broken and evaluation.guarantee != "none" else 0
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from stage1_pro.artifacts import Policy, ScrcParams, SplitsSummary, Thresholds
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stage1_pro.artifacts import GateParams, Policy, PromiseCheck, ScrcParams, SplitsSummary, Thresholds
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.intervals import clopper_pearson
+from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.certify import counting_unit, one_each
+from stage1_pro.policies.scrc import check_claim
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,44 @@ def _parts(policy: Policy) -> tuple[tuple[str, ...], tuple[str, ...]]:
             return ("risk of each class",), ("share accepted",)
         return (), ("share accepted", "risk")
     return ("FNR on exits",) if policy.target_fnr is not None else (), ("coverage", "exit error")
+
+
+def verify_exits(
+    policy: Thresholds | GateParams,
+    answered: ArrayLike,
+    exited: ArrayLike,
+    labels: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    seed: int = 0,
+) -> list[PromiseCheck]:
+    """Hold every constraint of an exit policy against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
+
+    FAIL: the 99% lower bound is beyond the limit; PASS: the 95% upper bound is within it. A rate below the limit is no
+    PASS, one above it no FAIL. The coverage is held as the share deferred.
+
+    Args:
+        policy: softmax or gate.
+        answered: [N] class indices that Stage A gives.
+        exited: bool [N].
+        labels: [N] class indices.
+        groups: [N] clip or track; one seeded row speaks for its group, as in a certificate.
+        seed: of that row.
+    """
+    given, out, truth = np.asarray(answered), np.asarray(exited, dtype=bool), np.asarray(labels)
+    positive = policy.classes.index(policy.positive)
+    _, names = counting_unit(groups, truth.size, "auto", False)
+    drawn, wrong = one_each(names, np.ones(truth.size, dtype=bool), seed), given != truth
+    found = []
+    if isinstance(policy, GateParams):
+        wish = policy.constraints
+        deferred = float(1 - exact(wish.min_coverage))
+        found.append(check_claim("share deferred", int((~out[drawn]).sum()), drawn.size, deferred, drawn.size))
+        exits = drawn[out[drawn]]
+        found.append(check_claim("exit error", int(wrong[exits].sum()), exits.size, wish.max_exit_error, drawn.size))
+    if policy.target_fnr is not None:
+        exits = one_each(names, truth == positive, seed)
+        exits = exits[out[exits]]
+        missed = int((given[exits] != positive).sum())
+        found.append(check_claim("FNR on exits", missed, exits.size, policy.target_fnr, drawn.size))
+    return [PromiseCheck(source=None, **asdict(one)) for one in found]

@@ -498,13 +498,13 @@ class FittedSCRC:
         stages = None if stages is None else stages[drawn]
         n, missed = truth.size, ~sets[np.arange(truth.size), truth]
         positive = self.scrc._positive(self.n_classes)
-        claims = [_check("rejection rate", int((~accepted).sum()), n, float(1 - exact(self.scrc.xi)), n)]
+        claims = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - exact(self.scrc.xi)), n)]
         calibrated = dict(self.scrc._cells(stages, truth, self.n_classes))
         for cell in self.cells:
             member = calibrated.get(cell.name, np.zeros(n, dtype=bool))
             trials = accepted & member if positive is None else accepted & member & (truth == positive)
             name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
-            claims.append(_check(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
+            claims.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
         sizes = sets[accepted].sum(axis=1)
         return Verification(
             claims=tuple(claims),
@@ -666,7 +666,8 @@ def _first(enough: Callable[[int], bool], start: int, most: int) -> int | None:
     return high
 
 
-def _check(name: str, errors: int, trials: int, limit: float, n: int) -> Claim:
+def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> Claim:
+    """Hold a promise of at most ``limit`` against counts; ``n`` units in all, for the number that would settle it."""
     lower = clopper_pearson_lower(errors, trials, FAIL_LEVEL)
     upper = clopper_pearson_upper(errors, trials, PASS_LEVEL)
     outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"

@@ -19,6 +19,7 @@ from stage1_pro.artifacts import (
     Measure,
     Policy,
     Predictions,
+    PromiseCheck,
     ScrcParams,
     SetCheck,
     Splits,
@@ -50,6 +51,7 @@ from stage1_pro.metrics.selective import cascade_risks, relative_cost
 from stage1_pro.policies import exit_scores, read_policy, void
 from stage1_pro.policies import exits as rows_that_exit
 from stage1_pro.policies.certify import groups_in_error
+from stage1_pro.policies.promises import verify_exits
 from stage1_pro.policies.ranking import GATE, rank_answers
 from stage1_pro.policies.sets import verify_sets
 from stage1_pro.policies.softmax import confidence, softmax
@@ -207,6 +209,15 @@ def evaluate_predictions(
         statement=NO_POLICY if policy is None else policy.statement,
         fnr_check=check,
         verification=_verify(predictions, answers, policy) if isinstance(policy, ScrcParams) else None,
+        exit_promises=[]
+        if policy is None or isinstance(policy, ScrcParams)
+        else verify_exits(
+            policy,
+            answers["stage_a"].prediction,
+            answers["cascade"].exited,
+            predictions.labels,
+            groups=predictions.groups,
+        ),
         effects=[] if policy is None else count_effects(answers),
         tap=None if blocks is None else blocks[0],
         n_blocks=None if blocks is None else blocks[1],
@@ -493,6 +504,8 @@ def render(evaluation: Evaluation) -> str:
         console.print(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
     if evaluation.fnr_check is not None:
         console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
+    if evaluation.exit_promises:
+        _print_promises(console, evaluation.exit_promises)
     if evaluation.verification is not None:
         _print_sets(console, evaluation.verification)
     if evaluation.policy is None:
@@ -502,21 +515,26 @@ def render(evaluation: Evaluation) -> str:
     return buffer.getvalue().rstrip()
 
 
-def _print_sets(console: Console, check: SetCheck) -> None:
-    """The promises of a policy with sets, and what its sets are like."""
+def _print_promises(console: Console, promises: Sequence[PromiseCheck]) -> None:
+    """What was promised, or only wished, and whether these rows keep it."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("promise", "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"):
         table.add_column(name, justify="left" if name in ("promise", "source", "outcome") else "right", no_wrap=True)
-    for one in check.promises:
+    for one in promises:
         bounds = (f"{value:.4f}" for value in (one.limit, one.lower, one.upper))
         limit, lower, upper = bounds
         settle = "" if one.n_to_settle is None else str(one.n_to_settle)
         name = "all" if one.source is None else one.source[:24]
         table.add_row(one.name, name, limit, f"{one.errors}/{one.trials}", lower, upper, one.outcome, settle)
     console.print(table)
+
+
+def _print_sets(console: Console, check: SetCheck) -> None:
+    """The promises of a policy with sets, and what its sets are like."""
+    _print_promises(console, check.promises)
     rates = (
         ("rejected", check.rejection_rate),
         ("ambiguous among the accepted", check.ambiguous_rate),
