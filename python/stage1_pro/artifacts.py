@@ -525,7 +525,9 @@ class ScrcParams(Record):
     raps: tuple[float, int] = Field(description="penalty for each rank beyond the second number")
     lambda_1: float = Field(description="accepted iff P(answer correct) is at or above it")
     lambda_2: list[ScrcCell] = Field(min_length=1)
-    rank: int = Field(ge=1, description="lambda_1 is just above the score of this rank among the certify units")
+    rank: int = Field(
+        ge=1, description="of the certify units' scores: the last one accepted (pac), or the first one that is not"
+    )
     n: int = Field(ge=1, description="units of the certify half")
     unit: Literal["rows", "groups"]
     seed: int = Field(description="of the row that speaks for its group")
@@ -546,7 +548,7 @@ class ScrcParams(Record):
     split_hashes: dict[str, str]
     model_fingerprint: str | None = Field(default=None, description="of all weights, the gate's among them")
     preprocessing_fingerprint: str | None = None
-    calibrator_fingerprint: str = Field(description="sha256 over every number above that decides or is promised")
+    calibrator_fingerprint: str = Field(description="sha256 over everything else here")
 
     @property
     def target_fnr(self) -> float | None:
@@ -559,10 +561,9 @@ class ScrcParams(Record):
         return cls(**values, calibrator_fingerprint=cls.model_construct(**values).fingerprint_numbers())
 
     def fingerprint_numbers(self) -> str:
-        """Hex sha256 over what decides and what is promised; words and other fingerprints are left out."""
-        left_out = {"calibrator_fingerprint", "platt", "platt_b", "statement", "assumptions", "split_hashes"}
-        left_out |= {"model_fingerprint", "preprocessing_fingerprint"}
-        data = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, separators=(",", ":"))
+        """Hex sha256 over all else: what decides, what is promised and assumed, and of which model."""
+        content = self.model_dump(mode="json", exclude={"calibrator_fingerprint"})
+        data = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
 
     @model_validator(mode="after")
@@ -570,8 +571,8 @@ class ScrcParams(Record):
         found = self.fingerprint_numbers()
         if self.calibrator_fingerprint != found:
             raise ValueError(
-                f"calibrator_fingerprint must be of the numbers beside it, got {self.calibrator_fingerprint[:12]} "
-                f"instead of {found[:12]}; a number was changed, so the certificate is void: calibrate again"
+                f"calibrator_fingerprint must be of what stands beside it, got {self.calibrator_fingerprint[:12]} "
+                f"instead of {found[:12]}; something was changed, so the certificate is void: calibrate again"
             )
         return self
 

@@ -769,6 +769,8 @@ def _sentence(
     risks: Sequence[Risk], n: int, unit: Unit, delta: float, min_coverage: float | None, method: Method
 ) -> str:
     image = "a new image" if unit == "rows" else "one image drawn from a new group"
+    if unit != "rows" and any(risk.trials is not None for risk in risks):
+        image += " (a rate of positives: one positive drawn from a new group that has any; such groups count alike)"
     units = "groups" if unit == "group_means" else unit
     names = [
         risk.name

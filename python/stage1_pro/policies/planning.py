@@ -88,7 +88,7 @@ def scrc_power(
     rank = selection_rank(n, xi, delta[0])
     if rank is None:
         return 0.0
-    accepted, each = rank - 1, delta[1] / len(cells)
+    accepted, each = rank, delta[1] / len(cells)
     if len(cells) == 1:
         return float(_passes(np.array([float(accepted)]), alpha, each, expected_error)[0])
     # Counts of cells are independent Poisson variables given their sum: convolve, then condition on the sum.

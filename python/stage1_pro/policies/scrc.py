@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -149,15 +150,15 @@ class SCRC:
         stages = None if stages is None else stages[drawn]
         n = truth.size
         rank = self._rank(n)
-        threshold, tied = _selection(scores, rank, n, naive=self.variant == "naive")
-        accepted = np.zeros(n, dtype=bool) if threshold is None else scores >= threshold
+        threshold, above, tied = _selection(scores, rank, n, self.variant)
+        accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
         named = self._cells(stages, truth, values.shape[1])
         cells = []
         for name, member in named:
-            trials = accepted & member if positive is None else accepted & member & (truth == positive)
+            trials = above & member if positive is None else above & member & (truth == positive)
             cells.append(self._limit(name, losses[trials], len(named)))
-        return self._fitted(values.shape[1], n, unit, seed, rank, threshold, tied, int(accepted.sum()), tuple(cells))
+        return self._fitted(values.shape[1], n, unit, seed, rank, threshold, tied, accepted, tuple(cells))
 
     def _positive(self, n_classes: int) -> int | None:
         """The class that the risk speaks of; None: all."""
@@ -169,7 +170,7 @@ class SCRC:
         return positive
 
     def _rank(self, n: int) -> int | None:
-        """M: rows above the M-th largest score are accepted (naive: the M-th too); None where n is too small."""
+        """M: rows above the M-th largest score are accepted (pac, naive: the M-th too); None where n is too small."""
         xi = exact(self.xi)
         if self.variant == "naive":
             return math.ceil(xi * n) if n else None
@@ -253,20 +254,19 @@ class SCRC:
         return FittedSCRC(
             scrc=self, n_classes=n_classes, n=n, unit=unit, seed=seed, rank=rank, accepted=accepted,
             threshold=threshold if feasible else None,
-            coverage_bound=self._coverage_bound(n, rank, accepted, tied) if threshold is not None else None,
+            coverage_bound=self._coverage_bound(n, rank, accepted) if threshold is not None else None,
             cells=cells, reason=reason, n_needed=needed, min_certifiable_alpha=smallest,
             guarantee=self._sentence(n, unit, cells) if feasible else "none: infeasible",
             assumptions=self._assumptions(unit, tied),
         )  # fmt: skip
 
-    def _coverage_bound(self, n: int, rank: int | None, accepted: int, tied: bool) -> float | None:
+    def _coverage_bound(self, n: int, rank: int | None, accepted: int) -> float | None:
         """The lower bound of the share accepted at 1 - delta[0]; None where it is no more than expected."""
         if self.variant == "I":
             return accepted / n - math.sqrt(math.log(2 / self.delta[0]) / (2 * n))
         if self.variant != "pac" or rank is None:
             return None
-        if tied:
-            return clopper_pearson_lower(accepted, n, 1 - self.delta[0])
+        # Ties and atoms only add to what is accepted.
         return float(betaincinv(rank, n + 1 - rank, self.delta[0]))
 
     def _selecting(self) -> str:
@@ -289,7 +289,7 @@ class SCRC:
 
         def enough(units: int) -> bool:
             rank = self._rank(units)
-            return rank is not None and math.floor((rank - 1) * min(shares)) >= least
+            return rank is not None and math.floor((rank - (self.variant != "pac")) * min(shares)) >= least
 
         found = _first(enough, max(1, least), 10**7)
         # Enough rows alone do not mend scores that are missing.
@@ -300,7 +300,7 @@ class SCRC:
         label = "the label is not in the set" if self.loss == "miscoverage" else "a positive's set lacks the positive"
         each = "" if len(cells) == 1 else f", in each of the {len(cells)} cells by {self.groups} together"
         risk = f"among those accepted {label} at most {100 * self.alpha:g}% of the time"
-        share = f"at least {100 * self.xi:g}% {'of new images ' if self.variant != 'pac' else ''}are accepted"
+        share = f"at least {100 * self.xi:g}% are accepted"
         over = f"over the draw of the {n} calibration {unit}"
         if self.variant == "pac":
             sure = f"With probability at least {100 * (1 - sum(self.delta)):g}% {over}"
@@ -309,9 +309,9 @@ class SCRC:
         average = f"on average over draws of the {n} calibration {unit} and of {image} (an expectation, nothing about "
         average += f"these thresholds alone), {risk}{each}."
         if self.variant == "I":
-            return f"With probability at least {100 * (1 - self.delta[0]):g}% {over}, {share}; {average}"
+            return f"With probability at least {100 * (1 - self.delta[0]):g}% {over}, of {image}: {share}; {average}"
         if self.variant == "T":
-            return f"On average {over}, {share}; {average}"
+            return f"On average {over}, of {image}: {share}; {average}"
         return (
             f"none: thresholds that met coverage {self.xi:g} and risk {self.alpha:g} on the {n} calibration {unit}; "
             "nothing is promised of new images"
@@ -572,26 +572,32 @@ class Verification:
 # -------------------------------------------------------------------------------- helpers
 
 
-def _selection(scores: NDArray[np.float64], rank: int | None, n: int, *, naive: bool) -> tuple[float | None, bool]:
-    """The selection threshold (None: there is none), and whether scores tie there.
+def _selection(
+    scores: NDArray[np.float64], rank: int | None, n: int, variant: Variant
+) -> tuple[float | None, NDArray[np.bool_], bool]:
+    """The selection threshold (None: there is none), which rows [N] calibrate the risk, and whether scores tie there.
 
-    Accepted is what lies strictly above the ``rank``-th largest score: given it, these rows are independent draws. In a
-    tie group the law of its rank fails, so all of it is accepted: what lies strictly above the next lower score.
+    What lies strictly above an order statistic are independent draws, so the risk is calibrated on those. ``pac``
+    accepts the ``rank``-th largest score too, by a threshold just above the next lower one: where that score is an atom
+    of the law, also one that was drawn once, a threshold above it would lose all of it, and the coverage with it. So do
+    the others in a tie group. ``T`` accepts a new image at the score itself, and calibrates on what is above.
     """
     known = np.sort(scores[~np.isnan(scores)])[::-1]
+    nothing = np.zeros(scores.size, dtype=bool)
     if rank is None:
-        return None, False
+        return None, nothing, False
     if rank > n:
-        return (ACCEPT_ALL, False) if known.size == n else (None, False)
+        return (ACCEPT_ALL, ~nothing, False) if known.size == n else (None, nothing, False)
     if rank > known.size:
-        return None, False
+        return None, nothing, False
     value = known[rank - 1]
-    if naive:
-        return float(value), False
-    if np.count_nonzero(known == value) == 1:
-        return float(np.nextafter(value, np.inf)), False
-    lower = known[known < value]
-    return float(np.nextafter(lower[0], np.inf)) if lower.size else ACCEPT_ALL, True
+    tied = bool(np.count_nonzero(known == value) > 1)
+    if variant == "naive":
+        return float(value), scores >= value, False
+    if variant == "pac" or tied:
+        lower = known[known < value]
+        return float(np.nextafter(lower[0], np.inf)) if lower.size else ACCEPT_ALL, scores >= value, tied
+    return float(value if variant == "T" else np.nextafter(value, np.inf)), scores > value, False
 
 
 def nonconformity(scrc: SCRC, probs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -673,7 +679,7 @@ def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> Cl
     outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
     needed = None
     if outcome == "INCONCLUSIVE" and trials and errors / trials != limit:
-        rate = errors / trials
+        rate = Fraction(errors, trials)
 
         def settles(m: int) -> bool:
             if rate < limit:

@@ -453,10 +453,12 @@ def _outcome(policy: ScrcParams, promises: list[PromiseCheck], outcome: str, uni
     if outcome == "PASS":
         return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"
     if outcome == "FAIL":
-        words = f"FAIL: {asked} does not hold on val_test, by its 99% bounds: {listed('FAIL')}"
         if policy.guarantee == "expectation":
-            words += "; an expectation is over many calibrations and does not vouch for these thresholds"
-        return words
+            return (
+                f"FAIL: these thresholds are beyond their limits on val_test, by 99% bounds: {listed('FAIL')}; what "
+                "was promised is an average over many calibrations, which one of them does not refute"
+            )
+        return f"FAIL: {asked} does not hold on val_test, by its 99% bounds: {listed('FAIL')}"
     needed = [one.n_to_settle for one in own if one.outcome == "INCONCLUSIVE"]
     settled = [number for number in needed if number is not None]
     words = f"INCONCLUSIVE: these rows neither show {asked} nor break it: {listed('INCONCLUSIVE')}"

@@ -340,8 +340,11 @@ def _with_history(policy: Policy, stake: Stake) -> Policy:
             f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if this "
             "wish was not chosen by what it showed"
         )
-    holder = holder.model_copy(update={"assumptions": assumptions})
-    return holder if isinstance(holder, ScrcParams) else policy.model_copy(update={"certificate": holder})
+    if isinstance(holder, ScrcParams):
+        values = dict(holder) | {"assumptions": assumptions}
+        del values["calibrator_fingerprint"]
+        return ScrcParams.seal(**values)
+    return policy.model_copy(update={"certificate": holder.model_copy(update={"assumptions": assumptions})})
 
 
 def _check_fit_half(wish: CalibrateConfig, predictions: Predictions) -> None:
