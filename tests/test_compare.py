@@ -30,6 +30,7 @@ from stage1_pro.metrics import compare as compare_rows
 from stage1_pro.metrics.intervals import percentile_interval
 from stage1_pro.metrics.seeds import HIGHER_IS_BETTER, SeedRows, compare_seeds
 from stage1_pro.policies.gate import fit_gate_policy, reach
+from stage1_pro.stations import comparing
 from stage1_pro.stations.comparing import check_fairness, compare, markdown, read_arms
 from stage1_pro.training.loop import train
 
@@ -114,7 +115,7 @@ def test_start_is_of_what_training_reads_and_resume_leaves_it(split_run: Path, t
 
 START = Start(
     seed=0, split_hashes={"train": "x"}, head_shapes={"classifier.weight": [2, 8]}, heads="h", order="o", batch_size=32,
-    batch_rows="r", batch_inputs="p", preprocessing="f", augmentation="g", n_trainable=1, n_parameters=2, versions={},
+    batch_rows="r", batch_inputs="p", preprocessing="f", augmentation="g", n_trainable=1, n_parameters=2, base_fingerprint="b", versions={},
 )  # fmt: skip
 
 
@@ -542,3 +543,21 @@ def test_studies_are_valid_but_for_modes_that_are_to_come() -> None:
         for arm in content["arms"].values():
             options = {**content["common"]["train"], **arm.get("train", {})}
             build_config({"train": {**options, "mode": "full"}})
+
+
+def test_an_arm_starts_from_one_backbone_in_every_seed(tmp_path: Path) -> None:
+    """A folder whose weights changed between two calls would mix two backbones in one column."""
+    base = tmp_path / "explora" / "backbone"
+    base.mkdir(parents=True)
+    arms = {"A": build_config({"model": {"backbone": str(base)}}), "tiny": Config()}
+    for seed, print_ in enumerate(("b", "b")):
+        for name in arms:
+            (tmp_path / name / f"seed{seed}").mkdir(parents=True)
+            own = print_ if name == "A" else str(seed)
+            START.model_copy(update={"base_fingerprint": own}).write(tmp_path / name / f"seed{seed}" / "start.json")
+    assert comparing._check_bases(tmp_path, arms, [0, 1]) == []
+    (base.parent / "explora.json").write_text("{}")
+    assert "may have been in its pool" in comparing._check_bases(tmp_path, arms, [0, 1])[0]
+    START.model_copy(update={"base_fingerprint": "c"}).write(tmp_path / "A" / "seed1" / "start.json")
+    with pytest.raises(ArtifactError, match="arm A must start from the same backbone"):
+        comparing._check_bases(tmp_path, arms, [0, 1])

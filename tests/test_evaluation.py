@@ -629,6 +629,17 @@ def test_cost_and_risk_are_those_of_the_policys_own_score(tmp_path: Path) -> Non
         evaluate(run, predictions=predictions, blocks=(2, 4), beside=[other])
 
 
+def test_a_promise_of_nobodys_model_is_refused(tmp_path: Path) -> None:
+    predictions = make_predictions()
+    run = tmp_path / "run"
+    make_run(run, predictions)
+    unbound = make_policy(predictions).model_copy(update={"guarantee": "ltt", "model_fingerprint": None})
+    unbound.write(run / "thresholds.json")
+    with pytest.raises(ArtifactError, match="bound to neither"):
+        evaluate(run, n_replicates=10, predictions=predictions)
+    assert not (run / "evaluation").exists()
+
+
 def test_the_report_escapes_names_and_survives_lost_photos(tmp_path: Path) -> None:
     predictions = changed(make_predictions(), classes=["<b>none</b>", "a & b"], positive="a & b")
     run = tmp_path / "run"

@@ -295,7 +295,18 @@ class Splits(Record):
             counts=self.counts,
             groups=self.groups,
             hashes=self.hashes,
+            group_shares=self._group_shares(),
         )
+
+    def _group_shares(self) -> dict[str, float]:
+        rows = self.of("val_calib")
+        sizes: dict[str, int] = {}
+        for row in rows:
+            sizes[row.group] = sizes.get(row.group, 0) + 1
+        shares = dict.fromkeys(self.classes, 0.0)
+        for row in rows:
+            shares[row.label] += 1 / (sizes[row.group] * len(sizes))
+        return shares
 
 
 def hash_splits(rows: Sequence[Row]) -> dict[str, str]:
@@ -320,6 +331,9 @@ class SplitsSummary(Record):
     counts: dict[SplitName, dict[str, int]]
     groups: dict[SplitName, int]
     hashes: dict[str, str]
+    group_shares: dict[str, float] = Field(
+        default={}, description="share of every label in val_calib where groups count alike, as certificates count them"
+    )
 
 
 class SweepRow(Record):
@@ -971,6 +985,7 @@ class Start(Record):
     augmentation: str = Field(description="fingerprint of the augmentation's settings")
     n_trainable: int
     n_parameters: int
+    base_fingerprint: str = Field(description="sha256 of the backbone's starting weights")
     versions: dict[str, str]
 
 
@@ -1055,6 +1070,7 @@ class Comparison(Record):
     differences: list[ArmDifference]
     exceptions: list[str] = Field(description="where arms cannot have the same start, and what was compared instead")
     chosen_from: str = Field(description="hash of arms, seeds, metric and plan")
+    models: str = Field("", description="hash of the best checkpoints that were measured")
     looks: list[str] = Field([], description="val_test: arms chosen in earlier looks at it, whose figures are gone")
 
 

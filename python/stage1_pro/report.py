@@ -264,9 +264,10 @@ def _promised(policy: ScrcParams) -> list[str]:
     if policy.loss == "fnr":
         risk = f"of “{policy.positive}” photos, “{policy.positive}” is missing from the set"
     each = {None: "", "stage": ", for each stage that answers", "class": ", for the photos of each class"}[policy.cells]
+    whom = "photos" if policy.unit == "rows" else "photos, each drawn from a clip of its own,"
     wish = (
-        f"At least {_percent(policy.xi)} of photos are accepted, and among those at most {_percent(policy.alpha)} of "
-        f"the time {risk}{each}"
+        f"At least {_percent(policy.xi)} of {whom} are accepted, and among "
+        f"those at most {_percent(policy.alpha)} of the time {risk}{each}"
     )
     end = {
         "pac": f"This holds for these very thresholds, unless the calibration photos were an unlucky draw: a chance of "

@@ -46,6 +46,8 @@ def promise(policy: Policy, splits: SplitsSummary, prior: float | None = None) -
     check_prior(prior)
     counts, n_groups = splits.counts["val_calib"], splits.groups["val_calib"]
     share = counts.get(policy.positive, 0) / max(1, sum(counts.values()))
+    # Where clips differ in size, rows would count some of them more than certificates do.
+    share = splits.group_shares.get(policy.positive, share)
     within_class, overall = _parts(policy)
     if policy.guarantee == "none":
         note = "nothing is promised" if prior is None else "nothing is promised, so no prior can void it"

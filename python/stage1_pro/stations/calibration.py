@@ -488,6 +488,13 @@ def _calibrate_logits(
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
     halves = arrays.get("half")
     target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES[_kind(wish)])
+    if target is not None and target != out and (target.parent / "splits.json").is_file():
+        raise InputError(
+            f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"
+        )
+    for name in ("gate_logits", "labels"):
+        if name in arrays and arrays[name].dtype.kind not in "biuf":
+            raise InputError(f"{name} must be numbers, got {arrays[name].dtype}")
     if target is not None and target == out and out.is_file() and not _is_policy(out):
         raise InputError(f"--out must be a new file or a policy to replace, got {out}, which is neither; name another")
     try:

@@ -127,6 +127,7 @@ def compare(
     numbers = list(range(seeds))
     _split_all(out, plan, Path(data), images, positive, fractions, configs, numbers)
     exceptions = _train_all(out, configs, numbers)
+    exceptions += _check_bases(out, configs, numbers)
     runs = {name: [out / name / f"seed{seed}" for seed in numbers] for name in configs}
 
     def measured(split_name: Literal["val_select", "val_test"], names: list[str], chosen: str | None,
@@ -142,14 +143,20 @@ def compare(
     looked = None
     if test:
         looked = _earlier(out)
-        if looked is None or looked.chosen_from != chosen_from:
+        names = list(dict.fromkeys([found.baseline, found.chosen]))
+        models = sha256_bytes("".join(sha256_file(run / "model_best.pth") for n in names for run in runs[n]).encode())
+        if looked is not None and looked.chosen_from == chosen_from and looked.models != models and not second_look:
+            raise InputError(
+                f"{out}/test.json must be of these trainings, but it holds figures of others: a run was trained anew "
+                "since. Leave val_test alone with --no-test, or look again with --second-look, which is recorded"
+            )
+        if looked is None or (looked.chosen_from, looked.models) != (chosen_from, models):
             from stage1_pro.training.inference import infer_split
 
             say(f"chosen by {metric} on val_select: {found.chosen}; reading val_test, once")
-            names = list(dict.fromkeys([found.baseline, found.chosen]))
             before = [] if looked is None else [*looked.looks, looked.chosen]
             looked = measured("val_test", names, found.chosen, lambda run: infer_split(run, "val_test"))
-            looked = looked.model_copy(update={"looks": before})
+            looked = looked.model_copy(update={"looks": before, "models": models})
             looked.write(out / "test.json")
     return found, looked
 
@@ -415,6 +422,31 @@ def _train(run: Path, config: Path, seed: int, log: Path) -> str:
     cost = Cost(seconds=None if resume else seconds, peak_memory=result["peak_memory"], device=result["device"])
     cost.write(run / "cost.json")
     return ""
+
+
+def _check_bases(out: Path, configs: Mapping[str, Config], seeds: Sequence[int]) -> list[str]:
+    """Refuse an arm whose backbone changed between its seeds; say where a backbone may have seen rows it is judged on.
+
+    Raises:
+        ArtifactError: naming the arm.
+    """
+    notes = []
+    for name, config in configs.items():
+        folder = Path(config.model.backbone).expanduser()
+        if not folder.is_dir():
+            continue  # a preset is drawn anew in every seed, a hub id is the hub's
+        bases = {Start.read(out / name / f"seed{seed}" / "start.json").base_fingerprint for seed in seeds}
+        if len(bases) > 1:
+            raise ArtifactError(
+                f"arm {name} must start from the same backbone in every seed, but the weights in {folder} changed "
+                f"between them; remove {out / name} and train it anew"
+            )
+        if (folder.parent / "explora.json").is_file():
+            notes.append(
+                f"{name} starts from a backbone adapted beside other splits: rows of val_select or val_test may have "
+                "been in its pool"
+            )
+    return notes
 
 
 def check_fairness(starts: Mapping[str, Start], seed: int) -> list[str]:

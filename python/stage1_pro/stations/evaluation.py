@@ -260,6 +260,15 @@ def evaluate(
     splits = Splits.read(run / "splits.json")
     others = dict(_read_curve(Path(other), splits.hashes["val_test"]) for other in beside)
     policy = read_policy(run)
+    if (
+        policy is not None
+        and policy.guarantee != "none"
+        and None in (policy.model_fingerprint, policy.preprocessing_fingerprint)
+    ):
+        raise ArtifactError(
+            f"the policy in {run} must say of which model and preprocessing it is, but it is bound to neither: what it "
+            f"promises is of somebody's logits; run `stage1 calibrate --run {run}`"
+        )
     if predictions is None:
         from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
         from stage1_pro.training.inference import infer

@@ -202,6 +202,8 @@ def _levels(policy: str, delta: float | Sequence[float]) -> tuple[float, ...]:
 
 def _cells(policy: str, cells: int | Sequence[float]) -> tuple[float, ...]:
     given = [float(cells)] if isinstance(cells, int | float) else [float(value) for value in cells]
+    if not all(math.isfinite(value) and 0 < value <= 100 for value in given):
+        raise InputError(f"cells must be 1 to 100 positive shares that sum to 1, or their number, got {cells}")
     if len(given) == 1 and given[0] >= 1 and given[0] == math.floor(given[0]):
         given = [1 / given[0]] * min(int(given[0]), 1000)
     if policy != "scrc" and given != [1.0]:

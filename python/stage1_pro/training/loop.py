@@ -492,6 +492,9 @@ class _Trainer:
             augmentation=sha256_bytes(self.config.augment.model_dump_json().encode()),
             n_trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             n_parameters=sum(p.numel() for p in self.model.parameters()),
+            base_fingerprint=self.model.backbone.fingerprint()
+            if self.adaptation is None
+            else self.adaptation.base_fingerprint,
             versions=versions(),
         )
 
