@@ -115,7 +115,8 @@ def test_start_is_of_what_training_reads_and_resume_leaves_it(split_run: Path, t
 
 START = Start(
     seed=0, split_hashes={"train": "x"}, head_shapes={"classifier.weight": [2, 8]}, heads="h", order="o", batch_size=32,
-    batch_rows="r", batch_inputs="p", preprocessing="f", augmentation="g", n_trainable=1, n_parameters=2, base_fingerprint="b", versions={},
+    batch_rows="r", batch_inputs="p", preprocessing="f", augmentation="g", n_trainable=1, n_parameters=2,
+    base_fingerprint="b", versions={},
 )  # fmt: skip
 
 
