@@ -529,11 +529,13 @@ def test_a_resumed_training_reaches_the_same_bytes(
     same_artefacts(run, other)
 
 
-def test_a_resume_on_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["lora", "linear"])
+def test_a_resume_on_another_base_is_refused(run: Path, tmp_path: Path, mode: str) -> None:
     base = tmp_path / "base"
     load_backbone("tiny", None, pos_embed_rescale=None, seed=4).hf.save_pretrained(base)
     options = (f"model.backbone={base}", "model.image_size=48", "train.epochs=1")
-    trained(run, "lora", *options)
+    trained(run, mode, *options)
+    stage1_pro.train(run, resume=True)
     load_backbone("tiny", None, pos_embed_rescale=None, seed=5).hf.save_pretrained(base)
     with pytest.raises(ArtifactError, match="must be resumed on the base it was trained on"):
         stage1_pro.train(run, resume=True)
@@ -564,7 +566,7 @@ def test_bf16_training_merges_in_fp32(run: Path) -> None:
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_merge_writes_a_plain_backbone(tmp_path: Path, own: bool) -> None:
+def test_merge_writes_a_plain_backbone(tmp_path: Path, own: bool, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     load_backbone("tiny", None, pos_embed_rescale=None, seed=4).hf.save_pretrained(base)
     if own:
@@ -574,17 +576,22 @@ def test_merge_writes_a_plain_backbone(tmp_path: Path, own: bool) -> None:
     adaptation = adapt(model, "dora", AdapterConfig(rank=4), 0)
     learn(model, 5)
     save(tmp_path / "adapter", model, adaptation)
+    capsys.readouterr()
     facts = stage1_pro.merge(tmp_path / "adapter", str(base), tmp_path / "out")
+    assert "Writing model shards" not in capsys.readouterr().err, "a bar of its own"
+    for path in (tmp_path / "out" / "model.safetensors", tmp_path / "adapter" / "trained.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644, path.name
     plain = AutoModel.from_pretrained(tmp_path / "out").eval()
     x = pixels(model)
     with torch.no_grad():
         torch.testing.assert_close(plain(x).last_hidden_state, model.backbone(x), rtol=0, atol=1e-4)
     assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "dinov3_vit"
-    again = create_model(ModelConfig(backbone=str(tmp_path / "out"), image_size=48), ["a", "b"], "b", 0)
+    again = create_model(ModelConfig(backbone=str(tmp_path / "out")), ["a", "b"], "b", 0)
     assert again.backbone.fingerprint() == facts["fingerprint"] != facts["base_fingerprint"]
-    assert again.architecture.preprocessing.mean == model.architecture.preprocessing.mean
-    stored = (tmp_path / "out" / "preprocessor_config.json").read_bytes()
-    assert not own or stored == (base / "preprocessor_config.json").read_bytes()
+    assert again.architecture.image_size == 48, "it is read at the size it was trained at"
+    assert again.architecture.preprocessing == model.architecture.preprocessing
+    origin, start = again.architecture.backbone, model.architecture.backbone
+    assert (origin.source, origin.licence) == (f"{start.source} + dora", start.licence)
     assert "may be passed on only together with the DINOv3 License" in (
         tmp_path / "out" / "LICENCE-BACKBONE.txt"
     ).read_text().replace("\n", " ")

@@ -21,8 +21,8 @@ from PIL import Image, ImageEnhance, ImageFile
 import stage1_pro
 from stage1_pro.artifacts import SPLITS, PreprocessSpec, Splits
 from stage1_pro.config import AugmentConfig
-from stage1_pro.data.images import ImageError, crop_geometry, preprocess, preprocess_many, read_image, scan
-from stage1_pro.data.splits import WHOLE, assign, make_splits, near_duplicates
+from stage1_pro.data.images import ImageError, crop_geometry, preprocess, preprocess_many, read_image
+from stage1_pro.data.splits import WHOLE, assign, make_splits, near_duplicates, read_pictures
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import InputError
 
@@ -244,10 +244,11 @@ def test_reading_in_threads_leaves_the_process_as_it_was() -> None:
     assert not flag
 
 
-def test_scan_lists_what_cannot_be_read(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encode(picture(0)))
     (tmp_path / "b.png").write_bytes(b"text")
-    found = scan(tmp_path, ["a.png", "b.png", "c.png"])
+    pictures, found = read_pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    assert list(pictures) == ["a.png"]
     assert [(row.file, row.reason.split(":")[0]) for row in found] == [
         ("b.png", "not an image"),
         ("c.png", "unreadable"),

@@ -221,20 +221,41 @@ def test_a_pool_leaves_out_what_must_stay_unseen(scenes: Path, tmp_path: Path, c
     shutil.copy(images[0], tmp_path / "again.png")
     shutil.copy(root / unseen[0].file, tmp_path / "test_row.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    pool = read_pool(tmp_path, unseen)
+    pool = read_pool(tmp_path, unseen, root)
     assert [path.name for path in pool.paths] == [f"{k}.png" for k in range(6)]
     assert (pool.n_copies, pool.n_left_out, [q.file for q in pool.quarantined]) == (1, 1, ["broken.png"])
     assert "left out broken.png: not an image" in capsys.readouterr().err
     # other frames of a test clip: not the same content, but the same group
     rows = [{"file": f"{k}.png", "group": unseen[0].group if k < 2 else "elsewhere"} for k in range(6)]
     write_csv(tmp_path / "labels.csv", rows, ["file", "group"])
-    pool = read_pool(tmp_path, unseen)
+    pool = read_pool(tmp_path, unseen, root)
     assert pool.n_left_out == 2 and len(pool.paths) == 4
     write_csv(tmp_path / "labels.csv", rows[:2], ["file", "group"])
     with pytest.raises(InputError, match="two usable images or more, got 0 of 2"):
-        read_pool(tmp_path, unseen)
+        read_pool(tmp_path, unseen, root)
     with pytest.raises(InputError, match="must be a folder or a CSV"):
-        read_pool(tmp_path / "nowhere", unseen)
+        read_pool(tmp_path / "nowhere", unseen, root)
+
+
+def test_a_pool_leaves_out_altered_copies_and_their_clips(scenes: Path, tmp_path: Path, capsys) -> None:
+    splits = Splits.read(scenes / "run" / "splits.json")
+    unseen = splits.of("val_test")
+    images = sorted((scenes / "pool" / "images").iterdir())[:5]
+    rows = [{"file": f"{k}.png", "group": "clip" if k < 2 else "elsewhere"} for k in range(5)]
+    for row, path in zip(rows, images, strict=True):
+        shutil.copy(path, tmp_path / row["file"])
+    with Image.open(splits.path(unseen[0])) as image:
+        image.convert("RGB").resize((90, 90), Image.Resampling.BICUBIC).save(tmp_path / "copy.jpg", quality=85)
+    write_csv(tmp_path / "labels.csv", [*rows, {"file": "copy.jpg", "group": "clip"}], ["file", "group"])
+    pool = read_pool(tmp_path, unseen, Path(splits.root))
+    assert [path.name for path in pool.paths] == ["2.png", "3.png", "4.png"], "the copy's clip goes with it"
+    assert (pool.n_left_out, pool.n_not_compared) == (3, 0)
+    (tmp_path / "labels.csv").unlink()
+    assert read_pool(tmp_path, unseen, Path(splits.root)).n_left_out == 1
+    capsys.readouterr()
+    pool = read_pool(tmp_path, unseen, tmp_path / "nowhere")
+    assert (pool.n_left_out, pool.n_not_compared) == (0, len(unseen))
+    assert f"{len(unseen)} rows that must stay unseen cannot be read" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,7 +362,7 @@ def test_the_guard_wants_better_features_of_held_out_groups() -> None:
         probe(noise, labels, ["one"] * 240, 2, seed=0)
 
 
-def test_only_train_rows_are_opened(scenes: Path, run: Path) -> None:
+def test_only_train_rows_are_needed(scenes: Path, run: Path) -> None:
     splits = Splits.read(run / "splits.json")
     copy = run.parent / "train_alone"
     for row in splits.of("train"):
@@ -352,6 +373,18 @@ def test_only_train_rows_are_opened(scenes: Path, run: Path) -> None:
         scenes / "pool" / "images", run, config(scenes, "explora.epochs=1", "explora.decoder_warmup_epochs=0")
     )
     assert record.n_rows == len(splits.of("train"))
+    assert record.pool.n_not_compared == len(splits.rows) - record.n_rows
+
+
+def test_a_configuration_mistake_costs_nothing(explored: tuple[Path, ExploraRecord], scenes: Path, run: Path) -> None:
+    finished = explored[0] / "explora"
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    wrong = config(scenes, "explora.blocks=6", "explora.epochs=8")
+    for folder, overwrite in ((explored[0], True), (run, False)):
+        with pytest.raises(InputError, match="the trainable share must be from"):
+            stage1_pro.explora(scenes / "pool" / "images", folder, wrong, overwrite=overwrite)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert [path.name for path in (run / "explora").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("objective", ["simmim", "latent", "diet"])

@@ -20,6 +20,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from sklearn import metrics as judge
+from transformers import Dinov2Config, Dinov2Model
 
 import stage1_pro
 from stage1_pro.artifacts import Predictions, Splits
@@ -323,6 +324,18 @@ def test_linear_mode_trains_heads_on_cached_features(run: Path, shared) -> None:
     stamp = (run / "features_train.npz").stat().st_mtime_ns
     train(run, config(*options, "train.epochs=5"), overwrite=True)
     assert (run / "features_train.npz").stat().st_mtime_ns == stamp, "features must be computed once"
+
+
+def test_a_dinov2_without_a_mask_token_trains(run: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    Dinov2Model(
+        Dinov2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+            use_mask_token=False,
+        )
+    ).save_pretrained(tmp_path / "base")  # fmt: skip
+    options = (f"model.backbone={tmp_path / 'base'}", "model.image_size=28", "model.tap=1", "train.epochs=1")
+    assert train(run, config(*options)).epochs == 1
 
 
 # ------------------------------------------------------------------------------------------------

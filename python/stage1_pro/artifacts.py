@@ -901,7 +901,12 @@ class PoolInfo(Record):
     n_held_out: int = Field(description="not trained on; their loss is in metrics.csv")
     n_quarantined: int = Field(description="unreadable, see quarantine.csv")
     n_copies: int = Field(description="of an image that is in the pool already, byte for byte")
-    n_left_out: int = Field(description="images, or images of groups, of val_select, val_calib or val_test")
+    n_left_out: int = Field(
+        description="images of val_select, val_calib or val_test, near-duplicates of them, and images of their groups"
+    )
+    n_not_compared: int | None = Field(
+        None, description="rows of those splits that could not be read, whose near-duplicates may be in the pool"
+    )
 
 
 class ExploraRecord(Record):

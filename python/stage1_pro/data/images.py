@@ -20,7 +20,6 @@ from PIL import Image, UnidentifiedImageError
 
 from stage1_pro.artifacts import PreprocessSpec, write_csv
 from stage1_pro.errors import InputError
-from stage1_pro.progress import track
 
 Reason = Literal["unreadable", "empty", "not an image", "truncated", "damaged", "oversized", "unsupported"]
 MAX_PIXELS = 64_000_000
@@ -264,17 +263,6 @@ def crop_geometry(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int
 
 # --------------------------------------------------------------------------------------------
 # Quarantine
-
-
-def scan(root: Path, files: Sequence[str], max_pixels: float = MAX_PIXELS) -> list[Quarantined]:
-    """Read every file under ``root`` and list those that are no whole image."""
-    found = []
-    for file in track(files, "reading images", total=len(files)):
-        try:
-            read_image(root / file, max_pixels)
-        except ImageError as error:
-            found.append(Quarantined(file, f"{error.reason}: {error.detail}"))
-    return found
 
 
 def write_quarantine(path: Path | str, rows: Sequence[Quarantined]) -> None:

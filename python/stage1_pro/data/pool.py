@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stage1_pro.artifacts import Row, sha256_bytes, sha256_file
-from stage1_pro.data.images import Quarantined, scan
+import numpy as np
+
+from stage1_pro.artifacts import Row, sha256_bytes
+from stage1_pro.data.images import Quarantined
 from stage1_pro.data.listing import gather, read_list
+from stage1_pro.data.splits import near_duplicates, read_pictures
 from stage1_pro.errors import InputError
 from stage1_pro.progress import say
 
@@ -22,15 +25,22 @@ class Pool:
     quarantined: list[Quarantined]
     n_copies: int
     n_left_out: int
+    n_not_compared: int
 
 
-def read_pool(images: Path | str, unseen: Sequence[Row]) -> Pool:
+def read_pool(images: Path | str, unseen: Sequence[Row], unseen_root: Path) -> Pool:
     """Read a folder of images, or a CSV with ``file[,group]`` (``labels.csv`` of a folder is taken).
 
     Left out and counted: images of the same content as one before them, and what shows rows that must stay unseen:
-    files of the same content, and, where the CSV names groups, files of the same group (a clip's other frames are
-    near-copies of it; two sets that merely use the same names, such as "1", want the folder instead of the CSV). A
-    re-encoded copy under another group's name is not recognised.
+    files of the same content, near-duplicates as ``stage1 split`` finds them (re-encoded, resized), and, where the CSV
+    names groups, files of a group that has such a file or a row's group's name (a clip's other frames are near-copies
+    of it; two sets that merely use the same names, such as "1", want the folder instead of the CSV).
+
+    Args:
+        images: the pool.
+        unseen: rows that must stay unseen.
+        unseen_root: folder their files are relative to. Rows that cannot be read there are told by content and group
+            alone; ``n_not_compared`` counts them.
 
     Raises:
         InputError: no such pool, or nothing in it that can be used.
@@ -45,27 +55,34 @@ def read_pool(images: Path | str, unseen: Sequence[Row]) -> Pool:
     else:
         raise InputError(f"--images must be a folder or a CSV with a column 'file', got {images}")
     files = sorted(group_of)
-    quarantined = scan(root, files)
-    broken = {one.file for one in quarantined}
-    contents, groups = {row.sha256 for row in unseen}, {row.group for row in unseen} - {""}
+    pictures, quarantined = read_pictures(root, files)
+    shown, not_shown = read_pictures(unseen_root, [row.file for row in unseen])
+    if not_shown:
+        say(f"{len(not_shown)} rows that must stay unseen cannot be read; near-duplicates of them are not left out")
+    small = [picture.small for picture in (*pictures.values(), *shown.values())]
+    side = np.repeat([0, 1], [len(pictures), len(shown)])
+    usable = list(pictures)
+    contents = {row.sha256 for row in unseen}
+    found = {file for file, picture in pictures.items() if picture.sha256 in contents}
+    if pictures and shown:
+        found |= {usable[i] for i, _ in near_duplicates(np.stack(small), side)}
+    groups = ({row.group for row in unseen} | {group_of[file] for file in found}) - {""}
     kept: dict[str, str] = {}
     left_out = copies = 0
-    for file in files:
-        if file in broken:
-            continue
-        content = sha256_file(root / file)
-        if content in contents or group_of[file] in groups:
+    for file, picture in pictures.items():
+        if file in found or group_of[file] in groups:
             left_out += 1
-        elif content in kept:
+        elif picture.sha256 in kept:
             copies += 1
         else:
-            kept[content] = file
+            kept[picture.sha256] = file
     for one in quarantined[:3]:
         say(f"left out {one.file}: {one.reason}")
     if len(kept) < 2:
         raise InputError(
             f"--images must hold two usable images or more, got {len(kept)} of {len(files)} in {images} "
-            f"({len(broken)} unreadable, {left_out} of the run's val_select, val_calib or val_test, {copies} copies)"
+            f"({len(quarantined)} unreadable, {left_out} of the run's val_select, val_calib or val_test, "
+            f"{copies} copies)"
         )
     fingerprint = sha256_bytes("\n".join(kept).encode())
-    return Pool([root / file for file in kept.values()], fingerprint, quarantined, copies, left_out)
+    return Pool([root / file for file in kept.values()], fingerprint, quarantined, copies, left_out, len(not_shown))

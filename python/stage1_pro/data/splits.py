@@ -69,8 +69,8 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """What near-duplicates are found by: content hash and a small copy [32, 32, 3] uint8."""
+class Picture:
+    """What near-duplicates are found by: hex sha256 of the file and a small copy [32, 32, 3] uint8."""
 
     sha256: str
     small: NDArray[np.uint8]
@@ -124,7 +124,7 @@ def make_splits(
     names = _classes(entries, classes)
     target = _positive(positive, names, entries)
 
-    pictures, quarantined = _read_pictures(root, entries)
+    pictures, quarantined = read_pictures(root, [entry.file for entry in entries])
     if len(quarantined) > max_quarantine * len(entries):
         first = "; ".join(f"{q.file}: {q.reason}" for q in quarantined[:3])
         raise QuarantineError(
@@ -384,7 +384,7 @@ def _positive(given: str | None, names: Sequence[str], entries: Sequence[_Entry]
     return choose_positive(names, given)
 
 
-def _refuse_contradictions(entries: Sequence[_Entry], pictures: Mapping[str, _Picture]) -> None:
+def _refuse_contradictions(entries: Sequence[_Entry], pictures: Mapping[str, Picture]) -> None:
     seen: dict[str, _Entry] = {}
     for entry in entries:
         other = seen.setdefault(pictures[entry.file].sha256, entry)
@@ -408,21 +408,22 @@ def _refuse_missing(counts: Mapping[str, int], names: Sequence[str]) -> None:
 # Near-duplicates
 
 
-def _read_pictures(root: Path, entries: Sequence[_Entry]) -> tuple[dict[str, _Picture], list[Quarantined]]:
-    pictures: dict[str, _Picture] = {}
+def read_pictures(root: Path, files: Sequence[str]) -> tuple[dict[str, Picture], list[Quarantined]]:
+    """Read images under ``root``: by file what shows near-duplicates, and in order those that cannot be used."""
+    pictures: dict[str, Picture] = {}
     quarantined = []
     # Threads: Pillow decodes outside the interpreter lock, and nothing has to be sent back through a pipe.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda entry: _read_picture(root, entry.file), entries)
-        for entry, picture in zip(entries, track(found, "reading images", total=len(entries)), strict=True):
+        found = pool.map(lambda file: _read_picture(root, file), files)
+        for file, picture in zip(files, track(found, "reading images", total=len(files)), strict=True):
             if isinstance(picture, Quarantined):
                 quarantined.append(picture)
             else:
-                pictures[entry.file] = picture
+                pictures[file] = picture
     return pictures, quarantined
 
 
-def _read_picture(root: Path, file: str) -> _Picture | Quarantined:
+def _read_picture(root: Path, file: str) -> Picture | Quarantined:
     try:
         file.encode()
     except UnicodeEncodeError:
@@ -430,7 +431,7 @@ def _read_picture(root: Path, file: str) -> _Picture | Quarantined:
     try:
         image = read_image(root / file)
         small = image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
-        return _Picture(sha256_file(root / file), np.asarray(small))
+        return Picture(sha256_file(root / file), np.asarray(small))
     except ImageError as error:
         return Quarantined(file, f"{error.reason}: {error.detail}")
     except OSError as error:
@@ -500,7 +501,7 @@ def _same(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _join_groups(
-    entries: Sequence[_Entry], pictures: Mapping[str, _Picture], max_component: float
+    entries: Sequence[_Entry], pictures: Mapping[str, Picture], max_component: float
 ) -> tuple[list[str], Merging]:
     """The unit each row belongs to: its group, or the first name of the groups joined by near-duplicates."""
     names = sorted({entry.group for entry in entries})

@@ -266,9 +266,9 @@ def save_adapter(
     with atomic_directory(folder) as staging:
         if adaptation.handle is not None:
             added = _peft_form(adaptation, own)
-            save_file(added, staging / PEFT_WEIGHTS, metadata={"format": "pt"})
+            _write_tensors(staging / PEFT_WEIGHTS, added)
             adaptation.handle.peft_config["default"].save_pretrained(str(staging))
-        save_file(trained, staging / TRAINED, metadata={"format": "pt"})
+        _write_tensors(staging / TRAINED, trained)
         AdapterRecord(
             mode=adaptation.mode,
             options=adaptation.options,
@@ -297,7 +297,7 @@ def replace_trained(folder: Path | str, tensors: Mapping[str, Tensor], model_fin
     with atomic_directory(folder) as staging:
         for name in sorted(set(record.files) - {TRAINED}):
             (staging / name).write_bytes((folder / name).read_bytes())
-        save_file({**trained, **tensors}, staging / TRAINED, metadata={"format": "pt"})
+        _write_tensors(staging / TRAINED, {**trained, **tensors})
         changed = {"model_fingerprint": model_fingerprint, "files": _entries(staging)}
         record.model_copy(update=changed).sealed().write(staging / RECORD)
 
@@ -399,6 +399,11 @@ def _peft_form(adaptation: Adaptation, state: Mapping[str, Tensor]) -> dict[str,
         adaptation.handle, state_dict=named, save_embedding_layers=False
     )
     return found
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def _entries(folder: Path) -> dict[str, FileEntry]:

@@ -67,7 +67,8 @@ def explora(
 ) -> ExploraRecord:
     """Adapt a backbone to unlabelled images without labels, judge it on ``train`` rows, and keep the better one.
 
-    Reads no row of the run but those of ``train``; images of the pool that are rows of the other splits are left out.
+    Learns and judges from no row of the run but those of ``train``; the other splits' images are looked at only to
+    leave them and their near-duplicates out of the pool.
     Writes ``RUN/explora/``: ``explora.json``, ``backbone/`` (a transformers folder, the base's weights when adaptation
     did not help), ``metrics.csv``, ``reconstructions.png``, ``quarantine.csv``, ``config.json`` and ``last.pth``.
 
@@ -115,7 +116,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         )
     spec = input_spec(model, backbone)
     info, start = backbone.info(model.backbone), backbone.fingerprint()
-    pool = read_pool(images, [row for row in splits.rows if row.split != "train"])
+    pool = read_pool(images, [row for row in splits.rows if row.split != "train"], Path(splits.root))
     rows = splits.of("train")
     labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
     groups = [row.group for row in rows]
@@ -125,21 +126,24 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         return probe(features, labels, groups, len(splits.classes), seed=config.seed)
 
     before = probed(backbone, "base")
-    if not resume:
-        _forget(folder)
-    write_config(folder, config, splits)
-    write_quarantine(folder / "quarantine.csv", pool.quarantined)
     say(
         f"pool of {len(pool.paths)} images; left out: {pool.n_left_out} of val_select, val_calib or val_test, "
         f"{pool.n_copies} copies, {len(pool.quarantined)} unreadable"
     )
+
+    def begin() -> None:
+        if not resume:
+            _forget(folder)
+        write_config(folder, config, splits)
+        write_quarantine(folder / "quarantine.csv", pool.quarantined)
+
     identity = json.dumps(
         {
             "base": start, "pool": pool.fingerprint, "preprocessing": spec.fingerprint(), "seed": config.seed,
             "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps", "keep"}),
         }
     )  # fmt: skip
-    adapted = adapt(folder, backbone, pool.paths, spec, config, identity)
+    adapted = adapt(folder, backbone, pool.paths, spec, config, identity, begin)
     try:
         figures = judge(
             before, probed(adapted.backbone, "adapted"), labels, groups,
@@ -226,6 +230,7 @@ def _pool_info(pool: Pool, n_trained: int, n_held_out: int) -> PoolInfo:
     return PoolInfo(
         contents_sha256=pool.fingerprint, n_trained=n_trained, n_held_out=n_held_out,
         n_quarantined=len(pool.quarantined), n_copies=pool.n_copies, n_left_out=pool.n_left_out,
+        n_not_compared=pool.n_not_compared,
     )  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,12 @@ from stage1_pro.artifacts import atomic_directory, write_text
 from stage1_pro.deploy.bundle import LICENCE, licence_note
 from stage1_pro.errors import InputError, need
 
-PREPROCESSOR = "preprocessor_config.json"
-
 
 def merge(adapter: Path | str, base: str, out: Path | str, *, overwrite: bool = False) -> dict[str, Any]:
     """Write the backbone that an adapter makes of its base, merged in float32, as a plain transformers folder.
 
-    ``from_pretrained`` and ``model.backbone`` read it. Heads and Stage A's norm are no part of a backbone: they stay in
+    ``from_pretrained`` and ``model.backbone`` read it, at the image size it was trained at, with the origin and licence
+    of its base. Heads and Stage A's norm are no part of a backbone: they stay in
     the adapter and in the run's checkpoint.
 
     Args:
@@ -42,20 +39,16 @@ def merge(adapter: Path | str, base: str, out: Path | str, *, overwrite: bool = 
     try:
         from stage1_pro.models.adapters import load_adapted, read_adapter
         from stage1_pro.models.adapters import merge as merge_model
+        from stage1_pro.models.backbone import save_backbone
     except ModuleNotFoundError as error:
         raise need("train", error.name or "peft") from error
     record = read_adapter(adapter)
     plain = merge_model(load_adapted(adapter, base))
+    info = record.architecture.backbone
+    written = info.model_copy(update={"source": f"{info.source} + {record.mode}"})
     with atomic_directory(out) as folder:
-        plain.backbone.hf.save_pretrained(folder)
-        own = Path(base).expanduser() / PREPROCESSOR
-        if own.is_file():
-            shutil.copy(own, folder / PREPROCESSOR)
-        else:
-            spec = plain.architecture.preprocessing
-            values = {"image_mean": list(spec.mean), "image_std": list(spec.std)}
-            write_text(folder / PREPROCESSOR, json.dumps(values, indent=2) + "\n")
-        note = licence_note(base, record.architecture.backbone)
+        save_backbone(folder, plain.backbone, written, plain.architecture.preprocessing)
+        note = licence_note(base, info)
         if note:
             write_text(folder / LICENCE, note)
     return {

@@ -13,7 +13,7 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def merge(backbone: Backbone, trainable: Trainable) -> Backbone:
 
 
 def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: PreprocessSpec, config: Config,
-          identity: str) -> Adapted:  # fmt: skip
+          identity: str, begin: Callable[[], None]) -> Adapted:  # fmt: skip
     """Adapt a backbone to images, from ``last.pth`` in ``folder`` where there is one.
 
     Writes ``last.pth``, ``metrics.csv`` and, for mae and simmim, ``reconstructions.png`` into ``folder``.
@@ -153,6 +153,8 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
         spec: what the backbone takes.
         config: ``explora`` and ``seed`` say what is learned.
         identity: what this adaptation is of; a ``last.pth`` with another one is refused.
+        begin: called once when all that learns is built, and so no configuration is refused any more, before
+            ``folder`` is read or written.
 
     Raises:
         InputError: a trainable share outside its limits, or an image that cannot be read any more.
@@ -161,6 +163,7 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
     """
     explorer = _Explorer(folder, backbone, paths, spec, config, identity)
     try:
+        begin()
         return explorer.run()
     finally:
         explorer.loader.close()

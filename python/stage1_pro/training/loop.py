@@ -271,16 +271,21 @@ class _Trainer:
             self.model = create_model(chosen, splits.classes, splits.positive, config.seed)
         self._resolve_config()
         self.adaptation: Adaptation | None = None
+        # Of a base that last.pth does not hold.
+        self.base_fingerprint: str | None = None
         if options.mode == "linear":
+            self.base_fingerprint = self.model.backbone.fingerprint()
             self.model.requires_grad_(False)
             self.model.heads.requires_grad_(True)
         elif options.mode in ADAPTER_MODES:
             self.adaptation = adapt(self.model, options.mode, config.adapter, config.seed)
+            self.base_fingerprint = self.adaptation.base_fingerprint
         # Without a loss on it the gate stays as it starts.
         self.selective = options.selective_weight > 0 or options.coverage_weight > 0
         self.model.heads.gate.requires_grad_(self.selective)
         self.model.heads.gate.stop_features = config.gate.stop_features
-        self.model.backbone.hf.embeddings.mask_token.requires_grad_(False)
+        if (mask_token := self.model.backbone.hf.embeddings.mask_token) is not None:
+            mask_token.requires_grad_(False)
         if options.gradient_checkpointing:
             self.model.backbone.checkpoint_activations()
         self.model.to(self.device)
@@ -794,7 +799,7 @@ class _Trainer:
             self.run / "last.pth",
             {
                 "architecture": self.architecture.model_dump_json(),
-                **({} if self.adaptation is None else {"base_fingerprint": self.adaptation.base_fingerprint}),
+                **({} if self.base_fingerprint is None else {"base_fingerprint": self.base_fingerprint}),
                 "model_state_dict": self._learned(self.trained.state_dict()),
                 "optimizer_state_dict": self.optimizer.state_dict(),
                 "scheduler_state_dict": self.scheduler.state_dict(),
@@ -835,7 +840,7 @@ class _Trainer:
         if content["split_hashes"] != self.splits.hashes:
             raise ArtifactError(f"{path} was trained on other splits than {self.run}/splits.json; use --overwrite")
         check_architecture(path, Architecture.parse(str(content["architecture"]), str(path)), self.architecture)
-        if self.adaptation is not None and content.get("base_fingerprint") != self.adaptation.base_fingerprint:
+        if content.get("base_fingerprint") != self.base_fingerprint:
             raise ArtifactError(
                 f"{path} must be resumed on the base it was trained on, got other weights in "
                 f"'{self.config.model.backbone}'; put those back or start anew with --overwrite"
