@@ -51,7 +51,7 @@ from stage1_pro.policies.sets import (
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
 from stage1_pro.stations.calibration import calibrate
 from stage1_pro.stations.calibration import render as render_policy
-from stage1_pro.stations.evaluation import answer, evaluate, evaluate_predictions
+from stage1_pro.stations.evaluation import answer, count_groups, evaluate, evaluate_predictions
 from stage1_pro.stations.evaluation import render as render_evaluation
 
 
@@ -604,7 +604,14 @@ def test_outcomes_by_their_bounds() -> None:
     assert check.ambiguous_rate.value == (sets.sum(1) > 1)[accepted].mean()
     assert check.rejection_rate.value == pytest.approx(1 - accepted.mean())
     assert check.average_set_size.value == pytest.approx(sets[accepted].sum(1).mean())
+    assert {part.name for part in check.parts if part.part == "stage"} == {"A", "B"}
+    assert sum(part.n for part in check.parts if part.part == "stage") == check.n
+    assert sum(part.accepted for part in check.parts if part.part == "stage") == check.accepted
+    per_group = count_groups(predicted(), answer(predicted(), policy), policy)
+    assert sum(int(str(row["abstained"])) for row in per_group) == (~accepted).sum()
+    assert sum(int(str(row["ambiguous"])) for row in per_group) == (sets[accepted].sum(1) > 1).sum()
     text = render_evaluation(found)
+    assert "sets of" in text and "stage A" in text
     assert "risk of stage B" in text and check.statement.split(":")[0] in text
 
 

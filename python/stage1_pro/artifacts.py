@@ -616,6 +616,18 @@ class ShareOf(Record):
     high: float
 
 
+class SetRates(Record):
+    """What sets are like on the rows of one stage or source; for information, nobody promised it of them."""
+
+    part: Literal["stage", "source"]
+    name: str
+    n: int = Field(description="units")
+    accepted: int
+    average_set_size: ShareOf
+    ambiguous_rate: ShareOf
+    rejection_rate: ShareOf
+
+
 class SetCheck(Record):
     """Promises and rates of sets on ``val_test``. Shares of sets are of the accepted, the rejection rate of all."""
 
@@ -629,6 +641,7 @@ class SetCheck(Record):
     ambiguous_rate: ShareOf
     empty_rate: ShareOf
     rejection_rate: ShareOf
+    parts: list[SetRates] = Field(default=[], description="the same per stage that answered, and per source")
 
 
 class Claim(Record):

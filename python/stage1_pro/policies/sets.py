@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logit
 
-from stage1_pro.artifacts import NOBODY_EXITS, Policy, PromiseCheck, ScrcCell, ScrcParams, SetCheck, ShareOf
+from stage1_pro.artifacts import NOBODY_EXITS, Policy, PromiseCheck, ScrcCell, ScrcParams, SetCheck, SetRates, ShareOf
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.policies import gate
 from stage1_pro.policies.bounds import check_share
 from stage1_pro.policies.certify import check_halves
-from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Loss, Rate, Score, Variant, nonconformity
+from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Loss, Rate, Score, Variant, Verification, nonconformity
 from stage1_pro.policies.softmax import check_rows, confidence, count_exits_by, meets
 
 GUARANTEES: dict[Variant, Literal["none", "pac", "expectation"]] = {
@@ -338,13 +338,21 @@ def verify_sets(
         "risk" if len(policy.lambda_2) == 1 else f"risk of {policy.cells} {cell.name}" for cell in policy.lambda_2
     ]
     found = fitted(policy)
-    promises, whole = [], None
-    for source, rows in scopes:
-        seen = found.verify(
+
+    def verified(rows: NDArray[np.bool_]) -> Verification:
+        return found.verify(
             values[rows], correct[rows], truth[rows], stage[rows], groups=None if clips is None else clips[rows],
             seed=policy.seed,
         )  # fmt: skip
+
+    promises: list[PromiseCheck] = []
+    parts = [_rates("stage", name, verified(stage == name)) for name in np.unique(stage).tolist()]
+    whole: Verification | None = None
+    for source, rows in scopes:
+        seen = verified(rows)
         whole = whole or seen
+        if source is not None:
+            parts.append(_rates("source", source, seen))
         promises += [
             PromiseCheck(
                 name=title, source=source, limit=one.limit, errors=one.errors, trials=one.trials, lower=one.lower,
@@ -364,6 +372,19 @@ def verify_sets(
         ambiguous_rate=_share(whole.ambiguous_rate),
         empty_rate=_share(whole.empty_rate),
         rejection_rate=_share(whole.rejection_rate),
+        parts=parts,
+    )
+
+
+def _rates(part: Literal["stage", "source"], name: str, seen: Verification) -> SetRates:
+    return SetRates(
+        part=part,
+        name=name,
+        n=seen.n,
+        accepted=seen.accepted,
+        average_set_size=_share(seen.average_set_size),
+        ambiguous_rate=_share(seen.ambiguous_rate),
+        rejection_rate=_share(seen.rejection_rate),
     )
 
 

@@ -53,7 +53,7 @@ from stage1_pro.policies import exits as rows_that_exit
 from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.promises import verify_exits
 from stage1_pro.policies.ranking import GATE, rank_answers
-from stage1_pro.policies.sets import verify_sets
+from stage1_pro.policies.sets import answer_sets, verify_sets
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.report import POINTS, RANKINGS, Picture, short_note, training_picture, write_report
@@ -66,7 +66,9 @@ STAGES: tuple[StageName, ...] = ("stage_a", "stage_b", "cascade")
 LEVEL = 0.95
 NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
 SUITE = metric_names(exits=False)
-GROUP_COLUMNS = ["group", "source", "rows", "errors", "exits", "missed_positives"]
+GROUP_COLUMNS = [
+    "group", "source", "rows", "errors", "exits", "missed_positives", "abstained", "ambiguous", "missed_sets",
+]  # fmt: skip
 # Accuracy of the cascade minus that of Stage B answering everything, on the same rows.
 DIFFERENCE = "accuracy_minus_stage_b"
 CHANGE_COLUMNS = [
@@ -291,7 +293,7 @@ def evaluate(
     write_csv(run / "evaluation" / "metrics.csv", [_flat(measure) for measure in evaluation.measures], _CSV_COLUMNS)
     write_csv(run / "evaluation" / "mistakes.csv", mistakes, MISTAKE_COLUMNS)
     write_csv(run / "evaluation" / "changes.csv", changes, CHANGE_COLUMNS)
-    groups = count_groups(predictions, answers)
+    groups = count_groups(predictions, answers, policy)
     write_csv(run / "evaluation" / "groups.csv", groups, GROUP_COLUMNS)
     evaluation.write(run / "evaluation" / "evaluation.json")
     curve = _cost_curve(predictions, answers, policy, blocks)
@@ -405,13 +407,17 @@ def count_effects(answers: dict[StageName, Answers]) -> list[StageEffect]:
     ]
 
 
-def count_groups(predictions: Predictions, answers: dict[StageName, Answers]) -> list[dict[str, object]]:
+def count_groups(
+    predictions: Predictions, answers: dict[StageName, Answers], policy: Policy | None = None
+) -> list[dict[str, object]]:
     """Give a row a group with what went wrong in it, the most errors first: columns ``GROUP_COLUMNS``.
 
     ``errors`` are of what would be deployed (the cascade, or Stage A while there is no policy); ``missed_positives``
     are positives that exited under another name; without a policy nothing exits and both counts are null.
+    Under scrc also rows that nobody answers, accepted ones with several classes, and accepted ones whose set lacks the
+    label.
     """
-    deployed, policy = answers.get("cascade", answers["stage_a"]), "cascade" in answers
+    deployed, exits = answers.get("cascade", answers["stage_a"]), "cascade" in answers
     positive = predictions.classes.index(predictions.positive)
     missed = deployed.exited & (predictions.labels == positive) & (answers["stage_a"].prediction != positive)
     names, first, member = np.unique(predictions.groups, return_index=True, return_inverse=True)
@@ -421,12 +427,18 @@ def count_groups(predictions: Predictions, answers: dict[StageName, Answers]) ->
         "exits": np.bincount(member, deployed.exited),
         "missed_positives": np.bincount(member, missed),
     }
+    if isinstance(policy, ScrcParams):
+        given, accepted = answer_sets(policy, deployed.probs, deployed.exited, predictions.gate_logits)
+        holds = given[np.arange(given.shape[0]), predictions.labels]
+        counts["abstained"] = np.bincount(member, ~accepted)
+        counts["ambiguous"] = np.bincount(member, accepted & (given.sum(axis=1) > 1))
+        counts["missed_sets"] = np.bincount(member, accepted & ~holds)
     order = np.lexsort((names, -counts["rows"], -counts["missed_positives"], -counts["errors"]))
     return [
         {
             "group": str(names[i]),
             "source": str(predictions.sources[first[i]]),
-            **{name: int(count[i]) if policy or name in ("rows", "errors") else None for name, count in counts.items()},
+            **{name: int(count[i]) if exits or name in ("rows", "errors") else None for name, count in counts.items()},
         }
         for i in order.tolist()
     ]
@@ -543,6 +555,9 @@ def _print_promises(console: Console, promises: Sequence[PromiseCheck]) -> None:
 
 def _print_sets(console: Console, check: SetCheck) -> None:
     """The promises of a policy with sets, and what its sets are like."""
+    from rich import box
+    from rich.table import Table
+
     _print_promises(console, check.promises)
     rates = (
         ("rejected", check.rejection_rate),
@@ -551,6 +566,15 @@ def _print_sets(console: Console, check: SetCheck) -> None:
     )
     shown = ("-" if rate.value is None else f"{rate.value:.4f} [{rate.low:.4f}, {rate.high:.4f}]" for _, rate in rates)
     console.print("; ".join(f"{name} {text}" for (name, _), text in zip(rates, shown, strict=True)))
+    if check.parts:
+        shares = Table(box=box.SIMPLE_HEAD)
+        for name in ("sets of", "units", "rejected", "ambiguous", "mean size"):
+            shares.add_column(name, justify="left" if name == "sets of" else "right", no_wrap=True)
+        for part in check.parts:
+            cells = (part.rejection_rate, part.ambiguous_rate, part.average_set_size)
+            texts = ("-" if c.value is None else f"{c.value:.4f} [{c.low:.4f}, {c.high:.4f}]" for c in cells)
+            shares.add_row(f"{part.part} {part.name[:24]}", str(part.n), *texts)
+        console.print(shares)
     console.print(check.statement)
 
 
