@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gc
 import io
 import os
 import shutil
@@ -768,6 +769,7 @@ def test_copies_in_scenes_are_merged(shared) -> None:
 # Loader
 
 torch = pytest.importorskip("torch")
+from stage1_pro.data import loader
 from stage1_pro.data.loader import TrainLoader, augmented, epoch_order, iterate
 
 SPEC = PreprocessSpec(height=24, width=32)
@@ -915,6 +917,40 @@ def test_rotation_turns_about_the_middle() -> None:
     inside = np.stack([augmented(wide, spec, part, 0, 0, row) for row in range(40)])
     assert (inside.min(axis=(1, 2, 3)) > 0.78).any()  # a part amid the picture takes its corners from the picture
     assert (inside.max(axis=(1, 2, 3)) < 0.79).all()
+
+
+def test_a_worker_leaves_alone_what_its_parent_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked worker that collects a session of its parent waits for ever for threads that no fork copied."""
+    files = []
+    for k in range(8):
+        files.append(tmp_path / f"{k}.png")
+        Image.new("RGB", (20, 20), (k, 0, 0)).save(files[-1])
+    told = tmp_path / "collected"
+
+    class Session:
+        def __init__(self) -> None:
+            self.itself = self  # only the collector frees it
+
+        def __del__(self) -> None:
+            with told.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+
+    def collecting(*arguments: object) -> Image.Image:
+        gc.collect()
+        return read(*arguments)
+
+    read = loader.read_image
+    monkeypatch.setattr(loader, "read_image", collecting)
+    gc.collect()
+    gc.disable()
+    try:
+        Session()
+        assert sum(len(batch) for batch in iterate(files, SPEC, 4, 2)) == 8
+        assert not told.exists(), "no worker collected it"
+    finally:
+        gc.enable()
+    gc.collect()
+    assert told.read_text().split() == [str(os.getpid())]
 
 
 def test_never_upside_down() -> None:

@@ -6,6 +6,7 @@ processes decide nothing.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import sys
@@ -223,9 +224,19 @@ def _loader(images: _Images, plan: _Plan, workers: int, size: int, *, persistent
             persistent_workers=persistent and workers > 0,
             # Linux: workers start at once, with what is loaded already.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            worker_init_fn=_leave_inherited,
             # Its own: drawing from the global one would make training depend on how often a loader was started.
             generator=torch.Generator(),
         )
+
+
+def _leave_inherited(_: int) -> None:
+    """Keep a forked worker from collecting what its parent has dropped.
+
+    Only the parent's threads can take it down: an onnxruntime session that the worker destroyed would wait for threads
+    that no fork copies, for ever.
+    """
+    gc.freeze()
 
 
 def _shared_memory() -> int:
