@@ -254,9 +254,9 @@ def test_a_folder_in_use_is_left_alone(run: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         before = sorted(p.name for p in run.iterdir())
-        with pytest.raises(InputError, match="another process is training in it"):
+        with pytest.raises(InputError, match="another process is at work in it"):
             train(run, config("train.epochs=1"), overwrite=True)
-        with pytest.raises(InputError, match="another process is training in it"):
+        with pytest.raises(InputError, match="another process is at work in it"):
             stage1_pro.split(Splits.read(run / "splits.json").root, run, seed=9)
         assert sorted(p.name for p in run.iterdir()) == before
     finally:
