@@ -635,7 +635,11 @@ def test_a_promise_of_nobodys_model_is_refused(tmp_path: Path) -> None:
     make_run(run, predictions)
     unbound = make_policy(predictions).model_copy(update={"guarantee": "ltt", "model_fingerprint": None})
     unbound.write(run / "thresholds.json")
-    with pytest.raises(ArtifactError, match="bound to neither"):
+    with pytest.raises(ArtifactError, match="must say of which model it is"):
+        evaluate(run, n_replicates=10, predictions=predictions)
+    foreign = make_policy(predictions).model_copy(update={"split_hashes": {"val_calib": "other"}})
+    foreign.write(run / "thresholds.json")
+    with pytest.raises(ArtifactError, match="calibrated on another val_calib"):
         evaluate(run, n_replicates=10, predictions=predictions)
     assert not (run / "evaluation").exists()
 

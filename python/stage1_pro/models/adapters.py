@@ -124,7 +124,8 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
         seed: of the adapter's starting values; they have a stream of their own.
 
     Raises:
-        InputError: an option that this mode or backbone has no use for.
+        InputError: a target that this backbone lacks, more blocks than it has, or a model that has an adapter already.
+            Options that a mode does not read are left unread, so that arms of a comparison may share a section.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise InputError("model must be in its plain form, got one with an adapter in it; merge it first")

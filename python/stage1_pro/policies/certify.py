@@ -204,9 +204,10 @@ def certify(
     With groups the unit is the group. The coverage is tested on one row of each group, drawn by ``seed``, each risk on
     one of its trials per group. The promise is then about one image drawn from a new group, and n counts groups.
     ``group_means`` promises the same from all rows: of group i with trials j let v_i be the mean of error and accepted,
-    a_i the mean of accepted; the risk of that image is E[v] / E[a], so E[v] >= alpha E[a] is tested by betting on the
-    pairs (``betting_p_value``), and the coverage on the groups' accepted shares. It is worth it where groups differ
-    within; where a group's rows are all alike, one row each is exact and takes fewer groups.
+    a_i the mean of accepted; the risk of that image (of that trial, where only some rows are trials) is E[v] / E[a], so
+    E[v] >= alpha E[a] is tested by betting on the pairs (``betting_p_value``), and the coverage on the groups' accepted
+    shares. It is worth it where groups differ within; where a group's rows are all alike, one row each is exact and
+    takes fewer groups.
 
     Methods (``delta`` is the chance of a false certificate, ``crc`` apart):
 

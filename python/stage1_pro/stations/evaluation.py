@@ -262,15 +262,13 @@ def evaluate(
     splits = Splits.read(run / "splits.json")
     others = dict(_read_curve(Path(other), splits.hashes["val_test"]) for other in beside)
     policy = read_policy(run)
-    if (
-        policy is not None
-        and policy.guarantee != "none"
-        and None in (policy.model_fingerprint, policy.preprocessing_fingerprint)
-    ):
-        raise ArtifactError(
-            f"the policy in {run} must say of which model and preprocessing it is, but it is bound to neither: what it "
-            f"promises is of somebody's logits; run `stage1 calibrate --run {run}`"
-        )
+    if policy is not None:
+        other = [name for name, digest in policy.split_hashes.items() if splits.hashes.get(name) != digest]
+        if other:
+            raise ArtifactError(
+                f"the policy in {run} must be of these splits, got one calibrated on another {', '.join(sorted(other))}"
+                f"{void(policy)}; run `stage1 calibrate --run {run}` again"
+            )
     if predictions is None:
         from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
         from stage1_pro.training.inference import infer
@@ -590,8 +588,13 @@ def _check_policy(predictions: Predictions, policy: Policy) -> None:
     """A policy speaks of the logits it was calibrated on, and of no others."""
     for name in ("model_fingerprint", "preprocessing_fingerprint"):
         promised, found = getattr(policy, name), getattr(predictions, name)
+        what = name.replace("_fingerprint", "")
+        if promised is None and policy.guarantee != "none":
+            raise ArtifactError(
+                f"a policy that promises something must say of which {what} it is, got none: what it promises is of "
+                "somebody's logits; run `stage1 calibrate --run RUN`"
+            )
         if promised is not None and promised != found:
-            what = name.replace("_fingerprint", "")
             raise ArtifactError(
                 f"the policy must be of this {what}, got one calibrated on {promised[:12]} instead of {found[:12]}"
                 f"{void(policy)}; run `stage1 calibrate` again"

@@ -93,6 +93,7 @@ def explora(
         for leftover in folder.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if resume and (folder / "explora.json").is_file():
+            say(f"{folder}/explora.json is finished; {images} was not read, and nothing was done")
             return ExploraRecord.read(folder / "explora.json")
         return _explore(images, folder, splits, config, resume=resume)
 
