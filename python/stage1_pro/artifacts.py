@@ -779,7 +779,7 @@ class ProtocolLevel(Record):
         description="mixed: a level drawn for every row; unaltered: what `stage1 evaluate` measures, for comparison"
     )
     n_mistakes: int = Field(description="wrong answers of the cascade; of Stage A without a policy")
-    accuracy_lost: Metric = Field(description="accuracy of these answers minus that of unaltered photos, paired")
+    accuracy_minus_unaltered: Metric = Field(description="of these answers, paired by photo")
     measures: list[Measure]
 
     def measure(self, metric: str, stage: str = "cascade") -> Measure:

@@ -7,6 +7,7 @@ import io
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from stage1_pro.data.protocols import challenge, draw_level, levels
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.metrics.intervals import compare
 from stage1_pro.progress import say, track
-from stage1_pro.stations.evaluation import LEVEL, MEASURE_COLUMNS, answer, flat, measure_rows, policy_of
+from stage1_pro.stations.evaluation import LEVEL, MEASURE_COLUMNS, StageName, answer, flat, measure_rows, policy_of
 
 _ARRAYS = ("logits_a", "logits_b", "gate_logits")
 
@@ -26,8 +27,8 @@ def evaluate_protocol(
 ) -> ProtocolEvaluation:
     """Measure the best model of a run and its policy on changed photos of ``val_test``, by level and mixed.
 
-    Writes ``RUN/protocols/<protocol>/``: ``protocol.json`` and ``metrics.csv``. ``RUN/evaluation`` stays as it is, and no
-    promise of the policy is held against these photos: nobody promised anything of them.
+    Writes ``RUN/protocols/<protocol>/``: ``protocol.json`` and ``metrics.csv``. ``RUN/evaluation`` stays as it is,
+    and no promise of the policy is held against these photos: nobody promised anything of them.
 
     Args:
         run: trained run folder.
@@ -71,7 +72,7 @@ def evaluate_protocol(
     if len(asked) > 1:
         found["mixed"] = _mix(found, [draw_level(protocol, seed=photo_seed, row=i) for i in range(len(rows))])
     evaluation = ProtocolEvaluation(
-        protocol=protocol,  # type: ignore[arg-type]  # levels() has checked it
+        protocol=protocol,
         split_hash=plain.split_hash,
         model_fingerprint=plain.model_fingerprint,
         preprocessing_fingerprint=plain.preprocessing_fingerprint,
@@ -102,14 +103,15 @@ def _mix(found: dict[str, Predictions], drawn: list[int]) -> Predictions:
     place = np.arange(len(drawn))
     names = [f"L{level}" for level in range(max(drawn) + 1)]
     stacks = {array: np.stack([getattr(found[name], array) for name in names]) for array in _ARRAYS}
-    return replace(found["unaltered"], **{array: stack[drawn, place] for array, stack in stacks.items()})
+    values: dict[str, Any] = {array: stack[drawn, place] for array, stack in stacks.items()}
+    return replace(found["unaltered"], **values)
 
 
 def _measure_level(
     name: str, predictions: Predictions, plain: Predictions, policy: Policy | None, n_replicates: int, seed: int
 ) -> ProtocolLevel:
     answers, before = answer(predictions, policy), answer(plain, policy)
-    deployed = "cascade" if "cascade" in answers else "stage_a"
+    deployed: StageName = "stage_a" if policy is None else "cascade"
     lost = compare(
         answers[deployed].probs, before[deployed].probs, predictions.labels, groups=predictions.groups,
         metrics=["accuracy"], n_replicates=n_replicates, level=LEVEL, seed=seed,
@@ -119,9 +121,9 @@ def _measure_level(
         key: value if np.isfinite(value := getattr(lost, key)) else None for key in ("value", "std", "low", "high")
     }
     return ProtocolLevel(
-        level=name,  # type: ignore[arg-type]
+        level=name,
         n_mistakes=int(answers[deployed].error.sum()),
-        accuracy_lost=Metric(metric="accuracy", method=lost.method, note=lost.note, **numbers),
+        accuracy_minus_unaltered=Metric(metric="accuracy", method=lost.method, note=lost.note, **numbers),
         measures=measure_rows(predictions, answers, policy, None, everything, n_replicates, seed),
     )
 
@@ -129,16 +131,16 @@ def _measure_level(
 def _statement(policy: Policy | None, protocol: str, plain: Predictions) -> str:
     share = float(np.mean(plain.labels == plain.classes.index(plain.positive)))
     text = (
-        f"val_test as the validator's protocol {protocol} would send it, {share:.0%} of it positive; the validator asks "
-        "as many positives as negatives, which balanced accuracy speaks of. "
+        f"val_test as the validator's protocol {protocol} would send it, {share:.0%} of it positive; the validator "
+        "asks as many positives as negatives, which balanced accuracy speaks of. "
     )
     if policy is None:
         return f"{text}No exit policy has been calibrated, so nothing is promised."
     if policy.guarantee == "none":
         return f"{text}The policy promises nothing, of these photos or of others."
     return (
-        f"{text}The policy's certificate is about unaltered photos like those of val_calib and says nothing of these; they "
-        "are no evidence for or against it."
+        f"{text}The policy's certificate is about unaltered photos like those of val_calib and says nothing of these; "
+        "they are no evidence for or against it."
     )
 
 
@@ -164,7 +166,7 @@ def render(evaluation: ProtocolEvaluation) -> str:
         ends = (figures[0].low, figures[0].high)
         if None not in ends:
             accuracy += f" [{ends[0]:.3f}, {ends[1]:.3f}]"
-        lost = one.accuracy_lost
+        lost = one.accuracy_minus_unaltered
         apart = "" if one.level == "unaltered" or lost.value is None else f"{lost.value:+.4f}"
         if apart and lost.low is not None and lost.high is not None:
             apart += f" [{lost.low:+.3f}, {lost.high:+.3f}]"
