@@ -11,11 +11,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import MinerSetting, MinerTuning, Predictions, SimulatedReward, Splits, write_text
+from stage1_pro.artifacts import MinerSetting, MinerTuning, SimulatedReward, Splits, write_text
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import read_list
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.errors import ArtifactError, InputError, nearest
+from stage1_pro.errors import InputError, nearest
 from stage1_pro.integrations.streetvision.answering import Settings
 from stage1_pro.integrations.streetvision.reward import (
     Setting,
@@ -28,6 +28,7 @@ from stage1_pro.integrations.streetvision.reward import (
 )
 from stage1_pro.policies.sets import answer_sets
 from stage1_pro.progress import say, track
+from stage1_pro.stations.calibration import read_calibration
 from stage1_pro.stations.evaluation import answer, policy_of
 
 RECORD = "streetvision.json"
@@ -118,12 +119,10 @@ def _of_run(run: Path) -> _HeldOut:
     if not run.is_dir():
         raise InputError(f"run must be a run folder, got {run}")
     splits = Splits.read(run / "splits.json")
-    policy, path = policy_of(run, splits), run / "val_calib.npz"
-    if policy is None or not path.is_file():
+    policy = policy_of(run, splits)
+    if policy is None:
         raise InputError(f"run must be calibrated, got {run}; run `stage1 calibrate --run {run}` first")
-    predictions = Predictions.load(path)
-    if predictions.split != "val_calib" or predictions.split_hash != splits.hashes["val_calib"]:
-        raise ArtifactError(f"{path} must be of this run's val_calib, got other rows; calibrate again")
+    predictions = read_calibration(run)
     cascade = answer(predictions, policy)["cascade"]
     _, accepted = answer_sets(policy, cascade.probs, cascade.exited, predictions.gate_logits)
     fit = predictions.halves == "fit"
