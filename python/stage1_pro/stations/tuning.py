@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 from stage1_pro.artifacts import MinerSetting, MinerTuning, SimulatedReward, Splits, write_text
 from stage1_pro.data.images import ImageError
@@ -26,6 +27,7 @@ from stage1_pro.integrations.streetvision.reward import (
     rates_of,
     shifted,
 )
+from stage1_pro.policies.gate import fit_platt
 from stage1_pro.policies.sets import answer_sets
 from stage1_pro.progress import say, track
 from stage1_pro.stations.calibration import read_calibration
@@ -33,7 +35,6 @@ from stage1_pro.stations.evaluation import answer, policy_of
 
 RECORD = "streetvision.json"
 BANDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
-N_THRESHOLDS = 21
 FOLDS = 5
 LEVEL = 0.95
 
@@ -70,9 +71,10 @@ def tune(
 
     Rows are those of the fit half of a run's ``val_calib`` (``val_calib.npz``; its exit policy has seen them, the
     certify half keeps its one claim, and ``val_test`` is never read), or labelled photos that trained nothing, answered
-    by a bundle. Labels decide what was right, so probabilities that are too sure of themselves win nothing. The gain is
-    measured on groups that the choice had not seen (five folds), its interval by resampling groups; the tuned setting
-    is chosen when that interval lies above 0.
+    by a bundle. The threshold is .5 or where Platt scaling of these rows puts even odds; it and the band are chosen by
+    the simulated reward. Labels decide what was right, so probabilities that are too sure of themselves win nothing.
+    The gain is measured on groups that the choice had not seen (five folds), its interval by resampling groups; the
+    tuned setting is chosen when that interval lies above 0.
 
     Args:
         run: calibrated run folder.
@@ -175,14 +177,12 @@ def _search(
         raise InputError(
             f"held-out rows must have both labels, got {rows.positive.sum()} of {rows.positive.size} positive"
         )
-    # Steps of a thousandth keep the YAML readable and no row on a threshold.
-    inner = np.quantile(rows.probs[~np.isnan(rows.probs)], np.linspace(0.05, 0.95, N_THRESHOLDS))
-    thresholds = sorted({0.5, *np.clip(np.round(inner, 3), 0.001, 0.999).tolist()})
     simulator = Simulator(serve_prior, seed=seed)
     rng = np.random.default_rng(seed)
 
     def best(part: NDArray[np.bool_]) -> Setting:
-        return best_setting(*rows.part(part), simulator, thresholds=thresholds, bands=BANDS)
+        threshold = _even_threshold(rows.probs[part], rows.positive[part], serve_prior)
+        return best_setting(*rows.part(part), simulator, thresholds=[threshold], bands=BANDS)
 
     fold = rng.permutation(len(groups))[member] % FOLDS
     unseen = np.zeros(rows.probs.size, dtype=np.int8)
@@ -239,6 +239,20 @@ def _search(
         n_replicates=len(drawn),
         seed=seed,
     )
+
+
+def _even_threshold(probs: NDArray[np.float64], positive: NDArray[np.bool_], prior: float) -> float:
+    """Where Platt's scaling of these rows says that positive is as likely as negative, at another share of positives.
+
+    Two fitted numbers: a threshold searched for by the reward would follow the luck of a few rows.
+    """
+    with np.errstate(divide="ignore"):
+        platt = fit_platt(logit(probs), positive)
+    if not platt.fitted:
+        return 0.5
+    even = -(platt.b + prior_shift(float(positive.mean()), prior)) / platt.a
+    # A thousandth is enough, and keeps the YAML readable.
+    return float(np.clip(np.round(expit(even), 3), 0.001, 0.999))
 
 
 def _reward(

@@ -173,18 +173,11 @@ def best_setting(
     thresholds: Sequence[float],
     bands: Sequence[float],
 ) -> Setting:
-    """The setting with the largest simulated reward on these rows; the plainest one on ties.
-
-    First the threshold while everything is answered, then band and threshold together near it.
-    """
-    plain = [Setting(threshold=value) for value in thresholds]
+    """The setting with the largest simulated reward on these rows; the plainest one on ties."""
 
     def worth(setting: Setting) -> float:
         return simulator.run(rates_of(outcomes(probs, positive, accepted, setting), positive)).mean
 
-    start = max([Setting(), *plain], key=worth)
-    ordered = sorted({*thresholds, start.threshold})
-    middle = ordered.index(start.threshold)
-    near = ordered[max(0, middle - 2) : middle + 3]
-    banded = [Setting(threshold, band, abstains=True) for threshold in near for band in bands]
-    return max([start, *banded], key=worth)
+    plain = [Setting(), *(Setting(threshold) for threshold in thresholds)]
+    banded = [Setting(one.threshold, band, abstains=True) for one in plain for band in bands]
+    return max([*plain, *banded], key=worth)
