@@ -856,6 +856,7 @@ def test_tuning_a_bundle_on_labelled_photos(run: Path, bundle: Path, tmp_path: P
 # README
 
 
+@pytest.mark.slow
 def test_the_readmes_snippets_run(
     run: Path, bundle: Path, photo: bytes, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

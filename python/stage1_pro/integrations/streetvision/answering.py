@@ -102,7 +102,7 @@ class StreetVision:
     The bundle's logit of P(positive) is moved by the correction for the prior (when ``serve_prior`` is set) and so that
     ``threshold`` lands on .5. One photo at a time; others wait, within their own time limit.
 
-    >>> StreetVision("run/bundle").answer(open("a.jpg", "rb").read())  # doctest: +SKIP
+    >>> StreetVision("run/bundle").answer(Path("a.jpg").read_bytes())  # doctest: +SKIP
     0.93
 
     Args:
