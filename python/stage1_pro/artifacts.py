@@ -772,6 +772,101 @@ class Evaluation(Record):
         raise KeyError((metric, stage, source))
 
 
+class ProtocolLevel(Record):
+    """Figures of ``val_test`` as a validator would send it at one level; nobody promised anything of such photos."""
+
+    level: Literal["unaltered", "L0", "L1", "L2", "L3", "mixed"] = Field(
+        description="mixed: a level drawn for every row; unaltered: what `stage1 evaluate` measures, for comparison"
+    )
+    n_mistakes: int = Field(description="wrong answers of the cascade; of Stage A without a policy")
+    accuracy_minus_unaltered: Metric = Field(description="of these answers, paired by photo")
+    measures: list[Measure]
+
+    def measure(self, metric: str, stage: str = "cascade") -> Measure:
+        """One figure with its interval; KeyError when it was not measured."""
+        for found in self.measures:
+            if (found.metric, found.stage) == (metric, stage):
+                return found
+        raise KeyError((metric, stage))
+
+
+class ProtocolEvaluation(Record):
+    """``protocol.json``: ``val_test`` changed as StreetVision's validator changes photos, by level and mixed."""
+
+    format_version: Literal[1] = 1
+    protocol: Literal["crop224", "letterbox224", "native"]
+    split: Literal["val_test"] = "val_test"
+    split_hash: str
+    model_fingerprint: str
+    preprocessing_fingerprint: str
+    classes: list[str]
+    positive: str
+    n_rows: int
+    n_groups: int
+    policy: PolicyName | None
+    guarantee: str | None
+    statement: str = Field(description="what these figures are, and what they are not")
+    photos_sha256: str = Field(description="of all changed photos, level by level, in the order of the rows")
+    photo_seed: int = Field(description="of what was drawn for the photos")
+    level: float = Field(gt=0, lt=1, description="of intervals")
+    n_replicates: int
+    seed: int = Field(description="of the bootstrap")
+    levels: list[ProtocolLevel]
+
+    def at(self, level: str) -> ProtocolLevel:
+        """Figures of one level; KeyError when the protocol has none such."""
+        for found in self.levels:
+            if found.level == level:
+                return found
+        raise KeyError(level)
+
+
+class MinerSetting(Record):
+    """When a StreetVision miner says what; see ``Settings`` of the integration."""
+
+    threshold: float = Field(gt=0, lt=1, description="on P(positive) at the serving prior")
+    answer_above: float = Field(ge=0.5, lt=1)
+    on_abstain: Literal["answer", "minus_one"]
+
+
+class SimulatedReward(Record):
+    """Steady state of StreetVision's reward under one setting, simulated on held-out rows."""
+
+    setting: MinerSetting
+    mean: float = Field(description="of a round's reward, in [0, 1]; also of the score, its moving average")
+    low: float = Field(description="over resamples of groups")
+    high: float
+    simulation_error: float = Field(description="standard error of the mean by the number of simulated rounds")
+    spread: float = Field(description="standard deviation of the score by luck alone")
+    answered: float = Field(description="share of rounds")
+    accuracy: float | None = Field(description="of what is answered, at the serving prior; null: nothing is")
+
+
+class MinerTuning(Record):
+    """``streetvision.json``: which threshold and abstain band would earn most, and whether that is shown."""
+
+    format_version: Literal[1] = 1
+    source: str
+    rows: str = Field(description="which rows: val_calib.fit of a run, or a file of labelled photos")
+    n_rows: int
+    n_groups: int
+    n_positives: int
+    model_fingerprint: str
+    train_prior: float
+    serve_prior: float
+    plain: SimulatedReward = Field(description="threshold .5, everything answered")
+    tuned: SimulatedReward = Field(description="the best setting of all rows; chosen on them, so flattered by them")
+    gain: float = Field(description="mean reward minus the plain one's, on groups that the choice had not seen")
+    gain_low: float
+    gain_high: float
+    chosen: Literal["plain", "tuned"]
+    reason: str
+    level: float = Field(gt=0, lt=1)
+    folds: int
+    n_replicates: int
+    seed: int
+
+
 class Measurement(Record):
     """What ``stage1 metrics`` found in a file of predictions, or of the difference of two files."""
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,9 @@ without a model:
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
 which configuration is better:
   stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
+as a miner of NATIX StreetVision:
+  stage1 streetvision tune --run RUN              threshold and abstain band; prints the miner's YAML
+  stage1 streetvision launch --repo CHECKOUT --settings miner.yaml -- --netuid 72
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read,
@@ -97,6 +101,37 @@ examples:
   stage1 compare --study modes --set model.backbone=weights/dinov2-small --data photos/labels.csv --out modes
   stage1 compare --study explora --set none:model.backbone=BASE --set explora:model.backbone=RUN/explora/backbone \\
                  --data photos/labels.csv --out explora
+"""
+
+
+_STREETVISION = """\
+A miner answers P(roadwork) in [0, 1], above .5 for roadwork, or -1 for no answer, within 9 seconds. Keys of its YAML
+(only bundle must be there):
+  bundle        bundle folder (with runtime torch: a run folder); relative to the YAML
+  runtime       auto | onnxruntime | tensorrt_rtx | tensorrt | torch             (auto)
+  timeout_s     seconds for one photo, then -1                                   (8)
+  serve_prior   share of positives that is asked, .5 by the validator; logits are corrected for it
+  train_prior   share of positives in training; the bundle's own where it is left out
+  threshold     P(positive), corrected, that is to land on .5                    (.5)
+  on_abstain    answer | minus_one: what is said where policy or answer_above would not answer    (answer)
+  answer_above  least confidence of an answer, with minus_one                    (.5)
+  max_pixels, threads
+The subnet's forward pass was halted in May 2026: nothing here promises earnings.
+
+examples:
+  stage1 streetvision tune --run RUN --settings miner.yaml
+  stage1 streetvision answer --settings miner.yaml photo.jpg
+  stage1 streetvision launch --repo ~/streetvision-subnet --settings miner.yaml -- --netuid 72 --wallet.name me
+"""
+_TUNE = """\
+Reward of a round: (0.5 * max(0, MCC of the last 100) + 0.5 * accuracy of the last 10) ** 3; -1 is paid 0 and leaves
+both. The steady state of every setting is simulated on held-out rows: of a run the fit half of val_calib, never
+val_test. The tuned setting is chosen only when it is shown to earn more on groups that the choice had not seen.
+"""
+_LAUNCH = """\
+Registers the detector STAGE1 with the miner's own registry, then runs the miner's own entry point in this process.
+Nothing in the checkout is changed, so it may update itself. What follows -- goes to the miner. Run it in the
+environment that the miner's instructions make (Python 3.11); neither torch nor transformers is needed by stage1_pro.
 """
 
 
@@ -288,6 +323,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--beside", type=Path, nargs="+", default=[], metavar="RUN",
         help="evaluated runs on the same splits with other taps, whose cost and risk are drawn beside this one's",
     )  # fmt: skip
+    sub.add_argument(
+        "--protocol",
+        choices=["crop224", "letterbox224", "native"],
+        help="instead: photos as StreetVision's validator would send them, by level, into RUN/protocols; no promise is "
+        "about them",
+    )
+    sub.add_argument(
+        "--photo-seed", type=int, help="with --protocol: seed of what is drawn for each photo; 0 by default"
+    )
 
     sub = command("metrics", "measure anybody's predictions: AUGRC and the suite with intervals, no model", _metrics)
     sub.epilog = _METRICS
@@ -343,6 +387,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     _add_bench(command("bench", "measure what an exit saves on this machine", lambda _: None))
+
+    _add_streetvision(
+        command("streetvision", "mine on NATIX StreetVision with a bundle: tune, answer, launch", lambda _: None)
+    )
 
     sub = command("inspect", "say what a bundle is, what it promises and for which GPUs", _inspect)
     sub.add_argument("bundle", type=Path, help="bundle folder")
@@ -476,6 +524,47 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, default=0, help="threads of an operator; 0 = as the runtime has them")
     sub.add_argument("--seed", type=int, default=0, help="seed of orders, of deferred rows and of noise")
     sub.add_argument("--out", type=Path, help="folder for cascade.json and cascade.png")
+
+
+def _add_streetvision(parent: argparse.ArgumentParser) -> None:
+    parent.epilog = _STREETVISION
+    kinds = parent.add_subparsers(dest="streetvision", metavar="WHAT", required=True)
+
+    def command(name: str, text: str, handler: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=_Formatter)
+        # Left out, it must not undo a --json before the word.
+        sub.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+        )
+        sub.set_defaults(run_station=handler)
+        return sub
+
+    sub = command("tune", "pick threshold and abstain band by the simulated reward, print the YAML", _tune)
+    sub.epilog = _TUNE
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="calibrated run folder")
+    which.add_argument("--bundle", type=Path, help="bundle folder; needs --labels and --out")
+    sub.add_argument("--labels", type=Path, help="with --bundle: CSV with file,label[,group] of photos not trained on")
+    sub.add_argument("--train-prior", type=float, help="share of positives in training; the run's own by default")
+    sub.add_argument("--serve-prior", type=float, default=0.5, help="share of positives that is asked")
+    sub.add_argument("--out", type=Path, help="record to write; RUN/streetvision.json by default")
+    sub.add_argument("--settings", type=Path, help="YAML of the miner to write")
+    sub.add_argument("--replicates", type=int, default=300, help="resamples of groups for the intervals")
+    sub.add_argument("--seed", type=int, default=0, help="seed of folds, resamples and simulated rounds")
+
+    sub = command("answer", "answer for photos as the miner would, to try its YAML", _streetvision_answer)
+    sub.add_argument("--settings", type=Path, required=True, help="YAML of the miner")
+    sub.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photos")
+
+    sub = command("launch", "register the detector, then run the miner's own entry point", _launch)
+    sub.epilog = _LAUNCH
+    sub.add_argument("--repo", type=Path, required=True, help="checkout of the miner's code")
+    sub.add_argument(
+        "--layout", choices=["auto", "base_miner", "natix"], default="auto", help="where its registry is; auto looks"
+    )
+    sub.add_argument("--settings", type=Path, help="YAML of the miner; names detector and YAML to the miner, too")
+    sub.add_argument("--entry", default="neurons/miner.py", help="the miner's script, within its checkout")
+    sub.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="the miner's own")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -679,6 +768,12 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.protocol is not None:
+        return _evaluate_protocol(options)
+    if options.photo_seed is not None:
+        raise InputError(
+            "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
+        )
     from stage1_pro.stations.evaluation import evaluate, render
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
@@ -688,6 +783,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     # Who promised nothing breaks nothing, and one calibration refutes no average over many.
     return PROMISE_FAILED if broken and evaluation.guarantee not in ("none", "expectation") else 0
+
+
+def _evaluate_protocol(options: argparse.Namespace) -> int:
+    from stage1_pro.stations.robustness import evaluate_protocol, render
+
+    if options.beside:
+        raise InputError("--beside must stand without --protocol, got both; costs do not depend on the photos")
+    found = evaluate_protocol(
+        options.run,
+        options.protocol,
+        n_replicates=options.replicates,
+        seed=options.seed,
+        photo_seed=options.photo_seed or 0,
+    )
+    _emit(options, found.model_dump(mode="json"), render(found))
+    return 0
 
 
 def _metrics(options: argparse.Namespace) -> None:
@@ -779,6 +890,44 @@ def _bench_cascade(options: argparse.Namespace) -> None:
         out=options.out,
     )
     _emit(options, found.model_dump(mode="json"), render(found))
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.tuning import render, tune, yaml_of
+
+    found = tune(
+        options.run,
+        bundle=options.bundle,
+        labels=options.labels,
+        train_prior=options.train_prior,
+        serve_prior=options.serve_prior,
+        out=options.out,
+        settings=options.settings,
+        n_replicates=options.replicates,
+        seed=options.seed,
+    )
+    _emit(options, {**found.model_dump(mode="json"), "yaml": yaml_of(found)}, render(found))
+
+
+def _streetvision_answer(options: argparse.Namespace) -> None:
+    from stage1_pro.integrations.streetvision import Settings, StreetVision
+
+    miner = StreetVision(Settings.read(options.settings))
+    answers = {str(path): miner.answer(path.read_bytes()) for path in options.images}
+    _emit(options, answers, "\n".join(f"{value:>9.6f}  {path}" for path, value in answers.items()))
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from stage1_pro.integrations.streetvision import launch
+
+    try:
+        launch(options.repo, options.arguments, layout=options.layout, settings=options.settings, entry=options.entry)
+    except Stage1Error:
+        raise
+    except Exception:  # noqa: BLE001  the miner's own, which no message of ours explains
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> None:
