@@ -32,6 +32,7 @@ Half = Literal["fit", "certify"]
 HALVES: tuple[Half, ...] = ("fit", "certify")
 PolicyName = Literal["softmax", "gate", "scrc"]
 StageName = Literal["stage_a", "stage_b"]
+Precision = Literal["fp32", "fp16", "bf16", "res32", "int8", "fp8"]
 POLICY_FILES: dict[PolicyName, str] = {
     "softmax": "thresholds.json",
     "gate": "gateparams.json",
@@ -1095,17 +1096,27 @@ class Comparison(Record):
 class FileEntry(Record):
     """Size in bytes and sha256 of one file of a bundle."""
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class GraphVariant(Record):
+    """A stage's graph in another precision, measured on calibration images against the fp32 graph."""
+
+    onnx: str
+    parity: float | None = Field(description="largest absolute difference of logits; null when it is not finite")
+    flips: int | None = Field(description="decisions that differ; null when it could not be run")
+    block_maxima: list[float] = Field(description="largest absolute activation of each block; 65,504 ends fp16")
 
 
 class StageEntry(Record):
     """One ONNX graph of a bundle: input and output names with shapes (-1 = batch)."""
 
-    onnx: str
+    onnx: str = Field(description="in fp32, what onnxruntime runs")
     inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     parity: float = Field(description="largest absolute difference from torch when exported")
+    variants: dict[Precision, GraphVariant] = Field({}, description="the same stage in other precisions")
 
 
 class EngineEntry(Record):
@@ -1117,7 +1128,7 @@ class EngineEntry(Record):
     builder: str
     builder_version: str
     compute_capabilities: list[str]
-    precision: str
+    precision: Precision
     batch: tuple[int, int, int] = Field(description="smallest, optimal and largest batch")
     onnx_sha256: str
     layers: int
@@ -1140,7 +1151,7 @@ class Provenance(Record):
 class BundleManifest(Record):
     """``bundle.json``: what is deployed, with the hash of every other file in the folder."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     active_exit_policy: PolicyName
     policy_file: str
     classes: list[str]
@@ -1150,6 +1161,7 @@ class BundleManifest(Record):
     tap: int
     stages: dict[Literal["stage_a", "stage_b"], StageEntry]
     engines: list[EngineEntry] = []
+    reference: str | None = Field(None, description="file of seeded inputs and the fp32 outputs of every stage")
     files: dict[str, FileEntry]
     provenance: Provenance
 
