@@ -134,6 +134,7 @@ def write_bundle(
     backbone: BackboneInfo,
     tap: int,
     provenance: Provenance,
+    reference: str | None = None,
 ) -> Bundle:
     """Write a bundle all or nothing, and verify it before it takes its place.
 
@@ -148,6 +149,7 @@ def write_bundle(
         backbone: facts about the backbone; its licence is written beside the weights.
         tap: block whose tokens Stage A reads.
         provenance: versions and fingerprints.
+        reference: the file of seeded inputs and their outputs, where ``graphs`` wrote one.
 
     Raises:
         InputError: ``out`` holds something that is no bundle.
@@ -183,6 +185,7 @@ def write_bundle(
             tap=tap,
             stages=dict(stages),
             engines=list(engines),
+            reference=reference,
             files=files,
             provenance=provenance,
         ).write(folder / MANIFEST)
