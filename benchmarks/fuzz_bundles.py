@@ -240,8 +240,8 @@ INTERESTING = (
 )  # fmt: skip
 EXTERNAL = {
     "location": (
-        "../canary/file", "/etc/passwd", "stage_b.weights", "config.json", "x\0y", "", ".", "engines/../stage_b.weights",
-        "bundle.json", "*/_ORT_MEM_ADDR_/*",
+        "../canary/file", "/etc/passwd", "stage_b.weights", "config.json", "x\0y", "", ".",
+        "engines/../stage_b.weights", "bundle.json", "*/_ORT_MEM_ADDR_/*",
     ),
     "offset": ("0", "-8", "99999999999999999999", "x", "64", "0x10"),
     "length": ("8", "0", "-1", "99999999999", "", "3", "64"),
@@ -396,8 +396,10 @@ def mutate_graph(rng, data):
     # fmt: off
     ops = [
         "Identity", "MatMul", "Add", "Tile", "Expand", "ConstantOfShape", "Range", "Resize", "Gather", "Concat", "Cast",
-        "Split", "Loop", "If", "Scan", "NonZero", "OneHot", "Pad", "Conv", "Softmax", "Attention", "Slice", "TopK", "Nope",
-        "StringNormalizer", "QuantizeLinear", "Einsum", "Reshape", "Transpose", "Where", "RandomNormal", "EyeLike",
+        "Split", "Loop", "If", "Scan", "NonZero", "OneHot", "Pad", "Conv", "Softmax", "Attention", "Slice", "TopK",
+        "Nope", "StringNormalizer",
+        "QuantizeLinear", "Einsum", "Reshape", "Transpose", "Where",
+        "RandomNormal", "EyeLike",
     ]
     # fmt: on
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -640,8 +642,8 @@ class Watch:
 
     FORBIDDEN = (
         "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen",
-        "socket.", "ctypes.dlopen", "marshal.loads", "shutil.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link",
-        "os.symlink", "os.chmod", "os.truncate", "tempfile.",
+        "socket.", "ctypes.dlopen", "marshal.loads", "shutil.", "os.remove", "os.rename", "os.rmdir", "os.mkdir",
+        "os.link", "os.symlink", "os.chmod", "os.truncate", "tempfile.",
     )  # fmt: skip
 
     def __init__(self):
@@ -691,6 +693,7 @@ def judge(folder, watch):
         if not detail or len(detail) > 3000 or not detail.isprintable():
             outcome, detail = "bad message", repr(detail[:500])
     except BaseException:  # noqa: BLE001 - that is what is looked for
+        watch.inside = None  # a traceback opens the source files
         outcome, detail = "other exception", traceback.format_exc()[-3000:]
     finally:
         watch.inside = None

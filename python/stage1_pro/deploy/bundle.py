@@ -52,7 +52,7 @@ STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
 # What a received bundle may ask of the machine before anybody has looked at it. JSON is parsed whole into memory and
 # into many small objects, so both its bytes and its values are counted; real manifests have a few thousand.
 JSON_BYTES = 4 * 2**20
-JSON_VALUES = 200_000
+JSON_VALUES = 50_000
 JSON_DEPTH = 32
 _TEXT_LENGTH = 2**16
 FILES = 1000

@@ -133,7 +133,10 @@ def _reason(error: Exception) -> str:
 def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.InferenceSession:
     graph, entry = bundle.graph(stage), bundle.manifest.stages[stage]
     session = open_session(graph, threads, data=bundle.read(entry.onnx))
-    found = shapes(session.get_inputs()), shapes(session.get_outputs())
+    try:
+        found = shapes(session.get_inputs()), shapes(session.get_outputs())
+    except UnicodeDecodeError:
+        raise ArtifactError(f"{graph.name} must name its inputs and outputs in UTF-8, got other bytes") from None
     if found != (entry.inputs, entry.outputs):
         raise ArtifactError(
             f"{graph.name} must have the inputs and outputs of bundle.json, got {found[0]} -> {found[1]}"

@@ -119,8 +119,8 @@ def _load(kind: type[T], name: str) -> T:
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
         mode = stat.S_IMODE(info.st_mode)
         raise ArtifactError(
-            f"{path} must be a plain file of yours that nobody else may write, got mode {mode:o}; look at what it says, "
-            f"then: chmod 600 {path}"
+            f"{path} must be a plain file of yours that nobody else may write, got mode {mode:o}; look at what it "
+            f"says, then: chmod 600 {path}"
         )
     return kind.read(path)
 
