@@ -1,4 +1,4 @@
-"""Bundles from elsewhere: what is refused, whom they come from, which engines run, older formats, a fuzzer's verdict."""
+"""Bundles from elsewhere: what is refused, whom they come from, which engines run, older formats, and a fuzzer."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class TestManifest:
             ('{"tap": NaN}', "NaN, which is no JSON"),
             ("[1, 2]", "must hold a JSON object"),
             ('{"a": ' + "[" * 40 + "]" * 40 + "}", "nested at most 32 deep"),
-            ('{"a": ' + "[" * 40_000 + "]" * 40_000 + "}", "values, got more"),
+            ('{"a": ' + "[" * 40_000 + "]" * 40_000 + "}", "maximum recursion depth"),
             ('{"a": [' + "0," * 60_000 + "0]}", "at most 50000 values"),
             ('{"a": "' + "x" * 70_000 + '"}', "texts of at most 65536 characters"),
             (" " * 5_000_000, "at most 4194304 bytes"),
@@ -161,7 +161,7 @@ class TestManifest:
             copy,
             lambda v: (v["stages"]["stage_a"]["outputs"].pop("hidden"), v["stages"]["stage_b"]["inputs"].pop("hidden")),
         )
-        with pytest.raises(ArtifactError, match="hidden must have a shape"):
+        with pytest.raises(ArtifactError, match="outputs of stage_a must be"):
             load_bundle(copy)
 
     def test_more_files_than_any_bundle_has(self, copy):
@@ -215,8 +215,8 @@ class TestGraphs:
 
     @pytest.mark.parametrize(
         "location",
-        ["../secret", "/etc/passwd", "unlisted", "", ".", "..", "engines/../config.json", "./config.json", "bundle.json",
-         "config.json/", "*/_ORT_MEM_ADDR_/*"],
+        ["../secret", "/etc/passwd", "unlisted", "", ".", "..", "engines/../config.json", "./config.json",
+         "bundle.json", "config.json/", "*/_ORT_MEM_ADDR_/*"],
     )  # fmt: skip
     def test_weights_outside_the_listed_files(self, copy, location):
         (copy.parent / "secret").write_bytes(bytes(64))
@@ -558,8 +558,8 @@ class TestSignatures:
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
         with pytest.raises(InputError, match="a key is never replaced"):
             trust.new_key(key)
+        (tmp_path / "none.key").touch(mode=0o600)
         with pytest.raises(InputError, match="Ed25519 private key"):
-            (tmp_path / "none.key").touch(mode=0o600)
             sign(copy, tmp_path / "none.key")
         with pytest.raises(InputError, match="can be read"):
             sign(copy, tmp_path / "nowhere")
@@ -635,7 +635,8 @@ class TestCommands:
     def test_the_base_install_verifies(self, rich):
         """No torch, no onnx, and not even onnxruntime: nothing is run."""
         code = (
-            "import sys\nfor name in ('torch', 'onnx', 'onnxruntime', 'transformers', 'cryptography'): sys.modules[name] = None\n"
+            "import sys\n"
+            "sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime', 'transformers', 'cryptography')))\n"
             f"from stage1_pro.stations.receiving import render, verify\nprint(render(verify({str(rich)!r})))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -644,10 +645,6 @@ class TestCommands:
 
 
 class TestFuzz:
-    @pytest.fixture(scope="class")
-    def manifest(self, plain):
-        return json.loads((plain / "bundle.json").read_text())
-
     @settings(max_examples=150, deadline=None)
     @given(
         place=st.integers(0, 10_000),
@@ -657,21 +654,23 @@ class TestFuzz:
             max_leaves=6,
         ),
     )
-    def test_any_value_anywhere_in_the_manifest(self, fuzz, manifest, plain, place, value):
-        values = json.loads(json.dumps(manifest))
+    def test_any_value_anywhere_in_the_manifest(self, fuzz, plain, place, value):
+        values = json.loads((plain / "bundle.json").read_text())
         path = [p for p in fuzz.paths_of(values) if p][place % sum(1 for p in fuzz.paths_of(values) if p)]
         fuzz.at_path(values, path[:-1])[path[-1]] = value
         held = bundle_module.read_plain
         text = json.dumps(values).encode("utf-8", "surrogatepass")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bundle_module, "read_plain", lambda f, n, *a: text if n == "bundle.json" else held(f, n, *a))
+            message = ""
             try:
                 fuzz.check_answers(Cascade.load(load_bundle(plain)))
             except Stage1Error as error:
-                assert str(error).isprintable()
+                message = str(error)
+            assert message.isprintable()
 
     def test_mutated_bundles_are_refused_or_loaded(self, repository, tmp_path):
-        """Half of the cases have their hashes made right again; 100,000: python benchmarks/fuzz_bundles.py --n 100000."""
+        """Half of the cases have their hashes made right again; 100,000: benchmarks/fuzz_bundles.py --n 100000."""
         script = repository / "benchmarks" / "fuzz_bundles.py"
         command = [sys.executable, script, "--n", "1500", "--seed", "7", "--out", tmp_path / "fuzz.json"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -723,7 +722,7 @@ for name, evil in evils.items():
         monkeypatch.setattr(
             fuzz, "start_worker",
             lambda o, start, scratch: subprocess.Popen(
-                [sys.executable, fake, str(start), str(o.n), str(o.workers)], stdout=subprocess.PIPE, text=True, bufsize=1
+                [sys.executable, fake, str(start), str(o.n), str(o.workers)], stdout=subprocess.PIPE, text=True
             ),
         )  # fmt: skip
         options = type("Options", (), {"n": 4, "workers": 1, "seed": 0})
