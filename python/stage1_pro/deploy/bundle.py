@@ -463,15 +463,19 @@ def _check_relations(manifest: BundleManifest) -> None:
     gate = {"gate_logit": [-1]} if "gate_logit" in first.outputs else {}
     # What else the graphs take or give nobody would feed or ask for.
     hidden = {"hidden": first.outputs.get("hidden", [])}
-    wanted: tuple[tuple[str, dict[str, list[int]], dict[str, list[int]]], ...] = (
-        ("inputs of stage_a", first.inputs, {"pixels": [-1, 3, spec.height, spec.width]}),
-        ("outputs of stage_a", first.outputs, {"logits": [-1, len(classes)], **gate, **hidden}),
-        ("inputs of stage_b", second.inputs, hidden),
-        ("outputs of stage_b", second.outputs, {"logits": [-1, len(classes)]}),
+    wanted: tuple[tuple[StageName, dict[str, list[int]], dict[str, list[int]]], ...] = (
+        ("stage_a", first.inputs, {"pixels": [-1, 3, spec.height, spec.width]}),
+        ("stage_a", first.outputs, {"logits": [-1, len(classes)], **gate, **hidden}),
+        ("stage_b", second.inputs, hidden),
+        ("stage_b", second.outputs, {"logits": [-1, len(classes)]}),
     )
-    for what, shapes, expected in wanted:
-        if shapes != expected:
-            raise ArtifactError(f"{what} must be {printable(str(expected))}, got {printable(str(shapes))}")
+    for stage, shapes, expected in wanted:
+        for name in sorted({*shapes, *expected}):
+            ours, theirs = expected.get(name, "absent"), shapes.get(name, "absent")
+            if ours != theirs:
+                raise ArtifactError(
+                    f"{printable(name)} of {stage} must be {printable(str(ours))}, got {printable(str(theirs))}"
+                )
     shape = hidden["hidden"]
     if len(shape) < 2 or shape[0] != -1 or min(shape[1:]) < 1 or math.prod(shape[1:]) > _TENSOR_NUMBERS:
         raise ArtifactError(f"hidden must have a shape of -1 and sizes from 1 on, got {printable(str(shape))}")
