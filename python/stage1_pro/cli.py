@@ -25,6 +25,8 @@ the usual way:
   stage1 evaluate --run RUN                       figures on val_test and a report to open
   stage1 export --run RUN --target rtx            a bundle: ONNX, engines, exactly one policy
   stage1 predict --bundle RUN/bundle photos/      label, probability, exited or deferred
+a bundle from elsewhere:
+  stage1 verify BUNDLE                            hashes, limits, signature, engines; nothing in it is run
 unlabelled images of the place it will work in, before training:
   stage1 explora --images POOL --run RUN          adapt the backbone to them; then train --explora
 without a model:

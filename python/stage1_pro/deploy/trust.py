@@ -186,7 +186,7 @@ def engine_trust(bundle: Bundle, entry: EngineEntry, *, trust_engines: bool = Fa
         return Trust("flag", "the caller trusts the bundle's engines")
     return Trust(
         "refused",
-        f"{entry.path} was not built here, and the bundle is {signed.reason}; an engine is code: build it here with "
+        f"it was not built here, and the bundle is {signed.reason}; an engine is code: build it here with "
         "`stage1 export`, trust its maker's key with `stage1 keys trust`, or pass --trust-engines",
     )
 
