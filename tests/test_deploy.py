@@ -521,12 +521,12 @@ class TestBundle:
     def test_names_that_leave_the_folder(self, copy: Path, name: str) -> None:
         entry = FileEntry(sha256="0" * 64, size=0).model_dump()
         rewrite(copy, lambda v: v["files"].update({name: entry}))
-        with pytest.raises(ArtifactError, match="must name files inside the bundle"):
+        with pytest.raises(ArtifactError, match="must name files inside the bundle|control characters"):
             load_bundle(copy)
 
     def test_graph_outside_the_folder(self, copy: Path) -> None:
         rewrite(copy, lambda v: v["stages"]["stage_a"].update(onnx="../stage_a.onnx"))
-        with pytest.raises(ArtifactError, match="must name files inside the bundle"):
+        with pytest.raises(ArtifactError, match="must name files inside the bundle|control characters"):
             load_bundle(copy)
 
     def test_links_are_refused(self, copy: Path) -> None:
@@ -566,7 +566,7 @@ class TestBundle:
     def test_graph_that_is_none(self, copy: Path) -> None:
         (copy / "stage_a.onnx").write_bytes(b"garbage")
         rehash(copy, "stage_a.onnx")
-        with pytest.raises(ArtifactError, match="stage_a.onnx must be a graph onnxruntime can load"):
+        with pytest.raises(ArtifactError, match="stage_a.onnx must be a plain ONNX graph"):
             Cascade.load(copy)
 
     def test_engine_of_another_graph(self, copy: Path) -> None:

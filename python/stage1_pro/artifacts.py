@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ Half = Literal["fit", "certify"]
 HALVES: tuple[Half, ...] = ("fit", "certify")
 PolicyName = Literal["softmax", "gate", "scrc"]
 StageName = Literal["stage_a", "stage_b"]
+Precision = Literal["fp32", "fp16", "bf16", "res32", "int8", "fp8"]
 POLICY_FILES: dict[PolicyName, str] = {
     "softmax": "thresholds.json",
     "gate": "gateparams.json",
@@ -45,8 +46,8 @@ CLAIMS_FILE = "claims.json"
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced and renamed over it.
+def atomic_path(path: Path | str, *, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, with ``mode``.
 
     A process killed at any moment leaves either the old file or the new one. Leftovers of
     killed writers are named ``.<name>.*.tmp`` and never read.
@@ -60,7 +61,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
         _sync_directory(path.parent)
     finally:
@@ -115,16 +116,16 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
+def write_bytes(path: Path | str, data: bytes, *, mode: int = 0o644) -> None:
     """Write bytes atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode=mode) as temporary:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path | str, text: str) -> None:
+def write_text(path: Path | str, text: str, *, mode: int = 0o644) -> None:
     """Write UTF-8 text atomically."""
     # File names on Linux are bytes: those that are not UTF-8 go out as they came in.
-    write_bytes(path, text.encode(errors="surrogateescape"))
+    write_bytes(path, text.encode(errors="surrogateescape"), mode=mode)
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
@@ -156,6 +157,12 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def printable(text: str, limit: int = 300) -> str:
+    """Text of a file for a message: no control characters that a terminal obeys, and not a page of it."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return plain + "…" if len(text) > limit else plain
+
+
 # --------------------------------------------------------------------------------------------
 # Records
 
@@ -167,9 +174,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def write(self, path: Path | str) -> None:
+    def write(self, path: Path | str, *, mode: int = 0o644) -> None:
         """Write as indented JSON, atomically."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n", mode=mode)
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
@@ -189,14 +196,20 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"
-            raise ArtifactError(f"{name} is not a valid {cls.__name__}: {where}: {first['msg']}") from None
+            raise ArtifactError(
+                f"{name} is not a valid {cls.__name__}: {printable(where)}: {printable(first['msg'])}"
+            ) from None
 
     def fingerprint(self) -> str:
         """Hex sha256 of the canonical JSON form."""
         data = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
+
+
+_Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
+_Std = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 class PreprocessSpec(Record):
@@ -207,13 +220,14 @@ class PreprocessSpec(Record):
     Resampling is antialiased on float pixels; values are scaled to [0, 1], then normalised.
     """
 
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    # Upper limits: a received spec must not ask for gigabytes, nor push pixels out of float32.
+    height: int = Field(gt=0, le=4096)
+    width: int = Field(gt=0, le=4096)
     resize: Literal["stretch", "crop"] = "stretch"
-    crop_ratio: float = Field(default=256 / 224, ge=1.0)
+    crop_ratio: float = Field(default=256 / 224, ge=1.0, le=16.0)
     resample: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
 
 
 class Row(Record):
@@ -1190,17 +1204,27 @@ class Comparison(Record):
 class FileEntry(Record):
     """Size in bytes and sha256 of one file of a bundle."""
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class GraphVariant(Record):
+    """A stage's graph in another precision, measured on calibration images against the fp32 graph."""
+
+    onnx: str
+    parity: float | None = Field(description="largest absolute difference of logits; null when it is not finite")
+    flips: int | None = Field(description="decisions that differ; null when it could not be run")
+    block_maxima: list[float] = Field(description="largest absolute activation of each block; 65,504 ends fp16")
 
 
 class StageEntry(Record):
     """One ONNX graph of a bundle: input and output names with shapes (-1 = batch)."""
 
-    onnx: str
+    onnx: str = Field(description="in fp32, what onnxruntime runs")
     inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     parity: float = Field(description="largest absolute difference from torch when exported")
+    variants: dict[Precision, GraphVariant] = Field({}, description="the same stage in other precisions")
 
 
 class EngineEntry(Record):
@@ -1212,7 +1236,7 @@ class EngineEntry(Record):
     builder: str
     builder_version: str
     compute_capabilities: list[str]
-    precision: str
+    precision: Precision
     batch: tuple[int, int, int] = Field(description="smallest, optimal and largest batch")
     onnx_sha256: str
     layers: int
@@ -1235,7 +1259,7 @@ class Provenance(Record):
 class BundleManifest(Record):
     """``bundle.json``: what is deployed, with the hash of every other file in the folder."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     active_exit_policy: PolicyName
     policy_file: str
     classes: list[str]
@@ -1245,6 +1269,7 @@ class BundleManifest(Record):
     tap: int
     stages: dict[Literal["stage_a", "stage_b"], StageEntry]
     engines: list[EngineEntry] = []
+    reference: str | None = Field(None, description="file of seeded inputs and the fp32 outputs of every stage")
     files: dict[str, FileEntry]
     provenance: Provenance
 

@@ -32,6 +32,9 @@ def doctor() -> dict[str, Any]:
     if None in train.values():
         names = ", ".join(name for name, found in train.items() if found is None)
         missing[f"training and export ({names})"] = _command("train")
+    signing = _version("cryptography")
+    if signing is None:
+        missing["signing bundles and checking signatures (cryptography)"] = _command("sign")
     builders: dict[str, str | None] = {}
     for target, (module, extra) in BUILDERS.items():
         builders[target] = _builder(module)
@@ -48,6 +51,7 @@ def doctor() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "base": base,
         "train": train,
+        "signing": signing,
         "gpus": _gpus(),
         "torch_devices": _torch_devices(),
         "compiled": {
@@ -70,6 +74,7 @@ def render(facts: dict[str, Any]) -> str:
         f"stage1_pro  {facts['stage1_pro']} on Python {facts['python']}, {facts['platform']}, {facts['cpus']} CPUs",
         f"base        {listing(facts['base'])}",
         f"train       {listing(facts['train'])}",
+        f"signing     cryptography {facts['signing'] or '-'}",
         f"GPUs        {', '.join(facts['gpus']) or 'none found (nvidia-smi)'}",
         f"torch       {', '.join(facts['torch_devices']) or 'not installed'}",
         f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or '-'}",
