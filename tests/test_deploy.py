@@ -40,7 +40,8 @@ from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.engine import BuildRecord, EngineRecipe, build_engine, check_header, load_recipe, sanitise
 from stage1_pro.deploy.onnx import export_onnx
-from stage1_pro.deploy.runtime import RUNTIMES, OnnxRuntime
+from stage1_pro.deploy.runtime import OnnxRuntime
+from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.models.model import Stage1Model, create_model
@@ -408,8 +409,8 @@ class TestBundle:
     def test_what_is_in_it(self, bundle: Path, run: Path) -> None:
         files = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
         assert files == {
-            "bundle.json", "config.json", "metrics.csv", "splits.json", "stage_a.onnx", "stage_b.onnx",
-            "thresholds.json",
+            "bundle.json", "config.json", "metrics.csv", "reference.npz", "splits.json", "stage_a.onnx",
+            "stage_b.onnx", "thresholds.json",
         }  # fmt: skip
         manifest = BundleManifest.read(bundle / "bundle.json")
         assert set(manifest.files) == files - {"bundle.json"}

@@ -35,7 +35,21 @@ which configuration is better:
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read,
-            7 evaluate: a promise of the policy fails on val_test (all is written all the same)
+            7 evaluate: a promise of the policy fails on val_test (all is written all the same),
+            8 the GPU failed while it answered
+"""
+
+
+# Named here so that --help loads no runtime; a test holds them against deploy/start.py.
+RUNTIME_NAMES = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
+_RUNTIMES = """\
+runtimes:
+  onnxruntime    the bundle's fp32 graphs on the CPU; always there
+  tensorrt_rtx   its engines for consumer cards (Ampere and later); needs an NVIDIA driver and the extra [rtx]
+  tensorrt       its engines for data-centre cards; needs NVIDIA's own tensorrt package
+  auto           its engines, the recipe's precision first and then its fallbacks; onnxruntime when none starts
+Before a runtime answers it must give the bundle's seeded reference outputs here; one that does not is stepped down
+from, with its reason, and a named runtime never becomes another one. PyTorch runs a run, not a bundle: stage1 infer.
 """
 
 
@@ -318,10 +332,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
     sub = command("predict", "answer for images with a bundle (needs no torch)", _predict)
+    sub.epilog = _RUNTIMES
     sub.add_argument("--bundle", type=Path, required=True, help="bundle folder")
     sub.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER|CSV", help="what to answer for")
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
+    sub.add_argument("--runtime", choices=RUNTIME_NAMES, default="onnxruntime", help="what executes the stages")
+    sub.add_argument(
+        "--trust-engines", action="store_true",
+        help="run engines that were neither built here nor signed by a trusted key; an engine is a program",
+    )  # fmt: skip
     sub.add_argument(
         "--prior",
         type=float,
@@ -739,11 +759,13 @@ def _export(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from stage1_pro.policies.promises import check_prior
-    from stage1_pro.stations.prediction import predict
+    from stage1_pro.stations.prediction import load, predict
 
     check_prior(options.prior)
-    found = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size)
-    return _answered(options, options.bundle, *found)
+    cascade = load(options.bundle, options.runtime, trust_engines=options.trust_engines)
+    found = predict(cascade, options.inputs, out=options.out, batch_size=options.batch_size)
+    started = {"runtime": cascade.runtime.name, "steps": [asdict(step) for step in cascade.steps]}
+    return _answered(options, options.bundle, *found, started)
 
 
 def _infer(options: argparse.Namespace) -> int:
@@ -755,11 +777,17 @@ def _infer(options: argparse.Namespace) -> int:
     return _answered(options, options.run, *found)
 
 
-def _answered(options: argparse.Namespace, source: Path, rows: list[dict[str, Any]], failures: int) -> int:
+def _answered(
+    options: argparse.Namespace,
+    source: Path,
+    rows: list[dict[str, Any]],
+    failures: int,
+    started: dict[str, Any] | None = None,
+) -> int:
     from stage1_pro.stations.prediction import count, promised, render
 
     found = promised(source, options.prior)
-    data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)}
+    data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **(started or {})}
     _emit(options, data, render(rows, options.out, found))
     return 1 if failures else 0
 

@@ -187,8 +187,10 @@ def _full_pass(cascade: Cascade, pixels: NDArray[np.float32], folder: Path) -> P
     """Pixels to Stage B's logits with nothing of Stage A's own on the way; writes a joined graph into the folder."""
     runtime = cascade.runtime
     if not isinstance(runtime, OnnxRuntime):
-        call = runtime.full_pass  # type: ignore[attr-defined]  # TorchRuntime, which must not be imported here
-        return lambda: call(pixels)
+        if hasattr(runtime, "full_pass"):
+            return lambda: runtime.full_pass(pixels)
+        # Engines are compiled a stage each; their full pass is both.
+        return lambda: runtime.run("stage_b", {"hidden": runtime.run("stage_a", {"pixels": pixels})["hidden"]})
     join_graphs(runtime, folder / "full.onnx")
     session = open_session(folder / "full.onnx", runtime.threads)
     return lambda: session.run(None, {"a/pixels": pixels})

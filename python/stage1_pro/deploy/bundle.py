@@ -36,6 +36,7 @@ from stage1_pro.policies import POLICIES, void
 MANIFEST = "bundle.json"
 LICENCE = "LICENCE-BACKBONE.txt"
 REQUIRED = ("config.json", "splits.json", "metrics.csv")
+REFERENCE = "reference.npz"
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
 # JSON is parsed whole into memory, so a hostile file must not be allowed to be huge.
 _JSON_LIMIT = 64 * 2**20
@@ -143,6 +144,7 @@ def write_bundle(
             tap=tap,
             stages=dict(stages),
             engines=list(engines),
+            reference=REFERENCE if REFERENCE in files else None,
             files=files,
             provenance=provenance,
         ).write(folder / MANIFEST)
@@ -232,6 +234,8 @@ def _safe(name: str) -> bool:
 def _check_names(manifest: BundleManifest) -> None:
     stages, engines = manifest.stages, manifest.engines
     listed = [*manifest.files, manifest.policy_file, *(s.onnx for s in stages.values()), *(e.path for e in engines)]
+    if manifest.reference is not None:
+        listed.append(manifest.reference)
     for name in listed:
         if not _safe(name) or name == MANIFEST:
             raise ArtifactError(f"{MANIFEST} must name files inside the bundle, got {name!r}")

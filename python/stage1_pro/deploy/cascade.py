@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,8 @@ from PIL import Image
 
 from stage1_pro.data.images import ImageError, preprocess, read_image, upright_rgb
 from stage1_pro.deploy.bundle import Bundle, load_bundle
-from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
+from stage1_pro.deploy.runtime import Arrays, Runtime
+from stage1_pro.deploy.start import Step, start
 from stage1_pro.errors import InputError, need
 from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.sets import answer_sets, close, near
@@ -63,23 +64,37 @@ class Decisions:
 class Cascade:
     """A bundle, or the model of a run before any export, ready to answer.
 
+    ``runtime.name`` is what answers; ``steps`` is what was tried for it, in order, and why it stepped down.
+
     >>> decisions = Cascade.load("run/bundle").predict(["a.jpg", "b.jpg"])  # doctest: +SKIP
     """
 
-    def __init__(self, bundle: Bundle | Trained, runtime: Runtime) -> None:
+    def __init__(self, bundle: Bundle | Trained, runtime: Runtime, steps: Sequence[Step] = ()) -> None:
         self.bundle = bundle
         self.runtime = runtime
+        self.steps = tuple(steps)
 
     @classmethod
-    def load(cls, bundle: Bundle | Path | str, runtime: str = "onnxruntime", *, threads: int = 0) -> Cascade:
-        """Verify a bundle and start a runtime on it.
+    def load(
+        cls, bundle: Bundle | Path | str, runtime: str = "onnxruntime", *, threads: int = 0, trust_engines: bool = False
+    ) -> Cascade:
+        """Verify a bundle and start a runtime on it that gives the bundle's reference outputs.
+
+        Args:
+            bundle: bundle folder.
+            runtime: ``onnxruntime`` (CPU), ``tensorrt_rtx`` or ``tensorrt`` (the bundle's engines), or ``auto``: its
+                engines, stepping down to onnxruntime. A named one never becomes another.
+            threads: onnxruntime's threads inside an operator; 0 = as many as there are cores.
+            trust_engines: run engines that were neither built here nor signed by a trusted key.
 
         Raises:
-            ArtifactError: the bundle is damaged, changed or incomplete.
-            InputError: no such runtime.
+            ArtifactError: the bundle is damaged, changed or incomplete, or nothing gives its reference outputs.
+            InputError: no such runtime, or none that this bundle has.
+            DependencyError: the named runtime lacks a library, a driver or a GPU.
         """
         loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        return cls(loaded, load_runtime(loaded, runtime, threads))
+        started = start(loaded, runtime, threads=threads, trust_engines=trust_engines)
+        return cls(loaded, started.runtime, started.steps)
 
     @classmethod
     def from_run(cls, run: Path | str, *, threads: int = 0) -> Cascade:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from stage1_pro.artifacts import BenchTiming, CascadeBench, Splits, write_bytes
 from stage1_pro.deploy.bench import bench_batch, machine
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.runtime import RUNTIMES
+from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.errors import InputError, Stage1Error, nearest
 from stage1_pro.metrics.plots import speedup_png
 from stage1_pro.progress import say
@@ -26,7 +25,7 @@ def bench_cascade(
     bundle: Path | str | None = None,
     *,
     run: Path | str | None = None,
-    runtime: Literal["onnxruntime", "torch"] | None = None,
+    runtime: str | None = None,
     batch: Sequence[int] = BATCHES,
     rates: Sequence[float] = RATES,
     rounds: int = 20,

@@ -14,7 +14,7 @@ from typing import Any
 
 from stage1_pro import __version__, _native
 from stage1_pro.deploy.engine import BUILDERS
-from stage1_pro.deploy.runtime import RUNTIMES
+from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.errors import need
 
 BASE = ("numpy", "scipy", "pillow", "pydantic", "pyyaml", "rich", "onnxruntime", "matplotlib", "jinja2", "jsonschema")
