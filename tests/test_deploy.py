@@ -802,7 +802,7 @@ class TestCascade:
             cascade.predict([np.zeros((5, 5, 3), np.float32)])
         with pytest.raises(InputError, match="got int"):
             cascade.predict([3])  # type: ignore[list-item]
-        with pytest.raises(InputError, match="runtime must be one of onnxruntime"):
+        with pytest.raises(InputError, match="runtime must be one of auto, onnxruntime"):
             Cascade.load(bundle, "onnxruntim")
         with pytest.raises(InputError, match="threads must be 0"):
             OnnxRuntime(load_bundle(bundle), -1)
@@ -877,8 +877,8 @@ class TestTorchRuntime:
         np.testing.assert_allclose(cascade.runtime.full_pass(pixels), logits, atol=1e-5)
 
     def test_what_it_refuses(self, run: Path, bundle: Path, tmp_path: Path) -> None:
-        assert set(RUNTIMES) == {"onnxruntime", "torch"}
-        with pytest.raises(InputError, match=r"got 'torch', which needs the run's checkpoint; use Cascade.from_run"):
+        assert set(RUNTIMES) == {"auto", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch"}
+        with pytest.raises(InputError, match=r"no weights torch could load; use Cascade.from_run"):
             Cascade.load(bundle, "torch")
         with pytest.raises(InputError, match="run must be a run folder, got"):
             Cascade.from_run(tmp_path / "nowhere")
@@ -942,7 +942,7 @@ class TestForcedDeferral:
             ({"bundle": bundle, "batch": [0]}, r"batch must be one or more sizes of 1 or more, got \[0\]"),
             ({"bundle": bundle, "rates": [1.5]}, r"rates must be one or more shares in \[0, 1\], got \[1.5\]"),
             ({"bundle": bundle, "rounds": 0}, "rounds must be 1 or more, got 0"),
-            ({"bundle": bundle, "runtime": "torch"}, "needs the run's checkpoint"),
+            ({"bundle": bundle, "runtime": "torch"}, "no weights torch could load"),
             ({"bundle": bundle, "runtime": "torhc"}, "did you mean 'torch'"),
             ({"run": other, "runtime": "onnxruntime"}, "which needs its bundle; run `stage1 export"),
         ):

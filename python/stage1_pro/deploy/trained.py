@@ -113,6 +113,22 @@ class TorchRuntime:
             tokens = backbone(self._tensor(pixels))
             return _array(self.model.heads.auxiliary(backbone.pool(tokens)))
 
+    def compiled_full_pass(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """``full_pass`` through ``torch.compile``; a batch size is compiled when first seen, which takes a minute."""
+        backbone, head = self.model.backbone, self.model.heads.auxiliary
+
+        def forward(pixels: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = head(backbone.pool(backbone(pixels)))
+            return logits
+
+        compiled = torch.compile(forward, dynamic=False)
+
+        def call(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                return _array(compiled(self._tensor(pixels)))
+
+        return call
+
     def parts(self, pixels: NDArray[np.float32]) -> dict[str, Callable[[], object]]:
         """The pieces of a full pass on these pixels, to be timed: ``embedding`` and ``heads`` (norm, pooling, head)."""
         backbone, images = self.model.backbone, self._tensor(pixels)
