@@ -1,6 +1,6 @@
 """From JPEG bytes to a decision: this package's base install beside transformers and torch, on the same backbone.
 
-    python benchmarks/latency.py --backbone ../shared/weights/dinov2-small --photos ../shared/data/roadwork_scenes/images
+    python benchmarks/latency.py --backbone ../shared/weights/dinov2-small --photos ../shared/data/roadwork_scenes
 
 Ours runs in a fresh virtual environment that has the base install and no torch (made here, or named by ``--python``):
 ``Cascade.pixels`` and ``Cascade.decide``, as ``stage1 predict`` calls them, on a bundle of the backbone with the tap at

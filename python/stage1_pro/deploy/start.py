@@ -136,9 +136,9 @@ def _trust(bundle: Bundle, entry: EngineEntry, trust_engines: bool) -> str:
     from stage1_pro.deploy.trust import engine_trust
 
     trust = engine_trust(bundle, entry, trust_engines=trust_engines)
-    if trust.kind == "refused":
+    if not trust.allowed:
         raise ArtifactError(f"{entry.path} must be trusted before it runs, got: {trust.reason}")
-    return f"trusted: {trust.kind}"
+    return trust.reason
 
 
 def _start_graphs(bundle: Bundle, threads: int, reference: Reference | None, steps: list[Step]) -> Started:
