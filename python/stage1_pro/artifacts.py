@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,6 +157,12 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def printable(text: str, limit: int = 300) -> str:
+    """Text of a file for a message: no control characters that a terminal obeys, and not a page of it."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return plain + "…" if len(text) > limit else plain
+
+
 # --------------------------------------------------------------------------------------------
 # Records
 
@@ -190,14 +196,20 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"
-            raise ArtifactError(f"{name} is not a valid {cls.__name__}: {where}: {first['msg']}") from None
+            raise ArtifactError(
+                f"{name} is not a valid {cls.__name__}: {printable(where)}: {printable(first['msg'])}"
+            ) from None
 
     def fingerprint(self) -> str:
         """Hex sha256 of the canonical JSON form."""
         data = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
+
+
+_Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
+_Std = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 class PreprocessSpec(Record):
@@ -208,13 +220,14 @@ class PreprocessSpec(Record):
     Resampling is antialiased on float pixels; values are scaled to [0, 1], then normalised.
     """
 
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    # Upper limits: a received spec must not ask for gigabytes, nor push pixels out of float32.
+    height: int = Field(gt=0, le=4096)
+    width: int = Field(gt=0, le=4096)
     resize: Literal["stretch", "crop"] = "stretch"
-    crop_ratio: float = Field(default=256 / 224, ge=1.0)
+    crop_ratio: float = Field(default=256 / 224, ge=1.0, le=16.0)
     resample: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
 
 
 class Row(Record):

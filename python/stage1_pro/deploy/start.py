@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from stage1_pro.artifacts import EngineEntry, StageName
-from stage1_pro.deploy.bundle import REFERENCE, STAGES, Bundle
-from stage1_pro.deploy.reference import Reference, check_parity, read_reference
+from stage1_pro.deploy.bundle import STAGES, Bundle
+from stage1_pro.deploy.reference import REFERENCE, Reference, check_parity, read_reference
 from stage1_pro.deploy.runtime import OnnxRuntime, Runtime
 from stage1_pro.deploy.tensorrt import ENGINE_RUNTIMES, TensorRtRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, nearest
