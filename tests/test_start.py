@@ -68,7 +68,10 @@ def tamper(bundle: Path, stage: str, *, by: float) -> None:
     path = bundle / f"{stage}.onnx"
     graph = onnx.load(str(path))
     # The last bias of two numbers is the head's.
-    tensor = [one for one in graph.graph.initializer if list(one.dims) == [2]][-1]
+    biases = [
+        one for one in graph.graph.initializer if list(one.dims) == [2] and one.data_type == onnx.TensorProto.FLOAT
+    ]
+    tensor = biases[-1]
     values = onnx.numpy_helper.to_array(tensor) + np.float32([by, 0])
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(graph, str(path))

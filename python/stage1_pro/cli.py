@@ -549,6 +549,7 @@ def _add_bench_latency(kinds: Any) -> None:
     )  # fmt: skip
     sub.add_argument("--threads", type=int, default=0, help="threads of an operator; 0 = as the runtime has them")
     sub.add_argument("--seed", type=int, default=0, help="seed of orders, noise, deferred rows and resamples")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of torch; cuda replays CUDA graphs")
     sub.add_argument("--trust-engines", action="store_true", help="run engines neither built here nor signed")
     sub.add_argument("--out", type=Path, help="folder for latency.json and latency.png")
 
@@ -897,6 +898,7 @@ def _bench_latency(options: argparse.Namespace) -> None:
         threads=options.threads,
         seed=options.seed,
         trust_engines=options.trust_engines,
+        device=options.device,
         out=options.out,
     )
     _emit(options, found.model_dump(mode="json"), render(found))

@@ -16,7 +16,7 @@ from stage1_pro.data.images import ImageError, preprocess, read_image, upright_r
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime
 from stage1_pro.deploy.start import Step, start
-from stage1_pro.errors import InputError, need
+from stage1_pro.errors import DependencyError, InputError, need
 from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.sets import answer_sets, close, near
 from stage1_pro.policies.softmax import confidence, softmax
@@ -97,24 +97,29 @@ class Cascade:
         return cls(loaded, started.runtime, started.steps)
 
     @classmethod
-    def from_run(cls, run: Path | str, *, threads: int = 0) -> Cascade:
+    def from_run(cls, run: Path | str, *, threads: int = 0, device: str = "cpu") -> Cascade:
         """The best model of a trained and calibrated run, in torch; decides as its bundle will.
 
         Args:
             run: run folder.
             threads: torch's threads in this process; 0 leaves them as they are.
+            device: ``cpu``, or ``cuda`` for CUDA graphs on an NVIDIA GPU.
 
         Raises:
-            InputError: no such folder, or no exit policy in it.
+            InputError: no such folder, no exit policy in it, or a device torch does not have.
             ArtifactError: an incomplete run, or a policy of another model.
             DependencyError: torch or transformers are missing.
         """
         try:
-            from stage1_pro.deploy.trained import TorchRuntime, load_trained
+            from stage1_pro.deploy.trained import TorchRuntime, has_gpu, load_trained
         except ImportError as error:
             raise need("train", error.name or "torch") from error
         trained = load_trained(run)
-        return cls(trained, TorchRuntime(trained.model, threads))
+        if device not in ("cpu", "cuda"):
+            raise InputError(f"device must be cpu or cuda, got '{device}'")
+        if device == "cuda" and not has_gpu():
+            raise DependencyError("device cuda must have an NVIDIA GPU that torch can use, got none; use cpu")
+        return cls(trained, TorchRuntime(trained.model.to(device), threads))
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model's input [3, H, W].

@@ -244,7 +244,9 @@ def draw_photos(n: int, size: tuple[int, int], seed: int) -> list[bytes]:
 # Cold start
 
 
-def cold_starts(source: Path, runtime: str, *, repeats: int, threads: int, trust_engines: bool) -> list[ColdStart]:
+def cold_starts(
+    source: Path, runtime: str, *, repeats: int, threads: int, trust_engines: bool, device: str = "cpu"
+) -> list[ColdStart]:
     """Start a fresh process that answers once; engines also with the kernels that an earlier start had kept.
 
     Every process has a cache folder of ours, so the user's own neither helps nor is touched.
@@ -252,7 +254,7 @@ def cold_starts(source: Path, runtime: str, *, repeats: int, threads: int, trust
     Raises:
         ArtifactError: the process could not answer; its last line says why.
     """
-    arguments = json.dumps([str(source), runtime, threads, trust_engines])
+    arguments = json.dumps([str(source), runtime, threads, trust_engines, device])
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("empty", "kept") if runtime == "tensorrt_rtx" else ("none",):
@@ -276,10 +278,10 @@ def cold_starts(source: Path, runtime: str, *, repeats: int, threads: int, trust
 
 def answer_once() -> None:
     """Be the process of ``cold_starts``: load, answer one batch of noise, print both times as JSON."""
-    source, runtime, threads, trust_engines = json.loads(sys.argv[1])
+    source, runtime, threads, trust_engines, device = json.loads(sys.argv[1])
     began = time.perf_counter()
     if runtime == "torch":
-        cascade = Cascade.from_run(source, threads=threads)
+        cascade = Cascade.from_run(source, threads=threads, device=device)
     else:
         cascade = Cascade.load(source, runtime, threads=threads, trust_engines=trust_engines)
     loaded = time.perf_counter()

@@ -48,7 +48,7 @@ def doctor() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "base": base,
         "train": train,
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "torch_devices": _torch_devices(),
         "compiled": {
             "_core": _native.why(),
@@ -103,7 +103,7 @@ def _builder(module: str) -> str | None:
         return None
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Name, compute capability, memory and driver of each NVIDIA GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

@@ -42,6 +42,7 @@ from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.plots import latency_png
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
+from stage1_pro.stations.doctor import gpus
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,6 +73,7 @@ def bench_latency(
     threads: int = 0,
     seed: int = 0,
     trust_engines: bool = False,
+    device: str = "cpu",
     out: Path | str | None = None,
 ) -> LatencyBench:
     """Measure latency by single calls: stages, deferral rates, requests from bytes on, cold starts, peers.
@@ -96,6 +98,7 @@ def bench_latency(
         threads: threads of an operator; 0 = as the runtime has them.
         seed: of orders, noise, drawn photos, deferred rows and resamples.
         trust_engines: run engines that were neither built here nor signed by a trusted key.
+        device: of torch, ``cpu`` or ``cuda``, for a run as for torch peers.
         out: folder for ``latency.json`` and ``latency.png``.
 
     Raises:
@@ -106,9 +109,9 @@ def bench_latency(
     samples = min(samples, QUICK) if quick else samples
     _check(bundle, run, batch, rates, samples, warmup, limit, deferral, budget, against, threads, out)
     name, source = _what(bundle, run, runtime)
-    facts = machine(name, threads)
+    facts = machine(name, threads) | {"gpu": ", ".join(gpus()) or None}
     if name == "torch":
-        cascade = Cascade.from_run(source, threads=threads)
+        cascade = Cascade.from_run(source, threads=threads, device=device)
     else:
         cascade = Cascade.load(source, name, threads=threads, trust_engines=trust_engines)
     spec = cascade.bundle.preprocessing
@@ -118,7 +121,12 @@ def bench_latency(
     encoded, what = _photos(photos, seed)
     say(f"cold start with {cascade.runtime.name}")
     cold = cold_starts(
-        source, cascade.runtime.name, repeats=1 if quick else 3, threads=threads, trust_engines=trust_engines
+        source,
+        cascade.runtime.name,
+        repeats=1 if quick else 3,
+        threads=threads,
+        trust_engines=trust_engines,
+        device=device,
     )
     found: list[LatencySeries] = []
     peers: list[LatencyPeer] = []
@@ -132,7 +140,7 @@ def bench_latency(
         measured = sample({label: contestants[key] for label, key in names.items()}, how)
         for label, (kind, rate) in names.items():
             found += [series(kind, part, size, rate, values, seed=seed) for part, values in measured[label].items()]
-        peers += list(_against(cascade, run, against, pool, size, deferral, threads, how))
+        peers += list(_against(cascade, run, against, pool, size, deferral, threads, device, how))
     say("bytes to decision")
     request = sample({"request": answers(cascade, encoded, deferral, seed)}, how)["request"]
     found += [series("request", part, 1, deferral, values, seed=seed) for part, values in request.items()]
@@ -421,6 +429,7 @@ def _against(
     size: int,
     deferral: float,
     threads: int,
+    device: str,
     how: Sampling,
 ) -> Iterator[LatencyPeer]:
     """Peers on the same rotated inputs, called turn about with the cascade and its own full pass."""
@@ -430,7 +439,7 @@ def _against(
         calls: dict[str, Full] = {}
         for name in dict.fromkeys(against):
             try:
-                calls[name] = _peer(name, cascade, run, Path(folder), threads)
+                calls[name] = _peer(name, cascade, run, Path(folder), threads, device)
                 calls[name](pool[:size])
             except Exception as error:  # noqa: BLE001 - a compiler that fails is a result here, whatever it raises
                 lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -455,7 +464,7 @@ def _against(
             )  # fmt: skip
 
 
-def _peer(name: str, cascade: Cascade, run: Path | str | None, folder: Path, threads: int) -> Full:
+def _peer(name: str, cascade: Cascade, run: Path | str | None, folder: Path, threads: int, device: str) -> Full:
     """A full pass from pixels to Stage B's logits; Stage1Error says why there is none."""
     if name == "onnxruntime":
         here = cascade
@@ -467,7 +476,7 @@ def _peer(name: str, cascade: Cascade, run: Path | str | None, folder: Path, thr
         return full_pass(here, own)
     if run is None:
         raise InputError("a bundle holds no weights torch could load; name --run as well")
-    trained = Cascade.from_run(run, threads=threads)
+    trained = Cascade.from_run(run, threads=threads, device=device)
     from stage1_pro.deploy.trained import TorchRuntime
 
     assert isinstance(trained.runtime, TorchRuntime)
