@@ -191,11 +191,11 @@ class _Captured:
     ) -> None:
         self._input = torch.zeros(shape, device=device)
         self._pinned = torch.zeros(shape, pin_memory=True)
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
         # TF32 convolutions would move patches by 1e-3, and with them decisions.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             # Lazy initialisation must not be captured.
             with torch.cuda.stream(side):
