@@ -55,9 +55,11 @@ from stage1_pro.artifacts import (
 from stage1_pro.config import Config
 from stage1_pro.deploy.bundle import load_bundle, write_bundle
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.trust import engine_trust, new_key, sign, signature_status
 from stage1_pro.errors import Stage1Error
 from stage1_pro.policies.sets import fit_scrc_policy
 from stage1_pro.policies.softmax import softmax
+from stage1_pro.stations.inspection import inspect, render
 
 CLASSES = ["none", "roadwork"]
 SPEC = PreprocessSpec(height=4, width=6)
@@ -229,11 +231,21 @@ def make_bundle(folder, kind="softmax", *, rich=False):
 
 INTERESTING = (
     None, True, False, 0, 1, -1, 2, 1e-320, 0.5, 1 - 1e-16, 2**31, 2**63, -(2**63), 2**64, 10**400, 1e308, -1e308,
-    float("nan"), float("inf"), float("-inf"), "", " ", "A", "0", "nan", "..", ".", "/", "/etc/passwd", "../canary/file",
+    float("nan"), float("inf"), float("-inf"), "", "A", "0", "nan", "..", ".", "/",
+    "/etc/passwd", "../canary/file",
     "../../canary/file", "a/../stage_a.onnx", "./stage_a.onnx", "stage_a.onnx/", "stage_a.onnx\0", "C:\\windows", "a:b",
-    "bundle.json", "bundle.sig", "config.json", "\x1b[31mred", "\ud800", "\U0001f6a7", "\u202egnp.exe", "x" * 100_000, "\n",
+    "bundle.json", "bundle.sig", "config.json",
+    "\x1b[31mred", "\ud800", "\U0001f6a7", "\u202egnp.exe", "x" * 100_000, "\n",
     "__import__('os').system('true')", "${HOME}", "%s%s%n", [], {}, [[]], {"a": 1}, [1, 2, 3], ["none", "roadwork"],
 )  # fmt: skip
+EXTERNAL = {
+    "location": (
+        "../canary/file", "/etc/passwd", "stage_b.weights", "config.json", "x\0y", "", ".",
+        "engines/../stage_b.weights", "bundle.json", "*/_ORT_MEM_ADDR_/*",
+    ),
+    "offset": ("0", "-8", "99999999999999999999", "x", "64", "0x10"),
+    "length": ("8", "0", "-1", "99999999999", "", "3", "64"),
+}  # fmt: skip
 _INT_EDGES = (0, 1, 2, 3, 7, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -381,9 +393,15 @@ def mutate_graph(rng, data):
     except Exception:  # noqa: BLE001 - another mutation came before
         return mutate_bytes(rng, data)
     graph = model.graph
-    ops = ("Identity", "MatMul", "Add", "Tile", "Expand", "ConstantOfShape", "Range", "Resize", "Gather", "Concat", "Cast",
-           "Split", "Loop", "If", "Scan", "NonZero", "OneHot", "Pad", "Conv", "Softmax", "Attention", "Slice", "TopK",
-           "StringNormalizer", "Nope", "QuantizeLinear", "Einsum", "Reshape", "Transpose", "Where", "RandomNormal")  # fmt: skip
+    # fmt: off
+    ops = [
+        "Identity", "MatMul", "Add", "Tile", "Expand", "ConstantOfShape", "Range", "Resize", "Gather", "Concat", "Cast",
+        "Split", "Loop", "If", "Scan", "NonZero", "OneHot", "Pad", "Conv", "Softmax", "Attention", "Slice", "TopK",
+        "Nope", "StringNormalizer",
+        "QuantizeLinear", "Einsum", "Reshape", "Transpose", "Where",
+        "RandomNormal", "EyeLike",
+    ]
+    # fmt: on
     for _ in range(rng.choice((1, 1, 2, 3))):
         kind = rng.randrange(10)
         if kind == 0 and graph.node:
@@ -405,7 +423,7 @@ def mutate_graph(rng, data):
             tensor = rng.choice(graph.initializer)
             change = rng.randrange(4)
             if change == 0 and tensor.dims:
-                tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice(_INT_EDGES[:-2] + (-1,))
+                tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice((*_INT_EDGES[:-2], -1))
             elif change == 1:
                 tensor.data_type = rng.randrange(0, 28)
             elif change == 2:
@@ -417,12 +435,8 @@ def mutate_graph(rng, data):
             tensor.data_location = 1
             tensor.ClearField("raw_data")
             del tensor.external_data[:]
-            for key, value in (
-                ("location", rng.choice(("../canary/file", "/etc/passwd", "stage_b.weights", "config.json", "x\0y", "", ".",
-                                         "engines/../stage_b.weights", "bundle.json", "*/_ORT_MEM_ADDR_/*"))),
-                ("offset", rng.choice(("0", "-8", "99999999999999999999", "x", "64", "0x10"))),
-                ("length", rng.choice(("8", "0", "-1", "99999999999", "", "3", "64"))),
-            ):  # fmt: skip
+            for key, values in EXTERNAL.items():
+                value = rng.choice(values)
                 if rng.random() < 0.8:
                     tensor.external_data.add(key=key, value=value)
         elif kind == 4 and graph.node:
@@ -493,6 +507,13 @@ class Bomb:
         return os.system, ("true",)
 
 
+ADDED = (
+    "x.txt", "gateparams.json", "scrcparams.json", "thresholds.json", "THRESHOLDS.JSON", "sub/thresholds.json", "a\nb",
+    "\x1b[0m", "model.pkl", "stage_a.onnx.data", "stage_c.onnx", "evil.npz", "bundle.sig", "sub/bundle.json",
+    "a/b/c/d/e/f/g/h/i/j", "conftest.py", ".hidden",
+)  # fmt: skip
+
+
 def mutate_files(rng, files, outside):
     names = sorted(files)
     name = rng.choice(names)
@@ -500,9 +521,8 @@ def mutate_files(rng, files, outside):
     if kind == 0:
         del files[name]
     elif kind == 1:
-        files[rng.choice(("x.txt", "gateparams.json", "scrcparams.json", "thresholds.json", "THRESHOLDS.JSON", "sub/thresholds.json",
-                          "a\nb", "\x1b[0m", "model.pkl", "stage_a.onnx.data", "stage_c.onnx", "evil.npz", "bundle.sig", "sub/bundle.json",
-                          "a/b/c/d/e/f/g/h/i/j", "conftest.py", ".hidden"))] = rng.choice((b"", b"x", pickle.dumps(Bomb()), files[name] if isinstance(files[name], bytes) else b""))  # fmt: skip
+        content = files[name] if isinstance(files[name], bytes) else b""
+        files[rng.choice(ADDED)] = rng.choice((b"", b"x", pickle.dumps(Bomb()), content))
     elif kind == 2:
         target = rng.choice(
             (outside / "file", Path("/etc/passwd"), outside, Path("stage_b.onnx"), Path("nowhere"), Path(name).name)
@@ -620,9 +640,11 @@ def mutate(seed, index, bases, outside):
 class Watch:
     """What Python does while a bundle is read; the hook cannot be removed, only switched."""
 
-    FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen",
-                 "socket.", "ctypes.dlopen", "marshal.loads", "shutil.", "os.remove", "os.rename", "os.rmdir", "os.mkdir",
-                 "os.link", "os.symlink", "os.chmod", "os.truncate", "tempfile.")  # fmt: skip
+    FORBIDDEN = (
+        "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen",
+        "socket.", "ctypes.dlopen", "marshal.loads", "shutil.", "os.remove", "os.rename", "os.rmdir", "os.mkdir",
+        "os.link", "os.symlink", "os.chmod", "os.truncate", "tempfile.",
+    )  # fmt: skip
 
     def __init__(self):
         self.inside, self.seen = None, []
@@ -632,7 +654,7 @@ class Watch:
         if self.inside is None:
             return
         if event == "open" and isinstance(arguments[0], str | bytes):
-            path = os.path.abspath(os.fsdecode(arguments[0]))
+            path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100 - resolve() would follow links
             flags = arguments[2] or 0
             if not path.startswith(f"{self.inside}/") or flags & (os.O_WRONLY | os.O_RDWR):
                 self.seen.append(f"open {path} {arguments[1:]}")
@@ -660,13 +682,18 @@ def judge(folder, watch):
     outcome, detail = "loaded", ""
     try:
         bundle = load_bundle(folder)
-        cascade = Cascade.load(bundle)
-        check_answers(cascade)
+        # The same without running anything, as verify and inspect do.
+        render(inspect(bundle))
+        signature_status(bundle)
+        allowed = [entry.path for entry in bundle.manifest.engines if engine_trust(bundle, entry).allowed]
+        assert not allowed, f"engines of a stranger would run: {allowed}"
+        check_answers(Cascade.load(bundle))
     except Stage1Error as error:
         outcome, detail = "refused", str(error)
         if not detail or len(detail) > 3000 or not detail.isprintable():
             outcome, detail = "bad message", repr(detail[:500])
     except BaseException:  # noqa: BLE001 - that is what is looked for
+        watch.inside = None  # a traceback opens the source files
         outcome, detail = "other exception", traceback.format_exc()[-3000:]
     finally:
         watch.inside = None
@@ -696,10 +723,13 @@ def snapshot(folder):
 
 def make_bases(folder):
     bases = []
+    new_key(folder / "stranger.key")
     for kind in POLICIES:
         for rich in (False, True):
             base = folder / f"{kind}-{rich}"
-            make_bundle(base, kind, rich=rich)
+            bundle = make_bundle(base, kind, rich=rich)
+            if rich:
+                sign(bundle, folder / "stranger.key")
             files = {p.relative_to(base).as_posix(): p.read_bytes() for p in sorted(base.rglob("*")) if p.is_file()}
             bases.append(files)
     return bases
@@ -708,6 +738,7 @@ def make_bases(folder):
 def work(seed, start, stop, step, scratch):
     """Judge cases start, start + step, …; one line before and one after each, so that a crash has a number."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    os.environ["STAGE1_CONFIG"] = scratch + "/nobody"  # whom this user trusts must not decide
     warnings.simplefilter("error")
     folder = Path(tempfile.mkdtemp(dir=scratch))
     outside = folder / "canary"

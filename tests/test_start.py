@@ -203,7 +203,7 @@ class TestLadder:
         images = engines.parent / "photos"
         make_images(images, 2)
         code = main(
-            ["--json", "predict", "--bundle", str(engines), "--runtime", "auto", "--trust-engines", str(images)]
+            ["predict", "--json", "--bundle", str(engines), "--runtime", "auto", "--trust-engines", str(images)]
         )
         streams = capsys.readouterr()
         found = json.loads(streams.out)
@@ -216,6 +216,15 @@ class TestLadder:
     def test_named_runtime_never_becomes_another(self, engines: Path) -> None:
         with pytest.raises(DependencyError, match="got 'tensorrt_rtx' and no start: tensorrt_rtx on engines/rtx"):
             Cascade.load(engines, "tensorrt_rtx", trust_engines=True)
+
+    def test_engine_nobody_vouches_for_is_not_run(
+        self, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("STAGE1_CONFIG", str(tmp_path / "config"))
+        first, last = Cascade.load(engines, "auto").steps
+        assert "must be trusted before it runs" in first.reason and last.ready
+        with pytest.raises(ArtifactError, match="was not built here"):
+            Cascade.load(engines, "tensorrt_rtx")
 
     def test_runtime_without_engines(self, copy: Path) -> None:
         with pytest.raises(InputError, match="must have an engine in the bundle .* got 'tensorrt' and engines for"):

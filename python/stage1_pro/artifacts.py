@@ -46,8 +46,8 @@ CLAIMS_FILE = "claims.json"
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced and renamed over it.
+def atomic_path(path: Path | str, *, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, with ``mode``.
 
     A process killed at any moment leaves either the old file or the new one. Leftovers of
     killed writers are named ``.<name>.*.tmp`` and never read.
@@ -61,7 +61,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
         _sync_directory(path.parent)
     finally:
@@ -116,16 +116,16 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
+def write_bytes(path: Path | str, data: bytes, *, mode: int = 0o644) -> None:
     """Write bytes atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode=mode) as temporary:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path | str, text: str) -> None:
+def write_text(path: Path | str, text: str, *, mode: int = 0o644) -> None:
     """Write UTF-8 text atomically."""
     # File names on Linux are bytes: those that are not UTF-8 go out as they came in.
-    write_bytes(path, text.encode(errors="surrogateescape"))
+    write_bytes(path, text.encode(errors="surrogateescape"), mode=mode)
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
@@ -174,9 +174,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def write(self, path: Path | str) -> None:
+    def write(self, path: Path | str, *, mode: int = 0o644) -> None:
         """Write as indented JSON, atomically."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n", mode=mode)
 
     @classmethod
     def read(cls, path: Path | str) -> Self:

@@ -127,6 +127,27 @@ examples:
 """
 
 
+_VERIFY = """\
+every file must be listed, of its size and sha256; graphs may call only ONNX's own operators and read only listed
+files; JSON, arrays and image sizes are bounded. Exit code 4: refused, with the reason. An engine is code, so it runs
+only when it was built here, when a key you trust signed the bundle, or with --trust-engines.
+
+  stage1 verify BUNDLE
+  stage1 verify BUNDLE --require-signature --json
+"""
+
+
+_KEYS = """\
+  stage1 keys new maker.key            makes maker.key (private, mode 0600) and maker.key.pub, to hand out
+  stage1 sign RUN/bundle --key maker.key
+  stage1 keys trust maker.key.pub      on the machine that receives; after that signed engines run there
+  stage1 keys list
+  stage1 keys forget maker.key
+
+trusted keys lie in $STAGE1_CONFIG, else $XDG_CONFIG_HOME/stage1_pro, else ~/.config/stage1_pro
+"""
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults on every option that has one, line breaks as written."""
 
@@ -377,6 +398,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_bench(command("bench", "measure what an exit saves on this machine", lambda _: None))
 
+    _add_receiving(command)
+
     sub = command("inspect", "say what a bundle is, what it promises and for which GPUs", _inspect)
     sub.add_argument("bundle", type=Path, help="bundle folder")
 
@@ -565,6 +588,34 @@ def _add_bench_compare(kinds: Any) -> None:
     sub.add_argument("second", type=Path, metavar="B.json", help="latency.json that is judged; below 1 it is faster")
     sub.add_argument("--level", type=float, default=0.95, help="level of the intervals")
     sub.add_argument("--out", type=Path, help="JSON file to write")
+
+
+_Command = Callable[[str, str, Callable[[argparse.Namespace], Any]], argparse.ArgumentParser]
+
+
+def _add_receiving(command: _Command) -> None:
+    sub = command("verify", "check a bundle from elsewhere: hashes, limits, signature, engines; runs nothing", _verify)
+    sub.epilog = _VERIFY
+    sub.add_argument("bundle", type=Path, help="bundle folder")
+    sub.add_argument("--require-signature", action="store_true", help="refuse it unless a trusted key signed it")
+    sub.add_argument("--trust-engines", action="store_true", help="say what would run if its engines were trusted")
+
+    sub = command("sign", "sign a bundle with an Ed25519 key: writes bundle.sig", _sign)
+    sub.epilog = (
+        "changing or exporting a bundle afterwards voids its signature.\n\n  stage1 sign RUN/bundle --key maker.key"
+    )
+    sub.add_argument("bundle", type=Path, help="bundle folder")
+    sub.add_argument("--key", type=Path, required=True, help="PEM file of the private key; `stage1 keys new` makes one")
+
+    sub = command("keys", "make keys for signing, and say whose bundles' engines may run here", _keys)
+    sub.epilog = _KEYS
+    sub.add_argument("action", choices=["new", "trust", "list", "forget"], help="what to do")
+    sub.add_argument("key", nargs="?", help="new: file to write; trust: the .pub file; forget: identifier or name")
+    sub.add_argument("--name", help="trust: what messages call the key; the file's name by default")
+
+    sub = command("migrate", "write a bundle of an older format anew in today's", _migrate)
+    sub.add_argument("bundle", type=Path, help="bundle folder; it stays as it is")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -909,6 +960,58 @@ def _bench_compare(options: argparse.Namespace) -> None:
 
     found = compare_latency(options.first, options.second, level=options.level, out=options.out)
     _emit(options, found.model_dump(mode="json"), render_comparison(found))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.receiving import render, verify
+
+    facts = verify(options.bundle, require_signature=options.require_signature, trust_engines=options.trust_engines)
+    _emit(options, facts, render(facts))
+
+
+def _sign(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.receiving import sign
+
+    done = sign(options.bundle, options.key)
+    _emit(options, done, f"wrote {done['path']}/{done['file']}, signed by key {done['key_id']}")
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from stage1_pro.deploy import trust
+
+    if (options.key is None) != (options.action == "list"):
+        raise InputError(
+            f"key must {'not ' * (options.action == 'list')}be given for `keys {options.action}`; see --help"
+        )
+    if options.name is not None and options.action != "trust":
+        raise InputError(f"--name must go with `keys trust`, got `keys {options.action}`")
+    if options.action == "list":
+        keys = trust.trusted_keys()
+        lines = [f"{key.key_id}  {key.name}" for key in keys] or ["no key is trusted; stage1 keys trust FILE.pub"]
+        _emit(options, {"folder": str(trust.config_folder()), "keys": [k.model_dump() for k in keys]}, "\n".join(lines))
+    elif options.action == "new":
+        made = trust.new_key(options.key)
+        _emit(
+            options,
+            {"key_id": made, "private": options.key, "public": f"{options.key}.pub"},
+            f"wrote {options.key} (keep it to yourself) and {options.key}.pub (hand it out): key {made}",
+        )
+    else:
+        key = (
+            trust.forget_key(options.key) if options.action == "forget" else trust.trust_key(options.key, options.name)
+        )
+        text = "is trusted no longer" if options.action == "forget" else "is trusted: engines it signed run here"
+        _emit(options, key.model_dump(), f"key {key.key_id} '{key.name}' {text}")
+
+
+def _migrate(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.receiving import migrate
+
+    done = migrate(options.bundle, options.out)
+    lines = [f"wrote {done['out']}, format {done['format_version']}", *done["notes"]]
+    if done["signature_dropped"]:
+        lines.append("the signature was of the old manifest and stayed behind; sign the new bundle")
+    _emit(options, done, "\n".join(lines))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -52,13 +52,15 @@ STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
 # What a received bundle may ask of the machine before anybody has looked at it. JSON is parsed whole into memory and
 # into many small objects, so both its bytes and its values are counted; real manifests have a few thousand.
 JSON_BYTES = 4 * 2**20
-JSON_VALUES = 200_000
+JSON_VALUES = 50_000
 JSON_DEPTH = 32
 _TEXT_LENGTH = 2**16
 FILES = 1000
 _DEPTH = 6
 _CLASSES, _CLASS_LENGTH = 10_000, 200
 _TENSOR_NUMBERS = 2**28
+# What a terminal obeys, what turns text around, and halves of characters: messages and reports show these texts.
+_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _ARRAYS = 64
 
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
@@ -76,6 +78,8 @@ class Bundle:
     """The manifest's bytes, as read: what a signature covers."""
     notes: tuple[str, ...] = ()
     """What an older format lacks."""
+    format_version: int = FORMAT
+    """As it lies there; the manifest is always of today's."""
 
     def read(self, name: str) -> bytes:
         """A file's bytes, checked: what is given is what was hashed, whatever becomes of the file.
@@ -91,6 +95,10 @@ class Bundle:
         if len(data) != entry.size or sha256_bytes(data) != entry.sha256:
             raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
         return data
+
+    def check(self, name: str) -> None:
+        """Hash one file again; raise ArtifactError when it is not what was exported."""
+        _check_hash(self.path, name, self.manifest.files[name].sha256)
 
     def graph(self, stage: StageName) -> Path:
         """The ONNX file of one stage."""
@@ -214,11 +222,11 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     recover_directory(path)
     if not path.is_dir():
         raise ArtifactError(f"bundle must be a folder that holds {MANIFEST}, got {printable(str(path))}")
-    raw = _read(path, MANIFEST)
+    raw = read_plain(path, MANIFEST)
     values = _parse_json(raw, MANIFEST)
-    text, notes = _decode(raw, MANIFEST), ()
-    if values.get("format_version") != FORMAT:
-        current, notes = upgrade(values)
+    text = _decode(raw, MANIFEST)
+    found, current, notes = upgrade(values)
+    if found != FORMAT:
         text = json.dumps(current)
     manifest = BundleManifest.parse(text, MANIFEST)
     _check_names(manifest)
@@ -232,7 +240,7 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     )
     splits = SplitsSummary.parse(_read_record(path, manifest, "splits.json"), "splits.json")
     _check_policy(manifest, policy, splits)
-    return Bundle(path, manifest, policy, splits, raw, notes)
+    return Bundle(path, manifest, policy, splits, raw, notes, found)
 
 
 def check_policy_belongs(
@@ -255,10 +263,10 @@ def check_policy_belongs(
 
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
-    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else printable(text)
 
 
-def _open_plain(folder: Path, name: str) -> BinaryIO:
+def _open_plain(folder: Path, name: str) -> io.BufferedReader:
     """Open a plain file, never a link, and never wait on a pipe."""
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -272,17 +280,18 @@ def _open_plain(folder: Path, name: str) -> BinaryIO:
         raise ArtifactError(f"{name} must be a plain file that can be read, got: {error.strerror}") from None
 
 
-def _read(folder: Path, name: str) -> bytes:
+def read_plain(folder: Path, name: str, limit: int = JSON_BYTES) -> bytes:
+    """A file's bytes; raise ArtifactError where it is no plain file, or longer than ``limit``."""
     with _open_plain(folder, name) as file:
-        data = file.read(JSON_BYTES + 1)
-    if len(data) > JSON_BYTES:
-        raise ArtifactError(f"{name} must be at most {JSON_BYTES} bytes, got more")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ArtifactError(f"{name} must be at most {limit} bytes, got more")
     return data
 
 
 def _read_record(folder: Path, manifest: BundleManifest, name: str) -> str:
     """A JSON file of the manifest as text: the very bytes that were hashed."""
-    data = _read(folder, name)
+    data = read_plain(folder, name)
     if sha256_bytes(data) != manifest.files[name].sha256:
         raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
     _parse_json(data, name)
@@ -297,7 +306,7 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """JSON that means one thing to every reader: an object, bounded, no key twice, no NaN, no half characters."""
+    """JSON that means one thing to every reader: an object, bounded, no key twice, no NaN, no control characters."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -326,11 +335,11 @@ def _parse_json(data: bytes, name: str) -> dict[str, Any]:
             pending += [(part, depth + 1) for pair in value.items() for part in pair]
         elif isinstance(value, list):
             pending += [(part, depth + 1) for part in value]
-        elif isinstance(value, str) and (len(value) > _TEXT_LENGTH or not value.isascii()):
+        elif isinstance(value, str):
             if len(value) > _TEXT_LENGTH:
                 raise ArtifactError(f"{name} must hold texts of at most {_TEXT_LENGTH} characters, got {len(value)}")
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise ArtifactError(f"{name} must hold whole characters, got half of a surrogate pair")
+            if _UNFIT.search(value):
+                raise ArtifactError(f"{name} must hold plain text, got control characters: {printable(value, 80)}")
     return values
 
 
@@ -423,10 +432,14 @@ def _check_files(folder: Path, manifest: BundleManifest, present: Mapping[str, i
     if not verify:
         return
     for name, entry in manifest.files.items():
-        with _open_plain(folder, name) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry.sha256:
-            raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
+        _check_hash(folder, name, entry.sha256)
+
+
+def _check_hash(folder: Path, name: str, expected: str) -> None:
+    with _open_plain(folder, name) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
 
 
 def _check_relations(manifest: BundleManifest) -> None:
@@ -504,7 +517,7 @@ def _check_contents(folder: Path, manifest: BundleManifest) -> None:
             _check_arrays(file, name)
 
 
-def _check_arrays(file: BinaryIO, name: str) -> None:
+def _check_arrays(file: io.BufferedReader, name: str) -> None:
     """Refuse an ``.npz`` that is packed, holds objects, or whose arrays claim to be larger than they are."""
     try:
         with zipfile.ZipFile(file) as archive:

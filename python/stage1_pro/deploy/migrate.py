@@ -15,8 +15,8 @@ _LACKS_1 = (
 )
 
 
-def upgrade(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Give an older manifest's values as today's format has them, and what they lack.
+def upgrade(values: Mapping[str, Any]) -> tuple[int, dict[str, Any], tuple[str, ...]]:
+    """Give a manifest's format, its values as today's format has them, and what it lacks for being older.
 
     Args:
         values: ``bundle.json`` of any format, as parsed; it need not be valid.
@@ -34,11 +34,11 @@ def upgrade(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
         )
     current = dict(values)
     if found == FORMAT:
-        return current, ()
+        return found, current, ()
     # Format 1 lacks the variants and the reference, whose defaults say "none"; all else is as it was.
     stages = current.get("stages")
     entries = list(stages.values()) if isinstance(stages, dict) else []
     if "reference" in current or any(isinstance(entry, dict) and "variants" in entry for entry in entries):
         raise ArtifactError("format 1 must not hold variants or reference, which came with format 2; it is damaged")
     current["format_version"] = FORMAT
-    return current, _LACKS_1
+    return found, current, _LACKS_1

@@ -91,7 +91,8 @@ def open_session(
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    # Errors are raised; printed as well, they would show a stranger's names on the terminal.
+    options.log_severity_level = 4
     # The two sessions take turns with image decoding; idle threads that spin took 70% longer on two cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
@@ -113,7 +114,10 @@ def _reason(error: Exception) -> str:
 def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.InferenceSession:
     graph, entry = bundle.graph(stage), bundle.manifest.stages[stage]
     session = open_session(graph, threads, data=bundle.read(entry.onnx))
-    found = shapes(session.get_inputs()), shapes(session.get_outputs())
+    try:
+        found = shapes(session.get_inputs()), shapes(session.get_outputs())
+    except UnicodeDecodeError:
+        raise ArtifactError(f"{graph.name} must name its inputs and outputs in UTF-8, got other bytes") from None
     if found != (entry.inputs, entry.outputs):
         raise ArtifactError(
             f"{graph.name} must have the inputs and outputs of bundle.json, got {found[0]} -> {found[1]}"

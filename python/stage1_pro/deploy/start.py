@@ -138,7 +138,7 @@ def _trust(bundle: Bundle, entry: EngineEntry, trust_engines: bool) -> str:
     trust = engine_trust(bundle, entry, trust_engines=trust_engines)
     if not trust.allowed:
         raise ArtifactError(f"{entry.path} must be trusted before it runs, got: {trust.reason}")
-    return str(trust.reason)
+    return trust.reason
 
 
 def _start_graphs(bundle: Bundle, threads: int, reference: Reference | None, steps: list[Step]) -> Started:
