@@ -5,6 +5,7 @@ Importing it needs neither; starting one without library, driver or GPU is an er
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -78,9 +79,10 @@ class _Buffer:
         self._gpu = gpu
         size = math.prod(shape) * np.dtype(dtype).itemsize
         self.device = int(gpu.call("cudaMalloc", size))
-        weakref.finalize(self, gpu.call, "cudaFree", self.device)
         pinned = int(gpu.call("cudaHostAlloc", size, 0))
-        weakref.finalize(self, gpu.call, "cudaFreeHost", pinned)
+        for function, address in (("cudaFree", self.device), ("cudaFreeHost", pinned)):
+            # At the interpreter's end the driver is gone first, and its memory with it.
+            weakref.finalize(self, gpu.call, function, address).atexit = False
         self.host = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(pinned)).view(dtype).reshape(shape)
         self._pinned = pinned
 
@@ -224,8 +226,10 @@ class _Engine:
             return
         data = bytes(memoryview(self._cache.serialize()))
         if data and data != read_cache(self._cache_path):
-            self._cache_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_bytes(self._cache_path, data)
+            # A home that cannot be written to costs the next start some seconds, and this one nothing.
+            with contextlib.suppress(OSError):
+                self._cache_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_bytes(self._cache_path, data)
 
     def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> tuple[Arrays, float]:
         """Outputs by name and seconds between events on the device."""
