@@ -967,6 +967,131 @@ class CascadeBench(Record):
     batches: list[BenchBatch]
 
 
+class LatencyQuantile(Record):
+    """A quantile of single calls with its interval; null where so few samples have none."""
+
+    q: float
+    milliseconds: float | None
+    low: float | None
+    high: float | None
+
+
+class LatencySeries(Record):
+    """Single calls of one contestant, one part of them, at one batch size."""
+
+    contestant: str
+    part: str = Field(description="host, device (between events), decode, resize, model or total")
+    batch: int
+    deferral_rate: float | None = Field(description="share of rows that Stage B was made to answer; of a cascade alone")
+    n: int
+    enough: bool = Field(description="1,000 samples or more, which a p99 takes")
+    mean: float = Field(description="milliseconds")
+    quantiles: list[LatencyQuantile]
+    milliseconds: list[float] = Field(description="every sample, in the order it was taken")
+
+    def key(self) -> tuple[str, str, int, float | None]:
+        """What it is a series of."""
+        return self.contestant, self.part, self.batch, self.deferral_rate
+
+    def quantile(self, q: float) -> LatencyQuantile:
+        """One quantile; KeyError when it is not there."""
+        for found in self.quantiles:
+            if found.q == q:
+                return found
+        raise KeyError(q)
+
+
+class ColdStart(Record):
+    """A fresh process up to its first answer, milliseconds, medians over repeats."""
+
+    cache: Literal["none", "empty", "kept"] = Field(description="of kernels compiled on this machine")
+    repeats: int
+    total: float = Field(description="from starting the process to its end")
+    load: float = Field(description="verifying the bundle, starting the runtime, parity")
+    first: float = Field(description="the first answer, by both stages")
+
+
+class LatencyRatio(Record):
+    """A quantile of one series over that of another; ``q`` null: means."""
+
+    q: float | None
+    ratio: float
+    low: float
+    high: float
+
+
+class LatencyPeer(Record):
+    """Another runtime's full pass on the same inputs at the same moment, over the cascade's time; above 1: slower."""
+
+    name: str
+    batch: int | None = Field(description="null where it was skipped")
+    skipped: str | None
+    logit: float | None = Field(None, description="largest difference from the cascade's own Stage B")
+    prob: float | None = None
+    flips: int | None = Field(None, description="rows it labels otherwise")
+    to_cascade: list[LatencyRatio] = []
+    to_full_pass: list[LatencyRatio] = Field([], description="over this runtime's own full pass")
+
+
+class LatencyThroughput(Record):
+    """The cascade's throughput at one batch size, and whether its p99 keeps the budget; null without enough samples."""
+
+    batch: int
+    images_per_second: float
+    p99: float | None
+    within: bool | None
+
+
+class LatencyBench(Record):
+    """What ``stage1 bench latency`` found."""
+
+    format_version: Literal[1] = 1
+    source: str = Field(description="last name of the bundle's or run's folder")
+    runtime: str = Field(description="what answered")
+    steps: list[str] = Field(description="what was tried for it and why it stepped down")
+    backbone: str
+    tap: int
+    n_blocks: int
+    height: int
+    width: int
+    quick: bool = Field(description="fewer samples than a p99 takes, on purpose")
+    samples: int = Field(description="asked for")
+    limit: float = Field(description="seconds after which a series ends early")
+    warmup: float = Field(description="milliseconds")
+    deferral: float = Field(description="rate of requests, throughput and peers")
+    budget: float = Field(description="milliseconds that p99 may take")
+    inputs: str
+    photos: str
+    seed: int
+    machine: dict[str, str | int | float | None]
+    series: list[LatencySeries]
+    cold: list[ColdStart]
+    throughput: list[LatencyThroughput]
+    peers: list[LatencyPeer]
+
+
+class LatencyDifference(Record):
+    """One series of two results: the second over the first."""
+
+    contestant: str
+    part: str
+    batch: int
+    deferral_rate: float | None
+    n: tuple[int, int]
+    ratios: list[LatencyRatio]
+
+
+class LatencyComparison(Record):
+    """What ``stage1 bench compare`` found: below 1 the second result is faster."""
+
+    format_version: Literal[1] = 1
+    first: str
+    second: str
+    level: float
+    differences: list[LatencyDifference]
+    cautions: list[str]
+
+
 class GateChoice(Record):
     """``gate.json``: how the gate was fitted, and what ranks answers better on ``val_select``, it or max softmax."""
 

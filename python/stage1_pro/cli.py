@@ -41,7 +41,34 @@ as a miner of NATIX StreetVision:
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read,
-            7 evaluate: a promise of the policy fails on val_test (all is written all the same)
+            7 evaluate: a promise of the policy fails on val_test (all is written all the same),
+            8 the GPU failed while it answered
+"""
+
+
+# Named here so that --help loads no runtime; a test holds them against deploy/start.py.
+RUNTIME_NAMES = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
+_RUNTIMES = """\
+runtimes:
+  onnxruntime    the bundle's fp32 graphs on the CPU; always there
+  tensorrt_rtx   its engines for consumer cards (Ampere and later); needs an NVIDIA driver and the extra [rtx]
+  tensorrt       its engines for data-centre cards; needs NVIDIA's own tensorrt package
+  auto           its engines, the recipe's precision first and then its fallbacks; onnxruntime when none starts
+Before a runtime answers it must give the bundle's seeded reference outputs here; one that does not is stepped down
+from, with its reason, and a named runtime never becomes another one. PyTorch runs a run, not a bundle: stage1 infer.
+"""
+
+
+_LATENCY = """\
+how it is measured: every call is one sample (no averages), inputs rotate, contestants of a batch size are called turn
+about, after 200 ms of warming up each. Intervals are of a bootstrap over blocks of neighbouring calls. On a GPU, device
+time lies between two events; host time includes copies and Python. Requests go from JPEG bytes to a decision, with
+decoding, resizing and the model apart. A cold start is a fresh process to its first answer.
+
+examples:
+  stage1 bench latency --bundle RUN/bundle --quick
+  stage1 bench latency --bundle RUN/bundle --run RUN --against torch-eager,torch-compile,onnxruntime --out before
+  stage1 bench compare before/latency.json after/latency.json
 """
 
 
@@ -385,10 +412,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
     sub = command("predict", "answer for images with a bundle (needs no torch)", _predict)
+    sub.epilog = _RUNTIMES
     sub.add_argument("--bundle", type=Path, required=True, help="bundle folder")
     sub.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER|CSV", help="what to answer for")
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
+    sub.add_argument("--runtime", choices=RUNTIME_NAMES, default="onnxruntime", help="what executes the stages")
+    sub.add_argument(
+        "--trust-engines", action="store_true",
+        help="run engines that were neither built here nor signed by a trusted key; an engine is a program",
+    )  # fmt: skip
     sub.add_argument(
         "--prior",
         type=float,
@@ -519,6 +552,8 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     """What can be measured, as subcommands of their own."""
     kinds = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    _add_bench_latency(kinds)
+    _add_bench_compare(kinds)
     text = "latency and throughput of Stage A, Stage B, always both, a full pass and the cascade, by deferral rate"
     sub = kinds.add_parser("cascade", help=text, description=f"L{text[1:]}.", formatter_class=_Formatter)
     # Left out, it must not undo a --json before the word "cascade".
@@ -532,7 +567,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--runtime",
-        choices=["onnxruntime", "torch"],
+        choices=[*RUNTIME_NAMES, "torch"],
         help="what executes; onnxruntime for a bundle, torch for a run by default",
     )
     sub.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="batch sizes")
@@ -589,6 +624,60 @@ def _add_streetvision(parent: argparse.ArgumentParser) -> None:
     sub.add_argument("--settings", type=Path, help="YAML of the miner; names detector and YAML to the miner, too")
     sub.add_argument("--entry", default="neurons/miner.py", help="the miner's script, within its checkout")
     sub.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="the miner's own")
+
+
+def _add_bench_latency(kinds: Any) -> None:
+    text = "what a service sees: p50 to p99 of single calls, bytes to decision, cold start, deferral rates, peers"
+    sub = kinds.add_parser(
+        "latency", help=text, description=f"W{text[1:]}.", formatter_class=_Formatter, epilog=_LATENCY
+    )
+    sub.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+    )
+    sub.set_defaults(run_station=_bench_latency)
+    sub.add_argument("--bundle", type=Path, help="bundle folder")
+    sub.add_argument(
+        "--run", type=Path, help="run folder; alone it is measured in torch, beside --bundle it is for torch peers"
+    )
+    sub.add_argument(
+        "--runtime",
+        choices=[*RUNTIME_NAMES, "torch"],
+        help="what executes; onnxruntime for a bundle, torch for a run by default",
+    )
+    sub.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="batch sizes")
+    sub.add_argument(
+        "--rates", type=float, nargs="+", default=[0.0, 0.1, 0.3, 0.5, 1.0], metavar="R",
+        help="deferral rates to force; over the calls exactly this share of rows goes to Stage B",
+    )  # fmt: skip
+    sub.add_argument("--samples", type=int, default=1000, help="calls of each; a p99 takes 1,000")
+    sub.add_argument("--warmup", type=float, default=200, metavar="MS", help="milliseconds before the first call")
+    sub.add_argument("--limit", type=float, default=30, metavar="S", help="seconds a batch size may take at most")
+    sub.add_argument("--quick", action="store_true", help="50 samples and one cold start: a look, not a measurement")
+    sub.add_argument("--deferral", type=float, default=0.3, help="rate of requests, of throughput and of peers")
+    sub.add_argument("--budget", type=float, default=50, metavar="MS", help="milliseconds the p99 of a batch may take")
+    sub.add_argument("--photos", type=Path, help="encoded photos to answer from; drawn JPEGs of 1280 x 720 otherwise")
+    sub.add_argument(
+        "--against", type=lambda text: text.split(","), default=[], metavar="PEER[,PEER]",
+        help="full passes on the same inputs: onnxruntime, torch-eager, torch-compile; one that cannot run says why",
+    )  # fmt: skip
+    sub.add_argument("--threads", type=int, default=0, help="threads of an operator; 0 = as the runtime has them")
+    sub.add_argument("--seed", type=int, default=0, help="seed of orders, noise, deferred rows and resamples")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of torch; cuda replays CUDA graphs")
+    sub.add_argument("--trust-engines", action="store_true", help="run engines neither built here nor signed")
+    sub.add_argument("--out", type=Path, help="folder for latency.json and latency.png")
+
+
+def _add_bench_compare(kinds: Any) -> None:
+    text = "two results of bench latency: ratios of their quantiles with bootstrap intervals"
+    sub = kinds.add_parser("compare", help=text, description=f"T{text[1:]}.", formatter_class=_Formatter)
+    sub.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+    )
+    sub.set_defaults(run_station=_bench_compare)
+    sub.add_argument("first", type=Path, metavar="A.json", help="latency.json that is compared with")
+    sub.add_argument("second", type=Path, metavar="B.json", help="latency.json that is judged; below 1 it is faster")
+    sub.add_argument("--level", type=float, default=0.95, help="level of the intervals")
+    sub.add_argument("--out", type=Path, help="JSON file to write")
 
 
 _Command = Callable[[str, str, Callable[[argparse.Namespace], Any]], argparse.ArgumentParser]
@@ -902,11 +991,13 @@ def _export(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from stage1_pro.policies.promises import check_prior
-    from stage1_pro.stations.prediction import predict
+    from stage1_pro.stations.prediction import load, predict
 
     check_prior(options.prior)
-    found = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size)
-    return _answered(options, options.bundle, *found)
+    cascade = load(options.bundle, options.runtime, trust_engines=options.trust_engines)
+    found = predict(cascade, options.inputs, out=options.out, batch_size=options.batch_size)
+    started = {"runtime": cascade.runtime.name, "steps": [asdict(step) for step in cascade.steps]}
+    return _answered(options, options.bundle, *found, started)
 
 
 def _infer(options: argparse.Namespace) -> int:
@@ -918,11 +1009,17 @@ def _infer(options: argparse.Namespace) -> int:
     return _answered(options, options.run, *found)
 
 
-def _answered(options: argparse.Namespace, source: Path, rows: list[dict[str, Any]], failures: int) -> int:
+def _answered(
+    options: argparse.Namespace,
+    source: Path,
+    rows: list[dict[str, Any]],
+    failures: int,
+    started: dict[str, Any] | None = None,
+) -> int:
     from stage1_pro.stations.prediction import count, promised, render
 
     found = promised(source, options.prior)
-    data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)}
+    data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **(started or {})}
     _emit(options, data, render(rows, options.out, found))
     return 1 if failures else 0
 
@@ -980,6 +1077,39 @@ def _launch(options: argparse.Namespace) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _bench_latency(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.latency import bench_latency, render
+
+    found = bench_latency(
+        options.bundle,
+        run=options.run,
+        runtime=options.runtime,
+        batch=options.batch,
+        rates=options.rates,
+        samples=options.samples,
+        warmup=options.warmup,
+        limit=options.limit,
+        quick=options.quick,
+        deferral=options.deferral,
+        budget=options.budget,
+        photos=options.photos,
+        against=options.against,
+        threads=options.threads,
+        seed=options.seed,
+        trust_engines=options.trust_engines,
+        device=options.device,
+        out=options.out,
+    )
+    _emit(options, found.model_dump(mode="json"), render(found))
+
+
+def _bench_compare(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.latency import compare_latency, render_comparison
+
+    found = compare_latency(options.first, options.second, level=options.level, out=options.out)
+    _emit(options, found.model_dump(mode="json"), render_comparison(found))
 
 
 def _verify(options: argparse.Namespace) -> None:

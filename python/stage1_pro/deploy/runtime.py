@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stage1_pro.artifacts import StageName, printable
 from stage1_pro.deploy.bundle import Bundle
-from stage1_pro.errors import ArtifactError, InputError, nearest
+from stage1_pro.errors import ArtifactError, InputError
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -73,25 +73,6 @@ class OnnxRuntime:
     def stage_b(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [N, K] from the hidden rows that Stage A deferred."""
         return self.run("stage_b", {"hidden": hidden})["logits"]
-
-
-def _torch(bundle: Bundle, threads: int) -> Runtime:
-    """Torch runs a run's own model (``Cascade.from_run``): a bundle holds graphs, and no weights torch could load."""
-    del threads
-    raise InputError(
-        f"runtime must be onnxruntime for the bundle {bundle.path}, got 'torch', which needs the run's checkpoint; "
-        "use Cascade.from_run(RUN) or --run RUN instead"
-    )
-
-
-RUNTIMES: dict[str, Callable[[Bundle, int], Runtime]] = {"onnxruntime": OnnxRuntime, "torch": _torch}
-
-
-def load_runtime(bundle: Bundle, name: str = "onnxruntime", threads: int = 0) -> Runtime:
-    """Start a runtime by name; raise InputError naming those there are."""
-    if name not in RUNTIMES:
-        raise InputError(f"runtime must be one of {', '.join(RUNTIMES)}, got '{name}'{nearest(name, RUNTIMES)}")
-    return RUNTIMES[name](bundle, threads)
 
 
 def open_session(

@@ -14,7 +14,7 @@ from typing import Any
 
 from stage1_pro import __version__, _native
 from stage1_pro.deploy.engine import BUILDERS
-from stage1_pro.deploy.runtime import RUNTIMES
+from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.errors import need
 
 BASE = ("numpy", "scipy", "pillow", "pydantic", "pyyaml", "rich", "onnxruntime", "matplotlib", "jinja2", "jsonschema")
@@ -52,7 +52,7 @@ def doctor() -> dict[str, Any]:
         "base": base,
         "train": train,
         "signing": signing,
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "torch_devices": _torch_devices(),
         "compiled": {
             "_core": _native.why(),
@@ -108,7 +108,7 @@ def _builder(module: str) -> str | None:
         return None
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Name, compute capability, memory and driver of each NVIDIA GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
