@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.data.images import ImageError, preprocess, read_image, upright_rgb
+from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime
 from stage1_pro.deploy.start import Step, start
@@ -236,8 +236,5 @@ def _open(image: ImageLike) -> Image.Image:
             raise ImageError("image array", "damaged", "no pixels")
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
-        try:
-            return upright_rgb(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ImageError("image", "damaged", str(error)) from None
+        return read_opened(image)
     raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")
