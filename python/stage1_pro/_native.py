@@ -579,8 +579,7 @@ class Router:
         self.uses_gate = platt is not None
         with np.errstate(over="ignore"):
             self.threshold = float(np.float32(threshold))
-        self._scale, self._offset = platt or (0.0, 0.0)
-        self._no_gate = np.zeros(0, np.float32)
+        self._rule = (*(platt or (0.0, 0.0)), self.threshold)
         self._buffers = Routed(
             np.empty(max_rows, np.uint8),
             np.empty(max_rows, np.float32),
@@ -609,9 +608,7 @@ class Router:
                 f"gate must be {'given' if self.uses_gate else 'None'}, got {'None' if gate is None else 'values'}; "
                 "a router with platt decides by gate, one without by probability"
             )
-        if gate is None:
-            gate = self._no_gate
-        else:
+        if gate is not None:
             _check_floats("gate", gate, 1)
             if gate.size != n:
                 raise InputError(f"gate must have shape [{n}] as logits has rows, got [{gate.size}]; one per row")
@@ -619,8 +616,8 @@ class Router:
             exited, score, label, probability, deferred = self._buffers
             self._views = Routed(exited[:n], score[:n], label[:n], probability[:n], deferred[:n])
         views = self._views
-        count: int = _kernels.route(logits, gate, self.uses_gate, self._scale, self._offset, self.threshold, *views)
-        return views._replace(deferred=views.deferred[:count])
+        count: int = _kernels.route(logits, gate, self._rule, views)
+        return Routed(views.exited, views.score, views.label, views.probability, views.deferred[:count])
 
     def gather(self, source: NDArray[np.float32], index: NDArray[np.int32]) -> NDArray[np.float32]:
         """Rows ``index`` [M] of source [N, ...] float32, [M, ...]: a view of a buffer, valid until the next call."""
@@ -628,7 +625,7 @@ class Router:
             raise InputError(
                 f"source must be contiguous float32 [N, ...], got {source.dtype} {list(source.shape)}; copy it first"
             )
-        _check_index(index, source.shape[0])
+        _check_index(index)
         flat = source.reshape(source.shape[0], -1)
         size = index.size * flat.shape[1]
         if self._gathered.size < size:
@@ -636,7 +633,10 @@ class Router:
                 self.max_rows * flat.shape[1] if index.size <= self.max_rows else size, np.float32
             )
         out = self._gathered[:size].reshape(index.size, flat.shape[1])
-        _kernels.gather(flat, index, out)
+        try:
+            _kernels.gather(flat, index, out)
+        except ValueError:
+            raise _beyond(index, source.shape[0]) from None
         return out.reshape(index.size, *source.shape[1:])
 
     def merge(
@@ -644,7 +644,7 @@ class Router:
     ) -> None:
         """Write Stage B's answers [M] into ``routed`` at its deferred rows; ``exited`` still tells whose they are."""
         index = routed.deferred
-        _check_index(index, routed.label.size)
+        _check_index(index)
         for name, values, dtype in (
             ("label", label, np.int32),
             ("probability", probability, np.float32),
@@ -655,7 +655,10 @@ class Router:
                     f"{name} must be contiguous {np.dtype(dtype)} [{index.size}], one per deferred row, got "
                     f"{values.dtype} {list(values.shape)}; convert it first"
                 )
-        _kernels.merge(index, label, probability, score, routed.label, routed.probability, routed.score)
+        try:
+            _kernels.merge(index, (label, probability, score), (routed.label, routed.probability, routed.score))
+        except ValueError:
+            raise _beyond(index, routed.label.size) from None
 
 
 def _check_floats(name: str, values: NDArray[np.float32], ndim: int) -> None:
@@ -666,13 +669,15 @@ def _check_floats(name: str, values: NDArray[np.float32], ndim: int) -> None:
         )
 
 
-def _check_index(index: NDArray[np.int32], n: int) -> None:
+def _check_index(index: NDArray[np.int32]) -> None:
     if index.dtype != np.int32 or index.ndim != 1 or not index.flags.c_contiguous:
         raise InputError(
             f"index must be contiguous int32 [M], got {index.dtype} {list(index.shape)}; take Routed.deferred"
         )
-    # One reduction for both ends: read as unsigned, a negative index is beyond every row.
-    if index.size and index.view(np.uint32).max() >= n:
-        raise InputError(
-            f"index must be from 0 to {n - 1}, got {int(index.min())} to {int(index.max())}; rows of source"
-        )
+
+
+def _beyond(index: NDArray[np.int32], n: int) -> InputError:
+    """What a kernel that refused an index means; kernels look at every one anyway."""
+    return InputError(
+        f"index must be from 0 to {n - 1}, got {int(index.min())} to {int(index.max())}; rows of source"
+    )
