@@ -78,8 +78,12 @@ class Router {
         : device_(device), rule_{use_gate ? Score::gate : Score::probability, scale, offset, threshold} {
         const OnDevice here(device_);
         // One allocation, each part at an address that any type may have.
-        const std::vector<std::size_t> sizes{max_rows,     4 * max_rows, 4 * max_rows,
-                                             4 * max_rows, 4 * max_rows, sizeof(std::int32_t),
+        const std::vector<std::size_t> sizes{max_rows,
+                                             4 * max_rows,
+                                             4 * max_rows,
+                                             4 * max_rows,
+                                             4 * max_rows,
+                                             sizeof(std::int32_t),
                                              cuda::scratch_bytes(max_rows)};
         std::vector<std::size_t> starts;
         std::size_t total = 0;
@@ -175,8 +179,9 @@ PYBIND11_MODULE(_cuda, module) {
     using Release = py::call_guard<py::gil_scoped_release>;
     module.doc() = "The CUDA router of stage1_pro; call it through stage1_pro._native";
     module.attr("__version__") = STAGE1_VERSION;
-    module.attr("architectures") = STAGE1_ARCHITECTURES;
-    module.attr("runtime_version") = CUDART_VERSION;
+    module.def(
+        "built", [] { return std::pair(STAGE1_ARCHITECTURES, CUDART_VERSION); },
+        "The architectures it was built for, and with which CUDA (13000 is 13.0)");
     module.def(
         "devices",
         [] {

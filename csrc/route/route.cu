@@ -162,8 +162,8 @@ BucketSwitch::BucketSwitch(std::span<const std::int32_t> buckets, std::span<cons
     add_node(whole.graph, &chosen, cases);
     for (std::size_t bucket = 0; bucket < buckets.size(); ++bucket) {
         cudaGraphNode_t child = nullptr;
-        check("graph", cudaGraphAddChildGraphNode(&child, cases.conditional.phGraph_out[bucket], nullptr, 0,
-                                                  graphs[bucket]));
+        check("graph",
+              cudaGraphAddChildGraphNode(&child, cases.conditional.phGraph_out[bucket], nullptr, 0, graphs[bucket]));
     }
     cudaGraphExec_t executable = nullptr;
     check("graph", cudaGraphInstantiate(&executable, whole.graph, 0));

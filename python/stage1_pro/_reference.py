@@ -424,9 +424,7 @@ def route(
     logits: NDArray[np.float32],
     gate: NDArray[np.float32] | None,
     rule: tuple[float, float, float],
-    out: tuple[
-        NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]
-    ],
+    out: tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]],
 ) -> int:
     """Decide rows [N, K] by (scale, offset, threshold) into five arrays [N]; return how many are deferred.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -41,6 +40,12 @@ def doctor() -> dict[str, Any]:
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
+    gpus = _gpus()
+    if gpus and _native.cuda_why() is None:
+        missing["CUDA router (_cuda)"] = (
+            "with a CUDA toolkit: pip install --force-reinstall --no-deps "
+            "--config-settings=cmake.define.STAGE1_CUDA=ON ."
+        )
     return {
         "stage1_pro": __version__,
         "python": platform.python_version(),
@@ -48,12 +53,9 @@ def doctor() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "base": base,
         "train": train,
-        "gpus": _gpus(),
+        "gpus": gpus,
         "torch_devices": _torch_devices(),
-        "compiled": {
-            "_core": _native.why(),
-            "_cuda": "built" if importlib.util.find_spec("stage1_pro._cuda") else None,
-        },
+        "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,
@@ -72,7 +74,7 @@ def render(facts: dict[str, Any]) -> str:
         f"train       {listing(facts['train'])}",
         f"GPUs        {', '.join(facts['gpus']) or 'none found (nvidia-smi)'}",
         f"torch       {', '.join(facts['torch_devices']) or 'not installed'}",
-        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or '-'}",
+        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or 'not built'}",
         f"runtimes    {', '.join(facts['runtimes'])}",
         f"builders    {listing(facts['builders'])}",
     ]
