@@ -1,6 +1,7 @@
 // Runs the router's CUDA kernels, as they stand, on a CPU. A block is a thread, its CUDA threads are fibers of that
 // thread, and a barrier passes when every fiber stands at it; blocks meet in memory as they do on a GPU, at moments
 // that the operating system chooses. It shows what is computed, not what a GPU's memory model may reorder.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -28,18 +29,38 @@ struct Barrier {
 };
 
 struct Block {
-    std::vector<ucontext_t> fibers;
+    std::vector<ucontext_t> starts;
+    std::vector<jmp_buf> fibers;
+    std::vector<bool> started;
     std::vector<char> stacks;
     std::vector<bool> done;
     std::vector<std::uint64_t> slots;
     std::vector<Barrier> warps;
     Barrier all;
-    ucontext_t scheduler{};
+    jmp_buf scheduler;
     const std::function<void()>* work = nullptr;
 };
 
 thread_local Block* block;
 thread_local Dim thread_index, block_index, block_dim, grid_dim;
+
+// Jumps, because swapcontext asks the kernel for the signal mask each time.
+inline void to_scheduler() {
+    if (_setjmp(block->fibers[thread_index.x]) == 0) {
+        _longjmp(block->scheduler, 1);
+    }
+}
+
+inline void to_fiber(unsigned thread) {
+    thread_index.x = thread;
+    if (_setjmp(block->scheduler) == 0) {
+        if (block->started[thread]) {
+            _longjmp(block->fibers[thread], 1);
+        }
+        block->started[thread] = true;
+        setcontext(&block->starts[thread]);
+    }
+}
 
 inline void wait(Barrier& barrier, unsigned members) {
     const unsigned generation = barrier.generation;
@@ -48,7 +69,7 @@ inline void wait(Barrier& barrier, unsigned members) {
         ++barrier.generation;
     }
     while (barrier.generation == generation) {
-        swapcontext(&block->fibers[thread_index.x], &block->scheduler);
+        to_scheduler();
     }
 }
 
@@ -72,12 +93,14 @@ std::array<T, warp> exchange(T value) {
 inline void fiber() {
     (*block->work)();
     block->done[thread_index.x] = true;
-    swapcontext(&block->fibers[thread_index.x], &block->scheduler);
+    to_scheduler();
 }
 
 inline void run_block(unsigned threads, const std::function<void()>& work) {
     Block here;
-    here.fibers.resize(threads);
+    here.starts.resize(threads);
+    here.fibers = std::vector<jmp_buf>(threads);
+    here.started.assign(threads, false);
     here.stacks.resize(threads * stack_bytes);
     here.done.assign(threads, false);
     here.slots.resize(threads);
@@ -85,7 +108,7 @@ inline void run_block(unsigned threads, const std::function<void()>& work) {
     here.work = &work;
     block = &here;
     for (unsigned thread = 0; thread < threads; ++thread) {
-        ucontext_t& context = here.fibers[thread];
+        ucontext_t& context = here.starts[thread];
         getcontext(&context);
         context.uc_stack.ss_sp = here.stacks.data() + thread * stack_bytes;
         context.uc_stack.ss_size = stack_bytes;
@@ -97,8 +120,7 @@ inline void run_block(unsigned threads, const std::function<void()>& work) {
         for (unsigned thread = 0; thread < threads; ++thread) {
             if (!here.done[thread]) {
                 running = true;
-                thread_index.x = thread;
-                swapcontext(&here.scheduler, &here.fibers[thread]);
+                to_fiber(thread);
             }
         }
         std::this_thread::yield();
