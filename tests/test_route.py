@@ -5,6 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import math
+import os
+import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -197,6 +201,76 @@ def test_a_warm_router_allocates_nothing():
         tracemalloc.stop()
     # Array objects alone: a buffer of this batch's tokens would be 4 MB, one of its scores 1 kB.
     assert peak < 4096
+
+
+@needs_core
+@pytest.mark.parametrize("platt", [None, (1.7, -0.3)], ids=["probability", "gate"])
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_kernel_and_twin_agree_on_a_million_rows(k, platt):
+    rng = np.random.default_rng(100 + k)
+    n = 1_000_000
+    logits = hard_logits(rng, n, k)
+    gate = None if platt is None else hard_gates(rng, n)
+    assert np.isnan(logits).any() and np.isposinf(logits).any() and np.isneginf(logits).any()
+    router = _native.Router(n, threshold=0.75, platt=platt)
+    with _native.use("reference"):
+        expected = copy(router.route(logits, gate))
+    for ours, theirs in zip(router.route(logits, gate), expected, strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+ALLOCATIONS = """
+import ctypes, sys
+import numpy as np
+from stage1_pro import _native
+
+counted = ctypes.CDLL(None).allocations
+counted.restype = ctypes.c_long
+rng = np.random.default_rng(0)
+tokens, gate = rng.normal(size=(256, 40, 10)).astype(np.float32), rng.normal(size=256).astype(np.float32)
+for k in (1, 2, 7):
+    logits = rng.normal(size=(256, k)).astype(np.float32)
+    for platt in (None, (1.0, 0.0)):
+        router = _native.Router(256, threshold=0.7, platt=platt)
+        label, probability = np.zeros(256, np.int32), np.zeros(256, np.float32)
+
+        def turn():
+            routed = router.route(logits, None if platt is None else gate)
+            router.gather(tokens, routed.deferred)
+            m = routed.deferred.size
+            router.merge(routed, label[:m], probability[:m], probability[:m])
+
+        for _ in range(10):
+            turn()
+        blocks, before = sys.getallocatedblocks(), counted()
+        for _ in range(1000):
+            turn()
+        made, left = counted() - before, sys.getallocatedblocks() - blocks
+        assert made == 0 and left < 20, (k, platt, made, left)
+control = counted()
+_native.Router(100_000, threshold=0.7)
+assert counted() > control
+print("nothing allocated")
+"""
+
+
+@needs_core
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="counting needs glibc and a C compiler"
+)
+def test_a_warm_router_never_calls_the_allocator(repository, tmp_path):
+    """Python's own small objects come from its pools; of malloc, calloc and realloc a call makes not one."""
+    library = tmp_path / "count.so"
+    source = repository / "tests/count_malloc.c"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATIONS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_PRELOAD": str(library), "STAGE1_BACKEND": "compiled"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "nothing allocated"
 
 
 @needs_core
