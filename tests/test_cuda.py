@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_route import hard_gates, hard_logits
+from hard_rows import hard_gates, hard_logits
 
 from stage1_pro import _native
 from stage1_pro.errors import DependencyError, InputError
@@ -38,11 +38,8 @@ def no_device():
     """Why there is no device, or None where there is one."""
     if not BUILT:
         return "stage1_pro._cuda is not built (STAGE1_CUDA=ON builds it)"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "no CUDA device (torch.cuda.is_available() is False)"
-    return None
+    count, missing = importlib.import_module("stage1_pro._cuda").devices()
+    return None if count else f"no CUDA device: {missing}"
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +210,7 @@ def test_no_multiplication_is_fused_and_none_is_approximate(repository, tmp_path
     assert not re.findall(r"\b(?:fma|mad)\.\S*f\d\d|\.approx|\.ftz", ptx)
 
 
-def test_without_the_module_or_a_device_a_call_says_what_is_missing(monkeypatch):
+def test_without_the_module_or_a_device_a_call_says_what_is_missing():
     if no_device() is None:
         pytest.skip("there is a device; what is missing elsewhere cannot be seen here")
     with pytest.raises(DependencyError, match=r"STAGE1_CUDA=ON|needs a device, got none \(.+\); install or update"):
@@ -268,9 +265,7 @@ def torch_cuda():
     reason = no_device()
     if reason:
         pytest.skip(reason)
-    import torch
-
-    return torch
+    return pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt '.[train]'")
 
 
 def on_host(torch, routed, n):
@@ -387,7 +382,7 @@ def test_the_switch_runs_the_smallest_bucket_that_holds_the_count(torch_cuda):
             ran[bucket : bucket + 1].add_(one)
         graphs.append(graph)
     router = _native.CudaRouter(16, threshold=0.9)
-    switch = router.switch([4, 8, 16], [graph.raw_cuda_graph() for graph in graphs])
+    switch = router.switch([4, 8, 16], graphs)
     logits = torch_cuda.zeros(16, 2, device="cuda")
     stream = torch_cuda.cuda.current_stream()
     for deferred, expected in ((0, [0, 0, 0]), (1, [1, 0, 0]), (4, [1, 0, 0]), (5, [0, 1, 0]), (16, [0, 0, 1])):

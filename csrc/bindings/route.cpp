@@ -11,8 +11,13 @@ void need(bool fits) {
     }
 }
 
-// (exited, score, label, probability, deferred)
-Routed routed(const py::tuple& out) {
+// (scale, offset, threshold), (exited, score, label, probability, deferred), (label, probability, score)
+using RuleTuple = py::typing::Tuple<double, double, double>;
+using RoutedTuple =
+    py::typing::Tuple<Array<std::uint8_t>, Array<float>, Array<std::int32_t>, Array<float>, Array<std::int32_t>>;
+using AnswersTuple = py::typing::Tuple<Array<std::int32_t>, Array<float>, Array<float>>;
+
+Routed routed(const RoutedTuple& out) {
     need(out.size() == 5);
     const Routed found{stands<std::uint8_t>(out[0]), stands<float>(out[1]), stands<std::int32_t>(out[2]),
                        stands<float>(out[3]), stands<std::int32_t>(out[4])};
@@ -22,7 +27,7 @@ Routed routed(const py::tuple& out) {
     return found;
 }
 
-std::size_t route(const py::array& logits, const py::object& gate, const py::tuple& rule, const py::tuple& out) {
+std::size_t route(const py::array& logits, const py::object& gate, const RuleTuple& rule, const RoutedTuple& out) {
     need(logits.ndim() == 2 && logits.shape(1) >= 1 && logits.shape(1) < std::int64_t{1} << 31 && rule.size() == 3);
     const Routed found = routed(out);
     const auto rows = stands<const float>(logits);
@@ -54,8 +59,7 @@ void gather(const py::array& source, const py::array& index, const py::array& ou
     stage1::gather(rows, width, places, gathered);
 }
 
-// answers and out: (label, probability, score)
-void merge(const py::array& index, const py::tuple& answers, const py::tuple& out) {
+void merge(const py::array& index, const AnswersTuple& answers, const AnswersTuple& out) {
     need(answers.size() == 3 && out.size() == 3);
     const auto places = stands<const std::int32_t>(index);
     const auto labels = stands<const std::int32_t>(answers[0]);

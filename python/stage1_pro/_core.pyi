@@ -194,7 +194,19 @@ def measure_suite(
     Every metric of sorted rows [8 + coverages + risks]
     """
 
-def merge(index: numpy.ndarray, answers: tuple, out: tuple) -> None:
+def merge(
+    index: numpy.ndarray,
+    answers: tuple[
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    ],
+    out: tuple[
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    ],
+) -> None:
     """
     Writes (label, probability, score) [M] to rows index [M] of the same three [N]
     """
@@ -242,7 +254,22 @@ def resample_counts(
     How often each unit is in each resample [n_replicates, units]
     """
 
-def route(logits: numpy.ndarray, gate: typing.Any, rule: tuple, out: tuple) -> int:
+def route(
+    logits: numpy.ndarray,
+    gate: typing.Any,
+    rule: tuple[
+        typing.SupportsFloat | typing.SupportsIndex,
+        typing.SupportsFloat | typing.SupportsIndex,
+        typing.SupportsFloat | typing.SupportsIndex,
+    ],
+    out: tuple[
+        typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    ],
+) -> int:
     """
     Decides rows [N, K] by (scale, offset, threshold) into the five arrays [N], and returns how many are deferred
     """

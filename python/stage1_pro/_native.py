@@ -859,13 +859,13 @@ class CudaRouter:
         """How many rows are deferred, once the stream has come to the mark. Blocks the host, not the device."""
         return int(self._router.count())
 
-    def switch(self, buckets: Sequence[int], graphs: Sequence[int]) -> BucketSwitch:
+    def switch(self, buckets: Sequence[int], graphs: Sequence[Any]) -> BucketSwitch:
         """Stage B captured once for each bucket, of which the device runs the smallest that holds the count.
 
         Args:
             buckets: increasing numbers of rows, the last at least ``max_rows``.
-            graphs: a ``cudaGraph_t`` handle each (torch: ``CUDAGraph(keep_graph=True).raw_cuda_graph()``), all of this
-                device and without allocations; copied, the memory they name must stay.
+            graphs: torch's ``CUDAGraph(keep_graph=True)`` or a ``cudaGraph_t`` handle each, all of this device and
+                without allocations. They are copied, the memory they name is not: torch's are kept alive.
 
         Raises:
             InputError: buckets that do not increase or hold too few rows, other numbers of graphs.
@@ -878,15 +878,16 @@ class CudaRouter:
             )
         if len(graphs) != len(sizes):
             raise InputError(f"graphs must be one per bucket, got {len(graphs)} for {len(sizes)}; capture each")
-        made = _cuda().BucketSwitch(sizes, list(graphs), self.routed.count.address, self.device)
-        return BucketSwitch(made, self)
+        handles = [int(graph.raw_cuda_graph()) if hasattr(graph, "raw_cuda_graph") else int(graph) for graph in graphs]
+        made = _cuda().BucketSwitch(sizes, handles, self.routed.count.address, self.device)
+        return BucketSwitch(made, self, graphs)
 
 
 class BucketSwitch:
-    """What ``CudaRouter.switch`` gives; keeps the router alive. Compiled, but run on no GPU so far."""
+    """What ``CudaRouter.switch`` gives; keeps router and graphs alive. Compiled, but run on no GPU so far."""
 
-    def __init__(self, switch: Any, router: CudaRouter) -> None:
-        self._switch, self.router = switch, router
+    def __init__(self, switch: Any, router: CudaRouter, graphs: Sequence[Any]) -> None:
+        self._switch, self._kept = switch, (router, list(graphs))
 
     def launch(self, stream: Any = 0) -> None:
         """Enqueue: the host neither waits nor learns the count; nothing runs where nothing is deferred."""
