@@ -60,7 +60,7 @@ class HostRouter:
         rows = self.routed.deferred
         out[: rows.size] = torch.from_numpy(self.router.gather(source.float().numpy(), rows)).to(out.dtype)
 
-    def mark(self, **_stream):
+    def mark(self, _stream):
         pass
 
     def wait(self):
