@@ -391,7 +391,7 @@ def cascade(machine: Machine, model: Halves, n: int) -> dict[str, Any]:
         load()
         full()
 
-    def at(rows):
+    def at(rows, switch=None):
         rows = itertools.cycle(rows)
 
         def run():
@@ -402,10 +402,11 @@ def cascade(machine: Machine, model: Halves, n: int) -> dict[str, Any]:
             router.route(logits_a, gate, stream=stream)
             router.mark(stream)
             router.gather(hidden, into, stream=stream)
-            count = router.wait()
-            if count:
+            if switch is not None:  # the host never waits for the count
+                switch.launch(stream)
+            elif count := router.wait():
                 bodies[next(rows for rows in buckets if rows >= count)]()
-                router.merge(logits_b, stream=stream)
+            router.merge(logits_b, stream=stream)
 
         return run
 
@@ -422,9 +423,11 @@ def cascade(machine: Machine, model: Halves, n: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"tap": model.tap, "blocks": model.depth, "buckets": buckets}
     if not machine.dry:
         try:
-            calls |= switched(
-                machine, router, buckets, stage_b, (load, first, gate, hidden, into, logits_a, logits_b), gates
-            )
+            graphs = [machine.graph(stage_b(rows), keep_graph=True) for rows in buckets]
+            switch = router.switch(buckets, graphs)
+            switched = {f"switch {rate}": at(gates[rate], switch) for rate in RATES}
+            machine.once(switched["switch 1.0"])
+            calls |= switched
         except Exception:  # noqa: BLE001 - an option that has run on no GPU yet must not cost the rest
             entry["switch_failed"] = traceback.format_exc(limit=3)
     seconds = machine.rounds(calls, most=300)
@@ -440,33 +443,6 @@ def cascade(machine: Machine, model: Halves, n: int) -> dict[str, Any]:
             line["of_ideal"] = round(line["speedup"] / line["ideal"], 3)
         entry[label] = line
     return entry
-
-
-def switched(machine, router, buckets, stage_b, buffers, gates):
-    """The cascade with a SWITCH node in Stage B's place: the host never waits for the count."""
-    load, first, gate, hidden, into, logits_a, logits_b = buffers
-    graphs = [machine.graph(stage_b(rows), keep_graph=True) for rows in buckets]
-    switch = router.switch(buckets, graphs)
-
-    def at(rows):
-        rows = itertools.cycle(rows)
-
-        def run():
-            load()
-            gate.copy_(next(rows))
-            first()
-            stream = machine.stream()
-            router.route(logits_a, gate, stream=stream)
-            router.gather(hidden, into, stream=stream)
-            switch.launch(stream)
-            router.merge(logits_b, stream=stream)
-
-        return run
-
-    calls = {f"switch {rate}": at(rows) for rate, rows in gates.items()}
-    for call in calls.values():
-        machine.once(call)
-    return calls
 
 
 def facts(machine: Machine) -> dict[str, Any]:
