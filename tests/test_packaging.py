@@ -27,9 +27,9 @@ TRAIN_ONLY = [
 ]
 BASE_MODULES = [
     "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "policies.gate",
-    "policies.claims", "data.images", "data.splits",
+    "policies.claims", "data.images", "data.protocols", "data.splits", "integrations.streetvision",
     "deploy.bundle", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "stations.benching",
-    "stations.calibration", "stations.evaluation",
+    "stations.calibration", "stations.evaluation", "stations.robustness", "stations.tuning",
     "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",
 ]  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""Continuous learning: what was served and judged, what watches it, what proposes better, and what may replace it."""

@@ -1,0 +1,110 @@
+"""Where the loop keeps its rows: SQLAlchemy Core on SQLite (write-ahead log) or PostgreSQL, the same code on both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, MetaData, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+
+from stage1_pro.errors import InputError, need
+
+# Every module of the room declares its tables here; a table is made when a store that knows it is opened.
+metadata = MetaData()
+_BUSY_SECONDS = 30.0
+
+
+class Store:
+    """A database of the loop, shared by threads and processes.
+
+    Args:
+        url: a folder or file of SQLite (``loop.db`` in a folder), or an SQLAlchemy URL such as
+            ``postgresql+psycopg://user@host/name``.
+
+    Raises:
+        InputError: the URL is not one, or the database cannot be reached.
+        DependencyError: its driver is not installed.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        text = str(url)
+        if "://" not in text:
+            path = Path(text)
+            if path.is_dir() or path.suffix == "":
+                path = path / "loop.db"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = f"sqlite:///{path.absolute()}"
+        elif text.startswith("postgresql://"):
+            text = "postgresql+psycopg" + text.removeprefix("postgresql")
+        try:
+            self.url = make_url(text)
+            self.is_sqlite = self.url.get_backend_name() == "sqlite"
+            given: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS}} if self.is_sqlite else {}
+            self.engine = create_engine(self.url, pool_pre_ping=not self.is_sqlite, **given)
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise InputError(f"url must be a file or an SQLAlchemy URL, got {text!r}: {error}") from None
+        except ModuleNotFoundError as error:
+            raise need("continual", error.name or "psycopg") from error
+        if self.is_sqlite:
+            _prepare_sqlite(self.engine)
+        try:
+            metadata.create_all(self.engine)
+        except OperationalError as error:
+            reason = str(error.orig).splitlines()[0]
+            raise InputError(f"url must name a database that can be reached, got {self.url!r}: {reason}") from None
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One transaction that may write; what it wrote is kept when the block ends, and nothing of it on an error.
+
+        On SQLite it waits for the one writer's lock at its start, so that what it reads is what it decides on.
+        """
+        with self.engine.connect() as connection:
+            if self.is_sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            with connection.begin() if not self.is_sqlite else _driven(connection):
+                yield connection
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading one consistent state."""
+        with self.engine.connect() as connection:
+            if self.is_sqlite:
+                connection.exec_driver_sql("BEGIN")
+                with _driven(connection):
+                    yield connection
+            else:
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")  # noqa: PLW2901
+                with connection.begin():
+                    yield connection
+
+    def close(self) -> None:
+        """Give back every connection."""
+        self.engine.dispose()
+
+
+def _prepare_sqlite(engine: Any) -> None:
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: Any) -> None:
+        # The driver would begin transactions by its own rules; here `write` and `read` do.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+
+@contextlib.contextmanager
+def _driven(connection: Connection) -> Iterator[None]:
+    """A transaction begun by hand."""
+    try:
+        yield
+    except BaseException:
+        connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
