@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -44,6 +43,12 @@ def doctor() -> dict[str, Any]:
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
+    devices = gpus()
+    if devices and _native.cuda_why() is None:
+        missing["CUDA router (_cuda)"] = (
+            "with a CUDA toolkit: pip install --force-reinstall --no-deps "
+            "--config-settings=cmake.define.STAGE1_CUDA=ON ."
+        )
     return {
         "stage1_pro": __version__,
         "python": platform.python_version(),
@@ -52,12 +57,9 @@ def doctor() -> dict[str, Any]:
         "base": base,
         "train": train,
         "signing": signing,
-        "gpus": gpus(),
+        "gpus": devices,
         "torch_devices": _torch_devices(),
-        "compiled": {
-            "_core": _native.why(),
-            "_cuda": "built" if importlib.util.find_spec("stage1_pro._cuda") else None,
-        },
+        "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,
@@ -77,7 +79,7 @@ def render(facts: dict[str, Any]) -> str:
         f"signing     cryptography {facts['signing'] or '-'}",
         f"GPUs        {', '.join(facts['gpus']) or 'none found (nvidia-smi)'}",
         f"torch       {', '.join(facts['torch_devices']) or 'not installed'}",
-        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or '-'}",
+        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or 'not built'}",
         f"runtimes    {', '.join(facts['runtimes'])}",
         f"builders    {listing(facts['builders'])}",
     ]
