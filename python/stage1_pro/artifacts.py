@@ -1360,7 +1360,7 @@ class EngineEntry(Record):
     target: str
     builder: str
     builder_version: str
-    compute_capabilities: list[str]
+    compute_capabilities: list[Annotated[str, Field(pattern=r"^SM[0-9]{2,3}$")]]
     precision: Precision
     batch: tuple[int, int, int] = Field(description="smallest, optimal and largest batch")
     onnx_sha256: str
