@@ -32,6 +32,7 @@ Half = Literal["fit", "certify"]
 HALVES: tuple[Half, ...] = ("fit", "certify")
 PolicyName = Literal["softmax", "gate", "scrc"]
 StageName = Literal["stage_a", "stage_b"]
+Precision = Literal["fp32", "fp16", "bf16", "res32", "int8", "fp8"]
 POLICY_FILES: dict[PolicyName, str] = {
     "softmax": "thresholds.json",
     "gate": "gateparams.json",
@@ -1099,13 +1100,30 @@ class FileEntry(Record):
     size: int
 
 
+class GraphVariant(Record):
+    """One stage's graph in one precision, judged beside torch in fp32 on ``val_select`` images."""
+
+    onnx: str
+    parity: float = Field(ge=0, description="largest absolute difference of a logit from torch in fp32")
+    judged_by: Literal["onnxruntime", "torch"] = Field(description="torch where onnxruntime's CPU cannot load the type")
+    images: int = Field(ge=0, description="images compared")
+    flips: int = Field(ge=0, description="of these, decisions that differ: who answers, or what")
+    near_threshold: int = Field(ge=0, description="of the flips, those within 1e-3 of a threshold in fp32")
+    block_maxima: list[float] = Field(
+        description="per block of the stage, the largest absolute value this precision holds in its narrow type, on "
+        "train images; fp32: in what res32 would hold in fp16"
+    )
+    calibration_images: int = Field(ge=0, description="train images behind block_maxima")
+
+
 class StageEntry(Record):
-    """One ONNX graph of a bundle: input and output names with shapes (-1 = batch)."""
+    """One stage of a bundle: its fp32 graph, input and output names with shapes (-1 = batch), other precisions."""
 
     onnx: str
     inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     parity: float = Field(description="largest absolute difference from torch when exported")
+    variants: dict[Precision, GraphVariant] = Field(default={}, description="graphs by precision, fp32 among them")
 
 
 class EngineEntry(Record):
@@ -1117,7 +1135,7 @@ class EngineEntry(Record):
     builder: str
     builder_version: str
     compute_capabilities: list[str]
-    precision: str
+    precision: Precision
     batch: tuple[int, int, int] = Field(description="smallest, optimal and largest batch")
     onnx_sha256: str
     layers: int

@@ -128,11 +128,6 @@ def write_bundle(
         licence = licence_note(config.model.backbone, backbone)
         if licence:
             write_text(folder / LICENCE, licence)
-        files = {
-            path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
         BundleManifest(
             active_exit_policy=policy.policy,
             policy_file=POLICY_FILES[policy.policy],
@@ -143,12 +138,21 @@ def write_bundle(
             tap=tap,
             stages=dict(stages),
             engines=list(engines),
-            files=files,
+            files=list_files(folder),
             provenance=provenance,
         ).write(folder / MANIFEST)
         # Sizes and relations are checked here; the hashes were taken from these very files.
         written = load_bundle(folder, verify=False)
     return Bundle(out, written.manifest, written.policy, written.splits)
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file below a folder with its hash and size, as a manifest lists them."""
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
@@ -231,7 +235,8 @@ def _safe(name: str) -> bool:
 
 def _check_names(manifest: BundleManifest) -> None:
     stages, engines = manifest.stages, manifest.engines
-    listed = [*manifest.files, manifest.policy_file, *(s.onnx for s in stages.values()), *(e.path for e in engines)]
+    graphs = [name for s in stages.values() for name in (s.onnx, *(v.onnx for v in s.variants.values()))]
+    listed = [*manifest.files, manifest.policy_file, *graphs, *(e.path for e in engines)]
     for name in listed:
         if not _safe(name) or name == MANIFEST:
             raise ArtifactError(f"{MANIFEST} must name files inside the bundle, got {name!r}")
@@ -316,7 +321,11 @@ def _check_relations(manifest: BundleManifest) -> None:
     if manifest.stages["stage_b"].inputs.get("hidden") != manifest.stages["stage_a"].outputs.get("hidden"):
         raise ArtifactError("hidden must have one shape in both stages, got two")
     for engine in manifest.engines:
-        graph = manifest.stages[engine.stage].onnx
+        stage_entry = manifest.stages[engine.stage]
+        variant = stage_entry.variants.get(engine.precision)
+        graph = stage_entry.onnx if variant is None else variant.onnx
+        if variant is None and engine.precision != "fp32":
+            raise ArtifactError(f"{engine.path} must be of a precision {engine.stage} has, got {engine.precision}")
         if engine.onnx_sha256 != manifest.files[graph].sha256:
             raise ArtifactError(f"{engine.path} must be built from {graph} of this bundle, got another graph's engine")
 

@@ -33,7 +33,7 @@ def doctor() -> dict[str, Any]:
         names = ", ".join(name for name, found in train.items() if found is None)
         missing[f"training and export ({names})"] = _command("train")
     builders: dict[str, str | None] = {}
-    for target, (module, extra) in BUILDERS.items():
+    for target, (module, extra, _) in BUILDERS.items():
         builders[target] = _builder(module)
         if builders[target] is None:
             missing[f"engine builder for {target} ({module})"] = _command(extra)
@@ -99,7 +99,7 @@ def _builder(module: str) -> str | None:
     """Version of a builder that really loads: its bindings can be there without their libraries."""
     try:
         return str(importlib.import_module(module).__version__)
-    except (ImportError, OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):  # of stubs alone there is no version
         return None
 
 
