@@ -312,8 +312,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--target",
         choices=["onnx", "rtx", "tensorrt"],
-        help="rtx also compiles engines, no GPU needed; tensorrt compiles them for the GPU of this machine, a data-centre "
-        "card or another; the run's configuration or onnx by default",
+        help="rtx also compiles engines, no GPU needed; tensorrt does so for this machine's GPU, data-centre or other; "
+        "the run's configuration or onnx by default",
     )
     _add_recipe(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")

@@ -182,11 +182,12 @@ def export_variants(
             modules = {precision: in_precision(model, precision).eval() for precision in wanted}
             reference = answer(_torch_stages(model, device), pixels)
             peaks = measure_peaks(model, (torch.from_numpy(part).to(device) for part in _parts(calibration)))
+            for precision in wanted:
+                _check_peaks(precision, peaks)
             found: dict[StageName, dict[Precision, GraphVariant]] = {stage: {} for stage in OUTPUTS}
             for precision, module in modules.items():
                 if precision != "fp32":
                     say(f"exporting {precision}")
-                    _check_peaks(precision, peaks)
                     example = torch.from_numpy(_rows(pixels, 2)).to(device)
                     # Judged before a graph is written; torch rounds to the type after every operation.
                     own = _torch_stages(module, device)

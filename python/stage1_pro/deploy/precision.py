@@ -186,7 +186,7 @@ class _Block(nn.Module):
             if hasattr(mlp, "gate_proj"):
                 self.gate = _linear(mlp.gate_proj, half)
             self.up = _linear(_part(mlp, "up_proj", "fc1"), half)
-            self.activation = _part(mlp, "act_fn", "activation")
+            self.activation = _part(mlp, "act_fn", "activation", "activation_fn")
         self.down = _linear(_part(mlp, "down_proj", "fc2", "weights_out"), half)
         self.register_buffer("cos", None if rope is None else rope[0], persistent=False)
         self.register_buffer("sin", None if rope is None else rope[1], persistent=False)
