@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cascade", "__version__", "build", "calibrate", "compare", "evaluate", "explora", "export", "merge", "plan", "split",
-    "train",
+    "Cascade", "__version__", "build", "calibrate", "compare", "evaluate", "explora", "export", "merge", "plan",
+    "split", "train",
 ]  # fmt: skip
 
 _HOMES = {
