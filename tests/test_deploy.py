@@ -203,6 +203,11 @@ def bundle(run: Path) -> Path:
     return export(run)
 
 
+@pytest.fixture(scope="module")
+def narrow(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(run, tmp_path_factory.mktemp("narrow") / "bundle", precisions=["res32", "bf16"])
+
+
 @pytest.fixture
 def graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds of tracing: the exporter's writer gives the graphs it wrote for the bundle."""
@@ -410,10 +415,6 @@ class TestEngine:
 
 class TestPrecisions:
     """A bundle in several precisions, its engines, and engines that its receiver builds."""
-
-    @pytest.fixture(scope="class")
-    def narrow(self, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return export(run, tmp_path_factory.mktemp("narrow") / "bundle", precisions=["res32", "bf16"])
 
     def test_variants_are_judged_on_photos(self, narrow: Path, bundle: Path) -> None:
         loaded = load_bundle(narrow)
