@@ -519,8 +519,8 @@ def _build(module: Any, onnx: Path, recipe: EngineRecipe, stage: StageName, logg
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        rest = list(tensor.shape)[1:]
-        profile.set_shape(tensor.name, *([size, *rest] for size in recipe.profile(stage)))
+        low, best, high = (trt.Dims([size, *tensor.shape[1:]]) for size in recipe.profile(stage))
+        profile.set_shape(tensor.name, low, best, high)
     if config.add_optimization_profile(profile) < 0:
         raise ArtifactError(
             f"batch {list(recipe.profile(stage))} must fit the graph of {stage}, got a profile it refuses"
