@@ -423,8 +423,9 @@ class TestPrecisions:
             assert list(variants) == ["fp32", "res32", "bf16"]
             assert variants["fp32"].onnx == f"{stage}.onnx" and variants["res32"].onnx == f"{stage}.res32.onnx"
             assert [v.judged_by for v in variants.values()] == ["onnxruntime", "onnxruntime", "torch"]
-            assert variants["fp32"].parity < 1e-4 and 0 < variants["res32"].parity < 1e-2
-            assert variants["res32"].parity < variants["bf16"].parity < 0.5
+            assert variants["fp32"].parity < 1e-4 and 0 < variants["res32"].parity < 0.03
+            # The heads' random weights make logits of several units; bf16 has 8 bits, fp16 11.
+            assert 2 * variants["res32"].parity < variants["bf16"].parity < 1
             for variant in variants.values():
                 assert variant.images == variant.calibration_images == 4
                 assert len(variant.block_maxima) == 2 and all(0 < m < 1e3 for m in variant.block_maxima)
