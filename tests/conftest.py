@@ -33,6 +33,13 @@ def repository() -> Path:
     return REPOSITORY
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the ledger of built engines, keys and caches of tests out of the user's own folders."""
+    os.environ["STAGE1_CONFIG"] = str(tmp_path_factory.mktemp("config"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _same_torch_threads() -> None:
     """Give every test two torch threads, whatever the one before it set; never import torch for that."""

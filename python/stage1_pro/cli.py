@@ -405,11 +405,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="bundle folder; RUN/bundle by default")
     sub.add_argument(
         "--target",
-        choices=["onnx", "rtx"],
-        help="rtx also compiles engines, no GPU needed; the run's configuration or onnx by default",
+        choices=["onnx", "rtx", "tensorrt"],
+        help="rtx also compiles engines, no GPU needed; tensorrt does so for this machine's GPU, data-centre or other; "
+        "the run's configuration or onnx by default",
     )
-    sub.add_argument("--recipe", type=Path, help="YAML engine recipe, see engines/; the default recipe otherwise")
+    _add_recipe(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+
+    sub = command("build", "compile engines on this machine from a received bundle's graphs, into a new bundle", _build)
+    sub.add_argument("--bundle", type=Path, required=True, help="bundle folder; it stays as it is")
+    sub.add_argument("--out", type=Path, help="folder of the new bundle; BUNDLE-built by default")
+    sub.add_argument("--target", choices=["rtx", "tensorrt"], help="engine builder; the recipe's or rtx by default")
+    _add_recipe(sub)
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle at --out")
 
     sub = command("predict", "answer for images with a bundle (needs no torch)", _predict)
     sub.epilog = _RUNTIMES
@@ -981,12 +989,47 @@ def _plan(options: argparse.Namespace) -> None:
     _emit(options, found.model_dump(mode="json"), render(found) + wrote)
 
 
+def _add_recipe(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--recipe", type=Path, help="YAML engine recipe, see engines/; the default recipe otherwise")
+    sub.add_argument(
+        "--precision",
+        nargs="+",
+        default=[],
+        choices=["fp32", "fp16", "bf16", "res32", "int8", "fp8"],
+        metavar="PRECISION",
+        help="fp32, res32 (fp16 products on an fp32 residual stream), fp16 or bf16: the first is of the engines, and a "
+        "runtime steps down to the others; without engines, graphs to write beside fp32",
+    )
+
+
 def _export(options: argparse.Namespace) -> None:
     from stage1_pro.stations.exporting import export
     from stage1_pro.stations.inspection import inspect
 
-    bundle = export(options.run, options.out, target=options.target, recipe=options.recipe, overwrite=options.overwrite)
+    bundle = export(
+        options.run,
+        options.out,
+        target=options.target,
+        recipe=options.recipe,
+        precisions=options.precision,
+        overwrite=options.overwrite,
+    )
     _emit(options, inspect(bundle), f"wrote {bundle}; next: stage1 predict --bundle {bundle} IMAGES")
+
+
+def _build(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.building import build
+    from stage1_pro.stations.inspection import inspect
+
+    bundle = build(
+        options.bundle,
+        options.out,
+        target=options.target,
+        recipe=options.recipe,
+        precisions=options.precision,
+        overwrite=options.overwrite,
+    )
+    _emit(options, inspect(bundle), f"wrote {bundle}; next: stage1 inspect {bundle}")
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -35,15 +35,16 @@ def doctor() -> dict[str, Any]:
     if signing is None:
         missing["signing bundles and checking signatures (cryptography)"] = _command("sign")
     builders: dict[str, str | None] = {}
-    for target, (module, extra) in BUILDERS.items():
+    devices = gpus()
+    for target, (module, extra, _) in BUILDERS.items():
         builders[target] = _builder(module)
-        if builders[target] is None:
+        # Classic TensorRT builds for a GPU that is there, and without one nobody misses it.
+        if builders[target] is None and (target == "rtx" or devices):
             missing[f"engine builder for {target} ({module})"] = _command(extra)
     if _native.backend() != "compiled":
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
-    devices = gpus()
     if devices and _native.cuda_why() is None:
         missing["CUDA router (_cuda)"] = (
             "with a CUDA toolkit: pip install --force-reinstall --no-deps "
@@ -106,7 +107,7 @@ def _builder(module: str) -> str | None:
     """Version of a builder that really loads: its bindings can be there without their libraries."""
     try:
         return str(importlib.import_module(module).__version__)
-    except (ImportError, OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):  # of stubs alone there is no version
         return None
 
 
