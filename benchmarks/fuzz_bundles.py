@@ -193,7 +193,10 @@ def make_bundle(folder, kind="softmax", *, rich=False):
         stages, engines = write_graphs(out, external=rich), []
         if rich:
             shutil.copy(out / "stage_a.onnx", out / "stage_a.fp16.onnx")
-            variant = GraphVariant(onnx="stage_a.fp16.onnx", parity=1e-3, flips=0, block_maxima=[1.0, 2.0])
+            variant = GraphVariant(
+                onnx="stage_a.fp16.onnx", parity=1e-3, judged_by="onnxruntime", images=8, flips=0, near_threshold=0,
+                block_maxima=[1.0, 2.0], calibration_images=8,
+            )  # fmt: skip
             stages["stage_a"] = stages["stage_a"].model_copy(update={"variants": {"fp16": variant}})
             engine = out / "engines/rtx/stage_a.engine"
             engine.parent.mkdir(parents=True)
