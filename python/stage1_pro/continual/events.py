@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
-from scipy.linalg import solve_triangular
 
 from stage1_pro.artifacts import Record, write_bytes
 from stage1_pro.errors import ArtifactError, InputError
@@ -127,7 +126,7 @@ class ReviewPlan(Record):
         novelty: ArrayLike | float = 0.0,
     ) -> NDArray[np.float64]:
         """Chance of review [N] in [floor, 1] from signals [N], each a bool or in [0, 1]; NaN counts as 1."""
-        passed = np.asarray(1 - self.floor, dtype=np.float64)
+        passed = np.asarray(1.0)
         for rate, signal in (
             (self.deferral, deferred),
             (self.abstention, abstained),
@@ -137,8 +136,9 @@ class ReviewPlan(Record):
         ):
             value = np.clip(np.nan_to_num(np.asarray(signal, dtype=np.float64), nan=1.0), 0, 1)
             passed = passed * (1 - rate * value)
-        chance: NDArray[np.float64] = np.maximum(1 - passed, self.floor)
-        return chance
+        # In this order the floor itself comes out exactly, and no rounding falls below it.
+        chance: NDArray[np.float64] = self.floor + (1 - self.floor) * (1 - passed)
+        return np.minimum(chance, 1.0)
 
     def selects(self, event_id: str, propensity: float) -> bool:
         """Whether this event is reviewed: a function of seed, id and chance, so that a replay selects the same."""
@@ -220,7 +220,7 @@ class Novelty(Record):
 
 
 def _distance(values: NDArray[Any], mean: NDArray[Any], factor: NDArray[Any]) -> NDArray[np.float64]:
-    scaled = solve_triangular(factor.astype(np.float64), (values - mean).T, lower=True)
+    scaled = np.linalg.solve(factor.astype(np.float64), (values - mean).T)
     found: NDArray[np.float64] = np.sqrt((scaled**2).sum(axis=0))
     return found
 

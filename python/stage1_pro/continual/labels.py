@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import beta
+from scipy.special import betaincinv
 from sqlalchemy import (
     DDL,
     Boolean,
@@ -225,7 +225,8 @@ def _row(one: Event, double_share: float, seed: int) -> dict[str, Any]:
 def _insert_events(store: Store, connection: Connection, rows: list[dict[str, Any]]) -> int:
     if not rows:
         return 0
-    return int(connection.execute(insert(store, events).on_conflict_do_nothing(), rows).rowcount)
+    statement = insert(store, events).on_conflict_do_nothing().returning(events.c.id)
+    return len(connection.execute(statement, rows).all())
 
 
 def add_events(store: Store, new: Sequence[Event], *, double_share: float = DOUBLE_SHARE, seed: int = 0) -> int:
@@ -300,16 +301,12 @@ def add_labels(store: Store, new: Iterable[Label]) -> Added:
         for start in range(0, len(given), 500):
             part = given[start : start + 500]
             wanted = {one.event_id for one in part}
-            served = dict(
-                connection.execute(select(events.c.id, events.c.bundle).where(events.c.id.in_(wanted))).tuples().all()
-            )
+            query = select(events.c.id, events.c.bundle).where(events.c.id.in_(wanted))
+            served = {row.id: row.bundle for row in connection.execute(query)}
             _check_labels(part, served, facts)
             columns = (labels.c.event_id, labels.c.label, labels.c.source, labels.c.annotator, labels.c.time)
-            known = set(
-                connection.execute(
-                    select(*columns).where(labels.c.event_id.in_(wanted), labels.c.kind == "answer")
-                ).tuples()
-            )
+            answers = select(*columns).where(labels.c.event_id.in_(wanted), labels.c.kind == "answer")
+            known = {tuple(row) for row in connection.execute(answers)}
             rows = []
             for one in part:
                 key = (one.event_id, one.label, one.source, one.annotator, one.time)
@@ -453,8 +450,8 @@ class Disagreement(Record):
             doubled=n,
             disagreeing=k,
             rate=k / n if n else None,
-            lower=float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0,
-            upper=float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0,
+            lower=float(betaincinv(k, n - k + 1, 0.025)) if k else 0.0,
+            upper=float(betaincinv(k + 1, n - k, 0.975)) if k < n else 1.0,
             kappa=kappa,
             event_ids=wrong,
         )
