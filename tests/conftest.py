@@ -51,7 +51,7 @@ def find_postgres() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Callable[[str], str]]:
-    """A PostgreSQL server of this session on a socket, no TCP; gives the function ``url(database) -> str``."""
+    """A PostgreSQL server of this session on a socket, no TCP; gives the function ``url(schema) -> str``."""
     programs = find_postgres()
     user = None
     if os.geteuid() == 0:
@@ -78,25 +78,25 @@ def postgres_server() -> Iterator[Callable[[str], str]]:
         # The server must not hold this process's pipes, or nobody sees their end.
         call("pg_ctl", "-D", data, "-w", "-t", "60", "-o", options, "-l", str(folder / "log"), "start")
         try:
-            yield lambda database: f"postgresql+psycopg://stage1@/{database}?host={folder}"
+            yield lambda schema: f"postgresql+psycopg://stage1@/postgres?host={folder}&options=-csearch_path%3D{schema}"
         finally:
             call("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-_DATABASES = itertools.count()
+_SCHEMAS = itertools.count()
 
 
 @pytest.fixture
 def postgres_url(postgres_server: Callable[[str], str]) -> str:
-    """The URL of a new, empty PostgreSQL database."""
+    """The URL of a new, empty schema of PostgreSQL, which is a database to whoever opens it."""
     import psycopg
 
-    name = f"test_{next(_DATABASES)}"
-    address = postgres_server("postgres").replace("postgresql+psycopg", "postgresql")
+    name = f"test_{next(_SCHEMAS)}"
+    address = postgres_server("public").replace("postgresql+psycopg", "postgresql")
     with psycopg.connect(address, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type]
+        connection.execute(f"CREATE SCHEMA {name}")  # type: ignore[arg-type]
     return postgres_server(name)
 
 

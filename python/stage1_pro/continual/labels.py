@@ -248,7 +248,7 @@ def read_events(
     if bundle is not None:
         query = query.where(events.c.bundle == bundle)
     with store.read() as connection:
-        for row in connection.execution_options(yield_per=5000).execute(query).mappings():
+        for row in connection.execute(query, execution_options={"yield_per": 5000}).mappings():
             values = dict(row)
             values["sketch"] = np.frombuffer(row["sketch"], dtype="<f4")
             yield Event.model_construct(**{**values, "sketch": tuple(values["sketch"].tolist())})

@@ -96,7 +96,7 @@ class ReviewQueue:
                 .where(self._open(reviewer, now), ~self._lent(reviewer, now))
                 .order_by(self._mine(reviewer, now).desc(), events.c.time, events.c.id)
             )
-            found = connection.execution_options(yield_per=_FETCH).execute(query)
+            found = connection.execute(query, execution_options={"yield_per": _FETCH})
             chosen = next((row.id for row in found if row.image_sha256 in self.images), None)
             found.close()
             return None if chosen is None else self._lend(connection, chosen, reviewer, now)
@@ -392,7 +392,6 @@ class ReviewServer:
 def _handler(page: ReviewServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         server_version, sys_version = "stage1", ""
-        protocol_version = "HTTP/1.1"
         timeout = 30
 
         def log_message(self, *_: object) -> None:
@@ -414,6 +413,8 @@ def _handler(page: ReviewServer) -> type[BaseHTTPRequestHandler]:
             elif (name := parts.path.lstrip("/") or "review.html") in _TYPES:
                 data = files("stage1_pro").joinpath("templates", name).read_bytes()
                 self._send(HTTPStatus.OK, f"{_TYPES[name]}; charset=utf-8", data)
+            elif parts.path == "/favicon.ico":
+                self._send(HTTPStatus.NO_CONTENT, "image/x-icon", b"")
             elif parts.path == "/image" and (found := page.image(parse_qs(parts.query).get("event", [""])[0])):
                 self._send(HTTPStatus.OK, *found)
             else:
@@ -460,7 +461,6 @@ def _handler(page: ReviewServer) -> type[BaseHTTPRequestHandler]:
             self._send(status, "application/json", json.dumps(data).encode())
 
         def _refuse(self, status: HTTPStatus) -> None:
-            self.close_connection = True
             self._send(status, "text/plain; charset=utf-8", f"{status.value} {status.phrase}\n".encode())
 
         def _send(self, status: HTTPStatus, kind: str, data: bytes, more: dict[str, str] | None = None) -> None:

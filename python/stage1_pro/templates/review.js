@@ -42,7 +42,7 @@ function show(state) {
     if (index < 9) {
       const key = document.createElement("kbd");
       key.textContent = String(index + 1);
-      button.append(key);
+      button.append(key, " ");
     }
     button.append(name);
     button.addEventListener("click", () => act("answer", name));
