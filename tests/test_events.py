@@ -527,6 +527,33 @@ def test_serving_and_logging_need_the_base_install_alone() -> None:
     assert done.returncode == 5 and "stage1_pro[continual]" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
+def test_predict_logs_what_a_real_bundle_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_deploy import make_model, make_run
+
+    from stage1_pro.cli import main
+    from stage1_pro.stations.exporting import export
+
+    run = make_run(tmp_path / "run", make_model())
+    bundle = export(run)
+    images = run / "images"
+    (images / "broken.jpg").write_text("no image")
+    answers = []
+    for more in ([], ["--log", str(tmp_path / "log")]):
+        assert main(["predict", "--bundle", str(bundle), str(images), "--json", *more]) == 1
+        answers.append(json.loads(capsys.readouterr().out)["rows"])
+    assert answers[0] == answers[1]
+    rows = [row for row in answers[0] if row["error"] is None]
+    events = list(EventLog(tmp_path / "log"))
+    assert len(events) == len(rows) == 16
+    for one, row in zip(events, rows, strict=True):
+        assert one.image_sha256 == sha256_file(images / row["file"])
+        assert (one.label, one.stage, one.confidence) == (row["label"], row["stage"], row["confidence"])
+        assert one.action == {"exited": "exit", "deferred": "defer", "abstained": "abstain"}[row["decision"]]
+        assert one.bundle == sha256_file(bundle / "bundle.json") and any(one.sketch)
+    assert {one.action for one in events} >= {"defer"}
+
+
 # --------------------------------------------------------------------------------------------
 # The store
 

@@ -27,7 +27,7 @@ TRAIN_ONLY = [
 ]
 BASE_MODULES = [
     "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "policies.gate",
-    "policies.claims", "data.images", "data.splits",
+    "policies.claims", "continual.events", "continual.served", "data.images", "data.splits",
     "deploy.bundle", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "stations.benching",
     "stations.calibration", "stations.evaluation",
     "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",

@@ -540,7 +540,7 @@ def test_the_page_fits_and_is_accessible(
         names = {(n["role"]["value"], n["name"]["value"]) for n in tree if not n["ignored"] and n.get("name")}
         assert ("image", "the photo to judge") in names
         assert {name for role, name in names if role == "button"} == {
-            "1 none", "2 roadwork", "S skip, cannot tell", "U undo the last"
+            "1 none", "2 roadwork", "S cannot tell", "U undo"
         }  # fmt: skip
         assert any(
             role in ("progressbar", "progress", "ProgressIndicator") and "finished" in name for role, name in names

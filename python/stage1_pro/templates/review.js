@@ -29,7 +29,7 @@ function show(state) {
   if (item === null) {
     get("photo").removeAttribute("src");
     get("rest").textContent = p.lent ? `${p.lent} are with other reviewers now.`
-      : p.selected > p.finished ? `${p.selected - p.finished} selected events are not finished: you have answered or skipped them, or their images are gone.`
+      : p.selected > p.finished ? `Not finished: ${p.selected - p.finished} of ${p.selected} selected events; you have answered or skipped them, or their images are gone.`
       : "Every selected event is finished.";
     return;
   }
