@@ -225,8 +225,20 @@ def _row(one: Event, double_share: float, seed: int) -> dict[str, Any]:
 def _insert_events(store: Store, connection: Connection, rows: list[dict[str, Any]]) -> int:
     if not rows:
         return 0
-    statement = insert(store, events).on_conflict_do_nothing().returning(events.c.id)
-    return len(connection.execute(statement, rows).all())
+    if store.is_sqlite:
+        statement = insert(store, events).on_conflict_do_nothing().returning(events.c.id)
+        return len(connection.execute(statement, rows).all())
+    # COPY takes a fifth of the time of inserts, but knows nothing of rows that are there already.
+    names = ", ".join(column.name for column in events.columns)
+    connection.exec_driver_sql("CREATE TEMPORARY TABLE incoming (LIKE events) ON COMMIT DROP")
+    cursor: Any = connection.connection.cursor()
+    with cursor:
+        with cursor.copy(f"COPY incoming ({names}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row([row[column.name] for column in events.columns])
+        move = f"INSERT INTO events ({names}) SELECT {names} FROM incoming ON CONFLICT DO NOTHING"  # noqa: S608
+        cursor.execute(move)
+        return int(cursor.rowcount)
 
 
 def add_events(store: Store, new: Sequence[Event], *, double_share: float = DOUBLE_SHARE, seed: int = 0) -> int:
