@@ -29,7 +29,6 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import IntegrityError
 
 from stage1_pro.artifacts import Record
 from stage1_pro.continual.events import BundleFacts, Event, EventLog, Position, Torn, pack_floats, uniform
@@ -356,15 +355,16 @@ def withdraw(store: Store, label_id: int, *, annotator: str, now: float) -> None
         row = connection.execute(select(labels).where(labels.c.id == label_id)).mappings().one_or_none()
         if row is None or row["kind"] == "undo":
             raise InputError(f"label_id must be a label or a skip, got {label_id}")
-        undo = {**row, "kind": "undo", "label": None, "annotator": annotator, "time": now, "supersedes": label_id}
-        del undo["id"]
         again = connection.execute(select(labels.c.id).where(labels.c.supersedes == label_id)).first()
         if again is not None:
             raise InputError(f"label_id must be a row that stands, got {label_id}, which row {again.id} supersedes")
-        try:
-            connection.execute(labels.insert(), undo)
-        except IntegrityError as error:
-            raise InputError(f"label_id must be a row that stands, got {label_id}: {error.orig}") from None
+        undo(connection, dict(row), annotator=annotator, now=now)
+
+
+def undo(connection: Connection, row: Mapping[str, Any], *, annotator: str, now: float) -> None:
+    """Supersede a row of ``labels`` that stands, within a transaction that called ``Store.serialise``."""
+    more = {"kind": "undo", "label": None, "annotator": annotator, "time": now, "supersedes": row["id"]}
+    connection.execute(labels.insert(), {name: value for name, value in {**row, **more}.items() if name != "id"})
 
 
 @dataclass(frozen=True)

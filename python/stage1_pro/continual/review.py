@@ -20,7 +20,7 @@ from sqlalchemy import Column, Connection, Double, String, Table, Text, and_, fu
 
 from stage1_pro.artifacts import Record
 from stage1_pro.continual.events import BundleFacts, ImageStore
-from stage1_pro.continual.labels import TRUST, bundles, events, insert, labels, standing
+from stage1_pro.continual.labels import TRUST, bundles, events, insert, labels, standing, undo
 from stage1_pro.continual.store import Store, metadata
 from stage1_pro.data.images import ImageError, read_image
 from stage1_pro.errors import InputError, nearest
@@ -139,9 +139,7 @@ class ReviewQueue:
             ).mappings().one_or_none()  # fmt: skip
             if last is None:
                 return None
-            row = {**last, "kind": "undo", "label": None, "time": now, "supersedes": last["id"]}
-            del row["id"]
-            connection.execute(labels.insert(), row)
+            undo(connection, dict(last), annotator=reviewer, now=now)
             held = connection.execute(
                 select(events.c.id).where(events.c.id == last["event_id"], self._lent(reviewer, now))
             ).first()
