@@ -594,8 +594,8 @@ def test_the_command_serves_ingests_and_ends(tmp_path: Path, log: EventLog) -> N
     log.append([make_event(2, time=now)])
     log.images.put(sha256_bytes(photo(2)), photo(2), now)
     assert json.loads(ask(page, "/next", {})[2])["item"]["event_id"] == "e00002"
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=30)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     result = json.loads(out)
     assert result["purged"] == 1 and result["ingested"] == 2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
+import signal
+import threading
 import time
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ def review(
     purge: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Purge old images, ingest the log, and serve the page until an interrupt; ingest again whenever nothing is left.
+    """Purge old images, ingest the log, and serve the page until an interrupt or SIGTERM; ingest again whenever nothing is left.
 
     Args:
         store: of events and labels: a folder, a file or a database's URL.
@@ -74,15 +77,29 @@ def review(
                 ready(page.url)
             if browser and (os.name == "nt" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 webbrowser.open(page.url)
-            try:
-                page.serve()
-            except KeyboardInterrupt:
-                say("ended; every answer is kept")
+            with _terminated_as_interrupted():
+                try:
+                    page.serve()
+                except KeyboardInterrupt:
+                    say("ended; every answer is kept")
         result["progress"] = queue.progress(name, time.time()).model_dump()
         result["disagreement"] = disagreement(kept).model_dump()
     finally:
         kept.close()
     return result
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let whoever stops a process in the background end the page as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def render(result: dict[str, Any]) -> str:
