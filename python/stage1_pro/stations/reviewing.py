@@ -33,7 +33,7 @@ def review(
     purge: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Purge old images, ingest the log, and serve the page until an interrupt or SIGTERM; ingest again whenever nothing is left.
+    """Purge old images, ingest the log, and serve the page until Ctrl-C or SIGTERM; ingest again when nothing is left.
 
     Args:
         store: of events and labels: a folder, a file or a database's URL.
