@@ -40,7 +40,8 @@ from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.engine import BuildRecord, EngineRecipe, build_engine, check_header, load_recipe, sanitise
 from stage1_pro.deploy.onnx import export_onnx
-from stage1_pro.deploy.runtime import RUNTIMES, OnnxRuntime
+from stage1_pro.deploy.runtime import OnnxRuntime
+from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.models.model import Stage1Model, create_model
@@ -408,8 +409,8 @@ class TestBundle:
     def test_what_is_in_it(self, bundle: Path, run: Path) -> None:
         files = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
         assert files == {
-            "bundle.json", "config.json", "metrics.csv", "splits.json", "stage_a.onnx", "stage_b.onnx",
-            "thresholds.json",
+            "bundle.json", "config.json", "metrics.csv", "reference.npz", "splits.json", "stage_a.onnx",
+            "stage_b.onnx", "thresholds.json",
         }  # fmt: skip
         manifest = BundleManifest.read(bundle / "bundle.json")
         assert set(manifest.files) == files - {"bundle.json"}
@@ -521,12 +522,12 @@ class TestBundle:
     def test_names_that_leave_the_folder(self, copy: Path, name: str) -> None:
         entry = FileEntry(sha256="0" * 64, size=0).model_dump()
         rewrite(copy, lambda v: v["files"].update({name: entry}))
-        with pytest.raises(ArtifactError, match="must name files inside the bundle"):
+        with pytest.raises(ArtifactError, match="must name files inside the bundle|control characters"):
             load_bundle(copy)
 
     def test_graph_outside_the_folder(self, copy: Path) -> None:
         rewrite(copy, lambda v: v["stages"]["stage_a"].update(onnx="../stage_a.onnx"))
-        with pytest.raises(ArtifactError, match="must name files inside the bundle"):
+        with pytest.raises(ArtifactError, match="must name files inside the bundle|control characters"):
             load_bundle(copy)
 
     def test_links_are_refused(self, copy: Path) -> None:
@@ -566,7 +567,7 @@ class TestBundle:
     def test_graph_that_is_none(self, copy: Path) -> None:
         (copy / "stage_a.onnx").write_bytes(b"garbage")
         rehash(copy, "stage_a.onnx")
-        with pytest.raises(ArtifactError, match="stage_a.onnx must be a graph onnxruntime can load"):
+        with pytest.raises(ArtifactError, match="stage_a.onnx must be a plain ONNX graph"):
             Cascade.load(copy)
 
     def test_engine_of_another_graph(self, copy: Path) -> None:
@@ -801,7 +802,7 @@ class TestCascade:
             cascade.predict([np.zeros((5, 5, 3), np.float32)])
         with pytest.raises(InputError, match="got int"):
             cascade.predict([3])  # type: ignore[list-item]
-        with pytest.raises(InputError, match="runtime must be one of onnxruntime"):
+        with pytest.raises(InputError, match="runtime must be one of auto, onnxruntime"):
             Cascade.load(bundle, "onnxruntim")
         with pytest.raises(InputError, match="threads must be 0"):
             OnnxRuntime(load_bundle(bundle), -1)
@@ -876,8 +877,8 @@ class TestTorchRuntime:
         np.testing.assert_allclose(cascade.runtime.full_pass(pixels), logits, atol=1e-5)
 
     def test_what_it_refuses(self, run: Path, bundle: Path, tmp_path: Path) -> None:
-        assert set(RUNTIMES) == {"onnxruntime", "torch"}
-        with pytest.raises(InputError, match=r"got 'torch', which needs the run's checkpoint; use Cascade.from_run"):
+        assert set(RUNTIMES) == {"auto", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch"}
+        with pytest.raises(InputError, match=r"no weights torch could load; use Cascade.from_run"):
             Cascade.load(bundle, "torch")
         with pytest.raises(InputError, match="run must be a run folder, got"):
             Cascade.from_run(tmp_path / "nowhere")
@@ -941,7 +942,7 @@ class TestForcedDeferral:
             ({"bundle": bundle, "batch": [0]}, r"batch must be one or more sizes of 1 or more, got \[0\]"),
             ({"bundle": bundle, "rates": [1.5]}, r"rates must be one or more shares in \[0, 1\], got \[1.5\]"),
             ({"bundle": bundle, "rounds": 0}, "rounds must be 1 or more, got 0"),
-            ({"bundle": bundle, "runtime": "torch"}, "needs the run's checkpoint"),
+            ({"bundle": bundle, "runtime": "torch"}, "no weights torch could load"),
             ({"bundle": bundle, "runtime": "torhc"}, "did you mean 'torch'"),
             ({"run": other, "runtime": "onnxruntime"}, "which needs its bundle; run `stage1 export"),
         ):

@@ -27,9 +27,10 @@ TRAIN_ONLY = [
 ]
 BASE_MODULES = [
     "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "policies.gate",
-    "policies.claims", "continual.events", "continual.served", "data.images", "data.splits",
+    "policies.claims", "continual.events", "continual.served",
+    "data.images", "data.protocols", "data.splits", "integrations.streetvision",
     "deploy.bundle", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "stations.benching",
-    "stations.calibration", "stations.evaluation",
+    "stations.calibration", "stations.evaluation", "stations.robustness", "stations.tuning",
     "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ Half = Literal["fit", "certify"]
 HALVES: tuple[Half, ...] = ("fit", "certify")
 PolicyName = Literal["softmax", "gate", "scrc"]
 StageName = Literal["stage_a", "stage_b"]
+Precision = Literal["fp32", "fp16", "bf16", "res32", "int8", "fp8"]
 POLICY_FILES: dict[PolicyName, str] = {
     "softmax": "thresholds.json",
     "gate": "gateparams.json",
@@ -45,8 +46,8 @@ CLAIMS_FILE = "claims.json"
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced and renamed over it.
+def atomic_path(path: Path | str, *, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, with ``mode``.
 
     A process killed at any moment leaves either the old file or the new one. Leftovers of
     killed writers are named ``.<name>.*.tmp`` and never read.
@@ -60,7 +61,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
         _sync_directory(path.parent)
     finally:
@@ -115,16 +116,16 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
+def write_bytes(path: Path | str, data: bytes, *, mode: int = 0o644) -> None:
     """Write bytes atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode=mode) as temporary:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path | str, text: str) -> None:
+def write_text(path: Path | str, text: str, *, mode: int = 0o644) -> None:
     """Write UTF-8 text atomically."""
     # File names on Linux are bytes: those that are not UTF-8 go out as they came in.
-    write_bytes(path, text.encode(errors="surrogateescape"))
+    write_bytes(path, text.encode(errors="surrogateescape"), mode=mode)
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
@@ -156,6 +157,12 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def printable(text: str, limit: int = 300) -> str:
+    """Text of a file for a message: no control characters that a terminal obeys, and not a page of it."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return plain + "…" if len(text) > limit else plain
+
+
 # --------------------------------------------------------------------------------------------
 # Records
 
@@ -167,9 +174,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def write(self, path: Path | str) -> None:
+    def write(self, path: Path | str, *, mode: int = 0o644) -> None:
         """Write as indented JSON, atomically."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n", mode=mode)
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
@@ -189,14 +196,20 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"
-            raise ArtifactError(f"{name} is not a valid {cls.__name__}: {where}: {first['msg']}") from None
+            raise ArtifactError(
+                f"{name} is not a valid {cls.__name__}: {printable(where)}: {printable(first['msg'])}"
+            ) from None
 
     def fingerprint(self) -> str:
         """Hex sha256 of the canonical JSON form."""
         data = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
+
+
+_Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
+_Std = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 class PreprocessSpec(Record):
@@ -207,13 +220,14 @@ class PreprocessSpec(Record):
     Resampling is antialiased on float pixels; values are scaled to [0, 1], then normalised.
     """
 
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    # Upper limits: a received spec must not ask for gigabytes, nor push pixels out of float32.
+    height: int = Field(gt=0, le=4096)
+    width: int = Field(gt=0, le=4096)
     resize: Literal["stretch", "crop"] = "stretch"
-    crop_ratio: float = Field(default=256 / 224, ge=1.0)
+    crop_ratio: float = Field(default=256 / 224, ge=1.0, le=16.0)
     resample: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
 
 
 class Row(Record):
@@ -772,6 +786,101 @@ class Evaluation(Record):
         raise KeyError((metric, stage, source))
 
 
+class ProtocolLevel(Record):
+    """Figures of ``val_test`` as a validator would send it at one level; nobody promised anything of such photos."""
+
+    level: Literal["unaltered", "L0", "L1", "L2", "L3", "mixed"] = Field(
+        description="mixed: a level drawn for every row; unaltered: what `stage1 evaluate` measures, for comparison"
+    )
+    n_mistakes: int = Field(description="wrong answers of the cascade; of Stage A without a policy")
+    accuracy_minus_unaltered: Metric = Field(description="of these answers, paired by photo")
+    measures: list[Measure]
+
+    def measure(self, metric: str, stage: str = "cascade") -> Measure:
+        """One figure with its interval; KeyError when it was not measured."""
+        for found in self.measures:
+            if (found.metric, found.stage) == (metric, stage):
+                return found
+        raise KeyError((metric, stage))
+
+
+class ProtocolEvaluation(Record):
+    """``protocol.json``: ``val_test`` changed as StreetVision's validator changes photos, by level and mixed."""
+
+    format_version: Literal[1] = 1
+    protocol: Literal["crop224", "letterbox224", "native"]
+    split: Literal["val_test"] = "val_test"
+    split_hash: str
+    model_fingerprint: str
+    preprocessing_fingerprint: str
+    classes: list[str]
+    positive: str
+    n_rows: int
+    n_groups: int
+    policy: PolicyName | None
+    guarantee: str | None
+    statement: str = Field(description="what these figures are, and what they are not")
+    photos_sha256: str = Field(description="of all changed photos, level by level, in the order of the rows")
+    photo_seed: int = Field(description="of what was drawn for the photos")
+    level: float = Field(gt=0, lt=1, description="of intervals")
+    n_replicates: int
+    seed: int = Field(description="of the bootstrap")
+    levels: list[ProtocolLevel]
+
+    def at(self, level: str) -> ProtocolLevel:
+        """Figures of one level; KeyError when the protocol has none such."""
+        for found in self.levels:
+            if found.level == level:
+                return found
+        raise KeyError(level)
+
+
+class MinerSetting(Record):
+    """When a StreetVision miner says what; see ``Settings`` of the integration."""
+
+    threshold: float = Field(gt=0, lt=1, description="on P(positive) at the serving prior")
+    answer_above: float = Field(ge=0.5, lt=1)
+    on_abstain: Literal["answer", "minus_one"]
+
+
+class SimulatedReward(Record):
+    """Steady state of StreetVision's reward under one setting, simulated on held-out rows."""
+
+    setting: MinerSetting
+    mean: float = Field(description="of a round's reward, in [0, 1]; also of the score, its moving average")
+    low: float = Field(description="over resamples of groups")
+    high: float
+    simulation_error: float = Field(description="standard error of the mean by the number of simulated rounds")
+    spread: float = Field(description="standard deviation of the score by luck alone")
+    answered: float = Field(description="share of rounds")
+    accuracy: float | None = Field(description="of what is answered, at the serving prior; null: nothing is")
+
+
+class MinerTuning(Record):
+    """``streetvision.json``: which threshold and abstain band would earn most, and whether that is shown."""
+
+    format_version: Literal[1] = 1
+    source: str
+    rows: str = Field(description="which rows: val_calib.fit of a run, or a file of labelled photos")
+    n_rows: int
+    n_groups: int
+    n_positives: int
+    model_fingerprint: str
+    train_prior: float
+    serve_prior: float
+    plain: SimulatedReward = Field(description="threshold .5, everything answered")
+    tuned: SimulatedReward = Field(description="the best setting of all rows; chosen on them, so flattered by them")
+    gain: float = Field(description="mean reward minus the plain one's, on groups that the choice had not seen")
+    gain_low: float
+    gain_high: float
+    chosen: Literal["plain", "tuned"]
+    reason: str
+    level: float = Field(gt=0, lt=1)
+    folds: int
+    n_replicates: int
+    seed: int
+
+
 class Measurement(Record):
     """What ``stage1 metrics`` found in a file of predictions, or of the difference of two files."""
 
@@ -856,6 +965,131 @@ class CascadeBench(Record):
     seed: int
     machine: dict[str, str | int | float | None]
     batches: list[BenchBatch]
+
+
+class LatencyQuantile(Record):
+    """A quantile of single calls with its interval; null where so few samples have none."""
+
+    q: float
+    milliseconds: float | None
+    low: float | None
+    high: float | None
+
+
+class LatencySeries(Record):
+    """Single calls of one contestant, one part of them, at one batch size."""
+
+    contestant: str
+    part: str = Field(description="host, device (between events), decode, resize, model or total")
+    batch: int
+    deferral_rate: float | None = Field(description="share of rows that Stage B was made to answer; of a cascade alone")
+    n: int
+    enough: bool = Field(description="1,000 samples or more, which a p99 takes")
+    mean: float = Field(description="milliseconds")
+    quantiles: list[LatencyQuantile]
+    milliseconds: list[float] = Field(description="every sample, in the order it was taken")
+
+    def key(self) -> tuple[str, str, int, float | None]:
+        """What it is a series of."""
+        return self.contestant, self.part, self.batch, self.deferral_rate
+
+    def quantile(self, q: float) -> LatencyQuantile:
+        """One quantile; KeyError when it is not there."""
+        for found in self.quantiles:
+            if found.q == q:
+                return found
+        raise KeyError(q)
+
+
+class ColdStart(Record):
+    """A fresh process up to its first answer, milliseconds, medians over repeats."""
+
+    cache: Literal["none", "empty", "kept"] = Field(description="of kernels compiled on this machine")
+    repeats: int
+    total: float = Field(description="from starting the process to its end")
+    load: float = Field(description="verifying the bundle, starting the runtime, parity")
+    first: float = Field(description="the first answer, by both stages")
+
+
+class LatencyRatio(Record):
+    """A quantile of one series over that of another; ``q`` null: means."""
+
+    q: float | None
+    ratio: float
+    low: float
+    high: float
+
+
+class LatencyPeer(Record):
+    """Another runtime's full pass on the same inputs at the same moment, over the cascade's time; above 1: slower."""
+
+    name: str
+    batch: int | None = Field(description="null where it was skipped")
+    skipped: str | None
+    logit: float | None = Field(None, description="largest difference from the cascade's own Stage B")
+    prob: float | None = None
+    flips: int | None = Field(None, description="rows it labels otherwise")
+    to_cascade: list[LatencyRatio] = []
+    to_full_pass: list[LatencyRatio] = Field([], description="over this runtime's own full pass")
+
+
+class LatencyThroughput(Record):
+    """The cascade's throughput at one batch size, and whether its p99 keeps the budget; null without enough samples."""
+
+    batch: int
+    images_per_second: float
+    p99: float | None
+    within: bool | None
+
+
+class LatencyBench(Record):
+    """What ``stage1 bench latency`` found."""
+
+    format_version: Literal[1] = 1
+    source: str = Field(description="last name of the bundle's or run's folder")
+    runtime: str = Field(description="what answered")
+    steps: list[str] = Field(description="what was tried for it and why it stepped down")
+    backbone: str
+    tap: int
+    n_blocks: int
+    height: int
+    width: int
+    quick: bool = Field(description="fewer samples than a p99 takes, on purpose")
+    samples: int = Field(description="asked for")
+    limit: float = Field(description="seconds after which a series ends early")
+    warmup: float = Field(description="milliseconds")
+    deferral: float = Field(description="rate of requests, throughput and peers")
+    budget: float = Field(description="milliseconds that p99 may take")
+    inputs: str
+    photos: str
+    seed: int
+    machine: dict[str, str | int | float | None]
+    series: list[LatencySeries]
+    cold: list[ColdStart]
+    throughput: list[LatencyThroughput]
+    peers: list[LatencyPeer]
+
+
+class LatencyDifference(Record):
+    """One series of two results: the second over the first."""
+
+    contestant: str
+    part: str
+    batch: int
+    deferral_rate: float | None
+    n: tuple[int, int]
+    ratios: list[LatencyRatio]
+
+
+class LatencyComparison(Record):
+    """What ``stage1 bench compare`` found: below 1 the second result is faster."""
+
+    format_version: Literal[1] = 1
+    first: str
+    second: str
+    level: float
+    differences: list[LatencyDifference]
+    cautions: list[str]
 
 
 class GateChoice(Record):
@@ -1095,17 +1329,27 @@ class Comparison(Record):
 class FileEntry(Record):
     """Size in bytes and sha256 of one file of a bundle."""
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class GraphVariant(Record):
+    """A stage's graph in another precision, measured on calibration images against the fp32 graph."""
+
+    onnx: str
+    parity: float | None = Field(description="largest absolute difference of logits; null when it is not finite")
+    flips: int | None = Field(description="decisions that differ; null when it could not be run")
+    block_maxima: list[float] = Field(description="largest absolute activation of each block; 65,504 ends fp16")
 
 
 class StageEntry(Record):
     """One ONNX graph of a bundle: input and output names with shapes (-1 = batch)."""
 
-    onnx: str
+    onnx: str = Field(description="in fp32, what onnxruntime runs")
     inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     parity: float = Field(description="largest absolute difference from torch when exported")
+    variants: dict[Precision, GraphVariant] = Field({}, description="the same stage in other precisions")
 
 
 class EngineEntry(Record):
@@ -1117,7 +1361,7 @@ class EngineEntry(Record):
     builder: str
     builder_version: str
     compute_capabilities: list[str]
-    precision: str
+    precision: Precision
     batch: tuple[int, int, int] = Field(description="smallest, optimal and largest batch")
     onnx_sha256: str
     layers: int
@@ -1140,7 +1384,7 @@ class Provenance(Record):
 class BundleManifest(Record):
     """``bundle.json``: what is deployed, with the hash of every other file in the folder."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     active_exit_policy: PolicyName
     policy_file: str
     classes: list[str]
@@ -1150,6 +1394,7 @@ class BundleManifest(Record):
     tap: int
     stages: dict[Literal["stage_a", "stage_b"], StageEntry]
     engines: list[EngineEntry] = []
+    reference: str | None = Field(None, description="file of seeded inputs and the fp32 outputs of every stage")
     files: dict[str, FileEntry]
     provenance: Provenance
 

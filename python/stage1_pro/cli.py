@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,8 @@ the usual way:
   stage1 evaluate --run RUN                       figures on val_test and a report to open
   stage1 export --run RUN --target rtx            a bundle: ONNX, engines, exactly one policy
   stage1 predict --bundle RUN/bundle photos/      label, probability, exited or deferred
+a bundle from elsewhere:
+  stage1 verify BUNDLE                            hashes, limits, signature, engines; nothing in it is run
 unlabelled images of the place it will work in, before training:
   stage1 explora --images POOL --run RUN          adapt the backbone to them; then train --explora
 while it serves:
@@ -36,10 +39,40 @@ without a model:
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
 which configuration is better:
   stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
+as a miner of NATIX StreetVision:
+  stage1 streetvision tune --run RUN              threshold and abstain band; prints the miner's YAML
+  stage1 streetvision launch --repo CHECKOUT --settings miner.yaml -- --netuid 72
 
 exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign artefact,
             5 missing dependency, 6 training stopped, 1 some images could not be read,
-            7 evaluate: a promise of the policy fails on val_test (all is written all the same)
+            7 evaluate: a promise of the policy fails on val_test (all is written all the same),
+            8 the GPU failed while it answered
+"""
+
+
+# Named here so that --help loads no runtime; a test holds them against deploy/start.py.
+RUNTIME_NAMES = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
+_RUNTIMES = """\
+runtimes:
+  onnxruntime    the bundle's fp32 graphs on the CPU; always there
+  tensorrt_rtx   its engines for consumer cards (Ampere and later); needs an NVIDIA driver and the extra [rtx]
+  tensorrt       its engines for data-centre cards; needs NVIDIA's own tensorrt package
+  auto           its engines, the recipe's precision first and then its fallbacks; onnxruntime when none starts
+Before a runtime answers it must give the bundle's seeded reference outputs here; one that does not is stepped down
+from, with its reason, and a named runtime never becomes another one. PyTorch runs a run, not a bundle: stage1 infer.
+"""
+
+
+_LATENCY = """\
+how it is measured: every call is one sample (no averages), inputs rotate, contestants of a batch size are called turn
+about, after 200 ms of warming up each. Intervals are of a bootstrap over blocks of neighbouring calls. On a GPU, device
+time lies between two events; host time includes copies and Python. Requests go from JPEG bytes to a decision, with
+decoding, resizing and the model apart. A cold start is a fresh process to its first answer.
+
+examples:
+  stage1 bench latency --bundle RUN/bundle --quick
+  stage1 bench latency --bundle RUN/bundle --run RUN --against torch-eager,torch-compile,onnxruntime --out before
+  stage1 bench compare before/latency.json after/latency.json
 """
 
 
@@ -115,6 +148,58 @@ examples:
   stage1 review --store loop --log served
   stage1 review --store postgresql://me@db/loop --log served --reviewer ada --blind
   stage1 review --store loop --log served --purge
+"""
+
+
+_STREETVISION = """\
+A miner answers P(roadwork) in [0, 1], above .5 for roadwork, or -1 for no answer, within 9 seconds. Keys of its YAML
+(only bundle must be there):
+  bundle        bundle folder (with runtime torch: a run folder); relative to the YAML
+  runtime       auto | onnxruntime | tensorrt_rtx | tensorrt | torch             (auto)
+  timeout_s     seconds for one photo, then -1                                   (8)
+  serve_prior   share of positives that is asked, .5 by the validator; logits are corrected for it
+  train_prior   share of positives in training; the bundle's own where it is left out
+  threshold     P(positive), corrected, that is to land on .5                    (.5)
+  on_abstain    answer | minus_one: what is said where policy or answer_above would not answer    (answer)
+  answer_above  least confidence of an answer, with minus_one                    (.5)
+  max_pixels, threads
+The subnet's forward pass was halted in May 2026: nothing here promises earnings.
+
+examples:
+  stage1 streetvision tune --run RUN --settings miner.yaml
+  stage1 streetvision answer --settings miner.yaml photo.jpg
+  stage1 streetvision launch --repo ~/streetvision-subnet --settings miner.yaml -- --netuid 72 --wallet.name me
+"""
+_TUNE = """\
+Reward of a round: (0.5 * max(0, MCC of the last 100) + 0.5 * accuracy of the last 10) ** 3; -1 is paid 0 and leaves
+both. The steady state of every setting is simulated on held-out rows: of a run the fit half of val_calib, never
+val_test. The tuned setting is chosen only when it is shown to earn more on groups that the choice had not seen.
+"""
+_LAUNCH = """\
+Registers the detector STAGE1 with the miner's own registry, then runs the miner's own entry point in this process.
+Nothing in the checkout is changed, so it may update itself. What follows -- goes to the miner. Run it in the
+environment that the miner's instructions make (Python 3.11); neither torch nor transformers is needed by stage1_pro.
+"""
+
+
+_VERIFY = """\
+every file must be listed, of its size and sha256; graphs may call only ONNX's own operators and read only listed
+files; JSON, arrays and image sizes are bounded. Exit code 4: refused, with the reason. An engine is code, so it runs
+only when it was built here, when a key you trust signed the bundle, or with --trust-engines.
+
+  stage1 verify BUNDLE
+  stage1 verify BUNDLE --require-signature --json
+"""
+
+
+_KEYS = """\
+  stage1 keys new maker.key            makes maker.key (private, mode 0600) and maker.key.pub, to hand out
+  stage1 sign RUN/bundle --key maker.key
+  stage1 keys trust maker.key.pub      on the machine that receives; after that signed engines run there
+  stage1 keys list
+  stage1 keys forget maker.key
+
+trusted keys lie in $STAGE1_CONFIG, else $XDG_CONFIG_HOME/stage1_pro, else ~/.config/stage1_pro
 """
 
 
@@ -306,6 +391,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--beside", type=Path, nargs="+", default=[], metavar="RUN",
         help="evaluated runs on the same splits with other taps, whose cost and risk are drawn beside this one's",
     )  # fmt: skip
+    sub.add_argument(
+        "--protocol",
+        choices=["crop224", "letterbox224", "native"],
+        help="instead: photos as StreetVision's validator would send them, by level, into RUN/protocols; no promise is "
+        "about them",
+    )
+    sub.add_argument(
+        "--photo-seed", type=int, help="with --protocol: seed of what is drawn for each photo; 0 by default"
+    )
 
     sub = command("metrics", "measure anybody's predictions: AUGRC and the suite with intervals, no model", _metrics)
     sub.epilog = _METRICS
@@ -336,11 +430,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
     sub = command("predict", "answer for images with a bundle (needs no torch)", _predict)
+    sub.epilog = _RUNTIMES
     sub.add_argument("--bundle", type=Path, required=True, help="bundle folder")
     sub.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER|CSV", help="what to answer for")
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
     sub.add_argument("--log", type=Path, help="folder to log every decision to, as an event; see `stage1 review`")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
+    sub.add_argument("--runtime", choices=RUNTIME_NAMES, default="onnxruntime", help="what executes the stages")
+    sub.add_argument(
+        "--trust-engines", action="store_true",
+        help="run engines that were neither built here nor signed by a trusted key; an engine is a program",
+    )  # fmt: skip
     sub.add_argument(
         "--prior",
         type=float,
@@ -364,6 +464,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_review(command("review", "answer on a local page what was selected for review while serving", _review))
 
     _add_bench(command("bench", "measure what an exit saves on this machine", lambda _: None))
+
+    _add_streetvision(
+        command("streetvision", "mine on NATIX StreetVision with a bundle: tune, answer, launch", lambda _: None)
+    )
+    _add_receiving(command)
 
     sub = command("inspect", "say what a bundle is, what it promises and for which GPUs", _inspect)
     sub.add_argument("bundle", type=Path, help="bundle folder")
@@ -480,6 +585,8 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     """What can be measured, as subcommands of their own."""
     kinds = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    _add_bench_latency(kinds)
+    _add_bench_compare(kinds)
     text = "latency and throughput of Stage A, Stage B, always both, a full pass and the cascade, by deferral rate"
     sub = kinds.add_parser("cascade", help=text, description=f"L{text[1:]}.", formatter_class=_Formatter)
     # Left out, it must not undo a --json before the word "cascade".
@@ -493,7 +600,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--runtime",
-        choices=["onnxruntime", "torch"],
+        choices=[*RUNTIME_NAMES, "torch"],
         help="what executes; onnxruntime for a bundle, torch for a run by default",
     )
     sub.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="batch sizes")
@@ -509,6 +616,129 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, default=0, help="threads of an operator; 0 = as the runtime has them")
     sub.add_argument("--seed", type=int, default=0, help="seed of orders, of deferred rows and of noise")
     sub.add_argument("--out", type=Path, help="folder for cascade.json and cascade.png")
+
+
+def _add_streetvision(parent: argparse.ArgumentParser) -> None:
+    parent.epilog = _STREETVISION
+    kinds = parent.add_subparsers(dest="streetvision", metavar="WHAT", required=True)
+
+    def command(name: str, text: str, handler: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=_Formatter)
+        # Left out, it must not undo a --json before the word.
+        sub.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+        )
+        sub.set_defaults(run_station=handler)
+        return sub
+
+    sub = command("tune", "pick threshold and abstain band by the simulated reward, print the YAML", _tune)
+    sub.epilog = _TUNE
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="calibrated run folder")
+    which.add_argument("--bundle", type=Path, help="bundle folder; needs --labels and --out")
+    sub.add_argument("--labels", type=Path, help="with --bundle: CSV with file,label[,group] of photos not trained on")
+    sub.add_argument("--train-prior", type=float, help="share of positives in training; the run's own by default")
+    sub.add_argument("--serve-prior", type=float, default=0.5, help="share of positives that is asked")
+    sub.add_argument("--out", type=Path, help="record to write; RUN/streetvision.json by default")
+    sub.add_argument("--settings", type=Path, help="YAML of the miner to write")
+    sub.add_argument("--replicates", type=int, default=300, help="resamples of groups for the intervals")
+    sub.add_argument("--seed", type=int, default=0, help="seed of folds, resamples and simulated rounds")
+
+    sub = command("answer", "answer for photos as the miner would, to try its YAML", _streetvision_answer)
+    sub.add_argument("--settings", type=Path, required=True, help="YAML of the miner")
+    sub.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photos")
+
+    sub = command("launch", "register the detector, then run the miner's own entry point", _launch)
+    sub.epilog = _LAUNCH
+    sub.add_argument("--repo", type=Path, required=True, help="checkout of the miner's code")
+    sub.add_argument(
+        "--layout", choices=["auto", "base_miner", "natix"], default="auto", help="where its registry is; auto looks"
+    )
+    sub.add_argument("--settings", type=Path, help="YAML of the miner; names detector and YAML to the miner, too")
+    sub.add_argument("--entry", default="neurons/miner.py", help="the miner's script, within its checkout")
+    sub.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="the miner's own")
+
+
+def _add_bench_latency(kinds: Any) -> None:
+    text = "what a service sees: p50 to p99 of single calls, bytes to decision, cold start, deferral rates, peers"
+    sub = kinds.add_parser(
+        "latency", help=text, description=f"W{text[1:]}.", formatter_class=_Formatter, epilog=_LATENCY
+    )
+    sub.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+    )
+    sub.set_defaults(run_station=_bench_latency)
+    sub.add_argument("--bundle", type=Path, help="bundle folder")
+    sub.add_argument(
+        "--run", type=Path, help="run folder; alone it is measured in torch, beside --bundle it is for torch peers"
+    )
+    sub.add_argument(
+        "--runtime",
+        choices=[*RUNTIME_NAMES, "torch"],
+        help="what executes; onnxruntime for a bundle, torch for a run by default",
+    )
+    sub.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="batch sizes")
+    sub.add_argument(
+        "--rates", type=float, nargs="+", default=[0.0, 0.1, 0.3, 0.5, 1.0], metavar="R",
+        help="deferral rates to force; over the calls exactly this share of rows goes to Stage B",
+    )  # fmt: skip
+    sub.add_argument("--samples", type=int, default=1000, help="calls of each; a p99 takes 1,000")
+    sub.add_argument("--warmup", type=float, default=200, metavar="MS", help="milliseconds before the first call")
+    sub.add_argument("--limit", type=float, default=30, metavar="S", help="seconds a batch size may take at most")
+    sub.add_argument("--quick", action="store_true", help="50 samples and one cold start: a look, not a measurement")
+    sub.add_argument("--deferral", type=float, default=0.3, help="rate of requests, of throughput and of peers")
+    sub.add_argument("--budget", type=float, default=50, metavar="MS", help="milliseconds the p99 of a batch may take")
+    sub.add_argument("--photos", type=Path, help="encoded photos to answer from; drawn JPEGs of 1280 x 720 otherwise")
+    sub.add_argument(
+        "--against", type=lambda text: text.split(","), default=[], metavar="PEER[,PEER]",
+        help="full passes on the same inputs: onnxruntime, torch-eager, torch-compile; one that cannot run says why",
+    )  # fmt: skip
+    sub.add_argument("--threads", type=int, default=0, help="threads of an operator; 0 = as the runtime has them")
+    sub.add_argument("--seed", type=int, default=0, help="seed of orders, noise, deferred rows and resamples")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of torch; cuda replays CUDA graphs")
+    sub.add_argument("--trust-engines", action="store_true", help="run engines neither built here nor signed")
+    sub.add_argument("--out", type=Path, help="folder for latency.json and latency.png")
+
+
+def _add_bench_compare(kinds: Any) -> None:
+    text = "two results of bench latency: ratios of their quantiles with bootstrap intervals"
+    sub = kinds.add_parser("compare", help=text, description=f"T{text[1:]}.", formatter_class=_Formatter)
+    sub.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+    )
+    sub.set_defaults(run_station=_bench_compare)
+    sub.add_argument("first", type=Path, metavar="A.json", help="latency.json that is compared with")
+    sub.add_argument("second", type=Path, metavar="B.json", help="latency.json that is judged; below 1 it is faster")
+    sub.add_argument("--level", type=float, default=0.95, help="level of the intervals")
+    sub.add_argument("--out", type=Path, help="JSON file to write")
+
+
+_Command = Callable[[str, str, Callable[[argparse.Namespace], Any]], argparse.ArgumentParser]
+
+
+def _add_receiving(command: _Command) -> None:
+    sub = command("verify", "check a bundle from elsewhere: hashes, limits, signature, engines; runs nothing", _verify)
+    sub.epilog = _VERIFY
+    sub.add_argument("bundle", type=Path, help="bundle folder")
+    sub.add_argument("--require-signature", action="store_true", help="refuse it unless a trusted key signed it")
+    sub.add_argument("--trust-engines", action="store_true", help="say what would run if its engines were trusted")
+
+    sub = command("sign", "sign a bundle with an Ed25519 key: writes bundle.sig", _sign)
+    sub.epilog = (
+        "changing or exporting a bundle afterwards voids its signature.\n\n  stage1 sign RUN/bundle --key maker.key"
+    )
+    sub.add_argument("bundle", type=Path, help="bundle folder")
+    sub.add_argument("--key", type=Path, required=True, help="PEM file of the private key; `stage1 keys new` makes one")
+
+    sub = command("keys", "make keys for signing, and say whose bundles' engines may run here", _keys)
+    sub.epilog = _KEYS
+    sub.add_argument("action", choices=["new", "trust", "list", "forget"], help="what to do")
+    sub.add_argument("key", nargs="?", help="new: file to write; trust: the .pub file; forget: identifier or name")
+    sub.add_argument("--name", help="trust: what messages call the key; the file's name by default")
+
+    sub = command("migrate", "write a bundle of an older format anew in today's", _migrate)
+    sub.add_argument("bundle", type=Path, help="bundle folder; it stays as it is")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -713,6 +943,12 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.protocol is not None:
+        return _evaluate_protocol(options)
+    if options.photo_seed is not None:
+        raise InputError(
+            "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
+        )
     from stage1_pro.stations.evaluation import evaluate, render
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
@@ -722,6 +958,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     # Who promised nothing breaks nothing, and one calibration refutes no average over many.
     return PROMISE_FAILED if broken and evaluation.guarantee not in ("none", "expectation") else 0
+
+
+def _evaluate_protocol(options: argparse.Namespace) -> int:
+    from stage1_pro.stations.robustness import evaluate_protocol, render
+
+    if options.beside:
+        raise InputError("--beside must stand without --protocol, got both; costs do not depend on the photos")
+    found = evaluate_protocol(
+        options.run,
+        options.protocol,
+        n_replicates=options.replicates,
+        seed=options.seed,
+        photo_seed=options.photo_seed or 0,
+    )
+    _emit(options, found.model_dump(mode="json"), render(found))
+    return 0
 
 
 def _metrics(options: argparse.Namespace) -> None:
@@ -773,11 +1025,13 @@ def _export(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from stage1_pro.policies.promises import check_prior
-    from stage1_pro.stations.prediction import predict
+    from stage1_pro.stations.prediction import load, predict
 
     check_prior(options.prior)
-    found = predict(options.bundle, options.inputs, out=options.out, batch_size=options.batch_size, log=options.log)
-    return _answered(options, options.bundle, *found)
+    cascade = load(options.bundle, options.runtime, trust_engines=options.trust_engines)
+    found = predict(cascade, options.inputs, out=options.out, batch_size=options.batch_size, log=options.log)
+    started = {"runtime": cascade.runtime.name, "steps": [asdict(step) for step in cascade.steps]}
+    return _answered(options, options.bundle, *found, started)
 
 
 def _infer(options: argparse.Namespace) -> int:
@@ -789,11 +1043,17 @@ def _infer(options: argparse.Namespace) -> int:
     return _answered(options, options.run, *found)
 
 
-def _answered(options: argparse.Namespace, source: Path, rows: list[dict[str, Any]], failures: int) -> int:
+def _answered(
+    options: argparse.Namespace,
+    source: Path,
+    rows: list[dict[str, Any]],
+    failures: int,
+    started: dict[str, Any] | None = None,
+) -> int:
     from stage1_pro.stations.prediction import count, promised, render
 
     found = promised(source, options.prior)
-    data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found)}
+    data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **(started or {})}
     _emit(options, data, render(rows, options.out, found))
     return 1 if failures else 0
 
@@ -835,6 +1095,129 @@ def _bench_cascade(options: argparse.Namespace) -> None:
         out=options.out,
     )
     _emit(options, found.model_dump(mode="json"), render(found))
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.tuning import render, tune, yaml_of
+
+    found = tune(
+        options.run,
+        bundle=options.bundle,
+        labels=options.labels,
+        train_prior=options.train_prior,
+        serve_prior=options.serve_prior,
+        out=options.out,
+        settings=options.settings,
+        n_replicates=options.replicates,
+        seed=options.seed,
+    )
+    _emit(options, {**found.model_dump(mode="json"), "yaml": yaml_of(found)}, render(found))
+
+
+def _streetvision_answer(options: argparse.Namespace) -> None:
+    from stage1_pro.integrations.streetvision import Settings, StreetVision
+
+    miner = StreetVision(Settings.read(options.settings))
+    answers = {str(path): miner.answer(path.read_bytes()) for path in options.images}
+    _emit(options, answers, "\n".join(f"{value:>9.6f}  {path}" for path, value in answers.items()))
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from stage1_pro.integrations.streetvision import launch
+
+    try:
+        launch(options.repo, options.arguments, layout=options.layout, settings=options.settings, entry=options.entry)
+    except Stage1Error:
+        raise
+    except Exception:  # noqa: BLE001  the miner's own, which no message of ours explains
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _bench_latency(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.latency import bench_latency, render
+
+    found = bench_latency(
+        options.bundle,
+        run=options.run,
+        runtime=options.runtime,
+        batch=options.batch,
+        rates=options.rates,
+        samples=options.samples,
+        warmup=options.warmup,
+        limit=options.limit,
+        quick=options.quick,
+        deferral=options.deferral,
+        budget=options.budget,
+        photos=options.photos,
+        against=options.against,
+        threads=options.threads,
+        seed=options.seed,
+        trust_engines=options.trust_engines,
+        device=options.device,
+        out=options.out,
+    )
+    _emit(options, found.model_dump(mode="json"), render(found))
+
+
+def _bench_compare(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.latency import compare_latency, render_comparison
+
+    found = compare_latency(options.first, options.second, level=options.level, out=options.out)
+    _emit(options, found.model_dump(mode="json"), render_comparison(found))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.receiving import render, verify
+
+    facts = verify(options.bundle, require_signature=options.require_signature, trust_engines=options.trust_engines)
+    _emit(options, facts, render(facts))
+
+
+def _sign(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.receiving import sign
+
+    done = sign(options.bundle, options.key)
+    _emit(options, done, f"wrote {done['path']}/{done['file']}, signed by key {done['key_id']}")
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from stage1_pro.deploy import trust
+
+    if (options.key is None) != (options.action == "list"):
+        raise InputError(
+            f"key must {'not ' * (options.action == 'list')}be given for `keys {options.action}`; see --help"
+        )
+    if options.name is not None and options.action != "trust":
+        raise InputError(f"--name must go with `keys trust`, got `keys {options.action}`")
+    if options.action == "list":
+        keys = trust.trusted_keys()
+        lines = [f"{key.key_id}  {key.name}" for key in keys] or ["no key is trusted; stage1 keys trust FILE.pub"]
+        _emit(options, {"folder": str(trust.config_folder()), "keys": [k.model_dump() for k in keys]}, "\n".join(lines))
+    elif options.action == "new":
+        made = trust.new_key(options.key)
+        _emit(
+            options,
+            {"key_id": made, "private": options.key, "public": f"{options.key}.pub"},
+            f"wrote {options.key} (keep it to yourself) and {options.key}.pub (hand it out): key {made}",
+        )
+    else:
+        key = (
+            trust.forget_key(options.key) if options.action == "forget" else trust.trust_key(options.key, options.name)
+        )
+        text = "is trusted no longer" if options.action == "forget" else "is trusted: engines it signed run here"
+        _emit(options, key.model_dump(), f"key {key.key_id} '{key.name}' {text}")
+
+
+def _migrate(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.receiving import migrate
+
+    done = migrate(options.bundle, options.out)
+    lines = [f"wrote {done['out']}, format {done['format_version']}", *done["notes"]]
+    if done["signature_dropped"]:
+        lines.append("the signature was of the old manifest and stayed behind; sign the new bundle")
+    _emit(options, done, "\n".join(lines))
 
 
 def _inspect(options: argparse.Namespace) -> None:

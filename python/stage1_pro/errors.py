@@ -45,6 +45,12 @@ class TrainingError(Stage1Error):
     exit_code = 6
 
 
+class DeviceError(Stage1Error):
+    """A GPU, or the runtime on it, failed at work it had accepted."""
+
+    exit_code = 8
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest option, or an empty string."""
     close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)

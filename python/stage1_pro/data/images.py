@@ -99,18 +99,46 @@ def read_image(source: Path | str | BinaryIO | bytes, max_pixels: float = MAX_PI
 def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
     try:
         with _QUIET, Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(name, "oversized", f"{width} x {height} pixels, more than {max_pixels:.0f}")
-            if width * height == 0:
-                raise ImageError(name, "damaged", "no pixels")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ImageError(name, "unsupported", f"{width} x {height} pixels, a strip and no picture")
+            _check_size(image.size, name, max_pixels)
             return upright_rgb(image, name)
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001  Pillow lets a dozen kinds out, of its parsers as of its decoders
         raise ImageError(name, *_explain(error, file)) from None
+
+
+def read_opened(image: Image.Image, name: str = "image", max_pixels: float = MAX_PIXELS) -> Image.Image:
+    """Read an image that somebody else has opened, as ``read_image`` would; nothing is decoded before it is checked.
+
+    Args:
+        image: any PIL image, decoded or not.
+        name: what errors call it.
+        max_pixels: width x height above which it is refused.
+
+    Raises:
+        ImageError: it does not give a whole picture, or is of a format that ``read_image`` does not open.
+    """
+    # MPO: how a JPEG plugin calls a JPEG with several pictures.
+    if image.format not in (None, "MPO", *FORMATS):
+        raise ImageError(name, "unsupported", f"the format {image.format}")
+    try:
+        with _QUIET:
+            _check_size(image.size, name, max_pixels)
+            return upright_rgb(image, name)
+    except ImageError:
+        raise
+    except Exception as error:  # noqa: BLE001  as in read_image
+        raise ImageError(name, *_explain(error, io.BytesIO(b"opened"))) from None
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: float) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(name, "oversized", f"{width} x {height} pixels, more than {max_pixels:.0f}")
+    if width * height == 0:
+        raise ImageError(name, "damaged", "no pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(name, "unsupported", f"{width} x {height} pixels, a strip and no picture")
 
 
 def _explain(error: Exception, file: BinaryIO) -> tuple[Reason, str]:
@@ -136,7 +164,12 @@ def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     # Read after decoding: some formats keep it behind the pixels, and TIFF is turned by Pillow itself.
     transpose = _orientation(image)
     picture = _to_rgb(image, name)
-    return picture if transpose is None else picture.transpose(transpose)
+    if transpose is None:
+        return picture
+    turned = picture.transpose(transpose)
+    # What it is told about itself is about the picture as it lay: read again, it must not be turned again.
+    turned.info = {}
+    return turned
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

@@ -105,12 +105,12 @@ def bench_batch(
         return runtime.run("stage_b", {"hidden": handed})
 
     with tempfile.TemporaryDirectory() as folder:
-        full = _full_pass(cascade, pixels, Path(folder))
+        full = full_pass(cascade, Path(folder))
         contestants: dict[str, Pass] = {
             "stage_a": lambda: runtime.run("stage_a", {"pixels": pixels}),
             "stage_b": lambda: runtime.run("stage_b", {"hidden": hidden}),
             "always_both": both,
-            "full_pass": full,
+            "full_pass": lambda: full(pixels),
             **{f"cascade {count}": _forced(cascade, pixels, exited[count]) for count in counts},
         }
         seconds = time_rounds(contestants, rounds=rounds, warmup=warmup, seed=seed, description=f"batch {n}")
@@ -183,15 +183,32 @@ def _parts(cascade: Cascade, pixels: NDArray[np.float32], folder: Path, full_sec
     return shares
 
 
-def _full_pass(cascade: Cascade, pixels: NDArray[np.float32], folder: Path) -> Pass:
-    """Pixels to Stage B's logits with nothing of Stage A's own on the way; writes a joined graph into the folder."""
+def full_pass(cascade: Cascade, folder: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What gives Stage B's logits [N, K] of pixels with nothing of Stage A's own on the way.
+
+    For onnxruntime both graphs are joined in ``folder``; engines are compiled a stage each, theirs is both.
+
+    Raises:
+        DependencyError: onnx, which joins graphs, is not installed.
+    """
     runtime = cascade.runtime
-    if not isinstance(runtime, OnnxRuntime):
-        call = runtime.full_pass  # type: ignore[attr-defined]  # TorchRuntime, which must not be imported here
-        return lambda: call(pixels)
-    join_graphs(runtime, folder / "full.onnx")
-    session = open_session(folder / "full.onnx", runtime.threads)
-    return lambda: session.run(None, {"a/pixels": pixels})
+    if isinstance(runtime, OnnxRuntime):
+        join_graphs(runtime, folder / "full.onnx")
+        session = open_session(folder / "full.onnx", runtime.threads)
+
+        def joined(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+            logits: NDArray[np.float32] = session.run(None, {"a/pixels": pixels})[0]
+            return logits
+
+        return joined
+    if hasattr(runtime, "full_pass"):
+        own: Callable[[NDArray[np.float32]], NDArray[np.float32]] = runtime.full_pass
+        return own
+
+    def both(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        return runtime.run("stage_b", {"hidden": runtime.run("stage_a", {"pixels": pixels})["hidden"]})["logits"]
+
+    return both
 
 
 def join_graphs(runtime: OnnxRuntime, out: Path) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import math
+import mmap
 import os
 import re
 import stat
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
+
+import numpy as np
 
 from stage1_pro.artifacts import (
     POLICY_FILES,
@@ -25,20 +32,36 @@ from stage1_pro.artifacts import (
     StageEntry,
     StageName,
     atomic_directory,
+    printable,
     recover_directory,
+    sha256_bytes,
     sha256_file,
     write_text,
 )
 from stage1_pro.config import Config
+from stage1_pro.deploy.graphs import check_graph
+from stage1_pro.deploy.migrate import FORMAT, upgrade
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies import POLICIES, void
 
 MANIFEST = "bundle.json"
+SIGNATURE = "bundle.sig"
 LICENCE = "LICENCE-BACKBONE.txt"
 REQUIRED = ("config.json", "splits.json", "metrics.csv")
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
-# JSON is parsed whole into memory, so a hostile file must not be allowed to be huge.
-_JSON_LIMIT = 64 * 2**20
+# What a received bundle may ask of the machine before anybody has looked at it. JSON is parsed whole into memory and
+# into many small objects, so both its bytes and its values are counted; real manifests have a few thousand.
+JSON_BYTES = 4 * 2**20
+JSON_VALUES = 50_000
+JSON_DEPTH = 32
+_TEXT_LENGTH = 2**16
+FILES = 1000
+_DEPTH = 6
+_CLASSES, _CLASS_LENGTH = 10_000, 200
+_TENSOR_NUMBERS = 2**28
+# What a terminal obeys, what turns text around, and halves of characters: messages and reports show these texts.
+_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ARRAYS = 64
 
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
 
@@ -51,6 +74,31 @@ class Bundle:
     manifest: BundleManifest
     policy: Policy
     splits: SplitsSummary
+    raw: bytes = field(default=b"", repr=False)
+    """The manifest's bytes, as read: what a signature covers."""
+    notes: tuple[str, ...] = ()
+    """What an older format lacks."""
+    format_version: int = FORMAT
+    """As it lies there; the manifest is always of today's."""
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes, checked: what is given is what was hashed, whatever becomes of the file.
+
+        Raises:
+            ArtifactError: the manifest does not list it, or it has another size or sha256 than there.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise ArtifactError(f"{MANIFEST} must list {printable(name)!r} among its files, but it does not")
+        with _open_plain(self.path, name) as file:
+            data = file.read(entry.size + 1)
+        if len(data) != entry.size or sha256_bytes(data) != entry.sha256:
+            raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
+        return data
+
+    def check(self, name: str) -> None:
+        """Hash one file again; raise ArtifactError when it is not what was exported."""
+        _check_hash(self.path, name, self.manifest.files[name].sha256)
 
     def graph(self, stage: StageName) -> Path:
         """The ONNX file of one stage."""
@@ -94,6 +142,7 @@ def write_bundle(
     backbone: BackboneInfo,
     tap: int,
     provenance: Provenance,
+    reference: str | None = None,
 ) -> Bundle:
     """Write a bundle all or nothing, and verify it before it takes its place.
 
@@ -108,6 +157,7 @@ def write_bundle(
         backbone: facts about the backbone; its licence is written beside the weights.
         tap: block whose tokens Stage A reads.
         provenance: versions and fingerprints.
+        reference: the file of seeded inputs and their outputs, where ``graphs`` wrote one.
 
     Raises:
         InputError: ``out`` holds something that is no bundle.
@@ -143,18 +193,21 @@ def write_bundle(
             tap=tap,
             stages=dict(stages),
             engines=list(engines),
+            reference=reference,
             files=files,
             provenance=provenance,
         ).write(folder / MANIFEST)
         # Sizes and relations are checked here; the hashes were taken from these very files.
         written = load_bundle(folder, verify=False)
-    return Bundle(out, written.manifest, written.policy, written.splits)
+    return replace(written, path=out)
 
 
 def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     """Read ``bundle.json``, check every file against it, and give the bundle.
 
-    Nothing in the folder is deserialised before its name, size and sha256 were found right.
+    Nothing in the folder is deserialised before its name, size and sha256 were found right; graphs are walked
+    (``graphs.check_graph``) before any runtime sees them. A bundle of an older format is read as what it is today,
+    and ``notes`` says what it lacks. A signature is not asked for here: see ``trust``.
 
     Args:
         path: the bundle's folder.
@@ -162,22 +215,32 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
 
     Raises:
         ArtifactError: not a bundle; a file is missing, extra, changed, a link or outside the folder;
-            a second policy file or none; a policy, engine or split of another model.
+            a second policy file or none; a policy, engine or split of another model; a graph that is not plain;
+            something larger than any bundle has reason to be; a format newer than this version knows.
     """
     path = Path(path)
     recover_directory(path)
     if not path.is_dir():
-        raise ArtifactError(f"bundle must be a folder that holds {MANIFEST}, got {path}")
-    manifest = BundleManifest.parse(_read_json(path, MANIFEST), f"{path.name}/{MANIFEST}")
+        raise ArtifactError(f"bundle must be a folder that holds {MANIFEST}, got {printable(str(path))}")
+    raw = read_plain(path, MANIFEST)
+    values = _parse_json(raw, MANIFEST)
+    text = _decode(raw, MANIFEST)
+    found, current, notes = upgrade(values)
+    if found != FORMAT:
+        text = json.dumps(current)
+    manifest = BundleManifest.parse(text, MANIFEST)
     _check_names(manifest)
     present = _scan(path)
     _check_policy_files(manifest, present)
     _check_files(path, manifest, present, verify)
     _check_relations(manifest)
-    policy = POLICIES[manifest.active_exit_policy].parse(_read_json(path, manifest.policy_file), manifest.policy_file)
-    splits = SplitsSummary.parse(_read_json(path, "splits.json"), "splits.json")
+    _check_contents(path, manifest)
+    policy = POLICIES[manifest.active_exit_policy].parse(
+        _read_record(path, manifest, manifest.policy_file), manifest.policy_file
+    )
+    splits = SplitsSummary.parse(_read_record(path, manifest, "splits.json"), "splits.json")
     _check_policy(manifest, policy, splits)
-    return Bundle(path, manifest, policy, splits)
+    return Bundle(path, manifest, policy, splits, raw, notes, found)
 
 
 def check_policy_belongs(
@@ -200,22 +263,84 @@ def check_policy_belongs(
 
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
-    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else printable(text)
 
 
-def _read_json(folder: Path, name: str) -> str:
-    path = folder / name
+def _open_plain(folder: Path, name: str) -> io.BufferedReader:
+    """Open a plain file, never a link, and never wait on a pipe."""
     try:
-        info = path.lstat()
-        if not stat.S_ISREG(info.st_mode):
-            raise ArtifactError(f"{name} must be a plain file, got a link or something else")
-        if info.st_size > _JSON_LIMIT:
-            raise ArtifactError(f"{name} must be at most {_JSON_LIMIT} bytes, got {info.st_size}")
-        return path.read_text(encoding="utf-8")
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ArtifactError(f"{name} must be a plain file, got something else")
+        return os.fdopen(descriptor, "rb")
     except FileNotFoundError:
         raise ArtifactError(f"bundle must hold {name}, but {folder} does not; it is incomplete or no bundle") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ArtifactError(f"{name} must be a plain file that can be read, got: {error.strerror}") from None
+
+
+def read_plain(folder: Path, name: str, limit: int = JSON_BYTES) -> bytes:
+    """A file's bytes; raise ArtifactError where it is no plain file, or longer than ``limit``."""
+    with _open_plain(folder, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ArtifactError(f"{name} must be at most {limit} bytes, got more")
+    return data
+
+
+def _read_record(folder: Path, manifest: BundleManifest, name: str) -> str:
+    """A JSON file of the manifest as text: the very bytes that were hashed."""
+    data = read_plain(folder, name)
+    if sha256_bytes(data) != manifest.files[name].sha256:
+        raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
+    _parse_json(data, name)
+    return _decode(data, name)
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ArtifactError(f"{name} must be readable UTF-8, got: {error}") from None
+
+
+def _parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """JSON that means one thing to every reader: an object, bounded, no key twice, no NaN, no control characters."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("the same key twice")
+        return found
+
+    def constant(text: str) -> NoReturn:
+        raise ValueError(f"{text}, which is no JSON")
+
+    # Every value but the first stands behind one of these; strings only make it count too many.
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
+        raise ArtifactError(f"{name} must have at most {JSON_VALUES} values, got more")
+    try:
+        values = json.loads(_decode(data, name), object_pairs_hook=once, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{name} must be JSON, got: {printable(str(error))}") from None
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{name} must hold a JSON object, got another value")
+    pending: list[tuple[Any, int]] = [(values, 1)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > JSON_DEPTH:
+            raise ArtifactError(f"{name} must be nested at most {JSON_DEPTH} deep, got more")
+        if isinstance(value, dict):
+            pending += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list):
+            pending += [(part, depth + 1) for part in value]
+        elif isinstance(value, str):
+            if len(value) > _TEXT_LENGTH:
+                raise ArtifactError(f"{name} must hold texts of at most {_TEXT_LENGTH} characters, got {len(value)}")
+            if _UNFIT.search(value):
+                raise ArtifactError(f"{name} must hold plain text, got control characters: {printable(value, 80)}")
+    return values
 
 
 def _safe(name: str) -> bool:
@@ -230,33 +355,49 @@ def _safe(name: str) -> bool:
 
 
 def _check_names(manifest: BundleManifest) -> None:
-    stages, engines = manifest.stages, manifest.engines
-    listed = [*manifest.files, manifest.policy_file, *(s.onnx for s in stages.values()), *(e.path for e in engines)]
-    for name in listed:
-        if not _safe(name) or name == MANIFEST:
-            raise ArtifactError(f"{MANIFEST} must name files inside the bundle, got {name!r}")
-    for name in (*listed[len(manifest.files) :], *REQUIRED):
+    if len(manifest.files) > FILES:
+        raise ArtifactError(f"{MANIFEST} must list at most {FILES} files, got {len(manifest.files)}")
+    parts = [manifest.policy_file, *_graphs(manifest), *(engine.path for engine in manifest.engines)]
+    if manifest.reference is not None:
+        parts.append(manifest.reference)
+    for name in (*manifest.files, *parts):
+        if not _safe(name) or name in (MANIFEST, SIGNATURE):
+            raise ArtifactError(f"{MANIFEST} must name files inside the bundle, got {printable(repr(name))}")
+    for name in (*parts, *REQUIRED):
         # The policy file has a message of its own.
         if name not in manifest.files and name != manifest.policy_file:
             raise ArtifactError(f"{MANIFEST} must list {name} among its files, but it does not")
 
 
+def _graphs(manifest: BundleManifest) -> list[str]:
+    """Every ONNX graph that the manifest names."""
+    stages = manifest.stages.values()
+    return [*(stage.onnx for stage in stages), *(v.onnx for stage in stages for v in stage.variants.values())]
+
+
 def _scan(folder: Path) -> dict[str, int]:
-    """Every file below the folder but the manifest, with its size; links are refused."""
+    """Every file below the folder but manifest and signature, with its size; links are refused."""
     found: dict[str, int] = {}
-    pending = [folder]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                name = Path(entry.path).relative_to(folder).as_posix()
-                if entry.is_symlink():
-                    raise ArtifactError(f"bundle must hold plain files, got a link: {name}")
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(Path(entry.path))
-                elif not entry.is_file(follow_symlinks=False):
-                    raise ArtifactError(f"bundle must hold plain files, got something else: {name}")
-                elif name != MANIFEST:
-                    found[name] = entry.stat(follow_symlinks=False).st_size
+    pending, seen = [(folder, 0)], 0
+    try:
+        while pending:
+            below, depth = pending.pop()
+            with os.scandir(below) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > 2 * FILES or depth > _DEPTH:
+                        raise ArtifactError(f"bundle must hold at most {FILES} files, {_DEPTH} folders deep, got more")
+                    name = Path(entry.path).relative_to(folder).as_posix()
+                    if entry.is_symlink():
+                        raise ArtifactError(f"bundle must hold plain files, got a link: {printable(name)}")
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append((Path(entry.path), depth + 1))
+                    elif not entry.is_file(follow_symlinks=False):
+                        raise ArtifactError(f"bundle must hold plain files, got something else: {printable(name)}")
+                    elif name not in (MANIFEST, SIGNATURE):
+                        found[name] = entry.stat(follow_symlinks=False).st_size
+    except OSError as error:
+        raise ArtifactError(f"bundle must be a folder that can be read, got: {error.strerror}") from None
     return found
 
 
@@ -265,7 +406,7 @@ def _check_policy_files(manifest: BundleManifest, present: Mapping[str, int]) ->
     if manifest.policy_file != expected:
         raise ArtifactError(
             f"policy_file must be {expected} for active_exit_policy '{manifest.active_exit_policy}', "
-            f"got {manifest.policy_file}"
+            f"got {printable(manifest.policy_file)}"
         )
     names = set(POLICY_FILES.values())
     policies = sorted(n for n in {*present, *manifest.files} if PurePosixPath(n).name.lower() in names)
@@ -273,7 +414,7 @@ def _check_policy_files(manifest: BundleManifest, present: Mapping[str, int]) ->
         raise ArtifactError(f"bundle must hold exactly one policy file, got none; {expected} is missing")
     if policies != [expected]:
         raise ArtifactError(
-            f"bundle must hold exactly one policy file ({expected}), got {', '.join(policies)}; "
+            f"bundle must hold exactly one policy file ({expected}), got {printable(', '.join(policies))}; "
             "export it anew instead of adding files"
         )
 
@@ -281,44 +422,128 @@ def _check_policy_files(manifest: BundleManifest, present: Mapping[str, int]) ->
 def _check_files(folder: Path, manifest: BundleManifest, present: Mapping[str, int], verify: bool) -> None:
     missing = sorted(set(manifest.files) - set(present))
     if missing:
-        raise ArtifactError(f"bundle must hold every file of {MANIFEST}, missing: {', '.join(missing)}")
+        raise ArtifactError(f"bundle must hold every file of {MANIFEST}, missing: {printable(', '.join(missing))}")
     extra = sorted(set(present) - set(manifest.files))
     if extra:
-        raise ArtifactError(f"bundle must hold only the files of {MANIFEST}, extra: {', '.join(extra)}")
+        raise ArtifactError(f"bundle must hold only the files of {MANIFEST}, extra: {printable(', '.join(extra))}")
     for name, entry in manifest.files.items():
         if present[name] != entry.size:
             raise ArtifactError(f"{name} must have {entry.size} bytes as exported, got {present[name]}; it was changed")
     if not verify:
         return
     for name, entry in manifest.files.items():
-        if sha256_file(folder / name) != entry.sha256:
-            raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
+        _check_hash(folder, name, entry.sha256)
+
+
+def _check_hash(folder: Path, name: str, expected: str) -> None:
+    with _open_plain(folder, name) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
 
 
 def _check_relations(manifest: BundleManifest) -> None:
     classes = manifest.classes
     if len(classes) < 2 or len(set(classes)) != len(classes) or manifest.positive not in classes:
         raise ArtifactError(
-            f"classes must be two or more different names with the positive one, got {classes}, "
-            f"positive '{manifest.positive}'"
+            f"classes must be two or more different names with the positive one, got {printable(str(classes))}, "
+            f"positive '{printable(manifest.positive)}'"
+        )
+    if len(classes) > _CLASSES or not all(0 < len(name) <= _CLASS_LENGTH and name.isprintable() for name in classes):
+        raise ArtifactError(
+            f"classes must be at most {_CLASSES} printable names of at most {_CLASS_LENGTH} characters, got others"
         )
     if set(manifest.stages) != set(STAGES):
         raise ArtifactError(f"stages must be {' and '.join(STAGES)}, got {', '.join(manifest.stages) or 'none'}")
-    spec = manifest.preprocessing
-    wanted: tuple[tuple[StageName, str, dict[str, list[int]], list[int]], ...] = (
-        ("stage_a", "pixels", manifest.stages["stage_a"].inputs, [-1, 3, spec.height, spec.width]),
-        ("stage_a", "logits", manifest.stages["stage_a"].outputs, [-1, len(classes)]),
-        ("stage_b", "logits", manifest.stages["stage_b"].outputs, [-1, len(classes)]),
+    if not 1 <= manifest.tap <= manifest.backbone.n_blocks:
+        raise ArtifactError(
+            f"tap must be a block of the backbone (1 to {manifest.backbone.n_blocks}), got {manifest.tap}"
+        )
+    spec, first, second = manifest.preprocessing, manifest.stages["stage_a"], manifest.stages["stage_b"]
+    gate = {"gate_logit": [-1]} if "gate_logit" in first.outputs else {}
+    # What else the graphs take or give nobody would feed or ask for.
+    hidden = {"hidden": first.outputs.get("hidden", [])}
+    wanted: tuple[tuple[StageName, dict[str, list[int]], dict[str, list[int]]], ...] = (
+        ("stage_a", first.inputs, {"pixels": [-1, 3, spec.height, spec.width]}),
+        ("stage_a", first.outputs, {"logits": [-1, len(classes)], **gate, **hidden}),
+        ("stage_b", second.inputs, hidden),
+        ("stage_b", second.outputs, {"logits": [-1, len(classes)]}),
     )
-    for stage, tensor, shapes, shape in wanted:
-        if shapes.get(tensor) != shape:
-            raise ArtifactError(f"{tensor} of {stage} must be {shape}, got {shapes.get(tensor)}")
-    if manifest.stages["stage_b"].inputs.get("hidden") != manifest.stages["stage_a"].outputs.get("hidden"):
-        raise ArtifactError("hidden must have one shape in both stages, got two")
+    for stage, shapes, expected in wanted:
+        for name in sorted({*shapes, *expected}):
+            ours, theirs = expected.get(name, "absent"), shapes.get(name, "absent")
+            if ours != theirs:
+                raise ArtifactError(
+                    f"{printable(name)} of {stage} must be {printable(str(ours))}, got {printable(str(theirs))}"
+                )
+    shape = hidden["hidden"]
+    if len(shape) < 2 or shape[0] != -1 or min(shape[1:]) < 1 or math.prod(shape[1:]) > _TENSOR_NUMBERS:
+        raise ArtifactError(f"hidden must have a shape of -1 and sizes from 1 on, got {printable(str(shape))}")
+    if manifest.active_exit_policy != "softmax" and not gate:
+        raise ArtifactError(
+            f"stage_a must give gate_logit for the policy {manifest.active_exit_policy}, but it does not"
+        )
     for engine in manifest.engines:
-        graph = manifest.stages[engine.stage].onnx
-        if engine.onnx_sha256 != manifest.files[graph].sha256:
-            raise ArtifactError(f"{engine.path} must be built from {graph} of this bundle, got another graph's engine")
+        _check_engine(manifest, engine)
+
+
+def _check_engine(manifest: BundleManifest, engine: EngineEntry) -> None:
+    stage = manifest.stages[engine.stage]
+    variant = stage.variants.get(engine.precision)
+    graph = stage.onnx if engine.precision == "fp32" else None if variant is None else variant.onnx
+    if graph is None:
+        raise ArtifactError(f"{engine.path} must be built from a graph of this bundle, got none in {engine.precision}")
+    if engine.onnx_sha256 != manifest.files[graph].sha256:
+        raise ArtifactError(f"{engine.path} must be built from {graph} of this bundle, got another graph's engine")
+    low, best, high = engine.batch
+    if not 1 <= low <= best <= high:
+        raise ArtifactError(f"batch of {engine.path} must rise from 1 on, got {printable(str(list(engine.batch)))}")
+
+
+def _check_contents(folder: Path, manifest: BundleManifest) -> None:
+    """Look into what a runtime will read: graphs and arrays, by their bytes alone."""
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+    # A graph that no stage names is opened by nobody today, and must be harmless all the same.
+    for name in sorted({*_graphs(manifest), *(name for name in sizes if name.lower().endswith(".onnx"))}):
+        if sizes[name] == 0:
+            raise ArtifactError(f"{name} must be a plain ONNX graph, got an empty file")
+        with (
+            _open_plain(folder, name) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as data,
+        ):
+            check_graph(data, name, sizes)
+    arrays = {name for name in sizes if name.lower().endswith((".npz", ".npy"))}
+    if manifest.reference is not None:
+        arrays.add(manifest.reference)
+    for name in sorted(arrays):
+        with _open_plain(folder, name) as file:
+            _check_arrays(file, name)
+
+
+def _check_arrays(file: io.BufferedReader, name: str) -> None:
+    """Refuse an ``.npz`` that is packed, holds objects, or whose arrays claim to be larger than they are."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if len(members) > _ARRAYS or len({member.filename for member in members}) != len(members):
+                raise ValueError(f"more than {_ARRAYS} arrays, or two of one name")
+            for member in members:
+                if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                    raise ValueError(f"{member.filename} packed or encrypted")
+                with archive.open(member) as opened:
+                    head = io.BytesIO(opened.read(2**16))
+                version = np.lib.format.read_magic(head)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, dtype = read[version](head)
+                if dtype.hasobject or dtype.kind not in "biuf" or min(shape, default=0) < 0:
+                    raise ValueError(f"{member.filename} of something else than numbers")
+                if math.prod(shape) * dtype.itemsize != member.file_size - head.tell():
+                    raise ValueError(f"{member.filename} of another size than its shape says")
+    except Exception as error:  # noqa: BLE001 - zipfile and NumPy each raise kinds of their own on damage
+        raise ArtifactError(
+            f"{name} must be an .npz of plain, unpacked numbers, got: {printable(str(error))}"
+        ) from None
 
 
 def _check_policy(manifest: BundleManifest, policy: Policy, splits: SplitsSummary) -> None:

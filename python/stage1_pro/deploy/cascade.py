@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.data.images import ImageError, preprocess, read_image, upright_rgb
+from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle, load_bundle
-from stage1_pro.deploy.runtime import Arrays, Runtime, load_runtime
-from stage1_pro.errors import InputError, need
+from stage1_pro.deploy.runtime import Arrays, Runtime
+from stage1_pro.deploy.start import Step, start
+from stage1_pro.errors import DependencyError, InputError, need
 from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.sets import answer_sets, close, near
 from stage1_pro.policies.softmax import confidence, softmax
@@ -78,43 +79,62 @@ class Trace:
 class Cascade:
     """A bundle, or the model of a run before any export, ready to answer.
 
+    ``runtime.name`` is what answers; ``steps`` is what was tried for it, in order, and why it stepped down.
+
     >>> decisions = Cascade.load("run/bundle").predict(["a.jpg", "b.jpg"])  # doctest: +SKIP
     """
 
-    def __init__(self, bundle: Bundle | Trained, runtime: Runtime) -> None:
+    def __init__(self, bundle: Bundle | Trained, runtime: Runtime, steps: Sequence[Step] = ()) -> None:
         self.bundle = bundle
         self.runtime = runtime
+        self.steps = tuple(steps)
 
     @classmethod
-    def load(cls, bundle: Bundle | Path | str, runtime: str = "onnxruntime", *, threads: int = 0) -> Cascade:
-        """Verify a bundle and start a runtime on it.
+    def load(
+        cls, bundle: Bundle | Path | str, runtime: str = "onnxruntime", *, threads: int = 0, trust_engines: bool = False
+    ) -> Cascade:
+        """Verify a bundle and start a runtime on it that gives the bundle's reference outputs.
+
+        Args:
+            bundle: bundle folder.
+            runtime: ``onnxruntime`` (CPU), ``tensorrt_rtx`` or ``tensorrt`` (the bundle's engines), or ``auto``: its
+                engines, stepping down to onnxruntime. A named one never becomes another.
+            threads: onnxruntime's threads inside an operator; 0 = as many as there are cores.
+            trust_engines: run engines that were neither built here nor signed by a trusted key.
 
         Raises:
-            ArtifactError: the bundle is damaged, changed or incomplete.
-            InputError: no such runtime.
+            ArtifactError: the bundle is damaged, changed or incomplete, or nothing gives its reference outputs.
+            InputError: no such runtime, or none that this bundle has.
+            DependencyError: the named runtime lacks a library, a driver or a GPU.
         """
         loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        return cls(loaded, load_runtime(loaded, runtime, threads))
+        started = start(loaded, runtime, threads=threads, trust_engines=trust_engines)
+        return cls(loaded, started.runtime, started.steps)
 
     @classmethod
-    def from_run(cls, run: Path | str, *, threads: int = 0) -> Cascade:
+    def from_run(cls, run: Path | str, *, threads: int = 0, device: str = "cpu") -> Cascade:
         """The best model of a trained and calibrated run, in torch; decides as its bundle will.
 
         Args:
             run: run folder.
             threads: torch's threads in this process; 0 leaves them as they are.
+            device: ``cpu``, or ``cuda`` for CUDA graphs on an NVIDIA GPU.
 
         Raises:
-            InputError: no such folder, or no exit policy in it.
+            InputError: no such folder, no exit policy in it, or a device torch does not have.
             ArtifactError: an incomplete run, or a policy of another model.
             DependencyError: torch or transformers are missing.
         """
         try:
-            from stage1_pro.deploy.trained import TorchRuntime, load_trained
+            from stage1_pro.deploy.trained import TorchRuntime, has_gpu, load_trained
         except ImportError as error:
             raise need("train", error.name or "torch") from error
         trained = load_trained(run)
-        return cls(trained, TorchRuntime(trained.model, threads))
+        if device not in ("cpu", "cuda"):
+            raise InputError(f"device must be cpu or cuda, got '{device}'")
+        if device == "cuda" and not has_gpu():
+            raise DependencyError("device cuda must have an NVIDIA GPU that torch can use, got none; use cpu")
+        return cls(trained, TorchRuntime(trained.model.to(device), threads))
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model's input [3, H, W].
@@ -250,8 +270,5 @@ def open_image(image: ImageLike) -> Image.Image:
             raise ImageError("image array", "damaged", "no pixels")
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
-        try:
-            return upright_rgb(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ImageError("image", "damaged", str(error)) from None
+        return read_opened(image)
     raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")

@@ -18,6 +18,9 @@ from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies import read_policy
 from stage1_pro.training.checkpoint import load_run_model
 
+# Rows of one CUDA graph at most: larger batches are cut.
+LARGEST = 64
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -53,6 +56,11 @@ class Trained:
         return self.model.architecture.tap
 
 
+def has_gpu() -> bool:
+    """Whether torch can use an NVIDIA GPU here."""
+    return torch.cuda.is_available()
+
+
 def load_trained(run: Path | str) -> Trained:
     """Load ``model_best.pth`` and the active policy of a run, checked against each other.
 
@@ -78,7 +86,11 @@ def load_trained(run: Path | str) -> Trained:
 
 
 class TorchRuntime:
-    """Both stages of a model in eager torch, on the device that holds it.
+    """Both stages of a model in torch, on the device that holds it: eager on a CPU, as CUDA graphs on an NVIDIA GPU.
+
+    On a GPU rows are padded to powers of two up to ``LARGEST``, a graph is captured for each, once, and replayed on
+    the same buffers; ``device_seconds`` is what events measured around all replays so far. It is PyTorch, never
+    called TensorRT.
 
     Args:
         model: is put into evaluation mode.
@@ -97,14 +109,36 @@ class TorchRuntime:
             torch.set_num_threads(threads)
         self.model = model.eval()
         self._device = next(model.parameters()).device
+        self._graphs: dict[tuple[StageName, int], _Captured] = {}
+        # Without a device clock there is none to read.
+        if self._device.type == "cuda":
+            self.device_seconds = 0.0
 
     def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
         """Outputs by name for inputs by name; the first axis of each is the batch."""
+        rows = inputs["pixels" if stage == "stage_a" else "hidden"]
+        if self._device.type == "cuda" and len(rows):
+            return self._replay(stage, rows)
         with torch.inference_mode():
-            if stage == "stage_a":
-                logits, gate, hidden = self.model.stage_a(self._tensor(inputs["pixels"]))
-                return {"logits": _array(logits), "gate_logit": _array(gate), "hidden": _array(hidden)}
-            return {"logits": _array(self.model.stage_b(self._tensor(inputs["hidden"])))}
+            return {name: _array(value) for name, value in self._outputs(stage, self._tensor(rows)).items()}
+
+    def _outputs(self, stage: StageName, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        if stage == "stage_a":
+            return dict(zip(("logits", "gate_logit", "hidden"), self.model.stage_a(rows), strict=True))
+        return {"logits": self.model.stage_b(rows)}
+
+    def _replay(self, stage: StageName, rows: NDArray[np.float32]) -> Arrays:
+        parts = []
+        for start in range(0, len(rows), LARGEST):
+            part = rows[start : start + LARGEST]
+            bucket = 1 << (len(part) - 1).bit_length()
+            if (stage, bucket) not in self._graphs:
+                shape = (bucket, *rows.shape[1:])
+                self._graphs[stage, bucket] = _Captured(lambda x: self._outputs(stage, x), shape, self._device)
+            outputs, seconds = self._graphs[stage, bucket].run(part)
+            self.device_seconds += seconds
+            parts.append(outputs)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def full_pass(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Stage B's logits [N, K] from pixels [N, 3, H, W], with no Stage A on the way."""
@@ -112,6 +146,22 @@ class TorchRuntime:
         with torch.inference_mode():
             tokens = backbone(self._tensor(pixels))
             return _array(self.model.heads.auxiliary(backbone.pool(tokens)))
+
+    def compiled_full_pass(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """``full_pass`` through ``torch.compile``; a batch size is compiled when first seen, which takes a minute."""
+        backbone, head = self.model.backbone, self.model.heads.auxiliary
+
+        def forward(pixels: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = head(backbone.pool(backbone(pixels)))
+            return logits
+
+        compiled = torch.compile(forward, dynamic=False)
+
+        def call(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                return _array(compiled(self._tensor(pixels)))
+
+        return call
 
     def parts(self, pixels: NDArray[np.float32]) -> dict[str, Callable[[], object]]:
         """The pieces of a full pass on these pixels, to be timed: ``embedding`` and ``heads`` (norm, pooling, head)."""
@@ -131,6 +181,43 @@ class TorchRuntime:
 
     def _tensor(self, values: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+
+class _Captured:
+    """One function at one shape as a CUDA graph on buffers of its own."""
+
+    def __init__(
+        self, function: Callable[[torch.Tensor], dict[str, torch.Tensor]], shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        self._input = torch.zeros(shape, device=device)
+        self._pinned = torch.zeros(shape, pin_memory=True)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._graph = torch.cuda.CUDAGraph()
+        # TF32 convolutions would move patches by 1e-3, and with them decisions.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            # Lazy initialisation must not be captured.
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    function(self._input)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self._graph):
+                self._outputs = function(self._input)
+
+    def run(self, rows: NDArray[np.float32]) -> tuple[Arrays, float]:
+        """Outputs of these rows, at most as many as the shape has, and seconds on the device."""
+        with torch.inference_mode():
+            self._pinned[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
+            # Padded with a row that is there: zeros could be the one input that overflows.
+            self._pinned[len(rows) :] = self._pinned[len(rows) - 1]
+            self._input.copy_(self._pinned, non_blocking=True)
+            self._events[0].record()
+            self._graph.replay()
+            self._events[1].record()
+            outputs = {name: _array(value[: len(rows)]) for name, value in self._outputs.items()}
+        self._events[1].synchronize()
+        return outputs, self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
 def _array(values: torch.Tensor) -> NDArray[np.float32]:

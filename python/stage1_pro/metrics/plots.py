@@ -245,6 +245,31 @@ def speedup_png(
     return _png(figure)
 
 
+def latency_png(measured: Mapping[str, Sequence[tuple[float, float, float, float, float | None]]]) -> bytes:
+    """Draw milliseconds of a batch against its deferral rate: medians as lines with their intervals, p99 above, dotted.
+
+    Args:
+        measured: name of a line to its points: deferral rate, p50, its lower and upper end, and p99 or None.
+    """
+    figure, axes = _canvas("deferral rate: share of rows that Stage B answers", "milliseconds of a batch")
+    styles = zip((BLUE, VERMILION, GREEN, ORANGE), ("o", "s", "^", "D"), strict=True)
+    for (name, points), (color, marker) in zip(measured.items(), list(styles) * len(measured), strict=False):
+        ordered = sorted(points, key=lambda point: point[0])
+        x, middle, low, high = np.array([point[:4] for point in ordered], np.float64).T
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(x, middle, color=color, marker=marker, markersize=4, linewidth=1.5, label=f"{name}, p50")
+        tail = [(point[0], point[4]) for point in ordered if point[4] is not None]
+        if tail:
+            axes.plot(*zip(*tail, strict=True), color=color, linestyle=":", linewidth=1.5, label=f"{name}, p99")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda _, __: ""))
+    _percent(axes, x=True)
+    _legend(axes)
+    return _png(figure)
+
+
 def exit_rate_png(
     confidence: ArrayLike,
     exited: ArrayLike,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 from stage1_pro.artifacts import BenchTiming, CascadeBench, Splits, write_bytes
 from stage1_pro.deploy.bench import bench_batch, machine
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.runtime import RUNTIMES
+from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.errors import InputError, Stage1Error, nearest
 from stage1_pro.metrics.plots import speedup_png
 from stage1_pro.progress import say
+from stage1_pro.stations.latency import check_sizes
 
 RATES = tuple(step / 10 for step in range(11))
 BATCHES = (1, 8, 64)
@@ -26,7 +26,7 @@ def bench_cascade(
     bundle: Path | str | None = None,
     *,
     run: Path | str | None = None,
-    runtime: Literal["onnxruntime", "torch"] | None = None,
+    runtime: str | None = None,
     batch: Sequence[int] = BATCHES,
     rates: Sequence[float] = RATES,
     rounds: int = 20,
@@ -158,10 +158,7 @@ def _check(
 ) -> None:
     if (bundle is None) == (run is None):
         raise InputError(f"bench must get --bundle or --run, got {'neither' if run is None else 'both'}; name one")
-    if not batch or min(batch) < 1:
-        raise InputError(f"batch must be one or more sizes of 1 or more, got {list(batch)}; 1 8 64 is usual")
-    if not rates or not all(0 <= rate <= 1 for rate in rates):
-        raise InputError(f"rates must be one or more shares in [0, 1], got {list(rates)}; 0 .3 1, for example")
+    check_sizes(batch, rates)
     for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0), ("threads", threads, 0)):
         if value < least:
             raise InputError(f"{name} must be {least} or more, got {value}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 from stage1_pro import __version__, _native
 from stage1_pro.deploy.engine import BUILDERS
-from stage1_pro.deploy.runtime import RUNTIMES
+from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.errors import need
 
 BASE = ("numpy", "scipy", "pillow", "pydantic", "pyyaml", "rich", "onnxruntime", "matplotlib", "jinja2", "jsonschema")
@@ -32,6 +31,9 @@ def doctor() -> dict[str, Any]:
     if None in train.values():
         names = ", ".join(name for name, found in train.items() if found is None)
         missing[f"training and export ({names})"] = _command("train")
+    signing = _version("cryptography")
+    if signing is None:
+        missing["signing bundles and checking signatures (cryptography)"] = _command("sign")
     builders: dict[str, str | None] = {}
     for target, (module, extra) in BUILDERS.items():
         builders[target] = _builder(module)
@@ -41,6 +43,12 @@ def doctor() -> dict[str, Any]:
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
+    devices = gpus()
+    if devices and _native.cuda_why() is None:
+        missing["CUDA router (_cuda)"] = (
+            "with a CUDA toolkit: pip install --force-reinstall --no-deps "
+            "--config-settings=cmake.define.STAGE1_CUDA=ON ."
+        )
     return {
         "stage1_pro": __version__,
         "python": platform.python_version(),
@@ -48,12 +56,10 @@ def doctor() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "base": base,
         "train": train,
-        "gpus": _gpus(),
+        "signing": signing,
+        "gpus": devices,
         "torch_devices": _torch_devices(),
-        "compiled": {
-            "_core": _native.why(),
-            "_cuda": "built" if importlib.util.find_spec("stage1_pro._cuda") else None,
-        },
+        "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,
@@ -70,9 +76,10 @@ def render(facts: dict[str, Any]) -> str:
         f"stage1_pro  {facts['stage1_pro']} on Python {facts['python']}, {facts['platform']}, {facts['cpus']} CPUs",
         f"base        {listing(facts['base'])}",
         f"train       {listing(facts['train'])}",
+        f"signing     cryptography {facts['signing'] or '-'}",
         f"GPUs        {', '.join(facts['gpus']) or 'none found (nvidia-smi)'}",
         f"torch       {', '.join(facts['torch_devices']) or 'not installed'}",
-        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or '-'}",
+        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or 'not built'}",
         f"runtimes    {', '.join(facts['runtimes'])}",
         f"builders    {listing(facts['builders'])}",
     ]
@@ -103,7 +110,7 @@ def _builder(module: str) -> str | None:
         return None
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Name, compute capability, memory and driver of each NVIDIA GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

@@ -182,11 +182,7 @@ def evaluate_predictions(
     exited = answers["cascade"].exited if policy else None
     measures: list[Measure] = []
     for source, rows in _scopes(predictions):
-        for stage, given in answers.items():
-            measures += _quality(predictions, given, source, stage, rows, n_replicates, seed)
-        measures += _exits(predictions, answers, policy, source, rows, n_replicates, seed)
-        if policy is not None:
-            measures.append(_difference(predictions, answers, source, rows, n_replicates, seed))
+        measures += measure_rows(predictions, answers, policy, source, rows, n_replicates, seed)
     check = None
     if policy is not None and policy.target_fnr is not None:
         everything = np.ones(predictions.labels.size, dtype=bool)
@@ -261,14 +257,7 @@ def evaluate(
     run = Path(run)
     splits = Splits.read(run / "splits.json")
     others = dict(_read_curve(Path(other), splits.hashes["val_test"]) for other in beside)
-    policy = read_policy(run)
-    if policy is not None:
-        other = [name for name, digest in policy.split_hashes.items() if splits.hashes.get(name) != digest]
-        if other:
-            raise ArtifactError(
-                f"the policy in {run} must be of these splits, got one calibrated on another {', '.join(sorted(other))}"
-                f"{void(policy)}; run `stage1 calibrate --run {run}` again"
-            )
+    policy = policy_of(run, splits)
     if predictions is None:
         from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
         from stage1_pro.training.inference import infer
@@ -288,7 +277,7 @@ def evaluate(
     files = [row.file for row in rows]
     mistakes, changes = find_mistakes(predictions, answers, files), find_changes(predictions, answers, files)
 
-    write_csv(run / "evaluation" / "metrics.csv", [_flat(measure) for measure in evaluation.measures], _CSV_COLUMNS)
+    write_csv(run / "evaluation" / "metrics.csv", [flat(measure) for measure in evaluation.measures], MEASURE_COLUMNS)
     write_csv(run / "evaluation" / "mistakes.csv", mistakes, MISTAKE_COLUMNS)
     write_csv(run / "evaluation" / "changes.csv", changes, CHANGE_COLUMNS)
     groups = count_groups(predictions, answers, policy)
@@ -327,6 +316,19 @@ def evaluate(
         f"{run / 'report.html'}"
     )
     return evaluation
+
+
+def policy_of(run: Path, splits: Splits) -> Policy | None:
+    """The active policy of a run, if any; raise ArtifactError when it was calibrated on other splits."""
+    policy = read_policy(run)
+    if policy is not None:
+        other = [name for name, digest in policy.split_hashes.items() if splits.hashes.get(name) != digest]
+        if other:
+            raise ArtifactError(
+                f"the policy in {run} must be of these splits, got one calibrated on another {', '.join(sorted(other))}"
+                f"{void(policy)}; run `stage1 calibrate --run {run}` again"
+            )
+    return policy
 
 
 def find_mistakes(
@@ -615,6 +617,25 @@ def _scopes(predictions: Predictions) -> Iterator[tuple[str | None, NDArray[np.b
             yield name or "(no source)", predictions.sources == name
 
 
+def measure_rows(
+    predictions: Predictions,
+    answers: dict[StageName, Answers],
+    policy: Policy | None,
+    source: str | None,
+    rows: NDArray[np.bool_],
+    n_replicates: int,
+    seed: int,
+) -> list[Measure]:
+    """Every figure of some rows [N] bool, with its interval: of each stage, of exits, of the cascade's difference."""
+    measures: list[Measure] = []
+    for stage, given in answers.items():
+        measures += _quality(predictions, given, source, stage, rows, n_replicates, seed)
+    measures += _exits(predictions, answers, policy, source, rows, n_replicates, seed)
+    if policy is not None:
+        measures.append(_difference(predictions, answers, source, rows, n_replicates, seed))
+    return measures
+
+
 def _quality(
     predictions: Predictions,
     given: Answers,
@@ -774,10 +795,24 @@ def _known(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-_CSV_COLUMNS = ["scope", "source", "stage", "metric", "value", "std", "low", "high", "method", "note", "n", "n_groups"]
+MEASURE_COLUMNS = [
+    "scope",
+    "source",
+    "stage",
+    "metric",
+    "value",
+    "std",
+    "low",
+    "high",
+    "method",
+    "note",
+    "n",
+    "n_groups",
+]
 
 
-def _flat(measure: Measure) -> dict[str, object]:
+def flat(measure: Measure) -> dict[str, object]:
+    """One figure as a row of ``MEASURE_COLUMNS``."""
     return {"scope": "all" if measure.source is None else "source", **measure.model_dump()}
 
 

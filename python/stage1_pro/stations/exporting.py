@@ -11,6 +11,7 @@ from stage1_pro import __version__
 from stage1_pro.artifacts import EngineEntry, Provenance, Splits
 from stage1_pro.deploy.bundle import MANIFEST, STAGES, Graphs, check_policy_belongs, write_bundle
 from stage1_pro.deploy.engine import EngineRecipe, build_engine, check_recipe, load_recipe
+from stage1_pro.deploy.reference import REFERENCE, write_reference
 from stage1_pro.errors import InputError, need
 from stage1_pro.policies import read_policy
 from stage1_pro.progress import say
@@ -98,6 +99,7 @@ def export(
         )
         for name, entry in stages.items():
             say(f"{name}.onnx agrees with torch: largest difference {entry.parity:.2g} of {config.export.tolerance:g}")
+        write_reference(folder, stages, spec)
         engines: list[EngineEntry] = []
         if engine_recipe is not None:
             for name in STAGES:
@@ -119,6 +121,7 @@ def export(
         preprocessing=spec,
         backbone=architecture.backbone,
         tap=architecture.tap,
+        reference=REFERENCE,
         provenance=Provenance(
             stage1_pro=__version__,
             torch=torch.__version__,

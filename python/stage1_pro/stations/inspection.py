@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.artifacts import GateParams, Policy, ScrcParams
-from stage1_pro.deploy.bundle import LICENCE, load_bundle
+from stage1_pro.deploy.bundle import LICENCE, Bundle, load_bundle
 from stage1_pro.policies import exit_rule
 
 
-def inspect(bundle: Path | str) -> dict[str, Any]:
+def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
     """Verify a bundle and describe it as plain values.
 
     Raises:
         ArtifactError: the bundle is damaged, changed or incomplete.
     """
-    loaded = load_bundle(bundle)
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     manifest, policy = loaded.manifest, loaded.policy
     return {
         "path": str(loaded.path),
-        "format_version": manifest.format_version,
+        "format_version": loaded.format_version,
         "classes": manifest.classes,
         "positive": manifest.positive,
         "backbone": manifest.backbone.model_dump(mode="json"),
@@ -44,7 +44,10 @@ def render(facts: dict[str, Any]) -> str:
     origin = facts["provenance"]
     parity = max(stage["parity"] for stage in facts["stages"].values())
     lines = [
-        f"bundle      {facts['path']} (format {facts['format_version']}, {_size(facts['size'])}, every file verified)",
+        (
+            f"bundle      {facts['path']} (format {facts['format_version']}, {size_text(facts['size'])}, "
+            "every file verified)"
+        ),
         f"answers     {' | '.join(facts['classes'])}; positive: {facts['positive']}",
         f"input       {spec['width']}x{spec['height']} pixels, {spec['resize']}, {spec['resample']}",
         (
@@ -67,7 +70,7 @@ def render(facts: dict[str, Any]) -> str:
     lines.append(
         f"GPUs        {', '.join(cards) if cards else 'none: no engine in it; it runs on the CPU (onnxruntime)'}"
     )
-    lines += [f"file        {name}  {_size(entry['size'])}" for name, entry in facts["files"].items()]
+    lines += [f"file        {name}  {size_text(entry['size'])}" for name, entry in facts["files"].items()]
     lines.append(
         f"made by     stage1_pro {origin['stage1_pro']}, torch {origin['torch']}, transformers "
         f"{origin['transformers']}; checkpoint {origin['checkpoint_sha256'][:12]}, "
@@ -136,7 +139,8 @@ def _measured(policy: dict[str, Any]) -> str:
     return ", ".join(parts) + search
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes for people."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

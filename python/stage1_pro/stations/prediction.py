@@ -27,23 +27,25 @@ SEPARATOR = "|"
 
 
 def predict(
-    bundle: Path | str,
+    bundle: Path | str | Cascade,
     inputs: Sequence[Path | str],
     *,
     out: Path | str | None = None,
     batch_size: int = 32,
     runtime: str = "onnxruntime",
+    trust_engines: bool = False,
     log: Path | str | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Answer for every image of the inputs, in order; an unreadable one gets an error and the others go on.
 
     Args:
-        bundle: bundle folder.
+        bundle: bundle folder, or a cascade that has been loaded.
         inputs: images, folders (searched through, in name order) and CSV files with a ``file`` column
             (relative to the CSV's folder).
         out: CSV to write, atomically.
         batch_size: images per batch.
-        runtime: what executes the stages.
+        runtime: what executes the stages, as ``Cascade.load`` takes it; one that steps down says so.
+        trust_engines: run engines that were neither built here nor signed by a trusted key.
         log: folder to log every decision to (``continual.events.EventLog``).
 
     Returns:
@@ -58,11 +60,20 @@ def predict(
     """
     _check(batch_size, out)
     files = gather(inputs)
-    cascade = Cascade.load(bundle, runtime)
+    cascade = bundle if isinstance(bundle, Cascade) else load(bundle, runtime, trust_engines=trust_engines)
     if log is None:
         return _answer_all(cascade, files, out, batch_size, "predict")
     with EventLog(log) as events:
         return _answer_all(Served(cascade, events), files, out, batch_size, "predict")
+
+
+def load(bundle: Path | str, runtime: str, *, trust_engines: bool = False) -> Cascade:
+    """Load a bundle as ``Cascade.load`` does; say what was stepped down from, and what answers instead."""
+    cascade = Cascade.load(bundle, runtime, trust_engines=trust_engines)
+    for step in cascade.steps:
+        if runtime == "auto" or len(cascade.steps) > 1:
+            say(f"{'answers with' if step.ready else 'stepped down from'} {step}")
+    return cascade
 
 
 def infer(

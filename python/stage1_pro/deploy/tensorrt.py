@@ -1,0 +1,273 @@
+"""Compiled engines executed on an NVIDIA GPU: TensorRT for RTX and classic TensorRT behind one runtime.
+
+Importing it needs neither; starting one without library, driver or GPU is an error that names what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import stat
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from stage1_pro.artifacts import EngineEntry, StageName, sha256_bytes, write_bytes
+from stage1_pro.deploy.bundle import STAGES, Bundle
+from stage1_pro.deploy.engine import HEADER_SIZE, check_header, import_builder
+from stage1_pro.deploy.runtime import Arrays
+from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, need
+
+# Target of an engine → name of the runtime that executes it.
+ENGINE_RUNTIMES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+
+
+class Gpu:
+    """The first CUDA device with a stream of its own, through the CUDA runtime that cuda-bindings brings.
+
+    Raises:
+        DependencyError: cuda-bindings, the NVIDIA driver or a GPU is missing; the message says which.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import runtime as cudart
+        except ImportError as error:
+            raise need("rtx", "cuda-bindings") from error
+        self._cudart = cudart
+        status, count = cudart.cudaGetDeviceCount()
+        if status.value != 0 or count == 0:
+            raise DependencyError(
+                f"engines must have an NVIDIA GPU with its driver, got {status.name if status.value else 'no GPU'}; "
+                "install the driver (nvidia-smi shows it), or use --runtime onnxruntime"
+            )
+        self.call("cudaSetDevice", 0)
+        self.stream = int(self.call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking))
+        self._events = tuple(self.call("cudaEventCreate") for _ in range(2))
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """One function of the CUDA runtime; its result, or DeviceError."""
+        error, *results = getattr(self._cudart, function)(*arguments)
+        if error.value != 0:
+            raise DeviceError(f"the GPU must go on working, got {error.name} from {function}; see dmesg and nvidia-smi")
+        return results[0] if results else None
+
+    def identity(self) -> str:
+        """Compute capability and driver, as part of a file's name; kernels compiled for one do not run on another."""
+        properties = self.call("cudaGetDeviceProperties", 0)
+        return f"sm{properties.major}{properties.minor}-cuda{self.call('cudaDriverGetVersion')}"
+
+    def timed(self, work: Any) -> float:
+        """Seconds between two events around what ``work`` enqueues; returns when the stream is through with it."""
+        self.call("cudaEventRecord", self._events[0], self.stream)
+        work()
+        self.call("cudaEventRecord", self._events[1], self.stream)
+        self.call("cudaStreamSynchronize", self.stream)
+        return float(self.call("cudaEventElapsedTime", *self._events)) / 1e3
+
+
+class _Buffer:
+    """Memory of one tensor on both sides: pinned [rows, ...] on the host, and as much on the device."""
+
+    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        self._gpu = gpu
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        self.device = int(gpu.call("cudaMalloc", size))
+        pinned = int(gpu.call("cudaHostAlloc", size, 0))
+        for function, address in (("cudaFree", self.device), ("cudaFreeHost", pinned)):
+            # At the interpreter's end the driver is gone first, and its memory with it.
+            weakref.finalize(self, gpu.call, function, address).atexit = False
+        self.host = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(pinned)).view(dtype).reshape(shape)
+        self._pinned = pinned
+
+    def copy(self, rows: int, *, to_device: bool) -> None:
+        """Enqueue the copy of the first rows."""
+        kind = self._gpu._cudart.cudaMemcpyKind
+        size = self.host[:rows].nbytes
+        if to_device:
+            kind, target, source = kind.cudaMemcpyHostToDevice, self.device, self._pinned
+        else:
+            kind, target, source = kind.cudaMemcpyDeviceToHost, self._pinned, self.device
+        self._gpu.call("cudaMemcpyAsync", target, source, size, kind, self._gpu.stream)
+
+
+class TensorRtRuntime:
+    """Both stages of a bundle as engines; rows are padded to buckets of the engine's batch profile.
+
+    Every bucket is one shape, so that kernels are specialised and CUDA graphs captured a handful of times; buffers on
+    both sides are allocated once, for the largest bucket seen.
+
+    Args:
+        bundle: a verified bundle.
+        engines: the entry of each stage, of one target; whoever starts this has asked whether they are trusted.
+
+    Raises:
+        ArtifactError: an engine was changed since the bundle was verified, is malformed, does not load on this
+            GPU, or has other inputs and outputs than the bundle says.
+        DependencyError: the library, the driver or a GPU is missing.
+    """
+
+    def __init__(self, bundle: Bundle, engines: Mapping[StageName, EngineEntry]) -> None:
+        target = engines["stage_a"].target
+        self.name = ENGINE_RUNTIMES[target]
+        trt = import_builder(target)
+        plans = {stage: _read_plan(bundle, engines[stage]) for stage in STAGES}
+        self._gpu = Gpu()
+        self._stages = {stage: _Engine(trt, self._gpu, bundle, engines[stage], plans[stage]) for stage in STAGES}
+        self.device_seconds = 0.0
+
+    def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
+        """Outputs by name for inputs by name; the first axis of each is the batch, of any size."""
+        outputs, seconds = self._stages[stage].run(inputs)
+        self.device_seconds += seconds
+        return outputs
+
+    def settle(self) -> None:
+        """Keep what was compiled for this GPU so far in the user's cache folder, for the next start."""
+        for engine in self._stages.values():
+            engine.save_cache()
+
+
+def buckets(batch: tuple[int, int, int]) -> list[int]:
+    """Batch sizes rows are padded to: powers of two within the profile, its smallest, optimal and largest batch.
+
+    >>> buckets((1, 8, 48))
+    [1, 2, 4, 8, 16, 32, 48]
+    """
+    low, best, high = batch
+    powers = {2**power for power in range(high.bit_length()) if low <= 2**power <= high}
+    return sorted(powers | {low, best, high})
+
+
+def cache_folder() -> Path:
+    """The user's own folder for kernels compiled on this machine: ``$XDG_CACHE_HOME/stage1_pro/kernels``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification asks for a relative one to be ignored.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "stage1_pro" / "kernels"
+
+
+def read_cache(path: Path) -> bytes | None:
+    """A cached file, or None: kernels run, so what another user could have written is left alone."""
+    mine = os.getuid() if hasattr(os, "getuid") else 0
+    try:
+        with path.open("rb") as file:
+            for info in (os.fstat(file.fileno()), path.parent.stat()):
+                if info.st_uid != mine or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    return None
+            return file.read()
+    except OSError:
+        return None
+
+
+def _read_plan(bundle: Bundle, entry: EngineEntry) -> bytes:
+    """An engine's bytes, after its hash and its header were found right."""
+    # Hashed as it is read: the file could have been exchanged since the bundle was verified.
+    data = bundle.read(entry.path)
+    check_header(data[:HEADER_SIZE], entry.target)
+    return data
+
+
+class _Engine:
+    """One stage: its context, and a buffer a tensor."""
+
+    def __init__(self, trt: Any, gpu: Gpu, bundle: Bundle, entry: EngineEntry, plan: bytes) -> None:
+        self._gpu, self._entry = gpu, entry
+        stage = bundle.manifest.stages[entry.stage]
+        self._shapes = {**stage.inputs, **stage.outputs}
+        self._inputs, self._outputs = list(stage.inputs), list(stage.outputs)
+        self._buckets = buckets(entry.batch)
+        # The engine dies with its runtime, and the runtime with its logger.
+        self._keep: list[Any] = [trt.Logger(trt.Logger.ERROR)]
+        self._keep.append(trt.Runtime(self._keep[0]))
+        engine = self._keep[1].deserialize_cuda_engine(plan)
+        if engine is None:
+            raise ArtifactError(
+                f"{entry.path} must load on this GPU, got nothing from {trt.__name__} {trt.__version__}; it was built "
+                f"by {entry.builder} {entry.builder_version} for {', '.join(entry.compute_capabilities) or 'this card'}"
+            )
+        self._keep.append(engine)
+        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        if names != set(self._shapes):
+            raise ArtifactError(f"{entry.path} must have the tensors {sorted(self._shapes)}, got {sorted(names)}")
+        try:
+            self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        except TypeError as error:
+            raise ArtifactError(f"{entry.path} must take and give numbers NumPy knows, got: {error}") from None
+        self._cache: Any = None
+        self._cache_path = cache_folder() / f"{sha256_bytes(plan)[:32]}-{trt.__version__}-{gpu.identity()}.cache"
+        self._context = self._create_context(trt, engine)
+        if self._context is None:
+            raise ArtifactError(f"{entry.path} must start on this GPU, got no context; is its memory taken?")
+        self._buffers: dict[str, _Buffer] = {}
+        self._bucket = self._rows = 0
+
+    def _create_context(self, trt: Any, engine: Any) -> Any:
+        if not hasattr(trt, "CudaGraphStrategy"):
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._cache = config.create_runtime_cache()
+        stored = read_cache(self._cache_path)
+        if stored:
+            # Refuses by itself what another version, driver or card compiled.
+            self._cache.deserialize(stored)
+        config.set_runtime_cache(self._cache)
+        self._keep.append(config)
+        return engine.create_execution_context(config)
+
+    def save_cache(self) -> None:
+        if self._cache is None:
+            return
+        data = bytes(memoryview(self._cache.serialize()))
+        if data and data != read_cache(self._cache_path):
+            # A home that cannot be written to costs the next start some seconds, and this one nothing.
+            with contextlib.suppress(OSError):
+                self._cache_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_bytes(self._cache_path, data)
+
+    def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> tuple[Arrays, float]:
+        """Outputs by name and seconds between events on the device."""
+        n = len(inputs[self._inputs[0]])
+        outputs = {name: np.empty((n, *self._shapes[name][1:]), np.float32) for name in self._outputs}
+        seconds = 0.0
+        for start in range(0, n, self._buckets[-1]):
+            rows = min(n - start, self._buckets[-1])
+            bucket = next(size for size in self._buckets if size >= rows)
+            self._select(bucket)
+            for name in self._inputs:
+                buffer = self._buffers[name]
+                buffer.host[:rows] = inputs[name][start : start + rows]
+                # Padded with a row that is there: zeros could be the one input that overflows.
+                buffer.host[rows:bucket] = inputs[name][start + rows - 1]
+                buffer.copy(bucket, to_device=True)
+            seconds += self._gpu.timed(self._enqueue)
+            for name in self._outputs:
+                self._buffers[name].copy(rows, to_device=False)
+            self._gpu.call("cudaStreamSynchronize", self._gpu.stream)
+            for name in self._outputs:
+                outputs[name][start : start + rows] = self._buffers[name].host[:rows]
+        return outputs, seconds
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._gpu.stream):
+            raise DeviceError(f"{self._entry.path} must run on this GPU, got a refusal at batch {self._bucket}")
+
+    def _select(self, bucket: int) -> None:
+        if bucket > self._rows:
+            # Before the new ones are allocated: together they might not fit.
+            self._buffers.clear()
+            for name, (_, *rest) in self._shapes.items():
+                self._buffers[name] = _Buffer(self._gpu, (bucket, *rest), self._dtypes[name])
+                self._context.set_tensor_address(name, self._buffers[name].device)
+            self._rows = bucket
+        if bucket != self._bucket:
+            for name in self._inputs:
+                if not self._context.set_input_shape(name, (bucket, *self._shapes[name][1:])):
+                    raise DeviceError(f"{self._entry.path} must take {bucket} rows as its profile says, got a refusal")
+            self._bucket = bucket

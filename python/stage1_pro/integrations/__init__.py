@@ -1,0 +1,1 @@
+"""Doors to other people's programs; the base install is enough for each."""

@@ -1,0 +1,202 @@
+"""One photo in, one float out: P(roadwork) in [0, 1], or -1, whatever comes in and whatever happens."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import logging
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from PIL import Image
+from pydantic import Field, ValidationError
+
+from stage1_pro.artifacts import Record
+from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
+from stage1_pro.deploy.bundle import Bundle
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.errors import InputError, nearest
+from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
+
+NO_ANSWER = -1.0
+# A request is one JPEG; what is longer is not looked at.
+MAX_BYTES = 64 << 20
+_LOG = logging.getLogger("stage1_pro.streetvision")
+
+
+class Settings(Record):
+    """What the YAML of a miner may hold, and nothing else.
+
+    None of the names is one that the subnet's detectors use for themselves (device, config, model_name, load_model).
+    """
+
+    bundle: str = Field(min_length=1, description="bundle folder; with runtime torch a run folder")
+    runtime: Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch"] = "auto"
+    timeout_s: float = Field(8.0, gt=0, le=3600, description="seconds for one photo; then the answer is -1")
+    on_abstain: Literal["answer", "minus_one"] = Field(
+        "answer", description="what is said where the policy or answer_above would not answer"
+    )
+    train_prior: float | None = Field(None, gt=0, lt=1, description="share of positives in training; the bundle's own")
+    serve_prior: float | None = Field(None, gt=0, lt=1, description="share of positives asked; none: no correction")
+    threshold: float = Field(0.5, gt=0, lt=1, description="P(positive), corrected, that is to land on .5")
+    answer_above: float = Field(0.5, ge=0.5, lt=1, description="least confidence of an answer, with minus_one")
+    max_pixels: int = Field(32_000_000, gt=0, description="larger photos are not decoded")
+    threads: int = Field(0, ge=0, description="threads of an operator; 0: all cores")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], name: str = "settings", folder: Path | None = None) -> Settings:
+        """Check values; a relative ``bundle`` is one of ``folder``.
+
+        Raises:
+            InputError: a key that does not exist, or a value out of range; ``name`` is where it stands.
+        """
+        wrong = [str(key) for key in values if key not in cls.model_fields]
+        if wrong:
+            known = ", ".join(cls.model_fields)
+            raise InputError(
+                f"{name} must have keys among {known}, got '{wrong[0]}'{nearest(wrong[0], cls.model_fields)}"
+            )
+        try:
+            found = cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "settings"
+            got = "nothing" if first["type"] == "missing" else repr(first["input"])
+            raise InputError(f"{where} of {name} must be valid, got {got}: {first['msg']}") from None
+        if found.train_prior is not None and found.serve_prior is None:
+            raise InputError(
+                f"serve_prior of {name} must be set beside train_prior, got nothing; StreetVision's is 0.5"
+            )
+        path = Path(found.bundle).expanduser()
+        return found.model_copy(update={"bundle": str(path if folder is None else folder / path)})
+
+    @classmethod
+    def read(cls, path: Path | str) -> Settings:
+        """Read a YAML file; a relative ``bundle`` is relative to the file."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path} must be a readable YAML file, got: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path} must hold keys and values, got {type(values).__name__}; at least bundle: FOLDER")
+        return cls.of(values, str(path), path.resolve().parent)
+
+
+def misspelt(key: str) -> str | None:
+    """The key of ``Settings`` that an unknown one was surely meant to be; None: it is somebody else's."""
+    if key in Settings.model_fields:
+        return None
+    close = difflib.get_close_matches(key, Settings.model_fields, n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
+class StreetVision:
+    """A bundle that answers as the subnet asks: above .5 is roadwork, -1 is no answer, nothing is ever raised.
+
+    The bundle's logit of P(positive) is moved by the correction for the prior (when ``serve_prior`` is set) and so that
+    ``threshold`` lands on .5. One photo at a time; others wait, within their own time limit.
+
+    >>> StreetVision("run/bundle").answer(Path("a.jpg").read_bytes())  # doctest: +SKIP
+    0.93
+
+    Args:
+        bundle: bundle folder, or settings that name it.
+        options: any key of ``Settings``.
+
+    Raises:
+        InputError: a setting that does not exist or is out of range, or a runtime that is not there.
+        ArtifactError: the bundle is damaged.
+    """
+
+    def __init__(self, bundle: Path | str | Settings, **options: Any) -> None:
+        if isinstance(bundle, Settings):
+            if options:
+                raise InputError(f"settings must hold every option, got {', '.join(options)} beside them")
+            self.settings = bundle
+        else:
+            self.settings = Settings.of({"bundle": str(bundle), **options})
+        self._cascade = _load(self.settings)
+        self._shift = _shift(self.settings, self._cascade)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="streetvision")
+
+    def answer(self, image: bytes | bytearray | memoryview | str | Image.Image) -> float:
+        """P(positive) in [0, 1] with .5 at the threshold, or -1.
+
+        Args:
+            image: encoded bytes, their base64 text, or a PIL image.
+        """
+        future = self._worker.submit(self._answer, image)
+        try:
+            return future.result(self.settings.timeout_s)
+        except TimeoutError:
+            future.cancel()
+            _LOG.warning("no answer within %g s", self.settings.timeout_s)
+        # Whatever a photo sets off, the miner goes on: that is what -1 is for.
+        except Exception as error:  # noqa: BLE001
+            _LOG.warning("no answer: %s: %s", type(error).__name__, error)
+        return NO_ANSWER
+
+    def _answer(self, image: Any) -> float:
+        settings, cascade = self.settings, self._cascade
+        if isinstance(image, Image.Image):
+            picture = read_opened(image, max_pixels=settings.max_pixels)
+        else:
+            picture = read_image(_decode(image), max_pixels=settings.max_pixels)
+        decided = cascade.decide(preprocess(picture, cascade.bundle.preprocessing)[None])
+        r = float(shifted(decided.prob, settings.threshold, self._shift)[0])
+        unsure = not decided.accepted[0] or max(r, 1 - r) < settings.answer_above
+        return NO_ANSWER if unsure and settings.on_abstain == "minus_one" else guard(r)
+
+
+def guard(value: object) -> float:
+    """The value if it is a number in [0, 1], else -1; one above 1 would spoil a miner's next 100 rounds."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return NO_ANSWER
+    return number if math.isfinite(number) and 0 <= number <= 1 else NO_ANSWER
+
+
+def _load(settings: Settings) -> Cascade:
+    if settings.runtime == "torch":
+        return Cascade.from_run(settings.bundle, threads=settings.threads)
+    cascade = Cascade.load(settings.bundle, settings.runtime, threads=settings.threads)
+    for step in cascade.steps:
+        _LOG.info("%s", step)
+    return cascade
+
+
+def _shift(settings: Settings, cascade: Cascade) -> float:
+    if settings.serve_prior is None:
+        return 0.0
+    train = settings.train_prior
+    if train is None:
+        if not isinstance(cascade.bundle, Bundle):
+            raise InputError(
+                "train_prior must be set beside serve_prior for a run, got nothing; a bundle knows its own"
+            )
+        counts = cascade.bundle.splits.counts["train"]
+        train = counts[cascade.bundle.positive] / sum(counts.values())
+    return prior_shift(train, settings.serve_prior)
+
+
+def _decode(image: Any) -> bytes:
+    if isinstance(image, str):
+        text = image.partition(",")[2] if image.startswith("data:") else image
+        if len(text) > MAX_BYTES * 4 // 3 + 4:
+            raise ImageError("image", "oversized", f"{len(text)} characters")
+        try:
+            return base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ImageError("image", "damaged", f"no base64: {error}") from None
+    if not isinstance(image, bytes | bytearray | memoryview):
+        raise InputError(f"image must be bytes, base64 text or a PIL image, got {type(image).__name__}")
+    if len(image) > MAX_BYTES:
+        raise ImageError("image", "oversized", f"{len(image)} bytes")
+    return bytes(image)

@@ -1,0 +1,429 @@
+"""Starting a bundle: parity on its own reference, trust, and a ladder whose every step says why it was left."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from test_deploy import make_images, make_model, make_run, rehash, rewrite
+
+from stage1_pro.artifacts import save_npz, sha256_file
+from stage1_pro.cli import RUNTIME_NAMES, main
+from stage1_pro.deploy.bundle import load_bundle
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.reference import REFERENCE, TOLERANCES, check_parity, read_reference, write_reference
+from stage1_pro.deploy.runtime import OnnxRuntime
+from stage1_pro.deploy.start import LADDER, RUNTIMES, _ladder, start
+from stage1_pro.deploy.tensorrt import Gpu, _Engine, buckets, cache_folder, read_cache
+from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError
+from stage1_pro.stations.exporting import export
+
+
+def gpu_missing() -> str:
+    """Why no engine can run here; empty when one can."""
+    try:
+        Gpu()
+    except DependencyError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("start") / "run", make_model())
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Path:
+    """With engines where their builder is installed: nothing below needs another export."""
+    try:
+        import tensorrt_rtx  # noqa: F401
+    except ImportError:
+        return export(run)
+    return export(run, target="rtx")
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def engines(copy: Path) -> Path:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx cannot be imported: no engine can be built here")
+    return copy
+
+
+def tamper(bundle: Path, stage: str, *, by: float) -> None:
+    """Move one bias of a graph and make every hash right again, as somebody who means harm would."""
+    path = bundle / f"{stage}.onnx"
+    graph = onnx.load(str(path))
+    # The last bias of two numbers is the head's.
+    biases = [
+        one for one in graph.graph.initializer if list(one.dims) == [2] and one.data_type == onnx.TensorProto.FLOAT
+    ]
+    tensor = biases[-1]
+    values = onnx.numpy_helper.to_array(tensor) + np.float32([by, 0])
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(graph, str(path))
+    rehash(bundle, path.name)
+    digest = sha256_file(path)
+
+    def point(values: dict[str, Any]) -> None:
+        for engine in values["engines"]:
+            if engine["stage"] == stage:
+                engine["onnx_sha256"] = digest
+
+    rewrite(bundle, point)
+
+
+def drop_reference(bundle: Path) -> None:
+    (bundle / REFERENCE).unlink()
+    rewrite(bundle, lambda v: (v["files"].pop(REFERENCE), v.update(reference=None)))
+
+
+class TestReference:
+    def test_same_seed_same_bytes_and_nobodys_photos(self, bundle: Path, tmp_path: Path) -> None:
+        loaded = load_bundle(bundle)
+        assert loaded.manifest.reference == REFERENCE and REFERENCE in loaded.manifest.files
+        for name in ("stage_a.onnx", "stage_b.onnx"):
+            shutil.copy(bundle / name, tmp_path)
+        write_reference(tmp_path, loaded.manifest.stages, loaded.preprocessing)
+        assert (tmp_path / REFERENCE).read_bytes() == (bundle / REFERENCE).read_bytes()
+        write_reference(tmp_path, loaded.manifest.stages, loaded.preprocessing, seed=1)
+        assert (tmp_path / REFERENCE).read_bytes() != (bundle / REFERENCE).read_bytes()
+
+    def test_onnxruntime_gives_it(self, bundle: Path) -> None:
+        loaded = load_bundle(bundle)
+        reference = read_reference(loaded)
+        assert reference is not None and reference.pixels.dtype == np.uint8
+        # Rows differ, or a runtime that answers the first row for all would pass.
+        assert np.abs(np.diff(reference.stage_b["logits"], axis=0)).max() > 10 * TOLERANCES["fp32"]
+        parity = check_parity(OnnxRuntime(loaded), loaded, reference, "onnxruntime")
+        assert parity.logit < 1e-5 and parity.flips == 0
+        cascade = Cascade.load(bundle)
+        assert cascade.runtime.name == "onnxruntime"
+        assert [step.ready for step in cascade.steps] == [True]
+        assert "off the reference, 0 flips" in cascade.steps[0].reason
+
+    @pytest.mark.parametrize("stage", ["stage_a", "stage_b"])
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "auto"])
+    def test_changed_graph_with_right_hashes_does_not_start(self, copy: Path, stage: str, runtime: str) -> None:
+        tamper(copy, stage, by=0.1)
+        load_bundle(copy)
+        with pytest.raises(ArtifactError, match="onnxruntime must give the reference outputs of the bundle within"):
+            Cascade.load(copy, runtime, trust_engines=True)
+
+    def test_rounding_is_no_change(self, copy: Path) -> None:
+        tamper(copy, "stage_b", by=1e-5)
+        assert Cascade.load(copy).steps[-1].ready
+
+    def test_bundle_without_one_says_so(self, copy: Path) -> None:
+        drop_reference(copy)
+        cascade = Cascade.load(copy)
+        assert cascade.steps[0].reason == "not held against reference.npz, which this bundle lacks"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda a: a.update(pixels=a["pixels"].astype(np.float64)), r"pixels of .* must be uint8 \[R, 3"),
+            (lambda a: a.update(pixels=a["pixels"][:, :, 1:]), "pixels of reference.npz must be uint8"),
+            (lambda a: a.pop("stage_a.gate_logit"), r"stage_a.gate_logit .* got none"),
+            (lambda a: a.update({"stage_b.logits": a["stage_b.logits"][:1]}), r"got float32 \[1, 2\]"),
+            (lambda a: a["stage_a.logits"].__setitem__(0, np.nan), "must be finite"),
+            (lambda a: a.update({k: v[:0] for k, v in a.items()}), "must be"),
+        ],
+    )  # fmt: skip
+    def test_damaged_one_is_refused(self, copy: Path, change: Any, message: str) -> None:
+        with np.load(copy / REFERENCE) as data:
+            arrays = dict(data)
+        change(arrays)
+        save_npz(copy / REFERENCE, arrays)
+        rehash(copy, REFERENCE)
+        with pytest.raises(ArtifactError, match=message):
+            Cascade.load(copy)
+
+    def test_pickles_and_compression_are_refused(self, copy: Path) -> None:
+        with np.load(copy / REFERENCE) as data:
+            arrays = dict(data)
+        np.savez(copy / REFERENCE, **{**arrays, "pixels": np.array([{"a": 1}], dtype=object)}, allow_pickle=True)
+        rehash(copy, REFERENCE)
+        with pytest.raises(ArtifactError, match="plain, unpacked numbers"):
+            Cascade.load(copy)
+        np.savez_compressed(copy / REFERENCE, **arrays)
+        rehash(copy, REFERENCE)
+        with pytest.raises(ArtifactError, match="plain, unpacked numbers"):
+            Cascade.load(copy)
+
+
+class TestLadder:
+    def test_names(self, bundle: Path) -> None:
+        assert (*RUNTIME_NAMES, "torch") == RUNTIMES
+        with pytest.raises(InputError, match="did you mean 'tensorrt_rtx'"):
+            start(load_bundle(bundle), "tensorrt_rxt")
+
+    def test_order(self, engines: Path) -> None:
+        """The recipe's own precision, then fallbacks from fast to sure, of one target before the next."""
+        loaded = load_bundle(engines)
+        entries = []
+        for folder, precision in (
+            ("rtx-fp32", "fp32"), ("tensorrt", "fp16"), ("rtx-fp16", "fp16"), ("rtx", "bf16"), ("rtx-res32", "res32"),
+        ):  # fmt: skip
+            entries += [
+                entry.model_copy(
+                    update={"path": f"engines/{folder}/{entry.stage}.engine", "precision": precision,
+                            "target": folder.partition("-")[0]}
+                )
+                for entry in loaded.manifest.engines
+            ]  # fmt: skip
+        wanted = ["rtx", "rtx-res32", "rtx-fp16", "rtx-fp32", "tensorrt"]
+        for order in (entries, entries[::-1]):
+            many = SimpleNamespace(manifest=SimpleNamespace(engines=order))
+            assert [folder for _, folder, _ in _ladder(many)] == [f"engines/{name}" for name in wanted]
+        assert set(LADDER) <= set(TOLERANCES)
+
+    @pytest.mark.skipif(not gpu_missing(), reason="a GPU is here: the engine starts")
+    def test_auto_steps_down_and_says_why(self, engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cascade = Cascade.load(engines, "auto", trust_engines=True)
+        engine, graphs = cascade.steps
+        assert (engine.runtime, engine.source, engine.precision, engine.ready) == (
+            "tensorrt_rtx", "engines/rtx", "fp32", False,
+        )  # fmt: skip
+        assert "NVIDIA GPU with its driver" in engine.reason
+        assert graphs.ready and cascade.runtime.name == graphs.runtime == "onnxruntime"
+        images = engines.parent / "photos"
+        make_images(images, 2)
+        code = main(
+            ["predict", "--json", "--bundle", str(engines), "--runtime", "auto", "--trust-engines", str(images)]
+        )
+        streams = capsys.readouterr()
+        found = json.loads(streams.out)
+        assert code == 0 and found["runtime"] == "onnxruntime"
+        assert [step["ready"] for step in found["steps"]] == [False, True]
+        assert "stepped down from tensorrt_rtx on engines/rtx (fp32)" in streams.err
+        assert "answers with onnxruntime" in streams.err
+
+    @pytest.mark.skipif(not gpu_missing(), reason="a GPU is here: the engine starts")
+    def test_named_runtime_never_becomes_another(self, engines: Path) -> None:
+        with pytest.raises(DependencyError, match="got 'tensorrt_rtx' and no start: tensorrt_rtx on engines/rtx"):
+            Cascade.load(engines, "tensorrt_rtx", trust_engines=True)
+
+    def test_engine_nobody_vouches_for_is_not_run(
+        self, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("STAGE1_CONFIG", str(tmp_path / "config"))
+        first, last = Cascade.load(engines, "auto").steps
+        assert "must be trusted before it runs" in first.reason and last.ready
+        with pytest.raises(ArtifactError, match="was not built here"):
+            Cascade.load(engines, "tensorrt_rtx")
+
+    def test_runtime_without_engines(self, copy: Path) -> None:
+        with pytest.raises(InputError, match="must have an engine in the bundle .* got 'tensorrt' and engines for"):
+            Cascade.load(copy, "tensorrt", trust_engines=True)
+
+    def test_engine_is_not_run_without_reference(self, engines: Path) -> None:
+        drop_reference(engines)
+        first, last = Cascade.load(engines, "auto", trust_engines=True).steps
+        assert "held against reference.npz, which this bundle lacks" in first.reason and last.ready
+
+    def test_one_stage_alone_is_no_engine(self, engines: Path) -> None:
+        rewrite(engines, lambda v: v.update(engines=v["engines"][:1]))
+        first, _ = Cascade.load(engines, "auto", trust_engines=True).steps
+        assert "must hold an engine of both stages, got stage_a" in first.reason
+
+    def test_malformed_engine(self, engines: Path) -> None:
+        path = engines / "engines/rtx/stage_b.engine"
+        path.write_bytes(b"\0" * 64 + path.read_bytes()[64:])
+        rehash(engines, "engines/rtx/stage_b.engine")
+        first, last = Cascade.load(engines, "auto", trust_engines=True).steps
+        assert "malformed" in first.reason and last.ready
+
+    def test_engine_exchanged_after_verification(self, engines: Path) -> None:
+        loaded = load_bundle(engines)
+        path = engines / "engines/rtx/stage_a.engine"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        first, last = start(loaded, "auto", trust_engines=True).steps
+        assert "it was changed" in first.reason and last.ready
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(bool(gpu_missing()), reason=gpu_missing() or "a GPU is here")
+    def test_engine_answers_as_onnxruntime_does(self, engines: Path) -> None:
+        cascade, plain = Cascade.load(engines, "tensorrt_rtx", trust_engines=True), Cascade.load(engines)
+        spec = cascade.bundle.preprocessing
+        pixels = np.random.default_rng(0).normal(size=(70, 3, spec.height, spec.width)).astype(np.float32)
+        ours, theirs = (one.runtime.run("stage_a", {"pixels": pixels}) for one in (cascade, plain))
+        np.testing.assert_allclose(ours["logits"], theirs["logits"], atol=5e-3)
+        assert cascade.runtime.device_seconds > 0
+
+
+class HostGpu:
+    """Stands in for a device where none is: its memory is the host's, its copies are real."""
+
+    stream = 7
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Any] = {}
+        self._cudart = SimpleNamespace(
+            cudaMemcpyKind=SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+        )
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        if function in ("cudaMalloc", "cudaHostAlloc"):
+            block = (ctypes.c_byte * arguments[0])()
+            address = ctypes.addressof(block)
+            self.blocks[address] = block
+            return address
+        if function in ("cudaFree", "cudaFreeHost"):
+            del self.blocks[arguments[0]]
+        if function == "cudaMemcpyAsync":
+            target, source, size, *_ = arguments
+            ctypes.memmove(target, source, size)
+        return None
+
+    def identity(self) -> str:
+        return "host"
+
+    def timed(self, work: Any) -> float:
+        work()
+        return 0.25
+
+
+class Doubler:
+    """A library whose engine gives twice the sum of each row, and notes the batches it was given."""
+
+    __name__, __version__ = "doubler", "1"
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, level: int) -> None: ...
+
+    def __init__(self, gpu: HostGpu, *, refuses: bool = False) -> None:
+        self.gpu, self.refuses, self.batches = gpu, refuses, []
+        self.addresses: dict[str, int] = {}
+        self.num_io_tensors, self.shape = 2, (0,)
+
+    def Runtime(self, logger: Any) -> Any:
+        return SimpleNamespace(deserialize_cuda_engine=lambda plan: None if plan == b"" else self)
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("hidden", "logits")[index]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return name
+
+    def nptype(self, name: str) -> Any:
+        return np.float16 if name == "logits" else np.float32
+
+    def create_execution_context(self) -> Any:
+        return self
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == HostGpu.stream
+        n, width = self.shape
+        self.batches.append(n)
+        given = np.frombuffer((ctypes.c_byte * (4 * n * width)).from_address(self.addresses["hidden"]), np.float32)
+        answer = (2 * given.reshape(n, width).sum(axis=1, keepdims=True)).astype(np.float16)
+        ctypes.memmove(self.addresses["logits"], answer.tobytes(), answer.nbytes)
+        return not self.refuses
+
+
+def make_engine(trt: Doubler, gpu: HostGpu, plan: bytes = b"plan") -> _Engine:
+    stage = SimpleNamespace(inputs={"hidden": [-1, 3]}, outputs={"logits": [-1, 1]})
+    bundle = SimpleNamespace(manifest=SimpleNamespace(stages={"stage_b": stage}))
+    entry = SimpleNamespace(
+        stage="stage_b", path="engines/x/stage_b.engine", batch=(1, 4, 12), builder="doubler", builder_version="1",
+        compute_capabilities=[],
+    )  # fmt: skip
+    return _Engine(trt, gpu, bundle, entry, plan)  # type: ignore[arg-type]
+
+
+class TestEngine:
+    def test_rows_are_padded_to_buckets_and_cut_where_the_profile_ends(self) -> None:
+        gpu = HostGpu()
+        trt = Doubler(gpu)
+        engine = make_engine(trt, gpu)
+        rng = np.random.default_rng(0)
+        for n in (3, 1, 12, 31, 5):
+            rows = rng.integers(-9, 9, (n, 3)).astype(np.float32)
+            outputs, seconds = engine.run({"hidden": rows})
+            np.testing.assert_array_equal(outputs["logits"], 2 * rows.sum(axis=1, keepdims=True))
+            assert outputs["logits"].dtype == np.float32
+            assert seconds == 0.25 * -(-n // 12)
+        assert trt.batches == [4, 1, 12, 12, 12, 8, 8]
+
+    def test_buffers_are_reused(self) -> None:
+        gpu = HostGpu()
+        engine = make_engine(Doubler(gpu), gpu)
+        engine.run({"hidden": np.ones((12, 3), np.float32)})
+        before = set(gpu.blocks)
+        for n in range(13):
+            engine.run({"hidden": np.ones((n, 3), np.float32)})
+        assert set(gpu.blocks) == before and len(before) == 4
+
+    def test_nothing_given_back_is_an_error(self) -> None:
+        gpu = HostGpu()
+        with pytest.raises(ArtifactError, match="must load on this GPU, got nothing from doubler 1"):
+            make_engine(Doubler(gpu), gpu, plan=b"")
+        with pytest.raises(DeviceError, match="got a refusal at batch 2"):
+            make_engine(Doubler(gpu, refuses=True), gpu).run({"hidden": np.ones((2, 3), np.float32)})
+
+    def test_without_a_driver_the_error_names_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not gpu_missing():
+            pytest.skip("a GPU is here")
+        with pytest.raises(DependencyError, match="NVIDIA GPU with its driver|cuda-bindings is not installed"):
+            Gpu()
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        with pytest.raises(DependencyError, match=r"cuda-bindings is not installed; .*stage1_pro\[rtx\]"):
+            Gpu()
+
+    def test_module_imports_in_a_process_without_libraries(self) -> None:
+        code = (
+            "import sys\n"
+            "for name in ('cuda', 'tensorrt_rtx', 'tensorrt', 'torch'): sys.modules[name] = None\n"
+            "import stage1_pro.deploy.start, stage1_pro.deploy.tensorrt, stage1_pro.deploy.latency"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize("batch", [(1, 8, 64), (1, 1, 1), (2, 3, 100), (5, 6, 7)])
+    def test_buckets(self, batch: tuple[int, int, int]) -> None:
+        found = buckets(batch)
+        assert found == sorted(set(found)) and found[0] == batch[0] and found[-1] == batch[2] and batch[1] in found
+        for n in range(1, batch[2] + 1):
+            bucket = next(size for size in found if size >= n)
+            assert bucket == batch[0] or bucket < 2 * n
+
+    def test_cache_is_the_users_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cache_folder() == tmp_path / "stage1_pro" / "kernels"
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        assert cache_folder() == Path.home() / ".cache" / "stage1_pro" / "kernels"
+        folder = tmp_path / "kernels"
+        folder.mkdir(mode=0o700)
+        file = folder / "a.cache"
+        assert read_cache(file) is None
+        file.write_bytes(b"kernels")
+        file.chmod(0o644)
+        assert read_cache(file) == b"kernels"
+        file.chmod(0o666)
+        assert read_cache(file) is None
+        file.chmod(0o644)
+        folder.chmod(0o777)
+        assert read_cache(file) is None
