@@ -140,8 +140,8 @@ def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, 
     The Hájek estimate, sum(wrong / e) / sum(1 / e): it needs no count of all rows, so labels that are late cost
     precision and not bias, as long as their delay has nothing to do with being wrong. Its interval holds for any n and
     any propensities: Clopper and Pearson's where all are equal, else both ends by betting on E[(e0 / e) wrong] against
-    r E[e0 / e] (Waudby-Smith & Ramdas 2010.09686), where a bootstrap would cover too little. The bets go through the rows
-    in a shuffled order with a fixed seed: where the risk moved meanwhile the interval is of its average.
+    r E[e0 / e] (Waudby-Smith & Ramdas 2010.09686), where a bootstrap would cover too little. The bets go through
+    the rows in a shuffled order with a fixed seed: where the risk moved meanwhile the interval is of its average.
 
     Args:
         wrong: 0 or 1 [n].
@@ -236,36 +236,41 @@ class Evidence(Record):
         """It has reached 1 / delta since its start."""
         return self.alarm_at is not None
 
-    def after(self, wrong: bool, *, propensity: float, time: float) -> Evidence:
-        """The evidence with one more audited exit.
+    def after(self, wrong: ArrayLike, *, propensity: ArrayLike, time: ArrayLike) -> Evidence:
+        """The evidence with one more audited exit, or several in their order.
 
         Args:
-            wrong: its answer was wrong.
-            propensity: chance with which it was chosen, in [floor, 1].
-            time: when the label became known.
+            wrong: the answer was wrong, 0 or 1; one or [n].
+            propensity: chance with which it was chosen, in [floor, 1]; one or [n].
+            time: when the label became known; one or [n].
 
         Raises:
             InputError: a propensity below the floor, for which the bets are too bold.
         """
-        if not self.floor <= propensity <= 1:
+        values, chance = _labelled(np.atleast_1d(wrong), np.atleast_1d(propensity))
+        if chance.size and chance.min() < self.floor:
             raise InputError(
-                f"propensity must be in [{self.floor:g}, 1], got {propensity:g}; audit no exit more rarely, or begin "
+                f"propensity must be in [{self.floor:g}, 1], got {chance.min():g}; audit no exit more rarely, or begin "
                 "with a smaller floor"
             )
-        n = self.n + 1
-        gain = (float(wrong) - self.alpha) * self.reference / propensity
-        capital, worth = grow(np.array(self.capital), n, np.float64(gain), self.bets)
-        value = float(worth)
-        crossed = not self.alarm and value >= 1 / self.delta
+        capital, bets = np.array(self.capital), self.bets
+        value, peak, alarm_at, alarm_n = self.value, self.peak, self.alarm_at, self.alarm_n
+        gains = (values - self.alpha) * self.reference / chance
+        for n, (gain, at) in enumerate(zip(gains, np.atleast_1d(time).tolist(), strict=True), self.n + 1):
+            capital, worth = grow(capital, n, gain, bets)
+            value = float(worth)
+            peak = max(peak, value)
+            if alarm_at is None and value >= 1 / self.delta:
+                alarm_at, alarm_n = float(at), n
         return self.model_copy(
             update={
-                "n": n,
-                "n_wrong": self.n_wrong + int(wrong),
+                "n": self.n + int(values.size),
+                "n_wrong": self.n_wrong + int(values.sum()),
                 "capital": tuple(capital.tolist()),
                 "value": value,
-                "peak": max(self.peak, value),
-                "alarm_at": time if crossed else self.alarm_at,
-                "alarm_n": n if crossed else self.alarm_n,
+                "peak": peak,
+                "alarm_at": alarm_at,
+                "alarm_n": alarm_n,
             }
         )
 
@@ -299,11 +304,8 @@ def grow(
 
 def gather(evidence: Evidence, rows: Rows) -> Evidence:
     """Feed the audited exits among the rows to an e-process, in their order."""
-    for place in np.flatnonzero(rows.audited):
-        evidence = evidence.after(
-            bool(rows.wrong[place]), propensity=float(rows.propensity[place]), time=float(rows.time[place])
-        )
-    return evidence
+    at = rows.audited
+    return evidence.after(rows.wrong[at], propensity=rows.propensity[at], time=rows.time[at])
 
 
 # -------------------------------------------------------------------------------- what scores alone can tell

@@ -259,7 +259,8 @@ class ThresholdController:
         change: dict[str, object] = {"n": now.n + 1, "last": (item.known, item.event)}
 
         # At the highest threshold nobody exits, so there is nothing to learn from but the window.
-        if u <= score and u < config.highest:
+        trial = start <= score and start < config.highest
+        if trial:
             raw = config.step * (float(item.wrong) - config.alpha) * weight
             u = self._clip(start + raw)
             change |= {
@@ -281,7 +282,8 @@ class ThresholdController:
                 moves.append(Move(item.known, item.event, "centre", u, pulled))
             u = pulled
 
-        if item.exited:
+        # Late labels of what would exit no more say nothing against the threshold of now.
+        if item.exited and trial:
             evidence = now.evidence.after(item.wrong, propensity=item.propensity, time=item.known)
             if evidence.alarm:
                 safe = max(u + config.jump, -math.inf if centre is None else centre)
@@ -305,7 +307,8 @@ class ThresholdController:
         """The laxest logit at which recent labels keep the risk: (sum w wrong + w0) / (sum w + w0) <= alpha.
 
         One more wrong item of the largest weight is counted, as conformal risk control does, so that few labels name
-        no centre. Ties are never cut.
+        no centre. Ties are never cut. Where no recent score lies between it and the certificate, nothing speaks against
+        the certificate, and it is the centre.
         """
         u = np.array([row.u for row in self._window])
         weight = np.array([row.weight for row in self._window])
@@ -316,4 +319,8 @@ class ThresholdController:
         risk = (np.cumsum(weight * wrong) + more) / (np.cumsum(weight) + more)
         whole = np.append(u[1:] != u[:-1], True)
         kept = np.flatnonzero(whole & (risk <= self.config.alpha))
-        return self._clip(float(u[kept[-1]])) if kept.size else None
+        if not kept.size:
+            return None
+        place = int(kept[-1])
+        free = place + 1 == u.size or u[place + 1] < self._lowest
+        return self._lowest if free else self._clip(float(u[place]))

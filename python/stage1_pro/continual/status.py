@@ -218,7 +218,8 @@ def _pictures(status: Status, rows: Rows, moves: Sequence[Move]) -> list[Any]:
     sure = rows.score if rows.confidence is None else rows.confidence
     parts = min(max(int(rows.audited.sum()) // _AUDITS_OF_BLOCK, _BLOCKS[0]), _BLOCKS[1], len(rows))
     blocks = np.array_split(np.arange(len(rows)), parts)
-    middle = days(np.array([float(rows.time[part].mean()) for part in blocks]))
+    fine = np.array_split(np.arange(len(rows)), min(_BLOCKS[1], len(rows)))
+    middle, often = (days(np.array([float(rows.time[part].mean()) for part in parts])) for parts in (blocks, fine))
     risks = [
         hajek_risk(rows.wrong[part][rows.audited[part]], rows.propensity[part][rows.audited[part]]) for part in blocks
     ]
@@ -228,7 +229,7 @@ def _pictures(status: Status, rows: Rows, moves: Sequence[Move]) -> list[Any]:
     ])  # fmt: skip
     by_scores = [cbpe(sure[part], rows.exited[part]).value for part in blocks]
     expected = [math.nan if one is None else one for one in by_scores]
-    exits = [float(rows.exited[part].mean()) for part in blocks]
+    exits = [float(rows.exited[part].mean()) for part in fine]
     times = {move.known for move in moves if move.cause == "alarm"}
     if status.evidence.alarm_at is not None:
         times.add(status.evidence.alarm_at)
@@ -249,7 +250,7 @@ def _pictures(status: Status, rows: Rows, moves: Sequence[Move]) -> list[Any]:
             "exits", "Exits",
             "Share of photos that Stage A answers. It falls when the threshold tightens: safety costs Stage B's "
             "time.",
-            timeline_png(middle, {"exits": exits}, y="share of photos", marks=alarms),
+            timeline_png(often, {"exits": exits}, y="share of photos", marks=alarms),
         ),
     ]  # fmt: skip
     drawn = [move for move in moves if move.known >= start]
