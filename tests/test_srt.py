@@ -223,7 +223,11 @@ def test_a_state_of_another_configuration_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"certified": 1.0}, "certified must be below"), ({"floor": 0.5}, "floor must be at most"), ({"alpha": 0}, "alpha")],
+    [
+        ({"certified": 1.0}, "certified must be below"),
+        ({"floor": 0.5}, "floor must be at most"),
+        ({"alpha": 0}, "alpha"),
+    ],
 )
 def test_bad_configurations_are_refused(change, said) -> None:
     with pytest.raises(ValueError, match=said):
@@ -254,7 +258,7 @@ def test_centre_is_the_laxest_threshold_that_weighted_risk_control_allows() -> N
         kept = score >= limit
         if ((weight * wrong)[kept].sum() + weight.max()) / (weight[kept].sum() + weight.max()) <= 0.1:
             allowed.append(limit)
-    assert min(allowed) > score[wrong].min() > 0.1  # laxer ones were not allowed
+    assert (score < min(allowed)).sum() > 50  # laxer ones were not allowed
     assert found == pytest.approx(to_logit(min(allowed)))
 
 

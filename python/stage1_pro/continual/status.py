@@ -106,7 +106,8 @@ def look(
         triggers_before: what the last look gave.
         new_labels: since the last training.
         manual: somebody asks for a training.
-        evidence: the e-process so far, where it is kept elsewhere; by default it is made of the recent rows.
+        evidence: the e-process so far. Its promise holds over all looks only where one process is kept from the day a
+            model or threshold began to serve; by default it is made of the recent rows, which must then begin there.
         controller: state of the threshold, where one steers it; its alarms count, too.
         bundle: sha256 of the manifest that serves.
 
