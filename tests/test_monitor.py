@@ -490,9 +490,10 @@ def test_the_page_in_a_browser_is_no_wider_than_a_phone(harmed, tmp_path) -> Non
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH to show the page in")
     rows, status, _ = harmed
     write_page(tmp_path / "status.html", status, rows)
+    root, drawn = "document.documentElement.scrollWidth", "[...document.images].every((one) => one.naturalWidth > 0)"
+    measured = f"[{root}, innerWidth, {drawn}]"
     probe = (
-        "<script>window.onload = () => {document.title = 'PROBE' + JSON.stringify(["
-        "document.documentElement.scrollWidth, innerWidth, [...document.images].every((image) => image.naturalWidth > 0)]) + 'PROBE'}</script></body>"
+        f"<script>onload = () => {{document.title = 'PROBE' + JSON.stringify({measured}) + 'PROBE'}}</script></body>"
     )
     page = tmp_path / "status.html"
     page.write_text(page.read_text().replace("</body>", probe))
