@@ -60,7 +60,7 @@ class GateTest(Record):
     passed: bool
     n: int = Field(0, description="independent units")
     unit: Literal["clusters", "", "groups", "rows"] = ""
-    n_differ: int | None = Field(None, description="rows on which champion and candidate do not do the same")
+    n_differ: int | None = Field(None, description="rows on which the two sides do not do the same")
     estimate: float | None = None
     bound: float | None = Field(None, description="one-sided, at the test's own level")
     p_value: float | None = None
@@ -111,11 +111,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Anchor:
-    """Labelled rows of what must not be forgotten: truth [N], clusters [N], and slices by name, each a mask [N]."""
+    """Labelled rows of what must not be forgotten: truth [N], clusters [N], and slices by name, each a mask [N].
+
+    ``origin`` is what the model that first learned them decided there: with it every candidate is held against that
+    one. Held against the champion of the day alone, each round could lose the margin anew.
+    """
 
     truth: Verified
     clusters: NDArray[np.str_]
     slices: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    origin: Decisions | None = None
 
 
 def evaluate(
@@ -153,7 +158,7 @@ def evaluate(
     tests = [_held(one) for one in measured]
     if terms.require_certificate:
         tests.append(check_certificate(champion.policy, candidate.policy, candidate.fingerprint))
-    tests += judge_anchor(anchor, champion.anchor, candidate.anchor, spec, terms)
+    tests += judge_anchor(anchor, anchor.origin or champion.anchor, candidate.anchor, spec, terms)
     failed = [test.name for test in tests if not test.passed]
     look: Look | None = None
     if failed:
@@ -258,7 +263,7 @@ def _betting(
 
 
 def judge_anchor(
-    anchor: Anchor, champion: Decisions, candidate: Decisions, spec: RewardSpec, terms: Terms
+    anchor: Anchor, reference: Decisions, candidate: Decisions, spec: RewardSpec, terms: Terms
 ) -> list[GateTest]:
     """Non-inferiority on the anchor: mean reward overall and by slice, and the share of every class that is missed.
 
@@ -269,13 +274,13 @@ def judge_anchor(
     """
     truth = anchor.truth
     n = truth.labels.size
-    difference = earned(spec, truth, candidate) - earned(spec, truth, champion)
+    difference = earned(spec, truth, candidate) - earned(spec, truth, reference)
 
     def missed(side: Decisions) -> NDArray[np.float64]:
         wrong: NDArray[np.bool_] = (side.answers != truth.labels) & (side.answers != NOBODY)
         return wrong.astype(np.float64)
 
-    rise = missed(candidate) - missed(champion)
+    rise = missed(candidate) - missed(reference)
     # Name, values of which higher is better, rows, margin.
     asked = [("anchor reward", difference, np.ones(n, dtype=bool), terms.margin)]
     asked += [(f"anchor reward, slice {k}", difference, mask, terms.slice_margin) for k, mask in anchor.slices.items()]
@@ -293,7 +298,7 @@ def judge_anchor(
     worse = ~(drawn > -margins)
     p_values = (1 + worse.sum(0)) / (1 + terms.n_replicates)
     passed = holm(p_values, terms.anchor_level)
-    differ = champion.differ(candidate)
+    differ = reference.differ(candidate)
     found = []
     for k, (name, one, mask, margin) in enumerate(asked):
         sign = -1.0 if "FNR" in name else 1.0

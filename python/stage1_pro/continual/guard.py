@@ -29,6 +29,7 @@ from sqlalchemy import (
     Row,
     String,
     Table,
+    bindparam,
     func,
     insert,
     select,
@@ -58,7 +59,7 @@ _rows = Table(
     metadata,
     Column("epoch", String(80), ForeignKey("guards.epoch"), primary_key=True),
     Column("place", Integer, primary_key=True),
-    Column("row_id", String(200), nullable=False),
+    Column("row_id", String(200), nullable=False, index=True),
     Column("cluster", String(200), nullable=False),
     Column("label", String(200)),
     Column("source", String(20)),
@@ -162,11 +163,11 @@ class GuardVault:
                         f"labels must stay as they are, got '{label}' for '{one}', which is '{known[one]}'; a guard "
                         "label that changes after a look is none: open a fresh epoch"
                     )
-                connection.execute(
-                    update(_rows)
-                    .where(_rows.c.epoch == epoch, _rows.c.row_id == one, _rows.c.label.is_(None))
-                    .values(label=label, source=source)
-                )
+            fresh = [{"one": one, "given": label} for one, label in labels.items() if known[one] is None]
+            if fresh:
+                mine = (_rows.c.epoch == epoch, _rows.c.row_id == bindparam("one"), _rows.c.label.is_(None))
+                put = update(_rows).where(*mine).values(label=bindparam("given"), source=source)
+                connection.execute(put, fresh)
 
     def row_ids(self, epoch: str) -> list[str]:
         """Ids of an epoch's rows in their order: what must be kept from training, and what to run both models on."""

@@ -37,11 +37,11 @@ class ProposalOptions(Record):
     replay_share: float = Field(0.5, ge=0, lt=1, description="of a batch, where there is anything to replay")
     lr: float = Field(1e-3, gt=0)
     clip: float = Field(0.2, gt=0, lt=1)
-    ema_weight: float = Field(0.5, ge=0, description="of KL to the moving average, on anchor inputs")
+    ema_weight: float = Field(1.0, ge=0, description="of KL to the moving average, on anchor inputs")
     champion_weight: float = Field(0.05, ge=0, description="of KL to the champion, on recent unlabelled inputs")
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_decay: float = Field(0.998, ge=0, lt=1)
     line: tuple[float, ...] = Field((1.0, 0.7, 0.4), min_length=1, description="shares of the way to try")
-    anchor_budget: float = Field(0.05, gt=0, description="largest mean KL(candidate || champion) on anchor inputs")
+    anchor_budget: float = Field(0.1, gt=0, description="largest mean KL(candidate || champion) on anchor inputs")
     seed: int = Field(0, ge=0)
 
 
@@ -146,7 +146,7 @@ def _line_search(
     anchor: tuple[Tensor, ...],
     options: ProposalOptions,
 ) -> Proposal:
-    """The step from the champion towards the policy that earns most on the selecting rows within the anchor's budget."""
+    """The step towards the policy that earns most on the selecting rows within the anchor's budget, if any."""
     start = {name: value for name, value in champion.named_parameters() if name in parameters}
     end = {name: value.detach().clone() for name, value in parameters.items()}
     held = log_probs_of(champion, anchor)

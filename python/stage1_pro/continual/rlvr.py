@@ -189,7 +189,8 @@ class HeadsPolicy(nn.Module):
 class Rows:
     """Labelled rows for tuning: inputs of the policy (tensors, rows first) and rewards [N, A] of every action.
 
-    For sets also ``says_positive`` [N, A], 1 where the action's answer is the positive class; ``is_positive`` [N] is the truth.
+    For sets also ``says_positive`` [N, A], 1 where the action's answer is the positive class, and the truth
+    ``is_positive`` [N].
     """
 
     inputs: tuple[Tensor, ...]
