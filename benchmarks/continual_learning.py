@@ -261,10 +261,8 @@ def gate_epoch(vault: GuardVault, name: str, gain: float, rng: np.random.Generat
 
 
 def gate(epochs: int) -> None:
-    print(
-        "| candidates | guard rows | rows that differ | epochs | looks | epochs with a promotion | candidates promoted |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = ("candidates", "guard rows", "rows that differ", "epochs", "looks", "epochs with a promotion", "promoted")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * 7}")
     with tempfile.TemporaryDirectory() as folder:
         vault = GuardVault(Store(Path(folder) / "loop.db"))
         rng = np.random.default_rng(0)
