@@ -48,13 +48,13 @@ from stage1_pro.artifacts import (
     StageEntry,
     Thresholds,
     hash_splits,
-    save_npz,
     sha256_bytes,
     sha256_file,
 )
 from stage1_pro.config import Config
 from stage1_pro.deploy.bundle import load_bundle, write_bundle
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.reference import write_reference
 from stage1_pro.deploy.trust import engine_trust, new_key, sign, signature_status
 from stage1_pro.errors import Stage1Error
 from stage1_pro.policies.sets import fit_scrc_policy
@@ -209,9 +209,7 @@ def make_bundle(folder, kind="softmax", *, rich=False):
                     validated="not run",
                 )
             ]  # fmt: skip
-            rng = np.random.default_rng(0)
-            pixels = rng.random((2, 3, SPEC.height, SPEC.width), dtype=np.float32)
-            save_npz(out / "reference.npz", {"pixels": pixels, "stage_a.logits": np.zeros((2, 2), np.float32)})
+            write_reference(out, stages, SPEC)
         return stages, engines
 
     bundle = write_bundle(
