@@ -99,7 +99,10 @@ def pretrain(options: argparse.Namespace) -> str:
     flip = ["explora.horizontal_flip=0"] if options.source else []
     explore(
         options, labels.parent / "images", run, options.base,
-        [f"explora.epochs={options.pretrain_epochs}", "explora.train=full", "explora.decoder_warmup_epochs=0", *flip],
+        [
+            f"explora.epochs={options.pretrain_epochs}", "explora.train=full", "explora.lr=1e-3",
+            "explora.decoder_warmup_epochs=0", *flip,
+        ],
     )  # fmt: skip
     return str(run / "explora" / "backbone")
 

@@ -205,7 +205,12 @@ class ExploraConfig(Section):
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is masked")
     epochs: int = Field(40, ge=1)
     batch_size: int = Field(64, ge=1)
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of encoder and decoder")
+    lr: float = Field(
+        2e-4,
+        gt=0,
+        description="peak learning rate of encoder and decoder; a model that learns from nothing (train: full) takes "
+        "about 1e-3, with which an adaptation of few steps forgets more than it learns",
+    )
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(2.0, ge=0, description="of the learning rate, once for each part that begins to learn")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
