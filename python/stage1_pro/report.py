@@ -115,7 +115,7 @@ def write_report(
     ]
     bad = [row for row in groups if row["errors"] or row["missed_positives"]]
     notes: list[str] = []
-    html = _page(
+    html = page(
         "report.html.j2",
         evaluation=evaluation,
         policy=policy,
@@ -163,7 +163,7 @@ def write_measurement(path: Path | str, found: Measurement, pictures: Sequence[P
             cells = [*map(_plain, found.values[one.metric]), *cells]
         method = "–" if one.method == "none" else one.method
         lines.append({"name": metric_title(one.metric), "cells": [*cells, method, one.note]})
-    write_text(path, _page("metrics.html.j2", found=found, columns=columns, lines=lines, pictures=pictures))
+    write_text(path, page("metrics.html.j2", found=found, columns=columns, lines=lines, pictures=pictures))
 
 
 def metric_title(name: str) -> str:
@@ -180,7 +180,8 @@ def short_note(note: str) -> str:
     return re.sub(r"(errors|exits|positives) in \d+ (row|group)s", r"\1 in any \2", note)
 
 
-def _page(template: str, **values: object) -> str:
+def page(template: str, **values: object) -> str:
+    """Fill one of the package's HTML templates; every value is escaped, a missing one is an error."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     def read(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -438,6 +439,52 @@ def power_png(
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _legend(axes)
+    return _png(figure)
+
+
+def timeline_png(
+    days: ArrayLike,
+    series: Mapping[str, ArrayLike],
+    *,
+    y: str,
+    band: tuple[ArrayLike, ArrayLike] | None = None,
+    limits: Mapping[str, float] = MappingProxyType({}),
+    marks: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    steps: bool = False,
+    percent: bool = True,
+) -> bytes:
+    """Draw values over time with a band around the first, limits as dashed lines, and moments as vertical ones.
+
+    Args:
+        days: [T], on the x axis.
+        series: name to values [T]; NaN leaves a gap.
+        y: what the values are.
+        band: low and high ends [T] of the first series.
+        limits: name to value.
+        marks: name to days.
+        steps: values hold until the next one.
+        percent: values are shares.
+    """
+    figure, axes = _canvas("days", y)
+    x = np.asarray(days, np.float64)
+    if band is not None:
+        low, high = (np.asarray(end, np.float64) for end in band)
+        axes.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0)
+    styles = zip((BLUE, GREEN, ORANGE, GREY), ("-", "--", "-.", ":"), strict=True)
+    for (name, values), (color, dash) in zip(series.items(), styles, strict=False):
+        axes.plot(
+            x, np.asarray(values, np.float64), color=color, linestyle=dash, linewidth=1.6, label=name,
+            drawstyle="steps-post" if steps else "default", marker="o" if x.size <= 60 and not steps else "",
+            markersize=3,
+        )  # fmt: skip
+    for (name, value), dash in zip(limits.items(), ("--", ":", "-."), strict=False):
+        axes.axhline(value, color=VERMILION, linestyle=dash, linewidth=1.2, label=name)
+    for name, moments in marks.items():
+        for place, moment in enumerate(moments):
+            axes.axvline(moment, color=VERMILION, linewidth=1.4, alpha=0.8, label=name if place == 0 else None)
+    if percent:
+        _percent(axes, y=True)
     _legend(axes)
     return _png(figure)
 
