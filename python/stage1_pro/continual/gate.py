@@ -1,0 +1,407 @@
+"""The promotion gate: a candidate replaces the champion only where every test says so, and most often it does not.
+
+In this order: what was measured of the bundle (latency, size, parity), a certificate of the candidate's own at the same
+limits, non-inferiority on the anchor (the domain that must not be forgotten) overall, by slice and in every class's
+FNR, jointly by Holm; and, only when all of that holds, one counted look at the guard: the lower bound of the paired
+reward difference, by resampled clusters, must be above zero, and a test by betting that holds for any number of rows
+must say so too (five lucky rows would pass the bootstrap). "No promotion" is a result like any other.
+
+NumPy only; it judges decisions that were made elsewhere. Nothing that proposes candidates may import this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from stage1_pro import _native
+from stage1_pro.artifacts import GateParams, Policy, Record, ScrcParams, Thresholds
+from stage1_pro.continual.guard import GuardVault, Look
+from stage1_pro.continual.rewards import NOBODY, Decisions, RewardSpec, Verified, earned
+from stage1_pro.errors import InputError
+from stage1_pro.policies.bounds import betting_p_value, holm
+
+# Resamples drawn at once.
+_CHUNK = 500
+
+
+class Terms(Record):
+    """What is asked of a candidate. Margins are of the mean reward and of shares; they are fixed before any look."""
+
+    margin: float = Field(0.05, gt=0, description="largest loss of mean reward on the anchor")
+    slice_margin: float = Field(0.1, gt=0, description="the same in any slice of it")
+    fnr_margin: float = Field(0.02, gt=0, description="largest rise of any class's share answered as another")
+    anchor_level: float = Field(0.05, gt=0, lt=1, description="of all tests on the anchor together, by Holm")
+    require_certificate: bool = True
+    n_replicates: int = Field(4000, ge=1000)
+    seed: int = Field(0, ge=0)
+
+
+class Measured(Record):
+    """A figure of the candidate's bundle and its limit; passes at or below it. Null was not measured, and fails."""
+
+    name: str
+    value: float | None
+    limit: float
+    unit: str = ""
+
+
+class GateTest(Record):
+    """One test of a verdict: what was estimated from how many units, its bound, and what it had to keep."""
+
+    name: str
+    passed: bool
+    n: int = Field(0, description="independent units")
+    unit: Literal["clusters", "", "groups", "rows"] = ""
+    n_differ: int | None = Field(None, description="rows on which the two sides do not do the same")
+    estimate: float | None = None
+    bound: float | None = Field(None, description="one-sided, at the test's own level")
+    p_value: float | None = None
+    limit: float | None = Field(None, description="what estimate and bound are held against")
+    level: float | None = None
+    method: str = ""
+    note: str = ""
+
+
+class Verdict(Record):
+    """``verdict.json``: whether a candidate replaces the champion, with every test that said so or not."""
+
+    format_version: Literal[1] = 1
+    promoted: bool
+    reason: str
+    champion: str
+    candidate: str
+    epoch: str = Field(description="of the guard")
+    look: int | None = Field(description="number of this look at the guard; null when none was taken")
+    looks: int | None = Field(description="how many the epoch has")
+    earlier_promotions: int | None = Field(
+        description="in this epoch before this look; after the first, the promise is for candidates that did not "
+        "depend on it"
+    )
+    time: float = Field(description="seconds since 1970; of the look where one was taken, so that a repeat is the same")
+    spec: RewardSpec
+    terms: Terms
+    tests: list[GateTest]
+
+    def test(self, name: str) -> GateTest:
+        """The test of that name."""
+        return next(test for test in self.tests if test.name == name)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Champion or candidate: its name (a hash), its decisions on guard and anchor rows, the policy that made them.
+
+    ``fingerprint`` is of the model; its certificate must be of that one.
+    """
+
+    name: str
+    guard: Decisions
+    anchor: Decisions
+    policy: Policy | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Labelled rows of what must not be forgotten: truth [N], clusters [N], and slices by name, each a mask [N].
+
+    ``origin`` is what the model that first learned them decided there: with it every candidate is held against that
+    one. Held against the champion of the day alone, each round could lose the margin anew.
+    """
+
+    truth: Verified
+    clusters: NDArray[np.str_]
+    slices: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    origin: Decisions | None = None
+
+
+def evaluate(
+    vault: GuardVault,
+    epoch: str,
+    champion: Side,
+    candidate: Side,
+    anchor: Anchor,
+    *,
+    spec: RewardSpec,
+    now: float,
+    terms: Terms | None = None,
+    measured: Sequence[Measured] = (),
+) -> Verdict:
+    """Judge a candidate; takes one look at the guard, and only when everything else speaks for it.
+
+    The same evidence again, after a crash, gives the same verdict and takes no second look.
+
+    Args:
+        vault: of the store that holds the guard.
+        epoch: which guard.
+        champion: what serves now.
+        candidate: what would replace it.
+        anchor: rows of what must not be forgotten; its classes are the guard's.
+        spec: what decisions earn.
+        now: seconds since 1970.
+        terms: what is asked.
+        measured: figures of the candidate's bundle, each with its limit.
+
+    Raises:
+        LooksSpentError: the guard epoch has no look left.
+        InputError: decisions of other rows, or guard rows that differ and have no label (no look is taken then).
+    """
+    terms = terms or Terms()
+    tests = [_held(one) for one in measured]
+    if terms.require_certificate:
+        tests.append(check_certificate(champion.policy, candidate.policy, candidate.fingerprint))
+    tests += judge_anchor(anchor, anchor.origin or champion.anchor, candidate.anchor, spec, terms)
+    failed = [test.name for test in tests if not test.passed]
+    look: Look | None = None
+    if failed:
+        note = f"not looked at, no look was taken: {failed[0]} failed before"
+        tests.append(GateTest(name="guard reward", passed=False, note=note))
+    else:
+        asked = RewardSpec.fingerprint(spec) + terms.fingerprint()
+        look, test = vault.judge(
+            epoch, champion.guard, candidate.guard,
+            partial(_test_guard, champion=champion.guard, candidate=candidate.guard, spec=spec, terms=terms),
+            terms=asked, name=candidate.name, classes=anchor.truth.classes, positive=anchor.truth.positive, now=now,
+        )  # fmt: skip
+        tests.append(test)
+        failed = [] if test.passed else [test.name]
+        vault.close(look, promoted=not failed)
+    return Verdict(
+        promoted=not failed,
+        reason="every test passed" if not failed else f"no promotion: {', '.join(failed)}",
+        champion=champion.name,
+        candidate=candidate.name,
+        epoch=epoch,
+        look=None if look is None else look.number,
+        looks=None if look is None else look.of,
+        earlier_promotions=None if look is None else look.earlier_promotions,
+        time=now if look is None else look.time,
+        spec=spec,
+        terms=terms,
+        tests=tests,
+    )
+
+
+def lower_bound(
+    differences: ArrayLike, clusters: ArrayLike | None = None, *, level: float, n_replicates: int = 4000, seed: int = 0
+) -> float:
+    """Lower bound of a mean paired difference at ``1 - level``, one-sided: a quantile over resampled clusters.
+
+    Args:
+        differences: [N] candidate minus champion.
+        clusters: [N] the independent unit of every row; None = every row is one.
+        level: inside (0, 1).
+        n_replicates: resamples, enough for the level.
+        seed: of the resamples.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    return _low(_replicates(values[:, None], np.ones((values.size, 1)), clusters, n_replicates, seed)[:, 0], level)
+
+
+def _test_guard(
+    look: Look,
+    truth: Verified,
+    differ: NDArray[np.bool_],
+    clusters: NDArray[np.str_],
+    *,
+    champion: Decisions,
+    candidate: Decisions,
+    spec: RewardSpec,
+    terms: Terms,
+) -> tuple[Look, GateTest]:
+    """Does the candidate earn more? ``truth`` is of the rows that differ; the others earn the same."""
+
+    def of(side: Decisions) -> NDArray[np.float64]:
+        return earned(spec, truth, Decisions(side.answers[differ], side.deferred[differ]))
+
+    difference = np.zeros(differ.size)
+    difference[differ] = of(candidate) - of(champion)
+    bound = lower_bound(difference, clusters, level=look.level, n_replicates=terms.n_replicates, seed=terms.seed)
+    p = _betting(difference, clusters, spec, look.level, terms.seed)
+    return look, GateTest(
+        name="guard reward",
+        passed=bound > 0 and p <= look.level,
+        n=np.unique(clusters).size,
+        unit="clusters",
+        n_differ=int(differ.sum()),
+        estimate=float(difference.mean()),
+        bound=bound,
+        p_value=p,
+        limit=0.0,
+        level=look.level,
+        method="bound: cluster bootstrap, percentile; p-value: betting, exact",
+        note=f"look {look.number} of {look.of}"
+        + (f", {look.earlier_promotions} promoted before in this epoch" if look.earlier_promotions else ""),
+    )
+
+
+def _betting(
+    difference: NDArray[np.float64], clusters: NDArray[np.str_], spec: RewardSpec, level: float, seed: int
+) -> float:
+    """p-value of "the mean difference is not above zero", for any number of clusters and any skewness."""
+    answers = [spec.right, -spec.k_fp, -spec.k_fn]
+    blind = spec.guess - spec.abstain_cost
+    worst = min(*answers, blind) - spec.defer_cost
+    reach = max(*answers, blind) - worst
+    if reach == 0:
+        return 1.0
+    number = _native.cluster_numbers(clusters, difference.size)
+    rows = np.bincount(number)
+    shifted = np.bincount(number, (reach - difference) / (2 * reach))
+    # Their order must not depend on what they hold; numbers are of sorted names.
+    order = np.random.Generator(np.random.Philox(seed)).permutation(rows.size)
+    losses = np.clip(shifted / rows.max(), 0.0, 1.0)
+    return betting_p_value(losses[order], 0.5, level, weights=(rows / rows.max())[order])
+
+
+def judge_anchor(
+    anchor: Anchor, reference: Decisions, candidate: Decisions, spec: RewardSpec, terms: Terms
+) -> list[GateTest]:
+    """Non-inferiority on the anchor: mean reward overall and by slice, and the share of every class that is missed.
+
+    Each is the test of "worse by the margin or more", by resampled clusters; all pass together by Holm.
+
+    Raises:
+        InputError: decisions of other rows, or a slice without rows.
+    """
+    truth = anchor.truth
+    n = truth.labels.size
+    difference = earned(spec, truth, candidate) - earned(spec, truth, reference)
+
+    def missed(side: Decisions) -> NDArray[np.float64]:
+        wrong: NDArray[np.bool_] = (side.answers != truth.labels) & (side.answers != NOBODY)
+        return wrong.astype(np.float64)
+
+    rise = missed(candidate) - missed(reference)
+    # Name, values of which higher is better, rows, margin.
+    asked = [("anchor reward", difference, np.ones(n, dtype=bool), terms.margin)]
+    asked += [(f"anchor reward, slice {k}", difference, mask, terms.slice_margin) for k, mask in anchor.slices.items()]
+    asked += [
+        (f"anchor FNR of {name}", -rise, truth.labels == k, terms.fnr_margin) for k, name in enumerate(truth.classes)
+    ]
+    for name, _, mask, _ in asked:
+        if mask.shape != (n,) or not mask.any():
+            raise InputError(f"anchor must have rows for each test, got none for '{name}'; add rows or drop the slice")
+    values = np.column_stack([np.where(mask, one, 0.0) for _, one, mask, _ in asked])
+    rows = np.column_stack([mask.astype(np.float64) for _, _, mask, _ in asked])
+    drawn = _replicates(values, rows, anchor.clusters, terms.n_replicates, terms.seed)
+    margins = np.array([margin for *_, margin in asked])
+    # A resample without any row of a class speaks against.
+    worse = ~(drawn > -margins)
+    p_values = (1 + worse.sum(0)) / (1 + terms.n_replicates)
+    passed = holm(p_values, terms.anchor_level)
+    differ = reference.differ(candidate)
+    found = []
+    for k, (name, one, mask, margin) in enumerate(asked):
+        sign = -1.0 if "FNR" in name else 1.0
+        found.append(
+            GateTest(
+                name=name, passed=bool(passed[k]), n=np.unique(anchor.clusters[mask]).size, unit="clusters",
+                n_differ=int((differ & mask).sum()), estimate=sign * float(one[mask].mean()),
+                bound=sign * _low(drawn[:, k], terms.anchor_level), p_value=float(p_values[k]), limit=-sign * margin,
+                level=terms.anchor_level, method=f"cluster bootstrap, percentile; Holm over {len(asked)}",
+            )
+        )  # fmt: skip
+    return found
+
+
+def check_certificate(champion: Policy | None, candidate: Policy | None, fingerprint: str | None) -> GateTest:
+    """Does the candidate hold a certificate of its own that promises no less than the champion's?
+
+    Args:
+        champion: policy that serves now; None or one without a guarantee promises nothing to keep.
+        candidate: policy calibrated on the candidate; None where that was refused.
+        fingerprint: of the candidate's model.
+    """
+    problem = ""
+    if candidate is None:
+        problem = "the candidate has no policy: calibration was refused or not run"
+    elif candidate.guarantee == "none":
+        problem = "the candidate's policy promises nothing"
+    elif candidate.model_fingerprint is None or candidate.model_fingerprint != fingerprint:
+        problem = "the candidate's policy was certified for another model; calibrate again"
+    elif champion is not None and champion.guarantee != "none":
+        asked, given = _promises(champion), _promises(candidate)
+        for name, (value, sign) in asked.items():
+            if name not in given:
+                problem = f"the candidate does not promise {name}, the champion does ({value:g})"
+            elif sign * given[name][0] > sign * value:
+                problem = f"the candidate promises {name} {given[name][0]:g}, the champion {value:g}"
+        half = "val_calib.certify"
+        shared = half in champion.split_hashes and champion.split_hashes[half] == candidate.split_hashes.get(half)
+        if not problem and shared and _claims(candidate) < 2:
+            problem = (
+                "the candidate was certified on the rows that certified the champion with delta undivided: they served "
+                "their one claim; certify on fresh rows, or declare claims before the first"
+            )
+    limits = {} if candidate is None else _promises(candidate)
+    note = problem or "; ".join(f"{name} {value:g}" for name, (value, _) in limits.items())
+    certificate = None if candidate is None or isinstance(candidate, ScrcParams) else candidate.certificate
+    n = certificate.n if certificate is not None else candidate.n if isinstance(candidate, ScrcParams) else 0
+    return GateTest(name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file")
+
+
+def _promises(policy: Policy) -> dict[str, tuple[float, int]]:
+    """What a policy promises: value by name, and 1 where smaller is better, -1 where larger is."""
+    if isinstance(policy, ScrcParams):
+        return {"risk among the accepted": (policy.alpha, 1), "share accepted": (policy.xi, -1),
+                "delta": (math.fsum(policy.delta), 1)}  # fmt: skip
+    found: dict[str, tuple[float, int]] = {}
+    if isinstance(policy, Thresholds):
+        found["FNR on exits"] = (policy.target_fnr, 1)
+    elif isinstance(policy, GateParams):
+        limits = policy.constraints
+        found |= {"exit error": (limits.max_exit_error, 1), "exit rate": (limits.min_coverage, -1)}
+        if limits.target_fnr_exit is not None:
+            found["FNR on exits"] = (limits.target_fnr_exit, 1)
+    if policy.certificate is not None:
+        found["delta"] = (policy.certificate.delta, 1)
+    return found
+
+
+def _claims(policy: Policy) -> int:
+    if isinstance(policy, ScrcParams):
+        return policy.claims
+    return 1 if policy.certificate is None else policy.certificate.claims
+
+
+def _held(one: Measured) -> GateTest:
+    passed = one.value is not None and one.value <= one.limit
+    note = "not measured" if one.value is None else one.unit
+    return GateTest(name=one.name, passed=passed, estimate=one.value, limit=one.limit, note=note, method="measured")
+
+
+def _replicates(
+    values: NDArray[np.float64], rows: NDArray[np.float64], clusters: ArrayLike | None, n_replicates: int, seed: int
+) -> NDArray[np.float64]:
+    """Ratios of sums over resampled clusters, [B, M], of values and rows, each [N, M]; NaN where no row was drawn."""
+    n = len(values)
+    number = np.arange(n) if clusters is None else _native.cluster_numbers(clusters, n)
+    units = int(number.max()) + 1
+    both = np.concatenate([values, rows], axis=1)
+    sums = np.column_stack([np.bincount(number, column, units) for column in both.T])
+    parts = []
+    for first in range(0, n_replicates, _CHUNK):
+        count = min(_CHUNK, n_replicates - first)
+        times = _native.resample_counts([units], count, first=first, seed=seed).astype(np.float64)
+        top, below = np.split(times @ sums, 2, axis=1)
+        parts.append(np.divide(top, below, out=np.full_like(top, np.nan), where=below > 0))
+    return np.concatenate(parts)
+
+
+def _low(replicates: NDArray[np.float64], level: float) -> float:
+    """The level's quantile of resamples, from below; a resample that is NaN counts as the lowest."""
+    ordered = np.sort(np.where(np.isnan(replicates), -np.inf, replicates))
+    place = math.floor(level * (ordered.size + 1)) - 1
+    if place < 0:
+        raise InputError(f"n_replicates must be {math.ceil(1 / level)} or more for level {level:g}, got {ordered.size}")
+    found = float(ordered[place])
+    return found if math.isfinite(found) else float(np.nanmin(replicates))
