@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,13 @@ def append(connection: Connection, store: Store, kind: str, body: Mapping[str, A
     return row
 
 
-def read(store: Store, *, kind: str | None = None) -> Iterator[AuditRow]:
+def read(store: Store, *, kind: str | None = None) -> Generator[AuditRow, None, None]:
     """Rows in their order, of one kind or all."""
     query = select(_audit).order_by(_audit.c.seq)
     if kind is not None:
         query = query.where(_audit.c.kind == kind)
-    with store.read() as connection:
-        for row in connection.execute(query, execution_options={"yield_per": 1000}).mappings():
+    with store.read() as connection, connection.execute(query, execution_options={"yield_per": 1000}) as found:
+        for row in found.mappings():
             yield AuditRow.model_construct(**row)
 
 
@@ -96,7 +97,8 @@ def verify(store: Store, *, head: str | None = None) -> Verified:
         head: hash that was noted earlier; a chain that does not hold it was cut off.
     """
     try:
-        return _verify(read(store), head)
+        with contextlib.closing(read(store)) as rows:
+            return _verify(rows, head)
     except (DatabaseError, UnicodeDecodeError) as error:
         reason = str(getattr(error, "orig", error)).splitlines()[0]
         return Verified(ok=False, rows=0, head=GENESIS, broken_at=1, reason=f"the database cannot be read: {reason}")

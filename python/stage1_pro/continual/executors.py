@@ -115,10 +115,13 @@ def do_work(root: Path | str, function: str, inputs: Mapping[str, Any], executor
         found = find_work(root, key)
         if found is not None:
             return found
-        for name in (FILES, RESULT, _OUTCOME):
-            _remove(folder / name)
-        (folder / FILES).mkdir()
-        result = executor.run(function, inputs, folder / FILES, lock)
+        # Whoever waited for a process may have been killed before it ended well.
+        result = None if (folder / RESULT).is_file() else _left(folder)
+        if result is None:
+            for name in (FILES, RESULT, _OUTCOME):
+                _remove(folder / name)
+            (folder / FILES).mkdir()
+            result = executor.run(function, inputs, folder / FILES, lock)
         work = Work(key=key, function=function, inputs=dict(inputs), result=result, files=_entries(folder / FILES))
         work.write(folder / RESULT)
         return work
@@ -232,6 +235,14 @@ def _call(function: str, inputs: Mapping[str, Any], folder: Path) -> dict[str, A
         raise InputError(f"function must be module:name that can be imported, got '{function}': {error}") from None
     # Through JSON, so that a result is the same wherever it was made.
     result: dict[str, Any] = json.loads(json.dumps(found(inputs, folder), allow_nan=False))
+    return result
+
+
+def _left(home: Path) -> dict[str, Any] | None:
+    try:
+        result: dict[str, Any] | None = json.loads((home / _OUTCOME).read_text()).get("result")
+    except (OSError, ValueError):
+        return None
     return result
 
 
