@@ -12,15 +12,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
 from loop_parts import Parts
-from test_deploy import make_model, make_run
+from PIL import Image
+from test_deploy import CLASSES, make_images, make_model, make_policy, make_run
 
+from stage1_pro.artifacts import SPLITS, Merging, Row, Splits, hash_splits, sha256_file
+from stage1_pro.cli import main
+from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual import audit
+from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
 from stage1_pro.continual.executors import (
     Command,
     ExecutorConfig,
@@ -31,12 +37,15 @@ from stage1_pro.continual.executors import (
     find_work,
     make_executor,
 )
-from stage1_pro.continual.live import read_pointer
+from stage1_pro.continual.labels import Label, add_labels, ingest, read_events
+from stage1_pro.continual.live import LiveCascade, read_pointer
 from stage1_pro.continual.loop import EDGES, Loop, LoopConfig, read_verdict
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.store import Store
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.stations.continual import LoopFile, opened
 from stage1_pro.stations.exporting import export
+from stage1_pro.training.checkpoint import save_model, write_config
 
 FORK = multiprocessing.get_context("fork")
 QUICK = LoopConfig(auto_promote=True, shadow_seconds=5.0, canary_seconds=5.0, hold_seconds=5.0)
@@ -325,3 +334,122 @@ def test_a_verdict_that_was_changed_is_refused(tmp_path: Path, bundle: Path) -> 
     with pytest.raises(ArtifactError, match="it was changed"):
         read_verdict(root, name)
     loop.store.close()
+
+
+# --------------------------------------------------------------------------------------------
+# With real bundles, events and labels
+
+
+def bright(folder: Path, count: int, seed: int) -> list[tuple[Path, str]]:
+    """Noise whose brightness is its class."""
+    found = []
+    for index, path in enumerate(make_images(folder, count, seed)):
+        with Image.open(path) as image:
+            pixels = np.asarray(image) // 2 + 127 * (index % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        found.append((path, CLASSES[index % 2]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose heads know nothing, with its bundle."""
+    run, model = tmp_path_factory.mktemp("bright") / "run", make_model(tap=4)
+    rows = [
+        Row(
+            id=str(i), file=path.name, label=label, group=str(i), split=SPLITS[i // 2 % 4],
+            half=("fit", "certify")[i // 8 % 2] if SPLITS[i // 2 % 4] == "val_calib" else None, sha256=sha256_file(path),
+        )
+        for i, (path, label) in enumerate(bright(run / "images", 96, seed=5))
+    ]  # fmt: skip
+    splits = Splits(
+        root=str(run / "images"), classes=CLASSES, positive="roadwork", seed=0,
+        fractions=dict.fromkeys(SPLITS, 0.25), counts={name: dict.fromkeys(CLASSES, 12) for name in SPLITS},
+        groups=dict.fromkeys(SPLITS, 24), hashes=hash_splits(rows), rows=rows,
+        merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0.0, largest_groups=[]),
+    )  # fmt: skip
+    splits.write(run / "splits.json")
+    a = model.architecture
+    write_config(run, Config(model=ModelConfig(backbone="tiny", tap=a.tap, image_size=a.image_size)), splits)
+    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
+    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
+    policy = make_policy(model, splits.hashes, 0.6).model_copy(update={"target_fnr": 0.5})
+    policy.write(run / "thresholds.json")
+    export(run)
+    return run
+
+
+@pytest.mark.slow
+def test_from_served_photos_to_a_new_champion_by_the_command_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "loop"
+    (tmp_path / "loop.yaml").write_text(
+        "loop: {executor: {kind: inline}, shadow_seconds: 0, shadow_pairs: 20, canary_seconds: 0, canary_pairs: 40, "
+        "canary_share: 0.5}\n"
+        "rounds: {plan: {floor: 0.6, seed: 3}, least_rows: 8, steer: false, terms: {require_certificate: false, "
+        "margin: 5.0, fnr_margin: 1.0, n_replicates: 1000}, tuning: [{epochs: 200, lr: 0.01, patience: 50}]}\n"
+    )
+
+    def stage1(*words: str) -> Any:
+        capsys.readouterr()
+        code = main(["continual", words[0], "--root", str(root), *words[1:], "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return json.loads(out)
+
+    begun = stage1("init", "--run", str(trained), "--alpha", "0.05", "--config", str(tmp_path / "loop.yaml"))
+    assert main(["continual", "init", "--root", str(root), "--run", str(trained), "--alpha", ".05"]) == 2
+    assert stage1("status")["state"] == "MONITOR"
+    photos = dict(bright(tmp_path / "street", 240, seed=77))
+    live = LiveCascade(root, threads=1, log=EventLog(root / "log"), plan=ReviewPlan(floor=0.6, seed=3))
+    first = live.predict(photos)
+    truth = {sha256_file(path): label for path, label in photos.items()}
+    with opened(root) as (config, registry, parts, _loop):
+        ingest(registry.store, parts.log)
+        events = [event for event in read_events(registry.store) if event.selected]
+        add_labels(registry.store, [
+            Label(event_id=event.id, label=truth[event.image_sha256], source="owner", annotator="ada", time=time.time())
+            for event in events
+        ])  # fmt: skip
+        assert config == LoopFile.read(root / "loop.json")
+    proposed = stage1("propose")
+    assert proposed["state"] == "EVALUATE", proposed
+    judged = stage1("evaluate")
+    assert judged["state"] == "SHADOW" and judged["verdict"]["promoted"], judged
+    with opened(root) as (_, _registry, parts, loop):
+        snapshot = parts._snapshot(loop.row().round)
+        guard = set(parts.vault.row_ids(snapshot.guard))
+        learned = {name for name, _, _ in snapshot.learn}
+        certified = {name for name, _, _ in snapshot.certify}
+        assert not guard & learned and not guard & certified and not learned & certified and guard
+        draws = {event.image_sha256: uniform(3, "review", event.id) for event in events}
+        assert all((draws[name] < 0.6) == (name not in learned) for name in guard | certified | learned)
+    live.predict(list(photos)[:30])
+    assert "waits for approval" in stage1("run")["note"]
+    stage1("promote", "--by", "ada")
+    assert stage1("run")["state"] == "CANARY"
+    assert live.refresh().canary is not None
+    live.predict(list(photos)[:30])
+    assert stage1("run")["state"] == "MONITOR"
+    second = live.predict(photos)
+    assert live.pointer.previous == begun["champion"] and live.pointer.canary is None
+    right = [float(np.mean(found.label == np.array(list(photos.values())))) for found in (first, second)]
+    assert right[1] > right[0] + 0.1, right
+    stage1("status", "--page", str(tmp_path / "status.html"))
+    assert "<html" in (tmp_path / "status.html").read_text()
+    assert stage1("labels", "--export", str(tmp_path / "labels.csv"))["rows"] == len(events)
+    took = time.perf_counter()
+    assert stage1("rollback")["champion"] == begun["champion"]
+    assert np.array_equal(live.predict(photos).prob, first.prob)
+    assert stage1("run")["state"] == "MONITOR" and time.perf_counter() - took < 60
+    assert stage1("audit", "--export", str(tmp_path / "audit.jsonl"))["ok"]
+    data = bytearray((tmp_path / "audit.jsonl").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "audit.jsonl").write_bytes(data)
+    assert main(["continual", "audit", "--root", str(root), "--file", str(tmp_path / "audit.jsonl")]) == 4
+
+
+def test_a_folder_that_is_no_loop_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["continual", "status", "--root", str(tmp_path)]) == 2
+    assert "`stage1 continual init` makes one" in capsys.readouterr().err
