@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stage1_pro.config import Config
 
 _TRAIN_PACKAGES = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"}
+_CONTINUAL_PACKAGES = {"sqlalchemy", "psycopg", "pyarrow", "river", "prometheus_client"}
 _FLOW = """\
 the usual way:
   stage1 split --labels labels.csv --out RUN      images and labels to four splits that cannot leak
@@ -35,6 +36,8 @@ without a model:
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
 which configuration is better:
   stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
+a loop that keeps learning while it serves:
+  stage1 continual init --root LOOP --run RUN     then run, review, status, promote, rollback: continual --help
 as a miner of NATIX StreetVision:
   stage1 streetvision tune --run RUN              threshold and abstain band; prints the miner's YAML
   stage1 streetvision launch --repo CHECKOUT --settings miner.yaml -- --netuid 72
@@ -798,9 +801,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, as_json=options.json)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in _TRAIN_PACKAGES:
+        extra = "train" if package in _TRAIN_PACKAGES else "continual" if package in _CONTINUAL_PACKAGES else None
+        if extra is None:
             raise
-        return _fail(need("train", package), as_json=options.json)
+        return _fail(need(extra, package), as_json=options.json)
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return 130

@@ -308,7 +308,8 @@ def render(what: str, found: dict[str, Any]) -> str:
         pointer, monitor, work = found["pointer"], found["monitor"], found["round"]
         lines = [
             f"{found['state']}, round {work['number']}{': ' + work['note'] if work['note'] else ''}",
-            f"champion {pointer['champion'][:12]}, version {pointer['version']}; {(pointer['previous'] or 'none')[:12]} before",
+            f"champion {pointer['champion'][:12]}, version {pointer['version']}",
+            f"before it {(pointer['previous'] or 'none')[:12]}",
             f"exits at {monitor['threshold'] or 'its own threshold'}",
             *(f"{name} {pointer[name][:12]}" for name in ("shadow", "canary") if pointer[name]),
             monitor["headline"],
