@@ -32,6 +32,7 @@ from stage1_pro.progress import say
 POINTER = "champion.json"
 BUNDLES = "bundles"
 PAIRS = "pairs"
+PLAN = "plan.json"
 
 
 class Pointer(Record):
@@ -130,7 +131,7 @@ class LiveCascade:
         runtime: as ``Cascade.load`` takes it.
         threads: as ``Cascade.load`` takes it.
         log: where decisions go, and pairs of champion and candidate; without it nothing is logged and shadows rest.
-        plan: how events are drawn for review.
+        plan: how events are drawn for review; the loop's own (``plan.json``) by default, which deals labels by it.
         retry_seconds: how long a bundle that could not be loaded is left alone.
 
     Raises:
@@ -151,6 +152,8 @@ class LiveCascade:
         self.failure: str | None = None
         """Why what the file names does not serve; None where it does."""
         self.candidate_failures = 0
+        if plan is None and (self.root / PLAN).is_file():
+            plan = ReviewPlan.read(self.root / PLAN)
         self._plan, self._retry_seconds = plan, retry_seconds
         self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()

@@ -24,6 +24,7 @@ from stage1_pro.continual.exchange import (
 )
 from stage1_pro.continual.executors import make_executor
 from stage1_pro.continual.labels import Source, ingest
+from stage1_pro.continual.live import PLAN
 from stage1_pro.continual.loop import Loop, LoopConfig, read_verdict
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, remember_run
@@ -133,6 +134,7 @@ def init(
         name = registry.add(loaded.path)
         remember_run(root, name, run, model)
         now = time.time()
+        file.rounds.plan.write(root / PLAN)
         pointer = Loop.begin(registry, name, now=now, by=by)
     finally:
         kept.close()
