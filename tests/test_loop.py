@@ -418,9 +418,7 @@ rounds: {plan: {floor: 0.35, deferral: 0.9, entropy: 0.9, seed: 3}, least_rows: 
     assert main(["continual", "init", "--root", str(root), "--run", str(trained), "--alpha", ".05"]) == 2
     assert stage1("status")["state"] == "MONITOR"
     photos = dict(bright(tmp_path / "street", 240, seed=77))
-    live = LiveCascade(
-        root, threads=1, log=EventLog(root / "log"), plan=ReviewPlan(floor=0.35, deferral=0.9, entropy=0.9, seed=3)
-    )
+    live = LiveCascade(root, threads=1, log=EventLog(root / "log"))
     first = live.predict(photos)
     truth = {sha256_file(path): label for path, label in photos.items()}
     with opened(root) as (config, registry, parts, _loop):
