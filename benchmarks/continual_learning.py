@@ -246,33 +246,36 @@ def gate_epoch(vault: GuardVault, name: str, gain: float, rng: np.random.Generat
     vault.open(name, ids, ids, now=0.0)
     y = rng.integers(0, 2, n)
     vault.label(name, {one: CLASSES[label] for one, label in zip(ids, y, strict=True)}, "owner")
-    anchor_y = rng.integers(0, 2, 400)
-    easy = r.Decisions(anchor_y.astype(np.int64), np.zeros(400, dtype=bool))
+    anchor_y = rng.integers(0, 2, 200)
+    easy = r.Decisions(anchor_y.astype(np.int64), np.zeros(200, dtype=bool))
     truth = r.verified(anchor_y, "owner", classes=CLASSES, positive="roadwork")
-    anchor = Anchor(truth, np.arange(400).astype(np.str_))
+    anchor = Anchor(truth, np.arange(200).astype(np.str_))
     found = []
     for look in range(looks):
         champion, candidate = two_cascades(y, gain, rng, differ)
         verdict = evaluate(vault, name, Side("champion", champion, easy), Side(f"{name}.{look}", candidate, easy),
-                           anchor, spec=SPEC, now=float(look), terms=Terms(require_certificate=False))  # fmt: skip
+                           anchor, spec=SPEC, now=float(look),
+                           terms=Terms(require_certificate=False, n_replicates=1000))  # fmt: skip
         found.append(verdict.promoted)
     return found
 
 
 def gate(epochs: int) -> None:
-    print("| candidates | guard rows | epochs | looks | epochs with a promotion | candidates promoted |")
-    print("|---|---|---|---|---|---|")
+    columns = ("candidates", "guard rows", "rows that differ", "epochs", "looks", "epochs with a promotion", "promoted")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * 7}")
     with tempfile.TemporaryDirectory() as folder:
         vault = GuardVault(Store(Path(folder) / "loop.db"))
         rng = np.random.default_rng(0)
-        for gain, n, times, looks in (
-            (0.0, 1000, epochs, 10),
-            (0.1, 4000, max(epochs // 2, 1), 1),
-            (0.1, 1000, epochs, 1),
-        ):
-            runs = [gate_epoch(vault, f"{gain}.{n}.{k}", gain, rng, n=n, looks=looks) for k in range(times)]
+        quarter, half = max(epochs // 4, 1), max(epochs // 2, 1)
+        cases = ((0.0, 500, 0.2, epochs, 10), (0.1, 4000, 0.05, quarter, 1), (0.1, 1000, 0.05, half, 1))
+        for gain, n, differ, times, looks in cases:
+            runs = [gate_epoch(vault, f"{gain}.{n}.{k}", gain, rng, n=n, looks=looks, differ=differ)
+                    for k in range(times)]  # fmt: skip
             once = np.mean([any(one) for one in runs])
-            print(f"| gain {gain:g} | {n} | {times} | {looks} | {once:.3f} | {np.mean(runs):.4f} |", flush=True)
+            print(
+                f"| gain {gain:g} | {n} | {differ:.0%} | {times} | {looks} | {once:.3f} | {np.mean(runs):.4f} |",
+                flush=True,
+            )
 
 
 # -------------------------------------------------------------------------------- forgetting
@@ -412,11 +415,11 @@ def _round(champion: Policy, origin: Policy, domains: Domains, new: Draw, select
 METHODS = ("CE fine-tune", "PG + KL", "proposer + gate")
 
 
-def forgetting(seeds: int) -> None:
+def forgetting(seeds: int, methods: tuple[str, ...] = METHODS) -> None:
     columns = ("anchor right, start", "anchor right, end", "all domains right", "all domains reward",
                "rounds that lower the true mix by > .01", "worst round", "promotions")  # fmt: skip
     print(f"| 6 shifts, {seeds} seeds | {' | '.join(columns)} |\n|{'---|' * 8}")
-    for method in METHODS:
+    for method in methods:
         with tempfile.TemporaryDirectory() as folder:
             vault = GuardVault(Store(Path(folder) / "loop.db"))
             runs = [forgetting_seed(seed, method, vault) for seed in range(seeds)]
@@ -434,6 +437,7 @@ def main() -> None:
     parser.add_argument("part", choices=["tuning", "gate", "forgetting"])
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.part == "tuning":
@@ -441,7 +445,7 @@ def main() -> None:
     elif options.part == "gate":
         gate(options.epochs)
     else:
-        forgetting(options.seeds or 5)
+        forgetting(options.seeds or 5, tuple(options.methods))
 
 
 if __name__ == "__main__":

@@ -48,13 +48,13 @@ from stage1_pro.artifacts import (
     StageEntry,
     Thresholds,
     hash_splits,
-    save_npz,
     sha256_bytes,
     sha256_file,
 )
 from stage1_pro.config import Config
 from stage1_pro.deploy.bundle import load_bundle, write_bundle
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.reference import write_reference
 from stage1_pro.deploy.trust import engine_trust, new_key, sign, signature_status
 from stage1_pro.errors import Stage1Error
 from stage1_pro.policies.sets import fit_scrc_policy
@@ -193,7 +193,10 @@ def make_bundle(folder, kind="softmax", *, rich=False):
         stages, engines = write_graphs(out, external=rich), []
         if rich:
             shutil.copy(out / "stage_a.onnx", out / "stage_a.fp16.onnx")
-            variant = GraphVariant(onnx="stage_a.fp16.onnx", parity=1e-3, flips=0, block_maxima=[1.0, 2.0])
+            variant = GraphVariant(
+                onnx="stage_a.fp16.onnx", parity=1e-3, judged_by="onnxruntime", images=8, flips=0, near_threshold=0,
+                block_maxima=[1.0, 2.0], calibration_images=8,
+            )  # fmt: skip
             stages["stage_a"] = stages["stage_a"].model_copy(update={"variants": {"fp16": variant}})
             engine = out / "engines/rtx/stage_a.engine"
             engine.parent.mkdir(parents=True)
@@ -206,9 +209,7 @@ def make_bundle(folder, kind="softmax", *, rich=False):
                     validated="not run",
                 )
             ]  # fmt: skip
-            rng = np.random.default_rng(0)
-            pixels = rng.random((2, 3, SPEC.height, SPEC.width), dtype=np.float32)
-            save_npz(out / "reference.npz", {"pixels": pixels, "stage_a.logits": np.zeros((2, 2), np.float32)})
+            write_reference(out, stages, SPEC)
         return stages, engines
 
     bundle = write_bundle(

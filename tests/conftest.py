@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import pwd
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +36,84 @@ def shared() -> Callable[[str], Path]:
 def repository() -> Path:
     """The root of the checkout the tests lie in."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the ledger of built engines, keys and caches of tests out of the user's own folders."""
+    os.environ["STAGE1_CONFIG"] = str(tmp_path_factory.mktemp("config"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def find_postgres() -> Path:
+    """Return the folder of the newest PostgreSQL server's programs; skip when there is none."""
+    on_path = shutil.which("initdb")
+    folders = [Path(on_path).resolve().parent] if on_path else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
+    for folder in reversed(folders):
+        if (folder / "initdb").is_file() and (folder / "pg_ctl").is_file():
+            return folder
+    pytest.skip("no PostgreSQL server: neither initdb on PATH nor in /usr/lib/postgresql/*/bin (Debian: postgresql)")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Callable[[str], str]]:
+    """A PostgreSQL server of this session on a socket, no TCP; gives the function ``url(schema) -> str``."""
+    programs = find_postgres()
+    user = None
+    if os.geteuid() == 0:
+        # The server refuses to run as root.
+        names = {one.pw_name for one in pwd.getpwall()}
+        user = next((name for name in ("postgres", "nobody") if name in names), None)
+        if user is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres or nobody to run it as")
+    # Short, because a socket's path is at most 107 bytes; and not below pytest's folders, which are root's alone.
+    folder = Path(tempfile.mkdtemp(prefix="stage1-pg-"))
+    if user is not None:
+        shutil.chown(folder, user)
+
+    def call(program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [programs / program, *arguments], user=user, cwd=folder, capture_output=True, text=True, timeout=120,
+            env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{program}: {done.stderr}{done.stdout}"
+
+    data, options = str(folder / "data"), f"-k {folder} -c listen_addresses= -c fsync=off -c max_connections=60"
+    try:
+        call("initdb", "-D", data, "-U", "stage1", "-A", "trust", "-E", "UTF8", "--no-sync")
+        # The server must not hold this process's pipes, or nobody sees their end.
+        call("pg_ctl", "-D", data, "-w", "-t", "60", "-o", options, "-l", str(folder / "log"), "start")
+        try:
+            yield lambda schema: f"postgresql+psycopg://stage1@/postgres?host={folder}&options=-csearch_path%3D{schema}"
+        finally:
+            call("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_SCHEMAS = itertools.count()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: Callable[[str], str]) -> str:
+    """The URL of a new, empty schema of PostgreSQL, which is a database to whoever opens it."""
+    import psycopg
+
+    name = f"test_{next(_SCHEMAS)}"
+    address = postgres_server("public").replace("postgresql+psycopg", "postgresql")
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")  # type: ignore[arg-type]
+    return postgres_server(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a new, empty database: tests that ask for it run on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        return str(tmp_path / "loop.db")
+    url: str = request.getfixturevalue("postgres_url")
+    return url
 
 
 @pytest.fixture(autouse=True)

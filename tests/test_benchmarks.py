@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -154,3 +158,32 @@ def test_resplits_write_what_cannot_be_certified(room):
     found = {"limits": facts, "wishes": {"a wish": {"other half": table, "pool as the world": table}}}
     text = resplits.render({"simulated": found}, 2)
     assert "| gate, ltt, by groups | infeasible in every draw | infeasible in every draw |" in text
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu_and_says_so(repository, tmp_path):
+    """Its Python, part by part; no figure in it is a GPU's."""
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed; pip install -c constraints.txt '.[test]'"
+    )
+    out = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [repository / "benchmarks/gpu.sh", out, "--dry"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["dry"] and "gpu" not in found["machine"]
+    assert found["parity"]["rows"] == 4 * (4 * 1000 + 200) and found["parity"]["differences"] == 0
+    assert found["router"]["batch 4"]["ours"]["p50_us"] > 0
+    (cascade,) = (entry for name, entry in found["cascade"].items() if name.startswith("tiny"))
+    assert cascade["cascade 0.5"]["ideal"] == pytest.approx(1 / 0.75, abs=1e-3)
+    assert {name.split()[0] for name in found["runtimes"]} == {"tiny", "seconds"}
+    assert not [name for name, part in found.items() if isinstance(part, dict) and "failed" in part]
+
+
+def test_the_gpu_script_names_a_wrong_option(repository):
+    done = subprocess.run([repository / "benchmarks/gpu.sh", "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: benchmarks/gpu.sh" in done.stderr

@@ -21,7 +21,8 @@ from stage1_pro.data.synthetic import render_pool
 
 COMMANDS = [
     "split", "explora", "train", "compare", "merge", "plan", "calibrate", "evaluate", "metrics", "infer", "export",
-    "predict", "bench", "streetvision", "verify", "sign", "keys", "migrate", "inspect", "doctor", "demo",
+    "build", "predict", "review", "bench", "streetvision", "verify", "sign", "keys", "migrate", "inspect", "doctor",
+    "demo",
 ]  # fmt: skip
 
 

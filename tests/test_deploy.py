@@ -38,7 +38,15 @@ from stage1_pro.deploy import onnx as onnx_module
 from stage1_pro.deploy.bench import time_rounds
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.engine import BuildRecord, EngineRecipe, build_engine, check_header, load_recipe, sanitise
+from stage1_pro.deploy.engine import (
+    BuildRecord,
+    EngineRecipe,
+    build_engine,
+    check_header,
+    load_recipe,
+    read_engine,
+    sanitise,
+)
 from stage1_pro.deploy.onnx import export_onnx
 from stage1_pro.deploy.runtime import OnnxRuntime
 from stage1_pro.deploy.start import RUNTIMES
@@ -48,6 +56,7 @@ from stage1_pro.models.model import Stage1Model, create_model
 from stage1_pro.policies import exit_scores
 from stage1_pro.stations.benching import bench_cascade, draw
 from stage1_pro.stations.benching import render as render_bench
+from stage1_pro.stations.building import build
 from stage1_pro.stations.doctor import doctor
 from stage1_pro.stations.doctor import render as render_doctor
 from stage1_pro.stations.exporting import export
@@ -195,6 +204,11 @@ def bundle(run: Path) -> Path:
     return export(run)
 
 
+@pytest.fixture(scope="module")
+def narrow(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(run, tmp_path_factory.mktemp("narrow") / "bundle", precisions=["res32", "bf16"])
+
+
 @pytest.fixture
 def graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds of tracing: the exporter's writer gives the graphs it wrote for the bundle."""
@@ -323,11 +337,6 @@ class TestEngine:
         with pytest.raises(InputError, match=message):
             load_recipe(path)
 
-    @pytest.mark.parametrize("name", ["SM90", "SM100", "SM75", "8.6"])
-    def test_refused_cards_name_what_works(self, trt: Any, name: str, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=rf"must be among SM80, SM86, SM89, SM120.*got '{name}'"):
-            build_engine(tmp_path / "a.onnx", tmp_path, EngineRecipe(compute_capabilities=(name,)), "stage_a")
-
     def test_missing_builder_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
         with pytest.raises(DependencyError, match=r"tensorrt_rtx is not installed.*stage1_pro\[rtx\]"):
@@ -403,6 +412,89 @@ class TestEngine:
         program.save(str(tmp_path / "m.onnx"))
         entry = build_engine(tmp_path / "m.onnx", tmp_path, EngineRecipe(), "stage_a")
         assert entry.attention_layers == 3
+
+
+class TestPrecisions:
+    """A bundle in several precisions, its engines, and engines that its receiver builds."""
+
+    def test_variants_are_judged_on_photos(self, narrow: Path, bundle: Path) -> None:
+        loaded = load_bundle(narrow)
+        for stage, norms in (("stage_a", 5), ("stage_b", 5)):
+            variants = loaded.manifest.stages[stage].variants
+            assert list(variants) == ["fp32", "res32", "bf16"]
+            assert variants["fp32"].onnx == f"{stage}.onnx" and variants["res32"].onnx == f"{stage}.res32.onnx"
+            assert [v.judged_by for v in variants.values()] == ["onnxruntime", "onnxruntime", "torch"]
+            assert variants["fp32"].parity < 1e-4 and 0 < variants["res32"].parity < 0.03
+            # The heads' random weights make logits of several units; bf16 has 8 bits, fp16 11.
+            assert 2 * variants["res32"].parity < variants["bf16"].parity < 1
+            for variant in variants.values():
+                assert variant.images == variant.calibration_images == 4
+                assert len(variant.block_maxima) == 2 and all(0 < m < 1e3 for m in variant.block_maxima)
+            for name in ("fp32", "res32"):
+                assert variants[name].flips == variants[name].near_threshold
+            # fp32 bytes do not depend on what lies beside them.
+            assert (narrow / f"{stage}.onnx").read_bytes() == (bundle / f"{stage}.onnx").read_bytes()
+            graph = onnx.load(narrow / f"{stage}.res32.onnx").graph
+            types = {t.name: t.data_type for t in graph.initializer}
+            float32 = onnx.TensorProto.FLOAT
+            products = [n for n in graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in types]
+            assert products and all(types[n.input[1]] == onnx.TensorProto.FLOAT16 for n in products)
+            layers = [n for n in graph.node if n.op_type == "LayerNormalization"]
+            assert len(layers) == norms and all(types[n.input[1]] == float32 for n in layers)
+            assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {float32}
+
+    def test_the_receiver_builds(self, trt: Any, narrow: Path, tmp_path: Path) -> None:
+        before = {p: p.read_bytes() for p in narrow.rglob("*") if p.is_file()}
+        batch = {"stage_a": (1, 2, 4), "stage_b": (1, 1, 2)}
+        recipe = EngineRecipe(precision="res32", fallbacks=("fp32",), batch=batch)
+        out = build(narrow, tmp_path / "here", recipe=recipe)
+        assert {p: p.read_bytes() for p in narrow.rglob("*") if p.is_file()} == before
+        loaded = load_bundle(out)
+        assert [(e.path, e.precision, e.batch) for e in loaded.manifest.engines] == [
+            ("engines/rtx/stage_a.engine", "res32", (1, 2, 4)),
+            ("engines/rtx/stage_b.engine", "res32", (1, 1, 2)),
+            ("engines/rtx-fp32/stage_a.engine", "fp32", (1, 2, 4)),
+            ("engines/rtx-fp32/stage_b.engine", "fp32", (1, 1, 2)),
+        ]
+        first, _, wide, _ = loaded.manifest.engines
+        # The tiny model's two blocks: res32 fuses both attentions, fp32 none, and takes fewer layers.
+        assert (first.attention_layers, wide.attention_layers) == (2, 0) and first.layers < wide.layers
+        data = read_engine(loaded, first)
+        assert sha256_bytes(data) == loaded.manifest.files[first.path].sha256
+        (out / first.path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(ArtifactError, match="stage_a.engine must have the sha256 it was exported with"):
+            read_engine(loaded, first)
+        with pytest.raises(ArtifactError, match="changed"):
+            build(out, tmp_path / "again")
+
+    def test_build_refusals(self, trt: Any, bundle: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"one stage_a was exported in \(fp32\), got 'res32'; .*--precision"):
+            build(bundle, tmp_path / "b", precisions=["res32"])
+        assert not (tmp_path / "b").exists()
+        for out in (bundle, bundle / "inside"):
+            with pytest.raises(InputError, match="out must lie outside the bundle"):
+                build(bundle, out)
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "notes.txt").write_text("mine")
+        with pytest.raises(InputError, match="holds something else"):
+            build(bundle, tmp_path / "other", overwrite=True)
+
+    def test_an_engine_of_another_precision_is_refused(self, copy: Path) -> None:
+        entry = {
+            "stage": "stage_a", "path": "metrics.csv", "target": "rtx", "builder": "x", "builder_version": "1",
+            "compute_capabilities": [], "precision": "fp16", "batch": [1, 1, 1], "onnx_sha256": "0" * 64, "layers": 1,
+            "attention_layers": 0, "build_seconds": 0.0, "validated": "",
+        }  # fmt: skip
+        rewrite(copy, lambda v: v["engines"].append(entry))
+        with pytest.raises(ArtifactError, match="must be of a precision stage_a has, got fp16"):
+            load_bundle(copy)
+
+    def test_precisions_that_cannot_be_exported(self, run: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="got 'int8'; .*ModelOpt"):
+            export(run, tmp_path / "b", precisions=["int8"])
+        with pytest.raises(InputError, match="precisions must be of fp32, .*got 'fp64'"):
+            export(run, tmp_path / "b", precisions=["fp64"])  # type: ignore[list-item]
+        assert not (tmp_path / "b").exists()
 
 
 class TestBundle:
@@ -614,13 +706,13 @@ class TestExport:
         before = {p.name: p.read_bytes() for p in out.iterdir()}
         import stage1_pro.stations.exporting as station
 
-        reference = station._reference
-        monkeypatch.setattr(station, "_reference", lambda *_: np.full((2, 3, 48, 48), np.nan, np.float32))
+        images = station._images
+        monkeypatch.setattr(station, "_images", lambda *_: np.full((2, 3, 48, 48), np.nan, np.float32))
         with pytest.raises(ArtifactError, match="nothing was exported"):
             export(run, out, overwrite=True)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
         assert [p.name for p in tmp_path.iterdir()] == ["b"]
-        monkeypatch.setattr(station, "_reference", reference)
+        monkeypatch.setattr(station, "_images", images)
         assert export(run, out, overwrite=True) == out
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 

@@ -27,7 +27,8 @@ TRAIN_ONLY = [
 ]
 BASE_MODULES = [
     "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "policies.gate",
-    "policies.claims", "data.images", "data.protocols", "data.splits", "integrations.streetvision",
+    "policies.claims", "continual.events", "continual.served",
+    "data.images", "data.protocols", "data.splits", "integrations.streetvision",
     "deploy.bundle", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "stations.benching",
     "stations.calibration", "stations.evaluation", "stations.robustness", "stations.tuning",
     "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",

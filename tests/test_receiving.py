@@ -177,6 +177,12 @@ class TestManifest:
         with pytest.raises(ArtifactError, match=r"bundle\.json must be a plain file"):
             load_bundle(copy)
 
+    @pytest.mark.parametrize("name", ["", "SM", "SMxx", "86", "SM\u0661\u0662"])
+    def test_cards_that_are_none(self, rich_copy, name):
+        rewrite(rich_copy, lambda values: values["engines"][0].update(compute_capabilities=[name]))
+        with pytest.raises(ArtifactError, match=r"engines\.0\.compute_capabilities\.0"):
+            load_bundle(rich_copy)
+
     def test_a_worthless_engine_precision(self, rich_copy):
         rewrite(rich_copy, lambda values: values["engines"][0].update(precision="res32"))
         with pytest.raises(ArtifactError, match="got none in res32"):

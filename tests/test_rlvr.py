@@ -27,10 +27,15 @@ from stage1_pro.policies import read_policy
 CLASSES = ("none", "roadwork")
 
 
+@pytest.fixture(autouse=True)
+def _one_torch_thread(_same_torch_threads):
+    """The tensors here are so small that a second thread only waits."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def bench(repository, monkeypatch):
     monkeypatch.syspath_prepend(repository / "benchmarks")
-    torch.set_num_threads(1)
     return importlib.import_module("continual_learning")
 
 
@@ -156,14 +161,12 @@ def test_rloo_mean_over_20000_draws_is_the_exact_gradient():
     (exact,) = torch.autograd.grad(rlvr.exact_loss(logits.log_softmax(1), rewards), logits)
     draws, group = 20_000, 4
     actions = torch.multinomial(logits.detach().softmax(1), draws * group, replacement=True).reshape(3, draws, group)
-    # One gradient a draw, in closed form over the batch of draws.
-    log_probs = logits.log_softmax(1)
     got = rewards[:, None].expand(3, draws, 4).gather(2, actions)
     each = []
-    for k in range(200):
-        part = slice(k * 100, (k + 1) * 100)
-        loss = sum(rlvr.rloo_loss(log_probs, actions[:, j], got[:, j]) for j in range(part.start, part.stop)) / 100
-        each.append(torch.autograd.grad(loss, logits, retain_graph=True)[0])
+    for part in np.array_split(np.arange(draws), 200):
+        log_probs = logits.log_softmax(1).repeat_interleave(len(part), 0)
+        loss = rlvr.rloo_loss(log_probs, actions[:, part].reshape(-1, group), got[:, part].reshape(-1, group))
+        each.append(torch.autograd.grad(loss, logits)[0])
     blocks = torch.stack(each)
     z = (blocks.mean(0) - exact) / (blocks.std(0) / 200**0.5)
     assert z.abs().max() < 4
@@ -268,7 +271,7 @@ def test_bad_rows_and_parameters():
 
 @pytest.mark.slow
 def test_exact_with_kl_beats_ce_with_a_tuned_threshold_and_dividing_by_the_sd_hurts(bench):
-    found = [bench.tuning_seed(seed, n=2000) for seed in range(8)]
+    found = [bench.tuning_seed(seed) for seed in range(8)]
     base = np.array([one["CE + tuned threshold"] for one in found])
     exact, grpo, rloo = (np.array([one[k] for one in found]) - base for k in ("exact + KL", "GRPO with /SD", "RLOO"))
     assert exact.mean() >= 0.01
@@ -306,7 +309,7 @@ def test_a_tuned_run_is_a_run_without_policy_that_calibrates_again(trained, tmp_
     assert read_policy(out) is None
     calib = Predictions.load(out / "val_calib.npz")
     assert calib.model_fingerprint == record.model_fingerprint != record.parent_fingerprint
-    assert stage1_pro.calibrate(out, guarantee="none", target_fnr=0.4).model_fingerprint == record.model_fingerprint
+    assert stage1_pro.calibrate(out, guarantee="none", target_fnr=0.99).model_fingerprint == record.model_fingerprint
     with pytest.raises(InputError, match="out must be a new folder"):
         rlvr.tune(trained, out)
     if through == "heads":

@@ -5,10 +5,15 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import math
+import os
+import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
+from hard_rows import hard_gates, hard_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,24 +24,6 @@ from stage1_pro.policies.softmax import confidence, softmax
 COMPILED = importlib.util.find_spec("stage1_pro._core") is not None
 needs_core = pytest.mark.skipif(not COMPILED, reason="stage1_pro._core is not built (STAGE1_PURE, or no compiler)")
 BACKENDS = ["reference", pytest.param("compiled", marks=needs_core)]
-ODD = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 3.4e38, -3.4e38, 1e-45, 709.0, -745.0, 88.0], np.float32)
-
-
-def hard_logits(rng, n, k):
-    """Logits of every size, with ties, NaN and infinities, and differences on either side of where exp ends."""
-    logits = rng.normal(size=(n, k)) * 10.0 ** rng.integers(-4, 4, (n, 1))
-    logits = np.where(rng.random((n, k)) < 0.1, rng.integers(-2, 3, (n, k)), logits).astype(np.float32)
-    odd = rng.random((n, k)) < rng.choice([0, 0.05, 0.6], (n, 1))
-    logits[odd] = rng.choice(ODD, int(odd.sum()))
-    logits[: n // 50] = -np.inf
-    return logits
-
-
-def hard_gates(rng, n):
-    gate = (rng.normal(size=n) * 10.0 ** rng.integers(-3, 3, n)).astype(np.float32)
-    odd = rng.random(n) < 0.1
-    gate[odd] = rng.choice(ODD, int(odd.sum()))
-    return gate
 
 
 def copy(routed):
@@ -197,6 +184,76 @@ def test_a_warm_router_allocates_nothing():
         tracemalloc.stop()
     # Array objects alone: a buffer of this batch's tokens would be 4 MB, one of its scores 1 kB.
     assert peak < 4096
+
+
+@needs_core
+@pytest.mark.parametrize("platt", [None, (1.7, -0.3)], ids=["probability", "gate"])
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_kernel_and_twin_agree_on_a_million_rows(k, platt):
+    rng = np.random.default_rng(100 + k)
+    n = 1_000_000
+    logits = hard_logits(rng, n, k)
+    gate = None if platt is None else hard_gates(rng, n)
+    assert np.isnan(logits).any() and np.isposinf(logits).any() and np.isneginf(logits).any()
+    router = _native.Router(n, threshold=0.75, platt=platt)
+    with _native.use("reference"):
+        expected = copy(router.route(logits, gate))
+    for ours, theirs in zip(router.route(logits, gate), expected, strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+ALLOCATIONS = """
+import ctypes, sys
+import numpy as np
+from stage1_pro import _native
+
+counted = ctypes.CDLL(None).allocations
+counted.restype = ctypes.c_long
+rng = np.random.default_rng(0)
+tokens, gate = rng.normal(size=(256, 40, 10)).astype(np.float32), rng.normal(size=256).astype(np.float32)
+for k in (1, 2, 7):
+    logits = rng.normal(size=(256, k)).astype(np.float32)
+    for platt in (None, (1.0, 0.0)):
+        router = _native.Router(256, threshold=0.7, platt=platt)
+        label, probability = np.zeros(256, np.int32), np.zeros(256, np.float32)
+
+        def turn():
+            routed = router.route(logits, None if platt is None else gate)
+            router.gather(tokens, routed.deferred)
+            m = routed.deferred.size
+            router.merge(routed, label[:m], probability[:m], probability[:m])
+
+        for _ in range(10):
+            turn()
+        blocks, before = sys.getallocatedblocks(), counted()
+        for _ in range(1000):
+            turn()
+        made, left = counted() - before, sys.getallocatedblocks() - blocks
+        assert made == 0 and left < 20, (k, platt, made, left)
+control = counted()
+_native.Router(100_000, threshold=0.7)
+assert counted() > control
+print("nothing allocated")
+"""
+
+
+@needs_core
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="counting needs glibc and a C compiler"
+)
+def test_a_warm_router_never_calls_the_allocator(repository, tmp_path):
+    """Python's own small objects come from its pools; of malloc, calloc and realloc a call makes not one."""
+    library = tmp_path / "count.so"
+    source = repository / "tests/count_malloc.c"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATIONS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_PRELOAD": str(library), "STAGE1_BACKEND": "compiled"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "nothing allocated"
 
 
 @needs_core

@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 #include <stdexcept>
+#include <type_traits>
 
 namespace stage1::bindings {
 
@@ -33,6 +34,21 @@ Array<T> make_array(std::size_t size) {
 template <class T>
 std::span<T> fill(Array<T>& array) {
     return {array.mutable_data(), static_cast<std::size_t>(array.size())};
+}
+
+// An array as it stands. Unlike the casters of Array it has NumPy make nothing, so a call allocates nothing.
+template <class T>
+std::span<T> stands(py::handle object) {
+    if (!py::isinstance<Array<std::remove_const_t<T>>>(object)) {
+        throw std::invalid_argument("arrays must be contiguous and of the kernel's type");
+    }
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    const auto size = static_cast<std::size_t>(array.size());
+    if constexpr (std::is_const_v<T>) {
+        return {static_cast<T*>(array.data()), size};
+    } else {
+        return {static_cast<T*>(py::array(array).mutable_data()), size};
+    }
 }
 
 // Throws std::invalid_argument unless confidence and error have one length of 1 to 2^31 - 1.

@@ -2,64 +2,22 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
-#include <limits>
 
 #include "stage1/machine.hpp"
+#include "stage1/row.hpp"
 
 namespace stage1 {
 namespace {
 
 constexpr std::size_t block = 256;  // rows at a time: their doubles stay in L1, on the stack
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-
-// exp(x) for x <= 0 within 1e-14 of itself, and exp(-708), nothing in float32, below that: 2^k exp(r) with |r| <=
-// ln(2)/2 and Taylor's polynomial.
-STAGE1_INLINE double exponential(double x) {
-    constexpr double lowest = -708.0;
-    constexpr double log2e = 0x1.71547652b82fep+0;
-    constexpr double ln2_high = 0x1.62e42fefa3000p-1;  // k times this is exact
-    constexpr double ln2_low = 0x1.3de6af278ece6p-42;
-    constexpr double round_to_integer = 0x1.8p+52;  // added, the sum's lowest bits are k
-    constexpr std::array<double, 12> inverse_factorial{1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                                                       1.0 / 5040,     1.0 / 720,     1.0 / 120,    1.0 / 24,
-                                                       1.0 / 6,        1.0 / 2,       1.0,          1.0};
-    const double clamped = x < lowest ? lowest : x;
-    const double shifted = clamped * log2e + round_to_integer;
-    const double k = shifted - round_to_integer;
-    const double r = (clamped - k * ln2_high) - k * ln2_low;
-    double sum = inverse_factorial[0];
-    for (std::size_t power = 1; power < inverse_factorial.size(); ++power) {
-        sum = sum * r + inverse_factorial[power];
-    }
-    const double scale = std::bit_cast<double>((std::bit_cast<std::uint64_t>(shifted) + 1023) << 52);
-    return sum * scale;
-}
 
 STAGE1_CLONES void exponentials(double* values, std::size_t size) {
     for (std::size_t row = 0; row < size; ++row) {
-        values[row] = exponential(values[row]);
+        values[row] = row::exponential(values[row]);
     }
 }
 
-// The most probable class of a row and its logit; -1 when the row has no answer.
-STAGE1_INLINE std::int32_t answer(const float* logits, std::size_t n_classes, float& largest) {
-    constexpr float infinity = std::numeric_limits<float>::infinity();
-    std::size_t label = 0;
-    bool defined = logits[0] < infinity;
-    largest = logits[0];
-    for (std::size_t k = 1; k < n_classes; ++k) {
-        defined &= logits[k] < infinity;
-        if (logits[k] > largest) {
-            largest = logits[k];
-            label = k;
-        }
-    }
-    return defined && largest > -infinity ? static_cast<std::int32_t>(label) : -1;
-}
-
-// One over the sum of exponentials is the largest probability: that class's own exponential is exactly 1.
 void probabilities(const float* logits, std::size_t n_classes, std::size_t size, std::int32_t* label,
                    float* probability) {
     std::array<double, block> sum;
@@ -67,13 +25,14 @@ void probabilities(const float* logits, std::size_t n_classes, std::size_t size,
     std::array<float, block> largest;
     if (n_classes == 1) {
         for (std::size_t row = 0; row < size; ++row) {
-            const float distance = std::fabs(logits[row]);
-            label[row] = distance <= std::numeric_limits<float>::max() ? logits[row] > 0 : -1;
-            power[row] = -static_cast<double>(distance);
+            label[row] = row::answer_of_one(logits[row]);
+            power[row] = -static_cast<double>(std::fabs(logits[row]));
         }
     } else {
         for (std::size_t row = 0; row < size; ++row) {
-            label[row] = answer(logits + row * n_classes, n_classes, largest[row]);
+            const row::Largest most = row::largest(logits + row * n_classes, static_cast<std::int32_t>(n_classes));
+            label[row] = most.answer();
+            largest[row] = most.logit;
         }
     }
     if (n_classes == 2) {
@@ -99,7 +58,7 @@ void probabilities(const float* logits, std::size_t n_classes, std::size_t size,
         }
     }
     for (std::size_t row = 0; row < size; ++row) {
-        probability[row] = label[row] < 0 ? nan : static_cast<float>(1.0 / sum[row]);
+        probability[row] = row::probability(label[row], sum[row]);
     }
 }
 
@@ -107,14 +66,12 @@ void gate_scores(const float* gate, const std::int32_t* label, const Rule& rule,
     std::array<double, block> logit;
     std::array<double, block> power;
     for (std::size_t row = 0; row < size; ++row) {
-        logit[row] = rule.scale * static_cast<double>(gate[row]) + rule.offset;
+        logit[row] = row::gate_logit(gate[row], rule.scale, rule.offset);
         power[row] = -std::fabs(logit[row]);
     }
     exponentials(power.data(), size);
     for (std::size_t row = 0; row < size; ++row) {
-        const double sigmoid = (logit[row] >= 0 ? 1.0 : power[row]) / (1.0 + power[row]);
-        const bool defined = label[row] >= 0 && std::fabs(gate[row]) <= std::numeric_limits<float>::max();
-        score[row] = defined ? static_cast<float>(sigmoid) : nan;
+        score[row] = row::gate_score(gate[row], label[row], logit[row], power[row]);
     }
 }
 

@@ -1,6 +1,6 @@
 """Selective image classification that keeps its promises.
 
-Stations: ``split, explora, train, compare, calibrate, evaluate, export, merge``; a deployed bundle:
+Stations: ``split, explora, train, compare, calibrate, evaluate, export, build, merge``; a deployed bundle:
 ``Cascade.load(bundle).predict(images)``.
 Everything is imported on first use, so that serving needs no torch.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stage1_pro.deploy.cascade import Cascade
+    from stage1_pro.stations.building import build
     from stage1_pro.stations.calibration import calibrate
     from stage1_pro.stations.comparing import compare
     from stage1_pro.stations.evaluation import evaluate
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cascade", "__version__", "calibrate", "compare", "evaluate", "explora", "export", "merge", "plan", "split",
-    "train",
+    "Cascade", "__version__", "build", "calibrate", "compare", "evaluate", "explora", "export", "merge", "plan",
+    "split", "train",
 ]  # fmt: skip
 
 _HOMES = {
     "Cascade": "stage1_pro.deploy.cascade",
+    "build": "stage1_pro.stations.building",
     "calibrate": "stage1_pro.stations.calibration",
     "compare": "stage1_pro.stations.comparing",
     "evaluate": "stage1_pro.stations.evaluation",

@@ -159,11 +159,7 @@ def bootstrap_suite(
     Every metric of resampled sorted rows [n_replicates, 8 + coverages + risks]
     """
 
-def gather(
-    source: numpy.typing.NDArray[numpy.float32],
-    index: numpy.typing.NDArray[numpy.int32],
-    out: numpy.typing.NDArray[numpy.float32],
-) -> None:
+def gather(source: numpy.ndarray, index: numpy.ndarray, out: numpy.ndarray) -> None:
     """
     Rows index [M] of source [N, D] into out [M, D]
     """
@@ -199,16 +195,20 @@ def measure_suite(
     """
 
 def merge(
-    index: numpy.typing.NDArray[numpy.int32],
-    label: numpy.typing.NDArray[numpy.int32],
-    probability: numpy.typing.NDArray[numpy.float32],
-    score: numpy.typing.NDArray[numpy.float32],
-    out_label: numpy.typing.NDArray[numpy.int32],
-    out_probability: numpy.typing.NDArray[numpy.float32],
-    out_score: numpy.typing.NDArray[numpy.float32],
+    index: numpy.ndarray,
+    answers: tuple[
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    ],
+    out: tuple[
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+    ],
 ) -> None:
     """
-    Writes answers [M] to rows index [M] of the three arrays [N]
+    Writes (label, probability, score) [M] to rows index [M] of the same three [N]
     """
 
 @typing.overload
@@ -255,20 +255,23 @@ def resample_counts(
     """
 
 def route(
-    logits: numpy.typing.NDArray[numpy.float32],
-    gate: numpy.typing.NDArray[numpy.float32],
-    use_gate: bool,
-    scale: typing.SupportsFloat | typing.SupportsIndex,
-    offset: typing.SupportsFloat | typing.SupportsIndex,
-    threshold: typing.SupportsFloat | typing.SupportsIndex,
-    exited: numpy.typing.NDArray[numpy.uint8],
-    score: numpy.typing.NDArray[numpy.float32],
-    label: numpy.typing.NDArray[numpy.int32],
-    probability: numpy.typing.NDArray[numpy.float32],
-    deferred: numpy.typing.NDArray[numpy.int32],
+    logits: numpy.ndarray,
+    gate: typing.Any,
+    rule: tuple[
+        typing.SupportsFloat | typing.SupportsIndex,
+        typing.SupportsFloat | typing.SupportsIndex,
+        typing.SupportsFloat | typing.SupportsIndex,
+    ],
+    out: tuple[
+        typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.float32],
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    ],
 ) -> int:
     """
-    Decides rows [N, K] into the five arrays [N], and returns how many are deferred
+    Decides rows [N, K] by (scale, offset, threshold) into the five arrays [N], and returns how many are deferred
     """
 
 def search_dual(

@@ -422,18 +422,16 @@ def search_dual(
 
 def route(
     logits: NDArray[np.float32],
-    gate: NDArray[np.float32],
-    use_gate: bool,
-    scale: float,
-    offset: float,
-    threshold: float,
-    exited: NDArray[np.uint8],
-    score: NDArray[np.float32],
-    label: NDArray[np.int32],
-    probability: NDArray[np.float32],
-    deferred: NDArray[np.int32],
+    gate: NDArray[np.float32] | None,
+    rule: tuple[float, float, float],
+    out: tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]],
 ) -> int:
-    """Decide rows [N, K] into the five arrays [N], and return how many are deferred; see ``route.hpp``."""
+    """Decide rows [N, K] by (scale, offset, threshold) into five arrays [N]; return how many are deferred.
+
+    See ``route.hpp``; ``out`` is exited, score, label, probability and deferred.
+    """
+    exited, score, label, probability, deferred = out
+    scale, offset, threshold = rule
     values = logits.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         if values.shape[1] == 1:
@@ -451,7 +449,7 @@ def route(
         label[~defined] = -1
         probability[:] = np.where(defined, 1.0 / total, np.nan)
         score[:] = probability
-        if use_gate:
+        if gate is not None:
             logit = scale * gate.astype(np.float64) + offset
             power = _exponential(-np.abs(logit))
             sigmoid = np.where(logit >= 0, 1.0, power) / (1.0 + power)
@@ -463,21 +461,26 @@ def route(
 
 
 def gather(source: NDArray[np.float32], index: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-    """Rows index [M] of source [N, D] into out [M, D]."""
+    """Rows index [M] of source [N, D] into out [M, D]; ValueError for an index beyond them."""
+    _check_index(index, len(source))
     out[:] = source[index]
 
 
 def merge(
     index: NDArray[np.int32],
-    label: NDArray[np.int32],
-    probability: NDArray[np.float32],
-    score: NDArray[np.float32],
-    out_label: NDArray[np.int32],
-    out_probability: NDArray[np.float32],
-    out_score: NDArray[np.float32],
+    answers: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]],
+    out: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
-    """Write answers [M] to rows index [M] of the three arrays [N]."""
-    out_label[index], out_probability[index], out_score[index] = label, probability, score
+    """Write (label, probability, score) [M] to rows index [M] of the same three; ValueError for one beyond them."""
+    _check_index(index, len(out[0]))
+    for values, place in zip(answers, out, strict=True):
+        place[index] = values
+
+
+def _check_index(index: NDArray[np.int32], n: int) -> None:
+    # One reduction for both ends: read as unsigned, a negative index is beyond every row.
+    if index.size and index.view(np.uint32).max() >= n:
+        raise ValueError("index must be of rows that are there")
 
 
 def _exponential(x: NDArray[np.float64]) -> NDArray[np.float64]:

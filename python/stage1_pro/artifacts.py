@@ -1334,22 +1334,29 @@ class FileEntry(Record):
 
 
 class GraphVariant(Record):
-    """A stage's graph in another precision, measured on calibration images against the fp32 graph."""
+    """One stage's graph in one precision, judged beside torch in fp32 on ``val_select`` images."""
 
     onnx: str
-    parity: float | None = Field(description="largest absolute difference of logits; null when it is not finite")
-    flips: int | None = Field(description="decisions that differ; null when it could not be run")
-    block_maxima: list[float] = Field(description="largest absolute activation of each block; 65,504 ends fp16")
+    parity: float = Field(ge=0, description="largest absolute difference of a logit from torch in fp32")
+    judged_by: Literal["onnxruntime", "torch"] = Field(description="torch where onnxruntime's CPU cannot load the type")
+    images: int = Field(ge=0, description="images compared")
+    flips: int = Field(ge=0, description="of these, decisions that differ: who answers, or what")
+    near_threshold: int = Field(ge=0, description="of the flips, those within 1e-3 of a threshold in fp32")
+    block_maxima: list[float] = Field(
+        description="per block of the stage, the largest absolute value this precision holds in its narrow type, on "
+        "train images; fp32: in what res32 would hold in fp16"
+    )
+    calibration_images: int = Field(ge=0, description="train images behind block_maxima")
 
 
 class StageEntry(Record):
-    """One ONNX graph of a bundle: input and output names with shapes (-1 = batch)."""
+    """One stage of a bundle: its fp32 graph, input and output names with shapes (-1 = batch), other precisions."""
 
     onnx: str = Field(description="in fp32, what onnxruntime runs")
     inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     parity: float = Field(description="largest absolute difference from torch when exported")
-    variants: dict[Precision, GraphVariant] = Field({}, description="the same stage in other precisions")
+    variants: dict[Precision, GraphVariant] = Field(default={}, description="graphs by precision, fp32 among them")
 
 
 class EngineEntry(Record):
@@ -1360,7 +1367,7 @@ class EngineEntry(Record):
     target: str
     builder: str
     builder_version: str
-    compute_capabilities: list[str]
+    compute_capabilities: list[Annotated[str, Field(pattern=r"^SM[0-9]{2,3}$")]]
     precision: Precision
     batch: tuple[int, int, int] = Field(description="smallest, optimal and largest batch")
     onnx_sha256: str

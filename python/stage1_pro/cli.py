@@ -31,6 +31,9 @@ a bundle from elsewhere:
   stage1 verify BUNDLE                            hashes, limits, signature, engines; nothing in it is run
 unlabelled images of the place it will work in, before training:
   stage1 explora --images POOL --run RUN          adapt the backbone to them; then train --explora
+while it serves:
+  stage1 predict --bundle B photos/ --log LOG     the same, and every decision is an event in a log
+  stage1 review --store STORE --log LOG           a local page to answer what was selected for review
 without a model:
   stage1 plan --alpha .01 --min-coverage .7       how many calibration rows a promise takes
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
@@ -133,6 +136,20 @@ examples:
   stage1 compare --study modes --set model.backbone=weights/dinov2-small --data photos/labels.csv --out modes
   stage1 compare --study explora --set none:model.backbone=BASE --set explora:model.backbone=RUN/explora/backbone \\
                  --data photos/labels.csv --out explora
+"""
+
+
+_REVIEW = """\
+Serving (`stage1 predict --log LOG`, or continual.served.Served) writes LOG: an event per decision, and the images of
+those that were drawn for review. This puts new events into STORE and shows the images one by one, the oldest first:
+  1..9 answer with that class    S skip, cannot tell    U undo the last
+Answers are only ever added; an undo is one more row. An image is lent to one reviewer at a time; start one page for
+each reviewer, on the same store. Images are removed when the log's time to live is over.
+
+examples:
+  stage1 review --store loop --log served
+  stage1 review --store postgresql://me@db/loop --log served --reviewer ada --blind
+  stage1 review --store loop --log served --purge
 """
 
 
@@ -428,17 +445,26 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="bundle folder; RUN/bundle by default")
     sub.add_argument(
         "--target",
-        choices=["onnx", "rtx"],
-        help="rtx also compiles engines, no GPU needed; the run's configuration or onnx by default",
+        choices=["onnx", "rtx", "tensorrt"],
+        help="rtx also compiles engines, no GPU needed; tensorrt does so for this machine's GPU, data-centre or other; "
+        "the run's configuration or onnx by default",
     )
-    sub.add_argument("--recipe", type=Path, help="YAML engine recipe, see engines/; the default recipe otherwise")
+    _add_recipe(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+
+    sub = command("build", "compile engines on this machine from a received bundle's graphs, into a new bundle", _build)
+    sub.add_argument("--bundle", type=Path, required=True, help="bundle folder; it stays as it is")
+    sub.add_argument("--out", type=Path, help="folder of the new bundle; BUNDLE-built by default")
+    sub.add_argument("--target", choices=["rtx", "tensorrt"], help="engine builder; the recipe's or rtx by default")
+    _add_recipe(sub)
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle at --out")
 
     sub = command("predict", "answer for images with a bundle (needs no torch)", _predict)
     sub.epilog = _RUNTIMES
     sub.add_argument("--bundle", type=Path, required=True, help="bundle folder")
     sub.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER|CSV", help="what to answer for")
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
+    sub.add_argument("--log", type=Path, help="folder to log every decision to, as an event; see `stage1 review`")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
     sub.add_argument("--runtime", choices=RUNTIME_NAMES, default="onnxruntime", help="what executes the stages")
     sub.add_argument(
@@ -464,6 +490,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="share of positives where this serves; says what of the promise is void there, answers do not change",
     )
+
+    _add_review(command("review", "answer on a local page what was selected for review while serving", _review))
 
     _add_bench(command("bench", "measure what an exit saves on this machine", lambda _: None))
 
@@ -510,6 +538,18 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--n", type=int, help="rows (or groups) of the certify half that you have")
     sub.add_argument("--out", type=Path, help="folder for plan.json and plan.png")
+
+
+def _add_review(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = _REVIEW
+    sub.add_argument("--store", required=True, metavar="URL", help="a folder or file (SQLite), or postgresql://…")
+    sub.add_argument("--log", type=Path, help="the log that serving writes, with the images; STORE/log by default")
+    sub.add_argument("--reviewer", help="whose answers these are; the user's name by default")
+    sub.add_argument("--port", type=int, default=0, help="port of 127.0.0.1; 0 = any free one")
+    sub.add_argument("--lease", type=float, default=300.0, help="seconds that an image is this reviewer's alone")
+    sub.add_argument("--blind", action="store_true", help="do not show what the cascade said, so that it sways nobody")
+    sub.add_argument("--no-browser", action="store_false", dest="browser", help="print the address, open nothing")
+    sub.add_argument("--purge", action="store_true", help="remove images whose time is over, and stop")
 
 
 def _add_compare(sub: argparse.ArgumentParser) -> None:
@@ -1057,12 +1097,47 @@ def _plan(options: argparse.Namespace) -> None:
     _emit(options, found.model_dump(mode="json"), render(found) + wrote)
 
 
+def _add_recipe(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--recipe", type=Path, help="YAML engine recipe, see engines/; the default recipe otherwise")
+    sub.add_argument(
+        "--precision",
+        nargs="+",
+        default=[],
+        choices=["fp32", "fp16", "bf16", "res32", "int8", "fp8"],
+        metavar="PRECISION",
+        help="fp32, res32 (fp16 products on an fp32 residual stream), fp16 or bf16: the first is of the engines, and a "
+        "runtime steps down to the others; without engines, graphs to write beside fp32",
+    )
+
+
 def _export(options: argparse.Namespace) -> None:
     from stage1_pro.stations.exporting import export
     from stage1_pro.stations.inspection import inspect
 
-    bundle = export(options.run, options.out, target=options.target, recipe=options.recipe, overwrite=options.overwrite)
+    bundle = export(
+        options.run,
+        options.out,
+        target=options.target,
+        recipe=options.recipe,
+        precisions=options.precision,
+        overwrite=options.overwrite,
+    )
     _emit(options, inspect(bundle), f"wrote {bundle}; next: stage1 predict --bundle {bundle} IMAGES")
+
+
+def _build(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.building import build
+    from stage1_pro.stations.inspection import inspect
+
+    bundle = build(
+        options.bundle,
+        options.out,
+        target=options.target,
+        recipe=options.recipe,
+        precisions=options.precision,
+        overwrite=options.overwrite,
+    )
+    _emit(options, inspect(bundle), f"wrote {bundle}; next: stage1 inspect {bundle}")
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -1071,7 +1146,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     check_prior(options.prior)
     cascade = load(options.bundle, options.runtime, trust_engines=options.trust_engines)
-    found = predict(cascade, options.inputs, out=options.out, batch_size=options.batch_size)
+    found = predict(cascade, options.inputs, out=options.out, batch_size=options.batch_size, log=options.log)
     started = {"runtime": cascade.runtime.name, "steps": [asdict(step) for step in cascade.steps]}
     return _answered(options, options.bundle, *found, started)
 
@@ -1134,6 +1209,28 @@ def _continual(options: argparse.Namespace) -> None:
         "audit": lambda: station.audit(root, exported=options.exported, file=options.file, head=options.head),
     }[what]()  # fmt: skip
     _emit(options, found, station.render(what, found))
+
+
+def _review(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.reviewing import render, review
+
+    def ready(url: str) -> None:
+        # Whoever starts the page from a program waits for this line.
+        if options.json:
+            print(json.dumps({"url": url}), flush=True)
+
+    found = review(
+        options.store,
+        options.log,
+        reviewer=options.reviewer,
+        port=options.port,
+        lease=options.lease,
+        blind=options.blind,
+        browser=options.browser,
+        purge=options.purge,
+        ready=ready,
+    )
+    _emit(options, found, render(found))
 
 
 def _bench_cascade(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from stage1_pro.artifacts import Precision
 from stage1_pro.errors import InputError
 
 
@@ -281,7 +282,10 @@ class CalibrateConfig(Section):
 class ExportConfig(Section):
     """Bundle."""
 
-    target: Literal["onnx", "rtx"] = "onnx"
+    target: Literal["onnx", "rtx", "tensorrt"] = "onnx"
+    precisions: list[Precision] = Field(
+        default=[], description="graphs beside fp32: res32, fp16, bf16; an engine recipe's own are added"
+    )
     opset: int = Field(20, ge=20, le=23)
     tolerance: float = Field(1e-3, gt=0, description="largest difference of a logit between torch and ONNX")
 

@@ -16,6 +16,8 @@ from stage1_pro.errors import InputError, need
 # Every module of the room declares its tables here; a table is made when a store that knows it is opened.
 metadata = MetaData()
 _BUSY_SECONDS = 30.0
+# Any number that nobody else's program locks in the same database.
+_LOCK = 0x5354414745310001
 
 
 class Store:
@@ -52,10 +54,22 @@ class Store:
         if self.is_sqlite:
             _prepare_sqlite(self.engine)
         try:
-            metadata.create_all(self.engine)
+            self._create()
         except OperationalError as error:
             reason = str(error.orig).splitlines()[0]
             raise InputError(f"url must name a database that can be reached, got {self.url!r}: {reason}") from None
+
+    def _create(self) -> None:
+        # In one transaction behind a lock, so that processes that open a new database at once do not get in each
+        # other's way.
+        with self.write() as connection:
+            self.serialise(connection)
+            metadata.create_all(connection)
+
+    def serialise(self, connection: Connection) -> None:
+        """Make this transaction of ``write`` wait for all others that called this; SQLite's do anyhow."""
+        if not self.is_sqlite:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:

@@ -164,7 +164,12 @@ def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     # Read after decoding: some formats keep it behind the pixels, and TIFF is turned by Pillow itself.
     transpose = _orientation(image)
     picture = _to_rgb(image, name)
-    return picture if transpose is None else picture.transpose(transpose)
+    if transpose is None:
+        return picture
+    turned = picture.transpose(transpose)
+    # What it is told about itself is about the picture as it lay: read again, it must not be turned again.
+    turned.info = {}
+    return turned
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

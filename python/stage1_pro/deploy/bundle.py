@@ -178,11 +178,6 @@ def write_bundle(
         licence = licence_note(config.model.backbone, backbone)
         if licence:
             write_text(folder / LICENCE, licence)
-        files = {
-            path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
         BundleManifest(
             active_exit_policy=policy.policy,
             policy_file=POLICY_FILES[policy.policy],
@@ -194,12 +189,21 @@ def write_bundle(
             stages=dict(stages),
             engines=list(engines),
             reference=reference,
-            files=files,
+            files=list_files(folder),
             provenance=provenance,
         ).write(folder / MANIFEST)
         # Sizes and relations are checked here; the hashes were taken from these very files.
         written = load_bundle(folder, verify=False)
     return replace(written, path=out)
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file below a folder with its hash and size, as a manifest lists them."""
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:

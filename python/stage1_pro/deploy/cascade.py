@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.data.images import ImageError, preprocess, read_image, upright_rgb
+from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, Runtime
 from stage1_pro.deploy.start import Step, start
@@ -59,6 +59,21 @@ class Decisions:
     def to_dict(self) -> dict[str, list[Any]]:
         """Columns as plain lists."""
         return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What N decisions were made from, for who watches ``Cascade.decide``.
+
+    ``probs_a`` [N, K] of Stage A and ``probs`` [N, K] of the stage that looked last; ``gate_logit`` [N] or None;
+    ``hidden`` [N, T, D] or [N, D] that Stage B goes on from; ``exited`` [N], rows that Stage B was not asked about.
+    """
+
+    probs_a: NDArray[np.float64]
+    probs: NDArray[np.float64]
+    gate_logit: NDArray[np.float32] | None
+    hidden: NDArray[np.float32]
+    exited: NDArray[np.bool_]
 
 
 class Cascade:
@@ -131,7 +146,7 @@ class Cascade:
             ImageError: it cannot be read as an image.
             InputError: it is none of these kinds.
         """
-        return preprocess(_open(image), self.bundle.preprocessing)
+        return preprocess(open_image(image), self.bundle.preprocessing)
 
     def predict(self, images: Iterable[ImageLike], batch_size: int = 32) -> Decisions:
         """Decide for images in order, ``batch_size`` at a time; any batch size gives the same decisions.
@@ -140,29 +155,40 @@ class Cascade:
             ImageError: one of them cannot be read as an image.
             InputError: ``batch_size`` is below 1, or ``images`` is a single one instead of several.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size must be 1 or more, got {batch_size}")
-        if isinstance(images, str | Path | bytes | Image.Image) or (
-            isinstance(images, np.ndarray) and images.ndim != 4
-        ):
-            raise InputError("images must be a list or another iterable of images, got a single one; put it in a list")
-        iterator = iter(images)
+        iterator = self.check_images(images, batch_size)
         parts = []
         while batch := [self.pixels(image) for image in islice(iterator, batch_size)]:
             parts.append(self.decide(np.stack(batch)))
         if not parts:
             spec = self.bundle.preprocessing
             return self.decide(np.empty((0, 3, spec.height, spec.width), dtype=np.float32))
-        columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Decisions)}
-        return Decisions(**columns)
+        return concatenate(parts)
 
-    def decide(self, pixels: NDArray[np.float32], *, exited: NDArray[np.bool_] | None = None) -> Decisions:
+    @staticmethod
+    def check_images(images: Iterable[ImageLike], batch_size: int) -> Iterator[ImageLike]:
+        """The images to take batches from; raises as ``predict`` says."""
+        if batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+        if isinstance(images, str | Path | bytes | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim != 4
+        ):
+            raise InputError("images must be a list or another iterable of images, got a single one; put it in a list")
+        return iter(images)
+
+    def decide(
+        self,
+        pixels: NDArray[np.float32],
+        *,
+        exited: NDArray[np.bool_] | None = None,
+        watch: Callable[[Trace], None] | None = None,
+    ) -> Decisions:
         """Decide for preprocessed images as one batch.
 
         Args:
             pixels: [N, 3, H, W]; N may be 0.
             exited: [N], which rows exit instead of those the policy names, to measure costs; the policy is asked
                 all the same, so that a forced batch costs what any other does.
+            watch: is told what the decisions are made from, unless N is 0.
         """
         classes, spec = self.bundle.classes, self.bundle.preprocessing
         pixels = np.asarray(pixels, dtype=np.float32)
@@ -183,8 +209,11 @@ class Cascade:
         asked = exits(self.bundle.policy, probs, gate)
         exited = asked if exited is None else exited
         deferred = np.flatnonzero(~exited)
+        probs_a = probs if watch is None else probs.copy()
         if len(deferred):
             probs[deferred] = self._stage_b(pixels, first, deferred)
+        if watch is not None and len(pixels):
+            watch(Trace(probs_a, probs, gate, first["hidden"], exited))
         answered = np.isfinite(probs).all(axis=1)
         sets, accepted = answer_sets(self.bundle.policy, probs, exited, gate)
         # argmax takes the lowest index on ties; rows of NaN are blanked below.
@@ -225,7 +254,12 @@ class Cascade:
         return self.runtime.run("stage_a", {"pixels": np.repeat(pixels[row : row + 1], 2, axis=0)})
 
 
-def _open(image: ImageLike) -> Image.Image:
+def concatenate(parts: Sequence[Decisions]) -> Decisions:
+    """Decisions of one or more batches as one."""
+    return Decisions(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Decisions)})
+
+
+def open_image(image: ImageLike) -> Image.Image:
     """Any kind of image as 8-bit RGB the right way up; a PIL image just as its file would be read."""
     if isinstance(image, str | Path | bytes | bytearray | memoryview):
         return read_image(image)
@@ -236,8 +270,5 @@ def _open(image: ImageLike) -> Image.Image:
             raise ImageError("image array", "damaged", "no pixels")
         return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
-        try:
-            return upright_rgb(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ImageError("image", "damaged", str(error)) from None
+        return read_opened(image)
     raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")

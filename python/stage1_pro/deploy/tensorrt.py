@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from stage1_pro.artifacts import EngineEntry, StageName, sha256_bytes, write_bytes
 from stage1_pro.deploy.bundle import STAGES, Bundle
-from stage1_pro.deploy.engine import HEADER_SIZE, check_header, import_builder
+from stage1_pro.deploy.engine import import_builder, read_engine
 from stage1_pro.deploy.runtime import Arrays
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, need
 
@@ -117,7 +117,7 @@ class TensorRtRuntime:
         target = engines["stage_a"].target
         self.name = ENGINE_RUNTIMES[target]
         trt = import_builder(target)
-        plans = {stage: _read_plan(bundle, engines[stage]) for stage in STAGES}
+        plans = {stage: read_engine(bundle, engines[stage]) for stage in STAGES}
         self._gpu = Gpu()
         self._stages = {stage: _Engine(trt, self._gpu, bundle, engines[stage], plans[stage]) for stage in STAGES}
         self.device_seconds = 0.0
@@ -163,14 +163,6 @@ def read_cache(path: Path) -> bytes | None:
             return file.read()
     except OSError:
         return None
-
-
-def _read_plan(bundle: Bundle, entry: EngineEntry) -> bytes:
-    """An engine's bytes, after its hash and its header were found right."""
-    # Hashed as it is read: the file could have been exchanged since the bundle was verified.
-    data = bundle.read(entry.path)
-    check_header(data[:HEADER_SIZE], entry.target)
-    return data
 
 
 class _Engine:

@@ -78,7 +78,7 @@ class Stage1Model(nn.Module):
                 2 * width, len(architecture.classes), architecture.auxiliary_hidden, architecture.dropout
             )
 
-    def _to_tap(self, pixels: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def to_tap(self, pixels: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Features at the tap [N, 2D], what Stage B goes on from, and the blocks' shared context."""
         tokens, context = self.backbone.embed(pixels)
         tokens = self.backbone.run_blocks(tokens, context, 0, self.tap)
@@ -87,8 +87,8 @@ class Stage1Model(nn.Module):
             return features, features, context
         return self.backbone.pool(self.norm_a(tokens)), tokens, context
 
-    def _from_tap(self, hidden: Tensor, context: Any) -> Tensor:
-        """Stage B's features [N, 2D] from what ``_to_tap`` handed over."""
+    def from_tap(self, hidden: Tensor, context: Any) -> Tensor:
+        """Stage B's features [N, 2D] from what ``to_tap`` handed over."""
         if self.tap == self.backbone.n_blocks:
             return hidden
         tokens = self.backbone.run_blocks(hidden, context, self.tap, self.backbone.n_blocks)
@@ -96,8 +96,8 @@ class Stage1Model(nn.Module):
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Both stages' features, each [N, 2D]."""
-        features_a, hidden, context = self._to_tap(pixels)
-        return features_a, self._from_tap(hidden, context)
+        features_a, hidden, context = self.to_tap(pixels)
+        return features_a, self.from_tap(hidden, context)
 
     def features_at(self, pixels: Tensor, taps: list[int]) -> dict[int, Tensor]:
         """What a Stage A with its starting norm would read at each of these blocks, [N, 2D] by block, in one pass."""
@@ -119,13 +119,17 @@ class Stage1Model(nn.Module):
 
         The last is tokens [N, T, D] for ``tap < L`` and the final features [N, 2D] for ``tap = L``.
         """
-        features, hidden, _ = self._to_tap(pixels)
+        features, hidden, _ = self.to_tap(pixels)
+        return (*self.answer(features), hidden)
+
+    def answer(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage A's logits [N, K] and gate logit [N] from its features [N, 2D]."""
         logits = self.heads.classifier(features)
-        return logits, self.heads.gate(features, logits), hidden
+        return logits, self.heads.gate(features, logits)
 
     def stage_b(self, hidden: Tensor) -> Tensor:
         """Stage B's logits [N, K] for (a subset of) the rows Stage A handed over."""
-        logits: Tensor = self.heads.auxiliary(self._from_tap(hidden, self.backbone.context()))
+        logits: Tensor = self.heads.auxiliary(self.from_tap(hidden, self.backbone.context()))
         return logits
 
     def fingerprint(self) -> str:

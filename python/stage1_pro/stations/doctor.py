@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -36,13 +35,20 @@ def doctor() -> dict[str, Any]:
     if signing is None:
         missing["signing bundles and checking signatures (cryptography)"] = _command("sign")
     builders: dict[str, str | None] = {}
-    for target, (module, extra) in BUILDERS.items():
+    devices = gpus()
+    for target, (module, extra, _) in BUILDERS.items():
         builders[target] = _builder(module)
-        if builders[target] is None:
+        # Classic TensorRT builds for a GPU that is there, and without one nobody misses it.
+        if builders[target] is None and (target == "rtx" or devices):
             missing[f"engine builder for {target} ({module})"] = _command(extra)
     if _native.backend() != "compiled":
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
+        )
+    if devices and _native.cuda_why() is None:
+        missing["CUDA router (_cuda)"] = (
+            "with a CUDA toolkit: pip install --force-reinstall --no-deps "
+            "--config-settings=cmake.define.STAGE1_CUDA=ON ."
         )
     return {
         "stage1_pro": __version__,
@@ -52,12 +58,9 @@ def doctor() -> dict[str, Any]:
         "base": base,
         "train": train,
         "signing": signing,
-        "gpus": gpus(),
+        "gpus": devices,
         "torch_devices": _torch_devices(),
-        "compiled": {
-            "_core": _native.why(),
-            "_cuda": "built" if importlib.util.find_spec("stage1_pro._cuda") else None,
-        },
+        "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,
@@ -77,7 +80,7 @@ def render(facts: dict[str, Any]) -> str:
         f"signing     cryptography {facts['signing'] or '-'}",
         f"GPUs        {', '.join(facts['gpus']) or 'none found (nvidia-smi)'}",
         f"torch       {', '.join(facts['torch_devices']) or 'not installed'}",
-        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or '-'}",
+        f"compiled    _core: {facts['compiled']['_core']}; _cuda: {facts['compiled']['_cuda'] or 'not built'}",
         f"runtimes    {', '.join(facts['runtimes'])}",
         f"builders    {listing(facts['builders'])}",
     ]
@@ -104,7 +107,7 @@ def _builder(module: str) -> str | None:
     """Version of a builder that really loads: its bindings can be there without their libraries."""
     try:
         return str(importlib.import_module(module).__version__)
-    except (ImportError, OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):  # of stubs alone there is no version
         return None
 
 

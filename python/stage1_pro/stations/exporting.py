@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from stage1_pro import __version__
-from stage1_pro.artifacts import EngineEntry, Provenance, Splits
-from stage1_pro.deploy.bundle import MANIFEST, STAGES, Graphs, check_policy_belongs, write_bundle
-from stage1_pro.deploy.engine import EngineRecipe, build_engine, check_recipe, load_recipe
+from stage1_pro.artifacts import Precision, Provenance, SplitName, Splits
+from stage1_pro.deploy.bundle import MANIFEST, Graphs, check_policy_belongs, write_bundle
+from stage1_pro.deploy.engine import EngineRecipe, build_engines, choose_recipe
 from stage1_pro.deploy.reference import REFERENCE, write_reference
 from stage1_pro.errors import InputError, need
 from stage1_pro.policies import read_policy
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
     from stage1_pro.artifacts import PreprocessSpec
 
-Target = Literal["onnx", "rtx"]
-_REFERENCE_IMAGES = 8
+Target = Literal["onnx", "rtx", "tensorrt"]
+# Images that precisions are compared on (val_select) and that blocks' largest values are measured on (train).
+_REFERENCE_IMAGES = 32
 
 
 def export(
@@ -31,25 +33,31 @@ def export(
     *,
     target: Target | None = None,
     recipe: Path | str | EngineRecipe | None = None,
+    precisions: Sequence[Precision] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Write a run's best model and its one active policy as a bundle; reads ``val_select`` images to compare.
+    """Write a run's best model and its one active policy as a bundle.
+
+    Reads ``val_select`` images to compare precisions and runtimes, and ``train`` images to measure the blocks.
 
     All or nothing: an older bundle stays as it is until the new one stands.
 
     Args:
         run: trained and calibrated run folder.
         out: bundle folder; ``RUN/bundle`` when None.
-        target: ``onnx``, or ``rtx`` to compile engines as well (no GPU needed); the run's configuration when None.
-        recipe: engine recipe or its YAML file; the default one when None. Implies ``rtx``.
+        target: ``onnx``; ``rtx`` to compile engines as well (no GPU needed); ``tensorrt`` to compile them with classic
+            TensorRT for this machine's GPU; the run's configuration when None.
+        recipe: engine recipe or its YAML file; the default one when None. Implies its target.
+        precisions: graphs to write beside fp32. With engines the first is theirs and the others are fallbacks, in
+            place of the recipe's; the recipe's when empty.
         overwrite: replace an existing bundle.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        InputError: no policy in the run, or ``out`` is taken.
-        ArtifactError: the policy is another model's, or ONNX differs from torch.
+        InputError: no policy in the run, ``out`` is taken, or a card or precision the builder refuses.
+        ArtifactError: the policy is another model's, ONNX differs from torch, or a precision overflows.
         DependencyError: torch, onnx or the engine builder are missing.
     """
     run = Path(run)
@@ -67,14 +75,15 @@ def export(
         import torch
         import transformers
 
-        from stage1_pro.deploy.onnx import export_onnx
+        from stage1_pro.deploy.onnx import export_onnx, export_variants
         from stage1_pro.training.checkpoint import checkpoint_hash, load_run_model
     except ImportError as error:
         raise need("train", error.name or "torch") from error
     model, run_config = load_run_model(run)
     config = run_config.config
-    target = target or ("rtx" if recipe is not None else config.export.target)
-    engine_recipe = _recipe(target, recipe)
+    precisions = precisions or config.export.precisions
+    engine_recipe = _recipe(target or (None if recipe is not None else config.export.target), recipe, precisions)
+    wanted = precisions if engine_recipe is None else engine_recipe.ladder
     splits = Splits.read(run / "splits.json")
     architecture = model.architecture
     spec, fingerprint = architecture.preprocessing, model.fingerprint()
@@ -89,27 +98,24 @@ def export(
 
     def graphs(folder: Path) -> Graphs:
         say(f"exporting ONNX, opset {config.export.opset}")
-        stages = export_onnx(
-            model,
-            spec,
-            folder,
-            opset=config.export.opset,
-            tolerance=config.export.tolerance,
-            pixels=_reference(splits, spec),
-        )
+        shown, seen = _images(splits, spec, "val_select"), _images(splits, spec, "train")
+        opset = config.export.opset
+        stages = export_onnx(model, spec, folder, opset=opset, tolerance=config.export.tolerance, pixels=shown)
         for name, entry in stages.items():
             say(f"{name}.onnx agrees with torch: largest difference {entry.parity:.2g} of {config.export.tolerance:g}")
         write_reference(folder, stages, spec)
-        engines: list[EngineEntry] = []
-        if engine_recipe is not None:
-            for name in STAGES:
-                engine = build_engine(folder / stages[name].onnx, folder, engine_recipe, name)
-                say(
-                    f"{name}.engine: {engine.build_seconds:.1f} s, {engine.layers} fused layers, "
-                    f"{engine.attention_layers} fused attentions; {engine.validated}"
-                )
-                engines.append(engine)
-        return stages, engines
+        stages = export_variants(
+            model, stages, folder, wanted, pixels=shown, calibration=seen, policy=policy, opset=opset
+        )
+        for entry in stages.values():
+            for precision, variant in entry.variants.items():
+                if precision != "fp32":
+                    say(
+                        f"{variant.onnx} ({variant.judged_by}): largest difference of a logit {variant.parity:.2g}, "
+                        f"{variant.flips} of {variant.images} decisions differ; block maximum "
+                        f"{max(variant.block_maxima, default=0.0):.4g}"
+                    )
+        return stages, [] if engine_recipe is None else build_engines(stages, folder, engine_recipe)
 
     write_bundle(
         out,
@@ -135,28 +141,25 @@ def export(
     return out
 
 
-def _recipe(target: str, recipe: Path | str | EngineRecipe | None) -> EngineRecipe | None:
-    if target == "onnx":
-        if recipe is not None:
-            raise InputError("recipe must go with target rtx, got target onnx; drop one of the two")
-        return None
-    if recipe is None:
-        recipe = EngineRecipe()
-    elif not isinstance(recipe, EngineRecipe):
-        recipe = load_recipe(recipe)
-    if recipe.target != target:
-        raise InputError(f"target must be the recipe's ({recipe.target}), got '{target}'")
-    # Refused cards and a missing builder are found before the model is exported.
-    check_recipe(recipe)
-    return recipe
+def _recipe(
+    target: Target | None, recipe: Path | str | EngineRecipe | None, precisions: Sequence[Precision]
+) -> EngineRecipe | None:
+    for precision in precisions:
+        if precision not in get_args(Precision):
+            raise InputError(f"precisions must be of {', '.join(get_args(Precision))}, got '{precision}'")
+    if target != "onnx":
+        return choose_recipe(target, recipe, precisions)
+    if recipe is not None:
+        raise InputError("recipe must go with target rtx or tensorrt, got target onnx; drop one of the two")
+    return None
 
 
-def _reference(splits: Splits, spec: PreprocessSpec) -> NDArray[np.float32] | None:
-    """Some real images, preprocessed: noise exercises other activations than photos do."""
+def _images(splits: Splits, spec: PreprocessSpec, split: SplitName) -> NDArray[np.float32] | None:
+    """Some real images of a split, preprocessed: noise exercises other activations than photos do."""
     from stage1_pro.data.images import ImageError, preprocess, read_image
 
     pixels: list[NDArray[np.float32]] = []
-    for row in splits.of("val_select"):
+    for row in splits.of(split):
         try:
             pixels.append(preprocess(read_image(splits.path(row)), spec))
         except ImageError:
@@ -164,6 +167,6 @@ def _reference(splits: Splits, spec: PreprocessSpec) -> NDArray[np.float32] | No
         if len(pixels) == _REFERENCE_IMAGES:
             break
     if not pixels:
-        say("no val_select image can be read where splits.json says; comparing on noise instead")
+        say(f"no {split} image can be read where splits.json says; measuring on noise instead")
         return None
     return np.stack(pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from stage1_pro.artifacts import SplitName, Splits, write_csv
+from stage1_pro.continual.events import EventLog
+from stage1_pro.continual.served import Served
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import gather
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
-from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.cascade import Cascade, ImageLike
 from stage1_pro.errors import InputError
 from stage1_pro.policies import read_policy
 from stage1_pro.policies.promises import Promise, promise
@@ -31,6 +34,7 @@ def predict(
     batch_size: int = 32,
     runtime: str = "onnxruntime",
     trust_engines: bool = False,
+    log: Path | str | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Answer for every image of the inputs, in order; an unreadable one gets an error and the others go on.
 
@@ -42,6 +46,7 @@ def predict(
         batch_size: images per batch.
         runtime: what executes the stages, as ``Cascade.load`` takes it; one that steps down says so.
         trust_engines: run engines that were neither built here nor signed by a trusted key.
+        log: folder to log every decision to (``continual.events.EventLog``).
 
     Returns:
         A row per image with ``COLUMNS`` as keys, and how many failed. ``probability`` is P(positive) and
@@ -56,7 +61,10 @@ def predict(
     _check(batch_size, out)
     files = gather(inputs)
     cascade = bundle if isinstance(bundle, Cascade) else load(bundle, runtime, trust_engines=trust_engines)
-    return _answer_all(cascade, files, out, batch_size, "predict")
+    if log is None:
+        return _answer_all(cascade, files, out, batch_size, "predict")
+    with EventLog(log) as events:
+        return _answer_all(Served(cascade, events), files, out, batch_size, "predict")
 
 
 def load(bundle: Path | str, runtime: str, *, trust_engines: bool = False) -> Cascade:
@@ -138,7 +146,7 @@ def _check(batch_size: int, out: Path | str | None) -> None:
 
 
 def _answer_all(
-    cascade: Cascade, files: list[tuple[str, Path]], out: Path | str | None, batch_size: int, description: str
+    cascade: Cascade | Served, files: list[tuple[str, Path]], out: Path | str | None, batch_size: int, description: str
 ) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     for chunk in _chunks(files, batch_size, description):
@@ -206,20 +214,25 @@ def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Itera
         yield chunk
 
 
-def _answer(cascade: Cascade, chunk: list[tuple[str, Path]]) -> list[dict[str, Any]]:
+def _answer(cascade: Cascade | Served, chunk: list[tuple[str, Path]]) -> list[dict[str, Any]]:
+    served, cascade = (cascade, cascade.cascade) if isinstance(cascade, Served) else (None, cascade)
     rows: list[dict[str, Any]] = []
     pixels = []
+    images: list[ImageLike] = []
     for name, path in chunk:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         row["file"] = name
         rows.append(row)
         try:
-            pixels.append(cascade.pixels(path))
+            prepared, image = (cascade.pixels(path), path) if served is None else served.read(path)
+            pixels.append(prepared)
+            images.append(image)
         except ImageError as error:
             row["error"] = f"{error.reason}: {error.detail}"
     if not pixels:
         return rows
-    answers = iter(cascade.decide(np.stack(pixels)))
+    batch = np.stack(pixels)
+    answers = iter(cascade.decide(batch) if served is None else served.decide(batch, images, now=time.time()))
     for row in rows:
         if row["error"] is not None:
             continue

@@ -166,8 +166,10 @@ def guard(value: object) -> float:
 def _load(settings: Settings) -> Cascade:
     if settings.runtime == "torch":
         return Cascade.from_run(settings.bundle, threads=settings.threads)
-    runtime = "onnxruntime" if settings.runtime == "auto" else settings.runtime
-    return Cascade.load(settings.bundle, runtime, threads=settings.threads)
+    cascade = Cascade.load(settings.bundle, settings.runtime, threads=settings.threads)
+    for step in cascade.steps:
+        _LOG.info("%s", step)
+    return cascade
 
 
 def _shift(settings: Settings, cascade: Cascade) -> float:
