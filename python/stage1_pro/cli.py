@@ -39,6 +39,8 @@ without a model:
   stage1 metrics predictions.csv                  AUGRC and the whole suite with intervals
 which configuration is better:
   stage1 compare --config A.yaml B.yaml --data labels.csv --out DIR    several seeds, fair and paired
+a loop that keeps learning while it serves:
+  stage1 continual init --root LOOP --run RUN     then run, review, status, promote, rollback: continual --help
 as a miner of NATIX StreetVision:
   stage1 streetvision tune --run RUN              threshold and abstain band; prints the miner's YAML
   stage1 streetvision launch --repo CHECKOUT --settings miner.yaml -- --netuid 72
@@ -200,6 +202,26 @@ _KEYS = """\
   stage1 keys forget maker.key
 
 trusted keys lie in $STAGE1_CONFIG, else $XDG_CONFIG_HOME/stage1_pro, else ~/.config/stage1_pro
+"""
+
+
+_CONTINUAL = """\
+a loop in a folder (ROOT), step by step; every step is one row of an audit that nobody can change unseen:
+  init       a trained, calibrated, exported run is the first champion
+  run        look at what was served; an alarm, labels, drift or age begin a round: labels are frozen, a candidate is
+             tuned, certified on fresh labels, judged by the gate, tried in the shadow, then as a canary
+  propose    begin a round now, up to its candidate; evaluate judges it (one counted look at the guard)
+  promote    a person's approval, without which no candidate answers anybody (unless loop.auto_promote)
+  rollback   the champion before is back with the next batch of whoever serves
+Serve with continual.live.LiveCascade(ROOT, log=EventLog(ROOT/log)): it follows ROOT/champion.json without a restart.
+
+examples:
+  stage1 continual init --root loop --run RUN --alpha .02
+  stage1 continual review --root loop                 answer what was selected for review
+  stage1 continual run --root loop --every 300        for good; kill it whenever you like, it goes on where it was
+  stage1 continual status --root loop --page status.html
+  stage1 continual promote --root loop
+  stage1 continual audit --root loop --export audit.jsonl
 """
 
 
@@ -477,6 +499,7 @@ def build_parser() -> argparse.ArgumentParser:
         command("streetvision", "mine on NATIX StreetVision with a bundle: tune, answer, launch", lambda _: None)
     )
     _add_receiving(command)
+    _add_continual(command("continual", "keep learning from labels, and promote only what is better", lambda _: None))
 
     sub = command("inspect", "say what a bundle is, what it promises and for which GPUs", _inspect)
     sub.add_argument("bundle", type=Path, help="bundle folder")
@@ -624,6 +647,57 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, default=0, help="threads of an operator; 0 = as the runtime has them")
     sub.add_argument("--seed", type=int, default=0, help="seed of orders, of deferred rows and of noise")
     sub.add_argument("--out", type=Path, help="folder for cascade.json and cascade.png")
+
+
+def _add_continual(parent: argparse.ArgumentParser) -> None:
+    parent.epilog = _CONTINUAL
+    kinds = parent.add_subparsers(dest="continual", metavar="WHAT", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=_Formatter)
+        # Left out, it must not undo a --json before the word.
+        once = argparse.SUPPRESS
+        sub.add_argument("--json", action="store_true", default=once, help="print the result as JSON on stdout")
+        sub.add_argument("--root", type=Path, required=True, help="the loop's folder")
+        sub.set_defaults(run_station=_continual)
+        return sub
+
+    sub = command("init", "begin a loop with the bundle of a run as its first champion")
+    sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run; proposals start from it")
+    sub.add_argument("--bundle", type=Path, help="what the run was exported to; RUN/bundle by default")
+    sub.add_argument("--alpha", type=float, help="risk of exits that is watched; what the policy promises by default")
+    sub.add_argument("--store", help="postgresql://…, or a folder or file for SQLite; ROOT by default")
+    sub.add_argument("--log", type=Path, help="folder that serving logs to; ROOT/log by default")
+    sub.add_argument("--config", type=Path, help="YAML with loop: and rounds: of ROOT/loop.json")
+    sub.add_argument("--by", help="who does it; the user's name by default")
+
+    command("ingest", "put what serving logged into the store")
+    sub = command("status", "say where the loop is, what serves, and whether the risk is kept")
+    sub.add_argument("--page", type=Path, help="HTML page to write")
+    sub = command("review", "answer on a local page what was selected for review")
+    sub.add_argument("--reviewer", help="whose answers these are; the user's name by default")
+    sub.add_argument("--port", type=int, default=0, help="port of 127.0.0.1; 0 = any free one")
+    sub.add_argument("--no-browser", action="store_false", dest="browser", help="print the address, open nothing")
+    sub = command("labels", "import or export labels")
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--import", type=Path, dest="imported", metavar="FILE", help=".csv, or Label Studio's .json")
+    which.add_argument("--export", type=Path, dest="exported", metavar="FILE", help=".csv, .json; a folder: Parquet")
+    sub.add_argument("--source", choices=["owner", "review", "match", "model"], help="of rows without one")
+    sub.add_argument("--annotator", help="of rows without one")
+    sub = command("run", "take steps until one has to wait")
+    sub.add_argument("--every", type=float, metavar="SECONDS", help="look again after so long, for good")
+    command("propose", "begin a round now and go on up to its candidate")
+    command("evaluate", "judge the candidate, and show the last verdict")
+    sub = command("promote", "approve the candidate in the shadow")
+    sub.add_argument("--candidate", help="first digits of its hash, to be sure")
+    sub.add_argument("--by", help="who does it; the user's name by default")
+    sub = command("rollback", "bring back the champion before, at once")
+    sub.add_argument("--to", help="hash of an earlier champion; the one before by default")
+    sub.add_argument("--by", help="who does it; the user's name by default")
+    sub = command("audit", "verify the chain of all that was done")
+    sub.add_argument("--export", type=Path, dest="exported", metavar="FILE", help="JSON lines to write")
+    sub.add_argument("--file", type=Path, help="verify this export, not the store")
+    sub.add_argument("--head", help="hash that was noted earlier and must be in the chain")
 
 
 def _add_streetvision(parent: argparse.ArgumentParser) -> None:
@@ -1099,6 +1173,42 @@ def _answered(
     data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **(started or {})}
     _emit(options, data, render(rows, options.out, found))
     return 1 if failures else 0
+
+
+def _continual(options: argparse.Namespace) -> None:
+    import getpass
+
+    from stage1_pro.stations import continual as station
+
+    what, root = options.continual, options.root
+    by = getattr(options, "by", None) or getpass.getuser()
+    if what == "review":
+        from stage1_pro.stations.reviewing import render, review
+
+        with station.opened(root) as (config, *_):
+            store, log = config.store, config.log
+        answered = review(store, Path(log), reviewer=options.reviewer, port=options.port, browser=options.browser)
+        _emit(options, answered, render(answered))
+        return
+    found: dict[str, Any] = {
+        "init": lambda: station.init(
+            root, options.run, bundle=options.bundle, alpha=options.alpha, store=options.store, log=options.log,
+            config=options.config, by=by,
+        ),
+        "ingest": lambda: station.ingest_log(root),
+        "status": lambda: station.status(root, page=options.page),
+        "labels": lambda: station.labels(
+            root, imported=options.imported, exported=options.exported, source=options.source,
+            annotator=options.annotator,
+        ),
+        "run": lambda: station.run(root, every=options.every),
+        "propose": lambda: station.run(root, manual=True, until="EVALUATE"),
+        "evaluate": lambda: station.evaluate(root),
+        "promote": lambda: station.promote(root, candidate=options.candidate, by=by),
+        "rollback": lambda: station.rollback(root, to=options.to, by=by),
+        "audit": lambda: station.audit(root, exported=options.exported, file=options.file, head=options.head),
+    }[what]()  # fmt: skip
+    _emit(options, found, station.render(what, found))
 
 
 def _review(options: argparse.Namespace) -> None:

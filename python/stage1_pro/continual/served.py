@@ -101,7 +101,7 @@ class Served:
         traces: list[Trace] = []
         decisions = self.cascade.decide(pixels, watch=traces.append)
         if traces:
-            events = self._events(decisions, traces[0], [_identify(image) for image in images], now)
+            events = self._events(decisions, traces[0], [identify(image) for image in images], now)
             for event, image in zip(events, images, strict=True):
                 if event.selected:
                     self.log.images.put(event.image_sha256, _encode(image), now)
@@ -156,7 +156,7 @@ def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _identify(image: ImageLike) -> str:
+def identify(image: ImageLike) -> str:
     """Sha256 of a file's bytes; of size and RGB pixels where there was no file."""
     if isinstance(image, str | Path):
         return sha256_file(image)

@@ -1,0 +1,489 @@
+"""What the loop's states do with real bundles, events and labels: the parts of ``loop.Loop``.
+
+Labels are dealt by the draw that selected their event. Draws below the audit floor are a plain random sample of all
+that was served, whatever the cascade thought of it: by a hash of the image they judge candidates (the guard) or certify
+them (a fresh ``val_calib``). All other labels, mostly of hard images, are what a proposal learns from. An image has one
+role for good. Importing this loads no torch; training and export run where the executor says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from stage1_pro.artifacts import (
+    GateParams,
+    Policy,
+    Record,
+    Row,
+    ScrcParams,
+    Splits,
+    hash_splits,
+    sha256_file,
+    write_bytes,
+)
+from stage1_pro.continual import audit
+from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
+from stage1_pro.continual.executors import FILES, Executor, Work, do_work
+from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate
+from stage1_pro.continual.guard import GuardVault
+from stage1_pro.continual.labels import GUARD_SOURCES, audited, ingest, read_events, resolve
+from stage1_pro.continual.live import read_pairs
+from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
+from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
+from stage1_pro.continual.registry import Alias, Registry
+from stage1_pro.continual.rewards import NOBODY, Decisions, RewardSpec, verified
+from stage1_pro.continual.srt import ControllerConfig, ControllerState, Feedback, ThresholdController
+from stage1_pro.continual.status import MonitorConfig, Status, look, write_page
+from stage1_pro.errors import ArtifactError, InputError, NotReachableError
+
+Role = Literal["guard", "certify", "learn"]
+
+
+class RoundsConfig(Record):
+    """What is watched and how candidates are made and judged; part of ``loop.json``."""
+
+    monitor: MonitorConfig
+    plan: ReviewPlan = ReviewPlan()
+    steer: bool = Field(True, description="the threshold follows labels, never below the certificate")
+    guard_share: float = Field(0.5, gt=0, lt=1, description="of random audits; the others certify")
+    select_share: float = Field(0.2, gt=0, lt=1, description="of learned rows, to stop training by")
+    least_rows: int = Field(50, ge=2, description="fewest new rows of each role")
+    spec: RewardSpec = RewardSpec()
+    tuning: tuple[dict[str, Any], ...] = Field(({},), min_length=1, description="options of rlvr.tune, a proposal each")
+    through: Literal["heads", "adapter"] = "heads"
+    terms: Terms = Terms()
+    largest_growth: float = Field(1.1, gt=0, description="candidate's size over the champion's, at most")
+
+
+class RunOf(Record):
+    """Which run a bundle of the registry came from."""
+
+    run: str
+    model_fingerprint: str
+
+
+class Snapshot(Record):
+    """What was collected: image and label of every row that may be learned from or certified on, none of the guard's.
+
+    ``guard`` names the guard epoch alone.
+    """
+
+    until: float
+    learn: tuple[tuple[str, str, str], ...] = Field(description="image, label, source")
+    certify: tuple[tuple[str, str, str], ...]
+    guard: str
+    n_guard: int
+
+
+def role(image_sha256: str, draw: float, plan: ReviewPlan, guard_share: float) -> Role:
+    """What a labelled image is for, by its event's draw in [0, 1)."""
+    if draw >= plan.floor:
+        return "learn"
+    return "guard" if uniform(plan.seed, "guard", image_sha256) < guard_share else "certify"
+
+
+class Rounds:
+    """The parts of a loop.
+
+    Args:
+        registry: bundles, aliases and the folder of everything.
+        log: what serving writes.
+        executor: where decisions on guard and anchor are made.
+        config: how.
+    """
+
+    def __init__(self, registry: Registry, log: EventLog, executor: Executor, config: RoundsConfig) -> None:
+        self.registry, self.log, self.executor, self.config = registry, log, executor, config
+        self.store, self.root = registry.store, registry.root
+        self.vault = GuardVault(registry.store)
+
+    # ---------------------------------------------------------------------------- monitor
+
+    def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
+        """Ingest what was served, and look at the champion's decisions since it began to serve."""
+        status, triggers, controller, _ = self._look(memory, champion, now, manual)
+        kept = {
+            "triggers": triggers.model_dump(),
+            "controller": None if controller is None else controller.model_dump(),
+        }
+        return Watched(
+            train=status.verdict.train,
+            reasons=status.verdict.reasons,
+            # As it comes back from the store, or a look that changed nothing would look like one that did.
+            memory=json.loads(json.dumps(kept)),
+            threshold=None if controller is None else controller.threshold,
+            facts={"health": status.health, "exit_risk": status.exit_risk.value, "n_labelled": status.n_labelled},
+        )
+
+    def status(self, memory: Mapping[str, Any], champion: Alias, *, now: float, page: Path | None = None) -> Status:
+        """What ``watch`` would see, changing nothing; also as a page for people."""
+        status, _, _, rows = self._look(memory, champion, now, manual=False)
+        if page is not None:
+            write_page(page, status, rows)
+        return status
+
+    def _look(
+        self, memory: Mapping[str, Any], champion: Alias, now: float, manual: bool
+    ) -> tuple[Status, TriggerState, ControllerState | None, Rows]:
+        ingest(self.store, self.log)
+        bundle = champion.bundle
+        assert bundle is not None
+        before = memory.get("triggers")
+        triggers = TriggerState(since=champion.time) if before is None else TriggerState.model_validate(before)
+        held = resolve(self.store, sources=GUARD_SOURCES, until=now)
+        known = audited(self.store, since=champion.time, until=now, bundle=bundle)
+        wrong = dict(zip(known.event_id.tolist(), known.wrong_a.tolist(), strict=True))
+        served = [
+            one for one in read_events(self.store, since=champion.time, until=now, bundle=bundle)
+            if one.exit_score is not None
+        ]  # fmt: skip
+        rows = Rows(
+            time=np.array([one.time for one in served], dtype=np.float64),
+            exited=np.array([one.action == "exit" for one in served], dtype=bool),
+            wrong=np.array([float(wrong.get(one.id, math.nan)) for one in served], dtype=np.float64),
+            propensity=np.array([one.propensity for one in served], dtype=np.float64),
+            score=np.array([one.exit_score for one in served], dtype=np.float64),
+        )
+        controller = None
+        if self.config.steer:
+            controller = self._steer(memory, bundle, [
+                Feedback(held[one.id].time, one.id, one.exit_score or 0.0, wrong=bool(wrong[one.id]),
+                         exited=one.action == "exit", propensity=one.propensity)
+                for one in served if one.id in wrong
+            ])  # fmt: skip
+        since = max(champion.time, triggers.trained_at or champion.time)
+        new = sum(one.time > since for one in held.values())
+        status, after = look(
+            rows, self.config.monitor, now=now, triggers_before=triggers, new_labels=new, manual=manual,
+            controller=controller, bundle=bundle,
+        )  # fmt: skip
+        return status, after, controller, rows
+
+    def _steer(self, memory: Mapping[str, Any], bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
+        certified = min(self.registry.load(bundle).policy.exit_threshold, 1.0)
+        floor = min(self.config.plan.floor, self.config.monitor.floor)
+        config = ControllerConfig(alpha=self.config.monitor.alpha, certified=certified, audit_rate=floor, floor=floor)
+        before = memory.get("controller")
+        state = None if before is None else ControllerState.model_validate(before)
+        if state is not None and state.config != config:
+            state = None
+        last = None if state is None else state.last
+        controller = ThresholdController(config, state)
+        controller.update([one for one in feedback if last is None or (one.known, one.event) > last])
+        return controller.state
+
+    # ---------------------------------------------------------------------------- round
+
+    def collect(self, work: Round) -> Mapping[str, Any]:
+        """Freeze what was labelled before the round's time, open its guard epoch, keep the images beyond their time.
+
+        A guard epoch is of images served since the last round froze its own; learned rows are all there ever were.
+        """
+        until, plan = work.entered, self.config.plan
+        ingest(self.store, self.log)
+        since = self._last(work.number)
+        found: dict[Role, dict[str, tuple[str, str, str]]] = {"guard": {}, "certify": {}, "learn": {}}
+        held = resolve(self.store, sources=GUARD_SOURCES, until=until)
+        roles: dict[str, Role] = {}
+        for one in read_events(self.store, until=until):
+            draw = uniform(plan.seed, "review", one.id)
+            # An image that was ever drawn at random is never learned from, whatever it is drawn for later.
+            part = role(one.image_sha256, draw, plan, self.config.guard_share) if one.selected else "learn"
+            if roles.get(one.image_sha256, "learn") == "learn":
+                roles[one.image_sha256] = part
+            if one.id in held and one.selected and (part == "learn" or one.time >= since):
+                answer = held[one.id]
+                found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
+        kept: dict[Role, list[tuple[str, str, str]]] = {
+            part: [row for name, row in sorted(rows.items()) if roles[name] == part and self._keep(name)]
+            for part, rows in found.items()
+        }
+        for part, rows in kept.items():
+            if len(rows) < self.config.least_rows:
+                raise NotReachableError(
+                    f"labelled images to {part} must be {self.config.least_rows} or more, got {len(rows)} since the "
+                    "last round; have more reviewed"
+                )
+        epoch = f"round-{work.number}"
+        names = [name for name, _, _ in kept["guard"]]
+        self._open(epoch, names, kept["guard"], until)
+        snapshot = Snapshot(
+            until=until, learn=tuple(kept["learn"]), certify=tuple(kept["certify"]), guard=epoch, n_guard=len(names)
+        )
+        name = snapshot.fingerprint()
+        snapshot.write(self.root / "snapshots" / f"{name}.json")
+        return {"snapshot": name, "until": until, "guard": epoch, "n_guard": len(names),
+                "n_learn": len(snapshot.learn), "n_certify": len(snapshot.certify)}  # fmt: skip
+
+    def proposals(self, work: Round) -> Sequence[Job]:
+        """A tuning of the champion's run for every set of options."""
+        snapshot, origin = self._snapshot(work), self._run(work.champion)
+        inputs = {
+            "run": origin.run, "model": origin.model_fingerprint, "images": str(self.root / "images"),
+            "learn": [list(row) for row in snapshot.learn], "certify": [list(row) for row in snapshot.certify],
+            "leave_out": sorted(row.sha256 for row in self._anchor_rows()), "select_share": self.config.select_share,
+            "spec": self.config.spec.model_dump(), "through": self.config.through,
+        }  # fmt: skip
+        return [Job(f"{__name__}:propose", {**inputs, "options": options}) for options in self.config.tuning]
+
+    def select(self, work: Round, done: Sequence[Work]) -> str:
+        """The proposal that gains most on ``val_select``."""
+        del work
+        gains = {one.key: one.result["gain"] for one in done}
+        best = max(gains, key=lambda key: (gains[key] is not None, gains[key] or 0.0))
+        if gains[best] is None:
+            raise NotReachableError("no proposal earns more than the champion on val_select")
+        return best
+
+    def recalibration(self, work: Round, chosen: Work) -> Job:
+        """Certify on the fresh rows what the champion promises, and export."""
+        policy = self.registry.load(work.champion).policy
+        run = self.root / WORK / chosen.key / FILES / "run"
+        return Job(f"{__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "wish": wish_of(policy)})
+
+    def evaluate(self, work: Round) -> Verdict:
+        """The gate: both bundles decide on the guard and on the anchor, then every test."""
+        assert work.candidate is not None
+        assert work.recalibrated is not None
+        run = self.root / WORK / work.recalibrated / FILES / "run"
+        candidate, champion = self.registry.load(work.candidate), self.registry.load(work.champion)
+        fingerprint = candidate.manifest.provenance.model_fingerprint
+        remember_run(self.root, work.candidate, run, fingerprint)
+        epoch = self._snapshot(work).guard
+        guard = [str(self.root / "images" / name) for name in self.vault.row_ids(epoch)]
+        rows = self._anchor_rows()
+        origin = self.registry.history("champion")[0].bundle
+        splits = Splits.read(Path(self._run(origin or "").run) / "splits.json")
+        files = [str(splits.path(row)) for row in rows]
+        labels = np.array([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+        anchor = Anchor(
+            verified(labels, "owner", classes=splits.classes, positive=splits.positive),
+            np.array([row.group for row in rows], dtype=np.str_),
+            origin=self._decide(origin or work.champion, files),
+        )
+        size = {name: sum(one.size for one in b.manifest.files.values()) for name, b in
+                (("champion", champion), ("candidate", candidate))}  # fmt: skip
+        measured = [
+            Measured(name="size over the champion's", value=size["candidate"] / size["champion"],
+                     limit=self.config.largest_growth),
+        ]  # fmt: skip
+        return evaluate(
+            self.vault, epoch,
+            Side(work.champion, self._decide(work.champion, guard), self._decide(work.champion, files),
+                 champion.policy, champion.manifest.provenance.model_fingerprint),
+            Side(work.candidate, self._decide(work.candidate, guard), self._decide(work.candidate, files),
+                 candidate.policy, fingerprint),
+            anchor, spec=self.config.spec, now=work.entered, terms=self.config.terms, measured=measured,
+        )  # fmt: skip
+
+    def compare(self, work: Round, *, delta: float) -> Compared:
+        """Evidence that the candidate is wrong more often than right where it differs from the champion."""
+        assert work.candidate is not None
+        since = work.shadow_since or 0.0
+        ingest(self.store, self.log)
+        events = {(one.image_sha256, one.time): one for one in read_events(self.store, since=since) if one.selected}
+        held = resolve(self.store, sources=GUARD_SOURCES)
+        count, differ, audits = 0, 0, []
+        for pair in read_pairs(self.log.folder, work.candidate):
+            if pair.time < since:
+                continue
+            count += 1
+            if pair.champion_label == pair.candidate_label:
+                continue
+            differ += 1
+            event = events.get((pair.image_sha256, pair.time))
+            if event is not None and event.id in held:
+                right = [label == held[event.id].label for label in (pair.champion_label, pair.candidate_label)]
+                if sum(right) == 1:
+                    audits.append((held[event.id].time, event.id, right[0], event.propensity))
+        floor = self.config.plan.floor
+        reference = max(float(np.median([one[3] for one in audits])) if audits else 1.0, floor)
+        evidence = Evidence(alpha=0.5, delta=delta, reference=reference, floor=floor)
+        if audits:
+            times, _, wrong, chances = zip(*sorted(audits), strict=True)
+            evidence = evidence.after(wrong, propensity=chances, time=times)
+        return Compared(count, differ, evidence)
+
+    # ---------------------------------------------------------------------------- helpers
+
+    def _keep(self, image: str) -> bool:
+        """Copy an image of the log to the loop's own; whether it is there."""
+        path = self.root / "images" / image
+        if not path.is_file():
+            data = self.log.images.get(image)
+            if data is None:
+                return False
+            write_bytes(path, data)
+        return True
+
+    def _open(self, epoch: str, names: list[str], rows: Sequence[tuple[str, str, str]], now: float) -> None:
+        """Open the epoch, or find it as a process that was killed left it."""
+        try:
+            there = self.vault.row_ids(epoch)
+        except InputError:
+            self.vault.open(epoch, names, names, now=now)
+            there = names
+        if there != names:
+            raise ArtifactError(f"guard epoch '{epoch}' must hold the rows that were collected, got others")
+        for source in GUARD_SOURCES:
+            self.vault.label(epoch, {name: label for name, label, of in rows if of == source}, source)
+
+    def _last(self, number: int) -> float:
+        """When the last round before this one froze its labels."""
+        last = -math.inf
+        for row in audit.read(self.store, kind="edge"):
+            body = json.loads(row.body)
+            if body["from"] == "COLLECT" and body["to"] == "PROPOSE" and body["round"]["number"] < number:
+                last = max(last, body["round"]["snapshot"]["until"])
+        return last
+
+    def _snapshot(self, work: Round) -> Snapshot:
+        assert work.snapshot is not None
+        name = work.snapshot["snapshot"]
+        found = Snapshot.read(self.root / "snapshots" / f"{name}.json")
+        if found.fingerprint() != name:
+            raise ArtifactError(f"snapshot {name[:12]} must be as it was written, got another; it was changed")
+        return found
+
+    def _run(self, bundle: str) -> RunOf:
+        return RunOf.read(self.root / "runs" / f"{bundle}.json")
+
+    def _anchor_rows(self) -> list[Row]:
+        """Half of the first run's ``val_select``, by group, which no proposal sees."""
+        first = self.registry.history("champion")[0].bundle
+        splits = Splits.read(Path(self._run(first or "").run) / "splits.json").verify()
+        return [row for row in splits.of("val_select") if uniform(0, "anchor", row.group) < 0.5]
+
+    def _decide(self, bundle: str, files: Sequence[str]) -> Decisions:
+        known = [[path, sha256_file(path)] for path in files]
+        inputs = {"bundle": bundle, "root": str(self.root), "files": known}
+        found = do_work(self.root / WORK, f"{__name__}:decide", inputs, self.executor).result
+        return Decisions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
+
+
+def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:
+    """Note which run a bundle came from; proposals for it start there."""
+    record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
+    record.write(Path(root) / "runs" / f"{bundle}.json")
+
+
+def wish_of(policy: Policy) -> dict[str, Any]:
+    """What ``calibrate`` is to be asked for, so that the result promises what this policy does."""
+    wish: dict[str, Any] = {"policy": policy.policy}
+    if isinstance(policy, ScrcParams):
+        return {**wish, "variant": policy.variant, "alpha": policy.alpha, "min_coverage": policy.xi}
+    wish["guarantee"] = policy.guarantee
+    if isinstance(policy, GateParams):
+        limits = policy.constraints
+        wish |= {"max_exit_error": limits.max_exit_error, "min_coverage": limits.min_coverage}
+    if policy.target_fnr is not None:
+        wish["target_fnr"] = policy.target_fnr
+    if policy.certificate is not None:
+        wish["delta"] = policy.certificate.delta
+    return wish
+
+
+# -------------------------------------------------------------------------------- work
+
+
+def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a bundle of the registry decides on image files: class indices, -1 for nobody, and where Stage B ran."""
+    from stage1_pro.continual.live import load_content
+    from stage1_pro.deploy.cascade import Cascade
+
+    del folder
+    cascade = Cascade.load(load_content(inputs["root"], inputs["bundle"]))
+    files = [Path(path) for path, _ in inputs["files"]]
+    found, classes = cascade.predict(files), cascade.bundle.classes
+    answers = [classes.index(name) if name else NOBODY for name in found.label.tolist()]
+    return {"answers": answers, "deferred": (~found.exited).tolist()}
+
+
+def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Tune the champion's run on its own rows and the learned ones; the run is in ``run``, where there is a gain."""
+    from stage1_pro.continual.rlvr import TuneOptions, tune
+
+    base = extend_run(inputs, folder / "base")
+    try:
+        record = tune(
+            base, folder / "run", spec=RewardSpec.model_validate(inputs["spec"]),
+            options=TuneOptions.model_validate(inputs["options"]), through=inputs["through"],
+        )  # fmt: skip
+    except NotReachableError as error:
+        shutil.rmtree(base)
+        return {"gain": None, "why": str(error)}
+    shutil.rmtree(base)
+    return {"gain": record.reward_after - record.reward_before, "model": record.model_fingerprint}
+
+
+def recalibrate(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Calibrate a proposal as wished on its fresh ``val_calib``, and export it to ``bundle``."""
+    from stage1_pro.stations.calibration import calibrate
+    from stage1_pro.stations.exporting import export
+
+    run = Path(shutil.copytree(inputs["run"], folder / "run"))
+    policy = calibrate(run, **inputs["wish"])
+    export(run, folder / "bundle", target="onnx")
+    return {"bundle": "bundle", "policy": policy.fingerprint()}
+
+
+def extend_run(inputs: Mapping[str, Any], out: Path) -> Path:
+    """A copy of the champion's run whose ``train`` and ``val_select`` have the learned rows as well.
+
+    Its ``val_calib`` holds the rows that certify alone, so that what is certified is what is served now. ``val_test``
+    stays. An image has one place; rows of the run that were served again stay where they are.
+    """
+    from stage1_pro.training import checkpoint
+
+    run = Path(inputs["run"])
+    model, run_config = checkpoint.load_run_model(run)
+    if model.fingerprint() != inputs["model"]:
+        raise ArtifactError(f"{run} must hold the model of the champion, got another; it was trained again")
+    old = Splits.read(run / "splits.json").verify()
+    leave_out, images = set(inputs["leave_out"]), Path(inputs["images"])
+    certify = {sha256 for sha256, _, _ in inputs["certify"]}
+    rows = [
+        row.model_copy(update={"file": str(old.path(row).resolve())})
+        for row in old.rows
+        if row.split != "val_calib" and row.sha256 not in leave_out
+    ]
+    taken = {row.sha256 for row in rows} | leave_out
+    for sha256, label, source in [*inputs["certify"], *inputs["learn"]]:
+        if sha256 in taken:
+            continue
+        taken.add(sha256)
+        place: dict[str, Any]
+        if sha256 in certify:
+            place = {"split": "val_calib", "half": "fit" if uniform(0, "half", sha256) < 0.5 else "certify"}
+        else:
+            place = {"split": "val_select" if uniform(0, "select", sha256) < inputs["select_share"] else "train"}
+        rows.append(
+            Row(id=sha256, file=str(images / sha256), label=label, group=sha256, source=source, sha256=sha256, **place)
+        )
+    splits = old.model_copy(
+        update={
+            "root": "/",
+            "rows": rows,
+            "hashes": hash_splits(rows),
+            "counts": {
+                name: {one: sum(r.split == name and r.label == one for r in rows) for one in old.classes}
+                for name in old.counts
+            },
+            "groups": {name: len({r.group for r in rows if r.split == name}) for name in old.groups},
+        }
+    ).verify()
+    out.mkdir()
+    splits.write(out / "splits.json")
+    run_config.model_copy(update={"split_hashes": splits.hashes}).write(out / "config.json")
+    shutil.copy2(run / "metrics.csv", out / "metrics.csv")
+    content = checkpoint.load(run / "model_best.pth")
+    checkpoint.save(out / "model_best.pth", {**content, "split_hashes": splits.hashes})
+    return out

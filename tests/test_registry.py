@@ -1,0 +1,495 @@
+"""Bundles under their hash, aliases that one of many writers moves, what serving follows, and the audit's chain."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
+pytest.importorskip("torch", reason="bundles are exported with [train]")
+
+from sqlalchemy import text
+from test_deploy import make_model, make_run, rehash
+
+from stage1_pro.artifacts import write_bytes
+from stage1_pro.continual import audit
+from stage1_pro.continual.events import EventLog, ReviewPlan
+from stage1_pro.continual.live import POINTER, LiveCascade, Pointer, read_pairs, read_pointer, takes_canary, tightened
+from stage1_pro.continual.registry import LostRaceError, Registry
+from stage1_pro.continual.store import Store
+from stage1_pro.deploy.bundle import load_bundle
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.stations.exporting import export
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("registry") / "run", make_model())
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Path:
+    return export(run)
+
+
+@pytest.fixture(scope="module")
+def strict(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another bundle: the same graphs, and nothing exits."""
+    path = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("strict") / "bundle"))
+    policy = json.loads((path / "thresholds.json").read_text())
+    (path / "thresholds.json").write_text(json.dumps({**policy, "exit_threshold": 1.0}))
+    rehash(path, "thresholds.json")
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(run: Path) -> list[Path]:
+    return sorted((run / "images").iterdir())
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    opened = Store(store_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, store: Store) -> Registry:
+    return Registry(tmp_path / "root", store)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Registry]:
+    """On SQLite alone, for what has nothing to do with the database."""
+    opened = Store(tmp_path / "root" / "loop.db")
+    yield Registry(tmp_path / "root", opened)
+    opened.close()
+
+
+def move(registry: Registry, name: Any, bundle: str | None, **options: Any) -> None:
+    with registry.store.write() as connection:
+        expected = registry.alias(name, connection).version
+        registry.move(connection, name, bundle, expected=expected, now=1.0, by="test", **options)
+    registry.sync()
+
+
+def back(registry: Registry, **options: Any) -> Pointer:
+    with registry.store.write() as connection:
+        registry.rollback(connection, now=9.0, by="test", **options)
+    return registry.sync()
+
+
+# --------------------------------------------------------------------------------------------
+# Bundles
+
+
+def test_a_bundle_is_kept_under_its_hash_and_once(local: Registry, bundle: Path, strict: Path) -> None:
+    name = local.add(bundle)
+    assert local.add(bundle) == name
+    other = local.add(strict)
+    assert local.bundles() == sorted([name, other])
+    assert local.load(name).policy == load_bundle(bundle).policy
+    graph = local.path(name) / "stage_a.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ArtifactError, match="it was changed"):
+        local.load(name)
+    with pytest.raises(ArtifactError, match="it was changed"):
+        local.add(bundle)
+    with pytest.raises(InputError, match="bundle must be one of the registry"):
+        local.load("0" * 64)
+
+
+def test_a_damaged_bundle_does_not_get_in(local: Registry, bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "metrics.csv").write_text("changed")
+    with pytest.raises(ArtifactError):
+        local.add(copy)
+    assert local.bundles() == []
+
+
+# --------------------------------------------------------------------------------------------
+# Aliases
+
+
+def test_moves_swaps_and_steps_back(registry: Registry, bundle: Path, strict: Path) -> None:
+    one, two = registry.add(bundle), registry.add(strict)
+    with pytest.raises(InputError, match="champion must be set, got none"):
+        registry.sync()
+    assert registry.promote(one, expected=0, now=1.0, by="ada").previous is None
+    with pytest.raises(InputError, match="champion must have been something before"):
+        back(registry)
+    registry.promote(two, expected=1, now=2.0, by="ada")
+    found = registry.promote(one, expected=2, now=3.0, by="ada")
+    assert (found.champion, found.previous, found.version) == (one, two, 3)
+    with pytest.raises(LostRaceError, match="champion must still be at version 2, got 3"):
+        registry.promote(two, expected=2, now=4.0, by="bob")
+    # Twice is two steps back, not to and fro.
+    assert (back(registry).champion, back(registry).champion) == (two, one)
+    with pytest.raises(InputError, match="champion must have been something"):
+        back(registry)
+    assert back(registry, to=two).champion == two
+    with pytest.raises(InputError, match="to be one|must have been 000000000000"):
+        back(registry, to="0" * 64)
+    assert [alias.bundle for alias in registry.history("champion")] == [one, two, one, two, one, two]
+    with pytest.raises(InputError, match="bundle must be one of the registry"):
+        registry.promote("1" * 64, expected=6, now=5.0, by="ada")
+    with registry.store.read() as connection:
+        assert connection.execute(text("SELECT count(*) FROM audit")).scalar() == 3
+
+
+def _race(root: Path, url: str, bundle: str, start: Any, results: Any) -> None:
+    registry = Registry(root, Store(url))
+    start.wait()
+    try:
+        registry.promote(bundle, expected=1, now=2.0, by=str(multiprocessing.current_process().pid))
+    except LostRaceError:
+        results.put(False)
+    else:
+        results.put(True)
+
+
+def test_of_eight_racing_promoters_one_wins(registry: Registry, store_url: str, bundle: Path, strict: Path) -> None:
+    one, two = registry.add(bundle), registry.add(strict)
+    registry.promote(one, expected=0, now=1.0, by="ada")
+    registry.store.close()
+    start, results = FORK.Barrier(8), FORK.Queue()
+    racers = [FORK.Process(target=_race, args=(registry.root, store_url, two, start, results)) for _ in range(8)]
+    for racer in racers:
+        racer.start()
+    won = sorted(results.get(timeout=120) for _ in racers)
+    for racer in racers:
+        racer.join()
+        assert racer.exitcode == 0
+    assert won == [False] * 7 + [True]
+    assert read_pointer(registry.root).version == 2
+    assert [row.kind for row in audit.read(registry.store)] == ["champion"] * 2
+
+
+def _read(root: Path, names: list[str], stop: Any, results: Any) -> None:
+    """Read the pointer as fast as it goes; what is wrong with any of it."""
+    count, last, bad = 0, 0, []
+    while not stop.is_set():
+        try:
+            found = read_pointer(root)
+        except ArtifactError as error:
+            bad.append(str(error))
+            continue
+        count += 1
+        # Odd versions are of the first, even ones of the second.
+        if found.champion != names[(found.version + 1) % 2] or found.serial < last:
+            bad.append(f"{found}")
+        last = found.serial
+    results.put((count, bad[:3]))
+
+
+def _swap(registry: Registry, bundle: Path, strict: Path, swaps: int) -> int:
+    names = [registry.add(bundle), registry.add(strict)]
+    registry.promote(names[0], expected=0, now=0.0, by="test")
+    registry.store.close()
+    stop, results = FORK.Event(), FORK.Queue()
+    readers = [FORK.Process(target=_read, args=(registry.root, names, stop, results)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for version in range(1, swaps + 1):
+        registry.promote(names[version % 2], expected=version, now=float(version), by="test")
+    stop.set()
+    found = [results.get(timeout=60) for _ in readers]
+    for reader in readers:
+        reader.join()
+    assert [bad for _, bad in found] == [[]] * 3
+    assert audit.verify(registry.store).rows == swaps + 1
+    return sum(count for count, _ in found)
+
+
+def test_no_reader_sees_a_torn_pointer(local: Registry, bundle: Path, strict: Path) -> None:
+    assert _swap(local, bundle, strict, 100) > 100
+
+
+@pytest.mark.slow
+def test_no_reader_sees_a_torn_pointer_in_2000_swaps(local: Registry, bundle: Path, strict: Path) -> None:
+    assert _swap(local, bundle, strict, 2000) > 2000
+
+
+def test_the_pointer_is_brought_up_after_a_crash(local: Registry, bundle: Path, strict: Path) -> None:
+    one, two = local.add(bundle), local.add(strict)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    with local.store.write() as connection:
+        local.move(connection, "champion", two, expected=1, now=2.0, by="ada")
+    # Killed here: the store knows, the file does not.
+    assert read_pointer(local.root).champion == one
+    assert local.sync().champion == read_pointer(local.root).champion == two
+
+
+# --------------------------------------------------------------------------------------------
+# Serving
+
+
+def same(left: Any, right: Any) -> bool:
+    return all(np.array_equal(getattr(left, f), getattr(right, f)) for f in left.__dataclass_fields__)
+
+
+def test_serving_follows_the_champion_and_a_rollback_within_a_second(
+    local: Registry, bundle: Path, strict: Path, photos: list[Path]
+) -> None:
+    one, two = local.add(bundle), local.add(strict)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    bytes_before = (local.path(one) / "stage_a.onnx").read_bytes()
+    live = LiveCascade(local.root, threads=1)
+    first, alone = live.predict(photos), live.predict(photos[:1])
+    assert same(first, Cascade.load(bundle).predict(photos)) and first.exited.any()
+    local.promote(two, expected=1, now=2.0, by="ada")
+    assert same(live.predict(photos), Cascade.load(strict).predict(photos))
+    assert live.pointer.champion == two
+    took = time.perf_counter()
+    back(local)
+    again = live.predict(photos[:1])
+    took = time.perf_counter() - took
+    assert live.pointer.champion == one and took <= 1.0, f"{took:.2f} s"
+    assert same(again, alone) and same(live.predict(photos), first)
+    assert (local.path(one) / "stage_a.onnx").read_bytes() == bytes_before
+
+
+def test_a_bad_bundle_or_file_leaves_the_old_one_serving(
+    local: Registry, bundle: Path, strict: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = local.add(bundle), local.add(strict)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    live = LiveCascade(local.root, threads=1, retry_seconds=0.0)
+    first = live.predict(photos[:2])
+    graph = local.path(two) / "stage_b.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-1] + b"\0")
+    local.promote(two, expected=1, now=2.0, by="ada")
+    assert same(live.predict(photos[:2]), first)
+    assert live.pointer.champion == one and "it was changed" in str(live.failure)
+    assert "goes on serving" in capsys.readouterr().err
+    pointer = (local.root / POINTER).read_bytes()
+    for damage in (b"{", pointer.replace(two.encode(), b"f" * 64)):
+        write_bytes(local.root / POINTER, damage)
+        assert same(live.predict(photos[:2]), first) and live.failure
+    (local.root / POINTER).unlink()
+    assert same(live.predict(photos[:2]), first) and live.failure
+    graph.write_bytes(whole)
+    local.sync()
+    live.predict(photos[:2])
+    assert live.pointer.champion == two and live.failure is None
+
+
+def test_answers_of_a_batch_are_of_one_champion_while_it_changes(
+    local: Registry, bundle: Path, strict: Path, photos: list[Path]
+) -> None:
+    one, two = local.add(bundle), local.add(strict)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    live = LiveCascade(local.root, threads=1)
+    wanted = [Cascade.load(path, threads=1).predict(photos[:4]) for path in (bundle, strict)]
+    assert not same(*wanted)
+    stop, bad, counts = threading.Event(), [], [0, 0]
+
+    def serve() -> None:
+        while not stop.is_set():
+            found = live.predict(photos[:4])
+            which = [same(found, one_of) for one_of in wanted]
+            if sum(which) != 1:
+                bad.append(found)
+            counts[which.index(True)] += 1
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for version in range(1, 9):
+        local.promote((one, two)[version % 2], expected=version, now=float(version), by="test")
+        time.sleep(0.1)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not bad and min(counts) > 0
+
+
+def test_a_shadow_decides_and_its_answers_do_not_leave(
+    local: Registry, bundle: Path, strict: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    one, two = local.add(bundle), local.add(strict)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    move(local, "shadow", two)
+    log = EventLog(tmp_path / "log")
+    live = LiveCascade(local.root, threads=1, log=log)
+    assert same(live.predict(photos, now=5.0), Cascade.load(bundle).predict(photos))
+    assert {event.bundle for event in log} == {one}
+    pairs = list(read_pairs(log.folder, two))
+    assert len(pairs) == len(photos) and {pair.served for pair in pairs} == {"champion"}
+    assert [pair.champion_exited for pair in pairs] == Cascade.load(bundle).predict(photos).exited.tolist()
+    assert not any(pair.candidate_exited for pair in pairs)
+    # A killed writer's torn line spoils no other.
+    path = log.folder / "pairs" / f"{two}.jsonl"
+    path.write_bytes(path.read_bytes() + b'\n{"time": 5')
+    live.predict(photos[:1], now=6.0)
+    assert len(list(read_pairs(log.folder, two))) == len(photos) + 1
+
+
+def test_a_canary_answers_its_share_always_of_the_same_images(
+    local: Registry, bundle: Path, strict: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    one, two = local.add(bundle), local.add(strict)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    move(local, "canary", two, share=0.5)
+    log = EventLog(tmp_path / "log")
+    live = LiveCascade(local.root, threads=1, log=log, plan=ReviewPlan(seed=1))
+    both = [Cascade.load(path, threads=1).predict(photos) for path in (bundle, strict)]
+    found = live.predict(photos, now=5.0)
+    events = {event.image_sha256: event.bundle for event in log}
+    hers = [takes_canary(pair.image_sha256, 0.5, two) for pair in read_pairs(log.folder, two)]
+    assert 0 < sum(hers) < len(photos) == len(hers)
+    assert all((bundle_ == two) == takes_canary(image, 0.5, two) for image, bundle_ in events.items())
+    from stage1_pro.artifacts import sha256_file
+
+    for row, photo in enumerate(photos):
+        mine = both[int(takes_canary(sha256_file(photo), 0.5, two))]
+        assert found.stage[row] == mine.stage[row] and found.label[row] == mine.label[row]
+    images = [f"{i:064x}" for i in range(2000)]
+    few, more = ({i for i in images if takes_canary(i, share, two)} for share in (0.1, 0.3))
+    assert few < more and abs(len(few) / 2000 - 0.1) < 0.03
+
+
+def test_a_canary_that_fails_takes_no_answer_with_it(
+    local: Registry, bundle: Path, strict: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = local.add(bundle), local.add(strict)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    move(local, "canary", two, share=1.0)
+    live = LiveCascade(local.root, threads=1, log=EventLog(tmp_path / "log"))
+    seat = live._seating.candidate
+    assert seat is not None
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(seat.cascade.runtime, "run", fail)
+    assert same(live.predict(photos), Cascade.load(bundle).predict(photos))
+    assert live.candidate_failures == 2
+
+
+def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, photos: list[Path]) -> None:
+    one = local.add(bundle)
+    local.promote(one, expected=0, now=1.0, by="ada")
+    policy = local.load(one).policy
+    live = LiveCascade(local.root, threads=1)
+    assert live.predict(photos).exited.any()
+    for threshold, exits in ((1.0000001, False), (0.0, True)):
+        with local.store.write() as connection:
+            local.tighten(connection, one, threshold, now=2.0)
+        assert local.sync().threshold == threshold
+        assert live.predict(photos).exited.any() == exits
+        assert tightened(policy, threshold).exit_threshold >= policy.exit_threshold
+
+
+def test_serving_needs_neither_torch_nor_a_database() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'sqlalchemy', 'transformers'): sys.modules[name] = None\n"
+        "import stage1_pro.continual.live\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+# --------------------------------------------------------------------------------------------
+# Audit
+
+
+def fill(store: Store, count: int = 12) -> None:
+    for index in range(count):
+        with store.write() as connection:
+            audit.append(connection, store, "edge", {"b": index, "a": ["é", 0.1 * index]}, float(index))
+
+
+def test_a_flipped_byte_is_found_and_where(store: Store, tmp_path: Path) -> None:
+    fill(store)
+    whole = audit.verify(store)
+    assert (whole.ok, whole.rows) == (True, 12)
+    assert audit.export(store, tmp_path / "audit.jsonl") == 12
+    data = (tmp_path / "audit.jsonl").read_bytes()
+    assert audit.verify_file(tmp_path / "audit.jsonl") == whole
+    lines = np.cumsum([len(line) + 1 for line in data.split(b"\n")[:-1]])
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(data), 300, replace=False):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / "flipped.jsonl").write_bytes(flipped)
+        found = audit.verify_file(tmp_path / "flipped.jsonl")
+        row = int(np.searchsorted(lines, place, side="right")) + 1
+        assert not found.ok and found.broken_at == row, (place, found)
+
+
+def test_the_store_refuses_changes_and_a_forced_one_is_found(store: Store) -> None:
+    fill(store)
+    change = "UPDATE audit SET body = replace(body, '0.5', '0.6') WHERE seq = 6"
+    with pytest.raises(Exception, match="append-only"), store.write() as connection:
+        connection.execute(text(change))
+    with store.write() as connection:
+        if store.is_sqlite:
+            connection.execute(text("DROP TRIGGER audit_no_update"))
+        else:
+            connection.execute(text("ALTER TABLE audit DISABLE TRIGGER ALL"))
+        connection.execute(text(change))
+    found = audit.verify(store)
+    assert (found.ok, found.broken_at, found.reason) == (False, 6, "it is not what was written")
+
+
+def test_rows_cut_off_are_found_by_the_head(store: Store, tmp_path: Path) -> None:
+    fill(store)
+    head = audit.verify(store).head
+    audit.export(store, tmp_path / "all.jsonl")
+    lines = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:-2]))
+    assert audit.verify_file(tmp_path / "cut.jsonl").ok
+    assert not audit.verify_file(tmp_path / "cut.jsonl", head=head).ok
+    (tmp_path / "hole.jsonl").write_text("".join(lines[:4] + lines[5:]))
+    assert audit.verify_file(tmp_path / "hole.jsonl").broken_at == 5
+    with pytest.raises(ArtifactError, match="must be an exported audit"):
+        audit.verify_file(tmp_path / "none.jsonl")
+
+
+def test_a_row_stands_only_with_its_transaction(store: Store) -> None:
+    fill(store, 2)
+
+    def die() -> None:
+        with store.write() as connection:
+            audit.append(connection, store, "edge", {}, 3.0)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        die()
+    fill(store, 1)
+    assert audit.verify(store).rows == 3
+
+
+def _append(url: str, start: Any) -> None:
+    store = Store(url)
+    start.wait()
+    fill(store, 10)
+
+
+def test_appending_processes_make_one_chain(store: Store, store_url: str) -> None:
+    store.close()
+    start = FORK.Barrier(4)
+    writers = [FORK.Process(target=_append, args=(store_url, start)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+        assert writer.exitcode == 0
+    assert audit.verify(store).rows == 40
