@@ -486,7 +486,7 @@ class TestPrecisions:
             "attention_layers": 0, "build_seconds": 0.0, "validated": "",
         }  # fmt: skip
         rewrite(copy, lambda v: v["engines"].append(entry))
-        with pytest.raises(ArtifactError, match="must be of a precision stage_a has, got fp16"):
+        with pytest.raises(ArtifactError, match="must be built from a graph of this bundle, got none in fp16"):
             load_bundle(copy)
 
     def test_precisions_that_cannot_be_exported(self, run: Path, tmp_path: Path) -> None:
