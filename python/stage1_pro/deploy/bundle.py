@@ -480,6 +480,12 @@ def _check_relations(manifest: BundleManifest) -> None:
                 raise ArtifactError(
                     f"{printable(name)} of {stage} must be {printable(str(ours))}, got {printable(str(theirs))}"
                 )
+    for stage, entry in manifest.stages.items():
+        wide = entry.variants.get("fp32")
+        if wide is not None and wide.onnx != entry.onnx:
+            raise ArtifactError(
+                f"{stage} must have one graph in fp32, got {printable(entry.onnx)} and {printable(wide.onnx)}"
+            )
     shape = hidden["hidden"]
     if len(shape) < 2 or shape[0] != -1 or min(shape[1:]) < 1 or math.prod(shape[1:]) > _TENSOR_NUMBERS:
         raise ArtifactError(f"hidden must have a shape of -1 and sizes from 1 on, got {printable(str(shape))}")
