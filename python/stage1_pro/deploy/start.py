@@ -124,7 +124,7 @@ def _start_engines(
         raise ArtifactError(f"{folder} must hold an engine of both stages, got {', '.join(engines)}")
     if reference is None:
         raise ArtifactError(
-            f"engines must be held against {REFERENCE}, which this bundle lacks; `stage1 build` makes a bundle that has it"
+            f"engines must be held against {REFERENCE}, which this bundle lacks; `stage1 build` makes one that has it"
         )
     why = {_trust(bundle, engines[stage], trust_engines) for stage in STAGES}
     try:
@@ -133,9 +133,10 @@ def _start_engines(
         runtime.settle()
     except Stage1Error:
         raise
-    except Exception as error:  # noqa: BLE001 - bindings raise kinds of their own where driver and library do not fit
-        why = f"{type(error).__name__}: {printable(str(error))}"
-        raise DeviceError(f"{folder} must start on this GPU, got {why}; see `stage1 doctor` and nvidia-smi") from error
+    except Exception as error:
+        # Bindings raise kinds of their own where library and driver do not fit.
+        got = f"{type(error).__name__}: {printable(str(error))}"
+        raise DeviceError(f"{folder} must start on this GPU, got {got}; see `stage1 doctor` and nvidia-smi") from error
     return runtime, f"{' and '.join(sorted(why))}; {parity}"
 
 
