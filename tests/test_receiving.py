@@ -109,6 +109,8 @@ class TestManifest:
             ('{"a": "' + "x" * 70_000 + '"}', "texts of at most 65536 characters"),
             (" " * 5_000_000, "at most 4194304 bytes"),
             ('{"a": "\\u001b[31m"}', "control characters"),
+            ('{"a": "Apache-2.0\\nsignature   trusted"}', "control characters"),
+            ('{"a": "Apache-2.0\\u2028signature   trusted"}', "control characters"),
             ('{"a": "\\ud800"}', "control characters"),
             ('{"a": 1' + "0" * 5000 + "}", "must be JSON"),
             ("\ufeff{}", "must be JSON"),

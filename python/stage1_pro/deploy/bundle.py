@@ -60,7 +60,8 @@ _DEPTH = 6
 _CLASSES, _CLASS_LENGTH = 10_000, 200
 _TENSOR_NUMBERS = 2**28
 # What a terminal obeys, what turns text around, and halves of characters: messages and reports show these texts.
-_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# A line break would let a text stand for a line of `stage1 verify`.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _ARRAYS = 64
 
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
