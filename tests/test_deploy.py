@@ -467,6 +467,36 @@ class TestPrecisions:
         with pytest.raises(ArtifactError, match="changed"):
             build(out, tmp_path / "again")
 
+    def test_what_an_older_bundle_lacks_is_made(self, trt: Any, copy: Path, tmp_path: Path) -> None:
+        def first_format(values: Any) -> None:
+            values["format_version"] = 1
+            values["files"].pop(values.pop("reference"))
+            for stage in values["stages"].values():
+                del stage["variants"]
+
+        expected = (copy / "reference.npz").read_bytes()
+        (copy / "reference.npz").unlink()
+        rewrite(copy, first_format)
+        assert load_bundle(copy).format_version == 1
+        out = build(copy, tmp_path / "here")
+        assert load_bundle(out).manifest.reference == "reference.npz"
+        assert (out / "reference.npz").read_bytes() == expected
+        assert "0 flips" in Cascade.load(out).steps[-1].reason
+
+    def test_graphs_beside_engines_are_copied(self, trt: Any, copy: Path, tmp_path: Path) -> None:
+        def move(values: Any) -> None:
+            stage = values["stages"]["stage_b"]
+            for entry in (stage, *stage["variants"].values()):
+                entry["onnx"] = "engines/stage_b.onnx"
+            values["files"]["engines/stage_b.onnx"] = values["files"].pop("stage_b.onnx")
+
+        (copy / "engines").mkdir()
+        (copy / "stage_b.onnx").rename(copy / "engines" / "stage_b.onnx")
+        rewrite(copy, move)
+        out = build(copy, tmp_path / "here")
+        again = build(out, tmp_path / "again")
+        assert load_bundle(again).manifest.stages["stage_b"].onnx == "engines/stage_b.onnx"
+
     def test_build_refusals(self, trt: Any, bundle: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"one stage_a was exported in \(fp32\), got 'res32'; .*--precision"):
             build(bundle, tmp_path / "b", precisions=["res32"])

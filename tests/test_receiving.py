@@ -109,6 +109,8 @@ class TestManifest:
             ('{"a": "' + "x" * 70_000 + '"}', "texts of at most 65536 characters"),
             (" " * 5_000_000, "at most 4194304 bytes"),
             ('{"a": "\\u001b[31m"}', "control characters"),
+            ('{"a": "Apache-2.0\\nsignature   trusted"}', "control characters"),
+            ('{"a": "Apache-2.0\\u2028signature   trusted"}', "control characters"),
             ('{"a": "\\ud800"}', "control characters"),
             ('{"a": 1' + "0" * 5000 + "}", "must be JSON"),
             ("\ufeff{}", "must be JSON"),
@@ -155,6 +157,17 @@ class TestManifest:
         rewrite(copy, change)
         with pytest.raises(ArtifactError):
             load_bundle(copy)
+
+    def test_one_graph_in_fp32(self, rich_copy):
+        def change(values):
+            stage = values["stages"]["stage_a"]
+            variant = next(iter(stage["variants"].values()))
+            assert variant["onnx"] != stage["onnx"]
+            stage["variants"]["fp32"] = variant
+
+        rewrite(rich_copy, change)
+        with pytest.raises(ArtifactError, match="stage_a must have one graph in fp32"):
+            load_bundle(rich_copy)
 
     def test_hidden_must_be_there_under_any_policy(self, copy):
         rewrite(
@@ -402,6 +415,9 @@ class TestFormats:
             migrate(old, tmp_path / "new")
         with pytest.raises(InputError, match="format before 2"):
             migrate(tmp_path / "new", tmp_path / "newer")
+        with pytest.raises(InputError, match="outside the bundle, which stays as it is"):
+            migrate(old, old / "new")
+        load_bundle(old)
 
     def test_a_signature_stays_behind(self, old, tmp_path, key):
         sign(old, key)
@@ -444,6 +460,8 @@ class TestEngines:
         found = engine_trust(loaded, self.entry(loaded))
         assert (found.status, found.allowed) == ("refused", False)
         assert "was not built here, and the bundle is not signed" in found.reason and "--trust-engines" in found.reason
+        # Who receives a bundle has no run to export.
+        assert "build it here with `stage1 build`" in found.reason
 
     def test_the_flag(self, rich):
         loaded = load_bundle(rich)

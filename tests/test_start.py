@@ -152,6 +152,26 @@ class TestReference:
         with pytest.raises(ArtifactError, match=message):
             Cascade.load(copy)
 
+    def test_more_rows_than_any_has(self, copy: Path) -> None:
+        with np.load(copy / REFERENCE) as data:
+            many = {name: np.repeat(values, 30, axis=0) for name, values in data.items()}
+        save_npz(copy / REFERENCE, many)
+        rehash(copy, REFERENCE)
+        with pytest.raises(ArtifactError, match="at most 64 rows, got 90"):
+            Cascade.load(copy)
+
+    def test_softmax_needs_no_gate(self, copy: Path) -> None:
+        photos = make_images(copy.parent, 3)
+        expected = Cascade.load(copy).predict(photos).to_dict()
+        graph = onnx.load(str(copy / "stage_a.onnx"))
+        graph.graph.output.remove(next(one for one in graph.graph.output if one.name == "gate_logit"))
+        onnx.save(graph, str(copy / "stage_a.onnx"))
+        rehash(copy, "stage_a.onnx")
+        rewrite(copy, lambda v: (v["stages"]["stage_a"]["outputs"].pop("gate_logit"), v.update(engines=[])))
+        cascade = Cascade.load(copy)
+        assert cascade.steps[-1].reason.endswith("0 flips")
+        assert cascade.predict(photos).to_dict() == expected
+
     def test_pickles_and_compression_are_refused(self, copy: Path) -> None:
         with np.load(copy / REFERENCE) as data:
             arrays = dict(data)
@@ -213,6 +233,17 @@ class TestLadder:
         assert "answers with onnxruntime" in streams.err
 
     @pytest.mark.skipif(not gpu_missing(), reason="a GPU is here: the engine starts")
+    def test_whatever_the_bindings_raise_is_a_step_down(self, engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+        monkeypatch.setattr("stage1_pro.deploy.start.TensorRtRuntime", refuse)
+        cascade = Cascade.load(engines, "auto", trust_engines=True)
+        assert cascade.runtime.name == "onnxruntime"
+        assert "got TypeError: pybind11::init(): factory function returned nullptr" in cascade.steps[0].reason
+        with pytest.raises(ArtifactError, match="must start on one of the bundle's engines"):
+            Cascade.load(engines, "tensorrt_rtx", trust_engines=True)
+
     def test_named_runtime_never_becomes_another(self, engines: Path) -> None:
         with pytest.raises(DependencyError, match="got 'tensorrt_rtx' and no start: tensorrt_rtx on engines/rtx"):
             Cascade.load(engines, "tensorrt_rtx", trust_engines=True)

@@ -60,7 +60,8 @@ _DEPTH = 6
 _CLASSES, _CLASS_LENGTH = 10_000, 200
 _TENSOR_NUMBERS = 2**28
 # What a terminal obeys, what turns text around, and halves of characters: messages and reports show these texts.
-_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# A line break would let a text stand for a line of `stage1 verify`.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _ARRAYS = 64
 
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
@@ -480,6 +481,12 @@ def _check_relations(manifest: BundleManifest) -> None:
                 raise ArtifactError(
                     f"{printable(name)} of {stage} must be {printable(str(ours))}, got {printable(str(theirs))}"
                 )
+    for stage, entry in manifest.stages.items():
+        wide = entry.variants.get("fp32")
+        if wide is not None and wide.onnx != entry.onnx:
+            raise ArtifactError(
+                f"{stage} must have one graph in fp32, got {printable(entry.onnx)} and {printable(wide.onnx)}"
+            )
     shape = hidden["hidden"]
     if len(shape) < 2 or shape[0] != -1 or min(shape[1:]) < 1 or math.prod(shape[1:]) > _TENSOR_NUMBERS:
         raise ArtifactError(f"hidden must have a shape of -1 and sizes from 1 on, got {printable(str(shape))}")

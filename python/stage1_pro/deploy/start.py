@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from stage1_pro.artifacts import EngineEntry, StageName
+from stage1_pro.artifacts import EngineEntry, StageName, printable
 from stage1_pro.deploy.bundle import STAGES, Bundle
 from stage1_pro.deploy.reference import REFERENCE, Reference, check_parity, read_reference
 from stage1_pro.deploy.runtime import OnnxRuntime, Runtime
@@ -123,11 +123,20 @@ def _start_engines(
     if set(engines) != set(STAGES):
         raise ArtifactError(f"{folder} must hold an engine of both stages, got {', '.join(engines)}")
     if reference is None:
-        raise ArtifactError(f"engines must be held against {REFERENCE}, which this bundle lacks; export it once more")
+        raise ArtifactError(
+            f"engines must be held against {REFERENCE}, which this bundle lacks; `stage1 build` makes one that has it"
+        )
     why = {_trust(bundle, engines[stage], trust_engines) for stage in STAGES}
-    runtime = TensorRtRuntime(bundle, engines)
-    parity = check_parity(runtime, bundle, reference, engines["stage_a"].precision)
-    runtime.settle()
+    try:
+        runtime = TensorRtRuntime(bundle, engines)
+        parity = check_parity(runtime, bundle, reference, engines["stage_a"].precision)
+        runtime.settle()
+    except Stage1Error:
+        raise
+    except Exception as error:
+        # Bindings raise kinds of their own where library and driver do not fit.
+        got = f"{type(error).__name__}: {printable(str(error))}"
+        raise DeviceError(f"{folder} must start on this GPU, got {got}; see `stage1 doctor` and nvidia-smi") from error
     return runtime, f"{' and '.join(sorted(why))}; {parity}"
 
 

@@ -187,7 +187,7 @@ def engine_trust(bundle: Bundle, entry: EngineEntry, *, trust_engines: bool = Fa
     return Trust(
         "refused",
         f"it was not built here, and the bundle is {signed.reason}; an engine is code: build it here with "
-        "`stage1 export`, trust its maker's key with `stage1 keys trust`, or pass --trust-engines",
+        "`stage1 build`, trust its maker's key with `stage1 keys trust`, or pass --trust-engines",
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from stage1_pro.artifacts import Precision, atomic_directory
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, list_files, load_bundle
 from stage1_pro.deploy.engine import EngineRecipe, EngineTarget, build_engines, choose_recipe
+from stage1_pro.deploy.reference import REFERENCE, write_reference
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.progress import say
 
@@ -25,7 +26,8 @@ def build(
     """Compile a received bundle's graphs on this machine into a new bundle; needs no torch and no run.
 
     A bundle is closed by its hashes, so the given one stays as it is. All but its engines is copied; those of the
-    new bundle were all built here.
+    new bundle were all built here. A bundle without reference outputs (format 1) gets those of its own fp32 graphs,
+    or no engine could ever be held against them.
 
     Args:
         bundle: bundle folder; verified first.
@@ -56,7 +58,13 @@ def build(
     with atomic_directory(out) as folder:
         _copy(loaded, folder)
         engines = build_engines(loaded.manifest.stages, folder, chosen)
-        manifest = loaded.manifest.model_copy(update={"engines": engines, "files": list_files(folder)})
+        reference = loaded.manifest.reference
+        if reference is None:
+            write_reference(folder, loaded.manifest.stages, loaded.preprocessing)
+            reference = REFERENCE
+            say(f"wrote {REFERENCE}, which the bundle lacked: what its fp32 graphs give here")
+        changed = {"engines": engines, "reference": reference, "files": list_files(folder)}
+        manifest = loaded.manifest.model_copy(update=changed)
         manifest.write(folder / MANIFEST)
         # Sizes and relations are checked here; the hashes were taken from these very files.
         load_bundle(folder, verify=False)
@@ -66,7 +74,9 @@ def build(
 
 def _copy(bundle: Bundle, folder: Path) -> None:
     """Copy all but engines, and check the copies: the originals could have been changed since they were verified."""
-    wanted = {name: entry for name, entry in bundle.manifest.files.items() if not name.startswith("engines/")}
+    built = {entry.path for entry in bundle.manifest.engines}
+    built |= {str(PurePosixPath(name).with_suffix(".build.json")) for name in built}
+    wanted = {name: entry for name, entry in bundle.manifest.files.items() if name not in built}
     for name in wanted:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -106,11 +106,13 @@ def migrate(bundle: Path | str, out: Path | str) -> dict[str, Any]:
 
     Raises:
         ArtifactError: the bundle is damaged, or of a newer format.
-        InputError: it is of today's format already, or ``out`` is there.
+        InputError: it is of today's format already, or ``out`` is there or inside it.
     """
     loaded, out = load_bundle(bundle), Path(out)
     if not loaded.notes:
         raise InputError(f"bundle must be of a format before {FORMAT}, got {loaded.path}; use it as it is")
+    if loaded.path.resolve() in out.resolve().parents:
+        raise InputError(f"out must lie outside the bundle, which stays as it is, got {out}; choose another folder")
     if out.exists():
         raise InputError(f"out must be a new folder, got {out}, which is there; choose another one")
     with atomic_directory(out) as folder:
