@@ -1270,6 +1270,9 @@ def _tune(options: argparse.Namespace) -> None:
 def _streetvision_answer(options: argparse.Namespace) -> None:
     from stage1_pro.integrations.streetvision import Settings, StreetVision
 
+    absent = [path for path in options.images if not path.is_file()]
+    if absent:
+        raise InputError(f"images must be files, got {absent[0]}, which is none; nothing was answered")
     miner = StreetVision(Settings.read(options.settings))
     answers = {str(path): miner.answer(path.read_bytes()) for path in options.images}
     _emit(options, answers, "\n".join(f"{value:>9.6f}  {path}" for path, value in answers.items()))

@@ -113,7 +113,7 @@ def export(
                     say(
                         f"{variant.onnx} ({variant.judged_by}): largest difference of a logit {variant.parity:.2g}, "
                         f"{variant.flips} of {variant.images} decisions differ; block maximum "
-                        f"{max(variant.block_maxima, default=0.0):.4g}"
+                        f"{f'{max(variant.block_maxima):.4g}' if variant.block_maxima else 'none, it has no block'}"
                     )
         return stages, [] if engine_recipe is None else build_engines(stages, folder, engine_recipe)
 

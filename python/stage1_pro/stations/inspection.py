@@ -63,10 +63,11 @@ def render(facts: dict[str, Any]) -> str:
     for precision in facts["stages"]["stage_a"]["variants"]:
         found = [stage["variants"].get(precision) for stage in facts["stages"].values()]
         if precision != "fp32" and None not in found:
+            largest = [m for v in found for m in v["block_maxima"]]
             lines.append(
                 f"precision   {precision}: at most {max(v['parity'] for v in found):.2g} away from torch in fp32, "
                 f"{found[0]['flips']} of {found[0]['images']} decisions differ ({found[0]['judged_by']}); "
-                f"largest value in it {max(m for v in found for m in v['block_maxima']):.4g}"
+                f"largest value in it {f'{max(largest):.4g}' if largest else 'none, it has no block'}"
             )
     lines += [
         f"engine      {engine['path']}: {engine['builder']} {engine['builder_version']}, "

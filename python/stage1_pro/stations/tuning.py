@@ -15,6 +15,7 @@ from scipy.special import expit, logit
 from stage1_pro.artifacts import MinerSetting, MinerTuning, SimulatedReward, Splits, write_text
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import read_list
+from stage1_pro.deploy.bundle import MANIFEST
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.integrations.streetvision.answering import Settings
@@ -114,6 +115,9 @@ def tune(
     if settings is not None:
         write_text(settings, yaml_of(record))
         say(f"wrote {settings}")
+    served = Path(yaml.safe_load(yaml_of(record))["bundle"])
+    if not (served / MANIFEST).is_file():
+        say(f"the YAML's bundle {served} is not there yet: stage1 export --run {record.source}")
     return record
 
 
