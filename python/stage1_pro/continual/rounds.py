@@ -45,6 +45,8 @@ from stage1_pro.continual.status import MonitorConfig, Status, look, write_page
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 
 Role = Literal["guard", "certify", "learn"]
+# Exits whose propensity is the usual one.
+_USUAL = 200
 
 
 class RoundsConfig(Record):
@@ -110,10 +112,7 @@ class Rounds:
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
         """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, controller, _ = self._look(memory, champion, now, manual)
-        kept = {
-            "triggers": triggers.model_dump(),
-            "controller": None if controller is None else controller.model_dump(),
-        }
+        kept = {"triggers": triggers.model_dump()}
         return Watched(
             train=status.verdict.train,
             reasons=status.verdict.reasons,
@@ -152,33 +151,46 @@ class Rounds:
             propensity=np.array([one.propensity for one in served], dtype=np.float64),
             score=np.array([one.exit_score for one in served], dtype=np.float64),
         )
-        controller = None
-        if self.config.steer:
-            controller = self._steer(memory, bundle, [
-                Feedback(held[one.id].time, one.id, one.exit_score or 0.0, wrong=bool(wrong[one.id]),
-                         exited=one.action == "exit", propensity=one.propensity)
-                for one in served if one.id in wrong
-            ])  # fmt: skip
+        # All of it, every time: an answer may be dated back, or take another's place, and was then no news to a state
+        # that only went on.
+        feedback = sorted(
+            Feedback(held[one.id].time, one.id, one.exit_score or 0.0, wrong=bool(wrong[one.id]),
+                     exited=one.action == "exit", propensity=one.propensity)
+            for one in served if one.id in wrong
+        )  # fmt: skip
+        controller = self._steer(bundle, feedback) if self.config.steer else None
         since = max(champion.time, triggers.trained_at or champion.time)
         new = sum(one.time > since for one in held.values())
         status, after = look(
             rows, self.config.monitor, now=now, triggers_before=triggers, new_labels=new, manual=manual,
-            controller=controller, bundle=bundle,
+            evidence=self._evidence(rows, feedback), controller=controller, bundle=bundle,
         )  # fmt: skip
         return status, after, controller, rows
 
-    def _steer(self, memory: Mapping[str, Any], bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
+    def _steer(self, bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
         certified = min(self.registry.load(bundle).policy.exit_threshold, 1.0)
-        floor = min(self.config.plan.floor, self.config.monitor.floor)
+        floor = self._floor()
         config = ControllerConfig(alpha=self.config.monitor.alpha, certified=certified, audit_rate=floor, floor=floor)
-        before = memory.get("controller")
-        state = None if before is None else ControllerState.model_validate(before)
-        if state is not None and state.config != config:
-            state = None
-        last = None if state is None else state.last
-        controller = ThresholdController(config, state)
-        controller.update([one for one in feedback if last is None or (one.known, one.event) > last])
-        return controller.state
+        return ThresholdController.replay(config, feedback).state
+
+    def _evidence(self, rows: Rows, feedback: Sequence[Feedback]) -> Evidence:
+        """One e-process from the day the champion began to serve, in the order that labels became known.
+
+        One of the recent rows alone would begin anew at every look, and its false alarms would add up.
+        """
+        monitor, floor = self.config.monitor, self._floor()
+        usual = rows.propensity[rows.exited][:_USUAL]  # Of the first ones, so that later looks bet as earlier ones did.
+        reference = max(float(np.median(usual)), floor) if usual.size else floor
+        evidence = Evidence(alpha=monitor.alpha, delta=monitor.delta, reference=reference, floor=floor)
+        exits = [one for one in feedback if one.exited]
+        return evidence.after(
+            np.array([one.wrong for one in exits]),
+            propensity=np.array([one.propensity for one in exits]),
+            time=np.array([one.known for one in exits]),
+        )
+
+    def _floor(self) -> float:
+        return min(self.config.plan.floor, self.config.monitor.floor)
 
     # ---------------------------------------------------------------------------- round
 
