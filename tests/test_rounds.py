@@ -11,15 +11,17 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
 from test_deploy import CLASSES, make_model, make_run
 
-from stage1_pro.artifacts import sha256_bytes
-from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog
+from stage1_pro.artifacts import Splits, sha256_bytes
+from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
 from stage1_pro.continual.executors import Inline
 from stage1_pro.continual.labels import Label, add_events, add_labels
-from stage1_pro.continual.loop import Loop
+from stage1_pro.continual.live import Pair, _append_pairs
+from stage1_pro.continual.loop import Loop, Round
 from stage1_pro.continual.registry import Registry
-from stage1_pro.continual.rounds import Rounds, RoundsConfig
+from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
 from stage1_pro.continual.status import MonitorConfig
 from stage1_pro.continual.store import Store
+from stage1_pro.errors import NotReachableError
 from stage1_pro.stations.exporting import export
 
 SKETCH = (0.0,) * SKETCH_SIZE
@@ -91,3 +93,96 @@ def test_evidence_is_one_process_from_the_first_day_however_often_one_looks(tmp_
         if i % 40 == 39:
             n.append(rounds.status({}, champion, now=1001.0 + i).evidence.n)
     assert n == [40, 80, 120, 160, 200]
+
+
+# --------------------------------------------------------------------------------------------
+# Dealing labels
+
+DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
+
+
+def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None) -> list[Event]:
+    """Exits drawn by a plan, labelled where they were selected, with images."""
+    name, plan = rounds.registry.alias("champion").bundle or "", plan or rounds.config.plan
+    made = []
+    for i in range(first, first + n):
+        data = b"%d" % i
+        event = Event(
+            id=f"d{i:05d}", time=10.0 + i, bundle=name, image_sha256=sha256_bytes(data), action="exit", stage="A",
+            label="none", prob_a=0.1, prob_b=None, confidence=0.9, gate_logit=None, exit_score=0.97, threshold=0.6,
+            propensity=0.6, selected=plan.selects(f"d{i:05d}", 0.6), sketch=SKETCH,
+        )  # fmt: skip
+        made.append(event)
+        if event.selected:
+            rounds.log.images.put(event.image_sha256, data, 0.0)
+    add_events(rounds.store, made)
+    for event in made:
+        if event.selected:
+            answer(rounds, event, "none", at=500.0)
+    return made
+
+
+def start(root: Path, bundle: Path) -> tuple[Rounds, Round]:
+    rounds = make_rounds(root, bundle, **DEALT)
+    champion = rounds.registry.alias("champion").bundle or ""
+    remember_run(root, champion, bundle.parent, "0")
+    return rounds, Round(number=1, entered=1000.0, champion=champion)
+
+
+def test_what_the_champions_run_was_trained_on_guards_and_certifies_nothing(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    before = rounds.collect(work)
+    taken = rounds.vault.row_ids(before["guard"])[0]
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{before['snapshot']}.json")
+    splits = Splits.read(bundle.parent / "splits.json")
+    more = [splits.rows[0].model_copy(update={"id": one, "sha256": one}) for one in (taken, snapshot.certify[0][0])]
+    (tmp_path / "later").mkdir()
+    splits.model_copy(update={"rows": [*splits.rows, *more]}).write(tmp_path / "later" / "splits.json")
+    remember_run(tmp_path, work.champion, tmp_path / "later", "0")
+    after = rounds.collect(work.model_copy(update={"number": 2}))
+    assert taken not in rounds.vault.row_ids(after["guard"])
+    assert (after["n_guard"], after["n_certify"]) == (before["n_guard"] - 1, before["n_certify"] - 1)
+
+
+def test_a_label_dated_back_while_collecting_was_killed_stops_nothing(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    served = deal(rounds, 80)
+    first = rounds.collect(work)
+    guard = set(rounds.vault.row_ids(first["guard"]))
+    assert rounds.collect(work) == first
+    event = next(one for one in served if one.image_sha256 in guard)
+    answer(rounds, event, "roadwork", at=600.0)
+    again = rounds.collect(work)
+    assert again["guard"] != first["guard"] and again["n_guard"] == first["n_guard"]
+    assert rounds.vault.looks_left(again["guard"]) == 10
+
+
+def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    rounds.collect(work)
+    deal(rounds, 10, first=80, plan=ReviewPlan(floor=0.3, seed=5))
+    with pytest.raises(NotReachableError, match="must be drawn by the loop's own review plan"):
+        rounds.collect(work)
+
+
+# --------------------------------------------------------------------------------------------
+# Beside the champion
+
+
+def test_a_candidate_wrong_in_all_audited_disagreements_goes_soon(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    work = work.model_copy(update={"candidate": "c" * 64, "shadow_since": 5.0})
+    served = serve(rounds, 20)
+    _append_pairs(rounds.log.folder, [
+        Pair(time=one.time, image_sha256=one.image_sha256, champion=work.champion, candidate="c" * 64,
+             served="champion", champion_label="none", candidate_label="roadwork", champion_exited=True,
+             candidate_exited=True)
+        for one in served
+    ])  # fmt: skip
+    for i, event in enumerate(served):
+        answer(rounds, event, "none", at=100.0 + i)
+    found = rounds.compare(work, delta=0.05)
+    assert (found.pairs, found.disagreements, found.evidence.n) == (20, 20, 20)
+    assert found.evidence.alarm and (found.evidence.alarm_n or 99) <= 15

@@ -17,14 +17,24 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from stage1_pro.artifacts import GateParams, Policy, Record, Row, ScrcParams, Splits, sha256_file, write_bytes
+from stage1_pro.artifacts import (
+    GateParams,
+    Policy,
+    Record,
+    Row,
+    ScrcParams,
+    Splits,
+    sha256_bytes,
+    sha256_file,
+    write_bytes,
+)
 from stage1_pro.continual import audit, tasks
 from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
 from stage1_pro.continual.executors import FILES, Executor, Work, do_work
 from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate
 from stage1_pro.continual.guard import GuardVault
 from stage1_pro.continual.labels import GUARD_SOURCES, audited, ingest, read_events, resolve
-from stage1_pro.continual.live import read_pairs
+from stage1_pro.continual.live import PLAN, read_pairs
 from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
 from stage1_pro.continual.registry import Alias, Registry
@@ -186,15 +196,25 @@ class Rounds:
     def collect(self, work: Round) -> Mapping[str, Any]:
         """Freeze what was labelled before the round's time, open its guard epoch, keep the images beyond their time.
 
-        A guard epoch is of images served since the last round froze its own; learned rows are all there ever were.
+        A guard epoch is of images served since the last round froze its own; learned rows are all there ever were. What
+        the champion's run holds judges and certifies nothing: it was learned from.
         """
         until, plan = work.entered, self.config.plan
         ingest(self.store, self.log)
-        since = self._last(work.number)
+        since = max(self._last(work.number), self.registry.history("champion")[0].time)
+        origin = Splits.read(Path(self._run(work.champion).run) / "splits.json")
+        learned_from = {row.sha256 for row in origin.rows}
         found: dict[Role, dict[str, tuple[str, str, str]]] = {"guard": {}, "certify": {}, "learn": {}}
         held = resolve(self.store, sources=GUARD_SOURCES, until=until)
         roles: dict[str, Role] = {}
         for one in read_events(self.store, until=until):
+            if one.time >= since and (
+                one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)
+            ):
+                raise NotReachableError(
+                    f"events must be drawn by the loop's own review plan, got {one.id} of another: draws below the "
+                    f"floor are no plain sample then; serve with {self.root / PLAN}"
+                )
             draw = uniform(plan.seed, "review", one.id)
             # An image that was ever drawn at random is never learned from, whatever it is drawn for later.
             part = role(one.image_sha256, draw, plan, self.config.guard_share) if one.selected else "learn"
@@ -204,7 +224,11 @@ class Rounds:
                 answer = held[one.id]
                 found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
         kept: dict[Role, list[tuple[str, str, str]]] = {
-            part: [row for name, row in sorted(rows.items()) if roles[name] == part and self._keep(name)]
+            part: [
+                row
+                for name, row in sorted(rows.items())
+                if roles[name] == part and (part == "learn" or name not in learned_from) and self._keep(name)
+            ]
             for part, rows in found.items()
         }
         for part, rows in kept.items():
@@ -213,8 +237,9 @@ class Rounds:
                     f"labelled images to {part} must be {self.config.least_rows} or more, got {len(rows)} since the "
                     "last round; have more reviewed"
                 )
-        epoch = f"round-{work.number}"
         names = [name for name, _, _ in kept["guard"]]
+        # Its rows are in its name: labels dated back while this was killed make another epoch; neither has had a look.
+        epoch = f"round-{work.number}-{sha256_bytes(audit.canonical(kept['guard']).encode())[:16]}"
         self._open(epoch, names, kept["guard"], until)
         snapshot = Snapshot(
             until=until, learn=tuple(kept["learn"]), certify=tuple(kept["certify"]), guard=epoch, n_guard=len(names)
@@ -286,7 +311,11 @@ class Rounds:
         )  # fmt: skip
 
     def compare(self, work: Round, *, delta: float) -> Compared:
-        """Evidence that the candidate is wrong more often than right where it differs from the champion."""
+        """Evidence that the candidate is wrong more often than right where it differs from the champion.
+
+        Audited disagreements count alike: weighted by their propensities, which differ fifty-fold, the bets have to be
+        so small that a candidate wrong in all of them stays for a hundred audits.
+        """
         assert work.candidate is not None
         since = work.shadow_since or 0.0
         ingest(self.store, self.log)
@@ -304,13 +333,11 @@ class Rounds:
             if event is not None and event.id in held:
                 right = [label == held[event.id].label for label in (pair.champion_label, pair.candidate_label)]
                 if sum(right) == 1:
-                    audits.append((held[event.id].time, event.id, right[0], event.propensity))
-        floor = self.config.plan.floor
-        reference = max(float(np.median([one[3] for one in audits])) if audits else 1.0, floor)
-        evidence = Evidence(alpha=0.5, delta=delta, reference=reference, floor=floor)
+                    audits.append((held[event.id].time, event.id, right[0]))
+        evidence = Evidence(alpha=0.5, delta=delta, floor=1.0)
         if audits:
-            times, _, wrong, chances = zip(*sorted(audits), strict=True)
-            evidence = evidence.after(wrong, propensity=chances, time=times)
+            times, _, wrong = zip(*sorted(audits), strict=True)
+            evidence = evidence.after(wrong, propensity=np.ones(len(wrong)), time=times)
         return Compared(count, differ, evidence)
 
     # ---------------------------------------------------------------------------- helpers
