@@ -416,6 +416,20 @@ def fill(store: Store, count: int = 12) -> None:
             audit.append(connection, store, "edge", {"b": index, "a": ["é", 0.1 * index]}, float(index))
 
 
+@pytest.mark.parametrize("change", ["body = CAST(body AS BLOB)", "kind = CAST(kind AS BLOB)", "time = 9e999"])
+def test_a_value_that_became_another_type_is_found(tmp_path: Path, change: str) -> None:
+    store = Store(tmp_path / "loop.db")
+    for index in (1.0, 2.0):
+        with store.write() as connection:
+            audit.append(connection, store, "edge", {"a": index}, index)
+    with store.write() as connection:
+        connection.execute(text("DROP TRIGGER audit_no_update"))
+        connection.execute(text(f"UPDATE audit SET {change} WHERE seq = 2"))
+    found = audit.verify(store)
+    assert (found.ok, found.rows, found.broken_at) == (False, 1, 2)
+    store.close()
+
+
 def test_a_flipped_byte_is_found_and_where(store: Store, tmp_path: Path) -> None:
     fill(store)
     whole = audit.verify(store)
