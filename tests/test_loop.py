@@ -39,7 +39,7 @@ from stage1_pro.continual.executors import (
 )
 from stage1_pro.continual.labels import Label, add_labels, ingest, read_events
 from stage1_pro.continual.live import LiveCascade, read_pointer
-from stage1_pro.continual.loop import EDGES, Loop, LoopConfig, read_verdict
+from stage1_pro.continual.loop import EDGES, Loop, LoopConfig, Watched, read_verdict
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.store import Store
 from stage1_pro.errors import ArtifactError, InputError
@@ -203,6 +203,23 @@ def test_nobody_is_promoted_without_approval(tmp_path: Path, bundle: Path) -> No
     assert loop.row().state == "MONITOR"
     with pytest.raises(InputError, match="now must not be before"):
         loop.step(now=1.0)
+    loop.store.close()
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_threshold_follows_labels_while_a_round_waits(tmp_path: Path, bundle: Path, better: bool) -> None:
+    root, url = tmp_path / "root", str(tmp_path / "loop.db")
+    begin(root, url, bundle)
+    loop = open_loop(root, url, bundle, QUICK.model_copy(update={"auto_promote": False}), better=better)
+    loop.run(now=10.0, manual=True)
+    state = loop.row().state
+    assert state == ("SHADOW" if better else "HOLD") and read_pointer(root).threshold == 0.9
+    loop.parts.watch = lambda memory, champion, *, now, manual: Watched(True, ["risk alarm"], {"other": 1}, 0.97)  # type: ignore[method-assign]
+    loop.step(now=11.0)
+    assert read_pointer(root).threshold == 0.97
+    # Its training is asked for when the loop is back in MONITOR.
+    assert (loop.row().state, loop.row().memory) == (state, {"looks": 1})
+    assert [one.kind for one in audit.read(loop.store)][-1] == "threshold"
     loop.store.close()
 
 

@@ -172,8 +172,9 @@ def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle
 
 
 def test_a_candidate_wrong_in_all_audited_disagreements_goes_soon(tmp_path: Path, bundle: Path) -> None:
-    rounds, work = start(tmp_path, bundle)
-    work = work.model_copy(update={"candidate": "c" * 64, "shadow_since": 5.0})
+    rounds = make_rounds(tmp_path, bundle)
+    champion = rounds.registry.alias("champion").bundle or ""
+    work = Round(number=1, entered=5.0, champion=champion, candidate="c" * 64, shadow_since=5.0)
     served = serve(rounds, 20)
     _append_pairs(rounds.log.folder, [
         Pair(time=one.time, image_sha256=one.image_sha256, champion=work.champion, candidate="c" * 64,
