@@ -383,6 +383,18 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
     assert live.candidate_failures == 2
 
 
+def test_thresholds_that_served_once_are_not_kept(local: Registry, bundle: Path, photos: list[Path]) -> None:
+    name = local.add(bundle)
+    local.promote(name, expected=0, now=1.0, by="ada")
+    live = LiveCascade(local.root, threads=1)
+    for k in range(5):
+        with local.store.write() as connection:
+            local.tighten(connection, name, 0.9 + 0.01 * k, now=2.0)
+        local.sync()
+        live.predict(photos[:1], now=3.0)
+    assert len(live._seats) == 1 and live.pointer.threshold == 0.9 + 0.01 * 4
+
+
 def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, photos: list[Path]) -> None:
     one = local.add(bundle)
     local.promote(one, expected=0, now=1.0, by="ada")
