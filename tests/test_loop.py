@@ -498,8 +498,16 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(tmp_path: Path
     assert done.returncode == 5 and "stage1_pro[continual]" in done.stderr
 
 
-@pytest.mark.parametrize("what", ["", "init", "ingest", "status", "review", "labels", "run", "propose", "evaluate",
-                                  "promote", "rollback", "audit"])  # fmt: skip
+def test_a_plan_says_how_many_audits_see_which_harm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["continual", "plan", "--alpha", ".02", "--harm", ".04", "--json"]) == 0
+    (harm,) = json.loads(capsys.readouterr().out)["harms"]
+    assert harm["n_normal"] == 391 and harm["n_anytime"] > harm["n_exact"] > 300
+    assert main(["continual", "plan", "--alpha", ".02", "--audit-rate", ".01"]) == 2
+    assert "audit_rate must be in [0.02, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["", "plan", "init", "ingest", "status", "review", "labels", "run", "propose",
+                                  "evaluate", "promote", "rollback", "audit"])  # fmt: skip
 def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["continual", *filter(None, [what]), "--help"])
