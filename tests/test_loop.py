@@ -39,7 +39,7 @@ from stage1_pro.continual.executors import (
 )
 from stage1_pro.continual.labels import Label, add_labels, ingest, read_events
 from stage1_pro.continual.live import LiveCascade, read_pointer
-from stage1_pro.continual.loop import EDGES, Loop, LoopConfig, read_verdict
+from stage1_pro.continual.loop import EDGES, Loop, LoopConfig, Watched, read_verdict
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.store import Store
 from stage1_pro.errors import ArtifactError, InputError
@@ -203,6 +203,23 @@ def test_nobody_is_promoted_without_approval(tmp_path: Path, bundle: Path) -> No
     assert loop.row().state == "MONITOR"
     with pytest.raises(InputError, match="now must not be before"):
         loop.step(now=1.0)
+    loop.store.close()
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_threshold_follows_labels_while_a_round_waits(tmp_path: Path, bundle: Path, better: bool) -> None:
+    root, url = tmp_path / "root", str(tmp_path / "loop.db")
+    begin(root, url, bundle)
+    loop = open_loop(root, url, bundle, QUICK.model_copy(update={"auto_promote": False}), better=better)
+    loop.run(now=10.0, manual=True)
+    state = loop.row().state
+    assert state == ("SHADOW" if better else "HOLD") and read_pointer(root).threshold == 0.9
+    loop.parts.watch = lambda memory, champion, *, now, manual: Watched(True, ["risk alarm"], {"other": 1}, 0.97)  # type: ignore[method-assign]
+    loop.step(now=11.0)
+    assert read_pointer(root).threshold == 0.97
+    # Its training is asked for when the loop is back in MONITOR.
+    assert (loop.row().state, loop.row().memory) == (state, {"looks": 1})
+    assert [one.kind for one in audit.read(loop.store)][-1] == "threshold"
     loop.store.close()
 
 
@@ -481,8 +498,16 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(tmp_path: Path
     assert done.returncode == 5 and "stage1_pro[continual]" in done.stderr
 
 
-@pytest.mark.parametrize("what", ["", "init", "ingest", "status", "review", "labels", "run", "propose", "evaluate",
-                                  "promote", "rollback", "audit"])  # fmt: skip
+def test_a_plan_says_how_many_audits_see_which_harm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["continual", "plan", "--alpha", ".02", "--harm", ".04", "--json"]) == 0
+    (harm,) = json.loads(capsys.readouterr().out)["harms"]
+    assert harm["n_normal"] == 391 and harm["n_anytime"] > harm["n_exact"] > 300
+    assert main(["continual", "plan", "--alpha", ".02", "--audit-rate", ".01"]) == 2
+    assert "audit_rate must be in [0.02, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["", "plan", "init", "ingest", "status", "review", "labels", "run", "propose",
+                                  "evaluate", "promote", "rollback", "audit"])  # fmt: skip
 def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["continual", *filter(None, [what]), "--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import itertools
 import json
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
 from stage1_pro.artifacts import Thresholds
-from stage1_pro.continual import gate, guard
+from stage1_pro.continual import gate, guard, rounds
 from stage1_pro.continual import rewards as r
 from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, check_certificate, evaluate, lower_bound
 from stage1_pro.continual.guard import GuardVault, LooksSpentError
@@ -25,7 +26,7 @@ from stage1_pro.policies.softmax import fit_softmax_policy
 
 CLASSES = ("none", "roadwork")
 FREE = Terms(require_certificate=False)
-PROPOSING = ("rewards", "replay", "rlvr", "mgrpo")
+PROPOSING = ("rewards", "replay", "rlvr", "mgrpo", "tasks")
 
 
 @pytest.fixture
@@ -425,6 +426,13 @@ def test_no_import_path_from_what_proposes_to_guard_labels(repository, start):
     assert f"continual/{start}.py" in reached
     assert not {"continual/guard.py", "continual/gate.py", "continual/store.py"} & reached
     assert "continual/guard.py" in reach(repository, "gate")  # the search does find such a path where there is one
+
+
+def test_the_loop_proposes_in_a_module_that_is_searched():
+    source = ast.parse(inspect.getsource(rounds.Rounds))
+    made = {ast.unparse(node.args[0]) for node in ast.walk(source)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Job"}  # fmt: skip
+    assert made == {"f'{tasks.__name__}:propose'", "f'{tasks.__name__}:recalibrate'"}
 
 
 def test_the_guards_tables_are_named_in_one_module(repository):

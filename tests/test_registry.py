@@ -383,6 +383,18 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
     assert live.candidate_failures == 2
 
 
+def test_thresholds_that_served_once_are_not_kept(local: Registry, bundle: Path, photos: list[Path]) -> None:
+    name = local.add(bundle)
+    local.promote(name, expected=0, now=1.0, by="ada")
+    live = LiveCascade(local.root, threads=1)
+    for k in range(5):
+        with local.store.write() as connection:
+            local.tighten(connection, name, 0.9 + 0.01 * k, now=2.0)
+        local.sync()
+        live.predict(photos[:1], now=3.0)
+    assert len(live._seats) == 1 and live.pointer.threshold == 0.9 + 0.01 * 4
+
+
 def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, photos: list[Path]) -> None:
     one = local.add(bundle)
     local.promote(one, expected=0, now=1.0, by="ada")
@@ -414,6 +426,20 @@ def fill(store: Store, count: int = 12) -> None:
     for index in range(count):
         with store.write() as connection:
             audit.append(connection, store, "edge", {"b": index, "a": ["é", 0.1 * index]}, float(index))
+
+
+@pytest.mark.parametrize("change", ["body = CAST(body AS BLOB)", "kind = CAST(kind AS BLOB)", "time = 9e999"])
+def test_a_value_that_became_another_type_is_found(tmp_path: Path, change: str) -> None:
+    store = Store(tmp_path / "loop.db")
+    for index in (1.0, 2.0):
+        with store.write() as connection:
+            audit.append(connection, store, "edge", {"a": index}, index)
+    with store.write() as connection:
+        connection.execute(text("DROP TRIGGER audit_no_update"))
+        connection.execute(text(f"UPDATE audit SET {change} WHERE seq = 2"))
+    found = audit.verify(store)
+    assert (found.ok, found.rows, found.broken_at) == (False, 1, 2)
+    store.close()
 
 
 def test_a_flipped_byte_is_found_and_where(store: Store, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_deploy import make_model, make_run
 from torch import nn
 
 import stage1_pro
-from stage1_pro.artifacts import CLAIMS_FILE, Claims, Predictions
-from stage1_pro.config import load_config
+from stage1_pro.artifacts import CLAIMS_FILE, Claims, Predictions, Splits
+from stage1_pro.config import Config, load_config
 from stage1_pro.continual import rewards as r
 from stage1_pro.continual import rlvr
 from stage1_pro.continual.mgrpo import ProposalOptions, propose
@@ -320,6 +321,15 @@ def test_a_tuned_run_is_a_run_without_policy_that_calibrates_again(trained, tmp_
         stored.write(out / "tuning.json")
         with pytest.raises(ArtifactError, match="of one of another|of another"):
             rlvr.read_tuning(out)
+
+
+def test_a_row_whose_list_says_a_model_labelled_it_earns_nothing(tmp_path):
+    splits = Splits.read(make_run(tmp_path / "run", make_model()) / "splits.json")
+    first = splits.of("train")[0]
+    rows = [row.model_copy(update={"source": "model" if row == first else "camera 3"}) for row in splits.rows]
+    splits = splits.model_copy(update={"rows": rows})
+    with pytest.raises(InputError, match="got 'model' at row 0"):
+        rlvr._rows_of(make_model(), splits, "train", r.RewardSpec(), "owner", Config(), [None], cached=True)
 
 
 @pytest.mark.slow

@@ -211,6 +211,7 @@ a loop in a folder (ROOT), step by step; every step is one row of an audit that 
   run        look at what was served; an alarm, labels, drift or age begin a round: labels are frozen, a candidate is
              tuned, certified on fresh labels, judged by the gate, tried in the shadow, then as a canary
   propose    begin a round now, up to its candidate; evaluate judges it (one counted look at the guard)
+  plan       how many audits see which harm; needs no loop
   promote    a person's approval, without which no candidate answers anybody (unless loop.auto_promote)
   rollback   the champion before is back with the next batch of whoever serves
 Serve with continual.live.LiveCascade(ROOT, log=EventLog(ROOT/log)): it follows ROOT/champion.json without a restart.
@@ -661,6 +662,19 @@ def _add_continual(parent: argparse.ArgumentParser) -> None:
         sub.add_argument("--root", type=Path, required=True, help="the loop's folder")
         sub.set_defaults(run_station=_continual)
         return sub
+
+    sub = kinds.add_parser("plan", help="say how many audits see which harm", formatter_class=_Formatter,
+                           description="Say how many audited exits tell which risk from the promised one.")  # fmt: skip
+    sub.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+    )
+    sub.add_argument("--alpha", type=float, required=True, help="risk of exits that was promised")
+    sub.add_argument("--harm", type=float, nargs="+", help="true risks to see; 1.5, 2, 3, 5 times alpha by default")
+    sub.add_argument("--delta", type=float, default=0.05, help="chance of a false alarm")
+    sub.add_argument("--power", type=float, default=0.8, help="wished chance to see the harm")
+    sub.add_argument("--exit-rate", type=float, default=0.7, help="share of decisions that exit")
+    sub.add_argument("--audit-rate", type=float, default=0.1, help="share of exits that are audited")
+    sub.set_defaults(run_station=_plan_audits)
 
     sub = command("init", "begin a loop with the bundle of a run as its first champion")
     sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run; proposals start from it")
@@ -1173,6 +1187,16 @@ def _answered(
     data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **(started or {})}
     _emit(options, data, render(rows, options.out, found))
     return 1 if failures else 0
+
+
+def _plan_audits(options: argparse.Namespace) -> None:
+    from stage1_pro.continual.power import plan_audits, render
+
+    found = plan_audits(
+        options.alpha, harms=options.harm, delta=options.delta, power=options.power, exit_rate=options.exit_rate,
+        audit_rate=options.audit_rate,
+    )  # fmt: skip
+    _emit(options, found.model_dump(mode="json"), render(found))
 
 
 def _continual(options: argparse.Namespace) -> None:

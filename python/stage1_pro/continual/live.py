@@ -310,6 +310,8 @@ class LiveCascade:
         policy = tightened(bundle.policy, threshold)
         cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
         seat = _Seat(sha256, cascade, None if self.log is None else Served(cascade, self.log, plan=self._plan))
+        # One threshold of each bundle: a threshold that follows labels moves thousands of times.
+        self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
         self._seats[sha256, threshold] = seat
         return seat
 

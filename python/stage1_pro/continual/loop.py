@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -139,7 +140,7 @@ class Parts(Protocol):
     """
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
-        """Look at what was served; called in MONITOR, again and again."""
+        """Look at what was served; called in MONITOR, again and again, and for the threshold where a round waits."""
 
     def collect(self, work: Round) -> Mapping[str, Any]:
         """Freeze the labels that a proposal may learn from, known before the round's ``entered``; never guard rows."""
@@ -261,6 +262,8 @@ class Loop:
         if now < row.round.entered:
             raise InputError(f"now must not be before the loop's own time {row.round.entered}, got {now}")
         self._observe(f"{row.state} begin")
+        if row.state in _WAITING:
+            row = self._steer(row, now)
         try:
             return self._STEPS[row.state](self, row, now, manual)
         except LostRaceError:
@@ -310,11 +313,11 @@ class Loop:
     def _monitor(self, row: LoopRow, now: float, manual: bool) -> Step:
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
-        threshold = seen.threshold if champion.bundle is not None else None
-        before = self.registry.sync().threshold
+        threshold, before = seen.threshold, self.registry.sync().threshold
+        moved = threshold is not None and threshold != before
 
         def tighten(connection: Connection) -> None:
-            if threshold is not None and threshold != before and champion.bundle is not None:
+            if threshold is not None and moved and champion.bundle is not None:
                 self.registry.tighten(connection, champion.bundle, threshold, now=now)
 
         # The threshold moves first, in the same transaction that asks for a training.
@@ -327,8 +330,7 @@ class Loop:
             return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), work=work, memory=seen.memory,
                               move=tighten, facts=facts)  # fmt: skip
         after = row
-        if dict(seen.memory) != row.memory or (threshold is not None and threshold != before):
-            moved = threshold is not None and threshold != before
+        if dict(seen.memory) != row.memory or moved:
             body = {"bundle": champion.bundle, "before": before, "threshold": threshold, **seen.facts}
             after = self._write(
                 row, "MONITOR", row.round, seen.memory, now, "threshold" if moved else None, body, move=tighten
@@ -336,6 +338,22 @@ class Loop:
             self._observe("MONITOR committed")
             self.registry.sync()
         return Step(after, moved=False, note="nothing asks for a training")
+
+    def _steer(self, row: LoopRow, now: float) -> LoopRow:
+        """Where a round waits, for days perhaps, the champion's threshold goes on following labels.
+
+        What else was seen is not remembered, so that an alarm asks for its training in MONITOR.
+        """
+        champion = self.registry.alias("champion")
+        seen = self.parts.watch(row.memory, champion, now=now, manual=False)
+        threshold, before = seen.threshold, self.registry.sync().threshold
+        if threshold is None or threshold == before or champion.bundle is None:
+            return row
+        move = partial(self.registry.tighten, bundle=champion.bundle, threshold=threshold, now=now)
+        body = {"bundle": champion.bundle, "before": before, "threshold": threshold, **seen.facts}
+        row = self._write(row, row.state, row.round, row.memory, now, "threshold", body, move=move)
+        self.registry.sync()
+        return row
 
     def _collect(self, row: LoopRow, now: float, _manual: bool) -> Step:
         snapshot = dict(self.parts.collect(row.round))
@@ -524,6 +542,8 @@ class Loop:
 
 
 _TRYING: tuple[AliasName, ...] = ("shadow", "canary")
+# States in which a round waits for time, images or a person.
+_WAITING: tuple[State, ...] = ("SHADOW", "CANARY", "HOLD")
 
 
 def read_verdict(root: Path | str, fingerprint: str) -> Verdict:

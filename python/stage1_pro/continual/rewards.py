@@ -20,6 +20,7 @@ from stage1_pro.errors import InputError
 
 # Sources of a label that a reward may be paid on, the most trusted first.
 PAID = ("owner", "review")
+UNPAID = ("match", "model")
 NOBODY = -1
 
 Counted = NDArray[np.float64]

@@ -38,6 +38,7 @@ from stage1_pro.artifacts import (
 )  # fmt: skip
 from stage1_pro.config import AugmentConfig, Config
 from stage1_pro.continual.rewards import (
+    UNPAID,
     RewardSpec,
     SetReward,
     action_rewards,
@@ -474,7 +475,9 @@ def _rows_of(
     """Rows of one split, each draw after the other: features or images, and what every action earns on them."""
     rows = splits.of(name)
     labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
-    truth = verified(np.tile(labels, len(draws)), source, classes=splits.classes, positive=splits.positive)
+    # A list that says of a row that a model or a mere match labelled it is believed, whatever is said of all.
+    sources = [row.source if row.source in UNPAID else source for row in rows] * len(draws)
+    truth = verified(np.tile(labels, len(draws)), sources, classes=splits.classes, positive=splits.positive)
     paths, preprocessing = [splits.path(row) for row in rows], model.architecture.preprocessing
     device = next(model.parameters()).device
 

@@ -3,14 +3,13 @@
 Labels are dealt by the draw that selected their event. Draws below the audit floor are a plain random sample of all
 that was served, whatever the cascade thought of it: by a hash of the image they judge candidates (the guard) or certify
 them (a fresh ``val_calib``). All other labels, mostly of hard images, are what a proposal learns from. An image has one
-role for good. Importing this loads no torch; training and export run where the executor says.
+role for good. Importing this loads no torch; training and export (``tasks``) run where the executor says.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,26 +24,28 @@ from stage1_pro.artifacts import (
     Row,
     ScrcParams,
     Splits,
-    hash_splits,
+    sha256_bytes,
     sha256_file,
     write_bytes,
 )
-from stage1_pro.continual import audit
+from stage1_pro.continual import audit, tasks
 from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
 from stage1_pro.continual.executors import FILES, Executor, Work, do_work
 from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate
 from stage1_pro.continual.guard import GuardVault
 from stage1_pro.continual.labels import GUARD_SOURCES, audited, ingest, read_events, resolve
-from stage1_pro.continual.live import read_pairs
+from stage1_pro.continual.live import PLAN, read_pairs
 from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
 from stage1_pro.continual.registry import Alias, Registry
-from stage1_pro.continual.rewards import NOBODY, Decisions, RewardSpec, verified
+from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
 from stage1_pro.continual.srt import ControllerConfig, ControllerState, Feedback, ThresholdController
 from stage1_pro.continual.status import MonitorConfig, Status, look, write_page
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 
 Role = Literal["guard", "certify", "learn"]
+# Exits whose propensity is the usual one.
+_USUAL = 200
 
 
 class RoundsConfig(Record):
@@ -110,10 +111,7 @@ class Rounds:
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
         """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, controller, _ = self._look(memory, champion, now, manual)
-        kept = {
-            "triggers": triggers.model_dump(),
-            "controller": None if controller is None else controller.model_dump(),
-        }
+        kept = {"triggers": triggers.model_dump()}
         return Watched(
             train=status.verdict.train,
             reasons=status.verdict.reasons,
@@ -152,48 +150,71 @@ class Rounds:
             propensity=np.array([one.propensity for one in served], dtype=np.float64),
             score=np.array([one.exit_score for one in served], dtype=np.float64),
         )
-        controller = None
-        if self.config.steer:
-            controller = self._steer(memory, bundle, [
-                Feedback(held[one.id].time, one.id, one.exit_score or 0.0, wrong=bool(wrong[one.id]),
-                         exited=one.action == "exit", propensity=one.propensity)
-                for one in served if one.id in wrong
-            ])  # fmt: skip
+        # All of it, every time: an answer may be dated back, or take another's place, and was then no news to a state
+        # that only went on.
+        feedback = sorted(
+            Feedback(held[one.id].time, one.id, one.exit_score or 0.0, wrong=bool(wrong[one.id]),
+                     exited=one.action == "exit", propensity=one.propensity)
+            for one in served if one.id in wrong
+        )  # fmt: skip
+        controller = self._steer(bundle, feedback) if self.config.steer else None
         since = max(champion.time, triggers.trained_at or champion.time)
         new = sum(one.time > since for one in held.values())
         status, after = look(
             rows, self.config.monitor, now=now, triggers_before=triggers, new_labels=new, manual=manual,
-            controller=controller, bundle=bundle,
+            evidence=self._evidence(rows, feedback), controller=controller, bundle=bundle,
         )  # fmt: skip
         return status, after, controller, rows
 
-    def _steer(self, memory: Mapping[str, Any], bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
+    def _steer(self, bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
         certified = min(self.registry.load(bundle).policy.exit_threshold, 1.0)
-        floor = min(self.config.plan.floor, self.config.monitor.floor)
+        floor = self._floor()
         config = ControllerConfig(alpha=self.config.monitor.alpha, certified=certified, audit_rate=floor, floor=floor)
-        before = memory.get("controller")
-        state = None if before is None else ControllerState.model_validate(before)
-        if state is not None and state.config != config:
-            state = None
-        last = None if state is None else state.last
-        controller = ThresholdController(config, state)
-        controller.update([one for one in feedback if last is None or (one.known, one.event) > last])
-        return controller.state
+        return ThresholdController.replay(config, feedback).state
+
+    def _evidence(self, rows: Rows, feedback: Sequence[Feedback]) -> Evidence:
+        """One e-process from the day the champion began to serve, in the order that labels became known.
+
+        One of the recent rows alone would begin anew at every look, and its false alarms would add up.
+        """
+        monitor, floor = self.config.monitor, self._floor()
+        usual = rows.propensity[rows.exited][:_USUAL]  # Of the first ones, so that later looks bet as earlier ones did.
+        reference = max(float(np.median(usual)), floor) if usual.size else floor
+        evidence = Evidence(alpha=monitor.alpha, delta=monitor.delta, reference=reference, floor=floor)
+        exits = [one for one in feedback if one.exited]
+        return evidence.after(
+            np.array([one.wrong for one in exits]),
+            propensity=np.array([one.propensity for one in exits]),
+            time=np.array([one.known for one in exits]),
+        )
+
+    def _floor(self) -> float:
+        return min(self.config.plan.floor, self.config.monitor.floor)
 
     # ---------------------------------------------------------------------------- round
 
     def collect(self, work: Round) -> Mapping[str, Any]:
         """Freeze what was labelled before the round's time, open its guard epoch, keep the images beyond their time.
 
-        A guard epoch is of images served since the last round froze its own; learned rows are all there ever were.
+        A guard epoch is of images served since the last round froze its own; learned rows are all there ever were. What
+        the champion's run holds judges and certifies nothing: it was learned from.
         """
         until, plan = work.entered, self.config.plan
         ingest(self.store, self.log)
-        since = self._last(work.number)
+        since = max(self._last(work.number), self.registry.history("champion")[0].time)
+        origin = Splits.read(Path(self._run(work.champion).run) / "splits.json")
+        learned_from = {row.sha256 for row in origin.rows}
         found: dict[Role, dict[str, tuple[str, str, str]]] = {"guard": {}, "certify": {}, "learn": {}}
         held = resolve(self.store, sources=GUARD_SOURCES, until=until)
         roles: dict[str, Role] = {}
         for one in read_events(self.store, until=until):
+            if one.time >= since and (
+                one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)
+            ):
+                raise NotReachableError(
+                    f"events must be drawn by the loop's own review plan, got {one.id} of another: draws below the "
+                    f"floor are no plain sample then; serve with {self.root / PLAN}"
+                )
             draw = uniform(plan.seed, "review", one.id)
             # An image that was ever drawn at random is never learned from, whatever it is drawn for later.
             part = role(one.image_sha256, draw, plan, self.config.guard_share) if one.selected else "learn"
@@ -203,7 +224,11 @@ class Rounds:
                 answer = held[one.id]
                 found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
         kept: dict[Role, list[tuple[str, str, str]]] = {
-            part: [row for name, row in sorted(rows.items()) if roles[name] == part and self._keep(name)]
+            part: [
+                row
+                for name, row in sorted(rows.items())
+                if roles[name] == part and (part == "learn" or name not in learned_from) and self._keep(name)
+            ]
             for part, rows in found.items()
         }
         for part, rows in kept.items():
@@ -212,8 +237,9 @@ class Rounds:
                     f"labelled images to {part} must be {self.config.least_rows} or more, got {len(rows)} since the "
                     "last round; have more reviewed"
                 )
-        epoch = f"round-{work.number}"
         names = [name for name, _, _ in kept["guard"]]
+        # Its rows are in its name: labels dated back while this was killed make another epoch; neither has had a look.
+        epoch = f"round-{work.number}-{sha256_bytes(audit.canonical(kept['guard']).encode())[:16]}"
         self._open(epoch, names, kept["guard"], until)
         snapshot = Snapshot(
             until=until, learn=tuple(kept["learn"]), certify=tuple(kept["certify"]), guard=epoch, n_guard=len(names)
@@ -232,7 +258,7 @@ class Rounds:
             "leave_out": sorted(row.sha256 for row in self._anchor_rows()), "select_share": self.config.select_share,
             "spec": self.config.spec.model_dump(), "through": self.config.through,
         }  # fmt: skip
-        return [Job(f"{__name__}:propose", {**inputs, "options": options}) for options in self.config.tuning]
+        return [Job(f"{tasks.__name__}:propose", {**inputs, "options": options}) for options in self.config.tuning]
 
     def select(self, work: Round, done: Sequence[Work]) -> str:
         """The proposal that gains most on ``val_select``."""
@@ -247,7 +273,7 @@ class Rounds:
         """Certify on the fresh rows what the champion promises, and export."""
         policy = self.registry.load(work.champion).policy
         run = self.root / WORK / chosen.key / FILES / "run"
-        return Job(f"{__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "wish": wish_of(policy)})
+        return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "wish": wish_of(policy)})
 
     def evaluate(self, work: Round) -> Verdict:
         """The gate: both bundles decide on the guard and on the anchor, then every test."""
@@ -285,7 +311,11 @@ class Rounds:
         )  # fmt: skip
 
     def compare(self, work: Round, *, delta: float) -> Compared:
-        """Evidence that the candidate is wrong more often than right where it differs from the champion."""
+        """Evidence that the candidate is wrong more often than right where it differs from the champion.
+
+        Audited disagreements count alike: weighted by their propensities, which differ fifty-fold, the bets have to be
+        so small that a candidate wrong in all of them stays for a hundred audits.
+        """
         assert work.candidate is not None
         since = work.shadow_since or 0.0
         ingest(self.store, self.log)
@@ -303,13 +333,11 @@ class Rounds:
             if event is not None and event.id in held:
                 right = [label == held[event.id].label for label in (pair.champion_label, pair.candidate_label)]
                 if sum(right) == 1:
-                    audits.append((held[event.id].time, event.id, right[0], event.propensity))
-        floor = self.config.plan.floor
-        reference = max(float(np.median([one[3] for one in audits])) if audits else 1.0, floor)
-        evidence = Evidence(alpha=0.5, delta=delta, reference=reference, floor=floor)
+                    audits.append((held[event.id].time, event.id, right[0]))
+        evidence = Evidence(alpha=0.5, delta=delta, floor=1.0)
         if audits:
-            times, _, wrong, chances = zip(*sorted(audits), strict=True)
-            evidence = evidence.after(wrong, propensity=chances, time=times)
+            times, _, wrong = zip(*sorted(audits), strict=True)
+            evidence = evidence.after(wrong, propensity=np.ones(len(wrong)), time=times)
         return Compared(count, differ, evidence)
 
     # ---------------------------------------------------------------------------- helpers
@@ -365,7 +393,7 @@ class Rounds:
     def _decide(self, bundle: str, files: Sequence[str]) -> Decisions:
         known = [[path, sha256_file(path)] for path in files]
         inputs = {"bundle": bundle, "root": str(self.root), "files": known}
-        found = do_work(self.root / WORK, f"{__name__}:decide", inputs, self.executor).result
+        found = do_work(self.root / WORK, f"{tasks.__name__}:decide", inputs, self.executor).result
         return Decisions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
 
 
@@ -389,101 +417,3 @@ def wish_of(policy: Policy) -> dict[str, Any]:
     if policy.certificate is not None:
         wish["delta"] = policy.certificate.delta
     return wish
-
-
-# -------------------------------------------------------------------------------- work
-
-
-def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a bundle of the registry decides on image files: class indices, -1 for nobody, and where Stage B ran."""
-    from stage1_pro.continual.live import load_content
-    from stage1_pro.deploy.cascade import Cascade
-
-    del folder
-    cascade = Cascade.load(load_content(inputs["root"], inputs["bundle"]))
-    files = [Path(path) for path, _ in inputs["files"]]
-    found, classes = cascade.predict(files), cascade.bundle.classes
-    answers = [classes.index(name) if name else NOBODY for name in found.label.tolist()]
-    return {"answers": answers, "deferred": (~found.exited).tolist()}
-
-
-def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Tune the champion's run on its own rows and the learned ones; the run is in ``run``, where there is a gain."""
-    from stage1_pro.continual.rlvr import TuneOptions, tune
-
-    base = extend_run(inputs, folder / "base")
-    try:
-        record = tune(
-            base, folder / "run", spec=RewardSpec.model_validate(inputs["spec"]),
-            options=TuneOptions.model_validate(inputs["options"]), through=inputs["through"],
-        )  # fmt: skip
-    except NotReachableError as error:
-        shutil.rmtree(base)
-        return {"gain": None, "why": str(error)}
-    shutil.rmtree(base)
-    return {"gain": record.reward_after - record.reward_before, "model": record.model_fingerprint}
-
-
-def recalibrate(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Calibrate a proposal as wished on its fresh ``val_calib``, and export it to ``bundle``."""
-    from stage1_pro.stations.calibration import calibrate
-    from stage1_pro.stations.exporting import export
-
-    run = Path(shutil.copytree(inputs["run"], folder / "run"))
-    policy = calibrate(run, **inputs["wish"])
-    export(run, folder / "bundle", target="onnx")
-    return {"bundle": "bundle", "policy": policy.fingerprint()}
-
-
-def extend_run(inputs: Mapping[str, Any], out: Path) -> Path:
-    """A copy of the champion's run whose ``train`` and ``val_select`` have the learned rows as well.
-
-    Its ``val_calib`` holds the rows that certify alone, so that what is certified is what is served now. ``val_test``
-    stays. An image has one place; rows of the run that were served again stay where they are.
-    """
-    from stage1_pro.training import checkpoint
-
-    run = Path(inputs["run"])
-    model, run_config = checkpoint.load_run_model(run)
-    if model.fingerprint() != inputs["model"]:
-        raise ArtifactError(f"{run} must hold the model of the champion, got another; it was trained again")
-    old = Splits.read(run / "splits.json").verify()
-    leave_out, images = set(inputs["leave_out"]), Path(inputs["images"])
-    certify = {sha256 for sha256, _, _ in inputs["certify"]}
-    rows = [
-        row.model_copy(update={"file": str(old.path(row).resolve())})
-        for row in old.rows
-        if row.split != "val_calib" and row.sha256 not in leave_out
-    ]
-    taken = {row.sha256 for row in rows} | leave_out
-    for sha256, label, source in [*inputs["certify"], *inputs["learn"]]:
-        if sha256 in taken:
-            continue
-        taken.add(sha256)
-        place: dict[str, Any]
-        if sha256 in certify:
-            place = {"split": "val_calib", "half": "fit" if uniform(0, "half", sha256) < 0.5 else "certify"}
-        else:
-            place = {"split": "val_select" if uniform(0, "select", sha256) < inputs["select_share"] else "train"}
-        rows.append(
-            Row(id=sha256, file=str(images / sha256), label=label, group=sha256, source=source, sha256=sha256, **place)
-        )
-    splits = old.model_copy(
-        update={
-            "root": "/",
-            "rows": rows,
-            "hashes": hash_splits(rows),
-            "counts": {
-                name: {one: sum(r.split == name and r.label == one for r in rows) for one in old.classes}
-                for name in old.counts
-            },
-            "groups": {name: len({r.group for r in rows if r.split == name}) for name in old.groups},
-        }
-    ).verify()
-    out.mkdir()
-    splits.write(out / "splits.json")
-    run_config.model_copy(update={"split_hashes": splits.hashes}).write(out / "config.json")
-    shutil.copy2(run / "metrics.csv", out / "metrics.csv")
-    content = checkpoint.load(run / "model_best.pth")
-    checkpoint.save(out / "model_best.pth", {**content, "split_hashes": splits.hashes})
-    return out

@@ -1,0 +1,111 @@
+"""The loop's long work: what an executor runs, in a process of its own, on nothing but its inputs.
+
+A proposal is made here, so this knows neither store nor guard: labels are inputs, and the guard's are not among them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stage1_pro.artifacts import Row, Splits, hash_splits
+from stage1_pro.continual.events import uniform
+from stage1_pro.continual.rewards import NOBODY, RewardSpec
+from stage1_pro.errors import ArtifactError, NotReachableError
+
+
+def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a bundle of the registry decides on image files: class indices, -1 for nobody, and where Stage B ran."""
+    from stage1_pro.continual.live import load_content
+    from stage1_pro.deploy.cascade import Cascade
+
+    del folder
+    cascade = Cascade.load(load_content(inputs["root"], inputs["bundle"]))
+    files = [Path(path) for path, _ in inputs["files"]]
+    found, classes = cascade.predict(files), cascade.bundle.classes
+    answers = [classes.index(name) if name else NOBODY for name in found.label.tolist()]
+    return {"answers": answers, "deferred": (~found.exited).tolist()}
+
+
+def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Tune the champion's run on its own rows and the learned ones; the run is in ``run``, where there is a gain."""
+    from stage1_pro.continual.rlvr import TuneOptions, tune
+
+    base = extend_run(inputs, folder / "base")
+    try:
+        record = tune(
+            base, folder / "run", spec=RewardSpec.model_validate(inputs["spec"]),
+            options=TuneOptions.model_validate(inputs["options"]), through=inputs["through"],
+        )  # fmt: skip
+    except NotReachableError as error:
+        shutil.rmtree(base)
+        return {"gain": None, "why": str(error)}
+    shutil.rmtree(base)
+    return {"gain": record.reward_after - record.reward_before, "model": record.model_fingerprint}
+
+
+def recalibrate(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Calibrate a proposal as wished on its fresh ``val_calib``, and export it to ``bundle``."""
+    from stage1_pro.stations.calibration import calibrate
+    from stage1_pro.stations.exporting import export
+
+    run = Path(shutil.copytree(inputs["run"], folder / "run"))
+    policy = calibrate(run, **inputs["wish"])
+    export(run, folder / "bundle", target="onnx")
+    return {"bundle": "bundle", "policy": policy.fingerprint()}
+
+
+def extend_run(inputs: Mapping[str, Any], out: Path) -> Path:
+    """A copy of the champion's run whose ``train`` and ``val_select`` have the learned rows as well.
+
+    Its ``val_calib`` holds the rows that certify alone, so that what is certified is what is served now. ``val_test``
+    stays. An image has one place; rows of the run that were served again stay where they are.
+    """
+    from stage1_pro.training import checkpoint
+
+    run = Path(inputs["run"])
+    model, run_config = checkpoint.load_run_model(run)
+    if model.fingerprint() != inputs["model"]:
+        raise ArtifactError(f"{run} must hold the model of the champion, got another; it was trained again")
+    old = Splits.read(run / "splits.json").verify()
+    leave_out, images = set(inputs["leave_out"]), Path(inputs["images"])
+    certify = {sha256 for sha256, _, _ in inputs["certify"]}
+    rows = [
+        row.model_copy(update={"file": str(old.path(row).resolve())})
+        for row in old.rows
+        if row.split != "val_calib" and row.sha256 not in leave_out
+    ]
+    taken = {row.sha256 for row in rows} | leave_out
+    for sha256, label, source in [*inputs["certify"], *inputs["learn"]]:
+        if sha256 in taken:
+            continue
+        taken.add(sha256)
+        place: dict[str, Any]
+        if sha256 in certify:
+            place = {"split": "val_calib", "half": "fit" if uniform(0, "half", sha256) < 0.5 else "certify"}
+        else:
+            place = {"split": "val_select" if uniform(0, "select", sha256) < inputs["select_share"] else "train"}
+        rows.append(
+            Row(id=sha256, file=str(images / sha256), label=label, group=sha256, source=source, sha256=sha256, **place)
+        )
+    splits = old.model_copy(
+        update={
+            "root": "/",
+            "rows": rows,
+            "hashes": hash_splits(rows),
+            "counts": {
+                name: {one: sum(r.split == name and r.label == one for r in rows) for one in old.classes}
+                for name in old.counts
+            },
+            "groups": {name: len({r.group for r in rows if r.split == name}) for name in old.groups},
+        }
+    ).verify()
+    out.mkdir()
+    splits.write(out / "splits.json")
+    run_config.model_copy(update={"split_hashes": splits.hashes}).write(out / "config.json")
+    shutil.copy2(run / "metrics.csv", out / "metrics.csv")
+    content = checkpoint.load(run / "model_best.pth")
+    checkpoint.save(out / "model_best.pth", {**content, "split_hashes": splits.hashes})
+    return out

@@ -1,0 +1,189 @@
+"""What the loop's states do, with real rows and without training: watching, dealing labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
+
+from test_deploy import CLASSES, make_model, make_run
+
+from stage1_pro.artifacts import Splits, sha256_bytes
+from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
+from stage1_pro.continual.executors import Inline
+from stage1_pro.continual.labels import Label, add_events, add_labels
+from stage1_pro.continual.live import Pair, _append_pairs
+from stage1_pro.continual.loop import Loop, Round
+from stage1_pro.continual.registry import Registry
+from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
+from stage1_pro.continual.status import MonitorConfig
+from stage1_pro.continual.store import Store
+from stage1_pro.errors import NotReachableError
+from stage1_pro.stations.exporting import export
+
+SKETCH = (0.0,) * SKETCH_SIZE
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(make_run(tmp_path_factory.mktemp("rounds") / "run", make_model()))
+
+
+def make_rounds(root: Path, bundle: Path, **changes: Any) -> Rounds:
+    """A loop that has begun at 0, with nothing served."""
+    registry = Registry(root, Store(root / "loop.db"))
+    name = registry.add(bundle)
+    Loop.begin(registry, name, now=0.0, by="ada")
+    log = EventLog(root / "log")
+    log.describe(BundleFacts(bundle=name, classes=CLASSES, positive="roadwork"))
+    return Rounds(registry, log, Inline(), RoundsConfig(**{"monitor": MonitorConfig(alpha=0.02), **changes}))
+
+
+def serve(rounds: Rounds, n: int, **changes: Any) -> list[Event]:
+    """Exits, all of them selected for review, a second apart."""
+    name = rounds.registry.alias("champion").bundle
+    values: dict[str, Any] = {
+        "bundle": name, "action": "exit", "stage": "A", "label": "none", "prob_a": 0.1, "prob_b": None,
+        "confidence": 0.9, "gate_logit": None, "exit_score": 0.97, "threshold": 0.6, "propensity": 0.5,
+        "selected": True, "sketch": SKETCH,
+    }  # fmt: skip
+    made = [
+        Event(id=f"e{i:05d}", time=10.0 + i, image_sha256=sha256_bytes(b"%d" % i), **(values | changes))
+        for i in range(n)
+    ]
+    add_events(rounds.store, made)
+    return made
+
+
+def answer(rounds: Rounds, event: Event, name: str, at: float, annotator: str = "ada") -> None:
+    add_labels(rounds.store, [Label(event_id=event.id, label=name, source="review", annotator=annotator, time=at)])
+
+
+def watch(rounds: Rounds, memory: Any, now: float) -> Any:
+    return rounds.watch(memory, rounds.registry.alias("champion"), now=now, manual=False)
+
+
+def test_looks_on_the_way_leave_the_state_that_a_replay_gives(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    served = serve(rounds, 60)
+    memory: Any = {}
+    for i, event in enumerate(served):
+        answer(rounds, event, "roadwork" if i % 9 == 0 else "none", at=100.0 + i)
+        if i % 7 == 0:  # A second person, days later, says the same.
+            answer(rounds, served[i // 2], "none", at=100.5 + i, annotator="ben")
+        if i == 40:  # Dated back: somebody's list of yesterday.
+            answer(rounds, served[59], "roadwork", at=101.25, annotator="list")
+        if i % 5 == 0:
+            memory = watch(rounds, memory, now=101.0 + i).memory
+    fresh = watch(rounds, {}, now=200.0)
+    last = watch(rounds, memory, now=200.0)
+    assert last.threshold == fresh.threshold and last.threshold > 0.6
+
+
+def test_evidence_is_one_process_from_the_first_day_however_often_one_looks(tmp_path: Path, bundle: Path) -> None:
+    monitor = MonitorConfig(alpha=0.1, recent=50)
+    rounds = make_rounds(tmp_path, bundle, monitor=monitor, steer=False)
+    served = serve(rounds, 200)
+    champion, n = rounds.registry.alias("champion"), []
+    for i, event in enumerate(served):
+        answer(rounds, event, "roadwork" if i % 20 < 3 else "none", at=1000.0 + i)
+        if i % 40 == 39:
+            n.append(rounds.status({}, champion, now=1001.0 + i).evidence.n)
+    assert n == [40, 80, 120, 160, 200]
+
+
+# --------------------------------------------------------------------------------------------
+# Dealing labels
+
+DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
+
+
+def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None) -> list[Event]:
+    """Exits drawn by a plan, labelled where they were selected, with images."""
+    name, plan = rounds.registry.alias("champion").bundle or "", plan or rounds.config.plan
+    made = []
+    for i in range(first, first + n):
+        data = b"%d" % i
+        event = Event(
+            id=f"d{i:05d}", time=10.0 + i, bundle=name, image_sha256=sha256_bytes(data), action="exit", stage="A",
+            label="none", prob_a=0.1, prob_b=None, confidence=0.9, gate_logit=None, exit_score=0.97, threshold=0.6,
+            propensity=0.6, selected=plan.selects(f"d{i:05d}", 0.6), sketch=SKETCH,
+        )  # fmt: skip
+        made.append(event)
+        if event.selected:
+            rounds.log.images.put(event.image_sha256, data, 0.0)
+    add_events(rounds.store, made)
+    for event in made:
+        if event.selected:
+            answer(rounds, event, "none", at=500.0)
+    return made
+
+
+def start(root: Path, bundle: Path) -> tuple[Rounds, Round]:
+    rounds = make_rounds(root, bundle, **DEALT)
+    champion = rounds.registry.alias("champion").bundle or ""
+    remember_run(root, champion, bundle.parent, "0")
+    return rounds, Round(number=1, entered=1000.0, champion=champion)
+
+
+def test_what_the_champions_run_was_trained_on_guards_and_certifies_nothing(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    before = rounds.collect(work)
+    taken = rounds.vault.row_ids(before["guard"])[0]
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{before['snapshot']}.json")
+    splits = Splits.read(bundle.parent / "splits.json")
+    more = [splits.rows[0].model_copy(update={"id": one, "sha256": one}) for one in (taken, snapshot.certify[0][0])]
+    (tmp_path / "later").mkdir()
+    splits.model_copy(update={"rows": [*splits.rows, *more]}).write(tmp_path / "later" / "splits.json")
+    remember_run(tmp_path, work.champion, tmp_path / "later", "0")
+    after = rounds.collect(work.model_copy(update={"number": 2}))
+    assert taken not in rounds.vault.row_ids(after["guard"])
+    assert (after["n_guard"], after["n_certify"]) == (before["n_guard"] - 1, before["n_certify"] - 1)
+
+
+def test_a_label_dated_back_while_collecting_was_killed_stops_nothing(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    served = deal(rounds, 80)
+    first = rounds.collect(work)
+    guard = set(rounds.vault.row_ids(first["guard"]))
+    assert rounds.collect(work) == first
+    event = next(one for one in served if one.image_sha256 in guard)
+    answer(rounds, event, "roadwork", at=600.0)
+    again = rounds.collect(work)
+    assert again["guard"] != first["guard"] and again["n_guard"] == first["n_guard"]
+    assert rounds.vault.looks_left(again["guard"]) == 10
+
+
+def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    rounds.collect(work)
+    deal(rounds, 10, first=80, plan=ReviewPlan(floor=0.3, seed=5))
+    with pytest.raises(NotReachableError, match="must be drawn by the loop's own review plan"):
+        rounds.collect(work)
+
+
+# --------------------------------------------------------------------------------------------
+# Beside the champion
+
+
+def test_a_candidate_wrong_in_all_audited_disagreements_goes_soon(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    champion = rounds.registry.alias("champion").bundle or ""
+    work = Round(number=1, entered=5.0, champion=champion, candidate="c" * 64, shadow_since=5.0)
+    served = serve(rounds, 20)
+    _append_pairs(rounds.log.folder, [
+        Pair(time=one.time, image_sha256=one.image_sha256, champion=work.champion, candidate="c" * 64,
+             served="champion", champion_label="none", candidate_label="roadwork", champion_exited=True,
+             candidate_exited=True)
+        for one in served
+    ])  # fmt: skip
+    for i, event in enumerate(served):
+        answer(rounds, event, "none", at=100.0 + i)
+    found = rounds.compare(work, delta=0.05)
+    assert (found.pairs, found.disagreements, found.evidence.n) == (20, 20, 20)
+    assert found.evidence.alarm and (found.evidence.alarm_n or 99) <= 15
