@@ -42,7 +42,7 @@ class World:
         data: Path | str,
         *,
         positive: str | None = None,
-        past_share: float = 0.45,
+        past_share: float = 0.2,
         protocol: ProtocolName = "crop224",
         level: int = 3,
         seed: int = 0,

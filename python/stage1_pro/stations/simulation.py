@@ -62,7 +62,8 @@ class SimulationConfig(Record):
     """What is simulated."""
 
     days: int = Field(30, ge=2)
-    per_day: int = Field(240, ge=8, description="photos served a day")
+    past_share: float = Field(0.2, gt=0, lt=1, description="of the photos, that the first champion learns from")
+    per_day: int = Field(200, ge=8, description="photos served a day")
     shift_day: int = Field(10, ge=1, description="from this day on, counted from 0, photos are changed")
     protocol: ProtocolName = "crop224"
     level: int = Field(3, ge=0, le=3, description="of the protocol")
@@ -72,9 +73,9 @@ class SimulationConfig(Record):
     budget: int = Field(150, ge=1, description="answers a day that reviewers have time for")
     delay_days: float = Field(1.0, ge=0, description="between a photo and its label, on average")
     looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
-    min_labels: int = Field(500, ge=1, description="new labels that are worth a training without any alarm")
-    judged: int = Field(1000, ge=10, description="photos, never served, by which promotions are judged afterwards")
-    epochs: int = Field(60, ge=1, description="of the first champion's training")
+    min_labels: int = Field(700, ge=1, description="new labels that are worth a training without any alarm")
+    judged: int = Field(500, ge=10, description="photos, never served, by which promotions are judged afterwards")
+    epochs: int = Field(30, ge=1, description="of the first champion's training")
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -200,7 +201,10 @@ def simulate(
         raise InputError(f"out must be a new folder, got {out}, where something was simulated")
     if data.is_dir() and (data / "labels.csv").is_file():
         data = data / "labels.csv"
-    world = World(data, positive=positive, protocol=config.protocol, level=config.level, seed=config.seed)
+    world = World(
+        data, positive=positive, past_share=config.past_share, protocol=config.protocol, level=config.level,
+        seed=config.seed,
+    )  # fmt: skip
     trained = _train(world, out / "run", config, backbone, image_size) if run is None else Path(run)
     _check_run(world, trained)
     root = out / "loop"
@@ -280,7 +284,7 @@ def _loop_config(config: SimulationConfig) -> dict[str, Any]:
             "plan": {"floor": config.audit_rate, "deferral": 0.2, "novelty": 0.0, "seed": config.seed},
             "least_rows": 30,
             "terms": {"fnr_margin": 0.05},
-            "tuning": [{"epochs": 60, "lr": lr, "seed": config.seed} for lr in (1e-3, 1e-2)],
+            "tuning": [{"epochs": 60, "lr": 3e-3, "seed": config.seed}],
         },
     }  # fmt: skip
 
