@@ -281,7 +281,7 @@ def _loop_config(config: SimulationConfig) -> dict[str, Any]:
                     "audit_rate": config.audit_rate, "raised_audit_rate": max(config.audit_rate, 0.3),
                 },
             },
-            "plan": {"floor": config.audit_rate, "deferral": 0.2, "novelty": 0.0, "seed": config.seed},
+            "plan": {"floor": config.audit_rate, "deferral": 0.5, "novelty": 0.0, "seed": config.seed},
             "least_rows": 30,
             "terms": {"fnr_margin": 0.05},
             "tuning": [{"epochs": 60, "lr": 3e-3, "seed": config.seed}],
