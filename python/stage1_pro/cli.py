@@ -223,6 +223,23 @@ examples:
   stage1 continual status --root loop --page status.html
   stage1 continual promote --root loop
   stage1 continual audit --root loop --export audit.jsonl
+  stage1 continual simulate --data photos --out sim   all of it on a simulated clock, to see what it does
+"""
+
+
+_SIMULATE = """\
+Part of the photos is the past that the first champion learns from; the others are served, day after day, and from one
+day on as StreetVision's validator would send them. A reviewer who knows the labels answers late. All else is the loop
+itself, in OUT/loop, where status, audit and rollback work as ever. simulation.json says what was real and what was not,
+every day's risk beside alpha and beside a first champion left alone, alarms, rounds, and what every promotion was worth
+on photos never served. Same seed, same file, on SQLite and PostgreSQL.
+
+exit status 0: it was simulated; whether each check passed is in the record, and "no" is an answer
+
+examples:
+  stage1 continual simulate --data photos --out sim
+  stage1 continual simulate --data photos --out sim2 --run sim/run --audit-rate .1
+  stage1 continual status --root sim/loop
 """
 
 
@@ -712,6 +729,37 @@ def _add_continual(parent: argparse.ArgumentParser) -> None:
     sub.add_argument("--export", type=Path, dest="exported", metavar="FILE", help="JSON lines to write")
     sub.add_argument("--file", type=Path, help="verify this export, not the store")
     sub.add_argument("--head", help="hash that was noted earlier and must be in the chain")
+    _add_simulate(kinds)
+
+
+def _add_simulate(kinds: Any) -> None:
+    text = "let the loop live through thirty days of your photos, on a simulated clock"
+    sub = kinds.add_parser(
+        "simulate", help=text, description=f"L{text[1:]}.", formatter_class=_Formatter, epilog=_SIMULATE
+    )
+    sub.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+    )
+    sub.set_defaults(run_station=_simulate)
+    sub.add_argument("--data", type=Path, required=True, help="folder with labels.csv, a CSV, or a folder per class")
+    sub.add_argument("--out", type=Path, required=True, help="new folder for simulation.json, figures, run and loop")
+    sub.add_argument("--run", type=Path, help="OUT/run of an earlier simulation of these photos and seed; not trained")
+    sub.add_argument("--positive", help="name of the positive class, where it cannot be found")
+    sub.add_argument("--backbone", default="tiny", help="tiny: learns from nothing; a folder: frozen under new heads")
+    sub.add_argument("--image-size", type=int, help="side that the model sees; the backbone's own by default")
+    sub.add_argument("--epochs", type=int, help="of the first champion's training; 30 by default")
+    sub.add_argument("--store", help="postgresql://… of an empty database; SQLite in OUT/loop by default")
+    sub.add_argument("--past-share", type=float, help="of the photos, that the first champion learns from; .2")
+    sub.add_argument("--days", type=int, help="30 by default")
+    sub.add_argument("--per-day", type=int, help="photos served a day; 200 by default")
+    sub.add_argument("--shift-day", type=int, help="from which on photos are changed; 10 by default")
+    sub.add_argument("--level", type=int, help="of the validator's protocol crop224 after the shift; 3 by default")
+    sub.add_argument("--alpha", type=float, help="risk of exits that is promised; .05 by default")
+    sub.add_argument("--audit-rate", type=float, help="chance with which any photo is reviewed; .3 by default")
+    sub.add_argument("--budget", type=int, help="answers a day that reviewers have time for; 150 by default")
+    sub.add_argument("--delay", type=float, help="days between a photo and its label, on average; 1 by default")
+    sub.add_argument("--seed", type=int, help="of all that is drawn; 0 by default")
+    sub.add_argument("--quick", action="store_true", help="6 days of 120 photos, shift on day 2: a look, no evidence")
 
 
 def _add_streetvision(parent: argparse.ArgumentParser) -> None:
@@ -1233,6 +1281,19 @@ def _continual(options: argparse.Namespace) -> None:
         "audit": lambda: station.audit(root, exported=options.exported, file=options.file, head=options.head),
     }[what]()  # fmt: skip
     _emit(options, found, station.render(what, found))
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from stage1_pro.stations.simulation import QUICK, render, simulate
+
+    names = ("epochs", "past_share", "days", "per_day", "shift_day", "level", "alpha", "audit_rate", "budget", "seed")
+    given = {name: getattr(options, name) for name in names} | {"delay_days": options.delay}
+    found = simulate(
+        options.data, options.out, run=options.run, positive=options.positive, backbone=options.backbone,
+        image_size=options.image_size, store=options.store,
+        **(QUICK if options.quick else {}) | {name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    _emit(options, found.model_dump(mode="json"), render(found))
 
 
 def _review(options: argparse.Namespace) -> None:

@@ -133,6 +133,7 @@ class LiveCascade:
         log: where decisions go, and pairs of champion and candidate; without it nothing is logged and shadows rest.
         plan: how events are drawn for review; the loop's own (``plan.json``) by default, which deals labels by it.
         retry_seconds: how long a bundle that could not be loaded is left alone.
+        writer: as ``Served`` takes it; give one to get the same event ids from a replay.
 
     Raises:
         ArtifactError: no champion yet, or its bundle is damaged.
@@ -147,6 +148,7 @@ class LiveCascade:
         log: EventLog | None = None,
         plan: ReviewPlan | None = None,
         retry_seconds: float = 30.0,
+        writer: str | None = None,
     ) -> None:
         self.root, self.log = Path(root), log
         self.failure: str | None = None
@@ -154,7 +156,7 @@ class LiveCascade:
         self.candidate_failures = 0
         if plan is None and (self.root / PLAN).is_file():
             plan = ReviewPlan.read(self.root / PLAN)
-        self._plan, self._retry_seconds = plan, retry_seconds
+        self._plan, self._retry_seconds, self._writer = plan, retry_seconds, writer
         self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
         self._seats: dict[tuple[str, float | None], _Seat] = {}
@@ -309,9 +311,11 @@ class LiveCascade:
         bundle = load_content(self.root, sha256, verify=False) if same is not None else base.bundle
         policy = tightened(bundle.policy, threshold)
         cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
-        seat = _Seat(sha256, cascade, None if self.log is None else Served(cascade, self.log, plan=self._plan))
+        writer = None if self._writer is None else f"{self._writer}/{threshold}"
+        served = None if self.log is None else Served(cascade, self.log, plan=self._plan, writer=writer)
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
         self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
+        seat = _Seat(sha256, cascade, served)
         self._seats[sha256, threshold] = seat
         return seat
 

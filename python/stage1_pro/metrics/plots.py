@@ -480,9 +480,11 @@ def timeline_png(
         )  # fmt: skip
     for (name, value), dash in zip(limits.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color=VERMILION, linestyle=dash, linewidth=1.2, label=name)
-    for name, moments in marks.items():
+    lines = zip((VERMILION, GREY, GREEN), ("-", "--", "-."), strict=True)
+    for (name, moments), (color, dash) in zip(marks.items(), lines, strict=False):
         for place, moment in enumerate(moments):
-            axes.axvline(moment, color=VERMILION, linewidth=1.4, alpha=0.8, label=name if place == 0 else None)
+            label = name if place == 0 else None
+            axes.axvline(moment, color=color, linestyle=dash, linewidth=1.4, alpha=0.8, label=label)
     if percent:
         _percent(axes, y=True)
     _legend(axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,9 @@ def init(
     alpha: float | None = None,
     store: str | None = None,
     log: Path | None = None,
-    config: Path | None = None,
+    config: Path | Mapping[str, Any] | None = None,
     by: str,
+    now: float | None = None,
 ) -> dict[str, Any]:
     """Begin a loop: the run's bundle is the first champion.
 
@@ -94,8 +95,9 @@ def init(
         alpha: risk of exits that is watched; what the policy promises by default.
         store: ``ROOT`` (SQLite) by default.
         log: what serving writes; ``ROOT/log`` by default.
-        config: YAML with ``loop`` and ``rounds`` of ``loop.json``, as far as they differ from the defaults.
+        config: YAML with ``loop`` and ``rounds`` of ``loop.json``, as far as they differ from the defaults; or those.
         by: who does it.
+        now: seconds since the epoch; the clock's by default.
 
     Raises:
         InputError: the loop has begun, alpha is in no policy, or an unknown key.
@@ -112,8 +114,8 @@ def init(
         alpha = policy.alpha if isinstance(policy, ScrcParams) else promised
     if alpha is None:
         raise InputError("alpha must be given, got none; a softmax policy says nothing of the risk of all exits")
-    given = _read_yaml(config)
-    rounds = given.pop("rounds", {})
+    given = dict(config) if isinstance(config, Mapping) else _read_yaml(config)
+    rounds = dict(given.pop("rounds", {}))
     rounds["monitor"] = {"alpha": alpha, **rounds.get("monitor", {})}
     values = {
         "store": store or str(root.absolute()),
@@ -133,9 +135,8 @@ def init(
         EventLog(file.log)
         name = registry.add(loaded.path)
         remember_run(root, name, run, model)
-        now = time.time()
         file.rounds.plan.write(root / PLAN)
-        pointer = Loop.begin(registry, name, now=now, by=by)
+        pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by)
     finally:
         kept.close()
     file.write(root / CONFIG)
