@@ -587,7 +587,37 @@ def make_right(files):
         return
 
 
-KINDS = ("bytes", "json", "graph", "policy", "arrays", "files")
+def mutate_tensor(rng, files):
+    """An input or output that goes, or gets another name, in a graph and in the manifest alike."""
+    import onnx
+
+    values = json.loads(files["bundle.json"])
+    stage = rng.choice(sorted(values["stages"]))
+    entry = values["stages"][stage]
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(files[entry["onnx"]])
+    except Exception as error:
+        raise ValueError("no graph any more") from error
+    side = rng.choice(("inputs", "outputs", "outputs", "outputs"))
+    listed = model.graph.input if side == "inputs" else model.graph.output
+    tensor = rng.choice(list(listed))
+    name = tensor.name
+    if rng.random() < 0.6:
+        listed.remove(tensor)
+        entry[side].pop(name)
+    else:
+        other = rng.choice(("logits", "gate_logit", "hidden", "pixels", "other"))
+        entry[side][other] = entry[side].pop(name)
+        tensor.name = other
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [other if found == name else found for found in names]
+    files[entry["onnx"]] = model.SerializeToString()
+    files["bundle.json"] = json.dumps(values).encode()
+
+
+KINDS = ("bytes", "json", "graph", "policy", "arrays", "files", "tensor")
 
 
 def mutate(seed, index, bases, outside):
@@ -599,7 +629,7 @@ def mutate(seed, index, bases, outside):
         as_format_1(files)
         kinds.append("format_1")
     for _ in range(rng.choice((1, 1, 1, 2))):
-        kind = rng.choices(KINDS, (20, 25, 25, 12, 6, 12))[0]
+        kind = rng.choices(KINDS, (20, 25, 20, 12, 6, 12, 5))[0]
         plain = [name for name, data in files.items() if isinstance(data, bytes) and data]
         jsons = [name for name in plain if name.endswith(".json")]
         wanted = {
@@ -609,6 +639,7 @@ def mutate(seed, index, bases, outside):
             "policy": [name for name in jsons if name in ("thresholds.json", "gateparams.json", "scrcparams.json")],
             "arrays": [name for name in plain if name.endswith(".npz")],
             "files": plain,
+            "tensor": ["bundle.json"] * ("bundle.json" in jsons),
         }[kind]
         if not wanted:
             kind, wanted = "bytes", plain
@@ -618,6 +649,12 @@ def mutate(seed, index, bases, outside):
         kinds.append(kind)
         if kind == "files":
             mutate_files(rng, files, outside)
+            continue
+        if kind == "tensor":
+            try:
+                mutate_tensor(rng, files)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+                files[name] = mutate_bytes(rng, files[name])  # as below
             continue
         change = {
             "bytes": mutate_bytes,
