@@ -653,7 +653,7 @@ def mutate(seed, index, bases, outside):
         if kind == "tensor":
             try:
                 mutate_tensor(rng, files)
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
                 files[name] = mutate_bytes(rng, files[name])  # as below
             continue
         change = {
