@@ -69,10 +69,17 @@ def test_help_takes_under_half_a_second() -> None:
         stage1(*arguments)
         return time.perf_counter() - began
 
-    assert min(seconds("--help") for _ in range(5)) < 0.5
-    assert min(seconds("split", "--help") for _ in range(5)) < 0.5
-    # This one loads pydantic for the table of keys; a bare interpreter is measured beside it on busy machines.
-    assert min(seconds("train", "--help") for _ in range(8)) < 0.75
+    def bare() -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import dataclasses, inspect"], check=True)
+        return time.perf_counter() - began
+
+    # A bare interpreter beside it says how busy the machine is: on two idle cores it takes a twentieth of a second.
+    slower = max(1.0, min(bare() for _ in range(5)) / 0.08)
+    assert min(seconds("--help") for _ in range(5)) < 0.5 * slower
+    assert min(seconds("split", "--help") for _ in range(5)) < 0.5 * slower
+    # This one loads pydantic for the table of keys.
+    assert min(seconds("train", "--help") for _ in range(8)) < 0.75 * slower
 
 
 def test_no_command_and_version() -> None:
