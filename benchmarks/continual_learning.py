@@ -246,10 +246,10 @@ def gate_epoch(vault: GuardVault, name: str, gain: float, rng: np.random.Generat
     vault.open(name, ids, ids, now=0.0)
     y = rng.integers(0, 2, n)
     vault.label(name, {one: CLASSES[label] for one, label in zip(ids, y, strict=True)}, "owner")
-    anchor_y = rng.integers(0, 2, 200)
-    easy = r.Decisions(anchor_y.astype(np.int64), np.zeros(200, dtype=bool))
+    anchor_y = rng.integers(0, 2, 600)
+    easy = r.Decisions(anchor_y.astype(np.int64), np.zeros(600, dtype=bool))
     truth = r.verified(anchor_y, "owner", classes=CLASSES, positive="roadwork")
-    anchor = Anchor(truth, np.arange(200).astype(np.str_))
+    anchor = Anchor(truth, np.arange(600).astype(np.str_))
     found = []
     for look in range(looks):
         champion, candidate = two_cascades(y, gain, rng, differ)

@@ -12,8 +12,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from stage1_pro.continual.store import Store
 
 # The same examples in every run, so that a change is judged by itself; HYPOTHESIS_PROFILE=explore draws new ones.
 # The GPU script's machine may lack the library, and its tests do without.
@@ -124,6 +128,16 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return str(tmp_path / "loop.db")
     url: str = request.getfixturevalue("postgres_url")
     return url
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    """An empty store of the loop, on SQLite and on PostgreSQL in turn."""
+    from stage1_pro.continual.store import Store
+
+    opened = Store(store_url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,6 @@ def log(tmp_path: Path) -> EventLog:
     made = EventLog(tmp_path / "log")
     made.describe(FACTS)
     return made
-
-
-@pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    opened = Store(store_url)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -18,7 +18,17 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 from stage1_pro.artifacts import Thresholds
 from stage1_pro.continual import gate, guard, rounds
 from stage1_pro.continual import rewards as r
-from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, check_certificate, evaluate, lower_bound
+from stage1_pro.continual.gate import (
+    Anchor,
+    Measured,
+    Side,
+    Terms,
+    Verdict,
+    check_certificate,
+    evaluate,
+    judge_anchor,
+    lower_bound,
+)  # fmt: skip
 from stage1_pro.continual.guard import GuardVault, LooksSpentError
 from stage1_pro.continual.store import Store
 from stage1_pro.errors import InputError
@@ -250,8 +260,8 @@ def test_what_fails_before_the_guard_takes_no_look(vault, measured, note):
 def test_forgetting_is_seen_overall_by_slice_and_by_class(vault):
     y, champion, candidate, _ = case()
     open_epoch(vault, y)
-    labels = np.tile([0, 1], 500)
-    night = np.arange(1000) < 100
+    labels = np.tile([0, 1], 1500)
+    night = np.arange(3000) < 300
     night_day = {"night": night, "day": ~night}
 
     def verdict(answers, **options):
@@ -259,11 +269,11 @@ def test_forgetting_is_seen_overall_by_slice_and_by_class(vault):
         return judge(vault, Side("old", champion.guard, acts(labels)), side, anchor_of(labels, **options))
 
     assert verdict(labels, slices=night_day).promoted
-    worse = np.where(np.arange(1000) % 20 == 1, 1 - labels, labels)
+    worse = np.where(np.arange(3000) % 20 == 1, 1 - labels, labels)
     assert not verdict(worse).test("anchor reward").passed
     assert not verdict(worse).test("anchor FNR of roadwork").passed
     assert verdict(worse).test("anchor FNR of none").passed
-    dark = np.where(np.arange(1000) < 5, 1 - labels, labels)
+    dark = np.where(np.arange(3000) < 15, 1 - labels, labels)
     found = verdict(dark, slices=night_day)
     assert found.test("anchor reward").passed
     assert not found.test("anchor reward, slice night").passed
@@ -275,7 +285,32 @@ def test_forgetting_is_seen_overall_by_slice_and_by_class(vault):
     assert judge(vault, lost, again, anchor_of(labels)).test("anchor reward").passed
     assert not judge(vault, lost, again, anchor_of(labels, origin=acts(labels))).test("anchor reward").passed
     with pytest.raises(InputError, match="anchor must have rows for each test, got none for 'anchor reward, slice x'"):
-        verdict(labels, slices={"x": np.zeros(1000, dtype=bool)})
+        verdict(labels, slices={"x": np.zeros(3000, dtype=bool)})
+
+
+@pytest.mark.parametrize("positives", [3, 10, 20, 100])
+def test_few_anchor_rows_pass_nothing(positives):
+    """A rise that few rows do not happen to show is not ruled out by their silence (margin .02)."""
+    labels = np.repeat([1, 0], [positives, 400])
+    same = acts(labels)
+    found = {one.name: one for one in judge_anchor(anchor_of(labels), same, same, r.RewardSpec(), FREE)}
+    assert found["anchor FNR of none"].passed and found["anchor reward"].passed
+    few = found["anchor FNR of roadwork"]
+    assert not few.passed and few.estimate == 0 and few.p_value == pytest.approx(0.98**positives)
+    assert "too few clusters to rule a loss of 0.02 out, whatever they show: 203 would do" in few.note
+
+
+def test_a_rise_beyond_the_margin_seldom_passes_a_small_anchor():
+    """At 20 to 200 positives and a rise of .05 (margin .02): at most 5% of draws, and 3 SD of 200 of them."""
+    for positives in (20, 150, 200):
+        passed = 0
+        for seed in range(200):
+            labels = np.repeat([1, 0], [positives, 400])
+            worse = labels.copy()
+            worse[:positives] = np.random.default_rng(seed).random(positives) >= 0.05
+            tests = judge_anchor(anchor_of(labels), acts(labels), acts(worse), r.RewardSpec(), FREE)
+            passed += next(one for one in tests if one.name == "anchor FNR of roadwork").passed
+        assert passed <= 10 + 3 * np.sqrt(200 * 0.05 * 0.95)
 
 
 def policy(guarantee="ltt", target=0.05, model="m", seed=0, **options):

@@ -62,13 +62,6 @@ def photos(run: Path) -> list[Path]:
 
 
 @pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    opened = Store(store_url)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def registry(tmp_path: Path, store: Store) -> Registry:
     return Registry(tmp_path / "root", store)
 

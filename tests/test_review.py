@@ -69,13 +69,6 @@ def log(tmp_path: Path) -> EventLog:
 
 
 @pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    opened = Store(store_url)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def queue(store: Store, log: EventLog) -> ReviewQueue:
     """Six events, each wanted from one reviewer."""
     fill(log, 6)

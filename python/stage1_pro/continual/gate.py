@@ -247,10 +247,7 @@ def _betting(
     difference: NDArray[np.float64], clusters: NDArray[np.str_], spec: RewardSpec, level: float, seed: int
 ) -> float:
     """p-value of "the mean difference is not above zero", for any number of clusters and any skewness."""
-    answers = [spec.right, -spec.k_fp, -spec.k_fn]
-    blind = spec.guess - spec.abstain_cost
-    worst = min(*answers, blind) - spec.defer_cost
-    reach = max(*answers, blind) - worst
+    reach = _reach(spec)
     if reach == 0:
         return 1.0
     number = _native.cluster_numbers(clusters, difference.size)
@@ -262,12 +259,21 @@ def _betting(
     return betting_p_value(losses[order], 0.5, level, weights=(rows / rows.max())[order])
 
 
+def _reach(spec: RewardSpec) -> float:
+    """How much the rewards of two decisions on one row can differ at most."""
+    answers = [spec.right, -spec.k_fp, -spec.k_fn]
+    blind = spec.guess - spec.abstain_cost
+    return max(*answers, blind) - (min(*answers, blind) - spec.defer_cost)
+
+
 def judge_anchor(
     anchor: Anchor, reference: Decisions, candidate: Decisions, spec: RewardSpec, terms: Terms
 ) -> list[GateTest]:
     """Non-inferiority on the anchor: mean reward overall and by slice, and the share of every class that is missed.
 
-    Each is the test of "worse by the margin or more", by resampled clusters; all pass together by Holm.
+    Each is the test of "worse by the margin or more", by resampled clusters; all pass together by Holm. A bootstrap
+    knows nothing of what its rows do not show, so no p-value is below the chance that as many clusters show nothing of
+    the rarest loss that makes up the margin: few clusters pass nothing, whatever they say.
 
     Raises:
         InputError: decisions of other rows, or a slice without rows.
@@ -281,30 +287,42 @@ def judge_anchor(
         return wrong.astype(np.float64)
 
     rise = missed(candidate) - missed(reference)
-    # Name, values of which higher is better, rows, margin.
-    asked = [("anchor reward", difference, np.ones(n, dtype=bool), terms.margin)]
-    asked += [(f"anchor reward, slice {k}", difference, mask, terms.slice_margin) for k, mask in anchor.slices.items()]
+    # Name, values of which higher is better, rows, margin, the most that one row can lose.
+    reach = _reach(spec)
+    asked = [("anchor reward", difference, np.ones(n, dtype=bool), terms.margin, reach)]
     asked += [
-        (f"anchor FNR of {name}", -rise, truth.labels == k, terms.fnr_margin) for k, name in enumerate(truth.classes)
+        (f"anchor reward, slice {k}", difference, mask, terms.slice_margin, reach) for k, mask in anchor.slices.items()
     ]
-    for name, _, mask, _ in asked:
+    asked += [
+        (f"anchor FNR of {name}", -rise, truth.labels == k, terms.fnr_margin, 1.0)
+        for k, name in enumerate(truth.classes)
+    ]
+    for name, _, mask, *_ in asked:
         if mask.shape != (n,) or not mask.any():
             raise InputError(f"anchor must have rows for each test, got none for '{name}'; add rows or drop the slice")
-    values = np.column_stack([np.where(mask, one, 0.0) for _, one, mask, _ in asked])
-    rows = np.column_stack([mask.astype(np.float64) for _, _, mask, _ in asked])
+    values = np.column_stack([np.where(mask, one, 0.0) for _, one, mask, *_ in asked])
+    rows = np.column_stack([mask.astype(np.float64) for _, _, mask, *_ in asked])
     drawn = _replicates(values, rows, anchor.clusters, terms.n_replicates, terms.seed)
-    margins = np.array([margin for *_, margin in asked])
+    margins = np.array([margin for *_, margin, _ in asked])
+    clusters = np.array([np.unique(anchor.clusters[mask]).size for _, _, mask, *_ in asked])
+    # Zero where the margin is all that a row can lose, or more.
+    seen = np.array([max(0.0, 1 - margin / most) if most else 0.0 for *_, margin, most in asked])
+    unseen = seen**clusters
     # A resample without any row of a class speaks against.
     worse = ~(drawn > -margins)
-    p_values = (1 + worse.sum(0)) / (1 + terms.n_replicates)
+    p_values = np.maximum((1 + worse.sum(0)) / (1 + terms.n_replicates), unseen)
     passed = holm(p_values, terms.anchor_level)
     differ = reference.differ(candidate)
     found = []
-    for k, (name, one, mask, margin) in enumerate(asked):
+    for k, (name, one, mask, margin, _) in enumerate(asked):
         sign = -1.0 if "FNR" in name else 1.0
+        # Holm's last step asks for the whole level, its first for this share of it.
+        enough = math.ceil(math.log(terms.anchor_level / len(asked)) / math.log(seen[k])) if 0 < seen[k] < 1 else 1
         found.append(
             GateTest(
-                name=name, passed=bool(passed[k]), n=np.unique(anchor.clusters[mask]).size, unit="clusters",
+                name=name, passed=bool(passed[k]), n=int(clusters[k]), unit="clusters",
+                note="" if passed[k] or clusters[k] >= enough else
+                f"too few clusters to rule a loss of {margin:g} out, whatever they show: {enough} would do",
                 n_differ=int((differ & mask).sum()), estimate=sign * float(one[mask].mean()),
                 bound=sign * _low(drawn[:, k], terms.anchor_level), p_value=float(p_values[k]), limit=-sign * margin,
                 level=terms.anchor_level, method=f"cluster bootstrap, percentile; Holm over {len(asked)}",
