@@ -36,7 +36,7 @@ from stage1_pro.policies.softmax import fit_softmax_policy
 
 CLASSES = ("none", "roadwork")
 FREE = Terms(require_certificate=False)
-PROPOSING = ("rewards", "replay", "rlvr", "mgrpo", "tasks")
+PROPOSING = ("rewards", "replay", "rlvr", "mgrpo", "proposing", "tasks")
 
 
 @pytest.fixture

@@ -747,15 +747,16 @@ def _add_simulate(kinds: Any) -> None:
     sub.add_argument("--positive", help="name of the positive class, where it cannot be found")
     sub.add_argument("--backbone", default="tiny", help="tiny: learns from nothing; a folder: frozen under new heads")
     sub.add_argument("--image-size", type=int, help="side that the model sees; the backbone's own by default")
-    sub.add_argument("--epochs", type=int, help="of the first champion's training; 30 by default")
+    sub.add_argument("--epochs", type=int, help="of the first champion's training; 30, of heads alone 200")
     sub.add_argument("--store", help="postgresql://… of an empty database; SQLite in OUT/loop by default")
-    sub.add_argument("--past-share", type=float, help="of the photos, that the first champion learns from; .2")
+    sub.add_argument("--past-share", type=float, help="of the photos, that the first champion learns from; .35")
     sub.add_argument("--days", type=int, help="30 by default")
-    sub.add_argument("--per-day", type=int, help="photos served a day; 200 by default")
-    sub.add_argument("--shift-day", type=int, help="from which on photos are changed; 10 by default")
-    sub.add_argument("--level", type=int, help="of the validator's protocol crop224 after the shift; 3 by default")
+    sub.add_argument("--per-day", type=int, help="photos served a day; by default so many that none comes twice")
+    sub.add_argument("--shift-day", type=int, help="from which on photos are changed; 8 by default")
+    sub.add_argument("--protocol", help="what the validator does to them: crop224, letterbox224 (default)")
+    sub.add_argument("--level", type=int, help="of that protocol; 3 by default")
     sub.add_argument("--alpha", type=float, help="risk of exits that is promised; .05 by default")
-    sub.add_argument("--audit-rate", type=float, help="chance with which any photo is reviewed; .3 by default")
+    sub.add_argument("--audit-rate", type=float, help="chance with which any photo is reviewed; .5 by default")
     sub.add_argument("--budget", type=int, help="answers a day that reviewers have time for; 150 by default")
     sub.add_argument("--delay", type=float, help="days between a photo and its label, on average; 1 by default")
     sub.add_argument("--seed", type=int, help="of all that is drawn; 0 by default")
@@ -1286,7 +1287,8 @@ def _continual(options: argparse.Namespace) -> None:
 def _simulate(options: argparse.Namespace) -> None:
     from stage1_pro.stations.simulation import QUICK, render, simulate
 
-    names = ("epochs", "past_share", "days", "per_day", "shift_day", "level", "alpha", "audit_rate", "budget", "seed")
+    names = ("epochs", "past_share", "days", "per_day", "shift_day", "protocol", "level", "alpha", "audit_rate",
+             "budget", "seed")  # fmt: skip
     given = {name: getattr(options, name) for name in names} | {"delay_days": options.delay}
     found = simulate(
         options.data, options.out, run=options.run, positive=options.positive, backbone=options.backbone,

@@ -139,7 +139,11 @@ class Rounds:
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
         """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, controller, _ = self._look(memory, champion, now, manual)
-        kept = {"triggers": triggers.model_dump()}
+        alarms = (status.evidence.alarm_at, None if controller is None else controller.alarm_at)
+        kept = {
+            "triggers": triggers.model_dump(),
+            "alarm_at": max((at for at in alarms if at is not None), default=None),
+        }
         return Watched(
             train=status.verdict.train,
             reasons=status.verdict.reasons,

@@ -15,6 +15,9 @@ from stage1_pro.continual.events import uniform
 from stage1_pro.continual.rewards import NOBODY, RewardSpec
 from stage1_pro.errors import ArtifactError, NotReachableError
 
+# Of rows that certify, what says which threshold to certify; the test itself takes more.
+_FIT = 1 / 3
+
 
 def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a bundle of the registry decides on image files: class indices, -1 for nobody, and where Stage B ran."""
@@ -97,7 +100,7 @@ def extend_run(inputs: Mapping[str, Any], out: Path) -> Path:
         taken.add(sha256)
         place: dict[str, Any]
         if sha256 in certify:
-            place = {"split": "val_calib", "half": "fit" if uniform(0, "half", sha256) < 0.5 else "certify"}
+            place = {"split": "val_calib", "half": "fit" if uniform(0, "half", sha256) < _FIT else "certify"}
         else:
             place = {"split": "val_select" if uniform(0, "select", sha256) < inputs["select_share"] else "train"}
         rows.append(

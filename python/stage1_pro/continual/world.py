@@ -18,17 +18,18 @@ from stage1_pro.errors import InputError
 
 # Of the past; val_calib is large, since certificates are what the loop lives on.
 _SHARES: dict[SplitName, float] = {"train": 0.45, "val_select": 0.25, "val_calib": 0.25, "val_test": 0.05}
-# Photos for judging afterwards are drawn far beyond those of the stream.
+# Photos for judging afterwards are changed by other draws than those of the stream.
 _JUDGED = 1 << 31
 
 
 class World:
-    """Photos of a labelled folder: those of the past, and a stream that changes on one day.
+    """Photos of a labelled folder: of the past, of a stream that changes on one day, and some to judge by afterwards.
 
     Args:
         data: CSV or folder as ``make_splits`` takes it.
         positive: name of the positive class; found where it can be.
         past_share: of the photos that belong to the past.
+        judged: how many are never served, but judge what came of it.
         protocol: of ``data.protocols``: what is done to photos once the world has shifted.
         level: of it.
         seed: of all that is drawn.
@@ -42,8 +43,9 @@ class World:
         data: Path | str,
         *,
         positive: str | None = None,
-        past_share: float = 0.2,
-        protocol: ProtocolName = "crop224",
+        past_share: float = 0.35,
+        judged: int = 300,
+        protocol: ProtocolName = "letterbox224",
         level: int = 3,
         seed: int = 0,
     ) -> None:
@@ -56,10 +58,12 @@ class World:
         old = [row for row in rows if uniform(seed, "past", row.id) < past_share]
         self.past = _split(found, old, seed)
         kept = {row.id for row in old}
-        self.stream = [row for row in rows if row.id not in kept]
-        for name in found.classes:
-            if not any(row.label == name for row in self.stream):
-                raise InputError(f"data must have photos of '{name}' left for the stream, got none; add some")
+        others = sorted((row for row in rows if row.id not in kept), key=lambda row: uniform(seed, "judged", row.id))
+        self.judged, self.stream = others[:judged], sorted(others[judged:], key=lambda row: row.id)
+        for what, part in (("the stream", self.stream), ("judging", self.judged)):
+            for name in found.classes:
+                if not any(row.label == name for row in part):
+                    raise InputError(f"data must have photos of '{name}' left for {what}, got none; add some")
         self._orders: dict[str, list[Row]] = {}
 
     def photo(self, number: int, *, shifted: bool, judged: bool = False) -> tuple[bytes, str]:
@@ -68,12 +72,13 @@ class World:
         Args:
             number: of the photos that are served, or of those that judge.
             shifted: changed by the protocol; else the file's own bytes.
-            judged: of those that judge and are never served: other draws of the same photos.
+            judged: of those that judge and are never served.
         """
-        turn, place = divmod(number, len(self.stream))
+        rows = self.judged if judged else self.stream
+        turn, place = divmod(number, len(rows))
         salt = f"{'judged' if judged else 'stream'}/{turn}"
         if salt not in self._orders:
-            self._orders[salt] = sorted(self.stream, key=lambda row: uniform(self.seed, salt, row.id))
+            self._orders[salt] = sorted(rows, key=lambda row: uniform(self.seed, salt, row.id))
         row = self._orders[salt][place]
         path = self.past.path(row)
         if not shifted:

@@ -1,7 +1,7 @@
 """continual simulate: thirty days of the loop on real photos, on a simulated clock.
 
 Everything that decides is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
-proposals by reward tuning, certificates, the guard's vault, the gate, shadow and canary, aliases and the audit. What is
+proposals (``mgrpo``), certificates, the guard's vault, the gate, shadow and canary, aliases and the audit. What is
 simulated is the clock, the order of photos, what is done to them once the world shifts, and the reviewer, who knows the
 folder's labels and answers late and within a budget.
 """
@@ -38,11 +38,17 @@ DAY = 86400.0
 START = 1_767_225_600.0
 RECORD = "simulation.json"
 SLACK = 1.3
-QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "judged": 200, "min_labels": 150}
+# Of random audits; certificates take more rows than a look at the guard.
+GUARD_SHARE = 0.4
+# Options of the proposals that every round makes; val_select chooses among them.
+PROPOSALS: tuple[dict[str, Any], ...] = ({"lr": 3e-3, "steps": 600}, {"lr": 1e-3, "steps": 600})
+LEAST_PER_DAY, MOST_PER_DAY = 8, 200
+QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "min_labels": 150}
 REAL = (
     "bundles served by LiveCascade, which follows champion.json",
     "events with logged propensities, the review plan's draws, labels in the store",
-    "threshold controller and triggers (watch), certificates (ltt), reward tuning of the heads on cached features",
+    "threshold controller and triggers (watch), certificates (ltt)",
+    "proposals by mgrpo: new rows, replayed features, KL to anchor and champion",
     "guard vault and its looks, promotion gate, shadow, canary, registry, hash-chained audit",
 )
 SIMULATED = (
@@ -54,7 +60,8 @@ SIMULATED = (
 LIMITS = (
     "the unit is the photo: near-copies of a place lie in the past and in the stream; nothing here is of new places",
     "one world and one shift a run: checks are single outcomes, not rates",
-    "proposals are made by reward tuning (rlvr.tune) as the loop makes them, not by mgrpo.propose",
+    "what learns is Stage A's classifier and gate, on a backbone that stays; Stage B never learns",
+    "where more photos are served than there are, they come again, and those that taught may be among those that judge",
 )
 
 
@@ -62,26 +69,31 @@ class SimulationConfig(Record):
     """What is simulated."""
 
     days: int = Field(30, ge=2)
-    past_share: float = Field(0.2, gt=0, lt=1, description="of the photos, that the first champion learns from")
-    per_day: int = Field(200, ge=8, description="photos served a day")
-    shift_day: int = Field(10, ge=1, description="from this day on, counted from 0, photos are changed")
-    protocol: ProtocolName = "crop224"
+    past_share: float = Field(0.35, gt=0, lt=1, description="of the photos, that the first champion learns from")
+    per_day: int = Field(
+        0, ge=0, description=f"photos served a day; 0: up to {MOST_PER_DAY}, as far as none has to come twice"
+    )
+    shift_day: int = Field(8, ge=1, description="from this day on, counted from 0, photos are changed")
+    protocol: ProtocolName = "letterbox224"
     level: int = Field(3, ge=0, le=3, description="of the protocol")
     alpha: float = Field(0.05, gt=0, lt=1, description="risk of exits that is promised")
     min_coverage: float = Field(0.2, gt=0, lt=1, description="least share of exits that a certificate must allow")
-    audit_rate: float = Field(0.3, ge=0.02, le=1, description="chance with which any photo is reviewed")
+    audit_rate: float = Field(0.5, ge=0.02, le=1, description="chance with which any photo is reviewed")
     budget: int = Field(150, ge=1, description="answers a day that reviewers have time for")
     delay_days: float = Field(1.0, ge=0, description="between a photo and its label, on average")
     looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
     min_labels: int = Field(700, ge=1, description="new labels that are worth a training without any alarm")
-    judged: int = Field(500, ge=10, description="photos, never served, by which promotions are judged afterwards")
-    epochs: int = Field(30, ge=1, description="of the first champion's training")
+    judged: int = Field(500, ge=10, description="photos that are never served and judge promotions afterwards")
+    least_certify: int = Field(300, ge=2, description="fewest labels since the last alarm to certify a candidate on")
+    epochs: int = Field(0, ge=0, description="of the first champion's training; 0: 30 of a network, 200 of heads")
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _shift_within(self) -> SimulationConfig:
         if self.shift_day >= self.days:
             raise ValueError(f"shift_day must be before the last day, got {self.shift_day} of {self.days}")
+        if 0 < self.per_day < LEAST_PER_DAY:
+            raise ValueError(f"per_day must be {LEAST_PER_DAY} or more, or 0, got {self.per_day}")
         return self
 
 
@@ -126,8 +138,7 @@ class Alarm(Record):
     """A step that first saw an alarm of the risk, and what the threshold did in it."""
 
     day: float
-    at: float | None = Field(description="time of the label that set off the controller's; null: the watch's alone")
-    round: int | None = Field(description="that it began; null where a round was on its way or too near")
+    at: float = Field(description="when the label became known that set it off; seconds since the epoch")
     before: float
     after: float
 
@@ -202,9 +213,16 @@ def simulate(
     if data.is_dir() and (data / "labels.csv").is_file():
         data = data / "labels.csv"
     world = World(
-        data, positive=positive, past_share=config.past_share, protocol=config.protocol, level=config.level,
-        seed=config.seed,
+        data, positive=positive, past_share=config.past_share, judged=config.judged, protocol=config.protocol,
+        level=config.level, seed=config.seed,
     )  # fmt: skip
+    if config.per_day == 0:
+        config = config.model_copy(update={"per_day": min(len(world.stream) // config.days, MOST_PER_DAY)})
+    if config.per_day < LEAST_PER_DAY:
+        raise InputError(
+            f"data must have {LEAST_PER_DAY} photos a day for the stream, got {len(world.stream)} for {config.days} "
+            "days; name --per-day, and photos come again"
+        )
     trained = _train(world, out / "run", config, backbone, image_size) if run is None else Path(run)
     _check_run(world, trained)
     root = out / "loop"
@@ -244,13 +262,14 @@ def _train(world: World, run: Path, config: SimulationConfig, backbone: str, ima
     run.mkdir(parents=True)
     world.past.write(run / "splits.json")
     frozen = Path(backbone).is_dir()
+    epochs = config.epochs or (200 if frozen else 30)
     train(
         run,
         build_config({
             "seed": config.seed,
             "model": {"backbone": backbone, "image_size": image_size},
             "augment": {"horizontal_flip": 0.0},
-            "train": {"mode": "linear" if frozen else "full", "epochs": config.epochs, "workers": 0},
+            "train": {"mode": "linear" if frozen else "full", "epochs": epochs, "workers": 0},
         }),
     )  # fmt: skip
     calibrate(run, policy="gate", guarantee="ltt", max_exit_error=config.alpha, min_coverage=config.min_coverage)
@@ -283,8 +302,10 @@ def _loop_config(config: SimulationConfig) -> dict[str, Any]:
             },
             "plan": {"floor": config.audit_rate, "deferral": 0.5, "novelty": 0.0, "seed": config.seed},
             "least_rows": 30,
+            "least_certify": config.least_certify,
+            "guard_share": GUARD_SHARE,
             "terms": {"fnr_margin": 0.05},
-            "tuning": [{"epochs": 60, "lr": 3e-3, "seed": config.seed}],
+            "mgrpo": [{"seed": config.seed, **one} for one in PROPOSALS],
         },
     }  # fmt: skip
 
@@ -366,19 +387,13 @@ def _live_through(
 
 
 def _note_alarm(alarms: list[Alarm], loop: Loop, before: float | None, after: float | None, now: float) -> None:
-    """Note an alarm of the controller's, or one that began a round, once, with what the threshold did in that step."""
-    row = loop.row()
-    controller = row.memory.get("controller") or {}
-    at = controller.get("alarm_at")
-    asked = "risk alarm" in row.round.reasons and not any(one.round == row.round.number for one in alarms)
-    new = at is not None and not any(one.at == at for one in alarms)
-    if not (new or asked):
+    """Note an alarm of the e-process or the controller once, with what the threshold did in that step."""
+    at = loop.row().memory.get("alarm_at")
+    if at is None or any(one.at == at for one in alarms):
         return
     certified = loop.registry.load(loop.registry.alias("champion").bundle or "").policy.exit_threshold
     low, high = (max(value or 0.0, certified) for value in (before, after))
-    alarms.append(
-        Alarm(day=_day(now), at=at, round=row.round.number if asked else None, before=low, after=high)
-    )  # fmt: skip
+    alarms.append(Alarm(day=_day(now), at=at, before=low, after=high))
 
 
 def _day(time: float) -> float:
