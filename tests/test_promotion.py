@@ -195,7 +195,7 @@ def test_rows_that_differ_need_labels_and_asking_for_them_takes_no_look(vault):
 def test_a_better_candidate_is_promoted_and_the_verdict_says_by_what(vault, tmp_path):
     y, champion, candidate, anchor = case()
     open_epoch(vault, y)
-    measured = [Measured(name="latency", value=4.0, limit=5.0, unit="ms")]
+    measured = [Measured(name="latency", value=4.0, limit=5.0, note="ms")]
     verdict = judge(vault, champion, candidate, anchor, measured=measured)
     assert verdict.promoted
     assert (verdict.look, verdict.looks, verdict.earlier_promotions) == (1, 10, 0)

@@ -50,7 +50,9 @@ class Measured(Record):
     name: str
     value: float | None
     limit: float
-    unit: str = ""
+    bound: float | None = Field(None, description="upper end of the value's interval: held against the limit for it")
+    n: int = Field(0, description="rows that it was measured on")
+    note: str = Field("", description="its unit, or why there is no value and what to do")
 
 
 class GateTest(Record):
@@ -162,8 +164,7 @@ def evaluate(
     failed = [test.name for test in tests if not test.passed]
     look: Look | None = None
     if failed:
-        note = f"not looked at, no look was taken: {failed[0]} failed before"
-        tests.append(GateTest(name="guard reward", passed=False, note=note))
+        tests.append(_unseen(failed[0]))
     else:
         asked = RewardSpec.fingerprint(spec) + terms.fingerprint()
         look, test = vault.judge(
@@ -174,11 +175,62 @@ def evaluate(
         tests.append(test)
         failed = [] if test.passed else [test.name]
         vault.close(look, promoted=not failed)
+    return _verdict(champion.name, candidate.name, epoch, tests, failed, look, spec=spec, terms=terms, now=now)
+
+
+def refuse(
+    champion: str,
+    candidate: str,
+    epoch: str,
+    measured: Sequence[Measured],
+    *,
+    spec: RewardSpec,
+    now: float,
+    terms: Terms | None = None,
+) -> Verdict | None:
+    """The verdict on a candidate whose bundle fails what was measured of it, without a decision of it; else None.
+
+    A bundle that does not give its own reference outputs is not run on anything.
+
+    Args:
+        champion: name of what serves.
+        candidate: name of what would replace it.
+        epoch: the guard that is not looked at.
+        measured: as ``evaluate`` takes it, and so the rest.
+        spec: what decisions earn.
+        now: seconds since 1970.
+        terms: what is asked.
+    """
+    tests = [_held(one) for one in measured]
+    failed = [test.name for test in tests if not test.passed]
+    if not failed:
+        return None
+    tests.append(_unseen(failed[0]))
+    return _verdict(champion, candidate, epoch, tests, failed, None, spec=spec, terms=terms or Terms(), now=now)
+
+
+def _unseen(failed: str) -> GateTest:
+    note = f"not looked at, no look was taken: {failed} failed before"
+    return GateTest(name="guard reward", passed=False, note=note)
+
+
+def _verdict(
+    champion: str,
+    candidate: str,
+    epoch: str,
+    tests: list[GateTest],
+    failed: Sequence[str],
+    look: Look | None,
+    *,
+    spec: RewardSpec,
+    terms: Terms,
+    now: float,
+) -> Verdict:
     return Verdict(
         promoted=not failed,
         reason="every test passed" if not failed else f"no promotion: {', '.join(failed)}",
-        champion=champion.name,
-        candidate=candidate.name,
+        champion=champion,
+        candidate=candidate,
         epoch=epoch,
         look=None if look is None else look.number,
         looks=None if look is None else look.of,
@@ -392,9 +444,14 @@ def _claims(policy: Policy) -> int:
 
 
 def _held(one: Measured) -> GateTest:
-    passed = one.value is not None and one.value <= one.limit
-    note = "not measured" if one.value is None else one.unit
-    return GateTest(name=one.name, passed=passed, estimate=one.value, limit=one.limit, note=note, method="measured")
+    if one.value is None:
+        note = f"not measured: {one.note}" if one.note else "not measured"
+        return GateTest(name=one.name, passed=False, limit=one.limit, note=note, method="measured")
+    held = one.value if one.bound is None else one.bound
+    return GateTest(
+        name=one.name, passed=held <= one.limit, n=one.n, unit="rows" if one.n else "", estimate=one.value,
+        bound=one.bound, limit=one.limit, note=one.note, method="measured",
+    )  # fmt: skip
 
 
 def _replicates(
