@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
@@ -18,11 +19,12 @@ from test_deploy import CLASSES, make_images, make_model, make_run
 from stage1_pro.artifacts import Splits, hash_splits, sha256_bytes, sha256_file, write_bytes
 from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
 from stage1_pro.continual.executors import Inline, Work
-from stage1_pro.continual.gate import Terms, Verdict
+from stage1_pro.continual.gate import Anchor, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.labels import Label, add_events, add_labels
 from stage1_pro.continual.live import Pair, _append_pairs
 from stage1_pro.continual.loop import Loop, Round
 from stage1_pro.continual.registry import Registry
+from stage1_pro.continual.rewards import Decisions, RewardSpec
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
 from stage1_pro.continual.status import MonitorConfig
 from stage1_pro.continual.store import Store
@@ -232,6 +234,35 @@ def test_the_gate_asks_for_size_parity_and_latency(tmp_path: Path, bundle: Path,
     assert latency.estimate is not None and latency.bound is not None and 0.2 < latency.estimate <= latency.bound
     assert "ms" in latency.note
     assert names(verdict)["size over the champion's"] and verdict.look == 1
+    assert {"anchor reward, slice car", "anchor reward, slice phone"} <= names(verdict).keys()
+
+
+def test_a_candidate_that_forgets_one_source_is_refused_though_the_whole_anchor_would_pass(
+    tmp_path: Path, bundle: Path, rival: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own anchor by source: the candidate is the champion but for the photos of a phone."""
+    rounds, work = to_judge(tmp_path, bundle, rival)
+    rows = rounds._anchor_rows()
+    own = rounds._decide
+    phone = np.array([row.source == "phone" for row in rows])
+    seen: list[Anchor] = []
+
+    def watched(*arguments: Any, **options: Any) -> Verdict:
+        seen.append(arguments[4])
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("stage1_pro.continual.rounds.evaluate", watched)
+    rounds.evaluate(work)
+    (anchor,) = seen
+    assert {name: mask.tolist() for name, mask in anchor.slices.items()} == {
+        "car": (~phone).tolist(), "phone": phone.tolist()
+    }  # fmt: skip
+    before = own(work.champion, [str(Splits.read(tmp_path / "first/splits.json").path(row)) for row in rows])
+    right = Decisions(anchor.truth.labels, before.deferred)
+    forgets = Decisions(np.where(phone, 1 - anchor.truth.labels, anchor.truth.labels), before.deferred)
+    terms = Terms(**{**FREE, "slice_margin": 0.1})
+    tests = {one.name: one for one in judge_anchor(anchor, right, forgets, RewardSpec(), terms)}
+    assert [name for name, one in tests.items() if not one.passed] == ["anchor reward, slice phone"]
 
 
 def test_a_slow_candidate_is_refused_without_a_look(tmp_path: Path, bundle: Path, rival: Path) -> None:
@@ -303,7 +334,7 @@ import os, signal, sys
 import stage1_pro.continual.rounds as module
 from stage1_pro.continual.events import EventLog
 from stage1_pro.continual.executors import Inline, Work
-from stage1_pro.continual.gate import Terms, Verdict
+from stage1_pro.continual.gate import Anchor, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.guard import GuardVault
 from stage1_pro.continual.loop import Round
 from stage1_pro.continual.registry import Registry

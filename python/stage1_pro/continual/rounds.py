@@ -306,6 +306,7 @@ class Rounds:
         anchor = Anchor(
             verified(labels, "owner", classes=splits.classes, positive=splits.positive),
             np.array([row.group for row in rows], dtype=np.str_),
+            {one: np.array([row.source == one for row in rows]) for one in sorted({row.source for row in rows} - {""})},
             origin=self._decide(origin or work.champion, files),
         )
         return evaluate(
