@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -14,17 +15,18 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
+from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_run
 
 from stage1_pro.artifacts import Splits, hash_splits, sha256_bytes, sha256_file, write_bytes
 from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
 from stage1_pro.continual.executors import Inline, Work
-from stage1_pro.continual.gate import Anchor, Terms, Verdict, evaluate, judge_anchor
+from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.labels import Label, add_events, add_labels
 from stage1_pro.continual.live import Pair, _append_pairs
 from stage1_pro.continual.loop import Loop, Round
 from stage1_pro.continual.registry import Registry
-from stage1_pro.continual.rewards import Decisions, RewardSpec
+from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
 from stage1_pro.continual.status import MonitorConfig
 from stage1_pro.continual.store import Store
@@ -265,6 +267,36 @@ def test_a_candidate_that_forgets_one_source_is_refused_though_the_whole_anchor_
     assert [name for name, one in tests.items() if not one.passed] == ["anchor reward, slice phone"]
 
 
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_gain_on_sixty_copies_of_one_photo_is_one_lucky_photo(copies: bool, tmp_path: Path, bundle: Path) -> None:
+    """Frames of a camera that stands still, as JPEG of many qualities, against as many different photos."""
+    rounds = make_rounds(tmp_path, bundle)
+    (tmp_path / "images").mkdir(exist_ok=True)
+    rows = []
+    paths = make_images(tmp_path / "photos", 120, seed=3)
+    for i, path in enumerate(paths):
+        image, buffer = Image.open(paths[0] if copies and i < 60 else path), io.BytesIO()
+        image.resize((200 + i, 150)).save(buffer, "JPEG", quality=95 - i % 30)
+        name = sha256_bytes(buffer.getvalue())
+        write_bytes(tmp_path / "images" / name, buffer.getvalue())
+        rows.append((name, "none", "review"))
+    gained = np.arange(120) < 60
+    order = np.argsort([name for name, *_ in rows])
+    rows, gained = [rows[i] for i in order], gained[order]
+    rounds._open("epoch", [name for name, *_ in rows], rows, 0.0)
+    flat, easy = np.zeros(120, dtype=bool), Decisions(np.tile([0, 1], 300), np.zeros(600, dtype=bool))
+    truth = verified(easy.answers, "owner", classes=CLASSES, positive="roadwork")
+    verdict = evaluate(
+        rounds.vault, "epoch", Side("old", Decisions(gained.astype(np.int64), flat), easy),
+        Side("new", Decisions(np.zeros(120, dtype=np.int64), flat), easy),
+        Anchor(truth, np.arange(600).astype(np.str_)), spec=RewardSpec(), now=1.0,
+        terms=Terms(require_certificate=False, n_replicates=1000),
+    )  # fmt: skip
+    found = verdict.test("guard reward")
+    assert (found.n, found.n_differ) == (61 if copies else 120, 60)
+    assert verdict.promoted is not copies
+
+
 def test_a_slow_candidate_is_refused_without_a_look(tmp_path: Path, bundle: Path, rival: Path) -> None:
     rounds, work = to_judge(tmp_path, bundle, rival, largest_slowdown=0.01)
     verdict = rounds.evaluate(work)
@@ -334,7 +366,7 @@ import os, signal, sys
 import stage1_pro.continual.rounds as module
 from stage1_pro.continual.events import EventLog
 from stage1_pro.continual.executors import Inline, Work
-from stage1_pro.continual.gate import Anchor, Terms, Verdict, evaluate, judge_anchor
+from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.guard import GuardVault
 from stage1_pro.continual.loop import Round
 from stage1_pro.continual.registry import Registry

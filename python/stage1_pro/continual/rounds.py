@@ -41,6 +41,7 @@ from stage1_pro.continual.registry import Alias, Registry
 from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
 from stage1_pro.continual.srt import ControllerConfig, ControllerState, Feedback, ThresholdController
 from stage1_pro.continual.status import MonitorConfig, Status, look, write_page
+from stage1_pro.data.splits import cluster_copies
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
@@ -365,7 +366,8 @@ class Rounds:
         try:
             there = self.vault.row_ids(epoch)
         except InputError:
-            self.vault.open(epoch, names, names, now=now)
+            # Frames of one place are one witness, however many of them were drawn.
+            self.vault.open(epoch, names, cluster_copies(self.root / "images", names), now=now)
             there = names
         if there != names:
             raise ArtifactError(f"guard epoch '{epoch}' must hold the rows that were collected, got others")
