@@ -15,6 +15,9 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
 from stage1_pro.artifacts import Thresholds
 from stage1_pro.continual import gate, guard, rounds
 from stage1_pro.continual import rewards as r
@@ -166,6 +169,38 @@ def test_only_trusted_labels_that_do_not_change(vault):
         vault.looks_left("two")
     with pytest.raises(InputError, match="some twice"):
         vault.open("two", ["a", "a"], ["a", "a"], now=0.0)
+
+
+def test_a_look_and_a_label_stay_whoever_writes_to_the_database(store_url):
+    store = Store(store_url)
+    vault = GuardVault(store)
+    vault.open("one", ["a", "b"], ["a", "b"], now=0.0)
+    vault.label("one", {"a": "none"}, "owner")
+    look = ask(vault, acts([1, 0]))
+    open_look = ask(vault, acts([2, 0]), terms="other")
+    for _ in range(2):
+        vault.close(look, promoted=True)
+    with pytest.raises(InputError, match="promoted must be what came of look 1 of 'one', True, got False"):
+        vault.close(look, promoted=False)
+    refused = [
+        "DELETE FROM looks", "UPDATE looks SET promoted = NULL WHERE number = 1", "UPDATE looks SET number = 9",
+        "UPDATE looks SET promoted = (number < 0) WHERE number = 1", "UPDATE looks SET asked = 'x' WHERE number = 2",
+        "DELETE FROM guard_rows", "UPDATE guard_rows SET label = 'roadwork' WHERE row_id = 'a'",
+        "UPDATE guard_rows SET source = 'review' WHERE row_id = 'a'", "UPDATE guard_rows SET label = NULL",
+        "UPDATE guard_rows SET cluster = 'c' WHERE row_id = 'b'", "UPDATE guard_rows SET row_id = 'c', label = 'none'",
+        "DELETE FROM guards", "UPDATE guards SET looks = 99", "UPDATE guards SET level = 0.5",
+        *(["INSERT OR REPLACE INTO looks SELECT epoch, number, 'x', candidate, time, NULL FROM looks",
+           "INSERT OR REPLACE INTO guard_rows SELECT epoch, place, row_id, cluster, 'roadwork', source FROM guard_rows",
+           "INSERT OR REPLACE INTO guards SELECT epoch, 99, level, time FROM guards"] if store.is_sqlite else
+          ["TRUNCATE looks", "TRUNCATE guard_rows", "TRUNCATE guards CASCADE"]),
+    ]  # fmt: skip
+    for statement in refused:
+        with pytest.raises(DBAPIError, match="append-only"), store.write() as connection:
+            connection.execute(text(statement))
+    vault.close(open_look, promoted=False)
+    vault.label("one", {"b": "roadwork"}, "review")
+    assert vault.looks_left("one") == 8
+    store.close()
 
 
 def test_rows_that_differ_need_labels_and_asking_for_them_takes_no_look(vault):
