@@ -2,9 +2,10 @@
 
 In this order: what was measured of the bundle (latency, size, parity), a certificate of the candidate's own at the same
 limits, non-inferiority on the anchor (the domain that must not be forgotten) overall, by slice and in every class's
-FNR, jointly by Holm; and, only when all of that holds, one counted look at the guard: the lower bound of the paired
-reward difference, by resampled clusters, must be above zero, and a test by betting that holds for any number of rows
-must say so too (five lucky rows would pass the bootstrap). "No promotion" is a result like any other.
+FNR, jointly by Holm, by p-values that hold for any number of clusters; and, only when all of that holds, one counted
+look at the guard: the lower bound of the paired reward difference, by resampled clusters, must be above zero, and a
+test by betting that holds for any number of rows must say so too (five lucky rows would pass the bootstrap).
+"No promotion" is a result like any other.
 
 NumPy only; it judges decisions that were made elsewhere. Nothing that proposes candidates may import this module.
 """
@@ -378,7 +379,7 @@ def judge_anchor(
     Each is the test of "worse by the margin or more"; all pass together by Holm. A p-value is twice the smaller of two
     that hold for any number of clusters: the chance that so few of them lose anything, and that of a bet against the
     loss, which also counts what others gain. A bootstrap knows nothing of losses that its rows do not show: at the
-    margin it passed 13% of draws of 1000 rows at level 5%, and 34% where large clusters lose (README, Decisions). Its
+    margin it passed 10% of draws of 1000 rows at level 5%, and 34% where large clusters lose (benchmarks/README). Its
     bound is shown beside them for what it tells.
 
     A slice with fewer clusters than ``least_slice`` could never pass, and would stop every candidate unheard. It is not
