@@ -305,6 +305,17 @@ def test_a_slow_candidate_is_refused_without_a_look(tmp_path: Path, bundle: Path
     assert names(verdict).keys().isdisjoint({"anchor reward"})  # nothing was decided for it
 
 
+def test_without_a_limit_nothing_is_timed_and_two_loops_give_one_verdict(
+    tmp_path: Path, bundle: Path, rival: Path
+) -> None:
+    found = []
+    for name in ("one", "two"):
+        rounds, work = to_judge(tmp_path / name, bundle, rival, largest_slowdown=None)
+        found.append(rounds.evaluate(work))
+    assert found[0].fingerprint() == found[1].fingerprint()
+    assert "latency over the champion's" not in names(found[0]) and names(found[0])["parity with its reference"]
+
+
 def test_a_candidate_that_has_more_to_do_is_slower(tmp_path: Path, bundle: Path) -> None:
     """The same model on pictures of four times the area: the interval tells it from the champion."""
     larger = export(make_run(tmp_path / "larger", make_model(image_size=128)))

@@ -65,9 +65,10 @@ class RoundsConfig(Record):
     through: Literal["heads", "adapter"] = "heads"
     terms: Terms = Terms()
     largest_growth: float = Field(1.1, gt=0, description="candidate's size over the champion's, at most")
-    largest_slowdown: float = Field(
-        1.25, gt=0, description="candidate's time of a decision over the champion's: upper end of its interval, at most"
-    )
+    largest_slowdown: float | None = Field(
+        1.25, gt=0, description="candidate's time of a decision over the champion's: upper end of its interval, at "
+        "most; null: not asked, for what must come out the same twice, such as a simulation"
+    )  # fmt: skip
     timed_photos: int = Field(200, ge=10, description="of the guard, at most, to time decisions on")
     timed_passes: int = Field(3, ge=1, description="over these photos; each counts with its fastest")
     timed_seconds: float = Field(300.0, gt=0, description="that timing may take, ten decisions apart")
@@ -406,11 +407,13 @@ class Rounds:
         Latency is held against its limit by the upper end of its interval: a machine too busy to tell, like a sample
         too small, has not shown that the candidate is fast enough.
         """
+        limit = self.config.largest_slowdown
         sizes = [sum(one.size for one in bundle.manifest.files.values()) for bundle in (candidate, champion)]
         # Names of guard images are hashes: the first ones are as good a draw as any.
         inputs = {
             "champion": work.champion, "candidate": work.candidate, "root": str(self.root),
-            "files": _hashed(guard[: self.config.timed_photos]), "passes": self.config.timed_passes,
+            "files": _hashed(guard[: self.config.timed_photos]),
+            "passes": 0 if limit is None else self.config.timed_passes,
             "seconds": self.config.timed_seconds,
         }  # fmt: skip
         found = do_work(self.root / WORK, f"{tasks.__name__}:measure", inputs, self.executor).result
@@ -419,7 +422,7 @@ class Rounds:
         if latency:
             took = [f"{latency['milliseconds'][one]:.3g}" for one in ("candidate", "champion")]
             timed = f"mean over photos of the fastest of {latency['passes']} passes: {took[0]} against {took[1]} ms"
-        return [
+        measured = [
             Measured(name="size over the champion's", value=sizes[0] / sizes[1], limit=self.config.largest_growth),
             Measured(
                 name="parity with its reference", value=parity and parity["logit"], limit=TOLERANCES["onnxruntime"],
@@ -427,12 +430,13 @@ class Rounds:
             ),
             Measured(name="reference rows that exit otherwise", value=parity and parity["flips"], limit=0,
                      note="" if parity else why),
-            Measured(
-                name="latency over the champion's", value=latency and latency["ratio"],
-                bound=latency and latency["high"], n=latency["n"] if latency else 0,
-                limit=self.config.largest_slowdown, note=timed,
-            ),
         ]  # fmt: skip
+        if limit is not None:
+            measured.append(Measured(
+                name="latency over the champion's", value=latency and latency["ratio"],
+                bound=latency and latency["high"], n=latency["n"] if latency else 0, limit=limit, note=timed,
+            ))  # fmt: skip
+        return measured
 
     def _decide(self, bundle: str, files: Sequence[str]) -> Decisions:
         inputs = {"bundle": bundle, "root": str(self.root), "files": _hashed(files)}
