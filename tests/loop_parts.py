@@ -105,9 +105,9 @@ class Parts:
         old[:40] = 1 - old[:40]
         new[(0 if not self.better else 30) : 40] = 1 - new[(0 if not self.better else 30) : 40]
         flat = np.zeros(N, dtype=bool)
-        anchor = np.tile([0, 1], 250)
-        same = Decisions(anchor, np.zeros(500, dtype=bool))
-        held = Anchor(verified(anchor, "owner", classes=CLASSES, positive="roadwork"), np.arange(500).astype(str))
+        anchor = np.tile([0, 1], 300)
+        same = Decisions(anchor, np.zeros(600, dtype=bool))
+        held = Anchor(verified(anchor, "owner", classes=CLASSES, positive="roadwork"), np.arange(600).astype(str))
         return evaluate(
             self.vault, "one", Side(work.champion, Decisions(old, flat), same),
             Side(work.candidate or "", Decisions(new, flat), same), held, spec=RewardSpec(), now=work.entered,

@@ -45,6 +45,7 @@ from stage1_pro.continual.labels import (
     GUARD_SOURCES,
     Disagreement,
     Label,
+    Source,
     add_events,
     add_labels,
     audited,
@@ -817,9 +818,28 @@ def test_label_studio_round_trip(filled: Store, tmp_path: Path) -> None:
     assert 'name="label" toName="image"' in config and "&lt;b&gt;" in config
     other = Store(tmp_path / "other.db")
     add_events(other, [make_event(i) for i in range(12)])
-    assert import_label_studio(other, tmp_path / "tasks.json", now=1.0).added == 3
+    assert import_label_studio(other, tmp_path / "tasks.json", now=1.0, source="owner").added == 3
     assert sorted(read_labels(other), key=str) == sorted(rows, key=str)
-    assert import_label_studio(other, tmp_path / "tasks.json", now=1.0).known == 3
+    assert import_label_studio(other, tmp_path / "tasks.json", now=1.0, source="owner").known == 3
+
+
+@pytest.mark.parametrize(
+    ("claimed", "source", "held"),
+    [
+        ("owner", "review", "review"), ("owner", "match", "match"), ("owner", "owner", "owner"),
+        ("review", "owner", "review"), ("match", "review", "match"), ("model", "owner", "model"),
+    ],
+)  # fmt: skip
+def test_a_file_may_only_lower_what_its_importer_vouches_for(
+    claimed: str, source: Source, held: str, filled: Store, tmp_path: Path
+) -> None:
+    meta = f'"meta": {{"source": "{claimed}"}}, "type": "choices"'
+    task = one_task("e00001", more='"completed_by": 1, ').replace('"type": "choices"', meta)
+    (tmp_path / "export.json").write_text(task)
+    import_label_studio(filled, tmp_path / "export.json", now=1.0, source=source)
+    (tmp_path / "labels.csv").write_text(f"event_id,label,source,annotator\ne00002,none,{claimed},ada\n")
+    import_csv(filled, tmp_path / "labels.csv", now=1.0, source=source)
+    assert [one.source for one in read_labels(filled)] == [held, held]
 
 
 def test_label_studio_as_its_server_exports(filled: Store, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -269,6 +270,19 @@ def ask(page: ReviewServer, path: str, body: Any = None, **headers: str) -> tupl
     found = reply.status, dict(reply.getheaders()), reply.read()
     connection.close()
     return found
+
+
+@pytest.mark.parametrize("target", ["http://[", "http://[::1/next", "/?" + "a=1&" * 11])
+def test_what_is_no_address_is_a_bad_request_and_no_traceback(
+    target: str, local: Store, log: EventLog, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serving(local, log) as page:
+        for method in ("GET", "POST"):
+            with socket.create_connection(("127.0.0.1", page.port), timeout=10) as connection:
+                connection.sendall(f"{method} {target} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n".encode())
+                assert connection.makefile("rb").readline().split()[1] == b"400", method
+        assert ask(page, "/")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_only_the_token_opens_the_page(local: Store, log: EventLog) -> None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
-from test_deploy import CLASSES, make_model, make_run
+from PIL import Image
+from test_deploy import CLASSES, make_images, make_model, make_run
 
-from stage1_pro.artifacts import Splits, sha256_bytes
+from stage1_pro.artifacts import Splits, hash_splits, sha256_bytes, sha256_file, write_bytes
 from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
-from stage1_pro.continual.executors import Inline
+from stage1_pro.continual.executors import Inline, Work
+from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.labels import Label, add_events, add_labels
 from stage1_pro.continual.live import Pair, _append_pairs
 from stage1_pro.continual.loop import Loop, Round
 from stage1_pro.continual.registry import Registry
+from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
 from stage1_pro.continual.status import MonitorConfig
 from stage1_pro.continual.store import Store
@@ -165,6 +174,246 @@ def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle
     deal(rounds, 10, first=80, plan=ReviewPlan(floor=0.3, seed=5))
     with pytest.raises(NotReachableError, match="must be drawn by the loop's own review plan"):
         rounds.collect(work)
+
+
+# --------------------------------------------------------------------------------------------
+# The gate
+
+FREE = {"require_certificate": False, "margin": 9.0, "slice_margin": 9.0, "fnr_margin": 2.0, "n_replicates": 1000}
+
+
+@pytest.fixture(scope="module")
+def rival(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model's bundle, of the same images."""
+    return export(make_run(tmp_path_factory.mktemp("rival") / "run", make_model(seed=1)))
+
+
+def first_run(run: Path, like: Path, n: int = 64) -> Path:
+    """Splits of a run that has enough rows to hold a candidate against, from two sources."""
+    splits = Splits.read(like / "splits.json")
+    rows = [
+        splits.rows[0].model_copy(update={
+            "id": path.name, "file": str(path), "label": CLASSES[i % 2], "group": f"place-{i}", "split": "val_select",
+            "half": None, "source": "car" if i % 4 < 2 else "phone", "sha256": sha256_file(path),
+        })
+        for i, path in enumerate(make_images(run / "images", n, seed=9))
+    ]  # fmt: skip
+    splits.model_copy(update={"rows": rows, "hashes": hash_splits(rows)}).write(run / "splits.json")
+    return run
+
+
+def to_judge(root: Path, bundle: Path, candidate: Path, n: int = 24, **changes: Any) -> tuple[Rounds, Round]:
+    """A round on its way into EVALUATE, with a guard of real photos."""
+    config = {"terms": Terms(**FREE), "timed_passes": 1, "largest_slowdown": 99.0, **changes}
+    rounds = make_rounds(root, bundle, **config)
+    champion = rounds.registry.alias("champion").bundle or ""
+    remember_run(root, champion, first_run(root / "first", bundle.parent), "0")
+    ids = []
+    for path in make_images(root / "photos", n, seed=7):
+        ids.append(sha256_file(path))
+        write_bytes(root / "images" / ids[-1], path.read_bytes())
+    rounds.vault.open("one", ids, ids, now=0.0)
+    rounds.vault.label("one", {one: CLASSES[i % 2] for i, one in enumerate(ids)}, "review")
+    snapshot = Snapshot(until=0.0, learn=(), certify=(), guard="one", n_guard=n)
+    snapshot.write(root / "snapshots" / f"{snapshot.fingerprint()}.json")
+    return rounds, Round(
+        number=1, entered=1000.0, champion=champion, candidate=rounds.registry.add(candidate), recalibrated="none",
+        snapshot={"snapshot": snapshot.fingerprint()},
+    )  # fmt: skip
+
+
+def names(verdict: Verdict) -> dict[str, bool]:
+    return {one.name: one.passed for one in verdict.tests}
+
+
+def test_the_gate_asks_for_size_parity_and_latency(tmp_path: Path, bundle: Path, rival: Path) -> None:
+    rounds, work = to_judge(tmp_path, bundle, rival)
+    verdict = rounds.evaluate(work)
+    parity, latency = verdict.test("parity with its reference"), verdict.test("latency over the champion's")
+    assert (parity.passed, latency.passed) == (True, True)
+    assert parity.estimate is not None and 0 <= parity.estimate <= 1e-3
+    assert (latency.n, latency.unit) == (24, "rows")
+    assert latency.estimate is not None and latency.bound is not None and 0.2 < latency.estimate <= latency.bound
+    assert "ms" in latency.note
+    assert names(verdict)["size over the champion's"] and verdict.look == 1
+    assert {"anchor reward, slice car", "anchor reward, slice phone"} <= names(verdict).keys()
+
+
+def test_a_candidate_that_forgets_one_source_is_refused_though_the_whole_anchor_would_pass(
+    tmp_path: Path, bundle: Path, rival: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own anchor by source: the candidate is the champion but for the photos of a phone."""
+    rounds, work = to_judge(tmp_path, bundle, rival)
+    rows = rounds._anchor_rows()
+    own = rounds._decide
+    phone = np.array([row.source == "phone" for row in rows])
+    seen: list[Anchor] = []
+
+    def watched(*arguments: Any, **options: Any) -> Verdict:
+        seen.append(arguments[4])
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("stage1_pro.continual.rounds.evaluate", watched)
+    rounds.evaluate(work)
+    (anchor,) = seen
+    assert {name: mask.tolist() for name, mask in anchor.slices.items()} == {
+        "car": (~phone).tolist(), "phone": phone.tolist()
+    }  # fmt: skip
+    before = own(work.champion, [str(Splits.read(tmp_path / "first/splits.json").path(row)) for row in rows])
+    right = Decisions(anchor.truth.labels, before.deferred)
+    forgets = Decisions(np.where(phone, 1 - anchor.truth.labels, anchor.truth.labels), before.deferred)
+    terms = Terms(**{**FREE, "slice_margin": 0.1})
+    tests = {one.name: one for one in judge_anchor(anchor, right, forgets, RewardSpec(), terms)}
+    assert [name for name, one in tests.items() if not one.passed] == ["anchor reward, slice phone"]
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_gain_on_sixty_copies_of_one_photo_is_one_lucky_photo(copies: bool, tmp_path: Path, bundle: Path) -> None:
+    """Frames of a camera that stands still, as JPEG of many qualities, against as many different photos."""
+    rounds = make_rounds(tmp_path, bundle)
+    (tmp_path / "images").mkdir(exist_ok=True)
+    rows = []
+    paths = make_images(tmp_path / "photos", 120, seed=3)
+    for i, path in enumerate(paths):
+        image, buffer = Image.open(paths[0] if copies and i < 60 else path), io.BytesIO()
+        image.resize((200 + i, 150)).save(buffer, "JPEG", quality=95 - i % 30)
+        name = sha256_bytes(buffer.getvalue())
+        write_bytes(tmp_path / "images" / name, buffer.getvalue())
+        rows.append((name, "none", "review"))
+    gained = np.arange(120) < 60
+    order = np.argsort([name for name, *_ in rows])
+    rows, gained = [rows[i] for i in order], gained[order]
+    rounds._open("epoch", [name for name, *_ in rows], rows, 0.0)
+    flat, easy = np.zeros(120, dtype=bool), Decisions(np.tile([0, 1], 300), np.zeros(600, dtype=bool))
+    truth = verified(easy.answers, "owner", classes=CLASSES, positive="roadwork")
+    verdict = evaluate(
+        rounds.vault, "epoch", Side("old", Decisions(gained.astype(np.int64), flat), easy),
+        Side("new", Decisions(np.zeros(120, dtype=np.int64), flat), easy),
+        Anchor(truth, np.arange(600).astype(np.str_)), spec=RewardSpec(), now=1.0,
+        terms=Terms(require_certificate=False, n_replicates=1000),
+    )  # fmt: skip
+    found = verdict.test("guard reward")
+    assert (found.n, found.n_differ) == (61 if copies else 120, 60)
+    assert verdict.promoted is not copies
+
+
+def test_a_slow_candidate_is_refused_without_a_look(tmp_path: Path, bundle: Path, rival: Path) -> None:
+    rounds, work = to_judge(tmp_path, bundle, rival, largest_slowdown=0.01)
+    verdict = rounds.evaluate(work)
+    assert verdict.reason == "no promotion: latency over the champion's"
+    assert verdict.look is None and rounds.vault.looks_left("one") == 10
+    assert names(verdict).keys().isdisjoint({"anchor reward"})  # nothing was decided for it
+
+
+def test_without_a_limit_nothing_is_timed_and_two_loops_give_one_verdict(
+    tmp_path: Path, bundle: Path, rival: Path
+) -> None:
+    found = []
+    for name in ("one", "two"):
+        rounds, work = to_judge(tmp_path / name, bundle, rival, largest_slowdown=None)
+        found.append(rounds.evaluate(work))
+    assert found[0].fingerprint() == found[1].fingerprint()
+    assert "latency over the champion's" not in names(found[0]) and names(found[0])["parity with its reference"]
+
+
+def test_a_candidate_that_has_more_to_do_is_slower(tmp_path: Path, bundle: Path) -> None:
+    """The same model on pictures of four times the area: the interval tells it from the champion."""
+    larger = export(make_run(tmp_path / "larger", make_model(image_size=128)))
+    rounds, work = to_judge(tmp_path, bundle, larger, n=12, largest_growth=99.0, largest_slowdown=1.25, timed_passes=3)
+    latency = rounds.evaluate(work).test("latency over the champion's")
+    assert not latency.passed and (latency.estimate or 0) > 1.25
+
+
+def tampered(bundle: Path, graph: Path, out: Path) -> Path:
+    """A bundle whose Stage A is another's, with a manifest that says so."""
+    shutil.copytree(bundle, out)
+    shutil.copy2(graph, out / "stage_a.onnx")
+    manifest = json.loads((out / "bundle.json").read_text())
+    data = (out / "stage_a.onnx").read_bytes()
+    manifest["files"]["stage_a.onnx"] = {"sha256": sha256_bytes(data), "size": len(data)}
+    (out / "bundle.json").write_text(json.dumps(manifest))
+    return out
+
+
+def test_a_graph_that_is_not_the_certified_one_is_refused(tmp_path: Path, bundle: Path, rival: Path) -> None:
+    changed = tampered(rival, bundle / "stage_a.onnx", tmp_path / "changed")
+    rounds, work = to_judge(tmp_path / "root", bundle, changed)
+    verdict = rounds.evaluate(work)
+    parity = verdict.test("parity with its reference")
+    assert not parity.passed and (parity.estimate or 0) > 1e-2
+    assert verdict.test("latency over the champion's").note.startswith("not measured: not timed")
+    assert verdict.look is None and rounds.vault.looks_left("one") == 10
+
+
+def aged(bundle: Path, out: Path) -> Path:
+    """As format 1 was: without reference outputs."""
+    shutil.copytree(bundle, out)
+    manifest = json.loads((out / "bundle.json").read_text())
+    (out / manifest.pop("reference")).unlink()
+    manifest["files"].pop("reference.npz")
+    for stage in manifest["stages"].values():
+        stage.pop("variants", None)
+    (out / "bundle.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    return out
+
+
+def test_a_champion_of_an_older_format_is_timed_and_a_candidate_needs_its_reference(
+    tmp_path: Path, bundle: Path, rival: Path
+) -> None:
+    run = Path(shutil.copytree(bundle.parent, tmp_path / "run"))
+    shutil.rmtree(run / bundle.name)
+    old = aged(bundle, run / "bundle")
+    rounds, work = to_judge(tmp_path / "one", old, rival)
+    verdict = rounds.evaluate(work)
+    assert verdict.test("latency over the champion's").passed and verdict.test("parity with its reference").passed
+    rounds, work = to_judge(tmp_path / "two", bundle, aged(rival, tmp_path / "aged"))
+    parity = rounds.evaluate(work).test("parity with its reference")
+    assert not parity.passed
+    assert parity.note == "not measured: the bundle has no reference outputs; export it with this version"
+
+
+KILLED = """
+import os, signal, sys
+import stage1_pro.continual.rounds as module
+from stage1_pro.continual.events import EventLog
+from stage1_pro.continual.executors import Inline, Work
+from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
+from stage1_pro.continual.guard import GuardVault
+from stage1_pro.continual.loop import Round
+from stage1_pro.continual.registry import Registry
+from stage1_pro.continual.store import Store
+root, config, work, where = sys.argv[1:]
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "measured":
+    module.evaluate = die
+else:
+    GuardVault.close = die
+rounds = module.Rounds(Registry(root, Store(root + "/loop.db")), EventLog(root + "/log"), Inline(),
+                       module.RoundsConfig.model_validate_json(config))
+rounds.evaluate(Round.model_validate_json(work))
+"""
+
+
+@pytest.mark.parametrize("where", ["measured", "look"])
+def test_killed_while_it_judges_it_comes_back_to_the_same_verdict(
+    where: str, tmp_path: Path, bundle: Path, rival: Path
+) -> None:
+    """A time measured twice is never the same: what the killed process measured is what the verdict says."""
+    rounds, work = to_judge(tmp_path, bundle, rival)
+    arguments = [str(tmp_path), rounds.config.model_dump_json(), work.model_dump_json(), where]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    (measured,) = [one for path in (tmp_path / "work").glob("*/result.json")
+                   if (one := Work.read(path)).function.endswith(":measure")]  # fmt: skip
+    verdict = rounds.evaluate(work)
+    latency = verdict.test("latency over the champion's")
+    assert (latency.estimate, latency.bound) == (
+        measured.result["latency"]["ratio"],
+        measured.result["latency"]["high"],
+    )
+    assert rounds.evaluate(work).fingerprint() == verdict.fingerprint()
+    assert rounds.vault.looks_left("one") == 9
 
 
 # --------------------------------------------------------------------------------------------

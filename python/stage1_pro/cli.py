@@ -713,7 +713,11 @@ def _add_continual(parent: argparse.ArgumentParser) -> None:
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--import", type=Path, dest="imported", metavar="FILE", help=".csv, or Label Studio's .json")
     which.add_argument("--export", type=Path, dest="exported", metavar="FILE", help=".csv, .json; a folder: Parquet")
-    sub.add_argument("--source", choices=["owner", "review", "match", "model"], help="of rows without one")
+    sub.add_argument(
+        "--source", choices=["owner", "review", "match", "model"],
+        help="the most that a file's labels are believed, whatever it says of itself; by default review for .json, and "
+        "what each row says for .csv",
+    )  # fmt: skip
     sub.add_argument("--annotator", help="of rows without one")
     sub = command("run", "take steps until one has to wait")
     sub.add_argument("--every", type=float, metavar="SECONDS", help="look again after so long, for good")

@@ -17,6 +17,7 @@ from stage1_pro.artifacts import atomic_path, write_csv, write_text
 from stage1_pro.continual.events import SKETCH_SIZE, Event
 from stage1_pro.continual.labels import (
     SOURCES,
+    TRUST,
     Added,
     Label,
     Source,
@@ -55,7 +56,7 @@ def import_csv(
         path: CSV with ``event_id`` and ``label``, and optional ``source``, ``annotator``, ``time`` (seconds since the
             epoch, or ISO 8601 with its offset).
         now: time of rows without one.
-        source: of rows without one.
+        source: the most that the file's labels are believed; a row may say less. None: what each row says.
         annotator: of rows without one.
 
     Raises:
@@ -79,7 +80,7 @@ def import_csv(
                         where,
                         event_id=cells["event_id"],
                         label=cells["label"],
-                        source=cells.get("source") or source,
+                        source=_believed(cells.get("source"), source),
                         annotator=cells.get("annotator") or annotator,
                         time=_time(where, cells.get("time") or now),
                     )
@@ -115,6 +116,14 @@ def _label(where: str, **values: Any) -> Label:
         name = str(first["loc"][0])
         hint = nearest(str(first["input"]), SOURCES) if name == "source" else ""
         raise InputError(f"{where}: {name} must be valid, got {first['input']!r}: {first['msg']}{hint}") from None
+
+
+def _believed(claimed: Any, source: Source | None) -> Any:
+    """What a file says of a label's source, where that is no more than its importer vouches for."""
+    known = claimed in SOURCES if isinstance(claimed, str) else False
+    if not claimed or (known and source is not None and TRUST[claimed] > TRUST[source]):
+        return source
+    return claimed
 
 
 def _time(where: str, value: Any) -> float:
@@ -211,7 +220,8 @@ def import_label_studio(
         store: where to.
         path: a list of tasks whose ``data`` has the ``event_id`` they were exported with.
         now: time of annotations without ``created_at``.
-        source: of annotations that do not say.
+        source: the most that the file's labels are believed; an annotation may say less, never more: anybody can
+            write ``owner`` into a file.
         annotator: of annotations without ``completed_by``.
 
     Raises:
@@ -247,7 +257,7 @@ def import_label_studio(
                     where,
                     event_id=data["event_id"],
                     label=label,
-                    source=meta.get("source", source),
+                    source=_believed(meta.get("source"), source),
                     annotator=_annotator(one.get("completed_by")) or annotator,
                     # Text times are rounded to microseconds; ours came with the number.
                     time=_time(where, meta.get("time") or one.get("created_at") or now),

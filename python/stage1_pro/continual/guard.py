@@ -38,6 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from stage1_pro.artifacts import sha256_bytes
+from stage1_pro.continual.labels import append_only
 from stage1_pro.continual.rewards import PAID, Decisions, Verified
 from stage1_pro.continual.store import Store, metadata
 from stage1_pro.errors import InputError, NotReachableError
@@ -75,6 +76,10 @@ _looks = Table(
     Column("promoted", Boolean),
     CheckConstraint("number >= 1", name="look_number"),
 )
+# What a look cost cannot be taken back, and a label is given once, whoever writes to the database.
+append_only(_epochs)
+append_only(_rows, once=("label", "source"))
+append_only(_looks, once=("promoted",))
 
 
 class LooksSpentError(NotReachableError):
@@ -247,13 +252,23 @@ class GuardVault:
         return question(look, truth, differ, np.asarray([row.cluster for row in rows], dtype=np.str_))
 
     def close(self, look: Look, *, promoted: bool) -> None:
-        """Note what came of a look."""
+        """Note what came of a look; the same again changes nothing.
+
+        Raises:
+            InputError: something else has come of it.
+        """
+        mine = (_looks.c.epoch == look.epoch, _looks.c.number == look.number)
         with self._store.write() as connection:
-            connection.execute(
-                update(_looks)
-                .where(_looks.c.epoch == look.epoch, _looks.c.number == look.number)
-                .values(promoted=promoted)
+            noted = connection.execute(
+                update(_looks).where(*mine, _looks.c.promoted.is_(None)).values(promoted=promoted)
             )
+            if not noted.rowcount:
+                before = connection.execute(select(_looks.c.promoted).where(*mine)).scalar_one_or_none()
+                if before != promoted:
+                    raise InputError(
+                        f"promoted must be what came of look {look.number} of '{look.epoch}', {before}, got "
+                        f"{promoted}; the same question has one answer"
+                    )
 
     def _take(self, epoch: str, asked: str, name: str, now: float) -> Look:
         """Commit the next look, or find the one that this very question took."""

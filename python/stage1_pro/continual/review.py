@@ -396,11 +396,15 @@ def _handler(page: ReviewServer) -> type[BaseHTTPRequestHandler]:
             """Say nothing: the address of a request may hold the token."""
 
         def do_GET(self) -> None:
-            parts = urlsplit(self.path)
-            given = parse_qs(parts.query).get("token", [""])[0]
+            target = self._target()
+            if target is None:
+                self._refuse(HTTPStatus.BAD_REQUEST)
+                return
+            path, query = target
+            given = query.get("token", "")
             if not self._is_local():
                 self._refuse(HTTPStatus.FORBIDDEN)
-            elif parts.path == "/" and given:
+            elif path == "/" and given:
                 if hmac.compare_digest(given.encode(), page.token.encode()):
                     cookie = f"{self._cookie_name}={page.token}; HttpOnly; SameSite=Strict; Path=/"
                     self._send(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie})
@@ -408,18 +412,22 @@ def _handler(page: ReviewServer) -> type[BaseHTTPRequestHandler]:
                     self._refuse(HTTPStatus.FORBIDDEN)
             elif not self._is_known():
                 self._refuse(HTTPStatus.FORBIDDEN)
-            elif (name := parts.path.lstrip("/") or "review.html") in _TYPES:
+            elif (name := path.lstrip("/") or "review.html") in _TYPES:
                 data = files("stage1_pro").joinpath("templates", name).read_bytes()
                 self._send(HTTPStatus.OK, f"{_TYPES[name]}; charset=utf-8", data)
-            elif parts.path == "/favicon.ico":
+            elif path == "/favicon.ico":
                 self._send(HTTPStatus.NO_CONTENT, "image/x-icon", b"")
-            elif parts.path == "/image" and (found := page.image(parse_qs(parts.query).get("event", [""])[0])):
+            elif path == "/image" and (found := page.image(query.get("event", ""))):
                 self._send(HTTPStatus.OK, *found)
             else:
                 self._refuse(HTTPStatus.NOT_FOUND)
 
         def do_POST(self) -> None:
-            what = urlsplit(self.path).path.lstrip("/")
+            target = self._target()
+            if target is None:
+                self._refuse(HTTPStatus.BAD_REQUEST)
+                return
+            what = target[0].lstrip("/")
             size = self.headers.get("Content-Length", "")
             # Other pages of this browser cannot send JSON here without being asked for leave, which is never given.
             if not self._is_local() or not self._is_known() or self.headers.get_content_type() != "application/json":
@@ -436,6 +444,14 @@ def _handler(page: ReviewServer) -> type[BaseHTTPRequestHandler]:
                     self._json(HTTPStatus.BAD_REQUEST, {"error": "the request is not what this page sends"})
                 except InputError as error:
                     self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+
+        def _target(self) -> tuple[str, dict[str, str]] | None:
+            """Path and query of what is asked for; None where that is no address, such as ``http://[``."""
+            try:
+                parts = urlsplit(self.path)
+                return parts.path, {name: given[0] for name, given in parse_qs(parts.query, max_num_fields=10).items()}
+            except ValueError:
+                return None
 
         @property
         def _cookie_name(self) -> str:

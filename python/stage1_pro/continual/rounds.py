@@ -31,7 +31,7 @@ from stage1_pro.artifacts import (
 from stage1_pro.continual import audit, tasks
 from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
 from stage1_pro.continual.executors import FILES, Executor, Work, do_work
-from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate
+from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate, refuse
 from stage1_pro.continual.guard import GuardVault
 from stage1_pro.continual.labels import GUARD_SOURCES, Resolved, audited, ingest, read_events, resolve
 from stage1_pro.continual.live import PLAN, read_pairs
@@ -41,6 +41,9 @@ from stage1_pro.continual.registry import Alias, Registry
 from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
 from stage1_pro.continual.srt import ControllerConfig, ControllerState, Feedback, ThresholdController
 from stage1_pro.continual.status import MonitorConfig, Status, look, write_page
+from stage1_pro.data.splits import cluster_copies
+from stage1_pro.deploy.bundle import Bundle
+from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 
 Role = Literal["guard", "certify", "learn"]
@@ -65,6 +68,13 @@ class RoundsConfig(Record):
     recent: int = Field(512, ge=1, description="images served last whose policy mgrpo keeps near the champion's")
     terms: Terms = Terms()
     largest_growth: float = Field(1.1, gt=0, description="candidate's size over the champion's, at most")
+    largest_slowdown: float | None = Field(
+        1.25, gt=0, description="candidate's time of a decision over the champion's: upper end of its interval, at "
+        "most; null: not asked, for what must come out the same twice, such as a simulation"
+    )  # fmt: skip
+    timed_photos: int = Field(200, ge=10, description="of the guard, at most, to time decisions on")
+    timed_passes: int = Field(3, ge=1, description="over these photos; each counts with its fastest")
+    timed_seconds: float = Field(300.0, gt=0, description="that timing may take, ten decisions apart")
 
     @model_validator(mode="after")
     def _some_proposal(self) -> Self:
@@ -351,7 +361,7 @@ class Rounds:
         return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "wish": wish_of(policy)})
 
     def evaluate(self, work: Round) -> Verdict:
-        """The gate: both bundles decide on the guard and on the anchor, then every test."""
+        """The gate: the candidate's bundle is measured, both decide on the guard and on the anchor, then every test."""
         assert work.candidate is not None
         assert work.recalibrated is not None
         run = self.root / WORK / work.recalibrated / FILES / "run"
@@ -360,6 +370,11 @@ class Rounds:
         remember_run(self.root, work.candidate, run, fingerprint)
         epoch = self._snapshot(work).guard
         guard = [str(self.root / "images" / name) for name in self.vault.row_ids(epoch)]
+        measured = self._measured(champion, candidate, work, guard)
+        spec, terms = self.config.spec, self.config.terms
+        refused = refuse(work.champion, work.candidate, epoch, measured, spec=spec, now=work.entered, terms=terms)
+        if refused is not None:
+            return refused
         rows = self._anchor_rows()
         origin = self.registry.history("champion")[0].bundle
         splits = Splits.read(Path(self._run(origin or "").run) / "splits.json")
@@ -368,21 +383,16 @@ class Rounds:
         anchor = Anchor(
             verified(labels, "owner", classes=splits.classes, positive=splits.positive),
             np.array([row.group for row in rows], dtype=np.str_),
+            {one: np.array([row.source == one for row in rows]) for one in sorted({row.source for row in rows} - {""})},
             origin=self._decide(origin or work.champion, files),
         )
-        size = {name: sum(one.size for one in b.manifest.files.values()) for name, b in
-                (("champion", champion), ("candidate", candidate))}  # fmt: skip
-        measured = [
-            Measured(name="size over the champion's", value=size["candidate"] / size["champion"],
-                     limit=self.config.largest_growth),
-        ]  # fmt: skip
         return evaluate(
             self.vault, epoch,
             Side(work.champion, self._decide(work.champion, guard), self._decide(work.champion, files),
                  champion.policy, champion.manifest.provenance.model_fingerprint),
             Side(work.candidate, self._decide(work.candidate, guard), self._decide(work.candidate, files),
                  candidate.policy, fingerprint),
-            anchor, spec=self.config.spec, now=work.entered, terms=self.config.terms, measured=measured,
+            anchor, spec=spec, now=work.entered, terms=terms, measured=measured,
         )  # fmt: skip
 
     def compare(self, work: Round, *, delta: float) -> Compared:
@@ -432,7 +442,8 @@ class Rounds:
         try:
             there = self.vault.row_ids(epoch)
         except InputError:
-            self.vault.open(epoch, names, names, now=now)
+            # Frames of one place are one witness, however many of them were drawn.
+            self.vault.open(epoch, names, cluster_copies(self.root / "images", names), now=now)
             there = names
         if there != names:
             raise ArtifactError(f"guard epoch '{epoch}' must hold the rows that were collected, got others")
@@ -469,11 +480,51 @@ class Rounds:
         splits = Splits.read(Path(self._run(first or "").run) / "splits.json").verify()
         return [row for row in splits.of("val_select") if uniform(0, "anchor", row.group) < 0.5]
 
+    def _measured(self, champion: Bundle, candidate: Bundle, work: Round, guard: Sequence[str]) -> list[Measured]:
+        """Size, parity and latency; of the champion nothing is asked but that it runs, whatever its format lacks.
+
+        Latency is held against its limit by the upper end of its interval: a machine too busy to tell, like a sample
+        too small, has not shown that the candidate is fast enough.
+        """
+        limit = self.config.largest_slowdown
+        sizes = [sum(one.size for one in bundle.manifest.files.values()) for bundle in (candidate, champion)]
+        # Names of guard images are hashes: the first ones are as good a draw as any.
+        inputs = {
+            "champion": work.champion, "candidate": work.candidate, "root": str(self.root),
+            "files": _hashed(guard[: self.config.timed_photos]),
+            "passes": 0 if limit is None else self.config.timed_passes,
+            "seconds": self.config.timed_seconds,
+        }  # fmt: skip
+        found = do_work(self.root / WORK, f"{tasks.__name__}:measure", inputs, self.executor).result
+        parity, latency, why = found["parity"], found["latency"], found["why"]
+        timed = why
+        if latency:
+            took = [f"{latency['milliseconds'][one]:.3g}" for one in ("candidate", "champion")]
+            timed = f"mean over photos of the fastest of {latency['passes']} passes: {took[0]} against {took[1]} ms"
+        measured = [
+            Measured(name="size over the champion's", value=sizes[0] / sizes[1], limit=self.config.largest_growth),
+            Measured(
+                name="parity with its reference", value=parity and parity["logit"], limit=TOLERANCES["onnxruntime"],
+                note="largest difference of a logit" if parity else why,
+            ),
+            Measured(name="reference rows that exit otherwise", value=parity and parity["flips"], limit=0,
+                     note="" if parity else why),
+        ]  # fmt: skip
+        if limit is not None:
+            measured.append(Measured(
+                name="latency over the champion's", value=latency and latency["ratio"],
+                bound=latency and latency["high"], n=latency["n"] if latency else 0, limit=limit, note=timed,
+            ))  # fmt: skip
+        return measured
+
     def _decide(self, bundle: str, files: Sequence[str]) -> Decisions:
-        known = [[path, sha256_file(path)] for path in files]
-        inputs = {"bundle": bundle, "root": str(self.root), "files": known}
+        inputs = {"bundle": bundle, "root": str(self.root), "files": _hashed(files)}
         found = do_work(self.root / WORK, f"{tasks.__name__}:decide", inputs, self.executor).result
         return Decisions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
+
+
+def _hashed(files: Sequence[str]) -> list[list[str]]:
+    return [[path, sha256_file(path)] for path in files]
 
 
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:

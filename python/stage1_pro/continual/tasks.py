@@ -5,8 +5,9 @@ A proposal is made here, so this knows neither store nor guard: labels are input
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,64 @@ def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found, classes = cascade.predict(files), cascade.bundle.classes
     answers = [classes.index(name) if name else NOBODY for name in found.label.tolist()]
     return {"answers": answers, "deferred": (~found.exited).tolist()}
+
+
+def measure(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the gate asks of a candidate's bundle before its decisions: parity, and the time of a decision.
+
+    ``parity`` is how far its graphs are from its own reference outputs; null where it has none, or gives no numbers.
+    ``latency`` is the mean time of a decision over the champion's: one photo a call as it was served, from its pixels
+    on, with the exits that each bundle takes, in turns in one process, one thread for each operator. Every photo counts
+    with the fastest of its passes, as whatever else a machine does only ever adds time; the interval is of the photos.
+    Null where parity fails, as such a candidate is not run, and without passes. A time is never the same twice, so this
+    is measured once, and whoever asks again is given this result.
+    """
+    from stage1_pro.continual.live import load_content
+    from stage1_pro.deploy.bench import machine
+    from stage1_pro.deploy.cascade import Cascade, open_image
+    from stage1_pro.deploy.latency import Sampling, ratios, sample, timed
+    from stage1_pro.deploy.reference import measure_parity, read_reference
+    from stage1_pro.deploy.runtime import OnnxRuntime
+
+    del folder
+    bundles = {name: load_content(inputs["root"], inputs[name]) for name in ("champion", "candidate")}
+    candidate = bundles["candidate"]
+    found: dict[str, Any] = {"parity": None, "latency": None, "machine": machine("onnxruntime", 1), "why": ""}
+    reference = read_reference(candidate)
+    if reference is None:
+        return {**found, "why": "the bundle has no reference outputs; export it with this version"}
+    runtimes = {name: OnnxRuntime(bundle, 1) for name, bundle in bundles.items()}
+    parity = measure_parity(runtimes["candidate"], candidate, reference, OnnxRuntime.name)
+    if not math.isfinite(parity.logit):
+        return {**found, "why": "the graphs give no numbers for the reference inputs"}
+    found["parity"] = {"logit": parity.logit, "flips": parity.flips}
+    if not parity.logit <= parity.tolerance or parity.flips:
+        return {**found, "why": "not timed: it does not give its reference outputs"}
+    if not inputs["passes"]:
+        return found
+    photos = [open_image(Path(path)) for path, _ in inputs["files"]]
+
+    def decides(name: str) -> Callable[[int], Mapping[str, float]]:
+        cascade = Cascade(bundles[name], runtimes[name])
+
+        def call(number: int) -> Mapping[str, float]:
+            photo = photos[number % len(photos)]
+            return timed(cascade.runtime, lambda: cascade.decide(cascade.pixels(photo)[None]))
+
+        return call
+
+    how = Sampling(inputs["passes"] * len(photos), warmup=0.2, limit=inputs["seconds"])
+    times = sample({name: decides(name) for name in bundles}, how)
+    taken = len(times["candidate"]["host"])
+    passes = max(1, taken // len(photos))
+    n = min(taken, len(photos))
+    best = {name: parts["host"][: passes * n].reshape(passes, n).min(axis=0) for name, parts in times.items()}
+    (mean, *_) = ratios(best["candidate"], best["champion"], paired=True)
+    found["latency"] = {
+        "ratio": mean.ratio, "low": mean.low, "high": mean.high, "n": n, "passes": passes,
+        "milliseconds": {name: 1e3 * float(values.mean()) for name, values in best.items()},
+    }  # fmt: skip
+    return found
 
 
 def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -500,6 +500,36 @@ def _same(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return cast("NDArray[np.bool_]", close & (_correlation(x, y) >= DETAIL))
 
 
+def cluster_copies(root: Path, files: Sequence[str]) -> list[str]:
+    """The first file of those that show the same picture, for each of some files under ``root``, in their order.
+
+    Copies are what ``near_duplicates`` finds, and copies of copies; a file that is no image is one of its own.
+    """
+    pictures, _ = read_pictures(root, files)
+    shown = [i for i, file in enumerate(files) if file in pictures]
+    if not shown:
+        return list(files)
+    pairs = near_duplicates(np.stack([pictures[files[i]].small for i in shown]), np.arange(len(shown)))
+    roots = _components(len(files), ((shown[i], shown[j]) for i, j in pairs))
+    return [files[i] for i in roots]
+
+
+def _components(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """The smallest of those that pairs tie to each of 0 .. n - 1."""
+    parent = list(range(n))
+
+    def root_of(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, j in pairs:
+        a, b = sorted((root_of(i), root_of(j)))
+        parent[b] = a
+    return [root_of(i) for i in range(n)]
+
+
 def _join_groups(
     entries: Sequence[_Entry], pictures: Mapping[str, Picture], max_component: float
 ) -> tuple[list[str], Merging]:
@@ -515,21 +545,12 @@ def _join_groups(
         if groups[first] != groups[i]:
             found.add((first, i))
 
-    parent = list(range(len(names)))
-
-    def root_of(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, j in found:
-        a, b = sorted((root_of(int(groups[i])), root_of(int(groups[j]))))
-        parent[b] = a  # the smaller number, so that a component is called by its first name
+    # The smallest number, so that a component is called by its first name.
+    roots = _components(len(names), ((int(groups[i]), int(groups[j])) for i, j in found))
     members: dict[int, list[str]] = defaultdict(list)
     for i, name in enumerate(names):
-        members[root_of(i)].append(name)
-    units = [names[root_of(int(group))] for group in groups]
+        members[roots[i]].append(name)
+    units = [names[roots[group]] for group in groups]
     sizes = Counter(units)
     joined = {names[i]: group for i, group in members.items() if len(group) > 1}
     largest = max(joined, key=lambda name: (sizes[name], name), default=None)

@@ -42,7 +42,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a runtime is from the reference: largest differences, and decisions that differ."""
+    """How far a runtime is from the reference: largest differences (NaN where it gives none), decisions that differ."""
 
     logit: float
     prob: float
@@ -127,6 +127,22 @@ def check_parity(runtime: Runtime, bundle: Bundle, reference: Reference, precisi
     Raises:
         ArtifactError: outputs are not numbers, further off than the precision explains, or decide differently.
     """
+    parity = measure_parity(runtime, bundle, reference, precision)
+    if not parity.logit <= parity.tolerance:
+        raise ArtifactError(
+            f"{runtime.name} must give the reference outputs of the bundle within {parity.tolerance:g}, got logits "
+            f"{parity.logit:.3g} off; the graph was changed, or this runtime computes it wrongly here"
+        )
+    if parity.flips:
+        raise ArtifactError(
+            f"{runtime.name} must decide as the reference does, got {parity.flips} of {len(reference.pixels)} rows "
+            "that exit otherwise"
+        )
+    return parity
+
+
+def measure_parity(runtime: Runtime, bundle: Bundle, reference: Reference, precision: str) -> Parity:
+    """What ``check_parity`` compares, whatever comes out."""
     first = runtime.run("stage_a", {"pixels": _input(reference.pixels, bundle.preprocessing)})
     second = runtime.run("stage_b", {"hidden": first["hidden"]})
     pairs = [(first[name], expected) for name, expected in reference.stage_a.items()]
@@ -135,11 +151,8 @@ def check_parity(runtime: Runtime, bundle: Bundle, reference: Reference, precisi
     differences = [np.abs(ours.astype(np.float64) - theirs) / (1 + np.abs(theirs).max()) for ours, theirs in pairs]
     logit = float(np.max([one.max() for one in differences]))
     tolerance = TOLERANCES[precision]
-    if not logit <= tolerance:
-        raise ArtifactError(
-            f"{runtime.name} must give the reference outputs of the bundle within {tolerance:g}, got logits "
-            f"{logit:.3g} off; the graph was changed, or this runtime computes it wrongly here"
-        )
+    if not np.isfinite(logit):
+        return Parity(logit, logit, 0, tolerance)
     probs = [softmax(one) for one in (first["logits"], second["logits"])]
     expected = [softmax(reference.stage_a["logits"]), softmax(reference.stage_b["logits"])]
     gates = first.get("gate_logit"), reference.stage_a.get("gate_logit")
@@ -147,12 +160,8 @@ def check_parity(runtime: Runtime, bundle: Bundle, reference: Reference, precisi
     # A score that lies within the tolerance of the threshold says nothing about the runtime.
     far = np.abs(scores - bundle.policy.exit_threshold) > tolerance
     ours, theirs = (exits(bundle.policy, one, gate) for one, gate in zip((probs[0], expected[0]), gates, strict=True))
-    flips = int(((ours != theirs) & far).sum())
-    if flips:
-        raise ArtifactError(
-            f"{runtime.name} must decide as the reference does, got {flips} of {len(scores)} rows that exit otherwise"
-        )
-    return Parity(logit, float(max(np.abs(a - b).max() for a, b in zip(probs, expected, strict=True))), 0, tolerance)
+    prob = float(max(np.abs(a - b).max() for a, b in zip(probs, expected, strict=True)))
+    return Parity(logit, prob, int(((ours != theirs) & far).sum()), tolerance)
 
 
 def _input(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
