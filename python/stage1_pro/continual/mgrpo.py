@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ M = TypeVar("M", bound=nn.Module)
 class ProposalOptions(Record):
     """How a candidate is proposed."""
 
+    objective: Literal["reward", "likelihood"] = Field(
+        "reward", description="reward: the clipped expectation; likelihood: cross entropy to exp(reward / temperature)"
+    )
+    temperature: float = Field(0.5, gt=0, description="likelihood: in units of reward")
     steps: int = Field(300, ge=1)
     batch_size: int = Field(256, ge=2)
     inner_epochs: int = Field(4, ge=1, description="steps on a batch before its old policy is taken anew")
@@ -65,6 +69,15 @@ class Proposal:
     share: float | None
     champion_reward: float
     steps: tuple[Step, ...]
+
+
+def likelihood_loss(log_probs: Tensor, rewards: Tensor, temperature: float) -> Tensor:
+    """Cross entropy to the policy that is proportional to exp(reward / temperature), a scalar; both are [N, A].
+
+    Reward-augmented maximum likelihood (Norouzi et al. 1609.00150). A policy that is sure and wrong has next to no
+    gradient of its expected reward, and has one of this.
+    """
+    return -(torch.softmax(rewards / temperature, 1) * log_probs).sum(1).mean()
 
 
 def propose(
@@ -126,7 +139,10 @@ def propose(
             old = log_probs_of(policy, inputs)
         at, late = (draw(len(x[0]), options.batch_size) for x in (anchor, recent))
         own = tuple(x[at] for x in anchor)
-        loss = clipped_loss(policy(*inputs), old, rewards, options.clip)
+        if options.objective == "reward":
+            loss = clipped_loss(policy(*inputs), old, rewards, options.clip)
+        else:
+            loss = likelihood_loss(policy(*inputs), rewards, options.temperature)
         loss = loss + options.ema_weight * kl(policy(*own), log_probs_of(average, own))
         loss = loss + options.champion_weight * kl(policy(*(x[late] for x in recent)), held_recent[late])
         optimizer.zero_grad(set_to_none=True)

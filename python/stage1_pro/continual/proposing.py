@@ -1,5 +1,8 @@
 """A run's heads, proposed anew by ``mgrpo``: new rows and remembered ones in, a run without a policy out, or a refusal.
 
+First Stage B's head, by likelihood: what it learned by cross entropy it learns on by it, held as ``mgrpo`` holds all.
+Then Stage A's classifier and gate, by reward, with DEFER paid by what that Stage B answers.
+
 What the champion has learned from is remembered as features in a reservoir that goes from run to run, so that a round
 costs a pass over its new images and not over all there ever were. An adapter or another backbone begins a new one.
 """
@@ -7,6 +10,7 @@ costs a pass over its new images and not over all there ever were. An adapter or
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +18,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor, nn
 
 from stage1_pro.artifacts import Record, Row, Splits, atomic_directory
 from stage1_pro.config import Config
 from stage1_pro.continual.mgrpo import Proposal, ProposalOptions, Step, propose
 from stage1_pro.continual.replay import Reservoir
-from stage1_pro.continual.rewards import RewardSpec
-from stage1_pro.continual.rlvr import STATEMENT, HeadsPolicy, Rows, labels_of, pay_rows, read_rows, write_run
+from stage1_pro.continual.rewards import RewardSpec, verified
+from stage1_pro.continual.rlvr import (
+    STATEMENT,
+    HeadsPolicy,
+    Rows,
+    labels_of,
+    log_probs_of,
+    mean_reward,
+    pay_rows,
+    read_rows,
+    write_run,
+)
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.models.model import Stage1Model, fingerprint
 from stage1_pro.progress import say
@@ -45,8 +60,12 @@ class ProposalRecord(Record):
     n_select: int
     n_anchor: int = Field(description="images that held it by the KL to its moving average, and by the budget")
     n_recent: int
-    share: float = Field(description="of the way that is proposed")
+    share: float | None = Field(description="of Stage A's way that is proposed; null: it stays as it is")
     steps: list[Step]
+    share_b: float | None = Field(description="the same of Stage B's head")
+    steps_b: list[Step]
+    accuracy_b_before: float = Field(description="of Stage B on val_select")
+    accuracy_b_after: float
     reward_before: float = Field(description="of the most likely action on val_select, before any threshold")
     reward_after: float
     split_hashes: dict[str, str]
@@ -64,13 +83,14 @@ def propose_run(
     options: ProposalOptions | None = None,
     reservoir: Path | str | None = None,
     capacity: int = CAPACITY,
+    refit_b: bool = True,
     source: str = "owner",
 ) -> ProposalRecord:
-    """Propose Stage A's classifier and gate anew and write them as a new run, to be calibrated and certified again.
+    """Propose a run's heads anew and write them as a new run, to be calibrated and certified again.
 
-    ``train`` rows that are not ``known`` are learned from, known ones are replayed; ``val_select`` chooses the step.
-    DEFER is paid by what Stage B answers. The new folder appears whole or not at all, with ``reservoir.npz`` for the
-    next round.
+    ``train`` rows that are not ``known`` are learned from, known ones are replayed; ``val_select`` chooses the steps.
+    DEFER is paid by what Stage B answers, anew. The new folder appears whole or not at all, with ``reservoir.npz`` for
+    the next round.
 
     Args:
         run: a run, its splits as they are now.
@@ -82,6 +102,7 @@ def propose_run(
         options: how.
         reservoir: of the parent's; one is made of the known rows where there is none or its features are others.
         capacity: rows of a new reservoir.
+        refit_b: Stage B's head learns, too.
         source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
 
     Raises:
@@ -105,55 +126,68 @@ def propose_run(
         if not rows:
             raise InputError(f"{name} must be 1 or more, got none; label more, or name what is to hold the policy")
 
-    def rewarded(rows: Sequence[Row], what: str) -> tuple[Rows, tuple[NDArray[np.float32], ...], NDArray[np.int64]]:
+    def read(rows: Sequence[Row], what: str) -> _Cached:
         labels, sources = labels_of(rows, splits, source)
-        inputs, answers = read_rows(model, [splits.path(row) for row in rows], config, description=what)
-        return pay_rows(inputs, answers, labels, sources, spec, splits, device), inputs, answers
+        verified(labels, sources, classes=splits.classes, positive=splits.positive)
+        (a, b), _ = read_rows(model, [splits.path(row) for row in rows], config, description=what)
+        return _Cached(a, b, labels, sources)
 
-    new_rows, new_inputs, new_answers = rewarded(new, "new rows")
+    fresh, chosen_by = read(new, "new rows"), read(select, "val_select rows")
     old = [row for row in learned if row.sha256 in known]
     remembered = _remember(model, splits, config, old, path=reservoir, capacity=capacity)
-    replay = None
-    if len(remembered):
-        columns = remembered.columns
-        replay = pay_rows(
-            (columns["a"], columns["b"]), columns["answer_b"], columns["label"], [source] * len(remembered), spec,
-            splits, device,
-        )  # fmt: skip
-    select_rows, *_ = rewarded(select, "val_select rows")
-    at = torch.tensor([row.sha256 in anchor for row in select], device=device)
+    columns = remembered.columns
+    replayed = _Cached(columns["a"], columns["b"], columns["label"], [source] * len(remembered)) if columns else None
+    at = np.array([row.sha256 in anchor for row in select])
     lately, _ = read_rows(model, [Path(path) for path in recent], config, description="recent images")
+
+    def ask(policy: _Policy, options: ProposalOptions, learns: str, width: int) -> Proposal:
+        def paid(cached: _Cached) -> Rows:
+            return _pay(cached, model, spec, splits, device, width)
+
+        return propose(
+            policy, paid(fresh), None if replayed is None else paid(replayed), paid(chosen_by),
+            anchor=tuple(torch.from_numpy(x[at]).to(device) for x in (chosen_by.a, chosen_by.b)),
+            recent=tuple(torch.from_numpy(x).to(device) for x in lately),
+            options=options,
+            learns=[name for name, _ in policy.named_parameters() if name.startswith(tuple(learns.split()))],
+        )  # fmt: skip
+
+    def accuracy_b() -> float:
+        return float((_answers_b(model, chosen_by.b, device) == chosen_by.labels).mean())
+
+    classes, before_b = len(splits.classes), accuracy_b()
+    answers = _AnswersB(model.heads.auxiliary)
+    by_likelihood = options.model_copy(update={"objective": "likelihood"})
+    found_b = ask(answers, by_likelihood, "auxiliary", classes) if refit_b else None
+    held_policy = HeadsPolicy(model.heads)
+    start = mean_reward(*_outcome(held_policy, chosen_by, model, spec, splits, device))
+    if found_b is not None and found_b.state is not None:
+        answers.load_state_dict(found_b.state)
     policy = HeadsPolicy(model.heads)
-    found = propose(
-        policy, new_rows, replay, select_rows,
-        anchor=tuple(x[at] for x in select_rows.inputs),
-        recent=tuple(torch.from_numpy(values).to(device) for values in lately),
-        options=options,
-        learns=[name for name, _ in policy.named_parameters() if name.startswith(("module.classifier", "module.gate"))],
-    )  # fmt: skip
-    if found.state is None or found.share is None:
-        raise NotReachableError(_none(found))
-    policy.load_state_dict(found.state)
+    found = ask(policy, options, "module.classifier module.gate", classes + 2)
+    if found.state is not None:
+        policy.load_state_dict(found.state)
+    reached = mean_reward(*_outcome(policy, chosen_by, model, spec, splits, device))
+    if reached <= start:
+        raise NotReachableError(_none(start, found, found_b))
     state = model.state_dict()
     strata, counts = np.unique(remembered.strata, return_counts=True)
     record = ProposalRecord(
         parent_fingerprint=before, model_fingerprint=fingerprint(model.architecture, state), spec=spec, options=options,
         n_new=len(new), replayed=dict(zip(strata.tolist(), counts.tolist(), strict=True)), n_select=len(select),
         n_anchor=len(held), n_recent=len(recent), share=found.share, steps=list(found.steps),
-        reward_before=found.champion_reward,
-        reward_after=next(step.select_reward for step in found.steps if step.share == found.share),
+        share_b=None if found_b is None else found_b.share, steps_b=[] if found_b is None else list(found_b.steps),
+        accuracy_b_before=before_b, accuracy_b_after=accuracy_b(), reward_before=start, reward_after=reached,
         split_hashes=splits.hashes,
     )  # fmt: skip
-    remembered.add(
-        [row.sha256 for row in new], _strata(new), _columns(new, splits, new_inputs, new_answers, _features_of(model))
-    )
+    remembered.add([row.sha256 for row in new], _strata(new), _columns(fresh, _features_of(model)))
     with atomic_directory(out) as staging:
         write_run(staging, run, state)
         remembered.save(staging / RESERVOIR)
         record.write(staging / RECORD)
     say(
-        f"reward on val_select {record.reward_before:.4f} -> {record.reward_after:.4f}, {record.share:g} of the way; "
-        f"wrote {out}; {STATEMENT} (stage1 calibrate --run {out})"
+        f"reward on val_select {start:.4f} -> {reached:.4f}, Stage B's accuracy {before_b:.4f} -> "
+        f"{record.accuracy_b_after:.4f}; wrote {out}; {STATEMENT} (stage1 calibrate --run {out})"
     )
     return record
 
@@ -181,21 +215,58 @@ def _remember(
         by_heart = config.augment.enabled and config.train.mode != "linear"
         draw = (config.augment, config.seed, config.train.epochs) if by_heart else None
         paths = [splits.path(row) for row in kept]
-        inputs, answers = read_rows(model, paths, config, draw, description="rows to remember")
-        found.add([row.sha256 for row in kept], _strata(kept), _columns(kept, splits, inputs, answers, features))
+        (a, b), _ = read_rows(model, paths, config, draw, description="rows to remember")
+        labels, sources = labels_of(kept, splits, "owner")
+        found.add([row.sha256 for row in kept], _strata(kept), _columns(_Cached(a, b, labels, sources), features))
     return found
 
 
-def _columns(
-    rows: Sequence[Row],
-    splits: Splits,
-    inputs: Sequence[NDArray[np.float32]],
-    answers_b: NDArray[np.int64],
-    features: str,
-) -> dict[str, NDArray[Any]]:
-    labels, _ = labels_of(rows, splits, "owner")
-    a, b = inputs
-    return {"a": a, "b": b, "answer_b": answers_b, "label": labels, "features": np.full(len(rows), features)}
+@dataclass(frozen=True)
+class _Cached:
+    """Rows as heads see them: features of both stages, each [N, 2D], labels [N] and where those come from."""
+
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    sources: list[str]
+
+
+class _AnswersB(nn.Module):
+    """Stage B as a policy whose actions are its answers: log-probabilities [N, K]."""
+
+    def __init__(self, auxiliary: nn.Module) -> None:
+        super().__init__()
+        self.auxiliary = auxiliary
+
+    def forward(self, _features_a: Tensor, features_b: Tensor) -> Tensor:
+        return torch.as_tensor(self.auxiliary(features_b)).float().log_softmax(1)
+
+
+_Policy = HeadsPolicy | _AnswersB
+
+
+@torch.no_grad()
+def _answers_b(model: Stage1Model, features_b: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = model.heads.auxiliary(torch.from_numpy(features_b).to(device)).argmax(1).cpu().numpy()
+    return found
+
+
+def _pay(rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device, width: int) -> Rows:
+    """What the first ``width`` actions earn with Stage B as it is: answers alone, or all."""
+    answers = _answers_b(model, rows.b, device)
+    paid = pay_rows((rows.a, rows.b), answers, rows.labels, rows.sources, spec, splits, device)
+    return Rows(paid.inputs, paid.rewards[:, :width])
+
+
+def _outcome(
+    policy: nn.Module, rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    paid = _pay(rows, model, spec, splits, device, len(splits.classes) + 2)
+    return log_probs_of(policy, paid.inputs), paid.rewards
+
+
+def _columns(rows: _Cached, features: str) -> dict[str, NDArray[Any]]:
+    return {"a": rows.a, "b": rows.b, "label": rows.labels, "features": np.full(len(rows.labels), features)}
 
 
 def _strata(rows: Sequence[Row]) -> list[str]:
@@ -203,16 +274,17 @@ def _strata(rows: Sequence[Row]) -> list[str]:
 
 
 def _features_of(model: Stage1Model) -> str:
-    """Hash of all that a reservoir remembers of: features and Stage B's answers; Stage A's own heads apart."""
-    own = ("heads.classifier", "heads.gate")
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
+    """Hash of all that makes features, heads apart."""
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
     return fingerprint(model.architecture, state)
 
 
-def _none(found: Proposal) -> str:
-    near = [step.select_reward for step in found.steps if step.within_budget]
-    got = f"{max(near):.4f} as the best of {len(near)} steps" if near else "no step within it"
+def _none(start: float, found: Proposal, found_b: Proposal | None) -> str:
+    def tried(proposal: Proposal) -> str:
+        return ", ".join(f"{s.select_reward:.4f} at KL {s.anchor_kl:.3g}" for s in proposal.steps)
+
+    of_b = "" if found_b is None else f"; Stage B's steps earn {tried(found_b)}"
     return (
-        f"the reward on val_select must rise above {found.champion_reward:.4f} within the anchor's budget, got {got} "
-        f"(KL {', '.join(f'{step.anchor_kl:.3g}' for step in found.steps)}); nothing was written"
+        f"the reward on val_select must rise above {start:.4f} within the anchor's budget of KL, got steps of Stage A "
+        f"that earn {tried(found)}{of_b}; nothing was written"
     )
