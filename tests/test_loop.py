@@ -223,6 +223,43 @@ def test_the_threshold_follows_labels_while_a_round_waits(tmp_path: Path, bundle
     loop.store.close()
 
 
+def test_the_audit_rate_is_part_of_what_is_in_force(tmp_path: Path, bundle: Path) -> None:
+    root, url = tmp_path / "root", str(tmp_path / "loop.db")
+    begin(root, url, bundle)
+    loop = open_loop(root, url, bundle)
+    seen: dict[str, Any] = {"threshold": 0.9, "audit_rate": 0.3}
+    loop.parts.watch = lambda memory, champion, *, now, manual: Watched(manual, ["manual"], {"looks": 1}, **seen)  # type: ignore[method-assign]
+
+    def crash(moment: str) -> None:
+        raise RuntimeError(moment)
+
+    # One transaction, one audit row; a crash before the file is written is made good by the next start.
+    loop._observe = lambda moment: crash(moment) if moment == "MONITOR committed" else None
+    with pytest.raises(RuntimeError, match="committed"):
+        loop.step(now=10.0)
+    assert read_pointer(root).audit_rate is None
+    loop._observe = lambda _: None
+    loop.resume()
+    assert (read_pointer(root).audit_rate, read_pointer(root).threshold) == (0.3, 0.9)
+    for now in (11.0, 12.0):
+        loop.step(now=now)
+    seen["audit_rate"] = None
+    loop.step(now=13.0)
+    assert read_pointer(root).audit_rate is None
+    rows = [(one.kind, json.loads(one.body)) for one in audit.read(loop.store)][1:]
+    assert [kind for kind, _ in rows] == ["threshold", "audit rate"]
+    assert [(body["audit_rate_before"], body["audit_rate"]) for _, body in rows] == [(None, 0.3), (0.3, None)]
+    # While a round waits it rises and does not fall; a round that begins takes it along.
+    seen["audit_rate"] = 0.2
+    loop.run(now=14.0, manual=True)
+    assert loop.row().state == "SHADOW" and read_pointer(root).audit_rate == 0.2
+    for rate, expected in ((None, 0.2), (0.5, 0.5), (0.3, 0.5)):
+        seen["audit_rate"] = rate
+        loop.step(now=15.0)
+        assert read_pointer(root).audit_rate == expected
+    loop.store.close()
+
+
 def test_a_champion_that_moved_meanwhile_holds_the_round(tmp_path: Path, bundle: Path) -> None:
     root, url = tmp_path / "root", str(tmp_path / "loop.db")
     begin(root, url, bundle)

@@ -402,6 +402,45 @@ def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, p
         assert tightened(policy, threshold).exit_threshold >= policy.exit_threshold
 
 
+def test_serving_audits_more_while_it_is_asked_to(
+    local: Registry, bundle: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    local.promote(local.add(bundle), expected=0, now=1.0, by="ada")
+    plan = ReviewPlan.of(floor=0.02, deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0, seed=5)
+    log = EventLog(tmp_path / "log")
+    live = LiveCascade(local.root, threads=1, log=log, plan=plan, writer="w")
+    serials = [live.pointer.serial]
+    for now, rate in ((2.0, None), (3.0, 0.4), (4.0, 0.01), (5.0, None)):
+        with local.store.write() as connection:
+            local.audit_at(connection, rate, now=now)
+        serials.append(local.sync().serial)
+        live.predict(photos, now=now)
+        assert live.pointer.audit_rate == rate
+    assert serials == sorted(set(serials))
+    events = list(log)
+    assert len({one.id for one in events}) == len(events) == 4 * len(photos)
+    for one in events:
+        assert one.propensity == (0.4 if one.time == 3.0 else 0.02)
+        assert one.selected == plan.selects(one.id, one.propensity)
+
+
+def test_what_was_written_before_there_was_an_audit_rate_is_read(local: Registry, bundle: Path) -> None:
+    local.promote(local.add(bundle), expected=0, now=1.0, by="ada")
+    with local.store.write() as connection:
+        connection.execute(text("DROP TABLE audit_rates"))
+    old = json.loads((local.root / POINTER).read_text())
+    del old["audit_rate"]
+    write_bytes(local.root / POINTER, json.dumps(old).encode())
+    assert read_pointer(local.root).audit_rate is None
+    assert LiveCascade(local.root, threads=1).pointer.audit_rate is None
+    opened = Store(local.root / "loop.db")
+    assert Registry(local.root, opened).sync().audit_rate is None
+    with opened.write() as connection:
+        Registry(local.root, opened).audit_at(connection, 0.5, now=2.0)
+    assert Registry(local.root, opened).sync().audit_rate == 0.5
+    opened.close()
+
+
 def test_serving_needs_neither_torch_nor_a_database() -> None:
     script = (
         "import sys\n"

@@ -12,11 +12,12 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 from test_deploy import CLASSES, make_model, make_run
 
 from stage1_pro.artifacts import Splits, sha256_bytes
-from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
+from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan, uniform
 from stage1_pro.continual.executors import Inline
 from stage1_pro.continual.labels import Label, add_events, add_labels
 from stage1_pro.continual.live import Pair, _append_pairs
 from stage1_pro.continual.loop import Loop, Round
+from stage1_pro.continual.monitor import TriggerConfig
 from stage1_pro.continual.registry import Registry
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
 from stage1_pro.continual.status import MonitorConfig
@@ -42,7 +43,7 @@ def make_rounds(root: Path, bundle: Path, **changes: Any) -> Rounds:
     return Rounds(registry, log, Inline(), RoundsConfig(**{"monitor": MonitorConfig(alpha=0.02), **changes}))
 
 
-def serve(rounds: Rounds, n: int, **changes: Any) -> list[Event]:
+def serve(rounds: Rounds, n: int, first: int = 0, **changes: Any) -> list[Event]:
     """Exits, all of them selected for review, a second apart."""
     name = rounds.registry.alias("champion").bundle
     values: dict[str, Any] = {
@@ -52,7 +53,7 @@ def serve(rounds: Rounds, n: int, **changes: Any) -> list[Event]:
     }  # fmt: skip
     made = [
         Event(id=f"e{i:05d}", time=10.0 + i, image_sha256=sha256_bytes(b"%d" % i), **(values | changes))
-        for i in range(n)
+        for i in range(first, first + n)
     ]
     add_events(rounds.store, made)
     return made
@@ -101,7 +102,7 @@ def test_evidence_is_one_process_from_the_first_day_however_often_one_looks(tmp_
 DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
 
 
-def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None) -> list[Event]:
+def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None, chance: float = 0.6) -> list[Event]:
     """Exits drawn by a plan, labelled where they were selected, with images."""
     name, plan = rounds.registry.alias("champion").bundle or "", plan or rounds.config.plan
     made = []
@@ -110,7 +111,7 @@ def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None)
         event = Event(
             id=f"d{i:05d}", time=10.0 + i, bundle=name, image_sha256=sha256_bytes(data), action="exit", stage="A",
             label="none", prob_a=0.1, prob_b=None, confidence=0.9, gate_logit=None, exit_score=0.97, threshold=0.6,
-            propensity=0.6, selected=plan.selects(f"d{i:05d}", 0.6), sketch=SKETCH,
+            propensity=chance, selected=plan.selects(f"d{i:05d}", chance), sketch=SKETCH,
         )  # fmt: skip
         made.append(event)
         if event.selected:
@@ -165,6 +166,38 @@ def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle
     deal(rounds, 10, first=80, plan=ReviewPlan(floor=0.3, seed=5))
     with pytest.raises(NotReachableError, match="must be drawn by the loop's own review plan"):
         rounds.collect(work)
+
+
+def test_what_a_raised_rate_selects_teaches_and_the_floors_sample_judges(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    plan = rounds.config.plan
+    made = deal(rounds, 80) + deal(rounds, 80, first=80, plan=plan.raised(0.9), chance=0.9)
+    found = rounds.collect(work)
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json")
+    draws = {one.image_sha256: uniform(plan.seed, "review", one.id) for one in made}
+    assert {draws[name] < plan.floor for name in rounds.vault.row_ids(found["guard"])} == {True}
+    assert {draws[name] < plan.floor for name, _, _ in snapshot.certify} == {True}
+    taught = [draws[name] for name, _, _ in snapshot.learn]
+    assert min(taught) >= plan.floor and max(taught) > 0.6
+
+
+def test_drift_raises_the_audit_rate_above_the_plans_floor(tmp_path: Path, bundle: Path) -> None:
+    triggers = TriggerConfig(audit_rate=0.05, raised_audit_rate=0.4, hold=100.0)
+    for floor, expected in ((0.02, [0.05, 0.4, 0.4, 0.05]), (0.1, [None, 0.4, 0.4, None])):
+        monitor = MonitorConfig(alpha=0.02, triggers=triggers, recent=600)
+        rounds = make_rounds(tmp_path / str(floor), bundle, monitor=monitor, plan=ReviewPlan(floor=floor))
+        serve(rounds, 600)
+        memory, rates = watch(rounds, {}, now=700.0).memory, []
+        rates.append(watch(rounds, memory, now=700.0).audit_rate)
+        # Other photos come, then no others than those.
+        serve(rounds, 200, first=700, exit_score=0.7, confidence=0.7)
+        for now in (1000.0, 1050.0):
+            seen = watch(rounds, memory, now=now)
+            memory = seen.memory
+            rates.append(seen.audit_rate)
+        serve(rounds, 1400, first=1100, exit_score=0.7, confidence=0.7)
+        rates.append(watch(rounds, memory, now=2600.0).audit_rate)
+        assert rates == expected
 
 
 # --------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ class Pointer(Record):
     version: int = Field(ge=1, description="of the alias champion")
     previous: str | None = Field(description="what a rollback would bring back")
     threshold: float | None = Field(description="that the champion exits at while it is above its policy's own")
+    audit_rate: float | None = Field(
+        None, ge=0, le=1, description="every event's chance of review is at least this; null: as the plan has it"
+    )
     shadow: str | None = Field(description="decides, too; its answers do not leave")
     canary: str | None = Field(description="answers a share of the images")
     canary_share: float = Field(ge=0, le=1)
@@ -111,6 +114,10 @@ class _Seat:
         return self.cascade.decide(pixels) if self.served is None else self.served.decide(pixels, images, now=now)
 
 
+# A bundle's sha256, its threshold, the audit rate.
+_Key = tuple[str, float | None, float | None]
+
+
 @dataclass(frozen=True)
 class _Seating:
     raw: bytes
@@ -132,6 +139,7 @@ class LiveCascade:
         threads: as ``Cascade.load`` takes it.
         log: where decisions go, and pairs of champion and candidate; without it nothing is logged and shadows rest.
         plan: how events are drawn for review; the loop's own (``plan.json``) by default, which deals labels by it.
+            While the file asks for more audits, every event's chance is raised to that.
         retry_seconds: how long a bundle that could not be loaded is left alone.
         writer: as ``Served`` takes it; give one to get the same event ids from a replay.
 
@@ -156,10 +164,10 @@ class LiveCascade:
         self.candidate_failures = 0
         if plan is None and (self.root / PLAN).is_file():
             plan = ReviewPlan.read(self.root / PLAN)
-        self._plan, self._retry_seconds, self._writer = plan, retry_seconds, writer
+        self._plan, self._retry_seconds, self._writer = plan or ReviewPlan(), retry_seconds, writer
         self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
-        self._seats: dict[tuple[str, float | None], _Seat] = {}
+        self._seats: dict[_Key, _Seat] = {}
         self._failed: tuple[bytes, float] = (b"", 0.0)
         self._seating = self._seat(self._raw())
 
@@ -295,14 +303,17 @@ class LiveCascade:
     def _seat(self, raw: bytes) -> _Seating:
         pointer = Pointer.parse(raw.decode("utf-8", "replace"), POINTER)
         trying = pointer.canary or pointer.shadow
-        champion = self._of(pointer.champion, pointer.threshold)
-        candidate = None if trying is None or (pointer.canary is None and self.log is None) else self._of(trying, None)
+        champion = self._of(pointer.champion, pointer.threshold, pointer.audit_rate)
+        candidate = None
+        if trying is not None and (pointer.canary is not None or self.log is not None):
+            candidate = self._of(trying, None, pointer.audit_rate)
         named = {pointer.champion, pointer.previous, trying}
         self._seats = {key: seat for key, seat in self._seats.items() if key[0] in named}
         return _Seating(raw, pointer, champion, candidate)
 
-    def _of(self, sha256: str, threshold: float | None) -> _Seat:
-        known = self._seats.get((sha256, threshold))
+    def _of(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Seat:
+        key = sha256, threshold, audit_rate
+        known = self._seats.get(key)
         if known is not None:
             return known
         same = next((seat for key, seat in self._seats.items() if key[0] == sha256), None)
@@ -311,12 +322,14 @@ class LiveCascade:
         bundle = load_content(self.root, sha256, verify=False) if same is not None else base.bundle
         policy = tightened(bundle.policy, threshold)
         cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
-        writer = None if self._writer is None else f"{self._writer}/{threshold}"
-        served = None if self.log is None else Served(cascade, self.log, plan=self._plan, writer=writer)
+        # Each seat counts its own events.
+        writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
+        plan = self._plan.raised(audit_rate)
+        served = None if self.log is None else Served(cascade, self.log, plan=plan, writer=writer)
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
         self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
         seat = _Seat(sha256, cascade, served)
-        self._seats[sha256, threshold] = seat
+        self._seats[key] = seat
         return seat
 
     def _fail(self, raw: bytes, error: Exception) -> None:

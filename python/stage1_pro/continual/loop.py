@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -106,13 +105,17 @@ class LoopRow(Record):
 
 @dataclass(frozen=True)
 class Watched:
-    """What monitoring saw: train or not, why, what it remembers, and the threshold that should be in force."""
+    """What monitoring saw: train or not, why, what it remembers, and what should be in force.
+
+    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan.
+    """
 
     train: bool
     reasons: Sequence[str]
     memory: Mapping[str, Any]
     threshold: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    audit_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,16 @@ class Compared:
     pairs: int
     disagreements: int
     evidence: Evidence
+
+
+@dataclass(frozen=True)
+class _Orders:
+    """What a look changes of what is in force: kind and body of its audit row, the rate in it, how it is written."""
+
+    kind: str | None
+    body: Mapping[str, Any]
+    rate: Mapping[str, Any]
+    give: Callable[[Connection], None]
 
 
 class Parts(Protocol):
@@ -313,28 +326,21 @@ class Loop:
     def _monitor(self, row: LoopRow, now: float, manual: bool) -> Step:
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
-        threshold, before = seen.threshold, self.registry.sync().threshold
-        moved = threshold is not None and threshold != before
-
-        def tighten(connection: Connection) -> None:
-            if threshold is not None and moved and champion.bundle is not None:
-                self.registry.tighten(connection, champion.bundle, threshold, now=now)
-
-        # The threshold moves first, in the same transaction that asks for a training.
+        orders = self._orders(champion, seen, now)
+        # What is in force changes first, in the same transaction that asks for a training.
         if seen.train:
             work = Round(
                 number=row.round.number + 1, reasons=tuple(seen.reasons), champion=champion.bundle or "",
                 champion_version=champion.version,
             )  # fmt: skip
-            facts = {"threshold": threshold, **seen.facts}
+            facts = {"threshold": seen.threshold, **orders.rate, **seen.facts}
             return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), work=work, memory=seen.memory,
-                              move=tighten, facts=facts)  # fmt: skip
+                              move=orders.give, facts=facts)  # fmt: skip
         after = row
-        if dict(seen.memory) != row.memory or moved:
-            body = {"bundle": champion.bundle, "before": before, "threshold": threshold, **seen.facts}
+        if dict(seen.memory) != row.memory or orders.kind is not None:
             after = self._write(
-                row, "MONITOR", row.round, seen.memory, now, "threshold" if moved else None, body, move=tighten
-            )
+                row, "MONITOR", row.round, seen.memory, now, orders.kind, orders.body, move=orders.give
+            )  # fmt: skip
             self._observe("MONITOR committed")
             self.registry.sync()
         return Step(after, moved=False, note="nothing asks for a training")
@@ -342,18 +348,35 @@ class Loop:
     def _steer(self, row: LoopRow, now: float) -> LoopRow:
         """Where a round waits, for days perhaps, the champion's threshold goes on following labels.
 
-        What else was seen is not remembered, so that an alarm asks for its training in MONITOR.
+        What else was seen is not remembered, so that an alarm asks for its training in MONITOR. The audit rate only
+        rises meanwhile: when drift was last seen is among what is not remembered.
         """
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=False)
-        threshold, before = seen.threshold, self.registry.sync().threshold
-        if threshold is None or threshold == before or champion.bundle is None:
+        orders = self._orders(champion, seen, now, falls=False)
+        if orders.kind is None:
             return row
-        move = partial(self.registry.tighten, bundle=champion.bundle, threshold=threshold, now=now)
-        body = {"bundle": champion.bundle, "before": before, "threshold": threshold, **seen.facts}
-        row = self._write(row, row.state, row.round, row.memory, now, "threshold", body, move=move)
+        row = self._write(row, row.state, row.round, row.memory, now, orders.kind, orders.body, move=orders.give)
         self.registry.sync()
         return row
+
+    def _orders(self, champion: Alias, seen: Watched, now: float, *, falls: bool = True) -> _Orders:
+        """What has to change for what was seen to be in force."""
+        said, bundle, threshold, rate = self.registry.sync(), champion.bundle, seen.threshold, seen.audit_rate
+        tightens = bundle is not None and threshold is not None and threshold != said.threshold
+        audits = rate != said.audit_rate and (falls or (rate or 0.0) > (said.audit_rate or 0.0))
+
+        def give(connection: Connection) -> None:
+            if tightens:
+                assert bundle is not None
+                assert threshold is not None
+                self.registry.tighten(connection, bundle, threshold, now=now)
+            if audits:
+                self.registry.audit_at(connection, rate, now=now)
+
+        changed = {"audit_rate_before": said.audit_rate, "audit_rate": rate} if audits else {}
+        body = {"bundle": bundle, "before": said.threshold, "threshold": threshold, **changed, **seen.facts}
+        return _Orders("threshold" if tightens else "audit rate" if audits else None, body, changed, give)
 
     def _collect(self, row: LoopRow, now: float, _manual: bool) -> Step:
         snapshot = dict(self.parts.collect(row.round))

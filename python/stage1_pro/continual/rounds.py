@@ -118,8 +118,14 @@ class Rounds:
             # As it comes back from the store, or a look that changed nothing would look like one that did.
             memory=json.loads(json.dumps(kept)),
             threshold=None if controller is None else controller.threshold,
+            audit_rate=self._audit_rate(status),
             facts={"health": status.health, "exit_risk": status.exit_risk.value, "n_labelled": status.n_labelled},
         )
+
+    def _audit_rate(self, status: Status) -> float | None:
+        """What the triggers ask for, where that is more than the plan's floor."""
+        rate = status.verdict.audit_rate
+        return rate if rate > self.config.plan.floor else None
 
     def status(self, memory: Mapping[str, Any], champion: Alias, *, now: float, page: Path | None = None) -> Status:
         """What ``watch`` would see, changing nothing; also as a page for people."""
