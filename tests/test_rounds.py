@@ -96,6 +96,24 @@ def test_evidence_is_one_process_from_the_first_day_however_often_one_looks(tmp_
     assert n == [40, 80, 120, 160, 200]
 
 
+def test_an_alarm_and_a_watch_have_one_name_however_often_they_are_seen(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    served = serve(rounds, 60, exit_score=0.999, confidence=0.999)
+    assert not watch(rounds, {}, now=90.0).news
+    memory = watch(rounds, {}, now=91.0).memory
+    for i, event in enumerate(served[:10]):
+        answer(rounds, event, "roadwork" if i == 0 else "none", at=100.0 + i)
+    # Where a round waits nothing is remembered, and the watch keeps its name.
+    names = [set(watch(rounds, memory, now=now).news) for now in (120.0, 130.0)]
+    assert names[0] == names[1] and {name.split("/")[0] for name in names[0]} == {"watch"}
+    seen = watch(rounds, memory, now=140.0)
+    assert seen.news["".join(names[0])].kind == "watch" and not watch(rounds, seen.memory, now=141.0).news
+    for i, event in enumerate(served[10:40]):
+        answer(rounds, event, "roadwork", at=200.0 + i)
+    names = [set(watch(rounds, seen.memory, now=now).news) for now in (300.0, 310.0)]
+    assert names[0] == names[1] and {name.split("/")[0] for name in names[0]} == {"alarm"}
+
+
 # --------------------------------------------------------------------------------------------
 # Dealing labels
 

@@ -19,7 +19,8 @@ from pydantic import Field
 from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select, update
 
 from stage1_pro.artifacts import Record
-from stage1_pro.continual import audit
+from stage1_pro.continual import audit, outbox
+from stage1_pro.continual.alerts import Alert
 from stage1_pro.continual.executors import Executor, ExecutorConfig, Work, do_work, find_work
 from stage1_pro.continual.gate import Verdict
 from stage1_pro.continual.labels import insert
@@ -107,7 +108,8 @@ class LoopRow(Record):
 class Watched:
     """What monitoring saw: train or not, why, what it remembers, and what should be in force.
 
-    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan.
+    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan. What
+    people should be told is ``news``, under a name that is the same whenever the same thing is seen.
     """
 
     train: bool
@@ -116,6 +118,7 @@ class Watched:
     threshold: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     audit_rate: float | None = None
+    news: Mapping[str, Alert] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -335,14 +338,15 @@ class Loop:
             )  # fmt: skip
             facts = {"threshold": seen.threshold, **orders.rate, **seen.facts}
             return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), work=work, memory=seen.memory,
-                              move=orders.give, facts=facts)  # fmt: skip
+                              move=orders.give, facts=facts, news=seen.news)  # fmt: skip
         after = row
         if dict(seen.memory) != row.memory or orders.kind is not None:
             after = self._write(
-                row, "MONITOR", row.round, seen.memory, now, orders.kind, orders.body, move=orders.give
-            )  # fmt: skip
+                row, "MONITOR", row.round, seen.memory, now, orders.kind, orders.body, move=orders.give, news=seen.news
+            )
             self._observe("MONITOR committed")
             self.registry.sync()
+        self._tell(seen.news)
         return Step(after, moved=False, note="nothing asks for a training")
 
     def _steer(self, row: LoopRow, now: float) -> LoopRow:
@@ -354,6 +358,7 @@ class Loop:
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=False)
         orders = self._orders(champion, seen, now, falls=False)
+        self._tell(seen.news)
         if orders.kind is None:
             return row
         row = self._write(row, row.state, row.round, row.memory, now, orders.kind, orders.body, move=orders.give)
@@ -420,6 +425,13 @@ class Loop:
         if left > 0 or found.pairs < config.shadow_pairs:
             return Step(row, moved=False, note=_short(found, left, config.shadow_pairs))
         if not config.auto_promote and work.approved_by is None:
+            note = f"round {work.number} has a candidate, {work.candidate}, that the gate let through"
+            self._tell(
+                {f"approval/{work.number}": Alert(
+                    time=now, kind="approval", title="A candidate waits for approval", bundle=work.candidate or "",
+                    text=f"{note}; stage1 continual promote lets it answer",
+                )}
+            )  # fmt: skip
             return Step(row, moved=False, note="waits for approval: stage1 continual promote")
 
         def to_canary(connection: Connection) -> None:
@@ -501,6 +513,7 @@ class Loop:
         move: Callable[[Connection], None] | None = None,
         clear: bool = False,
         facts: Mapping[str, Any] | None = None,
+        news: Mapping[str, Alert] | None = None,
         **changes: Any,
     ) -> Step:
         assert to in EDGES[row.state] or to == "ROLLBACK"
@@ -515,7 +528,10 @@ class Loop:
         body = {"from": row.state, "to": to, "why": why, **(facts or {})}
         work = (work or row.round).model_copy(update={**changes, "entered": now, "note": why})
         kept = row.memory if memory is None else memory
-        after = self._write(row, to, work, kept, now, "edge", {**body, "round": work.model_dump()}, move=moves)
+        told = {**(news or {}), **_news(row.state, to, why, work, row.version + 1, now)}
+        after = self._write(
+            row, to, work, kept, now, "edge", {**body, "round": work.model_dump()}, move=moves, news=told
+        )
         self._observe(f"{row.state} committed")
         self.registry.sync()
         return Step(after, moved=True, note=why)
@@ -531,6 +547,7 @@ class Loop:
         body: Mapping[str, Any],
         *,
         move: Callable[[Connection], None] | None = None,
+        news: Mapping[str, Alert] | None = None,
     ) -> LoopRow:
         """The one place that changes the row: only if it is still the one that was read."""
         after = LoopRow(version=row.version + 1, state=state, time=now, round=work, memory=dict(memory))
@@ -547,7 +564,15 @@ class Loop:
                 move(connection)
             if kind is not None:
                 audit.append(connection, self.store, kind, body, now)
+            outbox.post(connection, self.store, news or {})
         return after
+
+    def _tell(self, news: Mapping[str, Alert]) -> None:
+        """Write down what is to be told and is seen again at every look, so that it needs no edge; once."""
+        new = outbox.unknown(self.store, news)
+        if new:
+            with self.store.write() as connection:
+                outbox.post(connection, self.store, new)
 
     def _point(
         self, connection: Connection, name: AliasName, bundle: str | None, now: float, *, share: float | None = None
@@ -579,6 +604,21 @@ def read_verdict(root: Path | str, fingerprint: str) -> Verdict:
     if verdict.fingerprint() != fingerprint:
         raise ArtifactError(f"verdict {fingerprint[:12]} must be as it was written, got another; it was changed")
     return verdict
+
+
+def _news(state: State, to: State, why: str, work: Round, version: int, now: float) -> dict[str, Alert]:
+    """What people should be told of an edge."""
+    if to == "COLLECT":
+        text = f"Round {work.number} begins: {why}."
+        alert = Alert(time=now, kind="train", title="A training is asked for", text=text, bundle=work.champion)
+    elif to == "ROLLBACK":
+        alert = Alert(time=now, kind="rollback", title="Rolled back", text=f"Round {work.number}: {why}.")
+    elif state == "CHAMPION" and to == "MONITOR":
+        text = f"Round {work.number}: the candidate is the champion now, for every photo."
+        alert = Alert(time=now, kind="champion", title="A new champion", text=text, bundle=work.candidate or "")
+    else:
+        return {}
+    return {f"{alert.kind}/{version}": alert}
 
 
 def _columns(row: LoopRow) -> dict[str, Any]:

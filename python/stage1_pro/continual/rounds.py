@@ -29,6 +29,7 @@ from stage1_pro.artifacts import (
     write_bytes,
 )
 from stage1_pro.continual import audit, tasks
+from stage1_pro.continual.alerts import Alert
 from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
 from stage1_pro.continual.executors import FILES, Executor, Work, do_work
 from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate
@@ -105,13 +106,18 @@ class Rounds:
         self.registry, self.log, self.executor, self.config = registry, log, executor, config
         self.store, self.root = registry.store, registry.root
         self.vault = GuardVault(registry.store)
+        self.seen: Status | None = None
+        """What the last ``watch`` saw."""
 
     # ---------------------------------------------------------------------------- monitor
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
         """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, controller, _ = self._look(memory, champion, now, manual)
-        kept = {"triggers": triggers.model_dump()}
+        self.seen = status
+        before = memory.get("health") or {"is": None, "since": champion.time}
+        health = before if before["is"] == status.health else {"is": status.health, "since": now}
+        kept = {"triggers": triggers.model_dump(), "health": health}
         return Watched(
             train=status.verdict.train,
             reasons=status.verdict.reasons,
@@ -119,6 +125,7 @@ class Rounds:
             memory=json.loads(json.dumps(kept)),
             threshold=None if controller is None else controller.threshold,
             audit_rate=self._audit_rate(status),
+            news=_news(status, controller, champion, before),
             facts={"health": status.health, "exit_risk": status.exit_risk.value, "n_labelled": status.n_labelled},
         )
 
@@ -401,6 +408,27 @@ class Rounds:
         inputs = {"bundle": bundle, "root": str(self.root), "files": known}
         found = do_work(self.root / WORK, f"{tasks.__name__}:decide", inputs, self.executor).result
         return Decisions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
+
+
+def _news(
+    status: Status, controller: ControllerState | None, champion: Alias, before: Mapping[str, Any]
+) -> dict[str, Alert]:
+    """An alarm under the moment that it began; a watch where the look that is remembered saw none, under its time."""
+    figures = {"exit_risk": status.exit_risk.value, "exit_risk_low": status.exit_risk.low, "alpha": status.alpha}
+
+    def alert(kind: Literal["alarm", "watch"]) -> Alert:
+        text = " ".join(status.sentences)
+        return Alert(time=status.time, kind=kind, title=status.headline, text=text, bundle=status.bundle,
+                     figures=figures)  # fmt: skip
+
+    alarms = (status.evidence.alarm_at, None if controller is None else controller.alarm_at)
+    began = [at for at in alarms if at is not None]
+    found = {f"alarm/{champion.version}/{max(began)!r}": alert("alarm")} if began else {}
+    if status.health == "alarm" and not began and before["is"] != "alarm":
+        found[f"alarm/{champion.version}/after {before['since']!r}"] = alert("alarm")
+    if status.health == "watch" and before["is"] not in ("watch", "alarm"):
+        found[f"watch/{champion.version}/after {before['since']!r}"] = alert("watch")
+    return found
 
 
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:
