@@ -24,8 +24,17 @@ from test_deploy import make_model, make_run, rehash
 
 from stage1_pro.artifacts import write_bytes
 from stage1_pro.continual import audit
-from stage1_pro.continual.events import EventLog, ReviewPlan
-from stage1_pro.continual.live import POINTER, LiveCascade, Pointer, read_pairs, read_pointer, takes_canary, tightened
+from stage1_pro.continual.events import SKETCH_SIZE, EventLog, Novelty, ReviewPlan
+from stage1_pro.continual.live import (
+    POINTER,
+    LiveCascade,
+    Pointer,
+    novelty_path,
+    read_pairs,
+    read_pointer,
+    takes_canary,
+    tightened,
+)
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.store import Store
 from stage1_pro.deploy.bundle import load_bundle
@@ -422,6 +431,37 @@ def test_serving_audits_more_while_it_is_asked_to(
     for one in events:
         assert one.propensity == (0.4 if one.time == 3.0 else 0.02)
         assert one.selected == plan.selects(one.id, one.propensity)
+
+
+def test_serving_picks_up_what_is_known_without_a_restart(
+    local: Registry, bundle: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = local.add(bundle)
+    local.promote(name, expected=0, now=1.0, by="ada")
+    plan = ReviewPlan.of(deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0.5)
+    log = EventLog(tmp_path / "log")
+
+    def rates(live: LiveCascade, now: float) -> set[float]:
+        live.predict(photos, now=now)
+        return {one.propensity for one in log if one.time == now}
+
+    live = LiveCascade(local.root, threads=1, log=log, plan=plan)
+    assert rates(live, 2.0) == {0.02}
+    path = novelty_path(local.root, name)
+    far = Novelty.fit(np.random.default_rng(0).normal(1e6, 1.0, size=(100, SKETCH_SIZE)))
+    far.write(path)
+    novel = {0.02 + 0.98 * 0.5}
+    assert rates(live, 3.0) == novel == rates(LiveCascade(local.root, threads=1, log=log, plan=plan), 4.0)
+    # A plan without novelty does not look; a damaged file is said and costs no answer.
+    assert rates(LiveCascade(local.root, threads=1, log=log, plan=ReviewPlan.of(entropy=0, novelty=0, deferral=0,
+                 disagreement=0)), 5.0) == {0.02}  # fmt: skip
+    flat = far.model_copy(update={"factor": (far.mean,) * SKETCH_SIZE}).model_dump_json()
+    for now, damaged in ((6.0, "{"), (7.0, flat)):
+        path.write_text(damaged)
+        capsys.readouterr()
+        live = LiveCascade(local.root, threads=1, log=log, plan=plan)
+        assert rates(live, now) == {0.02} == rates(live, now + 0.5)
+        assert capsys.readouterr().err.count("nothing is novel to") == 1
 
 
 def test_what_was_written_before_there_was_an_audit_rate_is_read(local: Registry, bundle: Path) -> None:

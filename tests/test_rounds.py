@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from sklearn.metrics import matthews_corrcoef
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
 from test_deploy import CLASSES, make_model, make_run
 
 from stage1_pro.artifacts import Splits, sha256_bytes
-from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan, uniform
+from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.executors import Inline
 from stage1_pro.continual.labels import Label, add_events, add_labels
-from stage1_pro.continual.live import Pair, _append_pairs
+from stage1_pro.continual.live import Pair, _append_pairs, novelty_path
 from stage1_pro.continual.loop import Loop, Round
 from stage1_pro.continual.monitor import TriggerConfig
 from stage1_pro.continual.registry import Registry
@@ -112,6 +114,46 @@ def test_an_alarm_and_a_watch_have_one_name_however_often_they_are_seen(tmp_path
         answer(rounds, event, "roadwork", at=200.0 + i)
     names = [set(watch(rounds, seen.memory, now=now).news) for now in (300.0, 310.0)]
     assert names[0] == names[1] and {name.split("/")[0] for name in names[0]} == {"alarm"}
+
+
+def test_rolling_figures_are_of_answers_and_abstentions_gave_none(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    served = serve(rounds, 100)
+    served += serve(rounds, 20, first=100, action="defer", stage="B", label="roadwork", prob_b=0.9)
+    silent = serve(rounds, 10, first=120, action="abstain", stage="B", label="", prob_b=0.5)
+    for i, event in enumerate(served[1:]):  # Whoever reviews left one out.
+        answer(rounds, event, "roadwork" if i % 4 == 0 else "none", at=200.0)
+    for event in silent:
+        answer(rounds, event, "roadwork", at=200.0)
+    seen = rounds.status({}, rounds.registry.alias("champion"), now=300.0).rolling
+    given = [(one.label, "roadwork" if i % 4 == 0 else "none") for i, one in enumerate(served[1:])]
+    assert seen.n == 119 and seen.accuracy_10 == sum(a == b for a, b in given[-10:]) / 10
+    assert seen.mcc_100 == pytest.approx(matthews_corrcoef(*zip(*given[-100:], strict=True)))
+
+
+def test_what_is_known_is_learned_once_from_a_champions_first_events(tmp_path: Path, bundle: Path) -> None:
+    draw = np.random.default_rng(0).normal(size=(60, SKETCH_SIZE)).astype(np.float32)
+    for novelty in (0.0, 0.25):
+        plan = ReviewPlan(novelty=novelty)
+        rounds = make_rounds(tmp_path / str(novelty), bundle, plan=plan, novelty_events=40, steer=False)
+        path = novelty_path(rounds.root, rounds.registry.alias("champion").bundle or "")
+        serve(rounds, 1)  # Features that were no numbers.
+        for i in range(1, 40):
+            serve(rounds, 1, first=i, sketch=draw[i])
+        watch(rounds, {}, now=100.0)
+        assert not path.exists()
+        for i in range(40, 50):
+            serve(rounds, 1, first=i, sketch=draw[i])
+        rounds.status({}, rounds.registry.alias("champion"), now=100.0)
+        assert not path.exists()  # To look is to change nothing.
+        watch(rounds, {}, now=100.0)
+        assert path.exists() == (novelty > 0)
+    assert Novelty.read(path) == Novelty.fit(draw[1:41])
+    before = path.read_bytes()
+    for i in range(50, 60):
+        serve(rounds, 1, first=i, sketch=draw[i])
+    watch(rounds, {}, now=101.0)
+    assert path.read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------------

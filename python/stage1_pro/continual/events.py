@@ -202,6 +202,8 @@ class Novelty(Record):
     def _square(self) -> Self:
         if len(self.factor) != SKETCH_SIZE:
             raise ValueError(f"factor must have {SKETCH_SIZE} rows, got {len(self.factor)}")
+        if not all(row[place] > 0 and not any(row[place + 1 :]) for place, row in enumerate(self.factor)):
+            raise ValueError("factor must be lower triangular with a positive diagonal")
         return self
 
     @classmethod

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from stage1_pro.artifacts import GateParams, Policy, Record, sha256_file
-from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
+from stage1_pro.continual.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.served import Served, identify
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, concatenate
@@ -33,6 +33,7 @@ POINTER = "champion.json"
 BUNDLES = "bundles"
 PAIRS = "pairs"
 PLAN = "plan.json"
+NOVELTY = "novelty"
 
 
 class Pointer(Record):
@@ -73,6 +74,11 @@ def read_pointer(root: Path | str) -> Pointer:
         ArtifactError: there is no champion yet, or the file is damaged.
     """
     return Pointer.read(Path(root) / POINTER)
+
+
+def novelty_path(root: Path | str, bundle: str) -> Path:
+    """Where a registry's folder says what is known to a bundle, once the loop has learned that."""
+    return Path(root) / NOVELTY / f"{bundle}.json"
 
 
 def read_pairs(log: Path | str, candidate: str) -> Iterator[Pair]:
@@ -168,6 +174,7 @@ class LiveCascade:
         self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
         self._seats: dict[_Key, _Seat] = {}
+        self._known: dict[str, Novelty | None] = {}
         self._failed: tuple[bytes, float] = (b"", 0.0)
         self._seating = self._seat(self._raw())
 
@@ -185,6 +192,9 @@ class LiveCascade:
             return self.pointer
         if raw == self._seating.raw:
             self.failure = None
+            for seat in (self._seating.champion, self._seating.candidate):
+                if seat is not None and seat.served is not None and seat.served.novelty is None:
+                    seat.served.novelty = self._novelty(seat.sha256)
             return self.pointer
         given_up = self._failed[0] == raw and time.monotonic() - self._failed[1] < self._retry_seconds
         if not given_up and self._loading.acquire(blocking=False):
@@ -325,12 +335,25 @@ class LiveCascade:
         # Each seat counts its own events.
         writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
         plan = self._plan.raised(audit_rate)
-        served = None if self.log is None else Served(cascade, self.log, plan=plan, writer=writer)
+        served = None
+        if self.log is not None:
+            served = Served(cascade, self.log, plan=plan, novelty=self._novelty(sha256), writer=writer)
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
         self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
         seat = _Seat(sha256, cascade, served)
         self._seats[key] = seat
         return seat
+
+    def _novelty(self, sha256: str) -> Novelty | None:
+        """What is known to a bundle; read once, when the loop has written it."""
+        path = novelty_path(self.root, sha256)
+        if self._plan.novelty > 0 and sha256 not in self._known and path.is_file():
+            try:
+                self._known[sha256] = Novelty.read(path)
+            except ArtifactError as error:
+                self._known[sha256] = None
+                say(f"nothing is novel to {sha256[:12]}: {error}; remove it, let the loop learn anew, and start again")
+        return self._known.get(sha256)
 
     def _fail(self, raw: bytes, error: Exception) -> None:
         if self._failed[0] != raw or self.failure is None:

@@ -225,6 +225,11 @@ class Registry:
         row = {"version": _newest(connection, _audit_rates) + 1, "rate": rate, "time": now}
         connection.execute(_audit_rates.insert(), row)
 
+    def audit_rate(self) -> float | None:
+        """The least chance of review that is in force; None where it is the plan's."""
+        with self.store.read() as connection:
+            return _audit_rate(connection)
+
     def sync(self) -> Pointer:
         """Write ``champion.json`` as the database says; after every transaction that moved anything, and on a start.
 
@@ -258,9 +263,7 @@ class Registry:
             version=champion.version,
             previous=previous,
             threshold=connection.execute(mine.order_by(_thresholds.c.version.desc()).limit(1)).scalar(),
-            audit_rate=connection.execute(
-                select(_audit_rates.c.rate).order_by(_audit_rates.c.version.desc()).limit(1)
-            ).scalar(),
+            audit_rate=_audit_rate(connection),
             shadow=shadow.bundle,
             canary=canary.bundle,
             canary_share=canary.share or 0.0,
@@ -286,3 +289,8 @@ def _newest(connection: Connection, table: Table) -> int:
     """The last version in a table; 0 in an empty one."""
     version = table.c.version
     return connection.execute(select(version).order_by(version.desc()).limit(1)).scalar() or 0
+
+
+def _audit_rate(connection: Connection) -> float | None:
+    query = select(_audit_rates.c.rate).order_by(_audit_rates.c.version.desc()).limit(1)
+    return connection.execute(query).scalar()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +31,12 @@ from stage1_pro.artifacts import (
 )
 from stage1_pro.continual import audit, tasks
 from stage1_pro.continual.alerts import Alert
-from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
+from stage1_pro.continual.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.executors import FILES, Executor, Work, do_work
 from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate
 from stage1_pro.continual.guard import GuardVault
-from stage1_pro.continual.labels import GUARD_SOURCES, audited, ingest, read_events, resolve
-from stage1_pro.continual.live import PLAN, read_pairs
+from stage1_pro.continual.labels import GUARD_SOURCES, audited, ingest, read_bundles, read_events, resolve
+from stage1_pro.continual.live import PLAN, novelty_path, read_pairs
 from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
 from stage1_pro.continual.registry import Alias, Registry
@@ -54,6 +55,7 @@ class RoundsConfig(Record):
 
     monitor: MonitorConfig
     plan: ReviewPlan = ReviewPlan()
+    novelty_events: int = Field(500, ge=2, description="first ones of a champion, which later ones are novel beside")
     steer: bool = Field(True, description="the threshold follows labels, never below the certificate")
     guard_share: float = Field(0.5, gt=0, lt=1, description="of random audits; the others certify")
     select_share: float = Field(0.2, gt=0, lt=1, description="of learned rows, to stop training by")
@@ -115,6 +117,7 @@ class Rounds:
         """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, controller, _ = self._look(memory, champion, now, manual)
         self.seen = status
+        self._learn_known(champion)
         before = memory.get("health") or {"is": None, "since": champion.time}
         health = before if before["is"] == status.health else {"is": status.health, "since": now}
         kept = {"triggers": triggers.model_dump(), "health": health}
@@ -128,6 +131,18 @@ class Rounds:
             news=_news(status, controller, champion, before),
             facts={"health": status.health, "exit_risk": status.exit_risk.value, "n_labelled": status.n_labelled},
         )
+
+    def _learn_known(self, champion: Alias) -> None:
+        """From the champion's first events, once: what is known, so that serving can say what is novel."""
+        assert champion.bundle is not None
+        path, least = novelty_path(self.root, champion.bundle), self.config.novelty_events
+        if self.config.plan.novelty == 0 or path.exists():
+            return
+        events = read_events(self.store, since=champion.time, bundle=champion.bundle)
+        # Features that were no numbers left zeros.
+        first = list(islice((one.sketch for one in events if any(one.sketch)), least))
+        if len(first) == least:
+            Novelty.fit(first).write(path)
 
     def _audit_rate(self, status: Status) -> float | None:
         """What the triggers ask for, where that is more than the plan's floor."""
@@ -156,12 +171,20 @@ class Rounds:
             one for one in read_events(self.store, since=champion.time, until=now, bundle=bundle)
             if one.exit_score is not None
         ]  # fmt: skip
+        classes = {name: index for index, name in enumerate(self._classes(bundle))}
+        # Who abstained gave no answer, so there is none to be right or wrong.
+        told = [one.label in classes and one.id in held and held[one.id].label in classes for one in served]
         rows = Rows(
             time=np.array([one.time for one in served], dtype=np.float64),
             exited=np.array([one.action == "exit" for one in served], dtype=bool),
             wrong=np.array([float(wrong.get(one.id, math.nan)) for one in served], dtype=np.float64),
             propensity=np.array([one.propensity for one in served], dtype=np.float64),
             score=np.array([one.exit_score for one in served], dtype=np.float64),
+            predicted=np.array([classes.get(one.label, -1) for one in served], dtype=np.int64),
+            label=np.array(
+                [classes[held[one.id].label] if known else -1 for one, known in zip(served, told, strict=True)],
+                dtype=np.int64,
+            ),
         )
         # All of it, every time: an answer may be dated back, or take another's place, and was then no news to a state
         # that only went on.
@@ -177,7 +200,16 @@ class Rounds:
             rows, self.config.monitor, now=now, triggers_before=triggers, new_labels=new, manual=manual,
             evidence=self._evidence(rows, feedback), controller=controller, bundle=bundle,
         )  # fmt: skip
+        floor = self.config.plan.floor
+        verdict = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
+        in_force = max(self.registry.audit_rate() or 0.0, floor)
+        status = status.model_copy(update={"verdict": verdict, "audit_rate": in_force})
         return status, after, controller, rows
+
+    def _classes(self, bundle: str) -> tuple[str, ...]:
+        """Of a bundle that served; none before the first event."""
+        facts = read_bundles(self.store).get(bundle)
+        return () if facts is None else facts.classes
 
     def _steer(self, bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
         certified = min(self.registry.load(bundle).policy.exit_threshold, 1.0)

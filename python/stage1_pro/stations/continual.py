@@ -358,16 +358,26 @@ def _brief(body: str) -> dict[str, Any]:
     return {key: values[key] for key in ("from", "to", "why", "by", "champion", "threshold") if key in values}
 
 
+def _rolling(found: dict[str, Any]) -> str:
+    figures = {"MCC of 100": found["mcc_100"], "accuracy of 10": found["accuracy_10"]}
+    said = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+    return ", ".join(said) or f"{found['n']}, too few for accuracy of 10 and MCC of 100"
+
+
 def render(what: str, found: dict[str, Any]) -> str:
     """Lines for people."""
     if what == "status":
         pointer, monitor, work = found["pointer"], found["monitor"], found["round"]
+        wanted = monitor["verdict"]["audit_rate"]
         lines = [
             f"{found['state']}, round {work['number']}{': ' + work['note'] if work['note'] else ''}",
             f"champion {pointer['champion'][:12]}, version {pointer['version']}",
             f"before it {(pointer['previous'] or 'none')[:12]}",
             f"exits at {monitor['threshold'] or 'its own threshold'}",
             *(f"{name} {pointer[name][:12]}" for name in ("shadow", "canary") if pointer[name]),
+            f"audits at least {monitor['audit_rate']:.3g} of all decisions"
+            + (f", {wanted:.3g} from the next look on" if wanted != monitor["audit_rate"] else ""),
+            f"last labelled answers: {_rolling(monitor['rolling'])}",
             monitor["headline"],
             *(f"  {one}" for one in monitor["sentences"]),
             *(
