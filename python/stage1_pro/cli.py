@@ -155,8 +155,11 @@ examples:
 
 _STREETVISION = """\
 A miner answers P(roadwork) in [0, 1], above .5 for roadwork, or -1 for no answer, within 9 seconds. Keys of its YAML
-(only bundle must be there):
-  bundle        bundle folder (with runtime torch: a run folder); relative to the YAML
+(only bundle or loop must be there):
+  bundle        bundle folder (with runtime torch: a run folder); relative to the YAML, as the next two
+  loop          instead: a loop's folder (continual init); its champion answers, and a new one without a restart
+  log           folder where every decision becomes an event, for review; of a loop the one that its loop.json names.
+                What cannot be logged is warned about, and answered
   runtime       auto | onnxruntime | tensorrt_rtx | tensorrt | torch             (auto)
   timeout_s     seconds for one photo, then -1                                   (8)
   serve_prior   share of positives that is asked, .5 by the validator; logits are corrected for it

@@ -146,6 +146,7 @@ class LiveCascade:
         log: where decisions go, and pairs of champion and candidate; without it nothing is logged and shadows rest.
         plan: how events are drawn for review; the loop's own (``plan.json``) by default, which deals labels by it.
             While the file asks for more audits, every event's chance is raised to that.
+        on_failure: as ``Served`` takes it: who is told of what could not be logged, where answers leave all the same.
         retry_seconds: how long a bundle that could not be loaded is left alone.
         writer: as ``Served`` takes it; give one to get the same event ids from a replay.
 
@@ -161,6 +162,7 @@ class LiveCascade:
         threads: int = 0,
         log: EventLog | None = None,
         plan: ReviewPlan | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
         retry_seconds: float = 30.0,
         writer: str | None = None,
     ) -> None:
@@ -171,6 +173,7 @@ class LiveCascade:
         if plan is None and (self.root / PLAN).is_file():
             plan = ReviewPlan.read(self.root / PLAN)
         self._plan, self._retry_seconds, self._writer = plan or ReviewPlan(), retry_seconds, writer
+        self._on_failure = on_failure
         self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
         self._seats: dict[_Key, _Seat] = {}
@@ -337,7 +340,9 @@ class LiveCascade:
         plan = self._plan.raised(audit_rate)
         served = None
         if self.log is not None:
-            served = Served(cascade, self.log, plan=plan, novelty=self._novelty(sha256), writer=writer)
+            served = Served(
+                cascade, self.log, plan=plan, novelty=self._novelty(sha256), on_failure=self._on_failure, writer=writer
+            )
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
         self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
         seat = _Seat(sha256, cascade, served)
