@@ -495,6 +495,18 @@ def test_novel_features_are_looked_at(cascade: Cascade, log: EventLog, tmp_path:
     assert {first.action, second.action} == {"exit"} and second.propensity > first.propensity + 0.2
 
 
+def test_an_answer_leaves_without_its_event_only_where_somebody_is_told(
+    cascade: Cascade, log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, told = photos(tmp_path / "photos", [255, 130]), []
+    monkeypatch.setattr(log, "append", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        Served(cascade, log).predict(paths, now=1.0)
+    found = Served(cascade, log, on_failure=told.append).predict(paths, now=1.0)
+    assert found.to_dict() == cascade.predict(paths).to_dict()
+    assert [str(one) for one in told] == ["full"]
+
+
 def test_images_that_are_no_files(cascade: Cascade, log: EventLog) -> None:
     array = np.full((5, 6, 3), 130, dtype=np.uint8)
     served = Served(cascade, log, plan=ReviewPlan.of(floor=1.0), writer="w")

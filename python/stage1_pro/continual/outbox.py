@@ -99,7 +99,7 @@ def deliver(store: Store, hooks: Sequence[Hook], *, now: float) -> list[Delivery
     with store.read() as connection:
         query = select(_alerts).where(_alerts.c.time >= now - OLDEST).order_by(_alerts.c.seq)
         alerts = [(row.key, Alert.parse(row.body, f"alert {row.key}")) for row in connection.execute(query)]
-        done = {(row.key, row.hook) for row in connection.execute(select(_sent.c.key, _sent.c.hook))} if alerts else ()
+        done = {(row.key, row.hook) for row in connection.execute(select(_sent).where(_sent.c.time >= now - OLDEST))}
     found = []
     for hook in hooks:
         for key, alert in alerts:
