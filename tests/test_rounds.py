@@ -40,6 +40,7 @@ def make_rounds(root: Path, bundle: Path, **changes: Any) -> Rounds:
     registry = Registry(root, Store(root / "loop.db"))
     name = registry.add(bundle)
     Loop.begin(registry, name, now=0.0, by="ada")
+    remember_run(root, name, bundle.parent, "0")
     log = EventLog(root / "log")
     log.describe(BundleFacts(bundle=name, classes=CLASSES, positive="roadwork"))
     return Rounds(registry, log, Inline(), RoundsConfig(**{"monitor": MonitorConfig(alpha=0.02), **changes}))
@@ -186,7 +187,6 @@ def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None,
 def start(root: Path, bundle: Path) -> tuple[Rounds, Round]:
     rounds = make_rounds(root, bundle, **DEALT)
     champion = rounds.registry.alias("champion").bundle or ""
-    remember_run(root, champion, bundle.parent, "0")
     return rounds, Round(number=1, entered=1000.0, champion=champion)
 
 

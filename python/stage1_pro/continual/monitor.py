@@ -484,6 +484,7 @@ class Signals(Record):
     drifting: bool = False
     new_labels: int = Field(0, ge=0, description="since the last training")
     manual: bool = False
+    missing: str = Field("", description="what a training still needs, such as labels that certify; empty: nothing")
 
 
 class TriggerState(Record):
@@ -501,7 +502,8 @@ class Verdict(Record):
 
     train: bool
     reasons: list[Reason]
-    waiting: list[Reason] = Field(description="reasons that wait for the cooldown to end")
+    waiting: list[Reason] = Field(description="reasons that wait for the cooldown to end, or for what is missing")
+    missing: str = ""
     audit_rate: float
 
 
@@ -512,7 +514,8 @@ def triggers(
 
     With hysteresis: an alarm asks once; CBPE above alpha together with drift asks once, and again only after CBPE has
     been below ``rearm`` of alpha; trainings are a cooldown apart; the audit rate falls ``hold`` seconds after the last
-    drift.
+    drift. What a training could not be finished without is waited for, and nothing that asked is forgotten meanwhile; a
+    wish by hand does not wait.
 
     Args:
         state: what the last call gave.
@@ -540,7 +543,7 @@ def triggers(
     }
     reasons = [reason for reason, wanted in asked.items() if wanted]
     cool = state.trained_at is None or now - state.trained_at >= config.cooldown
-    train = bool(reasons) and (cool or signals.manual)
+    train = bool(reasons) and ((cool and not signals.missing) or signals.manual)
     drift_at = now if signals.drifting else state.drift_at
     if drift_at is not None and now - drift_at > config.hold:
         drift_at = None
@@ -555,8 +558,9 @@ def triggers(
     )
     rate = config.audit_rate if drift_at is None else config.raised_audit_rate
     return state, Verdict(
-        train=train, reasons=reasons if train else [], waiting=[] if train else reasons, audit_rate=rate
-    )
+        train=train, reasons=reasons if train else [], waiting=[] if train else reasons, missing=signals.missing,
+        audit_rate=rate,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------- helpers

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from stage1_pro.artifacts import (
     GateChoice,
     Metric,
     Record,
+    Row,
     Splits,
     atomic_directory,
     load_npz,
@@ -425,18 +426,8 @@ def tune(
         reward_after=reward_after, split_hashes=splits.hashes,
     )  # fmt: skip
     with atomic_directory(out) as staging:
-        for name in ("splits.json", "config.json", "metrics.csv", CLAIMS_FILE):
-            if (run / name).is_file():
-                shutil.copy2(run / name, staging / name)
-        content = checkpoint.load(run / "model_best.pth")
-        content.pop("joint_gate_state_dict", None)
-        checkpoint.save(staging / "model_best.pth", {**content, "model_state_dict": state})
+        write_run(staging, run, state)
         write_csv(staging / "tuning.csv", tuned.history, ["epoch", "select_reward", "select_expected"])
-        plain = checkpoint.load_model(staging / "model_best.pth")
-        predictions = infer(plain, splits, "val_select", workers=config.train.workers)
-        predictions.save(staging / "val_select.npz")
-        save_calibration(staging, infer(plain, splits, "val_calib", workers=config.train.workers))
-        _choice(predictions, config).write(staging / "gate.json")
         record.write(staging / "tuning.json")
     say(
         f"reward on val_select {tuned.start:.4f} -> {reward_after:.4f} at epoch {tuned.best_epoch}; wrote {out}; "
@@ -461,6 +452,99 @@ def read_tuning(run: Path | str) -> TuningRecord | None:
     return record
 
 
+def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
+    """Into a new folder: a run with these weights, of another's splits and configuration, and without a policy.
+
+    Answers on ``val_select`` and ``val_calib`` are those of the new weights; the certify half's uses come along.
+
+    Args:
+        staging: an empty folder.
+        run: trained run whose model these weights are of.
+        state: of the model in its plain form.
+    """
+    for name in ("splits.json", "config.json", "metrics.csv", CLAIMS_FILE):
+        if (run / name).is_file():
+            shutil.copy2(run / name, staging / name)
+    content = checkpoint.load(run / "model_best.pth")
+    content.pop("joint_gate_state_dict", None)
+    checkpoint.save(staging / "model_best.pth", {**content, "model_state_dict": state})
+    plain, run_config = checkpoint.load_run_model(staging)
+    splits, config = Splits.read(staging / "splits.json"), run_config.config
+    predictions = infer(plain, splits, "val_select", workers=config.train.workers)
+    predictions.save(staging / "val_select.npz")
+    save_calibration(staging, infer(plain, splits, "val_calib", workers=config.train.workers))
+    _choice(predictions, config).write(staging / "gate.json")
+
+
+def read_rows(
+    model: Stage1Model,
+    paths: Sequence[Path],
+    config: Config,
+    draw: tuple[AugmentConfig, int, int] | None = None,
+    *,
+    cached: bool = True,
+    description: str = "",
+) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.int64]]:
+    """Inputs of ``HeadsPolicy`` for images, and what Stage B answers on them [N].
+
+    Args:
+        model: of a run.
+        paths: N images.
+        config: of the run.
+        draw: augmentation, as ``run_over`` takes it.
+        cached: both stages' features, each [N, 2D]; else the pixels [N, 3, H, W].
+        description: of the progress.
+    """
+
+    def forward(pixels: Tensor) -> dict[str, Tensor]:
+        features_a, features_b = model.features(pixels)
+        own = {"a": features_a, "b": features_b} if cached else {"pixels": pixels}
+        return {**own, "logits_b": model.heads.auxiliary(features_b)}
+
+    found = run_over(
+        forward, paths, model.architecture.preprocessing, device=next(model.parameters()).device,
+        workers=config.train.workers, draw=draw, description=description,
+    )  # fmt: skip
+    answers_b = found.pop("logits_b").argmax(1).astype(np.int64)
+    return tuple(found.values()), answers_b
+
+
+def pay_rows(
+    inputs: Sequence[NDArray[np.float32]],
+    answers_b: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    sources: Sequence[str],
+    spec: RewardSpec,
+    splits: Splits,
+    device: torch.device,
+) -> Rows:
+    """Rows for tuning: what every action earns where Stage B answers ``answers_b`` [N] and the truth is ``labels`` [N].
+
+    Raises:
+        InputError: a source whose labels may not be rewarded.
+    """
+    truth = verified(labels, sources, classes=splits.classes, positive=splits.positive)
+    positive = splits.classes.index(splits.positive)
+    says = np.zeros((answers_b.size, len(splits.classes) + 2))
+    says[:, positive] = 1.0
+    says[:, len(splits.classes)] = answers_b == positive
+    return Rows(
+        tuple(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in inputs),
+        torch.from_numpy(action_rewards(spec, truth, answers_b).astype(np.float32)).to(device),
+        torch.from_numpy(says.astype(np.float32)).to(device),
+        truth.is_positive,
+    )
+
+
+def labels_of(rows: Sequence[Row], splits: Splits, source: str) -> tuple[NDArray[np.int64], list[str]]:
+    """Class indices and label sources of rows.
+
+    A list that says of a row that a model or a mere match labelled it is believed, whatever ``source`` says of all.
+    """
+    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+    return labels, [row.source if row.source in UNPAID else source for row in rows]
+
+
 def _rows_of(
     model: Stage1Model,
     splits: Splits,
@@ -474,35 +558,17 @@ def _rows_of(
 ) -> Rows:
     """Rows of one split, each draw after the other: features or images, and what every action earns on them."""
     rows = splits.of(name)
-    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
-    # A list that says of a row that a model or a mere match labelled it is believed, whatever is said of all.
-    sources = [row.source if row.source in UNPAID else source for row in rows] * len(draws)
-    truth = verified(np.tile(labels, len(draws)), sources, classes=splits.classes, positive=splits.positive)
-    paths, preprocessing = [splits.path(row) for row in rows], model.architecture.preprocessing
-    device = next(model.parameters()).device
-
-    def forward(pixels: Tensor) -> dict[str, Tensor]:
-        features_a, features_b = model.features(pixels)
-        own = {"a": features_a, "b": features_b} if cached else {"pixels": pixels}
-        return {**own, "logits_b": model.heads.auxiliary(features_b)}
-
+    labels, sources = labels_of(rows, splits, source)
+    verified(labels, sources, classes=splits.classes, positive=splits.positive)  # Before an hour of features.
+    paths = [splits.path(row) for row in rows]
     found = [
-        run_over(forward, paths, preprocessing, device=device, workers=config.train.workers, draw=draw,
-                 description=f"{name} rows for tuning")
-        for draw in draws
-    ]  # fmt: skip
-    joined = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
-    answers_b = joined["logits_b"].argmax(1).astype(np.int64)
-    positive = splits.classes.index(splits.positive)
-    says = np.zeros((answers_b.size, len(splits.classes) + 2))
-    says[:, positive] = 1.0
-    says[:, len(splits.classes)] = answers_b == positive
-    return Rows(
-        tuple(torch.from_numpy(values).to(device) for key, values in joined.items() if key != "logits_b"),
-        torch.from_numpy(action_rewards(spec, truth, answers_b).astype(np.float32)).to(device),
-        torch.from_numpy(says.astype(np.float32)).to(device),
-        truth.is_positive,
-    )
+        read_rows(model, paths, config, draw, cached=cached, description=f"{name} rows for tuning") for draw in draws
+    ]
+    inputs = [np.concatenate(parts) for parts in zip(*(inputs for inputs, _ in found), strict=True)]
+    return pay_rows(
+        inputs, np.concatenate([answers for _, answers in found]), np.tile(labels, len(draws)), sources * len(draws),
+        spec, splits, next(model.parameters()).device,
+    )  # fmt: skip
 
 
 def _choice(predictions: Any, config: Config) -> GateChoice:

@@ -13,10 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stage1_pro.artifacts import (
     GateParams,
@@ -35,7 +35,7 @@ from stage1_pro.continual.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.executors import FILES, Executor, Work, do_work
 from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate
 from stage1_pro.continual.guard import GuardVault
-from stage1_pro.continual.labels import GUARD_SOURCES, audited, ingest, read_bundles, read_events, resolve
+from stage1_pro.continual.labels import GUARD_SOURCES, Resolved, audited, ingest, read_bundles, read_events, resolve
 from stage1_pro.continual.live import PLAN, novelty_path, read_pairs
 from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
@@ -60,11 +60,24 @@ class RoundsConfig(Record):
     guard_share: float = Field(0.5, gt=0, lt=1, description="of random audits; the others certify")
     select_share: float = Field(0.2, gt=0, lt=1, description="of learned rows, to stop training by")
     least_rows: int = Field(50, ge=2, description="fewest new rows of each role")
+    least_certify: int = Field(0, ge=0, description="fewest new rows that certify, where that is more")
     spec: RewardSpec = RewardSpec()
-    tuning: tuple[dict[str, Any], ...] = Field(({},), min_length=1, description="options of rlvr.tune, a proposal each")
-    through: Literal["heads", "adapter"] = "heads"
+    mgrpo: tuple[dict[str, Any], ...] = Field(({},), description="options of mgrpo.propose, a proposal each")
+    tuning: tuple[dict[str, Any], ...] = Field((), description="options of rlvr.tune, a proposal each")
+    through: Literal["heads", "adapter"] = Field("heads", description="what tuning moves; mgrpo moves heads")
+    recent: int = Field(512, ge=1, description="images served last whose policy mgrpo keeps near the champion's")
     terms: Terms = Terms()
     largest_growth: float = Field(1.1, gt=0, description="candidate's size over the champion's, at most")
+
+    @model_validator(mode="after")
+    def _some_proposal(self) -> Self:
+        if not self.mgrpo and not self.tuning:
+            raise ValueError("mgrpo or tuning must name the options of one proposal or more")
+        return self
+
+    def least(self, part: Role) -> int:
+        """Fewest new rows of a role."""
+        return max(self.least_rows, self.least_certify) if part == "certify" else self.least_rows
 
 
 class RunOf(Record):
@@ -83,8 +96,23 @@ class Snapshot(Record):
     until: float
     learn: tuple[tuple[str, str, str], ...] = Field(description="image, label, source")
     certify: tuple[tuple[str, str, str], ...]
+    recent: tuple[str, ...] = Field(description="images of those to learn from, the ones served last")
     guard: str
     n_guard: int
+
+
+class _Seen(NamedTuple):
+    """What is known of a champion: labels that hold by event, its decisions, evidence, threshold.
+
+    ``harm`` is when the exit was served that set off its last alarm.
+    """
+
+    bundle: str
+    held: dict[str, Resolved]
+    rows: Rows
+    evidence: Evidence
+    controller: ControllerState | None
+    harm: float
 
 
 def role(image_sha256: str, draw: float, plan: ReviewPlan, guard_share: float) -> Role:
@@ -164,11 +192,26 @@ class Rounds:
         assert bundle is not None
         before = memory.get("triggers")
         triggers = TriggerState(since=champion.time) if before is None else TriggerState.model_validate(before)
-        held = resolve(self.store, sources=GUARD_SOURCES, until=now)
-        known = audited(self.store, since=champion.time, until=now, bundle=bundle)
+        seen = self._seen(bundle, champion.time, now)
+        since = max(champion.time, triggers.trained_at or champion.time)
+        new = sum(one.time > since for one in seen.held.values())
+        status, after = look(
+            seen.rows, self.config.monitor, now=now, triggers_before=triggers, new_labels=new, manual=manual,
+            missing=self._missing(seen, now), evidence=seen.evidence, controller=seen.controller, bundle=bundle,
+        )  # fmt: skip
+        floor = self.config.plan.floor
+        verdict = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
+        in_force = max(self.registry.audit_rate() or 0.0, floor)
+        status = status.model_copy(update={"verdict": verdict, "audit_rate": in_force})
+        return status, after, seen.controller, seen.rows
+
+    def _seen(self, bundle: str, since: float, until: float) -> _Seen:
+        """What a bundle served since it is champion, and what labels known by then say of it."""
+        held = resolve(self.store, sources=GUARD_SOURCES, until=until)
+        known = audited(self.store, since=since, until=until, bundle=bundle)
         wrong = dict(zip(known.event_id.tolist(), known.wrong_a.tolist(), strict=True))
         served = [
-            one for one in read_events(self.store, since=champion.time, until=now, bundle=bundle)
+            one for one in read_events(self.store, since=since, until=until, bundle=bundle)
             if one.exit_score is not None
         ]  # fmt: skip
         classes = {name: index for index, name in enumerate(self._classes(bundle))}
@@ -194,17 +237,12 @@ class Rounds:
             for one in served if one.id in wrong
         )  # fmt: skip
         controller = self._steer(bundle, feedback) if self.config.steer else None
-        since = max(champion.time, triggers.trained_at or champion.time)
-        new = sum(one.time > since for one in held.values())
-        status, after = look(
-            rows, self.config.monitor, now=now, triggers_before=triggers, new_labels=new, manual=manual,
-            evidence=self._evidence(rows, feedback), controller=controller, bundle=bundle,
-        )  # fmt: skip
-        floor = self.config.plan.floor
-        verdict = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
-        in_force = max(self.registry.audit_rate() or 0.0, floor)
-        status = status.model_copy(update={"verdict": verdict, "audit_rate": in_force})
-        return status, after, controller, rows
+        evidence = self._evidence(rows, feedback)
+        # Rows served before the exits that set off the last alarm may be of the world before it.
+        alarms = {evidence.alarm_at, None if controller is None else controller.alarm_at} - {None}
+        times = {one.id: one.time for one in served}
+        harm = max((times[one.event] for one in feedback if one.exited and one.known in alarms), default=-math.inf)
+        return _Seen(bundle, held, rows, evidence, controller, harm)
 
     def _classes(self, bundle: str) -> tuple[str, ...]:
         """Of a bundle that served; none before the first event."""
@@ -241,16 +279,42 @@ class Rounds:
     def collect(self, work: Round) -> Mapping[str, Any]:
         """Freeze what was labelled before the round's time, open its guard epoch, keep the images beyond their time.
 
-        A guard epoch is of images served since the last round froze its own; learned rows are all there ever were. What
-        the champion's run holds judges and certifies nothing: it was learned from.
+        A guard epoch is of images served since the last round froze its own, and none from before the champion's last
+        alarm: what judges and certifies is of the world as it is. What the champion's run holds judges and certifies
+        nothing: it was learned from.
         """
-        until, plan = work.entered, self.config.plan
+        until = work.entered
         ingest(self.store, self.log)
-        since = max(self._last(work.number), self.registry.history("champion")[0].time)
-        origin = Splits.read(Path(self._run(work.champion).run) / "splits.json")
+        start = max(one.time for one in self.registry.history("champion") if one.bundle == work.champion)
+        seen = self._seen(work.champion, start, until)
+        dealt = self._deal(seen, until, self._last(work.number))
+        kept = {part: [row for row in rows if self._keep(row[0])] for part, rows in dealt.items()}
+        missing = self._short(kept)
+        if missing:
+            raise NotReachableError(f"labelled images must be enough for a round, got {missing}; have more reviewed")
+        names = [name for name, _, _ in kept["guard"]]
+        # Its rows are in its name: labels dated back while this was killed make another epoch; neither has had a look.
+        epoch = f"round-{work.number}-{sha256_bytes(audit.canonical(kept['guard']).encode())[:16]}"
+        self._open(epoch, names, kept["guard"], until)
+        learn = {name for name, _, _ in kept["learn"]}
+        last = {one.image_sha256: one.time for one in read_events(self.store, until=until) if one.image_sha256 in learn}
+        snapshot = Snapshot(
+            until=until, learn=tuple(kept["learn"]), certify=tuple(kept["certify"]),
+            recent=tuple(sorted(last, key=lambda name: (-last[name], name))[: self.config.recent]), guard=epoch,
+            n_guard=len(names),
+        )  # fmt: skip
+        name = snapshot.fingerprint()
+        snapshot.write(self.root / "snapshots" / f"{name}.json")
+        return {"snapshot": name, "until": until, "guard": epoch, "n_guard": len(names),
+                "n_learn": len(snapshot.learn), "n_certify": len(snapshot.certify)}  # fmt: skip
+
+    def _deal(self, seen: _Seen, until: float, last: float) -> dict[Role, list[tuple[str, str, str]]]:
+        """Image, label and source of what was labelled by then, by role; ``last``: when an earlier round froze its."""
+        plan = self.config.plan
+        since = max(last, self.registry.history("champion")[0].time, seen.harm)
+        origin = Splits.read(Path(self._run(seen.bundle).run) / "splits.json")
         learned_from = {row.sha256 for row in origin.rows}
         found: dict[Role, dict[str, tuple[str, str, str]]] = {"guard": {}, "certify": {}, "learn": {}}
-        held = resolve(self.store, sources=GUARD_SOURCES, until=until)
         roles: dict[str, Role] = {}
         for one in read_events(self.store, until=until):
             if one.time >= since and (
@@ -265,45 +329,51 @@ class Rounds:
             part = role(one.image_sha256, draw, plan, self.config.guard_share) if one.selected else "learn"
             if roles.get(one.image_sha256, "learn") == "learn":
                 roles[one.image_sha256] = part
-            if one.id in held and one.selected and (part == "learn" or one.time >= since):
-                answer = held[one.id]
+            if one.id in seen.held and one.selected and (part == "learn" or one.time >= since):
+                answer = seen.held[one.id]
                 found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
-        kept: dict[Role, list[tuple[str, str, str]]] = {
+        return {
             part: [
                 row
                 for name, row in sorted(rows.items())
-                if roles[name] == part and (part == "learn" or name not in learned_from) and self._keep(name)
+                if roles[name] == part and (part == "learn" or name not in learned_from)
             ]
             for part, rows in found.items()
         }
-        for part, rows in kept.items():
-            if len(rows) < self.config.least_rows:
-                raise NotReachableError(
-                    f"labelled images to {part} must be {self.config.least_rows} or more, got {len(rows)} since the "
-                    "last round; have more reviewed"
-                )
-        names = [name for name, _, _ in kept["guard"]]
-        # Its rows are in its name: labels dated back while this was killed make another epoch; neither has had a look.
-        epoch = f"round-{work.number}-{sha256_bytes(audit.canonical(kept['guard']).encode())[:16]}"
-        self._open(epoch, names, kept["guard"], until)
-        snapshot = Snapshot(
-            until=until, learn=tuple(kept["learn"]), certify=tuple(kept["certify"]), guard=epoch, n_guard=len(names)
-        )
-        name = snapshot.fingerprint()
-        snapshot.write(self.root / "snapshots" / f"{name}.json")
-        return {"snapshot": name, "until": until, "guard": epoch, "n_guard": len(names),
-                "n_learn": len(snapshot.learn), "n_certify": len(snapshot.certify)}  # fmt: skip
+
+    def _short(self, dealt: Mapping[Role, Sequence[object]]) -> str:
+        """Which roles have too few rows; empty: none."""
+        few = [(part, len(rows), self.config.least(part)) for part, rows in dealt.items()]
+        return ", ".join(f"{n} of {least} to {part}" for part, n, least in few if n < least)
+
+    def _missing(self, seen: _Seen, now: float) -> str:
+        """What a round begun now would lack."""
+        try:
+            return self._short(self._deal(seen, now, self._last(None)))
+        except NotReachableError:
+            return ""  # The round itself says it, once.
 
     def proposals(self, work: Round) -> Sequence[Job]:
-        """A tuning of the champion's run for every set of options."""
+        """A proposal from the champion's run for every set of options.
+
+        Half of the first run's ``val_select`` is the gate's anchor, which no proposal sees; images of the other half,
+        without their labels, are what ``mgrpo`` is held by.
+        """
         snapshot, origin = self._snapshot(work), self._run(work.champion)
+        judging = {row.sha256 for row in self._anchor_rows()}
+        first = self.registry.history("champion")[0].bundle
+        holding = Splits.read(Path(self._run(first or "").run) / "splits.json").of("val_select")
         inputs = {
             "run": origin.run, "model": origin.model_fingerprint, "images": str(self.root / "images"),
             "learn": [list(row) for row in snapshot.learn], "certify": [list(row) for row in snapshot.certify],
-            "leave_out": sorted(row.sha256 for row in self._anchor_rows()), "select_share": self.config.select_share,
-            "spec": self.config.spec.model_dump(), "through": self.config.through,
+            "leave_out": sorted(judging), "select_share": self.config.select_share,
+            "spec": self.config.spec.model_dump(),
         }  # fmt: skip
-        return [Job(f"{tasks.__name__}:propose", {**inputs, "options": options}) for options in self.config.tuning]
+        anchor = sorted({row.sha256 for row in holding} - judging)
+        by_mgrpo = {**inputs, "method": "mgrpo", "anchor": anchor, "recent": list(snapshot.recent)}
+        by_tuning = {**inputs, "method": "tune", "through": self.config.through}
+        given = [*((by_mgrpo, one) for one in self.config.mgrpo), *((by_tuning, one) for one in self.config.tuning)]
+        return [Job(f"{tasks.__name__}:propose", {**how, "options": options}) for how, options in given]
 
     def select(self, work: Round, done: Sequence[Work]) -> str:
         """The proposal that gains most on ``val_select``."""
@@ -311,7 +381,8 @@ class Rounds:
         gains = {one.key: one.result["gain"] for one in done}
         best = max(gains, key=lambda key: (gains[key] is not None, gains[key] or 0.0))
         if gains[best] is None:
-            raise NotReachableError("no proposal earns more than the champion on val_select")
+            why = "; ".join(one.result["why"] for one in done)
+            raise NotReachableError(f"no proposal earns more than the champion on val_select: {why}")
         return best
 
     def recalibration(self, work: Round, chosen: Work) -> Job:
@@ -409,12 +480,16 @@ class Rounds:
         for source in GUARD_SOURCES:
             self.vault.label(epoch, {name: label for name, label, of in rows if of == source}, source)
 
-    def _last(self, number: int) -> float:
-        """When the last round before this one froze its labels."""
+    def _last(self, number: int | None) -> float:
+        """When the last round before this one froze its labels; None: the last of all."""
         last = -math.inf
         for row in audit.read(self.store, kind="edge"):
             body = json.loads(row.body)
-            if body["from"] == "COLLECT" and body["to"] == "PROPOSE" and body["round"]["number"] < number:
+            if (
+                body["from"] == "COLLECT"
+                and body["to"] == "PROPOSE"
+                and (number is None or body["round"]["number"] < number)
+            ):
                 last = max(last, body["round"]["snapshot"]["until"])
         return last
 

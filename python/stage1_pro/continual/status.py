@@ -96,6 +96,7 @@ def look(
     triggers_before: TriggerState,
     new_labels: int = 0,
     manual: bool = False,
+    missing: str = "",
     evidence: Evidence | None = None,
     controller: ControllerState | None = None,
     bundle: str = "",
@@ -109,6 +110,7 @@ def look(
         triggers_before: what the last look gave.
         new_labels: since the last training.
         manual: somebody asks for a training.
+        missing: what a training still needs, as ``Signals`` has it.
         evidence: the e-process so far. Its promise holds over all looks only where one process is kept from the day a
             model or threshold began to serve; by default it is made of the recent rows, which must then begin there.
         controller: state of the threshold, where one steers it; its alarms count, too.
@@ -135,6 +137,7 @@ def look(
             drifting=seen is not None and seen.drifting,
             new_labels=new_labels,
             manual=manual,
+            missing=missing,
         ),
         alpha=config.alpha,
         now=now,
@@ -475,6 +478,8 @@ def _sentences(
             said.append("The threshold is the certified one.")
     if verdict.train:
         said.append(f"Training is asked for: {', '.join(verdict.reasons)}.")
+    elif verdict.waiting and verdict.missing:
+        said.append(f"Training ({', '.join(verdict.waiting)}) waits for labels: {verdict.missing}.")
     elif verdict.waiting:
         said.append(f"Training waits until the last one is old enough: {', '.join(verdict.waiting)}.")
     return said

@@ -30,19 +30,32 @@ def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Tune the champion's run on its own rows and the learned ones; the run is in ``run``, where there is a gain."""
-    from stage1_pro.continual.rlvr import TuneOptions, tune
+    """Propose from the champion's run, its own rows and the learned ones; the run is in ``run``, where there is a gain.
 
-    base = extend_run(inputs, folder / "base")
+    By ``mgrpo`` (new rows, replay, held near the champion) or by reward tuning alone (``tune``, on all rows).
+    """
+    from stage1_pro.continual import mgrpo, proposing, rlvr
+
+    parent, base, out = Path(inputs["run"]), extend_run(inputs, folder / "base"), folder / "run"
+    spec = RewardSpec.model_validate(inputs["spec"])
+    record: proposing.ProposalRecord | rlvr.TuningRecord
     try:
-        record = tune(
-            base, folder / "run", spec=RewardSpec.model_validate(inputs["spec"]),
-            options=TuneOptions.model_validate(inputs["options"]), through=inputs["through"],
-        )  # fmt: skip
+        if inputs["method"] == "mgrpo":
+            record = proposing.propose_run(
+                base, out,
+                known={row.sha256 for row in Splits.read(parent / "splits.json").of("train")},
+                anchor=inputs["anchor"],
+                recent=[Path(inputs["images"]) / name for name in inputs["recent"]],
+                spec=spec, options=mgrpo.ProposalOptions.model_validate(inputs["options"]),
+                reservoir=parent / proposing.RESERVOIR,
+            )  # fmt: skip
+        else:
+            options = rlvr.TuneOptions.model_validate(inputs["options"])
+            record = rlvr.tune(base, out, spec=spec, options=options, through=inputs["through"])
     except NotReachableError as error:
-        shutil.rmtree(base)
         return {"gain": None, "why": str(error)}
-    shutil.rmtree(base)
+    finally:
+        shutil.rmtree(base)
     return {"gain": record.reward_after - record.reward_before, "model": record.model_fingerprint}
 
 
