@@ -652,7 +652,7 @@ def test_alerts_and_metrics_by_the_command_line(
         _, err = stage1("run")
         assert "alert not delivered by" in err
     kinds = [json.loads(line)["kind"] for line in told.read_text()[len(before) :].splitlines()]
-    assert kinds == ["alarm", "train"]
+    assert kinds == ["alarm"]  # Its training waits for labels that certify.
     metrics = (tmp_path / "now.prom").read_text()
     assert 'stage1_alarm{bundle="' in metrics and "} 1.0" in metrics.split("stage1_alarm{")[1]
     (root / "loop.json").write_text((root / "loop.json").read_text().replace("now.prom", "told.jsonl/now.prom"))
