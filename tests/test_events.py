@@ -323,6 +323,25 @@ def test_weighing_by_the_chance_undoes_the_selection() -> None:
     assert abs((weight * wrong[chosen]).sum() / weight.sum() - wrong.mean()) < 0.02
 
 
+def test_a_raised_plan_selects_more_and_leaves_the_floors_sample_as_it_was() -> None:
+    plan = ReviewPlan(floor=0.02, entropy=0.5, seed=7)
+    assert plan.raised(None) is plan and plan.raised(0.0) is plan
+    raised = plan.raised(0.3)
+    assert (raised.floor, raised.seed) == (plan.floor, plan.seed)
+    no, signal = np.zeros(2000), np.linspace(0, 1, 2000)
+    before, after = (one.propensity(no, no, no, signal) for one in (plan, raised))
+    assert after.min() == 0.3 and np.array_equal(after, np.maximum(before, 0.3))
+    names = [f"e{i}" for i in range(2000)]
+    drawn = [
+        {name for name, chance in zip(names, chances, strict=True) if one.selects(name, chance)}
+        for one, chances in ((plan, before), (raised, after))
+    ]
+    assert drawn[0] < drawn[1] and len(drawn[1]) > 1.2 * len(drawn[0])
+    # What the loop checks and deals by: chance and floor of the plan that never changes.
+    assert all(plan.selects(name, chance) == (name in drawn[1]) for name, chance in zip(names, after, strict=True))
+    assert ReviewPlan.model_validate_json('{"floor": 0.05}').least == 0.0
+
+
 def test_entropy() -> None:
     assert entropy([[0.5, 0.5], [1.0, 0.0]]).tolist() == [1.0, 0.0]
     assert entropy(np.full((1, 7), 1 / 7)) == pytest.approx(1.0)
@@ -475,6 +494,18 @@ def test_novel_features_are_looked_at(cascade: Cascade, log: EventLog, tmp_path:
     served.predict([known, new], now=1.0)
     first, second = list(log)
     assert {first.action, second.action} == {"exit"} and second.propensity > first.propensity + 0.2
+
+
+def test_an_answer_leaves_without_its_event_only_where_somebody_is_told(
+    cascade: Cascade, log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, told = photos(tmp_path / "photos", [255, 130]), []
+    monkeypatch.setattr(log, "append", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        Served(cascade, log).predict(paths, now=1.0)
+    found = Served(cascade, log, on_failure=told.append).predict(paths, now=1.0)
+    assert found.to_dict() == cascade.predict(paths).to_dict()
+    assert [str(one) for one in told] == ["full"]
 
 
 def test_images_that_are_no_files(cascade: Cascade, log: EventLog) -> None:

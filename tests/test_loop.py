@@ -26,7 +26,8 @@ from stage1_pro.artifacts import SPLITS, Merging, Row, Splits, hash_splits, sha2
 from stage1_pro.cli import main
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual import audit
-from stage1_pro.continual.events import EventLog, uniform
+from stage1_pro.continual.alerts import Alert, Delivery
+from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
 from stage1_pro.continual.executors import (
     Command,
     ExecutorConfig,
@@ -40,6 +41,7 @@ from stage1_pro.continual.executors import (
 from stage1_pro.continual.labels import Label, add_labels, ingest, read_events
 from stage1_pro.continual.live import LiveCascade, read_pointer
 from stage1_pro.continual.loop import EDGES, Loop, LoopConfig, Watched, read_verdict
+from stage1_pro.continual.outbox import OLDEST, deliver
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.store import Store
 from stage1_pro.errors import ArtifactError, InputError
@@ -223,6 +225,43 @@ def test_the_threshold_follows_labels_while_a_round_waits(tmp_path: Path, bundle
     loop.store.close()
 
 
+def test_the_audit_rate_is_part_of_what_is_in_force(tmp_path: Path, bundle: Path) -> None:
+    root, url = tmp_path / "root", str(tmp_path / "loop.db")
+    begin(root, url, bundle)
+    loop = open_loop(root, url, bundle)
+    seen: dict[str, Any] = {"threshold": 0.9, "audit_rate": 0.3}
+    loop.parts.watch = lambda memory, champion, *, now, manual: Watched(manual, ["manual"], {"looks": 1}, **seen)  # type: ignore[method-assign]
+
+    def crash(moment: str) -> None:
+        raise RuntimeError(moment)
+
+    # One transaction, one audit row; a crash before the file is written is made good by the next start.
+    loop._observe = lambda moment: crash(moment) if moment == "MONITOR committed" else None
+    with pytest.raises(RuntimeError, match="committed"):
+        loop.step(now=10.0)
+    assert read_pointer(root).audit_rate is None
+    loop._observe = lambda _: None
+    loop.resume()
+    assert (read_pointer(root).audit_rate, read_pointer(root).threshold) == (0.3, 0.9)
+    for now in (11.0, 12.0):
+        loop.step(now=now)
+    seen["audit_rate"] = None
+    loop.step(now=13.0)
+    assert read_pointer(root).audit_rate is None
+    rows = [(one.kind, json.loads(one.body)) for one in audit.read(loop.store)][1:]
+    assert [kind for kind, _ in rows] == ["threshold", "audit rate"]
+    assert [(body["audit_rate_before"], body["audit_rate"]) for _, body in rows] == [(None, 0.3), (0.3, None)]
+    # While a round waits it rises and does not fall; a round that begins takes it along.
+    seen["audit_rate"] = 0.2
+    loop.run(now=14.0, manual=True)
+    assert loop.row().state == "SHADOW" and read_pointer(root).audit_rate == 0.2
+    for rate, expected in ((None, 0.2), (0.5, 0.5), (0.3, 0.5)):
+        seen["audit_rate"] = rate
+        loop.step(now=15.0)
+        assert read_pointer(root).audit_rate == expected
+    loop.store.close()
+
+
 def test_a_champion_that_moved_meanwhile_holds_the_round(tmp_path: Path, bundle: Path) -> None:
     root, url = tmp_path / "root", str(tmp_path / "loop.db")
     begin(root, url, bundle)
@@ -369,6 +408,81 @@ def test_a_verdict_that_was_changed_is_refused(tmp_path: Path, bundle: Path) -> 
 
 
 # --------------------------------------------------------------------------------------------
+# Telling people
+
+
+class Postman:
+    """A hook that keeps what it gets, and may fail or die."""
+
+    fingerprint = "postman"
+
+    def __init__(self) -> None:
+        self.got: list[Alert] = []
+        self.fails = self.dies = False
+
+    def send(self, alert: Alert) -> Delivery:
+        if self.fails:
+            return Delivery(hook="postman", delivered=False, tries=3, reason="HTTP 503")
+        self.got.append(alert)
+        if self.dies:
+            raise KeyboardInterrupt
+        return Delivery(hook="postman", delivered=True, tries=1)
+
+
+def test_people_are_told_once_of_everything_that_needs_them(root: Path, store_url: str, bundle: Path) -> None:
+    loop = open_loop(root, store_url, bundle, QUICK.model_copy(update={"auto_promote": False}))
+    postman, now = Postman(), 10.0
+    loop.run(now=now, manual=True)
+    postman.fails = True
+    (failed,) = deliver(loop.store, [postman], now=now)
+    assert not failed.delivered and not postman.got
+    postman.fails, postman.dies = False, True
+    # Killed after it went out and before that was written down: it goes out again.
+    with pytest.raises(KeyboardInterrupt):
+        deliver(loop.store, [postman], now=now)
+    postman.dies = False
+    for _ in range(3):
+        now += 6.0
+        loop.run(now=now)
+        deliver(loop.store, [postman], now=now)
+    assert [one.kind for one in postman.got] == ["train", "train", "approval"]
+    loop.approve(now=now, by="ada")
+    for _ in range(3):
+        now += 6.0
+        loop.run(now=now)
+        # Another process, after a restart.
+        again = open_loop(root, store_url, bundle)
+        deliver(again.store, [postman], now=now)
+        again.store.close()
+    loop.rollback(now=now, by="ada")
+    assert [one.delivered for one in deliver(loop.store, [postman], now=now)] == [True]
+    assert [one.kind for one in postman.got] == ["train", "train", "approval", "champion", "rollback"]
+    assert deliver(loop.store, [postman], now=now) == []
+    # Who comes later gets what is not a day old yet.
+    other = Postman()
+    other.fingerprint = "other"
+    assert deliver(loop.store, [other], now=now + 2 * OLDEST) == []
+    assert len(deliver(loop.store, [other], now=now)) == 4
+    loop.store.close()
+
+
+def test_what_a_look_sees_is_told_once_while_a_round_waits(tmp_path: Path, bundle: Path) -> None:
+    root, url = tmp_path / "root", str(tmp_path / "loop.db")
+    begin(root, url, bundle)
+    loop = open_loop(root, url, bundle, QUICK.model_copy(update={"auto_promote": False}))
+    loop.run(now=10.0, manual=True)
+    postman = Postman()
+    alarm = Alert(time=11.0, kind="alarm", title="Alarm", text="Exits are wrong.")
+    loop.parts.watch = lambda memory, champion, *, now, manual: Watched(False, [], {"looks": 1}, news={"a/1": alarm})  # type: ignore[method-assign]
+    for now in (11.0, 12.0, 13.0):
+        loop.step(now=now)
+        deliver(loop.store, [postman], now=now)
+    assert loop.row().state == "SHADOW"
+    assert sorted(one.kind for one in postman.got) == ["alarm", "train"]
+    loop.store.close()
+
+
+# --------------------------------------------------------------------------------------------
 # With real bundles, events and labels
 
 
@@ -481,6 +595,68 @@ rounds: {plan: {floor: 0.35, deferral: 0.9, entropy: 0.9, seed: 3}, least_rows: 
     data[len(data) // 2] ^= 1
     (tmp_path / "audit.jsonl").write_bytes(data)
     assert main(["continual", "audit", "--root", str(root), "--file", str(tmp_path / "audit.jsonl")]) == 4
+
+
+def test_alerts_and_metrics_by_the_command_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, told = tmp_path / "loop", tmp_path / "told.jsonl"
+    keep = f"import sys; open({str(told)!r}, 'a').write(sys.stdin.read() + chr(10))"
+    words = [sys.executable, "-c", keep, "SECRET"]
+    config = tmp_path / "loop.yaml"
+
+    def stage1(*words: str, code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        assert main(["continual", words[0], "--root", str(root), *words[1:]]) == code
+        out, err = capsys.readouterr()
+        assert "SECRET" not in out + err
+        return out, err
+
+    begin = ("init", "--run", str(trained), "--alpha", "0.05", "--config", str(config))
+    for wrong, said in (
+        ({"alerts": {"webhooks": ["ftp://host/SECRET"]}}, "url must be http:// or https://"),
+        ({"alerts": {"webhooks": "https://host/SECRET"}}, "alerts.webhooks must be valid"),
+        ({"alerts": {"commands": [[]]}}, "words must be a program"),
+        ({"metrics": "stage1.txt"}, "metrics must be valid"),
+        ({"alert": {}}, "alert must be valid"),
+    ):
+        config.write_text(json.dumps(wrong))
+        assert said in stage1(*begin, code=2)[1]
+        assert not (root / "loop.json").exists()
+    config.write_text(json.dumps({
+        "alerts": {"commands": [words, [sys.executable, "-c", "raise SystemExit(3)"]]},
+        "metrics": str(tmp_path / "now.prom"), "loop": {"executor": {"kind": "inline"}},
+        "rounds": {"monitor": {"triggers": {"min_labels": 10**6}}, "least_rows": 10**6},
+    }))  # fmt: skip
+    stage1(*begin)
+    assert (root / "loop.json").stat().st_mode & 0o077 == 0
+    out, _ = stage1("status", "--test-alert", "--metrics", str(tmp_path / "m.prom"), "--grafana",
+                    str(tmp_path / "g.json"), code=1)  # fmt: skip
+    assert out.count(": delivered") == 1 and out.count("NOT delivered, exit code 3") == 1
+    assert [json.loads(line)["kind"] for line in told.read_text().splitlines()] == ["test"]
+    assert "stage1_audit_rate" in (tmp_path / "m.prom").read_text()
+    assert json.loads((tmp_path / "g.json").read_text())["panels"]
+    photos = dict(bright(tmp_path / "street", 120, seed=77))
+    with EventLog(root / "log") as log:
+        LiveCascade(root, threads=1, log=log, plan=ReviewPlan(floor=1.0)).predict(photos)
+    with opened(root) as (_, registry, parts, _loop):
+        ingest(registry.store, parts.log)
+        other = {"none": "roadwork", "roadwork": "none"}
+        add_labels(registry.store, [
+            Label(event_id=one.id, label=other[one.label], source="owner", annotator="ada", time=time.time())
+            for one in read_events(registry.store) if one.label
+        ])  # fmt: skip
+    before = told.read_text()
+    # A hook that fails stops neither the loop nor the other one, and is told of again; who has got it is not.
+    for _ in range(2):
+        _, err = stage1("run")
+        assert "alert not delivered by" in err
+    kinds = [json.loads(line)["kind"] for line in told.read_text()[len(before) :].splitlines()]
+    assert kinds == ["alarm"]  # Its training waits for labels that certify.
+    metrics = (tmp_path / "now.prom").read_text()
+    assert 'stage1_alarm{bundle="' in metrics and "} 1.0" in metrics.split("stage1_alarm{")[1]
+    (root / "loop.json").write_text((root / "loop.json").read_text().replace("now.prom", "told.jsonl/now.prom"))
+    assert "metrics not written" in stage1("run")[1]
 
 
 def test_a_folder_that_is_no_loop_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

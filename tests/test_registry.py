@@ -24,8 +24,17 @@ from test_deploy import make_model, make_run, rehash
 
 from stage1_pro.artifacts import write_bytes
 from stage1_pro.continual import audit
-from stage1_pro.continual.events import EventLog, ReviewPlan
-from stage1_pro.continual.live import POINTER, LiveCascade, Pointer, read_pairs, read_pointer, takes_canary, tightened
+from stage1_pro.continual.events import SKETCH_SIZE, EventLog, Novelty, ReviewPlan
+from stage1_pro.continual.live import (
+    POINTER,
+    LiveCascade,
+    Pointer,
+    novelty_path,
+    read_pairs,
+    read_pointer,
+    takes_canary,
+    tightened,
+)
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.store import Store
 from stage1_pro.deploy.bundle import load_bundle
@@ -400,6 +409,76 @@ def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, p
         assert local.sync().threshold == threshold
         assert live.predict(photos).exited.any() == exits
         assert tightened(policy, threshold).exit_threshold >= policy.exit_threshold
+
+
+def test_serving_audits_more_while_it_is_asked_to(
+    local: Registry, bundle: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    local.promote(local.add(bundle), expected=0, now=1.0, by="ada")
+    plan = ReviewPlan.of(floor=0.02, deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0, seed=5)
+    log = EventLog(tmp_path / "log")
+    live = LiveCascade(local.root, threads=1, log=log, plan=plan, writer="w")
+    serials = [live.pointer.serial]
+    for now, rate in ((2.0, None), (3.0, 0.4), (4.0, 0.01), (5.0, None)):
+        with local.store.write() as connection:
+            local.audit_at(connection, rate, now=now)
+        serials.append(local.sync().serial)
+        live.predict(photos, now=now)
+        assert live.pointer.audit_rate == rate
+    assert serials == sorted(set(serials))
+    events = list(log)
+    assert len({one.id for one in events}) == len(events) == 4 * len(photos)
+    for one in events:
+        assert one.propensity == (0.4 if one.time == 3.0 else 0.02)
+        assert one.selected == plan.selects(one.id, one.propensity)
+
+
+def test_serving_picks_up_what_is_known_without_a_restart(
+    local: Registry, bundle: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = local.add(bundle)
+    local.promote(name, expected=0, now=1.0, by="ada")
+    plan = ReviewPlan.of(deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0.5)
+    log = EventLog(tmp_path / "log")
+
+    def rates(live: LiveCascade, now: float) -> set[float]:
+        live.predict(photos, now=now)
+        return {one.propensity for one in log if one.time == now}
+
+    live = LiveCascade(local.root, threads=1, log=log, plan=plan)
+    assert rates(live, 2.0) == {0.02}
+    path = novelty_path(local.root, name)
+    far = Novelty.fit(np.random.default_rng(0).normal(1e6, 1.0, size=(100, SKETCH_SIZE)))
+    far.write(path)
+    novel = {0.02 + 0.98 * 0.5}
+    assert rates(live, 3.0) == novel == rates(LiveCascade(local.root, threads=1, log=log, plan=plan), 4.0)
+    # A plan without novelty does not look; a damaged file is said and costs no answer.
+    assert rates(LiveCascade(local.root, threads=1, log=log, plan=ReviewPlan.of(entropy=0, novelty=0, deferral=0,
+                 disagreement=0)), 5.0) == {0.02}  # fmt: skip
+    flat = far.model_copy(update={"factor": (far.mean,) * SKETCH_SIZE}).model_dump_json()
+    for now, damaged in ((6.0, "{"), (7.0, flat)):
+        path.write_text(damaged)
+        capsys.readouterr()
+        live = LiveCascade(local.root, threads=1, log=log, plan=plan)
+        assert rates(live, now) == {0.02} == rates(live, now + 0.5)
+        assert capsys.readouterr().err.count("nothing is novel to") == 1
+
+
+def test_what_was_written_before_there_was_an_audit_rate_is_read(local: Registry, bundle: Path) -> None:
+    local.promote(local.add(bundle), expected=0, now=1.0, by="ada")
+    with local.store.write() as connection:
+        connection.execute(text("DROP TABLE audit_rates"))
+    old = json.loads((local.root / POINTER).read_text())
+    del old["audit_rate"]
+    write_bytes(local.root / POINTER, json.dumps(old).encode())
+    assert read_pointer(local.root).audit_rate is None
+    assert LiveCascade(local.root, threads=1).pointer.audit_rate is None
+    opened = Store(local.root / "loop.db")
+    assert Registry(local.root, opened).sync().audit_rate is None
+    with opened.write() as connection:
+        Registry(local.root, opened).audit_at(connection, 0.5, now=2.0)
+    assert Registry(local.root, opened).sync().audit_rate == 0.5
+    opened.close()
 
 
 def test_serving_needs_neither_torch_nor_a_database() -> None:

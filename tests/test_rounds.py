@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import matthews_corrcoef
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
@@ -19,12 +20,13 @@ from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_run
 
 from stage1_pro.artifacts import Splits, hash_splits, sha256_bytes, sha256_file, write_bytes
-from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
+from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.executors import Inline, Work
 from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.labels import Label, add_events, add_labels
-from stage1_pro.continual.live import Pair, _append_pairs
+from stage1_pro.continual.live import Pair, _append_pairs, novelty_path
 from stage1_pro.continual.loop import Loop, Round
+from stage1_pro.continual.monitor import TriggerConfig
 from stage1_pro.continual.registry import Registry
 from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
@@ -52,7 +54,7 @@ def make_rounds(root: Path, bundle: Path, **changes: Any) -> Rounds:
     return Rounds(registry, log, Inline(), RoundsConfig(**{"monitor": MonitorConfig(alpha=0.02), **changes}))
 
 
-def serve(rounds: Rounds, n: int, **changes: Any) -> list[Event]:
+def serve(rounds: Rounds, n: int, first: int = 0, **changes: Any) -> list[Event]:
     """Exits, all of them selected for review, a second apart."""
     name = rounds.registry.alias("champion").bundle
     values: dict[str, Any] = {
@@ -62,7 +64,7 @@ def serve(rounds: Rounds, n: int, **changes: Any) -> list[Event]:
     }  # fmt: skip
     made = [
         Event(id=f"e{i:05d}", time=10.0 + i, image_sha256=sha256_bytes(b"%d" % i), **(values | changes))
-        for i in range(n)
+        for i in range(first, first + n)
     ]
     add_events(rounds.store, made)
     return made
@@ -105,13 +107,71 @@ def test_evidence_is_one_process_from_the_first_day_however_often_one_looks(tmp_
     assert n == [40, 80, 120, 160, 200]
 
 
+def test_an_alarm_and_a_watch_have_one_name_however_often_they_are_seen(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    served = serve(rounds, 60, exit_score=0.999, confidence=0.999)
+    assert not watch(rounds, {}, now=90.0).news
+    memory = watch(rounds, {}, now=91.0).memory
+    for i, event in enumerate(served[:10]):
+        answer(rounds, event, "roadwork" if i == 0 else "none", at=100.0 + i)
+    # Where a round waits nothing is remembered, and the watch keeps its name.
+    names = [set(watch(rounds, memory, now=now).news) for now in (120.0, 130.0)]
+    assert names[0] == names[1] and {name.split("/")[0] for name in names[0]} == {"watch"}
+    seen = watch(rounds, memory, now=140.0)
+    assert seen.news["".join(names[0])].kind == "watch" and not watch(rounds, seen.memory, now=141.0).news
+    for i, event in enumerate(served[10:40]):
+        answer(rounds, event, "roadwork", at=200.0 + i)
+    names = [set(watch(rounds, seen.memory, now=now).news) for now in (300.0, 310.0)]
+    assert names[0] == names[1] and {name.split("/")[0] for name in names[0]} == {"alarm"}
+
+
+def test_rolling_figures_are_of_answers_and_abstentions_gave_none(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    served = serve(rounds, 100)
+    served += serve(rounds, 20, first=100, action="defer", stage="B", label="roadwork", prob_b=0.9)
+    silent = serve(rounds, 10, first=120, action="abstain", stage="B", label="", prob_b=0.5)
+    for i, event in enumerate(served[1:]):  # Whoever reviews left one out.
+        answer(rounds, event, "roadwork" if i % 4 == 0 else "none", at=200.0)
+    for event in silent:
+        answer(rounds, event, "roadwork", at=200.0)
+    seen = rounds.status({}, rounds.registry.alias("champion"), now=300.0).rolling
+    given = [(one.label, "roadwork" if i % 4 == 0 else "none") for i, one in enumerate(served[1:])]
+    assert seen.n == 119 and seen.accuracy_10 == sum(a == b for a, b in given[-10:]) / 10
+    assert seen.mcc_100 == pytest.approx(matthews_corrcoef(*zip(*given[-100:], strict=True)))
+
+
+def test_what_is_known_is_learned_once_from_a_champions_first_events(tmp_path: Path, bundle: Path) -> None:
+    draw = np.random.default_rng(0).normal(size=(60, SKETCH_SIZE)).astype(np.float32)
+    for novelty in (0.0, 0.25):
+        plan = ReviewPlan(novelty=novelty)
+        rounds = make_rounds(tmp_path / str(novelty), bundle, plan=plan, novelty_events=40, steer=False)
+        path = novelty_path(rounds.root, rounds.registry.alias("champion").bundle or "")
+        serve(rounds, 1)  # Features that were no numbers.
+        for i in range(1, 40):
+            serve(rounds, 1, first=i, sketch=draw[i])
+        watch(rounds, {}, now=100.0)
+        assert not path.exists()
+        for i in range(40, 50):
+            serve(rounds, 1, first=i, sketch=draw[i])
+        rounds.status({}, rounds.registry.alias("champion"), now=100.0)
+        assert not path.exists()  # To look is to change nothing.
+        watch(rounds, {}, now=100.0)
+        assert path.exists() == (novelty > 0)
+    assert Novelty.read(path) == Novelty.fit(draw[1:41])
+    before = path.read_bytes()
+    for i in range(50, 60):
+        serve(rounds, 1, first=i, sketch=draw[i])
+    watch(rounds, {}, now=101.0)
+    assert path.read_bytes() == before
+
+
 # --------------------------------------------------------------------------------------------
 # Dealing labels
 
 DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
 
 
-def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None) -> list[Event]:
+def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None, chance: float = 0.6) -> list[Event]:
     """Exits drawn by a plan, labelled where they were selected, with images."""
     name, plan = rounds.registry.alias("champion").bundle or "", plan or rounds.config.plan
     made = []
@@ -120,7 +180,7 @@ def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None)
         event = Event(
             id=f"d{i:05d}", time=10.0 + i, bundle=name, image_sha256=sha256_bytes(data), action="exit", stage="A",
             label="none", prob_a=0.1, prob_b=None, confidence=0.9, gate_logit=None, exit_score=0.97, threshold=0.6,
-            propensity=0.6, selected=plan.selects(f"d{i:05d}", 0.6), sketch=SKETCH,
+            propensity=chance, selected=plan.selects(f"d{i:05d}", chance), sketch=SKETCH,
         )  # fmt: skip
         made.append(event)
         if event.selected:
@@ -174,6 +234,38 @@ def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle
     deal(rounds, 10, first=80, plan=ReviewPlan(floor=0.3, seed=5))
     with pytest.raises(NotReachableError, match="must be drawn by the loop's own review plan"):
         rounds.collect(work)
+
+
+def test_what_a_raised_rate_selects_teaches_and_the_floors_sample_judges(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    plan = rounds.config.plan
+    made = deal(rounds, 80) + deal(rounds, 80, first=80, plan=plan.raised(0.9), chance=0.9)
+    found = rounds.collect(work)
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json")
+    draws = {one.image_sha256: uniform(plan.seed, "review", one.id) for one in made}
+    assert {draws[name] < plan.floor for name in rounds.vault.row_ids(found["guard"])} == {True}
+    assert {draws[name] < plan.floor for name, _, _ in snapshot.certify} == {True}
+    taught = [draws[name] for name, _, _ in snapshot.learn]
+    assert min(taught) >= plan.floor and max(taught) > 0.6
+
+
+def test_drift_raises_the_audit_rate_above_the_plans_floor(tmp_path: Path, bundle: Path) -> None:
+    triggers = TriggerConfig(audit_rate=0.05, raised_audit_rate=0.4, hold=100.0)
+    for floor, expected in ((0.02, [0.05, 0.4, 0.4, 0.05]), (0.1, [None, 0.4, 0.4, None])):
+        monitor = MonitorConfig(alpha=0.02, triggers=triggers, recent=600)
+        rounds = make_rounds(tmp_path / str(floor), bundle, monitor=monitor, plan=ReviewPlan(floor=floor))
+        serve(rounds, 600)
+        memory, rates = watch(rounds, {}, now=700.0).memory, []
+        rates.append(watch(rounds, memory, now=700.0).audit_rate)
+        # Other photos come, then no others than those.
+        serve(rounds, 200, first=700, exit_score=0.7, confidence=0.7)
+        for now in (1000.0, 1050.0):
+            seen = watch(rounds, memory, now=now)
+            memory = seen.memory
+            rates.append(seen.audit_rate)
+        serve(rounds, 1400, first=1100, exit_score=0.7, confidence=0.7)
+        rates.append(watch(rounds, memory, now=2600.0).audit_rate)
+        assert rates == expected
 
 
 # --------------------------------------------------------------------------------------------

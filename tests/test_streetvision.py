@@ -27,7 +27,9 @@ from sklearn.metrics import matthews_corrcoef
 
 import stage1_pro
 from stage1_pro import cli
-from stage1_pro.artifacts import Merging, MinerTuning, Predictions, ProtocolEvaluation, Row, Splits
+from stage1_pro.artifacts import Merging, MinerTuning, Predictions, ProtocolEvaluation, Row, Splits, sha256_file
+from stage1_pro.continual.events import EventLog, ReviewPlan
+from stage1_pro.continual.served import identify
 from stage1_pro.data import protocols
 from stage1_pro.data.images import ImageError, read_image, read_opened
 from stage1_pro.data.synthetic import render_pool
@@ -203,6 +205,10 @@ def test_nan_a_crash_and_a_slow_photo_become_minus_one(
         ({"bundle": "b", "train_prior": 0.8}, "serve_prior of settings must be set beside train_prior"),
         ({"bundle": "b", "threshold": 1}, "threshold of settings must be valid, got 1"),
         ({"bundle": "b", "runtime": "cuda"}, "runtime of settings must be valid, got 'cuda'"),
+        ({"bundle": "b", "loop": "l"}, "bundle of settings must be left out beside loop"),
+        ({"bundle": "b", "runtime": "torch", "log": "l"}, "runtime of settings must not be torch beside log"),
+        ({"loop": "l", "runtime": "torch"}, "runtime of settings must not be torch beside loop"),
+        ({"loop": "l", "serve_prior": 0.5}, "train_prior of settings must be set beside serve_prior and loop"),
     ],
 )
 def test_wrong_settings_are_told(values: dict[str, Any], message: str) -> None:
@@ -224,6 +230,93 @@ def test_settings_files(tmp_path: Path, bundle: Path) -> None:
         StreetVision(tmp_path / "none")
     taken = {"device", "config", "model_name", "load_model", "config_name", "load_model_config", "preprocess"}
     assert not taken & set(Settings.model_fields)
+
+
+# --------------------------------------------------------------------------------------------
+# Decisions that are logged
+
+
+def test_a_miners_decisions_are_events(bundle: Path, photo: bytes, tmp_path: Path) -> None:
+    plain, log = StreetVision(bundle, serve_prior=0.5), tmp_path / "log"
+    miner = StreetVision(bundle, serve_prior=0.5, log=str(log))
+    picture = Image.open(io.BytesIO(photo))
+    asked = (photo, base64.b64encode(photo).decode(), picture)
+    assert [miner.answer(one) for one in asked] == [plain.answer(photo)] * 3
+    assert miner.answer(b"no photo") == -1
+    events = list(EventLog(log))
+    assert [one.image_sha256 for one in events] == [identify(photo), identify(photo), identify(picture)]
+    assert len({one.id for one in events}) == 3 and min(one.propensity for one in events) >= ReviewPlan().floor
+    assert all(one.selected == ReviewPlan().selects(one.id, one.propensity) for one in events)
+    assert all((one.image_sha256 in EventLog(log).images) >= one.selected for one in events)
+    # What is logged is what the bundle said, before anything that the subnet alone asks for.
+    assert events[0].prob_a == pytest.approx(Cascade.load(bundle).predict([photo]).prob[0]) or events[0].prob_b
+
+
+def test_a_log_that_cannot_be_written_costs_no_answer(
+    bundle: Path, photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, log = StreetVision(bundle).answer(photo), tmp_path / "log"
+    miner = StreetVision(bundle, log=str(log))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("append", "describe"):
+        monkeypatch.setattr(EventLog, name, full)
+        caplog.clear()
+        assert miner.answer(photo) == expected and "not logged: OSError" in caplog.text
+        # So does one that starts now.
+        assert StreetVision(bundle, log=str(log)).answer(photo) == expected
+    monkeypatch.undo()
+    assert miner.answer(photo) == expected and len(list(EventLog(log))) == 1
+    (tmp_path / "file").write_text("")
+    caplog.clear()
+    assert StreetVision(bundle, log=str(tmp_path / "file")).answer(photo) == expected
+    assert "not logged: FileExistsError" in caplog.text
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "log.json").write_text("{")
+    assert StreetVision(bundle, log=str(tmp_path / "damaged")).answer(photo) == expected
+
+
+def test_a_loops_champion_mines(bundle: Path, photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
+    from stage1_pro.continual.registry import Registry
+    from stage1_pro.continual.store import Store
+
+    root = tmp_path / "loop"
+    registry = Registry(root, Store(root / "loop.db"))
+    name = registry.add(bundle)
+    registry.promote(name, expected=0, now=1.0, by="ada")
+    ReviewPlan(floor=0.5).write(root / "plan.json")
+    file = tmp_path / "miner.yaml"
+    file.write_text("loop: loop\nlog: loop/log\ntrain_prior: 0.8\nserve_prior: 0.5\n")
+    miner = StreetVision(Settings.read(file))
+    expected = StreetVision(bundle, train_prior=0.8, serve_prior=0.5).answer(photo)
+    assert miner.answer(photo) == pytest.approx(expected, abs=1e-12)
+    assert miner.answer(Image.open(io.BytesIO(photo))) == pytest.approx(expected, abs=1e-12)
+    assert [one.bundle for one in EventLog(root / "log")] == [name] * 2
+    assert min(one.propensity for one in EventLog(root / "log")) >= 0.5
+    # The loop asks for more audits, and a new champion comes: without a restart.
+    copy = Path(shutil.copytree(bundle, tmp_path / "other"))
+    policy = json.loads((copy / "thresholds.json").read_text())
+    (copy / "thresholds.json").write_text(json.dumps({**policy, "exit_threshold": 1.0}))
+    manifest = json.loads((copy / "bundle.json").read_text())
+    entry = {"sha256": sha256_file(copy / "thresholds.json"), "size": (copy / "thresholds.json").stat().st_size}
+    manifest["files"]["thresholds.json"] |= entry
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    other = registry.add(copy)
+    with registry.store.write() as connection:
+        registry.audit_at(connection, 0.9, now=2.0)
+    registry.promote(other, expected=1, now=2.0, by="ada")
+    assert miner.answer(photo) > 0
+    last = list(EventLog(root / "log"))[-1]
+    assert last.bundle == other and last.propensity >= 0.9 and last.action != "exit"
+    monkeypatch.setattr(EventLog, "append", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+    assert 0 < miner.answer(photo) < 1
+    assert miner.answer(b"no photo") == -1
+    registry.store.close()
+    with pytest.raises(ArtifactError, match=r"must hold champion\.json"):
+        StreetVision(Settings.of({"loop": str(tmp_path / "none")}))
 
 
 def test_a_run_answers_in_torch(run: Path, bundle: Path, photo: bytes) -> None:
@@ -882,7 +975,7 @@ def test_the_readmes_snippets_run(
             assert cli.main([*words[1:], *little.get(words[2] if words[1] == "streetvision" else words[1], [])]) == 0
     Path("run/miner.yaml").write_text(blocks[1][1])
     printed = Settings.read("run/miner.yaml")
-    assert set(printed.model_dump()) - {"max_pixels", "threads"} == set(yaml.safe_load(blocks[1][1]))
+    assert set(printed.model_dump()) - {"max_pixels", "threads", "loop"} == set(yaml.safe_load(blocks[1][1]))
     names: dict[str, Any] = {}
     exec(compile(blocks[2][1], "README.md", "exec"), names)
     assert 0 <= names["answer"] <= 1

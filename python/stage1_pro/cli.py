@@ -155,8 +155,11 @@ examples:
 
 _STREETVISION = """\
 A miner answers P(roadwork) in [0, 1], above .5 for roadwork, or -1 for no answer, within 9 seconds. Keys of its YAML
-(only bundle must be there):
-  bundle        bundle folder (with runtime torch: a run folder); relative to the YAML
+(only bundle or loop must be there):
+  bundle        bundle folder (with runtime torch: a run folder); relative to the YAML, as the next two
+  loop          instead: a loop's folder (continual init); its champion answers, and a new one without a restart
+  log           folder where every decision becomes an event, for review; of a loop the one that its loop.json names.
+                What cannot be logged is warned about, and answered
   runtime       auto | onnxruntime | tensorrt_rtx | tensorrt | torch             (auto)
   timeout_s     seconds for one photo, then -1                                   (8)
   serve_prior   share of positives that is asked, .5 by the validator; logits are corrected for it
@@ -221,6 +224,7 @@ examples:
   stage1 continual review --root loop                 answer what was selected for review
   stage1 continual run --root loop --every 300        for good; kill it whenever you like, it goes on where it was
   stage1 continual status --root loop --page status.html
+  stage1 continual status --root loop --test-alert    are alerts delivered? hooks are alerts: of ROOT/loop.json
   stage1 continual promote --root loop
   stage1 continual audit --root loop --export audit.jsonl
   stage1 continual simulate --data photos --out sim   all of it on a simulated clock, to see what it does
@@ -699,12 +703,17 @@ def _add_continual(parent: argparse.ArgumentParser) -> None:
     sub.add_argument("--alpha", type=float, help="risk of exits that is watched; what the policy promises by default")
     sub.add_argument("--store", help="postgresql://…, or a folder or file for SQLite; ROOT by default")
     sub.add_argument("--log", type=Path, help="folder that serving logs to; ROOT/log by default")
-    sub.add_argument("--config", type=Path, help="YAML with loop: and rounds: of ROOT/loop.json")
+    sub.add_argument("--config", type=Path, help="YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
     sub.add_argument("--by", help="who does it; the user's name by default")
 
     command("ingest", "put what serving logged into the store")
     sub = command("status", "say where the loop is, what serves, and whether the risk is kept")
     sub.add_argument("--page", type=Path, help="HTML page to write")
+    sub.add_argument("--metrics", type=Path, metavar="FILE.prom", help="for Prometheus' textfile collector")
+    sub.add_argument("--grafana", type=Path, metavar="FILE.json", help="dashboard of these metrics, to import")
+    sub.add_argument(
+        "--test-alert", action="store_true", help="send one to every hook of ROOT/loop.json; exit status 1: one failed"
+    )
     sub = command("review", "answer on a local page what was selected for review")
     sub.add_argument("--reviewer", help="whose answers these are; the user's name by default")
     sub.add_argument("--port", type=int, default=0, help="port of 127.0.0.1; 0 = any free one")
@@ -1252,7 +1261,7 @@ def _plan_audits(options: argparse.Namespace) -> None:
     _emit(options, found.model_dump(mode="json"), render(found))
 
 
-def _continual(options: argparse.Namespace) -> None:
+def _continual(options: argparse.Namespace) -> int:
     import getpass
 
     from stage1_pro.stations import continual as station
@@ -1266,14 +1275,16 @@ def _continual(options: argparse.Namespace) -> None:
             store, log = config.store, config.log
         answered = review(store, Path(log), reviewer=options.reviewer, port=options.port, browser=options.browser)
         _emit(options, answered, render(answered))
-        return
+        return 0
     found: dict[str, Any] = {
         "init": lambda: station.init(
             root, options.run, bundle=options.bundle, alpha=options.alpha, store=options.store, log=options.log,
             config=options.config, by=by,
         ),
         "ingest": lambda: station.ingest_log(root),
-        "status": lambda: station.status(root, page=options.page),
+        "status": lambda: station.status(
+            root, page=options.page, metrics=options.metrics, grafana=options.grafana, test_alert=options.test_alert,
+        ),
         "labels": lambda: station.labels(
             root, imported=options.imported, exported=options.exported, source=options.source,
             annotator=options.annotator,
@@ -1286,6 +1297,7 @@ def _continual(options: argparse.Namespace) -> None:
         "audit": lambda: station.audit(root, exported=options.exported, file=options.file, head=options.head),
     }[what]()  # fmt: skip
     _emit(options, found, station.render(what, found))
+    return int(not all(one["delivered"] for one in found.get("deliveries", ())))
 
 
 def _simulate(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from stage1_pro.artifacts import Record
+from stage1_pro.artifacts import Record, sha256_bytes
 from stage1_pro.errors import InputError
 
 _LONGEST_REASON = 300
@@ -27,7 +27,7 @@ class Alert(Record):
 
     format_version: Literal[1] = 1
     time: float = Field(description="seconds since the epoch")
-    kind: Literal["alarm", "watch", "train", "test"]
+    kind: Literal["alarm", "watch", "train", "approval", "rollback", "champion", "test"]
     title: str
     text: str
     bundle: str = ""
@@ -73,6 +73,11 @@ class Webhook:
             )
         if not (self.timeout > 0 and self.tries >= 1 and self.wait >= 0):
             raise InputError("timeout and tries must be positive and wait not negative; see Webhook")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the URL, to know it again without writing it down."""
+        return sha256_bytes(self.url.encode())
 
     def send(self, alert: Alert) -> Delivery:
         """Post it; never raises for what the other side does."""
@@ -123,6 +128,11 @@ class Command:
             raise InputError(f"words must be a program and its arguments, one string each, got {given!r}")
         if not self.timeout > 0:
             raise InputError(f"timeout must be positive, got {self.timeout}; it is in seconds")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the words, to know it again without writing them down."""
+        return sha256_bytes("\0".join(self.words).encode())
 
     def send(self, alert: Alert) -> Delivery:
         """Run it; never raises for what the program does."""

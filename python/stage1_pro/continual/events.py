@@ -96,6 +96,9 @@ class ReviewPlan(Record):
     Every rate is the chance that its reason alone selects an event; the reasons act independently, so the chance is
     1 - (1 - floor) * prod(1 - rate * signal), never below ``floor`` and never above 1. An estimate over all that was
     served weighs a reviewed event by 1 / chance.
+
+    ``least`` lifts every chance to itself, as long as the loop asks for more audits. It is apart from ``floor``: draws
+    below the floor are a plain random sample of all that was served, at whatever time, and stay it.
     """
 
     floor: float = Field(default=LEAST_FLOOR, ge=LEAST_FLOOR, le=1, description="chance of every event, exits too")
@@ -104,6 +107,7 @@ class ReviewPlan(Record):
     disagreement: float = Field(default=0.50, ge=0, le=1, description="Stage B answers otherwise than Stage A")
     entropy: float = Field(default=0.10, ge=0, le=1, description="times the answer's entropy over its largest value")
     novelty: float = Field(default=0.25, ge=0, le=1, description="times how far the features are from known ones")
+    least: float = Field(default=0.0, ge=0, le=1, description="no chance is below it; the floor stays what it is")
     seed: int = 0
 
     @classmethod
@@ -117,6 +121,10 @@ class ReviewPlan(Record):
             least = f"; at least {LEAST_FLOOR:.0%} of exits are audited, always" if name == "floor" else ""
             raise InputError(f"{name} must be a valid rate, got {first['input']!r}: {first['msg']}{least}") from None
 
+    def raised(self, rate: float | None) -> Self:
+        """The same plan, where every event has at least this chance; itself where that changes nothing."""
+        return self if rate is None or rate <= self.least else self.model_copy(update={"least": rate})
+
     def propensity(
         self,
         deferred: ArrayLike,
@@ -125,7 +133,10 @@ class ReviewPlan(Record):
         entropy: ArrayLike,
         novelty: ArrayLike | float = 0.0,
     ) -> NDArray[np.float64]:
-        """Chance of review [N] in [floor, 1] from signals [N], each a bool or in [0, 1]; NaN counts as 1."""
+        """Chance of review [N] in [floor, 1] from signals [N], each a bool or in [0, 1]; NaN counts as 1.
+
+        With the same floor and seed, a raised plan selects all that the plain one does, and more.
+        """
         passed = np.asarray(1.0)
         for rate, signal in (
             (self.deferral, deferred),
@@ -138,7 +149,7 @@ class ReviewPlan(Record):
             passed = passed * (1 - rate * value)
         # In this order the floor itself comes out exactly, and no rounding falls below it.
         chance: NDArray[np.float64] = self.floor + (1 - self.floor) * (1 - passed)
-        return np.minimum(chance, 1.0)
+        return np.clip(chance, self.least, 1.0)
 
     def selects(self, event_id: str, propensity: float) -> bool:
         """Whether this event is reviewed: a function of seed, id and chance, so that a replay selects the same."""
@@ -191,6 +202,8 @@ class Novelty(Record):
     def _square(self) -> Self:
         if len(self.factor) != SKETCH_SIZE:
             raise ValueError(f"factor must have {SKETCH_SIZE} rows, got {len(self.factor)}")
+        if not all(row[place] > 0 and not any(row[place + 1 :]) for place, row in enumerate(self.factor)):
+            raise ValueError("factor must be lower triangular with a positive diagonal")
         return self
 
     @classmethod

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from stage1_pro.artifacts import GateParams, Policy, Record, sha256_file
-from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
+from stage1_pro.continual.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.served import Served, identify
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, concatenate
@@ -33,6 +33,7 @@ POINTER = "champion.json"
 BUNDLES = "bundles"
 PAIRS = "pairs"
 PLAN = "plan.json"
+NOVELTY = "novelty"
 
 
 class Pointer(Record):
@@ -44,6 +45,9 @@ class Pointer(Record):
     version: int = Field(ge=1, description="of the alias champion")
     previous: str | None = Field(description="what a rollback would bring back")
     threshold: float | None = Field(description="that the champion exits at while it is above its policy's own")
+    audit_rate: float | None = Field(
+        None, ge=0, le=1, description="every event's chance of review is at least this; null: as the plan has it"
+    )
     shadow: str | None = Field(description="decides, too; its answers do not leave")
     canary: str | None = Field(description="answers a share of the images")
     canary_share: float = Field(ge=0, le=1)
@@ -70,6 +74,11 @@ def read_pointer(root: Path | str) -> Pointer:
         ArtifactError: there is no champion yet, or the file is damaged.
     """
     return Pointer.read(Path(root) / POINTER)
+
+
+def novelty_path(root: Path | str, bundle: str) -> Path:
+    """Where a registry's folder says what is known to a bundle, once the loop has learned that."""
+    return Path(root) / NOVELTY / f"{bundle}.json"
 
 
 def read_pairs(log: Path | str, candidate: str) -> Iterator[Pair]:
@@ -111,6 +120,10 @@ class _Seat:
         return self.cascade.decide(pixels) if self.served is None else self.served.decide(pixels, images, now=now)
 
 
+# A bundle's sha256, its threshold, the audit rate.
+_Key = tuple[str, float | None, float | None]
+
+
 @dataclass(frozen=True)
 class _Seating:
     raw: bytes
@@ -132,6 +145,8 @@ class LiveCascade:
         threads: as ``Cascade.load`` takes it.
         log: where decisions go, and pairs of champion and candidate; without it nothing is logged and shadows rest.
         plan: how events are drawn for review; the loop's own (``plan.json``) by default, which deals labels by it.
+            While the file asks for more audits, every event's chance is raised to that.
+        on_failure: as ``Served`` takes it: who is told of what could not be logged, where answers leave all the same.
         retry_seconds: how long a bundle that could not be loaded is left alone.
         writer: as ``Served`` takes it; give one to get the same event ids from a replay.
 
@@ -147,6 +162,7 @@ class LiveCascade:
         threads: int = 0,
         log: EventLog | None = None,
         plan: ReviewPlan | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
         retry_seconds: float = 30.0,
         writer: str | None = None,
     ) -> None:
@@ -156,10 +172,12 @@ class LiveCascade:
         self.candidate_failures = 0
         if plan is None and (self.root / PLAN).is_file():
             plan = ReviewPlan.read(self.root / PLAN)
-        self._plan, self._retry_seconds, self._writer = plan, retry_seconds, writer
+        self._plan, self._retry_seconds, self._writer = plan or ReviewPlan(), retry_seconds, writer
+        self._on_failure = on_failure
         self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
-        self._seats: dict[tuple[str, float | None], _Seat] = {}
+        self._seats: dict[_Key, _Seat] = {}
+        self._known: dict[str, Novelty | None] = {}
         self._failed: tuple[bytes, float] = (b"", 0.0)
         self._seating = self._seat(self._raw())
 
@@ -177,6 +195,9 @@ class LiveCascade:
             return self.pointer
         if raw == self._seating.raw:
             self.failure = None
+            for seat in (self._seating.champion, self._seating.candidate):
+                if seat is not None and seat.served is not None and seat.served.novelty is None:
+                    seat.served.novelty = self._novelty(seat.sha256)
             return self.pointer
         given_up = self._failed[0] == raw and time.monotonic() - self._failed[1] < self._retry_seconds
         if not given_up and self._loading.acquire(blocking=False):
@@ -295,14 +316,17 @@ class LiveCascade:
     def _seat(self, raw: bytes) -> _Seating:
         pointer = Pointer.parse(raw.decode("utf-8", "replace"), POINTER)
         trying = pointer.canary or pointer.shadow
-        champion = self._of(pointer.champion, pointer.threshold)
-        candidate = None if trying is None or (pointer.canary is None and self.log is None) else self._of(trying, None)
+        champion = self._of(pointer.champion, pointer.threshold, pointer.audit_rate)
+        candidate = None
+        if trying is not None and (pointer.canary is not None or self.log is not None):
+            candidate = self._of(trying, None, pointer.audit_rate)
         named = {pointer.champion, pointer.previous, trying}
         self._seats = {key: seat for key, seat in self._seats.items() if key[0] in named}
         return _Seating(raw, pointer, champion, candidate)
 
-    def _of(self, sha256: str, threshold: float | None) -> _Seat:
-        known = self._seats.get((sha256, threshold))
+    def _of(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Seat:
+        key = sha256, threshold, audit_rate
+        known = self._seats.get(key)
         if known is not None:
             return known
         same = next((seat for key, seat in self._seats.items() if key[0] == sha256), None)
@@ -311,13 +335,30 @@ class LiveCascade:
         bundle = load_content(self.root, sha256, verify=False) if same is not None else base.bundle
         policy = tightened(bundle.policy, threshold)
         cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
-        writer = None if self._writer is None else f"{self._writer}/{threshold}"
-        served = None if self.log is None else Served(cascade, self.log, plan=self._plan, writer=writer)
+        # Each seat counts its own events.
+        writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
+        plan = self._plan.raised(audit_rate)
+        served = None
+        if self.log is not None:
+            served = Served(
+                cascade, self.log, plan=plan, novelty=self._novelty(sha256), on_failure=self._on_failure, writer=writer
+            )
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
         self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
         seat = _Seat(sha256, cascade, served)
-        self._seats[sha256, threshold] = seat
+        self._seats[key] = seat
         return seat
+
+    def _novelty(self, sha256: str) -> Novelty | None:
+        """What is known to a bundle; read once, when the loop has written it."""
+        path = novelty_path(self.root, sha256)
+        if self._plan.novelty > 0 and sha256 not in self._known and path.is_file():
+            try:
+                self._known[sha256] = Novelty.read(path)
+            except ArtifactError as error:
+                self._known[sha256] = None
+                say(f"nothing is novel to {sha256[:12]}: {error}; remove it, let the loop learn anew, and start again")
+        return self._known.get(sha256)
 
     def _fail(self, raw: bytes, error: Exception) -> None:
         if self._failed[0] != raw or self.failure is None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,7 +19,8 @@ from pydantic import Field
 from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select, update
 
 from stage1_pro.artifacts import Record
-from stage1_pro.continual import audit
+from stage1_pro.continual import audit, outbox
+from stage1_pro.continual.alerts import Alert
 from stage1_pro.continual.executors import Executor, ExecutorConfig, Work, do_work, find_work
 from stage1_pro.continual.gate import Verdict
 from stage1_pro.continual.labels import insert
@@ -106,13 +106,19 @@ class LoopRow(Record):
 
 @dataclass(frozen=True)
 class Watched:
-    """What monitoring saw: train or not, why, what it remembers, and the threshold that should be in force."""
+    """What monitoring saw: train or not, why, what it remembers, and what should be in force.
+
+    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan. What
+    people should be told is ``news``, under a name that is the same whenever the same thing is seen.
+    """
 
     train: bool
     reasons: Sequence[str]
     memory: Mapping[str, Any]
     threshold: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    audit_rate: float | None = None
+    news: Mapping[str, Alert] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,16 @@ class Compared:
     pairs: int
     disagreements: int
     evidence: Evidence
+
+
+@dataclass(frozen=True)
+class _Orders:
+    """What a look changes of what is in force: kind and body of its audit row, the rate in it, how it is written."""
+
+    kind: str | None
+    body: Mapping[str, Any]
+    rate: Mapping[str, Any]
+    give: Callable[[Connection], None]
 
 
 class Parts(Protocol):
@@ -313,47 +329,59 @@ class Loop:
     def _monitor(self, row: LoopRow, now: float, manual: bool) -> Step:
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
-        threshold, before = seen.threshold, self.registry.sync().threshold
-        moved = threshold is not None and threshold != before
-
-        def tighten(connection: Connection) -> None:
-            if threshold is not None and moved and champion.bundle is not None:
-                self.registry.tighten(connection, champion.bundle, threshold, now=now)
-
-        # The threshold moves first, in the same transaction that asks for a training.
+        orders = self._orders(champion, seen, now)
+        # What is in force changes first, in the same transaction that asks for a training.
         if seen.train:
             work = Round(
                 number=row.round.number + 1, reasons=tuple(seen.reasons), champion=champion.bundle or "",
                 champion_version=champion.version,
             )  # fmt: skip
-            facts = {"threshold": threshold, **seen.facts}
+            facts = {"threshold": seen.threshold, **orders.rate, **seen.facts}
             return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), work=work, memory=seen.memory,
-                              move=tighten, facts=facts)  # fmt: skip
+                              move=orders.give, facts=facts, news=seen.news)  # fmt: skip
         after = row
-        if dict(seen.memory) != row.memory or moved:
-            body = {"bundle": champion.bundle, "before": before, "threshold": threshold, **seen.facts}
+        if dict(seen.memory) != row.memory or orders.kind is not None:
             after = self._write(
-                row, "MONITOR", row.round, seen.memory, now, "threshold" if moved else None, body, move=tighten
+                row, "MONITOR", row.round, seen.memory, now, orders.kind, orders.body, move=orders.give, news=seen.news
             )
             self._observe("MONITOR committed")
             self.registry.sync()
+        self._tell(seen.news)
         return Step(after, moved=False, note="nothing asks for a training")
 
     def _steer(self, row: LoopRow, now: float) -> LoopRow:
         """Where a round waits, for days perhaps, the champion's threshold goes on following labels.
 
-        What else was seen is not remembered, so that an alarm asks for its training in MONITOR.
+        What else was seen is not remembered, so that an alarm asks for its training in MONITOR. The audit rate only
+        rises meanwhile: when drift was last seen is among what is not remembered.
         """
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=False)
-        threshold, before = seen.threshold, self.registry.sync().threshold
-        if threshold is None or threshold == before or champion.bundle is None:
+        orders = self._orders(champion, seen, now, falls=False)
+        self._tell(seen.news)
+        if orders.kind is None:
             return row
-        move = partial(self.registry.tighten, bundle=champion.bundle, threshold=threshold, now=now)
-        body = {"bundle": champion.bundle, "before": before, "threshold": threshold, **seen.facts}
-        row = self._write(row, row.state, row.round, row.memory, now, "threshold", body, move=move)
+        row = self._write(row, row.state, row.round, row.memory, now, orders.kind, orders.body, move=orders.give)
         self.registry.sync()
         return row
+
+    def _orders(self, champion: Alias, seen: Watched, now: float, *, falls: bool = True) -> _Orders:
+        """What has to change for what was seen to be in force."""
+        said, bundle, threshold, rate = self.registry.sync(), champion.bundle, seen.threshold, seen.audit_rate
+        tightens = bundle is not None and threshold is not None and threshold != said.threshold
+        audits = rate != said.audit_rate and (falls or (rate or 0.0) > (said.audit_rate or 0.0))
+
+        def give(connection: Connection) -> None:
+            if tightens:
+                assert bundle is not None
+                assert threshold is not None
+                self.registry.tighten(connection, bundle, threshold, now=now)
+            if audits:
+                self.registry.audit_at(connection, rate, now=now)
+
+        changed = {"audit_rate_before": said.audit_rate, "audit_rate": rate} if audits else {}
+        body = {"bundle": bundle, "before": said.threshold, "threshold": threshold, **changed, **seen.facts}
+        return _Orders("threshold" if tightens else "audit rate" if audits else None, body, changed, give)
 
     def _collect(self, row: LoopRow, now: float, _manual: bool) -> Step:
         snapshot = dict(self.parts.collect(row.round))
@@ -397,6 +425,13 @@ class Loop:
         if left > 0 or found.pairs < config.shadow_pairs:
             return Step(row, moved=False, note=_short(found, left, config.shadow_pairs))
         if not config.auto_promote and work.approved_by is None:
+            note = f"round {work.number} has a candidate, {work.candidate}, that the gate let through"
+            self._tell(
+                {f"approval/{work.number}": Alert(
+                    time=now, kind="approval", title="A candidate waits for approval", bundle=work.candidate or "",
+                    text=f"{note}; stage1 continual promote lets it answer",
+                )}
+            )  # fmt: skip
             return Step(row, moved=False, note="waits for approval: stage1 continual promote")
 
         def to_canary(connection: Connection) -> None:
@@ -478,6 +513,7 @@ class Loop:
         move: Callable[[Connection], None] | None = None,
         clear: bool = False,
         facts: Mapping[str, Any] | None = None,
+        news: Mapping[str, Alert] | None = None,
         **changes: Any,
     ) -> Step:
         assert to in EDGES[row.state] or to == "ROLLBACK"
@@ -492,7 +528,10 @@ class Loop:
         body = {"from": row.state, "to": to, "why": why, **(facts or {})}
         work = (work or row.round).model_copy(update={**changes, "entered": now, "note": why})
         kept = row.memory if memory is None else memory
-        after = self._write(row, to, work, kept, now, "edge", {**body, "round": work.model_dump()}, move=moves)
+        told = {**(news or {}), **_news(row.state, to, why, work, row.version + 1, now)}
+        after = self._write(
+            row, to, work, kept, now, "edge", {**body, "round": work.model_dump()}, move=moves, news=told
+        )
         self._observe(f"{row.state} committed")
         self.registry.sync()
         return Step(after, moved=True, note=why)
@@ -508,6 +547,7 @@ class Loop:
         body: Mapping[str, Any],
         *,
         move: Callable[[Connection], None] | None = None,
+        news: Mapping[str, Alert] | None = None,
     ) -> LoopRow:
         """The one place that changes the row: only if it is still the one that was read."""
         after = LoopRow(version=row.version + 1, state=state, time=now, round=work, memory=dict(memory))
@@ -524,7 +564,15 @@ class Loop:
                 move(connection)
             if kind is not None:
                 audit.append(connection, self.store, kind, body, now)
+            outbox.post(connection, self.store, news or {})
         return after
+
+    def _tell(self, news: Mapping[str, Alert]) -> None:
+        """Write down what is to be told and is seen again at every look, so that it needs no edge; once."""
+        new = outbox.unknown(self.store, news)
+        if new:
+            with self.store.write() as connection:
+                outbox.post(connection, self.store, new)
 
     def _point(
         self, connection: Connection, name: AliasName, bundle: str | None, now: float, *, share: float | None = None
@@ -556,6 +604,21 @@ def read_verdict(root: Path | str, fingerprint: str) -> Verdict:
     if verdict.fingerprint() != fingerprint:
         raise ArtifactError(f"verdict {fingerprint[:12]} must be as it was written, got another; it was changed")
     return verdict
+
+
+def _news(state: State, to: State, why: str, work: Round, version: int, now: float) -> dict[str, Alert]:
+    """What people should be told of an edge."""
+    if to == "COLLECT":
+        text = f"Round {work.number} begins: {why}."
+        alert = Alert(time=now, kind="train", title="A training is asked for", text=text, bundle=work.champion)
+    elif to == "ROLLBACK":
+        alert = Alert(time=now, kind="rollback", title="Rolled back", text=f"Round {work.number}: {why}.")
+    elif state == "CHAMPION" and to == "MONITOR":
+        text = f"Round {work.number}: the candidate is the champion now, for every photo."
+        alert = Alert(time=now, kind="champion", title="A new champion", text=text, bundle=work.candidate or "")
+    else:
+        return {}
+    return {f"{alert.kind}/{version}": alert}
 
 
 def _columns(row: LoopRow) -> dict[str, Any]:

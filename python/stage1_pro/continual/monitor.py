@@ -430,7 +430,7 @@ class Rolling(Record):
 
     mcc_100: float | None = Field(description="Matthews correlation of the last 100, in [-1, 1]")
     accuracy_10: float | None = Field(description="of the last 10, in [0, 1]")
-    n: int = Field(description="labelled answers")
+    n: int = Field(description="labelled answers; who abstained gave none")
 
 
 def rolling(predicted: ArrayLike, label: ArrayLike) -> Rolling:

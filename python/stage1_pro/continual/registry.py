@@ -46,9 +46,16 @@ _thresholds = Table(
     Column("threshold", Double, nullable=False),
     Column("time", Double, nullable=False),
 )
-_NEWEST = select(_thresholds.c.version).order_by(_thresholds.c.version.desc()).limit(1)
+_audit_rates = Table(
+    "audit_rates",
+    metadata,
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("rate", Double),
+    Column("time", Double, nullable=False),
+)
 append_only(_aliases, ignores=True)
 append_only(_thresholds)
+append_only(_audit_rates)
 
 
 class LostRaceError(NotReachableError):
@@ -206,11 +213,22 @@ class Registry:
     def tighten(self, connection: Connection, bundle: str, threshold: float, *, now: float) -> None:
         """Have a bundle exit at this threshold while it is above its policy's own, from the next ``sync`` on."""
         self.store.serialise(connection)
-        last = connection.execute(
-            select(_thresholds.c.version).order_by(_thresholds.c.version.desc()).limit(1)
-        ).scalar()
-        row = {"version": (last or 0) + 1, "bundle": bundle, "threshold": threshold, "time": now}
+        row = {"version": _newest(connection, _thresholds) + 1, "bundle": bundle, "threshold": threshold, "time": now}
         connection.execute(_thresholds.insert(), row)
+
+    def audit_at(self, connection: Connection, rate: float | None, *, now: float) -> None:
+        """Have every event of whatever serves reviewed with at least this chance, from the next ``sync`` on.
+
+        None leaves it to the plan. It is no bundle's own: what changed are the photos that come.
+        """
+        self.store.serialise(connection)
+        row = {"version": _newest(connection, _audit_rates) + 1, "rate": rate, "time": now}
+        connection.execute(_audit_rates.insert(), row)
+
+    def audit_rate(self) -> float | None:
+        """The least chance of review that is in force; None where it is the plan's."""
+        with self.store.read() as connection:
+            return _audit_rate(connection)
 
     def sync(self) -> Pointer:
         """Write ``champion.json`` as the database says; after every transaction that moved anything, and on a start.
@@ -236,11 +254,16 @@ class Registry:
             select(_aliases.c.bundle).where(_aliases.c.name == "champion", _aliases.c.version == (champion.parent or 0))
         ).scalar()
         return Pointer(
-            serial=champion.version + shadow.version + canary.version + (connection.execute(_NEWEST).scalar() or 0),
+            serial=champion.version
+            + shadow.version
+            + canary.version
+            + _newest(connection, _thresholds)
+            + _newest(connection, _audit_rates),
             champion=champion.bundle,
             version=champion.version,
             previous=previous,
             threshold=connection.execute(mine.order_by(_thresholds.c.version.desc()).limit(1)).scalar(),
+            audit_rate=_audit_rate(connection),
             shadow=shadow.bundle,
             canary=canary.bundle,
             canary_share=canary.share or 0.0,
@@ -260,3 +283,14 @@ class Registry:
             yield
         finally:
             os.close(lock)
+
+
+def _newest(connection: Connection, table: Table) -> int:
+    """The last version in a table; 0 in an empty one."""
+    version = table.c.version
+    return connection.execute(select(version).order_by(version.desc()).limit(1)).scalar() or 0
+
+
+def _audit_rate(connection: Connection) -> float | None:
+    query = select(_audit_rates.c.rate).order_by(_audit_rates.c.version.desc()).limit(1)
+    return connection.execute(query).scalar()

@@ -1,9 +1,8 @@
 """What the loop's states do with real bundles, events and labels: the parts of ``loop.Loop``.
 
 Labels are dealt by the draw that selected their event. Draws below the audit floor are a plain random sample of all
-that was served, whatever the cascade thought of it: by a hash of the image they judge candidates (the guard) or certify
-them (a fresh ``val_calib``). All other labels, mostly of hard images, are what a proposal learns from. An image has one
-role for good. Importing this loads no torch; training and export (``tasks``) run where the executor says.
+that was served, whatever the cascade thought of it: by a hash of the image they judge candidates (the guard), certify
+them (a fresh ``val_calib``) or teach. All other labels, mostly of hard images, teach. An image has one role for good. Importing this loads no torch; training and export (``tasks``) run where the executor says.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -29,12 +29,13 @@ from stage1_pro.artifacts import (
     write_bytes,
 )
 from stage1_pro.continual import audit, tasks
-from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
+from stage1_pro.continual.alerts import Alert
+from stage1_pro.continual.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.executors import FILES, Executor, Work, do_work
 from stage1_pro.continual.gate import Anchor, Measured, Side, Terms, Verdict, evaluate, refuse
 from stage1_pro.continual.guard import GuardVault
-from stage1_pro.continual.labels import GUARD_SOURCES, Resolved, audited, ingest, read_events, resolve
-from stage1_pro.continual.live import PLAN, read_pairs
+from stage1_pro.continual.labels import GUARD_SOURCES, Resolved, audited, ingest, read_bundles, read_events, resolve
+from stage1_pro.continual.live import PLAN, novelty_path, read_pairs
 from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
 from stage1_pro.continual.registry import Alias, Registry
@@ -56,8 +57,10 @@ class RoundsConfig(Record):
 
     monitor: MonitorConfig
     plan: ReviewPlan = ReviewPlan()
+    novelty_events: int = Field(500, ge=2, description="first ones of a champion, which later ones are novel beside")
     steer: bool = Field(True, description="the threshold follows labels, never below the certificate")
-    guard_share: float = Field(0.5, gt=0, lt=1, description="of random audits; the others certify")
+    guard_share: float = Field(0.3, gt=0, lt=1, description="of random audits, that judge candidates")
+    certify_share: float = Field(0.4, gt=0, lt=1, description="the same, that certify them; what is left teaches")
     select_share: float = Field(0.2, gt=0, lt=1, description="of learned rows, to stop training by")
     least_rows: int = Field(50, ge=2, description="fewest new rows of each role")
     least_certify: int = Field(0, ge=0, description="fewest new rows that certify, where that is more")
@@ -80,6 +83,8 @@ class RoundsConfig(Record):
     def _some_proposal(self) -> Self:
         if not self.mgrpo and not self.tuning:
             raise ValueError("mgrpo or tuning must name the options of one proposal or more")
+        if self.guard_share + self.certify_share > 1:
+            raise ValueError("guard_share and certify_share must be at most 1 together")
         return self
 
     def least(self, part: Role) -> int:
@@ -122,11 +127,18 @@ class _Seen(NamedTuple):
     harm: float
 
 
-def role(image_sha256: str, draw: float, plan: ReviewPlan, guard_share: float) -> Role:
-    """What a labelled image is for, by its event's draw in [0, 1)."""
-    if draw >= plan.floor:
+def role(image_sha256: str, draw: float, config: RoundsConfig) -> Role:
+    """What a labelled image is for, by its event's draw in [0, 1).
+
+    Some random audits teach: all else that is labelled was deferred, doubted or new, and of what is sure and wrong
+    nothing would be learned.
+    """
+    if draw >= config.plan.floor:
         return "learn"
-    return "guard" if uniform(plan.seed, "guard", image_sha256) < guard_share else "certify"
+    place = uniform(config.plan.seed, "guard", image_sha256)
+    if place < config.guard_share:
+        return "guard"
+    return "certify" if place < config.guard_share + config.certify_share else "learn"
 
 
 class Rounds:
@@ -143,6 +155,8 @@ class Rounds:
         self.registry, self.log, self.executor, self.config = registry, log, executor, config
         self.store, self.root = registry.store, registry.root
         self.vault = GuardVault(registry.store)
+        self.seen: Status | None = None
+        """What the last ``watch`` saw."""
 
     # ---------------------------------------------------------------------------- monitor
 
@@ -150,8 +164,13 @@ class Rounds:
         """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, controller, _ = self._look(memory, champion, now, manual)
         alarms = (status.evidence.alarm_at, None if controller is None else controller.alarm_at)
+        self.seen = status
+        self._learn_known(champion)
+        before = memory.get("health") or {"is": None, "since": champion.time}
+        health = before if before["is"] == status.health else {"is": status.health, "since": now}
         kept = {
             "triggers": triggers.model_dump(),
+            "health": health,
             "alarm_at": max((at for at in alarms if at is not None), default=None),
         }
         return Watched(
@@ -160,8 +179,27 @@ class Rounds:
             # As it comes back from the store, or a look that changed nothing would look like one that did.
             memory=json.loads(json.dumps(kept)),
             threshold=None if controller is None else controller.threshold,
+            audit_rate=self._audit_rate(status),
+            news=_news(status, controller, champion, before),
             facts={"health": status.health, "exit_risk": status.exit_risk.value, "n_labelled": status.n_labelled},
         )
+
+    def _learn_known(self, champion: Alias) -> None:
+        """From the champion's first events, once: what is known, so that serving can say what is novel."""
+        assert champion.bundle is not None
+        path, least = novelty_path(self.root, champion.bundle), self.config.novelty_events
+        if self.config.plan.novelty == 0 or path.exists():
+            return
+        events = read_events(self.store, since=champion.time, bundle=champion.bundle)
+        # Features that were no numbers left zeros.
+        first = list(islice((one.sketch for one in events if any(one.sketch)), least))
+        if len(first) == least:
+            Novelty.fit(first).write(path)
+
+    def _audit_rate(self, status: Status) -> float | None:
+        """What the triggers ask for, where that is more than the plan's floor."""
+        rate = status.verdict.audit_rate
+        return rate if rate > self.config.plan.floor else None
 
     def status(self, memory: Mapping[str, Any], champion: Alias, *, now: float, page: Path | None = None) -> Status:
         """What ``watch`` would see, changing nothing; also as a page for people."""
@@ -185,6 +223,10 @@ class Rounds:
             seen.rows, self.config.monitor, now=now, triggers_before=triggers, new_labels=new, manual=manual,
             missing=self._missing(seen, now), evidence=seen.evidence, controller=seen.controller, bundle=bundle,
         )  # fmt: skip
+        floor = self.config.plan.floor
+        verdict = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
+        in_force = max(self.registry.audit_rate() or 0.0, floor)
+        status = status.model_copy(update={"verdict": verdict, "audit_rate": in_force})
         return status, after, seen.controller, seen.rows
 
     def _seen(self, bundle: str, since: float, until: float) -> _Seen:
@@ -196,12 +238,20 @@ class Rounds:
             one for one in read_events(self.store, since=since, until=until, bundle=bundle)
             if one.exit_score is not None
         ]  # fmt: skip
+        classes = {name: index for index, name in enumerate(self._classes(bundle))}
+        # Who abstained gave no answer, so there is none to be right or wrong.
+        told = [one.label in classes and one.id in held and held[one.id].label in classes for one in served]
         rows = Rows(
             time=np.array([one.time for one in served], dtype=np.float64),
             exited=np.array([one.action == "exit" for one in served], dtype=bool),
             wrong=np.array([float(wrong.get(one.id, math.nan)) for one in served], dtype=np.float64),
             propensity=np.array([one.propensity for one in served], dtype=np.float64),
             score=np.array([one.exit_score for one in served], dtype=np.float64),
+            predicted=np.array([classes.get(one.label, -1) for one in served], dtype=np.int64),
+            label=np.array(
+                [classes[held[one.id].label] if known else -1 for one, known in zip(served, told, strict=True)],
+                dtype=np.int64,
+            ),
         )
         # All of it, every time: an answer may be dated back, or take another's place, and was then no news to a state
         # that only went on.
@@ -217,6 +267,11 @@ class Rounds:
         times = {one.id: one.time for one in served}
         harm = max((times[one.event] for one in feedback if one.exited and one.known in alarms), default=-math.inf)
         return _Seen(bundle, held, rows, evidence, controller, harm)
+
+    def _classes(self, bundle: str) -> tuple[str, ...]:
+        """Of a bundle that served; none before the first event."""
+        facts = read_bundles(self.store).get(bundle)
+        return () if facts is None else facts.classes
 
     def _steer(self, bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
         certified = min(self.registry.load(bundle).policy.exit_threshold, 1.0)
@@ -294,8 +349,8 @@ class Rounds:
                     f"floor are no plain sample then; serve with {self.root / PLAN}"
                 )
             draw = uniform(plan.seed, "review", one.id)
-            # An image that was ever drawn at random is never learned from, whatever it is drawn for later.
-            part = role(one.image_sha256, draw, plan, self.config.guard_share) if one.selected else "learn"
+            # An image that ever judges or certifies is never learned from, whatever it is drawn for later.
+            part = role(one.image_sha256, draw, self.config) if one.selected else "learn"
             if roles.get(one.image_sha256, "learn") == "learn":
                 roles[one.image_sha256] = part
             if one.id in seen.held and one.selected and (part == "learn" or one.time >= since):
@@ -525,6 +580,27 @@ class Rounds:
 
 def _hashed(files: Sequence[str]) -> list[list[str]]:
     return [[path, sha256_file(path)] for path in files]
+
+
+def _news(
+    status: Status, controller: ControllerState | None, champion: Alias, before: Mapping[str, Any]
+) -> dict[str, Alert]:
+    """An alarm under the moment that it began; a watch where the look that is remembered saw none, under its time."""
+    figures = {"exit_risk": status.exit_risk.value, "exit_risk_low": status.exit_risk.low, "alpha": status.alpha}
+
+    def alert(kind: Literal["alarm", "watch"]) -> Alert:
+        text = " ".join(status.sentences)
+        return Alert(time=status.time, kind=kind, title=status.headline, text=text, bundle=status.bundle,
+                     figures=figures)  # fmt: skip
+
+    alarms = (status.evidence.alarm_at, None if controller is None else controller.alarm_at)
+    began = [at for at in alarms if at is not None]
+    found = {f"alarm/{champion.version}/{max(began)!r}": alert("alarm")} if began else {}
+    if status.health == "alarm" and not began and before["is"] != "alarm":
+        found[f"alarm/{champion.version}/after {before['since']!r}"] = alert("alarm")
+    if status.health == "watch" and before["is"] not in ("watch", "alarm"):
+        found[f"watch/{champion.version}/after {before['since']!r}"] = alert("watch")
+    return found
 
 
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Served:
         log: where events go.
         plan: how events are drawn for review.
         novelty: what is known; without it nothing is novel.
+        on_failure: is told of what could not be logged, and the answer is given all the same; by default that is
+            raised, and no answer leaves without its event.
         writer: name of this process in event ids, which are a hash of it, a count, the time, bundle and image: give one
             to get the same ids from a replay. Random otherwise.
 
@@ -46,13 +48,14 @@ class Served:
         *,
         plan: ReviewPlan | None = None,
         novelty: Novelty | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
         writer: str | None = None,
     ) -> None:
         if not isinstance(cascade.bundle, Bundle):
             raise InputError("cascade must be one of a bundle to be logged, got a run's; run `stage1 export` first")
         self.cascade, self.log, self.novelty = cascade, log, novelty
         self.plan = plan or ReviewPlan()
-        self._writer = writer or uuid.uuid4().hex
+        self._on_failure, self._writer = on_failure, writer or uuid.uuid4().hex
         self._count = 0
         self._bundle = sha256_file(cascade.bundle.path / MANIFEST)
         classes, positive = cascade.bundle.classes, cascade.bundle.positive
@@ -101,12 +104,20 @@ class Served:
         traces: list[Trace] = []
         decisions = self.cascade.decide(pixels, watch=traces.append)
         if traces:
-            events = self._events(decisions, traces[0], [identify(image) for image in images], now)
-            for event, image in zip(events, images, strict=True):
-                if event.selected:
-                    self.log.images.put(event.image_sha256, _encode(image), now)
-            self.log.append(events)
+            try:
+                self._write(decisions, traces[0], images, now)
+            except Exception as error:
+                if self._on_failure is None:
+                    raise
+                self._on_failure(error)
         return decisions
+
+    def _write(self, decisions: Decisions, trace: Trace, images: Sequence[ImageLike], now: float) -> None:
+        events = self._events(decisions, trace, [identify(image) for image in images], now)
+        for event, image in zip(events, images, strict=True):
+            if event.selected:
+                self.log.images.put(event.image_sha256, _encode(image), now)
+        self.log.append(events)
 
     def _events(self, decisions: Decisions, trace: Trace, images: Sequence[str], now: float) -> list[Event]:
         policy, classes = self.cascade.bundle.policy, self.cascade.bundle.classes

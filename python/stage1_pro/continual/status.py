@@ -83,6 +83,9 @@ class Status(Record):
     drift: Drift | None = Field(description="null where river is not installed")
     rolling: Rolling | None
     verdict: Verdict
+    audit_rate: float | None = Field(
+        None, description="least chance of review in force; the verdict's is asked for. Null: not known here"
+    )
 
 
 def look(
@@ -461,9 +464,7 @@ def _sentences(
             f"at most {_share(evidence.delta)} of all cases."
         )
     if seen is not None and seen.drifting:
-        said.append(
-            "Confidences have changed: other photos come than before. More exits are audited until that is over."
-        )
+        said.append("Confidences have changed: other photos come than before. More is audited until that is over.")
     if estimated.low is not None and estimated.low > alpha:
         said.append("Judged by confidences alone, exits would be wrong more often than promised.")
     if controller is not None:

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from stage1_pro.artifacts import GateParams, Record, ScrcParams
+from stage1_pro.artifacts import GateParams, Record, ScrcParams, write_text
 from stage1_pro.continual import audit as chain
+from stage1_pro.continual.alerts import Alert, send_alert
 from stage1_pro.continual.events import EventLog
 from stage1_pro.continual.exchange import (
     export_csv,
@@ -26,8 +27,10 @@ from stage1_pro.continual.executors import make_executor
 from stage1_pro.continual.labels import Source, ingest
 from stage1_pro.continual.live import PLAN
 from stage1_pro.continual.loop import Loop, LoopConfig, read_verdict
+from stage1_pro.continual.outbox import AlertsConfig, deliver
 from stage1_pro.continual.registry import LostRaceError, Registry
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, remember_run
+from stage1_pro.continual.status import dashboard, write_textfile
 from stage1_pro.continual.store import Store
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
@@ -44,6 +47,10 @@ class LoopFile(Record):
     log: str = Field(description="folder that serving logs to")
     loop: LoopConfig = LoopConfig()
     rounds: RoundsConfig
+    alerts: AlertsConfig = AlertsConfig()
+    metrics: str | None = Field(
+        None, pattern=r"\.prom$", description="file for Prometheus' textfile collector that every look of `run` writes"
+    )
 
 
 @contextmanager
@@ -95,7 +102,8 @@ def init(
         alpha: risk of exits that is watched; what the policy promises by default.
         store: ``ROOT`` (SQLite) by default.
         log: what serving writes; ``ROOT/log`` by default.
-        config: YAML with ``loop`` and ``rounds`` of ``loop.json``, as far as they differ from the defaults; or those.
+        config: YAML with ``loop``, ``rounds``, ``alerts`` and ``metrics`` of ``loop.json``, as far as they differ from
+            the defaults; or those.
         by: who does it.
         now: seconds since the epoch; the clock's by default.
 
@@ -115,6 +123,8 @@ def init(
     if alpha is None:
         raise InputError("alpha must be given, got none; a softmax policy says nothing of the risk of all exits")
     given = dict(config) if isinstance(config, Mapping) else _read_yaml(config)
+    if isinstance(given.get("metrics"), str):
+        given["metrics"] = str(Path(given["metrics"]).absolute())
     rounds = dict(given.pop("rounds", {}))
     rounds["monitor"] = {"alpha": alpha, **rounds.get("monitor", {})}
     values = {
@@ -128,7 +138,9 @@ def init(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where} must be valid, got {first['input']!r}: {first['msg']}") from None
+        # URLs of hooks are secrets.
+        got = "another value" if where.startswith("alerts") else repr(first["input"])
+        raise InputError(f"{where} must be valid, got {got}: {first['msg']}") from None
     kept = Store(file.store)
     try:
         registry = Registry(root, kept)
@@ -139,7 +151,7 @@ def init(
         pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by)
     finally:
         kept.close()
-    file.write(root / CONFIG)
+    file.write(root / CONFIG, mode=0o600 if file.alerts.hooks else 0o644)
     return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": file.store, "log": file.log}
 
 
@@ -150,8 +162,8 @@ def _read_yaml(path: Path | None) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"config must be a YAML file, got {path}: {error}") from None
-    if not isinstance(found, dict) or any(not isinstance(v, dict) for k, v in found.items() if k in ("loop", "rounds")):
-        raise InputError(f"config must hold the keys loop and rounds, got {path}")
+    if not isinstance(found, dict) or any(not isinstance(found.get(key, {}), dict) for key in ("loop", "rounds")):
+        raise InputError(f"config must hold the keys loop, rounds, alerts or metrics, got {path}")
     return found
 
 
@@ -161,12 +173,39 @@ def ingest_log(root: Path) -> dict[str, Any]:
         return ingest(registry.store, parts.log).model_dump(mode="json")
 
 
-def status(root: Path, *, page: Path | None = None) -> dict[str, Any]:
-    """Where the loop is, what serves, and how it is doing; a page for people where ``page`` names one."""
-    with opened(root) as (_, registry, parts, loop):
+def status(
+    root: Path,
+    *,
+    page: Path | None = None,
+    metrics: Path | None = None,
+    grafana: Path | None = None,
+    test_alert: bool = False,
+) -> dict[str, Any]:
+    """Where the loop is, what serves, and how it is doing.
+
+    Args:
+        root: the loop's folder.
+        page: HTML page for people to write.
+        metrics: file for Prometheus' textfile collector to write; its name ends in .prom.
+        grafana: dashboard to import into Grafana to write.
+        test_alert: send one to every hook of ``loop.json``; what became of it is under ``deliveries``.
+
+    Raises:
+        InputError: a test alert without hooks, or another ending than .prom.
+    """
+    with opened(root) as (config, registry, parts, loop):
+        if test_alert and not config.alerts.hooks:
+            raise InputError(f"alerts of {root / CONFIG} must name webhooks or commands to test, got none")
         row, now = loop.resume(), time.time()
         seen = parts.status(row.memory, registry.alias("champion"), now=now, page=page)
+        if metrics is not None:
+            write_textfile(metrics, seen)
+        if grafana is not None:
+            write_text(grafana, json.dumps(dashboard(), indent=2) + "\n")
+        test = Alert(time=now, kind="test", title="Test of alerts", text="Nothing happened.", bundle=seen.bundle)
+        sent = send_alert(test, config.alerts.hooks) if test_alert else ()
         return {
+            "deliveries": [one.model_dump(mode="json") for one in sent],
             "state": row.state,
             "round": row.round.model_dump(mode="json"),
             "pointer": registry.sync().model_dump(mode="json"),
@@ -212,10 +251,10 @@ def run(root: Path, *, manual: bool = False, every: float | None = None, until: 
         every: seconds between looks; an error is said and tried again.
         until: stop before this state's work.
     """
-    with opened(root) as (_, _registry, _parts, loop):
+    with opened(root) as (config, _registry, parts, loop):
         while True:
             try:
-                found = _steps(loop, manual, until)
+                found = _steps(loop, manual, until, lambda: _report(config, parts))
             except (Stage1Error, OSError) as error:
                 if every is None:
                     raise
@@ -227,7 +266,19 @@ def run(root: Path, *, manual: bool = False, every: float | None = None, until: 
             time.sleep(every)
 
 
-def _steps(loop: Loop, manual: bool, until: str | None) -> dict[str, Any]:
+def _report(config: LoopFile, parts: Rounds) -> None:
+    """Tell hooks and Prometheus what the last look saw; what fails is said, and stops nothing."""
+    for one in deliver(parts.store, config.alerts.hooks, now=time.time()):
+        if not one.delivered:
+            say(f"alert not delivered by {one.hook}: {one.reason}; tried again at the next look")
+    if config.metrics is not None and parts.seen is not None:
+        try:
+            write_textfile(config.metrics, parts.seen)
+        except (Stage1Error, OSError) as error:
+            say(f"metrics not written: {error}")
+
+
+def _steps(loop: Loop, manual: bool, until: str | None, report: Callable[[], None]) -> dict[str, Any]:
     row, taken, note = loop.resume(), [], ""
     while row.state != until:
         try:
@@ -235,6 +286,8 @@ def _steps(loop: Loop, manual: bool, until: str | None) -> dict[str, Any]:
         except LostRaceError:
             row = loop.row()
             continue
+        # Before the next state's work, which may take hours.
+        report()
         note = step.note
         if not step.moved:
             break
@@ -305,18 +358,33 @@ def _brief(body: str) -> dict[str, Any]:
     return {key: values[key] for key in ("from", "to", "why", "by", "champion", "threshold") if key in values}
 
 
+def _rolling(found: dict[str, Any]) -> str:
+    figures = {"MCC of 100": found["mcc_100"], "accuracy of 10": found["accuracy_10"]}
+    said = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+    return ", ".join(said) or f"{found['n']}, too few for accuracy of 10 and MCC of 100"
+
+
 def render(what: str, found: dict[str, Any]) -> str:
     """Lines for people."""
     if what == "status":
         pointer, monitor, work = found["pointer"], found["monitor"], found["round"]
+        wanted = monitor["verdict"]["audit_rate"]
         lines = [
             f"{found['state']}, round {work['number']}{': ' + work['note'] if work['note'] else ''}",
             f"champion {pointer['champion'][:12]}, version {pointer['version']}",
             f"before it {(pointer['previous'] or 'none')[:12]}",
             f"exits at {monitor['threshold'] or 'its own threshold'}",
             *(f"{name} {pointer[name][:12]}" for name in ("shadow", "canary") if pointer[name]),
+            f"audits at least {monitor['audit_rate']:.3g} of all decisions"
+            + (f", {wanted:.3g} from the next look on" if wanted != monitor["audit_rate"] else ""),
+            f"last labelled answers: {_rolling(monitor['rolling'])}",
             monitor["headline"],
             *(f"  {one}" for one in monitor["sentences"]),
+            *(
+                f"test alert by {one['hook']}: "
+                + ("delivered" if one["delivered"] else f"NOT delivered, {one['reason']}")
+                for one in found["deliveries"]
+            ),
             f"audit: {found['audit']['rows']} rows, "
             + (f"whole, head {found['audit']['head'][:12]}" if found["audit"]["ok"] else found["audit"]["reason"]),
         ]

@@ -7,7 +7,8 @@ import binascii
 import difflib
 import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,13 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from stage1_pro.artifacts import Record
+from stage1_pro.continual.events import EventLog
+from stage1_pro.continual.live import LiveCascade
+from stage1_pro.continual.served import Served
 from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle
-from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike
+from stage1_pro.errors import InputError, Stage1Error, nearest
 from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
 
 NO_ANSWER = -1.0
@@ -35,7 +39,11 @@ class Settings(Record):
     None of the names is one that the subnet's detectors use for themselves (device, config, model_name, load_model).
     """
 
-    bundle: str = Field(min_length=1, description="bundle folder; with runtime torch a run folder")
+    bundle: str | None = Field(None, min_length=1, description="bundle folder; with runtime torch a run folder")
+    loop: str | None = Field(
+        None, min_length=1, description="instead of bundle: a loop's folder, whose champion answers, the new one, too"
+    )
+    log: str | None = Field(None, min_length=1, description="folder where every decision becomes an event")
     runtime: Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch"] = "auto"
     timeout_s: float = Field(8.0, gt=0, le=3600, description="seconds for one photo; then the answer is -1")
     on_abstain: Literal["answer", "minus_one"] = Field(
@@ -50,7 +58,7 @@ class Settings(Record):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], name: str = "settings", folder: Path | None = None) -> Settings:
-        """Check values; a relative ``bundle`` is one of ``folder``.
+        """Check values; relative ``bundle``, ``loop`` and ``log`` are of ``folder``.
 
         Raises:
             InputError: a key that does not exist, or a value out of range; ``name`` is where it stands.
@@ -72,12 +80,28 @@ class Settings(Record):
             raise InputError(
                 f"serve_prior of {name} must be set beside train_prior, got nothing; StreetVision's is 0.5"
             )
-        path = Path(found.bundle).expanduser()
-        return found.model_copy(update={"bundle": str(path if folder is None else folder / path)})
+        if found.bundle is None and found.loop is None:
+            raise InputError(f"bundle of {name} must be valid, got nothing; name a bundle folder, or a loop's as loop")
+        if found.bundle is not None and found.loop is not None:
+            raise InputError(f"bundle of {name} must be left out beside loop, whose champion answers, got both")
+        if found.runtime == "torch" and (found.loop or found.log):
+            raise InputError(
+                f"runtime of {name} must not be torch beside {'loop' if found.loop else 'log'}: events name a bundle"
+            )
+        if found.loop and found.serve_prior is not None and found.train_prior is None:
+            raise InputError(
+                f"train_prior of {name} must be set beside serve_prior and loop, got nothing; its champions may differ"
+            )
+        paths = {
+            key: str((folder or Path()) / Path(value).expanduser())
+            for key, value in (("bundle", found.bundle), ("loop", found.loop), ("log", found.log))
+            if value is not None
+        }
+        return found.model_copy(update=paths)
 
     @classmethod
     def read(cls, path: Path | str) -> Settings:
-        """Read a YAML file; a relative ``bundle`` is relative to the file."""
+        """Read a YAML file; relative folders are relative to the file."""
         path = Path(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -100,7 +124,8 @@ class StreetVision:
     """A bundle that answers as the subnet asks: above .5 is roadwork, -1 is no answer, nothing is ever raised.
 
     The bundle's logit of P(positive) is moved by the correction for the prior (when ``serve_prior`` is set) and so that
-    ``threshold`` lands on .5. One photo at a time; others wait, within their own time limit.
+    ``threshold`` lands on .5. One photo at a time; others wait, within their own time limit. With ``log`` a decision is
+    logged once it is made; one that cannot be is warned about, and answered.
 
     >>> StreetVision("run/bundle").answer(Path("a.jpg").read_bytes())  # doctest: +SKIP
     0.93
@@ -121,8 +146,21 @@ class StreetVision:
             self.settings = bundle
         else:
             self.settings = Settings.of({"bundle": str(bundle), **options})
-        self._cascade = _load(self.settings)
-        self._shift = _shift(self.settings, self._cascade)
+        log = None if self.settings.log is None else _open_log(self.settings.log)
+        if self.settings.loop is None:
+            self._cascade = _load(self.settings)
+            self._shift = _shift(self.settings, self._cascade)
+            self._decide = _decider(self._cascade, log)
+        else:
+            live = LiveCascade(
+                self.settings.loop,
+                self.settings.runtime,
+                threads=self.settings.threads,
+                log=log,
+                on_failure=_not_logged,
+            )
+            self._shift = _shift(self.settings)
+            self._decide = lambda _picture, image: live.predict([image])
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="streetvision")
 
     def answer(self, image: bytes | bytearray | memoryview | str | Image.Image) -> float:
@@ -143,12 +181,13 @@ class StreetVision:
         return NO_ANSWER
 
     def _answer(self, image: Any) -> float:
-        settings, cascade = self.settings, self._cascade
+        settings = self.settings
         if isinstance(image, Image.Image):
             picture = read_opened(image, max_pixels=settings.max_pixels)
         else:
-            picture = read_image(_decode(image), max_pixels=settings.max_pixels)
-        decided = cascade.decide(preprocess(picture, cascade.bundle.preprocessing)[None])
+            image = _decode(image)
+            picture = read_image(image, max_pixels=settings.max_pixels)
+        decided = self._decide(picture, picture if isinstance(image, Image.Image) else image)
         r = float(shifted(decided.prob, settings.threshold, self._shift)[0])
         unsure = not decided.accepted[0] or max(r, 1 - r) < settings.answer_above
         return NO_ANSWER if unsure and settings.on_abstain == "minus_one" else guard(r)
@@ -163,7 +202,34 @@ def guard(value: object) -> float:
     return number if math.isfinite(number) and 0 <= number <= 1 else NO_ANSWER
 
 
+def _open_log(folder: str) -> EventLog | None:
+    """The log; none, with a warning, where it cannot be opened: a miner that restarts on a full disk has to answer."""
+    try:
+        return EventLog(folder)
+    except (OSError, Stage1Error) as error:
+        _not_logged(error)
+        return None
+
+
+def _not_logged(error: Exception) -> None:
+    _LOG.warning("not logged: %s: %s", type(error).__name__, error)
+
+
+def _decider(cascade: Cascade, log: EventLog | None) -> Callable[[Image.Image, ImageLike], Decisions]:
+    """Decides for a picture; what is logged is the image as it came."""
+    spec = cascade.bundle.preprocessing
+    if log is not None:
+        try:
+            served = Served(cascade, log, on_failure=_not_logged)
+        except OSError as error:
+            _not_logged(error)
+        else:
+            return lambda picture, image: served.decide(preprocess(picture, spec)[None], [image], now=time.time())
+    return lambda picture, _image: cascade.decide(preprocess(picture, spec)[None])
+
+
 def _load(settings: Settings) -> Cascade:
+    assert settings.bundle is not None
     if settings.runtime == "torch":
         return Cascade.from_run(settings.bundle, threads=settings.threads)
     cascade = Cascade.load(settings.bundle, settings.runtime, threads=settings.threads)
@@ -172,11 +238,12 @@ def _load(settings: Settings) -> Cascade:
     return cascade
 
 
-def _shift(settings: Settings, cascade: Cascade) -> float:
+def _shift(settings: Settings, cascade: Cascade | None = None) -> float:
     if settings.serve_prior is None:
         return 0.0
     train = settings.train_prior
     if train is None:
+        assert cascade is not None
         if not isinstance(cascade.bundle, Bundle):
             raise InputError(
                 "train_prior must be set beside serve_prior for a run, got nothing; a bundle knows its own"
