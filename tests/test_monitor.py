@@ -299,6 +299,19 @@ def ask(state, now, **signals):
     return triggers(state, Signals(**signals), alpha=ALPHA, now=now, config=TriggerConfig())
 
 
+def test_a_training_waits_for_labels_and_forgets_no_alarm_meanwhile() -> None:
+    state = TriggerState(since=0.0)
+    for now in (100.0, 200.0):
+        state, verdict = ask(state, now, alarm_at=90.0, missing="12 of 50 to certify")
+        assert (verdict.train, verdict.reasons, verdict.waiting) == (False, [], ["risk alarm"])
+        assert verdict.missing == "12 of 50 to certify"
+    by_hand = ask(state, 250.0, alarm_at=90.0, missing="12 of 50 to certify", manual=True)[1]
+    assert by_hand.train and by_hand.reasons == ["risk alarm", "manual"]
+    state, verdict = ask(state, 300.0, alarm_at=90.0)
+    assert verdict.train and verdict.reasons == ["risk alarm"] and state.alarm_seen == 90.0
+    assert not ask(state, 300.0 + 2 * 86400, alarm_at=90.0)[1].train
+
+
 HIGH = Cbpe(value=0.05, low=0.04, high=0.06, level=0.95, n=500)
 MIDDLE = Cbpe(value=0.019, low=0.01, high=0.03, level=0.95, n=500)
 LOW = Cbpe(value=0.01, low=0.005, high=0.015, level=0.95, n=500)

@@ -16,9 +16,9 @@ from torch import nn
 import stage1_pro
 from stage1_pro.artifacts import CLAIMS_FILE, Claims, Predictions, Splits
 from stage1_pro.config import Config, load_config
+from stage1_pro.continual import proposing, rlvr
 from stage1_pro.continual import rewards as r
-from stage1_pro.continual import rlvr
-from stage1_pro.continual.mgrpo import ProposalOptions, propose
+from stage1_pro.continual.mgrpo import ProposalOptions, likelihood_loss, propose
 from stage1_pro.continual.replay import Reservoir
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
@@ -463,3 +463,83 @@ def test_a_proposal_moves_only_what_learns():
         propose(champion, rows, None, rows, anchor=rows.inputs, recent=rows.inputs, learns=["gate.weight"])
     with pytest.raises(InputError, match="anchor and recent"):
         propose(champion, rows, None, rows, anchor=(), recent=rows.inputs)
+
+
+# -------------------------------------------------------------------------------- a run, proposed
+
+
+def test_likelihood_moves_a_policy_that_is_sure_and_wrong_where_its_reward_does_not():
+    logits = torch.tensor([[20.0, 0.0]], requires_grad=True)
+    rewards = torch.tensor([[-3.5, 1.0]])
+    moved = {}
+    for name, loss in (
+        ("reward", rlvr.exact_loss(logits.log_softmax(1), rewards)),
+        ("likelihood", likelihood_loss(logits.log_softmax(1), rewards, 0.5)),
+    ):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        moved[name] = float(gradient.abs().max())
+    assert moved["reward"] < 1e-6 < 0.9 < moved["likelihood"]
+    # Its optimum is the softmax of the rewards.
+    best = (rewards / 0.5).log_softmax(1).requires_grad_()
+    (gradient,) = torch.autograd.grad(likelihood_loss(best.log_softmax(1), rewards, 0.5), best)
+    assert float(gradient.abs().max()) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def to_propose(trained, tmp_path_factory):
+    """The trained run, of whose train rows one half is known and the other new; half of val_select is the anchor."""
+    splits = Splits.read(trained / "splits.json")
+    train, select = splits.of("train"), splits.of("val_select")
+    return {
+        "known": {row.sha256 for row in train[::2]},
+        "anchor": {row.sha256 for row in select[::2]},
+        "recent": [splits.path(row) for row in train[1::8]],
+        "spec": r.RewardSpec(defer_cost=0.2),
+        "options": ProposalOptions(lr=0.01, steps=80, batch_size=32, anchor_budget=5.0),
+    }
+
+
+@pytest.mark.slow
+def test_a_proposed_run_earns_more_remembers_and_calibrates_again(trained, to_propose, tmp_path):
+    record = proposing.propose_run(trained, tmp_path / "one", **to_propose)
+    assert record.reward_after > record.reward_before
+    n = len(Splits.read(trained / "splits.json").of("train"))
+    assert sum(record.replayed.values()) + record.n_new == n and record.n_new > 0
+    assert proposing.ProposalRecord.read(tmp_path / "one/proposal.json") == record
+    assert read_policy(tmp_path / "one") is None
+    assert stage1_pro.calibrate(tmp_path / "one", guarantee="none", target_fnr=0.99).model_fingerprint == (
+        record.model_fingerprint
+    )
+    remembered = Reservoir.load(tmp_path / "one" / proposing.RESERVOIR)
+    assert len(remembered) == n
+    # Same inputs, same bytes; and a reservoir of these features is taken, not made again.
+    again = proposing.propose_run(trained, tmp_path / "two", **to_propose)
+    assert again == record
+    assert (tmp_path / "one/model_best.pth").read_bytes() == (tmp_path / "two/model_best.pth").read_bytes()
+    small = Reservoir(10, 0)
+    keep = remembered.ids[:10]
+    small.add(keep, remembered.strata[:10], {name: column[:10] for name, column in remembered.columns.items()})
+    small.save(tmp_path / "small.npz")
+    taken = proposing.propose_run(trained, tmp_path / "three", reservoir=tmp_path / "small.npz", **to_propose)
+    assert sum(taken.replayed.values()) == 10
+    columns = {**small.columns, "features": np.full(10, "0" * 64)}
+    other = Reservoir(10, 0)
+    other.add(keep, remembered.strata[:10], columns)
+    other.save(tmp_path / "other.npz")
+    made = proposing.propose_run(trained, tmp_path / "four", reservoir=tmp_path / "other.npz", **to_propose)
+    assert made.replayed == record.replayed
+
+
+@pytest.mark.slow
+def test_proposing_a_run_refuses(trained, to_propose, tmp_path):
+    with pytest.raises(NotReachableError, match="nothing was written"):
+        proposing.propose_run(
+            trained, tmp_path / "none", **{**to_propose, "options": ProposalOptions(lr=1e-12, steps=1)}
+        )
+    with pytest.raises(InputError, match="got 'model' at row 0"):
+        proposing.propose_run(trained, tmp_path / "pseudo", source="model", **to_propose)
+    everything = {row.sha256 for row in Splits.read(trained / "splits.json").rows}
+    for change, name in (({"known": everything}, "not known"), ({"anchor": set()}, "anchor"), ({"recent": []}, "rece")):
+        with pytest.raises(InputError, match=f"{name}.* must be 1 or more"):
+            proposing.propose_run(trained, tmp_path / "few", **{**to_propose, **change})
+    assert not list(tmp_path.iterdir())

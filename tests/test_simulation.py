@@ -51,7 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A first champion whose heads know nothing, so that it is soon found to be wrong."""
     folder, model = tmp_path_factory.mktemp("first") / "run", make_model(tap=4)
-    splits = World(photos, past_share=0.45).past
+    splits = World(photos, past_share=0.45, judged=10).past
     folder.mkdir()
     splits.write(folder / "splits.json")
     a = model.architecture
@@ -64,18 +64,21 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_world_cuts_past_and_stream_apart(photos: Path) -> None:
-    world = World(photos, past_share=0.45, level=3)
+    world = World(photos, past_share=0.45, judged=30, level=3)
     past, stream = {row.sha256 for row in world.past.rows}, {row.sha256 for row in world.stream}
-    assert not past & stream and len(past) + len(stream) == 240
+    judging = {row.sha256 for row in world.judged}
+    assert not past & stream and not judging & (past | stream) and len(judging) == 30
+    assert len(past) + len(stream) + len(judging) == 240
     n = len(world.stream)
     plain = [world.photo(number, shifted=False)[0] for number in range(2 * n)]
     assert len(set(plain[:n])) == n and set(plain[:n]) == set(plain[n:]) and plain[:n] != plain[n:]
     changed = [world.photo(number, shifted=True) for number in (0, 0, n, 2 * n)]
     assert changed[0] == changed[1] and len({image for image, _ in changed}) == 3
-    assert world.photo(0, shifted=True, judged=True)[0] != changed[0][0]
-    again = World(photos, past_share=0.45, level=3)
+    held = {world.photo(number, shifted=False, judged=True)[0] for number in range(60)}
+    assert len(held) == 30 and not held & set(plain)
+    again = World(photos, past_share=0.45, judged=30, level=3)
     assert again.past.hashes == world.past.hashes and again.photo(5, shifted=True) == world.photo(5, shifted=True)
-    assert World(photos, past_share=0.45, seed=1).past.hashes != world.past.hashes
+    assert World(photos, past_share=0.45, judged=30, seed=1).past.hashes != world.past.hashes
 
 
 @pytest.mark.slow
@@ -113,8 +116,10 @@ def test_real_photos_give_the_same_on_both_databases(
 def test_bad_input_says_what_to_do(photos: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="shift_day must be before the last day"):
         simulate(photos, tmp_path / "out", run=run, days=3, shift_day=3)
-    with pytest.raises(InputError, match="per_day must be valid, got 2"):
+    with pytest.raises(InputError, match="per_day must be 8 or more, or 0, got 2"):
         simulate(photos, tmp_path / "out", run=run, per_day=2)
+    with pytest.raises(InputError, match="data must have 8 photos a day for the stream, got"):
+        simulate(photos, tmp_path / "out", run=run, past_share=0.45, judged=10)
     with pytest.raises(InputError, match="run must be of the same photos and seed"):
         simulate(photos, tmp_path / "out", run=run, seed=1, **SMALL)
     (tmp_path / "out/loop").mkdir(parents=True)

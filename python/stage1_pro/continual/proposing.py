@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stage1_pro.artifacts import Record, Row, Splits, atomic_directory
 from stage1_pro.config import Config
+from stage1_pro.continual.events import uniform
 from stage1_pro.continual.mgrpo import Proposal, ProposalOptions, Step, propose
 from stage1_pro.continual.replay import Reservoir
 from stage1_pro.continual.rewards import RewardSpec, verified
@@ -88,14 +89,15 @@ def propose_run(
 ) -> ProposalRecord:
     """Propose a run's heads anew and write them as a new run, to be calibrated and certified again.
 
-    ``train`` rows that are not ``known`` are learned from, known ones are replayed; ``val_select`` chooses the steps.
+    ``train`` rows that are not ``known`` are learned from, known ones are replayed. ``val_select`` chooses the steps:
+    its new rows, and of known ones at most as many, or what has changed would hardly count.
     DEFER is paid by what Stage B answers, anew. The new folder appears whole or not at all, with ``reservoir.npz`` for
     the next round.
 
     Args:
         run: a run, its splits as they are now.
         out: the new run's folder.
-        known: sha256 of ``train`` rows that the run's model has learned from.
+        known: sha256 of ``train`` and ``val_select`` rows that an earlier round, or the first training, had.
         anchor: sha256 of ``val_select`` rows of the domain that must not be forgotten; their labels hold nothing.
         recent: images served lately, no labels.
         spec: what actions earn.
@@ -120,8 +122,8 @@ def propose_run(
     model = model.to(device).eval()
     learned = splits.of("train")
     new = [row for row in learned if row.sha256 not in known]
-    select = splits.of("val_select")
-    held = [row for row in select if row.sha256 in anchor]
+    select = _select(splits.of("val_select"), known)
+    held = [row for row in splits.of("val_select") if row.sha256 in anchor]
     for name, rows in (("train rows that are not known", new), ("anchor", held), ("recent", list(recent))):
         if not rows:
             raise InputError(f"{name} must be 1 or more, got none; label more, or name what is to hold the policy")
@@ -133,12 +135,14 @@ def propose_run(
         return _Cached(a, b, labels, sources)
 
     fresh, chosen_by = read(new, "new rows"), read(select, "val_select rows")
+    (holding, _), (lately, _) = (
+        read_rows(model, paths, config, description=what)
+        for paths, what in (([splits.path(row) for row in held], "anchor"), ([Path(path) for path in recent], "recent"))
+    )
     old = [row for row in learned if row.sha256 in known]
     remembered = _remember(model, splits, config, old, path=reservoir, capacity=capacity)
     columns = remembered.columns
     replayed = _Cached(columns["a"], columns["b"], columns["label"], [source] * len(remembered)) if columns else None
-    at = np.array([row.sha256 in anchor for row in select])
-    lately, _ = read_rows(model, [Path(path) for path in recent], config, description="recent images")
 
     def ask(policy: _Policy, options: ProposalOptions, learns: str, width: int) -> Proposal:
         def paid(cached: _Cached) -> Rows:
@@ -146,7 +150,7 @@ def propose_run(
 
         return propose(
             policy, paid(fresh), None if replayed is None else paid(replayed), paid(chosen_by),
-            anchor=tuple(torch.from_numpy(x[at]).to(device) for x in (chosen_by.a, chosen_by.b)),
+            anchor=tuple(torch.from_numpy(x).to(device) for x in holding),
             recent=tuple(torch.from_numpy(x).to(device) for x in lately),
             options=options,
             learns=[name for name, _ in policy.named_parameters() if name.startswith(tuple(learns.split()))],
@@ -190,6 +194,13 @@ def propose_run(
         f"{record.accuracy_b_after:.4f}; wrote {out}; {STATEMENT} (stage1 calibrate --run {out})"
     )
     return record
+
+
+def _select(rows: Sequence[Row], known: Collection[str]) -> list[Row]:
+    """New rows and at most as many known ones, drawn by their hashes; all of these where nothing is new."""
+    new = [row for row in rows if row.sha256 not in known]
+    old = sorted((row for row in rows if row.sha256 in known), key=lambda row: uniform(0, "select", row.sha256))
+    return new + old[: len(new) or len(old)]
 
 
 def _remember(

@@ -2,7 +2,8 @@
 
 Labels are dealt by the draw that selected their event. Draws below the audit floor are a plain random sample of all
 that was served, whatever the cascade thought of it: by a hash of the image they judge candidates (the guard), certify
-them (a fresh ``val_calib``) or teach. All other labels, mostly of hard images, teach. An image has one role for good. Importing this loads no torch; training and export (``tasks``) run where the executor says.
+them (a fresh ``val_calib``) or teach. All other labels, mostly of hard images, teach. An image has one
+role for good. Importing this loads no torch; training and export (``tasks``) run where the executor says.
 """
 
 from __future__ import annotations

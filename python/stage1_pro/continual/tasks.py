@@ -105,7 +105,7 @@ def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if inputs["method"] == "mgrpo":
             record = proposing.propose_run(
                 base, out,
-                known={row.sha256 for row in Splits.read(parent / "splits.json").of("train")},
+                known={row.sha256 for row in Splits.read(parent / "splits.json").rows if row.split != "val_calib"},
                 anchor=inputs["anchor"],
                 recent=[Path(inputs["images"]) / name for name in inputs["recent"]],
                 spec=spec, options=mgrpo.ProposalOptions.model_validate(inputs["options"]),

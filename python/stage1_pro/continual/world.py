@@ -43,7 +43,7 @@ class World:
         data: Path | str,
         *,
         positive: str | None = None,
-        past_share: float = 0.35,
+        past_share: float = 0.3,
         judged: int = 300,
         protocol: ProtocolName = "letterbox224",
         level: int = 3,
