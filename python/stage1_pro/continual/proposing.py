@@ -112,6 +112,8 @@ def propose_run(
         ArtifactError: a run that is not trained, or was changed; a damaged reservoir.
         NotReachableError: no step earns more on ``val_select`` within the anchor's budget; nothing was written.
     """
+    # Probabilities of a policy that is sure are subnormal numbers, on which a processor is ten times slower.
+    torch.set_flush_denormal(True)
     run, out = Path(run), Path(out)
     spec, options = spec or RewardSpec(), options or ProposalOptions()
     if out.exists():

@@ -72,18 +72,18 @@ class SimulationConfig(Record):
     per_day: int = Field(
         0, ge=0, description=f"photos served a day; 0: up to {MOST_PER_DAY}, as far as none has to come twice"
     )
-    shift_day: int = Field(7, ge=1, description="from this day on, counted from 0, photos are changed")
+    shift_day: int = Field(5, ge=1, description="from this day on, counted from 0, photos are changed")
     protocol: ProtocolName = "letterbox224"
     level: int = Field(3, ge=0, le=3, description="of the protocol")
     alpha: float = Field(0.05, gt=0, lt=1, description="risk of exits that is promised")
     min_coverage: float = Field(0.2, gt=0, lt=1, description="least share of exits that a certificate must allow")
-    audit_rate: float = Field(0.7, ge=0.02, le=1, description="chance with which any photo is reviewed")
+    audit_rate: float = Field(0.8, ge=0.02, le=1, description="chance with which any photo is reviewed")
     budget: int = Field(150, ge=1, description="answers a day that reviewers have time for")
-    delay_days: float = Field(1.0, ge=0, description="between a photo and its label, on average")
+    delay_days: float = Field(2.0, ge=0, description="between a photo and its label, on average")
     looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
-    min_labels: int = Field(1500, ge=1, description="new labels that are worth a training without any alarm")
+    min_labels: int = Field(3000, ge=1, description="new labels that are worth a training without any alarm")
     judged: int = Field(500, ge=10, description="photos that are never served and judge promotions afterwards")
-    least_certify: int = Field(300, ge=2, description="fewest labels since the last alarm to certify a candidate on")
+    least_certify: int = Field(500, ge=2, description="fewest labels since the last alarm to certify a candidate on")
     epochs: int = Field(0, ge=0, description="of the first champion's training; 0: 30 of a network, 200 of heads")
     seed: int = Field(0, ge=0)
 
@@ -302,7 +302,7 @@ def _loop_config(config: SimulationConfig) -> dict[str, Any]:
             "plan": {"floor": config.audit_rate, "deferral": 0.5, "novelty": 0.0, "seed": config.seed},
             "least_rows": 30,
             "least_certify": config.least_certify,
-            "guard_share": 0.35,
+            "guard_share": 0.4,
             "certify_share": 0.4,
             "select_share": 0.4,
             # Wide, as the anchor is small: narrow ones rule nothing out on it.
