@@ -227,6 +227,36 @@ def test_a_label_dated_back_while_collecting_was_killed_stops_nothing(tmp_path: 
     assert rounds.vault.looks_left(again["guard"]) == 10
 
 
+def test_images_that_are_gone_and_rows_learned_from_are_none_to_begin_a_round_with(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    champion = rounds.registry.alias("champion")
+    assert rounds.status({}, champion, now=1000.0).verdict.missing == ""
+    for path in rounds.log.images.folder.glob("*/*"):
+        path.rename(tmp_path / path.name)
+    assert rounds.status({}, champion, now=1000.0).verdict.missing == "0 of 2 to guard, 0 of 2 to certify, 0 of 2 to learn"
+    for path in tmp_path.glob("?" * 64):
+        rounds.log.images.put(path.name, path.read_bytes(), 0.0)
+    found = rounds.collect(work)
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json")
+    splits = Splits.read(bundle.parent / "splits.json")
+    more = [splits.rows[0].model_copy(update={"id": one, "sha256": one}) for one, _, _ in snapshot.learn]
+    (tmp_path / "later").mkdir()
+    splits.model_copy(update={"rows": [*splits.rows, *more]}).write(tmp_path / "later" / "splits.json")
+    remember_run(tmp_path, work.champion, tmp_path / "later", "0")
+    assert rounds.status({}, champion, now=1000.0).verdict.missing == "0 of 2 to learn"
+
+
+def test_without_the_champions_run_the_threshold_still_follows_labels(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    remember_run(tmp_path, rounds.registry.alias("champion").bundle or "", tmp_path / "gone", "0")
+    for event in serve(rounds, 60):
+        answer(rounds, event, "roadwork", at=100.0)
+    seen = watch(rounds, {}, now=200.0)
+    assert seen.threshold > 0.6 and not seen.train
+    assert "gone" in rounds.status({}, rounds.registry.alias("champion"), now=200.0).verdict.missing
+
+
 def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle: Path) -> None:
     rounds, work = start(tmp_path, bundle)
     deal(rounds, 80)

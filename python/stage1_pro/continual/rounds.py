@@ -361,7 +361,7 @@ class Rounds:
             part: [
                 row
                 for name, row in sorted(rows.items())
-                if roles[name] == part and (part == "learn" or name not in learned_from)
+                if roles[name] == part and name not in learned_from
             ]
             for part, rows in found.items()
         }
@@ -372,11 +372,14 @@ class Rounds:
         return ", ".join(f"{n} of {least} to {part}" for part, n, least in few if n < least)
 
     def _missing(self, seen: _Seen, now: float) -> str:
-        """What a round begun now would lack."""
+        """What a round begun now would lack: labels whose images are still there, or the champion's run."""
         try:
-            return self._short(self._deal(seen, now, self._last(None)))
+            dealt = self._deal(seen, now, self._last(None))
         except NotReachableError:
             return ""  # The round itself says it, once.
+        except ArtifactError as error:
+            return str(error)  # Watching and the threshold need no run.
+        return self._short({part: [row for row in rows if self._there(row[0])] for part, rows in dealt.items()})
 
     def proposals(self, work: Round) -> Sequence[Job]:
         """A proposal from the champion's run for every set of options.
@@ -482,6 +485,10 @@ class Rounds:
         return Compared(count, differ, evidence)
 
     # ---------------------------------------------------------------------------- helpers
+
+    def _there(self, image: str) -> bool:
+        """Whether ``_keep`` would find it."""
+        return (self.root / "images" / image).is_file() or image in self.log.images
 
     def _keep(self, image: str) -> bool:
         """Copy an image of the log to the loop's own; whether it is there."""
