@@ -171,7 +171,9 @@ def test_what_is_known_is_learned_once_from_a_champions_first_events(tmp_path: P
 DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
 
 
-def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None, chance: float = 0.6) -> list[Event]:
+def deal(
+    rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None, chance: float = 0.6, *, labelled: bool = True
+) -> list[Event]:
     """Exits drawn by a plan, labelled where they were selected, with images."""
     name, plan = rounds.registry.alias("champion").bundle or "", plan or rounds.config.plan
     made = []
@@ -187,7 +189,7 @@ def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None,
             rounds.log.images.put(event.image_sha256, data, 0.0)
     add_events(rounds.store, made)
     for event in made:
-        if event.selected:
+        if event.selected and labelled:
             answer(rounds, event, "none", at=500.0)
     return made
 
@@ -255,6 +257,28 @@ def test_without_the_champions_run_the_threshold_still_follows_labels(tmp_path: 
     seen = watch(rounds, {}, now=200.0)
     assert seen.threshold > 0.6 and not seen.train
     assert "gone" in rounds.status({}, rounds.registry.alias("champion"), now=200.0).verdict.missing
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_no_row_that_an_alarm_was_made_of_judges_or_certifies(newest_first: bool, tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    made = [one for one in deal(rounds, 160, labelled=False) if one.selected]
+    half = len(made) // 2
+    told = made[:half][::-1] if newest_first else made[:half]
+    for i, event in enumerate(told):
+        answer(rounds, event, "roadwork" if i < 8 else "none", at=500.0 + i)
+    alarm = rounds.status({}, rounds.registry.alias("champion"), now=900.0).evidence.alarm_at
+    assert alarm is not None
+    for i, event in enumerate(made[half:]):
+        answer(rounds, event, "none", at=700.0 + i)
+    found = rounds.collect(work)
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json")
+    judging = {*rounds.vault.row_ids(found["guard"]), *(name for name, _, _ in snapshot.certify)}
+    known = {event.image_sha256: 500.0 + i for i, event in enumerate(told)}
+    assert judging and min(known.get(name, 900.0) for name in judging) > alarm
+    first = {event.image_sha256: event.time for event in made}
+    last = max(first[name] for name, at in known.items() if at <= alarm)
+    assert min(first[name] for name in judging) > last
 
 
 def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle: Path) -> None:

@@ -117,7 +117,7 @@ class Snapshot(Record):
 class _Seen(NamedTuple):
     """What is known of a champion: labels that hold by event, its decisions, evidence, threshold.
 
-    ``harm`` is when the exit was served that set off its last alarm.
+    ``harm`` is when the last of the exits was served that its last alarm was made of.
     """
 
     bundle: str
@@ -263,10 +263,12 @@ class Rounds:
         )  # fmt: skip
         controller = self._steer(bundle, feedback) if self.config.steer else None
         evidence = self._evidence(rows, feedback)
-        # Rows served before the exits that set off the last alarm may be of the world before it.
-        alarms = {evidence.alarm_at, None if controller is None else controller.alarm_at} - {None}
+        # Rows served before may be of the world before it; those that it was made of, by what was wrong with them, are
+        # no plain sample, in whatever order they were answered.
+        alarms = (evidence.alarm_at, None if controller is None else controller.alarm_at)
+        alarm = max((at for at in alarms if at is not None), default=-math.inf)
         times = {one.id: one.time for one in served}
-        harm = max((times[one.event] for one in feedback if one.exited and one.known in alarms), default=-math.inf)
+        harm = max((times[one.event] for one in feedback if one.exited and one.known <= alarm), default=-math.inf)
         return _Seen(bundle, held, rows, evidence, controller, harm)
 
     def _classes(self, bundle: str) -> tuple[str, ...]:
@@ -336,13 +338,14 @@ class Rounds:
     def _deal(self, seen: _Seen, until: float, last: float) -> dict[Role, list[tuple[str, str, str]]]:
         """Image, label and source of what was labelled by then, by role; ``last``: when an earlier round froze its."""
         plan = self.config.plan
-        since = max(last, self.registry.history("champion")[0].time, seen.harm)
+        since = max(last, self.registry.history("champion")[0].time)
         origin = Splits.read(Path(self._run(seen.bundle).run) / "splits.json")
         learned_from = {row.sha256 for row in origin.rows}
         found: dict[Role, dict[str, tuple[str, str, str]]] = {"guard": {}, "certify": {}, "learn": {}}
         roles: dict[str, Role] = {}
         for one in read_events(self.store, until=until):
-            if one.time >= since and (
+            fresh = one.time >= since and one.time > seen.harm
+            if fresh and (
                 one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)
             ):
                 raise NotReachableError(
@@ -354,7 +357,7 @@ class Rounds:
             part = role(one.image_sha256, draw, self.config) if one.selected else "learn"
             if roles.get(one.image_sha256, "learn") == "learn":
                 roles[one.image_sha256] = part
-            if one.id in seen.held and one.selected and (part == "learn" or one.time >= since):
+            if one.id in seen.held and one.selected and (part == "learn" or fresh):
                 answer = seen.held[one.id]
                 found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
         return {
