@@ -654,6 +654,11 @@ def test_commands_that_fail_hang_or_do_not_exist_raise_nothing(tmp_path) -> None
     assert not mark.exists()  # what it started was killed with it
 
 
+def test_an_address_that_cannot_be_one_is_reported_without_its_secret() -> None:
+    (found,) = send_alert(ALERT, [Webhook("http://127.0.0.1:9/T0P SECRET", tries=1)])
+    assert not found.delivered and "SECRET" not in found.reason and "T0P" not in found.reason
+
+
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "hook", "http://"])
 def test_only_http_urls_are_hooks(url) -> None:
     with pytest.raises(InputError, match="url must be http"):

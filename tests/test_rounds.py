@@ -281,6 +281,18 @@ def test_no_row_that_an_alarm_was_made_of_judges_or_certifies(newest_first: bool
     assert min(first[name] for name in judging) > last
 
 
+def test_a_round_that_an_earlier_version_began_ends_and_does_not_fail_for_good(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    found = rounds.collect(work)
+    path = tmp_path / "snapshots" / f"{found['snapshot']}.json"
+    values = json.loads(path.read_text())
+    del values["recent"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(NotReachableError, match="earlier version"):
+        rounds.proposals(work.model_copy(update={"snapshot": dict(found)}))
+
+
 def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle: Path) -> None:
     rounds, work = start(tmp_path, bundle)
     deal(rounds, 80)

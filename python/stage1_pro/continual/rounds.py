@@ -532,7 +532,10 @@ class Rounds:
     def _snapshot(self, work: Round) -> Snapshot:
         assert work.snapshot is not None
         name = work.snapshot["snapshot"]
-        found = Snapshot.read(self.root / "snapshots" / f"{name}.json")
+        path = self.root / "snapshots" / f"{name}.json"
+        if path.is_file() and '"recent"' not in path.read_text(encoding="utf-8"):
+            raise NotReachableError("labels were frozen by an earlier version of this program; the next round does anew")
+        found = Snapshot.read(path)
         if found.fingerprint() != name:
             raise ArtifactError(f"snapshot {name[:12]} must be as it was written, got another; it was changed")
         return found
