@@ -293,6 +293,17 @@ def test_a_round_that_an_earlier_version_began_ends_and_does_not_fail_for_good(t
         rounds.proposals(work.model_copy(update={"snapshot": dict(found)}))
 
 
+def test_work_is_the_same_however_the_loops_folder_is_called(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    work = work.model_copy(update={"snapshot": dict(rounds.collect(work))})
+    monkeypatch.chdir(tmp_path.parent)
+    again = Rounds(Registry(tmp_path.name, rounds.store), rounds.log, Inline(), rounds.config)
+    assert again.proposals(work) == rounds.proposals(work)
+
+
 def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle: Path) -> None:
     rounds, work = start(tmp_path, bundle)
     deal(rounds, 80)

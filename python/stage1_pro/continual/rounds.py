@@ -154,7 +154,8 @@ class Rounds:
 
     def __init__(self, registry: Registry, log: EventLog, executor: Executor, config: RoundsConfig) -> None:
         self.registry, self.log, self.executor, self.config = registry, log, executor, config
-        self.store, self.root = registry.store, registry.root
+        # Work is found by its inputs, and paths are among them: however the folder is called, they must be the same.
+        self.store, self.root = registry.store, registry.root.absolute()
         self.vault = GuardVault(registry.store)
         self.seen: Status | None = None
         """What the last ``watch`` saw."""
