@@ -683,6 +683,14 @@ def test_a_plan_says_how_many_audits_see_which_harm(capsys: pytest.CaptureFixtur
     assert "audit_rate must be in [0.02, 1]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["null", "5", "[1]"])
+def test_a_monitor_without_keys_is_named(text: str, tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop.yaml").write_text(f"rounds: {{monitor: {text}}}")
+    given = ["--root", str(tmp_path / "loop"), "--run", str(bundle.parent), "--alpha", ".05"]
+    assert main(["continual", "init", *given, "--config", str(tmp_path / "loop.yaml")]) == 2
+    assert "rounds.monitor must hold keys and values" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", ["", "plan", "init", "ingest", "status", "review", "labels", "run", "propose",
                                   "evaluate", "promote", "rollback", "audit"])  # fmt: skip
 def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -305,8 +305,10 @@ def test_a_training_waits_for_labels_and_forgets_no_alarm_meanwhile() -> None:
         state, verdict = ask(state, now, alarm_at=90.0, missing="12 of 50 to certify")
         assert (verdict.train, verdict.reasons, verdict.waiting) == (False, [], ["risk alarm"])
         assert verdict.missing == "12 of 50 to certify"
-    by_hand = ask(state, 250.0, alarm_at=90.0, missing="12 of 50 to certify", manual=True)[1]
+    hand, by_hand = ask(state, 250.0, alarm_at=90.0, missing="12 of 50 to certify", manual=True)
     assert by_hand.train and by_hand.reasons == ["risk alarm", "manual"]
+    # That round came to nothing: the alarm still asks, a cooldown later.
+    assert ask(hand, 250.0 + 2 * 86400, alarm_at=90.0)[1].reasons == ["risk alarm"]
     state, verdict = ask(state, 300.0, alarm_at=90.0)
     assert verdict.train and verdict.reasons == ["risk alarm"] and state.alarm_seen == 90.0
     assert not ask(state, 300.0 + 2 * 86400, alarm_at=90.0)[1].train
@@ -650,6 +652,11 @@ def test_commands_that_fail_hang_or_do_not_exist_raise_nothing(tmp_path) -> None
     assert deaf.delivered  # it never read what it was given
     time.sleep(2)
     assert not mark.exists()  # what it started was killed with it
+
+
+def test_an_address_that_cannot_be_one_is_reported_without_its_secret() -> None:
+    (found,) = send_alert(ALERT, [Webhook("http://127.0.0.1:9/T0P SECRET", tries=1)])
+    assert not found.delivered and "SECRET" not in found.reason and "T0P" not in found.reason
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "hook", "http://"])

@@ -171,7 +171,9 @@ def test_what_is_known_is_learned_once_from_a_champions_first_events(tmp_path: P
 DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
 
 
-def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None, chance: float = 0.6) -> list[Event]:
+def deal(
+    rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None, chance: float = 0.6, *, labelled: bool = True
+) -> list[Event]:
     """Exits drawn by a plan, labelled where they were selected, with images."""
     name, plan = rounds.registry.alias("champion").bundle or "", plan or rounds.config.plan
     made = []
@@ -187,7 +189,7 @@ def deal(rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None,
             rounds.log.images.put(event.image_sha256, data, 0.0)
     add_events(rounds.store, made)
     for event in made:
-        if event.selected:
+        if event.selected and labelled:
             answer(rounds, event, "none", at=500.0)
     return made
 
@@ -225,6 +227,81 @@ def test_a_label_dated_back_while_collecting_was_killed_stops_nothing(tmp_path: 
     again = rounds.collect(work)
     assert again["guard"] != first["guard"] and again["n_guard"] == first["n_guard"]
     assert rounds.vault.looks_left(again["guard"]) == 10
+
+
+def test_images_that_are_gone_and_rows_learned_from_are_none_to_begin_a_round_with(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    champion = rounds.registry.alias("champion")
+    assert rounds.status({}, champion, now=1000.0).verdict.missing == ""
+    for path in rounds.log.images.folder.glob("*/*"):
+        path.rename(tmp_path / path.name)
+    assert rounds.status({}, champion, now=1000.0).verdict.missing == "0 of 2 to guard, 0 of 2 to certify, 0 of 2 to learn"
+    for path in tmp_path.glob("?" * 64):
+        rounds.log.images.put(path.name, path.read_bytes(), 0.0)
+    found = rounds.collect(work)
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json")
+    splits = Splits.read(bundle.parent / "splits.json")
+    more = [splits.rows[0].model_copy(update={"id": one, "sha256": one}) for one, _, _ in snapshot.learn]
+    (tmp_path / "later").mkdir()
+    splits.model_copy(update={"rows": [*splits.rows, *more]}).write(tmp_path / "later" / "splits.json")
+    remember_run(tmp_path, work.champion, tmp_path / "later", "0")
+    assert rounds.status({}, champion, now=1000.0).verdict.missing == "0 of 2 to learn"
+
+
+def test_without_the_champions_run_the_threshold_still_follows_labels(tmp_path: Path, bundle: Path) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    remember_run(tmp_path, rounds.registry.alias("champion").bundle or "", tmp_path / "gone", "0")
+    for event in serve(rounds, 60):
+        answer(rounds, event, "roadwork", at=100.0)
+    seen = watch(rounds, {}, now=200.0)
+    assert seen.threshold > 0.6 and not seen.train
+    assert "gone" in rounds.status({}, rounds.registry.alias("champion"), now=200.0).verdict.missing
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_no_row_that_an_alarm_was_made_of_judges_or_certifies(newest_first: bool, tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    made = [one for one in deal(rounds, 160, labelled=False) if one.selected]
+    half = len(made) // 2
+    told = made[:half][::-1] if newest_first else made[:half]
+    for i, event in enumerate(told):
+        answer(rounds, event, "roadwork" if i < 8 else "none", at=500.0 + i)
+    alarm = rounds.status({}, rounds.registry.alias("champion"), now=900.0).evidence.alarm_at
+    assert alarm is not None
+    for i, event in enumerate(made[half:]):
+        answer(rounds, event, "none", at=700.0 + i)
+    found = rounds.collect(work)
+    snapshot = Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json")
+    judging = {*rounds.vault.row_ids(found["guard"]), *(name for name, _, _ in snapshot.certify)}
+    known = {event.image_sha256: 500.0 + i for i, event in enumerate(told)}
+    assert judging and min(known.get(name, 900.0) for name in judging) > alarm
+    first = {event.image_sha256: event.time for event in made}
+    last = max(first[name] for name, at in known.items() if at <= alarm)
+    assert min(first[name] for name in judging) > last
+
+
+def test_a_round_that_an_earlier_version_began_ends_and_does_not_fail_for_good(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    found = rounds.collect(work)
+    path = tmp_path / "snapshots" / f"{found['snapshot']}.json"
+    values = json.loads(path.read_text())
+    del values["recent"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(NotReachableError, match="earlier version"):
+        rounds.proposals(work.model_copy(update={"snapshot": dict(found)}))
+
+
+def test_work_is_the_same_however_the_loops_folder_is_called(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    work = work.model_copy(update={"snapshot": dict(rounds.collect(work))})
+    monkeypatch.chdir(tmp_path.parent)
+    again = Rounds(Registry(tmp_path.name, rounds.store), rounds.log, Inline(), rounds.config)
+    assert again.proposals(work) == rounds.proposals(work)
 
 
 def test_events_drawn_by_another_plan_are_no_plain_sample(tmp_path: Path, bundle: Path) -> None:

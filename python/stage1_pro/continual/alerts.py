@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import subprocess
@@ -103,7 +104,10 @@ class Webhook:
                     return Delivery(hook=host, delivered=False, tries=attempt, reason=reason)
             except Exception as error:  # noqa: BLE001 - sockets, TLS and HTTP each raise kinds of their own
                 cause = getattr(error, "reason", error)
-                reason = (str(cause) or type(cause).__name__).replace(self.url, "the URL")[:_LONGEST_REASON]
+                # What is said of an address that cannot be one quotes parts of it.
+                quotes = isinstance(cause, http.client.InvalidURL)
+                said = "" if quotes else str(cause)
+                reason = (said or type(cause).__name__).replace(self.url, "the URL")[:_LONGEST_REASON]
         return Delivery(hook=host, delivered=False, tries=self.tries, reason=reason)
 
 

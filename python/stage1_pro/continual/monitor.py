@@ -548,11 +548,13 @@ def triggers(
     if drift_at is not None and now - drift_at > config.hold:
         drift_at = None
     shifted = state.shifted and not cbpe_well
+    # A round by hand that lacks something ends without a candidate, and what else asked has not been heard by it.
+    heard = train and not signals.missing
     state = state.model_copy(
         update={
             "trained_at": now if train else state.trained_at,
-            "alarm_seen": signals.alarm_at if train and alarmed else state.alarm_seen,
-            "shifted": shifted or (train and asked["confidence and drift"]),
+            "alarm_seen": signals.alarm_at if heard and alarmed else state.alarm_seen,
+            "shifted": shifted or (heard and asked["confidence and drift"]),
             "drift_at": drift_at,
         }
     )

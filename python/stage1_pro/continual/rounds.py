@@ -117,7 +117,7 @@ class Snapshot(Record):
 class _Seen(NamedTuple):
     """What is known of a champion: labels that hold by event, its decisions, evidence, threshold.
 
-    ``harm`` is when the exit was served that set off its last alarm.
+    ``harm`` is when the last of the exits was served that its last alarm was made of.
     """
 
     bundle: str
@@ -154,7 +154,8 @@ class Rounds:
 
     def __init__(self, registry: Registry, log: EventLog, executor: Executor, config: RoundsConfig) -> None:
         self.registry, self.log, self.executor, self.config = registry, log, executor, config
-        self.store, self.root = registry.store, registry.root
+        # Work is found by its inputs, and paths are among them: however the folder is called, they must be the same.
+        self.store, self.root = registry.store, registry.root.absolute()
         self.vault = GuardVault(registry.store)
         self.seen: Status | None = None
         """What the last ``watch`` saw."""
@@ -263,10 +264,12 @@ class Rounds:
         )  # fmt: skip
         controller = self._steer(bundle, feedback) if self.config.steer else None
         evidence = self._evidence(rows, feedback)
-        # Rows served before the exits that set off the last alarm may be of the world before it.
-        alarms = {evidence.alarm_at, None if controller is None else controller.alarm_at} - {None}
+        # Rows served before may be of the world before it; those that it was made of, by what was wrong with them, are
+        # no plain sample, in whatever order they were answered.
+        alarms = (evidence.alarm_at, None if controller is None else controller.alarm_at)
+        alarm = max((at for at in alarms if at is not None), default=-math.inf)
         times = {one.id: one.time for one in served}
-        harm = max((times[one.event] for one in feedback if one.exited and one.known in alarms), default=-math.inf)
+        harm = max((times[one.event] for one in feedback if one.exited and one.known <= alarm), default=-math.inf)
         return _Seen(bundle, held, rows, evidence, controller, harm)
 
     def _classes(self, bundle: str) -> tuple[str, ...]:
@@ -336,13 +339,14 @@ class Rounds:
     def _deal(self, seen: _Seen, until: float, last: float) -> dict[Role, list[tuple[str, str, str]]]:
         """Image, label and source of what was labelled by then, by role; ``last``: when an earlier round froze its."""
         plan = self.config.plan
-        since = max(last, self.registry.history("champion")[0].time, seen.harm)
+        since = max(last, self.registry.history("champion")[0].time)
         origin = Splits.read(Path(self._run(seen.bundle).run) / "splits.json")
         learned_from = {row.sha256 for row in origin.rows}
         found: dict[Role, dict[str, tuple[str, str, str]]] = {"guard": {}, "certify": {}, "learn": {}}
         roles: dict[str, Role] = {}
         for one in read_events(self.store, until=until):
-            if one.time >= since and (
+            fresh = one.time >= since and one.time > seen.harm
+            if fresh and (
                 one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)
             ):
                 raise NotReachableError(
@@ -354,14 +358,14 @@ class Rounds:
             part = role(one.image_sha256, draw, self.config) if one.selected else "learn"
             if roles.get(one.image_sha256, "learn") == "learn":
                 roles[one.image_sha256] = part
-            if one.id in seen.held and one.selected and (part == "learn" or one.time >= since):
+            if one.id in seen.held and one.selected and (part == "learn" or fresh):
                 answer = seen.held[one.id]
                 found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
         return {
             part: [
                 row
                 for name, row in sorted(rows.items())
-                if roles[name] == part and (part == "learn" or name not in learned_from)
+                if roles[name] == part and name not in learned_from
             ]
             for part, rows in found.items()
         }
@@ -372,11 +376,14 @@ class Rounds:
         return ", ".join(f"{n} of {least} to {part}" for part, n, least in few if n < least)
 
     def _missing(self, seen: _Seen, now: float) -> str:
-        """What a round begun now would lack."""
+        """What a round begun now would lack: labels whose images are still there, or the champion's run."""
         try:
-            return self._short(self._deal(seen, now, self._last(None)))
+            dealt = self._deal(seen, now, self._last(None))
         except NotReachableError:
             return ""  # The round itself says it, once.
+        except ArtifactError as error:
+            return str(error)  # Watching and the threshold need no run.
+        return self._short({part: [row for row in rows if self._there(row[0])] for part, rows in dealt.items()})
 
     def proposals(self, work: Round) -> Sequence[Job]:
         """A proposal from the champion's run for every set of options.
@@ -483,6 +490,10 @@ class Rounds:
 
     # ---------------------------------------------------------------------------- helpers
 
+    def _there(self, image: str) -> bool:
+        """Whether ``_keep`` would find it."""
+        return (self.root / "images" / image).is_file() or image in self.log.images
+
     def _keep(self, image: str) -> bool:
         """Copy an image of the log to the loop's own; whether it is there."""
         path = self.root / "images" / image
@@ -522,7 +533,10 @@ class Rounds:
     def _snapshot(self, work: Round) -> Snapshot:
         assert work.snapshot is not None
         name = work.snapshot["snapshot"]
-        found = Snapshot.read(self.root / "snapshots" / f"{name}.json")
+        path = self.root / "snapshots" / f"{name}.json"
+        if path.is_file() and '"recent"' not in path.read_text(encoding="utf-8"):
+            raise NotReachableError("labels were frozen by an earlier version of this program; the next round does anew")
+        found = Snapshot.read(path)
         if found.fingerprint() != name:
             raise ArtifactError(f"snapshot {name[:12]} must be as it was written, got another; it was changed")
         return found

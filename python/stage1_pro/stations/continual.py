@@ -126,7 +126,10 @@ def init(
     if isinstance(given.get("metrics"), str):
         given["metrics"] = str(Path(given["metrics"]).absolute())
     rounds = dict(given.pop("rounds", {}))
-    rounds["monitor"] = {"alpha": alpha, **rounds.get("monitor", {})}
+    monitor = rounds.get("monitor", {})
+    if not isinstance(monitor, Mapping):
+        raise InputError(f"rounds.monitor must hold keys and values, got {monitor!r}")
+    rounds["monitor"] = {"alpha": alpha, **monitor}
     values = {
         "store": store or str(root.absolute()),
         "log": str((log or root / "log").absolute()),
