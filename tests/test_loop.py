@@ -684,7 +684,9 @@ def test_a_plan_says_how_many_audits_see_which_harm(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("text", ["null", "5", "[1]"])
-def test_a_monitor_without_keys_is_named(text: str, tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_monitor_without_keys_is_named(
+    text: str, tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "loop.yaml").write_text(f"rounds: {{monitor: {text}}}")
     given = ["--root", str(tmp_path / "loop"), "--run", str(bundle.parent), "--alpha", ".05"]
     assert main(["continual", "init", *given, "--config", str(tmp_path / "loop.yaml")]) == 2

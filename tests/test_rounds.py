@@ -172,7 +172,13 @@ DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
 
 
 def deal(
-    rounds: Rounds, n: int, first: int = 0, plan: ReviewPlan | None = None, chance: float = 0.6, *, labelled: bool = True
+    rounds: Rounds,
+    n: int,
+    first: int = 0,
+    plan: ReviewPlan | None = None,
+    chance: float = 0.6,
+    *,
+    labelled: bool = True,
 ) -> list[Event]:
     """Exits drawn by a plan, labelled where they were selected, with images."""
     name, plan = rounds.registry.alias("champion").bundle or "", plan or rounds.config.plan
@@ -229,14 +235,18 @@ def test_a_label_dated_back_while_collecting_was_killed_stops_nothing(tmp_path: 
     assert rounds.vault.looks_left(again["guard"]) == 10
 
 
-def test_images_that_are_gone_and_rows_learned_from_are_none_to_begin_a_round_with(tmp_path: Path, bundle: Path) -> None:
+def test_images_that_are_gone_and_rows_learned_from_are_none_to_begin_a_round_with(
+    tmp_path: Path, bundle: Path
+) -> None:
     rounds, work = start(tmp_path, bundle)
     deal(rounds, 80)
     champion = rounds.registry.alias("champion")
     assert rounds.status({}, champion, now=1000.0).verdict.missing == ""
     for path in rounds.log.images.folder.glob("*/*"):
         path.rename(tmp_path / path.name)
-    assert rounds.status({}, champion, now=1000.0).verdict.missing == "0 of 2 to guard, 0 of 2 to certify, 0 of 2 to learn"
+    assert (
+        rounds.status({}, champion, now=1000.0).verdict.missing == "0 of 2 to guard, 0 of 2 to certify, 0 of 2 to learn"
+    )
     for path in tmp_path.glob("?" * 64):
         rounds.log.images.put(path.name, path.read_bytes(), 0.0)
     found = rounds.collect(work)

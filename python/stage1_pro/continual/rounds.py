@@ -41,7 +41,7 @@ from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
 from stage1_pro.continual.registry import Alias, Registry
 from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
-from stage1_pro.continual.srt import ControllerConfig, ControllerState, Feedback, ThresholdController
+from stage1_pro.continual.srt import ControllerConfig, ControllerState, Feedback, ThresholdController, to_logit
 from stage1_pro.continual.status import MonitorConfig, Status, look, write_page
 from stage1_pro.data.splits import cluster_copies
 from stage1_pro.deploy.bundle import Bundle
@@ -262,14 +262,22 @@ class Rounds:
                      exited=one.action == "exit", propensity=one.propensity)
             for one in served if one.id in wrong
         )  # fmt: skip
-        controller = self._steer(bundle, feedback) if self.config.steer else None
-        evidence = self._evidence(rows, feedback)
+        certified = self.registry.load(bundle).policy.exit_threshold
+        controller = self._steer(certified, feedback) if self.config.steer else None
+        # What a tightened threshold defers would exit at the certified one: its labels speak of the promise as well, or
+        # the threshold would hide that it is broken, at the price of exits.
+        promised = [one for one in feedback if one.score >= certified]
+        evidence = self._evidence(rows, promised)
+        if controller is not None and evidence.alarm:
+            # Until the next champion: what is known to be broken is not gone back to because few errors came of late.
+            jumped = to_logit(controller.config.certified) + controller.config.jump
+            controller = controller.at_least(max(jumped, -math.inf if controller.centre is None else controller.centre))
         # Rows served before may be of the world before it; those that it was made of, by what was wrong with them, are
         # no plain sample, in whatever order they were answered.
         alarms = (evidence.alarm_at, None if controller is None else controller.alarm_at)
         alarm = max((at for at in alarms if at is not None), default=-math.inf)
         times = {one.id: one.time for one in served}
-        harm = max((times[one.event] for one in feedback if one.exited and one.known <= alarm), default=-math.inf)
+        harm = max((times[one.event] for one in promised if one.known <= alarm), default=-math.inf)
         return _Seen(bundle, held, rows, evidence, controller, harm)
 
     def _classes(self, bundle: str) -> tuple[str, ...]:
@@ -277,26 +285,30 @@ class Rounds:
         facts = read_bundles(self.store).get(bundle)
         return () if facts is None else facts.classes
 
-    def _steer(self, bundle: str, feedback: Sequence[Feedback]) -> ControllerState:
-        certified = min(self.registry.load(bundle).policy.exit_threshold, 1.0)
+    def _steer(self, certified: float, feedback: Sequence[Feedback]) -> ControllerState:
         floor = self._floor()
-        config = ControllerConfig(alpha=self.config.monitor.alpha, certified=certified, audit_rate=floor, floor=floor)
+        config = ControllerConfig(
+            alpha=self.config.monitor.alpha, certified=min(certified, 1.0), audit_rate=floor, floor=floor
+        )
         return ThresholdController.replay(config, feedback).state
 
-    def _evidence(self, rows: Rows, feedback: Sequence[Feedback]) -> Evidence:
+    def _evidence(self, rows: Rows, promised: Sequence[Feedback]) -> Evidence:
         """One e-process from the day the champion began to serve, in the order that labels became known.
 
         One of the recent rows alone would begin anew at every look, and its false alarms would add up.
+
+        Args:
+            rows: what was served.
+            promised: labels of what exits at the certified threshold.
         """
         monitor, floor = self.config.monitor, self._floor()
         usual = rows.propensity[rows.exited][:_USUAL]  # Of the first ones, so that later looks bet as earlier ones did.
         reference = max(float(np.median(usual)), floor) if usual.size else floor
         evidence = Evidence(alpha=monitor.alpha, delta=monitor.delta, reference=reference, floor=floor)
-        exits = [one for one in feedback if one.exited]
         return evidence.after(
-            np.array([one.wrong for one in exits]),
-            propensity=np.array([one.propensity for one in exits]),
-            time=np.array([one.known for one in exits]),
+            np.array([one.wrong for one in promised]),
+            propensity=np.array([one.propensity for one in promised]),
+            time=np.array([one.known for one in promised]),
         )
 
     def _floor(self) -> float:
@@ -346,9 +358,7 @@ class Rounds:
         roles: dict[str, Role] = {}
         for one in read_events(self.store, until=until):
             fresh = one.time >= since and one.time > seen.harm
-            if fresh and (
-                one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)
-            ):
+            if fresh and (one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)):
                 raise NotReachableError(
                     f"events must be drawn by the loop's own review plan, got {one.id} of another: draws below the "
                     f"floor are no plain sample then; serve with {self.root / PLAN}"
@@ -362,11 +372,7 @@ class Rounds:
                 answer = seen.held[one.id]
                 found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
         return {
-            part: [
-                row
-                for name, row in sorted(rows.items())
-                if roles[name] == part and name not in learned_from
-            ]
+            part: [row for name, row in sorted(rows.items()) if roles[name] == part and name not in learned_from]
             for part, rows in found.items()
         }
 
@@ -535,7 +541,9 @@ class Rounds:
         name = work.snapshot["snapshot"]
         path = self.root / "snapshots" / f"{name}.json"
         if path.is_file() and '"recent"' not in path.read_text(encoding="utf-8"):
-            raise NotReachableError("labels were frozen by an earlier version of this program; the next round does anew")
+            raise NotReachableError(
+                "labels were frozen by an earlier version of this program; the next round does anew"
+            )
         found = Snapshot.read(path)
         if found.fingerprint() != name:
             raise ArtifactError(f"snapshot {name[:12]} must be as it was written, got another; it was changed")

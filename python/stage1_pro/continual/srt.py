@@ -135,6 +135,11 @@ class ControllerState(Record):
             return CLOSED
         return self.config.certified if self.u <= to_logit(self.config.certified) else to_score(self.u)
 
+    def at_least(self, u: float) -> ControllerState:
+        """The same with a threshold whose logit is ``u`` or higher; the difference counts among alarms."""
+        higher = min(max(self.u, u), self.config.highest)
+        return self.model_copy(update={"u": higher, "from_alarms": self.from_alarms + (higher - self.u)})
+
     @property
     def feedback_risk(self) -> float | None:
         """Weighted share of wrong answers among the items that would have exited when their label came; in [0, 1]."""

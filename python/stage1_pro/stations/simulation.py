@@ -83,7 +83,7 @@ class SimulationConfig(Record):
     looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
     min_labels: int = Field(3000, ge=1, description="new labels that are worth a training without any alarm")
     judged: int = Field(500, ge=10, description="photos that are never served and judge promotions afterwards")
-    least_certify: int = Field(500, ge=2, description="fewest labels since the last alarm to certify a candidate on")
+    least_certify: int = Field(600, ge=2, description="fewest labels since the last alarm to certify a candidate on")
     epochs: int = Field(0, ge=0, description="of the first champion's training; 0: 30 of a network, 200 of heads")
     seed: int = Field(0, ge=0)
 
