@@ -539,7 +539,9 @@ def test_proposing_a_run_refuses(trained, to_propose, tmp_path):
     with pytest.raises(InputError, match="got 'model' at row 0"):
         proposing.propose_run(trained, tmp_path / "pseudo", source="model", **to_propose)
     everything = {row.sha256 for row in Splits.read(trained / "splits.json").rows}
-    for change, name in (({"known": everything}, "not known"), ({"anchor": set()}, "anchor"), ({"recent": []}, "rece")):
+    with pytest.raises(NotReachableError, match="rows that are not known"):
+        proposing.propose_run(trained, tmp_path / "few", **{**to_propose, "known": everything})
+    for change, name in (({"anchor": set()}, "anchor"), ({"recent": []}, "recent")):
         with pytest.raises(InputError, match=f"{name}.* must be 1 or more"):
             proposing.propose_run(trained, tmp_path / "few", **{**to_propose, **change})
     assert not list(tmp_path.iterdir())

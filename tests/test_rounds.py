@@ -30,6 +30,7 @@ from stage1_pro.continual.monitor import TriggerConfig
 from stage1_pro.continual.registry import Registry
 from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
+from stage1_pro.continual.srt import ControllerConfig, to_logit, to_score
 from stage1_pro.continual.status import MonitorConfig
 from stage1_pro.continual.store import Store
 from stage1_pro.errors import NotReachableError
@@ -163,6 +164,28 @@ def test_what_is_known_is_learned_once_from_a_champions_first_events(tmp_path: P
         serve(rounds, 1, first=i, sketch=draw[i])
     watch(rounds, {}, now=101.0)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("score", "alarms"), [(0.9, True), (0.5, False)])
+def test_a_tightened_threshold_does_not_hide_that_the_promise_is_broken(
+    tmp_path: Path, bundle: Path, score: float, alarms: bool
+) -> None:
+    rounds = make_rounds(tmp_path, bundle, monitor=MonitorConfig(alpha=0.1))
+    # Deferred at .95; at the certified .6 what scores .9 would exit.
+    deferred = serve(rounds, 80, action="defer", stage="B", exit_score=score, threshold=0.95, prob_b=0.1)
+    for i, event in enumerate(deferred):
+        answer(rounds, event, "roadwork" if i % 2 else "none", at=100.0 + i)
+    seen = watch(rounds, {}, now=1000.0)
+    certified = rounds.registry.load(rounds.registry.alias("champion").bundle or "").policy.exit_threshold
+    assert (seen.memory["alarm_at"] is not None) == alarms
+    safe = to_score(to_logit(certified) + ControllerConfig(alpha=0.1, certified=certified).jump)
+    assert (seen.threshold >= safe) if alarms else seen.threshold == certified
+    # Days of right answers later it has not gone back.
+    late = [one.model_copy(update={"id": f"l{i}", "time": 2000.0 + i}) for i, one in enumerate(deferred * 8)]
+    add_events(rounds.store, late)
+    for i, event in enumerate(late):
+        answer(rounds, event, "none", at=3000.0 + i)
+    assert watch(rounds, seen.memory, now=9000.0).threshold == (pytest.approx(safe) if alarms else certified)
 
 
 # --------------------------------------------------------------------------------------------
@@ -393,7 +416,7 @@ def to_judge(root: Path, bundle: Path, candidate: Path, n: int = 24, **changes: 
         write_bytes(root / "images" / ids[-1], path.read_bytes())
     rounds.vault.open("one", ids, ids, now=0.0)
     rounds.vault.label("one", {one: CLASSES[i % 2] for i, one in enumerate(ids)}, "review")
-    snapshot = Snapshot(until=0.0, learn=(), certify=(), guard="one", n_guard=n)
+    snapshot = Snapshot(until=0.0, learn=(), certify=(), recent=(), guard="one", n_guard=n)
     snapshot.write(root / "snapshots" / f"{snapshot.fingerprint()}.json")
     return rounds, Round(
         number=1, entered=1000.0, champion=champion, candidate=rounds.registry.add(candidate), recalibrated="none",

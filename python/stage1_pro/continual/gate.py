@@ -356,7 +356,7 @@ class _Asked:
         return float(self.margin * rows.mean() / (self.reach * rows.max())) if self.reach else 1.0
 
     def p_value(self, level: float, seed: int) -> float:
-        """Of "a loss of the margin or more", exact for any number of clusters."""
+        """Of "a loss of the margin or more", exact for any number of clusters of the sizes seen."""
         share = self.share()
         if self.margin >= self.reach:
             return 0.0

@@ -472,7 +472,9 @@ class Loop:
             return self._edge(row, "HOLD", now, str(error), clear=True)
 
     def _rolled_back(self, row: LoopRow, now: float, _manual: bool) -> Step:
-        return self._edge(row, "MONITOR", now, "the old champion serves", memory={})
+        # A candidate that goes leaves the champion what was seen of it; another champion is looked at afresh.
+        same = self.registry.alias("champion").version == row.round.champion_version
+        return self._edge(row, "MONITOR", now, "the old champion serves", memory=row.memory if same else {})
 
     def _hold(self, row: LoopRow, now: float, manual: bool) -> Step:
         left = row.round.entered + self.config.hold_seconds - now
@@ -590,8 +592,10 @@ class Loop:
 
 
 _TRYING: tuple[AliasName, ...] = ("shadow", "canary")
-# States in which a round waits for time, images or a person.
-_WAITING: tuple[State, ...] = ("SHADOW", "CANARY", "HOLD")
+# States in which a round waits for time, images or a person, or for work that may fail again and again.
+_WAITING: tuple[State, ...] = (
+    "COLLECT", "PROPOSE", "SELECT", "RECALIBRATE", "EVALUATE", "SHADOW", "CANARY", "HOLD",
+)  # fmt: skip
 
 
 def read_verdict(root: Path | str, fingerprint: str) -> Verdict:

@@ -108,9 +108,10 @@ def propose_run(
         source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
 
     Raises:
-        InputError: the folder is there, labels that may not be rewarded, or nothing new, no anchor or no recent image.
+        InputError: the folder is there, labels that may not be rewarded, or no anchor or no recent image.
         ArtifactError: a run that is not trained, or was changed; a damaged reservoir.
-        NotReachableError: no step earns more on ``val_select`` within the anchor's budget; nothing was written.
+        NotReachableError: nothing is new, or no step earns more on ``val_select`` within the anchor's budget; nothing
+            was written.
     """
     # Probabilities of a policy that is sure are subnormal numbers, on which a processor is ten times slower.
     torch.set_flush_denormal(True)
@@ -126,9 +127,11 @@ def propose_run(
     new = [row for row in learned if row.sha256 not in known]
     select = _select(splits.of("val_select"), known)
     held = [row for row in splits.of("val_select") if row.sha256 in anchor]
-    for name, rows in (("train rows that are not known", new), ("anchor", held), ("recent", list(recent))):
+    if not new:
+        raise NotReachableError("train must have rows that are not known, got none; have more labelled")
+    for name, rows in (("anchor", held), ("recent", list(recent))):
         if not rows:
-            raise InputError(f"{name} must be 1 or more, got none; label more, or name what is to hold the policy")
+            raise InputError(f"{name} must be 1 or more, got none; name what is to hold the policy")
 
     def read(rows: Sequence[Row], what: str) -> _Cached:
         labels, sources = labels_of(rows, splits, source)

@@ -61,7 +61,9 @@ class RoundsConfig(Record):
     novelty_events: int = Field(500, ge=2, description="first ones of a champion, which later ones are novel beside")
     steer: bool = Field(True, description="the threshold follows labels, never below the certificate")
     guard_share: float = Field(0.3, gt=0, lt=1, description="of random audits, that judge candidates")
-    certify_share: float = Field(0.4, gt=0, lt=1, description="the same, that certify them; what is left teaches")
+    certify_share: float | None = Field(
+        None, gt=0, lt=1, description="the same, that certify them; null: .4, or what is left. The others teach"
+    )
     select_share: float = Field(0.2, gt=0, lt=1, description="of learned rows, to stop training by")
     least_rows: int = Field(50, ge=2, description="fewest new rows of each role")
     least_certify: int = Field(0, ge=0, description="fewest new rows that certify, where that is more")
@@ -84,9 +86,14 @@ class RoundsConfig(Record):
     def _some_proposal(self) -> Self:
         if not self.mgrpo and not self.tuning:
             raise ValueError("mgrpo or tuning must name the options of one proposal or more")
-        if self.guard_share + self.certify_share > 1:
+        if self.guard_share + self.certified_share > 1:
             raise ValueError("guard_share and certify_share must be at most 1 together")
         return self
+
+    @property
+    def certified_share(self) -> float:
+        """Of random audits, that certify."""
+        return min(0.4, 1 - self.guard_share) if self.certify_share is None else self.certify_share
 
     def least(self, part: Role) -> int:
         """Fewest new rows of a role."""
@@ -139,7 +146,7 @@ def role(image_sha256: str, draw: float, config: RoundsConfig) -> Role:
     place = uniform(config.plan.seed, "guard", image_sha256)
     if place < config.guard_share:
         return "guard"
-    return "certify" if place < config.guard_share + config.certify_share else "learn"
+    return "certify" if place < config.guard_share + config.certified_share else "learn"
 
 
 class Rounds:

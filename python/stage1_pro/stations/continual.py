@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from stage1_pro.artifacts import GateParams, Record, ScrcParams, write_text
 from stage1_pro.continual import audit as chain
@@ -154,8 +156,10 @@ def init(
         pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by)
     finally:
         kept.close()
-    file.write(root / CONFIG, mode=0o600 if file.alerts.hooks else 0o644)
-    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": file.store, "log": file.log}
+    # A database's URL or a hook may hold a secret.
+    file.write(root / CONFIG, mode=0o600)
+    where = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
+    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": where, "log": file.log}
 
 
 def _read_yaml(path: Path | None) -> dict[str, Any]:
@@ -258,7 +262,7 @@ def run(root: Path, *, manual: bool = False, every: float | None = None, until: 
         while True:
             try:
                 found = _steps(loop, manual, until, lambda: _report(config, parts))
-            except (Stage1Error, OSError) as error:
+            except (Stage1Error, OSError, SQLAlchemyError) as error:
                 if every is None:
                     raise
                 say(f"{type(error).__name__}: {error}; tried again in {every:g} s")

@@ -515,6 +515,11 @@ def _checks(
         Check(name="no harmful promotion", passed=worst is None or worst >= 0, value=worst, limit=0.0,
               note=f"least gain in mean reward of {len(promoted)} promotions, on {config.judged} photos never served")
     )  # fmt: skip
+    served = min((one.gain_as_served for one in promoted if one.gain_as_served is not None), default=None)
+    checks.append(
+        Check(name="nor beside what was served", passed=served is None or served >= 0, value=served, limit=0.0,
+              note="the same, the champion before at the threshold it had been tightened to")
+    )  # fmt: skip
     return checks
 
 
