@@ -170,7 +170,7 @@ def test_what_is_known_is_learned_once_from_a_champions_first_events(tmp_path: P
 def test_a_tightened_threshold_does_not_hide_that_the_promise_is_broken(
     tmp_path: Path, bundle: Path, score: float, alarms: bool
 ) -> None:
-    rounds = make_rounds(tmp_path, bundle, monitor=MonitorConfig(alpha=0.1))
+    rounds = make_rounds(tmp_path, bundle, monitor=MonitorConfig(alpha=0.1, floor=0.5), plan=ReviewPlan(floor=0.5))
     # Deferred at .95; at the certified .6 what scores .9 would exit.
     deferred = serve(rounds, 80, action="defer", stage="B", exit_score=score, threshold=0.95, prob_b=0.1)
     for i, event in enumerate(deferred):
