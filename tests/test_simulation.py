@@ -31,6 +31,7 @@ SMALL = {
     "judged": 10,
     "delay_days": 0.3,
     "past_share": 0.45,
+    "least_certify": 10,
 }
 
 
@@ -103,7 +104,8 @@ def test_same_seed_same_record_on_every_database(photos: Path, run: Path, tmp_pa
 def test_real_photos_give_the_same_on_both_databases(
     shared: Callable[[str], Path], tmp_path: Path, postgres_url: str
 ) -> None:
-    options = {"days": 4, "per_day": 100, "shift_day": 2, "looks_per_day": 2, "min_labels": 120, "judged": 50}
+    options = {"days": 4, "per_day": 100, "shift_day": 2, "looks_per_day": 2, "min_labels": 120, "judged": 50,
+               "least_certify": 60}  # fmt: skip
     signs = shared("data/roadwork_signs")
     first = simulate(signs, tmp_path / "one", positive="roadwork", backbone=str(shared("weights/dinov2-small")),
                      image_size=56, **options)  # fmt: skip
@@ -119,7 +121,7 @@ def test_bad_input_says_what_to_do(photos: Path, run: Path, tmp_path: Path) -> N
     with pytest.raises(InputError, match="per_day must be 8 or more, or 0, got 2"):
         simulate(photos, tmp_path / "out", run=run, per_day=2)
     with pytest.raises(InputError, match="data must have 8 photos a day for the stream, got"):
-        simulate(photos, tmp_path / "out", run=run, past_share=0.45, judged=10)
+        simulate(photos, tmp_path / "out", run=run, past_share=0.45, judged=10, per_day=0)
     with pytest.raises(InputError, match="run must be of the same photos and seed"):
         simulate(photos, tmp_path / "out", run=run, seed=1, **SMALL)
     (tmp_path / "out/loop").mkdir(parents=True)

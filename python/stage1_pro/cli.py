@@ -764,13 +764,18 @@ def _add_simulate(kinds: Any) -> None:
     sub.add_argument("--store", help="postgresql://… of an empty database; SQLite in OUT/loop by default")
     sub.add_argument("--past-share", type=float, help="of the photos, that the first champion learns from; .3")
     sub.add_argument("--days", type=int, help="30 by default")
-    sub.add_argument("--per-day", type=int, help="photos served a day; by default so many that none comes twice")
+    sub.add_argument(
+        "--per-day", type=int, help="photos served a day; 260 by default; 0: so many that none comes twice"
+    )
     sub.add_argument("--shift-day", type=int, help="from which on photos are changed; 5 by default")
     sub.add_argument("--protocol", help="what the validator does to them: crop224, letterbox224 (default)")
     sub.add_argument("--level", type=int, help="of that protocol; 3 by default")
     sub.add_argument("--alpha", type=float, help="risk of exits that is promised; .05 by default")
     sub.add_argument("--audit-rate", type=float, help="chance with which any photo is reviewed; .8 by default")
-    sub.add_argument("--budget", type=int, help="answers a day that reviewers have time for; 150 by default")
+    sub.add_argument("--budget", type=int, help="answers a day that reviewers have time for; 260 by default")
+    sub.add_argument(
+        "--least-certify", type=int, help="labels since the last alarm that a round waits for; 1000 by default"
+    )
     sub.add_argument("--delay", type=float, help="days between a photo and its label, on average; 2 by default")
     sub.add_argument("--seed", type=int, help="of all that is drawn; 0 by default")
     sub.add_argument("--quick", action="store_true", help="6 days of 120 photos, shift on day 2: a look, no evidence")
@@ -1304,7 +1309,7 @@ def _simulate(options: argparse.Namespace) -> None:
     from stage1_pro.stations.simulation import QUICK, render, simulate
 
     names = ("epochs", "past_share", "days", "per_day", "shift_day", "protocol", "level", "alpha", "audit_rate",
-             "budget", "seed")  # fmt: skip
+             "budget", "least_certify", "seed")  # fmt: skip
     given = {name: getattr(options, name) for name in names} | {"delay_days": options.delay}
     found = simulate(
         options.data, options.out, run=options.run, positive=options.positive, backbone=options.backbone,

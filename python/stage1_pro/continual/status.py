@@ -460,8 +460,8 @@ def _sentences(
         )
     if evidence.alarm and evidence.alarm_n is not None:
         said.append(
-            f"The alarm came after {evidence.alarm_n} audited exits. With the promise kept, it ever comes in "
-            f"at most {_share(evidence.delta)} of all cases."
+            f"The alarm came after {evidence.alarm_n} checked photos that exit at the certified threshold. With "
+            f"the promise kept, it ever comes in at most {_share(evidence.delta)} of all cases."
         )
     if seen is not None and seen.drifting:
         said.append("Confidences have changed: other photos come than before. More is audited until that is over.")

@@ -40,8 +40,8 @@ RECORD = "simulation.json"
 SLACK = 1.3
 # Options of the proposals that every round makes; val_select chooses among them.
 PROPOSALS: tuple[dict[str, Any], ...] = ({"lr": 1e-3}, {"lr": 1e-4})
-LEAST_PER_DAY, MOST_PER_DAY = 8, 200
-QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "min_labels": 150}
+LEAST_PER_DAY = 8
+QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "min_labels": 150, "least_certify": 100}
 REAL = (
     "bundles served by LiveCascade, which follows champion.json",
     "events with logged propensities, the review plan's draws, labels in the store",
@@ -69,21 +69,19 @@ class SimulationConfig(Record):
 
     days: int = Field(30, ge=2)
     past_share: float = Field(0.3, gt=0, lt=1, description="of the photos, that the first champion learns from")
-    per_day: int = Field(
-        0, ge=0, description=f"photos served a day; 0: up to {MOST_PER_DAY}, as far as none has to come twice"
-    )
+    per_day: int = Field(260, ge=0, description="photos served a day; 0: as many as let none come twice")
     shift_day: int = Field(5, ge=1, description="from this day on, counted from 0, photos are changed")
     protocol: ProtocolName = "letterbox224"
     level: int = Field(3, ge=0, le=3, description="of the protocol")
     alpha: float = Field(0.05, gt=0, lt=1, description="risk of exits that is promised")
     min_coverage: float = Field(0.2, gt=0, lt=1, description="least share of exits that a certificate must allow")
     audit_rate: float = Field(0.8, ge=0.02, le=1, description="chance with which any photo is reviewed")
-    budget: int = Field(150, ge=1, description="answers a day that reviewers have time for")
+    budget: int = Field(260, ge=1, description="answers a day that reviewers have time for")
     delay_days: float = Field(2.0, ge=0, description="between a photo and its label, on average")
     looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
     min_labels: int = Field(3000, ge=1, description="new labels that are worth a training without any alarm")
     judged: int = Field(500, ge=10, description="photos that are never served and judge promotions afterwards")
-    least_certify: int = Field(600, ge=2, description="fewest labels since the last alarm to certify a candidate on")
+    least_certify: int = Field(1000, ge=2, description="fewest labels since the last alarm to certify a candidate on")
     epochs: int = Field(0, ge=0, description="of the first champion's training; 0: 30 of a network, 200 of heads")
     seed: int = Field(0, ge=0)
 
@@ -216,7 +214,7 @@ def simulate(
         level=config.level, seed=config.seed,
     )  # fmt: skip
     if config.per_day == 0:
-        config = config.model_copy(update={"per_day": min(len(world.stream) // config.days, MOST_PER_DAY)})
+        config = config.model_copy(update={"per_day": len(world.stream) // config.days})
     if config.per_day < LEAST_PER_DAY:
         raise InputError(
             f"data must have {LEAST_PER_DAY} photos a day for the stream, got {len(world.stream)} for {config.days} "
