@@ -113,8 +113,6 @@ def propose_run(
         NotReachableError: nothing is new, or no step earns more on ``val_select`` within the anchor's budget; nothing
             was written.
     """
-    # Probabilities of a policy that is sure are subnormal numbers, on which a processor is ten times slower.
-    torch.set_flush_denormal(True)
     run, out = Path(run), Path(out)
     spec, options = spec or RewardSpec(), options or ProposalOptions()
     if out.exists():

@@ -59,7 +59,7 @@ SIMULATED = (
 LIMITS = (
     "the unit is the photo: near-copies of a place lie in the past and in the stream; nothing here is of new places",
     "one world and one shift a run: checks are single outcomes, not rates",
-    "what learns is Stage A's classifier and gate, on a backbone that stays; Stage B never learns",
+    "what learns are the heads of both stages, on a backbone that stays",
     "where more photos are served than there are, they come again, and those that taught may be among those that judge",
 )
 
