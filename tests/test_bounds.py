@@ -107,10 +107,13 @@ def test_hoeffding_bentkus_holds_and_inverts() -> None:
         hoeffding_bentkus_p_value(3.0, 2, 0.1)
 
 
-def test_betting_holds_and_inverts() -> None:
+@pytest.mark.parametrize("variance", [None, 1e-4, 1.0])
+def test_betting_holds_and_inverts(variance: float | None) -> None:
+    """At whatever spread the bets begin with."""
     rng, draws = np.random.default_rng(2), 3000
+    worst = 1.0 if variance is None else 0.95
     for mean, losses in ((0.1, rng.beta(0.5, 4.5, (draws, 80))), (0.05, rng.random((draws, 200)) < 0.05)):
-        p = np.array([betting_p_value(row, mean, 0.05) for row in losses])
+        p = np.array([betting_p_value(row, mean, 0.05, variance=variance, worst=worst) for row in losses])
         upper = np.array([betting_upper(row, 0.05) for row in losses[:500]])
         assert (p <= 0.05).mean() <= 0.05 + 3 * math.sqrt(0.05 / draws)
         assert (upper < mean).mean() <= 0.05 + 3 * math.sqrt(0.05 / 500)
@@ -118,7 +121,9 @@ def test_betting_holds_and_inverts() -> None:
     weights = rng.random((draws, 300)) ** 3
     losses = weights * rng.beta(0.4, 3.6, weights.shape) * (1 + weights) / 2
     ratio = float(losses.mean() / weights.mean())
-    p = np.array([betting_p_value(v, ratio, 0.05, weights=a) for v, a in zip(losses, weights, strict=True)])
+    p = np.array(
+        [betting_p_value(v, ratio, 0.05, weights=a, variance=variance) for v, a in zip(losses, weights, strict=True)]
+    )
     assert (p <= 0.05).mean() <= 0.05 + 3 * math.sqrt(0.05 / draws)
     bounds = [
         betting_upper(v, 0.05, weights=a, alpha=1.5 * ratio) for v, a in zip(losses[:1000], weights[:1000], strict=True)
@@ -128,6 +133,10 @@ def test_betting_holds_and_inverts() -> None:
     assert betting_p_value(losses[0], 0.2, 0.05, weights=weights[0]) <= 0.05 or upper > 0.2
     assert ratio < upper < 0.3
     assert (betting_upper([], 0.05), betting_p_value([], 0.1, 0.05)) == (1.0, 1.0)
+    with pytest.raises(InputError, match="variance and worst must be"):
+        betting_p_value([0.5], 0.1, 0.05, variance=0.0)
+    with pytest.raises(InputError, match="worst must be the most that any pair can lose"):
+        betting_p_value([0.5], 0.1, 0.05, worst=0.3)
     with pytest.raises(InputError, match=r"losses must be in \[0, 1\]"):
         betting_p_value([1.5], 0.1, 0.05)
     with pytest.raises(InputError, match=r"shape \[G\], got \[2\] and \[1\]"):
@@ -138,6 +147,9 @@ def test_betting_gains_where_losses_vary_little() -> None:
     """Means of .05 that vary little are certified below .1 from few; a test that sees only their sum cannot."""
     losses = np.random.default_rng(3).uniform(0.03, 0.07, 70)
     assert betting_p_value(losses, 0.1, 0.05) <= 0.05 < hoeffding_bentkus_p_value(losses.sum(), 70, 0.1)
+    # From fewer still, where it is known beforehand that they do, and that none can be above .4.
+    few = losses[:20]
+    assert betting_p_value(few, 0.1, 0.05, variance=1e-3, worst=0.3) <= 0.05 < betting_p_value(few, 0.1, 0.05)
 
 
 @pytest.mark.parametrize(("n", "xi", "delta"), [(13, 0.7, 0.01), (500, 0.7, 0.01), (77, 0.9, 0.2)])

@@ -365,6 +365,25 @@ def test_hysteresis_asks_once_for_each_harm() -> None:
     assert ask(state, 6 * DAY, alarm_at=5 * DAY)[1].reasons == ["risk alarm"]
 
 
+def test_an_alarm_that_stands_asks_again_with_new_labels_and_no_other_one_does() -> None:
+    state, verdict = ask(START, 10.0, alarm_at=5.0, new_labels=249)
+    assert verdict.reasons == ["risk alarm"]
+    # Half of min_labels since that training, under the same champion; without them, never.
+    state, verdict = ask(state, 90 * DAY / 4, alarm_at=5.0, new_labels=249)
+    assert not verdict.reasons + verdict.waiting
+    waiting, verdict = ask(state, 25 * DAY, alarm_at=5.0, new_labels=250, missing="12 of 50 to certify")
+    assert (verdict.train, verdict.waiting) == (False, ["alarm stands"])
+    state, verdict = ask(waiting, 26 * DAY, alarm_at=5.0, new_labels=251)
+    assert verdict.train and verdict.reasons == ["alarm stands"] and state.trained_at == 26 * DAY
+    assert not ask(state, 29 * DAY, alarm_at=5.0, new_labels=249)[1].train
+    assert not ask(START, 10.0, new_labels=499)[1].train
+    # A new alarm is one, not one that stands.
+    assert ask(state, 29 * DAY, alarm_at=28 * DAY, new_labels=250)[1].reasons == ["risk alarm"]
+    often = TriggerConfig(again_labels=20)
+    _, verdict = triggers(state, Signals(alarm_at=5.0, new_labels=20), alpha=ALPHA, now=29 * DAY, config=often)
+    assert verdict.reasons == ["alarm stands"]
+
+
 def test_a_cooldown_makes_reasons_wait_but_not_a_wish_by_hand() -> None:
     state, _ = ask(START, 10.0, manual=True)
     state, verdict = ask(state, 20.0, alarm_at=15.0)

@@ -20,6 +20,7 @@ from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_run
 
 from stage1_pro.artifacts import Splits, hash_splits, sha256_bytes, sha256_file, write_bytes
+from stage1_pro.continual import audit
 from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.executors import Inline, Work
 from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
@@ -28,7 +29,7 @@ from stage1_pro.continual.live import Pair, _append_pairs, novelty_path
 from stage1_pro.continual.loop import Loop, Round
 from stage1_pro.continual.monitor import TriggerConfig
 from stage1_pro.continual.registry import Registry
-from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
+from stage1_pro.continual.rewards import NOBODY, Decisions, RewardSpec, verified
 from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
 from stage1_pro.continual.srt import ControllerConfig, to_logit, to_score
 from stage1_pro.continual.status import MonitorConfig
@@ -256,6 +257,37 @@ def test_a_label_dated_back_while_collecting_was_killed_stops_nothing(tmp_path: 
     again = rounds.collect(work)
     assert again["guard"] != first["guard"] and again["n_guard"] == first["n_guard"]
     assert rounds.vault.looks_left(again["guard"]) == 10
+
+
+def test_guard_rows_that_judged_nobody_go_on_to_the_next_round_and_what_certified_does_not(
+    tmp_path: Path, bundle: Path
+) -> None:
+    """A round refused before the guard was looked at has used up what certified its candidate, and no guard row."""
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+
+    def collected(number: int, now: float) -> tuple[Any, set[str], set[str]]:
+        found = rounds.collect(work.model_copy(update={"number": number, "entered": now}))
+        snapshot = Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json")
+        frozen = {"number": number, "snapshot": {"until": now, "guard": found["guard"]}}
+        with rounds.store.write() as connection:
+            audit.append(connection, rounds.store, "edge", {"from": "COLLECT", "to": "PROPOSE", "round": frozen}, now)
+        return found["guard"], set(rounds.vault.row_ids(found["guard"])), {name for name, _, _ in snapshot.certify}
+
+    first, guard, certify = collected(1, 1000.0)
+    assert rounds.collect(work)["guard"] == first  # A round that is killed here is not its own earlier one.
+    assert "0 of 2 to certify" in rounds.status({}, rounds.registry.alias("champion"), now=1001.0).verdict.missing
+    deal(rounds, 60, first=1100)
+    second, more, others = collected(2, 2000.0)
+    assert guard < more and others and not certify & others
+    nobody = Decisions(np.full(len(more), NOBODY), np.zeros(len(more), dtype=bool))
+    decided = Decisions(np.zeros(len(more), dtype=np.int64), np.zeros(len(more), dtype=bool))
+    classes = {"classes": ("none", "roadwork"), "positive": "roadwork"}
+    rounds.vault.judge(second, nobody, decided, lambda *_: None, terms="", name="c", now=1.0, **classes)
+    assert rounds.vault.looked(second) and not rounds.vault.looked(first)
+    deal(rounds, 60, first=2100)
+    _, last, _ = collected(3, 3000.0)
+    assert last and not last & more
 
 
 def test_images_that_are_gone_and_rows_learned_from_are_none_to_begin_a_round_with(

@@ -31,6 +31,8 @@ from stage1_pro.policies.bounds import betting_p_value, binomial_cdf, holm
 
 # Resamples drawn at once.
 _CHUNK = 500
+# Share of rows on which two sides are taken to differ, before any was seen.
+_DIFFER = 0.2
 
 
 class Terms(Record):
@@ -313,7 +315,9 @@ def _betting(
 ) -> float:
     """p-value of "the mean difference is at most -margin", for any number, size and skewness of clusters.
 
-    No row's difference is beyond ``reach``; ``level`` is what the bets aim at.
+    No row's difference is beyond ``reach``; ``level`` is what the bets aim at. They begin with the spread of rows of
+    which one in five differs, by half its reach. How many do differ here may not say it, nor how much these could lose:
+    who bets more where no row that loses was drawn, wins against a hypothesis that is true.
     """
     if reach <= margin:
         return 0.0 if margin else 1.0
@@ -324,7 +328,12 @@ def _betting(
     order = np.random.Generator(np.random.Philox(seed)).permutation(rows.size)
     losses = np.clip(shifted / rows.max(), 0.0, 1.0)
     alpha = (reach + margin) / (2 * reach)
-    return betting_p_value(losses[order], alpha, level, weights=(rows / rows.max())[order])
+    # In units of twice the reach and of the largest cluster.
+    variance = _DIFFER * float(rows.mean()) / (4 * float(rows.max())) ** 2
+    # A cluster's v is at most its a.
+    return betting_p_value(
+        losses[order], alpha, level, weights=(rows / rows.max())[order], variance=variance, worst=1 - alpha
+    )
 
 
 def _reach(spec: RewardSpec) -> float:

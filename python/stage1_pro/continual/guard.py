@@ -196,6 +196,12 @@ class GuardVault:
             of = self._epoch(connection, epoch).looks
             return int(of) - self._taken(connection, epoch)
 
+    def looked(self, epoch: str) -> bool:
+        """Whether any candidate was judged by this epoch; rows that judged none may be another epoch's."""
+        with self._store.read() as connection:
+            self._epoch(connection, epoch)
+            return self._taken(connection, epoch) > 0
+
     def judge(
         self,
         epoch: str,

@@ -455,13 +455,17 @@ def rolling(predicted: ArrayLike, label: ArrayLike) -> Rolling:
 
 # -------------------------------------------------------------------------------- triggers
 
-Reason = Literal["risk alarm", "confidence and drift", "labels", "age", "manual"]
+Reason = Literal["risk alarm", "alarm stands", "confidence and drift", "labels", "age", "manual"]
 
 
 class TriggerConfig(Record):
     """When the loop trains, and how many exits are audited."""
 
     min_labels: int = Field(500, ge=1, description="new labels that are worth a training")
+    again_labels: int | None = Field(
+        None, ge=1, description="the same after a training that did not end the alarm: the champion is the old one; "
+        "null: half of min_labels"
+    )  # fmt: skip
     max_age: float = Field(30 * 86400.0, gt=0, description="seconds after which a model is old")
     cooldown: float = Field(86400.0, ge=0, description="least seconds between trainings; a wish by hand does not wait")
     rearm: float = Field(0.8, gt=0, le=1, description="share of alpha below which CBPE counts as well again")
@@ -512,10 +516,11 @@ def triggers(
 ) -> tuple[TriggerState, Verdict]:
     """Say whether to train, and at which rate to audit; harm trains, drift alone only raises the audit rate.
 
-    With hysteresis: an alarm asks once; CBPE above alpha together with drift asks once, and again only after CBPE has
-    been below ``rearm`` of alpha; trainings are a cooldown apart; the audit rate falls ``hold`` seconds after the last
-    drift. What a training could not be finished without is waited for, and nothing that asked is forgotten meanwhile; a
-    wish by hand does not wait.
+    With hysteresis: an alarm asks once, and while its champion stays again with every ``again_labels`` since the last
+    training, as what was refused on few rows may pass on more; CBPE above alpha together with drift asks once, and
+    again only after CBPE has been below ``rearm`` of alpha; trainings are a cooldown apart; the audit rate falls
+    ``hold`` seconds after the last drift. What a training could not be finished without is waited for, and nothing that
+    asked is forgotten meanwhile; a wish by hand does not wait.
 
     Args:
         state: what the last call gave.
@@ -533,9 +538,12 @@ def triggers(
     cbpe_high = signals.cbpe is not None and signals.cbpe.low is not None and signals.cbpe.low > alpha
     cbpe_well = signals.cbpe is None or signals.cbpe.value is None or signals.cbpe.value < config.rearm * alpha
     alarmed = signals.alarm_at is not None and (state.alarm_seen is None or signals.alarm_at > state.alarm_seen)
+    stands = signals.alarm_at is not None and not alarmed
+    again = config.again_labels or -(-config.min_labels // 2)
     last = state.since if state.trained_at is None else state.trained_at
     asked: dict[Reason, bool] = {
         "risk alarm": alarmed,
+        "alarm stands": stands and signals.new_labels >= again,
         "confidence and drift": cbpe_high and signals.drifting and not state.shifted,
         "labels": signals.new_labels >= config.min_labels,
         "age": now - last >= config.max_age,

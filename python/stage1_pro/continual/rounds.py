@@ -326,15 +326,15 @@ class Rounds:
     def collect(self, work: Round) -> Mapping[str, Any]:
         """Freeze what was labelled before the round's time, open its guard epoch, keep the images beyond their time.
 
-        A guard epoch is of images served since the last round froze its own, and none from before the champion's last
-        alarm: what judges and certifies is of the world as it is. What the champion's run holds judges and certifies
-        nothing: it was learned from.
+        A guard epoch is of images served since the last one that was looked at was frozen; what certifies, since the
+        last round. None are from before the champion's last alarm: what judges and certifies is of the world as it is.
+        What the champion's run holds judges and certifies nothing: it was learned from.
         """
         until = work.entered
         ingest(self.store, self.log)
         start = max(one.time for one in self.registry.history("champion") if one.bundle == work.champion)
         seen = self._seen(work.champion, start, until)
-        dealt = self._deal(seen, until, self._last(work.number))
+        dealt = self._deal(seen, until, self._used(work.number))
         kept = {part: [row for row in rows if self._keep(row[0])] for part, rows in dealt.items()}
         missing = self._short(kept)
         if missing:
@@ -355,16 +355,17 @@ class Rounds:
         return {"snapshot": name, "until": until, "guard": epoch, "n_guard": len(names),
                 "n_learn": len(snapshot.learn), "n_certify": len(snapshot.certify)}  # fmt: skip
 
-    def _deal(self, seen: _Seen, until: float, last: float) -> dict[Role, list[tuple[str, str, str]]]:
-        """Image, label and source of what was labelled by then, by role; ``last``: when an earlier round froze its."""
+    def _deal(self, seen: _Seen, until: float, used: Mapping[Role, float]) -> dict[Role, list[tuple[str, str, str]]]:
+        """Image, label and source of what was labelled by then, by role; ``used``: what earlier rounds used up."""
         plan = self.config.plan
-        since = max(last, self.registry.history("champion")[0].time)
+        first = self.registry.history("champion")[0].time
+        since = {part: max(time, first) for part, time in used.items()}
         origin = Splits.read(Path(self._run(seen.bundle).run) / "splits.json")
         learned_from = {row.sha256 for row in origin.rows}
         found: dict[Role, dict[str, tuple[str, str, str]]] = {"guard": {}, "certify": {}, "learn": {}}
         roles: dict[str, Role] = {}
         for one in read_events(self.store, until=until):
-            fresh = one.time >= since and one.time > seen.harm
+            fresh = [part for part, time in since.items() if one.time >= time and one.time > seen.harm]
             if fresh and (one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)):
                 raise NotReachableError(
                     f"events must be drawn by the loop's own review plan, got {one.id} of another: draws below the "
@@ -375,7 +376,7 @@ class Rounds:
             part = role(one.image_sha256, draw, self.config) if one.selected else "learn"
             if roles.get(one.image_sha256, "learn") == "learn":
                 roles[one.image_sha256] = part
-            if one.id in seen.held and one.selected and (part == "learn" or fresh):
+            if one.id in seen.held and one.selected and part in ("learn", *fresh):
                 answer = seen.held[one.id]
                 found[part].setdefault(one.image_sha256, (one.image_sha256, answer.label, answer.source))
         return {
@@ -391,7 +392,7 @@ class Rounds:
     def _missing(self, seen: _Seen, now: float) -> str:
         """What a round begun now would lack: labels whose images are still there, or the champion's run."""
         try:
-            dealt = self._deal(seen, now, self._last(None))
+            dealt = self._deal(seen, now, self._used(None))
         except NotReachableError:
             return ""  # The round itself says it, once.
         except ArtifactError as error:
@@ -530,18 +531,22 @@ class Rounds:
         for source in GUARD_SOURCES:
             self.vault.label(epoch, {name: label for name, label, of in rows if of == source}, source)
 
-    def _last(self, number: int | None) -> float:
-        """When the last round before this one froze its labels; None: the last of all."""
-        last = -math.inf
+    def _used(self, number: int | None) -> dict[Role, float]:
+        """Until when rounds before this one (None: all) have used rows up: those that certified, those that judged.
+
+        Rows of a guard epoch that was never looked at have judged nobody.
+        """
+        used: dict[Role, float] = {"guard": -math.inf, "certify": -math.inf}
         for row in audit.read(self.store, kind="edge"):
             body = json.loads(row.body)
-            if (
-                body["from"] == "COLLECT"
-                and body["to"] == "PROPOSE"
-                and (number is None or body["round"]["number"] < number)
-            ):
-                last = max(last, body["round"]["snapshot"]["until"])
-        return last
+            if (body["from"], body["to"]) != ("COLLECT", "PROPOSE"):
+                continue
+            earlier, frozen = body["round"]["number"], body["round"]["snapshot"]
+            if number is None or earlier < number:
+                used["certify"] = max(used["certify"], frozen["until"])
+                if self.vault.looked(frozen["guard"]):
+                    used["guard"] = max(used["guard"], frozen["until"])
+        return used
 
     def _snapshot(self, work: Round) -> Snapshot:
         assert work.snapshot is not None

@@ -166,23 +166,45 @@ def hoeffding_bentkus_upper(total: float, trials: int, delta: float) -> float:
     return _smallest(lambda alpha: float(hoeffding_bentkus_p_value(total, trials, alpha)) <= delta)
 
 
-def betting_p_value(losses: ArrayLike, alpha: float, delta: float, *, weights: ArrayLike | None = None) -> float:
+def betting_p_value(
+    losses: ArrayLike,
+    alpha: float,
+    delta: float,
+    *,
+    weights: ArrayLike | None = None,
+    variance: float | None = None,
+    worst: float = 1.0,
+) -> float:
     """p-value of "E[loss] >= alpha E[weight]" for independent pairs, by betting against it; small is evidence against.
 
-    The capital prod(1 + b_i (alpha a_i - v_i)) of bets b_i in [0, 0.9], each chosen from the pairs before it, is a
-    supermartingale under the hypothesis, so 1 / its maximum is a p-value (Ville; Waudby-Smith & Ramdas 2010.09686).
-    With weights it is a test of a ratio of means, E[v] / E[a] >= alpha. The order must not depend on the values.
+    The capital prod(1 + b_i (alpha a_i - v_i)) of bets b_i in [0, 0.9 / worst], each chosen from the pairs before it,
+    is a supermartingale under the hypothesis, so 1 / its maximum is a p-value (Ville; Waudby-Smith & Ramdas
+    2010.09686). With weights it is a test of a ratio of means, E[v] / E[a] >= alpha. The order must not depend on the
+    values.
 
     Args:
         losses: v [G] in [0, 1].
         alpha: inside (0, 1).
         delta: the level that the bets aim at; the p-value holds for any.
         weights: a [G] in [0, 1]; 1 by default.
+        variance: that alpha a - v is expected to have: bets begin with it, and learn theirs over some twenty pairs. By
+            default that of 0/1 losses at ``alpha``; what varies far less is bet on far too carefully with it.
+        worst: more than this v - alpha a is of no pair, whatever the losses turn out to be.
+
+    The p-value holds for any variance. It and ``worst`` must not come from the losses.
+
+    Raises:
+        InputError: an argument out of range, or a pair that is worse than ``worst``.
     """
     check_share("alpha", alpha)
     check_share("delta", delta)
     loss, weight = _losses(losses, weights)
-    return math.exp(-_log_capital(alpha * weight - loss, _bets(alpha * weight - loss, alpha * (1 - alpha), 20, delta)))
+    gains, spread = alpha * weight - loss, alpha * (1 - alpha) if variance is None else variance
+    if not 0 < spread <= 1 or not 0 < worst <= 1:
+        raise InputError(f"variance and worst must be in (0, 1], got {spread} and {worst}")
+    if -gains.min(initial=0.0) > worst * (1 + 1e-9):
+        raise InputError(f"worst must be the most that any pair can lose, got {worst}, and one lost {-gains.min()}")
+    return math.exp(-_log_capital(gains, _bets(gains, spread, 20, delta, 0.9 / worst)))
 
 
 def betting_upper(
@@ -307,14 +329,16 @@ def _smallest(rejected: Callable[[float], bool]) -> float:
     return high
 
 
-def _bets(gains: NDArray[np.float64], variance: float, weight: float, delta: float) -> NDArray[np.float64]:
+def _bets(
+    gains: NDArray[np.float64], variance: float, weight: float, delta: float, most: float = 0.9
+) -> NDArray[np.float64]:
     """Bets [G] that aim at 1 / delta after all of them, each from the gains before it and a prior of that variance."""
     n = gains.size
     before = np.arange(n)
     sums = np.cumsum(gains) - gains
     away = (gains - sums / (weight + before)) ** 2
     spread = (weight * variance + np.cumsum(away) - away) / (weight + before)
-    return np.minimum(np.sqrt(-2 * math.log(delta) / (max(n, 1) * spread)), 0.9)
+    return np.minimum(np.sqrt(-2 * math.log(delta) / (max(n, 1) * spread)), most)
 
 
 def _log_capital(gains: NDArray[np.float64], bets: NDArray[np.float64]) -> float:
