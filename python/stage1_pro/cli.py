@@ -774,7 +774,7 @@ def _add_simulate(kinds: Any) -> None:
     sub.add_argument("--audit-rate", type=float, help="chance with which any photo is reviewed; .8 by default")
     sub.add_argument("--budget", type=int, help="answers a day that reviewers have time for; 260 by default")
     sub.add_argument(
-        "--least-certify", type=int, help="labels since the last alarm that a round waits for; 1000 by default"
+        "--least-certify", type=int, help="labels since the last alarm that a round waits for; 800 by default"
     )
     sub.add_argument("--delay", type=float, help="days between a photo and its label, on average; 2 by default")
     sub.add_argument("--seed", type=int, help="of all that is drawn; 0 by default")

@@ -81,7 +81,7 @@ class SimulationConfig(Record):
     looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
     min_labels: int = Field(3000, ge=1, description="new labels that are worth a training without any alarm")
     judged: int = Field(500, ge=10, description="photos that are never served and judge promotions afterwards")
-    least_certify: int = Field(1000, ge=2, description="fewest labels since the last alarm to certify a candidate on")
+    least_certify: int = Field(800, ge=2, description="fewest labels since the last alarm to certify a candidate on")
     epochs: int = Field(0, ge=0, description="of the first champion's training; 0: 30 of a network, 200 of heads")
     seed: int = Field(0, ge=0)
 
@@ -300,7 +300,7 @@ def _loop_config(config: SimulationConfig) -> dict[str, Any]:
             "plan": {"floor": config.audit_rate, "deferral": 0.5, "novelty": 0.0, "seed": config.seed},
             "least_rows": 30,
             "least_certify": config.least_certify,
-            "guard_share": 0.4,
+            "guard_share": 0.3,
             "certify_share": 0.4,
             "select_share": 0.4,
             # Wide, as the anchor is small: narrow ones rule nothing out on it.
