@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLo
 from stage1_pro.continual.executors import Inline, Work
 from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.labels import Label, add_events, add_labels
-from stage1_pro.continual.live import Pair, _append_pairs, novelty_path
+from stage1_pro.continual.live import Pair, _append_pairs, novelty_path, tightened
 from stage1_pro.continual.loop import Loop, Round
 from stage1_pro.continual.monitor import TriggerConfig
 from stage1_pro.continual.registry import Registry
@@ -34,6 +35,7 @@ from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember
 from stage1_pro.continual.srt import ControllerConfig, to_logit, to_score
 from stage1_pro.continual.status import MonitorConfig
 from stage1_pro.continual.store import Store
+from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import NotReachableError
 from stage1_pro.stations.exporting import export
 
@@ -436,7 +438,9 @@ def first_run(run: Path, like: Path, n: int = 64) -> Path:
     return run
 
 
-def to_judge(root: Path, bundle: Path, candidate: Path, n: int = 24, **changes: Any) -> tuple[Rounds, Round]:
+def to_judge(
+    root: Path, bundle: Path, candidate: Path, n: int = 24, *, threshold: float | None = None, **changes: Any
+) -> tuple[Rounds, Round]:
     """A round on its way into EVALUATE, with a guard of real photos."""
     config = {"terms": Terms(**FREE), "timed_passes": 1, "largest_slowdown": 99.0, **changes}
     rounds = make_rounds(root, bundle, **config)
@@ -448,7 +452,7 @@ def to_judge(root: Path, bundle: Path, candidate: Path, n: int = 24, **changes: 
         write_bytes(root / "images" / ids[-1], path.read_bytes())
     rounds.vault.open("one", ids, ids, now=0.0)
     rounds.vault.label("one", {one: CLASSES[i % 2] for i, one in enumerate(ids)}, "review")
-    snapshot = Snapshot(until=0.0, learn=(), certify=(), recent=(), guard="one", n_guard=n)
+    snapshot = Snapshot(until=0.0, learn=(), certify=(), recent=(), guard="one", n_guard=n, threshold=threshold)
     snapshot.write(root / "snapshots" / f"{snapshot.fingerprint()}.json")
     return rounds, Round(
         number=1, entered=1000.0, champion=champion, candidate=rounds.registry.add(candidate), recalibrated="none",
@@ -529,6 +533,42 @@ def test_a_gain_on_sixty_copies_of_one_photo_is_one_lucky_photo(copies: bool, tm
     found = verdict.test("guard reward")
     assert (found.n, found.n_differ) == (61 if copies else 120, 60)
     assert verdict.promoted is not copies
+
+
+def test_the_champion_is_judged_as_it_serves_and_not_as_it_did_before_an_alarm(
+    tmp_path: Path, bundle: Path, rival: Path
+) -> None:
+    found = {}
+    for name, threshold in (("certified", None), ("laxer", 0.01), ("tightened", 1.0)):
+        rounds, work = to_judge(tmp_path / name, bundle, rival, threshold=threshold, largest_slowdown=None)
+        verdict = rounds.evaluate(work)
+        found[name] = (verdict.test("guard reward").n_differ, verdict.test("anchor reward").n_differ)
+    champion, candidate = (rounds.registry.load(name or "") for name in (work.champion, work.candidate))
+    files = [rounds.root / "images" / one for one in rounds.vault.row_ids("one")]
+    theirs, certified = (Cascade.load(one).predict(files) for one in (candidate, champion))
+    held = Cascade.load(replace(champion, policy=tightened(champion.policy, 1.0))).predict(files)
+    expected = [
+        int(((one.label != theirs.label) | (one.exited != theirs.exited)).sum()) for one in (certified, held)
+    ]  # fmt: skip
+    assert [found[name][0] for name in found] == [expected[0], expected[0], expected[1]] and expected[0] != expected[1]
+    assert len({on_anchor for _, on_anchor in found.values()}) == 1
+
+
+def test_the_threshold_that_labels_asked_for_is_frozen_with_them(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+
+    def frozen(now: float) -> float | None:
+        found = rounds.collect(work.model_copy(update={"entered": now}))
+        return Snapshot.read(tmp_path / "snapshots" / f"{found['snapshot']}.json").threshold
+
+    certified = rounds.registry.load(work.champion).policy.exit_threshold
+    assert frozen(1000.0) == certified
+    served = [event for event in deal(rounds, 60, first=1100, labelled=False) if event.selected]
+    for event in served[:3]:
+        answer(rounds, event, "roadwork", at=1500.0)
+    tightened = watch(rounds, {}, now=2000.0).threshold
+    assert frozen(1000.0) == certified and frozen(2000.0) == tightened > certified
 
 
 def test_a_slow_candidate_is_refused_without_a_look(tmp_path: Path, bundle: Path, rival: Path) -> None:

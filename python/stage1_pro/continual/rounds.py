@@ -119,6 +119,9 @@ class Snapshot(Record):
     recent: tuple[str, ...] = Field(description="images of those to learn from, the ones served last")
     guard: str
     n_guard: int
+    threshold: float | None = Field(
+        None, description="that the champion was held to by labels then; it is judged as it serves. Null: its policy's"
+    )
 
 
 class _Seen(NamedTuple):
@@ -348,7 +351,7 @@ class Rounds:
         snapshot = Snapshot(
             until=until, learn=tuple(kept["learn"]), certify=tuple(kept["certify"]),
             recent=tuple(sorted(last, key=lambda name: (-last[name], name))[: self.config.recent]), guard=epoch,
-            n_guard=len(names),
+            n_guard=len(names), threshold=None if seen.controller is None else seen.controller.threshold,
         )  # fmt: skip
         name = snapshot.fingerprint()
         snapshot.write(self.root / "snapshots" / f"{name}.json")
@@ -438,14 +441,19 @@ class Rounds:
         return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "wish": wish_of(policy)})
 
     def evaluate(self, work: Round) -> Verdict:
-        """The gate: the candidate's bundle is measured, both decide on the guard and on the anchor, then every test."""
+        """The gate: the candidate's bundle is measured, both decide on the guard and on the anchor, then every test.
+
+        On the guard the champion decides at the threshold that labels held it to when they were frozen: better than
+        what it did before an alarm is not yet better than what serves. The anchor asks of the first one's policy.
+        """
         assert work.candidate is not None
         assert work.recalibrated is not None
         run = self.root / WORK / work.recalibrated / FILES / "run"
         candidate, champion = self.registry.load(work.candidate), self.registry.load(work.champion)
         fingerprint = candidate.manifest.provenance.model_fingerprint
         remember_run(self.root, work.candidate, run, fingerprint)
-        epoch = self._snapshot(work).guard
+        snapshot = self._snapshot(work)
+        epoch = snapshot.guard
         guard = [str(self.root / "images" / name) for name in self.vault.row_ids(epoch)]
         measured = self._measured(champion, candidate, work, guard)
         spec, terms = self.config.spec, self.config.terms
@@ -465,7 +473,8 @@ class Rounds:
         )
         return evaluate(
             self.vault, epoch,
-            Side(work.champion, self._decide(work.champion, guard), self._decide(work.champion, files),
+            Side(work.champion, self._decide(work.champion, guard, snapshot.threshold),
+                 self._decide(work.champion, files),
                  champion.policy, champion.manifest.provenance.model_fingerprint),
             Side(work.candidate, self._decide(work.candidate, guard), self._decide(work.candidate, files),
                  candidate.policy, fingerprint),
@@ -552,7 +561,7 @@ class Rounds:
         assert work.snapshot is not None
         name = work.snapshot["snapshot"]
         path = self.root / "snapshots" / f"{name}.json"
-        if path.is_file() and '"recent"' not in path.read_text(encoding="utf-8"):
+        if path.is_file() and not {"recent", "threshold"} <= json.loads(path.read_text(encoding="utf-8")).keys():
             raise NotReachableError(
                 "labels were frozen by an earlier version of this program; the next round does anew"
             )
@@ -607,8 +616,8 @@ class Rounds:
             ))  # fmt: skip
         return measured
 
-    def _decide(self, bundle: str, files: Sequence[str]) -> Decisions:
-        inputs = {"bundle": bundle, "root": str(self.root), "files": _hashed(files)}
+    def _decide(self, bundle: str, files: Sequence[str], threshold: float | None = None) -> Decisions:
+        inputs = {"bundle": bundle, "root": str(self.root), "files": _hashed(files), "threshold": threshold}
         found = do_work(self.root / WORK, f"{tasks.__name__}:decide", inputs, self.executor).result
         return Decisions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ _FIT = 1 / 3
 
 
 def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a bundle of the registry decides on image files: class indices, -1 for nobody, and where Stage B ran."""
-    from stage1_pro.continual.live import load_content
+    """What a bundle of the registry decides on image files: class indices, -1 for nobody, and where Stage B ran.
+
+    At ``threshold`` where that is stricter than its policy's.
+    """
+    from stage1_pro.continual.live import load_content, tightened
     from stage1_pro.deploy.cascade import Cascade
 
     del folder
-    cascade = Cascade.load(load_content(inputs["root"], inputs["bundle"]))
+    bundle = load_content(inputs["root"], inputs["bundle"])
+    cascade = Cascade.load(replace(bundle, policy=tightened(bundle.policy, inputs["threshold"])))
     files = [Path(path) for path, _ in inputs["files"]]
     found, classes = cascade.predict(files), cascade.bundle.classes
     answers = [classes.index(name) if name else NOBODY for name in found.label.tolist()]
