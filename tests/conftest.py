@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import itertools
 import os
 import pwd
@@ -10,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,3 +155,35 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     left_out = len(terminalreporter.stats.get("deselected", []))
     if left_out and config.option.markexpr == "not slow":
         terminalreporter.write_line(f"{left_out} slow tests were left out; run them with: pytest -m slow")
+
+
+@pytest.fixture
+def hook() -> Iterator[tuple[str, list[bytes], list[int]]]:
+    """A real server that answers with the statuses it is told, and keeps what it got."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(self.rfile.read(int(self.headers["Content-Length"])))
+            status = answers.pop(0) if answers else 200
+            if status == 0:
+                time.sleep(1)
+                status = 200
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    got: list[bytes] = []
+    answers: list[int] = []
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}/hook?secret=s3cret", got, answers
+    running.shutdown()
+    running.server_close()
+    thread.join()

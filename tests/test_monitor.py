@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -581,44 +579,12 @@ def test_the_dashboard_draws_metrics_that_exist() -> None:
 ALERT = Alert(time=1.0, kind="alarm", title="harm", text="exits are wrong", figures={"risk": 0.1})
 
 
-@pytest.fixture
-def server():
-    """A real server that answers with the statuses it is told, and keeps what it got."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            got.append(self.rfile.read(int(self.headers["Content-Length"])))
-            status = answers.pop(0) if answers else 200
-            if status == 0:
-                time.sleep(1)
-                status = 200
-            self.send_response(status)
-            if status == 302:
-                self.send_header("Location", "/elsewhere")
-            self.end_headers()
-
-        do_GET = do_POST
-
-        def log_message(self, *args) -> None:
-            pass
-
-    got: list[bytes] = []
-    answers: list[int] = []
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{running.server_port}/hook?secret=s3cret", got, answers
-    running.shutdown()
-    running.server_close()
-    thread.join()
-
-
 @pytest.mark.parametrize(
     ("given", "delivered", "tries"),
     [([], True, 1), ([500, 429], True, 3), ([500, 500, 500], False, 3), ([404], False, 1), ([302], False, 1)],
 )
-def test_a_webhook_tries_again_where_that_can_help(server, given, delivered, tries) -> None:
-    url, got, answers = server
+def test_a_webhook_tries_again_where_that_can_help(hook, given, delivered, tries) -> None:
+    url, got, answers = hook
     answers += given
     (found,) = send_alert(ALERT, [Webhook(url, wait=0.01)])
     assert (found.delivered, found.tries) == (delivered, tries)
@@ -629,8 +595,8 @@ def test_a_webhook_tries_again_where_that_can_help(server, given, delivered, tri
     assert found.reason == ("" if delivered else f"HTTP {given[-1]}")
 
 
-def test_a_webhook_that_hangs_or_is_not_there_raises_nothing(server) -> None:
-    url, _, answers = server
+def test_a_webhook_that_hangs_or_is_not_there_raises_nothing(hook) -> None:
+    url, _, answers = hook
     answers.append(0)
     slow, gone = send_alert(
         ALERT, [Webhook(url, timeout=0.2, tries=1), Webhook("http://127.0.0.1:9/x", tries=2, wait=0.01)]
