@@ -14,6 +14,7 @@ from zugzwang.core.certify import certify_threshold as zugzwang_threshold
 
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.policies import bounds
 from stage1_pro.policies.bounds import (
     betting_p_value,
     betting_upper,
@@ -141,6 +142,16 @@ def test_betting_holds_and_inverts(variance: float | None) -> None:
         betting_p_value([1.5], 0.1, 0.05)
     with pytest.raises(InputError, match=r"shape \[G\], got \[2\] and \[1\]"):
         betting_p_value([0.5, 0.5], 0.1, 0.05, weights=[1.0])
+
+
+def test_a_bet_is_chosen_before_its_pair_is_seen() -> None:
+    gains = np.random.default_rng(5).uniform(-0.5, 0.5, 40)
+    bets = bounds._bets(gains, 0.01, 20, 0.05, most=9.0)
+    for i in (0, 7, 39):
+        changed = gains.copy()
+        changed[i] += 0.3
+        other = bounds._bets(changed, 0.01, 20, 0.05, most=9.0)
+        assert (other[: i + 1] == bets[: i + 1]).all() and (other[i + 1 :] != bets[i + 1 :]).all()
 
 
 def test_betting_gains_where_losses_vary_little() -> None:

@@ -371,7 +371,10 @@ def test_an_alarm_that_stands_asks_again_with_new_labels_and_no_other_one_does()
     assert not verdict.reasons + verdict.waiting
     waiting, verdict = ask(state, 25 * DAY, alarm_at=5.0, new_labels=250, missing="12 of 50 to certify")
     assert (verdict.train, verdict.waiting) == (False, ["alarm stands"])
-    state, verdict = ask(waiting, 26 * DAY, alarm_at=5.0, new_labels=251)
+    # A round by hand that lacked something came to nothing, and did not use these labels up.
+    hand, verdict = ask(waiting, 25 * DAY, alarm_at=5.0, new_labels=250, missing="12 of 50 to certify", manual=True)
+    assert verdict.train and hand.trained_at == waiting.trained_at
+    state, verdict = ask(hand, 26 * DAY, alarm_at=5.0, new_labels=251)
     assert verdict.train and verdict.reasons == ["alarm stands"] and state.trained_at == 26 * DAY
     assert not ask(state, 29 * DAY, alarm_at=5.0, new_labels=249)[1].train
     assert not ask(START, 10.0, new_labels=499)[1].train

@@ -457,7 +457,7 @@ def test_betting_holds_where_rare_losses_are_unseen():
         d = np.where(rng.random(n) < share, -4.5, np.where(rng.random(n) < 0.9 / (1 - share), 0.05, 0.0))
         bound = lower_bound(d, clusters, level=level, n_replicates=1000, seed=k)
         passed["bootstrap"] += bound > 0
-        passed["both"] += bound > 0 and gate._betting(d, clusters, gate._reach(spec), level, 0) <= level
+        passed["both"] += bound > 0 and gate._betting_on_means(d, clusters, gate._reach(spec), level, 0) <= level
     assert passed["bootstrap"] > 12
     assert passed["both"] <= 300 * level + 3 * (300 * level) ** 0.5
 
@@ -491,14 +491,32 @@ def test_bets_that_begin_with_the_spread_of_so_many_differences_see_what_a_boots
     found = {"ours": 0, "bootstrap": 0, "careful": 0}
     for k in range(100):
         d, clusters = paired(rng, 677, 0.16)
-        found["ours"] += gate._betting(d, clusters, 4.7, 0.01, k) <= 0.01
+        found["ours"] += gate._betting_on_means(d, clusters, 4.7, 0.01, k) <= 0.01
         found["careful"] += careful(d, clusters) <= 0.01
         found["bootstrap"] += lower_bound(d, clusters, level=0.01, n_replicates=1000, seed=k) > 0
     assert found["ours"] >= 70 and found["ours"] >= found["bootstrap"] - 20
     assert found["careful"] <= 45
     # Without a gain: at most the level, here far less.
-    nulls = [gate._betting(*paired(rng, 677, 0.0), 4.7, 0.01, k) <= 0.01 for k in range(300)]
+    nulls = [gate._betting_on_means(*paired(rng, 677, 0.0), 4.7, 0.01, k) <= 0.01 for k in range(300)]
     assert sum(nulls) <= 300 * 0.01 + 3 * (300 * 0.01) ** 0.5
+
+
+@pytest.mark.parametrize("size", [5, 10, 30])
+def test_a_place_counts_once_however_often_it_is_seen(size):
+    """Rare bursts of frames lose, single ones gain, places neither: bets on sums are largest where no burst was drawn.
+
+    Bets on means do not know of sizes.
+    """
+    rng = np.random.default_rng(size)
+    rare = 1 / 677
+    passed = 0
+    for k in range(300):
+        burst = rng.random(677) < rare
+        gain = np.where(rng.random(677) < rare * 4.5 / (1 - rare) / 4.3, 4.3, 0.0)
+        rows = np.where(burst, size, 1)
+        d, clusters = np.repeat(np.where(burst, -4.5, gain), rows), np.repeat(np.arange(677), rows).astype(np.str_)
+        passed += gate._betting_on_means(d, clusters, 4.7, 0.05, k) <= 0.05
+    assert passed <= 300 * 0.05 + 3 * (300 * 0.05) ** 0.5
 
 
 # -------------------------------------------------------------------------------- many candidates

@@ -194,7 +194,7 @@ def test_a_tightened_threshold_does_not_hide_that_the_promise_is_broken(
 # --------------------------------------------------------------------------------------------
 # Dealing labels
 
-DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2}
+DEALT = {"plan": ReviewPlan(floor=0.3, seed=4), "least_rows": 2, "least_guard": 2}
 
 
 def deal(
@@ -292,6 +292,30 @@ def test_guard_rows_that_judged_nobody_go_on_to_the_next_round_and_what_certifie
     assert last and not last & more
 
 
+def test_guard_rows_of_a_champion_before_are_not_carried_to_another(tmp_path: Path, bundle: Path) -> None:
+    rounds, work = start(tmp_path, bundle)
+    deal(rounds, 80)
+    frozen = {"number": 1, "snapshot": {"until": 1000.0, "guard": rounds.collect(work)["guard"]}}
+    with rounds.store.write() as connection:
+        audit.append(connection, rounds.store, "edge", {"from": "COLLECT", "to": "PROPOSE", "round": frozen}, 1000.0)
+    assert rounds._used(None)["guard"] == -np.inf
+    now = rounds.registry.alias("champion")
+    with rounds.store.write() as connection:
+        rounds.registry.move(connection, "champion", now.bundle, expected=now.version, now=2000.0, by="ada")
+    assert rounds._used(None)["guard"] == 1000.0
+
+
+def test_a_champion_that_lets_nobody_exit_is_watched_without_a_threshold_to_tighten(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = make_rounds(tmp_path, bundle)
+    loaded = rounds.registry.load(rounds.registry.alias("champion").bundle or "")
+    for threshold in (0.999995, 1.0, 1.5):
+        strict = replace(loaded, policy=tightened(loaded.policy, threshold))
+        monkeypatch.setattr(rounds.registry, "load", lambda *_, strict=strict: strict)
+        assert watch(rounds, {}, now=200.0).threshold is None
+
+
 def test_images_that_are_gone_and_rows_learned_from_are_none_to_begin_a_round_with(
     tmp_path: Path, bundle: Path
 ) -> None:
@@ -348,13 +372,16 @@ def test_no_row_that_an_alarm_was_made_of_judges_or_certifies(newest_first: bool
     assert min(first[name] for name in judging) > last
 
 
-def test_a_round_that_an_earlier_version_began_ends_and_does_not_fail_for_good(tmp_path: Path, bundle: Path) -> None:
+@pytest.mark.parametrize("missing", ["recent", "threshold"])
+def test_a_round_that_an_earlier_version_began_ends_and_does_not_fail_for_good(
+    tmp_path: Path, bundle: Path, missing: str
+) -> None:
     rounds, work = start(tmp_path, bundle)
     deal(rounds, 80)
     found = rounds.collect(work)
     path = tmp_path / "snapshots" / f"{found['snapshot']}.json"
     values = json.loads(path.read_text())
-    del values["recent"]
+    del values[missing]
     path.write_text(json.dumps(values))
     with pytest.raises(NotReachableError, match="earlier version"):
         rounds.proposals(work.model_copy(update={"snapshot": dict(found)}))

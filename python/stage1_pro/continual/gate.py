@@ -4,7 +4,8 @@ In this order: what was measured of the bundle (latency, size, parity), a certif
 limits, non-inferiority on the anchor (the domain that must not be forgotten) overall, by slice and in every class's
 FNR, jointly by Holm, by p-values that hold for any number of clusters; and, only when all of that holds, one counted
 look at the guard: the lower bound of the paired reward difference, by resampled clusters, must be above zero, and a
-test by betting that holds for any number of rows must say so too (five lucky rows would pass the bootstrap).
+test by betting that holds for any number of clusters of any size must say so too of their means (five lucky rows would
+pass the bootstrap).
 "No promotion" is a result like any other.
 
 NumPy only; it judges decisions that were made elsewhere. Nothing that proposes candidates may import this module.
@@ -286,7 +287,7 @@ def _test_guard(
     difference = np.zeros(differ.size)
     difference[differ] = of(candidate) - of(champion)
     bound = lower_bound(difference, clusters, level=look.level, n_replicates=terms.n_replicates, seed=terms.seed)
-    p = _betting(difference, clusters, _reach(spec), look.level, terms.seed)
+    p = _betting_on_means(difference, clusters, _reach(spec), look.level, terms.seed)
     return look, GateTest(
         name="guard reward",
         passed=bound > 0 and p <= look.level,
@@ -298,7 +299,7 @@ def _test_guard(
         p_value=p,
         limit=0.0,
         level=look.level,
-        method="bound: cluster bootstrap, percentile; p-value: betting, exact",
+        method="bound: cluster bootstrap of rows, percentile; p-value: betting on clusters' means, exact",
         note=f"look {look.number} of {look.of}"
         + (f", {look.earlier_promotions} promoted before in this epoch" if look.earlier_promotions else ""),
     )
@@ -313,26 +314,45 @@ def _betting(
     *,
     margin: float = 0.0,
 ) -> float:
-    """p-value of "the mean difference is at most -margin", for any number, size and skewness of clusters.
+    """p-value of "the rows' mean difference is at most -margin", for any number of clusters, of these sizes.
 
     No row's difference is beyond ``reach``; ``level`` is what the bets aim at. They begin with the spread of rows of
-    which one in five differs, by half its reach. How many do differ here may not say it, nor how much these could lose:
-    who bets more where no row that loses was drawn, wins against a hypothesis that is true.
+    which one in five differs, by half its reach: fixed beforehand, as what is drawn may not say how much is bet on it.
+    Clusters larger than any that was drawn are ruled out by nothing.
     """
+    number = _native.cluster_numbers(clusters, difference.size)
+    rows = np.bincount(number).astype(np.float64)
+    return _bet(np.bincount(number, difference).astype(np.float64), rows, reach, level, seed, margin)
+
+
+def _betting_on_means(
+    difference: NDArray[np.float64], clusters: NDArray[np.str_], reach: float, level: float, seed: int
+) -> float:
+    """p-value of "the mean over clusters of their mean differences is at most 0"; whatever sizes clusters may have.
+
+    What a place gains or loses counts once, however often it was seen, as in a certificate by groups.
+    """
+    number = _native.cluster_numbers(clusters, difference.size)
+    means = np.bincount(number, difference) / np.bincount(number)
+    return _bet(means, np.ones(means.size), reach, level, seed)
+
+
+def _bet(
+    sums: NDArray[np.float64], rows: NDArray[np.float64], reach: float, level: float, seed: int, margin: float = 0.0
+) -> float:
+    """p-value of "E[sum] <= -margin E[rows]" of clusters [G] whose sums are within ``reach`` a row."""
     if reach <= margin:
         return 0.0 if margin else 1.0
-    number = _native.cluster_numbers(clusters, difference.size)
-    rows = np.bincount(number)
-    shifted = np.bincount(number, (reach - difference) / (2 * reach))
+    most = float(rows.max())
     # Their order must not depend on what they hold; numbers are of sorted names.
     order = np.random.Generator(np.random.Philox(seed)).permutation(rows.size)
-    losses = np.clip(shifted / rows.max(), 0.0, 1.0)
+    losses = np.clip((reach * rows - sums) / (2 * reach * most), 0.0, 1.0)
     alpha = (reach + margin) / (2 * reach)
     # In units of twice the reach and of the largest cluster.
-    variance = _DIFFER * float(rows.mean()) / (4 * float(rows.max())) ** 2
+    variance = _DIFFER * float(rows.mean()) / (4 * most) ** 2
     # A cluster's v is at most its a.
     return betting_p_value(
-        losses[order], alpha, level, weights=(rows / rows.max())[order], variance=variance, worst=1 - alpha
+        losses[order], alpha, level, weights=(rows / most)[order], variance=variance, worst=1 - alpha
     )
 
 

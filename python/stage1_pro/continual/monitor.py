@@ -560,7 +560,7 @@ def triggers(
     heard = train and not signals.missing
     state = state.model_copy(
         update={
-            "trained_at": now if train else state.trained_at,
+            "trained_at": now if heard else state.trained_at,
             "alarm_seen": signals.alarm_at if heard and alarmed else state.alarm_seen,
             "shifted": shifted or (heard and asked["confidence and drift"]),
             "drift_at": drift_at,

@@ -41,7 +41,7 @@ from stage1_pro.continual.loop import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.monitor import Evidence, Rows, TriggerState
 from stage1_pro.continual.registry import Alias, Registry
 from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
-from stage1_pro.continual.srt import ControllerConfig, ControllerState, Feedback, ThresholdController, to_logit
+from stage1_pro.continual.srt import HIGHEST, ControllerConfig, ControllerState, Feedback, ThresholdController, to_logit
 from stage1_pro.continual.status import MonitorConfig, Status, look, write_page
 from stage1_pro.data.splits import cluster_copies
 from stage1_pro.deploy.bundle import Bundle
@@ -67,6 +67,9 @@ class RoundsConfig(Record):
     select_share: float = Field(0.2, gt=0, lt=1, description="of learned rows, to stop training by")
     least_rows: int = Field(50, ge=2, description="fewest new rows of each role")
     least_certify: int = Field(0, ge=0, description="fewest new rows that certify, where that is more")
+    least_guard: int = Field(
+        300, ge=0, description="the same of rows that judge: fewer see but the largest gains, and a look uses them up"
+    )
     spec: RewardSpec = RewardSpec()
     mgrpo: tuple[dict[str, Any], ...] = Field(({},), description="options of mgrpo.propose, a proposal each")
     tuning: tuple[dict[str, Any], ...] = Field((), description="options of rlvr.tune, a proposal each")
@@ -97,7 +100,8 @@ class RoundsConfig(Record):
 
     def least(self, part: Role) -> int:
         """Fewest new rows of a role."""
-        return max(self.least_rows, self.least_certify) if part == "certify" else self.least_rows
+        more = {"guard": self.least_guard, "certify": self.least_certify, "learn": 0}
+        return max(self.least_rows, more[part])
 
 
 class RunOf(Record):
@@ -273,7 +277,9 @@ class Rounds:
             for one in served if one.id in wrong
         )  # fmt: skip
         certified = self.registry.load(bundle).policy.exit_threshold
-        controller = self._steer(certified, feedback) if self.config.steer else None
+        # Nothing is stricter than a threshold at which nobody exits.
+        steer = self.config.steer and to_logit(min(certified, 1.0)) < HIGHEST
+        controller = self._steer(certified, feedback) if steer else None
         # What a tightened threshold defers would exit at the certified one: its labels speak of the promise as well, or
         # the threshold would hide that it is broken, at the price of exits.
         promised = [one for one in feedback if one.score >= certified]
@@ -543,8 +549,10 @@ class Rounds:
     def _used(self, number: int | None) -> dict[Role, float]:
         """Until when rounds before this one (None: all) have used rows up: those that certified, those that judged.
 
-        Rows of a guard epoch that was never looked at have judged nobody.
+        Rows of a guard epoch that was never looked at have judged nobody: they are this champion's still, if it was
+        the one that they were frozen for.
         """
+        began = self.registry.history("champion")[-1].time
         used: dict[Role, float] = {"guard": -math.inf, "certify": -math.inf}
         for row in audit.read(self.store, kind="edge"):
             body = json.loads(row.body)
@@ -553,7 +561,7 @@ class Rounds:
             earlier, frozen = body["round"]["number"], body["round"]["snapshot"]
             if number is None or earlier < number:
                 used["certify"] = max(used["certify"], frozen["until"])
-                if self.vault.looked(frozen["guard"]):
+                if frozen["until"] < began or self.vault.looked(frozen["guard"]):
                     used["guard"] = max(used["guard"], frozen["until"])
         return used
 

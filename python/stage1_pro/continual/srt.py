@@ -26,6 +26,8 @@ from stage1_pro.errors import ArtifactError, InputError
 _FARTHEST = 40.0
 # What is above every score: nobody exits.
 CLOSED = math.nextafter(1.0, 2.0)
+# In logits: a threshold at which nobody exits.
+HIGHEST = 12.0
 Cause = Literal["feedback", "centre", "alarm"]
 
 
@@ -79,7 +81,7 @@ class ControllerConfig(Record):
     )
     audit_rate: float = Field(1.0, gt=0, le=1, description="e_exit: propensity with which exits are usually audited")
     floor: float = Field(LEAST_AUDIT_RATE, gt=0, le=1, description="smallest propensity that can occur")
-    highest: float = Field(12.0, gt=0, lt=_FARTHEST, description="u_max, in logits; there nobody exits")
+    highest: float = Field(HIGHEST, gt=0, lt=_FARTHEST, description="u_max, in logits; there nobody exits")
     window: int = Field(600, ge=1, description="last labels that the rolling centre is made of")
     pull: float = Field(0.002, ge=0, lt=1, description="share of the way to the centre at each label; 0: no centre")
     every: int = Field(20, ge=1, description="labels after which the centre is found anew")

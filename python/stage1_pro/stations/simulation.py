@@ -300,6 +300,7 @@ def _loop_config(config: SimulationConfig) -> dict[str, Any]:
             "plan": {"floor": config.audit_rate, "deferral": 0.5, "novelty": 0.0, "seed": config.seed},
             "least_rows": 30,
             "least_certify": config.least_certify,
+            "least_guard": config.least_certify // 2,
             "guard_share": 0.3,
             "certify_share": 0.4,
             "select_share": 0.4,
