@@ -596,6 +596,11 @@ def test_the_threshold_that_labels_asked_for_is_frozen_with_them(tmp_path: Path,
         answer(rounds, event, "roadwork", at=1500.0)
     tightened = watch(rounds, {}, now=2000.0).threshold
     assert frozen(1000.0) == certified and frozen(2000.0) == tightened > certified
+    # Labels steer no more, and what they asked for last is still in force.
+    with rounds.store.write() as connection:
+        rounds.registry.tighten(connection, work.champion, 0.97, now=2100.0)
+    rounds.config = rounds.config.model_copy(update={"steer": False})
+    assert frozen(2000.0) == 0.97 != tightened
 
 
 def test_a_slow_candidate_is_refused_without_a_look(tmp_path: Path, bundle: Path, rival: Path) -> None:

@@ -124,7 +124,7 @@ class Snapshot(Record):
     guard: str
     n_guard: int
     threshold: float | None = Field(
-        None, description="that the champion was held to by labels then; it is judged as it serves. Null: its policy's"
+        None, description="that the champion was held to then; it is judged as it served. Null: its policy's"
     )
 
 
@@ -354,10 +354,12 @@ class Rounds:
         self._open(epoch, names, kept["guard"], until)
         learn = {name for name, _, _ in kept["learn"]}
         last = {one.image_sha256: one.time for one in read_events(self.store, until=until) if one.image_sha256 in learn}
+        # Where nothing steers, what did so before is still in force.
+        threshold = self.registry.sync().threshold if seen.controller is None else seen.controller.threshold
         snapshot = Snapshot(
             until=until, learn=tuple(kept["learn"]), certify=tuple(kept["certify"]),
             recent=tuple(sorted(last, key=lambda name: (-last[name], name))[: self.config.recent]), guard=epoch,
-            n_guard=len(names), threshold=None if seen.controller is None else seen.controller.threshold,
+            n_guard=len(names), threshold=threshold,
         )  # fmt: skip
         name = snapshot.fingerprint()
         snapshot.write(self.root / "snapshots" / f"{name}.json")
