@@ -1028,7 +1028,8 @@ class TestForcedDeferral:
         # Exits forced to Stage B get its answer and the other way round.
         everything = cascade.decide(pixels, exited=np.zeros(len(pixels), bool))
         assert (everything.stage == "B").all()
-        np.testing.assert_allclose(turned.prob[free.exited], everything.prob[free.exited], atol=1e-6)
+        # Another number of rows is another order of sums: a logit moves by some 1e-5.
+        np.testing.assert_allclose(turned.prob[free.exited], everything.prob[free.exited], atol=1e-5)
 
     @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
     def test_bench(self, run: Path, bundle: Path, runtime: Any, tmp_path: Path) -> None:
