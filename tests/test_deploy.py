@@ -796,7 +796,7 @@ class TestCascade:
         cascade = Cascade.load(bundle)
         one, many = cascade.predict(paths, batch_size=batch_size), cascade.predict(paths, batch_size=7)
         assert one.label.tolist() == many.label.tolist() and one.exited.tolist() == many.exited.tolist()
-        np.testing.assert_allclose(one.prob, many.prob, atol=1e-5)
+        np.testing.assert_allclose(one.prob, many.prob, atol=1e-6)
 
     def test_image_at_the_threshold_decides_alike_alone(self, run: Path, bundle: Path) -> None:
         paths = sorted((run / "images").iterdir())
@@ -1028,8 +1028,9 @@ class TestForcedDeferral:
         # Exits forced to Stage B get its answer and the other way round.
         everything = cascade.decide(pixels, exited=np.zeros(len(pixels), bool))
         assert (everything.stage == "B").all()
-        # Another number of rows is another order of sums: a logit moves by some 1e-5.
-        np.testing.assert_allclose(turned.prob[free.exited], everything.prob[free.exited], atol=1e-5)
+        # Torch adds up another number of rows in another order: a logit of 1 moved by 1.2e-5.
+        slack = 1e-5 if runtime == "torch" else 1e-6
+        np.testing.assert_allclose(turned.prob[free.exited], everything.prob[free.exited], atol=slack)
 
     @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
     def test_bench(self, run: Path, bundle: Path, runtime: Any, tmp_path: Path) -> None:
@@ -1135,7 +1136,7 @@ class TestPredict:
         assert {row["decision"] for row in good} <= {"exited", "deferred"}
         expected = Cascade.load(bundle).predict(paths)
         assert [row["label"] for row in good[-3:]] == expected.label.tolist()
-        np.testing.assert_allclose([row["probability"] for row in good[-3:]], expected.prob, atol=1e-5)
+        np.testing.assert_allclose([row["probability"] for row in good[-3:]], expected.prob, atol=1e-6)
         with out.open(newline="") as file:
             written = list(csv.DictReader(file))
         assert list(written[0]) == list(COLUMNS) and len(written) == 9
