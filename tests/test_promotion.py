@@ -477,7 +477,7 @@ def paired(rng, n, gain):
 
 
 def test_bets_that_begin_with_a_small_spread_see_most_of_what_a_bootstrap_sees():
-    """Gains seen in 300 draws: bootstrap .88, these .73; those that begin with the largest spread there could be .29."""
+    """Gains seen in 300 draws: bootstrap .88, these .73; those that begin with the largest spread .29."""
 
     def careful(d, clusters):
         _, number = np.unique(clusters, return_inverse=True)
