@@ -12,8 +12,8 @@ import argparse
 
 import numpy as np
 
-from stage1_pro.continual import gate
-from stage1_pro.continual.rewards import RewardSpec
+from stage1_pro.continual.learn.rewards import RewardSpec
+from stage1_pro.continual.loop import promotion as gate
 
 MARGIN, LEVEL = 0.05, 0.05
 # What a wrong answer takes from a right one's reward, and what an exit saves that was a deferral.

@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stage1_pro.continual import rewards as r
-from stage1_pro.continual.gate import Anchor, Side, Terms, evaluate
-from stage1_pro.continual.guard import GuardVault
-from stage1_pro.continual.mgrpo import ProposalOptions, propose
-from stage1_pro.continual.replay import Reservoir
-from stage1_pro.continual.rlvr import HeadsPolicy, Rows, TuneOptions, fit_policy, kl, log_probs_of, mean_reward
-from stage1_pro.continual.store import Store
+from stage1_pro.continual.learn import rewards as r
+from stage1_pro.continual.learn.mgrpo import ProposalOptions, propose
+from stage1_pro.continual.learn.replay import Reservoir
+from stage1_pro.continual.learn.rlvr import HeadsPolicy, Rows, TuneOptions, fit_policy, kl, log_probs_of, mean_reward
+from stage1_pro.continual.ledger.guard import GuardVault
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, evaluate
 from stage1_pro.models.model import Heads
 
 CLASSES = ("none", "roadwork")

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from stage1_pro.artifacts import write_text
-from stage1_pro.continual.monitor import (
+from stage1_pro.continual.watch.monitor import (
     Evidence,
     Rows,
     cbpe,
@@ -33,8 +32,9 @@ from stage1_pro.continual.monitor import (
     horvitz_thompson_risk,
     naive_risk,
 )
-from stage1_pro.continual.power import plan_audits, render
-from stage1_pro.continual.srt import ControllerConfig, Feedback, ThresholdController
+from stage1_pro.continual.watch.power import plan_audits, render
+from stage1_pro.continual.watch.srt import ControllerConfig, Feedback, ThresholdController
+from stage1_pro.files import write_text
 
 ALPHA = 0.02
 MEAN, SPREAD = 4.0, 2.0

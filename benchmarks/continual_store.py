@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import text
 
-from stage1_pro.artifacts import sha256_bytes
-from stage1_pro.continual.events import BundleFacts, Event, EventLog
-from stage1_pro.continual.labels import add_events, ingest, resolve
-from stage1_pro.continual.review import ReviewQueue
-from stage1_pro.continual.store import Store
+from stage1_pro.continual.ledger.labels import add_events, ingest, resolve
+from stage1_pro.continual.ledger.review import ReviewQueue
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog
+from stage1_pro.files import sha256_bytes
 
 BUNDLE = "a" * 64
 

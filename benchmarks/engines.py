@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stage1_pro.artifacts import BackboneInfo, PreprocessSpec
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy.engine import EngineRecipe, build_engine
 from stage1_pro.deploy.onnx import export_onnx, export_variants
+from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.models.backbone import backbone_from_config
 from stage1_pro.models.model import Architecture, Stage1Model
 

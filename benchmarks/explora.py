@@ -28,10 +28,13 @@ from numpy.typing import NDArray
 
 import stage1_pro
 from stage1_pro import _native
-from stage1_pro.artifacts import ExploraRecord, Predictions, Row, Splits, hash_splits, write_text
 from stage1_pro.config import load_config
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Row, Splits, hash_splits
 from stage1_pro.data.synthetic import render_pool
+from stage1_pro.files import write_text
 from stage1_pro.metrics.probabilistic import mcc
+from stage1_pro.training.adapted import ExploraRecord
 
 ARMS = ("none", "explora")
 METRICS = ("accuracy", "mcc")

@@ -32,34 +32,22 @@ from pathlib import Path
 
 import numpy as np
 
-from stage1_pro.artifacts import (
-    SPLITS,
-    BackboneInfo,
-    EngineEntry,
-    GateConstraints,
-    GateParams,
-    GraphVariant,
-    Merging,
-    PreprocessSpec,
-    Provenance,
-    Row,
-    ScrcParams,
-    Splits,
-    StageEntry,
-    Thresholds,
-    hash_splits,
-    sha256_bytes,
-    sha256_file,
-)
+from stage1_pro.commands.inspection import inspect, render
 from stage1_pro.config import Config
+from stage1_pro.data.images import PreprocessSpec
+from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.deploy.bundle import load_bundle, write_bundle
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.manifest import EngineEntry, GraphVariant, Provenance, StageEntry
 from stage1_pro.deploy.reference import write_reference
 from stage1_pro.deploy.trust import engine_trust, new_key, sign, signature_status
 from stage1_pro.errors import Stage1Error
-from stage1_pro.policies.sets import fit_scrc_policy
-from stage1_pro.policies.softmax import softmax
-from stage1_pro.stations.inspection import inspect, render
+from stage1_pro.files import sha256_bytes, sha256_file
+from stage1_pro.models.architecture import BackboneInfo
+from stage1_pro.policies.gate import GateConstraints, GateParams
+from stage1_pro.policies.sets import ScrcParams, fit_scrc_policy
+from stage1_pro.policies.softmax import Thresholds, softmax
+from stage1_pro.words import SPLITS
 
 CLASSES = ["none", "roadwork"]
 SPEC = PreprocessSpec(height=4, width=6)

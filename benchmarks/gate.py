@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import stage1_pro
-from stage1_pro.artifacts import GateChoice, write_text
 from stage1_pro.config import load_config
+from stage1_pro.files import write_text
+from stage1_pro.policies.ranking import GateChoice
 
 OVERRIDES = ["augment.horizontal_flip=0", "train.epochs=16"]
 TARGET = 0.005

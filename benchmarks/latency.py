@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 from cascade import make_policy
 
+from stage1_pro.commands.export import export
+from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.latency import ratios
 from stage1_pro.models.model import create_model
-from stage1_pro.stations.exporting import export
-from stage1_pro.stations.splitting import split
 from stage1_pro.training.checkpoint import save_model
-from stage1_pro.training.prepare import write_config
+from stage1_pro.training.run import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 import stage1_pro
-from stage1_pro.artifacts import Splits
 from stage1_pro.config import Config, load_config
 from stage1_pro.data.loader import TrainLoader
+from stage1_pro.data.splits import Splits
 from stage1_pro.models.model import create_model
 from stage1_pro.training.losses import balanced_weights, joint_loss
 

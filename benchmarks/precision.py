@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stage1_pro.artifacts import Splits
 from stage1_pro.data.images import ImageError, preprocess, read_image
+from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.onnx import export_onnx, export_variants
 from stage1_pro.policies import read_policy
 from stage1_pro.training.checkpoint import load_run_model

@@ -31,8 +31,9 @@ from scenes import OVERRIDES as SCENES
 from signs import OVERRIDES as SIGNS
 
 import stage1_pro
-from stage1_pro.artifacts import Predictions, write_text
 from stage1_pro.config import load_config
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.files import write_text
 from stage1_pro.metrics.intervals import clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.bounds import selection_rank
 from stage1_pro.policies.certify import certify_threshold

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import stage1_pro
-from stage1_pro.artifacts import write_text
 from stage1_pro.config import load_config
 from stage1_pro.errors import NotReachableError
+from stage1_pro.files import write_text
 
 OVERRIDES = ["model.image_size=112", "train.mode=linear", "train.epochs=60", "train.patience=20", "train.lr=0.001"]
 

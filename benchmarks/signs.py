@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 import stage1_pro
-from stage1_pro.artifacts import Splits, write_text
 from stage1_pro.config import load_config
+from stage1_pro.data.splits import Splits
 from stage1_pro.errors import NotReachableError
+from stage1_pro.files import write_text
 
 OVERRIDES = ["augment.horizontal_flip=0", "train.epochs=16"]
 

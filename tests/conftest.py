@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from stage1_pro.continual.store import Store
+    from stage1_pro.continual.ledger.store import Store
 
 # The same examples in every run, so that a change is judged by itself; HYPOTHESIS_PROFILE=explore draws new ones.
 # The GPU script's machine may lack the library, and its tests do without.
@@ -136,7 +136,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def store(store_url: str) -> Iterator[Store]:
     """An empty store of the loop, on SQLite and on PostgreSQL in turn."""
-    from stage1_pro.continual.store import Store
+    from stage1_pro.continual.ledger.store import Store
 
     opened = Store(store_url)
     yield opened

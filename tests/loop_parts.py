@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from stage1_pro.artifacts import FileEntry, sha256_file
-from stage1_pro.continual.executors import Work
-from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate
-from stage1_pro.continual.guard import GuardVault
-from stage1_pro.continual.loop import Compared, Job, Round, Watched
-from stage1_pro.continual.monitor import Evidence
-from stage1_pro.continual.registry import Alias, Registry
-from stage1_pro.continual.rewards import Decisions, RewardSpec, verified
+from stage1_pro.continual.learn.rewards import Decisions, RewardSpec, verified
+from stage1_pro.continual.ledger.guard import GuardVault
+from stage1_pro.continual.loop.executors import Work
+from stage1_pro.continual.loop.machine import Compared, Job, Round, Watched
+from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, evaluate
+from stage1_pro.continual.loop.registry import Alias, Registry
+from stage1_pro.continual.watch.monitor import Evidence
 from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.files import sha256_file
+from stage1_pro.record import FileEntry
 
 CLASSES = ("none", "roadwork")
 N = 400

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModel
 
 import stage1_pro
 from stage1_pro import cli
-from stage1_pro.artifacts import FileEntry, sha256_file
 from stage1_pro.config import ADAPTER_MODES, AdapterConfig, Mode, ModelConfig, load_config
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import sha256_file
 from stage1_pro.models.adapters import (
     PEFT_WEIGHTS,
     RECORD,
@@ -42,6 +42,7 @@ from stage1_pro.models.adapters import (
 )
 from stage1_pro.models.backbone import load_backbone
 from stage1_pro.models.model import Stage1Model, create_model
+from stage1_pro.record import FileEntry
 from stage1_pro.training import checkpoint
 
 LOW_RANK = ("lora", "rslora", "dora")

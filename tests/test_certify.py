@@ -21,19 +21,11 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from stage1_pro import cli
-from stage1_pro.artifacts import (
-    Claims,
-    GateChoice,
-    GateParams,
-    Merging,
-    Metric,
-    Predictions,
-    Row,
-    Splits,
-    Thresholds,
-    hash_splits,
-)
+from stage1_pro.commands.calibrate import calibrate, render
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
+from stage1_pro.metrics.measured import Metric
 from stage1_pro.policies import exit_scores, exits, read_policy
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, fixed_sequence, risk_p_value, trials_needed
 from stage1_pro.policies.candidates import Risk
@@ -46,9 +38,10 @@ from stage1_pro.policies.certify import (
     plan_calibration,
     record,
 )
-from stage1_pro.policies.gate import fit_gate_policy, fit_platt, score
-from stage1_pro.policies.softmax import fit_softmax_policy, softmax
-from stage1_pro.stations.calibration import calibrate, render
+from stage1_pro.policies.claims import Claims
+from stage1_pro.policies.gate import GateParams, fit_gate_policy, fit_platt, score
+from stage1_pro.policies.ranking import GateChoice
+from stage1_pro.policies.softmax import Thresholds, fit_softmax_policy, softmax
 
 BINARY = {"classes": ["none", "roadwork"], "positive": "roadwork"}
 

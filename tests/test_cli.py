@@ -89,7 +89,7 @@ def test_no_command_and_version() -> None:
 
 def smallest_fnr(run: Path) -> float:
     """The smallest FNR on exits at any confidence of Stage A on ``val_calib``, threshold by threshold."""
-    from stage1_pro.artifacts import Predictions
+    from stage1_pro.data.predictions import Predictions
     from stage1_pro.policies.softmax import softmax
 
     predictions = Predictions.load(run / "val_calib.npz")
@@ -192,8 +192,7 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
             assert mine[one["metric"]] == pytest.approx(one["value"], abs=1e-3), one["metric"]
 
     # torch and the bundle agree, decision for decision
-    from stage1_pro.artifacts import Thresholds
-    from stage1_pro.policies.softmax import decide, softmax
+    from stage1_pro.policies.softmax import Thresholds, decide, softmax
     from stage1_pro.training.inference import infer_split
 
     predictions = infer_split(run, "val_test")
@@ -217,8 +216,8 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     done("predict", "--bundle", bundle, *[pool.parent / f for f in pictures], "--out", tmp_path / "gate.csv")
     with (tmp_path / "gate.csv").open(newline="") as file:
         decided = [row["decision"] == "exited" for row in csv.DictReader(file)]
-    from stage1_pro.artifacts import GateParams
     from stage1_pro.policies import exits as rows_that_exit
+    from stage1_pro.policies.gate import GateParams
 
     assert (
         decided
@@ -238,8 +237,7 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert facts["policy"]["name"] == "scrc" and facts["policy"]["lambda_1"] == sets["lambda_1"]
     answered = done("predict", "--bundle", bundle, *[pool.parent / f for f in pictures])
     assert answered["promise"]["guarantee"] == "none" and answered["abstained"] > 0
-    from stage1_pro.artifacts import ScrcParams
-    from stage1_pro.policies.sets import answer_sets
+    from stage1_pro.policies.sets import ScrcParams, answer_sets
 
     params = ScrcParams.read(run / "scrcparams.json")
     first, second = softmax(predictions.logits_a), softmax(predictions.logits_b)
@@ -254,7 +252,7 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_walk_with_the_certified_default(tmp_path: Path) -> None:
     """Enough rows certify what the model can do, and the certificate travels to the predictions, for all policies."""
-    from stage1_pro.artifacts import Predictions
+    from stage1_pro.data.predictions import Predictions
     from stage1_pro.policies.softmax import softmax
 
     run = tmp_path / "run"

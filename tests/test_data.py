@@ -20,12 +20,20 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFile
 
 import stage1_pro
-from stage1_pro.artifacts import SPLITS, PreprocessSpec, Splits
 from stage1_pro.config import AugmentConfig
-from stage1_pro.data.images import ImageError, crop_geometry, preprocess, preprocess_many, read_image, read_opened
-from stage1_pro.data.splits import WHOLE, assign, make_splits, near_duplicates, read_pictures
+from stage1_pro.data.images import (
+    ImageError,
+    PreprocessSpec,
+    crop_geometry,
+    preprocess,
+    preprocess_many,
+    read_image,
+    read_opened,
+)
+from stage1_pro.data.splits import WHOLE, Splits, assign, make_splits, near_duplicates, read_pictures
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import InputError
+from stage1_pro.words import SPLITS
 
 HALVES = ("val_calib.fit", "val_calib.certify")
 

@@ -18,21 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_pro.artifacts import (
-    SPLITS,
-    BundleManifest,
-    FileEntry,
-    GateConstraints,
-    GateParams,
-    Merging,
-    Row,
-    Splits,
-    Thresholds,
-    hash_splits,
-    sha256_bytes,
-    sha256_file,
-)
+from stage1_pro.commands.bench import bench_cascade, draw
+from stage1_pro.commands.bench import render as render_bench
+from stage1_pro.commands.build import build
+from stage1_pro.commands.doctor import doctor
+from stage1_pro.commands.doctor import render as render_doctor
+from stage1_pro.commands.export import export
+from stage1_pro.commands.inspection import inspect
+from stage1_pro.commands.inspection import render as render_inspection
+from stage1_pro.commands.predict import COLUMNS, infer, predict, render
 from stage1_pro.config import Config, ModelConfig
+from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.deploy import engine as engine_module
 from stage1_pro.deploy import onnx as onnx_module
 from stage1_pro.deploy.bench import time_rounds
@@ -47,24 +43,21 @@ from stage1_pro.deploy.engine import (
     read_engine,
     sanitise,
 )
+from stage1_pro.deploy.manifest import BundleManifest
 from stage1_pro.deploy.onnx import export_onnx
 from stage1_pro.deploy.runtime import OnnxRuntime
 from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
+from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.models.model import Stage1Model, create_model
 from stage1_pro.policies import exit_scores
-from stage1_pro.stations.benching import bench_cascade, draw
-from stage1_pro.stations.benching import render as render_bench
-from stage1_pro.stations.building import build
-from stage1_pro.stations.doctor import doctor
-from stage1_pro.stations.doctor import render as render_doctor
-from stage1_pro.stations.exporting import export
-from stage1_pro.stations.inspection import inspect
-from stage1_pro.stations.inspection import render as render_inspection
-from stage1_pro.stations.prediction import COLUMNS, infer, predict, render
+from stage1_pro.policies.gate import GateConstraints, GateParams
+from stage1_pro.policies.softmax import Thresholds
+from stage1_pro.record import FileEntry
 from stage1_pro.training.checkpoint import save_model
-from stage1_pro.training.prepare import write_config
+from stage1_pro.training.run import write_config
+from stage1_pro.words import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["none", "roadwork"]
@@ -734,7 +727,7 @@ class TestExport:
         with pytest.raises(InputError, match="--overwrite"):
             export(run, out)
         before = {p.name: p.read_bytes() for p in out.iterdir()}
-        import stage1_pro.stations.exporting as station
+        import stage1_pro.commands.export as station
 
         images = station._images
         monkeypatch.setattr(station, "_images", lambda *_: np.full((2, 3, 48, 48), np.nan, np.float32))
@@ -1190,14 +1183,16 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 from stage1_pro import Cascade
-from stage1_pro.stations import doctor, inspection, prediction
+from stage1_pro.commands import doctor
+from stage1_pro.commands import inspection
+from stage1_pro.commands import predict as prediction
 rows, failures = prediction.predict(sys.argv[1], [sys.argv[2]])
 print(prediction.render(rows))
 print(inspection.render(inspection.inspect(sys.argv[1])))
 print(doctor.render(doctor.doctor()))
 assert failures == 0 and len(rows) == 16
 assert not BLOCKED & set(sys.modules)
-from stage1_pro.stations.exporting import export
+from stage1_pro.commands.export import export
 from stage1_pro.errors import DependencyError
 try:
     export(sys.argv[3], sys.argv[3] + "/other")

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, Thresholds
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy import engine as engine_module
 from stage1_pro.deploy.engine import EngineRecipe, check_recipe, choose_recipe, engine_path, load_recipe
 from stage1_pro.deploy.onnx import Answers, count_flips, export_variants
 from stage1_pro.deploy.precision import HALF_LIMIT, Rewritten, in_precision, measure_peaks
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
+from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.models.backbone import backbone_from_config
 from stage1_pro.models.model import Architecture, Stage1Model
+from stage1_pro.policies.softmax import Thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "engines").glob("*.yaml"))

@@ -20,16 +20,8 @@ from PIL import Image
 from scipy import stats
 from sklearn import metrics as judge
 
-from stage1_pro.artifacts import Evaluation, Merging, Predictions, Row, Splits, Thresholds
-from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.metrics import bootstrap, ece, plots
-from stage1_pro.metrics.selective import augrc
-from stage1_pro.policies import exit_scores
-from stage1_pro.policies.gate import fit_gate_policy
-from stage1_pro.policies.sets import fit_scrc_policy
-from stage1_pro.policies.softmax import confidence, decide, fit_softmax_policy, softmax
-from stage1_pro.report import training_picture
-from stage1_pro.stations.evaluation import (
+from stage1_pro.commands.evaluate import (
+    Evaluation,
     answer,
     count_groups,
     evaluate,
@@ -38,7 +30,18 @@ from stage1_pro.stations.evaluation import (
     find_mistakes,
     render,
 )
-from stage1_pro.stations.measuring import measure
+from stage1_pro.commands.metrics import measure
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Merging, Row, Splits
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.metrics import bootstrap, ece
+from stage1_pro.metrics import figures as plots
+from stage1_pro.metrics.selective import augrc
+from stage1_pro.policies import exit_scores
+from stage1_pro.policies.gate import fit_gate_policy
+from stage1_pro.policies.sets import fit_scrc_policy
+from stage1_pro.policies.softmax import Thresholds, confidence, decide, fit_softmax_policy, softmax
+from stage1_pro.report import training_picture
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 FIGURES = (

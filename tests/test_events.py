@@ -20,20 +20,7 @@ from PIL import Image
 from scipy import stats
 from sqlalchemy import exc, text
 
-from stage1_pro.artifacts import PreprocessSpec, Thresholds, sha256_bytes, sha256_file
-from stage1_pro.continual.events import (
-    SKETCH_SIZE,
-    BundleFacts,
-    Event,
-    EventLog,
-    Novelty,
-    Position,
-    ReviewPlan,
-    entropy,
-    sketch,
-    uniform,
-)
-from stage1_pro.continual.exchange import (
+from stage1_pro.continual.ledger.exchange import (
     export_csv,
     export_label_studio,
     export_parquet,
@@ -41,7 +28,7 @@ from stage1_pro.continual.exchange import (
     import_label_studio,
     label_config,
 )
-from stage1_pro.continual.labels import (
+from stage1_pro.continual.ledger.labels import (
     GUARD_SOURCES,
     Disagreement,
     Label,
@@ -56,11 +43,26 @@ from stage1_pro.continual.labels import (
     resolve,
     withdraw,
 )
-from stage1_pro.continual.served import Served
-from stage1_pro.continual.store import Store
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.serving.events import (
+    SKETCH_SIZE,
+    BundleFacts,
+    Event,
+    EventLog,
+    Novelty,
+    Position,
+    ReviewPlan,
+    entropy,
+    sketch,
+    uniform,
+)
+from stage1_pro.continual.serving.served import Served
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import sha256_bytes, sha256_file
+from stage1_pro.policies.softmax import Thresholds
 
 BUNDLE = "a" * 64
 FACTS = BundleFacts(bundle=BUNDLE, classes=("none", "roadwork"), positive="roadwork")
@@ -177,7 +179,7 @@ def test_a_full_disk_leaves_nothing_behind(log: EventLog, monkeypatch: pytest.Mo
 
 WRITER = """
 import sys
-from stage1_pro.continual.events import Event, EventLog
+from stage1_pro.continual.serving.events import Event, EventLog
 log = EventLog(sys.argv[1], segment_bytes=300_000)
 events = [Event.model_validate_json(line) for line in open(sys.argv[2])]
 print("ready", flush=True)
@@ -543,7 +545,7 @@ def test_serving_and_logging_need_the_base_install_alone() -> None:
         "        if name.split('.')[0] in {'torch', 'sqlalchemy', 'psycopg', 'pyarrow', 'river'}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import stage1_pro.continual.events, stage1_pro.continual.served, stage1_pro.stations.prediction\n"
+        "import stage1_pro.continual.serving.events, stage1_pro.continual.serving.served, stage1_pro.commands.predict\n"
         "from stage1_pro.cli import main\n"
         "sys.exit(main(['review', '--store', 'x']))\n"
     )
@@ -555,10 +557,10 @@ def test_serving_and_logging_need_the_base_install_alone() -> None:
 def test_predict_logs_what_a_real_bundle_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from test_deploy import make_model, make_policy, make_run, torch_answers
 
-    from stage1_pro.artifacts import Splits
     from stage1_pro.cli import main
+    from stage1_pro.commands.export import export
     from stage1_pro.data.images import preprocess, read_image
-    from stage1_pro.stations.exporting import export
+    from stage1_pro.data.splits import Splits
 
     model = make_model()
     run = make_run(tmp_path / "run", model)
@@ -608,8 +610,9 @@ def test_ingestion_is_exactly_once(store: Store, log: EventLog) -> None:
 def test_two_ingest_at_once(store_url: str, log: EventLog) -> None:
     log.append([make_event(i) for i in range(3000)])
     code = (
-        "import sys\nfrom stage1_pro.continual.events import EventLog\nfrom stage1_pro.continual.labels import ingest\n"
-        "from stage1_pro.continual.store import Store\nlog = EventLog(sys.argv[2])\nprint('ready', flush=True)\n"
+        "import sys\nfrom stage1_pro.continual.serving.events import EventLog\n"
+        "from stage1_pro.continual.ledger.labels import ingest\n"
+        "from stage1_pro.continual.ledger.store import Store\nlog = EventLog(sys.argv[2])\nprint('ready', flush=True)\n"
         "sys.stdin.readline()\nprint(ingest(Store(sys.argv[1]), log).events)\n"
     )
     both = [

@@ -20,15 +20,17 @@ torch = pytest.importorskip("torch")
 from transformers import Dinov2Config
 
 import stage1_pro
-from stage1_pro.artifacts import ExploraRecord, Splits, sha256_file, write_csv
 from stage1_pro.config import Config, ExploraConfig, ModelConfig, load_config
 from stage1_pro.data.pool import read_pool
+from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import sha256_file, write_csv
 from stage1_pro.models.backbone import Backbone, backbone_from_config, load_backbone, save_backbone
 from stage1_pro.models.masked import Pretext, draw_orders, encode, part, to_patches, to_pixels
 from stage1_pro.models.model import input_spec
 from stage1_pro.training import explora as room
+from stage1_pro.training.adapted import ExploraRecord
 from stage1_pro.training.explora import make_trainable, merge
 from stage1_pro.training.probes import judge, probe, verdict
 

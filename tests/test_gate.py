@@ -14,18 +14,20 @@ torch = pytest.importorskip("torch")
 from sklearn.linear_model import LogisticRegression
 
 import stage1_pro
-from stage1_pro.artifacts import GateChoice, Predictions, Splits, TapChoice
 from stage1_pro.config import ModelConfig, load_config
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import InputError
 from stage1_pro.metrics import augrc
 from stage1_pro.models.model import Heads, Outputs, create_model
+from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.training import checkpoint, losses
-from stage1_pro.training.gate import FEWEST_ERROR_GROUPS, fit_gate, fold_of, margin
+from stage1_pro.training.gate_head import FEWEST_ERROR_GROUPS, fit_gate, fold_of, margin
 from stage1_pro.training.inference import infer_split
 from stage1_pro.training.loop import train
-from stage1_pro.training.prepare import RunConfig
-from stage1_pro.training.taps import candidates, choose_tap, cost, largest_exit
+from stage1_pro.training.run import RunConfig
+from stage1_pro.training.taps import TapChoice, candidates, choose_tap, cost, largest_exit
 
 WEIGHTS = {"selective_weight": 0.5, "coverage_weight": 32.0, "target_coverage": 0.8}
 
@@ -207,7 +209,7 @@ def test_labels_of_a_fold_do_not_reach_the_head_that_answers_it() -> None:
 
 
 def test_the_gate_is_the_regression_sklearn_finds() -> None:
-    from stage1_pro.training.gate import _logistic
+    from stage1_pro.training.gate_head import _logistic
 
     x, y, _ = learned(400)
     mine = _logistic(x, y.astype(float), np.full(6, 2.0))

@@ -12,12 +12,19 @@ import pytest
 from PIL import Image
 from test_deploy import make_images, make_model, make_run
 
-from stage1_pro.artifacts import LatencyBench, LatencyComparison
 from stage1_pro.cli import main
+from stage1_pro.commands.bench_latency import (
+    LatencyBench,
+    LatencyComparison,
+    bench_latency,
+    compare_latency,
+    draw,
+    render,
+    render_comparison,
+)
+from stage1_pro.commands.export import export
 from stage1_pro.deploy.latency import Sampling, cold_starts, deferrals, draw_photos, quantiles, ratios, sample
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.stations.exporting import export
-from stage1_pro.stations.latency import bench_latency, compare_latency, draw, render, render_comparison
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,14 @@ from loop_parts import Parts
 from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_policy, make_run
 
-from stage1_pro.artifacts import SPLITS, Merging, Row, Splits, hash_splits, sha256_file
 from stage1_pro.cli import main
+from stage1_pro.commands.continual import LoopFile, opened
+from stage1_pro.commands.export import export
 from stage1_pro.config import Config, ModelConfig
-from stage1_pro.continual import audit
-from stage1_pro.continual.alerts import Alert, Delivery
-from stage1_pro.continual.events import EventLog, ReviewPlan, uniform
-from stage1_pro.continual.executors import (
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.executors import (
     Command,
     ExecutorConfig,
     Inline,
@@ -38,17 +39,18 @@ from stage1_pro.continual.executors import (
     find_work,
     make_executor,
 )
-from stage1_pro.continual.labels import Label, add_labels, ingest, read_events
-from stage1_pro.continual.live import LiveCascade, read_pointer
-from stage1_pro.continual.loop import EDGES, Loop, LoopConfig, Watched, read_verdict
-from stage1_pro.continual.outbox import OLDEST, deliver
-from stage1_pro.continual.registry import LostRaceError, Registry
-from stage1_pro.continual.store import Store
+from stage1_pro.continual.loop.machine import EDGES, Loop, LoopConfig, Watched, read_verdict
+from stage1_pro.continual.loop.registry import LostRaceError, Registry
+from stage1_pro.continual.serving.events import EventLog, ReviewPlan, uniform
+from stage1_pro.continual.serving.live import LiveCascade, read_pointer
+from stage1_pro.continual.watch.alerts import Alert, Delivery
+from stage1_pro.continual.watch.outbox import OLDEST, deliver
+from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.stations.continual import LoopFile, opened
-from stage1_pro.stations.exporting import export
+from stage1_pro.files import sha256_file
 from stage1_pro.training.checkpoint import save_model
-from stage1_pro.training.prepare import write_config
+from stage1_pro.training.run import write_config
+from stage1_pro.words import SPLITS
 
 FORK = multiprocessing.get_context("fork")
 QUICK = LoopConfig(auto_promote=True, shadow_seconds=5.0, canary_seconds=5.0, hold_seconds=5.0)
@@ -344,7 +346,7 @@ def test_a_fresh_interpreter_gives_the_same_and_tells_errors(tmp_path: Path) -> 
 @pytest.mark.usefixtures("importable")
 def test_what_a_killed_loop_had_started_is_waited_for(tmp_path: Path) -> None:
     script = (
-        "import sys; from stage1_pro.continual.executors import *\n"
+        "import sys; from stage1_pro.continual.loop.executors import *\n"
         f"do_work({str(tmp_path)!r}, 'loop_parts:sleep', {{'seconds': 4}}, Command((sys.executable, '-m'), 120))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from stage1_pro.continual.alerts import Alert, Command, Webhook, send_alert
-from stage1_pro.continual.monitor import (
+from stage1_pro.continual.watch.alerts import Alert, Command, Webhook, send_alert
+from stage1_pro.continual.watch.monitor import (
     Cbpe,
     DriftConfig,
     Evidence,
@@ -32,9 +32,9 @@ from stage1_pro.continual.monitor import (
     rolling,
     triggers,
 )
-from stage1_pro.continual.power import exact_audits, normal_audits, plan_audits, render
-from stage1_pro.continual.srt import ControllerConfig, ThresholdController
-from stage1_pro.continual.status import (
+from stage1_pro.continual.watch.power import exact_audits, normal_audits, plan_audits, render
+from stage1_pro.continual.watch.srt import ControllerConfig, ThresholdController
+from stage1_pro.continual.watch.status import (
     METRICS,
     MonitorConfig,
     Status,
@@ -670,7 +670,11 @@ import sys
 for name in ("torch", "sqlalchemy", "river", "river.drift", "prometheus_client", "pyarrow"):
     sys.modules[name] = None
 import numpy as np
-from stage1_pro.continual import alerts, monitor, power, srt, status
+from stage1_pro.continual.watch import alerts
+from stage1_pro.continual.watch import monitor
+from stage1_pro.continual.watch import power
+from stage1_pro.continual.watch import srt
+from stage1_pro.continual.watch import status
 rows = monitor.Rows(np.arange(3.0), np.ones(3, bool), np.zeros(3), np.ones(3), np.ones(3))
 config = status.MonitorConfig(alpha=.02)
 found, _ = status.look(rows, config, now=3.0, triggers_before=monitor.TriggerState(since=0.0))

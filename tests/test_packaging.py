@@ -26,12 +26,12 @@ TRAIN_ONLY = [
     "onnxscript",
 ]
 BASE_MODULES = [
-    "artifacts", "cli", "config", "errors", "metrics", "metrics.plots", "policies.softmax", "policies.gate",
-    "policies.claims", "continual.events", "continual.served",
-    "data.images", "data.protocols", "data.splits", "integrations.streetvision",
-    "deploy.bundle", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "stations.benching",
-    "stations.calibration", "stations.evaluation", "stations.robustness", "stations.tuning",
-    "stations.inspection", "stations.measuring", "stations.prediction", "stations.doctor",
+    "cli", "config", "errors", "files", "record", "words", "metrics", "metrics.figures", "metrics.measured",
+    "policies.softmax", "policies.gate", "policies.claims", "continual.serving.events", "continual.serving.served",
+    "data.images", "data.predictions", "data.protocols", "data.splits", "integrations.streetvision",
+    "deploy.bundle", "deploy.manifest", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "commands.bench",
+    "commands.calibrate", "commands.evaluate", "commands.robustness", "commands.tune",
+    "commands.inspection", "commands.metrics", "commands.predict", "commands.doctor",
 ]  # fmt: skip
 
 

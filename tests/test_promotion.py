@@ -18,10 +18,13 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from stage1_pro.artifacts import Thresholds
-from stage1_pro.continual import gate, guard, rounds
-from stage1_pro.continual import rewards as r
-from stage1_pro.continual.gate import (
+from stage1_pro.continual.learn import rewards as r
+from stage1_pro.continual.ledger import guard
+from stage1_pro.continual.ledger.guard import GuardVault, LooksSpentError
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop import promotion as gate
+from stage1_pro.continual.loop import rounds
+from stage1_pro.continual.loop.promotion import (
     Anchor,
     Measured,
     Side,
@@ -32,11 +35,9 @@ from stage1_pro.continual.gate import (
     judge_anchor,
     lower_bound,
 )  # fmt: skip
-from stage1_pro.continual.guard import GuardVault, LooksSpentError
-from stage1_pro.continual.store import Store
 from stage1_pro.errors import InputError
 from stage1_pro.policies.bounds import betting_p_value
-from stage1_pro.policies.softmax import fit_softmax_policy
+from stage1_pro.policies.softmax import Thresholds, fit_softmax_policy
 
 CLASSES = ("none", "roadwork")
 FREE = Terms(require_certificate=False)
@@ -130,9 +131,9 @@ def test_racing_processes_get_ten_looks_together(vault, tmp_path):
     open_epoch(vault, [0, 1, 0, 1, 1])
     script = """
 import sys, numpy as np
-from stage1_pro.continual.guard import GuardVault, LooksSpentError
-from stage1_pro.continual.rewards import Decisions
-from stage1_pro.continual.store import Store
+from stage1_pro.continual.ledger.guard import GuardVault, LooksSpentError
+from stage1_pro.continual.learn.rewards import Decisions
+from stage1_pro.continual.ledger.store import Store
 vault, none = GuardVault(Store(sys.argv[1])), np.zeros(5, dtype=bool)
 taken = []
 for code in range(int(sys.argv[2]), 32, 4):
@@ -574,7 +575,7 @@ def imports_of(path):
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
             "import_module", "__import__"
         ):  # fmt: skip
-            found.add("stage1_pro.continual.guard" if not node.args else ast.unparse(node.args[0]))
+            found.add("stage1_pro.continual.ledger.guard" if not node.args else ast.unparse(node.args[0]))
     return {name for name in found if name.startswith("stage1_pro")}
 
 
@@ -620,7 +621,7 @@ def test_the_guards_tables_are_named_in_one_module(repository):
 def imports_text(path):
     """What a file imports by name from the vault's module."""
     nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-    return {name.name for n in nodes if n.module == "stage1_pro.continual.guard" for name in n.names}
+    return {name.name for n in nodes if n.module == "stage1_pro.continual.ledger.guard" for name in n.names}
 
 
 def test_proposing_runs_where_the_guard_cannot_be_imported():
@@ -630,7 +631,8 @@ for name in ("guard", "gate", "store", "labels"):
     sys.modules[f"stage1_pro.continual.{name}"] = None
 sys.modules["sqlalchemy"] = None
 import torch
-from stage1_pro.continual import mgrpo, rlvr
+from stage1_pro.continual.learn import mgrpo
+from stage1_pro.continual.learn import rlvr
 class Table(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -650,7 +652,8 @@ def test_rewards_and_replay_need_neither_torch_nor_sqlalchemy():
     script = """
 import sys
 sys.modules["torch"] = sys.modules["sqlalchemy"] = None
-from stage1_pro.continual import replay, rewards
+from stage1_pro.continual.learn import replay
+from stage1_pro.continual.learn import rewards
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

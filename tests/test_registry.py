@@ -22,10 +22,12 @@ pytest.importorskip("torch", reason="bundles are exported with [train]")
 from sqlalchemy import text
 from test_deploy import make_model, make_run, rehash
 
-from stage1_pro.artifacts import write_bytes
-from stage1_pro.continual import audit
-from stage1_pro.continual.events import SKETCH_SIZE, EventLog, Novelty, ReviewPlan
-from stage1_pro.continual.live import (
+from stage1_pro.commands.export import export
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.registry import LostRaceError, Registry
+from stage1_pro.continual.serving.events import SKETCH_SIZE, EventLog, Novelty, ReviewPlan
+from stage1_pro.continual.serving.live import (
     POINTER,
     LiveCascade,
     Pointer,
@@ -35,12 +37,10 @@ from stage1_pro.continual.live import (
     takes_canary,
     tightened,
 )
-from stage1_pro.continual.registry import LostRaceError, Registry
-from stage1_pro.continual.store import Store
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.stations.exporting import export
+from stage1_pro.files import write_bytes
 
 FORK = multiprocessing.get_context("fork")
 
@@ -357,7 +357,7 @@ def test_a_canary_answers_its_share_always_of_the_same_images(
     hers = [takes_canary(pair.image_sha256, 0.5, two) for pair in read_pairs(log.folder, two)]
     assert 0 < sum(hers) < len(photos) == len(hers)
     assert all((bundle_ == two) == takes_canary(image, 0.5, two) for image, bundle_ in events.items())
-    from stage1_pro.artifacts import sha256_file
+    from stage1_pro.files import sha256_file
 
     for row, photo in enumerate(photos):
         mine = both[int(takes_canary(sha256_file(photo), 0.5, two))]
@@ -485,7 +485,7 @@ def test_serving_needs_neither_torch_nor_a_database() -> None:
     script = (
         "import sys\n"
         "for name in ('torch', 'sqlalchemy', 'transformers'): sys.modules[name] = None\n"
-        "import stage1_pro.continual.live\n"
+        "import stage1_pro.continual.serving.live\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 

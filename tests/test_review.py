@@ -24,13 +24,13 @@ import pytest
 from PIL import Image
 from sqlalchemy import text
 
-from stage1_pro.artifacts import sha256_bytes
-from stage1_pro.continual.events import BundleFacts, Event, EventLog, uniform
-from stage1_pro.continual.labels import Label, add_labels, disagreement, ingest, read_labels, resolve
-from stage1_pro.continual.review import LeaseLostError, ReviewQueue, ReviewServer
-from stage1_pro.continual.store import Store
+from stage1_pro.commands.review import review
+from stage1_pro.continual.ledger.labels import Label, add_labels, disagreement, ingest, read_labels, resolve
+from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue, ReviewServer
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, uniform
 from stage1_pro.errors import InputError
-from stage1_pro.stations.reviewing import review
+from stage1_pro.files import sha256_bytes
 
 BUNDLE = "a" * 64
 HOSTILE = '<img src=x onerror="document.title=1">'
@@ -197,9 +197,9 @@ def test_what_the_queue_refuses(queue: ReviewQueue) -> None:
 
 REVIEWER = """
 import sys
-from stage1_pro.continual.events import EventLog
-from stage1_pro.continual.review import ReviewQueue
-from stage1_pro.continual.store import Store
+from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.continual.ledger.review import ReviewQueue
+from stage1_pro.continual.ledger.store import Store
 store = Store(sys.argv[1])
 queue = ReviewQueue(store, EventLog(sys.argv[2]).images)
 print("ready", flush=True)

@@ -14,16 +14,18 @@ from test_deploy import make_model, make_run
 from torch import nn
 
 import stage1_pro
-from stage1_pro.artifacts import CLAIMS_FILE, Claims, Predictions, Splits
 from stage1_pro.config import Config, load_config
-from stage1_pro.continual import proposing, rlvr
-from stage1_pro.continual import rewards as r
-from stage1_pro.continual.mgrpo import ProposalOptions, likelihood_loss, propose
-from stage1_pro.continual.replay import Reservoir
+from stage1_pro.continual.learn import proposing, rlvr
+from stage1_pro.continual.learn import rewards as r
+from stage1_pro.continual.learn.mgrpo import ProposalOptions, likelihood_loss, propose
+from stage1_pro.continual.learn.replay import Reservoir
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.metrics.probabilistic import mcc
 from stage1_pro.policies import read_policy
+from stage1_pro.policies.claims import CLAIMS_FILE, Claims
 
 CLASSES = ("none", "roadwork")
 

@@ -20,24 +20,25 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_run
 
-from stage1_pro.artifacts import Splits, hash_splits, sha256_bytes, sha256_file, write_bytes
-from stage1_pro.continual import audit
-from stage1_pro.continual.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan, uniform
-from stage1_pro.continual.executors import Inline, Work
-from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
-from stage1_pro.continual.labels import Label, add_events, add_labels
-from stage1_pro.continual.live import Pair, _append_pairs, novelty_path, tightened
-from stage1_pro.continual.loop import Loop, Round
-from stage1_pro.continual.monitor import TriggerConfig
-from stage1_pro.continual.registry import Registry
-from stage1_pro.continual.rewards import NOBODY, Decisions, RewardSpec, verified
-from stage1_pro.continual.rounds import Rounds, RoundsConfig, Snapshot, remember_run
-from stage1_pro.continual.srt import ControllerConfig, to_logit, to_score
-from stage1_pro.continual.status import MonitorConfig
-from stage1_pro.continual.store import Store
+from stage1_pro.commands.export import export
+from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, verified
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.labels import Label, add_events, add_labels
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.executors import Inline, Work
+from stage1_pro.continual.loop.machine import Loop, Round
+from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
+from stage1_pro.continual.loop.registry import Registry
+from stage1_pro.continual.loop.rounds import Rounds, RoundsConfig, Snapshot, remember_run
+from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan, uniform
+from stage1_pro.continual.serving.live import Pair, _append_pairs, novelty_path, tightened
+from stage1_pro.continual.watch.monitor import TriggerConfig
+from stage1_pro.continual.watch.srt import ControllerConfig, to_logit, to_score
+from stage1_pro.continual.watch.status import MonitorConfig
+from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import NotReachableError
-from stage1_pro.stations.exporting import export
+from stage1_pro.files import sha256_bytes, sha256_file, write_bytes
 
 SKETCH = (0.0,) * SKETCH_SIZE
 
@@ -518,7 +519,7 @@ def test_a_candidate_that_forgets_one_source_is_refused_though_the_whole_anchor_
         seen.append(arguments[4])
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr("stage1_pro.continual.rounds.evaluate", watched)
+    monkeypatch.setattr("stage1_pro.continual.loop.rounds.evaluate", watched)
     rounds.evaluate(work)
     (anchor,) = seen
     assert {name: mask.tolist() for name, mask in anchor.slices.items()} == {
@@ -680,14 +681,14 @@ def test_a_champion_of_an_older_format_is_timed_and_a_candidate_needs_its_refere
 
 KILLED = """
 import os, signal, sys
-import stage1_pro.continual.rounds as module
-from stage1_pro.continual.events import EventLog
-from stage1_pro.continual.executors import Inline, Work
-from stage1_pro.continual.gate import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
-from stage1_pro.continual.guard import GuardVault
-from stage1_pro.continual.loop import Round
-from stage1_pro.continual.registry import Registry
-from stage1_pro.continual.store import Store
+import stage1_pro.continual.loop.rounds as module
+from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.continual.loop.executors import Inline, Work
+from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
+from stage1_pro.continual.ledger.guard import GuardVault
+from stage1_pro.continual.loop.machine import Round
+from stage1_pro.continual.loop.registry import Registry
+from stage1_pro.continual.ledger.store import Store
 root, config, work, where = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

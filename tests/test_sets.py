@@ -19,27 +19,24 @@ from PIL import Image
 from scipy.special import expit
 
 from stage1_pro import cli
-from stage1_pro.artifacts import (
-    NOBODY_EXITS,
-    SPLITS,
-    Claims,
-    Merging,
-    Predictions,
-    Row,
-    ScrcParams,
-    Splits,
-    SplitsSummary,
-    hash_splits,
-    sha256_file,
-)
+from stage1_pro.commands.calibrate import calibrate
+from stage1_pro.commands.calibrate import render as render_policy
+from stage1_pro.commands.evaluate import answer, count_groups, evaluate, evaluate_predictions
+from stage1_pro.commands.evaluate import render as render_evaluation
 from stage1_pro.config import Config, ModelConfig
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Merging, Row, Splits, SplitsSummary, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
+from stage1_pro.files import sha256_file
 from stage1_pro.metrics.intervals import clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies import exit_rule, exits, make_router, read_policy
+from stage1_pro.policies.claims import Claims
 from stage1_pro.policies.gate import fit_gate_policy, fit_platt
 from stage1_pro.policies.promises import promise
 from stage1_pro.policies.sets import (
     LIMIT_SLACK,
+    NOBODY_EXITS,
+    ScrcParams,
     answer_sets,
     confidence_logit,
     fit_scrc_policy,
@@ -49,10 +46,7 @@ from stage1_pro.policies.sets import (
     verify_sets,
 )
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
-from stage1_pro.stations.calibration import calibrate
-from stage1_pro.stations.calibration import render as render_policy
-from stage1_pro.stations.evaluation import answer, count_groups, evaluate, evaluate_predictions
-from stage1_pro.stations.evaluation import render as render_evaluation
+from stage1_pro.words import SPLITS
 
 
 def made(n: int = 6000, *, seed: int = 0, k: int = 2, spread: float = 1.5, each: int = 1) -> dict[str, Any]:
@@ -694,17 +688,17 @@ def test_the_report_says_it_in_plain_words(tmp_path: Path) -> None:
 
 torch = pytest.importorskip("torch")
 
+from stage1_pro.commands.export import export
+from stage1_pro.commands.inspection import inspect
+from stage1_pro.commands.inspection import render as render_inspection
+from stage1_pro.commands.predict import COLUMNS, count, infer, predict, promised
 from stage1_pro.data.images import preprocess, read_image
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions
 from stage1_pro.models.model import create_model
-from stage1_pro.stations.exporting import export
-from stage1_pro.stations.inspection import inspect
-from stage1_pro.stations.inspection import render as render_inspection
-from stage1_pro.stations.prediction import COLUMNS, count, infer, predict, promised
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.inference import infer_split
-from stage1_pro.training.prepare import write_config
+from stage1_pro.training.run import write_config
 
 N_IMAGES = 24
 

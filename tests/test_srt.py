@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage1_pro.continual.srt import (
+from stage1_pro.continual.watch.srt import (
     CLOSED,
     ControllerConfig,
     ControllerState,

@@ -16,8 +16,8 @@ import onnx
 import pytest
 from test_deploy import make_images, make_model, make_run, rehash, rewrite
 
-from stage1_pro.artifacts import save_npz, sha256_file
 from stage1_pro.cli import RUNTIME_NAMES, main
+from stage1_pro.commands.export import export
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.reference import REFERENCE, TOLERANCES, check_parity, read_reference, write_reference
@@ -25,7 +25,7 @@ from stage1_pro.deploy.runtime import OnnxRuntime
 from stage1_pro.deploy.start import LADDER, RUNTIMES, _ladder, start
 from stage1_pro.deploy.tensorrt import Gpu, _Engine, buckets, cache_folder, read_cache
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError
-from stage1_pro.stations.exporting import export
+from stage1_pro.files import save_npz, sha256_file
 
 
 def gpu_missing() -> str:

@@ -27,14 +27,18 @@ from sklearn.metrics import matthews_corrcoef
 
 import stage1_pro
 from stage1_pro import cli
-from stage1_pro.artifacts import Merging, MinerTuning, Predictions, ProtocolEvaluation, Row, Splits, sha256_file
-from stage1_pro.continual.events import EventLog, ReviewPlan
-from stage1_pro.continual.served import identify
+from stage1_pro.commands.robustness import ProtocolEvaluation, evaluate_protocol
+from stage1_pro.commands.tune import MinerTuning, tune, yaml_of
+from stage1_pro.continual.serving.events import EventLog, ReviewPlan
+from stage1_pro.continual.serving.served import identify
 from stage1_pro.data import protocols
 from stage1_pro.data.images import ImageError, read_image, read_opened
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
+from stage1_pro.files import sha256_file
 from stage1_pro.integrations.streetvision import Settings, StreetVision, register
 from stage1_pro.integrations.streetvision.answering import guard
 from stage1_pro.integrations.streetvision.reward import (
@@ -49,8 +53,6 @@ from stage1_pro.integrations.streetvision.reward import (
     shifted,
 )
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
-from stage1_pro.stations.robustness import evaluate_protocol
-from stage1_pro.stations.tuning import tune, yaml_of
 
 HERE = Path(__file__).parent
 
@@ -62,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stage1_pro.models.model import create_model
     from stage1_pro.training.checkpoint import save_model
     from stage1_pro.training.inference import infer_split, save_calibration
-    from stage1_pro.training.prepare import write_config
+    from stage1_pro.training.run import write_config
 
     folder = tmp_path_factory.mktemp("streetvision")
     labels = render_pool(folder / "pool", 160, seed=3, size=64)
@@ -280,8 +282,8 @@ def test_a_log_that_cannot_be_written_costs_no_answer(
 
 def test_a_loops_champion_mines(bundle: Path, photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
-    from stage1_pro.continual.registry import Registry
-    from stage1_pro.continual.store import Store
+    from stage1_pro.continual.ledger.store import Store
+    from stage1_pro.continual.loop.registry import Registry
 
     root = tmp_path / "loop"
     registry = Registry(root, Store(root / "loop.db"))
@@ -725,8 +727,8 @@ def test_evaluation_by_protocol_is_kept_apart(run: Path, tmp_path: Path, capsys:
 
 
 def test_a_certificate_is_not_held_against_changed_photos(run: Path) -> None:
+    from stage1_pro.commands.robustness import _statement
     from stage1_pro.policies import read_policy
-    from stage1_pro.stations.robustness import _statement
 
     policy = read_policy(run)
     predictions = Predictions.load(run / "val_calib.npz")

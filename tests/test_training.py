@@ -23,8 +23,9 @@ from sklearn import metrics as judge
 from transformers import Dinov2Config, Dinov2Model
 
 import stage1_pro
-from stage1_pro.artifacts import Predictions, Splits
 from stage1_pro.config import Config, load_config
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.metrics import augrc, aurc, bootstrap, coverage_at_risk, risk_at_coverage
@@ -34,7 +35,7 @@ from stage1_pro.policies.softmax import softmax
 from stage1_pro.training import losses
 from stage1_pro.training.inference import infer_split
 from stage1_pro.training.loop import COLUMNS, TIMINGS, train
-from stage1_pro.training.prepare import RunConfig
+from stage1_pro.training.run import RunConfig
 
 SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "train.save_every_steps=2"]
 
@@ -246,7 +247,7 @@ def test_an_earlier_training_is_given_up_no_sooner_than_the_new_one_can_run(run:
 
 def test_a_folder_in_use_is_left_alone(run: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from stage1_pro.training.prepare import exclusive\n"
+        "import sys, time; from pathlib import Path; from stage1_pro.training.run import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)

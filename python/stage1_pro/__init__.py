@@ -1,6 +1,6 @@
 """Selective image classification that keeps its promises.
 
-Stations: ``split, explora, train, compare, calibrate, evaluate, export, build, merge``; a deployed bundle:
+Commands: ``split, explora, train, compare, calibrate, evaluate, export, build, merge``; a deployed bundle:
 ``Cascade.load(bundle).predict(images)``.
 Everything is imported on first use, so that serving needs no torch.
 """
@@ -11,16 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stage1_pro.commands.build import build
+    from stage1_pro.commands.calibrate import calibrate
+    from stage1_pro.commands.compare import compare
+    from stage1_pro.commands.evaluate import evaluate
+    from stage1_pro.commands.explora import explora
+    from stage1_pro.commands.export import export
+    from stage1_pro.commands.merge import merge
+    from stage1_pro.commands.plan import plan
+    from stage1_pro.commands.split import split
     from stage1_pro.deploy.cascade import Cascade
-    from stage1_pro.stations.building import build
-    from stage1_pro.stations.calibration import calibrate
-    from stage1_pro.stations.comparing import compare
-    from stage1_pro.stations.evaluation import evaluate
-    from stage1_pro.stations.exploration import explora
-    from stage1_pro.stations.exporting import export
-    from stage1_pro.stations.merging import merge
-    from stage1_pro.stations.planning import plan
-    from stage1_pro.stations.splitting import split
     from stage1_pro.training.loop import train
 
 __version__ = "0.1.0"
@@ -31,15 +31,15 @@ __all__ = [
 
 _HOMES = {
     "Cascade": "stage1_pro.deploy.cascade",
-    "build": "stage1_pro.stations.building",
-    "calibrate": "stage1_pro.stations.calibration",
-    "compare": "stage1_pro.stations.comparing",
-    "evaluate": "stage1_pro.stations.evaluation",
-    "explora": "stage1_pro.stations.exploration",
-    "export": "stage1_pro.stations.exporting",
-    "merge": "stage1_pro.stations.merging",
-    "plan": "stage1_pro.stations.planning",
-    "split": "stage1_pro.stations.splitting",
+    "build": "stage1_pro.commands.build",
+    "calibrate": "stage1_pro.commands.calibrate",
+    "compare": "stage1_pro.commands.compare",
+    "evaluate": "stage1_pro.commands.evaluate",
+    "explora": "stage1_pro.commands.explora",
+    "export": "stage1_pro.commands.export",
+    "merge": "stage1_pro.commands.merge",
+    "plan": "stage1_pro.commands.plan",
+    "split": "stage1_pro.commands.split",
     "train": "stage1_pro.training.loop",
 }
 

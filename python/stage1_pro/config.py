@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from stage1_pro.artifacts import Precision
 from stage1_pro.errors import InputError
+from stage1_pro.words import Precision
 
 
 class Section(BaseModel):

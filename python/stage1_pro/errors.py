@@ -62,3 +62,9 @@ def need(extra: str, package: str) -> DependencyError:
     return DependencyError(
         f"{package} is not installed; install it with: pip install -c constraints.txt 'stage1_pro[{extra}]'"
     )
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Text of a file for a message: no control characters that a terminal obeys, and not a page of it."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return plain + "…" if len(text) > limit else plain

@@ -11,13 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stage1_pro.artifacts import Evaluation, FnrCheck, Measure, Measurement, Policy, ScrcParams, SetCheck, write_text
 from stage1_pro.errors import Stage1Error
+from stage1_pro.files import write_text
+from stage1_pro.metrics.answers import FnrCheck, Measure
+from stage1_pro.metrics.figures import training_png
 from stage1_pro.metrics.intervals import FEW_ERRORS
-from stage1_pro.metrics.plots import training_png
 from stage1_pro.metrics.selective import relative_cost
+from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
+from stage1_pro.policies.sets import ScrcParams, SetCheck
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.evaluate import Evaluation
+    from stage1_pro.commands.metrics import Measurement
+
 
 THUMBNAILS = 24
 THUMBNAIL_SIDE = 220

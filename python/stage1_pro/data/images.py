@@ -12,14 +12,38 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field
 
-from stage1_pro.artifacts import PreprocessSpec, write_csv
 from stage1_pro.errors import InputError
+from stage1_pro.files import write_csv
+from stage1_pro.record import Record
+
+_Mean = Annotated[float, Field(ge=-1e4, le=1e4)]
+_Std = Annotated[float, Field(ge=1e-4, le=1e4)]
+
+
+class PreprocessSpec(Record):
+    """How pixels become the model's input; shared by evaluation, export and serving.
+
+    ``stretch`` resizes to (height, width) ignoring the aspect ratio (DINOv3's processor);
+    ``crop`` resizes the shorter side to ``round(size * crop_ratio)`` and crops the centre (DINOv2's).
+    Resampling is antialiased on float pixels; values are scaled to [0, 1], then normalised.
+    """
+
+    # Upper limits: a received spec must not ask for gigabytes, nor push pixels out of float32.
+    height: int = Field(gt=0, le=4096)
+    width: int = Field(gt=0, le=4096)
+    resize: Literal["stretch", "crop"] = "stretch"
+    crop_ratio: float = Field(default=256 / 224, ge=1.0, le=16.0)
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
+
 
 Reason = Literal["unreadable", "empty", "not an image", "truncated", "damaged", "oversized", "unsupported"]
 MAX_PIXELS = 64_000_000

@@ -23,9 +23,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from torch.utils.data import DataLoader, Dataset
 
-from stage1_pro.artifacts import PreprocessSpec
 from stage1_pro.config import AugmentConfig
-from stage1_pro.data.images import ImageError, normalise, preprocess, read_image
+from stage1_pro.data.images import ImageError, PreprocessSpec, normalise, preprocess, read_image
 from stage1_pro.errors import InputError
 from stage1_pro.progress import track
 

@@ -17,18 +17,142 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Literal, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 from scipy.fft import dctn
 
-from stage1_pro.artifacts import HALVES, SPLITS, Merging, Row, SplitName, Splits, hash_splits, sha256_bytes, sha256_file
 from stage1_pro.classes import choose_positive
 from stage1_pro.data.images import ImageError, Quarantined, read_image
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.errors import ArtifactError, InputError, nearest
+from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.progress import track
+from stage1_pro.record import Record
+from stage1_pro.words import HALVES, SPLITS, Half, SplitName
+
+
+class Row(Record):
+    """One labelled image of a run."""
+
+    id: str
+    file: str
+    label: str
+    group: str
+    source: str = ""
+    split: SplitName
+    half: Half | None = None
+    sha256: str
+
+
+class Merging(Record):
+    """What near-duplicate detection joined across groups."""
+
+    pairs: int
+    components: int
+    largest_rows: int
+    largest_share: float
+    largest_groups: list[str]
+
+
+class Splits(Record):
+    """``splits.json``: every row of a run, its split and the hash of every split.
+
+    ``hashes`` has an entry per split and for ``val_calib.fit`` and ``val_calib.certify``.
+    """
+
+    format_version: Literal[1] = 1
+    root: str
+    classes: list[str]
+    positive: str
+    seed: int
+    fractions: dict[SplitName, float]
+    folds: int | None = None
+    fold: int | None = None
+    counts: dict[SplitName, dict[str, int]]
+    groups: dict[SplitName, int]
+    hashes: dict[str, str]
+    quarantined: int = 0
+    merging: Merging
+    rows: list[Row]
+
+    def of(self, split: SplitName, half: Half | None = None) -> list[Row]:
+        """Rows of one split (or one half of ``val_calib``), in file order."""
+        return [r for r in self.rows if r.split == split and (half is None or r.half == half)]
+
+    def verify(self) -> Self:
+        """Check that the rows are those the hashes were taken of, and that no two splits share any.
+
+        Raises:
+            ArtifactError: rows were moved, added, removed or relabelled since the split.
+        """
+        if hash_splits(self.rows) != self.hashes:
+            raise ArtifactError(
+                "splits.json must be as `stage1 split` wrote it, but its rows do not give its hashes; split again"
+            )
+        where: dict[str, str] = {}
+        for row in self.rows:
+            for key in (f"group {row.group}", f"content {row.sha256}"):
+                if where.setdefault(key, row.split) != row.split:
+                    raise ArtifactError(f"splits must not share images, got {key} in {where[key]} and {row.split}")
+        return self
+
+    def path(self, row: Row) -> Path:
+        """Where the row's image is."""
+        return Path(self.root) / row.file
+
+    def summary(self) -> SplitsSummary:
+        """The part that may leave the house: hashes and counts, no file names."""
+        return SplitsSummary(
+            classes=self.classes,
+            positive=self.positive,
+            seed=self.seed,
+            fractions=self.fractions,
+            counts=self.counts,
+            groups=self.groups,
+            hashes=self.hashes,
+            group_shares=self._group_shares(),
+        )
+
+    def _group_shares(self) -> dict[str, float]:
+        rows = self.of("val_calib")
+        sizes: dict[str, int] = {}
+        for row in rows:
+            sizes[row.group] = sizes.get(row.group, 0) + 1
+        shares = dict.fromkeys(self.classes, 0.0)
+        for row in rows:
+            shares[row.label] += 1 / (sizes[row.group] * len(sizes))
+        return shares
+
+
+def hash_splits(rows: Sequence[Row]) -> dict[str, str]:
+    """The hash of every split and half: contents, labels and groups, in any order and under any file names."""
+    parts: dict[str, list[Row]] = {split: [row for row in rows if row.split == split] for split in SPLITS}
+    for half in HALVES:
+        parts[f"val_calib.{half}"] = [row for row in rows if row.half == half]
+    return {
+        name: sha256_bytes("\n".join(sorted(f"{r.sha256} {r.label} {r.group}" for r in part)).encode())
+        for name, part in parts.items()
+    }
+
+
+class SplitsSummary(Record):
+    """``splits.json`` of a bundle: hashes and counts only."""
+
+    format_version: Literal[1] = 1
+    classes: list[str]
+    positive: str
+    seed: int
+    fractions: dict[SplitName, float]
+    counts: dict[SplitName, dict[str, int]]
+    groups: dict[SplitName, int]
+    hashes: dict[str, str]
+    group_shares: dict[str, float] = Field(
+        default={}, description="share of every label in val_calib where groups count alike, as certificates count them"
+    )
+
 
 FRACTIONS: dict[SplitName, float] = {"train": 0.6, "val_select": 0.1, "val_calib": 0.15, "val_test": 0.15}
 # Two pictures are one when few of 64 hash bits differ and their pixels correlate: as a whole (grey, 8 x 8), in detail

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from stage1_pro.artifacts import atomic_directory, write_csv
 from stage1_pro.errors import InputError
+from stage1_pro.files import atomic_directory, write_csv
 from stage1_pro.progress import track
 
 Colour = tuple[int, int, int]

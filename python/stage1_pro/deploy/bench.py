@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import BenchBatch, BenchTiming
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.runtime import Arrays, OnnxRuntime, open_session
 from stage1_pro.errors import need
@@ -24,7 +23,51 @@ from stage1_pro.metrics.selective import relative_cost
 from stage1_pro.progress import track
 
 if TYPE_CHECKING:
-    from stage1_pro.artifacts import StageName
+    from stage1_pro.words import StageName
+from typing import Literal
+
+from pydantic import Field
+
+from stage1_pro.record import Record
+
+
+class BenchTiming(Record):
+    """One contestant of ``stage1 bench cascade`` at one batch size: medians over rounds, with quartiles."""
+
+    contestant: Literal["stage_a", "stage_b", "always_both", "full_pass", "cascade"]
+    n_deferred: int | None = Field(description="rows of the batch that Stage B was made to answer; of a cascade alone")
+    deferral_rate: float | None
+    milliseconds: float = Field(description="of one batch")
+    milliseconds_low: float
+    milliseconds_high: float
+    images_per_second: float
+    speedup: float = Field(description="time of the full pass in the same round / own time; higher is better")
+    speedup_low: float
+    speedup_high: float
+    processor_speedup: float = Field(
+        description="the same of processor time over all threads, which neighbours on a busy machine stretch less"
+    )
+    ideal: float | None = Field(description="speed-up if only blocks took time; null where nothing is left to run")
+    of_ideal: float | None = Field(description="speed-up / ideal")
+
+
+class BenchBatch(Record):
+    """What ``stage1 bench cascade`` measured at one batch size."""
+
+    batch: int
+    timings: list[BenchTiming]
+    shares: dict[str, float] = Field(
+        description="of a full pass's time: embedding, blocks and heads; python: deciding and gathering of a batch "
+        "with half its rows deferred, which comes on top"
+    )
+
+    def cascade(self, n_deferred: int) -> BenchTiming:
+        """The cascade with so many rows deferred; KeyError when it was not measured."""
+        for found in self.timings:
+            if found.n_deferred == n_deferred:
+                return found
+        raise KeyError(n_deferred)
+
 
 # A visit repeats its call for about this long: single calls of a millisecond mostly measure the scheduler.
 VISIT_SECONDS = 0.02

@@ -18,31 +18,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from stage1_pro.artifacts import (
-    POLICY_FILES,
-    BackboneInfo,
-    BundleManifest,
-    EngineEntry,
-    FileEntry,
-    Policy,
-    PreprocessSpec,
-    Provenance,
-    Splits,
-    SplitsSummary,
-    StageEntry,
-    StageName,
-    atomic_directory,
-    printable,
-    recover_directory,
-    sha256_bytes,
-    sha256_file,
-    write_text,
-)
 from stage1_pro.config import Config
+from stage1_pro.data.images import PreprocessSpec
+from stage1_pro.data.splits import Splits, SplitsSummary
 from stage1_pro.deploy.graphs import check_graph
+from stage1_pro.deploy.manifest import BundleManifest, EngineEntry, Provenance, StageEntry
 from stage1_pro.deploy.migrate import FORMAT, upgrade
-from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.errors import ArtifactError, InputError, printable
+from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, sha256_file, write_text
+from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies import POLICIES, void
+from stage1_pro.policies.policy import Policy
+from stage1_pro.record import FileEntry
+from stage1_pro.words import POLICY_FILES, StageName
 
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"

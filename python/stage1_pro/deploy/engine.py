@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from stage1_pro.artifacts import EngineEntry, Precision, Record, StageEntry, StageName, atomic_path, sha256_file
 from stage1_pro.deploy.bundle import Bundle
+from stage1_pro.deploy.manifest import EngineEntry, StageEntry
 from stage1_pro.deploy.trust import remember_built
 from stage1_pro.errors import ArtifactError, InputError, nearest, need
+from stage1_pro.files import atomic_path, sha256_file
 from stage1_pro.progress import say
+from stage1_pro.record import Record
+from stage1_pro.words import Precision, StageName
 
 if TYPE_CHECKING:
     # The classic bindings' published stubs: mypy holds the one code path against them. TensorRT for RTX has the same

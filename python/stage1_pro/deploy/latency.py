@@ -19,13 +19,71 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.artifacts import ColdStart, LatencyQuantile, LatencyRatio, LatencySeries
 from stage1_pro.data.images import preprocess, read_image
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError
 
 if TYPE_CHECKING:
     from stage1_pro.deploy.runtime import Runtime
+from typing import Literal
+
+from pydantic import Field
+
+from stage1_pro.record import Record
+
+
+class LatencyQuantile(Record):
+    """A quantile of single calls with its interval; null where so few samples have none."""
+
+    q: float
+    milliseconds: float | None
+    low: float | None
+    high: float | None
+
+
+class LatencySeries(Record):
+    """Single calls of one contestant, one part of them, at one batch size."""
+
+    contestant: str
+    part: str = Field(description="host, device (between events), decode, resize, model or total")
+    batch: int
+    deferral_rate: float | None = Field(description="share of rows that Stage B was made to answer; of a cascade alone")
+    n: int
+    enough: bool = Field(description="1,000 samples or more, which a p99 takes")
+    mean: float = Field(description="milliseconds")
+    quantiles: list[LatencyQuantile]
+    milliseconds: list[float] = Field(description="every sample, in the order it was taken")
+
+    def key(self) -> tuple[str, str, int, float | None]:
+        """What it is a series of."""
+        return self.contestant, self.part, self.batch, self.deferral_rate
+
+    def quantile(self, q: float) -> LatencyQuantile:
+        """One quantile; KeyError when it is not there."""
+        for found in self.quantiles:
+            if found.q == q:
+                return found
+        raise KeyError(q)
+
+
+class ColdStart(Record):
+    """A fresh process up to its first answer, milliseconds, medians over repeats."""
+
+    cache: Literal["none", "empty", "kept"] = Field(description="of kernels compiled on this machine")
+    repeats: int
+    total: float = Field(description="from starting the process to its end")
+    load: float = Field(description="verifying the bundle, starting the runtime, parity")
+    first: float = Field(description="the first answer, by both stages")
+
+
+class LatencyRatio(Record):
+    """A quantile of one series over that of another; ``q`` null: means."""
+
+    q: float | None
+    ratio: float
+    low: float
+    high: float
+
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 # Fewer samples have no p99 to speak of.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stage1_pro.artifacts import printable
-from stage1_pro.errors import ArtifactError
+from stage1_pro.errors import ArtifactError, printable
 
 FORMAT = 2
 _LACKS_1 = (

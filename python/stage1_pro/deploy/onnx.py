@@ -15,15 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stage1_pro.artifacts import GraphVariant, Policy, Precision, PreprocessSpec, StageEntry, StageName
+from stage1_pro.data.images import PreprocessSpec
+from stage1_pro.deploy.manifest import GraphVariant, StageEntry
 from stage1_pro.deploy.precision import HALF_LIMIT, HALF_MARGIN, Peaks, in_precision, measure_peaks
 from stage1_pro.deploy.runtime import shapes
 from stage1_pro.errors import ArtifactError, InputError, need
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies import exit_scores, exits
+from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.sets import answer_sets
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
+from stage1_pro.words import Precision, StageName
 
 PARITY_BATCHES = (1, 2, 5)
 OUTPUTS: dict[StageName, tuple[str, ...]] = {"stage_a": ("logits", "gate_logit", "hidden"), "stage_b": ("logits",)}

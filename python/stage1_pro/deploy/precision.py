@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stage1_pro.artifacts import Precision, StageName
 from stage1_pro.deploy.engine import UNQUANTISED
 from stage1_pro.errors import InputError
 from stage1_pro.models.model import Heads, Stage1Model
+from stage1_pro.words import Precision, StageName
 
 HALF_LIMIT = 65504.0  # largest finite fp16
 # Calibration images are not all images: a value this near the limit there may pass it elsewhere.

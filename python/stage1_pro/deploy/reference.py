@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.artifacts import PreprocessSpec, StageEntry, StageName, load_npz, save_npz
-from stage1_pro.data.images import normalise
+from stage1_pro.data.images import PreprocessSpec, normalise
 from stage1_pro.deploy.bundle import Bundle
+from stage1_pro.deploy.manifest import StageEntry
 from stage1_pro.deploy.runtime import Arrays, Runtime, open_session
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import load_npz, save_npz
 from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.softmax import softmax
+from stage1_pro.words import StageName
 
 REFERENCE = "reference.npz"
 # An odd number, which no bucket of an engine has: padding is checked as well.

@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import StageName, printable
 from stage1_pro.deploy.bundle import Bundle
-from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.errors import ArtifactError, InputError, printable
+from stage1_pro.words import StageName
 
 Arrays = dict[str, NDArray[np.float32]]
 

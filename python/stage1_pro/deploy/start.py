@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from stage1_pro.artifacts import EngineEntry, StageName, printable
 from stage1_pro.deploy.bundle import STAGES, Bundle
+from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.deploy.reference import REFERENCE, Reference, check_parity, read_reference
 from stage1_pro.deploy.runtime import OnnxRuntime, Runtime
 from stage1_pro.deploy.tensorrt import ENGINE_RUNTIMES, TensorRtRuntime
-from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, nearest
+from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, nearest, printable
+from stage1_pro.words import StageName
 
 RUNTIMES = ("auto", "onnxruntime", *ENGINE_RUNTIMES.values(), "torch")
 # From the fastest to the surest; what a recipe builds for itself comes before all of its fallbacks.

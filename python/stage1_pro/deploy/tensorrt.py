@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from stage1_pro.artifacts import EngineEntry, StageName, sha256_bytes, write_bytes
 from stage1_pro.deploy.bundle import STAGES, Bundle
 from stage1_pro.deploy.engine import import_builder, read_engine
+from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.deploy.runtime import Arrays
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, need
+from stage1_pro.files import sha256_bytes, write_bytes
+from stage1_pro.words import StageName
 
 # Target of an engine → name of the runtime that executes it.
 ENGINE_RUNTIMES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}

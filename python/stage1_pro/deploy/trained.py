@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import BackboneInfo, Policy, PreprocessSpec, StageName
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy.bundle import check_policy_belongs
 from stage1_pro.deploy.runtime import Arrays
 from stage1_pro.errors import InputError
+from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies import read_policy
+from stage1_pro.policies.policy import Policy
 from stage1_pro.training.checkpoint import load_run_model
+from stage1_pro.words import StageName
 
 # Rows of one CUDA graph at most: larger batches are cut.
 LARGEST = 64

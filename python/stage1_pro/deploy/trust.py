@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
 
-from stage1_pro.artifacts import EngineEntry, Record, printable, sha256_bytes, sha256_file, write_text
 from stage1_pro.deploy.bundle import SIGNATURE, Bundle, read_plain
-from stage1_pro.errors import ArtifactError, InputError, need
+from stage1_pro.deploy.manifest import EngineEntry
+from stage1_pro.errors import ArtifactError, InputError, need, printable
+from stage1_pro.files import sha256_bytes, sha256_file, write_text
+from stage1_pro.record import Record
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stage1_pro.artifacts import FileEntry, Record, atomic_directory, recover_directory, sha256_file
 from stage1_pro.config import AdapterConfig, AdapterMode, ModelConfig, Target
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import atomic_directory, recover_directory, sha256_file
 from stage1_pro.models.backbone import Backbone
 from stage1_pro.models.model import (
     Architecture,
@@ -36,6 +36,7 @@ from stage1_pro.models.model import (
     create_model,
     rebuild_model,
 )
+from stage1_pro.record import FileEntry, Record
 
 RECORD = "adapter.json"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

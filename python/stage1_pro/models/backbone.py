@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils import logging as hf_logging
 
-from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, write_text
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError, nearest
+from stage1_pro.files import write_text
+from stage1_pro.models.architecture import BackboneInfo
 
 Family = Literal["dinov3", "dinov2"]
 Context = tuple[Tensor, Tensor] | None

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stage1_pro.artifacts import BackboneInfo, PreprocessSpec, Record
 from stage1_pro.config import ModelConfig
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.models.backbone import Backbone, backbone_from_config, hash_tensors, load_backbone, normalisation
 from stage1_pro.models.heads import Auxiliary, Classifier, Gate
+from stage1_pro.record import Record
 
 
 class Architecture(Record):

@@ -8,10 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro._native import Router
-from stage1_pro.artifacts import NOBODY_EXITS, POLICY_FILES, GateParams, Policy, PolicyName, ScrcParams, Thresholds
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies import gate
-from stage1_pro.policies.softmax import confidence, decide
+from stage1_pro.policies.gate import GateParams
+from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.sets import NOBODY_EXITS, ScrcParams
+from stage1_pro.policies.softmax import Thresholds, confidence, decide
+from stage1_pro.words import POLICY_FILES, PolicyName
 
 __all__ = ["POLICIES", "exit_rule", "exit_scores", "exits", "make_router", "read_policy", "void", "withdraw_policies"]
 

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc
 
-from stage1_pro.artifacts import CertificateRecord, RiskRecord
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.policies.bounds import binomial_cdf, check_share, coverage_p_value, errors_allowed, trials_needed
 from stage1_pro.policies.candidates import (
@@ -33,6 +32,7 @@ from stage1_pro.policies.candidates import (
     count_at_least,
     group_weights,
 )
+from stage1_pro.policies.certificate import CertificateRecord, RiskRecord
 from stage1_pro.policies.planning import plan_calibration
 
 Condition = Literal["exit", "exit&y=1"]

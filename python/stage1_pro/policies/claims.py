@@ -6,8 +6,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stage1_pro.artifacts import CLAIMS_FILE, Claim, Claims, HalfClaims, PolicyName, sha256_bytes
+from pydantic import Field
+
 from stage1_pro.errors import InputError
+from stage1_pro.files import sha256_bytes
+from stage1_pro.record import Record
+from stage1_pro.words import PolicyName
+
+CLAIMS_FILE = "claims.json"
+
+
+class Claim(Record):
+    """One use of a certify half: which promise was sought on it."""
+
+    key: str = Field(description="hash of model, preprocessing, policy and wish: the same key is the same claim")
+    policy: PolicyName
+    wish: str
+    model_fingerprint: str
+    outcome: Literal["open", "certified", "infeasible"] = "open"
+
+
+class HalfClaims(Record):
+    """What one certify half has been used for; delta and the number of claims are fixed by the first."""
+
+    delta: float = Field(gt=0, lt=1, description="for all claims together")
+    claims: int = Field(ge=1)
+    uses: list[Claim]
+
+
+class Claims(Record):
+    """``claims.json``: every use of every certify half of a run, by the half's hash.
+
+    It outlives policies and trainings: a certify half that was looked at stays looked at.
+    """
+
+    format_version: Literal[1] = 1
+    halves: dict[str, HalfClaims] = Field({})
+    looks: dict[str, int] = Field({}, description="empirical choices that saw a certify half, which promise nothing")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 from scipy.special import expit, log_expit
 
 from stage1_pro._native import sweep
-from stage1_pro.artifacts import GateConstraints, GateParams, SweepRow
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
 from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate, certify_halves, check_halves, groups_in_error, infeasible, record
 from stage1_pro.policies.softmax import (
     BOUND_LEVEL,
@@ -32,6 +33,70 @@ from stage1_pro.policies.softmax import (
     meets,
     sweep_table,
 )
+from stage1_pro.record import Record
+
+
+class GateConstraints(Record):
+    """What the gate policy was asked for; all at once, at one threshold."""
+
+    min_coverage: float = Field(gt=0, lt=1)
+    max_exit_error: float = Field(gt=0, lt=1)
+    target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
+
+
+class GateParams(Record):
+    """``gateparams.json``: the gate exit policy.
+
+    An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
+    counts are those of the calibration rows (with ``ltt`` of their certify half); ``a`` and ``b`` come from the fit
+    half.
+    """
+
+    format_version: Literal[1] = 1
+    policy: Literal["gate"] = "gate"
+    classes: list[str] = Field(min_length=2)
+    positive: str
+    a: float
+    b: float
+    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
+    platt: str = Field(description="how a and b came about")
+    threshold: float = Field(ge=0, le=1)
+    coverage: float = Field(ge=0, le=1)
+    exit_error: float = Field(ge=0, le=1)
+    fnr_on_exited: float | None = Field(ge=0, le=1, description="null when no positive exits")
+    constraints: GateConstraints
+    guarantee: Literal["none", "ltt"]
+    certificate: CertificateRecord | None = Field(description="null with guarantee none")
+    certify_uses: int | None = Field(description="claims on the certify half so far, with this one; null: not counted")
+    statement: str
+    exit_error_upper_bound: float = Field(ge=0, le=1)
+    fnr_upper_bound: float | None = Field(ge=0, le=1, description="null when no positive exits, or none was asked for")
+    bound_level: float = Field(gt=0, lt=1)
+    bound_method: str
+    n_rows: int
+    n_exited: int
+    n_errors: int
+    n_positive_exited: int
+    n_false_negative: int
+    n_exited_groups: int
+    n_positive_groups: int
+    n_fit_rows: int = Field(description="rows that Platt scaling saw")
+    grouped: bool
+    sweep_results: list[SweepRow]
+    split_hashes: dict[str, str]
+    model_fingerprint: str | None = None
+    preprocessing_fingerprint: str | None = None
+
+    @property
+    def exit_threshold(self) -> float:
+        """The threshold under the name that every policy has."""
+        return self.threshold
+
+    @property
+    def target_fnr(self) -> float | None:
+        """The wished FNR on exits; None when it was not asked for."""
+        return self.constraints.target_fnr_exit
+
 
 GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 

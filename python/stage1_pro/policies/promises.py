@@ -7,12 +7,17 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stage1_pro.artifacts import GateParams, Policy, PromiseCheck, ScrcParams, SplitsSummary, Thresholds
+from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.intervals import clopper_pearson
 from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.certificate import PromiseCheck
 from stage1_pro.policies.certify import counting_unit, one_each
+from stage1_pro.policies.gate import GateParams
+from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.scrc import check_claim
+from stage1_pro.policies.sets import ScrcParams
+from stage1_pro.policies.softmax import Thresholds
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Literal
 
-from stage1_pro.artifacts import Predictions
+import numpy as np
+from pydantic import Field
+
+from stage1_pro.data.predictions import Predictions
 from stage1_pro.errors import ArtifactError
 from stage1_pro.metrics.intervals import Interval, bootstrap_augrc, compare
+from stage1_pro.metrics.measured import Metric
 from stage1_pro.policies.softmax import confidence, softmax
+from stage1_pro.record import Record
+
+
+class GateChoice(Record):
+    """``gate.json``: how the gate was fitted, and what ranks answers better on ``val_select``, it or max softmax."""
+
+    format_version: Literal[1] = 1
+    fit: Literal["out_of_fold", "joint"]
+    form: str = Field(description="features and margin, margin alone, or joint: as training left it")
+    reason: str = Field("", description="why the form is the margin alone")
+    folds: int | None = None
+    views: int | None = None
+    strength: float | None = Field(None, description="penalty per row, the best on rows out of fold")
+    n_rows: int = Field(0, description="rows it was fitted on, every view counted")
+    n_groups: int = 0
+    n_errors: int = Field(0, description="wrong answers among them")
+    split: Literal["val_select"] = "val_select"
+    split_hash: str
+    model_fingerprint: str
+    gate_augrc: Metric
+    softmax_augrc: Metric
+    joint_gate_augrc: Metric | None = Field(None, description="of the gate before it was refitted")
+    difference: Metric = Field(description="AUGRC of the gate minus that of max softmax, paired, by group")
+    asked: Literal["auto", "softmax", "gate"]
+    confidence: Literal["softmax", "gate"] = Field(description="which one says how sure an answer is")
+
 
 GATE, SOFTMAX, JOINT, DIFFERENCE = "gate_augrc", "softmax_augrc", "joint_gate_augrc", "gate_minus_softmax_augrc"
 

@@ -6,21 +6,173 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
 from scipy.special import logit
 
-from stage1_pro.artifacts import NOBODY_EXITS, Policy, PromiseCheck, ScrcCell, ScrcParams, SetCheck, SetRates, ShareOf
 from stage1_pro.errors import InputError, NotReachableError, nearest
+from stage1_pro.files import sha256_bytes
 from stage1_pro.policies import gate
 from stage1_pro.policies.bounds import check_share
+from stage1_pro.policies.certificate import PromiseCheck
 from stage1_pro.policies.certify import check_halves
 from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Loss, Rate, Score, Variant, Verification, nonconformity
 from stage1_pro.policies.softmax import check_rows, confidence, count_exits_by, meets
+from stage1_pro.record import Record
+
+if TYPE_CHECKING:
+    from stage1_pro.policies.policy import Policy
+
+
+class ScrcCell(Record):
+    """A limit on nonconformity, and the certify rows it comes from; a class is in the set iff it is at or below it."""
+
+    name: str = Field(description="all, a stage (A or B), or a class")
+    limit: float = Field(ge=0, description="a hair above the one certified, against rounding; that only enlarges sets")
+    trials: int = Field(ge=0, description="accepted units of the cell")
+    errors: int = Field(ge=0, description="of them, sets at the certified limit that miss the label")
+    budget: int = Field(ge=0, description="the most that could be certified")
+    delta: float | None = Field(gt=0, lt=1, description="of this cell; null where risk is an expectation or nothing")
+    bound: float = Field(
+        ge=0, le=1, description="Clopper-Pearson at 1 - delta (pac), (errors + 1) / (trials + 1) (I, T)"
+    )
+
+
+# Above every P(correct): a threshold here lets nobody exit.
+NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
+
+
+class ScrcParams(Record):
+    """``scrcparams.json``: selective conformal risk control after the cascade.
+
+    An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``exit_threshold``; else
+    Stage B answers. P(answer correct) is that score where it exits and ``sigmoid(a_b * logit + b_b)`` otherwise, of the
+    logit of Stage B's largest probability. The image is accepted iff it is at or above ``lambda_1``, and then gets the
+    set of classes whose nonconformity is at or below its cell's limit in ``lambda_2``; otherwise nobody answers.
+
+    Both Platt scalings and the exit rule come from the fit half, ``lambda_1``, ``lambda_2`` and all counts and bounds
+    from the certify half. ``calibrator_fingerprint`` is recomputed on reading: other numbers void the certificate.
+    """
+
+    format_version: Literal[1] = 1
+    policy: Literal["scrc"] = "scrc"
+    classes: list[str] = Field(min_length=2)
+    positive: str
+    a: float
+    b: float
+    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
+    platt: str = Field(description="how a and b came about")
+    exit_threshold: float = Field(ge=0, le=NOBODY_EXITS, description="just above 1: nobody exits")
+    max_exit_error: float = Field(gt=0, lt=1, description="what the exit rule was asked for, on the fit half")
+    exit_error: float | None = Field(ge=0, le=1, description="of the fit half; null when nobody exits")
+    exit_rate: float = Field(ge=0, le=1, description="of the fit half")
+    a_b: float
+    b_b: float
+    platt_b: str = Field(description="how a_b and b_b came about")
+    alpha: float = Field(gt=0, lt=1, description="largest risk among the accepted")
+    xi: float = Field(gt=0, lt=1, description="least share accepted")
+    delta: tuple[float, float] = Field(description="chance of failure of selection and risk, divided by claims")
+    variant: Literal["pac", "I", "T", "naive"]
+    loss: Literal["miscoverage", "fnr"] = Field(description="miscoverage: the set misses the label; fnr: of positives")
+    score: Literal["lac", "aps", "raps"]
+    cells: Literal["stage", "class"] | None = Field(description="what has a limit of its own; null: one for all")
+    allow_empty: bool
+    raps: tuple[float, int] = Field(description="penalty for each rank beyond the second number")
+    lambda_1: float = Field(description="accepted iff P(answer correct) is at or above it")
+    lambda_2: list[ScrcCell] = Field(min_length=1)
+    rank: int = Field(
+        ge=1, description="of the certify units' scores: the last one accepted (pac), or the first one that is not"
+    )
+    n: int = Field(ge=1, description="units of the certify half")
+    unit: Literal["rows", "groups"]
+    seed: int = Field(description="of the row that speaks for its group")
+    accepted: int = Field(ge=0, description="units of the certify half")
+    coverage: float = Field(ge=0, le=1, description="accepted / n")
+    coverage_bound: float | None = Field(description="lower, at 1 - delta[0]; null for T and naive")
+    risk_bound: float = Field(ge=0, le=1, description="the largest of all cells")
+    fnr_bound: float | None = Field(
+        ge=0, le=1, description="of accepted positives whose set lacks the positive; null where cells do not tell it"
+    )
+    guarantee: Literal["none", "pac", "expectation"]
+    statement: str
+    assumptions: list[str]
+    claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
+    certify_uses: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
+    n_fit_rows: int
+    grouped: bool
+    split_hashes: dict[str, str]
+    model_fingerprint: str | None = Field(default=None, description="of all weights, the gate's among them")
+    preprocessing_fingerprint: str | None = None
+    calibrator_fingerprint: str = Field(description="sha256 over everything else here")
+
+    @property
+    def target_fnr(self) -> float | None:
+        """The wished FNR on exits: none, the promise is on sets."""
+        return None
+
+    @classmethod
+    def seal(cls, **values: Any) -> Self:
+        """Make a record with the fingerprint of its own numbers."""
+        return cls(**values, calibrator_fingerprint=cls.model_construct(**values).fingerprint_numbers())
+
+    def fingerprint_numbers(self) -> str:
+        """Hex sha256 over all else: what decides, what is promised and assumed, and of which model."""
+        content = self.model_dump(mode="json", exclude={"calibrator_fingerprint"})
+        data = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return sha256_bytes(data.encode())
+
+    @model_validator(mode="after")
+    def _sealed(self) -> Self:
+        found = self.fingerprint_numbers()
+        if self.calibrator_fingerprint != found:
+            raise ValueError(
+                f"calibrator_fingerprint must be of what stands beside it, got {self.calibrator_fingerprint[:12]} "
+                f"instead of {found[:12]}; something was changed, so the certificate is void: calibrate again"
+            )
+        return self
+
+
+class ShareOf(Record):
+    """A share, or a mean set size, with its two-sided 95% interval; null where nothing was accepted."""
+
+    value: float | None
+    low: float
+    high: float
+
+
+class SetRates(Record):
+    """What sets are like on the rows of one stage or source; for information, nobody promised it of them."""
+
+    part: Literal["stage", "source"]
+    name: str
+    n: int = Field(description="units")
+    accepted: int
+    average_set_size: ShareOf
+    ambiguous_rate: ShareOf
+    rejection_rate: ShareOf
+
+
+class SetCheck(Record):
+    """Promises and rates of sets on ``val_test``. Shares of sets are of the accepted, the rejection rate of all."""
+
+    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] = Field(description="FAIL when any promise fails; sources aside")
+    statement: str = Field(description="the outcome in words")
+    promises: list[PromiseCheck]
+    n: int
+    unit: Literal["rows", "groups", "group_means"]
+    accepted: int
+    average_set_size: ShareOf
+    ambiguous_rate: ShareOf
+    empty_rate: ShareOf
+    rejection_rate: ShareOf
+    parts: list[SetRates] = Field(default=[], description="the same per stage that answered, and per source")
+
 
 GUARANTEES: dict[Variant, Literal["none", "pac", "expectation"]] = {
     "pac": "pac", "I": "expectation", "T": "expectation", "naive": "none",

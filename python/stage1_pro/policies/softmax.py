@@ -13,12 +13,52 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
-from stage1_pro.artifacts import SweepRow, Thresholds
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
 from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate, certify_halves, gaps, groups_in_error, infeasible, record
+from stage1_pro.record import Record
+
+
+class Thresholds(Record):
+    """``thresholds.json``: the softmax exit policy.
+
+    An image exits at Stage A iff its confidence (largest softmax probability) is at or above
+    ``exit_threshold``. For two classes that is P(positive) at or above ``exit_upper_threshold``
+    or at or below ``exit_lower_threshold``; for more classes the lower one is null.
+    """
+
+    format_version: Literal[1] = 1
+    policy: Literal["softmax"] = "softmax"
+    classes: list[str] = Field(min_length=2)
+    positive: str
+    exit_threshold: float = Field(ge=0, le=1)
+    exit_lower_threshold: float | None = Field(default=None, ge=0, le=1)
+    exit_upper_threshold: float = Field(ge=0, le=1)
+    fnr_on_exited: float = Field(ge=0, le=1)
+    coverage: float = Field(ge=0, le=1)
+    exit_accuracy: float = Field(ge=0, le=1)
+    target_fnr: float = Field(gt=0, lt=1)
+    guarantee: Literal["none", "ltt"]
+    certificate: CertificateRecord | None = Field(default=None, description="null with guarantee none")
+    statement: str
+    fnr_upper_bound: float = Field(ge=0, le=1)
+    bound_level: float = Field(gt=0, lt=1)
+    bound_method: str
+    n_rows: int
+    n_exited: int
+    n_positive_exited: int
+    n_false_negative: int
+    n_positive_groups: int
+    grouped: bool
+    sweep_results: list[SweepRow]
+    split_hashes: dict[str, str]
+    model_fingerprint: str | None = None
+    preprocessing_fingerprint: str | None = None
+
 
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)
 BOUND_LEVEL = 0.95

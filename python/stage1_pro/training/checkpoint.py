@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage1_pro.artifacts import Splits, sha256_file, write_bytes
+from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError
+from stage1_pro.files import sha256_file, write_bytes
 from stage1_pro.models.heads import Gate
 from stage1_pro.models.model import Architecture, Stage1Model, check_architecture, check_tensors, rebuild_model
-from stage1_pro.training.prepare import RunConfig
+from stage1_pro.training.run import RunConfig
 
 
 def canonical(value: Any) -> Any:

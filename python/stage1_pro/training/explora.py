@@ -24,10 +24,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 
-from stage1_pro.artifacts import PreprocessSpec, write_bytes, write_csv
 from stage1_pro.config import AugmentConfig, Config, ExploraConfig
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import TrainLoader, iterate
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
+from stage1_pro.files import write_bytes, write_csv
 from stage1_pro.models.backbone import Backbone
 from stage1_pro.models.masked import Pretext, draw_orders
 from stage1_pro.progress import say

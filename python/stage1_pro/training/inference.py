@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stage1_pro.artifacts import Predictions, PreprocessSpec, Row, SplitName, Splits
 from stage1_pro.config import AugmentConfig
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import iterate
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Row, Splits
 from stage1_pro.models.heads import Gate
 from stage1_pro.models.model import Outputs, Stage1Model
 from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
+from stage1_pro.words import SplitName
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -119,7 +122,7 @@ def save_calibration(run: Path, predictions: Predictions) -> None:
     """Write ``val_calib.npz`` and the plain tensors other tools read."""
     import io
 
-    from stage1_pro.artifacts import write_bytes
+    from stage1_pro.files import write_bytes
 
     predictions.save(run / "val_calib.npz")
     for name, array in (

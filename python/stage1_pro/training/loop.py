@@ -26,26 +26,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from stage1_pro.artifacts import (
-    GateChoice,
-    Metric,
-    Predictions,
-    PreprocessSpec,
-    Row,
-    Splits,
-    Start,
-    TapChoice,
-    load_npz,
-    save_npz,
-    sha256_bytes,
-    write_bytes,
-    write_csv,
-)  # fmt: skip
 from stage1_pro.config import ADAPTER_MODES, Config
+from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import TrainLoader, epoch_order
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Row, Splits
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
+from stage1_pro.files import load_npz, save_npz, sha256_bytes, write_bytes, write_csv
+from stage1_pro.metrics.figures import BAND_METRICS, risk_band, risk_coverage_png
 from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, metric_names
-from stage1_pro.metrics.plots import BAND_METRICS, risk_band, risk_coverage_png
+from stage1_pro.metrics.measured import Metric
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.models.adapters import Adaptation, adapt, merged_state, replace_trained, save_adapter
@@ -59,16 +49,21 @@ from stage1_pro.models.model import (
     create_model,
     fingerprint,
 )  # fmt: skip
-from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, rank_answers
+from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, GateChoice, rank_answers
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.progress import say
 from stage1_pro.training import checkpoint
-from stage1_pro.training.gate import fit_gate
+from stage1_pro.training.gate_head import fit_gate
 from stage1_pro.training.inference import Arrays, infer, named_logits, run_over, save_calibration
 from stage1_pro.training.losses import as_share, balanced_weights, joint_loss, selective_loss, selective_sums
-from stage1_pro.training.prepare import check_run, exclusive, forget_training, versions, write_config
+from stage1_pro.training.run import Start, check_run, exclusive, forget_training, versions, write_config
 from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
-from stage1_pro.training.taps import candidates, choose_tap, table
+from stage1_pro.training.taps import (
+    TapChoice,  # fmt: skip
+    candidates,
+    choose_tap,
+    table,
+)
 
 SMALLEST_MICRO_BATCH = 16
 # Stage A's suite on val_select, each with the ends of its interval.

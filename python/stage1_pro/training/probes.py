@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from stage1_pro.artifacts import ProbeFigure
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.intervals import Interval, bootstrap_answers, compare
 from stage1_pro.metrics.probabilistic import accuracy
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.training.gate import fit_head, fold_of
+from stage1_pro.training.adapted import ProbeFigure
+from stage1_pro.training.gate_head import fit_head, fold_of
 
 Array = NDArray[np.float64]
 

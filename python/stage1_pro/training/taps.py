@@ -7,16 +7,40 @@ where the class can be read before fine-tuning, which moves it; a tap that matte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from threadpoolctl import threadpool_limits
 
-from stage1_pro.artifacts import TapCandidate, TapChoice
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.policies.softmax import confidence, softmax
-from stage1_pro.training.gate import fit_head
+from stage1_pro.record import Record
+from stage1_pro.training.gate_head import fit_head
+
+
+class TapCandidate(Record):
+    """One block that Stage A could read, measured by a linear probe on ``val_select``."""
+
+    tap: int
+    accuracy: float
+    augrc: float
+    exits: float = Field(description="largest exit rate at which the cascade errs no more than Stage B alone")
+    cascade_error: float
+    cost: float = Field(description="blocks run per photo at that rate, as a share of all")
+
+
+class TapChoice(Record):
+    """``tap.json``: what ``model.tap: auto`` measured and chose."""
+
+    format_version: Literal[1] = 1
+    n_blocks: int
+    tap: int
+    error_b: float = Field(description="error of the probe at the last block, the risk that is kept")
+    candidates: list[TapCandidate]
+    split_hashes: dict[str, str]
+
 
 SHARES = (1 / 3, 1 / 2, 2 / 3, 1.0)
 

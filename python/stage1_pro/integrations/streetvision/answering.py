@@ -17,15 +17,15 @@ import yaml
 from PIL import Image
 from pydantic import Field, ValidationError
 
-from stage1_pro.artifacts import Record
-from stage1_pro.continual.events import EventLog
-from stage1_pro.continual.live import LiveCascade
-from stage1_pro.continual.served import Served
+from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.continual.serving.live import LiveCascade
+from stage1_pro.continual.serving.served import Served
 from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike
 from stage1_pro.errors import InputError, Stage1Error, nearest
 from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
+from stage1_pro.record import Record
 
 NO_ANSWER = -1.0
 # A request is one JPEG; what is longer is not looked at.

@@ -1,0 +1,565 @@
+"""Calibration: choose the exit policy on ``val_calib``, or on anybody's logits."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from jsonschema import Draft202012Validator
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from stage1_pro.classes import choose_positive
+from stage1_pro.config import CalibrateConfig
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Splits
+from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
+from stage1_pro.files import load_npz, sha256_file
+from stage1_pro.policies import exit_rule, sets, withdraw_policies
+from stage1_pro.policies.certify import cut_halves
+from stage1_pro.policies.claims import Stake, close_claim, note_look, stake_claim
+from stage1_pro.policies.gate import GateParams, describe, fit_gate_policy
+from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.ranking import GateChoice
+from stage1_pro.policies.sets import ScrcParams
+from stage1_pro.policies.softmax import fit_softmax_policy, softmax
+from stage1_pro.progress import say
+from stage1_pro.words import HALVES, POLICY_FILES, PolicyName
+
+
+def calibrate(
+    run: Path | str | None = None,
+    *,
+    logits: Path | str | None = None,
+    policy: str | None = None,
+    guarantee: str | None = None,
+    target_fnr: float | None = None,
+    max_exit_error: float | None = None,
+    min_coverage: float | None = None,
+    alpha: float | None = None,
+    variant: str | None = None,
+    loss: str | None = None,
+    score: str | None = None,
+    cells: str | None = None,
+    allow_empty: bool | None = None,
+    delta: float | None = None,
+    claims: int | None = None,
+    out: Path | str | None = None,
+    positive: str | None = None,
+    classes: list[str] | None = None,
+) -> Policy:
+    """Choose when Stage A may answer, and write the policy file.
+
+    With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json``, ``gateparams.json`` or
+    ``scrcparams.json``, the run's only policy file from then on. With ``logits`` it reads an ``.npz`` of ``logits``
+    [N, K] (or [N]: the logit of the second of two classes) or ``probs``, ``labels`` [N] as indices, for the gate
+    ``gate_logits`` [N], and optionally ``groups`` [N], ``half`` [N] (``fit`` or ``certify``; else cut at random by
+    group), ``classes`` [K] and ``positive``; it writes to ``out`` when that is given. For scrc ``gate_logits`` are
+    optional too, as are ``logits_b`` or ``probs_b`` of Stage B: without them the logit of the largest probability
+    stands in for the gate, and the one stage answers deferred rows as well.
+
+    What is not given is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``.
+
+    Args:
+        run: trained run folder.
+        logits: somebody's logits instead of a run.
+        policy: what decides an exit; ``softmax``, ``gate``, ``scrc`` (exits by the gate, then sets and abstentions), or
+            with a run ``auto``: softmax or gate, the one that ranked answers better on ``val_select``, as
+            ``gate.json`` says.
+        guarantee: ``ltt``, certified on the certify half of ``val_calib`` or refused; ``none``, an empirical
+            choice that promises nothing: on all of it, for scrc (variant ``naive``) on the certify half.
+        target_fnr: largest FNR among exits; for the gate a third constraint, not asked for by default.
+        max_exit_error: gate: largest share of wrong answers among exits; scrc: of its exit rule, on the fit half.
+        min_coverage: gate: least share of images that exit; scrc: that are accepted.
+        alpha: scrc: largest risk among the accepted; gate: another name of ``max_exit_error``.
+        variant: scrc: ``pac``, ``I``, ``T``, or ``naive``, which goes with guarantee ``none``.
+        loss: scrc: ``miscoverage`` or ``fnr``.
+        score: scrc: ``lac``, ``aps`` or ``raps``.
+        cells: scrc: ``stage`` or ``class``: what has a limit of its own.
+        allow_empty: scrc: let sets be empty.
+        delta: largest chance that the certificate is false, all claims on the certify half together.
+        claims: how many claims delta is divided for; fixed by the first one.
+        out: with ``logits``: a ``.json`` file to write, or a folder for the policy file.
+        positive: with ``logits``: name of the positive class.
+        classes: with ``logits``: K names; the file's own, else ``0, 1, …`` by default.
+
+    Raises:
+        InputError: an argument or array is not what it must be, or the certify half has been used up.
+        ArtifactError: ``val_calib.npz`` is missing, damaged, or of other splits.
+        NotReachableError: the wish cannot be met or certified; the old policy is withdrawn, none is written.
+    """
+    if (run is None) == (logits is None):
+        raise InputError("calibrate must have either a run or a logits file; give one of --run and --logits")
+    given = {
+        "policy": policy, "guarantee": guarantee, "target_fnr": target_fnr, "max_exit_error": max_exit_error,
+        "min_coverage": min_coverage, "alpha": alpha, "variant": variant, "loss": loss, "score": score, "cells": cells,
+        "allow_empty": allow_empty, "delta": delta, "claims": claims,
+    }  # fmt: skip
+    if run is not None:
+        if out is not None or positive is not None or classes is not None:
+            raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
+        return _calibrate_run(Path(run), given)
+    assert logits is not None
+    if policy == "auto":
+        raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
+    wish = _wish(CalibrateConfig(), given)
+    return _calibrate_logits(Path(logits), wish, None if out is None else Path(out), positive, classes)
+
+
+def render(policy: Policy) -> str:
+    """Show a policy as text: the classic grid with the chosen threshold in its place, and what it means."""
+    if isinstance(policy, ScrcParams):
+        return _render_sets(policy)
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("threshold", "coverage", "FNR on exits", "missed/positives", "exit accuracy", ""):
+        table.add_column(name, justify="left" if name == "" else "right")
+    chosen = False
+    for row in policy.sweep_results:
+        is_chosen = not row.grid and not chosen and row.threshold == policy.exit_threshold
+        if not (row.grid or is_chosen):
+            continue
+        chosen = chosen or is_chosen
+        table.add_row(
+            f"{row.threshold:.6g}"
+            if is_chosen
+            else f"{row.threshold:.3g}"
+            if row.threshold > 0.99
+            else f"{row.threshold:.2f}",
+            f"{row.coverage:.1%}",
+            "-" if row.fnr_on_exited is None else f"{row.fnr_on_exited:.2%}",
+            f"{row.n_false_negative}/{row.n_positive_exited}",
+            "-" if row.exit_accuracy is None else f"{row.exit_accuracy:.2%}",
+            "<- chosen" if is_chosen else "",
+            style="bold" if is_chosen else None,
+        )
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=100, color_system=None, highlight=False, markup=False)
+    if isinstance(policy, GateParams):
+        console.print(f"gate policy, positive class '{policy.positive}', {describe(policy.constraints)}")
+    else:
+        console.print(
+            f"softmax policy, positive class '{policy.positive}', target FNR on exits {policy.target_fnr:.4g}"
+        )
+    console.print(table)
+    if isinstance(policy, GateParams):
+        console.print(f"{policy.platt}; coverage {policy.coverage:.1%}, exit error {policy.exit_error:.2%}")
+    console.print(f"{exit_rule(policy)}\nguarantee: {policy.guarantee}. {policy.statement}", markup=False)
+    certificate = policy.certificate
+    if certificate is not None and certificate.use is not None:
+        console.print(
+            f"claim {certificate.use} of {certificate.claims} on this certify half"
+            + ("" if certificate.use < certificate.claims else "; it certifies nothing else")
+        )
+    return buffer.getvalue().rstrip()
+
+
+def _render_sets(policy: ScrcParams) -> str:
+    rate = "-" if policy.exit_error is None else f"{policy.exit_error:.2%}"
+    bound = "" if policy.coverage_bound is None else f", lower bound {policy.coverage_bound:.1%}"
+    named = ["sets" if policy.cells is None else f"{policy.cells} {cell.name}" for cell in policy.lambda_2]
+    lines = [
+        f"scrc policy, variant {policy.variant}, positive class '{policy.positive}', {sets.describe(policy)}",
+        (
+            f"fit half ({policy.n_fit_rows} rows): exits {policy.exit_rate:.1%}, exit error {rate} (at most "
+            f"{policy.max_exit_error:g} asked for)"
+        ),
+        f"  gate: {policy.platt}",
+        f"  Stage B: {policy.platt_b}",
+        (
+            f"certify half ({policy.n} {policy.unit}): accepted {policy.accepted} ({policy.coverage:.1%}{bound}), at "
+            f"P(answer correct) >= {policy.lambda_1:.6g}"
+        ),
+    ]
+    lines += [
+        f"  {name}: {policy.score} limit {cell.limit:.6g}, {cell.errors} of {cell.trials} wrong (at most "
+        f"{cell.budget} allowed), risk bound {cell.bound:.2%}"
+        for name, cell in zip(named, policy.lambda_2, strict=True)
+    ]
+    lines += [exit_rule(policy), f"guarantee: {policy.guarantee}. {policy.statement}"]
+    if policy.certify_uses is not None:
+        end = "" if policy.certify_uses < policy.claims else "; it certifies nothing else"
+        lines.append(f"claim {policy.certify_uses} of {policy.claims} on this certify half{end}")
+    return "\n".join(lines)
+
+
+def _one_of(name: str, value: str, options: list[str]) -> None:
+    if value not in options:
+        raise InputError(f"{name} must be {' or '.join(options)}, got '{value}'{nearest(value, options)}")
+
+
+def _wish(base: CalibrateConfig, given: dict[str, Any]) -> CalibrateConfig:
+    """What is asked for: the given values over the configuration's, checked before any row is looked at."""
+    _one_of("policy", given["policy"] or base.policy, ["softmax", "gate", "scrc", "auto"])
+    _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
+    named = {name: value for name, value in given.items() if value is not None}
+    policy = named.get("policy", base.policy)
+    if policy == "scrc":
+        named |= _variant(named, base)
+    elif policy == "gate" and "alpha" in named:
+        if "max_exit_error" in named:
+            raise InputError("alpha and max_exit_error must not both be given with policy gate, which calls them one")
+        named["max_exit_error"] = named.pop("alpha")
+    for name, owners in _OWNERS.items():
+        if policy not in owners and name in named:
+            raise InputError(
+                f"{name} must go with policy {' or '.join(owners)}, got it with {policy}; drop it or add "
+                f"--policy {owners[-1]}"
+            )
+    guarantee = named.get("guarantee", base.guarantee)
+    for name in ("delta", "claims"):
+        if guarantee != "ltt" and name in named:
+            raise InputError(f"{name} must go with guarantee ltt, got it with {guarantee}; nothing is promised there")
+    if policy == "gate" and "target_fnr" in named:
+        named["target_fnr_exit"] = named.pop("target_fnr")
+    try:
+        return CalibrateConfig.model_validate({**base.model_dump(), **named})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{first['loc'][0]} must be valid, got {first['input']!r}; {first['msg']}") from None
+
+
+# Whose wishes they are, the one that is meant most often last.
+_OWNERS = {
+    "target_fnr": ["gate", "softmax"],
+    "max_exit_error": ["scrc", "gate"],
+    "min_coverage": ["scrc", "gate"],
+    "alpha": ["gate", "scrc"],
+    **{name: ["scrc"] for name in ("variant", "loss", "score", "cells", "allow_empty")},
+}
+
+
+def _variant(named: dict[str, Any], base: CalibrateConfig) -> dict[str, str]:
+    """Variant and guarantee that say the same: naive is what promises nothing."""
+    variant, guarantee = named.get("variant"), named.get("guarantee")
+    if variant is None:
+        variant = base.variant or "pac"
+        if (guarantee or base.guarantee) == "none":
+            variant = "naive"
+        elif guarantee == "ltt" and variant == "naive":
+            variant = "pac"
+    wanted = "none" if variant == "naive" else "ltt"
+    if guarantee not in (None, wanted):
+        raise InputError(
+            f"guarantee must be {wanted} with variant {variant}, got {guarantee}; naive alone promises nothing"
+        )
+    return {"variant": variant, "guarantee": wanted}
+
+
+def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
+    predictions = read_calibration(run)
+    splits = Splits.read(run / "splits.json")
+    base = _run_wish(run)
+    if (given["policy"] or base.policy) == "auto":
+        given = {**given, "policy": _better(run, predictions)}
+    wish = _wish(base, given)
+    _check_halves(predictions, splits)
+    half = splits.hashes.get("val_calib.certify", "")
+    if wish.guarantee == "ltt":
+        if not half:
+            raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
+        _check_fit_half(wish, predictions)
+    from stage1_pro.training.run import exclusive
+
+    # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
+    with exclusive(run):
+        return _choose(run, wish, given, predictions, splits, half)
+
+
+def _choose(
+    run: Path, wish: CalibrateConfig, given: dict[str, Any], predictions: Predictions, splits: Splits, half: str
+) -> Policy:
+    stake = None
+    if wish.guarantee == "ltt":
+        stake = stake_claim(
+            run, half, policy=_kind(wish), wish=_in_words(wish), model_fingerprint=predictions.model_fingerprint,
+            preprocessing_fingerprint=predictions.preprocessing_fingerprint, delta=given["delta"],
+            claims=given["claims"], defaults=(wish.delta, wish.claims),
+        )  # fmt: skip
+    elif half:
+        note_look(run, half)
+    try:
+        policy = _fit(
+            wish,
+            softmax(predictions.logits_a),
+            predictions.gate_logits,
+            softmax(predictions.logits_b),
+            predictions.labels,
+            predictions.halves,
+            stake=stake,
+            classes=predictions.classes,
+            positive=predictions.positive,
+            groups=predictions.groups,
+            split_hashes=splits.hashes,
+            model_fingerprint=predictions.model_fingerprint,
+            preprocessing_fingerprint=predictions.preprocessing_fingerprint,
+        )
+    except NotReachableError as error:
+        if stake is not None:
+            close_claim(run, half, stake, "infeasible")
+        # A policy of an earlier, easier wish must not be what export finds.
+        withdrawn = withdraw_policies(run)
+        if withdrawn:
+            raise NotReachableError(f"{error}, and the old one ({', '.join(withdrawn)}) was withdrawn") from None
+        raise
+    if stake is not None:
+        close_claim(run, half, stake, "certified")
+        policy = _with_history(policy, stake)
+    # Killed in between, the run has no policy rather than two.
+    withdraw_policies(run)
+    _write(policy, run / POLICY_FILES[policy.policy])
+    return policy
+
+
+def _with_history(policy: Policy, stake: Stake) -> Policy:
+    """The policy with what else is assumed of its certify half, which this run's files alone cannot show."""
+    holder = policy if isinstance(policy, ScrcParams) else policy.certificate
+    assert holder is not None
+    assumptions = [
+        *holder.assumptions,
+        "these certify rows certified nothing in another run folder (a copy of splits.json counts its own claims)",
+    ]
+    if stake.looks:
+        assumptions.append(
+            f"the wish does not come from the {stake.looks} empirical choice(s) that saw these rows before it"
+        )
+        say(
+            f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if this "
+            "wish was not chosen by what it showed"
+        )
+    if isinstance(holder, ScrcParams):
+        values = dict(holder) | {"assumptions": assumptions}
+        del values["calibrator_fingerprint"]
+        return ScrcParams.seal(**values)
+    return policy.model_copy(update={"certificate": holder.model_copy(update={"assumptions": assumptions})})
+
+
+def _check_fit_half(wish: CalibrateConfig, predictions: Predictions) -> None:
+    """What the fit half alone decides is refused before a claim is spent on it."""
+    fit = predictions.halves == "fit"
+    if _kind(wish) == "gate" and not np.isfinite(predictions.gate_logits[fit]).any():
+        raise NotReachableError(
+            "gate logits of the fit half must be finite in one row at least, got none, so nothing may exit; train "
+            "again. No policy was written, and no claim was made"
+        )
+
+
+def _kind(wish: CalibrateConfig) -> PolicyName:
+    """The policy asked for, once ``auto`` has been settled."""
+    assert wish.policy != "auto"
+    return wish.policy
+
+
+def _in_words(wish: CalibrateConfig) -> str:
+    if wish.policy == "softmax":
+        return f"FNR on exits <= {wish.target_fnr!r}"
+    if wish.policy == "scrc":
+        return (
+            f"accepted >= {wish.min_coverage!r}, {wish.loss} <= {wish.alpha!r}, variant {wish.variant}, score "
+            f"{wish.score}, cells {wish.cells}, empty sets {wish.allow_empty}, exit rule {wish.max_exit_error!r}"
+        )
+    return f"coverage >= {wish.min_coverage!r}, exit error <= {wish.max_exit_error!r}" + (
+        "" if wish.target_fnr_exit is None else f", FNR on exits <= {wish.target_fnr_exit!r}"
+    )
+
+
+def _fit(
+    wish: CalibrateConfig,
+    probs: NDArray[np.float64],
+    gate_logits: NDArray[Any] | None,
+    probs_b: NDArray[np.float64] | None,
+    labels: NDArray[Any],
+    halves: NDArray[Any],
+    *,
+    stake: Stake | None,
+    **about: Any,
+) -> Policy:
+    about |= {"delta": stake.delta if stake else wish.delta}
+    about |= {"claims": stake.claims if stake else wish.claims, "use": stake.use if stake else None}
+    if wish.policy == "scrc":
+        assert wish.variant is not None
+        return sets.fit_scrc_policy(
+            probs, gate_logits, probs_b, labels, halves=halves, alpha=wish.alpha, xi=wish.min_coverage,
+            variant=wish.variant, loss=wish.loss, score=wish.score, cells=wish.cells, allow_empty=wish.allow_empty,
+            max_exit_error=wish.max_exit_error, **about,
+        )  # fmt: skip
+    about["guarantee"] = wish.guarantee
+    if wish.policy == "softmax":
+        return fit_softmax_policy(probs, labels, halves=halves, target_fnr=wish.target_fnr, **about)
+    assert gate_logits is not None
+    return fit_gate_policy(
+        probs, gate_logits, labels, halves=halves, max_exit_error=wish.max_exit_error, min_coverage=wish.min_coverage,
+        target_fnr=wish.target_fnr_exit, **about,
+    )  # fmt: skip
+
+
+def _check_halves(predictions: Predictions, splits: Splits) -> None:
+    """Fit and certify rows are those of the splits, and share neither image nor group."""
+    rows = splits.of("val_calib")
+    if predictions.halves.tolist() != [row.half or "" for row in rows]:
+        raise ArtifactError(
+            "val_calib.npz must have the halves of splits.json, got others; train again on these splits"
+        )
+    for what in ("sha256", "group"):
+        part = {half: {getattr(row, what) for row in rows if row.half == half} for half in HALVES}
+        both = sorted(part["fit"] & part["certify"])
+        if both:
+            raise ArtifactError(
+                f"the fit and certify halves of val_calib must not overlap, got the same {what} in both: "
+                f"{both[0][:40]} ({len(both)} such); split again"
+            )
+
+
+def read_calibration(run: Path) -> Predictions:
+    """Read ``RUN/val_calib.npz`` and check that it holds the ``val_calib`` rows of the run's splits.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the rows are others.
+    """
+    path = run / "val_calib.npz"
+    splits = Splits.read(run / "splits.json")
+    if not path.is_file():
+        raise ArtifactError(f"{path} must exist, but there is no such file; run `stage1 train --run {run}` first")
+    try:
+        predictions = Predictions.load(path)
+    except InputError as error:
+        raise ArtifactError(str(error)) from None
+    if predictions.split != "val_calib":
+        raise ArtifactError(
+            f"{path} must hold the split val_calib, got {predictions.split}; thresholds come from val_calib alone"
+        )
+    same_rows = predictions.row_ids.tolist() == [row.id for row in splits.of("val_calib")]
+    if predictions.split_hash != splits.hashes["val_calib"] or not same_rows:
+        raise ArtifactError(
+            f"{path} must be of the splits in {run / 'splits.json'}, got rows with hash {predictions.split_hash[:12]} "
+            f"instead of {splits.hashes['val_calib'][:12]}; train again on these splits"
+        )
+    return predictions
+
+
+def _run_wish(run: Path) -> CalibrateConfig:
+    """The run's configuration; the default where a run has none."""
+    if not (run / "config.json").is_file():
+        return CalibrateConfig()
+    from stage1_pro.training.run import RunConfig
+
+    return RunConfig.read(run / "config.json").config.calibrate
+
+
+def _better(run: Path, predictions: Predictions) -> str:
+    """What ranked answers better on ``val_select``: softmax or gate."""
+    path = run / "gate.json"
+    if not path.is_file():
+        raise ArtifactError(f"policy auto must have {path}, but there is no such file; train again, or name a policy")
+    choice = GateChoice.read(path)
+    if choice.model_fingerprint != predictions.model_fingerprint:
+        raise ArtifactError(f"{path} must be of the model that gave val_calib.npz, got another's; train again")
+    say(f"policy {choice.confidence}: {path.name} found it to rank answers better on val_select")
+    return choice.confidence
+
+
+def _calibrate_logits(
+    path: Path, wish: CalibrateConfig, out: Path | None, positive: str | None, classes: list[str] | None
+) -> Policy:
+    arrays = load_npz(path)
+    probs = _file_probs(path, arrays)
+    if "labels" not in arrays:
+        raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
+    if wish.policy == "gate" and "gate_logits" not in arrays:
+        raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
+    names = classes or [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
+    if positive is None and "positive" in arrays:
+        positive = str(arrays["positive"])
+    groups = arrays.get("groups")
+    if groups is not None and groups.shape != probs.shape[:1]:
+        raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
+    halves = arrays.get("half")
+    target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES[_kind(wish)])
+    if target is not None and target != out and (target.parent / "splits.json").is_file():
+        raise InputError(
+            f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"
+        )
+    for name in ("gate_logits", "labels"):
+        if name in arrays and arrays[name].dtype.kind not in "biuf":
+            raise InputError(f"{name} must be numbers, got {arrays[name].dtype}")
+    if target is not None and target == out and out.is_file() and not _is_policy(out):
+        raise InputError(f"--out must be a new file or a policy to replace, got {out}, which is neither; name another")
+    try:
+        policy = _fit(
+            wish,
+            probs,
+            arrays.get("gate_logits"),
+            _file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
+            arrays["labels"],
+            cut_halves(len(probs), groups) if halves is None else halves,
+            stake=None,
+            classes=names,
+            positive=choose_positive(names, positive),
+            groups=groups,
+            split_hashes={"logits": sha256_file(path)},
+        )
+    except NotReachableError:
+        if target is not None:
+            _withdraw(target, out)
+        raise
+    if target is not None:
+        _withdraw(target, out)
+        _write(policy, target)
+    return policy
+
+
+def _is_policy(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("policy") in POLICY_FILES
+
+
+def _withdraw(target: Path, out: Path | None) -> None:
+    """Take away the policy that this one replaces: the file named, or all of a folder, which holds one."""
+    if target == out:
+        target.unlink(missing_ok=True)
+    else:
+        withdraw_policies(target.parent)
+
+
+def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:
+    """Probabilities [N, K] from ``logits`` or ``probs``; one column stands for the second of two classes."""
+    given = [name for name in (f"logits{end}", f"probs{end}") if name in arrays]
+    if len(given) != 1:
+        found = " and ".join(given) or ", ".join(sorted(arrays)) or "nothing"
+        raise InputError(f"{path} must hold exactly one of logits{end} and probs{end}, got {found}")
+    values = arrays[given[0]]
+    if values.dtype.kind not in "fiu":
+        raise InputError(f"{given[0]} must be numbers, got {values.dtype}")
+    values = values.astype(np.float64)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.size == 0:
+        raise InputError(f"{given[0]} must be [N, K] or [N] with at least one row and class, got {list(values.shape)}")
+    if values.ndim == 1:
+        other = 1 - values if given[0].startswith("probs") else np.zeros_like(values)
+        values = np.stack([other, values], axis=1)
+    if values.ndim != 2:
+        raise InputError(f"{given[0]} must have shape [N, K] or [N], got {list(values.shape)}")
+    return softmax(values) if given[0].startswith("logits") else cast("NDArray[np.float64]", values)
+
+
+def _write(policy: Policy, path: Path) -> None:
+    problem = next(
+        Draft202012Validator(type(policy).model_json_schema()).iter_errors(policy.model_dump(mode="json")), None
+    )
+    if problem is not None:
+        raise ArtifactError(
+            f"{path.name} must fit its JSON Schema, but {problem.json_path}: {problem.message}; not written"
+        )
+    policy.write(path)
+    say(f"wrote {path}")

@@ -1,0 +1,412 @@
+"""continual: the loop that keeps learning, from the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from stage1_pro.continual.ledger import audit as chain
+from stage1_pro.continual.ledger.exchange import (
+    export_csv,
+    export_label_studio,
+    export_parquet,
+    import_csv,
+    import_label_studio,
+)
+from stage1_pro.continual.ledger.labels import Source, ingest
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.executors import make_executor
+from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
+from stage1_pro.continual.loop.registry import LostRaceError, Registry
+from stage1_pro.continual.loop.rounds import Rounds, RoundsConfig, remember_run
+from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.continual.serving.live import PLAN
+from stage1_pro.continual.watch.alerts import Alert, send_alert
+from stage1_pro.continual.watch.outbox import AlertsConfig, deliver
+from stage1_pro.continual.watch.status import dashboard, write_textfile
+from stage1_pro.deploy.bundle import load_bundle
+from stage1_pro.errors import ArtifactError, InputError, Stage1Error
+from stage1_pro.files import write_text
+from stage1_pro.policies.gate import GateParams
+from stage1_pro.policies.sets import ScrcParams
+from stage1_pro.progress import say
+from stage1_pro.record import Record
+
+CONFIG = "loop.json"
+
+
+class LoopFile(Record):
+    """``loop.json`` in the loop's folder: where things are, and every limit."""
+
+    format_version: int = 1
+    store: str = Field(description="folder or file of SQLite, or a database's URL")
+    log: str = Field(description="folder that serving logs to")
+    loop: LoopConfig = LoopConfig()
+    rounds: RoundsConfig
+    alerts: AlertsConfig = AlertsConfig()
+    metrics: str | None = Field(
+        None, pattern=r"\.prom$", description="file for Prometheus' textfile collector that every look of `run` writes"
+    )
+
+
+@contextmanager
+def opened(root: Path | str) -> Iterator[tuple[LoopFile, Registry, Rounds, Loop]]:
+    """A loop that has begun, and its parts.
+
+    Raises:
+        InputError: no loop's folder.
+        ArtifactError: ``loop.json`` is damaged.
+    """
+    root = Path(root)
+    if not (root / CONFIG).is_file():
+        raise InputError(f"root must be a loop's folder, got {root}; `stage1 continual init` makes one")
+    config = LoopFile.read(root / CONFIG)
+    store = Store(config.store)
+    try:
+        registry = Registry(root, store)
+        executor = make_executor(config.loop.executor)
+        parts = Rounds(registry, EventLog(config.log), executor, config.rounds)
+        yield config, registry, parts, Loop(registry, parts, executor, config.loop, observe=_observe)
+    finally:
+        store.close()
+
+
+def _observe(moment: str) -> None:
+    state, what = moment.split()
+    if what == "begin" and state not in ("MONITOR", "HOLD"):
+        say(f"{state.lower()} …")
+
+
+def init(
+    root: Path,
+    run: Path,
+    *,
+    bundle: Path | None = None,
+    alpha: float | None = None,
+    store: str | None = None,
+    log: Path | None = None,
+    config: Path | Mapping[str, Any] | None = None,
+    by: str,
+    now: float | None = None,
+) -> dict[str, Any]:
+    """Begin a loop: the run's bundle is the first champion.
+
+    Args:
+        root: a new folder.
+        run: trained and calibrated run, which proposals start from.
+        bundle: of that run; ``RUN/bundle`` by default.
+        alpha: risk of exits that is watched; what the policy promises by default.
+        store: ``ROOT`` (SQLite) by default.
+        log: what serving writes; ``ROOT/log`` by default.
+        config: YAML with ``loop``, ``rounds``, ``alerts`` and ``metrics`` of ``loop.json``, as far as they differ from
+            the defaults; or those.
+        by: who does it.
+        now: seconds since the epoch; the clock's by default.
+
+    Raises:
+        InputError: the loop has begun, alpha is in no policy, or an unknown key.
+        ArtifactError: the bundle is damaged, or another run's.
+    """
+    if (root / CONFIG).is_file():
+        raise InputError(f"root must be a new folder, got {root}, where a loop has begun")
+    loaded = load_bundle(run / "bundle" if bundle is None else bundle)
+    policy, model = loaded.policy, loaded.manifest.provenance.model_fingerprint
+    if policy.model_fingerprint != model or not (run / "splits.json").is_file():
+        raise ArtifactError(f"run must be the one that {loaded.path} was exported from, got {run}")
+    if alpha is None:
+        promised = policy.constraints.max_exit_error if isinstance(policy, GateParams) else None
+        alpha = policy.alpha if isinstance(policy, ScrcParams) else promised
+    if alpha is None:
+        raise InputError("alpha must be given, got none; a softmax policy says nothing of the risk of all exits")
+    given = dict(config) if isinstance(config, Mapping) else _read_yaml(config)
+    if isinstance(given.get("metrics"), str):
+        given["metrics"] = str(Path(given["metrics"]).absolute())
+    rounds = dict(given.pop("rounds", {}))
+    monitor = rounds.get("monitor", {})
+    if not isinstance(monitor, Mapping):
+        raise InputError(f"rounds.monitor must hold keys and values, got {monitor!r}")
+    rounds["monitor"] = {"alpha": alpha, **monitor}
+    values = {
+        "store": store or str(root.absolute()),
+        "log": str((log or root / "log").absolute()),
+        "rounds": rounds,
+        **given,
+    }
+    try:
+        file = LoopFile.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        # URLs of hooks are secrets.
+        got = "another value" if where.startswith("alerts") else repr(first["input"])
+        raise InputError(f"{where} must be valid, got {got}: {first['msg']}") from None
+    kept = Store(file.store)
+    try:
+        registry = Registry(root, kept)
+        EventLog(file.log)
+        name = registry.add(loaded.path)
+        remember_run(root, name, run, model)
+        file.rounds.plan.write(root / PLAN)
+        pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by)
+    finally:
+        kept.close()
+    # A database's URL or a hook may hold a secret.
+    file.write(root / CONFIG, mode=0o600)
+    where = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
+    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": where, "log": file.log}
+
+
+def _read_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"config must be a YAML file, got {path}: {error}") from None
+    if not isinstance(found, dict) or any(not isinstance(found.get(key, {}), dict) for key in ("loop", "rounds")):
+        raise InputError(f"config must hold the keys loop, rounds, alerts or metrics, got {path}")
+    return found
+
+
+def ingest_log(root: Path) -> dict[str, Any]:
+    """Put what serving logged into the store."""
+    with opened(root) as (_, registry, parts, _loop):
+        return ingest(registry.store, parts.log).model_dump(mode="json")
+
+
+def status(
+    root: Path,
+    *,
+    page: Path | None = None,
+    metrics: Path | None = None,
+    grafana: Path | None = None,
+    test_alert: bool = False,
+) -> dict[str, Any]:
+    """Where the loop is, what serves, and how it is doing.
+
+    Args:
+        root: the loop's folder.
+        page: HTML page for people to write.
+        metrics: file for Prometheus' textfile collector to write; its name ends in .prom.
+        grafana: dashboard to import into Grafana to write.
+        test_alert: send one to every hook of ``loop.json``; what became of it is under ``deliveries``.
+
+    Raises:
+        InputError: a test alert without hooks, or another ending than .prom.
+    """
+    with opened(root) as (config, registry, parts, loop):
+        if test_alert and not config.alerts.hooks:
+            raise InputError(f"alerts of {root / CONFIG} must name webhooks or commands to test, got none")
+        row, now = loop.resume(), time.time()
+        seen = parts.status(row.memory, registry.alias("champion"), now=now, page=page)
+        if metrics is not None:
+            write_textfile(metrics, seen)
+        if grafana is not None:
+            write_text(grafana, json.dumps(dashboard(), indent=2) + "\n")
+        test = Alert(time=now, kind="test", title="Test of alerts", text="Nothing happened.", bundle=seen.bundle)
+        sent = send_alert(test, config.alerts.hooks) if test_alert else ()
+        return {
+            "deliveries": [one.model_dump(mode="json") for one in sent],
+            "state": row.state,
+            "round": row.round.model_dump(mode="json"),
+            "pointer": registry.sync().model_dump(mode="json"),
+            "champions": [one.model_dump(mode="json") for one in registry.history("champion")],
+            "monitor": seen.model_dump(mode="json"),
+            "audit": chain.verify(registry.store).model_dump(mode="json"),
+        }
+
+
+def labels(
+    root: Path,
+    *,
+    imported: Path | None = None,
+    exported: Path | None = None,
+    source: Source | None = None,
+    annotator: str | None = None,
+) -> dict[str, Any]:
+    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet."""
+    with opened(root) as (_, registry, parts, _loop):
+        store = registry.store
+        ingest(store, parts.log)
+        if imported is not None:
+            if imported.suffix == ".json":
+                found = import_label_studio(
+                    store, imported, now=time.time(), source=source or "review", annotator=annotator
+                )
+            else:
+                found = import_csv(store, imported, now=time.time(), source=source, annotator=annotator)
+            return {"added": found.added, "known": found.known}
+        assert exported is not None
+        if exported.suffix not in (".csv", ".json"):
+            return {"wrote": str(exported), **export_parquet(store, exported)}
+        write: Callable[[Store, Path], int] = export_label_studio if exported.suffix == ".json" else export_csv
+        return {"wrote": str(exported), "rows": write(store, exported)}
+
+
+def run(root: Path, *, manual: bool = False, every: float | None = None, until: str | None = None) -> dict[str, Any]:
+    """Take steps until one waits; with ``every`` look again after so many seconds, for good.
+
+    Args:
+        root: the loop's folder.
+        manual: ask for a round now.
+        every: seconds between looks; an error is said and tried again.
+        until: stop before this state's work.
+    """
+    with opened(root) as (config, _registry, parts, loop):
+        while True:
+            try:
+                found = _steps(loop, manual, until, lambda: _report(config, parts))
+            except (Stage1Error, OSError, SQLAlchemyError) as error:
+                if every is None:
+                    raise
+                say(f"{type(error).__name__}: {error}; tried again in {every:g} s")
+            else:
+                if every is None:
+                    return found
+            manual = False
+            time.sleep(every)
+
+
+def _report(config: LoopFile, parts: Rounds) -> None:
+    """Tell hooks and Prometheus what the last look saw; what fails is said, and stops nothing."""
+    for one in deliver(parts.store, config.alerts.hooks, now=time.time()):
+        if not one.delivered:
+            say(f"alert not delivered by {one.hook}: {one.reason}; tried again at the next look")
+    if config.metrics is not None and parts.seen is not None:
+        try:
+            write_textfile(config.metrics, parts.seen)
+        except (Stage1Error, OSError) as error:
+            say(f"metrics not written: {error}")
+
+
+def _steps(loop: Loop, manual: bool, until: str | None, report: Callable[[], None]) -> dict[str, Any]:
+    row, taken, note = loop.resume(), [], ""
+    while row.state != until:
+        try:
+            step = loop.step(now=time.time(), manual=manual and row.state in ("MONITOR", "HOLD"))
+        except LostRaceError:
+            row = loop.row()
+            continue
+        # Before the next state's work, which may take hours.
+        report()
+        note = step.note
+        if not step.moved:
+            break
+        manual = manual and step.row.state == "MONITOR"
+        taken.append({"from": row.state, "to": step.row.state, "why": note})
+        say(f"{row.state} -> {step.row.state}: {note}")
+        row = step.row
+    return {"state": row.state, "steps": taken, "note": note, "round": row.round.model_dump(mode="json")}
+
+
+def evaluate(root: Path) -> dict[str, Any]:
+    """Judge the candidate where one waits for it, and give the last verdict.
+
+    Raises:
+        InputError: there is neither a candidate nor a verdict.
+    """
+    with opened(root) as (_, _registry, _parts, loop):
+        row = loop.resume()
+        if row.state == "EVALUATE":
+            row = loop.step(now=time.time()).row
+        if row.round.verdict is None:
+            raise InputError(
+                f"there must be a candidate or a verdict, got state {row.state}; `stage1 continual propose`"
+            )
+        return {"state": row.state, "verdict": read_verdict(root, row.round.verdict).model_dump(mode="json")}
+
+
+def promote(root: Path, *, candidate: str | None = None, by: str) -> dict[str, Any]:
+    """Approve the candidate in the shadow."""
+    with opened(root) as (_, _registry, _parts, loop):
+        row = loop.approve(now=time.time(), by=by, candidate=candidate)
+        return {"state": row.state, "candidate": row.round.candidate, "approved_by": by, "verdict": row.round.verdict}
+
+
+def rollback(root: Path, *, to: str | None = None, by: str) -> dict[str, Any]:
+    """Bring the champion before this one back, at once; whoever serves follows with the next batch."""
+    with opened(root) as (_, _registry, _parts, loop):
+        pointer = loop.rollback(now=time.time(), by=by, to=to)
+        return pointer.model_dump(mode="json")
+
+
+def audit(
+    root: Path, *, exported: Path | None = None, file: Path | None = None, head: str | None = None
+) -> dict[str, Any]:
+    """Verify the chain of what was done, in the store or of an exported file; export it.
+
+    Raises:
+        ArtifactError: it is not whole.
+    """
+    if file is not None:
+        found, last = chain.verify_file(file, head=head), []
+    else:
+        with opened(root) as (_, registry, _parts, _loop):
+            found = chain.verify(registry.store, head=head)
+            last = [
+                {"seq": row.seq, "time": row.time, "kind": row.kind, **_brief(row.body)}
+                for row in chain.read(registry.store)
+            ]
+            if exported is not None:
+                chain.export(registry.store, exported)
+    if not found.ok:
+        raise ArtifactError(f"audit must be whole, got row {found.broken_at} of which: {found.reason}")
+    return {**found.model_dump(mode="json"), "last": last[-10:]}
+
+
+def _brief(body: str) -> dict[str, Any]:
+    values = json.loads(body)
+    return {key: values[key] for key in ("from", "to", "why", "by", "champion", "threshold") if key in values}
+
+
+def _rolling(found: dict[str, Any]) -> str:
+    figures = {"MCC of 100": found["mcc_100"], "accuracy of 10": found["accuracy_10"]}
+    said = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+    return ", ".join(said) or f"{found['n']}, too few for accuracy of 10 and MCC of 100"
+
+
+def render(what: str, found: dict[str, Any]) -> str:
+    """Lines for people."""
+    if what == "status":
+        pointer, monitor, work = found["pointer"], found["monitor"], found["round"]
+        wanted = monitor["verdict"]["audit_rate"]
+        lines = [
+            f"{found['state']}, round {work['number']}{': ' + work['note'] if work['note'] else ''}",
+            f"champion {pointer['champion'][:12]}, version {pointer['version']}",
+            f"before it {(pointer['previous'] or 'none')[:12]}",
+            f"exits at {monitor['threshold'] or 'its own threshold'}",
+            *(f"{name} {pointer[name][:12]}" for name in ("shadow", "canary") if pointer[name]),
+            f"audits at least {monitor['audit_rate']:.3g} of all decisions"
+            + (f", {wanted:.3g} from the next look on" if wanted != monitor["audit_rate"] else ""),
+            f"last labelled answers: {_rolling(monitor['rolling'])}",
+            monitor["headline"],
+            *(f"  {one}" for one in monitor["sentences"]),
+            *(
+                f"test alert by {one['hook']}: "
+                + ("delivered" if one["delivered"] else f"NOT delivered, {one['reason']}")
+                for one in found["deliveries"]
+            ),
+            f"audit: {found['audit']['rows']} rows, "
+            + (f"whole, head {found['audit']['head'][:12]}" if found["audit"]["ok"] else found["audit"]["reason"]),
+        ]
+        return "\n".join(lines)
+    if what == "evaluate":
+        verdict = found["verdict"]
+        lines = [f"{'promoted' if verdict['promoted'] else 'not promoted'}: {verdict['reason']}"]
+        lines += [f"  {'ok  ' if one['passed'] else 'FAIL'} {one['name']} {one['note']}" for one in verdict["tests"]]
+        return "\n".join([*lines, f"state {found['state']}"])
+    if what == "audit":
+        lines = [" ".join(f"{key}={value}" for key, value in one.items()) for one in found["last"]]
+        return "\n".join([*lines, f"{found['rows']} rows, whole; head {found['head']}"])
+    if what in ("run", "propose"):
+        return f"{found['state']}: {found['note'] or found['round']['note']}"
+    return "\n".join(f"{key}: {value}" for key, value in found.items())

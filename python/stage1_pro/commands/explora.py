@@ -1,0 +1,243 @@
+"""Station ``explora``: a run's backbone adapted to unlabelled images, and kept only where that made it better."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stage1_pro.config import Config
+from stage1_pro.data.images import PreprocessSpec, write_quarantine
+from stage1_pro.data.pool import Pool, read_pool
+from stage1_pro.data.splits import Splits
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import atomic_directory, sha256_file
+from stage1_pro.progress import say
+from stage1_pro.training.adapted import ExploraRecord, PoolInfo
+from stage1_pro.training.run import EXPLORA, RunConfig, exclusive, resumed, versions, write_config
+
+OWN_FILES = ("explora.json", "config.json", "last.pth", "metrics.csv", "reconstructions.png", "quarantine.csv")
+
+
+def check_explora(
+    run: Path, config: Config | None, *, base: str | None, resume: bool, overwrite: bool
+) -> tuple[Splits, Config]:
+    """Give a run's splits and the configuration to adapt with; changes nothing and loads no torch.
+
+    Raises:
+        InputError: no splits, an earlier adaptation in the way, nothing to resume, or another configuration.
+        ArtifactError: splits that changed since the adaptation began.
+    """
+    if not (run / "splits.json").is_file():
+        raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite must not be given together, got both; choose one")
+    splits = Splits.read(run / "splits.json").verify()
+    folder = run / EXPLORA
+    if base is not None:
+        given = config or Config()
+        config = given.model_copy(update={"model": given.model.model_copy(update={"backbone": base})})
+    if not resume:
+        if (folder / "config.json").exists() and not overwrite:
+            raise InputError(f"{folder} is there already; go on with --resume or start anew with --overwrite")
+        config = config or Config()
+        if Path(config.model.backbone).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--base must be outside {folder}, which is written anew, got {config.model.backbone}; copy it first"
+            )
+        return splits, config
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--resume needs {folder}/config.json, which is not there; start without --resume")
+    stored = RunConfig.read(folder / "config.json")
+    if stored.split_hashes != splits.hashes:
+        raise ArtifactError(f"{run}/splits.json has changed since the adaptation began; start anew with --overwrite")
+    return splits, stored.config if config is None else resumed(config, stored.config)
+
+
+def explora(
+    images: Path | str,
+    run: Path | str,
+    config: Config | None = None,
+    *,
+    base: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> ExploraRecord:
+    """Adapt a backbone to unlabelled images without labels, judge it on ``train`` rows, and keep the better one.
+
+    Learns and judges from no row of the run but those of ``train``; the other splits' images are looked at only to
+    leave them and their near-duplicates out of the pool.
+    Writes ``RUN/explora/``: ``explora.json``, ``backbone/`` (a transformers folder, the base's weights when adaptation
+    did not help), ``metrics.csv``, ``reconstructions.png``, ``quarantine.csv``, ``config.json`` and ``last.pth``.
+
+    Args:
+        images: the pool: a folder, or a CSV with ``file[,group]``.
+        run: folder with ``splits.json``; its ``train`` rows are what the judgement is made on.
+        config: the configuration; sections ``model``, ``explora``, ``seed`` and, of ``train``, workers and precision.
+        base: preset, folder or hub id to adapt instead of ``config.model.backbone``.
+        resume: go on from ``last.pth``; the result is that of a run never interrupted.
+        overwrite: forget an earlier adaptation.
+
+    Raises:
+        InputError: a pool without images, a trainable share outside 0.1% to 10%, or an earlier adaptation in the way.
+        ArtifactError: files of another adaptation, or splits that changed.
+        TrainingError: the loss is not finite, or memory does not suffice.
+    """
+    run = Path(run)
+    splits, config = check_explora(run, config, base=base, resume=resume, overwrite=overwrite)
+    folder = run / EXPLORA
+    folder.mkdir(exist_ok=True)
+    with exclusive(folder):
+        for leftover in folder.glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if resume and (folder / "explora.json").is_file():
+            say(f"{folder}/explora.json is finished; {images} was not read, and nothing was done")
+            return ExploraRecord.read(folder / "explora.json")
+        return _explore(images, folder, splits, config, resume=resume)
+
+
+def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *, resume: bool) -> ExploraRecord:
+    from stage1_pro.models.backbone import load_backbone, save_backbone
+    from stage1_pro.models.model import input_spec
+    from stage1_pro.training.explora import adapt
+    from stage1_pro.training.probes import judge, probe, verdict
+
+    model, options = config.model, config.explora
+
+    def load() -> Any:
+        return load_backbone(model.backbone, model.image_size, pos_embed_rescale=None, seed=config.seed).eval()
+
+    backbone = load()
+    if options.objective == "latent" and options.train == "full":
+        raise InputError(
+            "explora.objective latent must have a pretrained start to predict features of, got explora.train=full; "
+            "use mae"
+        )
+    spec = input_spec(model, backbone)
+    info, start = backbone.info(model.backbone), backbone.fingerprint()
+    pool = read_pool(images, [row for row in splits.rows if row.split != "train"], Path(splits.root))
+    rows = splits.of("train")
+    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+    groups = [row.group for row in rows]
+
+    def probed(one: Any, what: str) -> dict[str, NDArray[np.float64]]:
+        features = _features(one, [splits.path(row) for row in rows], spec, config, f"train rows, {what}")
+        return probe(features, labels, groups, len(splits.classes), seed=config.seed)
+
+    before = probed(backbone, "base")
+    say(
+        f"pool of {len(pool.paths)} images; left out: {pool.n_left_out} of val_select, val_calib or val_test, "
+        f"{pool.n_copies} copies, {len(pool.quarantined)} unreadable"
+    )
+
+    def begin() -> None:
+        if not resume:
+            _forget(folder)
+        write_config(folder, config, splits)
+        write_quarantine(folder / "quarantine.csv", pool.quarantined)
+
+    identity = json.dumps(
+        {
+            "base": start, "pool": pool.fingerprint, "preprocessing": spec.fingerprint(), "seed": config.seed,
+            "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps", "keep"}),
+        }
+    )  # fmt: skip
+    adapted = adapt(folder, backbone, pool.paths, spec, config, identity, begin)
+    try:
+        figures = judge(
+            before, probed(adapted.backbone, "adapted"), labels, groups,
+            positive=splits.classes.index(splits.positive), seed=config.seed,
+        )  # fmt: skip
+        better, reason = verdict(figures)
+    except InputError as error:
+        figures, better, reason = [], False, str(error)
+    kept = better or options.keep == "adapted"
+    if kept and not better:
+        reason = f"kept because explora.keep=adapted asks for it, although {reason}"
+    chosen = adapted.backbone if kept else load()
+    how = f"{options.objective}{', every weight' if options.train == 'full' else ', ExPLoRA'}"
+    with atomic_directory(folder / "backbone") as staging:
+        written = info.model_copy(update={"source": f"{info.source} + {how}"}) if kept else info
+        save_backbone(staging, chosen, written, spec)
+    record = ExploraRecord(
+        kept="adapted" if kept else "base",
+        better=better,
+        reason=reason,
+        objective=options.objective,
+        train=options.train,
+        blocks=options.blocks if options.train == "explora" else chosen.n_blocks,
+        rank=adapted.trainable.rank,
+        n_parameters=adapted.trainable.n_parameters,
+        n_trained=adapted.trainable.n_trained,
+        share=adapted.trainable.share,
+        steps=adapted.history[-1]["step"],
+        loss=[row["loss"] for row in adapted.history],
+        held_out_loss=[None if np.isnan(row["held_out_loss"]) else row["held_out_loss"] for row in adapted.history],
+        figures=figures,
+        n_rows=len(rows),
+        n_groups=len(set(groups)),
+        pool=_pool_info(pool, adapted.n_trained, adapted.n_held_out),
+        base=info,
+        base_fingerprint=start,
+        backbone_fingerprint=chosen.fingerprint(),
+        weights_sha256=sha256_file(folder / "backbone" / "model.safetensors"),
+        preprocessing=spec,
+        split_hashes=splits.hashes,
+        seed=config.seed,
+        versions=versions(),
+    )
+    record.write(folder / "explora.json")
+    say(f"kept the {'adapted backbone' if kept else 'base'}: {reason}")
+    return record
+
+
+def render(record: ExploraRecord, run: Path | str) -> str:
+    """Lines for people: what was trained, both probes before and after, and what was kept."""
+    plain = " (plain self-supervised training of every weight)" if record.train == "full" else ""
+    summary = (
+        f"{record.objective} on {record.pool.n_trained} images, {record.share:.2%} of the encoder trained{plain}; "
+        f"loss {record.loss[0]:.4f} -> {record.loss[-1]:.4f}"
+    )
+    lines = [summary, f"{'held-out groups of train rows':<32}{'base':>8}{'adapted':>9}   difference [95%]"]
+    for one in record.figures:
+        cells = "".join(f"{'n/a' if x is None else format(x, '.4f'):>9}" for x in (one.before, one.after))
+        low, high = (("n/a" if x is None else f"{x:+.4f}") for x in (one.low, one.high))
+        change = "n/a" if one.difference is None else f"{one.difference:+.4f}"
+        lines.append(f"{one.probe + ' ' + one.metric:<31}{cells}   {change} [{low}, {high}]")
+    lines += [
+        f"kept: {record.kept}; {record.reason}",
+        f"wrote {Path(run) / EXPLORA}/backbone; next: stage1 train --run {run} --explora",
+    ]
+    return "\n".join(lines)
+
+
+def _features(backbone: Any, paths: list[Path], spec: PreprocessSpec, config: Config, what: str) -> NDArray[np.float32]:
+    """What a Stage A at the last block reads of every image [N, 2D]."""
+    from stage1_pro.training.inference import pick_device, run_over
+
+    device = pick_device()
+    backbone = backbone.to(device)
+    found = run_over(
+        lambda pixels: {"features": backbone.pool(backbone(pixels))}, paths, spec, device=device,
+        workers=config.train.workers, description=what,
+    )["features"]  # fmt: skip
+    backbone.cpu()
+    return found
+
+
+def _pool_info(pool: Pool, n_trained: int, n_held_out: int) -> PoolInfo:
+    return PoolInfo(
+        contents_sha256=pool.fingerprint, n_trained=n_trained, n_held_out=n_held_out,
+        n_quarantined=len(pool.quarantined), n_copies=pool.n_copies, n_left_out=pool.n_left_out,
+        n_not_compared=pool.n_not_compared,
+    )  # fmt: skip
+
+
+def _forget(folder: Path) -> None:
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "backbone", ignore_errors=True)

@@ -1,0 +1,722 @@
+"""Metrics alone: the selective suite of anybody's predictions, and the paired difference of two files. No model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
+from stage1_pro.errors import InputError, nearest
+from stage1_pro.files import load_npz, write_bytes, write_csv
+from stage1_pro.metrics.figures import (
+    BAND_METRICS,
+    confidence_png,
+    distribution_png,
+    reliability_png,
+    risk_band,
+    risk_coverage_png,
+)
+from stage1_pro.metrics.intervals import (
+    Interval,
+    Intervals,
+    Method,
+    bootstrap,
+    bootstrap_answers,
+    bootstrap_errors,
+    compare,
+)
+from stage1_pro.metrics.measured import Metric
+from stage1_pro.metrics.probabilistic import ece
+from stage1_pro.policies.softmax import softmax
+from stage1_pro.progress import say
+from stage1_pro.record import Record
+from stage1_pro.report import POINTS, Picture, short_note, write_measurement
+
+
+class Measurement(Record):
+    """What ``stage1 metrics`` found in a file of predictions, or of the difference of two files."""
+
+    format_version: Literal[1] = 1
+    file: str
+    compared_with: str | None = Field(description="the other file; metrics are then those of this one minus its")
+    n_rows: int
+    n_units: int
+    unit: Literal["rows", "groups"] = Field(description="what is resampled")
+    classes: list[str] | None = Field(description="null when the file holds errors instead of labels")
+    positive: str | None
+    threshold: float | None
+    level: float = Field(gt=0, lt=1)
+    method: Literal["bca", "percentile", "logit"]
+    n_replicates: int
+    seed: int
+    metrics: list[Metric]
+    values: dict[str, tuple[float | None, float | None]] = Field(
+        default_factory=dict, description="of a difference: the metric of this file and of the other one"
+    )
+
+    def metric(self, name: str) -> Metric:
+        """One metric; KeyError when it was not measured."""
+        for found in self.metrics:
+            if found.metric == name:
+                return found
+        raise KeyError(name)
+
+
+METRIC_COLUMNS = ["metric", "value", "std", "low", "high", "method", "note"]
+WAYS = "label and prob, label and prob_<class> of every class, or error and confidence"
+ARRAYS = "labels and probs, labels and logits, or error and confidence"
+# What four decimals of K probabilities may lack.
+SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Table:
+    """Predictions of one file: ``probs`` [N, K] and ``labels`` [N] with ``classes``, or ``error`` and ``confidence``.
+
+    ``confidence`` [N] beside probabilities replaces the largest one. ``groups`` and ``ids`` [N] if the file has them.
+    """
+
+    path: Path
+    probs: NDArray[np.float64] | None
+    labels: NDArray[np.int64] | None
+    classes: list[str] | None
+    positive: str | None
+    error: NDArray[np.float64] | None
+    confidence: NDArray[np.float64] | None
+    groups: NDArray[Any] | None
+    ids: NDArray[Any] | None
+
+    def row(self, index: int) -> str:
+        """How messages call a row."""
+        return _row_name(self.path, index)
+
+
+def measure(
+    path: Path | str,
+    *,
+    compare_with: Path | str | None = None,
+    positive: str | None = None,
+    threshold: float | None = None,
+    metrics: str | Sequence[str] = "all",
+    n_replicates: int = 1000,
+    level: float = 0.95,
+    method: str = "bca",
+    seed: int = 0,
+    out: Path | str | None = None,
+) -> Measurement:
+    """Measure a file of predictions, every metric with its interval; or its difference from another file.
+
+    A CSV has the columns ``label`` and ``prob`` (of the positive class), ``label`` and ``prob_<class>`` of every class,
+    or ``error`` and ``confidence``; an ``.npz`` has ``labels`` [N] with ``probs`` or ``logits`` ([N, K], or [N] of the
+    positive class), or ``error`` and ``confidence``. Optional in both: ``group`` (whole groups are resampled),
+    ``confidence`` (instead of the largest probability) and ``id`` (checked when two files are compared).
+
+    Args:
+        path: ``.csv`` or ``.npz``.
+        compare_with: another file of the same rows; each metric is then that of ``path`` minus its.
+        positive: name of the positive class; needed when labels are two names of which neither means "none".
+        threshold: a row exits iff its confidence is at or above it; adds coverage, exit error and FNR on exits.
+        metrics: "all", or names; any target can be asked for, such as ``risk_at_coverage_0.95``.
+        n_replicates: resamples of an interval.
+        level: nominal coverage of the intervals, in (0, 1).
+        method: "bca", "percentile" or "logit".
+        seed: of the resamples.
+        out: folder for ``metrics.csv``, ``metrics.json``, figures and ``report.html``.
+
+    Raises:
+        InputError: a file or argument is not what it must be; wrong cells name their row.
+    """
+    if n_replicates < 1:
+        raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
+    if not metrics:
+        raise InputError("metrics must name at least one metric, got none; leave it out to measure every one")
+    if threshold is not None and not math.isfinite(threshold):
+        raise InputError(f"threshold must be a number and finite, got {threshold}; leave it out to measure no exits")
+    table = read_predictions(Path(path), positive=positive)
+    other = None if compare_with is None else _paired(table, Path(compare_with), positive)
+    chosen = [metrics] if isinstance(metrics, str) and metrics != "all" else metrics
+    asked: dict[str, Any] = {"level": level, "method": method, "seed": seed, "n_replicates": n_replicates}
+    points, values = {}, {}
+    if other is None:
+        points = _points(table, chosen, asked)
+        wanted = "all" if chosen == "all" else [name for name in chosen if name not in points]
+        intervals = _bootstrap(table, threshold, wanted, asked) if wanted else _no_intervals(table)
+    else:
+        intervals = _difference(table, other, threshold, chosen, asked)
+        exact = {**asked, "n_replicates": 1, "method": "percentile"}
+        alone = [_bootstrap(one, threshold, list(intervals), exact) for one in (table, other)]
+        values = {name: (_known(alone[0][name].value), _known(alone[1][name].value)) for name in intervals}
+    found = Measurement(
+        file=table.path.name,
+        compared_with=None if other is None else other.path.name,
+        n_rows=intervals.n_rows,
+        n_units=intervals.n_units,
+        unit=cast("Literal['rows', 'groups']", intervals.unit),
+        classes=table.classes,
+        positive=table.positive,
+        threshold=threshold,
+        level=level,
+        method=cast("Method", method),
+        n_replicates=n_replicates,
+        seed=seed,
+        metrics=[*(_metric(name, one) for name, one in intervals.items()), *points.values()],
+        values=values,
+    )
+    if out is not None:
+        _write(Path(out), found, table, other, threshold, intervals, asked)
+    return found
+
+
+def read_predictions(path: Path, *, positive: str | None = None) -> Table:
+    """Read a file of predictions; ``measure`` says which columns or arrays it must have.
+
+    Raises:
+        InputError: the file or one of its cells is not what it must be.
+    """
+    if path.suffix.lower() == ".npz":
+        return _read_npz(path, positive)
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, positive)
+    raise InputError(f"FILE must end in .csv or .npz, got {path}; `stage1 metrics --help` shows both forms")
+
+
+def render(found: Measurement) -> str:
+    """Show a measurement as text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
+    units = f" in {found.n_units} groups" if found.unit == "groups" else ""
+    if found.compared_with is not None:
+        console.print(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
+    else:
+        about = "" if found.positive is None else f", positive class '{found.positive}'"
+        console.print(f"{found.file}: {found.n_rows} rows{units}{about}")
+    grid = Grid(box=box.SIMPLE_HEAD)
+    grid.add_column("metric", no_wrap=True)
+    for name in ("A", "B", "A - B") if found.values else ("value",):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for name in ("std", f"{100 * found.level:.4g}% interval", "method"):
+        grid.add_column(name, justify="right" if name == "std" else "left", no_wrap=True)
+    notes: list[str] = []
+    for one in found.metrics:
+        mark = ""
+        if one.note:
+            note = short_note(one.note)
+            if note not in notes:
+                notes.append(note)
+            mark = f" ({notes.index(note) + 1})"
+        both = [_text(value) for value in found.values.get(one.metric, ())]
+        interval = "-" if one.low is None or one.high is None else f"[{one.low:.5f}, {one.high:.5f}]"
+        method = "-" if one.method == "none" else one.method
+        grid.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method + mark)
+    console.print(grid)
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}")
+    if found.compared_with is not None:
+        console.print(
+            "A negative difference of AUGRC, AURC, risks, NLL and Brier speaks for A, a positive one of accuracy and "
+            "coverages; an interval that holds 0 speaks for neither."
+        )
+    if found.unit == "rows":
+        console.print("Rows are taken for independent: add a group column where several come from one clip or track.")
+    return buffer.getvalue().rstrip()
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def _bootstrap(table: Table, threshold: float | None, metrics: str | Sequence[str], asked: dict[str, Any]) -> Intervals:
+    if table.probs is None or table.labels is None:
+        assert table.confidence is not None
+        assert table.error is not None
+        return bootstrap_errors(
+            table.confidence, table.error, threshold=threshold, groups=table.groups, metrics=metrics, **asked
+        )
+    return bootstrap(
+        table.probs, table.labels, confidence=table.confidence, threshold=threshold, groups=table.groups,
+        metrics=metrics, positive=_index(table), **asked,
+    )  # fmt: skip
+
+
+def _difference(
+    table: Table, other: Table, threshold: float | None, metrics: str | Sequence[str], asked: dict[str, Any]
+) -> Intervals:
+    assert table.probs is not None
+    assert other.probs is not None
+    assert table.labels is not None
+    return compare(
+        table.probs, other.probs, table.labels, confidence=(table.confidence, other.confidence), threshold=threshold,
+        groups=other.groups if table.groups is None else table.groups, metrics=metrics, positive=_index(table), **asked,
+    )  # fmt: skip
+
+
+def _index(table: Table) -> int | None:
+    if table.classes is None or table.positive is None:
+        return None
+    return table.classes.index(table.positive)
+
+
+def _points(table: Table, metrics: str | Sequence[str], asked: dict[str, Any]) -> dict[str, Metric]:
+    """Metrics of answers and probabilities, of those asked for; always with percentile intervals."""
+    wanted = [name for name in POINTS if metrics == "all" or name in metrics]
+    if table.probs is None or table.labels is None or not wanted:
+        return {}
+    found = bootstrap_answers(
+        table.probs, table.labels, groups=table.groups, n_replicates=asked["n_replicates"], level=asked["level"],
+        seed=asked["seed"], positive=_index(table),
+    )  # fmt: skip
+    return {name: _metric(name, found[name]) for name in wanted if name in found}
+
+
+def _no_intervals(table: Table) -> Intervals:
+    assert table.labels is not None
+    n_units = table.labels.size if table.groups is None else np.unique(table.groups).size
+    unit = "rows" if table.groups is None else "groups"
+    return Intervals({}, n_rows=table.labels.size, n_units=n_units, unit=unit)
+
+
+def _metric(name: str, one: Interval) -> Metric:
+    return Metric(
+        metric=name, value=_known(one.value), std=_known(one.std), low=_known(one.low), high=_known(one.high),
+        method=one.method, note=one.note,
+    )  # fmt: skip
+
+
+def _paired(table: Table, path: Path, positive: str | None) -> Table:
+    """The other file, checked to hold the same rows in the same order."""
+    other = read_predictions(path, positive=positive)
+    for one in (table, other):
+        if one.labels is None:
+            raise InputError(
+                f"{one.path} must hold labels and probabilities to be compared, got error and confidence; "
+                "add the columns label and prob"
+            )
+    assert table.labels is not None
+    assert other.labels is not None
+    assert table.classes is not None
+    if other.labels.size != table.labels.size:
+        raise InputError(
+            f"{path} must hold the rows of {table.path}, got {other.labels.size} rows instead of {table.labels.size}; "
+            "compare predictions on the same rows"
+        )
+    other = _reordered(other, table)
+    assert other.labels is not None
+    pairs: list[tuple[str, Any, Any]] = [("id", table.ids, other.ids), ("group", table.groups, other.groups)]
+    pairs.append(("label", np.asarray(table.classes)[table.labels], np.asarray(table.classes)[other.labels]))
+    for name, mine, its in pairs:
+        if mine is None or its is None:
+            continue
+        differs = np.flatnonzero(mine.astype(str) != its.astype(str))
+        if differs.size:
+            at = int(differs[0])
+            raise InputError(
+                f"{path} must hold the rows of {table.path} in its order, got {name} '{its[at]}' instead of "
+                f"'{mine[at]}' in {other.row(at)}; sort both files by the same key"
+            )
+    return other
+
+
+def _reordered(other: Table, table: Table) -> Table:
+    """The other file with its classes in this one's order."""
+    assert other.classes is not None
+    assert table.classes is not None
+    if other.classes == table.classes:
+        return other
+    if sorted(other.classes) != sorted(table.classes):
+        raise InputError(
+            f"{other.path} must have the classes of {table.path} ({', '.join(table.classes)}), got "
+            f"{', '.join(other.classes)}; name classes alike in both files"
+        )
+    assert other.probs is not None
+    assert other.labels is not None
+    order = [other.classes.index(name) for name in table.classes]
+    place = np.argsort(order)
+    return Table(
+        other.path, other.probs[:, order], place[other.labels], table.classes, table.positive, None, other.confidence,
+        other.groups, other.ids,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _write(
+    out: Path,
+    found: Measurement,
+    table: Table,
+    other: Table | None,
+    threshold: float | None,
+    intervals: Intervals,
+    asked: dict[str, Any],
+) -> None:
+    rows = [{**one.model_dump(), **_both(found, one.metric)} for one in found.metrics]
+    write_csv(out / "metrics.csv", rows, METRIC_COLUMNS + (["value_a", "value_b"] if other is not None else []))
+    found.write(out / "metrics.json")
+    pictures = _difference_pictures(intervals) if other is not None else _pictures(table, threshold, asked)
+    for picture in pictures:
+        write_bytes(out / f"{picture.name}.png", picture.png)
+    write_measurement(out / "report.html", found, pictures)
+    say(f"wrote {out}/metrics.csv, metrics.json, {len(pictures)} figures and report.html")
+
+
+def _both(found: Measurement, name: str) -> dict[str, float | None]:
+    return dict(zip(("value_a", "value_b"), found.values.get(name, ()), strict=False))
+
+
+def _difference_pictures(intervals: Intervals) -> list[Picture]:
+    """How the difference varies, of the three metrics that say most, where they were measured."""
+    titles = {"augrc": "AUGRC", "accuracy": "accuracy", "nll": "NLL"}
+    pictures = []
+    for name, title in titles.items():
+        if name in intervals:
+            png = _heap(intervals[name], f"{title} of A minus that of B", target=0.0, target_label="no difference:")
+            caption = "The difference on each resample, both files on the same one."
+            pictures.append(Picture(f"difference_{name}", f"Difference in {title}", caption, png))
+    return pictures
+
+
+def _pictures(table: Table, threshold: float | None, asked: dict[str, Any]) -> list[Picture]:
+    # The same seed and number of replicates: the resamples of the figures in the table.
+    exits = [] if threshold is None else ["coverage"]
+    if threshold is not None and (_index(table) is not None):
+        exits.append("fnr_on_exited")
+    intervals = _bootstrap(table, threshold, ["augrc", *exits, *BAND_METRICS], asked)
+    error = table.error
+    if table.probs is not None and table.labels is not None:
+        error = (table.probs.argmax(axis=1) != table.labels).astype(np.float64)
+    assert error is not None
+    sure = table.confidence
+    if sure is None:
+        assert table.probs is not None
+        sure = table.probs.max(axis=1)
+    point = None
+    if threshold is not None and (sure >= threshold).any():
+        point = (float((sure >= threshold).mean()), float(error[sure >= threshold].mean()))
+    level = float(asked["level"])
+    curve = risk_coverage_png(sure, error, point=point, band=risk_band(intervals), level=level)
+    pictures = [
+        Picture(
+            "risk_coverage_curve",
+            "Risk against coverage",
+            "Answering only the surest rows (left), how many answers are wrong? Good confidence keeps the line low on "
+            f"the left. Shaded: {100 * level:.4g}% interval at each coverage.",
+            curve,
+        ),
+        Picture(
+            "augrc",
+            "How far AUGRC may be off",
+            f"AUGRC on each resample of {intervals.unit}.",
+            _heap(intervals["augrc"], "AUGRC (lower is better)"),
+        ),
+    ]
+    if table.probs is not None and table.labels is not None:
+        largest, right = np.minimum(table.probs.max(axis=1), 1.0), error == 0
+        pictures += [
+            Picture(
+                "reliability",
+                "Is it as sure as it is right?",
+                "Points below the dashed line: surer than it should be. ECE is the mean length of the bars, weighted "
+                "by rows, over 15 bins of equal width.",
+                reliability_png(largest, right, error=ece(table.probs, table.labels)),
+            ),
+            Picture(
+                "confidence",
+                "Confidence of right and wrong answers",
+                "Wrong answers far right are the costly ones.",
+                confidence_png(largest, right, threshold=threshold if table.confidence is None else None),
+            ),
+        ]
+    names = {"coverage": "coverage: share at or above the threshold", "fnr_on_exited": "FNR on exits"}
+    for name in exits:
+        if not math.isnan(intervals[name].value):
+            caption = f"On each resample of {intervals.unit}."
+            png = _heap(intervals[name], names[name], percent=True)
+            pictures.append(Picture(name, f"How far {names[name].split(':')[0]} may be off", caption, png))
+    return pictures
+
+
+def _heap(one: Interval, label: str, **options: Any) -> bytes:
+    return distribution_png(
+        one.replicates, value=one.value, low=one.low, high=one.high, label=label, level=one.level, **options
+    )
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _read_csv(path: Path, positive: str | None) -> Table:
+    columns, n = _columns(path)
+    if n == 0:
+        raise InputError(
+            f"{path} must hold at least one row below its header, got none; a metric of no rows is undefined"
+        )
+    by_class = [name for name in columns if name.startswith("prob_")]
+    has_labels = "label" in columns and ("prob" in columns or by_class)
+    confidence = _numbers(path, "confidence", columns["confidence"]) if "confidence" in columns else None
+    probs = labels = error = None
+    classes: list[str] | None = None
+    if has_labels:
+        if "prob" in columns and by_class:
+            raise InputError(f"{path} must have either prob or prob_<class> columns, got both; drop one of them")
+        if by_class:
+            classes = [name.removeprefix("prob_") for name in by_class]
+            if len(classes) < 2:
+                raise InputError(
+                    f"{path} must have a prob_<class> column of every class, got {by_class[0]} alone; name it prob for "
+                    "the positive class of two"
+                )
+            probs = np.stack([_shares(path, name, _numbers(path, name, columns[name])) for name in by_class], axis=1)
+            _check_sums(path, probs)
+            labels = _indices(path, columns["label"], classes)
+            positive = _positive_of(classes, positive)
+        else:
+            share = _shares(path, "prob", _numbers(path, "prob", columns["prob"]))
+            probs = np.stack([1 - share, share], axis=1)
+            classes, positive = _two_classes(path, columns["label"], positive)
+            labels = _indices(path, [_plain_label(text) for text in columns["label"]], classes)
+    elif "error" in columns and confidence is not None:
+        error = _shares(path, "error", _numbers(path, "error", columns["error"]))
+        if positive is not None:
+            raise InputError("--positive must go with labels, got it with error and confidence; leave it out")
+    else:
+        _refuse_columns(path, list(columns))
+    groups = np.asarray(columns["group"]) if "group" in columns else None
+    if groups is not None and (groups == "").any():
+        _wrong(path, "group", "a name in every row", "an empty cell", int((groups == "").argmax()))
+    ids = np.asarray(columns["id"]) if "id" in columns else None
+    return Table(path, probs, labels, classes, positive, error, confidence, groups, ids)
+
+
+def _columns(path: Path) -> tuple[dict[str, list[str]], int]:
+    """Cells by column, stripped, and the number of rows; blank lines do not count."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            rows: list[list[str]] = []
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise InputError(
+                        f"{path} must have {len(header)} cells in every row as its header has, got {len(cells)} in "
+                        f"{_row_name(path, len(rows))}; quote cells that hold commas"
+                    )
+                rows.append(cells)
+    except FileNotFoundError:
+        raise InputError(f"{path} must exist, but there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8 text, got byte {error.start} that is not; save it as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path} must be a CSV with commas, got: {error}") from None
+    if not header:
+        raise InputError(f"{path} must have a header line with {WAYS}, got an empty file")
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} must name every column once, got '{twice}' more than once; rename one of them")
+    return {name: [cells[i].strip() for cells in rows] for i, name in enumerate(header)}, len(rows)
+
+
+def _refuse_columns(path: Path, columns: list[str]) -> NoReturn:
+    """Name the missing column of the form the file comes closest to."""
+    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
+        raise InputError(f"{path} must have commas between its columns, got the header '{columns[0]}'; save it so")
+    pairs = [("label", "prob"), ("error", "confidence")]
+    close = {name: bool(nearest(name, columns)) for pair in pairs for name in pair}
+    pair = max(pairs, key=lambda names: sum(2 * (name in columns) + close[name] for name in names))
+    missing = next(name for name in pair if name not in columns)
+    raise InputError(
+        f"{path} must have a column '{missing}', got {', '.join(columns)}{nearest(missing, columns)}; it needs {WAYS}"
+    )
+
+
+def _read_npz(path: Path, positive: str | None) -> Table:
+    arrays = load_npz(path)
+    names = list(arrays)
+    for plural, single in (("groups", "group"), ("ids", "id"), ("error", "errors"), ("labels", "label")):
+        if single in arrays and plural not in arrays:
+            arrays[plural] = arrays.pop(single)
+    given = [name for name in ("probs", "logits") if name in arrays]
+    confidence = _array(path, "confidence", arrays["confidence"]) if "confidence" in arrays else None
+    probs = labels = error = None
+    classes: list[str] | None = None
+    if "labels" in arrays and given:
+        if len(given) == 2:
+            raise InputError(f"{path} must hold exactly one of probs and logits, got both; drop one of them")
+        probs = _npz_probs(path, given[0], arrays[given[0]])
+        classes = [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
+        if len(classes) != probs.shape[1]:
+            raise InputError(f"classes must name the {probs.shape[1]} columns of {given[0]}, got {len(classes)} names")
+        if positive is None and "positive" in arrays:
+            positive = str(arrays["positive"])
+        positive = _positive_of(classes, positive)
+        labels = _npz_labels(path, arrays["labels"], classes)
+        if labels.size != len(probs):
+            raise InputError(f"labels must be one per row of {given[0]}, got {labels.size} for {len(probs)} rows")
+    elif "error" in arrays and confidence is not None:
+        error = _shares(path, "error", _array(path, "error", arrays["error"]))
+    else:
+        wanted = "probs" if "labels" in arrays else "labels" if given or nearest("labels", names) else "error"
+        found = ", ".join(sorted(names)) or "nothing"
+        others = [name for name in names if name not in ("labels", "probs", "logits", "error", "confidence")]
+        hint = nearest(wanted, others) or (nearest("logits", others) if wanted == "probs" else "")
+        raise InputError(f"{path} must hold {ARRAYS}, got {found}{hint}")
+    n = len(probs) if probs is not None else cast("NDArray[np.float64]", error).size
+    if n == 0:
+        raise InputError(f"{path} must hold at least one row, got none; a metric of no rows is undefined")
+    optional = {name: arrays.get(name) for name in ("groups", "ids")}
+    for name, values in {**optional, "confidence": confidence}.items():
+        if values is not None and values.shape != (n,):
+            raise InputError(f"{name} must have one value per row, got shape {list(values.shape)} for {n} rows")
+    return Table(path, probs, labels, classes, positive, error, confidence, optional["groups"], optional["ids"])
+
+
+def _npz_probs(path: Path, name: str, values: NDArray[Any]) -> NDArray[np.float64]:
+    """Probabilities [N, K]; one column stands for the second of two classes."""
+    numbers = _array(path, name, values, dimensions=(1, 2))
+    if numbers.ndim == 2 and numbers.shape[1] == 1:
+        numbers = numbers[:, 0]
+    if numbers.ndim == 1:
+        if name == "probs":
+            numbers = _shares(path, name, numbers)
+        numbers = np.stack([1 - numbers if name == "probs" else np.zeros_like(numbers), numbers], axis=1)
+    if name == "logits":
+        return softmax(numbers)
+    _shares(path, name, numbers)
+    _check_sums(path, numbers)
+    return numbers
+
+
+def _npz_labels(path: Path, values: NDArray[Any], classes: list[str]) -> NDArray[np.int64]:
+    if values.ndim != 1:
+        raise InputError(f"labels must have shape [N], got {list(values.shape)}; one class per row")
+    if values.dtype.kind in "US":
+        return _indices(path, [str(name) for name in values], classes)
+    wrong = ~np.isin(values, np.arange(len(classes)))
+    if wrong.any():
+        at = int(wrong.argmax())
+        _wrong(path, "labels", f"class indices 0 to {len(classes) - 1}", str(values[at]), at)
+    return values.astype(np.int64)
+
+
+def _array(path: Path, name: str, values: NDArray[Any], dimensions: tuple[int, ...] = (1,)) -> NDArray[np.float64]:
+    if values.dtype.kind not in "fiub" or values.ndim not in dimensions:
+        shape = " or ".join("[N]" if d == 1 else "[N, K]" for d in dimensions)
+        raise InputError(f"{name} must be numbers of shape {shape}, got {values.dtype} {list(values.shape)} in {path}")
+    numbers = values.astype(np.float64)
+    broken = ~np.isfinite(numbers) if numbers.ndim == 1 else ~np.isfinite(numbers).all(axis=1)
+    if broken.any():
+        _wrong(path, name, "finite numbers", "NaN or infinity", int(broken.argmax()))
+    return numbers
+
+
+def _numbers(path: Path, column: str, cells: list[str]) -> NDArray[np.float64]:
+    try:
+        numbers = np.asarray(cells, dtype=np.float64)
+    except ValueError:
+        for at, cell in enumerate(cells):
+            try:
+                float(cell)
+            except ValueError:
+                _wrong(path, column, "a number", f"'{cell}'" if cell else "an empty cell", at)
+        raise
+    broken = ~np.isfinite(numbers)
+    if broken.any():
+        _wrong(path, column, "a finite number", f"'{cells[int(broken.argmax())]}'", int(broken.argmax()))
+    return numbers
+
+
+def _shares(path: Path, column: str, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    outside = (numbers < 0) | (numbers > 1)
+    if outside.any():
+        at = int(outside.argmax()) if numbers.ndim == 1 else int(outside.any(axis=1).argmax())
+        what = numbers[at] if numbers.ndim == 1 else numbers[at][outside[at]][0]
+        _wrong(path, column, "in [0, 1]", f"{what:g}", at, "logits need a softmax or sigmoid first")
+    return numbers
+
+
+def _check_sums(path: Path, probs: NDArray[np.float64]) -> None:
+    off = np.abs(probs.sum(axis=1) - 1) > SUM_TOLERANCE
+    if off.any():
+        at = int(off.argmax())
+        _wrong(path, "probabilities", "1 in sum over the classes", f"{probs[at].sum():.6g}", at)
+
+
+def _indices(path: Path, names: Sequence[str], classes: list[str]) -> NDArray[np.int64]:
+    place = {name: i for i, name in enumerate(classes)}
+    for at, name in enumerate(names):
+        if name not in place:
+            _wrong(path, "label", f"one of {', '.join(classes)}", f"'{name}'", at, nearest(name, classes)[2:])
+    return np.asarray([place[name] for name in names], dtype=np.int64)
+
+
+def _plain_label(text: str) -> str:
+    """0 and 1 in the forms that spreadsheets and data frames give them."""
+    return {"0.0": "0", "1.0": "1"}.get(text, text)
+
+
+def _two_classes(path: Path, cells: list[str], positive: str | None) -> tuple[list[str], str]:
+    """Classes with the negative one first, and the positive, of labels beside one column of probabilities."""
+    labels = [_plain_label(text) for text in cells]
+    names = list(dict.fromkeys(labels))
+    if "" in names:
+        _wrong(path, "label", "0, 1 or a name", "an empty cell", labels.index(""))
+    if positive is None and set(names) <= {"0", "1"}:
+        return ["0", "1"], "1"
+    if positive is None and names[0] in ("0", "1"):
+        at = next(i for i, name in enumerate(labels) if name not in ("0", "1"))
+        _wrong(
+            path, "label", "0 or 1", f"'{labels[at]}'", at, "names need --positive, more classes prob_<class> columns"
+        )
+    if len(names) > 2:
+        at = labels.index(names[2])
+        _wrong(path, "label", f"one of {names[0]}, {names[1]} beside one column prob", f"'{names[2]}'", at,
+               "more classes need prob_<class> columns")  # fmt: skip
+    if positive is not None and len(names) == 1 and positive != names[0] and names[0].casefold() in NEGATIVE_NAMES:
+        return [names[0], positive], positive
+    positive = choose_positive(names, positive)
+    others = [name for name in names if name != positive]
+    return [others[0] if others else f"not {positive}", positive], positive
+
+
+def _positive_of(classes: list[str], positive: str | None) -> str | None:
+    """The positive class; of two classes the second one where neither flag nor names tell."""
+    if positive is not None:
+        return choose_positive(classes, positive)
+    if len(classes) != 2:
+        return None
+    try:
+        return choose_positive(classes)
+    except InputError:
+        return classes[1]
+
+
+def _row_name(path: Path, index: int) -> str:
+    # Spreadsheets count from 1 and arrays from 0; the word says which.
+    return f"row {index + 1}" if path.suffix.lower() == ".csv" else f"row {index} (from 0)"
+
+
+def _wrong(path: Path, what: str, expected: str, got: str, at: int, advice: str = "") -> NoReturn:
+    raise InputError(
+        f"{what} must be {expected}, got {got} in {_row_name(path, at)} of {path}; {advice or 'mend or drop the row'}"
+    )
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"

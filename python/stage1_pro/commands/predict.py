@@ -1,0 +1,255 @@
+"""predict and infer: the cascade's answer for images, folders and CSV files, and its promise. No torch in predict."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.continual.serving.served import Served
+from stage1_pro.data.images import ImageError
+from stage1_pro.data.listing import gather
+from stage1_pro.data.splits import Splits
+from stage1_pro.deploy.bundle import MANIFEST, load_bundle
+from stage1_pro.deploy.cascade import Cascade, ImageLike
+from stage1_pro.errors import InputError
+from stage1_pro.files import write_csv
+from stage1_pro.policies import read_policy
+from stage1_pro.policies.promises import Promise, promise
+from stage1_pro.progress import say, track
+from stage1_pro.words import SplitName
+
+COLUMNS = ("file", "label", "set", "probability", "confidence", "decision", "stage", "error")
+SEPARATOR = "|"
+
+
+def predict(
+    bundle: Path | str | Cascade,
+    inputs: Sequence[Path | str],
+    *,
+    out: Path | str | None = None,
+    batch_size: int = 32,
+    runtime: str = "onnxruntime",
+    trust_engines: bool = False,
+    log: Path | str | None = None,
+) -> tuple[list[dict[str, Any]], int]:
+    """Answer for every image of the inputs, in order; an unreadable one gets an error and the others go on.
+
+    Args:
+        bundle: bundle folder, or a cascade that has been loaded.
+        inputs: images, folders (searched through, in name order) and CSV files with a ``file`` column
+            (relative to the CSV's folder).
+        out: CSV to write, atomically.
+        batch_size: images per batch.
+        runtime: what executes the stages, as ``Cascade.load`` takes it; one that steps down says so.
+        trust_engines: run engines that were neither built here nor signed by a trusted key.
+        log: folder to log every decision to (``continual.events.EventLog``).
+
+    Returns:
+        A row per image with ``COLUMNS`` as keys, and how many failed. ``probability`` is P(positive) and
+        ``confidence`` the largest probability of the stage that answered; ``decision`` is ``exited``,
+        ``deferred``, or ``abstained``: policy scrc does not accept it, or, with an error, the model gave no number.
+        ``set`` is ``none|roadwork``, the label alone unless the policy is scrc; what a row lacks is None.
+
+    Raises:
+        InputError: an input does not exist, is of no known kind, or nothing is in it.
+        ArtifactError: the bundle is damaged.
+    """
+    _check(batch_size, out)
+    files = gather(inputs)
+    cascade = bundle if isinstance(bundle, Cascade) else load(bundle, runtime, trust_engines=trust_engines)
+    if log is None:
+        return _answer_all(cascade, files, out, batch_size, "predict")
+    with EventLog(log) as events:
+        return _answer_all(Served(cascade, events), files, out, batch_size, "predict")
+
+
+def load(bundle: Path | str, runtime: str, *, trust_engines: bool = False) -> Cascade:
+    """Load a bundle as ``Cascade.load`` does; say what was stepped down from, and what answers instead."""
+    cascade = Cascade.load(bundle, runtime, trust_engines=trust_engines)
+    for step in cascade.steps:
+        if runtime == "auto" or len(cascade.steps) > 1:
+            say(f"{'answers with' if step.ready else 'stepped down from'} {step}")
+    return cascade
+
+
+def infer(
+    run: Path | str,
+    inputs: Sequence[Path | str] = (),
+    *,
+    split: SplitName | None = None,
+    out: Path | str | None = None,
+    batch_size: int = 32,
+) -> tuple[list[dict[str, Any]], int]:
+    """Answer for images, or for one split of the run, with a run's own model in torch: before any export.
+
+    Reads pixels alone, of the one split that is named; no label, and nothing is measured or chosen.
+
+    Args:
+        run: trained and calibrated run folder.
+        inputs: as ``predict`` takes them.
+        split: rows of the run's ``splits.json`` instead of inputs.
+        out: CSV to write, atomically.
+        batch_size: images per batch.
+
+    Returns:
+        What ``predict`` gives; it decides the same on the run's bundle.
+
+    Raises:
+        InputError: both inputs and a split or neither, no such input, or no policy in the run.
+        ArtifactError: an incomplete run, or a policy of another model.
+        DependencyError: torch or transformers are missing.
+    """
+    _check(batch_size, out)
+    if (split is None) == (not inputs):
+        got = "neither" if split is None else "both"
+        raise InputError(f"infer must get images or --split, got {got}; for example --split val_test")
+    if split is None:
+        files = gather(inputs)
+    else:
+        splits = Splits.read(Path(run) / "splits.json")
+        files = [(row.file, splits.path(row)) for row in splits.of(split)]
+        if not files:
+            raise InputError(f"split must have rows, got {split} with none; choose another one or name images")
+    return _answer_all(Cascade.from_run(run), files, out, batch_size, "infer")
+
+
+def promised(source: Path | str, prior: float | None = None) -> Promise:
+    """Say what the policy of a bundle or a run promises, and what is left of it under another share of positives.
+
+    Args:
+        source: bundle or run folder.
+        prior: share of positives where it serves; None: nothing is said.
+
+    Raises:
+        InputError: ``prior`` is outside (0, 1), or the folder holds no policy.
+        ArtifactError: the bundle or the policy is damaged.
+    """
+    if (Path(source) / MANIFEST).is_file():
+        # Whoever answers with it verifies every hash.
+        bundle = load_bundle(source, verify=False)
+        return promise(bundle.policy, bundle.splits, prior)
+    policy = read_policy(source)
+    if policy is None:
+        raise InputError(f"{source} must hold a policy, got none; run `stage1 calibrate` first")
+    return promise(policy, Splits.read(Path(source) / "splits.json").summary(), prior)
+
+
+def _check(batch_size: int, out: Path | str | None) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+    if out is not None and Path(out).is_dir():
+        raise InputError(f"--out must be a CSV file to write, got the folder {out}")
+
+
+def _answer_all(
+    cascade: Cascade | Served, files: list[tuple[str, Path]], out: Path | str | None, batch_size: int, description: str
+) -> tuple[list[dict[str, Any]], int]:
+    rows: list[dict[str, Any]] = []
+    for chunk in _chunks(files, batch_size, description):
+        rows += _answer(cascade, chunk)
+    failures = sum(row["error"] is not None for row in rows)
+    if out is not None:
+        write_csv(out, rows, COLUMNS)
+        say(f"wrote {out}")
+    if failures:
+        say(f"{failures} of {len(rows)} images could not be answered; see the column error")
+    return rows, failures
+
+
+def count(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many images exited, were deferred or abstained from, have a set of several classes, or could not be read."""
+    kinds = ("exited", "deferred", "abstained")
+    return {
+        **{kind: sum(row["decision"] == kind for row in rows) for kind in kinds},
+        "ambiguous": sum(row["set"] not in (None, "", row["label"]) for row in rows),
+        "unreadable": sum(row["decision"] is None for row in rows),
+    }
+
+
+def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promise: Promise | None = None) -> str:
+    """Lines for people: a row an image, or where the CSV is and what is in it; then the promise."""
+    end = "" if promise is None else f"\nguarantee: {promise.guarantee}. {promise.statement}"
+    if promise is not None and promise.prior is not None:
+        end += f"\n{promise.note}"
+    counts = count(rows)
+    summary = (
+        f"{len(rows)} images: {counts['exited']} exited at Stage A, {counts['deferred']} deferred to Stage B, "
+        f"{counts['abstained']} abstained, {counts['unreadable']} unreadable"
+    )
+    if counts["ambiguous"]:
+        summary += f"; {counts['ambiguous']} have a set of several classes"
+    if out is not None:
+        return f"{summary}; wrote {out}{end}"
+    width = max((len(row["file"]) for row in rows), default=4)
+    names = max([5, *(len(row["label"] or "") for row in rows)])
+    # The set says more than the label only where there are others.
+    shown = any(row["set"] != row["label"] for row in rows)
+    head = f"{'file':<{width}}  {'label':<{names}}  probability  confidence  decision   stage"
+    lines = [f"{head}  set" if shown else head]
+    for row in rows:
+        if row["error"] is not None:
+            lines.append(f"{row['file']:<{width}}  {row['error']}")
+        else:
+            lines.append(
+                f"{row['file']:<{width}}  {row['label'] or '':<{names}}  {row['probability']:>11.4f}  "
+                f"{row['confidence']:>10.4f}  {row['decision']:<9}  {row['stage']}"
+                + (f"      {row['set'] or ''}" if shown else "")
+            )
+    return "\n".join([*lines, summary]) + end
+
+
+def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Iterator[list[tuple[str, Path]]]:
+    """Parts of the list behind a progress bar that counts images."""
+    chunk: list[tuple[str, Path]] = []
+    for item in track(files, description, len(files)):
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _answer(cascade: Cascade | Served, chunk: list[tuple[str, Path]]) -> list[dict[str, Any]]:
+    served, cascade = (cascade, cascade.cascade) if isinstance(cascade, Served) else (None, cascade)
+    rows: list[dict[str, Any]] = []
+    pixels = []
+    images: list[ImageLike] = []
+    for name, path in chunk:
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row["file"] = name
+        rows.append(row)
+        try:
+            prepared, image = (cascade.pixels(path), path) if served is None else served.read(path)
+            pixels.append(prepared)
+            images.append(image)
+        except ImageError as error:
+            row["error"] = f"{error.reason}: {error.detail}"
+    if not pixels:
+        return rows
+    batch = np.stack(pixels)
+    answers = iter(cascade.decide(batch) if served is None else served.decide(batch, images, now=time.time()))
+    for row in rows:
+        if row["error"] is not None:
+            continue
+        answer = next(answers)
+        if math.isnan(answer["prob"]):
+            row["decision"] = "abstained"
+            row["error"] = "the model gave no number for this image"
+            continue
+        row["probability"] = answer["prob"]
+        row["confidence"] = answer["confidence"]
+        row["stage"] = answer["stage"]
+        row["decision"] = "abstained"
+        if answer["accepted"]:
+            row["label"] = answer["label"]
+            row["decision"] = "exited" if answer["exited"] else "deferred"
+            named = zip(cascade.bundle.classes, answer["sets"], strict=True)
+            row["set"] = SEPARATOR.join(name for name, within in named if within)
+    return rows

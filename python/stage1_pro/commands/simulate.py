@@ -1,0 +1,592 @@
+"""continual simulate: thirty days of the loop on real photos, on a simulated clock.
+
+Everything that decides is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
+proposals (``mgrpo``), certificates, the guard's vault, the gate, shadow and canary, aliases and the audit. What is
+simulated is the clock, the order of photos, what is done to them once the world shifts, and the reviewer, who knows the
+folder's labels and answers late and within a budget.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from stage1_pro.commands.continual import init, opened
+from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, earned, verified
+from stage1_pro.continual.ledger import audit as chain
+from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
+from stage1_pro.continual.loop.machine import Loop, read_verdict
+from stage1_pro.continual.loop.registry import Registry
+from stage1_pro.continual.loop.world import World
+from stage1_pro.continual.serving.events import EventLog, uniform
+from stage1_pro.continual.serving.live import LiveCascade, tightened
+from stage1_pro.data.protocols import ProtocolName
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.errors import InputError
+from stage1_pro.files import sha256_bytes, write_bytes
+from stage1_pro.progress import say
+from stage1_pro.record import Record
+
+DAY = 86400.0
+# The simulated clock begins here: 1 January 2026, UTC.
+START = 1_767_225_600.0
+RECORD = "simulation.json"
+SLACK = 1.3
+# Options of the proposals that every round makes; val_select chooses among them.
+PROPOSALS: tuple[dict[str, Any], ...] = ({"lr": 1e-3}, {"lr": 1e-4})
+LEAST_PER_DAY = 8
+QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "min_labels": 150, "least_certify": 100}
+REAL = (
+    "bundles served by LiveCascade, which follows champion.json",
+    "events with logged propensities, the review plan's draws, labels in the store",
+    "threshold controller and triggers (watch), certificates (ltt)",
+    "proposals by mgrpo: new rows, replayed features, KL to anchor and champion",
+    "guard vault and its looks, promotion gate, shadow, canary, registry, hash-chained audit",
+)
+SIMULATED = (
+    "the clock: every time is passed in",
+    "the stream: photos of the folder in a drawn order, changed by the validator's protocol from the shift on",
+    "the reviewer: the folder's labels, late by half to one and a half of the delay, so many a day, oldest first",
+    "latency: the gate does not time candidates here, so that a run can be repeated",
+    "approval by hand: a verdict that promotes is enough (auto_promote)",
+)
+LIMITS = (
+    "the unit is the photo: near-copies of a place lie in the past and in the stream; nothing here is of new places",
+    "one world and one shift a run: checks are single outcomes, not rates",
+    "what learns are the heads of both stages, on a backbone that stays",
+    "where more photos are served than there are, they come again, and those that taught may be among those that judge",
+)
+
+
+class SimulationConfig(Record):
+    """What is simulated."""
+
+    days: int = Field(30, ge=2)
+    past_share: float = Field(0.3, gt=0, lt=1, description="of the photos, that the first champion learns from")
+    per_day: int = Field(260, ge=0, description="photos served a day; 0: as many as let none come twice")
+    shift_day: int = Field(5, ge=1, description="from this day on, counted from 0, photos are changed")
+    protocol: ProtocolName = "letterbox224"
+    level: int = Field(3, ge=0, le=3, description="of the protocol")
+    alpha: float = Field(0.05, gt=0, lt=1, description="risk of exits that is promised")
+    min_coverage: float = Field(0.2, gt=0, lt=1, description="least share of exits that a certificate must allow")
+    audit_rate: float = Field(0.8, ge=0.02, le=1, description="chance with which any photo is reviewed")
+    budget: int = Field(260, ge=1, description="answers a day that reviewers have time for")
+    delay_days: float = Field(2.0, ge=0, description="between a photo and its label, on average")
+    looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
+    min_labels: int = Field(3000, ge=1, description="new labels that are worth a training without any alarm")
+    judged: int = Field(500, ge=10, description="photos that are never served and judge promotions afterwards")
+    least_certify: int = Field(800, ge=2, description="fewest labels since the last alarm to certify a candidate on")
+    epochs: int = Field(0, ge=0, description="of the first champion's training; 0: 30 of a network, 200 of heads")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _shift_within(self) -> SimulationConfig:
+        if self.shift_day >= self.days:
+            raise ValueError(f"shift_day must be before the last day, got {self.shift_day} of {self.days}")
+        if 0 < self.per_day < LEAST_PER_DAY:
+            raise ValueError(f"per_day must be {LEAST_PER_DAY} or more, or 0, got {self.per_day}")
+        return self
+
+
+class Day(Record):
+    """One day as it was, by labels of all photos and not of reviewed ones alone."""
+
+    day: int
+    shifted: bool
+    served: int
+    exits: int
+    wrong_exits: int
+    wrong: int = Field(description="of all that was answered, by Stage A or B")
+    static_exits: int = Field(description="the first champion at its own threshold on the same photos")
+    static_wrong_exits: int
+    answered: int = Field(description="reviews that came in")
+    waiting: int = Field(description="reviews that wait for time or budget at the day's end")
+    threshold: float = Field(description="in force at the day's end; above 1: nobody exits")
+    certified: float
+    champion: str
+
+
+class RoundResult(Record):
+    """One round: why, how it went, and what a promotion was worth on photos that nobody had seen."""
+
+    number: int
+    began: float = Field(description="day")
+    reasons: list[str]
+    outcome: Literal["promoted", "held", "rolled back", "open"]
+    ended: float | None = Field(description="day; null while it is open")
+    note: str
+    candidate: str | None
+    verdict: str | None = Field(description="fingerprint of verdict.json")
+    gate: bool | None = Field(description="what the verdict said; null where it did not come to one")
+    gain: float | None = Field(
+        None, description="mean reward over the champion before it, on judged photos of that day's world; as the gate "
+        "compares, each at the threshold of its certificate"
+    )  # fmt: skip
+    gain_as_served: float | None = Field(None, description="the same, the old one at the threshold then in force")
+
+
+class Alarm(Record):
+    """A step that first saw an alarm of the risk, and what the threshold did in it."""
+
+    day: float
+    at: float = Field(description="when the label became known that set it off; seconds since the epoch")
+    before: float
+    after: float
+
+
+class Check(Record):
+    """Something that was to be shown; passed or not, with its figure."""
+
+    name: str
+    passed: bool
+    value: float | None
+    limit: float | None
+    note: str
+
+
+class Simulation(Record):
+    """``simulation.json``: every figure of one simulated stretch; nothing in it depends on clocks or databases."""
+
+    format_version: Literal[1] = 1
+    config: SimulationConfig
+    real: list[str]
+    simulated: list[str]
+    limits: list[str]
+    past: dict[str, int] = Field(description="photos by split of the first champion's run")
+    stream: int = Field(description="photos that the stream is made of")
+    first_champion: str
+    days: list[Day]
+    alarms: list[Alarm]
+    rounds: list[RoundResult]
+    checks: list[Check]
+    audit_rows: int
+    audit_whole: bool
+
+
+def simulate(
+    data: Path | str,
+    out: Path | str,
+    *,
+    run: Path | str | None = None,
+    positive: str | None = None,
+    backbone: str = "tiny",
+    image_size: int | None = None,
+    store: str | None = None,
+    **options: Any,
+) -> Simulation:
+    """Let the loop live through a stretch of days, and write what came of it.
+
+    Writes ``OUT/run`` (unless ``run`` is given), ``OUT/loop`` (the loop's folder), ``simulation.json`` and figures.
+
+    Args:
+        data: CSV with ``file,label``, the folder that holds ``labels.csv``, or a folder with one of images per class.
+        out: a new folder.
+        run: what an earlier simulation of the same data and seed trained (its ``OUT/run``), to save the time.
+        positive: name of the positive class.
+        backbone: of the first champion; ``tiny`` learns from nothing, a folder stays frozen under new heads.
+        image_size: side that the model sees.
+        store: ``postgresql://…`` of an empty database; SQLite in the loop's folder by default.
+        options: fields of ``SimulationConfig``.
+
+    Raises:
+        InputError: an option out of range, a folder that is there, a store that is not empty, or a run of other photos.
+        NotReachableError: the first champion cannot be certified at alpha.
+    """
+    try:
+        config = SimulationConfig.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "options"
+        raise InputError(f"{name} must be valid, got {first['input']!r}: {first['msg']}") from None
+    data, out = Path(data), Path(out)
+    if (out / "loop").exists() or (out / RECORD).exists():
+        raise InputError(f"out must be a new folder, got {out}, where something was simulated")
+    if data.is_dir() and (data / "labels.csv").is_file():
+        data = data / "labels.csv"
+    world = World(
+        data, positive=positive, past_share=config.past_share, judged=config.judged, protocol=config.protocol,
+        level=config.level, seed=config.seed,
+    )  # fmt: skip
+    if config.per_day == 0:
+        config = config.model_copy(update={"per_day": len(world.stream) // config.days})
+    if config.per_day < LEAST_PER_DAY:
+        raise InputError(
+            f"data must have {LEAST_PER_DAY} photos a day for the stream, got {len(world.stream)} for {config.days} "
+            "days; name --per-day, and photos come again"
+        )
+    trained = _train(world, out / "run", config, backbone, image_size) if run is None else Path(run)
+    _check_run(world, trained)
+    root = out / "loop"
+    first = init(
+        root, trained, alpha=config.alpha, store=store, config=_loop_config(config), by="simulation", now=START
+    )["champion"]  # fmt: skip
+    with opened(root) as (_, registry, parts, loop):
+        days, alarms = _live_through(world, config, registry, parts.log, loop, first)
+        rounds = _rounds(world, config, registry)
+        held = chain.verify(registry.store)
+        checks = _checks(config, registry, days, alarms, rounds)
+    found = Simulation(
+        config=config, real=list(REAL), simulated=list(SIMULATED), limits=list(LIMITS),
+        past={split: sum(counts.values()) for split, counts in world.past.counts.items()}, stream=len(world.stream),
+        first_champion=first, days=days, alarms=alarms, rounds=rounds, checks=checks, audit_rows=held.rows,
+        audit_whole=held.ok,
+    )  # fmt: skip
+    for name, png in _figures(found).items():
+        write_bytes(out / f"{name}.png", png)
+    found.write(out / RECORD)
+    say(f"wrote {out / RECORD}")
+    return found
+
+
+# -------------------------------------------------------------------------------- before the first day
+
+
+def _train(world: World, run: Path, config: SimulationConfig, backbone: str, image_size: int | None) -> Path:
+    """The first champion's run: trained on the past, certified, exported."""
+    from stage1_pro.commands.calibrate import calibrate
+    from stage1_pro.commands.export import export
+    from stage1_pro.config import build_config
+    from stage1_pro.training.loop import train
+
+    if run.exists():
+        raise InputError(f"out must be a new folder, got one with {run}; name it with --run to use it again")
+    run.mkdir(parents=True)
+    world.past.write(run / "splits.json")
+    frozen = Path(backbone).is_dir()
+    epochs = config.epochs or (200 if frozen else 30)
+    train(
+        run,
+        build_config({
+            "seed": config.seed,
+            "model": {"backbone": backbone, "image_size": image_size},
+            "augment": {"horizontal_flip": 0.0},
+            "train": {"mode": "linear" if frozen else "full", "epochs": epochs, "workers": 0},
+        }),
+    )  # fmt: skip
+    calibrate(run, policy="gate", guarantee="ltt", max_exit_error=config.alpha, min_coverage=config.min_coverage)
+    export(run, target="onnx")
+    return run
+
+
+def _check_run(world: World, run: Path) -> None:
+    from stage1_pro.data.splits import Splits
+
+    if Splits.read(run / "splits.json").hashes != world.past.hashes:
+        raise InputError(f"run must be of the same photos and seed, got {run}; leave it out to train one")
+
+
+def _loop_config(config: SimulationConfig) -> dict[str, Any]:
+    """Limits that fit so many photos a day."""
+    day = config.per_day
+    return {
+        "loop": {
+            "auto_promote": True, "executor": {"kind": "inline"}, "shadow_seconds": DAY / 2, "shadow_pairs": day // 4,
+            "canary_seconds": DAY, "canary_pairs": day, "canary_share": 0.2, "hold_seconds": DAY / 4,
+        },
+        "rounds": {
+            "monitor": {
+                "alpha": config.alpha, "floor": config.audit_rate, "recent": 5 * day,
+                "triggers": {
+                    "min_labels": config.min_labels, "cooldown": 2 * DAY, "max_age": 365 * DAY,
+                    "audit_rate": config.audit_rate, "raised_audit_rate": max(config.audit_rate, 0.3),
+                },
+            },
+            "plan": {"floor": config.audit_rate, "deferral": 0.5, "novelty": 0.0, "seed": config.seed},
+            "least_rows": 30,
+            "least_certify": config.least_certify,
+            "least_guard": config.least_certify // 2,
+            "guard_share": 0.3,
+            "certify_share": 0.4,
+            "select_share": 0.4,
+            # Wide, as the anchor is small: narrow ones rule nothing out on it.
+            "terms": {"margin": 0.15, "fnr_margin": 0.1},
+            # A measured time would differ from run to run, and so would the verdict's name.
+            "largest_slowdown": None,
+            "mgrpo": [{"seed": config.seed, **one} for one in PROPOSALS],
+        },
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- the days
+
+
+@dataclass
+class _Reviewer:
+    """Knows every label, answers late, and only so many a day."""
+
+    registry: Registry
+    log: EventLog
+    config: SimulationConfig
+    waiting: dict[str, tuple[float, str]] = field(default_factory=dict)
+    spent: int = 0
+
+    def see(self, images: Sequence[tuple[bytes, str]], since: float) -> None:
+        """Take note of what was drawn for review since then; a photo's bytes tell its label."""
+        truth = {sha256_bytes(image): label for image, label in images}
+        ingest(self.registry.store, self.log)
+        for event in read_events(self.registry.store, since=since):
+            if event.selected:
+                late = (0.5 + uniform(self.config.seed, "delay", event.id)) * self.config.delay_days * DAY
+                self.waiting[event.id] = (event.time + late, truth[event.image_sha256])
+
+    def answer(self, now: float) -> int:
+        """Answer what is due, oldest first, as far as today's budget goes; how many."""
+        due = sorted((at, one) for one, (at, _) in self.waiting.items() if at <= now)[: self.config.budget - self.spent]
+        given = [
+            Label(event_id=one, label=self.waiting.pop(one)[1], source="review", annotator="simulated", time=now)
+            for _, one in due
+        ]
+        add_labels(self.registry.store, given)
+        self.spent += len(given)
+        return len(given)
+
+
+def _live_through(
+    world: World, config: SimulationConfig, registry: Registry, log: EventLog, loop: Loop, first: str
+) -> tuple[list[Day], list[Alarm]]:
+    """Serve, review, and let the loop take its steps, day after day."""
+    live = LiveCascade(registry.root, threads=1, log=log, writer=f"simulation/{config.seed}")
+    static = Cascade.load(registry.load(first), threads=1)
+    reviewer = _Reviewer(registry, log, config)
+    days: list[Day] = []
+    alarms: list[Alarm] = []
+    parts = np.array_split(np.arange(config.per_day), config.looks_per_day)
+    for day in range(config.days):
+        shifted = day >= config.shift_day
+        reviewer.spent = 0
+        count = dict.fromkeys(("exits", "wrong_exits", "wrong", "static_exits", "static_wrong_exits", "answered"), 0)
+        for place, part in enumerate(parts):
+            now = START + (day + (place + 0.5) / len(parts)) * DAY
+            drawn = [world.photo(day * config.per_day + int(number), shifted=shifted) for number in part]
+            images, truth = [image for image, _ in drawn], np.array([label for _, label in drawn])
+            served, plain = live.predict(images, now=now), static.predict(images)
+            for name, one in (("", served), ("static_", plain)):
+                count[f"{name}exits"] += int(one.exited.sum())
+                count[f"{name}wrong_exits"] += int((one.exited & (one.label != truth)).sum())
+            count["wrong"] += int((served.accepted & (served.label != truth)).sum())
+            reviewer.see(drawn, now)
+            later = now + 0.4 / len(parts) * DAY
+            count["answered"] += reviewer.answer(later)
+            before = live.refresh().threshold
+            loop.run(now=later)
+            _note_alarm(alarms, loop, before, live.refresh().threshold, later)
+        pointer = live.refresh()
+        policy = registry.load(pointer.champion).policy
+        days.append(
+            Day(
+                day=day, shifted=shifted, served=config.per_day, **count, waiting=len(reviewer.waiting),
+                threshold=tightened(policy, pointer.threshold).exit_threshold, certified=policy.exit_threshold,
+                champion=pointer.champion,
+            )
+        )  # fmt: skip
+        say(f"day {day}: {count['exits']} exits, {count['wrong_exits']} wrong; {loop.row().state}")
+    return days, alarms
+
+
+def _note_alarm(alarms: list[Alarm], loop: Loop, before: float | None, after: float | None, now: float) -> None:
+    """Note an alarm of the e-process or the controller once, with what the threshold did in that step."""
+    at = loop.row().memory.get("alarm_at")
+    if at is None or any(one.at == at for one in alarms):
+        return
+    certified = loop.registry.load(loop.registry.alias("champion").bundle or "").policy.exit_threshold
+    low, high = (max(value or 0.0, certified) for value in (before, after))
+    alarms.append(Alarm(day=_day(now), at=at, before=low, after=high))
+
+
+def _day(time: float) -> float:
+    return round((time - START) / DAY, 4)
+
+
+# -------------------------------------------------------------------------------- afterwards
+
+
+def _rounds(world: World, config: SimulationConfig, registry: Registry) -> list[RoundResult]:
+    """The rounds as the audit tells them, and what promotions were worth on photos that nobody has seen."""
+    edges = [(row.time, json.loads(row.body)) for row in chain.read(registry.store, kind="edge")]
+    thresholds: list[tuple[float, str, float]] = []
+    for row in chain.read(registry.store):
+        body = json.loads(row.body)
+        if row.kind == "threshold" and body["threshold"] is not None:
+            thresholds.append((row.time, body["bundle"], body["threshold"]))
+        elif row.kind == "edge" and body["from"] == "MONITOR" and body.get("threshold") is not None:
+            thresholds.append((row.time, body["round"]["champion"], body["threshold"]))
+    found = []
+    for number in sorted({body["round"]["number"] for _, body in edges}):
+        mine = [(time, body) for time, body in edges if body["round"]["number"] == number]
+        last = mine[-1][1]["round"]
+        moves = {(body["from"], body["to"]): time for time, body in mine}
+        outcome: Literal["promoted", "held", "rolled back", "open"] = "open"
+        ended = None
+        for (before, after), time in moves.items():
+            if (before, after) == ("CHAMPION", "MONITOR"):
+                outcome, ended = "promoted", time
+            elif after in ("HOLD", "ROLLBACK"):
+                outcome, ended = "held" if after == "HOLD" else "rolled back", time
+        note = next((body["why"] for _, body in mine if body["to"] in ("HOLD", "ROLLBACK")), mine[-1][1]["why"])
+        gains: tuple[float | None, float | None] = (None, None)
+        if outcome == "promoted":
+            assert ended is not None
+            old = last["champion"]
+            stricter = [value for time, bundle, value in thresholds if bundle == old and time <= ended]
+            shifted = _day(ended) >= config.shift_day
+            gains = _gains(world, config, registry, old, last["candidate"], stricter[-1:], shifted=shifted)
+        verdict = last["verdict"]
+        found.append(
+            RoundResult(
+                number=number, began=_day(mine[0][0]), reasons=mine[0][1]["round"]["reasons"], outcome=outcome,
+                ended=None if ended is None else _day(ended), note=note, candidate=last["candidate"], verdict=verdict,
+                gate=None if verdict is None else read_verdict(registry.root, verdict).promoted,
+                gain=gains[0], gain_as_served=gains[1],
+            )
+        )  # fmt: skip
+    return found
+
+
+def _gains(
+    world: World, config: SimulationConfig, registry: Registry, old: str, new: str, stricter: Sequence[float], *,
+    shifted: bool,
+) -> tuple[float, float]:  # fmt: skip
+    """Mean reward of a new champion over the old one, which is at its certificate's threshold, and as it was served."""
+    judged = [world.photo(number, shifted=shifted, judged=True) for number in range(config.judged)]
+    images = [image for image, _ in judged]
+    classes = tuple(world.past.classes)
+    truth = verified(
+        np.array([classes.index(label) for _, label in judged], dtype=np.int64), "owner",
+        classes=classes, positive=world.past.positive,
+    )  # fmt: skip
+
+    def worth(bundle: str, threshold: float | None) -> float:
+        loaded = registry.load(bundle)
+        cascade = Cascade.load(replace(loaded, policy=tightened(loaded.policy, threshold)), threads=1)
+        said = cascade.predict(images)
+        answers = np.array([classes.index(name) if name else NOBODY for name in said.label.tolist()], dtype=np.int64)
+        return float(earned(RewardSpec(), truth, Decisions(answers, ~said.exited)).mean())
+
+    after, before = worth(new, None), worth(old, None)
+    served = worth(old, stricter[-1]) if stricter else before
+    return after - before, after - served
+
+
+def _checks(
+    config: SimulationConfig, registry: Registry, days: Sequence[Day], alarms: Sequence[Alarm],
+    rounds: Sequence[RoundResult],
+) -> list[Check]:  # fmt: skip
+    """What was to be shown."""
+    shift = config.shift_day
+    after = [one for one in alarms if one.day >= shift]
+    early = len(alarms) - len(after)
+    first = after[0] if after else None
+    checks = [
+        Check(name="alarm after the shift", passed=first is not None,
+              value=None if first is None else first.day - shift, limit=None,
+              note="days from the shift to the first alarm, labels' delay included"),
+        Check(name="no alarm before it", passed=early == 0, value=early, limit=0, note="alarms"),
+        Check(name="safe threshold at once", passed=first is not None and first.after > first.before,
+              value=None if first is None else first.after, limit=None if first is None else first.before,
+              note="threshold after and before the step that saw the first alarm"),
+    ]  # fmt: skip
+    own = {name: registry.load(name).policy.exit_threshold for name in registry.bundles()}
+    low = sum(event.threshold < own[event.bundle] for event in read_events(registry.store))
+    checks.append(
+        Check(name="never past the certificate", passed=low == 0, value=low, limit=0,
+              note="decisions at a threshold below their bundle's certified one")
+    )  # fmt: skip
+    if first is not None:
+        checks.append(_risk("risk from the alarm on", config, [one for one in days if one.day > first.day]))
+        checks.append(_risk("risk without the loop", config, [one for one in days if one.day > first.day], static=True))
+    promoted = [one for one in rounds if one.outcome == "promoted"]
+    since = next((one.ended for one in promoted if one.ended is not None and one.ended >= shift), None)
+    checks.append(
+        Check(name="promotion after the shift", passed=since is not None,
+              value=None if since is None else since - shift, limit=None,
+              note="days from the shift to the promotion")
+    )  # fmt: skip
+    if since is not None:
+        checks.append(_risk("risk after the promotion", config, [one for one in days if one.day > since]))
+    worst = min((one.gain for one in promoted if one.gain is not None), default=None)
+    checks.append(
+        Check(name="no harmful promotion", passed=worst is None or worst >= 0, value=worst, limit=0.0,
+              note=f"least gain in mean reward of {len(promoted)} promotions, on {config.judged} photos never served")
+    )  # fmt: skip
+    served = min((one.gain_as_served for one in promoted if one.gain_as_served is not None), default=None)
+    checks.append(
+        Check(name="nor beside what was served", passed=served is None or served >= 0, value=served, limit=0.0,
+              note="the same, the champion before at the threshold it had been tightened to")
+    )  # fmt: skip
+    return checks
+
+
+def _risk(name: str, config: SimulationConfig, days: Sequence[Day], *, static: bool = False) -> Check:
+    exits = sum(one.static_exits if static else one.exits for one in days)
+    wrong = sum(one.static_wrong_exits if static else one.wrong_exits for one in days)
+    value = wrong / exits if exits else None
+    limit = SLACK * config.alpha
+    # Without the loop the risk is to be seen above the limit, or there was nothing to guard against.
+    passed = value is not None and (value > limit if static else value <= limit)
+    whose = "the first champion at its own threshold" if static else "served"
+    return Check(
+        name=name, passed=passed, value=value, limit=limit,
+        note=f"{wrong} wrong of {exits} exits, {whose}, {len(days)} whole days; "
+        + ("to be above the limit" if static else f"limit {SLACK:g} alpha"),
+    )  # fmt: skip
+
+
+def _figures(found: Simulation) -> dict[str, bytes]:
+    """Risk, coverage and threshold of every day, with alarms and promotions."""
+    from stage1_pro.metrics.figures import timeline_png
+
+    days, config = found.days, found.config
+    x = [one.day + 0.5 for one in days]
+    marks = {
+        "alarm": [one.day for one in found.alarms],
+        "shift": [float(config.shift_day)],
+        "promotion": [one.ended for one in found.rounds if one.outcome == "promoted" and one.ended is not None],
+    }
+
+    def share(top: Sequence[int], under: Sequence[int]) -> list[float]:
+        return [a / b if b else math.nan for a, b in zip(top, under, strict=True)]
+
+    exits, served = [one.exits for one in days], [one.served for one in days]
+    static = [one.static_exits for one in days]
+    return {
+        "risk": timeline_png(
+            x,
+            {"with the loop": share([one.wrong_exits for one in days], exits),
+             "without": share([one.static_wrong_exits for one in days], static)},
+            y="share of exits that are wrong", limits={"alpha": config.alpha, f"{SLACK:g} alpha": SLACK * config.alpha},
+            marks=marks,
+        ),
+        "coverage": timeline_png(
+            x, {"with the loop": share(exits, served), "without": share(static, served)}, y="share of photos that exit",
+            marks=marks,
+        ),
+        "threshold": timeline_png(
+            x, {"in force": [min(one.threshold, 1.0) for one in days], "certified": [one.certified for one in days]},
+            y="threshold", marks=marks, steps=True, percent=False,
+        ),
+    }  # fmt: skip
+
+
+def render(found: Simulation) -> str:
+    """Lines for people."""
+    photos, config = sum(one.served for one in found.days), found.config
+    lines = [f"{len(found.days)} days, {photos} photos, shift on day {config.shift_day}, alpha {config.alpha:g}"]
+    lines += [f"  alarm on day {one.day:g}: threshold {one.before:.4f} -> {one.after:.4f}" for one in found.alarms]
+    for one in found.rounds:
+        gain = "" if one.gain is None else f"; gain {one.gain:+.3f}"
+        served = "" if one.gain_as_served is None else f", {one.gain_as_served:+.3f} over the tightened one"
+        lines.append(f"  round {one.number}, day {one.began:g}, {', '.join(one.reasons)}: {one.outcome}"
+                     f"{'' if one.ended is None else f' on day {one.ended:g}'} ({one.note}){gain}{served}")  # fmt: skip
+    for check in found.checks:
+        value = "" if check.value is None else f" {check.value:.4g}"
+        limit = "" if check.limit is None else f" (limit {check.limit:.4g})"
+        lines.append(f"{'ok  ' if check.passed else 'FAIL'} {check.name}:{value}{limit} {check.note}")
+    lines.append(f"audit: {found.audit_rows} rows, {'whole' if found.audit_whole else 'BROKEN'}")
+    return "\n".join(lines)

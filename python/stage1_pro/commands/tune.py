@@ -1,0 +1,376 @@
+"""streetvision tune: which threshold and abstain band StreetVision's reward pays best, on held-out rows. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.special import expit, logit
+
+from stage1_pro.commands.calibrate import read_calibration
+from stage1_pro.commands.evaluate import answer, policy_of
+from stage1_pro.data.images import ImageError
+from stage1_pro.data.listing import read_list
+from stage1_pro.data.splits import Splits
+from stage1_pro.deploy.bundle import MANIFEST
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.errors import InputError, nearest
+from stage1_pro.files import write_text
+from stage1_pro.integrations.streetvision.answering import Settings
+from stage1_pro.integrations.streetvision.reward import (
+    Setting,
+    Simulator,
+    best_setting,
+    outcomes,
+    prior_shift,
+    rates_of,
+    shifted,
+)
+from stage1_pro.policies.gate import fit_platt
+from stage1_pro.policies.sets import answer_sets
+from stage1_pro.progress import say, track
+from stage1_pro.record import Record
+
+
+class MinerSetting(Record):
+    """When a StreetVision miner says what; see ``Settings`` of the integration."""
+
+    threshold: float = Field(gt=0, lt=1, description="on P(positive) at the serving prior")
+    answer_above: float = Field(ge=0.5, lt=1)
+    on_abstain: Literal["answer", "minus_one"]
+
+
+class SimulatedReward(Record):
+    """Steady state of StreetVision's reward under one setting, simulated on held-out rows."""
+
+    setting: MinerSetting
+    mean: float = Field(description="of a round's reward, in [0, 1]; also of the score, its moving average")
+    low: float = Field(description="over resamples of groups")
+    high: float
+    simulation_error: float = Field(description="standard error of the mean by the number of simulated rounds")
+    spread: float = Field(description="standard deviation of the score by luck alone")
+    answered: float = Field(description="share of rounds")
+    accuracy: float | None = Field(description="of what is answered, at the serving prior; null: nothing is")
+
+
+class MinerTuning(Record):
+    """``streetvision.json``: which threshold and abstain band would earn most, and whether that is shown."""
+
+    format_version: Literal[1] = 1
+    source: str
+    rows: str = Field(description="which rows: val_calib.fit of a run, or a file of labelled photos")
+    n_rows: int
+    n_groups: int
+    n_positives: int
+    model_fingerprint: str
+    train_prior: float
+    serve_prior: float
+    plain: SimulatedReward = Field(description="threshold .5, everything answered")
+    tuned: SimulatedReward = Field(description="the best setting of all rows; chosen on them, so flattered by them")
+    gain: float = Field(description="mean reward minus the plain one's, on groups that the choice had not seen")
+    gain_low: float
+    gain_high: float
+    chosen: Literal["plain", "tuned"]
+    reason: str
+    level: float = Field(gt=0, lt=1)
+    folds: int
+    n_replicates: int
+    seed: int
+
+
+RECORD = "streetvision.json"
+BANDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
+FOLDS = 5
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Rows that trained nothing: raw P(positive) [N], bool ``positive`` and ``accepted`` [N], ``groups`` [N] str."""
+
+    probs: NDArray[np.float64]
+    positive: NDArray[np.bool_]
+    accepted: NDArray[np.bool_]
+    groups: NDArray[np.str_]
+    name: str
+    model_fingerprint: str
+    train_prior: float
+
+    def part(self, rows: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+        return self.probs[rows], self.positive[rows], self.accepted[rows]
+
+
+def tune(
+    run: Path | str | None = None,
+    *,
+    bundle: Path | str | None = None,
+    labels: Path | str | None = None,
+    train_prior: float | None = None,
+    serve_prior: float = 0.5,
+    out: Path | str | None = None,
+    settings: Path | str | None = None,
+    n_replicates: int = 300,
+    seed: int = 0,
+) -> MinerTuning:
+    """Pick threshold and abstain band by the simulated steady state of the reward; keep the plain ones unless it shows.
+
+    Rows are those of the fit half of a run's ``val_calib`` (``val_calib.npz``; its exit policy has seen them, the
+    certify half keeps its one claim, and ``val_test`` is never read), or labelled photos that trained nothing, answered
+    by a bundle. The threshold is .5 or where Platt scaling of these rows puts even odds; it and the band are chosen by
+    the simulated reward. Labels decide what was right, so probabilities that are too sure of themselves win nothing.
+    The gain is measured on groups that the choice had not seen (five folds), its interval by resampling groups; the
+    tuned setting is chosen when that interval lies above 0.
+
+    Args:
+        run: calibrated run folder.
+        bundle: bundle folder, instead of a run.
+        labels: with a bundle: CSV with ``file,label[,group]``; labels are names of classes.
+        train_prior: share of positives in training; the run's or bundle's own when None.
+        serve_prior: share of positives that is asked; the validator's is .5.
+        out: record to write; ``RUN/streetvision.json`` for a run when None.
+        settings: YAML for the miner to write.
+        n_replicates: resamples of groups.
+        seed: of folds, resamples and simulated rounds.
+
+    Raises:
+        InputError: neither run nor bundle, rows of one label alone, or too few groups.
+        ArtifactError: the run is not calibrated, or its parts are of different trainings.
+    """
+    for name, value in (("train_prior", train_prior), ("serve_prior", serve_prior)):
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"{name} must be in (0, 1), got {value}")
+    if n_replicates < 20:
+        raise InputError(f"n_replicates must be at least 20, got {n_replicates}; 300 is usual")
+    if (run is None) == (bundle is None):
+        raise InputError("tune must get a run or a bundle, got both or neither; name one with --run or --bundle")
+    if run is not None:
+        if labels is not None:
+            raise InputError("labels must stand beside a bundle, got a run, which has rows of its own")
+        source, rows = Path(run), _of_run(Path(run))
+        out = source / RECORD if out is None else out
+    else:
+        assert bundle is not None
+        if labels is None or out is None:
+            raise InputError("a bundle must come with labels and out, got one missing: it holds no rows of its own")
+        source, rows = Path(bundle), _of_bundle(Path(bundle), Path(labels))
+    record = _search(rows, str(source), train_prior or rows.train_prior, serve_prior, n_replicates, seed)
+    record.write(out)
+    say(f"wrote {out}")
+    if settings is not None:
+        write_text(settings, yaml_of(record))
+        say(f"wrote {settings}")
+    served = Path(yaml.safe_load(yaml_of(record))["bundle"])
+    if not (served / MANIFEST).is_file():
+        say(f"the YAML's bundle {served} is not there yet: stage1 export --run {record.source}")
+    return record
+
+
+def _of_run(run: Path) -> _HeldOut:
+    if not run.is_dir():
+        raise InputError(f"run must be a run folder, got {run}")
+    splits = Splits.read(run / "splits.json")
+    policy = policy_of(run, splits)
+    if policy is None:
+        raise InputError(f"run must be calibrated, got {run}; run `stage1 calibrate --run {run}` first")
+    predictions = read_calibration(run)
+    cascade = answer(predictions, policy)["cascade"]
+    _, accepted = answer_sets(policy, cascade.probs, cascade.exited, predictions.gate_logits)
+    fit = predictions.halves == "fit"
+    return _HeldOut(
+        probs=cascade.probability[fit],
+        positive=(predictions.labels == predictions.classes.index(predictions.positive))[fit],
+        accepted=accepted[fit],
+        groups=predictions.groups[fit],
+        name="val_calib.fit",
+        model_fingerprint=predictions.model_fingerprint,
+        train_prior=_share(splits.counts["train"], splits.positive),
+    )
+
+
+def _of_bundle(folder: Path, labels: Path) -> _HeldOut:
+    cascade = Cascade.load(folder)
+    bundle, listed = cascade.bundle, read_list(labels)
+    names = [row.get("label_name") or row.get("label", "") for row in listed]
+    for name in names:
+        if name not in bundle.classes:
+            known = ", ".join(bundle.classes)
+            raise InputError(f"label in {labels} must be one of {known}, got '{name}'{nearest(name, bundle.classes)}")
+    parts = []
+    for row in track(listed, "held-out photos"):
+        try:
+            parts.append(cascade.decide(cascade.pixels(labels.parent / row["file"])[None]))
+        except ImageError as error:
+            raise InputError(f"{error}; leave its row out of {labels}") from None
+    return _HeldOut(
+        probs=np.concatenate([part.prob for part in parts]),
+        positive=np.asarray(names) == bundle.positive,
+        accepted=np.concatenate([part.accepted for part in parts]),
+        groups=np.asarray([row.get("group") or f"row {i}" for i, row in enumerate(listed)]),
+        name=str(labels),
+        model_fingerprint=bundle.manifest.provenance.model_fingerprint,  # type: ignore[union-attr]  # loaded above
+        train_prior=_share(bundle.splits.counts["train"], bundle.positive),  # type: ignore[union-attr]
+    )
+
+
+def _share(counts: Mapping[str, int], positive: str) -> float:
+    return counts[positive] / sum(counts.values())
+
+
+def _search(
+    raw: _HeldOut, source: str, train_prior: float, serve_prior: float, n_replicates: int, seed: int
+) -> MinerTuning:
+    rows = _HeldOut(**{**vars(raw), "probs": shifted(raw.probs, 0.5, prior_shift(train_prior, serve_prior))})
+    groups, member = np.unique(rows.groups, return_inverse=True)
+    if not 0 < rows.positive.sum() < rows.positive.size:
+        raise InputError(
+            f"held-out rows must have both labels, got {rows.positive.sum()} of {rows.positive.size} positive"
+        )
+    simulator = Simulator(serve_prior, seed=seed)
+    rng = np.random.default_rng(seed)
+
+    def best(part: NDArray[np.bool_]) -> Setting:
+        threshold = _even_threshold(rows.probs[part], rows.positive[part], serve_prior)
+        return best_setting(*rows.part(part), simulator, thresholds=[threshold], bands=BANDS)
+
+    fold = rng.permutation(len(groups))[member] % FOLDS
+    unseen = np.zeros(rows.probs.size, dtype=np.int8)
+    for k in range(FOLDS):
+        inside, rest = fold == k, fold != k
+        if len(groups) < FOLDS or not 0 < rows.positive[rest].sum() < rest.sum():
+            raise InputError(
+                f"held-out rows must have both labels in every four of {FOLDS} folds of groups, got {len(groups)} "
+                "groups; label more photos"
+            )
+        unseen[inside] = outcomes(*rows.part(inside), best(rest))
+    everything = np.ones(rows.probs.size, dtype=bool)
+    plain, tuned = Setting(), best(everything)
+    found = [outcomes(rows.probs, rows.positive, rows.accepted, one) for one in (plain, tuned)]
+
+    rewards: list[list[float]] = []
+    for _ in range(n_replicates):
+        weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)))[member]
+        if weights[rows.positive].any() and weights[~rows.positive].any():
+            rewards.append([simulator.run(rates_of(one, rows.positive, weights)).mean for one in (*found, unseen)])
+    drawn = np.asarray(rewards)
+    if len(drawn) < n_replicates // 2:
+        raise InputError(f"held-out rows must have both labels in more than a few groups, got {len(groups)} groups")
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(np.column_stack([drawn, drawn[:, 2] - drawn[:, 0]]), [tail, 1 - tail], axis=0).tolist()
+    first, second = (
+        _reward(simulator, outcome, rows.positive, setting, serve_prior, low[i], high[i])
+        for i, (outcome, setting) in enumerate(zip(found, (plain, tuned), strict=True))
+    )
+    gain = simulator.run(rates_of(unseen, rows.positive)).mean - first.mean
+    shown = tuned != plain and low[3] > 0
+    return MinerTuning(
+        source=source,
+        rows=rows.name,
+        n_rows=rows.probs.size,
+        n_groups=len(groups),
+        n_positives=int(rows.positive.sum()),
+        model_fingerprint=rows.model_fingerprint,
+        train_prior=train_prior,
+        serve_prior=serve_prior,
+        plain=first,
+        tuned=second,
+        gain=gain,
+        gain_low=low[3],
+        gain_high=high[3],
+        chosen="tuned" if shown else "plain",
+        reason=(
+            f"on groups that the choice had not seen the tuned setting earns {gain:+.4f} "
+            f"[{low[3]:+.4f}, {high[3]:+.4f}]"
+            + ("" if shown else ": not shown to be more than chance, so everything is answered above .5")
+        ),
+        level=LEVEL,
+        folds=FOLDS,
+        n_replicates=len(drawn),
+        seed=seed,
+    )
+
+
+def _even_threshold(probs: NDArray[np.float64], positive: NDArray[np.bool_], prior: float) -> float:
+    """Where Platt's scaling of these rows says that positive is as likely as negative, at another share of positives.
+
+    Two fitted numbers: a threshold searched for by the reward would follow the luck of a few rows.
+    """
+    with np.errstate(divide="ignore"):
+        platt = fit_platt(logit(probs), positive)
+    if not platt.fitted:
+        return 0.5
+    even = -(platt.b + prior_shift(float(positive.mean()), prior)) / platt.a
+    # A thousandth is enough, and keeps the YAML readable.
+    return float(np.clip(np.round(expit(even), 3), 0.001, 0.999))
+
+
+def _reward(
+    simulator: Simulator,
+    outcome: NDArray[np.int8],
+    positive: NDArray[np.bool_],
+    setting: Setting,
+    prior: float,
+    low: float,
+    high: float,
+) -> SimulatedReward:
+    rates = rates_of(outcome, positive)
+    reward = simulator.run(rates)
+    shares = np.asarray([1 - prior, prior])
+    answered = float(shares @ (1 - np.asarray(rates.abstained)))
+    return SimulatedReward(
+        setting=MinerSetting(
+            threshold=setting.threshold,
+            answer_above=setting.answer_above,
+            on_abstain="minus_one" if setting.abstains else "answer",
+        ),
+        mean=reward.mean,
+        low=low,
+        high=high,
+        simulation_error=reward.error,
+        spread=reward.spread,
+        answered=answered,
+        accuracy=float(shares @ np.asarray(rates.right)) / answered if answered > 0 else None,
+    )
+
+
+def yaml_of(record: MinerTuning) -> str:
+    """The YAML of a miner with the chosen setting."""
+    folder = Path(record.source).resolve()
+    setting = (record.tuned if record.chosen == "tuned" else record.plain).setting
+    values: dict[str, Any] = {
+        "bundle": str(folder / "bundle" if record.rows == "val_calib.fit" else folder),
+        "runtime": "auto",
+        "timeout_s": Settings.model_fields["timeout_s"].default,
+        "train_prior": round(record.train_prior, 6),
+        "serve_prior": record.serve_prior,
+        **setting.model_dump(),
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def render(record: MinerTuning) -> str:
+    """Show both settings, what decided between them, and the YAML to use."""
+    lines = [
+        f"{record.rows}: {record.n_rows} rows, {record.n_groups} groups, {record.n_positives} positive",
+        f"share of positives: {record.train_prior:.3f} in training, {record.serve_prior:g} asked",
+        f"{'setting':<8}{'threshold':>10}{'above':>8}{'answered':>10}{'accuracy':>10}{'reward':>9}  by group",
+    ]
+    for name, one in (("plain", record.plain), ("tuned", record.tuned)):
+        accuracy = "-" if one.accuracy is None else f"{one.accuracy:.4f}"
+        lines.append(
+            f"{name:<8}{one.setting.threshold:>10.3f}{one.setting.answer_above:>8.3f}{one.answered:>10.3f}{accuracy:>10}"
+            f"{one.mean:>9.4f}  [{one.low:.4f}, {one.high:.4f}]"
+        )
+    lines += [
+        f"chosen: {record.chosen}; {record.reason}",
+        f"a score strays from its mean by luck alone: standard deviation {record.plain.spread:.3f}",
+        "simulated; the subnet's forward pass was halted in May 2026, and nothing here promises earnings",
+        "",
+        yaml_of(record).rstrip(),
+    ]
+    return "\n".join(lines)

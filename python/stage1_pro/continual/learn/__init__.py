@@ -1,0 +1,1 @@
+"""What proposes better heads from labels."""

@@ -1,0 +1,306 @@
+"""A run's heads, proposed anew by ``mgrpo``: new rows and remembered ones in, a run without a policy out, or a refusal.
+
+First Stage B's head, by likelihood: what it learned by cross entropy it learns on by it, held as ``mgrpo`` holds all.
+Then Stage A's classifier and gate, by reward, with DEFER paid by what that Stage B answers.
+
+What the champion has learned from is remembered as features in a reservoir that goes from run to run, so that a round
+costs a pass over its new images and not over all there ever were. An adapter or another backbone begins a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from stage1_pro.config import Config
+from stage1_pro.continual.learn.mgrpo import Proposal, ProposalOptions, Step, propose
+from stage1_pro.continual.learn.replay import Reservoir
+from stage1_pro.continual.learn.rewards import RewardSpec, verified
+from stage1_pro.continual.learn.rlvr import (
+    STATEMENT,
+    HeadsPolicy,
+    Rows,
+    labels_of,
+    log_probs_of,
+    mean_reward,
+    pay_rows,
+    read_rows,
+    write_run,
+)
+from stage1_pro.continual.serving.events import uniform
+from stage1_pro.data.splits import Row, Splits
+from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.files import atomic_directory
+from stage1_pro.models.model import Stage1Model, fingerprint
+from stage1_pro.progress import say
+from stage1_pro.record import Record
+from stage1_pro.training import checkpoint
+from stage1_pro.training.inference import pick_device
+
+RECORD = "proposal.json"
+RESERVOIR = "reservoir.npz"
+CAPACITY = 4000
+
+
+class ProposalRecord(Record):
+    """``proposal.json``: from which model a run was proposed, by what rows, and every step that was tried."""
+
+    format_version: Literal[1] = 1
+    parent_fingerprint: str
+    model_fingerprint: str
+    spec: RewardSpec
+    options: ProposalOptions
+    n_new: int
+    replayed: dict[str, int] = Field(description="rows of the reservoir by stratum: source/class")
+    n_select: int
+    n_anchor: int = Field(description="images that held it by the KL to its moving average, and by the budget")
+    n_recent: int
+    share: float | None = Field(description="of Stage A's way that is proposed; null: it stays as it is")
+    steps: list[Step]
+    share_b: float | None = Field(description="the same of Stage B's head")
+    steps_b: list[Step]
+    accuracy_b_before: float = Field(description="of Stage B on val_select")
+    accuracy_b_after: float
+    reward_before: float = Field(description="of the most likely action on val_select, before any threshold")
+    reward_after: float
+    split_hashes: dict[str, str]
+    statement: str = STATEMENT
+
+
+def propose_run(
+    run: Path | str,
+    out: Path | str,
+    *,
+    known: Collection[str],
+    anchor: Collection[str],
+    recent: Sequence[Path | str],
+    spec: RewardSpec | None = None,
+    options: ProposalOptions | None = None,
+    reservoir: Path | str | None = None,
+    capacity: int = CAPACITY,
+    refit_b: bool = True,
+    source: str = "owner",
+) -> ProposalRecord:
+    """Propose a run's heads anew and write them as a new run, to be calibrated and certified again.
+
+    ``train`` rows that are not ``known`` are learned from, known ones are replayed. ``val_select`` chooses the steps:
+    its new rows, and of known ones at most as many, or what has changed would hardly count.
+    DEFER is paid by what Stage B answers, anew. The new folder appears whole or not at all, with ``reservoir.npz`` for
+    the next round.
+
+    Args:
+        run: a run, its splits as they are now.
+        out: the new run's folder.
+        known: sha256 of ``train`` and ``val_select`` rows that an earlier round, or the first training, had.
+        anchor: sha256 of ``val_select`` rows of the domain that must not be forgotten; their labels hold nothing.
+        recent: images served lately, no labels.
+        spec: what actions earn.
+        options: how.
+        reservoir: of the parent's; one is made of the known rows where there is none or its features are others.
+        capacity: rows of a new reservoir.
+        refit_b: Stage B's head learns, too.
+        source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
+
+    Raises:
+        InputError: the folder is there, labels that may not be rewarded, or no anchor or no recent image.
+        ArtifactError: a run that is not trained, or was changed; a damaged reservoir.
+        NotReachableError: nothing is new, or no step earns more on ``val_select`` within the anchor's budget; nothing
+            was written.
+    """
+    run, out = Path(run), Path(out)
+    spec, options = spec or RewardSpec(), options or ProposalOptions()
+    if out.exists():
+        raise InputError(f"out must be a new folder, got {out}, which is there")
+    model, run_config = checkpoint.load_run_model(run)
+    splits, config = Splits.read(run / "splits.json").verify(), run_config.config
+    before, device = model.fingerprint(), pick_device()
+    model = model.to(device).eval()
+    learned = splits.of("train")
+    new = [row for row in learned if row.sha256 not in known]
+    select = _select(splits.of("val_select"), known)
+    held = [row for row in splits.of("val_select") if row.sha256 in anchor]
+    if not new:
+        raise NotReachableError("train must have rows that are not known, got none; have more labelled")
+    for name, rows in (("anchor", held), ("recent", list(recent))):
+        if not rows:
+            raise InputError(f"{name} must be 1 or more, got none; name what is to hold the policy")
+
+    def read(rows: Sequence[Row], what: str) -> _Cached:
+        labels, sources = labels_of(rows, splits, source)
+        verified(labels, sources, classes=splits.classes, positive=splits.positive)
+        (a, b), _ = read_rows(model, [splits.path(row) for row in rows], config, description=what)
+        return _Cached(a, b, labels, sources)
+
+    fresh, chosen_by = read(new, "new rows"), read(select, "val_select rows")
+    (holding, _), (lately, _) = (
+        read_rows(model, paths, config, description=what)
+        for paths, what in (([splits.path(row) for row in held], "anchor"), ([Path(path) for path in recent], "recent"))
+    )
+    old = [row for row in learned if row.sha256 in known]
+    remembered = _remember(model, splits, config, old, path=reservoir, capacity=capacity)
+    columns = remembered.columns
+    replayed = _Cached(columns["a"], columns["b"], columns["label"], [source] * len(remembered)) if columns else None
+
+    def ask(policy: _Policy, options: ProposalOptions, learns: str, width: int) -> Proposal:
+        def paid(cached: _Cached) -> Rows:
+            return _pay(cached, model, spec, splits, device, width)
+
+        return propose(
+            policy, paid(fresh), None if replayed is None else paid(replayed), paid(chosen_by),
+            anchor=tuple(torch.from_numpy(x).to(device) for x in holding),
+            recent=tuple(torch.from_numpy(x).to(device) for x in lately),
+            options=options,
+            learns=[name for name, _ in policy.named_parameters() if name.startswith(tuple(learns.split()))],
+        )  # fmt: skip
+
+    def accuracy_b() -> float:
+        return float((_answers_b(model, chosen_by.b, device) == chosen_by.labels).mean())
+
+    classes, before_b = len(splits.classes), accuracy_b()
+    answers = _AnswersB(model.heads.auxiliary)
+    by_likelihood = options.model_copy(update={"objective": "likelihood"})
+    found_b = ask(answers, by_likelihood, "auxiliary", classes) if refit_b else None
+    held_policy = HeadsPolicy(model.heads)
+    start = mean_reward(*_outcome(held_policy, chosen_by, model, spec, splits, device))
+    if found_b is not None and found_b.state is not None:
+        answers.load_state_dict(found_b.state)
+    policy = HeadsPolicy(model.heads)
+    found = ask(policy, options, "module.classifier module.gate", classes + 2)
+    if found.state is not None:
+        policy.load_state_dict(found.state)
+    reached = mean_reward(*_outcome(policy, chosen_by, model, spec, splits, device))
+    if reached <= start:
+        raise NotReachableError(_none(start, found, found_b))
+    state = model.state_dict()
+    strata, counts = np.unique(remembered.strata, return_counts=True)
+    record = ProposalRecord(
+        parent_fingerprint=before, model_fingerprint=fingerprint(model.architecture, state), spec=spec, options=options,
+        n_new=len(new), replayed=dict(zip(strata.tolist(), counts.tolist(), strict=True)), n_select=len(select),
+        n_anchor=len(held), n_recent=len(recent), share=found.share, steps=list(found.steps),
+        share_b=None if found_b is None else found_b.share, steps_b=[] if found_b is None else list(found_b.steps),
+        accuracy_b_before=before_b, accuracy_b_after=accuracy_b(), reward_before=start, reward_after=reached,
+        split_hashes=splits.hashes,
+    )  # fmt: skip
+    remembered.add([row.sha256 for row in new], _strata(new), _columns(fresh, _features_of(model)))
+    with atomic_directory(out) as staging:
+        write_run(staging, run, state)
+        remembered.save(staging / RESERVOIR)
+        record.write(staging / RECORD)
+    say(
+        f"reward on val_select {start:.4f} -> {reached:.4f}, Stage B's accuracy {before_b:.4f} -> "
+        f"{record.accuracy_b_after:.4f}; wrote {out}; {STATEMENT} (stage1 calibrate --run {out})"
+    )
+    return record
+
+
+def _select(rows: Sequence[Row], known: Collection[str]) -> list[Row]:
+    """New rows and at most as many known ones, drawn by their hashes; all of these where nothing is new."""
+    new = [row for row in rows if row.sha256 not in known]
+    old = sorted((row for row in rows if row.sha256 in known), key=lambda row: uniform(0, "select", row.sha256))
+    return new + old[: len(new) or len(old)]
+
+
+def _remember(
+    model: Stage1Model, splits: Splits, config: Config, known: Sequence[Row], *, path: Path | str | None, capacity: int
+) -> Reservoir:
+    """The parent's reservoir, where its features are this model's; else one of the known rows.
+
+    Rows that a backbone was trained on it knows by heart, so of those an augmented draw is remembered that training
+    did not make.
+    """
+    features = _features_of(model)
+    if path is not None and Path(path).is_file():
+        there = Reservoir.load(path)
+        if not len(there) or str(there.columns["features"][0]) == features:
+            return there
+    found = Reservoir(capacity, config.seed)
+    # Who stays is drawn before anybody's features are read.
+    drawn = Reservoir(capacity, config.seed)
+    drawn.add([row.sha256 for row in known], _strata(known), {})
+    ids = set(drawn.ids.tolist())
+    kept = [row for row in known if row.sha256 in ids]
+    if kept:
+        by_heart = config.augment.enabled and config.train.mode != "linear"
+        draw = (config.augment, config.seed, config.train.epochs) if by_heart else None
+        paths = [splits.path(row) for row in kept]
+        (a, b), _ = read_rows(model, paths, config, draw, description="rows to remember")
+        labels, sources = labels_of(kept, splits, "owner")
+        found.add([row.sha256 for row in kept], _strata(kept), _columns(_Cached(a, b, labels, sources), features))
+    return found
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """Rows as heads see them: features of both stages, each [N, 2D], labels [N] and where those come from."""
+
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    sources: list[str]
+
+
+class _AnswersB(nn.Module):
+    """Stage B as a policy whose actions are its answers: log-probabilities [N, K]."""
+
+    def __init__(self, auxiliary: nn.Module) -> None:
+        super().__init__()
+        self.auxiliary = auxiliary
+
+    def forward(self, _features_a: Tensor, features_b: Tensor) -> Tensor:
+        return torch.as_tensor(self.auxiliary(features_b)).float().log_softmax(1)
+
+
+_Policy = HeadsPolicy | _AnswersB
+
+
+@torch.no_grad()
+def _answers_b(model: Stage1Model, features_b: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = model.heads.auxiliary(torch.from_numpy(features_b).to(device)).argmax(1).cpu().numpy()
+    return found
+
+
+def _pay(rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device, width: int) -> Rows:
+    """What the first ``width`` actions earn with Stage B as it is: answers alone, or all."""
+    answers = _answers_b(model, rows.b, device)
+    paid = pay_rows((rows.a, rows.b), answers, rows.labels, rows.sources, spec, splits, device)
+    return Rows(paid.inputs, paid.rewards[:, :width])
+
+
+def _outcome(
+    policy: nn.Module, rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    paid = _pay(rows, model, spec, splits, device, len(splits.classes) + 2)
+    return log_probs_of(policy, paid.inputs), paid.rewards
+
+
+def _columns(rows: _Cached, features: str) -> dict[str, NDArray[Any]]:
+    return {"a": rows.a, "b": rows.b, "label": rows.labels, "features": np.full(len(rows.labels), features)}
+
+
+def _strata(rows: Sequence[Row]) -> list[str]:
+    return [f"{row.source}/{row.label}" for row in rows]
+
+
+def _features_of(model: Stage1Model) -> str:
+    """Hash of all that makes features, heads apart."""
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
+    return fingerprint(model.architecture, state)
+
+
+def _none(start: float, found: Proposal, found_b: Proposal | None) -> str:
+    def tried(proposal: Proposal) -> str:
+        return ", ".join(f"{s.select_reward:.4f} at KL {s.anchor_kl:.3g}" for s in proposal.steps)
+
+    of_b = "" if found_b is None else f"; Stage B's steps earn {tried(found_b)}"
+    return (
+        f"the reward on val_select must rise above {start:.4f} within the anchor's budget of KL, got steps of Stage A "
+        f"that earn {tried(found)}{of_b}; nothing was written"
+    )

@@ -1,0 +1,1 @@
+"""What was judged: store, labels, review, guard and audit."""

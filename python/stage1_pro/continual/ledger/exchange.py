@@ -1,0 +1,344 @@
+"""Labels in and out: CSV, Label Studio's JSON, and Parquet of all there is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import select
+
+from stage1_pro.continual.ledger.labels import (
+    SOURCES,
+    TRUST,
+    Added,
+    Label,
+    Source,
+    add_labels,
+    events,
+    labels,
+    read_events,
+    read_labels,
+    resolve,
+)
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.serving.events import SKETCH_SIZE, Event
+from stage1_pro.errors import InputError, nearest, need
+from stage1_pro.files import atomic_path, write_csv, write_text
+
+COLUMNS = tuple(Label.model_fields)
+_SIZE_LIMIT = 2**30
+
+
+# --------------------------------------------------------------------------------------------
+# CSV
+
+
+def export_csv(store: Store, path: Path | str, *, sources: Collection[Source] = SOURCES) -> int:
+    """Write every answer that stands as ``event_id,label,source,annotator,time``, atomically; give how many."""
+    rows = [dict(one) for one in read_labels(store, sources=sources)]
+    write_csv(path, rows, COLUMNS)
+    return len(rows)
+
+
+def import_csv(
+    store: Store, path: Path | str, *, now: float, source: Source | None = None, annotator: str | None = None
+) -> Added:
+    """Add the labels of a CSV, all or none; a label that is there already is not added twice.
+
+    Args:
+        store: where to.
+        path: CSV with ``event_id`` and ``label``, and optional ``source``, ``annotator``, ``time`` (seconds since the
+            epoch, or ISO 8601 with its offset).
+        now: time of rows without one.
+        source: the most that the file's labels are believed; a row may say less. None: what each row says.
+        annotator: of rows without one.
+
+    Raises:
+        InputError: an unreadable file, a missing or unknown column, a bad row (named by its line), an event that the
+            store does not have, or a label that is no class.
+    """
+    path = Path(path)
+    given: list[Label] = []
+    try:
+        # Excel puts a byte order mark before UTF-8.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            _check_columns(path, reader.fieldnames)
+            for row in reader:
+                where = f"{path.name} line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise InputError(f"{where} must have {len(reader.fieldnames or ())} cells as its first line")
+                cells = {name: text.strip() for name, text in row.items()}
+                given.append(
+                    _label(
+                        where,
+                        event_id=cells["event_id"],
+                        label=cells["label"],
+                        source=_believed(cells.get("source"), source),
+                        annotator=cells.get("annotator") or annotator,
+                        time=_time(where, cells.get("time") or now),
+                    )
+                )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"labels must be a readable CSV in UTF-8, got {path}: {error}") from None
+    return add_labels(store, given)
+
+
+def _check_columns(path: Path, names: Iterable[str] | None) -> None:
+    found = list(names or ())
+    for name in ("event_id", "label"):
+        if name not in found:
+            raise InputError(f"{path.name} must have the column {name}, got {', '.join(found) or 'an empty file'}")
+    for name in found:
+        if name not in COLUMNS:
+            raise InputError(
+                f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{name}'{nearest(name, COLUMNS)}"
+            )
+    if len(set(found)) != len(found):
+        raise InputError(f"{path.name} must have every column once, got {', '.join(found)}")
+
+
+def _label(where: str, **values: Any) -> Label:
+    for name, value in values.items():
+        if value is None or value == "":
+            hint = f"; give {name}= for rows that have none" if name in ("source", "annotator") else ""
+            raise InputError(f"{where} must have a value for {name}, got none{hint}")
+    try:
+        return Label(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        hint = nearest(str(first["input"]), SOURCES) if name == "source" else ""
+        raise InputError(f"{where}: {name} must be valid, got {first['input']!r}: {first['msg']}{hint}") from None
+
+
+def _believed(claimed: Any, source: Source | None) -> Any:
+    """What a file says of a label's source, where that is no more than its importer vouches for."""
+    known = claimed in SOURCES if isinstance(claimed, str) else False
+    if not claimed or (known and source is not None and TRUST[claimed] > TRUST[source]):
+        return source
+    return claimed
+
+
+def _time(where: str, value: Any) -> float:
+    """Seconds since the epoch from a number, or from ISO 8601 with an offset."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        try:
+            moment = datetime.fromisoformat(str(value))
+        except ValueError:
+            moment = None
+        if moment is None or moment.tzinfo is None:
+            raise InputError(
+                f"{where}: time must be seconds since the epoch or ISO 8601 with its offset (…Z), got '{value}'"
+            ) from None
+        found = moment.timestamp()
+    if not math.isfinite(found):
+        raise InputError(f"{where}: time must be finite, got '{value}'")
+    return found
+
+
+# --------------------------------------------------------------------------------------------
+# Label Studio
+
+_FROM, _TO = "label", "image"
+
+
+def label_config(classes: Iterable[str]) -> str:
+    """The labelling interface to paste into a Label Studio project that takes ``export_label_studio``'s tasks."""
+    from xml.sax.saxutils import quoteattr
+
+    choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in classes)
+    return (
+        f'<View>\n  <Image name="{_TO}" value="$image"/>\n'
+        f'  <Choices name="{_FROM}" toName="{_TO}" choice="single" required="true">\n{choices}\n  </Choices>\n</View>\n'
+    )
+
+
+def export_label_studio(
+    store: Store,
+    path: Path | str,
+    *,
+    image: Callable[[Event], str] | None = None,
+    sources: Collection[Source] = SOURCES,
+) -> int:
+    """Write events selected for review as Label Studio tasks, with labels and the cascade's answer; give how many.
+
+    Args:
+        store: where from.
+        path: JSON to write, atomically.
+        image: gives the URL under which Label Studio finds an event's image; its sha256 under local files otherwise.
+        sources: labels of these are written as annotations.
+    """
+    given: dict[str, list[Label]] = {}
+    for one in read_labels(store, sources=sources):
+        given.setdefault(one.event_id, []).append(one)
+    url = image or (lambda one: f"/data/local-files/?d={one.image_sha256[:2]}/{one.image_sha256}")
+    tasks = []
+    for served in read_events(store):
+        if not served.selected and served.id not in given:
+            continue
+        answer = [] if not served.label else [{
+            "model_version": served.bundle[:12], "score": served.confidence, "result": [_choice(served.label)],
+        }]  # fmt: skip
+        tasks.append({
+            "data": {"image": url(served), "event_id": served.id, "action": served.action},
+            "annotations": [
+                {
+                    "completed_by": {"email": label.annotator},
+                    "created_at": datetime.fromtimestamp(label.time, UTC).isoformat(),
+                    "was_cancelled": False,
+                    "result": [_choice(label.label, meta={"source": label.source, "time": label.time})],
+                }
+                for label in given.get(served.id, [])
+            ],
+            "predictions": answer,
+        })  # fmt: skip
+    write_text(path, json.dumps(tasks, indent=1) + "\n")
+    return len(tasks)
+
+
+def _choice(label: str, **more: Any) -> dict[str, Any]:
+    return {"from_name": _FROM, "to_name": _TO, "type": "choices", "value": {"choices": [label]}, **more}
+
+
+def import_label_studio(
+    store: Store, path: Path | str, *, now: float, source: Source = "review", annotator: str | None = None
+) -> Added:
+    """Add the annotations of a Label Studio export (JSON, not JSON-MIN), all or none, each once.
+
+    Cancelled annotations (skipped tasks) and predictions are no labels and are passed over.
+
+    Args:
+        store: where to.
+        path: a list of tasks whose ``data`` has the ``event_id`` they were exported with.
+        now: time of annotations without ``created_at``.
+        source: the most that the file's labels are believed; an annotation may say less, never more: anybody can
+            write ``owner`` into a file.
+        annotator: of annotations without ``completed_by``.
+
+    Raises:
+        InputError: an unreadable file, one of another form, an annotation without exactly one choice, an event that
+            the store does not have, or a label that is no class.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _SIZE_LIMIT:
+            raise InputError(f"{path.name} must be at most {_SIZE_LIMIT} bytes, got {path.stat().st_size}; split it")
+        tasks = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"labels must be a readable JSON file, got {path}: {error}") from None
+    if not isinstance(tasks, list):
+        raise InputError(f"{path.name} must be a list of tasks, got {type(tasks).__name__}; export it as JSON")
+    given: list[Label] = []
+    for index, task in enumerate(tasks):
+        where = f"{path.name} task {index}"
+        data = task.get("data") if isinstance(task, Mapping) else None
+        if not isinstance(data, Mapping) or not isinstance(data.get("event_id"), str):
+            raise InputError(f"{where} must have data.event_id as it was exported with, got none")
+        annotations = task.get("annotations", [])
+        if not isinstance(annotations, list):
+            raise InputError(f"{where} must have a list of annotations, got {type(annotations).__name__}")
+        for one in annotations:
+            if not isinstance(one, Mapping):
+                raise InputError(f"{where} must have annotations that are objects, got {type(one).__name__}")
+            if one.get("was_cancelled"):
+                continue
+            label, meta = _chosen(where, one.get("result"))
+            given.append(
+                _label(
+                    where,
+                    event_id=data["event_id"],
+                    label=label,
+                    source=_believed(meta.get("source"), source),
+                    annotator=_annotator(one.get("completed_by")) or annotator,
+                    # Text times are rounded to microseconds; ours came with the number.
+                    time=_time(where, meta.get("time") or one.get("created_at") or now),
+                )
+            )
+    return add_labels(store, given)
+
+
+def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:
+    """The one choice of an annotation, and what this package added to it."""
+    found = []
+    for one in result if isinstance(result, list) else []:
+        if isinstance(one, Mapping) and one.get("type") == "choices":
+            value = one.get("value")
+            choices = value.get("choices") if isinstance(value, Mapping) else None
+            meta = one.get("meta")
+            found += [(name, meta if isinstance(meta, Mapping) else {}) for name in (choices or [])]
+    if len(found) != 1 or not isinstance(found[0][0], str):
+        got = ", ".join(str(name) for name, _ in found) or "none"
+        raise InputError(f"{where} must have exactly one choice in each annotation, got {got}; answer it or cancel it")
+    return found[0]
+
+
+def _annotator(who: Any) -> str | None:
+    """A name from ``completed_by``: a number, or an object with an email and an id."""
+    if isinstance(who, Mapping):
+        who = who.get("email") or who.get("id")
+    return None if who is None else str(who)
+
+
+# --------------------------------------------------------------------------------------------
+# Parquet
+
+
+def export_parquet(store: Store, folder: Path | str) -> dict[str, int]:
+    """Write ``events.parquet`` and ``labels.parquet``, each atomically; give the number of rows of each.
+
+    Events have their columns, ``sketch`` as a list of 64 float32, and the label that holds with its source and trust
+    (null where nobody answered). Labels are the table as it is: answers, skips and undos, and what superseded what.
+
+    Raises:
+        DependencyError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise need("continual", error.name or "pyarrow") from error
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = resolve(store)
+    schema = _event_schema(pa)
+    counts = {"events": 0, "labels": 0}
+    with atomic_path(folder / "events.parquet") as path, pq.ParquetWriter(path, schema) as writer:
+        part: list[dict[str, Any]] = []
+        for one in read_events(store):
+            label = held.get(one.id)
+            part.append({
+                **dict(one),
+                "held_label": label and label.label, "held_source": label and label.source,
+                "held_trust": label and label.trust, "answers": label.answers if label else 0,
+            })  # fmt: skip
+            counts["events"] += 1
+            if len(part) == 10_000:
+                writer.write_table(pa.Table.from_pylist(part, schema))
+                part = []
+        writer.write_table(pa.Table.from_pylist(part, schema))
+    with store.read() as connection:
+        rows = [dict(row) for row in connection.execute(select(labels).order_by(labels.c.id)).mappings()]
+    kinds = {"id": pa.int64(), "trust": pa.int32(), "time": pa.float64(), "supersedes": pa.int64()}
+    form = pa.schema([(column.name, kinds.get(column.name, pa.string())) for column in labels.columns])
+    with atomic_path(folder / "labels.parquet") as path:
+        pq.write_table(pa.Table.from_pylist(rows, form), path)
+    counts["labels"] = len(rows)
+    return counts
+
+
+def _event_schema(pa: Any) -> Any:
+    kinds: dict[str, Any] = {"sketch": pa.list_(pa.float32(), SKETCH_SIZE), "selected": pa.bool_()}
+    numbers = {c.name for c in events.columns if c.type.python_type is float}
+    columns = [(name, kinds.get(name, pa.float64() if name in numbers else pa.string())) for name in Event.model_fields]
+    held = [("held_label", pa.string()), ("held_source", pa.string()), ("held_trust", pa.int32()),
+            ("answers", pa.int32())]  # fmt: skip
+    return pa.schema(columns + held)

@@ -1,0 +1,552 @@
+"""What was judged: events and labels as rows nobody changes, and which label holds where there are several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.special import betaincinv
+from sqlalchemy import (
+    DDL,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    Text,
+    event,
+    select,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, Torn, pack_floats, uniform
+from stage1_pro.errors import InputError, nearest
+from stage1_pro.record import Record
+
+Source = Literal["owner", "review", "match", "model"]
+# Who is believed first; a model's opinion last.
+TRUST: dict[Source, int] = {"owner": 3, "review": 2, "match": 1, "model": 0}
+SOURCES: tuple[Source, ...] = tuple(TRUST)
+# The only sources that may guard a promotion.
+GUARD_SOURCES: tuple[Source, ...] = ("owner", "review")
+DOUBLE_SHARE = 0.05
+
+
+def append_only(table: Table, *, ignores: bool = False, once: Collection[str] = ()) -> None:
+    """Have the database refuse to change or remove rows of a table; call it where the table is declared.
+
+    Args:
+        table: of the room's metadata; guarded from its creation on.
+        ignores: rows are added by inserts that do nothing where a row is there. SQLite cannot then refuse a replacing
+            insert, which removes rows without asking the triggers that guard removal; otherwise it does.
+        once: columns that may be null at first and are given a value once.
+    """
+    name, message = table.name, f"{table.name} is append-only: add a row that supersedes instead"
+    if once:
+        message = f"{table.name} is append-only: {' and '.join(sorted(once))} can be given once, nothing else changes"
+
+    def same(equal: str) -> str:
+        kept = [f"NEW.{one.name} {equal} OLD.{one.name}" for one in table.columns if one.name not in once]
+        return " AND ".join([*kept, *(f"(OLD.{one} IS NULL OR NEW.{one} {equal} OLD.{one})" for one in sorted(once))])
+
+    abort = f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
+    changes = f"WHEN NOT ({same('IS')}) " if once else ""
+    statements = [
+        ("sqlite", f"CREATE TRIGGER {name}_no_update BEFORE UPDATE ON {name} {changes}{abort}"),
+        ("sqlite", f"CREATE TRIGGER {name}_no_delete BEFORE DELETE ON {name} {abort}"),
+    ]
+    if not ignores:
+        key = " AND ".join(f"{column.name} = NEW.{column.name}" for column in table.primary_key)
+        taken = " OR ".join([f"({key})", *(f"{one.name} = NEW.{one.name}" for one in table.columns if one.unique)])
+        there = f"EXISTS (SELECT 1 FROM {name} WHERE {taken})"  # noqa: S608 (names of a declaration)
+        statements.append(("sqlite", f"CREATE TRIGGER {name}_no_replace BEFORE INSERT ON {name} WHEN {there} {abort}"))
+    refuse = f"{name}_append_only()"
+    body = f"RETURNS trigger AS $$ BEGIN RAISE EXCEPTION '{message}'; END $$ LANGUAGE plpgsql"
+    statements.append(("postgresql", f"CREATE OR REPLACE FUNCTION {refuse} {body}"))
+    changes = f"WHEN (NOT ({same('IS NOT DISTINCT FROM')})) " if once else ""
+    for moment, unit, when in (("UPDATE", "ROW", changes), ("DELETE", "ROW", ""), ("TRUNCATE", "STATEMENT", "")):
+        rule = f"BEFORE {moment} ON {name} FOR EACH {unit} {when}EXECUTE FUNCTION {refuse}"
+        statements.append(("postgresql", f"CREATE TRIGGER {name}_no_{moment.lower()} {rule}"))
+    for dialect, text in statements:
+        statement: Any = DDL(text)  # type: ignore[no-untyped-call]
+        event.listen(table, "after_create", statement.execute_if(dialect=dialect))
+
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("time", Double, nullable=False),
+    Column("bundle", String(64), nullable=False),
+    Column("image_sha256", String(64), nullable=False),
+    Column("action", String(8), nullable=False),
+    Column("stage", String(1), nullable=False),
+    Column("label", Text, nullable=False),
+    Column("prob_a", Double),
+    Column("prob_b", Double),
+    Column("confidence", Double),
+    Column("gate_logit", Double),
+    Column("exit_score", Double),
+    Column("threshold", Double, nullable=False),
+    Column("propensity", Double, nullable=False),
+    Column("selected", Boolean, nullable=False),
+    Column("sketch", LargeBinary, nullable=False),
+    Column("reviews", Integer, nullable=False, comment="how many reviewers are wanted"),
+    Index("events_by_time", "time", "id"),
+)
+Index("events_to_review", events.c.time, events.c.id, sqlite_where=events.c.reviews > 0,
+      postgresql_where=events.c.reviews > 0)  # fmt: skip
+
+labels = Table(
+    "labels",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("kind", String(6), nullable=False),
+    Column("event_id", String(64), ForeignKey("events.id"), nullable=False, index=True),
+    Column("label", Text),
+    Column("source", String(6), nullable=False),
+    Column("trust", Integer, nullable=False),
+    Column("annotator", Text, nullable=False),
+    Column("time", Double, nullable=False),
+    Column("supersedes", Integer, ForeignKey("labels.id"), unique=True),
+    CheckConstraint("kind IN ('answer', 'skip', 'undo')", name="labels_kind"),
+    CheckConstraint("(kind = 'answer') = (label IS NOT NULL)", name="labels_answer"),
+    CheckConstraint("(kind = 'undo') <= (supersedes IS NOT NULL)", name="labels_undo"),
+    sqlite_autoincrement=True,
+)
+
+bundles = Table(
+    "served_bundles", metadata, Column("bundle", String(64), primary_key=True), Column("facts", Text, nullable=False)
+)
+
+log_positions = Table(
+    "log_positions",
+    metadata,
+    Column("log", String(64), primary_key=True),
+    Column("segment", Integer, nullable=False),
+    Column("position", Integer, nullable=False),
+)
+
+append_only(events, ignores=True)
+append_only(labels)
+
+
+def insert(store: Store, table: Table) -> Any:
+    """An insert of the store's dialect, which knows ``on_conflict_do_nothing`` and ``on_conflict_do_update``."""
+    return (sqlite if store.is_sqlite else postgresql).insert(table)
+
+
+def standing() -> Any:
+    """The condition that no other row supersedes a row of ``labels``."""
+    later = labels.alias()
+    return ~select(later.c.id).where(later.c.supersedes == labels.c.id).exists()
+
+
+# --------------------------------------------------------------------------------------------
+# Events
+
+
+class Ingested(Record):
+    """What an ingestion found: events that are new and that were known, and lines that are none."""
+
+    events: int
+    known: int
+    torn: tuple[str, ...] = Field(description="segment:offset: reason, of every line that is no event")
+    pending: int = Field(description="bytes of a line without an end, of a writer that was killed")
+
+
+def ingest(
+    store: Store, log: EventLog, *, double_share: float = DOUBLE_SHARE, seed: int = 0, discard: bool = False
+) -> Ingested:
+    """Put what a log has new into a store, exactly once: rows and place in the log are one transaction.
+
+    Args:
+        store: where to.
+        log: where from.
+        double_share: share of selected events that two people are asked about, by a hash of seed and id.
+        seed: of that draw.
+        discard: remove the log's files that have been ingested wholly.
+
+    Raises:
+        InputError: ``double_share`` is outside [0, 1].
+        ArtifactError: the log lost bytes that were ingested before.
+    """
+    if not 0 <= double_share <= 1:
+        raise InputError(f"double_share must be in [0, 1], got {double_share}")
+    new = known = 0
+    torn: list[Torn] = []
+    with store.write() as connection:
+        for name, facts in log.bundles().items():
+            row = {"bundle": name, "facts": facts.model_dump_json()}
+            connection.execute(insert(store, bundles).values(row).on_conflict_do_nothing())
+    while True:
+        with store.write() as connection:
+            start = _place(store, connection, log)
+            tail = log.read(start)
+            if tail.position != start:
+                where = {"segment": tail.position.segment, "position": tail.position.offset}
+                connection.execute(log_positions.update().where(log_positions.c.log == log.info.id).values(where))
+            rows = [_row(one, double_share, seed) for one in tail.events]
+            added = _insert_events(store, connection, rows)
+        new, known = new + added, known + len(rows) - added
+        torn += tail.torn
+        if tail.position == start:
+            break
+    if discard:
+        log.discard(tail.position)
+    return Ingested(
+        events=new,
+        known=known,
+        torn=tuple(f"{one.segment}:{one.offset}: {one.reason}" for one in torn),
+        pending=tail.pending,
+    )
+
+
+def _place(store: Store, connection: Connection, log: EventLog) -> Position:
+    """Where ingestion of a log goes on; holds its row until the transaction ends."""
+    first = {"log": log.info.id, "segment": 0, "position": 0}
+    connection.execute(insert(store, log_positions).values(first).on_conflict_do_nothing())
+    found = connection.execute(
+        select(log_positions.c.segment, log_positions.c.position)
+        .where(log_positions.c.log == log.info.id)
+        .with_for_update()
+    ).one()
+    return Position(*found)
+
+
+def _row(one: Event, double_share: float, seed: int) -> dict[str, Any]:
+    double = uniform(seed, "double", one.id) < double_share
+    return {**dict(one), "sketch": pack_floats(one.sketch), "reviews": (2 if double else 1) if one.selected else 0}
+
+
+def _insert_events(store: Store, connection: Connection, rows: list[dict[str, Any]]) -> int:
+    if not rows:
+        return 0
+    if store.is_sqlite:
+        statement = insert(store, events).on_conflict_do_nothing().returning(events.c.id)
+        return len(connection.execute(statement, rows).all())
+    # COPY takes a fifth of the time of inserts, but knows nothing of rows that are there already.
+    names = ", ".join(column.name for column in events.columns)
+    connection.exec_driver_sql("CREATE TEMPORARY TABLE incoming (LIKE events) ON COMMIT DROP")
+    cursor: Any = connection.connection.cursor()
+    with cursor:
+        with cursor.copy(f"COPY incoming ({names}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row([row[column.name] for column in events.columns])
+        move = f"INSERT INTO events ({names}) SELECT {names} FROM incoming ON CONFLICT DO NOTHING"  # noqa: S608
+        cursor.execute(move)
+        return int(cursor.rowcount)
+
+
+def add_events(store: Store, new: Sequence[Event], *, double_share: float = DOUBLE_SHARE, seed: int = 0) -> int:
+    """Put events into a store without a log, such as a simulation's; give how many were new."""
+    with store.write() as connection:
+        return _insert_events(store, connection, [_row(one, double_share, seed) for one in new])
+
+
+def read_events(
+    store: Store, *, since: float = -math.inf, until: float = math.inf, bundle: str | None = None
+) -> Iterator[Event]:
+    """Events with since <= time < until, of one bundle or all, by time and id."""
+    names = list(Event.model_fields)
+    query = select(*(events.c[name] for name in names)).order_by(events.c.time, events.c.id)
+    if since > -math.inf:
+        query = query.where(events.c.time >= since)
+    if until < math.inf:
+        query = query.where(events.c.time < until)
+    if bundle is not None:
+        query = query.where(events.c.bundle == bundle)
+    with store.read() as connection:
+        for row in connection.execute(query, execution_options={"yield_per": 5000}).mappings():
+            values = dict(row)
+            values["sketch"] = np.frombuffer(row["sketch"], dtype="<f4")
+            yield Event.model_construct(**{**values, "sketch": tuple(values["sketch"].tolist())})
+
+
+def read_bundles(store: Store) -> dict[str, BundleFacts]:
+    """Facts on every bundle that served, by its sha256."""
+    with store.read() as connection:
+        return {row.bundle: BundleFacts.parse(row.facts, row.bundle) for row in connection.execute(select(bundles))}
+
+
+# --------------------------------------------------------------------------------------------
+# Labels
+
+
+class Label(Record):
+    """Somebody's answer to an event."""
+
+    event_id: str = Field(min_length=1, max_length=64)
+    label: str = Field(min_length=1)
+    source: Source
+    annotator: str = Field(min_length=1)
+    time: float = Field(description="seconds since the epoch, UTC")
+
+    @property
+    def trust(self) -> int:
+        """How much its source is believed: owner 3, review 2, match 1, model 0."""
+        return TRUST[self.source]
+
+
+@dataclass(frozen=True)
+class Added:
+    """How many labels were added, and how many were there already, word for word."""
+
+    added: int
+    known: int
+
+
+def add_labels(store: Store, new: Iterable[Label]) -> Added:
+    """Append labels; all of them or, on an error, none.
+
+    Raises:
+        InputError: an event the store does not have, or a label that is no class of the bundle that served it.
+    """
+    given = list(new)
+    facts = read_bundles(store)
+    added = 0
+    with store.write() as connection:
+        store.serialise(connection)
+        for start in range(0, len(given), 500):
+            part = given[start : start + 500]
+            wanted = {one.event_id for one in part}
+            query = select(events.c.id, events.c.bundle).where(events.c.id.in_(wanted))
+            served = {row.id: row.bundle for row in connection.execute(query)}
+            _check_labels(part, served, facts)
+            columns = (labels.c.event_id, labels.c.label, labels.c.source, labels.c.annotator, labels.c.time)
+            answers = select(*columns).where(labels.c.event_id.in_(wanted), labels.c.kind == "answer")
+            known = {tuple(row) for row in connection.execute(answers)}
+            rows = []
+            for one in part:
+                key = (one.event_id, one.label, one.source, one.annotator, one.time)
+                if key not in known:
+                    known.add(key)
+                    rows.append({**dict(one), "kind": "answer", "trust": one.trust})
+            if rows:
+                connection.execute(labels.insert(), rows)
+            added += len(rows)
+    return Added(added, len(given) - added)
+
+
+def _check_labels(part: Sequence[Label], served: Mapping[str, str], facts: Mapping[str, BundleFacts]) -> None:
+    for one in part:
+        if one.event_id not in served:
+            raise InputError(
+                f"event_id must be one of the store's events, got '{one.event_id}'; ingest the log that has it first"
+            )
+        known = facts.get(served[one.event_id])
+        if known is not None and one.label not in known.classes:
+            raise InputError(
+                f"label must be one of {', '.join(known.classes)}, got '{one.label}' for event {one.event_id}"
+                f"{nearest(one.label, known.classes)}"
+            )
+
+
+def withdraw(store: Store, label_id: int, *, annotator: str, now: float) -> None:
+    """Undo a label or a skip by a row that supersedes it; both stay.
+
+    Raises:
+        InputError: no such row, it is an undo itself, or it is superseded already.
+    """
+    with store.write() as connection:
+        store.serialise(connection)
+        row = connection.execute(select(labels).where(labels.c.id == label_id)).mappings().one_or_none()
+        if row is None or row["kind"] == "undo":
+            raise InputError(f"label_id must be a label or a skip, got {label_id}")
+        again = connection.execute(select(labels.c.id).where(labels.c.supersedes == label_id)).first()
+        if again is not None:
+            raise InputError(f"label_id must be a row that stands, got {label_id}, which row {again.id} supersedes")
+        undo(connection, dict(row), annotator=annotator, now=now)
+
+
+def undo(connection: Connection, row: Mapping[str, Any], *, annotator: str, now: float) -> None:
+    """Supersede a row of ``labels`` that stands, within a transaction that called ``Store.serialise``."""
+    more = {"kind": "undo", "label": None, "annotator": annotator, "time": now, "supersedes": row["id"]}
+    connection.execute(labels.insert(), {name: value for name, value in {**row, **more}.items() if name != "id"})
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The label that holds for an event, whose it is, and how many answers there are in all."""
+
+    event_id: str
+    label: str
+    source: Source
+    trust: int
+    annotator: str
+    time: float
+    answers: int
+    agree: bool
+
+
+def read_labels(store: Store, *, sources: Collection[Source] = SOURCES) -> list[Label]:
+    """Every answer that stands, in the order of writing."""
+    query = (
+        select(*(labels.c[name] for name in Label.model_fields))
+        .where(labels.c.kind == "answer", standing(), labels.c.source.in_(_sources(sources)))
+        .order_by(labels.c.id)
+    )
+    with store.read() as connection:
+        return [Label(**row) for row in connection.execute(query).mappings()]
+
+
+def resolve(store: Store, *, sources: Collection[Source] = SOURCES, until: float = math.inf) -> dict[str, Resolved]:
+    """The label that holds for each event: of the most trusted source; among those the latest; then the last written.
+
+    Args:
+        store: where from.
+        sources: which are heard; ``GUARD_SOURCES`` for what guards a promotion.
+        until: answers from this time on are not heard, nor are undos, so that a replay sees what was known then.
+    """
+    later = labels.alias()
+    superseded = select(later.c.id).where(later.c.supersedes == labels.c.id)
+    query = select(labels).where(labels.c.kind == "answer", labels.c.source.in_(_sources(sources)))
+    if until < math.inf:
+        superseded = superseded.where(later.c.time < until)
+        query = query.where(labels.c.time < until)
+    query = query.where(~superseded.exists()).order_by(
+        labels.c.event_id, labels.c.trust.desc(), labels.c.time.desc(), labels.c.id.desc()
+    )
+    found: dict[str, list[Any]] = {}
+    with store.read() as connection:
+        for row in connection.execute(query):
+            found.setdefault(row.event_id, []).append(row)
+    return {
+        name: Resolved(
+            name, rows[0].label, rows[0].source, rows[0].trust, rows[0].annotator, rows[0].time, len(rows),
+            len({row.label for row in rows}) == 1,
+        )
+        for name, rows in found.items()
+    }  # fmt: skip
+
+
+def _sources(sources: Collection[Source]) -> list[Source]:
+    for one in sources:
+        if one not in TRUST:
+            raise InputError(f"sources must be among {', '.join(TRUST)}, got '{one}'{nearest(one, TRUST)}")
+    return list(sources)
+
+
+class Disagreement(Record):
+    """How often two people who saw the same event answer otherwise: what human labels are worth.
+
+    ``rate`` and its exact 95% interval are over events with answers of two or more reviewers; an event disagrees
+    unless all its reviewers answer alike. ``kappa`` is Cohen's, of the first two of each, in order.
+    """
+
+    doubled: int
+    disagreeing: int
+    rate: float | None
+    lower: float
+    upper: float
+    kappa: float | None
+    event_ids: tuple[str, ...] = Field(description="events that disagree")
+
+    @classmethod
+    def of(cls, answers: Mapping[str, Sequence[str]]) -> Self:
+        """From the labels that each event got, of two or more different reviewers each."""
+        wrong = tuple(sorted(name for name, given in answers.items() if len(set(given)) > 1))
+        n, k = len(answers), len(wrong)
+        pairs = [(given[0], given[1]) for given in answers.values()]
+        kappa = None
+        if pairs:
+            names = sorted({name for pair in pairs for name in pair})
+            chance = sum(
+                sum(a == name for a, _ in pairs) * sum(b == name for _, b in pairs) for name in names
+            ) / len(pairs) ** 2  # fmt: skip
+            seen = sum(a == b for a, b in pairs) / len(pairs)
+            kappa = (seen - chance) / (1 - chance) if chance < 1 else None
+        return cls(
+            doubled=n,
+            disagreeing=k,
+            rate=k / n if n else None,
+            lower=float(betaincinv(k, n - k + 1, 0.025)) if k else 0.0,
+            upper=float(betaincinv(k + 1, n - k, 0.975)) if k < n else 1.0,
+            kappa=kappa,
+            event_ids=wrong,
+        )
+
+
+def disagreement(store: Store) -> Disagreement:
+    """How often reviewers of the same event disagree, over answers that stand; each reviewer's last one counts."""
+    given: dict[str, dict[str, str]] = {}
+    for one in read_labels(store, sources=["review"]):
+        given.setdefault(one.event_id, {})[one.annotator] = one.label
+    return Disagreement.of({name: list(by.values()) for name, by in given.items() if len(by) > 1})
+
+
+@dataclass(frozen=True)
+class Audited:
+    """Selected events with a trusted label, by time: what monitors and thresholds learn from, N rows.
+
+    ``time`` [N]; ``exited`` [N], action exit; ``wrong`` [N], the answer is not the label (an abstention is not wrong);
+    ``wrong_a`` [N], what Stage A alone would have answered is not the label; ``propensity`` [N] of the review;
+    ``score`` [N], what was compared with the threshold, NaN where there was none.
+    """
+
+    event_id: NDArray[np.str_]
+    time: NDArray[np.float64]
+    exited: NDArray[np.bool_]
+    wrong: NDArray[np.bool_]
+    wrong_a: NDArray[np.bool_]
+    propensity: NDArray[np.float64]
+    score: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.event_id)
+
+
+def audited(store: Store, *, since: float = -math.inf, until: float = math.inf, bundle: str | None = None) -> Audited:
+    """Selected events with since <= time < until that an owner or reviewer has labelled before ``until``.
+
+    Labels of events that were not selected are left out: their chance of being labelled is not their propensity.
+    ``wrong_a`` needs two classes, whose answer P(positive) decides, ties as argmax breaks them.
+
+    Raises:
+        InputError: a bundle with more than two classes.
+    """
+    held, facts = resolve(store, sources=GUARD_SOURCES, until=until), read_bundles(store)
+    rows = []
+    for one in read_events(store, since=since, until=until, bundle=bundle):
+        if not one.selected or one.id not in held:
+            continue
+        truth = held[one.id].label
+        rows.append((one, truth, _answer_of_a(one, facts)))
+    return Audited(
+        event_id=np.array([one.id for one, _, _ in rows], dtype=np.str_),
+        time=np.array([one.time for one, _, _ in rows], dtype=np.float64),
+        exited=np.array([one.action == "exit" for one, _, _ in rows], dtype=bool),
+        wrong=np.array([one.label not in ("", truth) for one, truth, _ in rows], dtype=bool),
+        wrong_a=np.array([a != truth for _, truth, a in rows], dtype=bool),
+        propensity=np.array([one.propensity for one, _, _ in rows], dtype=np.float64),
+        score=np.array([math.nan if one.exit_score is None else one.exit_score for one, _, _ in rows]),
+    )
+
+
+def _answer_of_a(one: Event, facts: Mapping[str, BundleFacts]) -> str:
+    """What Stage A alone would answer; empty where it gave no number."""
+    if one.action == "exit":
+        return one.label
+    known = facts.get(one.bundle)
+    if known is None or len(known.classes) != 2:
+        got = "nothing" if known is None else f"{len(known.classes)} classes"
+        raise InputError(f"bundle {one.bundle[:12]} must be known to have two classes, got {got}; ingest its log")
+    if one.prob_a is None:
+        return ""
+    positive = known.classes.index(known.positive)
+    # At one half argmax takes the first class.
+    first = one.prob_a >= 0.5 if positive == 0 else one.prob_a <= 0.5
+    return known.classes[0 if first else 1]

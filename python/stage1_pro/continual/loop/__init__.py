@@ -1,0 +1,1 @@
+"""The loop: its states, its work and what may be promoted."""

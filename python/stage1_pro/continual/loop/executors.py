@@ -1,0 +1,314 @@
+"""Where the loop's long work runs, and how it is found again: a piece of work is named by the hash of its inputs.
+
+Work is a function ``module:name`` that takes inputs (JSON) and a folder and gives a result (JSON); the same inputs give
+the same result. Its result is written last, with the hashes of the files it left, so what was killed halfway is done
+again and what was finished is found. This module runs as a program, too: that is what other processes start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from stage1_pro.errors import DependencyError, InputError, Stage1Error, need
+from stage1_pro.files import sha256_bytes, sha256_file
+from stage1_pro.record import FileEntry, Record
+
+RESULT = "result.json"
+FILES = "files"
+_REQUEST = "request.json"
+_LOG = "log.txt"
+_OUTCOME = "outcome.json"
+
+Kind = Literal["inline", "subprocess", "torchrun", "accelerate", "ray"]
+
+
+class WorkError(Stage1Error):
+    """A piece of work failed or took too long; nothing of it counts, and it can be tried again."""
+
+
+class Work(Record):
+    """``result.json`` of a finished piece of work."""
+
+    format_version: Literal[1] = 1
+    key: str = Field(description="sha256 of function and inputs")
+    function: str
+    inputs: dict[str, Any]
+    result: dict[str, Any]
+    files: dict[str, FileEntry] = Field(description="what it left in its folder")
+
+
+class ExecutorConfig(Record):
+    """Where work runs."""
+
+    kind: Kind = "subprocess"
+    timeout: float = Field(24 * 3600.0, gt=0, description="seconds for one piece; inline work has none")
+    arguments: list[str] = Field([], description="for torchrun or accelerate launch, such as --nproc-per-node=4")
+    address: str | None = Field(None, description="of a Ray cluster; null: one is started here")
+    resources: dict[str, float] = Field({}, description="for Ray: num_cpus, num_gpus")
+
+
+class Executor(Protocol):
+    """Runs a function with inputs and a folder somewhere, and gives its result."""
+
+    def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
+        """The result; ``lock`` is a descriptor that other processes hold while they work."""
+
+
+def make_executor(config: ExecutorConfig) -> Executor:
+    """The executor that a configuration names.
+
+    Raises:
+        DependencyError: Ray, torchrun or accelerate is not installed.
+    """
+    if config.kind == "inline":
+        return Inline()
+    if config.kind == "ray":
+        return RayExecutor(config.address, dict(config.resources), config.timeout)
+    if config.kind == "subprocess":
+        return Command((sys.executable, "-m"), config.timeout)
+    module = "torch.distributed.run" if config.kind == "torchrun" else "accelerate.commands.launch"
+    try:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(name=module)
+    except ModuleNotFoundError:
+        raise need("train", "torch" if config.kind == "torchrun" else "accelerate") from None
+    return Command((sys.executable, "-m", module, *config.arguments, "-m"), config.timeout)
+
+
+def work_key(function: str, inputs: Mapping[str, Any]) -> str:
+    """The name of a piece of work: sha256 of function and inputs as canonical JSON."""
+    text = json.dumps({"function": function, "inputs": inputs}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256_bytes(text.encode())
+
+
+def do_work(root: Path | str, function: str, inputs: Mapping[str, Any], executor: Executor) -> Work:
+    """Do a piece of work, or find it done; of several processes that ask for it one does it and the others wait.
+
+    Args:
+        root: folder of all work; this one's is ``root/<key>``, its files are in ``files`` there.
+        function: ``module:name``, of ``(inputs, folder) -> result``.
+        inputs: JSON; all that the result depends on, files by their hash.
+        executor: where.
+
+    Raises:
+        WorkError: it failed or took too long.
+        Stage1Error: the function's own, of its own kind.
+    """
+    key = work_key(function, inputs)
+    folder = Path(root) / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".lock") as lock:
+        found = find_work(root, key)
+        if found is not None:
+            return found
+        # Whoever waited for a process may have been killed before it ended well.
+        result = None if (folder / RESULT).is_file() else _left(folder)
+        if result is None:
+            for name in (FILES, RESULT, _OUTCOME):
+                _remove(folder / name)
+            (folder / FILES).mkdir()
+            result = executor.run(function, inputs, folder / FILES, lock)
+        work = Work(key=key, function=function, inputs=dict(inputs), result=result, files=_entries(folder / FILES))
+        work.write(folder / RESULT)
+        return work
+
+
+def find_work(root: Path | str, key: str) -> Work | None:
+    """A finished piece of work whose files are as it left them; None where there is none."""
+    folder = Path(root) / key
+    if not (folder / RESULT).is_file():
+        return None
+    work = Work.read(folder / RESULT)
+    whole = work.key == key == work_key(work.function, work.inputs) and work.files == _entries(folder / FILES)
+    return work if whole else None
+
+
+# -------------------------------------------------------------------------------- where
+
+
+@dataclass(frozen=True)
+class Inline:
+    """In this process."""
+
+    def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
+        """The function's result."""
+        del lock
+        return _call(function, inputs, folder)
+
+
+@dataclass(frozen=True)
+class Command:
+    """In a fresh interpreter, or what a launcher such as torchrun starts; killed with all its children in the end.
+
+    Args:
+        launcher: words before the module's name; the last is ``-m``.
+        timeout: seconds.
+    """
+
+    launcher: Sequence[str]
+    timeout: float
+
+    def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
+        """The result that the process of rank 0 wrote."""
+        home = folder.parent
+        request = {"function": function, "inputs": dict(inputs), "folder": str(folder), "timeout": self.timeout}
+        (home / _REQUEST).write_text(json.dumps(request))
+        with (home / _LOG).open("wb") as log:
+            # It holds the work's lock, too: a loop that is killed and comes back waits for what it had started.
+            process = subprocess.Popen(
+                [*self.launcher, __name__, str(home / _REQUEST)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, pass_fds=[lock],
+            )  # fmt: skip
+            try:
+                code: int | None = process.wait(self.timeout)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code is None:
+            raise WorkError(f"{function} must be done in {self.timeout:g} s, got no result; see {home / _LOG}")
+        return _outcome(home, f"{function} ({shlex.join(self.launcher)}) ended with code {code}")
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """On a Ray cluster whose machines see the same folder.
+
+    Args:
+        address: of the cluster; None starts one here.
+        resources: options of the task: num_cpus, num_gpus.
+        timeout: seconds.
+    """
+
+    address: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    timeout: float = 24 * 3600.0
+
+    def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
+        """The function's result."""
+        del lock
+        try:
+            import ray
+        except ImportError as error:
+            raise need("ray", error.name or "ray") from error
+        if not ray.is_initialized():
+            ray.init(address=self.address, log_to_driver=False)
+        task = ray.remote(_call).options(**self.resources).remote(function, dict(inputs), folder.resolve())
+        try:
+            result: dict[str, Any] = ray.get(task, timeout=self.timeout)
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(task, force=True)
+            raise WorkError(f"{function} must be done in {self.timeout:g} s, got no result") from None
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Stage1Error):
+                raise error.cause from None
+            raise WorkError(f"{function} failed: {error.cause}") from None
+        return result
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _call(function: str, inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    module, _, name = function.partition(":")
+    try:
+        found: Callable[[Mapping[str, Any], Path], dict[str, Any]] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and not module.startswith(error.name):
+            raise DependencyError(f"{function} needs {error.name}, which is not installed") from error
+        raise InputError(f"function must be module:name that can be imported, got '{function}': {error}") from None
+    # Through JSON, so that a result is the same wherever it was made.
+    result: dict[str, Any] = json.loads(json.dumps(found(inputs, folder), allow_nan=False))
+    return result
+
+
+def _left(home: Path) -> dict[str, Any] | None:
+    try:
+        result: dict[str, Any] | None = json.loads((home / _OUTCOME).read_text()).get("result")
+    except (OSError, ValueError):
+        return None
+    return result
+
+
+def _outcome(home: Path, what: str) -> dict[str, Any]:
+    try:
+        outcome: dict[str, Any] = json.loads((home / _OUTCOME).read_text())
+    except (OSError, ValueError):
+        lines = (home / _LOG).read_text("utf-8", "replace").strip().splitlines()
+        raise WorkError(f"{what}: {lines[-1] if lines else 'it said nothing'}; see {home / _LOG}") from None
+    if "result" in outcome:
+        result: dict[str, Any] = outcome["result"]
+        return result
+    kinds = {kind.__name__: kind for kind in _kinds(Stage1Error)}
+    raise kinds.get(outcome["kind"], WorkError)(outcome["error"])
+
+
+def _kinds(kind: type[Stage1Error]) -> Iterator[type[Stage1Error]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+
+
+def _entries(folder: Path) -> dict[str, FileEntry]:
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one request in this process, of any rank; rank 0 writes the outcome."""
+    request_path = Path(arguments[0])
+    request = json.loads(request_path.read_text())
+    # Whoever waited may be gone.
+    signal.setitimer(signal.ITIMER_REAL, request["timeout"] + 5)
+    outcome: dict[str, Any]
+    try:
+        outcome = {"result": _call(request["function"], request["inputs"], Path(request["folder"]))}
+    except Stage1Error as error:
+        outcome = {"error": str(error), "kind": type(error).__name__}
+    if os.environ.get("RANK", "0") == "0":
+        temporary = request_path.with_name(f".{_OUTCOME}.tmp")
+        temporary.write_text(json.dumps(outcome))
+        temporary.replace(request_path.with_name(_OUTCOME))
+    return 0 if "result" in outcome else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,648 @@
+"""The loop as a state machine that a crash cannot confuse: one row says where it is, one transaction is one edge.
+
+MONITOR → COLLECT → PROPOSE → SELECT → RECALIBRATE → EVALUATE → SHADOW → CANARY → CHAMPION → MONITOR; HOLD where a round
+ends without a promotion, ROLLBACK where one is taken back. Every edge changes the row, moves aliases and adds one row
+to the audit, together or not at all. What a state does before its edge can be done again: long work is found by the
+hash of its inputs, and times are those of the row, so a process that was killed and came back ends in the same verdict.
+
+What the states mean is in ``Parts``; ``rounds`` has the real ones, and a simulation can bring its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select, update
+
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.labels import insert
+from stage1_pro.continual.ledger.store import metadata
+from stage1_pro.continual.loop.executors import Executor, ExecutorConfig, Work, do_work, find_work
+from stage1_pro.continual.loop.promotion import Verdict
+from stage1_pro.continual.loop.registry import Alias, AliasName, LostRaceError, Registry
+from stage1_pro.continual.serving.live import Pointer
+from stage1_pro.continual.watch import outbox
+from stage1_pro.continual.watch.alerts import Alert
+from stage1_pro.continual.watch.monitor import Evidence
+from stage1_pro.errors import ArtifactError, InputError, NotReachableError
+from stage1_pro.record import Record
+
+State = Literal[
+    "MONITOR", "COLLECT", "PROPOSE", "SELECT", "RECALIBRATE", "EVALUATE", "SHADOW", "CANARY", "CHAMPION", "ROLLBACK",
+    "HOLD",
+]  # fmt: skip
+# Beside these every state may go to ROLLBACK, by hand.
+EDGES: dict[State, tuple[State, ...]] = {
+    "MONITOR": ("COLLECT",),
+    "COLLECT": ("PROPOSE", "HOLD"),
+    "PROPOSE": ("SELECT", "HOLD"),
+    "SELECT": ("RECALIBRATE", "HOLD"),
+    "RECALIBRATE": ("EVALUATE", "HOLD"),
+    "EVALUATE": ("SHADOW", "HOLD"),
+    "SHADOW": ("CANARY", "HOLD"),
+    "CANARY": ("CHAMPION", "ROLLBACK"),
+    "CHAMPION": ("MONITOR", "HOLD"),
+    "ROLLBACK": ("MONITOR",),
+    "HOLD": ("MONITOR",),
+}
+WORK = "work"
+
+_row = Table(
+    "loop",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("time", Double, nullable=False),
+)
+
+
+class LoopConfig(Record):
+    """How a round goes on once there is a candidate; part of ``loop.json``."""
+
+    auto_promote: bool = Field(False, description="a promoting verdict needs nobody's approval")
+    executor: ExecutorConfig = ExecutorConfig()
+    shadow_seconds: float = Field(86400.0, ge=0, description="shortest time in the shadow")
+    shadow_pairs: int = Field(200, ge=0, description="fewest images that both have decided on there")
+    canary_share: float = Field(0.1, gt=0, le=1, description="of images that the canary answers")
+    canary_seconds: float = Field(86400.0, ge=0)
+    canary_pairs: int = Field(500, ge=0, description="fewest images that both have decided on since the shadow began")
+    rollback_delta: float = Field(0.05, gt=0, lt=1, description="the candidate goes where evidence reaches 1 / delta")
+    hold_seconds: float = Field(3600.0, ge=0, description="rest after a round without promotion")
+
+
+class Round(Record):
+    """What one round has come to; a new one begins with every COLLECT."""
+
+    number: int = 0
+    entered: float = Field(0.0, description="when its present state was entered; states reckon with it")
+    reasons: tuple[str, ...] = Field((), description="what triggered it")
+    champion: str = ""
+    champion_version: int = 0
+    snapshot: dict[str, Any] | None = Field(None, description="what was collected, files by hash")
+    proposals: tuple[str, ...] = Field((), description="keys of work")
+    chosen: str | None = Field(None, description="key of the proposal that was selected")
+    recalibrated: str | None = Field(None, description="key of work")
+    candidate: str | None = Field(None, description="sha256 of its bundle.json")
+    verdict: str | None = Field(None, description="fingerprint of verdict.json")
+    shadow_since: float | None = None
+    approved_by: str | None = None
+    note: str = ""
+
+
+class LoopRow(Record):
+    """Where the loop is."""
+
+    version: int = Field(ge=1)
+    state: State
+    time: float
+    round: Round
+    memory: dict[str, Any] = Field(description="what monitoring remembers between two looks")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What monitoring saw: train or not, why, what it remembers, and what should be in force.
+
+    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan. What
+    people should be told is ``news``, under a name that is the same whenever the same thing is seen.
+    """
+
+    train: bool
+    reasons: Sequence[str]
+    memory: Mapping[str, Any]
+    threshold: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    audit_rate: float | None = None
+    news: Mapping[str, Alert] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work to be done: ``module:name`` and its inputs."""
+
+    function: str
+    inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Champion and candidate side by side while both decide: pairs so far, and evidence against the candidate."""
+
+    pairs: int
+    disagreements: int
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class _Orders:
+    """What a look changes of what is in force: kind and body of its audit row, the rate in it, how it is written."""
+
+    kind: str | None
+    body: Mapping[str, Any]
+    rate: Mapping[str, Any]
+    give: Callable[[Connection], None]
+
+
+class Parts(Protocol):
+    """What the states do. Each may raise NotReachableError: the round then ends in HOLD, with that for a reason.
+
+    All depend on their arguments and the store alone, and on times in the round rather than a clock, so that doing one
+    again gives the same.
+    """
+
+    def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
+        """Look at what was served; called in MONITOR, again and again, and for the threshold where a round waits."""
+
+    def collect(self, work: Round) -> Mapping[str, Any]:
+        """Freeze the labels that a proposal may learn from, known before the round's ``entered``; never guard rows."""
+
+    def proposals(self, work: Round) -> Sequence[Job]:
+        """What makes candidates of the snapshot."""
+
+    def select(self, work: Round, done: Sequence[Work]) -> str:
+        """The key of the proposal to go on with, chosen on ``val_select`` and never on the guard."""
+
+    def recalibration(self, work: Round, chosen: Work) -> Job:
+        """What calibrates, certifies and exports it; its result names a bundle in its files as ``bundle``."""
+
+    def evaluate(self, work: Round) -> Verdict:
+        """The gate."""
+
+    def compare(self, work: Round, *, delta: float) -> Compared:
+        """Champion and candidate since ``shadow_since``, by audited disagreements."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: the state afterwards, whether an edge was taken, and what it waits for where not."""
+
+    row: LoopRow
+    moved: bool
+    note: str
+
+
+class Loop:
+    """The state machine on a registry and its store.
+
+    Args:
+        registry: bundles and aliases.
+        parts: what the states do.
+        executor: where long work runs.
+        config: how a round goes on.
+        observe: is told of every moment that a crash could fall into: ``STATE begin``, ``STATE done`` (its edge is
+            next), ``STATE committed`` (``champion.json`` is next).
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        parts: Parts,
+        executor: Executor,
+        config: LoopConfig | None = None,
+        *,
+        observe: Callable[[str], None] | None = None,
+    ) -> None:
+        self.registry, self.parts, self.executor = registry, parts, executor
+        self.store, self.config = registry.store, config or LoopConfig()
+        self.work = registry.root / WORK
+        self._observe = observe or (lambda _: None)
+
+    @staticmethod
+    def begin(registry: Registry, bundle: str, *, now: float, by: str) -> Pointer:
+        """Make the first champion and the row of the loop; what is there already stays, and is said.
+
+        Raises:
+            InputError: the loop has begun.
+        """
+        store = registry.store
+        with store.write() as connection:
+            store.serialise(connection)
+            row = LoopRow(version=1, state="MONITOR", time=now, round=Round(entered=now), memory={})
+            made = connection.execute(
+                insert(store, _row).on_conflict_do_nothing().returning(_row.c.id), [{"id": 1, **_columns(row)}]
+            ).all()
+            if not made:
+                raise InputError(f"root must be a new loop's, got {registry.root}, where one has begun")
+            registry.move(connection, "champion", bundle, expected=0, now=now, by=by)
+            audit.append(connection, store, "begin", {"champion": bundle, "by": by}, now)
+        return registry.sync()
+
+    def row(self, connection: Connection | None = None) -> LoopRow:
+        """Where the loop is.
+
+        Raises:
+            InputError: it has not begun.
+        """
+        if connection is None:
+            with self.store.read() as opened:
+                return self.row(opened)
+        found = connection.execute(select(_row).where(_row.c.id == 1)).first()
+        if found is None:
+            raise InputError("the loop must have begun, got an empty store; run `stage1 continual init` first")
+        return LoopRow.parse(found.body, "the loop's row")
+
+    def resume(self) -> LoopRow:
+        """Bring ``champion.json`` up to what the store says, as a process that was killed may have left it behind."""
+        self.registry.sync()
+        return self.row()
+
+    def run(self, *, now: float, manual: bool = False, most: int = 100) -> list[Step]:
+        """Take steps until one waits; ``manual`` asks for a round as a person would."""
+        self.resume()
+        steps = []
+        for _ in range(most):
+            steps.append(self.step(now=now, manual=manual))
+            if not steps[-1].moved:
+                break
+            manual = manual and steps[-1].row.state == "MONITOR"
+        return steps
+
+    def step(self, *, now: float, manual: bool = False) -> Step:
+        """Do what the present state does, and take one edge where it can be taken.
+
+        Args:
+            now: seconds since the epoch, not before the row's.
+            manual: somebody asks for a round; heard in MONITOR, and in HOLD, which then ends.
+
+        Raises:
+            LostRaceError: another process moved the loop meanwhile.
+            WorkError: long work failed; the state is as before.
+            InputError: something is missing that a person has to bring, such as guard labels; the same.
+        """
+        row = self.row()
+        if now < row.round.entered:
+            raise InputError(f"now must not be before the loop's own time {row.round.entered}, got {now}")
+        self._observe(f"{row.state} begin")
+        if row.state in _WAITING:
+            row = self._steer(row, now)
+        try:
+            return self._STEPS[row.state](self, row, now, manual)
+        except LostRaceError:
+            raise
+        except NotReachableError as error:
+            if "HOLD" not in EDGES[row.state]:
+                raise
+            return self._edge(row, "HOLD", now, str(error), clear=True)
+
+    def approve(self, *, now: float, by: str, candidate: str | None = None) -> LoopRow:
+        """Let the candidate in the shadow go on to answer images.
+
+        Raises:
+            InputError: there is none whose verdict promotes it, or it is another one.
+        """
+        row = self.row()
+        work = row.round
+        if row.state != "SHADOW" or work.candidate is None:
+            raise InputError(
+                f"there must be a candidate in the shadow to promote, got state {row.state}; only a verdict that "
+                "promotes brings one there"
+            )
+        if candidate is not None and not work.candidate.startswith(candidate):
+            raise InputError(f"candidate must be the one in the shadow, {work.candidate[:12]}, got {candidate}")
+        body = {"candidate": work.candidate, "verdict": work.verdict, "by": by}
+        return self._write(
+            row, row.state, work.model_copy(update={"approved_by": by}), row.memory, now, "approval", body
+        )
+
+    def rollback(self, *, now: float, by: str, to: str | None = None, reason: str = "by hand") -> Pointer:
+        """Bring back the champion before this one, at once, and end whatever round is on its way.
+
+        Raises:
+            InputError: there was none before.
+        """
+        row = self.row()
+
+        def back(connection: Connection) -> None:
+            self.registry.rollback(connection, now=now, by=by, to=to)
+            self._clear(connection, now, by)
+
+        self._edge(row, "ROLLBACK", now, f"{reason} ({by})", move=back)
+        return self.registry.sync()
+
+    # ---------------------------------------------------------------------------- states
+
+    def _monitor(self, row: LoopRow, now: float, manual: bool) -> Step:
+        champion = self.registry.alias("champion")
+        seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
+        orders = self._orders(champion, seen, now)
+        # What is in force changes first, in the same transaction that asks for a training.
+        if seen.train:
+            work = Round(
+                number=row.round.number + 1, reasons=tuple(seen.reasons), champion=champion.bundle or "",
+                champion_version=champion.version,
+            )  # fmt: skip
+            facts = {"threshold": seen.threshold, **orders.rate, **seen.facts}
+            return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), work=work, memory=seen.memory,
+                              move=orders.give, facts=facts, news=seen.news)  # fmt: skip
+        after = row
+        if dict(seen.memory) != row.memory or orders.kind is not None:
+            after = self._write(
+                row, "MONITOR", row.round, seen.memory, now, orders.kind, orders.body, move=orders.give, news=seen.news
+            )
+            self._observe("MONITOR committed")
+            self.registry.sync()
+        self._tell(seen.news)
+        return Step(after, moved=False, note="nothing asks for a training")
+
+    def _steer(self, row: LoopRow, now: float) -> LoopRow:
+        """Where a round waits, for days perhaps, the champion's threshold goes on following labels.
+
+        What else was seen is not remembered, so that an alarm asks for its training in MONITOR. The audit rate only
+        rises meanwhile: when drift was last seen is among what is not remembered.
+        """
+        champion = self.registry.alias("champion")
+        seen = self.parts.watch(row.memory, champion, now=now, manual=False)
+        orders = self._orders(champion, seen, now, falls=False)
+        self._tell(seen.news)
+        if orders.kind is None:
+            return row
+        row = self._write(row, row.state, row.round, row.memory, now, orders.kind, orders.body, move=orders.give)
+        self.registry.sync()
+        return row
+
+    def _orders(self, champion: Alias, seen: Watched, now: float, *, falls: bool = True) -> _Orders:
+        """What has to change for what was seen to be in force."""
+        said, bundle, threshold, rate = self.registry.sync(), champion.bundle, seen.threshold, seen.audit_rate
+        tightens = bundle is not None and threshold is not None and threshold != said.threshold
+        audits = rate != said.audit_rate and (falls or (rate or 0.0) > (said.audit_rate or 0.0))
+
+        def give(connection: Connection) -> None:
+            if tightens:
+                assert bundle is not None
+                assert threshold is not None
+                self.registry.tighten(connection, bundle, threshold, now=now)
+            if audits:
+                self.registry.audit_at(connection, rate, now=now)
+
+        changed = {"audit_rate_before": said.audit_rate, "audit_rate": rate} if audits else {}
+        body = {"bundle": bundle, "before": said.threshold, "threshold": threshold, **changed, **seen.facts}
+        return _Orders("threshold" if tightens else "audit rate" if audits else None, body, changed, give)
+
+    def _collect(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        snapshot = dict(self.parts.collect(row.round))
+        return self._edge(row, "PROPOSE", now, "labels are frozen", snapshot=snapshot)
+
+    def _propose(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        done = [do_work(self.work, job.function, job.inputs, self.executor) for job in self.parts.proposals(row.round)]
+        return self._edge(row, "SELECT", now, f"{len(done)} proposals", proposals=tuple(one.key for one in done))
+
+    def _select(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        chosen = self.parts.select(row.round, [self.finished(key) for key in row.round.proposals])
+        return self._edge(row, "RECALIBRATE", now, f"proposal {chosen[:12]} is the best on val_select", chosen=chosen)
+
+    def _recalibrate(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        assert row.round.chosen is not None
+        job = self.parts.recalibration(row.round, self.finished(row.round.chosen))
+        done = do_work(self.work, job.function, job.inputs, self.executor)
+        candidate = self.registry.add(self.work / done.key / "files" / done.result["bundle"])
+        if candidate == row.round.champion:
+            raise NotReachableError("a candidate must differ from the champion, got the same bundle")
+        return self._edge(row, "EVALUATE", now, "a fresh certificate", recalibrated=done.key, candidate=candidate)
+
+    def _evaluate(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        verdict = self.parts.evaluate(row.round)
+        name = verdict.fingerprint()
+        verdict.write(self.registry.root / "verdicts" / f"{name}.json")
+        if not verdict.promoted:
+            return self._edge(row, "HOLD", now, verdict.reason, verdict=name, clear=True)
+
+        def to_shadow(connection: Connection) -> None:
+            self._point(connection, "shadow", row.round.candidate, now)
+
+        return self._edge(row, "SHADOW", now, verdict.reason, verdict=name, shadow_since=now, move=to_shadow)
+
+    def _shadow(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        config, work = self.config, row.round
+        found = self.parts.compare(work, delta=config.rollback_delta)
+        if found.evidence.alarm:
+            return self._edge(row, "HOLD", now, _against(found), clear=True)
+        left = work.entered + config.shadow_seconds - now
+        if left > 0 or found.pairs < config.shadow_pairs:
+            return Step(row, moved=False, note=_short(found, left, config.shadow_pairs))
+        if not config.auto_promote and work.approved_by is None:
+            note = f"round {work.number} has a candidate, {work.candidate}, that the gate let through"
+            self._tell(
+                {f"approval/{work.number}": Alert(
+                    time=now, kind="approval", title="A candidate waits for approval", bundle=work.candidate or "",
+                    text=f"{note}; stage1 continual promote lets it answer",
+                )}
+            )  # fmt: skip
+            return Step(row, moved=False, note="waits for approval: stage1 continual promote")
+
+        def to_canary(connection: Connection) -> None:
+            self._point(connection, "canary", work.candidate, now, share=config.canary_share)
+
+        who = work.approved_by or "auto_promote"
+        return self._edge(row, "CANARY", now, f"approved by {who}", move=to_canary, facts=_facts(found))
+
+    def _canary(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        config = self.config
+        found = self.parts.compare(row.round, delta=config.rollback_delta)
+        if found.evidence.alarm:
+            return self._edge(row, "ROLLBACK", now, _against(found), clear=True, facts=_facts(found))
+        left = row.round.entered + config.canary_seconds - now
+        if left > 0 or found.pairs < config.canary_pairs:
+            return Step(row, moved=False, note=_short(found, left, config.canary_pairs))
+        return self._edge(row, "CHAMPION", now, "the canary lives", facts=_facts(found))
+
+    def _champion(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        work = row.round
+
+        def crown(connection: Connection) -> None:
+            self.registry.move(
+                connection,
+                "champion",
+                work.candidate,
+                expected=work.champion_version,
+                now=now,
+                by=f"round {work.number}",
+            )
+            self._clear(connection, now, f"round {work.number}")
+
+        try:
+            return self._edge(row, "MONITOR", now, "a new champion", memory={}, move=crown)
+        except LostRaceError as error:
+            if self.row().version != row.version:
+                raise
+            return self._edge(row, "HOLD", now, str(error), clear=True)
+
+    def _rolled_back(self, row: LoopRow, now: float, _manual: bool) -> Step:
+        # A candidate that goes leaves the champion what was seen of it; another champion is looked at afresh.
+        same = self.registry.alias("champion").version == row.round.champion_version
+        return self._edge(row, "MONITOR", now, "the old champion serves", memory=row.memory if same else {})
+
+    def _hold(self, row: LoopRow, now: float, manual: bool) -> Step:
+        left = row.round.entered + self.config.hold_seconds - now
+        if left > 0 and not manual:
+            return Step(row, moved=False, note=f"rests for {left:.0f} s: {row.round.note}")
+        return self._edge(row, "MONITOR", now, "rested")
+
+    _STEPS: Mapping[State, Callable[[Loop, LoopRow, float, bool], Step]] = {
+        "MONITOR": _monitor, "COLLECT": _collect, "PROPOSE": _propose, "SELECT": _select, "RECALIBRATE": _recalibrate,
+        "EVALUATE": _evaluate, "SHADOW": _shadow, "CANARY": _canary, "CHAMPION": _champion, "ROLLBACK": _rolled_back,
+        "HOLD": _hold,
+    }  # fmt: skip
+
+    # ---------------------------------------------------------------------------- edges
+
+    def finished(self, key: str) -> Work:
+        """A piece of work that an earlier state did.
+
+        Raises:
+            ArtifactError: its files were changed or removed.
+        """
+        found = find_work(self.work, key)
+        if found is None:
+            raise ArtifactError(
+                f"{self.work / key} must hold finished work as it was left; `continual run` cannot go on"
+            )
+        return found
+
+    def _edge(
+        self,
+        row: LoopRow,
+        to: State,
+        now: float,
+        why: str,
+        *,
+        work: Round | None = None,
+        memory: Mapping[str, Any] | None = None,
+        move: Callable[[Connection], None] | None = None,
+        clear: bool = False,
+        facts: Mapping[str, Any] | None = None,
+        news: Mapping[str, Alert] | None = None,
+        **changes: Any,
+    ) -> Step:
+        assert to in EDGES[row.state] or to == "ROLLBACK"
+        self._observe(f"{row.state} done")
+
+        def moves(connection: Connection) -> None:
+            if move is not None:
+                move(connection)
+            if clear:
+                self._clear(connection, now, f"round {row.round.number}")
+
+        body = {"from": row.state, "to": to, "why": why, **(facts or {})}
+        work = (work or row.round).model_copy(update={**changes, "entered": now, "note": why})
+        kept = row.memory if memory is None else memory
+        told = {**(news or {}), **_news(row.state, to, why, work, row.version + 1, now)}
+        after = self._write(
+            row, to, work, kept, now, "edge", {**body, "round": work.model_dump()}, move=moves, news=told
+        )
+        self._observe(f"{row.state} committed")
+        self.registry.sync()
+        return Step(after, moved=True, note=why)
+
+    def _write(
+        self,
+        row: LoopRow,
+        state: State,
+        work: Round,
+        memory: Mapping[str, Any],
+        now: float,
+        kind: str | None,
+        body: Mapping[str, Any],
+        *,
+        move: Callable[[Connection], None] | None = None,
+        news: Mapping[str, Alert] | None = None,
+    ) -> LoopRow:
+        """The one place that changes the row: only if it is still the one that was read."""
+        after = LoopRow(version=row.version + 1, state=state, time=now, round=work, memory=dict(memory))
+        with self.store.write() as connection:
+            self.store.serialise(connection)
+            changed = connection.execute(
+                update(_row).where(_row.c.id == 1, _row.c.version == row.version).values(_columns(after))
+            )
+            if changed.rowcount != 1:
+                raise LostRaceError(
+                    f"the loop must still be at version {row.version}: another process moved it meanwhile"
+                )
+            if move is not None:
+                move(connection)
+            if kind is not None:
+                audit.append(connection, self.store, kind, body, now)
+            outbox.post(connection, self.store, news or {})
+        return after
+
+    def _tell(self, news: Mapping[str, Alert]) -> None:
+        """Write down what is to be told and is seen again at every look, so that it needs no edge; once."""
+        new = outbox.unknown(self.store, news)
+        if new:
+            with self.store.write() as connection:
+                outbox.post(connection, self.store, new)
+
+    def _point(
+        self, connection: Connection, name: AliasName, bundle: str | None, now: float, *, share: float | None = None
+    ) -> None:
+        at = self.registry.alias(name, connection)
+        if at.bundle != bundle:
+            by = "loop"
+            self.registry.move(connection, name, bundle, expected=at.version, now=now, by=by, share=share)
+
+    def _clear(self, connection: Connection, now: float, by: str) -> None:
+        for name in _TRYING:
+            at = self.registry.alias(name, connection)
+            if at.bundle is not None:
+                self.registry.move(connection, name, None, expected=at.version, now=now, by=by)
+
+
+_TRYING: tuple[AliasName, ...] = ("shadow", "canary")
+# States in which a round waits for time, images or a person, or for work that may fail again and again.
+_WAITING: tuple[State, ...] = (
+    "COLLECT", "PROPOSE", "SELECT", "RECALIBRATE", "EVALUATE", "SHADOW", "CANARY", "HOLD",
+)  # fmt: skip
+
+
+def read_verdict(root: Path | str, fingerprint: str) -> Verdict:
+    """A verdict that the loop has written.
+
+    Raises:
+        ArtifactError: it is not there, or was changed.
+    """
+    verdict = Verdict.read(Path(root) / "verdicts" / f"{fingerprint}.json")
+    if verdict.fingerprint() != fingerprint:
+        raise ArtifactError(f"verdict {fingerprint[:12]} must be as it was written, got another; it was changed")
+    return verdict
+
+
+def _news(state: State, to: State, why: str, work: Round, version: int, now: float) -> dict[str, Alert]:
+    """What people should be told of an edge."""
+    if to == "COLLECT":
+        text = f"Round {work.number} begins: {why}."
+        alert = Alert(time=now, kind="train", title="A training is asked for", text=text, bundle=work.champion)
+    elif to == "ROLLBACK":
+        alert = Alert(time=now, kind="rollback", title="Rolled back", text=f"Round {work.number}: {why}.")
+    elif state == "CHAMPION" and to == "MONITOR":
+        text = f"Round {work.number}: the candidate is the champion now, for every photo."
+        alert = Alert(time=now, kind="champion", title="A new champion", text=text, bundle=work.candidate or "")
+    else:
+        return {}
+    return {f"{alert.kind}/{version}": alert}
+
+
+def _columns(row: LoopRow) -> dict[str, Any]:
+    return {"version": row.version, "state": row.state, "body": row.model_dump_json(), "time": row.time}
+
+
+def _facts(found: Compared) -> dict[str, Any]:
+    return {"pairs": found.pairs, "disagreements": found.disagreements, "evidence": found.evidence.value}
+
+
+def _against(found: Compared) -> str:
+    e = found.evidence
+    return (
+        f"the candidate was wrong in {e.n_wrong} of {e.n} audited disagreements, evidence {e.peak:.3g} reached "
+        f"{1 / e.delta:g}"
+    )
+
+
+def _short(found: Compared, left: float, pairs: int) -> str:
+    wait = f"{left:.0f} s" if left > 0 else ""
+    more = f"{pairs - found.pairs} more images" if found.pairs < pairs else ""
+    return f"waits for {' and '.join(filter(None, (wait, more)))}; {found.disagreements} disagreements so far"

@@ -1,0 +1,587 @@
+"""The promotion gate: a candidate replaces the champion only where every test says so, and most often it does not.
+
+In this order: what was measured of the bundle (latency, size, parity), a certificate of the candidate's own at the same
+limits, non-inferiority on the anchor (the domain that must not be forgotten) overall, by slice and in every class's
+FNR, jointly by Holm, by p-values that hold for any number of clusters; and, only when all of that holds, one counted
+look at the guard: the lower bound of the paired reward difference, by resampled clusters, must be above zero, and a
+test by betting that holds for any number of clusters of any size must say so too of their means (five lucky rows would
+pass the bootstrap).
+"No promotion" is a result like any other.
+
+NumPy only; it judges decisions that were made elsewhere. Nothing that proposes candidates may import this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from stage1_pro import _native
+from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, Verified, earned
+from stage1_pro.continual.ledger.guard import GuardVault, Look
+from stage1_pro.errors import InputError
+from stage1_pro.policies.bounds import betting_p_value, binomial_cdf, holm
+from stage1_pro.policies.gate import GateParams
+from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.sets import ScrcParams
+from stage1_pro.policies.softmax import Thresholds
+from stage1_pro.record import Record
+
+# Resamples drawn at once.
+_CHUNK = 500
+# Share of rows on which two sides are taken to differ, before any was seen.
+_DIFFER = 0.2
+
+
+class Terms(Record):
+    """What is asked of a candidate. Margins are of the mean reward and of shares; they are fixed before any look."""
+
+    margin: float = Field(0.05, gt=0, description="largest loss of mean reward on the anchor")
+    slice_margin: float = Field(0.1, gt=0, description="the same in any slice of it")
+    fnr_margin: float = Field(0.02, gt=0, description="largest rise of any class's share answered as another")
+    least_slice: int | None = Field(
+        None,
+        ge=1,
+        description="clusters that a slice must have to be tested for no loss; null: as many as could pass. "
+        "A smaller one refuses only where it shows a loss",
+    )
+    anchor_level: float = Field(0.05, gt=0, lt=1, description="of all tests on the anchor together, by Holm")
+    require_certificate: bool = True
+    n_replicates: int = Field(4000, ge=1000)
+    seed: int = Field(0, ge=0)
+
+
+class Measured(Record):
+    """A figure of the candidate's bundle and its limit; passes at or below it. Null was not measured, and fails."""
+
+    name: str
+    value: float | None
+    limit: float
+    bound: float | None = Field(None, description="upper end of the value's interval: held against the limit for it")
+    n: int = Field(0, description="rows that it was measured on")
+    note: str = Field("", description="its unit, or why there is no value and what to do")
+
+
+class GateTest(Record):
+    """One test of a verdict: what was estimated from how many units, its bound, and what it had to keep."""
+
+    name: str
+    passed: bool
+    n: int = Field(0, description="independent units")
+    unit: Literal["clusters", "", "groups", "rows"] = ""
+    n_differ: int | None = Field(None, description="rows on which the two sides do not do the same")
+    estimate: float | None = None
+    bound: float | None = Field(None, description="one-sided, at the test's own level")
+    p_value: float | None = None
+    limit: float | None = Field(None, description="what estimate and bound are held against")
+    level: float | None = None
+    method: str = ""
+    note: str = ""
+
+
+class Verdict(Record):
+    """``verdict.json``: whether a candidate replaces the champion, with every test that said so or not."""
+
+    format_version: Literal[1] = 1
+    promoted: bool
+    reason: str
+    champion: str
+    candidate: str
+    epoch: str = Field(description="of the guard")
+    look: int | None = Field(description="number of this look at the guard; null when none was taken")
+    looks: int | None = Field(description="how many the epoch has")
+    earlier_promotions: int | None = Field(
+        description="in this epoch before this look; after the first, the promise is for candidates that did not "
+        "depend on it"
+    )
+    time: float = Field(description="seconds since 1970; of the look where one was taken, so that a repeat is the same")
+    spec: RewardSpec
+    terms: Terms
+    tests: list[GateTest]
+
+    def test(self, name: str) -> GateTest:
+        """The test of that name."""
+        return next(test for test in self.tests if test.name == name)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Champion or candidate: its name (a hash), its decisions on guard and anchor rows, the policy that made them.
+
+    ``fingerprint`` is of the model; its certificate must be of that one.
+    """
+
+    name: str
+    guard: Decisions
+    anchor: Decisions
+    policy: Policy | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Labelled rows of what must not be forgotten: truth [N], clusters [N], and slices by name, each a mask [N].
+
+    ``origin`` is what the model that first learned them decided there: with it every candidate is held against that
+    one. Held against the champion of the day alone, each round could lose the margin anew.
+    """
+
+    truth: Verified
+    clusters: NDArray[np.str_]
+    slices: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    origin: Decisions | None = None
+
+
+def evaluate(
+    vault: GuardVault,
+    epoch: str,
+    champion: Side,
+    candidate: Side,
+    anchor: Anchor,
+    *,
+    spec: RewardSpec,
+    now: float,
+    terms: Terms | None = None,
+    measured: Sequence[Measured] = (),
+) -> Verdict:
+    """Judge a candidate; takes one look at the guard, and only when everything else speaks for it.
+
+    The same evidence again, after a crash, gives the same verdict and takes no second look.
+
+    Args:
+        vault: of the store that holds the guard.
+        epoch: which guard.
+        champion: what serves now.
+        candidate: what would replace it.
+        anchor: rows of what must not be forgotten; its classes are the guard's.
+        spec: what decisions earn.
+        now: seconds since 1970.
+        terms: what is asked.
+        measured: figures of the candidate's bundle, each with its limit.
+
+    Raises:
+        LooksSpentError: the guard epoch has no look left.
+        InputError: decisions of other rows, or guard rows that differ and have no label (no look is taken then).
+    """
+    terms = terms or Terms()
+    tests = [_held(one) for one in measured]
+    if terms.require_certificate:
+        tests.append(check_certificate(champion.policy, candidate.policy, candidate.fingerprint))
+    tests += judge_anchor(anchor, anchor.origin or champion.anchor, candidate.anchor, spec, terms)
+    failed = [test.name for test in tests if not test.passed]
+    look: Look | None = None
+    if failed:
+        tests.append(_unseen(failed[0]))
+    else:
+        asked = RewardSpec.fingerprint(spec) + terms.fingerprint()
+        look, test = vault.judge(
+            epoch, champion.guard, candidate.guard,
+            partial(_test_guard, champion=champion.guard, candidate=candidate.guard, spec=spec, terms=terms),
+            terms=asked, name=candidate.name, classes=anchor.truth.classes, positive=anchor.truth.positive, now=now,
+        )  # fmt: skip
+        tests.append(test)
+        failed = [] if test.passed else [test.name]
+        vault.close(look, promoted=not failed)
+    return _verdict(champion.name, candidate.name, epoch, tests, failed, look, spec=spec, terms=terms, now=now)
+
+
+def refuse(
+    champion: str,
+    candidate: str,
+    epoch: str,
+    measured: Sequence[Measured],
+    *,
+    spec: RewardSpec,
+    now: float,
+    terms: Terms | None = None,
+) -> Verdict | None:
+    """The verdict on a candidate whose bundle fails what was measured of it, without a decision of it; else None.
+
+    A bundle that does not give its own reference outputs is not run on anything.
+
+    Args:
+        champion: name of what serves.
+        candidate: name of what would replace it.
+        epoch: the guard that is not looked at.
+        measured: as ``evaluate`` takes it, and so the rest.
+        spec: what decisions earn.
+        now: seconds since 1970.
+        terms: what is asked.
+    """
+    tests = [_held(one) for one in measured]
+    failed = [test.name for test in tests if not test.passed]
+    if not failed:
+        return None
+    tests.append(_unseen(failed[0]))
+    return _verdict(champion, candidate, epoch, tests, failed, None, spec=spec, terms=terms or Terms(), now=now)
+
+
+def _unseen(failed: str) -> GateTest:
+    note = f"not looked at, no look was taken: {failed} failed before"
+    return GateTest(name="guard reward", passed=False, note=note)
+
+
+def _verdict(
+    champion: str,
+    candidate: str,
+    epoch: str,
+    tests: list[GateTest],
+    failed: Sequence[str],
+    look: Look | None,
+    *,
+    spec: RewardSpec,
+    terms: Terms,
+    now: float,
+) -> Verdict:
+    return Verdict(
+        promoted=not failed,
+        reason="every test passed" if not failed else f"no promotion: {', '.join(failed)}",
+        champion=champion,
+        candidate=candidate,
+        epoch=epoch,
+        look=None if look is None else look.number,
+        looks=None if look is None else look.of,
+        earlier_promotions=None if look is None else look.earlier_promotions,
+        time=now if look is None else look.time,
+        spec=spec,
+        terms=terms,
+        tests=tests,
+    )
+
+
+def lower_bound(
+    differences: ArrayLike, clusters: ArrayLike | None = None, *, level: float, n_replicates: int = 4000, seed: int = 0
+) -> float:
+    """Lower bound of a mean paired difference at ``1 - level``, one-sided: a quantile over resampled clusters.
+
+    Args:
+        differences: [N] candidate minus champion.
+        clusters: [N] the independent unit of every row; None = every row is one.
+        level: inside (0, 1).
+        n_replicates: resamples, enough for the level.
+        seed: of the resamples.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    return _low(_replicates(values, clusters, n_replicates, seed), level)
+
+
+def _test_guard(
+    look: Look,
+    truth: Verified,
+    differ: NDArray[np.bool_],
+    clusters: NDArray[np.str_],
+    *,
+    champion: Decisions,
+    candidate: Decisions,
+    spec: RewardSpec,
+    terms: Terms,
+) -> tuple[Look, GateTest]:
+    """Does the candidate earn more? ``truth`` is of the rows that differ; the others earn the same."""
+
+    def of(side: Decisions) -> NDArray[np.float64]:
+        return earned(spec, truth, Decisions(side.answers[differ], side.deferred[differ]))
+
+    difference = np.zeros(differ.size)
+    difference[differ] = of(candidate) - of(champion)
+    bound = lower_bound(difference, clusters, level=look.level, n_replicates=terms.n_replicates, seed=terms.seed)
+    p = _betting_on_means(difference, clusters, _reach(spec), look.level, terms.seed)
+    return look, GateTest(
+        name="guard reward",
+        passed=bound > 0 and p <= look.level,
+        n=np.unique(clusters).size,
+        unit="clusters",
+        n_differ=int(differ.sum()),
+        estimate=float(difference.mean()),
+        bound=bound,
+        p_value=p,
+        limit=0.0,
+        level=look.level,
+        method="bound: cluster bootstrap of rows, percentile; p-value: betting on clusters' means, exact",
+        note=f"look {look.number} of {look.of}"
+        + (f", {look.earlier_promotions} promoted before in this epoch" if look.earlier_promotions else ""),
+    )
+
+
+def _betting(
+    difference: NDArray[np.float64],
+    clusters: NDArray[np.str_],
+    reach: float,
+    level: float,
+    seed: int,
+    *,
+    margin: float = 0.0,
+) -> float:
+    """p-value of "the rows' mean difference is at most -margin", for any number of clusters, of these sizes.
+
+    No row's difference is beyond ``reach``; ``level`` is what the bets aim at. They begin with the spread of rows of
+    which one in five differs, by half its reach: fixed beforehand, as what is drawn may not say how much is bet on it.
+    Clusters larger than any that was drawn are ruled out by nothing.
+    """
+    number = _native.cluster_numbers(clusters, difference.size)
+    rows = np.bincount(number).astype(np.float64)
+    return _bet(np.bincount(number, difference).astype(np.float64), rows, reach, level, seed, margin)
+
+
+def _betting_on_means(
+    difference: NDArray[np.float64], clusters: NDArray[np.str_], reach: float, level: float, seed: int
+) -> float:
+    """p-value of "the mean over clusters of their mean differences is at most 0"; whatever sizes clusters may have.
+
+    What a place gains or loses counts once, however often it was seen, as in a certificate by groups.
+    """
+    number = _native.cluster_numbers(clusters, difference.size)
+    means = np.bincount(number, difference) / np.bincount(number)
+    return _bet(means, np.ones(means.size), reach, level, seed)
+
+
+def _bet(
+    sums: NDArray[np.float64], rows: NDArray[np.float64], reach: float, level: float, seed: int, margin: float = 0.0
+) -> float:
+    """p-value of "E[sum] <= -margin E[rows]" of clusters [G] whose sums are within ``reach`` a row."""
+    if reach <= margin:
+        return 0.0 if margin else 1.0
+    most = float(rows.max())
+    # Their order must not depend on what they hold; numbers are of sorted names.
+    order = np.random.Generator(np.random.Philox(seed)).permutation(rows.size)
+    losses = np.clip((reach * rows - sums) / (2 * reach * most), 0.0, 1.0)
+    alpha = (reach + margin) / (2 * reach)
+    # In units of twice the reach and of the largest cluster.
+    variance = _DIFFER * float(rows.mean()) / (4 * most) ** 2
+    # A cluster's v is at most its a.
+    return betting_p_value(
+        losses[order], alpha, level, weights=(rows / most)[order], variance=variance, worst=1 - alpha
+    )
+
+
+def _reach(spec: RewardSpec) -> float:
+    """How much the rewards of two decisions on one row can differ at most."""
+    answers = [spec.right, -spec.k_fp, -spec.k_fn]
+    blind = spec.guess - spec.abstain_cost
+    return max(*answers, blind) - (min(*answers, blind) - spec.defer_cost)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One question to the anchor: differences of its rows, higher is better, the loss allowed, what a row can lose."""
+
+    name: str
+    difference: NDArray[np.float64]
+    clusters: NDArray[np.str_]
+    margin: float
+    reach: float
+    n_differ: int
+    sign: float = 1.0
+
+    @property
+    def n(self) -> int:
+        return int(np.unique(self.clusters).size)
+
+    def share(self) -> float:
+        """The smallest share of clusters that must lose something where the margin is lost; the largest lose most."""
+        rows = np.bincount(_native.cluster_numbers(self.clusters, self.difference.size))
+        return float(self.margin * rows.mean() / (self.reach * rows.max())) if self.reach else 1.0
+
+    def p_value(self, level: float, seed: int) -> float:
+        """Of "a loss of the margin or more", exact for any number of clusters of the sizes seen."""
+        share = self.share()
+        if self.margin >= self.reach:
+            return 0.0
+        losing = np.unique(self.clusters[self.difference < 0]).size
+        counted = float(binomial_cdf(np.array([float(losing)]), np.array([float(self.n)]), share)[0])
+        bet = _betting(self.difference, self.clusters, self.reach, level / 2, seed, margin=self.margin)
+        return min(1.0, 2 * min(counted, bet))
+
+
+def _enough(share: float, level: float) -> int:
+    """How many clusters pass where none of them loses and each of a share of them might have."""
+    return math.ceil(math.log(level / 2) / math.log1p(-share)) if 0 < share < 1 else 1
+
+
+def judge_anchor(
+    anchor: Anchor, reference: Decisions, candidate: Decisions, spec: RewardSpec, terms: Terms
+) -> list[GateTest]:
+    """Non-inferiority on the anchor: mean reward overall and by slice, and the share of every class that is missed.
+
+    Each is the test of "worse by the margin or more"; all pass together by Holm. A p-value is twice the smaller of two
+    that hold for any number of clusters: the chance that so few of them lose anything, and that of a bet against the
+    loss, which also counts what others gain. A bootstrap knows nothing of losses that its rows do not show: at the
+    margin it passed 10% of draws of 1000 rows at level 5%, and 34% where large clusters lose (benchmarks/README). Its
+    bound is shown beside them for what it tells.
+
+    A slice with fewer clusters than ``least_slice`` could never pass, and would stop every candidate unheard. It is not
+    asked to show that nothing was lost; it refuses where it shows, by a bet, that the margin was.
+
+    Raises:
+        InputError: decisions of other rows, or a slice without rows.
+    """
+    truth = anchor.truth
+    n = truth.labels.size
+    difference = earned(spec, truth, candidate) - earned(spec, truth, reference)
+    differ = reference.differ(candidate)
+
+    def missed(side: Decisions) -> NDArray[np.float64]:
+        wrong: NDArray[np.bool_] = (side.answers != truth.labels) & (side.answers != NOBODY)
+        return wrong.astype(np.float64)
+
+    def ask(
+        name: str, values: NDArray[np.float64], mask: NDArray[np.bool_], margin: float, reach: float, sign: float = 1.0
+    ) -> _Asked:
+        if mask.shape != (n,) or not mask.any():
+            raise InputError(f"anchor must have rows for each test, got none for '{name}'; add rows or drop the slice")
+        n_differ = int((differ & mask).sum())
+        return _Asked(name, values[mask], anchor.clusters[mask], margin, reach, n_differ, sign)
+
+    reach = _reach(spec)
+    slices = [
+        ask(f"anchor reward, slice {k}", difference, mask, terms.slice_margin, reach)
+        for k, mask in sorted(anchor.slices.items())
+    ]
+    rise = missed(candidate) - missed(reference)
+    classes = [
+        ask(f"anchor FNR of {name}", -rise, truth.labels == k, terms.fnr_margin, 1.0, -1.0)
+        for k, name in enumerate(truth.classes)
+    ]
+    whole = ask("anchor reward", difference, np.ones(n, dtype=bool), terms.margin, reach)
+    level, most = terms.anchor_level, 1 + len(slices) + len(classes)
+    least = {one.name: terms.least_slice or _enough(one.share(), level / most) for one in slices}
+    small = [one for one in slices if one.n < least[one.name]]
+    asked = [whole, *(one for one in slices if one not in small), *classes]
+    p_values = np.array([one.p_value(level / len(asked), terms.seed) for one in asked])
+    found = [
+        _keeps(one, float(p), len(asked), terms, passed=bool(passed))
+        for one, p, passed in zip(asked, p_values, holm(p_values, level), strict=True)
+    ]
+    return found + [_shows_no_loss(one, least[one.name], len(small), terms) for one in small]
+
+
+def _keeps(one: _Asked, p: float, number: int, terms: Terms, *, passed: bool) -> GateTest:
+    # Holm's last step asks for the whole level, its first for this share of it.
+    enough = _enough(one.share(), terms.anchor_level / number)
+    note = "" if passed or one.n >= enough else (
+        f"too few clusters to rule a loss of {one.margin:g} out, whatever they show: {enough} would do"
+    )  # fmt: skip
+    return GateTest(
+        name=one.name, passed=passed, n=one.n, unit="clusters", n_differ=one.n_differ,
+        estimate=one.sign * float(one.difference.mean()), bound=one.sign * _bound(one, terms), p_value=p,
+        limit=-one.sign * one.margin, level=terms.anchor_level, note=note,
+        method=f"p-value: losing clusters counted, or a bet; Holm over {number}; bound: cluster bootstrap",
+    )  # fmt: skip
+
+
+def _shows_no_loss(one: _Asked, least: int, number: int, terms: Terms) -> GateTest:
+    """A slice too small to rule the margin out: does it show that more was lost?"""
+    level = terms.anchor_level / number
+    p = _betting(-one.difference - one.margin, one.clusters, one.reach + one.margin, level, terms.seed)
+    return GateTest(
+        name=one.name, passed=p > level, n=one.n, unit="clusters", n_differ=one.n_differ,
+        estimate=float(one.difference.mean()), bound=_bound(one, terms), p_value=p, limit=-one.margin, level=level,
+        note=f"too small to rule a loss of {one.margin:g} out ({least} clusters would do): refuses what it shows alone",
+        method=f"p-value of no such loss: betting, exact; Bonferroni over {number}; bound: cluster bootstrap",
+    )  # fmt: skip
+
+
+def _bound(one: _Asked, terms: Terms) -> float:
+    return lower_bound(
+        one.difference, one.clusters, level=terms.anchor_level, n_replicates=terms.n_replicates, seed=terms.seed
+    )
+
+
+def check_certificate(champion: Policy | None, candidate: Policy | None, fingerprint: str | None) -> GateTest:
+    """Does the candidate hold a certificate of its own that promises no less than the champion's?
+
+    Args:
+        champion: policy that serves now; None or one without a guarantee promises nothing to keep.
+        candidate: policy calibrated on the candidate; None where that was refused.
+        fingerprint: of the candidate's model.
+    """
+    problem = ""
+    if candidate is None:
+        problem = "the candidate has no policy: calibration was refused or not run"
+    elif candidate.guarantee == "none":
+        problem = "the candidate's policy promises nothing"
+    elif candidate.model_fingerprint is None or candidate.model_fingerprint != fingerprint:
+        problem = "the candidate's policy was certified for another model; calibrate again"
+    elif champion is not None and champion.guarantee != "none":
+        asked, given = _promises(champion), _promises(candidate)
+        for name, (value, sign) in asked.items():
+            if name not in given:
+                problem = f"the candidate does not promise {name}, the champion does ({value:g})"
+            elif sign * given[name][0] > sign * value:
+                problem = f"the candidate promises {name} {given[name][0]:g}, the champion {value:g}"
+        half = "val_calib.certify"
+        shared = half in champion.split_hashes and champion.split_hashes[half] == candidate.split_hashes.get(half)
+        if not problem and shared and _claims(candidate) < 2:
+            problem = (
+                "the candidate was certified on the rows that certified the champion with delta undivided: they served "
+                "their one claim; certify on fresh rows, or declare claims before the first"
+            )
+    limits = {} if candidate is None else _promises(candidate)
+    note = problem or "; ".join(f"{name} {value:g}" for name, (value, _) in limits.items())
+    certificate = None if candidate is None or isinstance(candidate, ScrcParams) else candidate.certificate
+    n = certificate.n if certificate is not None else candidate.n if isinstance(candidate, ScrcParams) else 0
+    return GateTest(name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file")
+
+
+def _promises(policy: Policy) -> dict[str, tuple[float, int]]:
+    """What a policy promises: value by name, and 1 where smaller is better, -1 where larger is."""
+    if isinstance(policy, ScrcParams):
+        return {"risk among the accepted": (policy.alpha, 1), "share accepted": (policy.xi, -1),
+                "delta": (math.fsum(policy.delta), 1)}  # fmt: skip
+    found: dict[str, tuple[float, int]] = {}
+    if isinstance(policy, Thresholds):
+        found["FNR on exits"] = (policy.target_fnr, 1)
+    elif isinstance(policy, GateParams):
+        limits = policy.constraints
+        found |= {"exit error": (limits.max_exit_error, 1), "exit rate": (limits.min_coverage, -1)}
+        if limits.target_fnr_exit is not None:
+            found["FNR on exits"] = (limits.target_fnr_exit, 1)
+    if policy.certificate is not None:
+        found["delta"] = (policy.certificate.delta, 1)
+    return found
+
+
+def _claims(policy: Policy) -> int:
+    if isinstance(policy, ScrcParams):
+        return policy.claims
+    return 1 if policy.certificate is None else policy.certificate.claims
+
+
+def _held(one: Measured) -> GateTest:
+    if one.value is None:
+        note = f"not measured: {one.note}" if one.note else "not measured"
+        return GateTest(name=one.name, passed=False, limit=one.limit, note=note, method="measured")
+    held = one.value if one.bound is None else one.bound
+    return GateTest(
+        name=one.name, passed=held <= one.limit, n=one.n, unit="rows" if one.n else "", estimate=one.value,
+        bound=one.bound, limit=one.limit, note=one.note, method="measured",
+    )  # fmt: skip
+
+
+def _replicates(
+    values: NDArray[np.float64], clusters: ArrayLike | None, n_replicates: int, seed: int
+) -> NDArray[np.float64]:
+    """Means [B] of values [N] over resampled clusters."""
+    number = np.arange(values.size) if clusters is None else _native.cluster_numbers(clusters, values.size)
+    sums, rows = np.bincount(number, values), np.bincount(number)
+    parts = []
+    for first in range(0, n_replicates, _CHUNK):
+        count = min(_CHUNK, n_replicates - first)
+        times = _native.resample_counts([rows.size], count, first=first, seed=seed).astype(np.float64)
+        parts.append((times @ sums) / (times @ rows))
+    return np.concatenate(parts)
+
+
+def _low(replicates: NDArray[np.float64], level: float) -> float:
+    """The level's quantile of resamples, from below."""
+    place = math.floor(level * (replicates.size + 1)) - 1
+    if place < 0:
+        few = replicates.size
+        raise InputError(f"n_replicates must be {math.ceil(1 / level)} or more for level {level:g}, got {few}")
+    return float(np.sort(replicates)[place])

@@ -1,0 +1,297 @@
+"""Which bundle serves: bundles under their hash, aliases that one of several writers moves, a file that others follow.
+
+The database is what is true; ``champion.json`` follows it, written under a lock from what the database says then, so
+that whatever order writers come in, the last file is the last state. Who serves reads that file alone (``live``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select
+
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.labels import append_only, insert
+from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.serving.live import BUNDLES, POINTER, Pointer, load_content
+from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
+from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.files import atomic_directory, sha256_file, write_bytes
+from stage1_pro.record import Record
+
+AliasName = Literal["champion", "shadow", "canary"]
+
+_aliases = Table(
+    "aliases",
+    metadata,
+    Column("name", String(10), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("bundle", String(64)),
+    Column("parent", Integer),
+    Column("share", Double),
+    Column("time", Double, nullable=False),
+    Column("by", Text, nullable=False),
+)
+_thresholds = Table(
+    "thresholds",
+    metadata,
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("bundle", String(64), nullable=False),
+    Column("threshold", Double, nullable=False),
+    Column("time", Double, nullable=False),
+)
+_audit_rates = Table(
+    "audit_rates",
+    metadata,
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("rate", Double),
+    Column("time", Double, nullable=False),
+)
+append_only(_aliases, ignores=True)
+append_only(_thresholds)
+append_only(_audit_rates)
+
+
+class LostRaceError(NotReachableError):
+    """Somebody else moved the alias meanwhile; nothing was changed."""
+
+
+class Alias(Record):
+    """Where an alias points; version 0 was never set."""
+
+    name: AliasName
+    version: int = Field(ge=0)
+    bundle: str | None
+    parent: int | None = Field(None, description="version that a rollback goes back to")
+    share: float | None = Field(None, description="of images, for canary")
+    time: float = 0.0
+    by: str = ""
+
+
+class Registry:
+    """Bundles and aliases of one folder and one store.
+
+    Args:
+        root: folder for bundles and ``champion.json``.
+        store: where aliases are.
+    """
+
+    def __init__(self, root: Path | str, store: Store) -> None:
+        self.root, self.store = Path(root), store
+        (self.root / BUNDLES).mkdir(parents=True, exist_ok=True)
+
+    # ---------------------------------------------------------------------------- bundles
+
+    def add(self, folder: Path | str) -> str:
+        """Take in a bundle, verified before and after it is copied; give the sha256 of its ``bundle.json``.
+
+        A bundle that is there stays as it is: equal hashes are equal files.
+
+        Raises:
+            ArtifactError: it is damaged, or the one that is there is.
+        """
+        source = load_bundle(folder)
+        name = sha256_file(source.path / MANIFEST)
+        target = self.root / BUNDLES / name
+        with self._locked():
+            if not target.is_dir():
+                with atomic_directory(target) as staging:
+                    shutil.copytree(source.path, staging, dirs_exist_ok=True)
+                    load_bundle(staging)
+        self.load(name)
+        return name
+
+    def path(self, sha256: str) -> Path:
+        """The folder of a bundle, there or not."""
+        return self.root / BUNDLES / sha256
+
+    def load(self, sha256: str) -> Bundle:
+        """A bundle by its hash, verified.
+
+        Raises:
+            InputError: no such bundle.
+            ArtifactError: it is damaged, or another one.
+        """
+        return load_content(self.root, sha256)
+
+    def bundles(self) -> list[str]:
+        """Hashes of all that are there."""
+        return sorted(path.name for path in (self.root / BUNDLES).iterdir() if not path.name.startswith("."))
+
+    # ---------------------------------------------------------------------------- aliases
+
+    def alias(self, name: AliasName, connection: Connection | None = None) -> Alias:
+        """Where an alias points now, or within a transaction."""
+        if connection is None:
+            with self.store.read() as opened:
+                return self._alias(opened, name)
+        return self._alias(connection, name)
+
+    def history(self, name: AliasName) -> list[Alias]:
+        """Everything that an alias pointed at, the first one first."""
+        with self.store.read() as connection:
+            query = select(_aliases).where(_aliases.c.name == name).order_by(_aliases.c.version)
+            return [Alias(**row) for row in connection.execute(query).mappings()]
+
+    def move(
+        self,
+        connection: Connection,
+        name: AliasName,
+        bundle: str | None,
+        *,
+        expected: int,
+        now: float,
+        by: str,
+        share: float | None = None,
+        parent: int | None = None,
+    ) -> Alias:
+        """Point an alias elsewhere within a transaction of the store, if it is still at version ``expected``.
+
+        Compare-and-swap: of writers that expect one version one adds the next, whatever the database's isolation.
+        Call ``sync`` when the transaction is over. ``parent`` is ``expected`` by default.
+
+        Raises:
+            LostRaceError: it is not; leave the transaction, so that nothing of it stays.
+        """
+        if bundle is not None and not (self.path(bundle) / MANIFEST).is_file():
+            raise InputError(f"bundle must be one of the registry, got {bundle[:12]}; add it first")
+        row = {
+            "name": name, "version": expected + 1, "bundle": bundle, "share": share, "time": now, "by": by,
+            "parent": parent if parent is not None else expected or None,
+        }  # fmt: skip
+        current = self._alias(connection, name).version
+        statement = insert(self.store, _aliases).on_conflict_do_nothing().returning(_aliases.c.version)
+        if current != expected or not connection.execute(statement, [row]).all():
+            raise LostRaceError(
+                f"{name} must still be at version {expected}, got {max(current, expected + 1)}: somebody else moved it "
+                "meanwhile; look again"
+            )
+        return Alias(**row)
+
+    def promote(self, bundle: str, *, expected: int, now: float, by: str) -> Pointer:
+        """Make a bundle the champion, with a row in the audit, and have those who serve follow.
+
+        Raises:
+            LostRaceError: the champion is not at version ``expected`` any more.
+        """
+        with self.store.write() as connection:
+            alias = self.move(connection, "champion", bundle, expected=expected, now=now, by=by)
+            audit.append(connection, self.store, "champion", alias.model_dump(), now)
+        return self.sync()
+
+    def rollback(self, connection: Connection, *, now: float, by: str, to: str | None = None) -> Alias:
+        """Point champion back within a transaction: at what it was before, or at an earlier one named ``to``.
+
+        Rolling back twice goes back two steps. Take-over by those who serve is with ``sync``.
+
+        Raises:
+            InputError: there was none before, or ``to`` never was champion.
+        """
+        current = self._alias(connection, "champion")
+        query = select(_aliases).where(_aliases.c.name == "champion", _aliases.c.version < current.version)
+        if to is None:
+            query = query.where(_aliases.c.version == (current.parent or 0))
+        else:
+            query = query.where(_aliases.c.bundle == to)
+        row = connection.execute(query.order_by(_aliases.c.version.desc()).limit(1)).mappings().first()
+        if row is None or row["bundle"] is None:
+            raise InputError(
+                f"champion must have been {'something' if to is None else to[:12]} before, got version "
+                f"{current.version} without one; `stage1 continual status` shows the history"
+            )
+        # The first one has no parent of its own; 0 is before it.
+        return self.move(
+            connection, "champion", row["bundle"], expected=current.version, now=now, by=by, parent=row["parent"] or 0
+        )
+
+    def tighten(self, connection: Connection, bundle: str, threshold: float, *, now: float) -> None:
+        """Have a bundle exit at this threshold while it is above its policy's own, from the next ``sync`` on."""
+        self.store.serialise(connection)
+        row = {"version": _newest(connection, _thresholds) + 1, "bundle": bundle, "threshold": threshold, "time": now}
+        connection.execute(_thresholds.insert(), row)
+
+    def audit_at(self, connection: Connection, rate: float | None, *, now: float) -> None:
+        """Have every event of whatever serves reviewed with at least this chance, from the next ``sync`` on.
+
+        None leaves it to the plan. It is no bundle's own: what changed are the photos that come.
+        """
+        self.store.serialise(connection)
+        row = {"version": _newest(connection, _audit_rates) + 1, "rate": rate, "time": now}
+        connection.execute(_audit_rates.insert(), row)
+
+    def audit_rate(self) -> float | None:
+        """The least chance of review that is in force; None where it is the plan's."""
+        with self.store.read() as connection:
+            return _audit_rate(connection)
+
+    def sync(self) -> Pointer:
+        """Write ``champion.json`` as the database says; after every transaction that moved anything, and on a start.
+
+        Raises:
+            InputError: there is no champion yet.
+        """
+        with self._locked():
+            with self.store.read() as connection:
+                pointer = self._pointer(connection)
+            data = (pointer.model_dump_json(indent=2) + "\n").encode()
+            path = self.root / POINTER
+            if not path.is_file() or path.read_bytes() != data:
+                write_bytes(path, data)
+        return pointer
+
+    def _pointer(self, connection: Connection) -> Pointer:
+        champion, shadow, canary = (self._alias(connection, name) for name in ("champion", "shadow", "canary"))
+        if champion.bundle is None:
+            raise InputError("champion must be set, got none; `stage1 continual init --bundle` sets the first")
+        mine = select(_thresholds.c.threshold).where(_thresholds.c.bundle == champion.bundle)
+        previous = connection.execute(
+            select(_aliases.c.bundle).where(_aliases.c.name == "champion", _aliases.c.version == (champion.parent or 0))
+        ).scalar()
+        return Pointer(
+            serial=champion.version
+            + shadow.version
+            + canary.version
+            + _newest(connection, _thresholds)
+            + _newest(connection, _audit_rates),
+            champion=champion.bundle,
+            version=champion.version,
+            previous=previous,
+            threshold=connection.execute(mine.order_by(_thresholds.c.version.desc()).limit(1)).scalar(),
+            audit_rate=_audit_rate(connection),
+            shadow=shadow.bundle,
+            canary=canary.bundle,
+            canary_share=canary.share or 0.0,
+        )
+
+    @staticmethod
+    def _alias(connection: Connection, name: AliasName) -> Alias:
+        query = select(_aliases).where(_aliases.c.name == name).order_by(_aliases.c.version.desc()).limit(1)
+        row = connection.execute(query).mappings().first()
+        return Alias(name=name, version=0, bundle=None) if row is None else Alias(**row)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+
+def _newest(connection: Connection, table: Table) -> int:
+    """The last version in a table; 0 in an empty one."""
+    version = table.c.version
+    return connection.execute(select(version).order_by(version.desc()).limit(1)).scalar() or 0
+
+
+def _audit_rate(connection: Connection) -> float | None:
+    query = select(_audit_rates.c.rate).order_by(_audit_rates.c.version.desc()).limit(1)
+    return connection.execute(query).scalar()

@@ -1,0 +1,116 @@
+"""A world to simulate the loop in: real photos, cut into a past that a model learns from and a stream that is served.
+
+The unit is the photo: near-copies of one place lie on both sides, as they do for a camera that passes the same places
+every day. What holds here holds for this stream, and says nothing of new places.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from stage1_pro.continual.serving.events import uniform
+from stage1_pro.data.protocols import ProtocolName, challenge
+from stage1_pro.data.splits import Row, Splits, hash_splits, make_splits
+from stage1_pro.errors import InputError
+from stage1_pro.words import HALVES, SPLITS, SplitName
+
+# Of the past. Certificates are what the loop lives on, and half of val_select is the gate's anchor.
+_SHARES: dict[SplitName, float] = {"train": 0.4, "val_select": 0.35, "val_calib": 0.22, "val_test": 0.03}
+# Photos for judging afterwards are changed by other draws than those of the stream.
+_JUDGED = 1 << 31
+
+
+class World:
+    """Photos of a labelled folder: of the past, of a stream that changes on one day, and some to judge by afterwards.
+
+    Args:
+        data: CSV or folder as ``make_splits`` takes it.
+        positive: name of the positive class; found where it can be.
+        past_share: of the photos that belong to the past.
+        judged: how many are never served, but judge what came of it.
+        protocol: of ``data.protocols``: what is done to photos once the world has shifted.
+        level: of it.
+        seed: of all that is drawn.
+
+    Raises:
+        InputError: labels that cannot be used, or a class without photos on a side.
+    """
+
+    def __init__(
+        self,
+        data: Path | str,
+        *,
+        positive: str | None = None,
+        past_share: float = 0.3,
+        judged: int = 300,
+        protocol: ProtocolName = "letterbox224",
+        level: int = 3,
+        seed: int = 0,
+    ) -> None:
+        self.protocol, self.level, self.seed = protocol, level, seed
+        found, _ = make_splits(data, positive=positive, max_component=1.0)
+        contents: dict[str, Row] = {}
+        for row in found.rows:
+            contents.setdefault(row.sha256, row)
+        rows = sorted(contents.values(), key=lambda row: row.id)
+        old = [row for row in rows if uniform(seed, "past", row.id) < past_share]
+        self.past = _split(found, old, seed)
+        kept = {row.id for row in old}
+        others = sorted((row for row in rows if row.id not in kept), key=lambda row: uniform(seed, "judged", row.id))
+        self.judged, self.stream = others[:judged], sorted(others[judged:], key=lambda row: row.id)
+        for what, part in (("the stream", self.stream), ("judging", self.judged)):
+            for name in found.classes:
+                if not any(row.label == name for row in part):
+                    raise InputError(f"data must have photos of '{name}' left for {what}, got none; add some")
+        self._orders: dict[str, list[Row]] = {}
+
+    def photo(self, number: int, *, shifted: bool, judged: bool = False) -> tuple[bytes, str]:
+        """Bytes and label of photo ``number``, from 0; a photo comes again only after all others have.
+
+        Args:
+            number: of the photos that are served, or of those that judge.
+            shifted: changed by the protocol; else the file's own bytes.
+            judged: of those that judge and are never served.
+        """
+        rows = self.judged if judged else self.stream
+        turn, place = divmod(number, len(rows))
+        salt = f"{'judged' if judged else 'stream'}/{turn}"
+        if salt not in self._orders:
+            self._orders[salt] = sorted(rows, key=lambda row: uniform(self.seed, salt, row.id))
+        row = self._orders[salt][place]
+        path = self.past.path(row)
+        if not shifted:
+            return path.read_bytes(), row.label
+        with Image.open(path) as image:
+            draw = number + (_JUDGED if judged else 0)
+            return challenge(image, self.protocol, self.level, seed=self.seed, row=draw), row.label
+
+
+def _split(found: Splits, old: list[Row], seed: int) -> Splits:
+    """The past as splits whose unit is the photo."""
+    rows = []
+    for row in old:
+        draw, split = uniform(seed, "split", row.id), SPLITS[-1]
+        for name, share in _SHARES.items():
+            split = name
+            draw -= share
+            if draw < 0:
+                break
+        half = HALVES[uniform(seed, "half", row.id) < 0.5] if split == "val_calib" else None
+        rows.append(row.model_copy(update={"group": row.id, "split": split, "half": half}))
+    counts = {
+        split: {name: sum(r.split == split and r.label == name for r in rows) for name in found.classes}
+        for split in SPLITS
+    }
+    empty = next((f"'{name}' in {split}" for split in SPLITS for name, n in counts[split].items() if not n), None)
+    if empty is not None:
+        raise InputError(f"data must have photos of every class for every split of the past, got no {empty}; add some")
+    splits = found.model_copy(
+        update={
+            "rows": rows, "seed": seed, "fractions": _SHARES, "counts": counts, "hashes": hash_splits(rows),
+            "groups": {split: sum(counts[split].values()) for split in SPLITS},
+        }
+    )  # fmt: skip
+    return splits.verify()

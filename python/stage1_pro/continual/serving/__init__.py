@@ -1,0 +1,1 @@
+"""Serving that remembers: events, logged decisions, and a cascade that follows the loop."""

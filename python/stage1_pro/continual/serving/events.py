@@ -1,0 +1,520 @@
+"""What was served: an event per decision in an append-only log, with its chance of review. No database, no torch."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import write_bytes
+from stage1_pro.record import Record
+
+SKETCH_SIZE = 64
+# Exits that are audited at random, whatever else is configured: without them nobody sees what Stage A gets wrong.
+LEAST_FLOOR = 0.02
+_SHA256 = r"^[0-9a-f]{64}$"
+_SEGMENT = re.compile(r"events-(\d{8})\.jsonl")
+
+Action = Literal["exit", "defer", "abstain"]
+
+
+def _to_floats(value: Any) -> tuple[float, ...]:
+    """64 float32 values from base64 of their little-endian bytes, or from any sequence."""
+    if isinstance(value, str):
+        data = base64.b64decode(value, validate=True)
+        if len(data) != 4 * SKETCH_SIZE:
+            raise ValueError(f"must be {SKETCH_SIZE} float32 values, got {len(data)} bytes")
+        return tuple(np.frombuffer(data, dtype="<f4").tolist())
+    values = np.asarray(value, dtype=np.float32)
+    if values.shape != (SKETCH_SIZE,):
+        raise ValueError(f"must be {SKETCH_SIZE} values, got shape {list(values.shape)}")
+    return tuple(values.tolist())
+
+
+def pack_floats(values: Sequence[float]) -> bytes:
+    """Little-endian float32 bytes of a sketch."""
+    return np.asarray(values, dtype="<f4").tobytes()
+
+
+def _to_base64(values: tuple[float, ...]) -> str:
+    return base64.b64encode(pack_floats(values)).decode()
+
+
+Sketch = Annotated[
+    tuple[float, ...], BeforeValidator(_to_floats), PlainSerializer(_to_base64, return_type=str, when_used="json")
+]
+
+
+class Event(Record):
+    """One served decision. None stands where there was no number, or Stage B was not asked."""
+
+    id: str = Field(min_length=1, max_length=64)
+    time: float = Field(description="seconds since the epoch, UTC")
+    bundle: str = Field(pattern=_SHA256, description="sha256 of bundle.json")
+    image_sha256: str = Field(pattern=_SHA256, description="of the encoded file; of the pixels where there was no file")
+    action: Action
+    stage: Literal["A", "B", ""] = Field(description="who looked last; empty where it gave no number")
+    label: str = Field(description="the answer; empty where nobody answers")
+    prob_a: float | None = Field(ge=0, le=1, description="P(positive) of Stage A")
+    prob_b: float | None = Field(ge=0, le=1, description="P(positive) of Stage B")
+    confidence: float | None = Field(ge=0, le=1, description="largest probability of the stage that looked last")
+    gate_logit: float | None
+    exit_score: float | None = Field(ge=0, le=1, description="what was compared with the threshold")
+    threshold: float = Field(ge=0, description="an exit needs a score at or above it")
+    propensity: float = Field(gt=0, le=1, description="chance with which this event is selected for review")
+    selected: bool
+    sketch: Sketch = Field(description="seeded random projection of Stage A's features, 64 float32 values")
+
+
+# --------------------------------------------------------------------------------------------
+# Selection
+
+
+def uniform(seed: int, salt: str, event_id: str) -> float:
+    """A number in [0, 1) that is a function of its arguments alone, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}/{salt}/{event_id}".encode()).digest()
+    return float(int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
+class ReviewPlan(Record):
+    """How events are drawn for review: independently (Poisson sampling), each with a chance that is logged.
+
+    Every rate is the chance that its reason alone selects an event; the reasons act independently, so the chance is
+    1 - (1 - floor) * prod(1 - rate * signal), never below ``floor`` and never above 1. An estimate over all that was
+    served weighs a reviewed event by 1 / chance.
+
+    ``least`` lifts every chance to itself, as long as the loop asks for more audits. It is apart from ``floor``: draws
+    below the floor are a plain random sample of all that was served, at whatever time, and stay it.
+    """
+
+    floor: float = Field(default=LEAST_FLOOR, ge=LEAST_FLOOR, le=1, description="chance of every event, exits too")
+    deferral: float = Field(default=0.10, ge=0, le=1, description="Stage B was asked")
+    abstention: float = Field(default=0.25, ge=0, le=1, description="nobody answered")
+    disagreement: float = Field(default=0.50, ge=0, le=1, description="Stage B answers otherwise than Stage A")
+    entropy: float = Field(default=0.10, ge=0, le=1, description="times the answer's entropy over its largest value")
+    novelty: float = Field(default=0.25, ge=0, le=1, description="times how far the features are from known ones")
+    least: float = Field(default=0.0, ge=0, le=1, description="no chance is below it; the floor stays what it is")
+    seed: int = 0
+
+    @classmethod
+    def of(cls, **rates: Any) -> Self:
+        """The same with a message for people; raises InputError."""
+        try:
+            return cls(**rates)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "plan"
+            least = f"; at least {LEAST_FLOOR:.0%} of exits are audited, always" if name == "floor" else ""
+            raise InputError(f"{name} must be a valid rate, got {first['input']!r}: {first['msg']}{least}") from None
+
+    def raised(self, rate: float | None) -> Self:
+        """The same plan, where every event has at least this chance; itself where that changes nothing."""
+        return self if rate is None or rate <= self.least else self.model_copy(update={"least": rate})
+
+    def propensity(
+        self,
+        deferred: ArrayLike,
+        abstained: ArrayLike,
+        disagree: ArrayLike,
+        entropy: ArrayLike,
+        novelty: ArrayLike | float = 0.0,
+    ) -> NDArray[np.float64]:
+        """Chance of review [N] in [floor, 1] from signals [N], each a bool or in [0, 1]; NaN counts as 1.
+
+        With the same floor and seed, a raised plan selects all that the plain one does, and more.
+        """
+        passed = np.asarray(1.0)
+        for rate, signal in (
+            (self.deferral, deferred),
+            (self.abstention, abstained),
+            (self.disagreement, disagree),
+            (self.entropy, entropy),
+            (self.novelty, novelty),
+        ):
+            value = np.clip(np.nan_to_num(np.asarray(signal, dtype=np.float64), nan=1.0), 0, 1)
+            passed = passed * (1 - rate * value)
+        # In this order the floor itself comes out exactly, and no rounding falls below it.
+        chance: NDArray[np.float64] = self.floor + (1 - self.floor) * (1 - passed)
+        return np.clip(chance, self.least, 1.0)
+
+    def selects(self, event_id: str, propensity: float) -> bool:
+        """Whether this event is reviewed: a function of seed, id and chance, so that a replay selects the same."""
+        return uniform(self.seed, "review", event_id) < propensity
+
+
+def entropy(probs: ArrayLike) -> NDArray[np.float64]:
+    """Entropy [N] of probabilities [N, K] over its largest value, in [0, 1]; NaN where a row has no numbers."""
+    values = np.asarray(probs, dtype=np.float64)
+    logs = np.log(np.where(values > 0, values, 1.0))
+    found: NDArray[np.float64] = -(values * logs).sum(axis=1) / math.log(values.shape[1])
+    return np.clip(found, 0, 1)
+
+
+def sketch(hidden: ArrayLike) -> NDArray[np.float32]:
+    """Project what Stage A hands on to [N, 64]; distances are kept to about an eighth (Johnson–Lindenstrauss).
+
+    Of tokens [N, T, D] the first (CLS), of pooled features [N, D] all. The signs are the bits of SHAKE-256, so that no
+    release of a library changes them (Achlioptas 2003). Rows that are not finite give zeros.
+    """
+    values = np.asarray(hidden, dtype=np.float64)
+    if values.ndim == 3:
+        values = values[:, 0]
+    if values.ndim != 2 or values.shape[1] == 0:
+        raise InputError(f"hidden must have shape [N, T, D] or [N, D], got {list(np.shape(hidden))}")
+    values = np.where(np.isfinite(values).all(axis=1, keepdims=True), values, 0.0)
+    return (values @ _signs(values.shape[1]) / math.sqrt(SKETCH_SIZE)).astype(np.float32)
+
+
+def _signs(width: int) -> NDArray[np.float64]:
+    if width not in _SIGNS:
+        data = hashlib.shake_256(f"stage1 sketch {width}".encode()).digest(width * SKETCH_SIZE // 8)
+        bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).reshape(width, SKETCH_SIZE)
+        _SIGNS[width] = bits.astype(np.float64) * 2 - 1
+    return _SIGNS[width]
+
+
+_SIGNS: dict[int, NDArray[np.float64]] = {}
+
+
+class Novelty(Record):
+    """How far sketches lie from known ones: Mahalanobis distance, and where the known ones' 95% quantile is."""
+
+    n: int = Field(ge=2)
+    mean: Sketch
+    factor: tuple[Sketch, ...] = Field(description="lower Cholesky factor of the covariance, a row each")
+    quantile: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        if len(self.factor) != SKETCH_SIZE:
+            raise ValueError(f"factor must have {SKETCH_SIZE} rows, got {len(self.factor)}")
+        if not all(row[place] > 0 and not any(row[place + 1 :]) for place, row in enumerate(self.factor)):
+            raise ValueError("factor must be lower triangular with a positive diagonal")
+        return self
+
+    @classmethod
+    def fit(cls, sketches: ArrayLike) -> Self:
+        """Learn what is known from sketches [N, 64], such as those of calibration images or of the first days.
+
+        The covariance is drawn towards a multiple of the identity by 64 / (64 + N), so that few rows do.
+        """
+        values = np.asarray(sketches, dtype=np.float64)
+        if values.ndim != 2 or values.shape[1] != SKETCH_SIZE or len(values) < 2 or not np.isfinite(values).all():
+            raise InputError(f"sketches must be finite, [N, {SKETCH_SIZE}] with N >= 2, got {list(values.shape)}")
+        mean = values.mean(axis=0).astype(np.float32)
+        centred = values - mean
+        covariance = centred.T @ centred / len(values)
+        weight = SKETCH_SIZE / (SKETCH_SIZE + len(values))
+        scale = max(float(np.trace(covariance)) / SKETCH_SIZE, 1e-12)
+        covariance = (1 - weight) * covariance + (weight + 1e-6) * scale * np.eye(SKETCH_SIZE)
+        factor = np.linalg.cholesky(covariance).astype(np.float32)
+        distance = _distance(values, mean, factor)
+        quantile = max(float(np.quantile(distance, 0.95)), 1e-12)
+        return cls(n=len(values), mean=mean, factor=tuple(factor), quantile=quantile)
+
+    def signal(self, sketches: ArrayLike) -> NDArray[np.float64]:
+        """Novelty [N] in [0, 1]: 0 within the known ones' 95% quantile, 1 from twice its distance on."""
+        distance = _distance(np.asarray(sketches, dtype=np.float64), np.asarray(self.mean), np.asarray(self.factor))
+        return np.clip(distance / self.quantile - 1, 0, 1)
+
+
+def _distance(values: NDArray[Any], mean: NDArray[Any], factor: NDArray[Any]) -> NDArray[np.float64]:
+    scaled = np.linalg.solve(factor.astype(np.float64), (values - mean).T)
+    found: NDArray[np.float64] = np.sqrt((scaled**2).sum(axis=0))
+    return found
+
+
+# --------------------------------------------------------------------------------------------
+# The log
+
+
+class BundleFacts(Record):
+    """What readers of a log must know about a bundle that served."""
+
+    bundle: str = Field(pattern=_SHA256)
+    classes: tuple[str, ...] = Field(min_length=2)
+    positive: str
+
+
+class LogInfo(Record):
+    """``log.json``: which log this is, wherever its folder is moved."""
+
+    format_version: Literal[1] = 1
+    id: str = Field(min_length=1)
+    image_ttl: float = Field(gt=0, description="seconds that an image selected for review is kept")
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """A place in a log, between two lines."""
+
+    segment: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Torn:
+    """A line that is no event: where, how many bytes, and why."""
+
+    segment: int
+    offset: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Events after a position: them, the position behind them, lines that are none.
+
+    ``pending`` bytes at the very end are a line without its end: what a writer that was killed left. It is not passed
+    over, because the next writer ends it; from then on it is among ``torn``.
+    """
+
+    events: tuple[Event, ...]
+    position: Position
+    torn: tuple[Torn, ...]
+    pending: int
+
+
+class EventLog:
+    """An append-only log in a folder, for any number of writing and reading processes.
+
+    ``events-<n>.jsonl`` (a JSON object a line), ``images/`` (of selected events, for a time), ``bundles/`` (facts on
+    what served). Appending takes the folder's lock, writes all lines in one go and returns when the operating system
+    has them: a killed process loses nothing it had appended, and leaves at most one torn line, which the next writer
+    ends and readers report. They are synced to disk at most ``sync_seconds`` after an earlier sync, by the next append,
+    and on ``close``; a machine that loses power loses what came after.
+
+    Args:
+        folder: made where there is none.
+        image_ttl: seconds that images are kept; of a new log 30 days, of an old one what it was made with.
+        sync_seconds: 0 syncs every append.
+        segment_bytes: size from which another file is begun.
+
+    Raises:
+        InputError: an argument out of range, or another ``image_ttl`` than the log's.
+        ArtifactError: ``log.json`` is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        image_ttl: float | None = None,
+        sync_seconds: float = 1.0,
+        segment_bytes: int = 64 * 2**20,
+    ) -> None:
+        if not sync_seconds >= 0:
+            raise InputError(f"sync_seconds must be 0 or more, got {sync_seconds}")
+        if segment_bytes < 1:
+            raise InputError(f"segment_bytes must be 1 or more, got {segment_bytes}")
+        if image_ttl is not None and not (image_ttl > 0 and math.isfinite(image_ttl)):
+            raise InputError(f"image_ttl must be a positive number of seconds, got {image_ttl}")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.info = self._open_info(image_ttl)
+        self.images = ImageStore(self.folder / "images", self.info.image_ttl)
+        self._sync_seconds, self._segment_bytes = sync_seconds, segment_bytes
+        self._synced = time.monotonic()
+        self._dirty = False
+
+    def _open_info(self, image_ttl: float | None) -> LogInfo:
+        path = self.folder / "log.json"
+        with self._locked(fcntl.LOCK_EX):
+            if not path.is_file():
+                LogInfo(id=uuid.uuid4().hex, image_ttl=30 * 86400.0 if image_ttl is None else image_ttl).write(path)
+            info = LogInfo.read(path)
+        if image_ttl is not None and image_ttl != info.image_ttl:
+            raise InputError(f"image_ttl must be the log's own, {info.image_ttl:g} s, got {image_ttl:g}; leave it out")
+        return info
+
+    @contextlib.contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        # A descriptor of its own each time: threads of one process exclude each other too.
+        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, kind)
+            yield
+        finally:
+            os.close(lock)
+
+    def _segments(self) -> dict[int, Path]:
+        found = {}
+        for path in self.folder.iterdir():
+            if match := _SEGMENT.fullmatch(path.name):
+                found[int(match[1])] = path
+        return dict(sorted(found.items()))
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Write events, all or none of them.
+
+        Raises:
+            OSError: the disk is full or gone; nothing of these events stays.
+        """
+        if not events:
+            return
+        data = b"".join(event.model_dump_json().encode() + b"\n" for event in events)
+        with self._locked(fcntl.LOCK_EX):
+            segments = self._segments()
+            number = max(segments, default=0)
+            if segments and segments[number].stat().st_size >= self._segment_bytes:
+                _fsync(segments[number])
+                number += 1
+            path = self.folder / f"events-{number:08d}.jsonl"
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                end = os.fstat(file).st_size
+                if end and os.pread(file, 1, end - 1) != b"\n":
+                    data = b"\n" + data
+                _write_all(file, data, end)
+                self._dirty = True
+                if time.monotonic() - self._synced >= self._sync_seconds:
+                    os.fsync(file)
+                    self._synced, self._dirty = time.monotonic(), False
+            finally:
+                os.close(file)
+
+    def read(self, start: Position | None = None, limit: int = 20_000) -> Tail:
+        """Up to about ``limit`` events after a position; the same position again when there are no more."""
+        position = start or Position()
+        with self._locked(fcntl.LOCK_SH):
+            # No writer is at work now, so whatever lies before these sizes is never changed again.
+            sizes = {number: (path, path.stat().st_size) for number, path in self._segments().items()}
+        events: list[Event] = []
+        torn: list[Torn] = []
+        pending = 0
+        for number, (path, size) in sizes.items():
+            if number < position.segment or len(events) + len(torn) >= limit:
+                continue
+            offset = position.offset if number == position.segment else 0
+            if offset > size:
+                raise ArtifactError(f"{path.name} must have {offset} bytes or more as read before, got {size}")
+            with path.open("rb") as file:
+                file.seek(offset)
+                while offset < size and len(events) + len(torn) < limit:
+                    line = file.readline(size - offset)
+                    if not line.endswith(b"\n") and number == max(sizes):
+                        pending = len(line)
+                        break
+                    try:
+                        events.append(Event.model_validate_json(line))
+                    except ValidationError as error:
+                        if line.strip():
+                            torn.append(Torn(number, offset, len(line), error.errors()[0]["msg"]))
+                    offset += len(line)
+            position = Position(number, offset)
+        return Tail(tuple(events), position, tuple(torn), pending)
+
+    def __iter__(self) -> Iterator[Event]:
+        """Every event that is whole, in the order of writing."""
+        tail = self.read()
+        while tail.events or tail.torn:
+            yield from tail.events
+            tail = self.read(tail.position)
+
+    def discard(self, before: Position) -> int:
+        """Remove the files that lie wholly before a position, such as what a store has ingested; give how many."""
+        with self._locked(fcntl.LOCK_EX):
+            old = [path for number, path in self._segments().items() if number < before.segment]
+            for path in old:
+                path.unlink()
+        return len(old)
+
+    def describe(self, facts: BundleFacts) -> None:
+        """Keep what readers must know about a bundle, once."""
+        path = self.folder / "bundles" / f"{facts.bundle}.json"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            facts.write(path)
+
+    def bundles(self) -> Mapping[str, BundleFacts]:
+        """Facts on every bundle that served, by its sha256."""
+        return {path.stem: BundleFacts.read(path) for path in sorted((self.folder / "bundles").glob("*.json"))}
+
+    def close(self) -> None:
+        """Sync what this process appended."""
+        if self._dirty:
+            for path in list(self._segments().values())[-2:]:
+                _fsync(path)
+            self._dirty = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _write_all(file: int, data: bytes, end: int) -> None:
+    """Write everything, or leave the file ``end`` bytes long as it was."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(file, view) :]
+    except BaseException:
+        os.ftruncate(file, end)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+class ImageStore:
+    """Images of events selected for review, under their sha256, for ``ttl`` seconds."""
+
+    def __init__(self, folder: Path | str, ttl: float) -> None:
+        self.folder, self.ttl = Path(folder), ttl
+
+    def _path(self, sha256: str) -> Path:
+        if not re.fullmatch(_SHA256, sha256):
+            raise InputError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
+        return self.folder / sha256[:2] / sha256
+
+    def put(self, sha256: str, data: bytes, now: float) -> None:
+        """Keep an encoded image until ``now + ttl``; one that is there is kept anew."""
+        path = self._path(sha256)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, data)
+        os.utime(path, (now, now))
+
+    def get(self, sha256: str) -> bytes | None:
+        """The encoded image, or None where it was purged or never kept."""
+        try:
+            return self._path(sha256).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def __contains__(self, sha256: str) -> bool:
+        return self._path(sha256).is_file()
+
+    def purge(self, now: float) -> int:
+        """Remove images whose time is over, and what killed writers left; give how many."""
+        removed = 0
+        for path in self.folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                leftover = re.fullmatch(_SHA256, path.name) is None
+                if path.stat().st_mtime <= now - (3600 if leftover else self.ttl):
+                    path.unlink()
+                    removed += not leftover
+        return removed

@@ -1,0 +1,397 @@
+"""Serving what the loop points at: a new champion is picked up without a restart. No database, no torch.
+
+``champion.json`` is the whole interface between the loop and those who serve: replaced atomically by ``Registry``, read
+here before every batch. A bundle is loaded and verified before it is used, so a bad one leaves the old one serving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from stage1_pro.continual.serving.events import EventLog, Novelty, ReviewPlan, uniform
+from stage1_pro.continual.serving.served import Served, identify
+from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
+from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, concatenate
+from stage1_pro.errors import ArtifactError, InputError, Stage1Error
+from stage1_pro.files import sha256_file
+from stage1_pro.policies.gate import GateParams
+from stage1_pro.policies.policy import Policy
+from stage1_pro.progress import say
+from stage1_pro.record import Record
+
+POINTER = "champion.json"
+BUNDLES = "bundles"
+PAIRS = "pairs"
+PLAN = "plan.json"
+NOVELTY = "novelty"
+
+
+class Pointer(Record):
+    """``champion.json``: what serves, by the sha256 of its ``bundle.json``, and what is being tried beside it."""
+
+    format_version: Literal[1] = 1
+    serial: int = Field(ge=1, description="grows with every change")
+    champion: str
+    version: int = Field(ge=1, description="of the alias champion")
+    previous: str | None = Field(description="what a rollback would bring back")
+    threshold: float | None = Field(description="that the champion exits at while it is above its policy's own")
+    audit_rate: float | None = Field(
+        None, ge=0, le=1, description="every event's chance of review is at least this; null: as the plan has it"
+    )
+    shadow: str | None = Field(description="decides, too; its answers do not leave")
+    canary: str | None = Field(description="answers a share of the images")
+    canary_share: float = Field(ge=0, le=1)
+
+
+class Pair(Record):
+    """What champion and candidate said of one image; one of them was served, and its event is in the log."""
+
+    time: float
+    image_sha256: str
+    champion: str
+    candidate: str
+    served: Literal["champion", "candidate"]
+    champion_label: str = Field(description="empty: no answer")
+    candidate_label: str
+    champion_exited: bool
+    candidate_exited: bool
+
+
+def read_pointer(root: Path | str) -> Pointer:
+    """What a registry's folder points at.
+
+    Raises:
+        ArtifactError: there is no champion yet, or the file is damaged.
+    """
+    return Pointer.read(Path(root) / POINTER)
+
+
+def novelty_path(root: Path | str, bundle: str) -> Path:
+    """Where a registry's folder says what is known to a bundle, once the loop has learned that."""
+    return Path(root) / NOVELTY / f"{bundle}.json"
+
+
+def read_pairs(log: Path | str, candidate: str) -> Iterator[Pair]:
+    """Pairs of a candidate in the order of writing; the torn line of a killed writer is passed over."""
+    path = Path(log) / PAIRS / f"{candidate}.jsonl"
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield Pair.model_validate_json(line)
+            except ValidationError:
+                continue
+
+
+def tightened(policy: Policy, threshold: float | None) -> Policy:
+    """The policy with a stricter exit threshold; a laxer one than its own is not taken: its certificate ends there."""
+    if threshold is None or threshold <= policy.exit_threshold:
+        return policy
+    name = "threshold" if isinstance(policy, GateParams) else "exit_threshold"
+    # Above every score nobody exits, which is beyond what calibration may write.
+    return policy.model_copy(update={name: threshold})
+
+
+def takes_canary(image_sha256: str, share: float, candidate: str) -> bool:
+    """Whether an image is the canary's: always the same ones, and more of them as the share grows."""
+    return uniform(0, f"canary/{candidate}", image_sha256) < share
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """A loaded bundle: of which hash, at which threshold, and how it is logged."""
+
+    sha256: str
+    cascade: Cascade
+    served: Served | None
+
+    def decide(self, pixels: NDArray[np.float32], images: list[ImageLike], now: float) -> Decisions:
+        return self.cascade.decide(pixels) if self.served is None else self.served.decide(pixels, images, now=now)
+
+
+# A bundle's sha256, its threshold, the audit rate.
+_Key = tuple[str, float | None, float | None]
+
+
+@dataclass(frozen=True)
+class _Seating:
+    raw: bytes
+    pointer: Pointer
+    champion: _Seat
+    candidate: _Seat | None
+
+
+class LiveCascade:
+    """A cascade that follows ``champion.json`` of a registry's folder, for any number of threads.
+
+    Before every batch the file is read (some bytes). When it names something else, one thread loads and verifies it
+    while the others go on with what they have; then one assignment changes them all over. What was loaded for the
+    pointer before is kept, so a rollback costs no loading.
+
+    Args:
+        root: the registry's folder.
+        runtime: as ``Cascade.load`` takes it.
+        threads: as ``Cascade.load`` takes it.
+        log: where decisions go, and pairs of champion and candidate; without it nothing is logged and shadows rest.
+        plan: how events are drawn for review; the loop's own (``plan.json``) by default, which deals labels by it.
+            While the file asks for more audits, every event's chance is raised to that.
+        on_failure: as ``Served`` takes it: who is told of what could not be logged, where answers leave all the same.
+        retry_seconds: how long a bundle that could not be loaded is left alone.
+        writer: as ``Served`` takes it; give one to get the same event ids from a replay.
+
+    Raises:
+        ArtifactError: no champion yet, or its bundle is damaged.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        runtime: str = "onnxruntime",
+        *,
+        threads: int = 0,
+        log: EventLog | None = None,
+        plan: ReviewPlan | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
+        retry_seconds: float = 30.0,
+        writer: str | None = None,
+    ) -> None:
+        self.root, self.log = Path(root), log
+        self.failure: str | None = None
+        """Why what the file names does not serve; None where it does."""
+        self.candidate_failures = 0
+        if plan is None and (self.root / PLAN).is_file():
+            plan = ReviewPlan.read(self.root / PLAN)
+        self._plan, self._retry_seconds, self._writer = plan or ReviewPlan(), retry_seconds, writer
+        self._on_failure = on_failure
+        self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
+        self._loading = threading.Lock()
+        self._seats: dict[_Key, _Seat] = {}
+        self._known: dict[str, Novelty | None] = {}
+        self._failed: tuple[bytes, float] = (b"", 0.0)
+        self._seating = self._seat(self._raw())
+
+    @property
+    def pointer(self) -> Pointer:
+        """What serves now."""
+        return self._seating.pointer
+
+    def refresh(self) -> Pointer:
+        """Look at the file, load what it names if that is new, and say what serves now; an error keeps the old."""
+        try:
+            raw = self._raw()
+        except ArtifactError as error:
+            self._fail(b"", error)
+            return self.pointer
+        if raw == self._seating.raw:
+            self.failure = None
+            for seat in (self._seating.champion, self._seating.candidate):
+                if seat is not None and seat.served is not None and seat.served.novelty is None:
+                    seat.served.novelty = self._novelty(seat.sha256)
+            return self.pointer
+        given_up = self._failed[0] == raw and time.monotonic() - self._failed[1] < self._retry_seconds
+        if not given_up and self._loading.acquire(blocking=False):
+            try:
+                self._seating = self._seat(raw)
+                self.failure = None
+                say(f"serving {self.pointer.champion[:12]} (serial {self.pointer.serial})")
+            except (Stage1Error, OSError) as error:
+                self._fail(raw, error)
+            finally:
+                self._loading.release()
+        return self.pointer
+
+    def predict(self, images: Iterable[ImageLike], *, now: float | None = None, batch_size: int = 32) -> Decisions:
+        """Decide as ``Cascade.predict`` does; every batch is of one pointer.
+
+        Args:
+            images: as ``Cascade.predict`` takes them.
+            now: seconds since the epoch, of the events; the clock's by default.
+            batch_size: images per batch.
+
+        Raises:
+            ImageError: one of them cannot be read as an image.
+            InputError: ``batch_size`` is below 1, or ``images`` is a single one.
+            OSError: the log cannot be written.
+        """
+        iterator = Cascade.check_images(images, batch_size)
+        parts = []
+        while batch := list(islice(iterator, batch_size)):
+            self.refresh()
+            parts.append(self._decide(self._seating, batch, time.time() if now is None else now))
+        return concatenate(parts) if parts else self._seating.champion.cascade.predict([])
+
+    def _decide(self, seating: _Seating, images: list[ImageLike], now: float) -> Decisions:
+        champion, candidate, pointer = seating.champion, seating.candidate, seating.pointer
+        if candidate is None:
+            pixels = np.stack([champion.cascade.pixels(image) for image in images])
+            return champion.decide(pixels, images, now)
+        names = [identify(image) for image in images]
+        share = pointer.canary_share if pointer.canary is not None else 0.0
+        hers = np.array([takes_canary(name, share, candidate.sha256) for name in names])
+        parts: list[tuple[NDArray[np.intp], Decisions]] = []
+        if hers.any():
+            rows = np.flatnonzero(hers)
+            found = self._try(candidate, champion, [images[row] for row in rows], [names[row] for row in rows], now)
+            if found is None:
+                hers[:] = False
+            else:
+                parts.append((rows, found))
+        rows = np.flatnonzero(~hers)
+        if rows.size:
+            mine = [images[row] for row in rows]
+            found = champion.decide(np.stack([champion.cascade.pixels(image) for image in mine]), mine, now)
+            parts.append((rows, found))
+            self._pair(champion, candidate, found, mine, [names[row] for row in rows], now, by_candidate=False)
+        joined = concatenate([found for _, found in parts])
+        order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+        return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
+
+    def _try(
+        self, candidate: _Seat, champion: _Seat, images: list[ImageLike], names: list[str], now: float
+    ) -> Decisions | None:
+        """The canary's answers; None where it fails, and the champion has to."""
+        try:
+            found = candidate.decide(np.stack([candidate.cascade.pixels(image) for image in images]), images, now)
+        except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
+            self._note(candidate, error)
+            return None
+        self._pair(candidate, champion, found, images, names, now, by_candidate=True)
+        return found
+
+    def _pair(
+        self,
+        seat: _Seat,
+        other: _Seat,
+        found: Decisions,
+        images: list[ImageLike],
+        names: list[str],
+        now: float,
+        *,
+        by_candidate: bool,
+    ) -> None:
+        """Ask the other side as well and write both answers down; whatever goes wrong there stays there."""
+        if self.log is None:
+            return
+        try:
+            second = other.cascade.decide(np.stack([other.cascade.pixels(image) for image in images]))
+            champion, candidate = (second, found) if by_candidate else (found, second)
+            bundles = (other, seat) if by_candidate else (seat, other)
+            served: Literal["champion", "candidate"] = "candidate" if by_candidate else "champion"
+            pairs = [
+                Pair(
+                    time=now, image_sha256=name, champion=bundles[0].sha256, candidate=bundles[1].sha256, served=served,
+                    champion_label=str(champion.label[row]), candidate_label=str(candidate.label[row]),
+                    champion_exited=bool(champion.exited[row]), candidate_exited=bool(candidate.exited[row]),
+                )
+                for row, name in enumerate(names)
+            ]  # fmt: skip
+            _append_pairs(self.log.folder, pairs)
+        except Exception as error:  # noqa: BLE001  the same
+            self._note(other, error)
+
+    def _note(self, candidate: _Seat, error: Exception) -> None:
+        self.candidate_failures += 1
+        if self.candidate_failures == 1:
+            say(f"{candidate.sha256[:12]} failed beside the champion: {error}")
+
+    def _raw(self) -> bytes:
+        try:
+            return (self.root / POINTER).read_bytes()
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.root} must hold {POINTER}, got: {error.strerror}; `stage1 continual init` makes it"
+            ) from None
+
+    def _seat(self, raw: bytes) -> _Seating:
+        pointer = Pointer.parse(raw.decode("utf-8", "replace"), POINTER)
+        trying = pointer.canary or pointer.shadow
+        champion = self._of(pointer.champion, pointer.threshold, pointer.audit_rate)
+        candidate = None
+        if trying is not None and (pointer.canary is not None or self.log is not None):
+            candidate = self._of(trying, None, pointer.audit_rate)
+        named = {pointer.champion, pointer.previous, trying}
+        self._seats = {key: seat for key, seat in self._seats.items() if key[0] in named}
+        return _Seating(raw, pointer, champion, candidate)
+
+    def _of(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Seat:
+        key = sha256, threshold, audit_rate
+        known = self._seats.get(key)
+        if known is not None:
+            return known
+        same = next((seat for key, seat in self._seats.items() if key[0] == sha256), None)
+        base = self._load(load_content(self.root, sha256)) if same is None else same.cascade
+        assert isinstance(base.bundle, Bundle)
+        bundle = load_content(self.root, sha256, verify=False) if same is not None else base.bundle
+        policy = tightened(bundle.policy, threshold)
+        cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
+        # Each seat counts its own events.
+        writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
+        plan = self._plan.raised(audit_rate)
+        served = None
+        if self.log is not None:
+            served = Served(
+                cascade, self.log, plan=plan, novelty=self._novelty(sha256), on_failure=self._on_failure, writer=writer
+            )
+        # One threshold of each bundle: a threshold that follows labels moves thousands of times.
+        self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
+        seat = _Seat(sha256, cascade, served)
+        self._seats[key] = seat
+        return seat
+
+    def _novelty(self, sha256: str) -> Novelty | None:
+        """What is known to a bundle; read once, when the loop has written it."""
+        path = novelty_path(self.root, sha256)
+        if self._plan.novelty > 0 and sha256 not in self._known and path.is_file():
+            try:
+                self._known[sha256] = Novelty.read(path)
+            except ArtifactError as error:
+                self._known[sha256] = None
+                say(f"nothing is novel to {sha256[:12]}: {error}; remove it, let the loop learn anew, and start again")
+        return self._known.get(sha256)
+
+    def _fail(self, raw: bytes, error: Exception) -> None:
+        if self._failed[0] != raw or self.failure is None:
+            say(f"{POINTER} is not followed, {self.pointer.champion[:12]} goes on serving: {error}")
+        self.failure, self._failed = str(error), (raw, time.monotonic())
+
+
+def load_content(root: Path | str, sha256: str, *, verify: bool = True) -> Bundle:
+    """The bundle of this hash in a registry's folder, verified.
+
+    Raises:
+        InputError: no such bundle.
+        ArtifactError: it is damaged, or another one.
+    """
+    path = Path(root) / BUNDLES / sha256
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"bundle must be one of the registry, got {sha256[:12]}, which {Path(root) / BUNDLES} lacks")
+    found = load_bundle(path, verify=verify)
+    if sha256_file(path / MANIFEST) != sha256:
+        raise ArtifactError(f"{path} must hold the bundle of that hash, got another; it was changed")
+    return found
+
+
+def _append_pairs(log: Path, pairs: list[Pair]) -> None:
+    """One write; each line begins with a line's end, so that what a killed writer left spoils no other."""
+    folder = log / PAIRS
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(pair.model_dump(), sort_keys=True) for pair in pairs]
+    file = os.open(folder / f"{pairs[0].candidate}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(file, "".join(f"\n{line}" for line in lines).encode() + b"\n")
+    finally:
+        os.close(file)

@@ -1,0 +1,188 @@
+"""Serving that remembers: a cascade whose every decision is an event in a log. No torch, no database."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Novelty, ReviewPlan, entropy, sketch
+from stage1_pro.data.images import ImageError
+from stage1_pro.deploy.bundle import MANIFEST, Bundle
+from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, Trace, concatenate, open_image
+from stage1_pro.errors import InputError
+from stage1_pro.files import sha256_bytes, sha256_file
+from stage1_pro.policies import exit_scores
+
+
+class Served:
+    """A cascade that logs what it decides, before it gives the decision away.
+
+    Args:
+        cascade: of a bundle; one of a run has no manifest to name in events.
+        log: where events go.
+        plan: how events are drawn for review.
+        novelty: what is known; without it nothing is novel.
+        on_failure: is told of what could not be logged, and the answer is given all the same; by default that is
+            raised, and no answer leaves without its event.
+        writer: name of this process in event ids, which are a hash of it, a count, the time, bundle and image: give one
+            to get the same ids from a replay. Random otherwise.
+
+    Raises:
+        InputError: the cascade is a run's.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        log: EventLog,
+        *,
+        plan: ReviewPlan | None = None,
+        novelty: Novelty | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
+        writer: str | None = None,
+    ) -> None:
+        if not isinstance(cascade.bundle, Bundle):
+            raise InputError("cascade must be one of a bundle to be logged, got a run's; run `stage1 export` first")
+        self.cascade, self.log, self.novelty = cascade, log, novelty
+        self.plan = plan or ReviewPlan()
+        self._on_failure, self._writer = on_failure, writer or uuid.uuid4().hex
+        self._count = 0
+        self._bundle = sha256_file(cascade.bundle.path / MANIFEST)
+        classes, positive = cascade.bundle.classes, cascade.bundle.positive
+        log.describe(BundleFacts(bundle=self._bundle, classes=tuple(classes), positive=positive))
+
+    def predict(self, images: Iterable[ImageLike], *, now: float, batch_size: int = 32) -> Decisions:
+        """Decide as ``Cascade.predict`` does, and log it; no batch is answered whose events could not be written.
+
+        Args:
+            images: as ``Cascade.predict`` takes them.
+            now: seconds since the epoch.
+            batch_size: images per batch, and events per append.
+
+        Raises:
+            ImageError: one of them cannot be read as an image; earlier batches are logged.
+            InputError: ``batch_size`` is below 1, or ``images`` is a single one instead of several.
+            OSError: the log cannot be written.
+        """
+        iterator = self.cascade.check_images(images, batch_size)
+        parts = []
+        while batch := list(islice(iterator, batch_size)):
+            read = [self.read(image) for image in batch]
+            parts.append(self.decide(np.stack([pixels for pixels, _ in read]), [one for _, one in read], now=now))
+        return concatenate(parts) if parts else self.cascade.predict([])
+
+    def read(self, image: ImageLike) -> tuple[NDArray[np.float32], ImageLike]:
+        """Pixels of an image, and what ``decide`` takes beside them: a file's bytes, so that it is read once."""
+        if isinstance(image, str | Path):
+            path = Path(image)
+            try:
+                data = path.read_bytes()
+            except OSError:
+                return self.cascade.pixels(image), image  # It says what is wrong with the file.
+            try:
+                return self.cascade.pixels(data), data
+            except ImageError as error:
+                raise ImageError(str(image), error.reason, error.detail) from None
+        return self.cascade.pixels(image), image
+
+    def decide(self, pixels: NDArray[np.float32], images: Sequence[ImageLike], *, now: float) -> Decisions:
+        """Decide for preprocessed images [N, 3, H, W] and log it; ``images`` are theirs, of ``read``."""
+        if len(pixels) != len(images):
+            raise InputError(f"images must be {len(pixels)} as pixels has rows, got {len(images)}")
+        if not math.isfinite(now):
+            raise InputError(f"now must be seconds since the epoch, got {now}")
+        traces: list[Trace] = []
+        decisions = self.cascade.decide(pixels, watch=traces.append)
+        if traces:
+            try:
+                self._write(decisions, traces[0], images, now)
+            except Exception as error:
+                if self._on_failure is None:
+                    raise
+                self._on_failure(error)
+        return decisions
+
+    def _write(self, decisions: Decisions, trace: Trace, images: Sequence[ImageLike], now: float) -> None:
+        events = self._events(decisions, trace, [identify(image) for image in images], now)
+        for event, image in zip(events, images, strict=True):
+            if event.selected:
+                self.log.images.put(event.image_sha256, _encode(image), now)
+        self.log.append(events)
+
+    def _events(self, decisions: Decisions, trace: Trace, images: Sequence[str], now: float) -> list[Event]:
+        policy, classes = self.cascade.bundle.policy, self.cascade.bundle.classes
+        positive = classes.index(self.cascade.bundle.positive)
+        scores = exit_scores(policy, trace.probs_a, trace.gate_logit)
+        sketches = sketch(trace.hidden)
+        asked_b = ~trace.exited
+        disagree = asked_b & (trace.probs_a.argmax(axis=1) != trace.probs.argmax(axis=1))
+        chances = self.plan.propensity(
+            asked_b,
+            ~decisions.accepted,
+            disagree,
+            entropy(trace.probs),
+            0.0 if self.novelty is None else self.novelty.signal(sketches),
+        )
+        gate = np.full(len(images), np.nan) if trace.gate_logit is None else trace.gate_logit
+        events = []
+        for row, image in enumerate(images):
+            accepted, exited = bool(decisions.accepted[row]), bool(trace.exited[row])
+            name = hashlib.sha256(f"{self._writer}/{self._count}/{now!r}/{self._bundle}/{image}".encode())
+            self._count += 1
+            event_id, chance = name.hexdigest()[:32], float(chances[row])
+            events.append(
+                Event(
+                    id=event_id,
+                    time=now,
+                    bundle=self._bundle,
+                    image_sha256=image,
+                    action=("exit" if exited else "defer") if accepted else "abstain",
+                    stage=str(decisions.stage[row]),
+                    label=str(decisions.label[row]),
+                    prob_a=_number(trace.probs_a[row, positive]),
+                    prob_b=None if exited else _number(trace.probs[row, positive]),
+                    confidence=_number(decisions.confidence[row]),
+                    gate_logit=_number(gate[row]),
+                    exit_score=_number(scores[row]),
+                    threshold=policy.exit_threshold,
+                    propensity=chance,
+                    selected=self.plan.selects(event_id, chance),
+                    sketch=sketches[row],
+                )
+            )
+        return events
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def identify(image: ImageLike) -> str:
+    """Sha256 of a file's bytes; of size and RGB pixels where there was no file."""
+    if isinstance(image, str | Path):
+        return sha256_file(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return sha256_bytes(bytes(image))
+    picture = open_image(image)
+    return sha256_bytes(f"RGB {picture.width} {picture.height} ".encode() + picture.tobytes())
+
+
+def _encode(image: ImageLike) -> bytes:
+    if isinstance(image, str | Path):
+        return Path(image).read_bytes()
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    buffer = io.BytesIO()
+    picture: Image.Image = open_image(image)
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""What watches a served cascade, and whom it tells."""

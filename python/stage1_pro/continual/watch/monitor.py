@@ -1,0 +1,648 @@
+"""What watches a served cascade: evidence of harm on audited exits, risk in spite of biased labels, drift, triggers.
+
+NumPy columns and frozen records in, records out: no database, no torch, no clock. Harm is told by labels alone (an
+e-process, weighted estimates); scores tell covariate shift (CBPE, river's detectors) and are blind to a concept shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
+from scipy.special import ndtri
+
+from stage1_pro.errors import InputError, need
+from stage1_pro.metrics.intervals import clopper_pearson
+from stage1_pro.metrics.probabilistic import accuracy, mcc
+from stage1_pro.policies.bounds import betting_upper, check_share
+from stage1_pro.record import Record
+
+# Audits at random never fall below this share of exits, whatever a configuration says.
+LEAST_AUDIT_RATE = 0.02
+# Alternatives that the e-process bets on, as multiples of the odds of alpha.
+_ODDS = (1.5, 2.0, 3.0, 5.0, 8.0)
+# Of its capital, what starts with the first audit; the rest starts later, half of it within _HALF audits.
+_FIRST = 0.25
+_HALF = 300
+# A capital that has grown beyond this says no more, and must stay a number that JSON can hold.
+_MOST_CAPITAL = 1e100
+# A bet never risks more than this share of the capital on one audit.
+_MOST_RISKED = 0.9
+MCC_ROWS, ACCURACY_ROWS = 100, 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Served decisions in the order of time, a column each [N].
+
+    Args:
+        time: seconds since the epoch.
+        exited: Stage A answered.
+        wrong: Stage A's own answer is wrong (also where Stage B answered), 0 or 1; NaN where no label is known.
+        propensity: chance with which the row was selected for review, in (0, 1].
+        score: what the threshold is compared with, in [0, 1]; higher is surer.
+        confidence: calibrated chance that Stage A is right, in [0, 1]; the score by default.
+        predicted: class index of the answer that was served, for the rolling figures.
+        label: class index of the truth; -1 where it is not known.
+
+    Raises:
+        InputError: shapes differ, a column is outside its range, or time runs backwards.
+    """
+
+    time: NDArray[np.float64]
+    exited: NDArray[np.bool_]
+    wrong: NDArray[np.float64]
+    propensity: NDArray[np.float64]
+    score: NDArray[np.float64]
+    confidence: NDArray[np.float64] | None = None
+    predicted: NDArray[np.int64] | None = None
+    label: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, kind: type[np.generic]) -> None:
+            value = getattr(self, name)
+            if value is None:
+                return
+            column = np.asarray(value, dtype=kind)
+            if column.shape != np.shape(self.time) or column.ndim != 1:
+                raise InputError(f"{name} must have shape [{np.size(self.time)}], got {list(column.shape)}")
+            object.__setattr__(self, name, column)
+
+        for name in ("time", "wrong", "propensity", "score", "confidence"):
+            put(name, np.float64)
+        for name in ("predicted", "label"):
+            put(name, np.int64)
+        put("exited", np.bool_)
+        _between("propensity", self.propensity, least=0.0, strictly=True)
+        _between("score", self.score)
+        if self.confidence is not None:
+            _between("confidence", self.confidence)
+        if not np.isin(self.wrong[~np.isnan(self.wrong)], (0, 1)).all():
+            raise InputError("wrong must be 0, 1 or NaN (no label yet), got others")
+        if not np.isfinite(self.time).all() or (np.diff(self.time) < 0).any():
+            raise InputError("time must be finite and never run backwards; sort the rows by it")
+        if (self.predicted is None) != (self.label is None):
+            raise InputError("predicted and label must be given together; the rolling figures need both")
+
+    def __len__(self) -> int:
+        return int(self.time.size)
+
+    @property
+    def audited(self) -> NDArray[np.bool_]:
+        """[N] exits whose label is known."""
+        return np.asarray(self.exited & ~np.isnan(self.wrong), dtype=bool)
+
+    def last(self, n: int) -> Rows:
+        """The last ``n`` rows."""
+        first = max(len(self) - n, 0)
+        columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        kept: dict[str, Any] = {name: None if one is None else one[first:] for name, one in columns.items()}
+        return Rows(**kept)
+
+
+# -------------------------------------------------------------------------------- risk from rows chosen for review
+
+
+class Estimate(Record):
+    """A risk with its interval; null where nothing is known, and then ``note`` says why."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    level: float
+    n: int = Field(description="labelled rows that it rests on")
+    n_wrong: int
+    n_effective: float = Field(description="independent equally weighted rows worth as much: (sum w)^2 / sum w^2")
+    method: Literal["clopper-pearson", "betting", "none"]
+    note: str = ""
+
+
+def naive_risk(wrong: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """Share of wrong answers among the labelled rows, in [0, 1]; **biased** unless each was chosen with one chance.
+
+    Shown beside the weighted estimates to say how far off it is. Its interval is Clopper and Pearson's.
+
+    Args:
+        wrong: 0 or 1 [n].
+        level: two-sided, inside (0, 1).
+    """
+    values, _ = _labelled(wrong, np.ones(np.shape(wrong)))
+    return _equal(values, level, "every labelled row counts alike, whatever its chance of being chosen")
+
+
+def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, alpha: float | None = None) -> Estimate:
+    """Risk among all rows from those that were labelled, each weighted by 1 / propensity; in [0, 1], lower is better.
+
+    The Hájek estimate, sum(wrong / e) / sum(1 / e): it needs no count of all rows, so labels that are late cost
+    precision and not bias, as long as their delay has nothing to do with being wrong. Its interval holds for any n and
+    any propensities: Clopper and Pearson's where all are equal, else both ends by betting on E[(e0 / e) wrong] against
+    r E[e0 / e] (Waudby-Smith & Ramdas 2010.09686), where a bootstrap would cover too little. The bets go through
+    the rows in a shuffled order with a fixed seed: where the risk moved meanwhile the interval is of its average.
+
+    Args:
+        wrong: 0 or 1 [n].
+        propensity: chance of each of having been chosen [n], in (0, 1].
+        level: two-sided, inside (0, 1).
+        alpha: the risk that the bets aim at, where one is in question; the interval holds for any.
+
+    Raises:
+        InputError: shapes differ or a value is outside its range.
+    """
+    values, chance = _labelled(wrong, propensity)
+    check_share("level", level)
+    if values.size == 0:
+        return _nothing(level)
+    if np.ptp(chance) == 0:
+        return _equal(values, level, "")
+    order, tail = _shuffled(values.size), (1 - level) / 2
+    values, chance = values[order], chance[order]
+    weight = chance.min() / chance
+    high = betting_upper(weight * values, tail, weights=weight, alpha=alpha)
+    low = 1 - betting_upper(weight * (1 - values), tail, weights=weight)
+    return _weighted(values, weight, float(weight @ values / weight.sum()), low, high, level, "")
+
+
+def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """Risk among all N rows as sum(wrong / e) / N; unbiased when **every** chosen row has its label.
+
+    The Horvitz-Thompson estimate. Labels that are still to come count as right, so with late labels it is too low and
+    ``hajek_risk`` is the one to look at. Its interval holds for any N, by betting on the mean of e0 wrong / e over all
+    rows (0 where none is known, e0 the smallest e), shuffled as in ``hajek_risk``; small propensities make it wide.
+
+    Args:
+        wrong: 0 or 1, NaN where the row was not chosen [N].
+        propensity: chance of each row of being chosen [N], in (0, 1].
+        level: two-sided, inside (0, 1).
+
+    Raises:
+        InputError: shapes differ or a value is outside its range.
+    """
+    every, chances = np.asarray(wrong, dtype=np.float64), np.asarray(propensity, dtype=np.float64)
+    if every.shape != chances.shape:
+        raise InputError(f"wrong and propensity must have one shape, got {list(every.shape)} and {list(chances.shape)}")
+    known = ~np.isnan(every)
+    values, chance = _labelled(every[known], chances[known])
+    check_share("level", level)
+    if values.size == 0:
+        return _nothing(level)
+    scale, tail = float(chances.min()), (1 - level) / 2
+    losses = np.zeros(every.size)
+    losses[known] = scale * values / chance
+    losses = losses[_shuffled(losses.size)]
+    high = betting_upper(losses, tail) / scale
+    low = (1 - betting_upper(1 - losses, tail)) / scale
+    value = float((values / chance).sum() / every.size)
+    note = "above 1: weights are large and few" if value > 1 else ""
+    return _weighted(values, scale / chance, value, low, high, level, note)
+
+
+# -------------------------------------------------------------------------------- evidence
+
+
+class Evidence(Record):
+    """An e-process on audited exits against "the risk of exits is at most alpha": large values are evidence of harm.
+
+    Bets on 0/1 outcomes of audits weighted by reference / propensity, mixed over five alternatives and over when the
+    harm began. As long as the risk is at most alpha its expectation is at most 1 at **any** moment of looking, so the
+    chance that it ever reaches 1 / delta is at most delta (Ville; Waudby-Smith & Ramdas 2010.09686; starting times
+    mixed with a prior, as e-detectors do without one, Shin et al. 2203.03532). Feed audits in the order that labels
+    become known; which labels come late must not depend on being wrong.
+    """
+
+    alpha: float = Field(gt=0, lt=1)
+    delta: float = Field(0.05, gt=0, lt=1, description="largest chance of any false alarm, ever")
+    reference: float = Field(1.0, gt=0, le=1, description="propensity of an exit that counts once")
+    floor: float = Field(LEAST_AUDIT_RATE, gt=0, le=1, description="no audited exit may have a smaller propensity")
+    n: int = 0
+    n_wrong: int = 0
+    capital: tuple[float, ...] = (0.0,) * len(_ODDS)
+    value: float = 1.0
+    peak: float = 1.0
+    alarm_at: float | None = Field(None, description="when it first reached 1 / delta")
+    alarm_n: int | None = Field(None, description="after how many audited exits")
+
+    @model_validator(mode="after")
+    def _floor_below_reference(self) -> Self:
+        if self.floor > self.reference:
+            raise ValueError(f"floor must be at most reference, got {self.floor} and {self.reference}")
+        return self
+
+    @property
+    def alarm(self) -> bool:
+        """It has reached 1 / delta since its start."""
+        return self.alarm_at is not None
+
+    def after(self, wrong: ArrayLike, *, propensity: ArrayLike, time: ArrayLike) -> Evidence:
+        """The evidence with one more audited exit, or several in their order.
+
+        Args:
+            wrong: the answer was wrong, 0 or 1; one or [n].
+            propensity: chance with which it was chosen, in [floor, 1]; one or [n].
+            time: when the label became known; one or [n].
+
+        Raises:
+            InputError: a propensity below the floor, for which the bets are too bold.
+        """
+        values, chance = _labelled(np.atleast_1d(wrong), np.atleast_1d(propensity))
+        if chance.size and chance.min() < self.floor:
+            raise InputError(
+                f"propensity must be in [{self.floor:g}, 1], got {chance.min():g}; audit no exit more rarely, or begin "
+                "with a smaller floor"
+            )
+        capital, bets = np.array(self.capital), self.bets
+        value, peak, alarm_at, alarm_n = self.value, self.peak, self.alarm_at, self.alarm_n
+        gains = (values - self.alpha) * self.reference / chance
+        for n, (gain, at) in enumerate(zip(gains, np.atleast_1d(time).tolist(), strict=True), self.n + 1):
+            capital, worth = grow(capital, n, gain, bets)
+            value = float(worth)
+            peak = max(peak, value)
+            if alarm_at is None and value >= 1 / self.delta:
+                alarm_at, alarm_n = float(at), n
+        return self.model_copy(
+            update={
+                "n": self.n + int(values.size),
+                "n_wrong": self.n_wrong + int(values.sum()),
+                "capital": tuple(capital.tolist()),
+                "value": value,
+                "peak": peak,
+                "alarm_at": alarm_at,
+                "alarm_n": alarm_n,
+            }
+        )
+
+    def restarted(self) -> Evidence:
+        """The same test from its beginning, for a new threshold or model."""
+        return Evidence(alpha=self.alpha, delta=self.delta, reference=self.reference, floor=self.floor)
+
+    @property
+    def bets(self) -> NDArray[np.float64]:
+        """Share of the capital per unit of gain that each alternative bets [5]; never ruinous at the floor."""
+        odds = np.array(_ODDS)
+        most = _MOST_RISKED * self.floor / (self.alpha * self.reference)
+        return np.minimum((odds - 1) / (odds * self.alpha + 1 - self.alpha), most)
+
+
+def grow(
+    capital: NDArray[np.float64], n: int, gain: NDArray[np.float64] | np.float64, bets: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """One audit of any number of e-processes side by side: the new capital [..., 5], and what each is worth [...].
+
+    Args:
+        capital: of each alternative [..., 5], zeros at the beginning.
+        n: which audit this is, from 1.
+        gain: (wrong - alpha) reference / propensity [...].
+        bets: of ``Evidence``.
+    """
+    starting = (1 - _FIRST) * _HALF / ((n + _HALF - 1) * (n + _HALF)) + (_FIRST if n == 1 else 0.0)
+    grown = np.minimum((capital + starting) * (1 + bets * np.expand_dims(gain, -1)), _MOST_CAPITAL)
+    return grown, np.asarray((1 - _FIRST) * _HALF / (n + _HALF) + grown.sum(axis=-1) / grown.shape[-1])
+
+
+def gather(evidence: Evidence, rows: Rows) -> Evidence:
+    """Feed the audited exits among the rows to an e-process, in their order."""
+    at = rows.audited
+    return evidence.after(rows.wrong[at], propensity=rows.propensity[at], time=rows.time[at])
+
+
+# -------------------------------------------------------------------------------- what scores alone can tell
+
+
+class Cbpe(Record):
+    """Confidence-based estimate of the risk of exits: what it would be if confidences were still calibrated.
+
+    Sees a covariate shift (other scores) and is **blind to a concept shift**: when the same scores are wrong more often
+    it does not move. It never replaces an audit.
+    """
+
+    value: float | None = Field(description="mean of 1 - confidence over exits; null without one")
+    low: float | None
+    high: float | None
+    level: float
+    n: int = Field(description="exits")
+
+
+def cbpe(confidence: ArrayLike, exited: ArrayLike, *, level: float = 0.95) -> Cbpe:
+    """Estimate the risk of exits from calibrated confidences alone, in [0, 1]; lower is better. See ``Cbpe``.
+
+    The interval is that of the share of wrong answers in so many exits, a sum of independent trials with those
+    chances, by the normal law with a continuity correction.
+
+    Args:
+        confidence: chance that Stage A is right [N].
+        exited: bool [N].
+        level: two-sided, inside (0, 1).
+
+    Raises:
+        InputError: shapes differ or a confidence is outside [0, 1].
+    """
+    check_share("level", level)
+    sure, out = np.asarray(confidence, dtype=np.float64), np.asarray(exited, dtype=bool)
+    if sure.ndim != 1 or sure.shape != out.shape:
+        raise InputError(f"confidence and exited must have shape [N], got {list(sure.shape)} and {list(out.shape)}")
+    _between("confidence", sure)
+    chance = 1 - sure[out]
+    n = int(chance.size)
+    if n == 0:
+        return Cbpe(value=None, low=None, high=None, level=level, n=0)
+    value = float(chance.mean())
+    reach = float(ndtri((1 + level) / 2) * np.sqrt((chance * (1 - chance)).sum()) / n + 0.5 / n)
+    return Cbpe(value=value, low=max(value - reach, 0.0), high=min(value + reach, 1.0), level=level, n=n)
+
+
+class DriftConfig(Record):
+    """How river's detectors watch the confidences."""
+
+    recent: int = Field(1000, ge=1, description="a change counts as long as it lies in so many last rows")
+    votes: int = Field(2, ge=1, le=3, description="so many of the three detectors must see one")
+    reference: int = Field(200, ge=30, description="first rows, whose mean and SD standardise for Page-Hinkley")
+    adwin_delta: float = Field(0.002, gt=0, lt=1)
+    page_hinkley_delta: float = Field(0.1, ge=0, description="tolerated change, in standard deviations")
+    page_hinkley_threshold: float = Field(70.0, gt=0)
+    kswin_alpha: float = Field(1e-4, gt=0, lt=1)
+    kswin_window: int = Field(300, ge=10)
+    kswin_stat: int = Field(90, ge=5)
+    kswin_every: int = Field(4, ge=1, description="rows to a row that KSWIN sees; it is slow")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _window_holds_both(self) -> Self:
+        if 2 * self.kswin_stat > self.kswin_window:
+            raise ValueError(f"kswin_window must be at least twice kswin_stat, got {self.kswin_window}")
+        return self
+
+
+class Drift(Record):
+    """Changes of the confidences that river's detectors saw; rows are counted from the first one given."""
+
+    changes: dict[Literal["adwin", "page_hinkley", "kswin"], list[int]]
+    last: dict[Literal["adwin", "page_hinkley", "kswin"], bool] = Field(description="seen in the last rows")
+    drifting: bool = Field(description="enough detectors saw one in the last rows")
+    n: int
+
+
+def drift(confidence: ArrayLike, config: DriftConfig | None = None) -> Drift:
+    """Watch the confidences of served rows with ADWIN, Page-Hinkley and KSWIN; more votes are surer.
+
+    A change of confidences is no harm: it raises the audit rate (``Triggers``) and never retrains alone. Same rows and
+    seed, same answer.
+
+    Args:
+        confidence: [N] in [0, 1], in the order of time.
+        config: of the detectors.
+
+    Raises:
+        InputError: not a column in [0, 1].
+        DependencyError: river is not installed.
+    """
+    config = DriftConfig() if config is None else config
+    values = np.asarray(confidence, dtype=np.float64)
+    if values.ndim != 1:
+        raise InputError(f"confidence must have shape [N], got {list(values.shape)}")
+    _between("confidence", values)
+    try:
+        from river.drift import ADWIN, KSWIN, PageHinkley
+    except ModuleNotFoundError as error:
+        raise need("continual", error.name or "river") from error
+    first = values[: config.reference]
+    centre, spread = (float(first.mean()), float(first.std())) if first.size else (0.0, 1.0)
+    standard = (values - centre) / max(spread, 1e-6)
+    page_hinkley = PageHinkley(delta=config.page_hinkley_delta, threshold=config.page_hinkley_threshold)
+    kswin = KSWIN(
+        alpha=config.kswin_alpha, window_size=config.kswin_window, stat_size=config.kswin_stat, seed=config.seed
+    )
+    adwin = ADWIN(delta=config.adwin_delta)  # type: ignore[no-untyped-call]
+    changes: dict[Literal["adwin", "page_hinkley", "kswin"], list[int]] = {
+        "adwin": _detected(adwin, enumerate(values.tolist())),
+        # Beyond ten standard deviations a value says no more of a change that lasts.
+        "page_hinkley": _detected(page_hinkley, enumerate(np.clip(standard, -10, 10).tolist())),
+        "kswin": _detected(kswin, list(enumerate(values.tolist()))[:: config.kswin_every]),
+    }
+    last = {name: bool(places) and places[-1] >= values.size - config.recent for name, places in changes.items()}
+    return Drift(changes=changes, last=last, drifting=sum(last.values()) >= config.votes, n=int(values.size))
+
+
+class Rolling(Record):
+    """Figures of the last labelled answers, as a validator keeps them; null until there are so many."""
+
+    mcc_100: float | None = Field(description="Matthews correlation of the last 100, in [-1, 1]")
+    accuracy_10: float | None = Field(description="of the last 10, in [0, 1]")
+    n: int = Field(description="labelled answers; who abstained gave none")
+
+
+def rolling(predicted: ArrayLike, label: ArrayLike) -> Rolling:
+    """MCC of the last 100 and accuracy of the last 10 labelled answers; higher is better.
+
+    They speak of the rows that happened to be labelled, unweighted: hard ones are in them more often.
+
+    Args:
+        predicted: class index of each answer [n], in the order of time.
+        label: class index of each truth [n].
+    """
+    answers, truth = np.asarray(predicted, dtype=np.int64), np.asarray(label, dtype=np.int64)
+    if answers.ndim != 1 or answers.shape != truth.shape:
+        raise InputError(f"predicted and label must have shape [n], got {list(answers.shape)} and {list(truth.shape)}")
+    n = int(answers.size)
+    return Rolling(
+        mcc_100=mcc(answers[-MCC_ROWS:], truth[-MCC_ROWS:]) if n >= MCC_ROWS else None,
+        accuracy_10=accuracy(answers[-ACCURACY_ROWS:], truth[-ACCURACY_ROWS:]) if n >= ACCURACY_ROWS else None,
+        n=n,
+    )
+
+
+# -------------------------------------------------------------------------------- triggers
+
+Reason = Literal["risk alarm", "alarm stands", "confidence and drift", "labels", "age", "manual"]
+
+
+class TriggerConfig(Record):
+    """When the loop trains, and how many exits are audited."""
+
+    min_labels: int = Field(500, ge=1, description="new labels that are worth a training")
+    again_labels: int | None = Field(
+        None, ge=1, description="the same after a training that did not end the alarm: the champion is the old one; "
+        "null: half of min_labels"
+    )  # fmt: skip
+    max_age: float = Field(30 * 86400.0, gt=0, description="seconds after which a model is old")
+    cooldown: float = Field(86400.0, ge=0, description="least seconds between trainings; a wish by hand does not wait")
+    rearm: float = Field(0.8, gt=0, le=1, description="share of alpha below which CBPE counts as well again")
+    audit_rate: float = Field(0.1, ge=LEAST_AUDIT_RATE, le=1)
+    raised_audit_rate: float = Field(0.3, ge=LEAST_AUDIT_RATE, le=1)
+    hold: float = Field(2 * 86400.0, ge=0, description="seconds without drift until the audit rate falls again")
+
+    @model_validator(mode="after")
+    def _raised_is_higher(self) -> Self:
+        if self.raised_audit_rate < self.audit_rate:
+            raise ValueError("raised_audit_rate must be at least audit_rate")
+        return self
+
+
+class Signals(Record):
+    """What the triggers look at, at one moment."""
+
+    alarm_at: float | None = Field(None, description="last alarm of the e-process")
+    cbpe: Cbpe | None = None
+    drifting: bool = False
+    new_labels: int = Field(0, ge=0, description="since the last training")
+    manual: bool = False
+    missing: str = Field("", description="what a training still needs, such as labels that certify; empty: nothing")
+
+
+class TriggerState(Record):
+    """What the triggers remember between two looks."""
+
+    since: float = Field(description="when the model that serves was trained, or the watch began")
+    trained_at: float | None = Field(None, description="last time a training was asked for")
+    alarm_seen: float | None = Field(None, description="last alarm that has asked for one")
+    shifted: bool = Field(False, description="CBPE and drift have asked, and CBPE is not well again")
+    drift_at: float | None = Field(None, description="last look that saw drift while the audit rate is raised")
+
+
+class Verdict(Record):
+    """What to do now."""
+
+    train: bool
+    reasons: list[Reason]
+    waiting: list[Reason] = Field(description="reasons that wait for the cooldown to end, or for what is missing")
+    missing: str = ""
+    audit_rate: float
+
+
+def triggers(
+    state: TriggerState, signals: Signals, *, alpha: float, now: float, config: TriggerConfig | None = None
+) -> tuple[TriggerState, Verdict]:
+    """Say whether to train, and at which rate to audit; harm trains, drift alone only raises the audit rate.
+
+    With hysteresis: an alarm asks once, and while its champion stays again with every ``again_labels`` since the last
+    training, as what was refused on few rows may pass on more; CBPE above alpha together with drift asks once, and
+    again only after CBPE has been below ``rearm`` of alpha; trainings are a cooldown apart; the audit rate falls
+    ``hold`` seconds after the last drift. What a training could not be finished without is waited for, and nothing that
+    asked is forgotten meanwhile; a wish by hand does not wait.
+
+    Args:
+        state: what the last call gave.
+        signals: as they are now.
+        alpha: the risk that was promised.
+        now: seconds since the epoch, not before the state's own times.
+        config: limits.
+
+    Raises:
+        InputError: the clock runs backwards.
+    """
+    config = TriggerConfig() if config is None else config
+    if now < max(state.since, state.trained_at or state.since):
+        raise InputError(f"now must not be before the last training, got {now}; the clock runs backwards")
+    cbpe_high = signals.cbpe is not None and signals.cbpe.low is not None and signals.cbpe.low > alpha
+    cbpe_well = signals.cbpe is None or signals.cbpe.value is None or signals.cbpe.value < config.rearm * alpha
+    alarmed = signals.alarm_at is not None and (state.alarm_seen is None or signals.alarm_at > state.alarm_seen)
+    stands = signals.alarm_at is not None and not alarmed
+    again = config.again_labels or -(-config.min_labels // 2)
+    last = state.since if state.trained_at is None else state.trained_at
+    asked: dict[Reason, bool] = {
+        "risk alarm": alarmed,
+        "alarm stands": stands and signals.new_labels >= again,
+        "confidence and drift": cbpe_high and signals.drifting and not state.shifted,
+        "labels": signals.new_labels >= config.min_labels,
+        "age": now - last >= config.max_age,
+        "manual": signals.manual,
+    }
+    reasons = [reason for reason, wanted in asked.items() if wanted]
+    cool = state.trained_at is None or now - state.trained_at >= config.cooldown
+    train = bool(reasons) and ((cool and not signals.missing) or signals.manual)
+    drift_at = now if signals.drifting else state.drift_at
+    if drift_at is not None and now - drift_at > config.hold:
+        drift_at = None
+    shifted = state.shifted and not cbpe_well
+    # A round by hand that lacks something ends without a candidate, and what else asked has not been heard by it.
+    heard = train and not signals.missing
+    state = state.model_copy(
+        update={
+            "trained_at": now if heard else state.trained_at,
+            "alarm_seen": signals.alarm_at if heard and alarmed else state.alarm_seen,
+            "shifted": shifted or (heard and asked["confidence and drift"]),
+            "drift_at": drift_at,
+        }
+    )
+    rate = config.audit_rate if drift_at is None else config.raised_audit_rate
+    return state, Verdict(
+        train=train, reasons=reasons if train else [], waiting=[] if train else reasons, missing=signals.missing,
+        audit_rate=rate,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _detected(detector: Any, values: Iterable[tuple[int, float]]) -> list[int]:
+    """Places at which a detector of river saw a change."""
+    found = []
+    for place, value in values:
+        detector.update(value)
+        if detector.drift_detected:
+            found.append(place)
+    return found
+
+
+def _between(name: str, values: NDArray[np.float64], *, least: float = 0.0, strictly: bool = False) -> None:
+    bad = np.flatnonzero(~((values > least if strictly else values >= least) & (values <= 1)))
+    if bad.size:
+        edge = "(" if strictly else "["
+        raise InputError(f"{name} must be in {edge}{least:g}, 1], got {values[bad[0]]} in row {bad[0]}")
+
+
+def _labelled(wrong: ArrayLike, propensity: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    values, chance = np.asarray(wrong, dtype=np.float64), np.asarray(propensity, dtype=np.float64)
+    if values.ndim != 1 or values.shape != chance.shape:
+        raise InputError(f"wrong and propensity must have shape [n], got {list(values.shape)} and {list(chance.shape)}")
+    if not np.isin(values, (0, 1)).all():
+        raise InputError("wrong must be 0 or 1, got others; leave out rows without a label")
+    _between("propensity", chance, strictly=True)
+    return values, chance
+
+
+def _shuffled(n: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).permutation(n)
+
+
+def _nothing(level: float) -> Estimate:
+    return Estimate(
+        value=None, low=None, high=None, level=level, n=0, n_wrong=0, n_effective=0.0, method="none",
+        note="no label is known",
+    )  # fmt: skip
+
+
+def _equal(values: NDArray[np.float64], level: float, note: str) -> Estimate:
+    check_share("level", level)
+    n, k = int(values.size), int(values.sum())
+    if n == 0:
+        return _nothing(level)
+    low, high = clopper_pearson(k, n, level)
+    return Estimate(
+        value=k / n, low=low, high=high, level=level, n=n, n_wrong=k, n_effective=float(n), method="clopper-pearson",
+        note=note,
+    )  # fmt: skip
+
+
+def _weighted(
+    values: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    value: float,
+    low: float,
+    high: float,
+    level: float,
+    note: str,
+) -> Estimate:
+    return Estimate(
+        value=value,
+        low=min(max(low, 0.0), value),
+        high=max(min(high, 1.0), min(value, 1.0)),
+        level=level,
+        n=int(values.size),
+        n_wrong=int(values.sum()),
+        n_effective=float(weight.sum() ** 2 / (weight @ weight)),
+        method="betting",
+        note=note,
+    )

@@ -1,0 +1,509 @@
+"""How the loop is doing, at a glance: one record, one HTML page, metrics for Prometheus, a dashboard for Grafana."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from stage1_pro.continual.watch.monitor import (
+    Cbpe,
+    Drift,
+    DriftConfig,
+    Estimate,
+    Evidence,
+    Rolling,
+    Rows,
+    Signals,
+    TriggerConfig,
+    TriggerState,
+    Verdict,
+    cbpe,
+    drift,
+    gather,
+    hajek_risk,
+    horvitz_thompson_risk,
+    naive_risk,
+    rolling,
+    triggers,
+)
+from stage1_pro.continual.watch.srt import ControllerState, Move, to_score
+from stage1_pro.errors import InputError, need
+from stage1_pro.files import write_bytes, write_text
+from stage1_pro.record import Record
+
+Health = Literal["holds", "not shown", "watch", "alarm"]
+_DAY = 86400.0
+# Parts of the time in a picture: as many as have this many audited exits each, within limits.
+_AUDITS_OF_BLOCK = 100
+_BLOCKS = (4, 30)
+
+
+class MonitorConfig(Record):
+    """What is watched, and with which limits."""
+
+    alpha: float = Field(gt=0, lt=1, description="risk of exits that was promised")
+    delta: float = Field(0.05, gt=0, lt=1, description="chance of any false alarm of the e-process")
+    level: float = Field(0.95, gt=0, lt=1, description="of intervals")
+    recent: int = Field(5000, ge=1, description="last rows that estimates, CBPE and drift are made of")
+    floor: float = Field(0.02, gt=0, le=1, description="smallest propensity with which an exit is audited")
+    drift: DriftConfig = DriftConfig()
+    triggers: TriggerConfig = TriggerConfig()
+
+
+class Status(Record):
+    """``status.json``: what is known of the cascade that serves, and what is to be done."""
+
+    format_version: Literal[1] = 1
+    time: float = Field(description="seconds since the epoch")
+    bundle: str = Field("", description="sha256 of its manifest")
+    health: Health = Field(
+        description="alarm: harm is shown; watch: a sign of it; holds: the interval lies below alpha"
+    )
+    headline: str
+    sentences: list[str]
+    alpha: float
+    n_rows: int = Field(description="recent decisions that the figures speak of")
+    n_exits: int
+    exit_rate: float | None
+    n_labelled: int
+    threshold: float | None = Field(description="in force; null where nobody steers it. Above 1: nobody exits")
+    certified: float | None = Field(description="below it the threshold never goes")
+    exit_risk: Estimate = Field(description="of exits, by Hájek's weights")
+    exit_risk_horvitz_thompson: Estimate
+    stage_a_error: Estimate = Field(description="of Stage A on all rows, by Hájek's weights")
+    stage_a_error_naive: Estimate = Field(description="the same from labels as they came: biased to hard images")
+    evidence: Evidence
+    cbpe: Cbpe
+    drift: Drift | None = Field(description="null where river is not installed")
+    rolling: Rolling | None
+    verdict: Verdict
+    audit_rate: float | None = Field(
+        None, description="least chance of review in force; the verdict's is asked for. Null: not known here"
+    )
+
+
+def look(
+    rows: Rows,
+    config: MonitorConfig,
+    *,
+    now: float,
+    triggers_before: TriggerState,
+    new_labels: int = 0,
+    manual: bool = False,
+    missing: str = "",
+    evidence: Evidence | None = None,
+    controller: ControllerState | None = None,
+    bundle: str = "",
+) -> tuple[Status, TriggerState]:
+    """Look at everything once: figures of the recent rows, evidence, drift, and what the triggers make of them.
+
+    Args:
+        rows: served decisions; the last ``config.recent`` are looked at.
+        config: what is watched.
+        now: seconds since the epoch.
+        triggers_before: what the last look gave.
+        new_labels: since the last training.
+        manual: somebody asks for a training.
+        missing: what a training still needs, as ``Signals`` has it.
+        evidence: the e-process so far. Its promise holds over all looks only where one process is kept from the day a
+            model or threshold began to serve; by default it is made of the recent rows, which must then begin there.
+        controller: state of the threshold, where one steers it; its alarms count, too.
+        bundle: sha256 of the manifest that serves.
+
+    Raises:
+        InputError: an audited exit has a propensity below the floor.
+    """
+    recent = rows.last(config.recent)
+    if evidence is None:
+        evidence = gather(Evidence(alpha=config.alpha, delta=config.delta, reference=_usual(recent, config.floor),
+                                   floor=config.floor), recent)  # fmt: skip
+    known = ~np.isnan(recent.wrong)
+    out, audited = recent.exited, recent.audited
+    sure = recent.score if recent.confidence is None else recent.confidence
+    estimated = cbpe(sure, out, level=config.level)
+    seen = _drift(sure, config.drift)
+    alarms = [at for at in (evidence.alarm_at, None if controller is None else controller.alarm_at) if at is not None]
+    after, verdict = triggers(
+        triggers_before,
+        Signals(
+            alarm_at=max(alarms, default=None),
+            cbpe=estimated,
+            drifting=seen is not None and seen.drifting,
+            new_labels=new_labels,
+            manual=manual,
+            missing=missing,
+        ),
+        alpha=config.alpha,
+        now=now,
+        config=config.triggers,
+    )
+    answered = None
+    if recent.predicted is not None and recent.label is not None:
+        has = recent.label >= 0
+        answered = rolling(recent.predicted[has], recent.label[has])
+    exit_risk = hajek_risk(recent.wrong[audited], recent.propensity[audited], level=config.level, alpha=config.alpha)
+    health = _health(config.alpha, exit_risk, estimated, seen, evidence, verdict)
+    status = Status(
+        time=now,
+        bundle=bundle,
+        health=health,
+        headline=_HEADLINES[health],
+        sentences=_sentences(config.alpha, exit_risk, estimated, seen, evidence, controller, verdict),
+        alpha=config.alpha,
+        n_rows=len(recent),
+        n_exits=int(out.sum()),
+        exit_rate=float(out.mean()) if len(recent) else None,
+        n_labelled=int(known.sum()),
+        threshold=None if controller is None else controller.threshold,
+        certified=None if controller is None else controller.config.certified,
+        exit_risk=exit_risk,
+        exit_risk_horvitz_thompson=horvitz_thompson_risk(recent.wrong[out], recent.propensity[out], level=config.level),
+        stage_a_error=hajek_risk(recent.wrong[known], recent.propensity[known], level=config.level),
+        stage_a_error_naive=naive_risk(recent.wrong[known], level=config.level),
+        evidence=evidence,
+        cbpe=estimated,
+        drift=seen,
+        rolling=answered,
+        verdict=verdict,
+    )
+    return status, after
+
+
+# -------------------------------------------------------------------------------- the page
+
+
+def write_page(path: Path | str, status: Status, rows: Rows, moves: Sequence[Move] = ()) -> None:
+    """Write the status as one self-contained HTML page, atomically; a person sees at a glance whether all is well.
+
+    Args:
+        path: HTML file to write.
+        status: what ``look`` gave.
+        rows: the decisions to draw, of any length.
+        moves: of the threshold.
+    """
+    from stage1_pro.report import page
+
+    one = status.exit_risk
+    figures = [
+        ("Risk of exits", one.value, one.low, one.high, f"{one.n_wrong} wrong of {one.n} audited"),
+        ("Stage A's error on all photos", *_ends(status.stage_a_error), f"{status.stage_a_error.n} labels, weighted"),
+        ("The same, unweighted", *_ends(status.stage_a_error_naive), "biased: hard photos are reviewed more often"),
+        ("Risk of exits by confidences alone", status.cbpe.value, status.cbpe.low, status.cbpe.high,
+         "assumes that confidences are still right"),
+    ]  # fmt: skip
+    html = page(
+        "status.html.j2",
+        status=status,
+        when=dt.datetime.fromtimestamp(status.time, dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        figures=figures,
+        detectors={"adwin": "ADWIN", "page_hinkley": "Page–Hinkley", "kswin": "KSWIN"},
+        closed=status.threshold is not None and status.threshold > 1,
+        pictures=_pictures(status, rows, moves),
+        level=f"{100 * one.level:.4g}%",
+    )
+    write_text(path, html)
+
+
+def _pictures(status: Status, rows: Rows, moves: Sequence[Move]) -> list[Any]:
+    """Risk, exits and threshold over days, as report pictures; none without rows."""
+    from stage1_pro.metrics.figures import timeline_png
+    from stage1_pro.report import Picture
+
+    if len(rows) < 2:
+        return []
+    start = float(rows.time[0])
+
+    def days(time: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        return (np.asarray(time, dtype=np.float64) - start) / _DAY
+
+    sure = rows.score if rows.confidence is None else rows.confidence
+    parts = min(max(int(rows.audited.sum()) // _AUDITS_OF_BLOCK, _BLOCKS[0]), _BLOCKS[1], len(rows))
+    blocks = np.array_split(np.arange(len(rows)), parts)
+    fine = np.array_split(np.arange(len(rows)), min(_BLOCKS[1], len(rows)))
+    middle, often = (days(np.array([float(rows.time[part].mean()) for part in parts])) for parts in (blocks, fine))
+    risks = [
+        hajek_risk(rows.wrong[part][rows.audited[part]], rows.propensity[part][rows.audited[part]]) for part in blocks
+    ]
+    ends = np.array([
+        [math.nan if value is None else value for value in (one.value, one.low, one.high)]
+        for one in risks
+    ])  # fmt: skip
+    by_scores = [cbpe(sure[part], rows.exited[part]).value for part in blocks]
+    expected = [math.nan if one is None else one for one in by_scores]
+    exits = [float(rows.exited[part].mean()) for part in fine]
+    times = {move.known for move in moves if move.cause == "alarm"}
+    if status.evidence.alarm_at is not None:
+        times.add(status.evidence.alarm_at)
+    alarms = {"alarm": sorted(days(time).item() for time in times if time >= start)}
+    found = [
+        Picture(
+            "risk", "Risk of exits",
+            "Wrong answers among exits, from audited ones, in equal parts with 95% intervals; beside it "
+            "what confidences alone would say. Where the two part, the world has changed in a way scores do not show.",
+            timeline_png(
+                middle,
+                {"from audits": ends[:, 0], "from confidences": expected},
+                y="share of exits that are wrong", band=(ends[:, 1], ends[:, 2]), limits={"promised": status.alpha},
+                marks=alarms,
+            ),
+        ),
+        Picture(
+            "exits", "Exits",
+            "Share of photos that Stage A answers. It falls when the threshold tightens: safety costs Stage B's "
+            "time.",
+            timeline_png(often, {"exits": exits}, y="share of photos", marks=alarms),
+        ),
+    ]  # fmt: skip
+    drawn = [move for move in moves if move.known >= start]
+    if drawn:
+        x = days(np.array([start, *(move.known for move in drawn), max(float(rows.time[-1]), drawn[-1].known)]))
+        levels = [to_score(u) for u in (drawn[0].before, *(move.after for move in drawn), drawn[-1].after)]
+        limits = {} if status.certified is None else {"certified": status.certified}
+        found.append(
+            Picture(
+                "threshold", "Threshold",
+                "A photo exits at or above it. It tightens after wrong exits and loosens slowly, never below the "
+                "certified one.",
+                timeline_png(
+                    x, {"threshold": levels}, y="threshold", limits=limits, marks=alarms, steps=True, percent=False
+                ),
+            )
+        )  # fmt: skip
+    return found
+
+
+# -------------------------------------------------------------------------------- Prometheus and Grafana
+
+# Every metric that is exposed: its help. Each has the label ``bundle``.
+METRICS = {
+    "stage1_alpha": "risk of exits that was promised",
+    "stage1_exit_risk": "risk of exits from audited ones (Hajek)",
+    "stage1_exit_risk_low": "lower end of its interval",
+    "stage1_exit_risk_high": "upper end of its interval",
+    "stage1_stage_a_error": "error of Stage A on all rows, weighted by 1 / propensity",
+    "stage1_stage_a_error_naive": "the same from labels as they came, biased",
+    "stage1_cbpe_exit_risk": "risk of exits by confidences alone",
+    "stage1_evidence": "e-value against risk <= alpha",
+    "stage1_evidence_limit": "e-value at which it alarms",
+    "stage1_alarm": "1 when the e-process has alarmed",
+    "stage1_drifting": "1 when enough detectors see a change of confidences",
+    "stage1_threshold": "exit threshold in force",
+    "stage1_threshold_certified": "threshold of the certificate",
+    "stage1_exit_rate": "share of recent decisions that exited",
+    "stage1_decisions": "recent decisions that these figures speak of",
+    "stage1_labels": "of them, those with a label",
+    "stage1_audited_exits": "exits with a label",
+    "stage1_audit_rate": "share of exits to audit now",
+    "stage1_rolling_mcc": "Matthews correlation of the last 100 labelled answers",
+    "stage1_rolling_accuracy": "accuracy of the last 10 labelled answers",
+    "stage1_train_wanted": "1 when the triggers ask for a training",
+    "stage1_status_time_seconds": "when these figures were made, since the epoch",
+}
+
+
+def samples(status: Status) -> Iterator[tuple[str, float]]:
+    """Names of ``METRICS`` with their values; what is not known is left out."""
+    values: dict[str, float | None] = {
+        "stage1_alpha": status.alpha,
+        "stage1_exit_risk": status.exit_risk.value,
+        "stage1_exit_risk_low": status.exit_risk.low,
+        "stage1_exit_risk_high": status.exit_risk.high,
+        "stage1_stage_a_error": status.stage_a_error.value,
+        "stage1_stage_a_error_naive": status.stage_a_error_naive.value,
+        "stage1_cbpe_exit_risk": status.cbpe.value,
+        "stage1_evidence": status.evidence.value,
+        "stage1_evidence_limit": 1 / status.evidence.delta,
+        "stage1_alarm": float(status.evidence.alarm),
+        "stage1_drifting": None if status.drift is None else float(status.drift.drifting),
+        "stage1_threshold": status.threshold,
+        "stage1_threshold_certified": status.certified,
+        "stage1_exit_rate": status.exit_rate,
+        "stage1_decisions": status.n_rows,
+        "stage1_labels": status.n_labelled,
+        "stage1_audited_exits": status.exit_risk.n,
+        "stage1_audit_rate": status.verdict.audit_rate,
+        "stage1_rolling_mcc": None if status.rolling is None else status.rolling.mcc_100,
+        "stage1_rolling_accuracy": None if status.rolling is None else status.rolling.accuracy_10,
+        "stage1_train_wanted": float(status.verdict.train),
+        "stage1_status_time_seconds": status.time,
+    }
+    for name, value in values.items():
+        if value is not None:
+            yield name, float(value)
+
+
+def exposition(status: Status) -> bytes:
+    """The metrics in Prometheus' text format.
+
+    Raises:
+        DependencyError: prometheus_client is not installed.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, Gauge, generate_latest
+    except ModuleNotFoundError as error:
+        raise need("continual", error.name or "prometheus_client") from error
+    registry = CollectorRegistry()
+    for name, value in samples(status):
+        Gauge(name, METRICS[name], ["bundle"], registry=registry).labels(status.bundle[:12]).set(value)
+    return generate_latest(registry)
+
+
+def write_textfile(path: Path | str, status: Status) -> None:
+    """Write the metrics for the textfile collector of Prometheus' node exporter, atomically; the name ends in .prom.
+
+    Raises:
+        InputError: another ending, which the collector would not read.
+        DependencyError: prometheus_client is not installed.
+    """
+    if Path(path).suffix != ".prom":
+        raise InputError(f"path must end in .prom, got {path}; the textfile collector reads no other file")
+    write_bytes(path, exposition(status))
+
+
+# Panels of the dashboard: title, unit, and the metrics that it draws.
+_PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Alarm", "bool_on_off", ("stage1_alarm",)),
+    ("Risk of exits", "percentunit",
+     ("stage1_exit_risk", "stage1_exit_risk_low", "stage1_exit_risk_high", "stage1_cbpe_exit_risk", "stage1_alpha")),
+    ("Evidence of harm", "none", ("stage1_evidence", "stage1_evidence_limit")),
+    ("Threshold", "none", ("stage1_threshold", "stage1_threshold_certified")),
+    ("Exits and audits", "percentunit", ("stage1_exit_rate", "stage1_audit_rate")),
+    ("Stage A's error", "percentunit", ("stage1_stage_a_error", "stage1_stage_a_error_naive")),
+    ("Rolling figures", "none", ("stage1_rolling_mcc", "stage1_rolling_accuracy")),
+    ("Drift, training wanted", "bool_on_off", ("stage1_drifting", "stage1_train_wanted")),
+    ("Decisions and labels", "none", ("stage1_decisions", "stage1_labels", "stage1_audited_exits")),
+    ("Age of the figures", "s", ("stage1_status_time_seconds",)),
+)  # fmt: skip
+
+
+def dashboard(title: str = "stage1: is the risk kept?") -> dict[str, Any]:
+    """A dashboard for Grafana (classic JSON model, importable), of the metrics that ``exposition`` gives."""
+    source = {"type": "prometheus", "uid": "${source}"}
+    panels = []
+    for place, (name, unit, metrics) in enumerate(_PANELS):
+        targets = [
+            {
+                "refId": chr(ord("A") + index),
+                "datasource": source,
+                "expr": f'{"time() - " if unit == "s" else ""}{metric}{{bundle=~"$bundle"}}',
+                "legendFormat": metric.removeprefix("stage1_").replace("_", " ") + " {{bundle}}",
+            }
+            for index, metric in enumerate(metrics)
+        ]
+        panels.append({
+            "id": place + 1, "title": name, "type": "timeseries", "datasource": source, "targets": targets,
+            "description": "; ".join(METRICS[metric] for metric in metrics),
+            "gridPos": {"x": 12 * (place % 2), "y": 8 * (place // 2), "w": 12, "h": 8},
+            "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
+        })  # fmt: skip
+    variables = [
+        {"name": "source", "label": "Data source", "type": "datasource", "query": "prometheus"},
+        {
+            "name": "bundle", "label": "Bundle", "type": "query", "datasource": source, "refresh": 2,
+            "query": {"query": "label_values(stage1_alpha, bundle)", "refId": "bundle"},
+            "includeAll": True, "multi": True, "current": {"text": "All", "value": "$__all"},
+        },
+    ]  # fmt: skip
+    return {
+        "id": None, "uid": "stage1-continual", "title": title, "tags": ["stage1"], "timezone": "utc",
+        "schemaVersion": 39, "version": 1, "editable": True, "refresh": "1m", "panels": panels,
+        "time": {"from": "now-7d", "to": "now"}, "templating": {"list": variables}, "annotations": {"list": []},
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- helpers
+
+_HEADLINES: dict[Health, str] = {
+    "holds": "The promise holds.",
+    "not shown": "No sign of harm; too few audits to show that the promise holds.",
+    "watch": "Watch: something has changed.",
+    "alarm": "Alarm: exits are wrong more often than promised.",
+}
+
+
+def _health(
+    alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence, verdict: Verdict
+) -> Health:
+    if evidence.alarm or "risk alarm" in (*verdict.reasons, *verdict.waiting):
+        return "alarm"
+    if risk.low is not None and risk.low > alpha:
+        return "alarm"
+    shifted = estimated.low is not None and estimated.low > alpha
+    if shifted or (seen is not None and seen.drifting) or (risk.value is not None and risk.value > alpha):
+        return "watch"
+    return "holds" if risk.high is not None and risk.high <= alpha else "not shown"
+
+
+def _sentences(
+    alpha: float,
+    risk: Estimate,
+    estimated: Cbpe,
+    seen: Drift | None,
+    evidence: Evidence,
+    controller: ControllerState | None,
+    verdict: Verdict,
+) -> list[str]:
+    """What a person should know, in plain words."""
+    said = []
+    if risk.value is None or risk.low is None or risk.high is None:
+        said.append("No exit has been audited yet, so nothing is known of the risk. Review some.")
+    else:
+        said.append(
+            f"{risk.n} exits were checked and {risk.n_wrong} were wrong: about {_share(risk.value)} of all exits, "
+            f"between {_share(risk.low)} and {_share(risk.high)}. Promised was at most {_share(alpha)}."
+        )
+    if evidence.alarm and evidence.alarm_n is not None:
+        said.append(
+            f"The alarm came after {evidence.alarm_n} checked photos that exit at the certified threshold. With "
+            f"the promise kept, it ever comes in at most {_share(evidence.delta)} of all cases."
+        )
+    if seen is not None and seen.drifting:
+        said.append("Confidences have changed: other photos come than before. More is audited until that is over.")
+    if estimated.low is not None and estimated.low > alpha:
+        said.append("Judged by confidences alone, exits would be wrong more often than promised.")
+    if controller is not None:
+        if controller.threshold > 1:
+            said.append("The threshold is at its highest: nobody exits, Stage B answers every photo.")
+        elif controller.threshold > controller.config.certified:
+            said.append(
+                f"The threshold is tightened from {controller.config.certified:.4f} to {controller.threshold:.4f}."
+            )
+        else:
+            said.append("The threshold is the certified one.")
+    if verdict.train:
+        said.append(f"Training is asked for: {', '.join(verdict.reasons)}.")
+    elif verdict.waiting and verdict.missing:
+        said.append(f"Training ({', '.join(verdict.waiting)}) waits for labels: {verdict.missing}.")
+    elif verdict.waiting:
+        said.append(f"Training waits until the last one is old enough: {', '.join(verdict.waiting)}.")
+    return said
+
+
+def _usual(rows: Rows, floor: float) -> float:
+    """The propensity with which exits are usually audited: the median over all exits, not only the chosen ones."""
+    chances = rows.propensity[rows.exited]
+    return max(float(np.median(chances)), floor) if chances.size else floor
+
+
+def _drift(confidence: NDArray[np.float64], config: DriftConfig) -> Drift | None:
+    from stage1_pro.errors import DependencyError
+
+    try:
+        return drift(confidence, config)
+    except DependencyError:
+        return None
+
+
+def _ends(one: Estimate) -> tuple[float | None, float | None, float | None]:
+    return one.value, one.low, one.high
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g}%"

@@ -1,0 +1,160 @@
+"""Files on disk: atomic writes, hashes, CSV and NumPy archives."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stage1_pro.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str, *, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, with ``mode``.
+
+    A process killed at any moment leaves either the old file or the new one. Leftovers of
+    killed writers are named ``.<name>.*.tmp`` and never read.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that takes its place on success.
+
+    An existing folder at ``path`` is moved aside first and removed after the new one stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_directory(path)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        staging.chmod(0o755)
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            path.replace(aside / path.name)
+            staging.replace(path)
+            shutil.rmtree(aside)
+        else:
+            staging.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def recover_directory(path: Path) -> None:
+    """Put back a folder that a writer killed between its two renames had moved aside."""
+    if path.exists():
+        return
+    for aside in path.parent.glob(f".{path.name}.*.old"):
+        if (aside / path.name).is_dir():
+            (aside / path.name).replace(path)
+            aside.rmdir()
+            return
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path | str, data: bytes, *, mode: int = 0o644) -> None:
+    """Write bytes atomically."""
+    with atomic_path(path, mode=mode) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path | str, text: str, *, mode: int = 0o644) -> None:
+    """Write UTF-8 text atomically."""
+    # File names on Linux are bytes: those that are not UTF-8 go out as they came in.
+    write_bytes(path, text.encode(errors="surrogateescape"), mode=mode)
+
+
+def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Write rows under the given columns atomically; ``None`` and NaN become empty cells."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(row.get(key)) for key in columns})
+    write_text(path, buffer.getvalue())
+
+
+def _cell(value: object) -> object:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    if isinstance(value, float):
+        return repr(float(value))
+    return value
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex sha256 of a file's content, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays as an uncompressed ``.npz``, atomically; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            item = io.BytesIO()
+            np.lib.format.write_array(item, array, allow_pickle=False)
+            # A fixed date: np.savez stamps the clock, and the same run must give the same bytes.
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), item.getvalue())
+    write_bytes(path, buffer.getvalue())
+
+
+def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
+    """Read every array of an ``.npz`` without pickle; raise InputError when it is not one."""
+    try:
+        data = np.load(path, allow_pickle=False)
+        if isinstance(data, np.ndarray):
+            raise InputError(f"{path} must be a NumPy .npz file with named arrays, got a single array")
+        with data:
+            return {name: data[name] for name in data.files}
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} must exist, but there is no such file") from None
+    except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy each raise kinds of their own on damage
+        raise InputError(f"{path} must be a NumPy .npz file without pickled objects, got: {error}") from None

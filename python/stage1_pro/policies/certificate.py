@@ -1,0 +1,71 @@
+"""Records of evidence: sweeps over thresholds, certificates, and promises held against rows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stage1_pro.record import Record
+
+
+class SweepRow(Record):
+    """Exits at one threshold: an image exits iff its confidence is at or above it."""
+
+    threshold: float
+    coverage: float
+    fnr_on_exited: float | None = Field(description="null when no positive exits")
+    exit_accuracy: float | None = Field(description="null when nothing exits")
+    n_exited: int
+    n_positive_exited: int
+    n_false_negative: int
+    grid: bool = Field(description="whether the threshold belongs to the classic grid")
+
+
+class RiskRecord(Record):
+    """One risk of a certificate: exact counts at the threshold, upper bound at level 1 - delta, and p-value."""
+
+    name: str
+    alpha: float = Field(gt=0, lt=1)
+    trials: int = Field(ge=0)
+    errors: int = Field(ge=0)
+    bound: float = Field(ge=0, le=1)
+    p_value: float = Field(ge=0, le=1)
+
+
+class CertificateRecord(Record):
+    """What a policy promises, from which counts, by which method; accepted means score >= threshold."""
+
+    method: Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
+    delta: float = Field(gt=0, lt=1, description="of this claim: what was declared, divided by claims")
+    claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
+    use: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
+    min_coverage: float | None
+    risks: list[RiskRecord] = Field(min_length=1)
+    unit: Literal["rows", "groups", "group_means"]
+    n: int = Field(description="units of the certify half")
+    accepted: int
+    coverage: float = Field(ge=0, le=1, description="accepted / n")
+    threshold: float
+    first_candidate: float = Field(description="where the walk began, from the fit half alone")
+    n_tested: int = Field(description="candidates tested, the first that failed among them")
+    p_value: float | None = Field(
+        ge=0, le=1, description="the largest of all constraints, at the threshold; null for crc"
+    )
+    seed: int = Field(description="of the row that speaks for its group")
+    guarantee: str
+    assumptions: list[str]
+
+
+class PromiseCheck(Record):
+    """One promise held against rows that calibrated nothing: ``errors`` of ``trials`` should be at most ``limit``."""
+
+    name: str
+    source: str | None = Field(description="null = all rows; a source's own rows are information, nobody promised them")
+    limit: float
+    errors: int
+    trials: int
+    lower: float = Field(description="Clopper-Pearson, one-sided 99%; above the limit: FAIL")
+    upper: float = Field(description="Clopper-Pearson, one-sided 95%; at or below the limit: PASS")
+    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+    n_to_settle: int | None = Field(description="units in all that would settle it if rates stay as seen")

@@ -1,0 +1,198 @@
+"""Checks and ``config.json`` of a training; no torch, so that mistakes are told at once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stage1_pro.config import Config
+from stage1_pro.data.splits import Splits
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import recover_directory, sha256_file
+from stage1_pro.record import Record
+from stage1_pro.training.adapted import ExploraRecord
+from stage1_pro.words import POLICY_FILES
+
+
+class Start(Record):
+    """``start.json``: what a training drew and started from, as hashes; arms of a comparison must have the same.
+
+    Written before the first step and left alone by ``--resume``. The batches are those of all processes together.
+    """
+
+    format_version: Literal[1] = 1
+    seed: int
+    split_hashes: dict[str, str]
+    head_shapes: dict[str, list[int]] = Field(description="shape of every tensor of the heads")
+    heads: str = Field(description="sha256 of the heads' starting weights")
+    order: str = Field(description="sha256 of the row ids of the first epochs, in the order they are gone through")
+    batch_size: int
+    batch_rows: str = Field(description="sha256 of row ids and labels of the first batches")
+    batch_inputs: str | None = Field(
+        description="sha256 of their augmented pixels; null where a frozen backbone's cached features are read"
+    )
+    preprocessing: str = Field(description="fingerprint of what made the pixels, before augmentation")
+    augmentation: str = Field(description="fingerprint of the augmentation's settings")
+    n_trainable: int
+    n_parameters: int
+    base_fingerprint: str = Field(description="sha256 of the backbone's starting weights")
+    versions: dict[str, str]
+
+
+class RunConfig(Record):
+    """``config.json``: the resolved configuration, the splits it was trained on, library versions."""
+
+    config: Config
+    split_hashes: dict[str, str]
+    versions: dict[str, str]
+
+
+# What one training writes; a new one in the same folder starts without them. A bundle is its own thing and stays.
+OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "train.log", "config.json",
+             "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
+             "gate.json", "tap.json", "start.json", "val_select.npz",
+             *POLICY_FILES.values(), "report.html")  # fmt: skip
+OWN_FOLDERS = ("adapter", "evaluation", "metrics")
+# What `stage1 explora` leaves in a run; trainings come and go beside it.
+EXPLORA = "explora"
+# Keys that cannot change what is learned, so that a resumed run may set them anew.
+_FREE = {"workers", "save_every_steps", "tensorboard", "gradient_checkpointing"}
+
+
+def check_run(
+    run: Path, config: Config | None, *, resume: bool, overwrite: bool, explora: bool = False
+) -> tuple[Splits, Config]:
+    """Give a run's splits and the configuration to train with; changes nothing.
+
+    With ``explora`` the backbone is the run's adapted one; a resumed training must have begun with it.
+
+    Raises:
+        InputError: no splits, an earlier training in the way, nothing to resume, or another configuration.
+        ArtifactError: splits that were edited, or are not those of the training to resume.
+    """
+    if not (run / "splits.json").is_file():
+        raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
+    splits = Splits.read(run / "splits.json").verify()
+    if not resume:
+        if (run / "last.pth").exists() and not overwrite:
+            raise InputError(f"{run} has been trained already; go on with --resume or start anew with --overwrite")
+        config = config or Config()
+        return splits, use_adapted(run, splits, config) if explora else config
+    if not (run / "config.json").is_file():
+        raise InputError(f"--resume needs {run}/config.json, which is not there; start without --resume")
+    stored = RunConfig.read(run / "config.json")
+    if stored.split_hashes != splits.hashes:
+        raise ArtifactError(f"{run}/splits.json has changed since the training began; start anew with --overwrite")
+    if explora and use_adapted(run, splits, stored.config).model.backbone != stored.config.model.backbone:
+        raise _changed("model.backbone", str(run / EXPLORA / "backbone"), stored.config.model.backbone)
+    return splits, stored.config if config is None else resumed(config, stored.config)
+
+
+def forget_training(run: Path) -> None:
+    """Remove what an earlier training and the stations after it wrote."""
+    for name in OWN_FILES:
+        (run / name).unlink(missing_ok=True)
+    for name in OWN_FOLDERS:
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def write_config(run: Path, config: Config, splits: Splits) -> None:
+    """Write ``config.json`` with the versions of what computes."""
+    RunConfig(config=config, split_hashes=splits.hashes, versions=versions()).write(run / "config.json")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")}
+    return {**found, "python": ".".join(map(str, sys.version_info[:3]))}
+
+
+def use_adapted(run: Path, splits: Splits, config: Config) -> Config:
+    """The configuration with the backbone that ``stage1 explora`` left in a run, checked against its record.
+
+    The base's own weights are there when adaptation was not kept.
+
+    Raises:
+        InputError: the run has none.
+        ArtifactError: it was adapted beside other splits, or its weights are not those of the record.
+    """
+    folder = run / EXPLORA
+    if not (folder / "explora.json").is_file():
+        raise InputError(
+            f"--explora needs {folder}/explora.json, which is not there; run `stage1 explora --run {run}` first"
+        )
+    record = ExploraRecord.read(folder / "explora.json")
+    if record.split_hashes != splits.hashes:
+        raise ArtifactError(
+            f"{folder} was adapted beside other splits than {run}/splits.json: its pool may hold images that are tests "
+            "now; run `stage1 explora --overwrite` again"
+        )
+    weights = folder / "backbone" / "model.safetensors"
+    if not weights.is_file() or sha256_file(weights) != record.weights_sha256:
+        raise ArtifactError(f"{weights} must be as explora.json says, but it is missing or changed; adapt again")
+    model = config.model.model_copy(
+        update={"backbone": str(weights.parent), "image_size": config.model.image_size or record.preprocessing.height}
+    )
+    return config.model_copy(update={"model": model})
+
+
+def resumed(given: Config, stored: Config) -> Config:
+    """The run's configuration with the free keys that were named anew; any other change is refused."""
+    kept = stored.model_dump()
+    if "seed" in given.model_fields_set and given.seed != stored.seed:
+        raise _changed("seed", given.seed, stored.seed)
+    for name in sorted(given.model_fields_set - {"seed"}):
+        section = getattr(given, name)
+        for key in sorted(section.model_fields_set):
+            value = getattr(section, key)
+            if key in _FREE:
+                kept[name][key] = value
+            elif (name, key, value) == ("model", "tap", "auto"):
+                continue  # measured when the run began; the block found is stored
+            elif value != getattr(getattr(stored, name), key):
+                raise _changed(f"{name}.{key}", value, kept[name][key])
+    return Config.model_validate(kept)
+
+
+def _changed(key: str, value: object, kept: object) -> InputError:
+    return InputError(
+        f"--resume must keep the run's configuration, got {key} = {value} instead of {kept}; "
+        "start anew with --overwrite"
+    )
+
+
+@contextlib.contextmanager
+def exclusive(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process, and sweep up what killed writers left behind.
+
+    The lock goes with the process, also when it is killed.
+
+    Raises:
+        InputError: another process is at work in this folder.
+    """
+    with (run / ".lock").open("w") as file:
+        try:
+            # A record lock: forked decoders do not inherit it, so it cannot outlive a killed training.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{run} must not be in use, but another process is at work in it (training or calibrating); wait for it"
+            ) from None
+        for name in OWN_FILES:
+            for leftover in run.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+        for name in OWN_FOLDERS:
+            recover_directory(run / name)
+            for leftover in (*run.glob(f".{name}.*.tmp"), *run.glob(f".{name}.*.old")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in (run / name).glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        yield
