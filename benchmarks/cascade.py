@@ -15,13 +15,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from stage1_pro.commands import bench as benching
-from stage1_pro.commands.bench import CascadeBench
-from stage1_pro.commands.export import export
-from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.splits import Splits
+from stage1_pro.data.splitting import split
 from stage1_pro.data.synthetic import render_pool
+from stage1_pro.deploy import benching
+from stage1_pro.deploy.benching import CascadeBench
+from stage1_pro.deploy.exporting import export
 from stage1_pro.models.backbone import load_backbone
 from stage1_pro.models.model import Stage1Model, create_model
 from stage1_pro.policies.softmax import Thresholds

@@ -32,12 +32,12 @@ from pathlib import Path
 
 import numpy as np
 
-from stage1_pro.commands.inspection import inspect, render
 from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.deploy.bundle import load_bundle, write_bundle
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.inspection import inspect, render
 from stage1_pro.deploy.manifest import EngineEntry, GraphVariant, Provenance, StageEntry
 from stage1_pro.deploy.reference import write_reference
 from stage1_pro.deploy.trust import engine_trust, new_key, sign, signature_status

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from cascade import make_policy
 
-from stage1_pro.commands.export import export
-from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
+from stage1_pro.data.splitting import split
 from stage1_pro.data.synthetic import render_pool
+from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.latency import ratios
 from stage1_pro.models.model import create_model
 from stage1_pro.training.checkpoint import save_model

@@ -21,7 +21,6 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from stage1_pro import cli
-from stage1_pro.commands.calibrate import calibrate, render
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
@@ -42,6 +41,7 @@ from stage1_pro.policies.claims import Claims
 from stage1_pro.policies.gate import GateParams, fit_gate_policy, fit_platt, score
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.softmax import Thresholds, fit_softmax_policy, softmax
+from stage1_pro.training.calibration import calibrate, render
 
 BINARY = {"classes": ["none", "roadwork"], "positive": "roadwork"}
 

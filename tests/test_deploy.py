@@ -18,20 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_pro.commands.bench import bench_cascade, draw
-from stage1_pro.commands.bench import render as render_bench
-from stage1_pro.commands.build import build
 from stage1_pro.commands.doctor import doctor
 from stage1_pro.commands.doctor import render as render_doctor
-from stage1_pro.commands.export import export
-from stage1_pro.commands.inspection import inspect
-from stage1_pro.commands.inspection import render as render_inspection
-from stage1_pro.commands.predict import COLUMNS, infer, predict, render
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.deploy import engine as engine_module
 from stage1_pro.deploy import onnx as onnx_module
 from stage1_pro.deploy.bench import time_rounds
+from stage1_pro.deploy.benching import bench_cascade, draw
+from stage1_pro.deploy.benching import render as render_bench
+from stage1_pro.deploy.building import build
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.engine import (
@@ -43,8 +39,12 @@ from stage1_pro.deploy.engine import (
     read_engine,
     sanitise,
 )
+from stage1_pro.deploy.exporting import export
+from stage1_pro.deploy.inspection import inspect
+from stage1_pro.deploy.inspection import render as render_inspection
 from stage1_pro.deploy.manifest import BundleManifest
 from stage1_pro.deploy.onnx import export_onnx
+from stage1_pro.deploy.prediction import COLUMNS, infer, predict, render
 from stage1_pro.deploy.runtime import OnnxRuntime
 from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.deploy.trained import TorchRuntime
@@ -727,7 +727,7 @@ class TestExport:
         with pytest.raises(InputError, match="--overwrite"):
             export(run, out)
         before = {p.name: p.read_bytes() for p in out.iterdir()}
-        import stage1_pro.commands.export as station
+        import stage1_pro.deploy.exporting as station
 
         images = station._images
         monkeypatch.setattr(station, "_images", lambda *_: np.full((2, 3, 48, 48), np.nan, np.float32))
@@ -1184,15 +1184,15 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 from stage1_pro import Cascade
 from stage1_pro.commands import doctor
-from stage1_pro.commands import inspection
-from stage1_pro.commands import predict as prediction
+from stage1_pro.deploy import inspection
+from stage1_pro.deploy import prediction
 rows, failures = prediction.predict(sys.argv[1], [sys.argv[2]])
 print(prediction.render(rows))
 print(inspection.render(inspection.inspect(sys.argv[1])))
 print(doctor.render(doctor.doctor()))
 assert failures == 0 and len(rows) == 16
 assert not BLOCKED & set(sys.modules)
-from stage1_pro.commands.export import export
+from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import DependencyError
 try:
     export(sys.argv[3], sys.argv[3] + "/other")

@@ -545,7 +545,7 @@ def test_serving_and_logging_need_the_base_install_alone() -> None:
         "        if name.split('.')[0] in {'torch', 'sqlalchemy', 'psycopg', 'pyarrow', 'river'}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import stage1_pro.continual.serving.events, stage1_pro.continual.serving.served, stage1_pro.commands.predict\n"
+        "import stage1_pro.continual.serving.served, stage1_pro.deploy.prediction\n"
         "from stage1_pro.cli import main\n"
         "sys.exit(main(['review', '--store', 'x']))\n"
     )
@@ -558,9 +558,9 @@ def test_predict_logs_what_a_real_bundle_decides(tmp_path: Path, capsys: pytest.
     from test_deploy import make_model, make_policy, make_run, torch_answers
 
     from stage1_pro.cli import main
-    from stage1_pro.commands.export import export
     from stage1_pro.data.images import preprocess, read_image
     from stage1_pro.data.splits import Splits
+    from stage1_pro.deploy.exporting import export
 
     model = make_model()
     run = make_run(tmp_path / "run", model)

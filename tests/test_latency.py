@@ -13,7 +13,7 @@ from PIL import Image
 from test_deploy import make_images, make_model, make_run
 
 from stage1_pro.cli import main
-from stage1_pro.commands.bench_latency import (
+from stage1_pro.deploy.bench_latency import (
     LatencyBench,
     LatencyComparison,
     bench_latency,
@@ -22,7 +22,7 @@ from stage1_pro.commands.bench_latency import (
     render,
     render_comparison,
 )
-from stage1_pro.commands.export import export
+from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.latency import Sampling, cold_starts, deferrals, draw_photos, quantiles, ratios, sample
 from stage1_pro.errors import ArtifactError, InputError
 

@@ -23,8 +23,6 @@ from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_policy, make_run
 
 from stage1_pro.cli import main
-from stage1_pro.commands.continual import LoopFile, opened
-from stage1_pro.commands.export import export
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
@@ -39,6 +37,7 @@ from stage1_pro.continual.loop.executors import (
     find_work,
     make_executor,
 )
+from stage1_pro.continual.loop.folder import LoopFile, opened
 from stage1_pro.continual.loop.machine import EDGES, Loop, LoopConfig, Watched, read_verdict
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan, uniform
@@ -46,6 +45,7 @@ from stage1_pro.continual.serving.live import LiveCascade, read_pointer
 from stage1_pro.continual.watch.alerts import Alert, Delivery
 from stage1_pro.continual.watch.outbox import OLDEST, deliver
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
+from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import sha256_file
 from stage1_pro.training.checkpoint import save_model

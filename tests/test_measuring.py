@@ -15,10 +15,10 @@ import pytest
 from sklearn import metrics as judge
 
 from stage1_pro import cli
-from stage1_pro.commands.metrics import Measurement, measure, render
 from stage1_pro.errors import InputError
 from stage1_pro.metrics import augrc, aurc, bootstrap, bootstrap_errors, compare, ece
 from stage1_pro.metrics.intervals import metric_names
+from stage1_pro.studies.measuring import Measurement, measure, render
 
 
 def make(n: int = 300, *, k: int = 2, seed: int = 0, strength: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

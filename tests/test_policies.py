@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from stage1_pro.classes import choose_positive
-from stage1_pro.commands.calibrate import calibrate, render
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
@@ -25,6 +24,7 @@ from stage1_pro.metrics.intervals import clopper_pearson_upper
 from stage1_pro.policies import read_policy
 from stage1_pro.policies.certify import gaps, groups_in_error
 from stage1_pro.policies.softmax import GRID, SWEEP_ROWS, Thresholds, confidence, decide, fit_softmax_policy, softmax
+from stage1_pro.training.calibration import calibrate, render
 
 BINARY = {"classes": ["none", "roadwork"], "positive": "roadwork"}
 
@@ -543,6 +543,6 @@ def test_names_that_do_not_tell_ask_for_one(classes: list[str]) -> None:
 
 
 def test_calibration_and_evaluation_import_no_torch() -> None:
-    code = "import sys, stage1_pro.commands.calibrate, stage1_pro.commands.evaluate; print('torch' in sys.modules)"
+    code = "import sys, stage1_pro.training.calibration, stage1_pro.training.evaluation; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "False", done.stderr

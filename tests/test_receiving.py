@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from stage1_pro import cli
-from stage1_pro.commands.receive import migrate, render, sign, verify
 from stage1_pro.deploy import bundle as bundle_module
 from stage1_pro.deploy import trust
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.manifest import BundleManifest
+from stage1_pro.deploy.receiving import migrate, render, sign, verify
 from stage1_pro.deploy.trust import engine_trust, remember_built, signature_status
 from stage1_pro.errors import ArtifactError, DependencyError, InputError, Stage1Error
 from stage1_pro.files import save_npz, sha256_file
@@ -662,7 +662,7 @@ class TestCommands:
         code = (
             "import sys\n"
             "sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime', 'transformers', 'cryptography')))\n"
-            f"from stage1_pro.commands.receive import render, verify\nprint(render(verify({str(rich)!r})))"
+            f"from stage1_pro.deploy.receiving import render, verify\nprint(render(verify({str(rich)!r})))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -22,7 +22,6 @@ pytest.importorskip("torch", reason="bundles are exported with [train]")
 from sqlalchemy import text
 from test_deploy import make_model, make_run, rehash
 
-from stage1_pro.commands.export import export
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
@@ -39,6 +38,7 @@ from stage1_pro.continual.serving.live import (
 )
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import write_bytes
 

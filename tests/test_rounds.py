@@ -20,7 +20,6 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_run
 
-from stage1_pro.commands.export import export
 from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, verified
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import Label, add_events, add_labels
@@ -37,6 +36,7 @@ from stage1_pro.continual.watch.srt import ControllerConfig, to_logit, to_score
 from stage1_pro.continual.watch.status import MonitorConfig
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import NotReachableError
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes
 

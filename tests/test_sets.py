@@ -19,10 +19,6 @@ from PIL import Image
 from scipy.special import expit
 
 from stage1_pro import cli
-from stage1_pro.commands.calibrate import calibrate
-from stage1_pro.commands.calibrate import render as render_policy
-from stage1_pro.commands.evaluate import answer, count_groups, evaluate, evaluate_predictions
-from stage1_pro.commands.evaluate import render as render_evaluation
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, SplitsSummary, hash_splits
@@ -46,6 +42,10 @@ from stage1_pro.policies.sets import (
     verify_sets,
 )
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
+from stage1_pro.training.calibration import calibrate
+from stage1_pro.training.calibration import render as render_policy
+from stage1_pro.training.evaluation import answer, count_groups, evaluate, evaluate_predictions
+from stage1_pro.training.evaluation import render as render_evaluation
 from stage1_pro.words import SPLITS
 
 
@@ -688,13 +688,13 @@ def test_the_report_says_it_in_plain_words(tmp_path: Path) -> None:
 
 torch = pytest.importorskip("torch")
 
-from stage1_pro.commands.export import export
-from stage1_pro.commands.inspection import inspect
-from stage1_pro.commands.inspection import render as render_inspection
-from stage1_pro.commands.predict import COLUMNS, count, infer, predict, promised
 from stage1_pro.data.images import preprocess, read_image
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions
+from stage1_pro.deploy.exporting import export
+from stage1_pro.deploy.inspection import inspect
+from stage1_pro.deploy.inspection import render as render_inspection
+from stage1_pro.deploy.prediction import COLUMNS, count, infer, predict, promised
 from stage1_pro.models.model import create_model
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.inference import infer_split

@@ -17,9 +17,9 @@ import pytest
 from test_deploy import make_images, make_model, make_run, rehash, rewrite
 
 from stage1_pro.cli import RUNTIME_NAMES, main
-from stage1_pro.commands.export import export
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.reference import REFERENCE, TOLERANCES, check_parity, read_reference, write_reference
 from stage1_pro.deploy.runtime import OnnxRuntime
 from stage1_pro.deploy.start import LADDER, RUNTIMES, _ladder, start

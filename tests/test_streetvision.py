@@ -27,8 +27,6 @@ from sklearn.metrics import matthews_corrcoef
 
 import stage1_pro
 from stage1_pro import cli
-from stage1_pro.commands.robustness import ProtocolEvaluation, evaluate_protocol
-from stage1_pro.commands.tune import MinerTuning, tune, yaml_of
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan
 from stage1_pro.continual.serving.served import identify
 from stage1_pro.data import protocols
@@ -52,7 +50,9 @@ from stage1_pro.integrations.streetvision.reward import (
     rates_of,
     shifted,
 )
+from stage1_pro.integrations.streetvision.tuning import MinerTuning, tune, yaml_of
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
+from stage1_pro.training.robustness import ProtocolEvaluation, evaluate_protocol
 
 HERE = Path(__file__).parent
 
@@ -727,8 +727,8 @@ def test_evaluation_by_protocol_is_kept_apart(run: Path, tmp_path: Path, capsys:
 
 
 def test_a_certificate_is_not_held_against_changed_photos(run: Path) -> None:
-    from stage1_pro.commands.robustness import _statement
     from stage1_pro.policies import read_policy
+    from stage1_pro.training.robustness import _statement
 
     policy = read_policy(run)
     predictions = Predictions.load(run / "val_calib.npz")

@@ -11,16 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stage1_pro.commands.build import build
-    from stage1_pro.commands.calibrate import calibrate
-    from stage1_pro.commands.compare import compare
-    from stage1_pro.commands.evaluate import evaluate
-    from stage1_pro.commands.explora import explora
-    from stage1_pro.commands.export import export
-    from stage1_pro.commands.merge import merge
     from stage1_pro.commands.plan import plan
-    from stage1_pro.commands.split import split
+    from stage1_pro.data.splitting import split
+    from stage1_pro.deploy.building import build
     from stage1_pro.deploy.cascade import Cascade
+    from stage1_pro.deploy.exporting import export
+    from stage1_pro.models.merging import merge
+    from stage1_pro.studies.comparing import compare
+    from stage1_pro.training.calibration import calibrate
+    from stage1_pro.training.evaluation import evaluate
+    from stage1_pro.training.exploration import explora
     from stage1_pro.training.loop import train
 
 __version__ = "0.1.0"
@@ -31,15 +31,15 @@ __all__ = [
 
 _HOMES = {
     "Cascade": "stage1_pro.deploy.cascade",
-    "build": "stage1_pro.commands.build",
-    "calibrate": "stage1_pro.commands.calibrate",
-    "compare": "stage1_pro.commands.compare",
-    "evaluate": "stage1_pro.commands.evaluate",
-    "explora": "stage1_pro.commands.explora",
-    "export": "stage1_pro.commands.export",
-    "merge": "stage1_pro.commands.merge",
+    "build": "stage1_pro.deploy.building",
+    "calibrate": "stage1_pro.training.calibration",
+    "compare": "stage1_pro.studies.comparing",
+    "evaluate": "stage1_pro.training.evaluation",
+    "explora": "stage1_pro.training.exploration",
+    "export": "stage1_pro.deploy.exporting",
+    "merge": "stage1_pro.models.merging",
     "plan": "stage1_pro.commands.plan",
-    "split": "stage1_pro.commands.split",
+    "split": "stage1_pro.data.splitting",
     "train": "stage1_pro.training.loop",
 }
 

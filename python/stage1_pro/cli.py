@@ -961,7 +961,7 @@ def _strict(data: Any) -> Any:
 
 
 def _split(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.split import split
+    from stage1_pro.data.splitting import split
 
     splits = split(
         options.labels,
@@ -1009,7 +1009,7 @@ def _given_config(options: argparse.Namespace) -> Config | None:
 
 
 def _explora(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.explora import explora, render
+    from stage1_pro.training.exploration import explora, render
 
     record = explora(
         options.images,
@@ -1043,7 +1043,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.compare import compare, read_arms, render
+    from stage1_pro.studies.comparing import compare, read_arms, render
 
     names = [name.strip() for name in options.names.split(",")] if options.names else None
     arms = read_arms(options.config, names=names, overrides=options.overrides, study=options.study)
@@ -1069,7 +1069,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.merge import merge
+    from stage1_pro.models.merging import merge
 
     found = merge(options.adapter, options.base, options.out, overwrite=options.overwrite)
     _emit(
@@ -1081,7 +1081,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.calibrate import calibrate, render
+    from stage1_pro.training.calibration import calibrate, render
 
     policy = calibrate(
         options.run,
@@ -1112,7 +1112,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise InputError(
             "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
         )
-    from stage1_pro.commands.evaluate import evaluate, render
+    from stage1_pro.training.evaluation import evaluate, render
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
@@ -1124,7 +1124,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _evaluate_protocol(options: argparse.Namespace) -> int:
-    from stage1_pro.commands.robustness import evaluate_protocol, render
+    from stage1_pro.training.robustness import evaluate_protocol, render
 
     if options.beside:
         raise InputError("--beside must stand without --protocol, got both; costs do not depend on the photos")
@@ -1140,7 +1140,7 @@ def _evaluate_protocol(options: argparse.Namespace) -> int:
 
 
 def _metrics(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.metrics import measure, render
+    from stage1_pro.studies.measuring import measure, render
 
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     found = measure(
@@ -1192,8 +1192,8 @@ def _add_recipe(sub: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.export import export
-    from stage1_pro.commands.inspection import inspect
+    from stage1_pro.deploy.exporting import export
+    from stage1_pro.deploy.inspection import inspect
 
     bundle = export(
         options.run,
@@ -1207,8 +1207,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.build import build
-    from stage1_pro.commands.inspection import inspect
+    from stage1_pro.deploy.building import build
+    from stage1_pro.deploy.inspection import inspect
 
     bundle = build(
         options.bundle,
@@ -1222,7 +1222,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from stage1_pro.commands.predict import load, predict
+    from stage1_pro.deploy.prediction import load, predict
     from stage1_pro.policies.promises import check_prior
 
     check_prior(options.prior)
@@ -1233,7 +1233,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _infer(options: argparse.Namespace) -> int:
-    from stage1_pro.commands.predict import infer
+    from stage1_pro.deploy.prediction import infer
     from stage1_pro.policies.promises import check_prior
 
     check_prior(options.prior)
@@ -1248,7 +1248,7 @@ def _answered(
     failures: int,
     started: dict[str, Any] | None = None,
 ) -> int:
-    from stage1_pro.commands.predict import count, promised, render
+    from stage1_pro.deploy.prediction import count, promised, render
 
     found = promised(source, options.prior)
     data = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **(started or {})}
@@ -1269,12 +1269,12 @@ def _plan_audits(options: argparse.Namespace) -> None:
 def _continual(options: argparse.Namespace) -> int:
     import getpass
 
-    from stage1_pro.commands import continual as station
+    from stage1_pro.continual.loop import folder as station
 
     what, root = options.continual, options.root
     by = getattr(options, "by", None) or getpass.getuser()
     if what == "review":
-        from stage1_pro.commands.review import render, review
+        from stage1_pro.continual.ledger.reviewing import render, review
 
         with station.opened(root) as (config, *_):
             store, log = config.store, config.log
@@ -1306,7 +1306,7 @@ def _continual(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.simulate import QUICK, render, simulate
+    from stage1_pro.studies.simulation import QUICK, render, simulate
 
     names = ("epochs", "past_share", "days", "per_day", "shift_day", "protocol", "level", "alpha", "audit_rate",
              "budget", "least_certify", "seed")  # fmt: skip
@@ -1320,7 +1320,7 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _review(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.review import render, review
+    from stage1_pro.continual.ledger.reviewing import render, review
 
     def ready(url: str) -> None:
         # Whoever starts the page from a program waits for this line.
@@ -1342,7 +1342,7 @@ def _review(options: argparse.Namespace) -> None:
 
 
 def _bench_cascade(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.bench import bench_cascade, render
+    from stage1_pro.deploy.benching import bench_cascade, render
 
     found = bench_cascade(
         options.bundle,
@@ -1359,7 +1359,7 @@ def _bench_cascade(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.tune import render, tune, yaml_of
+    from stage1_pro.integrations.streetvision.tuning import render, tune, yaml_of
 
     found = tune(
         options.run,
@@ -1400,7 +1400,7 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _bench_latency(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.bench_latency import bench_latency, render
+    from stage1_pro.deploy.bench_latency import bench_latency, render
 
     found = bench_latency(
         options.bundle,
@@ -1426,21 +1426,21 @@ def _bench_latency(options: argparse.Namespace) -> None:
 
 
 def _bench_compare(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.bench_latency import compare_latency, render_comparison
+    from stage1_pro.deploy.bench_latency import compare_latency, render_comparison
 
     found = compare_latency(options.first, options.second, level=options.level, out=options.out)
     _emit(options, found.model_dump(mode="json"), render_comparison(found))
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.receive import render, verify
+    from stage1_pro.deploy.receiving import render, verify
 
     facts = verify(options.bundle, require_signature=options.require_signature, trust_engines=options.trust_engines)
     _emit(options, facts, render(facts))
 
 
 def _sign(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.receive import sign
+    from stage1_pro.deploy.receiving import sign
 
     done = sign(options.bundle, options.key)
     _emit(options, done, f"wrote {done['path']}/{done['file']}, signed by key {done['key_id']}")
@@ -1475,7 +1475,7 @@ def _keys(options: argparse.Namespace) -> None:
 
 
 def _migrate(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.receive import migrate
+    from stage1_pro.deploy.receiving import migrate
 
     done = migrate(options.bundle, options.out)
     lines = [f"wrote {done['out']}, format {done['format_version']}", *done["notes"]]
@@ -1485,7 +1485,7 @@ def _migrate(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.inspection import inspect, render
+    from stage1_pro.deploy.inspection import inspect, render
 
     facts = inspect(options.bundle)
     _emit(options, facts, render(facts))

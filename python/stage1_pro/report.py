@@ -24,8 +24,8 @@ from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
 from stage1_pro.policies.sets import ScrcParams, SetCheck
 
 if TYPE_CHECKING:
-    from stage1_pro.commands.evaluate import Evaluation
-    from stage1_pro.commands.metrics import Measurement
+    from stage1_pro.studies.measuring import Measurement
+    from stage1_pro.training.evaluation import Evaluation
 
 
 THUMBNAILS = 24

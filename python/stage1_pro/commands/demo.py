@@ -33,11 +33,11 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
     Returns:
         Paths (``run, bundle, report``), ``seconds`` and the main figures on ``val_test``.
     """
-    from stage1_pro.commands.evaluate import evaluate
-    from stage1_pro.commands.export import export
-    from stage1_pro.commands.split import split
+    from stage1_pro.data.splitting import split
     from stage1_pro.data.synthetic import render_pool
     from stage1_pro.deploy.cascade import Cascade
+    from stage1_pro.deploy.exporting import export
+    from stage1_pro.training.evaluation import evaluate
     from stage1_pro.training.loop import train
 
     out = Path(out)
@@ -88,7 +88,7 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
 
 
 def _calibrate(run: Path) -> Policy:
-    from stage1_pro.commands.calibrate import calibrate
+    from stage1_pro.training.calibration import calibrate
 
     # A few hundred scenes certify nothing; the demo shows the empirical choice, which says that it promises nothing.
     for target in TARGETS[:-1]:

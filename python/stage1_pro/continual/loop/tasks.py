@@ -128,8 +128,8 @@ def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def recalibrate(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Calibrate a proposal as wished on its fresh ``val_calib``, and export it to ``bundle``."""
-    from stage1_pro.commands.calibrate import calibrate
-    from stage1_pro.commands.export import export
+    from stage1_pro.deploy.exporting import export
+    from stage1_pro.training.calibration import calibrate
 
     run = Path(shutil.copytree(inputs["run"], folder / "run"))
     policy = calibrate(run, **inputs["wish"])

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from stage1_pro.commands.continual import init, opened
 from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, earned, verified
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
+from stage1_pro.continual.loop.folder import init, opened
 from stage1_pro.continual.loop.machine import Loop, read_verdict
 from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.world import World
@@ -250,9 +250,9 @@ def simulate(
 
 def _train(world: World, run: Path, config: SimulationConfig, backbone: str, image_size: int | None) -> Path:
     """The first champion's run: trained on the past, certified, exported."""
-    from stage1_pro.commands.calibrate import calibrate
-    from stage1_pro.commands.export import export
     from stage1_pro.config import build_config
+    from stage1_pro.deploy.exporting import export
+    from stage1_pro.training.calibration import calibrate
     from stage1_pro.training.loop import train
 
     if run.exists():

@@ -18,10 +18,10 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from stage1_pro.commands.split import split
 from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, resplit
+from stage1_pro.data.splitting import split
 from stage1_pro.errors import ArtifactError, InputError, TrainingError, nearest
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes, write_csv, write_text
 from stage1_pro.metrics.figures import differences_png, tradeoff_png

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from stage1_pro.commands.evaluate import LEVEL, MEASURE_COLUMNS, StageName, answer, flat, measure_rows, policy_of
 from stage1_pro.data.images import read_image
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.protocols import challenge, draw_level, levels
@@ -25,6 +24,7 @@ from stage1_pro.metrics.measured import Metric
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
+from stage1_pro.training.evaluation import LEVEL, MEASURE_COLUMNS, StageName, answer, flat, measure_rows, policy_of
 from stage1_pro.words import PolicyName
 
 

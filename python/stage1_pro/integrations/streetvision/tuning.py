@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import expit, logit
 
-from stage1_pro.commands.calibrate import read_calibration
-from stage1_pro.commands.evaluate import answer, policy_of
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import read_list
 from stage1_pro.data.splits import Splits
@@ -36,6 +34,8 @@ from stage1_pro.policies.gate import fit_platt
 from stage1_pro.policies.sets import answer_sets
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
+from stage1_pro.training.calibration import read_calibration
+from stage1_pro.training.evaluation import answer, policy_of
 
 
 class MinerSetting(Record):

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stage1_pro.commands.bench_latency import check_sizes
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bench import BenchBatch, BenchTiming, bench_batch, machine
+from stage1_pro.deploy.bench_latency import check_sizes
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.errors import InputError, Stage1Error, nearest

@@ -1,0 +1,1 @@
+"""Studies: comparisons over seeds, simulations of the loop, and measurements of anybody's predictions."""
