@@ -44,7 +44,7 @@ def scrc(rows: dict[str, Any], model: str = "new", **wish: Any) -> ScrcParams:
     )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------- A1: the loop asks for what was promised
+# ------------------------------------------------------------------------------ A1: the loop asks for what was promised
 
 
 @pytest.mark.parametrize(
