@@ -30,7 +30,7 @@ class Doctor(Command):
 
 def doctor() -> dict[str, Any]:
     """What is here and what is not, as plain values; ``missing`` maps a thing to the command that adds it."""
-    from stage1_pro import _native
+    from stage1_pro import native
     from stage1_pro.deploy.engine import BUILDERS
     from stage1_pro.deploy.start import RUNTIMES
 
@@ -53,11 +53,11 @@ def doctor() -> dict[str, Any]:
         # Classic TensorRT builds for a GPU that is there, and without one nobody misses it.
         if builders[target] is None and (target == "rtx" or devices):
             missing[f"engine builder for {target} ({module})"] = _command(extra)
-    if _native.backend() != "compiled":
+    if native.backend() != "compiled":
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
-    if devices and _native.cuda_why() is None:
+    if devices and native.cuda_why() is None:
         missing["CUDA router (_cuda)"] = (
             "with a CUDA toolkit: pip install --force-reinstall --no-deps "
             "--config-settings=cmake.define.STAGE1_CUDA=ON ."
@@ -72,7 +72,7 @@ def doctor() -> dict[str, Any]:
         "signing": signing,
         "gpus": devices,
         "torch_devices": _torch_devices(),
-        "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
+        "compiled": {"_core": native.why(), "_cuda": native.cuda_why()},
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,
