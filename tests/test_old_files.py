@@ -1,4 +1,4 @@
-"""Files of an older version are read and used: a run, bundles of every policy and a loop, as commit 9031a61 wrote them."""
+"""A run, bundles of every policy and a loop, as commit 9031a61 wrote them, are read and used."""
 
 from __future__ import annotations
 
