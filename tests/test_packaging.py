@@ -77,6 +77,7 @@ def test_dependencies_are_those_of_the_design(project):
         "matplotlib",
         "jinja2",
         "jsonschema",
+        "filelock",
     }
     assert names(project["project"]["dependencies"]) == base
     assert {"torch", "transformers", "peft", "accelerate"} <= names(
