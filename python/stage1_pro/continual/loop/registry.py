@@ -18,8 +18,9 @@ from pydantic import Field
 from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select
 
 from stage1_pro.continual.ledger import audit
-from stage1_pro.continual.ledger.labels import append_only, insert
-from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.ledger.labels import insert
+from stage1_pro.continual.ledger.schema import append_only, metadata
+from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.live import BUNDLES, POINTER, Pointer, load_content
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
 from stage1_pro.errors import InputError, NotReachableError
