@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
-from stage1_pro import __version__, _native
+from stage1_pro import __version__, native
 from stage1_pro.deploy.engine import BUILDERS
 from stage1_pro.deploy.start import RUNTIMES
 from stage1_pro.errors import need
@@ -41,11 +41,11 @@ def doctor() -> dict[str, Any]:
         # Classic TensorRT builds for a GPU that is there, and without one nobody misses it.
         if builders[target] is None and (target == "rtx" or devices):
             missing[f"engine builder for {target} ({module})"] = _command(extra)
-    if _native.backend() != "compiled":
+    if native.backend() != "compiled":
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
-    if devices and _native.cuda_why() is None:
+    if devices and native.cuda_why() is None:
         missing["CUDA router (_cuda)"] = (
             "with a CUDA toolkit: pip install --force-reinstall --no-deps "
             "--config-settings=cmake.define.STAGE1_CUDA=ON ."
@@ -60,7 +60,7 @@ def doctor() -> dict[str, Any]:
         "signing": signing,
         "gpus": devices,
         "torch_devices": _torch_devices(),
-        "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
+        "compiled": {"_core": native.why(), "_cuda": native.cuda_why()},
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,
