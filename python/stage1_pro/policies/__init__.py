@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro._native import Router
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.native import Router
 from stage1_pro.policies import gate
 from stage1_pro.policies.certify import NOISE
 from stage1_pro.policies.gate import GateParams
