@@ -195,11 +195,11 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
             assert mine[one["metric"]] == pytest.approx(one["value"], abs=1e-3), one["metric"]
 
     # torch and the bundle agree, decision for decision
-    from stage1_pro.policies.softmax import Thresholds, decide, softmax
+    from stage1_pro.policies.softmax import Thresholds, softmax
     from stage1_pro.training.inference import infer_split
 
     predictions = infer_split(run, "val_test")
-    exited = decide(softmax(predictions.logits_a), Thresholds.read(run / "thresholds.json"))
+    exited = Thresholds.read(run / "thresholds.json").exits(softmax(predictions.logits_a))
     assert [row["decision"] == "exited" for row in rows[:-1]] == exited.tolist()
 
     text = stage1("inspect", bundle)
@@ -240,12 +240,12 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert facts["policy"]["name"] == "scrc" and facts["policy"]["lambda_1"] == sets["lambda_1"]
     answered = done("predict", "--bundle", bundle, *[pool.parent / f for f in pictures])
     assert answered["promise"]["guarantee"] == "none" and answered["abstained"] > 0
-    from stage1_pro.policies.sets import ScrcParams, answer_sets
+    from stage1_pro.policies.sets import ScrcParams
 
     params = ScrcParams.read(run / "scrcparams.json")
     first, second = softmax(predictions.logits_a), softmax(predictions.logits_b)
     out = rows_that_exit(params, first, predictions.gate_logits)
-    members, accepted = answer_sets(params, np.where(out[:, None], first, second), out, predictions.gate_logits)
+    members, accepted = params.answer(np.where(out[:, None], first, second), out, predictions.gate_logits)
     assert [row["decision"] != "abstained" for row in answered["rows"]] == accepted.tolist()
     named = ["|".join(np.array(params.classes)[one]) or None for one in members]
     assert [row["set"] for row in answered["rows"]] == named

@@ -1115,7 +1115,7 @@ def _build(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from stage1_pro.deploy.prediction import load, predict
-    from stage1_pro.policies.promises import check_prior
+    from stage1_pro.policies.standing import check_prior
 
     check_prior(options.prior)
     cascade = load(options.bundle, options.runtime, trust_engines=options.trust_engines)
@@ -1126,7 +1126,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _infer(options: argparse.Namespace) -> int:
     from stage1_pro.deploy.prediction import infer
-    from stage1_pro.policies.promises import check_prior
+    from stage1_pro.policies.standing import check_prior
 
     check_prior(options.prior)
     found = infer(options.run, options.inputs, split=options.split, out=options.out, batch_size=options.batch_size)

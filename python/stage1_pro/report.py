@@ -19,9 +19,10 @@ from stage1_pro.metrics.answers import FnrCheck, Measure
 from stage1_pro.metrics.figures import training_png
 from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.selective import relative_cost
+from stage1_pro.policies.certificate import SetCheck
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
-from stage1_pro.policies.sets import ScrcParams, SetCheck
+from stage1_pro.policies.sets import ScrcParams
 
 if TYPE_CHECKING:
     from stage1_pro.studies.measuring import Measurement
@@ -422,9 +423,7 @@ def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
 
 def _grid(policy: Policy) -> list[dict[str, object]]:
     """The classic grid with the chosen threshold in its place; scrc has no one threshold."""
-    if isinstance(policy, ScrcParams):
-        return []
-    rows = [row for row in policy.sweep_results if row.grid or row.threshold == policy.exit_threshold]
+    rows = [row for row in policy.sweep if row.grid or row.threshold == policy.exit_threshold]
     chosen = next((i for i, row in enumerate(rows) if not row.grid), None)
     return [{"row": row, "chosen": index == chosen} for index, row in enumerate(rows)]
 

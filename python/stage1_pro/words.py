@@ -11,8 +11,3 @@ HALVES: tuple[Half, ...] = ("fit", "certify")
 PolicyName = Literal["softmax", "gate", "scrc"]
 StageName = Literal["stage_a", "stage_b"]
 Precision = Literal["fp32", "fp16", "bf16", "res32", "int8", "fp8"]
-POLICY_FILES: dict[PolicyName, str] = {
-    "softmax": "thresholds.json",
-    "gate": "gateparams.json",
-    "scrc": "scrcparams.json",
-}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from stage1_pro.errors import InputError
 from stage1_pro.record import Record
@@ -83,12 +83,26 @@ class Target(Record):
     claims: int = Field(1, ge=1, description="claims that delta is divided for, before the first")
 
     @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make one from its fields.
+
+        Raises:
+            InputError: a field is missing, unknown, or outside its range.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "target"
+            raise InputError(f"{where} must be valid, got {first['input']!r}; {first['msg']}") from None
+
+    @classmethod
     def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
         """Values for the fields: those given, over those of a configuration."""
         return {**base, **given}
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
-        """What a policy that was certified for this target guarantees; none without a guarantee.
+        """What is asked for, and with what strength; what a policy certified for it guarantees.
 
         Args:
             positive: name of the positive class.
@@ -103,8 +117,15 @@ class Target(Record):
         """The target as ``claims.json`` names it: the same words are the same claim, delta apart."""
         raise NotImplementedError
 
-    def _promise(self, quantity: str, limit: float, bound: Literal["at most", "at least"] = "at most",
-                 *, label: str | None = None) -> Promise:  # fmt: skip
+    def words(self) -> str:
+        """The target in words, for messages."""
+        return self.key()
+
+    def _promise(
+        self, quantity: str, limit: float, bound: Literal["at most", "at least"] = "at most", label: str | None = None
+    ) -> Promise:
+        if self.guarantee == "none":
+            return Promise(quantity=quantity, limit=limit, bound=bound, label=label, strength="none")
         return Promise(quantity=quantity, limit=limit, bound=bound, label=label, delta=self.delta / self.claims)
 
 
@@ -116,13 +137,15 @@ class Softmax(Target):
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """FNR on exits."""
-        if self.guarantee == "none":
-            return ()
         return (self._promise("FNR on exits", self.target_fnr, label=positive),)
 
     def key(self) -> str:
         """The target as ``claims.json`` names it."""
         return f"FNR on exits <= {self.target_fnr!r}"
+
+    def words(self) -> str:
+        """The target in words."""
+        return f"target FNR on exits {self.target_fnr:.4g}"
 
 
 class Gate(Target):
@@ -138,8 +161,6 @@ class Gate(Target):
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """Coverage, exit error and, where it was asked for, FNR on exits."""
-        if self.guarantee == "none":
-            return ()
         found = [
             self._promise("coverage", self.min_coverage, "at least"),
             self._promise("exit error", self.max_exit_error),
@@ -156,6 +177,11 @@ class Gate(Target):
         """The target as ``claims.json`` names it."""
         fnr = "" if self.target_fnr is None else f", FNR on exits <= {self.target_fnr!r}"
         return f"coverage >= {self.min_coverage!r}, exit error <= {self.max_exit_error!r}{fnr}"
+
+    def words(self) -> str:
+        """The target in words."""
+        fnr = "" if self.target_fnr is None else f" and FNR on exits <= {self.target_fnr:g}"
+        return f"coverage >= {self.min_coverage:g} with exit error <= {self.max_exit_error:g}{fnr}"
 
 
 class Scrc(Target):
@@ -208,8 +234,6 @@ class Scrc(Target):
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """Share accepted, and the risk of sets by its loss and cells."""
-        if self.variant == "naive":
-            return ()
         share = self._promise("share accepted", self.min_coverage, "at least")
         risk = self._promise("risk", self.alpha)
         if self.loss == "fnr":
@@ -217,7 +241,7 @@ class Scrc(Target):
         if self.cells is not None:
             risk = risk.model_copy(update={"of": f"each {self.cells}"})
         average = {"strength": "on average", "delta": None}
-        if self.variant != "pac":
+        if self.variant in ("I", "T"):
             risk = risk.model_copy(update=average)
         return share.model_copy(update=average) if self.variant == "T" else share, risk
 
@@ -228,21 +252,26 @@ class Scrc(Target):
             f"{self.score}, cells {self.cells}, empty sets {self.allow_empty}, exit rule {self.max_exit_error!r}"
         ) + ("" if self.score != "raps" or self.raps == (0.01, 2) else f", raps {self.raps!r}")
 
+    def words(self) -> str:
+        """The target in words."""
+        risk = "sets that miss the label" if self.loss == "miscoverage" else "positives whose set lacks the positive"
+        each = "" if self.cells is None else f", for each {self.cells}"
+        return f"accepted >= {self.min_coverage:g} with {risk} <= {self.alpha:g}{each}"
+
 
 TARGETS: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
-AnyTarget = Annotated[Softmax | Gate | Scrc, Field(discriminator="policy")]
-_ANY: TypeAdapter[AnyTarget] = TypeAdapter(AnyTarget)
+# Policies that others register add theirs.
 
 
-def parse_target(values: Mapping[str, Any]) -> AnyTarget:
+def parse_target(values: Mapping[str, Any]) -> Target:
     """A target from its fields, of which ``policy`` says whose they are.
 
     Raises:
-        InputError: a field is missing, unknown, or outside its range.
+        InputError: a field is missing, unknown, or outside its range, or no such policy.
     """
-    try:
-        return _ANY.validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"][1:])) or "target"
-        raise InputError(f"{where} must be valid, got {first['input']!r}; {first['msg']}") from None
+    kind = TARGETS.get(values.get("policy", ""))
+    if kind is None:
+        from stage1_pro.policies.policy import policy_named
+
+        kind = policy_named(str(values.get("policy"))).asks
+    return kind.of(**values)

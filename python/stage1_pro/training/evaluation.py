@@ -38,15 +38,12 @@ from stage1_pro.metrics.intervals import (
     metric_names,
 )
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
-from stage1_pro.policies import exit_scores, read_policy, void
-from stage1_pro.policies import exits as rows_that_exit
-from stage1_pro.policies.certificate import PromiseCheck
-from stage1_pro.policies.certify import groups_in_error
-from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.promises import verify_exits
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck
+from stage1_pro.policies.policy import Checked, Policy, read_policy
 from stage1_pro.policies.ranking import GATE, rank_answers
-from stage1_pro.policies.sets import ScrcParams, SetCheck, answer_sets, verify_sets
+from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.softmax import confidence, softmax
+from stage1_pro.policies.units import groups_in_error
 from stage1_pro.progress import say
 from stage1_pro.report import POINTS, RANKINGS, Picture, short_note, training_picture, write_report
 
@@ -55,7 +52,6 @@ if TYPE_CHECKING:
 from pydantic import Field
 
 from stage1_pro.record import Record
-from stage1_pro.words import PolicyName
 
 
 class Evaluation(Record):
@@ -71,7 +67,7 @@ class Evaluation(Record):
     n_groups: int
     n_exited: int | None = Field(description="null without a policy")
     n_mistakes: int = Field(description="wrong answers of the cascade; of Stage A without a policy")
-    policy: PolicyName | None
+    policy: str | None
     guarantee: str | None
     exit_threshold: float | None
     target_fnr: float | None
@@ -162,7 +158,7 @@ def answer(predictions: Predictions, policy: Policy | None) -> dict[StageName, A
             )
     exits = {"stage_a": np.ones(predictions.labels.size, dtype=bool)}
     if policy is not None:
-        exits["cascade"] = rows_that_exit(policy, probs["stage_a"], predictions.gate_logits)
+        exits["cascade"] = policy.exits(probs["stage_a"], predictions.gate_logits)
         probs["cascade"] = np.where(exits["cascade"][:, None], probs["stage_a"], probs["stage_b"])
     found: dict[StageName, Answers] = {}
     for stage in STAGES:
@@ -224,10 +220,11 @@ def evaluate_predictions(
     for source, rows in _scopes(predictions):
         measures += measure_rows(predictions, answers, policy, source, rows, n_replicates, seed)
     check = None
-    if policy is not None and policy.target_fnr is not None:
+    if policy is not None and policy.fnr_target is not None:
         everything = np.ones(predictions.labels.size, dtype=bool)
         fnr = next(m for m in measures if m.metric == "fnr_on_exited" and m.source is None)
-        check = _check_fnr(fnr, _fnr_counts(predictions, answers, everything), policy.target_fnr)
+        check = _check_fnr(fnr, _fnr_counts(predictions, answers, everything), policy.fnr_target)
+    checked = Checked() if policy is None else policy.check(_rows(predictions, answers))
     n, n_groups = predictions.labels.size, np.unique(predictions.groups).size
     ranked = rank_answers(predictions, n_replicates=n_replicates, seed=seed, level=LEVEL)
     measures += [_measure(None, "stage_a", name, one, n, n_groups) for name, one in ranked.items()]
@@ -243,19 +240,11 @@ def evaluate_predictions(
         policy=None if policy is None else policy.policy,
         guarantee=None if policy is None else policy.guarantee,
         exit_threshold=None if policy is None else policy.exit_threshold,
-        target_fnr=None if policy is None else policy.target_fnr,
+        target_fnr=None if policy is None else policy.fnr_target,
         statement=NO_POLICY if policy is None else policy.statement,
         fnr_check=check,
-        verification=_verify(predictions, answers, policy) if isinstance(policy, ScrcParams) else None,
-        exit_promises=[]
-        if policy is None or isinstance(policy, ScrcParams)
-        else verify_exits(
-            policy,
-            answers["stage_a"].prediction,
-            answers["cascade"].exited,
-            predictions.labels,
-            groups=predictions.groups,
-        ),
+        verification=checked.sets,
+        exit_promises=checked.promises,
         effects=[] if policy is None else count_effects(answers),
         tap=None if blocks is None else blocks[0],
         n_blocks=None if blocks is None else blocks[1],
@@ -366,7 +355,7 @@ def policy_of(run: Path, splits: Splits) -> Policy | None:
         if other:
             raise ArtifactError(
                 f"the policy in {run} must be of these splits, got one calibrated on another {', '.join(sorted(other))}"
-                f"{void(policy)}; run `stage1 calibrate --run {run}` again"
+                f"{policy.void()}; run `stage1 calibrate --run {run}` again"
             )
     return policy
 
@@ -467,8 +456,8 @@ def count_groups(
         "exits": np.bincount(member, deployed.exited),
         "missed_positives": np.bincount(member, missed),
     }
-    if isinstance(policy, ScrcParams):
-        given, accepted = answer_sets(policy, deployed.probs, deployed.exited, predictions.gate_logits)
+    if policy is not None and policy.abstains:
+        given, accepted = policy.answer(deployed.probs, deployed.exited, predictions.gate_logits)
         holds = given[np.arange(given.shape[0]), predictions.labels]
         counts["abstained"] = np.bincount(member, ~accepted)
         counts["ambiguous"] = np.bincount(member, accepted & (given.sum(axis=1) > 1))
@@ -618,11 +607,11 @@ def _print_sets(console: Console, check: SetCheck) -> None:
     console.print(check.statement)
 
 
-def _verify(predictions: Predictions, answers: dict[StageName, Answers], policy: ScrcParams) -> SetCheck:
-    cascade = answers["cascade"]
-    return verify_sets(
-        policy, cascade.probs, cascade.exited, predictions.gate_logits, predictions.labels,
-        groups=predictions.groups, sources=predictions.sources,
+def _rows(predictions: Predictions, answers: dict[StageName, Answers]) -> Rows:
+    return Rows.of(
+        answers["stage_a"].probs, predictions.labels, classes=predictions.classes, positive=predictions.positive,
+        gate=predictions.gate_logits, probs_b=answers["stage_b"].probs, groups=predictions.groups,
+        sources=predictions.sources,
     )  # fmt: skip
 
 
@@ -639,7 +628,7 @@ def _check_policy(predictions: Predictions, policy: Policy) -> None:
         if promised is not None and promised != found:
             raise ArtifactError(
                 f"the policy must be of this {what}, got one calibrated on {promised[:12]} instead of {found[:12]}"
-                f"{void(policy)}; run `stage1 calibrate` again"
+                f"{policy.void()}; run `stage1 calibrate` again"
             )
     if policy.classes != predictions.classes or policy.positive != predictions.positive:
         raise ArtifactError(
@@ -765,7 +754,7 @@ def _difference(
 def _exit_intervals(
     predictions: Predictions, stage_a: Answers, policy: Policy, rows: NDArray[np.bool_], n_replicates: int, seed: int
 ) -> Intervals:
-    scores = exit_scores(policy, stage_a.probs, predictions.gate_logits)
+    scores = policy.scores(stage_a.probs, predictions.gate_logits)
     # A row without a score never exits.
     scores = np.where(np.isnan(scores), -np.inf, scores)
     return bootstrap(
@@ -870,7 +859,7 @@ def _draw(
     if policy is not None:
         exited = answers["cascade"].exited
         # The gate's threshold is not on this axis.
-        threshold = policy.exit_threshold if policy.policy == "softmax" else None
+        threshold = None if policy.needs_gate else policy.exit_threshold
         if exited.any():
             point = (float(exited.mean()), float(stage_a.error[exited].mean()))
     pictures = [
@@ -907,7 +896,7 @@ def _draw(
         if fnr.value is not None:
             png = distribution_png(
                 exits["fnr_on_exited"].replicates, value=fnr.value, label="FNR on exits", percent=True,
-                target=policy.target_fnr, bound=fnr.high,
+                target=policy.fnr_target, bound=fnr.high,
             )  # fmt: skip
             caption = (
                 "Missed positives among exits, on each resample of whole groups. The target is kept by its bound when "
@@ -916,12 +905,12 @@ def _draw(
             pictures.append(Picture("fnr_on_exited", "How far FNR on exits may be off", caption, png))
         png = _heap(
             exits["coverage"], "coverage: share answered by Stage A", percent=True,
-            target=policy.exit_rate if isinstance(policy, ScrcParams) else policy.coverage,
+            target=policy.usual_exit_rate,
             target_label="on calibration rows",
         )  # fmt: skip
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
         pictures.append(Picture("coverage", "How far coverage may be off", caption, png))
-        scores = exit_scores(policy, stage_a.probs, predictions.gate_logits)
+        scores = policy.scores(stage_a.probs, predictions.gate_logits)
         pictures.append(_draw_exits(answers, np.nan_to_num(scores, nan=0.0), policy))
     return pictures
 
@@ -929,7 +918,7 @@ def _draw(
 def _draw_exits(answers: dict[StageName, Answers], scores: NDArray[np.float64], policy: Policy) -> Picture:
     """Which rows exit, by what the policy compares with its threshold."""
     a, exited = answers["stage_a"], answers["cascade"].exited
-    what = "Stage A's confidence" if policy.policy == "softmax" else "the gate's P(Stage A is correct)"
+    what = policy.score_title
     return Picture(
         "exit_rate",
         "Who exits",
@@ -948,7 +937,7 @@ def _cost_curve(
     """
     if policy is None or blocks is None or blocks[0] == blocks[1]:
         return None
-    scores = np.nan_to_num(exit_scores(policy, answers["stage_a"].probs, predictions.gate_logits), nan=-1.0)
+    scores = np.nan_to_num(policy.scores(answers["stage_a"].probs, predictions.gate_logits), nan=-1.0)
     rates, risks = cascade_risks(scores, answers["stage_a"].error, answers["stage_b"].error)
     thresholds = np.concatenate([[np.inf], np.unique(scores)[::-1]])
     return thresholds, rates, relative_cost(rates, *blocks), risks

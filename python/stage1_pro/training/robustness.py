@@ -25,7 +25,6 @@ from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
 from stage1_pro.training.evaluation import LEVEL, MEASURE_COLUMNS, StageName, answer, flat, measure_rows, policy_of
-from stage1_pro.words import PolicyName
 
 
 class ProtocolLevel(Record):
@@ -59,7 +58,7 @@ class ProtocolEvaluation(Record):
     positive: str
     n_rows: int
     n_groups: int
-    policy: PolicyName | None
+    policy: str | None
     guarantee: str | None
     statement: str = Field(description="what these figures are, and what they are not")
     photos_sha256: str = Field(description="of all changed photos, level by level, in the order of the rows")
