@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stage1_pro.commands.doctor import gpus
 from stage1_pro.data.listing import gather
+from stage1_pro.data.photos import read_file
 from stage1_pro.deploy.bench import full_pass, machine
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.latency import (
@@ -472,8 +473,8 @@ def _photos(source: Path | str | None, seed: int) -> tuple[list[bytes], str]:
     if source is None:
         width, height = PHOTO_SIZE
         return draw_photos(8, PHOTO_SIZE, seed), f"8 drawn JPEGs of {width} x {height}, quality 90, seed {seed}"
-    files = [path for _, path in gather([source])][:64]
-    return [path.read_bytes() for path in files], f"{len(files)} of {Path(source).resolve().name}"
+    files = [file for _, file in gather([source])][:64]
+    return [read_file(file) for file in files], f"{len(files)} of {Path(source).resolve().name}"
 
 
 def _throughput(found: Sequence[LatencySeries], deferral: float, budget: float) -> list[LatencyThroughput]:

@@ -214,7 +214,7 @@ def _pixels(cascade: Cascade, run: Path | str | None, n: int, seed: int) -> tupl
     if run is not None:
         try:
             splits = Splits.read(Path(run) / "splits.json")
-            images = [cascade.pixels(splits.path(row)) for row in splits.of("val_select")[:n]]
+            images = [cascade.pixels(photo) for photo in splits.photos_of(splits.of("val_select")[:n])]
         except Stage1Error as error:
             say(f"measuring on noise: {error}")
     if images:
