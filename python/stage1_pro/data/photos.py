@@ -22,7 +22,7 @@ from stage1_pro.errors import InputError, nearest, printable
 from stage1_pro.files import sha256_bytes
 
 GROUP = "stage1_pro.photos"
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://.+", re.DOTALL)
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 
 
@@ -89,8 +89,8 @@ def open_photos(root: Path | str) -> Photos:
         InputError: an address of no known scheme, or a tar that cannot be read by key.
     """
     address = _ADDRESS.fullmatch(str(root))
-    if address is not None:  # a Path has lost one of the slashes
-        return _from_outside(address[1], f"{address[1]}://{address[2]}")
+    if address is not None:
+        return _from_outside(address[1], str(root))
     path = Path(root)
     return Folder(str(path)) if path.is_dir() or not is_source(path) else Tar(str(path))
 
