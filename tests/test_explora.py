@@ -236,7 +236,7 @@ def test_a_pool_leaves_out_what_must_stay_unseen(scenes: Path, tmp_path: Path, c
     write_csv(tmp_path / "labels.csv", rows[:2], ["file", "group"])
     with pytest.raises(InputError, match="two usable images or more, got 0 of 2"):
         read_pool(tmp_path, unseen, open_photos(root))
-    with pytest.raises(InputError, match="must be a folder or a CSV"):
+    with pytest.raises(InputError, match="must be a folder, a tar or a CSV"):
         read_pool(tmp_path / "nowhere", unseen, open_photos(root))
 
 
