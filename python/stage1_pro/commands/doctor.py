@@ -13,7 +13,7 @@ from typing import Any
 
 from stage1_pro import __version__, _native
 from stage1_pro.deploy.engine import BUILDERS
-from stage1_pro.deploy.start import RUNTIMES
+from stage1_pro.deploy.runtime import RUNTIMES
 from stage1_pro.errors import need
 
 BASE = ("numpy", "scipy", "pillow", "pydantic", "pyyaml", "rich", "onnxruntime", "matplotlib", "jinja2", "jsonschema")
@@ -61,7 +61,7 @@ def doctor() -> dict[str, Any]:
         "gpus": devices,
         "torch_devices": _torch_devices(),
         "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
-        "runtimes": sorted(RUNTIMES),
+        "runtimes": sorted(["auto", *RUNTIMES]),
         "builders": builders,
         "missing": missing,
     }
