@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from stage1_pro.commands.bench import RATES, BenchCascade, render_cascade
+from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.splits import Splits
-from stage1_pro.data.splitting import split
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.bench import CascadeBench, bench_cascade
 from stage1_pro.deploy.exporting import export

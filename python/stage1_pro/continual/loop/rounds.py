@@ -48,7 +48,8 @@ from stage1_pro.continual.watch.srt import (
     to_logit,
 )
 from stage1_pro.continual.watch.status import MonitorConfig, Status, look, write_page
-from stage1_pro.data.splits import Row, Splits, cluster_copies
+from stage1_pro.data.duplicates import cluster_copies
+from stage1_pro.data.splits import Row, Splits
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
