@@ -1024,7 +1024,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise InputError(
             "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
         )
-    from stage1_pro.training.evaluation import evaluate, render
+    from stage1_pro.training.evaluation import evaluate
+    from stage1_pro.training.summary import render
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
