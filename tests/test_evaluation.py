@@ -30,16 +30,9 @@ from stage1_pro.metrics.selective import augrc
 from stage1_pro.policies.softmax import Thresholds, confidence, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.studies.measuring import measure
-from stage1_pro.training.evaluation import (
-    Evaluation,
-    answer,
-    count_groups,
-    evaluate,
-    evaluate_predictions,
-    find_changes,
-    find_mistakes,
-    render,
-)
+from stage1_pro.training.answers import answer, count_groups, find_changes, find_mistakes
+from stage1_pro.training.evaluation import Evaluation, evaluate, evaluate_predictions
+from stage1_pro.training.summary import render
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 FIGURES = (

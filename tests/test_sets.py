@@ -34,10 +34,11 @@ from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.sets import LIMIT_SLACK, NOBODY_EXITS, ScrcParams, confidence_logit
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.standing import standing
+from stage1_pro.training.answers import answer, count_groups
 from stage1_pro.training.calibration import calibrate
 from stage1_pro.training.calibration import render as render_policy
-from stage1_pro.training.evaluation import answer, count_groups, evaluate, evaluate_predictions
-from stage1_pro.training.evaluation import render as render_evaluation
+from stage1_pro.training.evaluation import evaluate, evaluate_predictions
+from stage1_pro.training.summary import render as render_evaluation
 from stage1_pro.words import SPLITS
 
 
@@ -513,7 +514,7 @@ def test_priors_and_the_other_policies() -> None:
     )
     assert standing(gate, splits, 0.05).void == ("coverage", "exit error") and standing(gate, splits, 0.05).stands == ()
     assert standing(plain, splits, 0.05).void == () and standing(plain, splits, 0.05).stands == ("FNR on exits",)
-    assert promise(both, splits, 0.05).stands == ("FNR on exits",)
+    assert standing(both, splits, 0.05).stands == ("FNR on exits",)
 
 
 def test_label_shift_leaves_the_risk_of_each_class() -> None:
@@ -620,7 +621,7 @@ def test_pass_fail_and_inconclusive() -> None:
 
     def held(probs: Any, labels: list[int]) -> Any:
         gate = np.full(len(labels), -1e9)  # nobody exits
-        return policy.check(Rows.of(probs, labels, gate=gate, classes=CLASSES, positive="roadwork")).sets
+        return policy.check(Rows.of(probs, labels, gate=gate, classes=["none", "roadwork"], positive="roadwork")).sets
 
     lone = held(softmax([[0.0, 3.0]]), [1])
     assert lone.outcome == "INCONCLUSIVE" and lone.n == 1

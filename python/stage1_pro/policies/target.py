@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from stage1_pro.command import Count, Share, refusal
 from stage1_pro.errors import InputError
 from stage1_pro.record import Record
 
@@ -70,6 +71,8 @@ class Promise(Record):
 class Target(Record):
     """What a policy is asked for; the base of ``Softmax``, ``Gate``, ``Scrc`` and of what others register."""
 
+    model_config = ConfigDict(allow_inf_nan=True)  # ranges refuse it, in their own words
+
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other names of its fields on the command line."""
     configured: ClassVar[Mapping[str, str]] = {}
@@ -79,8 +82,8 @@ class Target(Record):
     guarantee: Guarantee = Field(
         "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
     )
-    delta: float = Field(0.05, gt=0, lt=1, description="largest chance of a false certificate, all claims together")
-    claims: int = Field(1, ge=1, description="claims that delta is divided for, before the first")
+    delta: Share = Field(0.05, description="largest chance of a false certificate, all claims together")
+    claims: Count = Field(1, description="claims that delta is divided for, before the first")
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -92,9 +95,7 @@ class Target(Record):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "target"
-            raise InputError(f"{where} must be valid, got {first['input']!r}; {first['msg']}") from None
+            raise InputError(refusal(error, cls)) from None
 
     @classmethod
     def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Softmax(Target):
     """Exit by the largest probability of Stage A, with few false negatives among exits."""
 
     policy: Literal["softmax"] = "softmax"
-    target_fnr: float = Field(0.02, gt=0, lt=1, description="largest false negative rate among exits")
+    target_fnr: Share = Field(0.02, description="largest false negative rate among exits")
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """FNR on exits."""
@@ -155,9 +156,9 @@ class Gate(Target):
     configured: ClassVar[Mapping[str, str]] = {"target_fnr": "target_fnr_exit"}
 
     policy: Literal["gate"] = "gate"
-    max_exit_error: float = Field(0.01, gt=0, lt=1, description="largest share of wrong answers among exits")
-    min_coverage: float = Field(0.70, gt=0, lt=1, description="least share of images that exit")
-    target_fnr: float | None = Field(None, gt=0, lt=1, description="largest false negative rate among exits; null: any")
+    max_exit_error: Share = Field(0.01, description="largest share of wrong answers among exits")
+    min_coverage: Share = Field(0.70, description="least share of images that exit")
+    target_fnr: Share | None = Field(None, description="largest false negative rate among exits; null: any")
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """Coverage, exit error and, where it was asked for, FNR on exits."""
@@ -188,8 +189,8 @@ class Scrc(Target):
     """After the cascade: sets of classes for what is accepted, few of which miss the label; nobody answers the rest."""
 
     policy: Literal["scrc"] = "scrc"
-    alpha: float = Field(0.01, gt=0, lt=1, description="largest risk among the accepted")
-    min_coverage: float = Field(0.70, gt=0, lt=1, description="least share of images that are accepted")
+    alpha: Share = Field(0.01, description="largest risk among the accepted")
+    min_coverage: Share = Field(0.70, description="least share of images that are accepted")
     variant: Variant = Field(
         "pac", description="pac = for the very thresholds found; I, T = in expectation; naive promises nothing"
     )
@@ -200,9 +201,7 @@ class Scrc(Target):
     )
     allow_empty: bool = Field(False, description="let sets be empty")
     raps: tuple[float, int] = Field((0.01, 2), description="penalty for each rank beyond the second number")
-    max_exit_error: float = Field(
-        0.01, gt=0, lt=1, description="of the exit rule on the fit half; it promises nothing of its own"
-    )
+    max_exit_error: Share = Field(0.01, description="of the exit rule on the fit half; it promises nothing of its own")
 
     @classmethod
     def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

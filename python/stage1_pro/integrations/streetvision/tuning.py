@@ -33,8 +33,8 @@ from stage1_pro.integrations.streetvision.reward import (
 from stage1_pro.policies.platt import fit_platt
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
+from stage1_pro.training.answers import answer, policy_of
 from stage1_pro.training.calibration import read_calibration
-from stage1_pro.training.evaluation import answer, policy_of
 
 
 class MinerSetting(Record):
