@@ -223,7 +223,7 @@ class ExitPolicy(Policy):
     def measured(self) -> str:
         """Figures on the calibration rows with their bounds, in a line."""
         seen = self.facts()
-        level = f"{seen['bound_level']:.4g} upper bound"
+        level = f"{seen['bound_level'] or 0:.4g} upper bound"
         parts = [f"coverage {self.coverage:.1%}"]
         if seen["exit_error"] is not None:
             asked = self.target.promises(self.positive)

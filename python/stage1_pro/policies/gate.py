@@ -21,7 +21,7 @@ from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
 from stage1_pro.policies.platt import fit_platt, score
-from stage1_pro.policies.policy import Origin, Policy, register
+from stage1_pro.policies.policy import Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Gate
 from stage1_pro.record import Record
@@ -37,7 +37,6 @@ class GateConstraints(Record):
     target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
 
 
-@register
 class GateParams(ExitPolicy):
     """``gateparams.json``: the gate exit policy.
 

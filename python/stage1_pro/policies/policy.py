@@ -1,7 +1,7 @@
 """``Policy``: what decides which answers of Stage A stand; the base of every policy file, and their registry.
 
-A policy of another package is one module: a record that derives from ``Policy``, with ``@register``, named by an entry
-point of the group ``stage1_pro.policies`` or imported before it is used.
+A policy of another package is one module: a record that derives from ``Policy``, given to ``register`` or named by an
+entry point of the group ``stage1_pro.policies``.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.errors import ArtifactError, InputError, nearest
+from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
 from stage1_pro.policies.rows import Rows
-from stage1_pro.policies.target import TARGETS, Promise, Target
+from stage1_pro.policies.target import Promise, Target
 from stage1_pro.record import Record
+from stage1_pro.registry import Registry
 
-GROUP = "stage1_pro.policies"
 NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
 
 
@@ -259,6 +258,10 @@ class Policy(Record):
         """Lines on what calibration found, beside the sweep."""
         return []
 
+    def story(self) -> list[str]:
+        """Sentences for anybody on what it does and promises, for the report; none: its statement says it."""
+        return []
+
     def facts(self) -> dict[str, Any]:
         """Its own fields, for ``inspect``."""
         return self.model_dump(mode="json", exclude={"policy", "format_version"})
@@ -270,41 +273,33 @@ class Policy(Record):
 
 # -------------------------------------------------------------------------------- the registry
 
-_KINDS: dict[str, type[Policy]] = {}
-Kind = TypeVar("Kind", bound=type[Policy])
+POLICIES: Registry[type[Policy]] = Registry(
+    "policy",
+    "stage1_pro.policies",
+    {
+        "softmax": "stage1_pro.policies.softmax:Thresholds",
+        "gate": "stage1_pro.policies.gate:GateParams",
+        "scrc": "stage1_pro.policies.sets:ScrcParams",
+    },
+)
 
 
-def register(kind: Kind) -> Kind:
-    """Make a policy known by the name of its target, to calibration, bundles and everything else; a decorator.
+def register(kind: type[Policy]) -> None:
+    """Make a policy known by the name of its target, for this process; an entry point does so for all.
 
     Raises:
         InputError: another policy has this name or file.
     """
     name = kind.asks.model_fields["policy"].default
-    for known, other in _KINDS.items():
-        if (known == name or other.file == kind.file) and other.__qualname__ != kind.__qualname__:
+    for known, other in policies().items():
+        if (known == name or other.file == kind.file) and other is not kind:
             raise InputError(f"policy must have a name and a file of its own, got {name} ({kind.file}), already taken")
-    _KINDS[name] = kind
-    TARGETS[name] = kind.asks
-    return kind
-
-
-@cache
-def _load() -> None:
-    """The policies of this package, then those that entry points name."""
-    from importlib.metadata import entry_points
-
-    from stage1_pro.policies import gate, sets, softmax
-
-    del gate, sets, softmax
-    for entry in entry_points(group=GROUP):
-        entry.load()
+    POLICIES.register(name, kind)
 
 
 def policies() -> Mapping[str, type[Policy]]:
     """Every known policy by name."""
-    _load()
-    return _KINDS
+    return {name: POLICIES.find(name) for name in POLICIES}
 
 
 def policy_named(name: str) -> type[Policy]:
@@ -313,9 +308,7 @@ def policy_named(name: str) -> type[Policy]:
     Raises:
         InputError: there is none.
     """
-    if name not in policies():
-        raise InputError(f"policy must be one of {', '.join(_KINDS)}, got '{name}'{nearest(name, list(_KINDS))}")
-    return _KINDS[name]
+    return POLICIES.find(name)
 
 
 def policy_files() -> list[str]:

@@ -21,7 +21,7 @@ from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SetRates
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import gate_rule, gate_scores
 from stage1_pro.policies.platt import Platt, fit_platt, score
-from stage1_pro.policies.policy import NOT_COUNTED, Checked, Origin, Policy, register
+from stage1_pro.policies.policy import NOT_COUNTED, Checked, Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Verification, nonconformity
 from stage1_pro.policies.softmax import confidence
@@ -57,7 +57,6 @@ _NEAR, _NEAR_LOGIT = 1e-5, 1e-3
 _STAGES = ("A", "B")
 
 
-@register
 class ScrcParams(Policy):
     """``scrcparams.json``: selective conformal risk control after the cascade.
 
@@ -353,6 +352,43 @@ class ScrcParams(Policy):
             ),
         ]
 
+    def story(self) -> list[str]:
+        """What it does and promises, to whom and from which photos, for anybody."""
+        unit = "photos" if self.unit == "rows" else "groups (clips, tracks or places, one photo drawn from each)"
+        sets = (
+            "For a photo that is accepted the answer is a set of classes: one class where the model is sure enough, "
+            "several where it cannot tell them apart. For the others nobody answers, and a person should look."
+        )
+        risk = "the right class is missing from the set"
+        if self.loss == "fnr":
+            risk = f"of “{self.positive}” photos, “{self.positive}” is missing from the set"
+        each = {None: "", "stage": ", for each stage that answers", "class": ", for the photos of each class"}[
+            self.cells
+        ]
+        whom = "photos" if self.unit == "rows" else "photos, each drawn from a clip of its own,"
+        wish = (
+            f"At least {percent(self.xi)} of {whom} are accepted, and among "
+            f"those at most {percent(self.alpha)} of the time {risk}{each}"
+        )
+        end = {
+            "pac": "This holds for these very thresholds, unless the calibration photos were an unlucky draw: a chance "
+            f"of at most {percent(sum(self.delta))}.",
+            "expectation": "This holds on average over many such calibrations; of these very thresholds it says less.",
+            "none": "This is what was asked for and looked true on the calibration photos; nothing is promised.",
+        }[self.guarantee]
+        kept = "the risk of each class" if self.cells == "class" else "the risk" if self.loss == "fnr" else ""
+        source = (
+            f"It comes from {self.n} {unit} of the certify half of val_calib, which neither trained the model nor "
+            "chose who exits, and it speaks of new photos like those: the same cameras and places, the same mix of "
+            "classes. "
+            + (
+                f"Where that mix is another, the share accepted is promised no more, {kept} still is."
+                if kept
+                else "Where that mix is another, all of it is void."
+            )
+        )
+        return [sets, f"{wish}. {end}", source]
+
     def measured(self) -> str:
         """Figures on the calibration rows with their bounds, in a line."""
         bound = "" if self.coverage_bound is None else f" (lower bound {self.coverage_bound:.1%})"
@@ -384,6 +420,14 @@ class ScrcParams(Policy):
                 f"instead of {found[:12]}; something was changed, so the certificate is void: calibrate again"
             )
         return self
+
+
+def percent(value: float | None) -> str:
+    """A share for people, such as 97.5%; a dash for none."""
+    if value is None:
+        return "–"
+    digits = 0 if value in (0, 1) else 2 if value < 0.01 or value > 0.99 else 1
+    return f"{100 * value:.{digits}f}%"
 
 
 def confidence_logit(probs: ArrayLike) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
-from stage1_pro.policies.policy import Origin, register
+from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Softmax
 
@@ -44,7 +44,6 @@ def confidence(probs: ArrayLike) -> NDArray[np.float64]:
     return largest
 
 
-@register
 class Thresholds(ExitPolicy):
     """``thresholds.json``: the softmax exit policy.
 

@@ -258,8 +258,7 @@ class Scrc(Target):
         return f"accepted >= {self.min_coverage:g} with {risk} <= {self.alpha:g}{each}"
 
 
-TARGETS: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
-# Policies that others register add theirs.
+_KNOWN: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
 
 
 def parse_target(values: Mapping[str, Any]) -> Target:
@@ -268,7 +267,7 @@ def parse_target(values: Mapping[str, Any]) -> Target:
     Raises:
         InputError: a field is missing, unknown, or outside its range, or no such policy.
     """
-    kind = TARGETS.get(values.get("policy", ""))
+    kind = _KNOWN.get(values.get("policy", ""))
     if kind is None:
         from stage1_pro.policies.policy import policy_named
 

@@ -20,11 +20,11 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.files import load_npz, sha256_file
 from stage1_pro.policies.claims import Stake, close_claim, note_look, stake_claim
-from stage1_pro.policies.policy import Origin, Policy, policies, policy_named, withdraw_policies
+from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, policy_named, withdraw_policies
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.policies.target import TARGETS, Target, parse_target
+from stage1_pro.policies.target import Target, parse_target
 from stage1_pro.progress import say
 from stage1_pro.words import HALVES
 
@@ -164,18 +164,19 @@ def _one_of(name: str, value: str, options: list[str]) -> None:
 
 def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
-    _one_of("policy", given["policy"] or base.policy, [*TARGETS, "auto"])
+    _one_of("policy", given["policy"] or base.policy, [*POLICIES, "auto"])
     _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
     policy, guarantee = given["policy"] or base.policy, given["guarantee"] or base.guarantee
-    kind = TARGETS[policy]
+    kind = policy_named(policy).asks
     named: dict[str, Any] = {"policy": policy}
     for name, value in given.items():
         if value is None or name == "policy":
             continue
         field = kind.aliases.get(name, name)
         if field not in kind.model_fields:
-            owners = [one for one in reversed(TARGETS) if name in TARGETS[one].model_fields]
-            others = [one for one in TARGETS if name in TARGETS[one].aliases]
+            asks = {known: one.asks for known, one in policies().items()}
+            owners = [one for one in reversed(asks) if name in asks[one].model_fields]
+            others = [one for one in asks if name in asks[one].aliases]
             raise InputError(
                 f"{name} must go with policy {' or '.join(others + owners)}, got it with {policy}; drop it or add "
                 f"--policy {owners[-1]}"
