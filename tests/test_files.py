@@ -123,7 +123,9 @@ def test_a_lock_makes_no_folder_and_follows_no_link(tmp_path):
     assert (tmp_path / "kept").read_text() == "kept"
 
 
-@pytest.mark.parametrize("module", ["deploy.cascade", "data.splitting", "training.run", "cli"])
+@pytest.mark.parametrize(
+    "module", ["deploy.cascade", "deploy.prediction", "data.splitting", "training.run", "continual.loop.rounds", "cli"]
+)
 def test_the_package_imports_where_there_is_no_fcntl(module):
     code = f"import sys; sys.modules['fcntl'] = None; import stage1_pro.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
