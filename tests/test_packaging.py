@@ -29,7 +29,8 @@ BASE_MODULES = [
     "cli", "config", "errors", "files", "record", "words", "metrics", "metrics.figures", "metrics.measured",
     "policies.softmax", "policies.gate", "policies.claims", "continual.serving.events", "continual.serving.served",
     "data.images", "data.predictions", "data.protocols", "data.splits", "integrations.streetvision",
-    "deploy.bundle", "deploy.manifest", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "deploy.benching",
+    "deploy.bundle", "deploy.manifest", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "deploy.timing",
+    "deploy.openvino", "commands.bench",
     "training.calibration", "training.evaluation", "training.robustness", "integrations.streetvision.tuning",
     "deploy.inspection", "studies.measuring", "deploy.prediction", "commands.doctor",
 ]  # fmt: skip
@@ -42,7 +43,7 @@ def project(repository: Path) -> dict:
 
 
 def test_the_base_imports_without_the_train_extra():
-    """Each module in a child that has imported nothing of the package, forked from one interpreter without the extra."""
+    """Each module in a fork, which has imported nothing of the package, of one interpreter without the extra."""
     code = (
         "import importlib, importlib.abc, os, sys, traceback\n"
         "class Absent(importlib.abc.MetaPathFinder):\n"
