@@ -23,7 +23,7 @@ from sklearn import metrics as judge
 from transformers import Dinov2Config, Dinov2Model
 
 import stage1_pro
-from stage1_pro.config import Config, load_config
+from stage1_pro.config import Config, TrainConfig, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
@@ -33,9 +33,11 @@ from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.training import losses
+from stage1_pro.training.epochs import TIMINGS
 from stage1_pro.training.inference import infer_split
-from stage1_pro.training.loop import COLUMNS, TIMINGS, train
+from stage1_pro.training.loop import train
 from stage1_pro.training.run import RunConfig
+from stage1_pro.training.validate import COLUMNS
 
 SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "train.save_every_steps=2"]
 
@@ -154,6 +156,42 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(run: Path, split_run
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3  # AdamW turns rounding into up to lr a step
     la, lb = ([float(r["train_loss"]) for r in without_timings(x / "metrics.csv")] for x in (run, other))
     assert la == pytest.approx(lb, rel=1e-4)
+
+
+class Spread:
+    """Squared mean margin over its mean square: a ratio, and no sum over rows."""
+
+    adds, reads_gate = False, False
+
+    def __init__(self, options: TrainConfig) -> None:
+        self.smoothing = options.label_smoothing
+
+    def sums(self, part: losses.Part) -> torch.Tensor:
+        margin = (part.outputs.logits_b[:, 0] - part.outputs.logits_b[:, 1]).float()
+        return torch.stack([margin.sum(), margin.square().sum(), margin.new_tensor(float(len(margin)))])
+
+    def of(self, sums: torch.Tensor) -> torch.Tensor:
+        total, squares, rows = sums.unbind()
+        return (total / rows) ** 2 / (squares / rows + 0.1)
+
+
+def test_a_loss_from_outside_trains_like_those_inside(run: Path, split_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="spread"):
+        losses.Objective(TrainConfig(losses={"spread": 1.0}))
+    losses.LOSSES.register("spread", Spread)
+    options = ("train.epochs=1", "train.losses={spread: 3.0}", "train.ema_decay=0")
+    plain = train(run, config("train.epochs=1", "train.ema_decay=0"))
+    with_it = weights(run)
+    found = []
+    for name, extra in (("whole", ()), ("parts", ("train.micro_batch=12",))):
+        other = shutil.copytree(split_run, tmp_path / name)
+        result = train(other, config(*options, *extra))
+        found.append((weights(other), result.best["train_loss"]))
+    (a, loss_a), (b, loss_b) = found
+    assert loss_a == pytest.approx(loss_b, rel=1e-4)
+    assert loss_a != pytest.approx(plain.best["train_loss"], rel=1e-4)
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3
+    assert max(float((a[k] - with_it[k]).abs().max()) for k in a) > 2e-3
 
 
 def _fail_above(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:

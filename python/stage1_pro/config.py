@@ -119,6 +119,9 @@ class TrainConfig(Section):
     target_coverage: float = Field(
         0.8, gt=0, le=1, description="mean soft gate that training keeps; above the 0.7 that calibration asks for"
     )
+    losses: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="weights of further losses, by the names they are registered under"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = "balanced"
     patience: int = Field(8, ge=1, description="epochs without a better AUGRC on val_select before stopping")

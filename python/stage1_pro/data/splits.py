@@ -103,6 +103,11 @@ class Splits(Record):
         """Where the row's image is."""
         return Path(self.root) / row.file
 
+    def indices(self, rows: Sequence[Row]) -> NDArray[np.int64]:
+        """Class index of every row [N], its place among ``classes``."""
+        place = {name: index for index, name in enumerate(self.classes)}
+        return np.asarray([place[row.label] for row in rows], dtype=np.int64)
+
     def summary(self) -> SplitsSummary:
         """The part that may leave the house: hashes and counts, no file names."""
         return SplitsSummary(
