@@ -15,9 +15,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.splits import Splits
-from stage1_pro.data.splitting import split
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy import benching
 from stage1_pro.deploy.benching import CascadeBench

@@ -89,10 +89,10 @@ def _ours(data: Data, threads: int, **options: Any) -> Run:
 
 
 def ours(data: Data, threads: int) -> Run:
-    from stage1_pro import _native
+    from stage1_pro import native
 
-    if _native.backend() != "compiled":
-        raise UnavailableError(f"the compiled core is not in use: {_native.why()}")
+    if native.backend() != "compiled":
+        raise UnavailableError(f"the compiled core is not in use: {native.why()}")
     return _ours(data, threads)
 
 
@@ -106,12 +106,12 @@ def ours_percentile(data: Data, threads: int) -> Run:
 
 
 def ours_reference(data: Data, threads: int) -> Run:
-    from stage1_pro import _native
+    from stage1_pro import native
 
     inner = _ours(data, threads)
 
     def run(replicates: int, seed: int) -> Answer:
-        with _native.use("reference"):
+        with native.use("reference"):
             return inner(replicates, seed)
 
     return run

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import stage1_pro
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.config import load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Row, Splits, hash_splits
@@ -228,7 +228,7 @@ def measure(answers: dict[str, list[Answers]], rows: NDArray[np.bool_], n_replic
     first = answers["none"][0]
     names, member = np.unique(first.groups[rows], return_inverse=True)
     # One draw of groups for both arms and every seed [B, G].
-    times = _native.resample_counts([names.size], n_replicates, seed=0).astype(np.float64)
+    times = native.resample_counts([names.size], n_replicates, seed=0).astype(np.float64)
     counts = {
         arm: [cells(one.labels[rows], one.given[rows], member, names.size) for one in found]
         for arm, found in answers.items()

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stage1_pro import _native
+from stage1_pro import native
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -51,7 +51,7 @@ class HostRouter:
     """The CPU router with the calls of CudaRouter, for --dry."""
 
     def __init__(self, max_rows: int, **rule: Any) -> None:
-        self.router, self.answers = _native.Router(max_rows, **rule), _native.Router(max_rows, threshold=0.0)
+        self.router, self.answers = native.Router(max_rows, **rule), native.Router(max_rows, threshold=0.0)
 
     def route(self, logits, gate=None, **_stream):
         self.routed = self.router.route(logits.numpy(), None if gate is None else gate.numpy())
@@ -85,7 +85,7 @@ class Machine:
         self.pool = None if dry else torch.cuda.graph_pool_handle()
 
     def router(self, max_rows: int, **rule: Any) -> Any:
-        return HostRouter(max_rows, **rule) if self.dry else _native.CudaRouter(max_rows, **rule)
+        return HostRouter(max_rows, **rule) if self.dry else native.CudaRouter(max_rows, **rule)
 
     def stream(self) -> Any:
         return 0 if self.dry else torch.cuda.current_stream()
@@ -225,12 +225,12 @@ def part_parity(machine: Machine) -> dict[str, Any]:
         logits, gates = hard_logits(rng, n, k), hard_gates(rng, n)
         for platt in (None, (1.7, -0.3)):
             gate = None if platt is None else gates
-            scores = _native.Router(n, threshold=0.5, platt=platt).route(logits, gate).score
+            scores = native.Router(n, threshold=0.5, platt=platt).route(logits, gate).score
             exact = float(rng.choice(scores[scores < 1]))
             for threshold in (exact, float(np.nextafter(np.float32(exact), np.float32(1)))):
                 rule = {"threshold": threshold, "platt": platt}
-                with _native.use("reference" if machine.dry else "compiled"):
-                    expected = _native.Router(n, **rule).route(logits, gate)
+                with native.use("reference" if machine.dry else "compiled"):
+                    expected = native.Router(n, **rule).route(logits, gate)
                 there = [
                     None if values is None else torch.from_numpy(values).to(machine.device) for values in (logits, gate)
                 ]
@@ -455,7 +455,7 @@ def facts(machine: Machine) -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     there = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-             "router": _native.cuda_why(), "cores": os.cpu_count(),
+             "router": native.cuda_why(), "cores": os.cpu_count(),
              "commit": commit.stdout.strip() or None}  # fmt: skip
     if not machine.dry:
         properties = torch.cuda.get_device_properties(0)

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from cascade import make_policy
 
+from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
-from stage1_pro.data.splitting import split
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.latency import ratios

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from stage1_pro import _native
+from stage1_pro import native
 
 
 def timed(work: Callable[[], object], calls: int) -> float:
@@ -29,7 +29,7 @@ def timed(work: Callable[[], object], calls: int) -> float:
 
 def on_twin(work: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
-        with _native.use("reference"):
+        with native.use("reference"):
             return work()
 
     return run
@@ -52,7 +52,7 @@ def main() -> None:
         torch_logits = torch.from_numpy(logits)
         for rule in ("probability", "gate"):
             gated = rule == "gate"
-            router = _native.Router(n, threshold=0.7 if gated else 0.9, platt=(1.5, 0.2) if gated else None)
+            router = native.Router(n, threshold=0.7 if gated else 0.9, platt=(1.5, 0.2) if gated else None)
 
             def ours(router=router, logits=logits, gated=gated):
                 routed = router.route(logits, gate if gated else None)

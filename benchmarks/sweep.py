@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from stage1_pro import _native, metrics
+from stage1_pro import metrics, native
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -26,7 +26,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def on_twin(work: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
-        with _native.use("reference"):
+        with native.use("reference"):
             return work()
 
     return run
@@ -58,7 +58,7 @@ def main() -> None:
     for dtype in (np.float32, np.float64):
         values = confidence.astype(dtype)
         for name, work in {
-            "order": lambda values=values: _native.order(values, error),
+            "order": lambda values=values: native.order(values, error),
             "sweep without labels": lambda values=values: metrics.sweep(values, error),
             "sweep with labels and answers": lambda values=values: metrics.sweep(values, error, labels, predicted),
             "sweep of losses": lambda values=values: metrics.sweep(values, score),

@@ -975,8 +975,8 @@ def test_calibrations_at_once_wait_for_each_other(tmp_path: Path) -> None:
     """Two at once would lose a claim between reading and writing, or leave two policies."""
     make_run(tmp_path, 400)
     code = (
-        "import sys, fcntl; f = open(sys.argv[1] + '/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
-        "print('held', flush=True); sys.stdin.read()"
+        "import sys; from stage1_pro.files import locked\n"
+        "with locked(sys.argv[1] + '/.lock'): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import stage1_pro
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.cli import main
 from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
@@ -214,7 +214,7 @@ def test_weights_are_shared_by_seeds_and_arms(classes: int) -> None:
     arms = simulated(np.random.default_rng(classes), classes=classes)
     found = compare_seeds(arms, n_replicates=40, seed=5)
     names = np.unique(np.concatenate([rows.groups for rows in arms["base"]]))
-    drawn = _native.resample_counts([names.size], 40, seed=5)
+    drawn = native.resample_counts([names.size], 40, seed=5)
     for k, metric in enumerate(HIGHER_IS_BETTER):
         twins = {
             name: np.array([

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from hard_rows import hard_gates, hard_logits
 
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.errors import DependencyError, InputError
+from stage1_pro.native.cuda import _on_device, _stream
 
 PLATTS = [None, (1.7, -0.3), (-1e300, 2.0)]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -89,14 +90,14 @@ class Emulated:
         assert not self.scratch.any()  # as it was found, or the next launch goes wrong
         assert self.counts[0] == self.counts[1]
         views = (self.exited, self.score, self.label, self.probability)
-        return _native.Routed(*(view[:n] for view in views), self.deferred[: self.counts[0]])
+        return native.Routed(*(view[:n] for view in views), self.deferred[: self.counts[0]])
 
     def merge(self, logits, capacity):
         self.library.merge(self.lanes, pointer(logits), logits.shape[1], capacity, *self.buffers())
 
 
 def same_bits(found, expected):
-    for name, ours, theirs in zip(_native.Routed._fields, found, expected, strict=True):
+    for name, ours, theirs in zip(native.Routed._fields, found, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes(), name
 
 
@@ -113,7 +114,7 @@ def test_the_row_function_gives_the_kernel_s_bits_on_a_million_rows(emulator, k,
         pointer(logits), ctypes.c_size_t(n), k, pointer(gate), *doubles(platt),
         pointer(score), pointer(label), pointer(probability),
     )  # fmt: skip
-    routed = _native.Router(n, threshold=0.5, platt=platt).route(logits, gate)
+    routed = native.Router(n, threshold=0.5, platt=platt).route(logits, gate)
     for name, ours in (("label", label), ("score", score), ("probability", probability)):
         assert ours.tobytes() == getattr(routed, name).tobytes(), name
     assert 1000 < np.isnan(score).sum() < n - 1000
@@ -130,11 +131,11 @@ def test_the_kernels_route_as_the_router_does(emulator, lanes, k, sizes, platt):
     capacity = max(sizes)
     many = hard_logits(rng, capacity, k)
     gates = None if platt is None else hard_gates(rng, capacity)
-    scores = _native.Router(capacity, threshold=0.5, platt=platt).route(many, gates).score
+    scores = native.Router(capacity, threshold=0.5, platt=platt).route(many, gates).score
     exact = rng.choice(scores[scores < 1])
     for threshold in (exact, np.nextafter(exact, np.float32(1)), np.inf, -np.inf):
         kernels = Emulated(emulator, capacity, threshold=threshold, platt=platt, lanes=lanes)
-        router = _native.Router(capacity, threshold=threshold, platt=platt)
+        router = native.Router(capacity, threshold=threshold, platt=platt)
         for n in sizes:
             gate = None if gates is None else gates[:n]
             same_bits(kernels.route(many[:n], gate), router.route(many[:n], gate))
@@ -169,7 +170,7 @@ def test_gathered_rows_come_back_as_stage_b_answers_them(emulator, lanes, k):
     logits = hard_logits(rng, n, k)
     tokens = rng.integers(0, 2**16, (n, width)).astype(np.uint16)
     kernels = Emulated(emulator, n, threshold=0.6, lanes=lanes)
-    router = _native.Router(n, threshold=0.6)
+    router = native.Router(n, threshold=0.6)
     found, expected = kernels.route(logits), router.route(logits)
     rows = expected.deferred.copy()
     assert 0 < rows.size < n
@@ -182,7 +183,7 @@ def test_gathered_rows_come_back_as_stage_b_answers_them(emulator, lanes, k):
     # Stage B's bucket is larger than the count; what pads it reaches nobody.
     logits_b = hard_logits(rng, rows.size + 20, k)
     kernels.merge(logits_b, rows.size + 20)
-    answers = _native.Router(n, threshold=0).route(logits_b[: rows.size])
+    answers = native.Router(n, threshold=0).route(logits_b[: rows.size])
     router.merge(expected, answers.label, answers.probability, answers.probability)
     same_bits(found, expected)
 
@@ -214,8 +215,8 @@ def test_without_the_module_or_a_device_a_call_says_what_is_missing():
     if no_device() is None:
         pytest.skip("there is a device; what is missing elsewhere cannot be seen here")
     with pytest.raises(DependencyError, match=r"STAGE1_CUDA=ON|needs a device, got none \(.+\); install or update"):
-        _native.CudaRouter(4, threshold=0.5)
-    assert _native.cuda_why() is None or "no device: " in _native.cuda_why()
+        native.CudaRouter(4, threshold=0.5)
+    assert native.cuda_why() is None or "no device: " in native.cuda_why()
 
 
 @pytest.mark.skipif(not BUILT, reason="stage1_pro._cuda is not built (STAGE1_CUDA=ON builds it)")
@@ -244,17 +245,17 @@ def test_arguments_are_named_before_a_device_is_asked():
         }
     )
     for call, message in [
-        (lambda: _native.CudaRouter(0, threshold=0.5), "max_rows must be 1 to"),
-        (lambda: _native.CudaRouter(4, threshold=float("nan")), "threshold must be a number, got NaN"),
-        (lambda: _native._on_device("logits", good, ("float32",), 2), r"float32 \[N, K\] on a GPU, got ndarray; move"),
-        (lambda: _native._on_device("logits", strided, ("float32",), 2), r"got float32 \[4, 2\] on a GPU, strided"),
-        (lambda: _native._on_device("gate", strided, ("float16",), 1), r"gate must be contiguous float16 \[N\]"),
+        (lambda: native.CudaRouter(0, threshold=0.5), "max_rows must be 1 to"),
+        (lambda: native.CudaRouter(4, threshold=float("nan")), "threshold must be a number, got NaN"),
+        (lambda: _on_device("logits", good, ("float32",), 2), r"float32 \[N, K\] on a GPU, got ndarray; move"),
+        (lambda: _on_device("logits", strided, ("float32",), 2), r"got float32 \[4, 2\] on a GPU, strided"),
+        (lambda: _on_device("gate", strided, ("float16",), 1), r"gate must be contiguous float16 \[N\]"),
     ]:
         with pytest.raises(InputError, match=message):
             call()
-    shared = _native.DeviceArray(256, (3, 2), "f4", None)
-    assert _native._on_device("logits", shared, ("float32",), 2) == (256, (3, 2))
-    assert _native._stream(types.SimpleNamespace(cuda_stream=77)) == 77 and _native._stream(5) == 5
+    shared = native.DeviceArray(256, (3, 2), "f4", None)
+    assert _on_device("logits", shared, ("float32",), 2) == (256, (3, 2))
+    assert _stream(types.SimpleNamespace(cuda_stream=77)) == 77 and _stream(5) == 5
 
 
 # --- On a GPU.
@@ -272,7 +273,7 @@ def on_host(torch, routed, n):
     count = int(torch.as_tensor(routed.count, device="cuda")[0])
     names = ("exited", "score", "label", "probability")
     arrays = [torch.as_tensor(getattr(routed, name), device="cuda").cpu().numpy()[:n] for name in names]
-    return _native.Routed(*arrays, torch.as_tensor(routed.deferred, device="cuda").cpu().numpy()[:count])
+    return native.Routed(*arrays, torch.as_tensor(routed.deferred, device="cuda").cpu().numpy()[:count])
 
 
 @pytest.mark.gpu
@@ -283,13 +284,13 @@ def test_a_gpu_decides_as_the_cpu_does(torch_cuda, k, platt):
     sizes = (0, 1, 31, 257, 4096, 200_000)
     logits = hard_logits(rng, max(sizes), k)
     gates = None if platt is None else hard_gates(rng, max(sizes))
-    scores = _native.Router(max(sizes), threshold=0.5, platt=platt).route(logits, gates).score
+    scores = native.Router(max(sizes), threshold=0.5, platt=platt).route(logits, gates).score
     exact = rng.choice(scores[scores < 1])
     there = torch_cuda.from_numpy(logits).cuda()
     gate_there = None if gates is None else torch_cuda.from_numpy(gates).cuda()
     for threshold in (exact, np.nextafter(exact, np.float32(1)), -np.inf):
-        gpu = _native.CudaRouter(max(sizes), threshold=threshold, platt=platt)
-        cpu = _native.Router(max(sizes), threshold=threshold, platt=platt)
+        gpu = native.CudaRouter(max(sizes), threshold=threshold, platt=platt)
+        cpu = native.Router(max(sizes), threshold=threshold, platt=platt)
         for n in sizes:
             gate = None if gates is None else gates[:n]
             routed = gpu.route(
@@ -307,7 +308,7 @@ def test_a_gpu_gathers_and_merges(torch_cuda, dtype, width):
     logits = hard_logits(rng, n, 2)
     source = torch_cuda.randint(0, 100, (n, width), device="cuda").to(getattr(torch_cuda, dtype))
     out = torch_cuda.zeros_like(source)
-    gpu, cpu = _native.CudaRouter(n, threshold=0.7), _native.Router(n, threshold=0.7)
+    gpu, cpu = native.CudaRouter(n, threshold=0.7), native.Router(n, threshold=0.7)
     stream = torch_cuda.cuda.Stream()
     stream.wait_stream(torch_cuda.cuda.current_stream())
     expected = cpu.route(logits)
@@ -322,7 +323,7 @@ def test_a_gpu_gathers_and_merges(torch_cuda, dtype, width):
     stream.synchronize()
     assert torch_cuda.equal(out[: rows.size], source[torch_cuda.from_numpy(rows).long().cuda()])
     assert not out[rows.size :].any()
-    answers = _native.Router(n, threshold=0).route(logits_b[: rows.size])
+    answers = native.Router(n, threshold=0).route(logits_b[: rows.size])
     cpu.merge(expected, answers.label, answers.probability, answers.probability)
     same_bits(on_host(torch_cuda, gpu.routed, n), expected)
 
@@ -333,7 +334,7 @@ def test_three_launches_and_a_graph_of_them(torch_cuda):
     logits = torch_cuda.from_numpy(hard_logits(rng, 5000, 2)).cuda()
     source = torch_cuda.randn(5000, 64, device="cuda")
     out = torch_cuda.zeros_like(source)
-    gpu, cpu = _native.CudaRouter(5000, threshold=0.7), _native.Router(5000, threshold=0.7)
+    gpu, cpu = native.CudaRouter(5000, threshold=0.7), native.Router(5000, threshold=0.7)
 
     def turn():
         stream = torch_cuda.cuda.current_stream()
@@ -358,7 +359,7 @@ def test_three_launches_and_a_graph_of_them(torch_cuda):
 
 @pytest.mark.gpu
 def test_a_gpu_router_names_wrong_arguments(torch_cuda):
-    router = _native.CudaRouter(4, threshold=0.5)
+    router = native.CudaRouter(4, threshold=0.5)
     good = torch_cuda.zeros(4, 2, device="cuda")
     for call, message in [
         (lambda: router.route(good.cpu()), r"got float32 \[4, 2\] in host memory"),
@@ -381,7 +382,7 @@ def test_the_switch_runs_the_smallest_bucket_that_holds_the_count(torch_cuda):
         with torch_cuda.cuda.graph(graph):
             ran[bucket : bucket + 1].add_(one)
         graphs.append(graph)
-    router = _native.CudaRouter(16, threshold=0.9)
+    router = native.CudaRouter(16, threshold=0.9)
     switch = router.switch([4, 8, 16], graphs)
     logits = torch_cuda.zeros(16, 2, device="cuda")
     stream = torch_cuda.cuda.current_stream()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from stage1_pro import _native, _reference
+from stage1_pro import native
 from stage1_pro.errors import InputError
 from stage1_pro.metrics import (
     accuracy,
@@ -38,6 +38,7 @@ from stage1_pro.metrics import (
     risk_coverage,
 )
 from stage1_pro.metrics.intervals import _influence
+from stage1_pro.native import _reference
 
 judge = pytest.importorskip("sklearn.metrics", reason="scikit-learn, the judge, comes with the train extra")
 
@@ -267,9 +268,9 @@ SMOOTH = ["augrc", "aurc", "accuracy", "nll", "brier", "coverage", "exit_error",
 def test_the_closed_form_influence_is_the_derivative(rows, level):
     """Of every smooth metric along the weight of each row, by central differences of the weighted definition."""
     confidence, error, positive, nll_of = (np.array(column) for column in zip(*rows, strict=True))
-    scores, errors = _native.rows(confidence / 5, error)
-    columns = _native.Columns(scores, errors, positive, positive & error, nll_of, nll_of**2, threshold=level / 5)
-    suite = _native.Suite([columns])
+    scores, errors = native.rows(confidence / 5, error)
+    columns = native.Columns(scores, errors, positive, positive & error, nll_of, nll_of**2, threshold=level / 5)
+    suite = native.Suite([columns])
     ranked, values = suite.models[0], suite.values()[0]
     weights = np.ones(len(rows))
 
@@ -470,7 +471,7 @@ def test_metrics_of_answers_have_the_bootstrap_by_hand(grouped):
         unit = np.unique(groups, return_inverse=True)[1]
     else:
         unit[np.lexsort((labels, *probs.T, probs[:, 1]))] = np.arange(120)
-    drawn = _native.resample_counts([int(unit.max()) + 1], 40, seed=5)
+    drawn = native.resample_counts([int(unit.max()) + 1], 40, seed=5)
     answered = probs.argmax(1)
     for replicate in range(40):
         rows = np.repeat(np.arange(120), drawn[replicate][unit])

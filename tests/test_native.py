@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from stage1_pro import _native, metrics
+from stage1_pro import metrics, native
 from stage1_pro.errors import InputError
+from stage1_pro.native.suite import _cell_laws
 
 COMPILED = importlib.util.find_spec("stage1_pro._core") is not None
 needs_core = pytest.mark.skipif(not COMPILED, reason="stage1_pro._core is not built (STAGE1_PURE, or no compiler)")
@@ -45,8 +46,8 @@ def pairwise(confidence, error, counts=None):
 
 @needs_core
 def test_the_compiled_core_is_what_runs():
-    assert _native.backend() == "compiled"
-    assert "_core" in _native.why()
+    assert native.backend() == "compiled"
+    assert "_core" in native.why()
 
 
 @needs_core
@@ -59,20 +60,20 @@ def test_kernel_and_twin_give_the_same_bits(n, dtype, losses, groups):
     confidence, error, group = draw_rows(rng, n, dtype=dtype, losses=losses, groups=groups)
     order = rng.permutation(n)
     arguments = {"n_replicates": 9, "seed": 5}
-    with _native.use("reference"):
-        expected = _native.bootstrap_augrc(confidence, error, group, **arguments)
-        value = _native.augrc(confidence, error)
+    with native.use("reference"):
+        expected = native.bootstrap_augrc(confidence, error, group, **arguments)
+        value = native.augrc(confidence, error)
     assert expected.value == value
     for threads in (1, 2, 8):
-        found = _native.bootstrap_augrc(confidence, error, group, threads=threads, **arguments)
+        found = native.bootstrap_augrc(confidence, error, group, threads=threads, **arguments)
         assert found.replicates.tobytes() == expected.replicates.tobytes()
         assert found.value == value
         assert found.second == pytest.approx(expected.second, rel=1e-9, abs=1e-18)
         assert found.third == pytest.approx(expected.third, rel=1e-6, abs=1e-18)
     moved = None if group is None else group[order]
-    again = _native.bootstrap_augrc(confidence[order], error[order], moved, **arguments)
+    again = native.bootstrap_augrc(confidence[order], error[order], moved, **arguments)
     assert again.replicates.tobytes() == expected.replicates.tobytes()
-    assert _native.augrc(confidence, error) == _native.augrc(confidence[order], error[order]) == value
+    assert native.augrc(confidence, error) == native.augrc(confidence[order], error[order]) == value
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,9 +85,9 @@ def test_kernel_and_twin_give_the_same_bits(n, dtype, losses, groups):
 def test_augrc_is_the_pairwise_definition(backend, rows, binary):
     confidence = np.array([c for c, _ in rows], dtype=np.float64)
     error = np.array([r >= 0.5 if binary else r for _, r in rows])
-    with _native.use(backend):
-        assert _native.augrc(confidence, error) == pytest.approx(pairwise(confidence, error), abs=1e-12)
-        assert _native.augrc(np.exp(confidence), error) == _native.augrc(confidence, error)
+    with native.use(backend):
+        assert native.augrc(confidence, error) == pytest.approx(pairwise(confidence, error), abs=1e-12)
+        assert native.augrc(np.exp(confidence), error) == native.augrc(confidence, error)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -95,17 +96,17 @@ def test_a_replicate_is_augrc_of_its_resample(backend, losses):
     rng = np.random.default_rng(3)
     confidence, error, group = draw_rows(rng, 40, losses=losses, groups=True)
     order = np.lexsort((error, -confidence))
-    owner = _native.cluster_numbers(group, 40)
-    with _native.use(backend):
-        by_row = _native.bootstrap_augrc(confidence, error, n_replicates=5, seed=11)
-        by_group = _native.bootstrap_augrc(confidence, error, group, n_replicates=5, seed=11)
+    owner = native.cluster_numbers(group, 40)
+    with native.use(backend):
+        by_row = native.bootstrap_augrc(confidence, error, n_replicates=5, seed=11)
+        by_group = native.bootstrap_augrc(confidence, error, group, n_replicates=5, seed=11)
     n_groups = int(owner.max()) + 1
     for replicate in range(5):
-        counts = _native.resample_counts([40], 1, first=replicate, seed=11)[0]
+        counts = native.resample_counts([40], 1, first=replicate, seed=11)[0]
         assert by_row.replicates[replicate] == pytest.approx(
             pairwise(confidence[order], error[order], counts), abs=1e-12
         )
-        counts = _native.resample_counts([n_groups], 1, first=replicate, seed=11)[0][owner]
+        counts = native.resample_counts([n_groups], 1, first=replicate, seed=11)[0][owner]
         assert by_group.replicates[replicate] == pytest.approx(pairwise(confidence, error, counts), abs=1e-12)
 
 
@@ -116,9 +117,9 @@ def test_a_replicate_is_augrc_of_its_resample(backend, losses):
 @pytest.mark.parametrize("sizes", [[1], [2], [16], [17], [18], [1000], [1023, 1, 16], [1025, 4096], [70_000]])
 def test_kernel_and_twin_draw_the_same_counts(sizes):
     arguments = {"n_replicates": 3 if sum(sizes) > 10_000 else 40, "first": 5, "seed": 2**63 + 1}
-    compiled = _native.resample_counts(sizes, **arguments)
-    with _native.use("reference"):
-        assert (_native.resample_counts(sizes, **arguments) == compiled).all()
+    compiled = native.resample_counts(sizes, **arguments)
+    with native.use("reference"):
+        assert (native.resample_counts(sizes, **arguments) == compiled).all()
     ends = np.cumsum(sizes)
     within = np.add.reduceat(compiled.astype(int), np.append(0, ends[:-1]), axis=1)
     assert (within == sizes).all(), "every stratum keeps its size"
@@ -129,7 +130,7 @@ def test_kernel_and_twin_draw_the_same_counts(sizes):
 def test_counts_are_exactly_multinomial(n):
     """40,000 resamples beside NumPy's, by statistics that see single counts, ties, extremes and neighbours."""
     draws = 40_000
-    counts = _native.resample_counts([n], draws, seed=2024).astype(np.int32)
+    counts = native.resample_counts([n], draws, seed=2024).astype(np.int32)
     assert (counts.sum(1) == n).all()
     judge = np.random.default_rng(7).multinomial(n, np.full(n, 1 / n), size=draws)
     statistics = {
@@ -166,7 +167,7 @@ def test_the_table_is_the_poisson_law():
     import decimal
 
     for n in (17, 200, 100_000, 2**31 - 1):
-        table = _native.count_tables([n])[0].astype(object)
+        table = native.count_tables([n])[0].astype(object)
         cuts, rest = table[:6], table[6:]
         with decimal.localcontext() as context:
             context.prec = 60
@@ -184,9 +185,9 @@ def test_rejected_draws_agree_too():
     # One draw in 2**32 / (2**32 % n) is rejected: of the some 8,000 for this n several are, in every resample.
     n = 11_184_811
     assert (1 << 32) % n > 2**32 / 400
-    compiled = _native.resample_counts([n], 1, seed=1)
-    with _native.use("reference"):
-        assert (_native.resample_counts([n], 1, seed=1) == compiled).all()
+    compiled = native.resample_counts([n], 1, seed=1)
+    with native.use("reference"):
+        assert (native.resample_counts([n], 1, seed=1) == compiled).all()
 
 
 def few_errors(n, errors, levels, dtype):
@@ -205,12 +206,12 @@ def few_errors(n, errors, levels, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_cells_of_few_errors_are_drawn_the_same_by_kernel_and_twin(n, errors, levels, dtype):
     confidence, error = few_errors(n, errors, levels, dtype)
-    found = _native.bootstrap_augrc(confidence, error, n_replicates=25, seed=3, threads=2)
-    with _native.use("reference"):
-        expected = _native.bootstrap_augrc(confidence, error, n_replicates=25, seed=3)
+    found = native.bootstrap_augrc(confidence, error, n_replicates=25, seed=3, threads=2)
+    with native.use("reference"):
+        expected = native.bootstrap_augrc(confidence, error, n_replicates=25, seed=3)
     assert found.replicates.tobytes() == expected.replicates.tobytes()
     moved = np.random.default_rng(1).permutation(n)
-    again = _native.bootstrap_augrc(confidence[moved], error[moved], n_replicates=25, seed=3, threads=8)
+    again = native.bootstrap_augrc(confidence[moved], error[moved], n_replicates=25, seed=3, threads=8)
     assert again.replicates.tobytes() == found.replicates.tobytes()
 
 
@@ -218,9 +219,9 @@ def test_cells_of_few_errors_are_drawn_the_same_by_kernel_and_twin(n, errors, le
 @pytest.mark.parametrize("levels", [6, 10**6], ids=["tied", "distinct"])
 def test_cells_and_rows_follow_one_law(levels, monkeypatch):
     confidence, error = few_errors(1100, 4, levels, np.float64)
-    by_cells = _native.bootstrap_augrc(confidence, error, n_replicates=40_000, seed=1).replicates
-    monkeypatch.setattr(_native, "ROWS_PER_ERROR", 1_000)
-    by_rows = _native.bootstrap_augrc(confidence, error, n_replicates=40_000, seed=2).replicates
+    by_cells = native.bootstrap_augrc(confidence, error, n_replicates=40_000, seed=1).replicates
+    monkeypatch.setattr("stage1_pro.native.suite.ROWS_PER_ERROR", 1_000)
+    by_rows = native.bootstrap_augrc(confidence, error, n_replicates=40_000, seed=2).replicates
     assert not np.array_equal(by_cells[:100], by_rows[:100])
     assert ks_2samp(by_cells, by_rows).pvalue > 0.001
 
@@ -229,7 +230,7 @@ def test_the_laws_of_cells_are_poisson():
     from scipy.stats import poisson
 
     for n in (300, 100_000):
-        reach, starts, lowest = _native._cell_laws(n)
+        reach, starts, lowest = _cell_laws(n)
         assert lowest.size == n.bit_length()
         for law, (begin, end) in enumerate(itertools.pairwise(starts)):
             through = reach[begin:end].astype(np.float64) / 2**64
@@ -245,10 +246,10 @@ TARGETS = {"coverages": [0.05, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "risks": [0.0, 0.0
 
 def draw_columns(rng, n, *, levels=None, losses=False, threshold=0.1, dtype=np.float64):
     confidence, error, _ = draw_rows(rng, n, levels=levels, losses=losses, dtype=dtype)
-    scores, errors = _native.rows(confidence, error)
+    scores, errors = native.rows(confidence, error)
     positive = rng.random(n) < 0.4
     missed = positive & (rng.random(n) < 0.3)
-    return _native.Columns(scores, errors, positive, missed, rng.exponential(1, n), rng.random(n), threshold)
+    return native.Columns(scores, errors, positive, missed, rng.exponential(1, n), rng.random(n), threshold)
 
 
 def mapped(columns, change):
@@ -290,12 +291,12 @@ def test_every_replicate_is_the_suite_of_its_resample(backend, losses, n, levels
         ([columns, other], {}),
         ([columns, other], {"groups": groups}),
     ):
-        with _native.use(backend):
-            suite = _native.Suite(models, **arguments, **TARGETS)
+        with native.use(backend):
+            suite = native.Suite(models, **arguments, **TARGETS)
             found = suite.resample(3, seed=4)
             values = suite.values()
         assert values[0] == pytest.approx(np.array(by_definition(columns)), abs=1e-12, nan_ok=True)
-        drawn = _native.resample_counts(suite.sizes, 3, seed=4)
+        drawn = native.resample_counts(suite.sizes, 3, seed=4)
         for k, model in enumerate(models):
             ranked = suite.models[k]
             for replicate in range(3):
@@ -318,18 +319,18 @@ def test_every_replicate_is_the_suite_of_its_resample(backend, losses, n, levels
 def test_the_suites_kernel_and_twin_agree(n, levels, threshold):
     rng = np.random.default_rng(n)
     columns = draw_columns(rng, n, levels=levels, threshold=threshold, dtype=np.float32)
-    suite = _native.Suite([columns], **TARGETS)
+    suite = native.Suite([columns], **TARGETS)
     compiled = suite.resample(6, seed=9, threads=2)[0]
     for threads in (1, 8):
         assert suite.resample(6, seed=9, threads=threads)[0].tobytes() == compiled.tobytes()
-    with _native.use("reference"):
+    with native.use("reference"):
         twin = suite.resample(6, seed=9)[0]
     assert compiled == pytest.approx(twin, rel=1e-12, abs=1e-12, nan_ok=True)
     # Integers all the way: the same bits.
-    exact = [_native.SUITE.index(name) for name in ("augrc", "accuracy", "coverage", "exit_error", "fnr_on_exited")]
+    exact = [native.SUITE.index(name) for name in ("augrc", "accuracy", "coverage", "exit_error", "fnr_on_exited")]
     assert compiled[:, exact].tobytes() == twin[:, exact].tobytes()
-    assert compiled[:, len(_native.SUITE) :].tobytes() == twin[:, len(_native.SUITE) :].tobytes()
-    alone = _native.bootstrap_augrc(columns.confidence, columns.error, n_replicates=6, seed=9)
+    assert compiled[:, len(native.SUITE) :].tobytes() == twin[:, len(native.SUITE) :].tobytes()
+    alone = native.bootstrap_augrc(columns.confidence, columns.error, n_replicates=6, seed=9)
     assert alone.replicates.tobytes() == compiled[:, 0].tobytes()
 
 
@@ -340,7 +341,7 @@ def test_the_fast_and_the_general_pass_agree():
     columns = draw_columns(rng, 4000, levels=30)
     groups = rng.integers(0, 40, 4000)
     floats = dataclasses.replace(columns, error=columns.error.astype(np.float64))
-    fast, general = (_native.Suite([one], groups=groups, **TARGETS) for one in (columns, floats))
+    fast, general = (native.Suite([one], groups=groups, **TARGETS) for one in (columns, floats))
     assert (fast.models[0].error.dtype, general.models[0].error.dtype) == (np.uint8, np.float64)
     found, expected = fast.resample(30, seed=0)[0], general.resample(30, seed=0)[0]
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-12, nan_ok=True)
@@ -355,36 +356,36 @@ def test_row_order_never_matters_to_the_suite(backend):
     def permuted(one):
         return mapped(one, lambda values: values[moved])
 
-    with _native.use(backend):
+    with native.use(backend):
         for models, arguments in (([columns], {}), ([columns, other], {}), ([columns], {"strata": strata})):
-            expected = _native.Suite(models, **arguments, **TARGETS).resample(4, seed=1)
+            expected = native.Suite(models, **arguments, **TARGETS).resample(4, seed=1)
             same = {key: value[moved] for key, value in arguments.items()}
-            found = _native.Suite([permuted(m) for m in models], **same, **TARGETS).resample(4, seed=1)
+            found = native.Suite([permuted(m) for m in models], **same, **TARGETS).resample(4, seed=1)
             assert [f.tobytes() for f in found] == [e.tobytes() for e in expected]
 
 
 def test_groups_and_strata_exclude_each_other():
     columns = draw_columns(np.random.default_rng(0), 10)
     with pytest.raises(InputError, match="groups and strata must not be given together"):
-        _native.Suite([columns], groups=np.zeros(10), strata=np.zeros(10))
+        native.Suite([columns], groups=np.zeros(10), strata=np.zeros(10))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_close_float64_confidences_are_not_ties(backend):
     confidence = np.array([0.9, np.nextafter(0.9, 1)])
-    with _native.use(backend):
-        assert _native.augrc(confidence, [1, 0]) == 0.125
-        assert _native.augrc(confidence.astype(np.float32), [1, 0]) == 0.25
-        assert _native.augrc([np.inf, -np.inf], [0, 1]) == 0.125
+    with native.use(backend):
+        assert native.augrc(confidence, [1, 0]) == 0.125
+        assert native.augrc(confidence.astype(np.float32), [1, 0]) == 0.25
+        assert native.augrc([np.inf, -np.inf], [0, 1]) == 0.125
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_seeds_and_replicates_have_streams_of_their_own(backend):
     confidence, error, _ = draw_rows(np.random.default_rng(0), 300)
-    with _native.use(backend):
-        one = _native.bootstrap_augrc(confidence, error, n_replicates=50, seed=1).replicates
-        longer = _native.bootstrap_augrc(confidence, error, n_replicates=60, seed=1).replicates
-        largest = _native.bootstrap_augrc(confidence, error, n_replicates=50, seed=2**64 - 1).replicates
+    with native.use(backend):
+        one = native.bootstrap_augrc(confidence, error, n_replicates=50, seed=1).replicates
+        longer = native.bootstrap_augrc(confidence, error, n_replicates=60, seed=1).replicates
+        largest = native.bootstrap_augrc(confidence, error, n_replicates=50, seed=2**64 - 1).replicates
     assert (one == longer[:50]).all()
     assert np.unique(one).size > 40
     assert not np.intersect1d(one, largest).size > 25
@@ -394,11 +395,11 @@ def test_seeds_and_replicates_have_streams_of_their_own(backend):
 def test_concurrent_calls_give_the_serial_answers():
     rng = np.random.default_rng(1)
     rows = [draw_rows(rng, 4000) for _ in range(8)]
-    suites = [_native.Suite([draw_columns(rng, 3000, levels=40 + i)], **TARGETS) for i in range(8)]
+    suites = [native.Suite([draw_columns(rng, 3000, levels=40 + i)], **TARGETS) for i in range(8)]
 
     def answer(i, threads):
         c, e, _ = rows[i]
-        alone = _native.bootstrap_augrc(c, e, n_replicates=20, seed=i, threads=threads)
+        alone = native.bootstrap_augrc(c, e, n_replicates=20, seed=i, threads=threads)
         return alone.replicates.tobytes() + suites[i].resample(20, seed=i, threads=threads)[0].tobytes()
 
     serial = [answer(i, 1) for i in range(8)]
@@ -410,12 +411,12 @@ def test_concurrent_calls_give_the_serial_answers():
 def test_ctrl_c_stops_the_core_within_a_second():
     code = (
         "import numpy as np, signal, threading, time, os\n"
-        "from stage1_pro import _native\n"
+        "from stage1_pro import native\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background has it ignored\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "begin = time.monotonic()\n"
         "try:\n"
-        "    _native.bootstrap_augrc(np.random.default_rng(0).random(100_000), np.arange(100_000) % 9 == 0,"
+        "    native.bootstrap_augrc(np.random.default_rng(0).random(100_000), np.arange(100_000) % 9 == 0,"
         " n_replicates=1_000_000)\n"
         "except KeyboardInterrupt:\n"
         "    print('stopped after', time.monotonic() - begin)\n"
@@ -441,7 +442,7 @@ def test_ctrl_c_stops_the_core_within_a_second():
 )
 def test_wrong_rows_are_named(confidence, error, message):
     with pytest.raises(InputError, match=message):
-        _native.augrc(confidence, error)
+        native.augrc(confidence, error)
 
 
 def test_wrong_arguments_are_named():
@@ -452,9 +453,9 @@ def test_wrong_arguments_are_named():
         ({"n_replicates": 1, "threads": -2}, "threads must be 0 or more, got -2"),
     ]:
         with pytest.raises(InputError, match=message):
-            _native.bootstrap_augrc(*rows, **arguments)
+            native.bootstrap_augrc(*rows, **arguments)
     with pytest.raises(InputError, match=r"groups must have shape \[2\], one group per row, got \[3\]"):
-        _native.bootstrap_augrc(*rows, ["a", "b", "c"], n_replicates=1)
+        native.bootstrap_augrc(*rows, ["a", "b", "c"], n_replicates=1)
 
 
 def run_python(code, **environment):
@@ -467,7 +468,7 @@ def run_python(code, **environment):
 
 
 def test_the_environment_chooses_the_backend():
-    show = "from stage1_pro import _native; print(_native.backend(), '|', _native.why())"
+    show = "from stage1_pro import native; print(native.backend(), '|', native.why())"
     assert run_python(show, STAGE1_BACKEND="reference").stdout.startswith("reference | the NumPy twin was asked for")
     wrong = run_python(show, STAGE1_BACKEND="cuda")
     assert "STAGE1_BACKEND must be compiled or reference, got 'cuda'" in wrong.stderr
@@ -490,7 +491,7 @@ def test_a_broken_core_is_not_hidden():
         "        if name == 'stage1_pro._core':\n"
         "            raise ModuleNotFoundError(\"No module named 'inner'\", name='inner')\n"
         "sys.meta_path.insert(0, Broken())\n"
-        "import stage1_pro._native"
+        "import stage1_pro.native"
     )
     assert broken.returncode != 0
     assert "No module named 'inner'" in broken.stderr

@@ -77,6 +77,7 @@ def test_dependencies_are_those_of_the_design(project):
         "matplotlib",
         "jinja2",
         "jsonschema",
+        "filelock",
     }
     assert names(project["project"]["dependencies"]) == base
     assert {"torch", "transformers", "peft", "accelerate"} <= names(
@@ -138,8 +139,8 @@ def test_a_pure_install_needs_no_compiler_and_says_so(repository, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list((tmp_path / "site").rglob("_core*.so"))
     code = (
-        "import stage1_pro; from stage1_pro import _native; from stage1_pro.metrics import augrc, bootstrap_augrc\n"
-        "print(stage1_pro.__file__); print(_native.backend(), '|', _native.why())\n"
+        "import stage1_pro; from stage1_pro import native; from stage1_pro.metrics import augrc, bootstrap_augrc\n"
+        "print(stage1_pro.__file__); print(native.backend(), '|', native.why())\n"
         "print(augrc([.9, .8, .7, .6], [0, 1, 0, 1]), bootstrap_augrc([.9, .8, .7, .6], [0, 1, 0, 1]).low >= 0)\n"
     )
     # -S leaves out the editable finder of a development install, which would win over the path.

@@ -12,11 +12,11 @@ import pytest
 
 import stage1_pro
 from stage1_pro import cli
-from stage1_pro.commands.plan import CalibrationPlan, render
 from stage1_pro.errors import InputError
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, risk_p_value, selection_rank, trials_needed
 from stage1_pro.policies.planning import certify_power, plan_calibration, scrc_power, smallest_alpha
 from stage1_pro.policies.scrc import SCRC
+from stage1_pro.studies.planning import CalibrationPlan, render
 
 DRAWS = 20_000
 NOISE = 4 * 0.5 / DRAWS**0.5

@@ -17,8 +17,9 @@ from hard_rows import hard_gates, hard_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage1_pro import _native, _reference
+from stage1_pro import native
 from stage1_pro.errors import InputError
+from stage1_pro.native import _reference
 from stage1_pro.policies.softmax import confidence, softmax
 
 COMPILED = importlib.util.find_spec("stage1_pro._core") is not None
@@ -27,7 +28,7 @@ BACKENDS = ["reference", pytest.param("compiled", marks=needs_core)]
 
 
 def copy(routed):
-    return _native.Routed(*(values.copy() for values in routed))
+    return native.Routed(*(values.copy() for values in routed))
 
 
 @needs_core
@@ -38,7 +39,7 @@ def test_kernel_and_twin_give_the_same_bits(k, platt):
     n = 100_000
     logits = hard_logits(rng, n, k)
     gate = None if platt is None else hard_gates(rng, n)
-    scores = _native.Router(n, threshold=0.5, platt=platt).route(logits, gate).score
+    scores = native.Router(n, threshold=0.5, platt=platt).route(logits, gate).score
     # One threshold is the very score of a row, with its neighbours on either side.
     exact = rng.choice(scores[scores < 1])
     for threshold in (
@@ -49,14 +50,14 @@ def test_kernel_and_twin_give_the_same_bits(k, platt):
         1.0,
         -math.inf,
     ):
-        router = _native.Router(n, threshold=threshold, platt=platt)
-        with _native.use("reference"):
+        router = native.Router(n, threshold=threshold, platt=platt)
+        with native.use("reference"):
             expected = copy(router.route(logits, gate))
         found = router.route(logits, gate)
-        for name, ours, theirs in zip(_native.Routed._fields, found, expected, strict=True):
+        for name, ours, theirs in zip(native.Routed._fields, found, expected, strict=True):
             assert ours.dtype == theirs.dtype, name
             assert ours.tobytes() == theirs.tobytes(), name
-    exiting = _native.Router(n, threshold=exact, platt=platt).route(logits, gate).exited
+    exiting = native.Router(n, threshold=exact, platt=platt).route(logits, gate).exited
     assert exiting[scores == exact].all()
 
 
@@ -72,8 +73,8 @@ def test_a_row_decides_as_the_softmax_policy_does(backend, k):
         sure[np.isneginf(logits[:, 0])] = np.nan  # the one deviation: an infinite difference is nobody's answer
     undefined = np.isnan(sure)
     assert 100 < undefined.sum() < 4000
-    with _native.use(backend):
-        routed = _native.Router(5000, threshold=0.8).route(logits)
+    with native.use(backend):
+        routed = native.Router(5000, threshold=0.8).route(logits)
     assert np.array_equal(np.isnan(routed.probability), undefined)
     assert np.array_equal(routed.label == -1, undefined)
     assert routed.score.tobytes() == routed.probability.tobytes()
@@ -95,28 +96,28 @@ def test_stated_cases(backend):
         [[0, 0], [1, 0], [0, 1], [nan, 5], [5, nan], [inf, 0], [inf, inf], [-inf, -inf], [-inf, 3], [0, -0.0]],
         np.float32,
     )
-    with _native.use(backend):
-        routed = _native.Router(10, threshold=0.5).route(rows)
+    with native.use(backend):
+        routed = native.Router(10, threshold=0.5).route(rows)
         assert routed.label.tolist() == [0, 0, 1, -1, -1, -1, -1, -1, 1, 0]
         assert routed.exited.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 1, 1]
         assert routed.deferred.tolist() == [3, 4, 5, 6, 7]
         assert routed.score[[0, 8, 9]].tolist() == [0.5, 1, 0.5]
         single = np.array([[0], [1e-3], [-1e-3], [200], [-800], [nan], [inf], [-inf]], np.float32)
-        routed = _native.Router(8, threshold=0.9).route(single)
+        routed = native.Router(8, threshold=0.9).route(single)
         assert routed.label.tolist() == [0, 1, 0, 1, 0, -1, -1, -1]
         assert routed.deferred.tolist() == [0, 1, 2, 5, 6, 7]
         gate = np.array([0, 4, -4, 9, nan, 9, inf, -inf], np.float32)
         answers = np.repeat(np.array([[2, 1]], np.float32), 8, axis=0)
         answers[3, 0] = nan
-        routed = _native.Router(8, threshold=0.5, platt=(2.0, -1.0)).route(answers, gate)
+        routed = native.Router(8, threshold=0.5, platt=(2.0, -1.0)).route(answers, gate)
         assert routed.score[:3] == pytest.approx([1 / (1 + math.e), 1 / (1 + math.exp(-7)), 1 / (1 + math.exp(9))])
         # No answer, no exit, however sure the gate; and a gate that overflowed is sure of nothing.
         assert np.isnan(routed.score[3:5]).all() and np.isnan(routed.score[6:]).all()
         assert routed.exited.tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
         assert routed.label.tolist() == [0, 0, 0, -1, 0, 0, 0, 0]
-        nothing = _native.Router(8, threshold=math.inf).route(rows[:8])
+        nothing = native.Router(8, threshold=math.inf).route(rows[:8])
         assert nothing.deferred.tolist() == list(range(8))
-        empty = _native.Router(8, threshold=0.5).route(np.zeros((0, 3), np.float32))
+        empty = native.Router(8, threshold=0.5).route(np.zeros((0, 3), np.float32))
         assert [values.size for values in empty] == [0] * 5
 
 
@@ -125,7 +126,7 @@ def test_stated_cases(backend):
 def test_a_row_s_fate_is_its_own(seed, n, k):
     rng = np.random.default_rng(seed)
     logits = hard_logits(rng, n, k)
-    router = _native.Router(700, threshold=0.7)
+    router = native.Router(700, threshold=0.7)
     whole = copy(router.route(logits))
     order = rng.permutation(n)
     moved = copy(router.route(np.ascontiguousarray(logits[order])))
@@ -146,8 +147,8 @@ def test_the_exponential_is_that_of_the_mathematics():
 def test_deferred_rows_go_through_stage_b_and_come_back(backend):
     rng = np.random.default_rng(0)
     logits, tokens = hard_logits(rng, 300, 2), rng.normal(size=(300, 5, 3)).astype(np.float32)
-    router = _native.Router(300, threshold=0.9)
-    with _native.use(backend):
+    router = native.Router(300, threshold=0.9)
+    with native.use(backend):
         routed = router.route(logits)
         before = copy(routed)
         rows = before.deferred
@@ -170,12 +171,12 @@ def test_deferred_rows_go_through_stage_b_and_come_back(backend):
 def test_a_warm_router_allocates_nothing():
     rng = np.random.default_rng(0)
     logits, tokens = hard_logits(rng, 256, 2), rng.normal(size=(256, 4000)).astype(np.float32)
-    router = _native.Router(256, threshold=0.9)
+    router = native.Router(256, threshold=0.9)
 
     def turn():
         return router.gather(tokens, router.route(logits).deferred)
 
-    with _native.use("compiled"):
+    with native.use("compiled"):
         turn()
         tracemalloc.start()
         for _ in range(20):
@@ -195,8 +196,8 @@ def test_kernel_and_twin_agree_on_a_million_rows(k, platt):
     logits = hard_logits(rng, n, k)
     gate = None if platt is None else hard_gates(rng, n)
     assert np.isnan(logits).any() and np.isposinf(logits).any() and np.isneginf(logits).any()
-    router = _native.Router(n, threshold=0.75, platt=platt)
-    with _native.use("reference"):
+    router = native.Router(n, threshold=0.75, platt=platt)
+    with native.use("reference"):
         expected = copy(router.route(logits, gate))
     for ours, theirs in zip(router.route(logits, gate), expected, strict=True):
         assert ours.tobytes() == theirs.tobytes()
@@ -205,7 +206,7 @@ def test_kernel_and_twin_agree_on_a_million_rows(k, platt):
 ALLOCATIONS = """
 import ctypes, sys
 import numpy as np
-from stage1_pro import _native
+from stage1_pro import native
 
 counted = ctypes.CDLL(None).allocations
 counted.restype = ctypes.c_long
@@ -214,7 +215,7 @@ tokens, gate = rng.normal(size=(256, 40, 10)).astype(np.float32), rng.normal(siz
 for k in (1, 2, 7):
     logits = rng.normal(size=(256, k)).astype(np.float32)
     for platt in (None, (1.0, 0.0)):
-        router = _native.Router(256, threshold=0.7, platt=platt)
+        router = native.Router(256, threshold=0.7, platt=platt)
         label, probability = np.zeros(256, np.int32), np.zeros(256, np.float32)
 
         def turn():
@@ -231,7 +232,7 @@ for k in (1, 2, 7):
         made, left = counted() - before, sys.getallocatedblocks() - blocks
         assert made == 0 and left < 20, (k, platt, made, left)
 control = counted()
-_native.Router(100_000, threshold=0.7)
+native.Router(100_000, threshold=0.7)
 assert counted() > control
 print("nothing allocated")
 """
@@ -260,10 +261,10 @@ def test_a_warm_router_never_calls_the_allocator(repository, tmp_path):
 def test_routers_of_several_threads_do_not_meet():
     rng = np.random.default_rng(2)
     batches = [hard_logits(rng, 20_000, 3) for _ in range(8)]
-    serial = [[v.tobytes() for v in _native.Router(20_000, threshold=0.7).route(batch)] for batch in batches]
+    serial = [[v.tobytes() for v in native.Router(20_000, threshold=0.7).route(batch)] for batch in batches]
 
     def work(batch):
-        return [v.tobytes() for v in _native.Router(20_000, threshold=0.7).route(batch)]
+        return [v.tobytes() for v in native.Router(20_000, threshold=0.7).route(batch)]
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, batches)) == serial
@@ -272,13 +273,13 @@ def test_routers_of_several_threads_do_not_meet():
 def test_wrong_arguments_are_named():
     good = np.zeros((4, 2), np.float32)
     gate = np.zeros(4, np.float32)
-    plain, gated = _native.Router(4, threshold=0.5), _native.Router(4, threshold=0.5, platt=(1.0, 0.0))
+    plain, gated = native.Router(4, threshold=0.5), native.Router(4, threshold=0.5, platt=(1.0, 0.0))
     routed = plain.route(good)
     index = np.array([0, 4], np.int32)
     for call, message in [
-        (lambda: _native.Router(0, threshold=0.5), "max_rows must be 1 to"),
-        (lambda: _native.Router(4, threshold=float("nan")), "threshold must be a number, got NaN"),
-        (lambda: _native.Router(4, threshold=0.5, platt=(1.0, math.inf)), "platt must be two finite numbers"),
+        (lambda: native.Router(0, threshold=0.5), "max_rows must be 1 to"),
+        (lambda: native.Router(4, threshold=float("nan")), "threshold must be a number, got NaN"),
+        (lambda: native.Router(4, threshold=0.5, platt=(1.0, math.inf)), "platt must be two finite numbers"),
         (lambda: plain.route(good.astype(np.float64)), r"logits must be contiguous float32 \[N, K\], got float64"),
         (lambda: plain.route(good.T), "logits must be contiguous float32"),
         (lambda: plain.route(good[0]), "logits must be contiguous float32"),

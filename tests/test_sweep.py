@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
-from stage1_pro import _native, metrics
+from stage1_pro import metrics, native
 from stage1_pro.errors import InputError, NotReachableError
 
 COMPILED = importlib.util.find_spec("stage1_pro._core") is not None
@@ -46,9 +46,9 @@ def test_the_order_is_that_of_the_twin(n, losses, dtype):
         kinds = {name: values.astype(dtype) for name, values in hard_confidences(rng, n).items()}
     for name, confidence in kinds.items():
         error = rng.choice([rng.random(n), rng.integers(0, 4, n) / 4]) if losses else rng.random(n) < 0.3
-        with _native.use("reference"):
-            expected = _native.order(confidence, error)
-        found = _native.order(confidence, error)
+        with native.use("reference"):
+            expected = native.order(confidence, error)
+        found = native.order(confidence, error)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.dtype == theirs.dtype == np.uint32
             assert np.array_equal(ours, theirs), name
@@ -59,8 +59,8 @@ def test_the_order_is_that_of_the_twin(n, losses, dtype):
 @given(rows=st.lists(st.tuples(st.floats(allow_nan=False), st.integers(0, 3)), min_size=1, max_size=70))
 def test_the_order_is_python_s_own(backend, rows):
     confidence, error = np.array([c for c, _ in rows]), np.array([e / 3 for _, e in rows])
-    with _native.use(backend):
-        places, tie_ends = _native.order(confidence, error)
+    with native.use(backend):
+        places, tie_ends = native.order(confidence, error)
     expected = sorted(range(len(rows)), key=lambda row: (-confidence[row], error[row], row))
     assert places.tolist() == expected
     ends = [
@@ -88,7 +88,7 @@ def test_a_sweep_counts_what_each_threshold_accepts(backend, seed):
     n, classes = int(rng.integers(1, 40)), int(rng.integers(2, 4))
     confidence, labels, predicted, error = draw_answers(rng, n, levels=int(rng.integers(1, 20)), classes=classes)
     positive = int(rng.integers(0, classes))
-    with _native.use(backend):
+    with native.use(backend):
         swept = metrics.sweep(confidence, error, labels, predicted, positive)
     assert swept.threshold.tolist() == sorted(set(confidence.tolist()), reverse=True)
     for point, threshold in enumerate(swept.threshold):
@@ -117,7 +117,7 @@ def test_a_sweep_is_that_of_the_twin(dtype, losses, levels):
     confidence[confidence == 0] *= rng.choice([-1, 1], int((confidence == 0).sum())).astype(dtype)
     error = rng.random(5000) if losses else error
     for answers in ((), (labels, predicted)):
-        with _native.use("reference"):
+        with native.use("reference"):
             expected = metrics.sweep(confidence, error, *answers)
         found = metrics.sweep(confidence, error, *answers)
         for name, values in vars(expected).items():
@@ -224,7 +224,7 @@ def test_two_thresholds_are_the_best_of_all_pairs(backend, second):
         score = score.astype(rng.choice([np.float32, np.float64]))
         max_fnr, limit = float(rng.choice([0, 0.1, 0.2, 0.25, 0.5])), float(rng.choice([0, 0.05, 0.125, 0.2, 0.4]))
         best, smallest = every_pair(score, positive, max_fnr, second, limit)
-        with _native.use(backend):
+        with native.use(backend):
             if best is None:
                 with pytest.raises(NotReachableError) as caught:
                     metrics.dual_threshold(score, positive, max_fnr=max_fnr, **{second: limit})
@@ -258,7 +258,7 @@ def test_the_search_is_that_of_the_twin(second):
             "max_fnr": float(rng.choice([0.001, 0.0123456789012345, 0.05])),
             second: float(rng.choice([0.002, 0.03])),
         }
-        with _native.use("reference"):
+        with native.use("reference"):
             expected = metrics.dual_threshold(score, positive, **limits)
         assert metrics.dual_threshold(score, positive, **limits) == expected
         assert 0 < expected.coverage < 1 or seed
@@ -274,9 +274,9 @@ def test_small_searches_are_those_of_the_twin_too(exit_error):
         positives, negatives = np.concatenate([[[0, 0]], groups.cumsum(axis=0)]).T
         accepted = np.ascontiguousarray(positives + negatives)
         limits = {name: Fraction(int(rng.integers(0, 5)), 8) for name in ("max_fnr", "max_second")}
-        with _native.use("reference"):
-            expected = _native.search_dual(accepted, positives.copy(), exit_error=exit_error, **limits)
-        assert _native.search_dual(accepted, positives.copy(), exit_error=exit_error, **limits) == expected
+        with native.use("reference"):
+            expected = native.search_dual(accepted, positives.copy(), exit_error=exit_error, **limits)
+        assert native.search_dual(accepted, positives.copy(), exit_error=exit_error, **limits) == expected
 
 
 def test_limits_are_the_decimals_they_are_written_as():
@@ -340,7 +340,7 @@ def test_what_two_thresholds_refuse(score, positive, limits, error, message):
 @given(numerator=st.integers(0, 10**17), denominator=st.integers(1, 10**17), limit=st.integers(1, 60))
 def test_the_floor_of_a_fraction_is_the_largest_below_it(numerator, denominator, limit):
     value = Fraction(numerator, denominator)
-    assert _native.floor_fraction(value, limit) == max(Fraction(value * q // 1, q) for q in range(1, limit + 1))
+    assert native.floor_fraction(value, limit) == max(Fraction(value * q // 1, q) for q in range(1, limit + 1))
 
 
 @needs_core

@@ -1,8 +1,8 @@
-// Table of contents of the compiled core. Arguments arrive checked: stage1_pro/_native.py is the only caller.
+// Table of contents of the compiled core. Arguments arrive checked: stage1_pro/native is the only caller.
 #include "arrays.hpp"
 
 PYBIND11_MODULE(_core, module) {
-    module.doc() = "Compiled kernels of stage1_pro; call them through stage1_pro._native";
+    module.doc() = "Compiled kernels of stage1_pro; call them through stage1_pro.native";
     module.attr("__version__") = STAGE1_VERSION;
     stage1::bindings::bind_bootstrap(module);
     stage1::bindings::bind_order(module);

@@ -1,5 +1,5 @@
 // The router of one device: owns its buffers, takes device addresses and a stream. Loading this module asks nothing of
-// the driver. Arguments arrive checked: stage1_pro/_native.py is the only caller.
+// the driver. Arguments arrive checked: stage1_pro/native is the only caller.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -177,7 +177,7 @@ Address address(const Router& router) {
 PYBIND11_MODULE(_cuda, module) {
     using Routed = cuda::Routed;
     using Release = py::call_guard<py::gil_scoped_release>;
-    module.doc() = "The CUDA router of stage1_pro; call it through stage1_pro._native";
+    module.doc() = "The CUDA router of stage1_pro; call it through stage1_pro.native";
     module.attr("__version__") = STAGE1_VERSION;
     module.def(
         "built", [] { return std::pair(STAGE1_ARCHITECTURES, CUDART_VERSION); },

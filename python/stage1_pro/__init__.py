@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stage1_pro.commands.merge import merge
     from stage1_pro.commands.plan import plan
-    from stage1_pro.data.splitting import split
+    from stage1_pro.commands.split import split
     from stage1_pro.deploy.building import build
     from stage1_pro.deploy.cascade import Cascade
     from stage1_pro.deploy.exporting import export
-    from stage1_pro.models.merging import merge
     from stage1_pro.studies.comparing import compare
     from stage1_pro.training.calibration import calibrate
     from stage1_pro.training.evaluation import evaluate
@@ -37,9 +37,9 @@ _HOMES = {
     "evaluate": "stage1_pro.training.evaluation",
     "explora": "stage1_pro.training.exploration",
     "export": "stage1_pro.deploy.exporting",
-    "merge": "stage1_pro.models.merging",
+    "merge": "stage1_pro.commands.merge",
     "plan": "stage1_pro.commands.plan",
-    "split": "stage1_pro.data.splitting",
+    "split": "stage1_pro.commands.split",
     "train": "stage1_pro.training.loop",
 }
 

@@ -1,5 +1,5 @@
 """
-Compiled kernels of stage1_pro; call them through stage1_pro._native
+Compiled kernels of stage1_pro; call them through stage1_pro.native
 """
 
 from __future__ import annotations

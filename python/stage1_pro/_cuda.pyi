@@ -1,5 +1,5 @@
 """
-The CUDA router of stage1_pro; call it through stage1_pro._native
+The CUDA router of stage1_pro; call it through stage1_pro.native
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import json
 import math
 import sys
@@ -12,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stage1_pro.commands import COMMANDS, load
 from stage1_pro.errors import PROMISE_FAILED, DependencyError, InputError, NotReachableError, Stage1Error, need
 
 if TYPE_CHECKING:
+    from stage1_pro.command import Command
     from stage1_pro.config import Config
 
 _TRAIN_PACKAGES = {"torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"}
@@ -105,23 +109,6 @@ prob is P(positive); label is 0 or 1, or a name; error is 0, 1 or a loss in [0, 
 examples:
   stage1 metrics predictions.csv --out figures
   stage1 metrics new.csv --compare old.csv --metrics augrc,nll
-"""
-
-
-_PLAN = """\
-what is wished      gate     coverage at least --min-coverage and exit error at most --alpha
-                    softmax  at most --alpha of exited positives answered negative
-                    scrc     at least --min-coverage accepted, their sets without the label in at most --alpha
-A promise needs rows: with no error at all 299 certify 1% at delta .05, with five errors 1,049. Rows are what is
-counted only where they are independent; of clips, tracks or places count groups. The chance to succeed (power) is
-exact: binomial trials, binomial errors, the tests that calibrate runs. Half of val_calib chooses thresholds, the other
-half certifies them.
-
-examples:
-  stage1 plan --alpha .01 --min-coverage .7 --expected-error .005              how many for 1% if the truth is 0.5%
-  stage1 plan --alpha .01 --min-coverage .7 --expected-coverage .75 --n 800    what 800 groups can certify
-  stage1 plan --policy softmax --alpha .02 --positives .24                     FNR on exits, where 24% are positive
-  stage1 plan --policy scrc --alpha .05 --delta .01 .04 --cells 2 --out plan   sets by class, plan.json and plan.png
 """
 
 
@@ -267,6 +254,24 @@ class _TrainParser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{title}\n{table}\n"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of one command; what it knows is loaded when it parses, so that root help loads nothing."""
+
+    def __init__(self, *, home: str, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        self.home = home
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        command = load(self.home)
+        self.description = inspect.cleandoc(command.__doc__ or "")
+        self.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON on stdout"
+        )
+        command.add_to(self)
+        self.set_defaults(run_station=functools.partial(_run, command))
+        return super().parse_known_args(args, namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; each subcommand stores its handler in ``run_station``."""
     parser = argparse.ArgumentParser(
@@ -275,6 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_FLOW,
         formatter_class=_Formatter,
     )
+    parser.set_defaults(json=False)
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="STATION", parser_class=argparse.ArgumentParser)
 
@@ -287,34 +293,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run_station=handler)
         return sub
 
-    sub = command("split", "cut labelled images into train, val_select, val_calib and val_test", _split)
-    sub.add_argument(
-        "--labels",
-        type=Path,
-        required=True,
-        help="CSV with file,label[,label_name,group,source], or a folder with one sub-folder per class",
-    )
-    sub.add_argument("--images", type=Path, help="folder that `file` is relative to; the CSV's own by default")
-    sub.add_argument("--out", type=Path, required=True, help="run folder to write")
-    sub.add_argument(
-        "--positive",
-        help="name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag",
-    )
-    sub.add_argument("--classes", help="comma-separated class names that are allowed; all found by default")
-    sub.add_argument(
-        "--fractions", default="train=.6,val_select=.1,val_calib=.15,val_test=.15", help="share of rows per split"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="another seed, other splits")
-    sub.add_argument("--folds", type=int, help="cut into K folds by group; val_test is one of them")
-    sub.add_argument("--fold", type=int, help="which of the K folds (0..K-1) is val_test")
-    sub.add_argument(
-        "--max-component",
-        type=float,
-        default=0.05,
-        help="largest share of rows that near-duplicates may join across groups",
-    )
-    sub.add_argument("--max-quarantine", type=float, default=0.02, help="largest share of unreadable images")
-    sub.add_argument("--overwrite", action="store_true", help="replace the splits of a run that has been trained")
+    def record(name: str) -> None:
+        home, text = COMMANDS[name]
+        commands._parser_class = _Parser
+        commands.add_parser(name, help=text, home=home)
+
+    record("split")
 
     sub = command("explora", "adapt the backbone to unlabelled images, and keep it where that helps", _explora)
     sub.epilog = _EXPLORA
@@ -343,11 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_compare(command("compare", "train arms alike but for their configuration, over seeds, and compare", _compare))
 
-    sub = command("merge", "write the plain backbone that an adapter makes of its base", _merge)
-    sub.add_argument("--adapter", type=Path, required=True, help="the adapter's folder, such as RUN/adapter")
-    sub.add_argument("--base", required=True, help="what it was trained on: a preset, a folder or a hub id")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write; model.backbone and transformers read it")
-    sub.add_argument("--overwrite", action="store_true", help="replace a backbone that is there")
+    record("merge")
 
     sub = command("calibrate", "choose the exit policy on val_calib", _calibrate)
     which = sub.add_mutually_exclusive_group(required=True)
@@ -458,9 +438,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--metrics", default="all", help="comma-separated names, such as augrc,risk_at_coverage_0.95")
     sub.add_argument("--out", type=Path, help="folder for metrics.csv, metrics.json, figures and report.html")
 
-    _add_plan(
-        command("plan", "say how many calibration rows a promise takes, and what rows you have can promise", _plan)
-    )
+    record("plan")
 
     sub = command("export", "write the bundle: ONNX per stage, engines, exactly one policy", _export)
     sub.add_argument("--run", type=Path, required=True, help="trained and calibrated run folder")
@@ -526,40 +504,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("inspect", "say what a bundle is, what it promises and for which GPUs", _inspect)
     sub.add_argument("bundle", type=Path, help="bundle folder")
 
-    command("doctor", "print versions, devices, compiled modules, builders, and what is missing", _doctor)
+    record("doctor")
 
     sub = command("demo", "run every station on rendered street scenes (minutes, no data needed)", _demo)
     sub.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be a demo's")
     sub.add_argument("--seed", type=int, default=0, help="seed of scenes, splits and training")
     return parser
-
-
-def _add_plan(sub: argparse.ArgumentParser) -> None:
-    sub.epilog = _PLAN
-    sub.add_argument("--policy", choices=["softmax", "gate", "scrc"], default="gate", help="what makes the promise")
-    sub.add_argument("--alpha", type=float, help="largest risk; .01 by default, of softmax .02")
-    sub.add_argument(
-        "--delta", type=float, nargs="+", default=[0.05], metavar="D",
-        help="largest chance of a false certificate; scrc: of selection and risk (one number is split 1 : 4)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--min-coverage", type=float, default=0.7, help="least share accepted; softmax: share expected to exit"
-    )
-    sub.add_argument("--expected-error", type=float, help="true risk that you hope for; half of alpha by default")
-    sub.add_argument(
-        "--expected-coverage", type=float,
-        help="true share accepted that you hope for, above --min-coverage; gate: its test is then counted too",
-    )  # fmt: skip
-    sub.add_argument(
-        "--positives", type=float, default=0.5, help="softmax: share of rows (or groups) that are positive"
-    )
-    sub.add_argument("--power", type=float, default=0.9, help="wished chance to succeed")
-    sub.add_argument(
-        "--cells", type=float, nargs="+", default=[1], metavar="K",
-        help="scrc: number of cells (classes or stages) with a limit each, or the share of each among the accepted",
-    )  # fmt: skip
-    sub.add_argument("--n", type=int, help="rows (or groups) of the certify half that you have")
-    sub.add_argument("--out", type=Path, help="folder for plan.json and plan.png")
 
 
 def _add_review(sub: argparse.ArgumentParser) -> None:
@@ -960,36 +910,10 @@ def _strict(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _split(options: argparse.Namespace) -> None:
-    from stage1_pro.data.splitting import split
-
-    splits = split(
-        options.labels,
-        options.out,
-        images=options.images,
-        positive=options.positive,
-        classes=[name.strip() for name in options.classes.split(",")] if options.classes else None,
-        fractions=_fractions(options.fractions),
-        seed=options.seed,
-        folds=options.folds,
-        fold=options.fold,
-        max_component=options.max_component,
-        max_quarantine=options.max_quarantine,
-        overwrite=options.overwrite,
-    )
-    width = max(len(name) for name in splits.classes)
-    lines = [f"{'split':<12}{'groups':>8}" + "".join(f"{name:>{max(width, 8) + 2}}" for name in splits.classes)]
-    for name, counts in splits.counts.items():
-        cells = "".join(f"{counts[label]:>{max(width, 8) + 2}}" for label in splits.classes)
-        lines.append(f"{name:<12}{splits.groups[name]:>8}{cells}")
-    merging = splits.merging
-    lines.append(
-        f"positive class: {splits.positive}; {merging.pairs} near-duplicate pairs across groups, largest joined "
-        f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); "
-        f"{splits.quarantined} images in quarantine"
-    )
-    lines.append(f"wrote {options.out}/splits.json")
-    _emit(options, {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(options.out)}, "\n".join(lines))
+def _run(cls: type[Command], options: argparse.Namespace) -> int:
+    found = cls.of_flags(vars(options)).run()
+    _emit(options, found.record, found.text)
+    return found.exit_code
 
 
 def _fractions(text: str) -> dict[str, float]:
@@ -1068,18 +992,6 @@ def _compare(options: argparse.Namespace) -> None:
     _emit(options, both, f"{render(found, tested)}\nwrote {options.out}/compare.json, compare.csv, compare.md, figures")
 
 
-def _merge(options: argparse.Namespace) -> None:
-    from stage1_pro.models.merging import merge
-
-    found = merge(options.adapter, options.base, options.out, overwrite=options.overwrite)
-    _emit(
-        options,
-        found,
-        f"merged {options.adapter} (mode {found['mode']}) into {options.base}, in float32; heads stay with the run\n"
-        f"wrote {found['out']}; next: stage1 train --run RUN --set model.backbone={found['out']}",
-    )
-
-
 def _calibrate(options: argparse.Namespace) -> None:
     from stage1_pro.training.calibration import calibrate, render
 
@@ -1156,26 +1068,6 @@ def _metrics(options: argparse.Namespace) -> None:
         out=options.out,
     )
     _emit(options, found.model_dump(mode="json"), render(found))
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.plan import plan, render
-
-    found = plan(
-        options.policy,
-        alpha=options.alpha,
-        delta=options.delta,
-        min_coverage=options.min_coverage,
-        expected_error=options.expected_error,
-        expected_coverage=options.expected_coverage,
-        positives=options.positives,
-        power=options.power,
-        cells=options.cells,
-        n=options.n,
-        out=options.out,
-    )
-    wrote = "" if options.out is None else f"\nwrote {options.out}/plan.json and plan.png"
-    _emit(options, found.model_dump(mode="json"), render(found) + wrote)
 
 
 def _add_recipe(sub: argparse.ArgumentParser) -> None:
@@ -1488,13 +1380,6 @@ def _inspect(options: argparse.Namespace) -> None:
     from stage1_pro.deploy.inspection import inspect, render
 
     facts = inspect(options.bundle)
-    _emit(options, facts, render(facts))
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from stage1_pro.commands.doctor import doctor, render
-
-    facts = doctor()
     _emit(options, facts, render(facts))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -70,6 +71,42 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         _sync_directory(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path | str, *, wait: float | None = None, busy: str | None = None) -> Iterator[int]:
+    """Hold a lock file for this thread of this process, and yield its descriptor.
+
+    The kernel frees the lock when its holder ends, also by ``kill -9``; the file stays and blocks nobody. Forked
+    children do not hold it; a child that is started with the descriptor in ``pass_fds`` does, until it ends.
+
+    Args:
+        path: of the lock file, made if it is not there; its folder must exist.
+        wait: seconds to wait for another holder; None waits for as long as it takes.
+        busy: message of the error when another holder does not let go.
+
+    Raises:
+        InputError: the lock is still held elsewhere after ``wait`` seconds.
+        RuntimeError: this thread holds the lock already, and would wait for itself.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    descriptors: list[int] = []
+    lock = FileLock(
+        path, -1 if wait is None else wait, mode=0o600, poll_interval=0.01, on_acquired=descriptors.append,
+        fallback_to_soft=False,  # a marker file would outlive a killed holder
+    )  # fmt: skip
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(busy or f"{path} must be free, but another process holds it; wait for it") from None
+    try:
+        yield descriptors[-1]
+    finally:
+        lock.release()
 
 
 def recover_directory(path: Path) -> None:

@@ -33,7 +33,7 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
     Returns:
         Paths (``run, bundle, report``), ``seconds`` and the main figures on ``val_test``.
     """
-    from stage1_pro.data.splitting import split
+    from stage1_pro.commands.split import split
     from stage1_pro.data.synthetic import render_pool
     from stage1_pro.deploy.cascade import Cascade
     from stage1_pro.deploy.exporting import export

@@ -1,4 +1,4 @@
-"""doctor: versions, devices, compiled modules, engine builders, and what is missing. Needs no torch."""
+"""``stage1 doctor``: versions, devices, compiled modules, engine builders, and what is missing. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,29 @@ import subprocess
 import sys
 from typing import Any
 
-from stage1_pro import __version__, _native
-from stage1_pro.deploy.engine import BUILDERS
-from stage1_pro.deploy.start import RUNTIMES
+from stage1_pro import __version__
+from stage1_pro.command import Command, Result
 from stage1_pro.errors import need
 
 BASE = ("numpy", "scipy", "pillow", "pydantic", "pyyaml", "rich", "onnxruntime", "matplotlib", "jinja2", "jsonschema")
 TRAIN = ("torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "scikit-learn")
 
 
+class Doctor(Command):
+    """Print versions, devices, compiled modules, builders, and what is missing."""
+
+    def run(self) -> Result:
+        """Print what is here, and the commands that add what is not."""
+        facts = doctor()
+        return Result(render(facts), facts)
+
+
 def doctor() -> dict[str, Any]:
     """What is here and what is not, as plain values; ``missing`` maps a thing to the command that adds it."""
+    from stage1_pro import native
+    from stage1_pro.deploy.engine import BUILDERS
+    from stage1_pro.deploy.start import RUNTIMES
+
     missing: dict[str, str] = {}
     base = {name: _version(name) for name in BASE}
     train = {name: _version(name) for name in TRAIN}
@@ -41,11 +53,11 @@ def doctor() -> dict[str, Any]:
         # Classic TensorRT builds for a GPU that is there, and without one nobody misses it.
         if builders[target] is None and (target == "rtx" or devices):
             missing[f"engine builder for {target} ({module})"] = _command(extra)
-    if _native.backend() != "compiled":
+    if native.backend() != "compiled":
         missing["compiled core (_core)"] = (
             "apt-get install g++ (or another C++20 compiler), then: pip install --force-reinstall --no-deps ."
         )
-    if devices and _native.cuda_why() is None:
+    if devices and native.cuda_why() is None:
         missing["CUDA router (_cuda)"] = (
             "with a CUDA toolkit: pip install --force-reinstall --no-deps "
             "--config-settings=cmake.define.STAGE1_CUDA=ON ."
@@ -60,7 +72,7 @@ def doctor() -> dict[str, Any]:
         "signing": signing,
         "gpus": devices,
         "torch_devices": _torch_devices(),
-        "compiled": {"_core": _native.why(), "_cuda": _native.cuda_why()},
+        "compiled": {"_core": native.why(), "_cuda": native.cuda_why()},
         "runtimes": sorted(RUNTIMES),
         "builders": builders,
         "missing": missing,

@@ -1,9 +1,8 @@
-"""Station ``split``: labelled images to a run folder with ``splits.json`` and ``quarantine.csv``."""
+"""``stage1 split``: labelled images to a run folder with ``splits.json`` and ``quarantine.csv``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stage1_pro.data.images import write_quarantine
 from stage1_pro.data.splits import QuarantineError, Splits, make_splits
@@ -11,52 +10,30 @@ from stage1_pro.errors import InputError
 from stage1_pro.progress import say
 from stage1_pro.training.run import exclusive, forget_training
 
+if TYPE_CHECKING:
+    from stage1_pro.commands.split import Split
 
-def split(
-    labels: Path | str,
-    out: Path | str,
-    *,
-    images: Path | str | None = None,
-    positive: str | None = None,
-    classes: Sequence[str] | None = None,
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-    folds: int | None = None,
-    fold: int | None = None,
-    max_component: float = 0.05,
-    max_quarantine: float = 0.02,
-    overwrite: bool = False,
-) -> Splits:
-    """Cut labelled images into splits that cannot leak; see ``data.splits.make_splits`` for the arguments.
 
-    Writes ``splits.json`` and ``quarantine.csv`` (also when too many files are broken) into ``out``.
+def split(asked: Split) -> Splits:
+    """Cut labelled images into splits that cannot leak; ``splits.json`` and ``quarantine.csv`` are written.
+
+    The latter also when too many files are broken.
 
     Raises:
         InputError: wrong labels, too many broken files, a class that cannot be in every split, or a run that
             has been trained on its splits already and ``overwrite`` is not set.
     """
-    out = Path(out)
+    out = asked.out
     if out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder, got the file {out}")
     trained = next((name for name in ("model_best.pth", "last.pth", "config.json") if (out / name).exists()), None)
-    if trained and not overwrite:
+    if trained and not asked.overwrite:
         raise InputError(
             f"--out must be a run that has not been trained, got {out} with {trained}; "
             "name another folder, or replace its splits with --overwrite and train again"
         )
     try:
-        splits, quarantined = make_splits(
-            labels,
-            images=images,
-            positive=positive,
-            classes=classes,
-            fractions=fractions,
-            seed=seed,
-            folds=folds,
-            fold=fold,
-            max_component=max_component,
-            max_quarantine=max_quarantine,
-        )
+        splits, quarantined = make_splits(**asked.model_dump(exclude={"out", "overwrite"}))
     except QuarantineError as error:
         write_quarantine(out / "quarantine.csv", error.quarantined)
         raise InputError(f"{error}; the whole list is in {out / 'quarantine.csv'}") from None

@@ -200,8 +200,8 @@ def bench_latency(
         trust_engines=trust_engines,
         device=device,
     )
-    found: list[LatencySeries] = Field([])
-    peers: list[LatencyPeer] = Field([])
+    found: list[LatencySeries] = []
+    peers: list[LatencyPeer] = []
     how = Sampling(samples, warmup / 1e3, limit, seed)
     for size in dict.fromkeys(batch):
         say(f"batch {size}")
@@ -305,7 +305,7 @@ def compare_latency(
 
 def draw(found: LatencyBench) -> bytes:
     """The cascade's p50 and p99 against the deferral rate, a line a batch size; PNG bytes."""
-    measured: dict[str, list[tuple[float, float, float, float, float | None]]] = Field({})
+    measured: dict[str, list[tuple[float, float, float, float, float | None]]] = {}
     for one in found.series:
         middle = one.quantile(0.5)
         if one.contestant == "cascade" and one.part == "host" and one.deferral_rate is not None:

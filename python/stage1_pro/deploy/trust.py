@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import fcntl
 import os
 import re
 import stat
@@ -27,7 +26,7 @@ from pydantic import Field
 from stage1_pro.deploy.bundle import SIGNATURE, Bundle, read_plain
 from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.errors import ArtifactError, InputError, need, printable
-from stage1_pro.files import sha256_bytes, sha256_file, write_text
+from stage1_pro.files import locked, sha256_bytes, sha256_file, write_text
 from stage1_pro.record import Record
 
 if TYPE_CHECKING:
@@ -132,12 +131,8 @@ def _changing() -> Iterator[None]:
     """One writer at a time, in a folder of one's own."""
     folder = config_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with locked(folder / ".lock"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 # --------------------------------------------------------------------------------------------

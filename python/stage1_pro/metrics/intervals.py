@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv, expit, logit, ndtr, ndtri
 
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.probabilistic import (
     ECE_BINS,
@@ -163,7 +163,7 @@ def bootstrap_errors(
     threads: int = 0,
 ) -> Intervals:
     """The part of ``bootstrap`` that needs no probabilities: error [N] is 0/1 or a loss in [0, 1]."""
-    columns = _native.Columns(*_native.rows(confidence, error), threshold=_threshold(threshold))
+    columns = native.Columns(*native.rows(confidence, error), threshold=_threshold(threshold))
     return _intervals([columns], groups, None, metrics, n_replicates, level, method, seed, threads)
 
 
@@ -273,7 +273,7 @@ def bootstrap_answers(
     order = np.lexsort((truth, *values.T, score))
     values, truth, score = values[order], truth[order], score[order]
     answered, sure = largest(values)
-    unit = None if groups is None else _native.cluster_numbers(groups, n)[order]
+    unit = None if groups is None else native.cluster_numbers(groups, n)[order]
     n_units = n if unit is None else int(unit.max()) + 1
     place = calibration_places(sure, bins=ECE_BINS)
     # Rows of one truth, answer and bin are one cell: its count is all that the metrics of answers need.
@@ -296,7 +296,7 @@ def bootstrap_answers(
     value = measure(np.ones(n, dtype=np.uint8))
     replicates = np.empty((n_replicates, len(names)))
     for replicate in range(n_replicates):
-        times = _native.resample_counts([n_units], 1, first=replicate, seed=seed)[0]
+        times = native.resample_counts([n_units], 1, first=replicate, seed=seed)[0]
         replicates[replicate] = measure(times if unit is None else times[unit])
     kind = "rows" if groups is None else "groups"
     found = {
@@ -429,7 +429,7 @@ def _n_classes(probs: ArrayLike) -> int:
 
 def _columns(
     probs: ArrayLike, labels: ArrayLike, confidence: ArrayLike | None, threshold: float | None, positive: int | None
-) -> tuple[_native.Columns, NDArray[np.int64]]:
+) -> tuple[native.Columns, NDArray[np.int64]]:
     """Rows of one model from probabilities, and the labels."""
     values = np.asarray(probs)
     if values.ndim == 1 and values.dtype.kind in "biuf":
@@ -440,10 +440,10 @@ def _columns(
         raise InputError(f"positive must be a class index 0 to {n_classes - 1}, got {positive}; number it by columns")
     answered, highest = largest(values)
     sure = highest if confidence is None else confidence
-    scores, errors = _native.rows(sure, answered != truth)
+    scores, errors = native.rows(sure, answered != truth)
     wanted = 1 if positive is None and n_classes == 2 else positive
     is_positive = None if wanted is None else truth == wanted
-    return _native.Columns(
+    return native.Columns(
         scores,
         errors,
         positive=is_positive,
@@ -475,7 +475,7 @@ def metric_names(*, probabilities: bool = True, exits: bool = True, fnr: bool = 
     return names
 
 
-def _wanted(metrics: str | Sequence[str], columns: _native.Columns) -> list[str]:
+def _wanted(metrics: str | Sequence[str], columns: native.Columns) -> list[str]:
     """The names asked for, checked against what these columns can give."""
     known = metric_names(
         probabilities=columns.nll is not None, exits=columns.threshold is not None, fnr=columns.positive is not None
@@ -510,7 +510,7 @@ def _target(name: str) -> float | None:
 
 
 def _intervals(
-    models: Sequence[_native.Columns],
+    models: Sequence[native.Columns],
     groups: ArrayLike | None,
     strata: ArrayLike | None,
     metrics: str | Sequence[str],
@@ -532,13 +532,13 @@ def _intervals(
     risks = [_target(name) or 0.0 for name in names if name.startswith(_RISK)]
     if not set(names) & set(_PROBABILITIES):
         models = [replace(model, nll=None, brier=None) for model in models]
-    suite = _native.Suite(models, groups=groups, strata=strata, coverages=coverages, risks=risks)
-    columns = [*_native.SUITE]
+    suite = native.Suite(models, groups=groups, strata=strata, coverages=coverages, risks=risks)
+    columns = [*native.SUITE]
     columns += [f"{_COVERAGE}{share!r}" for share in coverages] + [f"{_RISK}{limit!r}" for limit in risks]
     place = {}
     for name in names:
         prefix = _COVERAGE if name.startswith(_COVERAGE) else _RISK
-        place[name] = columns.index(name if name in _native.SUITE else f"{prefix}{_target(name)!r}")
+        place[name] = columns.index(name if name in native.SUITE else f"{prefix}{_target(name)!r}")
     stepwise = [name for name in names if _target(name) is not None]
     values = suite.values()
     drawn = [np.empty((0, len(columns)))] * len(models)
@@ -559,7 +559,7 @@ def _intervals(
 
 
 def _augrc_interval(
-    columns: _native.Columns,
+    columns: native.Columns,
     groups: ArrayLike | None,
     n_replicates: int,
     level: float,
@@ -569,7 +569,7 @@ def _augrc_interval(
 ) -> Intervals:
     """AUGRC alone: the kernel sorts packed keys and brings value and moments along."""
     losses = columns.error
-    drawn = _native.bootstrap_augrc(
+    drawn = native.bootstrap_augrc(
         columns.confidence,
         losses,
         groups,
@@ -577,7 +577,7 @@ def _augrc_interval(
         seed=seed,
         threads=threads,
     )
-    cluster = None if groups is None else _native.cluster_numbers(groups, losses.size)
+    cluster = None if groups is None else native.cluster_numbers(groups, losses.size)
     n_units = losses.size if cluster is None else int(cluster.max()) + 1
     unit = "rows" if groups is None else "groups"
     measured = _Measured(
@@ -646,7 +646,7 @@ class _Measured:
 
     @classmethod
     def of(
-        cls, name: str, ranked: _native.Ranked, value: float, replicates: NDArray[np.float64], sizes: Sequence[int]
+        cls, name: str, ranked: native.Ranked, value: float, replicates: NDArray[np.float64], sizes: Sequence[int]
     ) -> _Measured:
         n_units = sum(sizes)
         unit = ranked.unit if ranked.unit.size else None
@@ -792,7 +792,7 @@ _UNDEFINED = {
 
 
 def _influence(
-    name: str, ranked: _native.Ranked, value: float
+    name: str, ranked: native.Ranked, value: float
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.bool_] | slice | None, NDArray[Any] | None]:
     """Derivative of a metric along each sorted row's weight [N], the rows it speaks of, and what it counts [N].
 
@@ -807,7 +807,7 @@ def _influence(
     if name == "brier":
         return (ranked.brier - value) / n, None, None
     if name == "augrc":
-        return _native.augrc_influence(ranked), None, error
+        return native.augrc_influence(ranked), None, error
     if name == "aurc":
         return _aurc_influence(ranked, value), None, error
     if name.startswith(_COVERAGE):
@@ -831,7 +831,7 @@ def _influence(
     return influence, among, missed
 
 
-def _aurc_influence(ranked: _native.Ranked, value: float) -> NDArray[np.float64]:
+def _aurc_influence(ranked: native.Ranked, value: float) -> NDArray[np.float64]:
     """Derivative of AURC along each sorted row's weight [N].
 
     With risk ρ_g = E_g / C_g at the end of tie group g and trapezoid weights v_g, n·AURC is Σ v_g ρ_g. A row of group h

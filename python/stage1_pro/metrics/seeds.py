@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.intervals import Interval, percentile_interval
 from stage1_pro.metrics.probabilistic import check_probabilities, largest
@@ -84,7 +84,7 @@ def compare_seeds(
                     f"arms must answer the same rows, got others in seed number {k} of {first_name} and {name}"
                 )
     sizes = np.cumsum([0, *(len(rows.labels) for rows in first)])
-    units = _native.cluster_numbers(np.concatenate([rows.groups for rows in first]), int(sizes[-1]))
+    units = native.cluster_numbers(np.concatenate([rows.groups for rows in first]), int(sizes[-1]))
     n_units = int(units.max()) + 1
     unit_of = [units[a:b] for a, b in itertools.pairwise(sizes)]
     ranked = {name: [_Ranked(rows) for rows in seeds] for name, seeds in arms.items()}
@@ -127,7 +127,7 @@ def _resamples(n_units: int, rows: int, n_replicates: int, seed: int) -> Iterato
     size = max(1, _CHUNK // max(rows, n_units))
     for first in range(0, n_replicates, size):
         count = min(size, n_replicates - first)
-        yield _native.resample_counts([n_units], count, first=first, seed=seed).astype(np.float64)
+        yield native.resample_counts([n_units], count, first=first, seed=seed).astype(np.float64)
 
 
 class _Ranked:
@@ -139,7 +139,7 @@ class _Ranked:
         self._wrong = (answered != truth).astype(np.float64)
         classes = np.eye(probs.shape[1])
         self._true, self._given = classes[truth], classes[answered]
-        self._orders = [_native.order(score, answered != truth) for score in (sure, _scores(rows.gate, truth))]
+        self._orders = [native.order(score, answered != truth) for score in (sure, _scores(rows.gate, truth))]
 
     def measure(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Metrics [4, B] in the order of ``HIGHER_IS_BETTER`` under weights [B, N]; NaN where no row counts."""

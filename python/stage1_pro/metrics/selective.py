@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.errors import InputError
 
 NanPolicy = Literal["raise", "propagate"]
@@ -79,8 +79,8 @@ def cascade_risks(
     Raises:
         InputError: other lengths, NaN, or no row.
     """
-    sure, first = _native.rows(confidence, error_a)
-    _, second = _native.rows(confidence, error_b)
+    sure, first = native.rows(confidence, error_a)
+    _, second = native.rows(confidence, error_b)
     order = np.argsort(-sure, kind="stable")
     ranked = sure[order]
     ends = np.append(np.flatnonzero(ranked[1:] < ranked[:-1]) + 1, ranked.size)
@@ -113,10 +113,10 @@ def augrc(
     if _propagates(confidence, error, nan_policy):
         return float("nan")
     if weights is None:
-        return _native.augrc(confidence, error)
-    _, losses = _native.rows(confidence, error)
+        return native.augrc(confidence, error)
+    _, losses = native.rows(confidence, error)
     shares = _weights(weights, losses.size)
-    order, ends = _native.order(confidence, error)
+    order, ends = native.order(confidence, error)
     rows = np.cumsum(shares[order])[ends.astype(np.int64) - 1]
     errors = np.cumsum((shares * losses)[order])[ends.astype(np.int64) - 1]
     before = np.concatenate([[0.0], errors[:-1]])
@@ -196,7 +196,7 @@ def _cumulate(
     confidence: ArrayLike, error: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[Any], int]:
     """Distinct confidences from the highest down, rows accepted and errors accepted at each, and the row count."""
-    threshold, accepted, errors, *_ = _native.sweep(*_native.rows(confidence, error), None, None)
+    threshold, accepted, errors, *_ = native.sweep(*native.rows(confidence, error), None, None)
     return threshold, accepted, errors, int(accepted[-1])
 
 

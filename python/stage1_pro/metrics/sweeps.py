@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.errors import InputError, NotReachableError
 
 
@@ -85,13 +85,13 @@ def sweep(
     >>> sweep([0.9, 0.8, 0.8, 0.6], [0, 1, 0, 1]).selective_risk.tolist()
     [0.0, 0.3333333333333333, 0.5]
     """
-    scores, losses = _native.rows(confidence, error)
+    scores, losses = native.rows(confidence, error)
     truth = answer = None
     if labels is not None:
         truth, answer = _answers(labels, predicted, losses, positive)
     elif predicted is not None:
         raise InputError("labels must be given with predicted, got None; FNR and FPR compare the two")
-    threshold, accepted, errors, *of_classes = _native.sweep(scores, losses, truth, answer)
+    threshold, accepted, errors, *of_classes = native.sweep(scores, losses, truth, answer)
     positives, missed, negatives, alarms = of_classes
     n, nan = scores.size, np.full(accepted.size, np.nan)
     known = truth is not None
@@ -139,7 +139,7 @@ def dual_threshold(
         NotReachableError: no pair meets both limits; the message names the nearest.
     """
     truth = _mask("positive", positive)
-    scores, found = _native.rows(score, truth)
+    scores, found = native.rows(score, truth)
     outside = (scores < 0) | (scores > 1)
     if outside.any():
         row = int(outside.argmax())
@@ -156,10 +156,10 @@ def dual_threshold(
     for target, value in targets.items():
         if not 0 <= value < 1:
             raise InputError(f"{target} must be in [0, 1), got {value}; 0.02 is usual")
-    values, accepted, positives, *_ = _native.sweep(scores, found)
+    values, accepted, positives, *_ = native.sweep(scores, found)
     none = np.zeros(1, np.int64)
     accepted, positives = np.concatenate([none, accepted]), np.concatenate([none, positives])
-    upper, lower, *nearest = _native.search_dual(
+    upper, lower, *nearest = native.search_dual(
         accepted,
         positives,
         exit_error=max_exit_error is not None,

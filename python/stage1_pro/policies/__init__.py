@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro._native import Router
 from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.native import Router
 from stage1_pro.policies import gate
 from stage1_pro.policies.gate import GateParams
 from stage1_pro.policies.policy import Policy

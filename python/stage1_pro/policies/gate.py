@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy.special import expit, log_expit
 
-from stage1_pro._native import sweep
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.native import sweep
 from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate, certify_halves, check_halves, groups_in_error, infeasible, record

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
+from stage1_pro.commands.split import Split
 from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, resplit
@@ -419,7 +420,7 @@ def _split_all(
     """One ``splits.json`` a seed, and the same bytes in every arm's run of it."""
     base = out / "splits" / "seed0"
     if not (base / "splits.json").is_file():
-        split(data, base, images=images, positive=positive, fractions=fractions, seed=0)
+        split(Split.of(labels=data, out=base, images=images, positive=positive, fractions=fractions))
     first = Splits.read(base / "splits.json").verify()
     for seed in seeds:
         path = out / "splits" / f"seed{seed}" / "splits.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pydantic import Field
 from stage1_pro.config import Config
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import recover_directory, sha256_file
+from stage1_pro.files import locked, recover_directory, sha256_file
 from stage1_pro.record import Record
 from stage1_pro.training.adapted import ExploraRecord
 from stage1_pro.words import POLICY_FILES
@@ -178,14 +177,8 @@ def exclusive(run: Path) -> Iterator[None]:
     Raises:
         InputError: another process is at work in this folder.
     """
-    with (run / ".lock").open("w") as file:
-        try:
-            # A record lock: forked decoders do not inherit it, so it cannot outlive a killed training.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"{run} must not be in use, but another process is at work in it (training or calibrating); wait for it"
-            ) from None
+    busy = f"{run} must not be in use, but another process is at work in it (training or calibrating); wait for it"
+    with locked(run / ".lock", wait=0, busy=busy):
         for name in OWN_FILES:
             for leftover in run.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)

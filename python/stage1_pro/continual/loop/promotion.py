@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from stage1_pro import _native
+from stage1_pro import native
 from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, Verified, earned
 from stage1_pro.continual.ledger.guard import GuardVault, Look
 from stage1_pro.errors import InputError
@@ -324,7 +324,7 @@ def _betting(
     which one in five differs, by half its reach: fixed beforehand, as what is drawn may not say how much is bet on it.
     Clusters larger than any that was drawn are ruled out by nothing.
     """
-    number = _native.cluster_numbers(clusters, difference.size)
+    number = native.cluster_numbers(clusters, difference.size)
     rows = np.bincount(number).astype(np.float64)
     return _bet(np.bincount(number, difference).astype(np.float64), rows, reach, level, seed, margin)
 
@@ -336,7 +336,7 @@ def _betting_on_means(
 
     What a place gains or loses counts once, however often it was seen, as in a certificate by groups.
     """
-    number = _native.cluster_numbers(clusters, difference.size)
+    number = native.cluster_numbers(clusters, difference.size)
     means = np.bincount(number, difference) / np.bincount(number)
     return _bet(means, np.ones(means.size), reach, level, seed)
 
@@ -385,7 +385,7 @@ class _Asked:
 
     def share(self) -> float:
         """The smallest share of clusters that must lose something where the margin is lost; the largest lose most."""
-        rows = np.bincount(_native.cluster_numbers(self.clusters, self.difference.size))
+        rows = np.bincount(native.cluster_numbers(self.clusters, self.difference.size))
         return float(self.margin * rows.mean() / (self.reach * rows.max())) if self.reach else 1.0
 
     def p_value(self, level: float, seed: int) -> float:
@@ -568,12 +568,12 @@ def _replicates(
     values: NDArray[np.float64], clusters: ArrayLike | None, n_replicates: int, seed: int
 ) -> NDArray[np.float64]:
     """Means [B] of values [N] over resampled clusters."""
-    number = np.arange(values.size) if clusters is None else _native.cluster_numbers(clusters, values.size)
+    number = np.arange(values.size) if clusters is None else native.cluster_numbers(clusters, values.size)
     sums, rows = np.bincount(number, values), np.bincount(number)
     parts = []
     for first in range(0, n_replicates, _CHUNK):
         count = min(_CHUNK, n_replicates - first)
-        times = _native.resample_counts([rows.size], count, first=first, seed=seed).astype(np.float64)
+        times = native.resample_counts([rows.size], count, first=first, seed=seed).astype(np.float64)
         parts.append((times @ sums) / (times @ rows))
     return np.concatenate(parts)
 

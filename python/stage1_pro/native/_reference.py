@@ -1,6 +1,6 @@
 """NumPy twin of every kernel in ``csrc``: the oracle of the tests, and the fallback where nothing is compiled.
 
-Functions have the names, arguments and results of ``_core``; ``_native`` checks what goes in. Resamples, integer sums
+Functions have the names, arguments and results of ``_core``; ``native`` checks what goes in. Resamples, integer sums
 and what is made of them agree bit for bit; sums of floating-point numbers to 1e-12, since they are added in another
 order.
 """

@@ -1,0 +1,91 @@
+"""``stage1 split``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from stage1_pro.command import Command, Part, Result, Words, keywords
+
+if TYPE_CHECKING:
+    from stage1_pro.data.splits import Splits
+
+
+def _shares(value: Any) -> Any:
+    """Shares of splits from ``train=.6,val_select=.1,...``."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return {key.strip(): float(share) for key, _, share in (part.partition("=") for part in value.split(","))}
+    except ValueError:
+        raise ValueError(f"must be like train=.6,val_select=.1,val_calib=.15,val_test=.15, got '{value}'") from None
+
+
+Fractions = Annotated[dict[str, float], BeforeValidator(_shares)]
+
+
+class Split(Command):
+    """Cut labelled images into train, val_select, val_calib and val_test.
+
+    Rows of one group, and near-duplicates across groups, stay together, so that the splits cannot leak.
+    """
+
+    topic: ClassVar[str] = "photos"
+
+    labels: Path = Field(
+        description="CSV with file,label[,label_name,group,source], or a folder with one sub-folder per class"
+    )
+    images: Path | None = Field(None, description="folder that `file` is relative to; the CSV's own by default")
+    out: Path = Field(description="run folder to write")
+    positive: str | None = Field(
+        None,
+        description="name of the positive class; two classes of which one has a negative name (none, no, 0, …) need "
+        "no flag",
+    )
+    classes: Words | None = Field(
+        None, description="comma-separated class names that are allowed; all found by default"
+    )
+    fractions: Fractions | None = Field(
+        None, description="share of rows per split; train=.6,val_select=.1,val_calib=.15,val_test=.15 by default"
+    )
+    seed: int = Field(0, description="another seed, other splits")
+    folds: int | None = Field(None, description="cut into K folds by group; val_test is one of them")
+    fold: int | None = Field(None, description="which of the K folds (0..K-1) is val_test")
+    max_component: Part = Field(0.05, description="largest share of rows that near-duplicates may join across groups")
+    max_quarantine: Part = Field(0.02, description="largest share of unreadable images")
+    overwrite: bool = Field(False, description="replace the splits of a run that has been trained")
+
+    def run(self) -> Result:
+        """Print rows and groups of every split by class."""
+        from stage1_pro.data.splitting import split
+
+        splits = split(self)
+        width = max(8, *map(len, splits.classes)) + 2
+        lines = [f"{'split':<12}{'groups':>8}" + "".join(f"{name:>{width}}" for name in splits.classes)]
+        for name, counts in splits.counts.items():
+            cells = "".join(f"{counts[label]:>{width}}" for label in splits.classes)
+            lines.append(f"{name:<12}{splits.groups[name]:>8}{cells}")
+        merging = splits.merging
+        lines.append(
+            f"positive class: {splits.positive}; {merging.pairs} near-duplicate pairs across groups, largest joined "
+            f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); "
+            f"{splits.quarantined} images in quarantine"
+        )
+        lines.append(f"next: stage1 train --run {self.out}")
+        record = {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(self.out)}
+        return Result("\n".join(lines), record)
+
+
+@keywords(Split)
+def split(labels: Path | str, out: Path | str, **options: Any) -> Splits:
+    """Cut labelled images into splits that cannot leak; writes ``splits.json`` and ``quarantine.csv`` into ``out``.
+
+    Raises:
+        InputError: wrong labels, too many broken files, a class that cannot be in every split, or a run that has been
+            trained on its splits already and ``overwrite`` is not set.
+    """
+    from stage1_pro.data.splitting import split as work
+
+    return work(Split.of(labels=labels, out=out, **options))

@@ -1,0 +1,335 @@
+"""Every selective metric of rows and of their resamples, and the tables that resamples are drawn from."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_pro.errors import InputError
+from stage1_pro.native import _reference
+from stage1_pro.native.backend import kernels
+from stage1_pro.native.rows import cluster_numbers, order, rows
+
+SUITE = _reference.COLUMNS
+# With fewer errors than that, drawing cells costs less than drawing rows.
+ROWS_PER_ERROR = 256
+
+
+def augrc(confidence: ArrayLike, error: ArrayLike) -> float:
+    """AUGRC of checked rows: confidence [N], error [N] in [0, 1]."""
+    return float(kernels().augrc(*rows(confidence, error)))
+
+
+class AugrcReplicates(NamedTuple):
+    """AUGRC of resamples [B], of the rows themselves, and its moments.
+
+    ``second`` and ``third`` are the sums of squares and cubes of the influences of the resampled units; the root of
+    ``second`` is the standard error.
+    """
+
+    replicates: NDArray[np.float64]
+    value: float
+    second: float
+    third: float
+
+
+def bootstrap_augrc(
+    confidence: ArrayLike,
+    error: ArrayLike,
+    groups: ArrayLike | None = None,
+    *,
+    n_replicates: int,
+    seed: int = 0,
+    threads: int = 0,
+) -> AugrcReplicates:
+    """AUGRC of resampled rows, or of resampled groups with all their rows.
+
+    The same (seed, replicate) gives the same replicates, bit for bit, for any number of threads, any row order and
+    either backend (the moments agree to rounding). Where fewer than one row in 256 is wrong, runs of right and wrong
+    rows are drawn as cells: other numbers than ``Suite`` draws, from the same law, with the work of the errors and not
+    of the rows.
+
+    Args:
+        confidence: [N], higher is surer.
+        error: [N], 0/1 or a loss in [0, 1].
+        groups: [N] names or numbers; None resamples rows.
+        n_replicates: at least 1.
+        seed: 0 to 2**64 - 1.
+        threads: 0 = one per processor this process may use.
+    """
+    _check_resampling(n_replicates, seed, threads)
+    scores, losses = rows(confidence, error)
+    unit = np.zeros(0, dtype=np.uint32) if groups is None else cluster_numbers(groups, scores.size)
+    n_units = int(unit.max()) + 1 if unit.size else scores.size
+    few = groups is None and losses.dtype == np.uint8
+    few = few and losses.size > ROWS_PER_ERROR * max(1, int(losses.sum(dtype=np.int64)))
+    return AugrcReplicates(
+        *kernels().bootstrap_augrc(
+            scores,
+            losses,
+            unit,
+            n_units,
+            count_tables([n_units]),
+            *_cell_laws(n_units if few else 0),
+            n_replicates,
+            seed,
+            _workers(threads, n_replicates),
+        )
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What one model says of N rows; ``None`` where it is not known.
+
+    ``confidence`` [N] and ``error`` [N] as ``rows`` gives them; ``positive`` and ``missed`` bool [N]: of the positive
+    class, and of it but answered otherwise; ``nll`` and ``brier`` float64 [N], the latter at most ``brier_top``;
+    ``threshold``: a row exits iff its confidence is at or above it, both as float64.
+    """
+
+    confidence: NDArray[Any]
+    error: NDArray[Any]
+    positive: NDArray[np.bool_] | None = None
+    missed: NDArray[np.bool_] | None = None
+    nll: NDArray[np.float64] | None = None
+    brier: NDArray[np.float64] | None = None
+    threshold: float | None = None
+    brier_top: float = 1.0
+
+
+class Ranked:
+    """The columns of one model in sorted order, surest first; what the suite's kernel reads.
+
+    ``order`` [N], which row stands where; ``error`` [N]; ``ends`` [M], one past each tie group; ``unit`` uint32 [N],
+    which unit a row is drawn with, or [0]: row i is unit i; ``kind`` uint8 [N] or [0], 1 for a positive row and 3 for a
+    missed one; ``n_exit`` rows exit, None without a threshold; ``nll`` and ``brier`` [N] or [0].
+    """
+
+    def __init__(self, columns: Columns, unit: NDArray[np.uint32] | None) -> None:
+        kind = np.zeros(0, dtype=np.uint8)
+        if columns.positive is not None and columns.missed is not None:
+            kind = (columns.positive + 2 * (columns.missed & columns.positive)).astype(np.uint8)
+        nll, brier = (np.zeros(0) if values is None else values for values in (columns.nll, columns.brier))
+        place, ends = order(columns.confidence, columns.error)
+        # Rows that are tied in all that was sorted by are told apart by the rest, so that row order never matters.
+        minor = [values for values in (kind, nll, brier, unit) if values is not None and values.size]
+        place = _settle(place, columns.confidence, columns.error, minor)
+        self.order = place
+        self.ends = ends
+        self.error: NDArray[Any] = columns.error[place]
+        self.kind: NDArray[np.uint8] = kind[place] if kind.size else kind
+        self.nll: NDArray[np.float64] = nll[place] if nll.size else nll
+        self.brier: NDArray[np.float64] = brier[place] if brier.size else brier
+        self.unit = np.zeros(0, dtype=np.uint32) if unit is None else unit[place]
+        self.n_exit = None
+        if columns.threshold is not None:
+            self.n_exit = int(np.count_nonzero(columns.confidence.astype(np.float64) >= columns.threshold))
+
+
+class Suite:
+    """Every selective metric of one model's rows, or of several models' answers to the same rows, and of resamples.
+
+    All models see the same resamples (paired). Neither row order nor the number of threads changes a resample.
+
+    Args:
+        models: of the same N rows in the same order.
+        groups: [N] clips or tracks to resample whole; None resamples rows.
+        strata: [N]; resample rows within each stratum, which keeps its size. Not together with groups.
+        coverages: targets of Risk@Coverage.
+        risks: targets of Coverage@Risk.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Columns],
+        *,
+        groups: ArrayLike | None = None,
+        strata: ArrayLike | None = None,
+        coverages: Sequence[float] = (),
+        risks: Sequence[float] = (),
+    ) -> None:
+        n = models[0].confidence.size
+        if groups is not None and strata is not None:
+            raise InputError("groups and strata must not be given together; whole groups cannot keep a stratum's size")
+        unit: NDArray[np.uint32] | None = None
+        sizes = [n]
+        if groups is not None:
+            unit = cluster_numbers(groups, n)
+            sizes = [int(unit.max()) + 1]
+        elif strata is not None or len(models) > 1:
+            # Rows are numbered by what they are, not by where they stand.
+            unit = np.empty(n, dtype=np.uint32)
+            keys = [key for model in models for key in _keys(model)]
+            if strata is not None:
+                stratum = cluster_numbers(strata, n)
+                keys.insert(0, stratum)
+                sizes = np.bincount(stratum).tolist()
+            unit[np.lexsort(keys[::-1])] = np.arange(n, dtype=np.uint32)
+        self.n_units = sum(sizes)
+        self.models = [Ranked(model, unit) for model in models]
+        self.sizes = sizes
+        self._targets = [np.asarray(values, dtype=np.float64) for values in (coverages, risks)]
+
+    def values(self) -> list[NDArray[np.float64]]:
+        """The metrics of the rows themselves, [8 + coverages + risks] for each model; columns: ``SUITE``, targets."""
+        return [
+            kernels().measure_suite(one.error, one.ends, one.kind, one.n_exit, one.nll, one.brier, *self._targets)
+            for one in self.models
+        ]
+
+    def resample(self, n_replicates: int, *, seed: int = 0, threads: int = 0) -> list[NDArray[np.float64]]:
+        """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model.
+
+        Args:
+            n_replicates: at least 1.
+            seed: 0 to 2**64 - 1.
+            threads: 0 = one per processor this process may use.
+        """
+        _check_resampling(n_replicates, seed, threads)
+        sizes, tables = np.asarray(self.sizes, dtype=np.uint32), count_tables(self.sizes)
+        return [
+            kernels().bootstrap_suite(
+                one.error,
+                one.ends,
+                one.unit,
+                sizes,
+                tables,
+                one.kind,
+                one.n_exit,
+                one.nll,
+                one.brier,
+                *self._targets,
+                n_replicates,
+                seed,
+                _workers(threads, n_replicates),
+            )
+            for one in self.models
+        ]
+
+
+def augrc_influence(ranked: Ranked) -> NDArray[np.float64]:
+    """Derivative of AUGRC along the weight of each sorted row [N]."""
+    return _reference.augrc_influence(ranked.error, ranked.ends.astype(np.int64))
+
+
+def _keys(model: Columns) -> list[NDArray[Any]]:
+    """All that tells rows apart, the most important first."""
+    extra = (model.positive, model.missed, model.nll, model.brier)
+    return [-model.confidence, model.error, *(values for values in extra if values is not None)]
+
+
+def _settle(
+    place: NDArray[np.uint32], confidence: NDArray[Any], error: NDArray[Any], minor: Sequence[NDArray[Any]]
+) -> NDArray[np.uint32]:
+    """Order the rows of each run of equal confidence and error by the minor keys."""
+    if not minor or place.size < 2:
+        return place
+    same = (confidence[place[1:]] == confidence[place[:-1]]) & (error[place[1:]] == error[place[:-1]])
+    inside = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    if inside.size == 0:
+        return place
+    run = np.cumsum(np.append(True, ~same))[inside]
+    tied = place[inside]
+    settled = place.copy()
+    settled[inside] = tied[np.lexsort([*(key[tied] for key in minor[::-1]), run])]
+    return settled
+
+
+def resample_counts(sizes: Sequence[int], n_replicates: int, *, first: int = 0, seed: int = 0) -> NDArray[np.uint8]:
+    """How often each unit is in each resample [n_replicates, units]; what ``Suite.resample`` draws.
+
+    Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n).
+
+    Args:
+        sizes: units of each stratum, at least 1.
+        n_replicates: at least 1.
+        first: number of the first replicate.
+        seed: 0 to 2**64 - 1.
+    """
+    _check_resampling(n_replicates, seed, 0)
+    counts: NDArray[np.uint8] = kernels().resample_counts(
+        np.asarray(sizes, dtype=np.uint32), count_tables(sizes), first, n_replicates, seed
+    )
+    return counts
+
+
+def count_tables(sizes: Sequence[int]) -> NDArray[np.uint64]:
+    """What a resample of each size is drawn from, [S, 32]; see ``CountTable`` in ``random.hpp``."""
+    return np.array([_count_table(int(n)) for n in sizes], dtype=np.uint64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_table(n: int) -> tuple[int, ...]:
+    """Poisson(1 - 2.5 / sqrt(n)) as 6 cumulated 16-bit codes and 26 cumulated remainders, in units of 2**-64.
+
+    Decimal arithmetic: the same integers on every machine, whatever its exp.
+    """
+    if n < _reference.SMALLEST_POISSON:
+        return (0,) * 32
+    with localcontext() as context:
+        context.prec = 50
+        mean = 1 - Decimal("2.5") / Decimal(n).sqrt()
+        share = (-mean).exp()
+        total = share
+        cuts, rest, codes = [], [], 0
+        for count in range(26):
+            if count < 6:
+                codes += int(share * 2**16)
+                cuts.append(codes)
+            rest.append(int(total * 2**64) - (codes << 48))
+            share *= mean / (count + 1)
+            total += share
+    return (*cuts, *rest)
+
+
+@functools.lru_cache(maxsize=64)
+def _cell_laws(n: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.uint32]]:
+    """Cumulated Poisson laws of the means (1 - 2.5 / sqrt(n)) 2**j for all digits j of n; see ``PoissonTables``.
+
+    Shares follow from their neighbours' by products alone, from the likeliest count outwards, so that every machine
+    gets the same; they are good to 2**-50. For n = 0 there are none.
+    """
+    reach, starts, lowest = [np.zeros(0, dtype=np.uint64)], [0], []
+    for digit in range(n.bit_length()):
+        mean = (1 - 2.5 / math.sqrt(n)) * 2.0**digit
+        spread = 10 * math.sqrt(mean) + 40
+        likeliest, low, high = math.floor(mean), max(0, math.floor(mean - spread)), math.ceil(mean + spread)
+        up = np.cumprod(mean / np.arange(likeliest + 1.0, high + 1.0))
+        down = np.cumprod(np.arange(likeliest, low, -1.0) / mean)
+        shares = np.concatenate([down[::-1], [1.0], up])
+        through = np.cumsum(shares) / shares.sum()
+        # The last share needs no number: what reaches all others is it.
+        reach.append(np.minimum(through[:-1] * 2.0**64, 2.0**64 - 2048).astype(np.uint64))
+        starts.append(starts[-1] + reach[-1].size)
+        lowest.append(low)
+    return np.concatenate(reach), np.asarray(starts, dtype=np.uint32), np.asarray(lowest, dtype=np.uint32)
+
+
+def _check_resampling(n_replicates: int, seed: int, threads: int) -> None:
+    for name, value in (("n_replicates", n_replicates), ("seed", seed), ("threads", threads)):
+        if not isinstance(value, int | np.integer):
+            raise InputError(f"{name} must be an integer, got {value!r}; give a whole number")
+    if n_replicates < 1:
+        raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed must be from 0 to 2**64 - 1, got {seed}; choose a non-negative number")
+    if threads < 0:
+        raise InputError(f"threads must be 0 or more, got {threads}; 0 takes every processor")
+
+
+def _workers(threads: int, n_replicates: int) -> int:
+    return min(threads or _processors(), n_replicates)
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,130 @@
+"""Files on disk: one lock that a killed holder frees, on every system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from stage1_pro.errors import InputError
+from stage1_pro.files import locked
+
+HOLD = "import os, sys, time; from stage1_pro.files import locked\nwith locked(sys.argv[1]) as lock:\n"
+
+
+def holding(path: Path, then: str) -> subprocess.Popen:
+    """A process that holds the lock and has said so; then it does what it is told."""
+    code = f"{HOLD}    print('held', flush=True)\n    {then}"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_killed_holder_frees_the_lock_and_leaves_nothing_that_blocks(tmp_path):
+    path = tmp_path / ".lock"
+    holder = holding(path, "time.sleep(600)")
+    with pytest.raises(InputError, match="the folder is taken"), locked(path, wait=0, busy="the folder is taken"):
+        pass
+    start = time.monotonic()
+    with pytest.raises(InputError), locked(path, wait=0.2):
+        pass
+    assert time.monotonic() - start >= 0.2
+    holder.kill()
+    holder.communicate()
+    with locked(path, wait=0):
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_waiting_process_goes_on_when_the_holder_ends(tmp_path):
+    path = tmp_path / ".lock"
+    holder = holding(path, "time.sleep(.5)")
+    with locked(path):
+        assert holder.wait(5) == 0 or holder.poll() is None
+    holder.communicate()
+
+
+def test_a_forked_child_does_not_keep_a_killed_holders_lock(tmp_path):
+    """Decoders are forked; one that outlives its trainer must not block the next training."""
+    path = tmp_path / ".lock"
+    fork = "child = os.fork()\n    if child == 0: time.sleep(600)\n    print(child, flush=True); time.sleep(600)"
+    holder = holding(path, fork)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    holder.kill()
+    holder.wait()
+    try:
+        with locked(path, wait=5):
+            os.kill(child, 0)  # it lives still
+    finally:
+        os.kill(child, 9)
+        holder.stdout.close()
+
+
+def test_a_started_child_keeps_the_lock_that_it_was_given(tmp_path):
+    path = tmp_path / ".lock"
+    start = (
+        "import subprocess; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
+        " pass_fds=[lock], stdout=subprocess.DEVNULL); print(child.pid, flush=True); time.sleep(600)"
+    )
+    holder = holding(path, start)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    holder.kill()
+    holder.communicate()
+    try:
+        with pytest.raises(InputError), locked(path, wait=0.2):
+            pass
+    finally:
+        os.kill(child, 9)
+    with locked(path, wait=5):
+        pass
+
+
+def test_threads_of_one_process_exclude_each_other(tmp_path):
+    path, inside, most = tmp_path / ".lock", [], []
+
+    def work():
+        for _ in range(20):
+            with locked(path):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 80 and max(most) == 1
+
+
+def test_a_thread_that_would_wait_for_itself_is_told(tmp_path):
+    with locked(tmp_path / ".lock"):
+        with pytest.raises(RuntimeError), locked(tmp_path / ".lock"):
+            pass
+        with pytest.raises(InputError), locked(tmp_path / ".lock", wait=0):
+            pass
+
+
+def test_a_lock_makes_no_folder_and_follows_no_link(tmp_path):
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "none" / ".lock"):
+        pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "kept")
+    with pytest.raises(OSError), locked(tmp_path / ".lock", wait=0):  # noqa: PT011 - ELOOP has no class of its own
+        pass
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+@pytest.mark.parametrize("module", ["deploy.cascade", "data.splitting", "training.run", "cli"])
+def test_the_package_imports_where_there_is_no_fcntl(module):
+    code = f"import sys; sys.modules['fcntl'] = None; import stage1_pro.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
