@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from stage1_pro.config import Config, TrainConfig, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
-from stage1_pro.errors import ArtifactError, InputError, TrainingError
+from stage1_pro.errors import ArtifactError, DependencyError, InputError, TrainingError
 from stage1_pro.metrics import augrc, aurc, bootstrap, coverage_at_risk, risk_at_coverage
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.models.model import Stage1Model
@@ -494,3 +495,41 @@ def test_train_json_is_one_document(run: Path) -> None:
         env=environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout)["epochs"] == 1
+
+
+def test_trackers_get_every_epoch_and_a_missing_one_is_told_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.tracking import GeneralTracker
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from stage1_pro.training import trackers
+
+    seen: list[tuple[int, float]] = []
+
+    class Own(GeneralTracker):
+        name, requires_logging_directory, tracker = "own", False, None
+
+        def __init__(self, folder: Path) -> None:
+            super().__init__()
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: object) -> None:
+            assert step is not None
+            seen.append((step, values["augrc"]))
+
+        def finish(self) -> None:
+            seen.append((-1, 0.0))
+
+    assert TrainConfig.model_validate({"tensorboard": True}).trackers == ("tensorboard",)
+    assert TrainConfig.model_validate({"tensorboard": False}) == TrainConfig()
+    with pytest.raises(InputError, match="tensorbord"):
+        train(run, config("train.trackers=[tensorbord]"))
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(DependencyError, match="wandb"):
+            train(run, config("train.trackers=[wandb]"))
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "splits.json"]
+    trackers.TRACKERS.register("own", Own)
+    train(run, config("train.trackers=[own, tensorboard]"))
+    rows = without_timings(run / "metrics.csv")
+    assert seen == [(int(row["step"]), float(row["augrc"])) for row in rows] + [(-1, 0.0)]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [one.value for one in events.Scalars("augrc")] == pytest.approx([step[1] for step in seen[:-1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar, cast
 
@@ -16,11 +17,11 @@ class Registry(Generic[T]):
 
     Args:
         key: configuration key or argument that names one, for messages.
-        group: entry-point group; entries are loaded when their name is asked for.
-        known: what is built in.
+        group: entry-point group; an entry is loaded when its name is asked for.
+        known: what is built in; a text ``module:name`` is imported when it is asked for.
     """
 
-    def __init__(self, key: str, group: str, known: Mapping[str, T]) -> None:
+    def __init__(self, key: str, group: str, known: Mapping[str, T | str]) -> None:
         self._key, self._group, self._known = key, group, dict(known)
 
     def register(self, name: str, thing: T) -> None:
@@ -42,4 +43,8 @@ class Registry(Generic[T]):
                 self._known[name] = cast("T", one.load())
         if name not in self._known:
             raise InputError(f"{self._key} must be one of {', '.join(self)}, got '{name}'{nearest(name, self)}")
-        return self._known[name]
+        thing = self._known[name]
+        if isinstance(thing, str):
+            module, _, attribute = thing.partition(":")
+            thing = self._known[name] = cast("T", getattr(import_module(module), attribute))
+        return thing

@@ -86,14 +86,12 @@ def _fit(session: Session, state: State) -> TrainResult:
     """Train to the end, and write what calibration reads."""
     began = time.monotonic()
     try:
-        if session.config.train.tensorboard:
-            session.accelerator.init_trackers("tensorboard")
+        session.open_trackers()
         while not state.finished:
             _epoch(session, state)
     finally:
         session.source.close()
-        if session.config.train.tensorboard:
-            session.accelerator.end_training()
+        session.trackers.close()
     if session.main:
         finish.finish(session, state)
     session.accelerator.wait_for_everyone()

@@ -35,6 +35,7 @@ from stage1_pro.training.run import Start, versions
 from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.sources import FeatureSource, ImageSource, Source
 from stage1_pro.training.taps import TapChoice, candidates, choose_tap, table
+from stage1_pro.training.trackers import Trackers, check_trackers
 
 # How much of what a training draws is hashed into start.json.
 START_EPOCHS = 3
@@ -70,15 +71,18 @@ class Session:
         features: of a frozen backbone, by split, in mode linear.
         class_weights: [K].
         objective: the losses with their weights.
+        trackers: none before ``open_trackers``.
         clipped: parameters whose gradients' norm is limited together.
 
     Raises:
         InputError: a configuration that does not fit the model, the splits or the number of processes.
+        DependencyError: a tracker's library is missing.
     """
 
     def __init__(self, run: Path, splits: Splits, config: Config) -> None:
         self.run, self.splits, self.config = run, splits, config
         options = config.train
+        check_trackers(options.trackers)
         seed_everything(config.seed, deterministic=options.deterministic)
         self._open_accelerator()
         self.rows: dict[Trained, list[Row]] = {name: splits.of(name) for name in get_args(Trained)}
@@ -97,7 +101,7 @@ class Session:
         # Without a loss on it the gate stays as it starts.
         self.model.heads.gate.requires_grad_(self.objective.reads_gate)
         self.model.heads.gate.stop_features = config.gate.stop_features
-        if (mask_token := self.model.backbone.hf.embeddings.mask_token) is not None:
+        if (mask_token := self.model.backbone.mask_token) is not None:
             mask_token.requires_grad_(False)
         if options.gradient_checkpointing:
             self.model.backbone.checkpoint_activations()
@@ -105,6 +109,7 @@ class Session:
         self._build_data()
         self._build_optimizer()
         self._say_what_is_trained()
+        self.trackers = Trackers((), self.run)
         # Building an adapter draws from the global stream too: dropout starts from the seed whatever was built.
         torch.manual_seed(config.seed)
 
@@ -122,6 +127,10 @@ class Session:
         """Tell people, once for all processes."""
         if self.main:
             say(message)
+
+    def open_trackers(self) -> None:
+        """Open the configured trackers in the process that writes."""
+        self.trackers = Trackers(self.config.train.trackers if self.main else (), self.run)
 
     def paths(self, split: Trained) -> list[Path]:
         """Image files of a split's rows."""
@@ -205,10 +214,7 @@ class Session:
         # It would hold a process to the precision of its first training.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision="bf16" if uses_bf16(options.precision) else "no",
-            log_with="tensorboard" if options.tensorboard else None,
-            project_dir=str(self.run),
+            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if uses_bf16(options.precision) else "no"
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device

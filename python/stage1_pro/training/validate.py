@@ -67,8 +67,7 @@ def end_epoch(session: Session, state: State, timings: dict[str, float]) -> None
         _draw(session, arrays, intervals, f"epoch {epoch + 1}{' (best so far)' if better else ''}")
         state.write(session.run / "metrics.csv", COLUMNS)
     save_last(session, state)
-    if options.tensorboard:
-        session.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=state.global_step)
+    session.trackers.log(row, state.global_step)
     session.say(
         f"epoch {epoch + 1}/{options.epochs}: loss {row['train_loss']:.4f}, val_select accuracy "
         f"{figures['accuracy']:.4f}, AUROC {figures['auroc']:.4f}, AUGRC {figures['augrc']:.5f} "
