@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from stage1_pro.data.images import SUFFIXES
+from stage1_pro.data.labels import COLUMNS
+from stage1_pro.data.tables import read_table, slashes
 from stage1_pro.errors import InputError
 
 
@@ -31,17 +32,16 @@ def gather(inputs: Sequence[Path | str]) -> list[tuple[str, Path]]:
 
 
 def read_list(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV with a column ``file``, relative to the CSV's folder, as text by column; raises InputError."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if "file" not in (reader.fieldnames or ()):
-                raise InputError(
-                    f"{path} must have a column 'file', got {', '.join(reader.fieldnames or ()) or 'an empty file'}"
-                )
-            rows = [{key: value for key, value in row.items() if isinstance(value, str)} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} must be a readable UTF-8 CSV, got: {error}") from None
+    """Rows of a CSV with a column ``file``, relative to the CSV's folder, as text by column.
+
+    Raises:
+        InputError: the CSV cannot be read, lists no image, or has a row that names none.
+    """
+    rows = []
+    for where, cells in read_table(path, COLUMNS, required=("file",)):
+        if not cells["file"]:
+            raise InputError(f"file must not be empty, got an empty file in {where}")
+        rows.append({**cells, "file": slashes(cells["file"])})
     if not rows:
         raise InputError(f"{path} must list at least one image, got none")
     return rows

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from stage1_pro.data.duplicates import near_duplicates, read_pictures
 from stage1_pro.data.images import Quarantined
 from stage1_pro.data.listing import gather, read_list
-from stage1_pro.data.splits import Row, near_duplicates, read_pictures
+from stage1_pro.data.splits import Row
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.progress import say
