@@ -171,6 +171,8 @@ class _Block(nn.Module):
         super().__init__()
         self.half_type, self.n_heads = half, n_heads
         self.norm1, self.norm2 = parts.norms
+        self.scale1: Tensor | None
+        self.scale2: Tensor | None
         self.scale1, self.scale2 = parts.scales or (None, None)
         linear = parts.projections
         self.scale = (linear["q"].weight.shape[0] // n_heads) ** -0.5

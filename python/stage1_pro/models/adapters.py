@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -157,7 +157,7 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
 def _insert(backbone: Backbone, mode: AdapterMode, options: AdapterConfig, blocks: int, seed: int) -> PeftModel:
     """Put peft's layers into the first ``blocks`` blocks."""
     names = _projections(backbone, options.targets or _ATTENTION, blocks)
-    narrow = min(min(backbone.body.get_submodule(name).weight.shape) for name in names)
+    narrow = min(min(cast("nn.Linear", backbone.body.get_submodule(name)).weight.shape) for name in names)
     if options.rank > narrow:
         raise InputError(f"adapter.rank must be at most the {narrow} features of a projection, got {options.rank}")
     config = LoraConfig(
