@@ -99,7 +99,7 @@ def _views(session: Session, model: Stage1Model) -> list[np.ndarray[Any, Any]]:
     return [
         session.over(
             forward,
-            session.paths("train"),
+            session.photos("train"),
             "train rows for the gate",
             draw=None if epoch is None else (augment, session.config.seed, epoch),
         )["features"]

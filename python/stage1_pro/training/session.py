@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from stage1_pro.config import ADAPTER_MODES, Config
 from stage1_pro.data.loader import epoch_order
+from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.data.splits import Row, Splits
 from stage1_pro.errors import InputError
 from stage1_pro.files import load_npz, save_npz, sha256_bytes
@@ -132,14 +133,14 @@ class Session:
         """Open the configured trackers in the process that writes."""
         self.trackers = Trackers(self.config.train.trackers if self.main else (), self.run)
 
-    def paths(self, split: Trained) -> list[Path]:
-        """Image files of a split's rows."""
-        return [self.splits.path(row) for row in self.rows[split]]
+    def photos(self, split: Trained) -> list[Photo]:
+        """Photos of a split's rows."""
+        return self.splits.photos_of(self.rows[split])
 
     def over(
         self,
         forward: Callable[[Tensor], dict[str, Tensor]],
-        paths: list[Path],
+        photos: Sequence[ImageFile],
         description: str = "",
         draw: tuple[Any, int, int] | None = None,
     ) -> Arrays:
@@ -147,7 +148,7 @@ class Session:
 
         Args:
             forward: pixels [B, 3, H, W] to named outputs, rows first.
-            paths: image files [N].
+            photos: [N].
             description: of the progress bar.
             draw: (augmentation, seed, epoch) of a training epoch; None for images as evaluation sees them.
         """
@@ -157,7 +158,7 @@ class Session:
                 return forward(pixels)
 
         return run_over(
-            cast, paths, self.architecture.preprocessing, device=self.device, workers=self.config.train.workers,
+            cast, photos, self.architecture.preprocessing, device=self.device, workers=self.config.train.workers,
             description=description, draw=draw,
         )  # fmt: skip
 
@@ -178,7 +179,8 @@ class Session:
         """Hashes of what a comparison holds equal; reads the first batches as training will, and draws nothing."""
         rows = self.rows["train"]
         drawn = [rows[i].id for epoch in range(START_EPOCHS) for i in epoch_order(len(rows), self.config.seed, epoch)]
-        ids = {name: row.id for row in rows for name in (row.file, str(self.splits.path(row)))}
+        names = zip(rows, self.photos("train"), strict=True)
+        ids = {name: row.id for row, photo in names for name in (row.file, str(photo))}
         alone = self.config.train.model_copy(update={"workers": 0})
         source = self._open_source(self.config.model_copy(update={"train": alone}), 0, 1)
         batches = (batch for epoch in range(START_BATCHES) for batch in source.batches(epoch, 0))
@@ -255,7 +257,7 @@ class Session:
 
             found = {}
             for name in self.rows:
-                arrays = self.over(forward, self.paths(name), f"{name} rows for the tap")
+                arrays = self.over(forward, self.photos(name), f"{name} rows for the tap")
                 found[name] = {int(tap): x for tap, x in arrays.items()}
             measured = choose_tap(
                 found["train"],
@@ -292,7 +294,7 @@ class Session:
         if config.train.mode == "linear":
             files = [row.file for row in self.rows["train"]]
             return FeatureSource(self.features["train"], files, labels, config, rank, world)
-        return ImageSource(self.paths("train"), labels, self.architecture.preprocessing, config, rank, world)
+        return ImageSource(self.photos("train"), labels, self.architecture.preprocessing, config, rank, world)
 
     def _cached_features(self, split: Trained) -> Arrays:
         """Both stages' features of a split, computed once per backbone, preprocessing and rows."""
@@ -319,7 +321,7 @@ class Session:
             features_a, features_b = self.model.features(pixels)
             return {"features_a": features_a, "features_b": features_b}
 
-        own = self.over(forward, self.paths(split)[self.rank :: self.world], f"features {split}")
+        own = self.over(forward, self.photos(split)[self.rank :: self.world], f"features {split}")
         arrays = self.join(own, total)
         if self.main:
             save_npz(path, {**arrays, "key": np.asarray(key)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import TrainLoader, epoch_order
+from stage1_pro.data.photos import ImageFile
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ImageSource:
     """Augmented training images.
 
     Args:
-        paths: image files [N].
+        photos: [N].
         labels: class index of each [N].
         spec: what the model takes.
         config: augmentation, seed, batch size and workers.
@@ -50,10 +50,16 @@ class ImageSource:
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: NDArray[Any], spec: PreprocessSpec, config: Config, rank: int, world: int
+        self,
+        photos: Sequence[ImageFile],
+        labels: NDArray[Any],
+        spec: PreprocessSpec,
+        config: Config,
+        rank: int,
+        world: int,
     ) -> None:
         self._loader = TrainLoader(
-            paths,
+            photos,
             labels,
             spec,
             config.augment,

@@ -103,7 +103,7 @@ def _predict(session: Session) -> Arrays:
         with torch.inference_mode(), session.accelerator.autocast():
             own = {k: v.float().cpu().numpy() for k, v in forward(*inputs).items()}
     else:
-        own = session.over(forward, session.paths("val_select")[mine])
+        own = session.over(forward, session.photos("val_select")[mine])
     return session.join(own, len(session.rows["val_select"]))
 
 
