@@ -1,4 +1,4 @@
-// Table of contents of the compiled core. Arguments arrive checked: stage1_pro/native is the only caller.
+// Table of contents of the compiled core. Arguments arrive checked: stage1_pro.native is the only caller.
 #include "arrays.hpp"
 
 PYBIND11_MODULE(_core, module) {

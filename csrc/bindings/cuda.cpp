@@ -1,5 +1,5 @@
 // The router of one device: owns its buffers, takes device addresses and a stream. Loading this module asks nothing of
-// the driver. Arguments arrive checked: stage1_pro/native is the only caller.
+// the driver. Arguments arrive checked: stage1_pro.native is the only caller.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

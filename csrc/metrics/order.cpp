@@ -4,9 +4,9 @@
 #include <array>
 #include <bit>
 #include <memory>
-#include <type_traits>
 #include <utility>
 
+#include "bits.hpp"
 #include "stage1/machine.hpp"
 
 namespace stage1 {
@@ -17,15 +17,6 @@ constexpr unsigned digit_bits = 8;
 constexpr std::size_t digit_values = std::size_t{1} << digit_bits;
 constexpr unsigned max_passes = (32 + digit_bits - 1) / digit_bits;
 constexpr std::size_t small = 32;  // below this an insertion sort beats the counters
-
-// Bits that ascend as the confidence descends.
-template <std::floating_point C>
-STAGE1_INLINE std::uint64_t descending_bits(C value) {
-    using Bits = std::conditional_t<sizeof(C) == 4, std::uint32_t, std::uint64_t>;
-    constexpr Bits sign = Bits{1} << (8 * sizeof(C) - 1);
-    const Bits bits = std::bit_cast<Bits>(value + C{0});
-    return (bits & sign) != 0 ? bits : static_cast<Bits>(~(bits | sign));
-}
 
 // Sorts records by their upper 32 bits, of which the lowest `width` differ; least significant digit first, stable.
 // Returns where the result lies: from or to.

@@ -29,7 +29,7 @@ struct Stream {
         : key(mix(mix(seed + golden) + golden * (replicate + 1))), gamma(mix(key ^ golden) | 1U) {}
 };
 
-// Poisson(1 - 2.5 / sqrt(n)) as 16-bit codes and what they leave over; made by stage1_pro/native to 2^-64. A mean
+// Poisson(1 - 2.5 / sqrt(n)) as 16-bit codes and what they leave over; made by stage1_pro.native to 2^-64. A mean
 // closer to one leaves fewer units to draw one by one, but more fills with too many (0.6% here).
 //
 // A code below cuts[k] (and at or above cuts[k - 1]) means k. Codes from cuts.back() on stand for the rest of the law:
