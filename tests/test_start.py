@@ -16,13 +16,13 @@ import onnx
 import pytest
 from test_deploy import make_images, make_model, make_run, rehash, rewrite
 
-from stage1_pro.cli import RUNTIME_NAMES, main
+from stage1_pro.cli import main
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.reference import REFERENCE, TOLERANCES, check_parity, read_reference, write_reference
 from stage1_pro.deploy.runtime import OnnxRuntime
-from stage1_pro.deploy.start import LADDER, RUNTIMES, _ladder, start
+from stage1_pro.deploy.start import LADDER, _ladder, start
 from stage1_pro.deploy.tensorrt import Gpu, _Engine, buckets, cache_folder, read_cache
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError
 from stage1_pro.files import save_npz, sha256_file
@@ -187,7 +187,6 @@ class TestReference:
 
 class TestLadder:
     def test_names(self, bundle: Path) -> None:
-        assert (*RUNTIME_NAMES, "torch") == RUNTIMES
         with pytest.raises(InputError, match="did you mean 'tensorrt_rtx'"):
             start(load_bundle(bundle), "tensorrt_rxt")
 

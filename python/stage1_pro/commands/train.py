@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from stage1_pro.command import Command, Flag, Result
-
-if TYPE_CHECKING:
-    from stage1_pro.config import Config
+from stage1_pro.config import Config, Mode, describe, load_config
 
 Overrides = Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE", repeated=True)]
 
@@ -25,16 +23,12 @@ class Configured(Command):
 
     def given(self, *more: str) -> Config | None:
         """The configuration that file and keys make; None where neither is given."""
-        from stage1_pro.config import load_config
-
         overrides = [*self.overrides, *more]
         return load_config(self.config, overrides) if self.config is not None or overrides else None
 
     @classmethod
     def more_help(cls) -> str:
         """The table of keys and defaults."""
-        from stage1_pro.config import describe
-
         rows = describe()
         width = max(len(name) for name, _, _ in rows)
         table = "\n".join(f"  {name:<{width}}  {default:<12} {text}" for name, default, text in rows)
@@ -47,9 +41,7 @@ class Train(Configured):
     topic: ClassVar[str] = "train"
 
     run: Annotated[Path, Flag(also="--run-folder")] = Field(description="run folder with splits.json")
-    mode: Literal["full", "linear", "lora", "rslora", "dora", "apla", "partial"] | None = Field(
-        None, description="what of the backbone is trained; short for --set train.mode=MODE"
-    )
+    mode: Mode | None = Field(None, description="what of the backbone is trained; short for --set train.mode=MODE")
     overwrite: bool = Field(False, description="forget an earlier training in this folder")
     explora: bool = Field(False, description="start from the backbone in RUN/explora/backbone")
 
