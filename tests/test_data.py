@@ -21,6 +21,7 @@ from PIL import Image, ImageEnhance, ImageFile
 
 import stage1_pro
 from stage1_pro.config import AugmentConfig
+from stage1_pro.data.duplicates import WHOLE, near_duplicates, read_pictures
 from stage1_pro.data.images import (
     ImageError,
     PreprocessSpec,
@@ -30,7 +31,8 @@ from stage1_pro.data.images import (
     read_image,
     read_opened,
 )
-from stage1_pro.data.splits import WHOLE, Splits, assign, make_splits, near_duplicates, read_pictures
+from stage1_pro.data.photos import Folder
+from stage1_pro.data.splits import Splits, assign, make_splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import InputError
 from stage1_pro.words import SPLITS
@@ -258,7 +260,7 @@ def test_reading_in_threads_leaves_the_process_as_it_was() -> None:
 def test_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encode(picture(0)))
     (tmp_path / "b.png").write_bytes(b"text")
-    pictures, found = read_pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    pictures, found = read_pictures(Folder(str(tmp_path)), ["a.png", "b.png", "c.png"])
     assert list(pictures) == ["a.png"]
     assert [(row.file, row.reason.split(":")[0]) for row in found] == [
         ("b.png", "not an image"),
@@ -583,7 +585,7 @@ def test_wrong_tables(pool, tmp_path: Path) -> None:
     fails("path,label\na,1\n", r"must have a column 'file', got path, label")
     fails("", r"must have a column 'file', got an empty file")
     fails("file,label\n", r"must have at least one row under its header, got none")
-    fails("file,label\na.png,1,2\n", r"bad.csv line 2 must have as many cells as the header, got more")
+    fails("file,label\na.png,1,2\n", r"must have 2 cells in every row.*got 3 in line 2")
     fails(b"file,label\na.png,stra\xdfe\n", r"must be UTF-8 text, got other bytes in line 2; save it as CSV UTF-8")
     fails(codecs.BOM_UTF8 + b"file,label\np000.png,1\np001.png,1\n", r"two classes or more, got one class only: '1'")
     with pytest.raises(InputError, match="which does not exist"):

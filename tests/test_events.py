@@ -555,7 +555,7 @@ def test_serving_and_logging_need_the_base_install_alone() -> None:
 
 @pytest.mark.slow
 def test_predict_logs_what_a_real_bundle_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_deploy import make_model, make_policy, make_run, torch_answers
+    from kit.tiny import make_model, make_policy, make_run, torch_answers
 
     from stage1_pro.cli import main
     from stage1_pro.data.images import preprocess, read_image
@@ -798,23 +798,33 @@ def test_csv_of_a_spreadsheet(filled: Store, tmp_path: Path) -> None:
     assert second.time == 7.0
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_of_any_program(delimiter: str, encoding: str, filled: Store, tmp_path: Path) -> None:
+    lines = "label,event_id,time\nroadwork,e00001,5\nnone,e00002\n".replace(",", delimiter)
+    (tmp_path / "l.csv").write_bytes(lines.encode(encoding))
+    assert import_csv(filled, tmp_path / "l.csv", now=7.0, source="owner", annotator="city").added == 2
+    found = [(one.event_id, one.label, one.time) for one in read_labels(filled)]
+    assert found == [("e00001", "roadwork", 5.0), ("e00002", "none", 7.0)]
+
+
 @pytest.mark.parametrize(
     ("content", "needle"),
     [
-        (b"", "must have the column event_id, got an empty file"),
-        (b"event_id\ne00001\n", "must have the column label"),
+        (b"", "must have a column 'event_id', got an empty file"),
+        (b"event_id\ne00001\n", "must have a column 'label'"),
         (b"event_id,label,sourc\n", "got 'sourc'; did you mean 'source'"),
-        (b"event_id,label,label\n", "every column once"),
-        (b"event_id,label\ne00001\n", "line 2 must have 2 cells"),
-        (b"event_id,label\ne00001,none,x\n", "line 2 must have 2 cells"),
+        (b"event_id,label,label\n", "every column once, got 'label'"),
+        (b"event_id,label\ne00001\n", "line 2 must have a value for label"),
+        (b"event_id,label\ne00001,none,x\n", "2 cells in every row.*got 3 in line 2"),
         (b"event_id,label\ne00001,\n", "line 2 must have a value for label"),
         (b"event_id,label,source\ne00001,none,revew\n", "line 2: source must be valid.*did you mean 'review'"),
         (b"event_id,label,time\ne00001,none,yesterday\n", "line 2: time must be seconds since the epoch or ISO 8601"),
         (b"event_id,label,time\ne00001,none,2026-01-01T00:00\n", "with its offset"),
         (b"event_id,label,time\ne00001,none,inf\n", "finite"),
         (b"event_id,label\nnobody,none\n", "one of the store's events, got 'nobody'"),
-        (b"event_id,label\n\xff\xfe,none\n", "readable CSV in UTF-8"),
-        (b'event_id,label\n"e00001,none\n', "readable CSV"),
+        (b"event_id,label\n\xff\xfe,none\n", "must be UTF-8 text"),
+        (b'event_id,label\n"e00001,none\n', "must be a CSV"),
     ],
 )
 def test_a_bad_csv_adds_nothing(content: bytes, needle: str, tmp_path: Path) -> None:
@@ -832,7 +842,7 @@ def test_csv_needs_a_source_from_somewhere(tmp_path: Path) -> None:
     (tmp_path / "bare.csv").write_text("event_id,label\ne00001,none\n")
     with pytest.raises(InputError, match="value for source, got none; give source="):
         import_csv(store, tmp_path / "bare.csv", now=1.0)
-    with pytest.raises(InputError, match="readable CSV"):
+    with pytest.raises(InputError, match="must exist"):
         import_csv(store, tmp_path / "absent.csv", now=1.0)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as judge
 
+import stage1_pro
 from stage1_pro import cli
 from stage1_pro.commands.metrics import measure
 from stage1_pro.errors import InputError
@@ -249,9 +250,9 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
         ("lable,prob\n1,.5\n", "must have a column 'label', got lable, prob; did you mean 'lable'"),
         ("label,probs\n1,.5\n", "must have a column 'prob', got label, probs; did you mean 'probs'"),
         ("error,confidense\n1,.5\n", "must have a column 'confidence', got .* did you mean 'confidense'"),
-        ("label;prob\n1;.5\n", "must have commas between its columns"),
         ("label,prob,prob\n1,.5,.5\n", "must name every column once, got 'prob' more than once"),
-        ("label,prob\n1,.5\n0\n", "must have 2 cells in every row .* got 1 in row 2"),
+        ("label,prob\n1,.5\n0\n", "prob must be a number, got an empty cell in row 2"),
+        ("label,prob\n1,.5,9\n", "must have 2 cells in every row.* got 3 in line 2"),
         ("label,prob\n1,.5\n0,high\n", "prob must be a number, got 'high' in row 2"),
         ("label,prob\n1,.5\n0,\n", "prob must be a number, got an empty cell in row 2"),
         ("label,prob\n1,nan\n", "prob must be a finite number, got 'nan' in row 1"),
@@ -267,7 +268,7 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
         ("error,confidence\n2,.5\n", r"error must be in \[0, 1\], got 2 in row 1"),
         ("error,confidence\n1,inf\n", "confidence must be a finite number, got 'inf' in row 1"),
         ("label,prob,group\n1,.5,\n", "group must be a name in every row, got an empty cell in row 1"),
-        ('label,prob\n1,"0.5\n', "must be a CSV with commas, got: unexpected end of data"),
+        ('label,prob\n1,"0.5\n', "must be a CSV, got in line 2: unexpected end of data"),
     ],
 )
 def test_wrong_csv_files_are_told(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -392,11 +393,11 @@ def test_the_base_install_is_enough(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_s_metrics_run(repository: Path) -> None:
-    text = (repository / "README.md").read_text(encoding="utf-8")
+def test_the_manuals_metrics_agree() -> None:
+    text = (Path(stage1_pro.__file__).parent / "manual" / "metrics.md").read_text(encoding="utf-8")
     snippet = next(part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "bootstrap" in part)
     names: dict[str, object] = {}
-    exec(snippet, names)  # the README's own text
+    exec(snippet, names)  # the page's own text
     found, difference, value = names["found"], names["difference"], names["value"]
     assert found["augrc"].low <= value == found["augrc"].value <= found["augrc"].high  # type: ignore[index]
     assert difference["augrc"].value < 0  # type: ignore[index]

@@ -18,7 +18,7 @@ _EXTRAS = {
 }
 _EPILOG = """\
 the usual way: split, train, calibrate, evaluate, export, predict.
-See: stage1 help start, or stage1 help for all pages; stage1 help exit-codes
+See: stage1 help tutorial, or stage1 help for all pages; stage1 help exit-codes
 """
 
 

@@ -29,8 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build": (".export:Build", "compile engines on this machine from a received bundle's graphs, into a new bundle"),
     "predict": (".predict:Predict", "answer for images with a bundle (needs no torch)"),
     "review": (".review:Review", "answer on a local page what was selected for review while serving"),
-    "bench cascade": (".bench:Cascade", "time both stages, always both, a full pass and the cascade, by deferral rate"),
-    "bench latency": (".bench:Latency", "time single calls, p50 to p99: bytes to decision, cold start, peers"),
+    "bench cascade": (".bench:BenchCascade", "time both stages, a full pass and the cascade, by deferral rate"),
+    "bench latency": (".bench:BenchLatency", "time single calls, p50 to p99: bytes to decision, cold start, peers"),
     "bench compare": (".bench:CompareLatency", "compare two results of bench latency by ratios of quantiles"),
     "continual plan": (".continual:PlanAudits", "say how many audited exits tell which risk from the promised one"),
     "continual init": (".continual:Init", "begin a loop with the bundle of a run as its first champion"),
@@ -59,7 +59,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 # The word before a command's own: its summary, and its page of the manual.
 FAMILIES: dict[str, tuple[str, str]] = {
-    "bench": ("measure what an exit saves on this machine", "bench"),
+    "bench": ("measure what an exit saves on this machine", "latency"),
     "continual": ("keep learning from labels, and promote only what is better", "loop"),
     "streetvision": ("mine on NATIX StreetVision with a bundle: tune, answer, launch", "streetvision"),
 }

@@ -106,7 +106,7 @@ class Migrate(Command):
 class Inspect(Command):
     """Say what a bundle is, what it promises and for which GPUs."""
 
-    topic: ClassVar[str] = "bundles"
+    topic: ClassVar[str] = "engines"
 
     bundle: Bundle = Field(description="bundle folder")
 

@@ -41,7 +41,8 @@ class Evaluate(Command):
             raise InputError(
                 "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
             )
-        from stage1_pro.training.evaluation import evaluate, render
+        from stage1_pro.training.evaluation import evaluate
+        from stage1_pro.training.summary import render
 
         found = evaluate(self.run, n_replicates=self.n_replicates, seed=self.seed, beside=self.beside)
         broken = any(one.outcome == "FAIL" for one in found.exit_promises) or (

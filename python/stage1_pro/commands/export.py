@@ -30,7 +30,7 @@ class Engines(Command):
 class Export(Engines):
     """Write the bundle: ONNX per stage, engines, exactly one policy."""
 
-    topic: ClassVar[str] = "bundles"
+    topic: ClassVar[str] = "engines"
 
     run: Path = Field(description="trained and calibrated run folder")
     out: Path | None = Field(None, description="bundle folder; RUN/bundle by default")
@@ -52,7 +52,7 @@ class Export(Engines):
 class Build(Engines):
     """Compile engines on this machine from a received bundle's graphs, into a new bundle."""
 
-    topic: ClassVar[str] = "bundles"
+    topic: ClassVar[str] = "engines"
 
     bundle: Path = Field(description="bundle folder; it stays as it is")
     out: Path | None = Field(None, description="folder of the new bundle; BUNDLE-built by default")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
+from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import load_npz, write_bytes, write_csv
 from stage1_pro.metrics.figures import (
@@ -422,8 +422,11 @@ def _heap(one: Interval, label: str, **options: Any) -> bytes:
 
 
 def _read_csv(path: Path, positive: str | None) -> Table:
-    columns, n = _columns(path)
-    if n == 0:
+    table = read_table(path, ("label", "prob", "error", "confidence"))
+    columns = {name: table.column(name) for name in table.columns}
+    if not columns:
+        raise InputError(f"{path} must have a header line with {WAYS}, got an empty file")
+    if not len(table):
         raise InputError(
             f"{path} must hold at least one row below its header, got none; a metric of no rows is undefined"
         )
@@ -464,40 +467,8 @@ def _read_csv(path: Path, positive: str | None) -> Table:
     return Table(path, probs, labels, classes, positive, error, confidence, groups, ids)
 
 
-def _columns(path: Path) -> tuple[dict[str, list[str]], int]:
-    """Cells by column, stripped, and the number of rows; blank lines do not count."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            rows: list[list[str]] = []
-            for cells in reader:
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise InputError(
-                        f"{path} must have {len(header)} cells in every row as its header has, got {len(cells)} in "
-                        f"{_row_name(path, len(rows))}; quote cells that hold commas"
-                    )
-                rows.append(cells)
-    except FileNotFoundError:
-        raise InputError(f"{path} must exist, but there is no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text, got byte {error.start} that is not; save it as UTF-8") from None
-    except csv.Error as error:
-        raise InputError(f"{path} must be a CSV with commas, got: {error}") from None
-    if not header:
-        raise InputError(f"{path} must have a header line with {WAYS}, got an empty file")
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"{path} must name every column once, got '{twice}' more than once; rename one of them")
-    return {name: [cells[i].strip() for cells in rows] for i, name in enumerate(header)}, len(rows)
-
-
 def _refuse_columns(path: Path, columns: list[str]) -> NoReturn:
     """Name the missing column of the form the file comes closest to."""
-    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
-        raise InputError(f"{path} must have commas between its columns, got the header '{columns[0]}'; save it so")
     pairs = [("label", "prob"), ("error", "confidence")]
     close = {name: bool(nearest(name, columns)) for pair in pairs for name in pair}
     pair = max(pairs, key=lambda names: sum(2 * (name in columns) + close[name] for name in names))

@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError
 from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select
 from sqlalchemy.exc import DatabaseError
 
-from stage1_pro.continual.ledger.labels import append_only
-from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.ledger.schema import append_only, metadata
+from stage1_pro.continual.ledger.store import Store
 from stage1_pro.errors import ArtifactError
 from stage1_pro.files import sha256_bytes, write_text
 from stage1_pro.record import Record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -28,6 +27,7 @@ from stage1_pro.continual.ledger.labels import (
 )
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import SKETCH_SIZE, Event
+from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest, need
 from stage1_pro.files import atomic_path, write_csv, write_text
 
@@ -65,43 +65,24 @@ def import_csv(
     """
     path = Path(path)
     given: list[Label] = []
-    try:
-        # Excel puts a byte order mark before UTF-8.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            _check_columns(path, reader.fieldnames)
-            for row in reader:
-                where = f"{path.name} line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise InputError(f"{where} must have {len(reader.fieldnames or ())} cells as its first line")
-                cells = {name: text.strip() for name, text in row.items()}
-                given.append(
-                    _label(
-                        where,
-                        event_id=cells["event_id"],
-                        label=cells["label"],
-                        source=_believed(cells.get("source"), source),
-                        annotator=cells.get("annotator") or annotator,
-                        time=_time(where, cells.get("time") or now),
-                    )
-                )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"labels must be a readable CSV in UTF-8, got {path}: {error}") from None
-    return add_labels(store, given)
-
-
-def _check_columns(path: Path, names: Iterable[str] | None) -> None:
-    found = list(names or ())
-    for name in ("event_id", "label"):
-        if name not in found:
-            raise InputError(f"{path.name} must have the column {name}, got {', '.join(found) or 'an empty file'}")
-    for name in found:
+    table = read_table(path, COLUMNS, required=("event_id", "label"))
+    for name in table.columns:
         if name not in COLUMNS:
             raise InputError(
                 f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{name}'{nearest(name, COLUMNS)}"
             )
-    if len(set(found)) != len(found):
-        raise InputError(f"{path.name} must have every column once, got {', '.join(found)}")
+    for where, cells in table:
+        given.append(
+            _label(
+                where,
+                event_id=cells["event_id"],
+                label=cells["label"],
+                source=_believed(cells.get("source"), source),
+                annotator=cells.get("annotator") or annotator,
+                time=_time(where, cells.get("time") or now),
+            )
+        )
+    return add_labels(store, given)
 
 
 def _label(where: str, **values: Any) -> Label:

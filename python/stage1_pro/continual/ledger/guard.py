@@ -38,8 +38,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from stage1_pro.continual.learn.rewards import PAID, Decisions, Verified
-from stage1_pro.continual.ledger.labels import append_only
-from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.ledger.schema import append_only, metadata
+from stage1_pro.continual.ledger.store import Store
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
 

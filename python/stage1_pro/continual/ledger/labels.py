@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import betaincinv
 from sqlalchemy import (
-    DDL,
     Boolean,
     CheckConstraint,
     Column,
@@ -25,12 +24,12 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    event,
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.ledger.schema import append_only, metadata
+from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, Torn, pack_floats, uniform
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.record import Record
@@ -42,46 +41,6 @@ SOURCES: tuple[Source, ...] = tuple(TRUST)
 # The only sources that may guard a promotion.
 GUARD_SOURCES: tuple[Source, ...] = ("owner", "review")
 DOUBLE_SHARE = 0.05
-
-
-def append_only(table: Table, *, ignores: bool = False, once: Collection[str] = ()) -> None:
-    """Have the database refuse to change or remove rows of a table; call it where the table is declared.
-
-    Args:
-        table: of the room's metadata; guarded from its creation on.
-        ignores: rows are added by inserts that do nothing where a row is there. SQLite cannot then refuse a replacing
-            insert, which removes rows without asking the triggers that guard removal; otherwise it does.
-        once: columns that may be null at first and are given a value once.
-    """
-    name, message = table.name, f"{table.name} is append-only: add a row that supersedes instead"
-    if once:
-        message = f"{table.name} is append-only: {' and '.join(sorted(once))} can be given once, nothing else changes"
-
-    def same(equal: str) -> str:
-        kept = [f"NEW.{one.name} {equal} OLD.{one.name}" for one in table.columns if one.name not in once]
-        return " AND ".join([*kept, *(f"(OLD.{one} IS NULL OR NEW.{one} {equal} OLD.{one})" for one in sorted(once))])
-
-    abort = f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
-    changes = f"WHEN NOT ({same('IS')}) " if once else ""
-    statements = [
-        ("sqlite", f"CREATE TRIGGER {name}_no_update BEFORE UPDATE ON {name} {changes}{abort}"),
-        ("sqlite", f"CREATE TRIGGER {name}_no_delete BEFORE DELETE ON {name} {abort}"),
-    ]
-    if not ignores:
-        key = " AND ".join(f"{column.name} = NEW.{column.name}" for column in table.primary_key)
-        taken = " OR ".join([f"({key})", *(f"{one.name} = NEW.{one.name}" for one in table.columns if one.unique)])
-        there = f"EXISTS (SELECT 1 FROM {name} WHERE {taken})"  # noqa: S608 (names of a declaration)
-        statements.append(("sqlite", f"CREATE TRIGGER {name}_no_replace BEFORE INSERT ON {name} WHEN {there} {abort}"))
-    refuse = f"{name}_append_only()"
-    body = f"RETURNS trigger AS $$ BEGIN RAISE EXCEPTION '{message}'; END $$ LANGUAGE plpgsql"
-    statements.append(("postgresql", f"CREATE OR REPLACE FUNCTION {refuse} {body}"))
-    changes = f"WHEN (NOT ({same('IS NOT DISTINCT FROM')})) " if once else ""
-    for moment, unit, when in (("UPDATE", "ROW", changes), ("DELETE", "ROW", ""), ("TRUNCATE", "STATEMENT", "")):
-        rule = f"BEFORE {moment} ON {name} FOR EACH {unit} {when}EXECUTE FUNCTION {refuse}"
-        statements.append(("postgresql", f"CREATE TRIGGER {name}_no_{moment.lower()} {rule}"))
-    for dialect, text in statements:
-        statement: Any = DDL(text)  # type: ignore[no-untyped-call]
-        event.listen(table, "after_create", statement.execute_if(dialect=dialect))
 
 
 events = Table(

@@ -19,7 +19,8 @@ from pydantic import Field, ValidationError
 from sqlalchemy import Column, Connection, Double, String, Table, Text, and_, func, or_, select
 
 from stage1_pro.continual.ledger.labels import TRUST, bundles, events, insert, labels, standing, undo
-from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.ledger.schema import metadata
+from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, ImageStore
 from stage1_pro.data.images import ImageError, read_image
 from stage1_pro.errors import InputError, nearest

@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, MetaData, create_engine, event
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 
+from stage1_pro.continual.ledger import schema
 from stage1_pro.errors import InputError, need
 
-# Every module of the room declares its tables here; a table is made when a store that knows it is opened.
-metadata = MetaData()
 _BUSY_SECONDS = 30.0
 # Any number that nobody else's program locks in the same database.
 _LOCK = 0x5354414745310001
 
 
 class Store:
-    """A database of the loop, shared by threads and processes.
+    """A database of the loop, shared by threads and processes; opening it migrates a store of an older version.
 
     Args:
         url: a folder or file of SQLite (``loop.db`` in a folder), or an SQLAlchemy URL such as
@@ -29,6 +28,7 @@ class Store:
 
     Raises:
         InputError: the URL is not one, or the database cannot be reached.
+        ArtifactError: a store of a newer version, or one that was changed.
         DependencyError: its driver is not installed.
     """
 
@@ -54,17 +54,25 @@ class Store:
         if self.is_sqlite:
             _prepare_sqlite(self.engine)
         try:
-            self._create()
-        except OperationalError as error:
+            self._prepare()
+        except DatabaseError as error:
+            self.close()
             reason = str(error.orig).splitlines()[0]
             raise InputError(f"url must name a database that can be reached, got {self.url!r}: {reason}") from None
+        except BaseException:
+            self.close()
+            raise
 
-    def _create(self) -> None:
-        # In one transaction behind a lock, so that processes that open a new database at once do not get in each
-        # other's way.
+    def _prepare(self) -> None:
+        name = str(self.url.database) if self.is_sqlite else f"{self.url!r}"
+        with self.read() as connection:
+            if schema.is_current(connection, name):
+                return
+        # One transaction behind a lock: processes that open a new or an old store at once wait for the first of them,
+        # and one that is killed leaves the store as it was.
         with self.write() as connection:
             self.serialise(connection)
-            metadata.create_all(connection)
+            schema.bring_up(connection, name)
 
     def serialise(self, connection: Connection) -> None:
         """Make this transaction of ``write`` wait for all others that called this; SQLite's do anyhow."""

@@ -8,7 +8,6 @@ again and what was finished is found. This module runs as a program, too: that i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from stage1_pro.errors import DependencyError, InputError, Stage1Error, need
-from stage1_pro.files import sha256_bytes, sha256_file
+from stage1_pro.files import locked, sha256_bytes, sha256_file
 from stage1_pro.record import FileEntry, Record
 
 RESULT = "result.json"
@@ -113,7 +112,7 @@ def do_work(root: Path | str, function: str, inputs: Mapping[str, Any], executor
     key = work_key(function, inputs)
     folder = Path(root) / key
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock") as lock:
+    with locked(folder / ".lock") as lock:
         found = find_work(root, key)
         if found is not None:
             return found
@@ -280,16 +279,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
-    finally:
-        os.close(lock)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text,
 
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import insert
-from stage1_pro.continual.ledger.store import metadata
+from stage1_pro.continual.ledger.schema import metadata
 from stage1_pro.continual.loop.executors import Executor, ExecutorConfig, Work, do_work, find_work
 from stage1_pro.continual.loop.promotion import Verdict
 from stage1_pro.continual.loop.registry import Alias, AliasName, LostRaceError, Registry

@@ -6,11 +6,7 @@ that whatever order writers come in, the last file is the last state. Who serves
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +14,13 @@ from pydantic import Field
 from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select
 
 from stage1_pro.continual.ledger import audit
-from stage1_pro.continual.ledger.labels import append_only, insert
-from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.ledger.labels import insert
+from stage1_pro.continual.ledger.schema import append_only, metadata
+from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.live import BUNDLES, POINTER, Pointer, load_content
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
 from stage1_pro.errors import InputError, NotReachableError
-from stage1_pro.files import atomic_directory, sha256_file, write_bytes
+from stage1_pro.files import atomic_directory, locked, sha256_file, write_bytes
 from stage1_pro.record import Record
 
 AliasName = Literal["champion", "shadow", "canary"]
@@ -100,7 +97,7 @@ class Registry:
         source = load_bundle(folder)
         name = sha256_file(source.path / MANIFEST)
         target = self.root / BUNDLES / name
-        with self._locked():
+        with locked(self.root / ".lock"):
             if not target.is_dir():
                 with atomic_directory(target) as staging:
                     shutil.copytree(source.path, staging, dirs_exist_ok=True)
@@ -237,7 +234,7 @@ class Registry:
         Raises:
             InputError: there is no champion yet.
         """
-        with self._locked():
+        with locked(self.root / ".lock"):
             with self.store.read() as connection:
                 pointer = self._pointer(connection)
             data = (pointer.model_dump_json(indent=2) + "\n").encode()
@@ -275,15 +272,6 @@ class Registry:
         query = select(_aliases).where(_aliases.c.name == name).order_by(_aliases.c.version.desc()).limit(1)
         row = connection.execute(query).mappings().first()
         return Alias(name=name, version=0, bundle=None) if row is None else Alias(**row)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
 
 
 def _newest(connection: Connection, table: Table) -> int:

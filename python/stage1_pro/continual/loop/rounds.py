@@ -48,14 +48,13 @@ from stage1_pro.continual.watch.srt import (
     to_logit,
 )
 from stage1_pro.continual.watch.status import MonitorConfig, Status, look, write_page
-from stage1_pro.data.splits import Row, Splits, cluster_copies
+from stage1_pro.data.duplicates import cluster_copies
+from stage1_pro.data.photos import Folder
+from stage1_pro.data.splits import Row, Splits
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes
-from stage1_pro.policies.gate import GateParams
-from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.record import Record
 
 Role = Literal["guard", "certify", "learn"]
@@ -286,9 +285,10 @@ class Rounds:
                      exited=one.action == "exit", propensity=one.propensity)
             for one in served if one.id in wrong
         )  # fmt: skip
-        certified = self.registry.load(bundle).policy.exit_threshold
+        policy = self.registry.load(bundle).policy
+        certified = policy.exit_threshold
         # Nothing is stricter than a threshold at which nobody exits.
-        steer = self.config.steer and to_logit(min(certified, 1.0)) < HIGHEST
+        steer = self.config.steer and policy.steerable and to_logit(min(certified, 1.0)) < HIGHEST
         controller = self._steer(certified, feedback) if steer else None
         # What a tightened threshold defers would exit at the certified one: its labels speak of the promise as well, or
         # the threshold would hide that it is broken, at the price of exits.
@@ -454,9 +454,9 @@ class Rounds:
 
     def recalibration(self, work: Round, chosen: Work) -> Job:
         """Certify on the fresh rows what the champion promises, and export."""
-        policy = self.registry.load(work.champion).policy
+        target = self.registry.load(work.champion).policy.target.model_dump(mode="json")
         run = self.root / WORK / chosen.key / FILES / "run"
-        return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "wish": wish_of(policy)})
+        return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "target": target})
 
     def evaluate(self, work: Round) -> Verdict:
         """The gate: the candidate's bundle is measured, both decide on the guard and on the anchor, then every test.
@@ -481,7 +481,7 @@ class Rounds:
         rows = self._anchor_rows()
         origin = self.registry.history("champion")[0].bundle
         splits = Splits.read(Path(self._run(origin or "").run) / "splits.json")
-        files = [str(splits.path(row)) for row in rows]
+        files = [str(photo) for photo in splits.photos_of(rows)]
         labels = np.array([splits.classes.index(row.label) for row in rows], dtype=np.int64)
         anchor = Anchor(
             verified(labels, "owner", classes=splits.classes, positive=splits.positive),
@@ -551,7 +551,7 @@ class Rounds:
             there = self.vault.row_ids(epoch)
         except InputError:
             # Frames of one place are one witness, however many of them were drawn.
-            self.vault.open(epoch, names, cluster_copies(self.root / "images", names), now=now)
+            self.vault.open(epoch, names, cluster_copies(Folder(str(self.root / "images")), names), now=now)
             there = names
         if there != names:
             raise ArtifactError(f"guard epoch '{epoch}' must hold the rows that were collected, got others")
@@ -671,19 +671,3 @@ def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerpri
     """Note which run a bundle came from; proposals for it start there."""
     record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
     record.write(Path(root) / "runs" / f"{bundle}.json")
-
-
-def wish_of(policy: Policy) -> dict[str, Any]:
-    """What ``calibrate`` is to be asked for, so that the result promises what this policy does."""
-    wish: dict[str, Any] = {"policy": policy.policy}
-    if isinstance(policy, ScrcParams):
-        return {**wish, "variant": policy.variant, "alpha": policy.alpha, "min_coverage": policy.xi}
-    wish["guarantee"] = policy.guarantee
-    if isinstance(policy, GateParams):
-        limits = policy.constraints
-        wish |= {"max_exit_error": limits.max_exit_error, "min_coverage": limits.min_coverage}
-    if policy.target_fnr is not None:
-        wish["target_fnr"] = policy.target_fnr
-    if policy.certificate is not None:
-        wish["delta"] = policy.certificate.delta
-    return wish

@@ -49,11 +49,10 @@ def measure(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     is measured once, and whoever asks again is given this result.
     """
     from stage1_pro.continual.serving.live import load_content
-    from stage1_pro.deploy.bench import machine
     from stage1_pro.deploy.cascade import Cascade, open_image
-    from stage1_pro.deploy.latency import Sampling, ratios, sample, timed
+    from stage1_pro.deploy.onnxruntime import OnnxRuntime
     from stage1_pro.deploy.reference import measure_parity, read_reference
-    from stage1_pro.deploy.runtime import OnnxRuntime
+    from stage1_pro.deploy.timing import Sampling, machine, ratios, sample, timed
 
     del folder
     bundles = {name: load_content(inputs["root"], inputs[name]) for name in ("champion", "candidate")}
@@ -127,12 +126,13 @@ def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def recalibrate(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Calibrate a proposal as wished on its fresh ``val_calib``, and export it to ``bundle``."""
+    """Calibrate a proposal for the champion's target on its fresh ``val_calib``, and export it to ``bundle``."""
     from stage1_pro.deploy.exporting import export
+    from stage1_pro.policies.target import parse_target
     from stage1_pro.training.calibration import calibrate
 
     run = Path(shutil.copytree(inputs["run"], folder / "run"))
-    policy = calibrate(run, **inputs["wish"])
+    policy = calibrate(run, target=parse_target(inputs["target"]))
     export(run, folder / "bundle", target="onnx")
     return {"bundle": "bundle", "policy": policy.fingerprint()}
 

@@ -13,8 +13,9 @@ from typing import Self
 from pydantic import Field, model_validator
 from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, func, select
 
-from stage1_pro.continual.ledger.labels import append_only, insert
-from stage1_pro.continual.ledger.store import Store, metadata
+from stage1_pro.continual.ledger.labels import insert
+from stage1_pro.continual.ledger.schema import append_only, metadata
+from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.watch.alerts import Alert, Command, Delivery, Hook, Webhook
 from stage1_pro.errors import InputError
 from stage1_pro.record import Record
