@@ -34,7 +34,7 @@ from stage1_pro.data.splits import Row, Splits
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.files import load_npz, save_npz, sha256_bytes, write_bytes, write_csv
 from stage1_pro.metrics.figures import BAND_METRICS, risk_band, risk_coverage_png
-from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, metric_names
+from stage1_pro.metrics.intervals import Intervals, bootstrap, metric_names
 from stage1_pro.metrics.measured import Metric
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
 from stage1_pro.metrics.selective import augrc
@@ -963,10 +963,10 @@ class _Trainer:
         facts = checkpoint.load(self.run / "model_best.pth").get("gate_fit", {"form": "joint"})
         record = GateChoice.model_validate({
             "fit": self.config.gate.fit, **facts, "split_hash": predictions.split_hash,
-            "model_fingerprint": predictions.model_fingerprint, "gate_augrc": _metric(GATE, found[GATE]),
-            "softmax_augrc": _metric(SOFTMAX, found[SOFTMAX]),
-            "joint_gate_augrc": _metric(JOINT, found[JOINT]) if JOINT in found else None,
-            "difference": _metric(DIFFERENCE, found[DIFFERENCE]), "asked": asked,
+            "model_fingerprint": predictions.model_fingerprint, "gate_augrc": Metric.of(GATE, found[GATE]),
+            "softmax_augrc": Metric.of(SOFTMAX, found[SOFTMAX]),
+            "joint_gate_augrc": Metric.of(JOINT, found[JOINT]) if JOINT in found else None,
+            "difference": Metric.of(DIFFERENCE, found[DIFFERENCE]), "asked": asked,
             "confidence": better if asked == "auto" else asked,
         })  # fmt: skip
         record.write(self.run / "gate.json")
@@ -1031,11 +1031,6 @@ def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
         torch._foreach_lerp_([a for a, _ in apart], [b for _, b in apart], weight)
 
     return update
-
-
-def _metric(name: str, one: Interval) -> Metric:
-    ends = {k: v if math.isfinite(v) else None for k, v in (("std", one.std), ("low", one.low), ("high", one.high))}
-    return Metric(metric=name, value=one.value, method=one.method, note=one.note, **ends)
 
 
 def _out_of_memory(error: Exception) -> bool:
