@@ -51,7 +51,7 @@ def vault(tmp_path):
 
 def acts(answers, deferred=None):
     answers = np.asarray(answers, dtype=np.int64)
-    return r.Decisions(answers, np.zeros(answers.size, dtype=bool) if deferred is None else np.asarray(deferred))
+    return r.Actions(answers, np.zeros(answers.size, dtype=bool) if deferred is None else np.asarray(deferred))
 
 
 def open_epoch(vault, labels, epoch="one", clusters=None, **options):
@@ -132,14 +132,14 @@ def test_racing_processes_get_ten_looks_together(vault, tmp_path):
     script = """
 import sys, numpy as np
 from stage1_pro.continual.ledger.guard import GuardVault, LooksSpentError
-from stage1_pro.continual.learn.rewards import Decisions
+from stage1_pro.continual.learn.rewards import Actions
 from stage1_pro.continual.ledger.store import Store
 vault, none = GuardVault(Store(sys.argv[1])), np.zeros(5, dtype=bool)
 taken = []
 for code in range(int(sys.argv[2]), 32, 4):
     answers = np.array([code >> k & 1 for k in range(5)])
     try:
-        taken.append(vault.judge("one", Decisions(np.zeros(5, dtype=np.int64), none), Decisions(answers, none),
+        taken.append(vault.judge("one", Actions(np.zeros(5, dtype=np.int64), none), Actions(answers, none),
                      lambda look, *_: look.number, terms="", name=str(code), classes=("none", "roadwork"),
                      positive="roadwork", now=1.0))
     except LooksSpentError:

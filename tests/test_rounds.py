@@ -20,7 +20,7 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 from PIL import Image
 from test_deploy import CLASSES, make_images, make_model, make_run
 
-from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, verified
+from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, verified
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import Label, add_events, add_labels
 from stage1_pro.continual.ledger.store import Store
@@ -283,8 +283,8 @@ def test_guard_rows_that_judged_nobody_go_on_to_the_next_round_and_what_certifie
     deal(rounds, 60, first=1100)
     second, more, others = collected(2, 2000.0)
     assert guard < more and others and not certify & others
-    nobody = Decisions(np.full(len(more), NOBODY), np.zeros(len(more), dtype=bool))
-    decided = Decisions(np.zeros(len(more), dtype=np.int64), np.zeros(len(more), dtype=bool))
+    nobody = Actions(np.full(len(more), NOBODY), np.zeros(len(more), dtype=bool))
+    decided = Actions(np.zeros(len(more), dtype=np.int64), np.zeros(len(more), dtype=bool))
     classes = {"classes": ("none", "roadwork"), "positive": "roadwork"}
     rounds.vault.judge(second, nobody, decided, lambda *_: None, terms="", name="c", now=1.0, **classes)
     assert rounds.vault.looked(second) and not rounds.vault.looked(first)
@@ -526,8 +526,8 @@ def test_a_candidate_that_forgets_one_source_is_refused_though_the_whole_anchor_
         "car": (~phone).tolist(), "phone": phone.tolist()
     }  # fmt: skip
     before = own(work.champion, [str(Splits.read(tmp_path / "first/splits.json").path(row)) for row in rows])
-    right = Decisions(anchor.truth.labels, before.deferred)
-    forgets = Decisions(np.where(phone, 1 - anchor.truth.labels, anchor.truth.labels), before.deferred)
+    right = Actions(anchor.truth.labels, before.deferred)
+    forgets = Actions(np.where(phone, 1 - anchor.truth.labels, anchor.truth.labels), before.deferred)
     terms = Terms(**{**FREE, "slice_margin": 0.1})
     tests = {one.name: one for one in judge_anchor(anchor, right, forgets, RewardSpec(), terms)}
     assert [name for name, one in tests.items() if not one.passed] == ["anchor reward, slice phone"]
@@ -550,11 +550,11 @@ def test_a_gain_on_sixty_copies_of_one_photo_is_one_lucky_photo(copies: bool, tm
     order = np.argsort([name for name, *_ in rows])
     rows, gained = [rows[i] for i in order], gained[order]
     rounds._open("epoch", [name for name, *_ in rows], rows, 0.0)
-    flat, easy = np.zeros(120, dtype=bool), Decisions(np.tile([0, 1], 300), np.zeros(600, dtype=bool))
+    flat, easy = np.zeros(120, dtype=bool), Actions(np.tile([0, 1], 300), np.zeros(600, dtype=bool))
     truth = verified(easy.answers, "owner", classes=CLASSES, positive="roadwork")
     verdict = evaluate(
-        rounds.vault, "epoch", Side("old", Decisions(gained.astype(np.int64), flat), easy),
-        Side("new", Decisions(np.zeros(120, dtype=np.int64), flat), easy),
+        rounds.vault, "epoch", Side("old", Actions(gained.astype(np.int64), flat), easy),
+        Side("new", Actions(np.zeros(120, dtype=np.int64), flat), easy),
         Anchor(truth, np.arange(600).astype(np.str_)), spec=RewardSpec(), now=1.0,
         terms=Terms(require_certificate=False, n_replicates=1000),
     )  # fmt: skip

@@ -37,7 +37,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.exc import IntegrityError
 
-from stage1_pro.continual.learn.rewards import PAID, Decisions, Verified
+from stage1_pro.continual.learn.rewards import PAID, Actions, Verified
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.errors import InputError, NotReachableError
@@ -181,7 +181,7 @@ class GuardVault:
             found = connection.execute(select(_rows.c.row_id).where(_rows.c.epoch == epoch).order_by(_rows.c.place))
             return [row.row_id for row in found]
 
-    def unlabelled(self, epoch: str, champion: Decisions, candidate: Decisions) -> list[str]:
+    def unlabelled(self, epoch: str, champion: Actions, candidate: Actions) -> list[str]:
         """Ids of rows that must be labelled before these two can be compared: they differ there. No look is taken."""
         with self._store.read() as connection:
             self._epoch(connection, epoch)
@@ -205,8 +205,8 @@ class GuardVault:
     def judge(
         self,
         epoch: str,
-        champion: Decisions,
-        candidate: Decisions,
+        champion: Actions,
+        candidate: Actions,
         question: Callable[[Look, Verified, NDArray[np.bool_], NDArray[np.str_]], T],
         *,
         terms: str,
@@ -312,13 +312,13 @@ class GuardVault:
         return int(counted.scalar_one())
 
     @staticmethod
-    def _differ(n: int, champion: Decisions, candidate: Decisions) -> NDArray[np.bool_]:
+    def _differ(n: int, champion: Actions, candidate: Actions) -> NDArray[np.bool_]:
         for name, one in (("champion", champion), ("candidate", candidate)):
             if one.answers.size != n:
                 raise InputError(f"{name} must have decisions on the {n} guard rows, got {one.answers.size}; run all")
         return champion.differ(candidate)
 
 
-def _asked(champion: Decisions, candidate: Decisions, words: Sequence[str]) -> str:
+def _asked(champion: Actions, candidate: Actions, words: Sequence[str]) -> str:
     parts = [part for one in (champion, candidate) for part in (one.answers.astype("<i8"), one.deferred.astype("u1"))]
     return sha256_bytes(b"".join([*(part.tobytes() for part in parts), "\n".join(words).encode()]))

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stage1_pro import native
-from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, Verified, earned
+from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, Verified, earned
 from stage1_pro.continual.ledger.guard import GuardVault, Look
 from stage1_pro.errors import InputError
 from stage1_pro.policies.bounds import betting_p_value, binomial_cdf, holm
@@ -119,8 +119,8 @@ class Side:
     """
 
     name: str
-    guard: Decisions
-    anchor: Decisions
+    guard: Actions
+    anchor: Actions
     policy: Policy | None = None
     fingerprint: str | None = None
 
@@ -136,7 +136,7 @@ class Anchor:
     truth: Verified
     clusters: NDArray[np.str_]
     slices: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    origin: Decisions | None = None
+    origin: Actions | None = None
 
 
 def evaluate(
@@ -278,15 +278,15 @@ def _test_guard(
     differ: NDArray[np.bool_],
     clusters: NDArray[np.str_],
     *,
-    champion: Decisions,
-    candidate: Decisions,
+    champion: Actions,
+    candidate: Actions,
     spec: RewardSpec,
     terms: Terms,
 ) -> tuple[Look, GateTest]:
     """Does the candidate earn more? ``truth`` is of the rows that differ; the others earn the same."""
 
-    def of(side: Decisions) -> NDArray[np.float64]:
-        return earned(spec, truth, Decisions(side.answers[differ], side.deferred[differ]))
+    def of(side: Actions) -> NDArray[np.float64]:
+        return earned(spec, truth, Actions(side.answers[differ], side.deferred[differ]))
 
     difference = np.zeros(differ.size)
     difference[differ] = of(candidate) - of(champion)
@@ -405,7 +405,7 @@ def _enough(share: float, level: float) -> int:
 
 
 def judge_anchor(
-    anchor: Anchor, reference: Decisions, candidate: Decisions, spec: RewardSpec, terms: Terms
+    anchor: Anchor, reference: Actions, candidate: Actions, spec: RewardSpec, terms: Terms
 ) -> list[GateTest]:
     """Non-inferiority on the anchor: mean reward overall and by slice, and the share of every class that is missed.
 
@@ -426,7 +426,7 @@ def judge_anchor(
     difference = earned(spec, truth, candidate) - earned(spec, truth, reference)
     differ = reference.differ(candidate)
 
-    def missed(side: Decisions) -> NDArray[np.float64]:
+    def missed(side: Actions) -> NDArray[np.float64]:
         wrong: NDArray[np.bool_] = (side.answers != truth.labels) & (side.answers != NOBODY)
         return wrong.astype(np.float64)
 
