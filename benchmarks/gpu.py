@@ -204,6 +204,8 @@ def part_tests(_machine: Machine) -> dict[str, Any]:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-o",
+        "addopts=",  # the machine has no xdist
         "-m",
         "gpu",
         str(ROOT / "tests/test_cuda.py"),

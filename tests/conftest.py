@@ -1,11 +1,15 @@
-"""Shared data and quiet threads for every test."""
+"""Shared data, workers and quiet threads for every test."""
 
 from __future__ import annotations
+
+import os
+
+# Workers share the cores: one thread each, said before anything loads torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import http.server
 import itertools
-import os
 import pwd
 import shutil
 import subprocess
@@ -15,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -32,6 +36,37 @@ with contextlib.suppress(ImportError):
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Give a worker to every core; none where less than a file is asked for, which then runs in this process."""
+    if config.option.keyword or (config.args and all("::" in one for one in config.args)):
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Count what the default selection leaves out; a worker tells it to the process that reports."""
+    if config.option.markexpr == "not slow":
+        config.stash[LEFT_OUT] = sum(item.get_closest_marker("slow") is not None for item in items)
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["left_out"] = config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker counted."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what the default selection left out."""
+    left_out = config.stash.get(LEFT_OUT, 0)
+    if left_out:
+        terminalreporter.write_line(f"{left_out} slow tests were left out; run them with: pytest -m slow")
 
 
 def find_shared(name: str) -> Path:
@@ -145,16 +180,9 @@ def store(store_url: str) -> Iterator[Store]:
 
 @pytest.fixture(autouse=True)
 def _same_torch_threads() -> None:
-    """Give every test two torch threads, whatever the one before it set; never import torch for that."""
+    """Give every test the same torch threads, whatever the one before it set; never import torch for that."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(2)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what the default selection left out."""
-    left_out = len(terminalreporter.stats.get("deselected", []))
-    if left_out and config.option.markexpr == "not slow":
-        terminalreporter.write_line(f"{left_out} slow tests were left out; run them with: pytest -m slow")
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture

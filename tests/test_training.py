@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import shutil
 import signal
@@ -351,10 +350,6 @@ def command(run: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "stage1_pro.cli", "train", "--run", str(run), *options]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "2"}
-
-
 def without_timings(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
@@ -364,9 +359,7 @@ def _kill_when(run: Path, options: list[str], seen: str | None, delay: float) ->
     """Start a training, kill -9 it when its log says ``seen`` (and after ``delay``); the log's last words."""
     log = run / "train.log"
     start = log.stat().st_size if log.exists() else 0
-    process = subprocess.Popen(
-        command(run, *options), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command(run, *options), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None:
         text = log.read_bytes()[start:].decode() if log.exists() else ""
@@ -388,7 +381,7 @@ def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path, mode: str) ->
     settings = (*SMALL, "train.epochs=12", "model.tap=2", f"train.mode={mode}", "adapter.dropout=0.1")
     options = [part for item in settings for part in ("--set", item)]
     whole = shutil.copytree(split_run, tmp_path / "whole")
-    subprocess.run(command(whole, *options), env=environment(), check=True, capture_output=True)
+    subprocess.run(command(whole, *options), check=True, capture_output=True)
 
     killed = shutil.copytree(split_run, tmp_path / "killed")
     rng = random.Random(4)
@@ -412,7 +405,7 @@ def test_ten_kills_change_no_byte(split_run: Path, tmp_path: Path, mode: str) ->
     for seen, longest in (("gate refit begin", 0.3), ("gate refitted", 0.02)):
         words.append(_kill_when(killed, ["--resume"], seen, rng.uniform(0, longest)) or "ended")
     assert any("gate" in word for word in words), words
-    result = subprocess.run(command(killed, "--resume"), env=environment(), capture_output=True, text=True, check=False)
+    result = subprocess.run(command(killed, "--resume"), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
     inside = [w for w in words if w.endswith(("validate begin", "writing"))]
@@ -434,7 +427,7 @@ def test_two_processes_reach_the_figures_of_one(split_run: Path, tmp_path: Path,
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         done = subprocess.run(
             [*launcher, "-m", "stage1_pro.cli", "--", "train", "--run", str(run), "--json", *options],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+            capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         runs[processes] = without_timings(run / "metrics.csv")
@@ -453,6 +446,6 @@ def test_two_processes_reach_the_figures_of_one(split_run: Path, tmp_path: Path,
 def test_train_json_is_one_document(run: Path) -> None:
     done = subprocess.run(
         command(run, "--json", "--set", "train.epochs=1", "--set", "train.workers=0"),
-        env=environment(), capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout)["epochs"] == 1

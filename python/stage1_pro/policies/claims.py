@@ -11,7 +11,6 @@ from pydantic import Field
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.record import Record
-from stage1_pro.words import PolicyName
 
 CLAIMS_FILE = "claims.json"
 
@@ -20,7 +19,7 @@ class Claim(Record):
     """One use of a certify half: which promise was sought on it."""
 
     key: str = Field(description="hash of model, preprocessing, policy and wish: the same key is the same claim")
-    policy: PolicyName
+    policy: str
     wish: str
     model_fingerprint: str
     outcome: Literal["open", "certified", "infeasible"] = "open"
@@ -60,7 +59,7 @@ def stake_claim(
     run: Path,
     half: str,
     *,
-    policy: PolicyName,
+    policy: str,
     wish: str,
     model_fingerprint: str,
     preprocessing_fingerprint: str,

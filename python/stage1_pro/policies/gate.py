@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,7 @@ from scipy.special import expit, log_expit
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
 from stage1_pro.native import sweep
+from stage1_pro.policies.base import BasePolicy
 from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate, certify_halves, check_halves, groups_in_error, infeasible, record
@@ -33,6 +34,7 @@ from stage1_pro.policies.softmax import (
     meets,
     sweep_table,
 )
+from stage1_pro.policies.target import Gate
 from stage1_pro.record import Record
 
 
@@ -44,7 +46,7 @@ class GateConstraints(Record):
     target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
 
 
-class GateParams(Record):
+class GateParams(BasePolicy):
     """``gateparams.json``: the gate exit policy.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
@@ -96,6 +98,20 @@ class GateParams(Record):
     def target_fnr(self) -> float | None:
         """The wished FNR on exits; None when it was not asked for."""
         return self.constraints.target_fnr_exit
+
+    @property
+    def target(self) -> Gate:
+        """What it was asked for; delta is that of its own claim."""
+        claim = {} if self.certificate is None else {"delta": self.certificate.delta}
+        limits = self.constraints
+        return Gate(
+            max_exit_error=limits.max_exit_error, min_coverage=limits.min_coverage, target_fnr=limits.target_fnr_exit,
+            guarantee=self.guarantee, **claim,
+        )  # fmt: skip
+
+    def _stricter(self, threshold: float, statement: str) -> Self:
+        changed = {"threshold": threshold, "guarantee": "none", "certificate": None, "statement": statement}
+        return self.model_copy(update=changed)
 
 
 GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,15 +19,14 @@ from scipy.special import logit
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.files import sha256_bytes
 from stage1_pro.policies import gate
+from stage1_pro.policies.base import BasePolicy
 from stage1_pro.policies.bounds import check_share
 from stage1_pro.policies.certificate import PromiseCheck
 from stage1_pro.policies.certify import check_halves
 from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Loss, Rate, Score, Variant, Verification, nonconformity
 from stage1_pro.policies.softmax import check_rows, confidence, count_exits_by, meets
+from stage1_pro.policies.target import Scrc
 from stage1_pro.record import Record
-
-if TYPE_CHECKING:
-    from stage1_pro.policies.policy import Policy
 
 
 class ScrcCell(Record):
@@ -48,7 +47,7 @@ class ScrcCell(Record):
 NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
 
 
-class ScrcParams(Record):
+class ScrcParams(BasePolicy):
     """``scrcparams.json``: selective conformal risk control after the cascade.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``exit_threshold``; else
@@ -59,6 +58,9 @@ class ScrcParams(Record):
     Both Platt scalings and the exit rule come from the fit half, ``lambda_1``, ``lambda_2`` and all counts and bounds
     from the certify half. ``calibrator_fingerprint`` is recomputed on reading: other numbers void the certificate.
     """
+
+    # What was certified is the whole cascade behind this very exit rule; of exits alone nothing was.
+    steerable: ClassVar[bool] = False
 
     format_version: Literal[1] = 1
     policy: Literal["scrc"] = "scrc"
@@ -115,6 +117,22 @@ class ScrcParams(Record):
     def target_fnr(self) -> float | None:
         """The wished FNR on exits: none, the promise is on sets."""
         return None
+
+    @property
+    def target(self) -> Scrc:
+        """What it was asked for; delta is that of its own claim."""
+        return Scrc(
+            alpha=self.alpha, min_coverage=self.xi, variant=self.variant, loss=self.loss, score=self.score,
+            cells=self.cells, allow_empty=self.allow_empty, raps=self.raps, max_exit_error=self.max_exit_error,
+            guarantee="none" if self.variant == "naive" else "ltt", delta=math.fsum(self.delta),
+        )  # fmt: skip
+
+    def _stricter(self, threshold: float, statement: str) -> Self:
+        """Stage B's answers to what no longer exits were never part of what was certified; see ``at``."""
+        given_up = {"exit_threshold": min(threshold, NOBODY_EXITS), "guarantee": "none", "statement": statement}
+        values = dict(self) | given_up | {"assumptions": []}
+        del values["calibrator_fingerprint"]
+        return self.seal(**values)
 
     @classmethod
     def seal(cls, **values: Any) -> Self:
@@ -354,7 +372,7 @@ def confidence_logit(probs: ArrayLike) -> NDArray[np.float64]:
 
 
 def answer_sets(
-    policy: Policy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
+    policy: BasePolicy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Give the classes in each image's set, bool [N, K], and which images are answered, bool [N].
 
@@ -409,7 +427,7 @@ def p_correct(
     return found
 
 
-def near(policy: Policy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.bool_]:
+def near(policy: BasePolicy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.bool_]:
     """Say which rows [N] lie so near a selection threshold or a limit that rounding could decide; see ``close``.
 
     Never under policies that have neither. Arguments as above.

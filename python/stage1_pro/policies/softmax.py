@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,13 +17,14 @@ from pydantic import Field
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.policies.base import BasePolicy
 from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate, certify_halves, gaps, groups_in_error, infeasible, record
-from stage1_pro.record import Record
+from stage1_pro.policies.target import Softmax
 
 
-class Thresholds(Record):
+class Thresholds(BasePolicy):
     """``thresholds.json``: the softmax exit policy.
 
     An image exits at Stage A iff its confidence (largest softmax probability) is at or above
@@ -58,6 +59,16 @@ class Thresholds(Record):
     split_hashes: dict[str, str]
     model_fingerprint: str | None = None
     preprocessing_fingerprint: str | None = None
+
+    @property
+    def target(self) -> Softmax:
+        """What it was asked for; delta is that of its own claim."""
+        claim = {} if self.certificate is None else {"delta": self.certificate.delta}
+        return Softmax(target_fnr=self.target_fnr, guarantee=self.guarantee, **claim)
+
+    def _stricter(self, threshold: float, statement: str) -> Self:
+        changed = {"exit_threshold": threshold, "guarantee": "none", "certificate": None, "statement": statement}
+        return self.model_copy(update=changed)
 
 
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)

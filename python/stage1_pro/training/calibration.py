@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from stage1_pro.classes import choose_positive
 from stage1_pro.config import CalibrateConfig
@@ -27,8 +26,9 @@ from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
+from stage1_pro.policies.target import TARGETS, Gate, Scrc, Softmax, Target, parse_target
 from stage1_pro.progress import say
-from stage1_pro.words import HALVES, POLICY_FILES, PolicyName
+from stage1_pro.words import HALVES, POLICY_FILES
 
 
 def calibrate(
@@ -48,6 +48,7 @@ def calibrate(
     allow_empty: bool | None = None,
     delta: float | None = None,
     claims: int | None = None,
+    target: Target | None = None,
     out: Path | str | None = None,
     positive: str | None = None,
     classes: list[str] | None = None,
@@ -83,6 +84,7 @@ def calibrate(
         allow_empty: scrc: let sets be empty.
         delta: largest chance that the certificate is false, all claims on the certify half together.
         claims: how many claims delta is divided for; fixed by the first one.
+        target: all of these in one, instead of them and of the configuration.
         out: with ``logits``: a ``.json`` file to write, or a folder for the policy file.
         positive: with ``logits``: name of the positive class.
         classes: with ``logits``: K names; the file's own, else ``0, 1, …`` by default.
@@ -99,14 +101,17 @@ def calibrate(
         "min_coverage": min_coverage, "alpha": alpha, "variant": variant, "loss": loss, "score": score, "cells": cells,
         "allow_empty": allow_empty, "delta": delta, "claims": claims,
     }  # fmt: skip
+    if target is not None and any(value is not None for value in given.values()):
+        named = ", ".join(name for name, value in given.items() if value is not None)
+        raise InputError(f"target must be given alone, got it with {named}; it says all of that")
     if run is not None:
         if out is not None or positive is not None or classes is not None:
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
-        return _calibrate_run(Path(run), given)
+        return _calibrate_run(Path(run), given, target)
     assert logits is not None
     if policy == "auto":
         raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
-    wish = _wish(CalibrateConfig(), given)
+    wish = target or _target(CalibrateConfig(), given)
     return _calibrate_logits(Path(logits), wish, None if out is None else Path(out), positive, classes)
 
 
@@ -195,71 +200,46 @@ def _one_of(name: str, value: str, options: list[str]) -> None:
         raise InputError(f"{name} must be {' or '.join(options)}, got '{value}'{nearest(value, options)}")
 
 
-def _wish(base: CalibrateConfig, given: dict[str, Any]) -> CalibrateConfig:
+def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
-    _one_of("policy", given["policy"] or base.policy, ["softmax", "gate", "scrc", "auto"])
+    _one_of("policy", given["policy"] or base.policy, [*TARGETS, "auto"])
     _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
-    named = {name: value for name, value in given.items() if value is not None}
-    policy = named.get("policy", base.policy)
-    if policy == "scrc":
-        named |= _variant(named, base)
-    elif policy == "gate" and "alpha" in named:
-        if "max_exit_error" in named:
-            raise InputError("alpha and max_exit_error must not both be given with policy gate, which calls them one")
-        named["max_exit_error"] = named.pop("alpha")
-    for name, owners in _OWNERS.items():
-        if policy not in owners and name in named:
+    policy, guarantee = given["policy"] or base.policy, given["guarantee"] or base.guarantee
+    kind = TARGETS[policy]
+    named: dict[str, Any] = {"policy": policy}
+    for name, value in given.items():
+        if value is None or name == "policy":
+            continue
+        field = kind.aliases.get(name, name)
+        if field not in kind.model_fields:
+            owners = [one for one in reversed(TARGETS) if name in TARGETS[one].model_fields]
+            others = [one for one in TARGETS if name in TARGETS[one].aliases]
             raise InputError(
-                f"{name} must go with policy {' or '.join(owners)}, got it with {policy}; drop it or add "
+                f"{name} must go with policy {' or '.join(others + owners)}, got it with {policy}; drop it or add "
                 f"--policy {owners[-1]}"
             )
-    guarantee = named.get("guarantee", base.guarantee)
+        if field in named or (field != name and given.get(field) is not None):
+            raise InputError(f"{name} and {field} must not both be given with policy {policy}, which calls them one")
+        named[field] = value
+    names = {field: kind.configured.get(field, field) for field in kind.model_fields if field != "policy"}
+    values = {field: getattr(base, name) for field, name in names.items() if hasattr(base, name)}
+    found = parse_target(kind.settle(named, values))
     for name in ("delta", "claims"):
-        if guarantee != "ltt" and name in named:
+        if found.guarantee != "ltt" and name in named:
             raise InputError(f"{name} must go with guarantee ltt, got it with {guarantee}; nothing is promised there")
-    if policy == "gate" and "target_fnr" in named:
-        named["target_fnr_exit"] = named.pop("target_fnr")
-    try:
-        return CalibrateConfig.model_validate({**base.model_dump(), **named})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{first['loc'][0]} must be valid, got {first['input']!r}; {first['msg']}") from None
+    return found
 
 
-# Whose wishes they are, the one that is meant most often last.
-_OWNERS = {
-    "target_fnr": ["gate", "softmax"],
-    "max_exit_error": ["scrc", "gate"],
-    "min_coverage": ["scrc", "gate"],
-    "alpha": ["gate", "scrc"],
-    **{name: ["scrc"] for name in ("variant", "loss", "score", "cells", "allow_empty")},
-}
-
-
-def _variant(named: dict[str, Any], base: CalibrateConfig) -> dict[str, str]:
-    """Variant and guarantee that say the same: naive is what promises nothing."""
-    variant, guarantee = named.get("variant"), named.get("guarantee")
-    if variant is None:
-        variant = base.variant or "pac"
-        if (guarantee or base.guarantee) == "none":
-            variant = "naive"
-        elif guarantee == "ltt" and variant == "naive":
-            variant = "pac"
-    wanted = "none" if variant == "naive" else "ltt"
-    if guarantee not in (None, wanted):
-        raise InputError(
-            f"guarantee must be {wanted} with variant {variant}, got {guarantee}; naive alone promises nothing"
-        )
-    return {"variant": variant, "guarantee": wanted}
-
-
-def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
+def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Policy:
     predictions = read_calibration(run)
     splits = Splits.read(run / "splits.json")
-    base = _run_wish(run)
-    if (given["policy"] or base.policy) == "auto":
-        given = {**given, "policy": _better(run, predictions)}
-    wish = _wish(base, given)
+    if wish is None:
+        base = _run_wish(run)
+        if (given["policy"] or base.policy) == "auto":
+            given = {**given, "policy": _better(run, predictions)}
+        wish = _target(base, given)
+    else:
+        given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
     half = splits.hashes.get("val_calib.certify", "")
     if wish.guarantee == "ltt":
@@ -274,12 +254,12 @@ def _calibrate_run(run: Path, given: dict[str, Any]) -> Policy:
 
 
 def _choose(
-    run: Path, wish: CalibrateConfig, given: dict[str, Any], predictions: Predictions, splits: Splits, half: str
+    run: Path, wish: Target, given: dict[str, Any], predictions: Predictions, splits: Splits, half: str
 ) -> Policy:
     stake = None
     if wish.guarantee == "ltt":
         stake = stake_claim(
-            run, half, policy=_kind(wish), wish=_in_words(wish), model_fingerprint=predictions.model_fingerprint,
+            run, half, policy=wish.policy, wish=wish.key(), model_fingerprint=predictions.model_fingerprint,
             preprocessing_fingerprint=predictions.preprocessing_fingerprint, delta=given["delta"],
             claims=given["claims"], defaults=(wish.delta, wish.claims),
         )  # fmt: skip
@@ -341,37 +321,18 @@ def _with_history(policy: Policy, stake: Stake) -> Policy:
     return policy.model_copy(update={"certificate": holder.model_copy(update={"assumptions": assumptions})})
 
 
-def _check_fit_half(wish: CalibrateConfig, predictions: Predictions) -> None:
+def _check_fit_half(wish: Target, predictions: Predictions) -> None:
     """What the fit half alone decides is refused before a claim is spent on it."""
     fit = predictions.halves == "fit"
-    if _kind(wish) == "gate" and not np.isfinite(predictions.gate_logits[fit]).any():
+    if isinstance(wish, Gate) and not np.isfinite(predictions.gate_logits[fit]).any():
         raise NotReachableError(
             "gate logits of the fit half must be finite in one row at least, got none, so nothing may exit; train "
             "again. No policy was written, and no claim was made"
         )
 
 
-def _kind(wish: CalibrateConfig) -> PolicyName:
-    """The policy asked for, once ``auto`` has been settled."""
-    assert wish.policy != "auto"
-    return wish.policy
-
-
-def _in_words(wish: CalibrateConfig) -> str:
-    if wish.policy == "softmax":
-        return f"FNR on exits <= {wish.target_fnr!r}"
-    if wish.policy == "scrc":
-        return (
-            f"accepted >= {wish.min_coverage!r}, {wish.loss} <= {wish.alpha!r}, variant {wish.variant}, score "
-            f"{wish.score}, cells {wish.cells}, empty sets {wish.allow_empty}, exit rule {wish.max_exit_error!r}"
-        )
-    return f"coverage >= {wish.min_coverage!r}, exit error <= {wish.max_exit_error!r}" + (
-        "" if wish.target_fnr_exit is None else f", FNR on exits <= {wish.target_fnr_exit!r}"
-    )
-
-
 def _fit(
-    wish: CalibrateConfig,
+    wish: Target,
     probs: NDArray[np.float64],
     gate_logits: NDArray[Any] | None,
     probs_b: NDArray[np.float64] | None,
@@ -383,20 +344,20 @@ def _fit(
 ) -> Policy:
     about |= {"delta": stake.delta if stake else wish.delta}
     about |= {"claims": stake.claims if stake else wish.claims, "use": stake.use if stake else None}
-    if wish.policy == "scrc":
-        assert wish.variant is not None
+    if isinstance(wish, Scrc):
         return sets.fit_scrc_policy(
             probs, gate_logits, probs_b, labels, halves=halves, alpha=wish.alpha, xi=wish.min_coverage,
             variant=wish.variant, loss=wish.loss, score=wish.score, cells=wish.cells, allow_empty=wish.allow_empty,
-            max_exit_error=wish.max_exit_error, **about,
+            raps=wish.raps, max_exit_error=wish.max_exit_error, **about,
         )  # fmt: skip
     about["guarantee"] = wish.guarantee
-    if wish.policy == "softmax":
+    if isinstance(wish, Softmax):
         return fit_softmax_policy(probs, labels, halves=halves, target_fnr=wish.target_fnr, **about)
+    assert isinstance(wish, Gate)
     assert gate_logits is not None
     return fit_gate_policy(
         probs, gate_logits, labels, halves=halves, max_exit_error=wish.max_exit_error, min_coverage=wish.min_coverage,
-        target_fnr=wish.target_fnr_exit, **about,
+        target_fnr=wish.target_fnr, **about,
     )  # fmt: skip
 
 
@@ -466,13 +427,13 @@ def _better(run: Path, predictions: Predictions) -> str:
 
 
 def _calibrate_logits(
-    path: Path, wish: CalibrateConfig, out: Path | None, positive: str | None, classes: list[str] | None
+    path: Path, wish: Target, out: Path | None, positive: str | None, classes: list[str] | None
 ) -> Policy:
     arrays = load_npz(path)
     probs = _file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
-    if wish.policy == "gate" and "gate_logits" not in arrays:
+    if isinstance(wish, Gate) and "gate_logits" not in arrays:
         raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
     names = classes or [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
     if positive is None and "positive" in arrays:
@@ -481,7 +442,7 @@ def _calibrate_logits(
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
     halves = arrays.get("half")
-    target = None if out is None else (out if out.suffix == ".json" else out / POLICY_FILES[_kind(wish)])
+    target = None if out is None else (out if out.suffix == ".json" else out / _file_of(wish))
     if target is not None and target != out and (target.parent / "splits.json").is_file():
         raise InputError(
             f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"
@@ -513,6 +474,11 @@ def _calibrate_logits(
         _withdraw(target, out)
         _write(policy, target)
     return policy
+
+
+def _file_of(wish: Target) -> str:
+    (file,) = (file for name, file in POLICY_FILES.items() if name == wish.policy)
+    return file
 
 
 def _is_policy(path: Path) -> bool:

@@ -24,10 +24,10 @@ from stage1_pro.continual.ledger.exchange import (
 )
 from stage1_pro.continual.ledger.labels import Source, ingest
 from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
 from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
-from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import PLAN
@@ -37,8 +37,6 @@ from stage1_pro.continual.watch.status import dashboard, write_textfile
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
 from stage1_pro.files import write_text
-from stage1_pro.policies.gate import GateParams
-from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 
@@ -105,7 +103,7 @@ def init(
         root: a new folder.
         run: trained and calibrated run, which proposals start from.
         bundle: of that run; ``RUN/bundle`` by default.
-        alpha: risk of exits that is watched; what the policy promises by default.
+        alpha: error of exits that is watched; by default what the policy was asked for, where it was asked for any.
         store: ``ROOT`` (SQLite) by default.
         log: what serving writes; ``ROOT/log`` by default.
         config: YAML with ``loop``, ``rounds``, ``alerts`` and ``metrics`` of ``loop.json``, as far as they differ from
@@ -123,11 +121,12 @@ def init(
     policy, model = loaded.policy, loaded.manifest.provenance.model_fingerprint
     if policy.model_fingerprint != model or not (run / "splits.json").is_file():
         raise ArtifactError(f"run must be the one that {loaded.path} was exported from, got {run}")
+    alpha = policy.target.watched() if alpha is None else alpha
     if alpha is None:
-        promised = policy.constraints.max_exit_error if isinstance(policy, GateParams) else None
-        alpha = policy.alpha if isinstance(policy, ScrcParams) else promised
-    if alpha is None:
-        raise InputError("alpha must be given, got none; a softmax policy says nothing of the risk of all exits")
+        raise InputError(
+            f"alpha must be given, got none; the {policy.policy} policy promises nothing of the error of exits, "
+            "which is what audits test: --alpha A watches it against a limit of your own"
+        )
     given = dict(config) if isinstance(config, Mapping) else _read_yaml(config)
     if isinstance(given.get("metrics"), str):
         given["metrics"] = str(Path(given["metrics"]).absolute())

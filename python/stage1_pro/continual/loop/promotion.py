@@ -28,10 +28,8 @@ from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, Veri
 from stage1_pro.continual.ledger.guard import GuardVault, Look
 from stage1_pro.errors import InputError
 from stage1_pro.policies.bounds import betting_p_value, binomial_cdf, holm
-from stage1_pro.policies.gate import GateParams
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.sets import ScrcParams
-from stage1_pro.policies.softmax import Thresholds
 from stage1_pro.record import Record
 
 # Resamples drawn at once.
@@ -509,12 +507,11 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
     elif candidate.model_fingerprint is None or candidate.model_fingerprint != fingerprint:
         problem = "the candidate's policy was certified for another model; calibrate again"
     elif champion is not None and champion.guarantee != "none":
-        asked, given = _promises(champion), _promises(candidate)
-        for name, (value, sign) in asked.items():
-            if name not in given:
-                problem = f"the candidate does not promise {name}, the champion does ({value:g})"
-            elif sign * given[name][0] > sign * value:
-                problem = f"the candidate promises {name} {given[name][0]:g}, the champion {value:g}"
+        given = candidate.promises
+        lost = next((asked for asked in champion.promises if not any(one.covers(asked) for one in given)), None)
+        if lost is not None:
+            said = "; ".join(map(str, given))
+            problem = f"the candidate must promise what the champion does: {lost}; it promises {said}"
         half = "val_calib.certify"
         shared = half in champion.split_hashes and champion.split_hashes[half] == candidate.split_hashes.get(half)
         if not problem and shared and _claims(candidate) < 2:
@@ -522,29 +519,10 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
                 "the candidate was certified on the rows that certified the champion with delta undivided: they served "
                 "their one claim; certify on fresh rows, or declare claims before the first"
             )
-    limits = {} if candidate is None else _promises(candidate)
-    note = problem or "; ".join(f"{name} {value:g}" for name, (value, _) in limits.items())
+    note = problem or "; ".join(map(str, () if candidate is None else candidate.promises))
     certificate = None if candidate is None or isinstance(candidate, ScrcParams) else candidate.certificate
     n = certificate.n if certificate is not None else candidate.n if isinstance(candidate, ScrcParams) else 0
     return GateTest(name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file")
-
-
-def _promises(policy: Policy) -> dict[str, tuple[float, int]]:
-    """What a policy promises: value by name, and 1 where smaller is better, -1 where larger is."""
-    if isinstance(policy, ScrcParams):
-        return {"risk among the accepted": (policy.alpha, 1), "share accepted": (policy.xi, -1),
-                "delta": (math.fsum(policy.delta), 1)}  # fmt: skip
-    found: dict[str, tuple[float, int]] = {}
-    if isinstance(policy, Thresholds):
-        found["FNR on exits"] = (policy.target_fnr, 1)
-    elif isinstance(policy, GateParams):
-        limits = policy.constraints
-        found |= {"exit error": (limits.max_exit_error, 1), "exit rate": (limits.min_coverage, -1)}
-        if limits.target_fnr_exit is not None:
-            found["FNR on exits"] = (limits.target_fnr_exit, 1)
-    if policy.certificate is not None:
-        found["delta"] = (policy.certificate.delta, 1)
-    return found
 
 
 def _claims(policy: Policy) -> int:

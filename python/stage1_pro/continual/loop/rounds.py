@@ -38,9 +38,6 @@ from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes
-from stage1_pro.policies.gate import GateParams
-from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.record import Record
 
 
@@ -138,9 +135,8 @@ class Rounds:
 
     def _view(self, history: History, bundle: str, since: float) -> ChampionView:
         policy = self.registry.load(bundle).policy
-        return view_champion(
-            history, bundle, since, self.config, certified=policy.exit_threshold, steer=self.config.steer
-        )
+        steer = self.config.steer and policy.steerable
+        return view_champion(history, bundle, since, self.config, certified=policy.exit_threshold, steer=steer)
 
     # ---------------------------------------------------------------------------- round
 
@@ -227,9 +223,9 @@ class Rounds:
 
     def recalibration(self, current: Round, chosen: Work) -> Job:
         """Certify on the fresh rows what the champion promises, and export."""
-        policy = self.registry.load(current.champion).policy
+        target = self.registry.load(current.champion).policy.target.model_dump(mode="json")
         run = self.root / WORK / chosen.key / FILES / "run"
-        return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "wish": wish_of(policy)})
+        return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "target": target})
 
     def evaluate(self, current: Round) -> Verdict:
         """The gate: the candidate's bundle is measured, both decide on the guard and on the anchor, then every test.
@@ -444,19 +440,3 @@ def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerpri
     """Note which run a bundle came from; proposals for it start there."""
     record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
     record.write(Path(root) / "runs" / f"{bundle}.json")
-
-
-def wish_of(policy: Policy) -> dict[str, Any]:
-    """What ``calibrate`` is to be asked for, so that the result promises what this policy does."""
-    wish: dict[str, Any] = {"policy": policy.policy}
-    if isinstance(policy, ScrcParams):
-        return {**wish, "variant": policy.variant, "alpha": policy.alpha, "min_coverage": policy.xi}
-    wish["guarantee"] = policy.guarantee
-    if isinstance(policy, GateParams):
-        limits = policy.constraints
-        wish |= {"max_exit_error": limits.max_exit_error, "min_coverage": limits.min_coverage}
-    if policy.target_fnr is not None:
-        wish["target_fnr"] = policy.target_fnr
-    if policy.certificate is not None:
-        wish["delta"] = policy.certificate.delta
-    return wish

@@ -27,7 +27,6 @@ from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, concatenate
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
 from stage1_pro.files import sha256_file
-from stage1_pro.policies.gate import GateParams
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say
 from stage1_pro.record import Record
@@ -98,12 +97,8 @@ def read_pairs(log: Path | str, candidate: str) -> Iterator[Pair]:
 
 
 def tightened(policy: Policy, threshold: float | None) -> Policy:
-    """The policy with a stricter exit threshold; a laxer one than its own is not taken: its certificate ends there."""
-    if threshold is None or threshold <= policy.exit_threshold:
-        return policy
-    name = "threshold" if isinstance(policy, GateParams) else "exit_threshold"
-    # Above every score nobody exits, which is beyond what calibration may write.
-    return policy.model_copy(update={name: threshold})
+    """The policy at a stricter exit threshold, without the promises that do not survive it; see ``Policy.at``."""
+    return policy if threshold is None else policy.at(threshold)
 
 
 def takes_canary(image_sha256: str, share: float, candidate: str) -> bool:
@@ -207,7 +202,9 @@ class LiveCascade:
             try:
                 self._seating = self._seat(raw)
                 self.failure = None
-                say(f"serving {self.pointer.champion[:12]} (serial {self.pointer.serial})")
+                policy = self._seating.champion.cascade.bundle.policy
+                note = f"; {policy.statement}" if policy.exit_threshold == self.pointer.threshold else ""
+                say(f"serving {self.pointer.champion[:12]} (serial {self.pointer.serial}){note}")
             except (Stage1Error, OSError) as error:
                 self._fail(raw, error)
             finally:

@@ -473,7 +473,8 @@ def _sentences(
             said.append("The threshold is at its highest: nobody exits, Stage B answers every photo.")
         elif controller.threshold > controller.config.certified:
             said.append(
-                f"The threshold is tightened from {controller.config.certified:.4f} to {controller.threshold:.4f}."
+                f"The threshold is tightened from {controller.config.certified:.4f} to {controller.threshold:.4f}: "
+                "fewer photos exit, and no rate is certified there."
             )
         else:
             said.append("The threshold is the certified one.")

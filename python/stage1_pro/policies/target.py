@@ -1,0 +1,248 @@
+"""What a user asks of an exit policy (``Target``), and what a policy guarantees (``Promise``). No NumPy here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from stage1_pro.errors import InputError
+from stage1_pro.record import Record
+
+Guarantee = Literal["none", "ltt"]
+Variant = Literal["pac", "I", "T", "naive"]
+Loss = Literal["miscoverage", "fnr"]
+Score = Literal["lac", "aps", "raps"]
+Cells = Literal["stage", "class"]
+Strength = Literal["none", "on average", "certified"]
+_STRENGTHS: tuple[Strength, ...] = ("none", "on average", "certified")
+# Two deltas that differ by the rounding of a sum are one.
+_ROUNDING = 1 + 1e-9
+
+
+class Promise(Record):
+    """One guarantee of a policy: a quantity is at most, or at least, a limit."""
+
+    quantity: str = Field(description="exit error, coverage, FNR on exits, share accepted, risk, FNR of accepted sets")
+    limit: float = Field(gt=0, lt=1)
+    bound: Literal["at most", "at least"] = "at most"
+    of: Literal["all", "each class", "each stage", "each source"] = "all"
+    label: str | None = Field(None, description="the class that the quantity is a rate of; null: all classes")
+    strength: Strength = Field(
+        "certified", description="certified: of these very thresholds, with probability 1 - delta"
+    )
+    delta: float | None = Field(None, gt=0, lt=1, description="chance that it is false; null unless certified")
+    unit: Literal["group", "photo"] = Field("group", description="drawn anew: one image of a new group, or any image")
+
+    @property
+    def name(self) -> str:
+        """The quantity with what it is of, such as ``risk of each class``."""
+        return self.quantity if self.of == "all" else f"{self.quantity} of {self.of}"
+
+    @property
+    def within_class(self) -> bool:
+        """Whether it speaks of images of one class alone, so that another mix of classes leaves it as it is."""
+        return self.label is not None or self.of == "each class"
+
+    def __str__(self) -> str:
+        """In words, such as ``exit error at most 0.02 (certified, delta 0.05)``."""
+        of = "" if self.label is None else f" of '{self.label}'"
+        sure = self.strength if self.delta is None else f"{self.strength}, delta {self.delta:g}"
+        return f"{self.name}{of} {self.bound} {self.limit:g} ({sure})"
+
+    def covers(self, other: Promise) -> bool:
+        """Whether whoever was given ``other`` is given no less by this one.
+
+        A certified limit of each class or stage covers the same limit of all: the whole is a mixture of its parts.
+        """
+        if (self.quantity, self.bound, self.label, self.unit) != (other.quantity, other.bound, other.label, other.unit):
+            return False
+        if self.of != other.of and not (other.of == "all" and self.strength == "certified"):
+            return False
+        if self.limit > other.limit if self.bound == "at most" else self.limit < other.limit:
+            return False
+        if _STRENGTHS.index(self.strength) < _STRENGTHS.index(other.strength):
+            return False
+        return other.delta is None or (self.delta is not None and self.delta <= other.delta * _ROUNDING)
+
+
+class Target(Record):
+    """What a policy is asked for; the base of ``Softmax``, ``Gate``, ``Scrc`` and of what others register."""
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names of its fields on the command line."""
+    configured: ClassVar[Mapping[str, str]] = {}
+    """Fields that the configuration's ``calibrate`` section calls otherwise."""
+
+    policy: str
+    guarantee: Guarantee = Field(
+        "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
+    )
+    delta: float = Field(0.05, gt=0, lt=1, description="largest chance of a false certificate, all claims together")
+    claims: int = Field(1, ge=1, description="claims that delta is divided for, before the first")
+
+    @classmethod
+    def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for the fields: those given, over those of a configuration."""
+        return {**base, **given}
+
+    def promises(self, positive: str) -> tuple[Promise, ...]:
+        """What a policy that was certified for this target guarantees; none without a guarantee.
+
+        Args:
+            positive: name of the positive class.
+        """
+        raise NotImplementedError
+
+    def watched(self) -> float | None:
+        """The largest exit error, which audits of exits can test; None where the target says nothing of it."""
+        return None
+
+    def key(self) -> str:
+        """The target as ``claims.json`` names it: the same words are the same claim, delta apart."""
+        raise NotImplementedError
+
+    def _promise(self, quantity: str, limit: float, bound: Literal["at most", "at least"] = "at most",
+                 *, label: str | None = None) -> Promise:  # fmt: skip
+        return Promise(quantity=quantity, limit=limit, bound=bound, label=label, delta=self.delta / self.claims)
+
+
+class Softmax(Target):
+    """Exit by the largest probability of Stage A, with few false negatives among exits."""
+
+    policy: Literal["softmax"] = "softmax"
+    target_fnr: float = Field(0.02, gt=0, lt=1, description="largest false negative rate among exits")
+
+    def promises(self, positive: str) -> tuple[Promise, ...]:
+        """FNR on exits."""
+        if self.guarantee == "none":
+            return ()
+        return (self._promise("FNR on exits", self.target_fnr, label=positive),)
+
+    def key(self) -> str:
+        """The target as ``claims.json`` names it."""
+        return f"FNR on exits <= {self.target_fnr!r}"
+
+
+class Gate(Target):
+    """Exit by the gate's P(Stage A is correct), with few wrong answers among many exits."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"alpha": "max_exit_error"}
+    configured: ClassVar[Mapping[str, str]] = {"target_fnr": "target_fnr_exit"}
+
+    policy: Literal["gate"] = "gate"
+    max_exit_error: float = Field(0.01, gt=0, lt=1, description="largest share of wrong answers among exits")
+    min_coverage: float = Field(0.70, gt=0, lt=1, description="least share of images that exit")
+    target_fnr: float | None = Field(None, gt=0, lt=1, description="largest false negative rate among exits; null: any")
+
+    def promises(self, positive: str) -> tuple[Promise, ...]:
+        """Coverage, exit error and, where it was asked for, FNR on exits."""
+        if self.guarantee == "none":
+            return ()
+        found = [
+            self._promise("coverage", self.min_coverage, "at least"),
+            self._promise("exit error", self.max_exit_error),
+        ]
+        if self.target_fnr is not None:
+            found.append(self._promise("FNR on exits", self.target_fnr, label=positive))
+        return tuple(found)
+
+    def watched(self) -> float | None:
+        """The largest exit error."""
+        return self.max_exit_error
+
+    def key(self) -> str:
+        """The target as ``claims.json`` names it."""
+        fnr = "" if self.target_fnr is None else f", FNR on exits <= {self.target_fnr!r}"
+        return f"coverage >= {self.min_coverage!r}, exit error <= {self.max_exit_error!r}{fnr}"
+
+
+class Scrc(Target):
+    """After the cascade: sets of classes for what is accepted, few of which miss the label; nobody answers the rest."""
+
+    policy: Literal["scrc"] = "scrc"
+    alpha: float = Field(0.01, gt=0, lt=1, description="largest risk among the accepted")
+    min_coverage: float = Field(0.70, gt=0, lt=1, description="least share of images that are accepted")
+    variant: Variant = Field(
+        "pac", description="pac = for the very thresholds found; I, T = in expectation; naive promises nothing"
+    )
+    loss: Loss = Field("miscoverage", description="risk that the set misses the label; fnr = of positives alone")
+    score: Score = Field("lac", description="nonconformity of a class")
+    cells: Cells | None = Field(
+        None, description="a limit for each stage that answers or each class; null = one for all"
+    )
+    allow_empty: bool = Field(False, description="let sets be empty")
+    raps: tuple[float, int] = Field((0.01, 2), description="penalty for each rank beyond the second number")
+    max_exit_error: float = Field(
+        0.01, gt=0, lt=1, description="of the exit rule on the fit half; it promises nothing of its own"
+    )
+
+    @classmethod
+    def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, with a variant and a guarantee that say one thing: naive is what promises nothing.
+
+        Raises:
+            InputError: both are given and say different things.
+        """
+        variant, guarantee = given.get("variant"), given.get("guarantee")
+        if variant is None:
+            variant = base.get("variant") or "pac"
+            if (guarantee or base.get("guarantee")) == "none":
+                variant = "naive"
+            elif guarantee == "ltt" and variant == "naive":
+                variant = "pac"
+        wanted = "none" if variant == "naive" else "ltt"
+        if guarantee not in (None, wanted):
+            raise InputError(
+                f"guarantee must be {wanted} with variant {variant}, got {guarantee}; naive alone promises nothing"
+            )
+        return {**base, **given, "variant": variant, "guarantee": wanted}
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> Scrc:
+        wanted = "none" if self.variant == "naive" else "ltt"
+        if self.guarantee != wanted:
+            raise ValueError(f"guarantee must be {wanted} with variant {self.variant}; naive alone promises nothing")
+        return self
+
+    def promises(self, positive: str) -> tuple[Promise, ...]:
+        """Share accepted, and the risk of sets by its loss and cells."""
+        if self.variant == "naive":
+            return ()
+        share = self._promise("share accepted", self.min_coverage, "at least")
+        risk = self._promise("risk", self.alpha)
+        if self.loss == "fnr":
+            risk = self._promise("FNR of accepted sets", self.alpha, label=positive)
+        if self.cells is not None:
+            risk = risk.model_copy(update={"of": f"each {self.cells}"})
+        average = {"strength": "on average", "delta": None}
+        if self.variant != "pac":
+            risk = risk.model_copy(update=average)
+        return share.model_copy(update=average) if self.variant == "T" else share, risk
+
+    def key(self) -> str:
+        """The target as ``claims.json`` names it."""
+        return (
+            f"accepted >= {self.min_coverage!r}, {self.loss} <= {self.alpha!r}, variant {self.variant}, score "
+            f"{self.score}, cells {self.cells}, empty sets {self.allow_empty}, exit rule {self.max_exit_error!r}"
+        ) + ("" if self.score != "raps" or self.raps == (0.01, 2) else f", raps {self.raps!r}")
+
+
+TARGETS: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
+AnyTarget = Annotated[Softmax | Gate | Scrc, Field(discriminator="policy")]
+_ANY: TypeAdapter[AnyTarget] = TypeAdapter(AnyTarget)
+
+
+def parse_target(values: Mapping[str, Any]) -> AnyTarget:
+    """A target from its fields, of which ``policy`` says whose they are.
+
+    Raises:
+        InputError: a field is missing, unknown, or outside its range.
+    """
+    try:
+        return _ANY.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"][1:])) or "target"
+        raise InputError(f"{where} must be valid, got {first['input']!r}; {first['msg']}") from None
