@@ -2,7 +2,7 @@
 
     python benchmarks/continual_monitor.py --out /tmp/monitor [--runs 200] [--seeds 20]
 
-Prints every table of benchmarks/README.md and writes monitor.json. No model and no photo: a stream is logits
+Prints every table of benchmarks/LOG.md and writes monitor.json. No model and no photo: a stream is logits
 z ~ N(4, 2) of Stage A's confidence and answers that are wrong with chance sigmoid(shift - z). At shift 0
 confidences are calibrated, 72% exit at the certified threshold and 1.4% of those are wrong. A concept shift keeps the
 scores and makes them wrong more often; a covariate shift moves z and keeps confidences calibrated.

@@ -32,16 +32,9 @@ from stage1_pro.policies.sets import fit_scrc_policy
 from stage1_pro.policies.softmax import Thresholds, confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.studies.measuring import measure
-from stage1_pro.training.evaluation import (
-    Evaluation,
-    answer,
-    count_groups,
-    evaluate,
-    evaluate_predictions,
-    find_changes,
-    find_mistakes,
-    render,
-)
+from stage1_pro.training.answers import answer, count_groups, find_changes, find_mistakes
+from stage1_pro.training.evaluation import Evaluation, evaluate, evaluate_predictions
+from stage1_pro.training.summary import render
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 FIGURES = (

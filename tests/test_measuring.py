@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as judge
 
+import stage1_pro
 from stage1_pro import cli
 from stage1_pro.errors import InputError
 from stage1_pro.metrics import augrc, aurc, bootstrap, bootstrap_errors, compare, ece
@@ -391,11 +392,11 @@ def test_the_base_install_is_enough(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_s_metrics_run(repository: Path) -> None:
-    text = (repository / "README.md").read_text(encoding="utf-8")
+def test_the_manuals_metrics_agree() -> None:
+    text = (Path(stage1_pro.__file__).parent / "manual" / "metrics.md").read_text(encoding="utf-8")
     snippet = next(part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "bootstrap" in part)
     names: dict[str, object] = {}
-    exec(snippet, names)  # the README's own text
+    exec(snippet, names)  # the page's own text
     found, difference, value = names["found"], names["difference"], names["value"]
     assert found["augrc"].low <= value == found["augrc"].value <= found["augrc"].high  # type: ignore[index]
     assert difference["augrc"].value < 0  # type: ignore[index]

@@ -29,7 +29,8 @@ BASE_MODULES = [
     "cli", "config", "errors", "files", "record", "words", "metrics", "metrics.figures", "metrics.measured",
     "policies.softmax", "policies.gate", "policies.claims", "continual.serving.events", "continual.serving.served",
     "data.images", "data.predictions", "data.protocols", "data.splits", "integrations.streetvision",
-    "deploy.bundle", "deploy.manifest", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "deploy.benching",
+    "deploy.bundle", "deploy.manifest", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "deploy.timing",
+    "deploy.openvino", "commands.bench",
     "training.calibration", "training.evaluation", "training.robustness", "integrations.streetvision.tuning",
     "deploy.inspection", "studies.measuring", "deploy.prediction", "commands.doctor",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stage1_pro.commands import COMMANDS, load
+from stage1_pro.deploy.runtime import OF_RUNS, RUNTIMES
 from stage1_pro.errors import PROMISE_FAILED, DependencyError, InputError, NotReachableError, Stage1Error, need
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ exit codes: 0 done, 2 wrong input, 3 target not reachable, 4 damaged or foreign 
 
 
 # Named here so that --help loads no runtime; a test holds them against deploy/start.py.
-RUNTIME_NAMES = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
+RUNTIME_NAMES = ("auto", *(name for name in RUNTIMES.built_in if name != OF_RUNS))
 _RUNTIMES = """\
 runtimes:
   onnxruntime    the bundle's fp32 graphs on the CPU; always there
@@ -466,7 +468,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="CSV to write; a table on stdout otherwise")
     sub.add_argument("--log", type=Path, help="folder to log every decision to, as an event; see `stage1 review`")
     sub.add_argument("--batch-size", type=int, default=32, help="images per batch")
-    sub.add_argument("--runtime", choices=RUNTIME_NAMES, default="onnxruntime", help="what executes the stages")
+    sub.add_argument("--runtime", default="onnxruntime", help=f"what executes the stages: {', '.join(RUNTIME_NAMES)}")
     sub.add_argument(
         "--trust-engines", action="store_true",
         help="run engines that were neither built here nor signed by a trusted key; an engine is a program",
@@ -603,8 +605,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--runtime",
-        choices=[*RUNTIME_NAMES, "torch"],
-        help="what executes; onnxruntime for a bundle, torch for a run by default",
+        help=f"what executes: {', '.join(RUNTIME_NAMES)}, torch; onnxruntime for a bundle, torch for a run by default",
     )
     sub.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="batch sizes")
     sub.add_argument(
@@ -787,8 +788,7 @@ def _add_bench_latency(kinds: Any) -> None:
     )
     sub.add_argument(
         "--runtime",
-        choices=[*RUNTIME_NAMES, "torch"],
-        help="what executes; onnxruntime for a bundle, torch for a run by default",
+        help=f"what executes: {', '.join(RUNTIME_NAMES)}, torch; onnxruntime for a bundle, torch for a run by default",
     )
     sub.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="batch sizes")
     sub.add_argument(
@@ -1024,7 +1024,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise InputError(
             "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
         )
-    from stage1_pro.training.evaluation import evaluate, render
+    from stage1_pro.training.evaluation import evaluate
+    from stage1_pro.training.summary import render
 
     evaluation = evaluate(options.run, n_replicates=options.replicates, seed=options.seed, beside=options.beside)
     _emit(options, evaluation.model_dump(mode="json"), render(evaluation))
@@ -1234,20 +1235,15 @@ def _review(options: argparse.Namespace) -> None:
 
 
 def _bench_cascade(options: argparse.Namespace) -> None:
-    from stage1_pro.deploy.benching import bench_cascade, render
+    from stage1_pro.commands.bench import BenchCascade, render_cascade
+    from stage1_pro.deploy.bench import bench_cascade
 
-    found = bench_cascade(
-        options.bundle,
-        run=options.run,
-        runtime=options.runtime,
-        batch=options.batch,
-        rates=options.rates,
-        rounds=options.rounds,
-        threads=options.threads,
-        seed=options.seed,
-        out=options.out,
-    )
-    _emit(options, found.model_dump(mode="json"), render(found))
+    found = bench_cascade(_asked(BenchCascade, options))
+    _emit(options, found.model_dump(mode="json"), render_cascade(found))
+
+
+def _asked(kind: Any, options: argparse.Namespace) -> Any:
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -1292,33 +1288,16 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _bench_latency(options: argparse.Namespace) -> None:
-    from stage1_pro.deploy.bench_latency import bench_latency, render
+    from stage1_pro.commands.bench import BenchLatency, render_latency
+    from stage1_pro.deploy.bench import bench_latency
 
-    found = bench_latency(
-        options.bundle,
-        run=options.run,
-        runtime=options.runtime,
-        batch=options.batch,
-        rates=options.rates,
-        samples=options.samples,
-        warmup=options.warmup,
-        limit=options.limit,
-        quick=options.quick,
-        deferral=options.deferral,
-        budget=options.budget,
-        photos=options.photos,
-        against=options.against,
-        threads=options.threads,
-        seed=options.seed,
-        trust_engines=options.trust_engines,
-        device=options.device,
-        out=options.out,
-    )
-    _emit(options, found.model_dump(mode="json"), render(found))
+    found = bench_latency(_asked(BenchLatency, options))
+    _emit(options, found.model_dump(mode="json"), render_latency(found))
 
 
 def _bench_compare(options: argparse.Namespace) -> None:
-    from stage1_pro.deploy.bench_latency import compare_latency, render_comparison
+    from stage1_pro.commands.bench import render_comparison
+    from stage1_pro.deploy.bench import compare_latency
 
     found = compare_latency(options.first, options.second, level=options.level, out=options.out)
     _emit(options, found.model_dump(mode="json"), render_comparison(found))

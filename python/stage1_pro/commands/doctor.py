@@ -32,7 +32,7 @@ def doctor() -> dict[str, Any]:
     """What is here and what is not, as plain values; ``missing`` maps a thing to the command that adds it."""
     from stage1_pro import native
     from stage1_pro.deploy.engine import BUILDERS
-    from stage1_pro.deploy.start import RUNTIMES
+    from stage1_pro.deploy.runtime import RUNTIMES
 
     missing: dict[str, str] = {}
     base = {name: _version(name) for name in BASE}
@@ -73,7 +73,7 @@ def doctor() -> dict[str, Any]:
         "gpus": devices,
         "torch_devices": _torch_devices(),
         "compiled": {"_core": native.why(), "_cuda": native.cuda_why()},
-        "runtimes": sorted(RUNTIMES),
+        "runtimes": sorted(["auto", *RUNTIMES]),
         "builders": builders,
         "missing": missing,
     }

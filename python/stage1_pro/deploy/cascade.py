@@ -14,9 +14,9 @@ from PIL import Image
 
 from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle, load_bundle
-from stage1_pro.deploy.runtime import Arrays, Runtime
+from stage1_pro.deploy.runtime import Arrays, How, Runtime
 from stage1_pro.deploy.start import Step, start
-from stage1_pro.errors import DependencyError, InputError, need
+from stage1_pro.errors import InputError, need
 from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.sets import answer_sets, close, near
 from stage1_pro.policies.softmax import confidence, softmax
@@ -126,15 +126,11 @@ class Cascade:
             DependencyError: torch or transformers are missing.
         """
         try:
-            from stage1_pro.deploy.trained import TorchRuntime, has_gpu, load_trained
+            from stage1_pro.deploy.trained import TorchRuntime, load_trained
         except ImportError as error:
             raise need("train", error.name or "torch") from error
         trained = load_trained(run)
-        if device not in ("cpu", "cuda"):
-            raise InputError(f"device must be cpu or cuda, got '{device}'")
-        if device == "cuda" and not has_gpu():
-            raise DependencyError("device cuda must have an NVIDIA GPU that torch can use, got none; use cpu")
-        return cls(trained, TorchRuntime(trained.model.to(device), threads))
+        return cls(trained, TorchRuntime.open(trained, How(threads, device)))
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model's input [3, H, W].
