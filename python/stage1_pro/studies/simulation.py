@@ -1,9 +1,9 @@
 """continual simulate: thirty days of the loop on real photos, on a simulated clock.
 
-Everything that decides is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
-proposals (``mgrpo``), certificates, the guard's vault, the gate, shadow and canary, aliases and the audit. What is
-simulated is the clock, the order of photos, what is done to them once the world shifts, and the reviewer, who knows the
-folder's labels and answers late and within a budget.
+Every decision is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
+proposals (``mgrpo``), certificates, the guard's vault, the promotion test, shadow and canary, aliases and the audit.
+Simulated are the clock, the order of photos, the change of photos once the world shifts, and the reviewer, who knows
+the folder's labels and answers late and within a budget.
 """
 
 from __future__ import annotations

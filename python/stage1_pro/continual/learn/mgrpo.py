@@ -5,7 +5,7 @@ to a moving average of itself on the anchor (the domain that must not be forgott
 inputs. The result is a direction more than a place: of the steps along it that keep within a KL budget on the anchor,
 the one that earns most on the selecting rows is proposed, or none.
 
-With one action an episode a trust region promises nothing: what makes progress monotone is the gate, a test on fresh
+With one action an episode a trust region promises nothing: what makes progress monotone is the promotion test on fresh
 labels that this module cannot see. It knows neither guard nor store.
 """
 

@@ -1,13 +1,13 @@
 """The vault of guard labels: it alone reads them, answers one question about a candidate, and counts the looks.
 
-A guard set tells whether a candidate earns more than the champion. Every answer it gives teaches a little about it, and
-what proposed the next candidate from such answers has trained on the guard. So an epoch of the guard has ten looks,
-each at 1%; a look is a row written before the labels are read; after the last the guard must be refreshed. Labels never
-leave: what comes back is a test.
+A guard set tells whether a candidate earns more than the champion. Every answer leaks a little of the set: proposals
+that are chosen by such answers are trained on the guard. So a guard epoch has ten looks, each at level 1%; a look is a
+row that is committed before the labels are read; after the last look the guard must be refreshed. No label leaves the
+vault, only the result of a test.
 
 The promise, by the union bound: until an epoch's first promotion every look has answered "no", so no candidate before
-it can depend on the labels, and the chance that the first promotion is harmful is at most looks times level. It holds
-as long as nothing but that answer reaches what proposes; figures in ``verdict.json`` are for people.
+it can depend on the labels, and the chance that the first promotion is harmful is at most looks times level. This holds
+only if proposals never see anything but the yes/no answer; the figures in ``verdict.json`` are for people.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class GuardVault:
             champion: decisions of what serves now.
             candidate: decisions of what would replace it.
             question: gets the look, the truth of the rows on which the two differ, which rows [N] those are, and all
-                rows' clusters [N]; what it gives is handed back. It is the gate's, and hands on no label.
+                rows' clusters [N]; its result is returned. It is the promotion test's, and hands on no label.
             terms: hash of all else that the answer depends on; the same decisions under other terms are another look.
             name: of the candidate, for the record.
             classes: names, in the order of the decisions' indices.

@@ -109,8 +109,8 @@ class LoopRow(Record):
 class Watched:
     """What monitoring saw: train or not, why, what it remembers, and what should be in force.
 
-    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan. What
-    people should be told is ``alerts``, under a name that is the same whenever the same thing is seen.
+    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan.
+    ``alerts`` are to be sent, keyed so that the same event is sent once.
     """
 
     train: bool
@@ -172,7 +172,7 @@ class Parts(Protocol):
         """What calibrates, certifies and exports it; its result names a bundle in its files as ``bundle``."""
 
     def evaluate(self, current: Round) -> Verdict:
-        """The gate."""
+        """The promotion test."""
 
     def compare(self, current: Round, *, delta: float) -> Compared:
         """Champion and candidate since ``shadow_since``, by audited disagreements."""
@@ -434,7 +434,7 @@ class Loop:
         if left > 0 or found.pairs < config.shadow_pairs:
             return LoopStep(row, moved=False, note=_short(found, left, config.shadow_pairs))
         if not config.auto_promote and current.approved_by is None:
-            note = f"round {current.number} has a candidate, {current.candidate}, that the gate let through"
+            note = f"round {current.number} has a candidate, {current.candidate}, that passed the promotion test"
             self._tell(
                 {f"approval/{current.number}": Alert(
                     time=now, kind="approval", title="A candidate waits for approval", bundle=current.candidate or "",

@@ -193,8 +193,8 @@ class Rounds:
     def proposals(self, current: Round) -> Sequence[Job]:
         """A proposal from the champion's run for every set of options.
 
-        Half of the first run's ``val_select`` is the gate's anchor, which no proposal sees; images of the other half,
-        without their labels, are what ``mgrpo`` is held by.
+        Half of the first run's ``val_select`` is the promotion test's anchor, which no proposal sees; ``mgrpo`` stays
+        close to the champion on images of the other half, without their labels.
         """
         snapshot, origin = self._snapshot(current), self._run(current.champion)
         splits = self._splits(self._first()).verify()
@@ -228,10 +228,10 @@ class Rounds:
         return Job(f"{tasks.__name__}:recalibrate", {"run": str(run), "proposal": chosen.key, "target": target})
 
     def evaluate(self, current: Round) -> Verdict:
-        """The gate: the candidate's bundle is measured, both decide on the guard and on the anchor, then every test.
+        """The promotion test: measure the candidate's bundle, have both decide on guard and anchor, then test.
 
-        On the guard the champion decides at the threshold that labels held it to when they were frozen: better than
-        what it did before an alarm is not yet better than what serves. The anchor asks of the first one's policy.
+        On the guard the champion decides at the threshold in force when labels were frozen: a candidate that beats the
+        champion as it was before an alarm does not yet beat what serves. The anchor compares with the first champion.
         """
         assert current.candidate is not None
         assert current.recalibrated is not None
