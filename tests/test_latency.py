@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kit.tiny import copy_run, make_images
 from PIL import Image
-from test_deploy import make_images, make_model, make_run
 
 from stage1_pro.cli import main
 from stage1_pro.commands.bench import BenchLatency, render_comparison, render_latency
 from stage1_pro.deploy.bench import LatencyBench, LatencyComparison, bench_latency, compare_latency, draw_latency
-from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.timing import (
     Sampling,
     Subject,
@@ -32,13 +31,13 @@ from stage1_pro.errors import ArtifactError, InputError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("latency") / "run", make_model())
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("latency") / "run")
 
 
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
-    return export(run)
+    return run / "bundle"
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
+from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, How, Runtime
 from stage1_pro.deploy.start import Step, start
@@ -24,7 +25,7 @@ from stage1_pro.policies.softmax import confidence, softmax
 if TYPE_CHECKING:
     from stage1_pro.deploy.trained import Trained
 
-ImageLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
+ImageLike = ImageFile | bytes | Image.Image | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def concatenate(parts: Sequence[Decisions]) -> Decisions:
 
 def open_image(image: ImageLike) -> Image.Image:
     """Any kind of image as 8-bit RGB the right way up; a PIL image just as its file would be read."""
-    if isinstance(image, str | Path | bytes | bytearray | memoryview):
+    if isinstance(image, str | Path | Photo | bytes | bytearray | memoryview):
         return read_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
