@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from transformers import AutoConfig, AutoModel
 
 import stage1_pro
 from stage1_pro import cli
-from stage1_pro.config import ADAPTER_MODES, AdapterConfig, Mode, ModelConfig, load_config
+from stage1_pro.config import ADAPTER_MODES, AdapterConfig, ModelConfig, load_config
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import sha256_file
@@ -671,9 +670,3 @@ def test_every_mode_draws_the_same_heads_and_batches(
     for mode, found in seen.items():
         assert len(found) == len(seen["full"])
         assert all(torch.equal(a, b) for a, b in zip(found, seen["full"], strict=True)), mode
-
-
-def test_the_command_line_knows_every_mode() -> None:
-    (train,) = (a.choices["train"] for a in cli.build_parser()._actions if isinstance(a.choices, dict))
-    (mode,) = (a for a in train._actions if "--mode" in a.option_strings)
-    assert tuple(mode.choices) == get_args(Mode)
