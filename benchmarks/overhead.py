@@ -33,7 +33,7 @@ def make_loader(splits: Splits, config: Config, spec: object) -> TrainLoader:
     rows = splits.of("train")
     labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
     return TrainLoader(
-        [splits.path(row) for row in rows], labels, spec, config.augment, seed=0,
+        splits.photos_of(rows), labels, spec, config.augment, seed=0,
         batch_size=config.train.batch_size, rank=0, world=1, workers=config.train.workers,
     )  # fmt: skip
 

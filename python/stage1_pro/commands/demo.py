@@ -64,7 +64,7 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
     bundle = export(run, target=target, overwrite=True)
     say("7/7 predict")
     shown = splits.of("val_test")[:200]
-    decisions = Cascade.load(bundle).predict([splits.path(row) for row in shown])
+    decisions = Cascade.load(bundle).predict(splits.photos_of(shown))
     exited = sum(bool(value) for value in decisions.exited)
     say(f"{len(shown)} test scenes: {exited} exited at Stage A, {len(shown) - exited} deferred to Stage B")
     result = {

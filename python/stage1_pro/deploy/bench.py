@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from stage1_pro.data.listing import gather
+from stage1_pro.data.photos import read_file
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST
 from stage1_pro.deploy.cascade import Cascade
@@ -671,7 +672,7 @@ def _pixels(cascade: Cascade, run: Path | str | None, n: int, seed: int) -> tupl
     if run is not None:
         try:
             splits = Splits.read(Path(run) / "splits.json")
-            images = [cascade.pixels(splits.path(row)) for row in splits.of("val_select")[:n]]
+            images = [cascade.pixels(photo) for photo in splits.photos_of(splits.of("val_select")[:n])]
         except Stage1Error as error:
             say(f"measuring on noise: {error}")
     if images:
@@ -686,8 +687,8 @@ def _photos(source: Path | str | None, seed: int) -> tuple[list[bytes], str]:
     if source is None:
         width, height = PHOTO_SIZE
         return draw_photos(8, PHOTO_SIZE, seed), f"8 drawn JPEGs of {width} x {height}, quality 90, seed {seed}"
-    files = [path for _, path in gather([source])][:64]
-    return [path.read_bytes() for path in files], f"{len(files)} of {Path(source).resolve().name}"
+    files = [file for _, file in gather([source])][:64]
+    return [read_file(file) for file in files], f"{len(files)} of {Path(source).resolve().name}"
 
 
 def _keep(found: Record, folder: Path, name: str, picture: bytes) -> None:

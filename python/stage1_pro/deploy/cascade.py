@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.data.images import ImageError, PreprocessSpec, preprocess, read_image, read_opened
+from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, How, Runtime
 from stage1_pro.deploy.start import Step, start
@@ -25,7 +26,7 @@ from stage1_pro.policies.softmax import confidence, softmax
 if TYPE_CHECKING:
     from stage1_pro.deploy.trained import Trained
 
-ImageLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
+ImageLike = ImageFile | bytes | Image.Image | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Trace:
     exited: NDArray[np.bool_]
 
 
-class Photo:
+class Prepared:
     """One image on its way to a decision; its pixels are prepared once for each specification that asks.
 
     Args:
@@ -110,19 +111,19 @@ class Answering(ABC):
 
     bundle: Bundle | Trained
 
-    def read(self, image: ImageLike) -> Photo:
+    def read(self, image: ImageLike) -> Prepared:
         """An image ready for ``answer``.
 
         Raises:
             ImageError: it cannot be read as an image.
             InputError: it is no kind of image.
         """
-        photo = Photo(image)
-        photo.pixels(self.bundle.preprocessing)
-        return photo
+        prepared = Prepared(image)
+        prepared.pixels(self.bundle.preprocessing)
+        return prepared
 
     @abstractmethod
-    def answer(self, photos: Sequence[Photo], *, now: float | None = None) -> Decisions:
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
         """Decide for photos as one batch.
 
         Args:
@@ -145,7 +146,7 @@ class Answering(ABC):
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}")
-        if isinstance(images, str | Path | bytes | Image.Image) or (
+        if isinstance(images, str | Path | Photo | bytes | Image.Image) or (
             isinstance(images, np.ndarray) and images.ndim != 4
         ):
             raise InputError("images must be a list or another iterable of images, got a single one; put it in a list")
@@ -219,14 +220,14 @@ class Cascade(Answering):
             ImageError: it cannot be read as an image.
             InputError: it is no kind of image.
         """
-        return Photo(image).pixels(self.bundle.preprocessing)
+        return Prepared(image).pixels(self.bundle.preprocessing)
 
-    def answer(self, photos: Sequence[Photo], *, now: float | None = None) -> Decisions:
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
         """Decide for photos as one batch; nothing is logged."""
         del now
         return self.decide(self.stack(photos))
 
-    def stack(self, photos: Sequence[Photo]) -> NDArray[np.float32]:
+    def stack(self, photos: Sequence[Prepared]) -> NDArray[np.float32]:
         """Photos as one batch of pixels [N, 3, H, W]."""
         spec = self.bundle.preprocessing
         if not photos:
@@ -319,7 +320,7 @@ def concatenate(parts: Sequence[Decisions]) -> Decisions:
 
 def open_image(image: ImageLike) -> Image.Image:
     """Any kind of image as 8-bit RGB the right way up; a PIL image just as its file would be read."""
-    if isinstance(image, str | Path | bytes | bytearray | memoryview):
+    if isinstance(image, str | Path | Photo | bytes | bytearray | memoryview):
         return read_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):

@@ -11,9 +11,10 @@ from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.served import Served
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import gather
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
-from stage1_pro.deploy.cascade import Answering, Cascade, Photo
+from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
 from stage1_pro.errors import InputError
 from stage1_pro.files import write_csv
 from stage1_pro.policies import read_policy
@@ -110,7 +111,7 @@ def infer(
         files = gather(inputs)
     else:
         splits = Splits.read(Path(run) / "splits.json")
-        files = [(row.file, splits.path(row)) for row in splits.of(split)]
+        files = [(photo.key, photo) for photo in splits.photos_of(splits.of(split))]
         if not files:
             raise InputError(f"split must have rows, got {split} with none; choose another one or name images")
     return _answer_all(Cascade.from_run(run), files, out, batch_size, "infer")
@@ -145,7 +146,7 @@ def _check(batch_size: int, out: Path | str | None) -> None:
 
 
 def _answer_all(
-    answering: Answering, files: list[tuple[str, Path]], out: Path | str | None, batch_size: int, description: str
+    answering: Answering, files: list[tuple[str, ImageFile]], out: Path | str | None, batch_size: int, description: str
 ) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     for chunk in _chunks(files, batch_size, description):
@@ -201,9 +202,9 @@ def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promis
     return "\n".join([*lines, summary]) + end
 
 
-def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Iterator[list[tuple[str, Path]]]:
+def _chunks(files: list[tuple[str, ImageFile]], size: int, description: str) -> Iterator[list[tuple[str, ImageFile]]]:
     """Parts of the list behind a progress bar that counts images."""
-    chunk: list[tuple[str, Path]] = []
+    chunk: list[tuple[str, ImageFile]] = []
     for item in track(files, description, len(files)):
         chunk.append(item)
         if len(chunk) == size:
@@ -213,9 +214,9 @@ def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Itera
         yield chunk
 
 
-def _answer(answering: Answering, chunk: list[tuple[str, Path]]) -> list[dict[str, Any]]:
+def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    photos: list[Photo] = []
+    photos: list[Prepared] = []
     for name, path in chunk:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         row["file"] = name

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from stage1_pro.config import AugmentConfig, Config, ExploraConfig
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import TrainLoader, iterate
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.files import write_bytes, write_csv
 from stage1_pro.models.backbone import Backbone
@@ -141,7 +142,7 @@ def merge(backbone: Backbone, trainable: Trainable) -> Backbone:
     return backbone.requires_grad_(False).eval()
 
 
-def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: PreprocessSpec, config: Config,
+def adapt(folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: PreprocessSpec, config: Config,
           identity: str, begin: Callable[[], None]) -> Adapted:  # fmt: skip
     """Adapt a backbone to images, from ``last.pth`` in ``folder`` where there is one.
 
@@ -150,7 +151,7 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
     Args:
         folder: working folder, of this adaptation alone.
         backbone: the start; it is changed.
-        paths: the images.
+        photos: the images.
         spec: what the backbone takes.
         config: ``explora`` and ``seed`` say what is learned.
         identity: what this adaptation is of; a ``last.pth`` with another one is refused.
@@ -162,7 +163,7 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
         ArtifactError: ``last.pth`` is of something else.
         TrainingError: the loss is not finite, or memory does not suffice.
     """
-    explorer = _Explorer(folder, backbone, paths, spec, config, identity)
+    explorer = _Explorer(folder, backbone, photos, spec, config, identity)
     try:
         begin()
         return explorer.run()
@@ -173,17 +174,17 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
 class _Explorer:
     """The components of one adaptation and the loop over them."""
 
-    def __init__(self, folder: Path, backbone: Backbone, paths: Sequence[Path], spec: PreprocessSpec, config: Config,
-                 identity: str) -> None:  # fmt: skip
+    def __init__(self, folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: PreprocessSpec,
+                 config: Config, identity: str) -> None:  # fmt: skip
         options = config.explora
         self.folder, self.spec, self.config, self.options, self.identity = folder, spec, config, options, identity
         seed_everything(config.seed, deterministic=config.train.deterministic)
         self.device = pick_device()
         self.bf16 = uses_bf16(config.train.precision)
-        held = 0 if options.objective == "diet" else min(len(paths) - 1, round(options.held_out * len(paths)))
-        order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(paths))
-        self.held_out = [paths[i] for i in sorted(order[:held])]
-        self.trained_on = [paths[i] for i in sorted(order[held:])]
+        held = 0 if options.objective == "diet" else min(len(photos) - 1, round(options.held_out * len(photos)))
+        order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(photos))
+        self.held_out = [photos[i] for i in sorted(order[:held])]
+        self.trained_on = [photos[i] for i in sorted(order[held:])]
         teacher = copy.deepcopy(backbone) if options.objective == "latent" else None
         self.trainable = make_trainable(backbone, options, config.seed + 2)
         self.pretext = Pretext(
@@ -305,9 +306,9 @@ class _Explorer:
 
     def _fixed(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Held-out images (trained-on ones where there are none) as evaluation sees them, under unchanging masks."""
-        paths = (self.held_out or self.trained_on)[:limit]
+        photos = (self.held_out or self.trained_on)[:limit]
         start = 0
-        for pixels in iterate(paths, self.spec, batch_size=self.options.batch_size):
+        for pixels in iterate(photos, self.spec, batch_size=self.options.batch_size):
             index = torch.arange(start, start + len(pixels))
             start += len(pixels)
             yield pixels, draw_orders(self.pretext.n_patches, self.config.seed, _HELD_OUT_EPOCH, index.tolist()), index

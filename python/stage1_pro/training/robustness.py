@@ -117,12 +117,13 @@ def evaluate_protocol(
     workers = config.config.train.workers
     plain = infer(model, splits, "val_test", workers=workers)
     digest = hashlib.sha256()
+    taken = splits.photos_of(rows)
     found: dict[str, Predictions] = {"unaltered": plain}
     for level in asked:
         with tempfile.TemporaryDirectory(prefix="stage1-protocol-") as folder:
             changed = []
-            for number, row in enumerate(track(rows, f"photos at L{level}")):
-                photo = challenge(read_image(splits.path(row)), protocol, level, seed=photo_seed, row=number)
+            for number, (row, shot) in enumerate(zip(track(rows, f"photos at L{level}"), taken, strict=True)):
+                photo = challenge(read_image(shot), protocol, level, seed=photo_seed, row=number)
                 digest.update(photo)
                 (Path(folder) / f"{number}.jpg").write_bytes(photo)
                 changed.append(row.model_copy(update={"file": f"{number}.jpg"}))

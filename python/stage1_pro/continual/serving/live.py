@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from stage1_pro.continual.serving.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.serving.served import Served, identify
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
-from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, Photo, concatenate
+from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, Prepared, concatenate
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
 from stage1_pro.files import sha256_file
 from stage1_pro.policies.policy import Policy
@@ -116,7 +116,7 @@ class _Seat:
     cascade: Cascade
     served: Served | None
 
-    def answer(self, photos: Sequence[Photo], now: float) -> Decisions:
+    def answer(self, photos: Sequence[Prepared], now: float) -> Decisions:
         return (self.served or self.cascade).answer(photos, now=now)
 
 
@@ -218,7 +218,7 @@ class LiveCascade(Answering):
         """The champion's bundle."""
         return self._seating.champion.cascade.bundle
 
-    def answer(self, photos: Sequence[Photo], *, now: float | None = None) -> Decisions:
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
         """Look at the file, then decide for photos as one batch of what it points at.
 
         Raises:
@@ -227,7 +227,7 @@ class LiveCascade(Answering):
         self.refresh()
         return self._decide(self._seating, photos, time.time() if now is None else now)
 
-    def _decide(self, seating: _Seating, photos: Sequence[Photo], now: float) -> Decisions:
+    def _decide(self, seating: _Seating, photos: Sequence[Prepared], now: float) -> Decisions:
         champion, candidate, pointer = seating.champion, seating.candidate, seating.pointer
         if candidate is None or not photos:
             return champion.answer(photos, now)
@@ -254,7 +254,7 @@ class LiveCascade(Answering):
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
 
     def _try(
-        self, candidate: _Seat, champion: _Seat, photos: Sequence[Photo], names: list[str], now: float
+        self, candidate: _Seat, champion: _Seat, photos: Sequence[Prepared], names: list[str], now: float
     ) -> Decisions | None:
         """The canary's answers; None where it fails, and the champion has to."""
         try:
@@ -270,7 +270,7 @@ class LiveCascade(Answering):
         seat: _Seat,
         other: _Seat,
         found: Decisions,
-        photos: Sequence[Photo],
+        photos: Sequence[Prepared],
         names: list[str],
         now: float,
         *,

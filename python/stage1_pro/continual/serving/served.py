@@ -16,8 +16,9 @@ from PIL import Image
 
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Novelty, ReviewPlan, entropy, sketch
 from stage1_pro.data.images import ImageError
+from stage1_pro.data.photos import Photo, read_file
 from stage1_pro.deploy.bundle import MANIFEST, Bundle
-from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, ImageLike, Photo, Trace, open_image
+from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, ImageLike, Prepared, Trace, open_image
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.policies import exit_scores
@@ -61,17 +62,17 @@ class Served(Answering):
         classes, positive = cascade.bundle.classes, cascade.bundle.positive
         log.describe(BundleFacts(bundle=self._bundle, classes=tuple(classes), positive=positive))
 
-    def read(self, image: ImageLike) -> Photo:
+    def read(self, image: ImageLike) -> Prepared:
         """A photo that holds a file's bytes, so that what is logged is what was decided on.
 
         Raises:
             ImageError: it cannot be read as an image.
             InputError: it is no kind of image.
         """
-        if not isinstance(image, str | Path):
+        if not isinstance(image, str | Path | Photo):
             return super().read(image)
         try:
-            data = Path(image).read_bytes()
+            data = _encode(image)
         except OSError:
             return super().read(image)  # It says what is wrong with the file.
         try:
@@ -79,7 +80,7 @@ class Served(Answering):
         except ImageError as error:
             raise ImageError(str(image), error.reason, error.detail) from None
 
-    def answer(self, photos: Sequence[Photo], *, now: float | None = None) -> Decisions:
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
         """Decide for photos as one batch, and log it.
 
         Raises:
@@ -157,8 +158,8 @@ def _number(value: Any) -> float | None:
 
 def identify(image: ImageLike) -> str:
     """Sha256 of a file's bytes; of size and RGB pixels where there was no file."""
-    if isinstance(image, str | Path):
-        return sha256_file(image)
+    if isinstance(image, str | Path | Photo):
+        return sha256_bytes(_encode(image))
     if isinstance(image, bytes | bytearray | memoryview):
         return sha256_bytes(bytes(image))
     picture = open_image(image)
@@ -166,8 +167,8 @@ def identify(image: ImageLike) -> str:
 
 
 def _encode(image: ImageLike) -> bytes:
-    if isinstance(image, str | Path):
-        return Path(image).read_bytes()
+    if isinstance(image, str | Path | Photo):
+        return read_file(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.continual.serving.served import Served
 from stage1_pro.data.images import ImageError, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle
-from stage1_pro.deploy.cascade import Answering, Cascade, Photo
+from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
 from stage1_pro.deploy.runtime import RUNTIMES
 from stage1_pro.errors import InputError, Stage1Error, nearest
 from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
@@ -188,7 +188,7 @@ class StreetVision:
         else:
             image = _decode(image)
             opened = read_image(image, max_pixels=settings.max_pixels)
-        decided = self._answering.answer([Photo(image, opened)])
+        decided = self._answering.answer([Prepared(image, opened)])
         r = float(shifted(decided.prob, settings.threshold, self._shift)[0])
         unsure = not decided.accepted[0] or max(r, 1 - r) < settings.answer_above
         return NO_ANSWER if unsure and settings.on_abstain == "minus_one" else guard(r)
