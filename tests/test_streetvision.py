@@ -346,7 +346,7 @@ def test_opened_images_are_checked_before_they_are_decoded() -> None:
 
 def hostile(bundle: Path, count: int) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, HERE / "hostile_requests.py", bundle, str(count), "0"],
+        [sys.executable, HERE / "kit" / "hostile_requests.py", bundle, str(count), "0"],
         capture_output=True,
         text=True,
         timeout=600,
