@@ -293,7 +293,7 @@ def test_an_adaptation_writes_everything_and_learns(explored: tuple[Path, Explor
     assert kept.image_size == SIZE and kept.fingerprint() == record.backbone_fingerprint
     assert (record.backbone_fingerprint == record.base_fingerprint) == (record.kept == "base")
     assert len(record.figures) == 6 and record.figure("linear", "balanced_accuracy").difference is not None
-    with pytest.raises(InputError, match="is there already; go on with --resume or start anew with --overwrite"):
+    with pytest.raises(InputError, match="adaptation already; go on with --resume"):
         stage1_pro.explora(scenes / "pool" / "images", run, config(scenes))
     assert stage1_pro.explora(scenes / "pool" / "images", run, resume=True) == record
 

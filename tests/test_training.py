@@ -244,7 +244,7 @@ def test_class_weights_average_to_one_over_the_rows() -> None:
 
 def test_a_second_training_needs_a_word(run: Path) -> None:
     train(run, config("train.epochs=1"))
-    with pytest.raises(InputError, match="trained already; go on with --resume or start anew with --overwrite"):
+    with pytest.raises(InputError, match="training already; go on with --resume"):
         train(run, config("train.epochs=1"))
     for change, shown in (("train.epochs=16", "train.epochs = 16 instead of 1"), ("seed=9", "seed = 9 instead of 0")):
         with pytest.raises(InputError, match=f"--resume must keep .* {shown}"):
