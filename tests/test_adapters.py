@@ -40,13 +40,14 @@ from stage1_pro.models.adapters import (
     read_adapter,
     save_adapter,
 )
-from stage1_pro.models.backbone import load_backbone
+from stage1_pro.models.backbone import backbone_from_config, load_backbone
 from stage1_pro.models.model import Stage1Model, create_model
 from stage1_pro.record import FileEntry
 from stage1_pro.training import checkpoint
 
 LOW_RANK = ("lora", "rslora", "dora")
-SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=0", "train.save_every_steps=2", "adapter.rank=4"]
+SMALL = ["model.image_size=32", "train.epochs=2", "train.batch_size=16", "train.workers=0", "train.save_every_steps=2",
+         "adapter.rank=4"]  # fmt: skip
 
 
 def model_of(config: ModelConfig | None = None, seed: int = 0) -> Stage1Model:
@@ -95,6 +96,18 @@ def family(request: pytest.FixtureRequest, shared: Callable[[str], Path]) -> Mod
     if request.param == "dinov3":
         return ModelConfig(tap=2)
     return ModelConfig(backbone=str(shared("weights/dinov2-small")), image_size=56, tap=6)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """Two blocks of width 32 on 32 pixels, for what is as true of a small model as of a large one."""
+    folder = tmp_path_factory.mktemp("small")
+    config = {
+        "model_type": "dinov3_vit", "image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_register_tokens": 4, "pos_embed_rescale": None,
+    }  # fmt: skip
+    backbone_from_config(config, 32, 0).hf.save_pretrained(folder)
+    return ModelConfig(backbone=str(folder), image_size=32, tap=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -163,8 +176,9 @@ def test_only_what_the_mode_names_changes(mode: str) -> None:
         if mode != "apla" or init == "default"  # which has nothing to initialise
     ],
 )
-def test_merged_equals_unmerged(mode: str, init: str) -> None:
-    model, _ = adapted(mode, AdapterConfig(rank=4, init=init))
+def test_merged_equals_unmerged(small: ModelConfig, mode: str, init: str) -> None:
+    model = model_of(small)
+    adapt(model, mode, AdapterConfig(rank=4, init=init), 0)
     start = outputs(model, pixels(model))
     learn(model, 5)
     x = pixels(model, 4)
@@ -173,7 +187,7 @@ def test_merged_equals_unmerged(mode: str, init: str) -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     plain = merge(model)
     torch.testing.assert_close(outputs(plain, x), wanted, rtol=0, atol=1e-4)
-    assert set(plain.state_dict()) == set(model_of().state_dict())
+    assert set(plain.state_dict()) == set(model_of(small).state_dict())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()), "merging must leave the model alone"
 
 
@@ -206,9 +220,9 @@ def test_a_merged_model_is_the_same_in_onnx(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", *ADAPTER_MODES])
-def test_gradient_checkpointing_and_bf16_work_in_every_mode(mode: str) -> None:
+def test_gradient_checkpointing_and_bf16_work_in_every_mode(small: ModelConfig, mode: str) -> None:
     def start(*, saving: bool) -> Stage1Model:
-        model = model_of()
+        model = model_of(small)
         if mode != "full":
             adapt(model, mode, AdapterConfig(rank=4, dropout=0.1), 0)
         model.backbone.hf.embeddings.mask_token.requires_grad_(False)
@@ -443,9 +457,9 @@ def test_a_base_may_move_to_another_folder(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def split_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with splits of 160 rendered scenes."""
+    """A run folder with splits of 96 rendered scenes."""
     folder = tmp_path_factory.mktemp("scenes")
-    labels = render_pool(folder / "pool", 160, seed=1, size=64)
+    labels = render_pool(folder / "pool", 96, seed=1, size=48)
     stage1_pro.split(labels, folder / "run", seed=0)
     return folder / "run"
 

@@ -247,12 +247,12 @@ def test_correctness_that_cannot_be_fitted_gives_the_margin_and_says_why(case: s
 @pytest.fixture(scope="module")
 def split_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
-    labels = render_pool(folder / "pool", 240, seed=1, size=64)
+    labels = render_pool(folder / "pool", 160, seed=1, size=48)
     stage1_pro.split(labels, folder / "run", seed=0)
     return folder / "run"
 
 
-SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "gate.views=1"]
+SMALL = ["model.image_size=32", "train.epochs=2", "train.batch_size=32", "train.workers=0", "gate.views=1"]
 
 
 def test_training_stores_both_gates_and_says_which_ranks_better(split_run: Path, tmp_path: Path) -> None:
