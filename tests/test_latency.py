@@ -222,7 +222,9 @@ class TestBench:
         assert "below 1 the former is faster" in render_comparison(twice)
 
     def test_peer_that_cannot_run_says_why(self, bundle: Path) -> None:
-        asked = BenchLatency(bundle, batch=[1], rates=[0], samples=10, warmup=0, against=["torch-eager"], quick=True)
+        asked = BenchLatency(
+            bundle=bundle, batch=[1], rates=[0], samples=10, warmup=0, against=["torch-eager"], quick=True
+        )
         result = bench_latency(asked)
         (peer,) = result.peers
         assert peer.skipped == "a bundle holds no weights torch could load; name --run as well" and not peer.to_cascade

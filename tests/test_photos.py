@@ -186,6 +186,40 @@ def test_batches_from_a_tar_are_the_folders(folder, tar, zipped, workers):
             assert all(np.array_equal(one, two) for one, two in zip(ours, theirs, strict=True))
 
 
+def test_a_run_on_a_tar_is_the_run_on_its_folder(folder, tar, tmp_path):
+    """Split, train, evaluate and answer on either: the same rows, weights, measures and decisions."""
+    pytest.importorskip("torch", reason="the train extra")
+    import stage1_pro
+    from stage1_pro.cli import main
+    from stage1_pro.data.predictions import Predictions
+    from stage1_pro.deploy.prediction import infer
+    from stage1_pro.files import sha256_file
+
+    found = []
+    for name, place in (("folder", folder), ("tar", tar)):
+        run = tmp_path / name
+        assert main(["split", "--labels", str(place), "--out", str(run), "--max-quarantine", ".1"]) == 0
+        keys = ["train.epochs=1", "model.image_size=32", "train.batch_size=16", "train.workers=2"]
+        assert main(["train", "--run", str(run), *(word for key in keys for word in ("--set", key))]) == 0
+        assert main(["calibrate", "--run", str(run), "--guarantee", "none", "--target-fnr", ".9"]) == 0
+        evaluation = stage1_pro.evaluate(run, n_replicates=20)
+        rows, _ = infer(run, [place])
+        for row in rows:
+            row["file"] = row["file"].removeprefix(str(place))
+        found.append(
+            {
+                "hashes": Splits.read(run / "splits.json").hashes,
+                "weights": sha256_file(run / "model_best.pth"),
+                "logits": Predictions.load(run / "val_calib.npz").logits_b.tolist(),
+                "evaluation": evaluation.model_dump(),
+                "decisions": rows,
+                "split": infer(run, split="val_test"),
+            }
+        )
+    assert len(found[0]["decisions"]) == 60 and all(row["error"] is None for row in found[0]["decisions"])
+    assert found[0] == found[1]
+
+
 # --------------------------------------------------------------------------------------------
 # Tars
 

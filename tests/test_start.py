@@ -538,7 +538,9 @@ class TestDoor:
 
     def test_lists_have_it(self, names: None, bundle: Path) -> None:
         assert "evaluator" in peers() and "evaluator" in doctor()["runtimes"]
-        asked = BenchLatency(bundle, batch=[2], rates=[0.5], samples=10, warmup=0, quick=True, against=["evaluator"])
+        asked = BenchLatency(
+            bundle=bundle, batch=[2], rates=[0.5], samples=10, warmup=0, quick=True, against=["evaluator"]
+        )
         (peer,) = bench_latency(asked).peers
         assert peer.skipped is None and peer.flips == 0 and peer.logit is not None and peer.logit < 1e-4
         assert Settings.of({"bundle": str(bundle), "runtime": "evaluator"}).runtime == "evaluator"

@@ -44,7 +44,6 @@ _FLOOR = 0.01
 # Masks of held-out images are those of an epoch that training never reaches, the same every time.
 _HELD_OUT_EPOCH = (1 << 32) - 2
 _SHOWN = 6
-_QV = (".q_proj", ".v_proj", ".query", ".value")
 
 
 @dataclass(frozen=True)
@@ -79,32 +78,26 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
     Raises:
         InputError: the trainable share is outside 0.1% to 10% (``explora.train: full`` has no limit).
     """
-    hf = backbone.hf
-    total = sum(p.numel() for p in hf.parameters())
-    mask_token = hf.embeddings.mask_token
+    body = backbone.body
+    total = sum(p.numel() for p in body.parameters())
     rank, lora = None, None
     if config.train == "full":
-        hf.requires_grad_(True)
+        body.requires_grad_(True)
     else:
-        hf.requires_grad_(False)
+        body.requires_grad_(False)
         whole = list(backbone.blocks)[-config.blocks :]
         rest = list(backbone.blocks)[: -config.blocks]
         rank = config.rank if rest else None
         if rest:
-            inside = {module for block in rest for module in block.modules() if isinstance(module, nn.Linear)}
-            names = [name for name, m in hf.named_modules() if m in inside and name.endswith(_QV)]
-            if len(names) != 2 * len(rest):
-                raise InputError(
-                    f"backbone must have one q and one v projection a block, got {len(names)} in {len(rest)} blocks; "
-                    "its layout is not known"
-                )
+            wanted = [backbone.targets(index) for index in range(len(rest))]
+            names = [name for name, _ in body.named_modules() if any(name in (one["q"], one["v"]) for one in wanted)]
             # LoRA's start draws from the global generator.
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 # peft asks transformers for an attribute under its former name.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 torch.manual_seed(seed)
                 lora = get_peft_model(
-                    hf,
+                    body,
                     LoraConfig(
                         r=config.rank,
                         lora_alpha=config.alpha if config.alpha is not None else 2 * config.rank,
@@ -115,9 +108,9 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
                 )
         for module in [*whole, backbone.norm, *(m for b in rest for m in b.modules() if isinstance(m, nn.LayerNorm))]:
             module.requires_grad_(True)
-    if mask_token is not None:
+    if (mask_token := backbone.mask_token) is not None:
         mask_token.requires_grad_(config.objective == "simmim")
-    trained = sum(p.numel() for p in hf.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in body.parameters() if p.requires_grad)
     found = Trainable(trained, total, rank, lora)
     if config.train == "explora" and not LEAST_SHARE <= found.share <= LARGEST_SHARE:
         alone = sum(p.numel() for block in whole for p in block.parameters()) / total

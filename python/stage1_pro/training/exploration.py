@@ -123,7 +123,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     info, start = backbone.info(model.backbone), backbone.fingerprint()
     pool = read_pool(images, [row for row in splits.rows if row.split != "train"], splits.photos())
     rows = splits.of("train")
-    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+    labels = splits.indices(rows)
     groups = [row.group for row in rows]
 
     def probed(one: Any, what: str) -> dict[str, NDArray[np.float64]]:

@@ -103,7 +103,7 @@ def assemble(
         groups=text([row.group for row in rows]),
         sources=text([row.source for row in rows]),
         halves=text([row.half or "" for row in rows]),
-        labels=np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64),
+        labels=splits.indices(rows),
         logits_a=arrays["logits_a"],
         logits_b=arrays["logits_b"],
         gate_logits=arrays["gate_logits"],

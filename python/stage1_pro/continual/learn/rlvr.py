@@ -536,7 +536,7 @@ def labels_of(rows: Sequence[Row], splits: Splits, source: str) -> tuple[NDArray
 
     A list that says of a row that a model or a mere match labelled it is believed, whatever ``source`` says of all.
     """
-    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+    labels = splits.indices(rows)
     return labels, [row.source if row.source in UNPAID else source for row in rows]
 
 

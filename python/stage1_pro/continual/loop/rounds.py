@@ -482,7 +482,7 @@ class Rounds:
         origin = self.registry.history("champion")[0].bundle
         splits = Splits.read(Path(self._run(origin or "").run) / "splits.json")
         files = [str(photo) for photo in splits.photos_of(rows)]
-        labels = np.array([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+        labels = splits.indices(rows)
         anchor = Anchor(
             verified(labels, "owner", classes=splits.classes, positive=splits.positive),
             np.array([row.group for row in rows], dtype=np.str_),
