@@ -280,7 +280,7 @@ def test_options_without_a_use_are_told(mode: str, options: dict[str, object], m
 
 
 def test_rank_zero_names_mode_linear() -> None:
-    with pytest.raises(InputError, match="rank must be 1 or more, got 0; .* use mode linear"):
+    with pytest.raises(InputError, match="rank must .*1.*got 0.*mode linear"):
         load_config(None, ["train.mode=lora", "adapter.rank=0"])
 
 
@@ -614,7 +614,7 @@ def test_merge_writes_a_plain_backbone(tmp_path: Path, own: bool, capsys: pytest
     assert "may be passed on only together with the DINOv3 License" in (
         tmp_path / "out" / "LICENCE-BACKBONE.txt"
     ).read_text().replace("\n", " ")
-    with pytest.raises(InputError, match="must be a new folder, .* replace it with --overwrite"):
+    with pytest.raises(InputError, match="must be a new folder.*--overwrite"):
         stage1_pro.merge(tmp_path / "adapter", str(base), tmp_path / "out")
     stage1_pro.merge(tmp_path / "adapter", str(base), tmp_path / "out", overwrite=True)
     with pytest.raises(InputError, match="holds something; choose another folder"):

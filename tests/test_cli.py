@@ -138,7 +138,7 @@ def test_wrong_values_name_flag_value_and_expectation(capsys: pytest.CaptureFixt
         ("metrics x.csv --replicates 0", "--replicates must be 1 or more, got 0"),
     ):
         assert said in fails(capsys, 2, *arguments.split())
-    with pytest.raises(InputError, match="n_replicates must be 1 or more, got 0"):
+    with pytest.raises(InputError, match="n_replicates must .*1.*got 0"):
         stage1_pro.measure("x.csv", n_replicates=0)
     with pytest.raises(InputError, match="unknown option 'polisy'; did you mean 'policy'"):
         stage1_pro.plan(polisy="gate")

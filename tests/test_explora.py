@@ -293,7 +293,7 @@ def test_an_adaptation_writes_everything_and_learns(explored: tuple[Path, Explor
     assert kept.image_size == SIZE and kept.fingerprint() == record.backbone_fingerprint
     assert (record.backbone_fingerprint == record.base_fingerprint) == (record.kept == "base")
     assert len(record.figures) == 6 and record.figure("linear", "balanced_accuracy").difference is not None
-    with pytest.raises(InputError, match="is there already; go on with --resume or start anew with --overwrite"):
+    with pytest.raises(InputError, match="--resume .*--overwrite"):
         stage1_pro.explora(scenes / "pool" / "images", run, config(scenes))
     assert stage1_pro.explora(scenes / "pool" / "images", run, resume=True) == record
 
@@ -475,7 +475,7 @@ def test_stopped_inside_an_epoch_it_ends_as_if_it_had_not_been(
     assert not (run / "explora" / "explora.json").exists()
     with pytest.raises(InputError, match="--resume must keep .* explora.lr = 0.5"):
         stage1_pro.explora(scenes / "pool" / "images", run, config(scenes, "explora.lr=0.5"), resume=True)
-    with pytest.raises(ArtifactError, match="base, pool and configuration, but one of them has changed"):
+    with pytest.raises(ArtifactError, match="base, pool and configuration"):
         stage1_pro.explora(scenes / "labelled" / "images", run, resume=True)
     stage1_pro.explora(scenes / "pool" / "images", run, resume=True)
     same(whole / "explora", run / "explora")

@@ -245,7 +245,7 @@ def test_correctness_that_cannot_be_fitted_gives_the_margin_and_says_why(case: s
     assert fit.weight[-1] > 0
     assert not fit.weight[:-1].any()
     assert case != "few errors" or fit.n_errors < FEWEST_ERROR_GROUPS
-    with pytest.raises(InputError, match="views must be one or more and folds 2 or more, got 0 and 5"):
+    with pytest.raises(InputError, match="views must .*2.*got 0 and 5"):
         fit_gate([], [], y, groups, np.ones(2), folds=5, seed=0)
 
 
@@ -360,7 +360,7 @@ def test_the_cheapest_tap_at_equal_risk_is_chosen() -> None:
 
 def test_an_automatic_tap_is_measured_stored_and_kept(split_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(split_run, tmp_path / "run"))
-    with pytest.raises(InputError, match="model.tap must be a block for the preset tiny, got auto"):
+    with pytest.raises(InputError, match="model.tap must .*got auto"):
         train(run, load_config(None, [*SMALL, "model.tap=auto"]))
     create_model(ModelConfig(), ["a", "b"], "b", 0).backbone.hf.save_pretrained(tmp_path / "backbone")
     options = [*SMALL, "model.tap=auto", f"model.backbone={tmp_path / 'backbone'}", "model.image_size=48",

@@ -157,7 +157,7 @@ print(taken)
 def test_only_trusted_labels_that_do_not_change(vault):
     vault.open("one", ["a", "b"], ["a", "b"], now=0.0)
     for source in ("match", "model"):
-        with pytest.raises(InputError, match="source must be owner or review for a guard label"):
+        with pytest.raises(InputError, match="source must .*owner .*review"):
             vault.label("one", {"a": "none"}, source)
     vault.label("one", {"a": "none"}, "review")
     vault.label("one", {"a": "none"}, "owner")
@@ -182,7 +182,7 @@ def test_a_look_and_a_label_stay_whoever_writes_to_the_database(store_url):
     open_look = ask(vault, acts([2, 0]), terms="other")
     for _ in range(2):
         vault.close(look, promoted=True)
-    with pytest.raises(InputError, match="promoted must be what came of look 1 of 'one', True, got False"):
+    with pytest.raises(InputError, match="promoted must .*1.*got False"):
         vault.close(look, promoted=False)
     refused = [
         "DELETE FROM looks", "UPDATE looks SET promoted = NULL WHERE number = 1", "UPDATE looks SET number = 9",
@@ -321,7 +321,7 @@ def test_forgetting_is_seen_overall_by_slice_and_by_class(vault):
     again = Side("new", candidate.guard, acts(worse))
     assert judge(vault, lost, again, anchor_of(labels)).test("anchor reward").passed
     assert not judge(vault, lost, again, anchor_of(labels, origin=acts(labels))).test("anchor reward").passed
-    with pytest.raises(InputError, match="anchor must have rows for each test, got none for 'anchor reward, slice x'"):
+    with pytest.raises(InputError, match="anchor must .*got none for 'anchor reward, slice x'"):
         verdict(labels, slices={"x": np.zeros(3000, dtype=bool)})
 
 
