@@ -454,19 +454,10 @@ def test_a_base_may_move_to_another_folder(tmp_path: Path) -> None:
 # Training
 
 
-@pytest.fixture(scope="module")
-def split_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with splits of 96 rendered scenes."""
-    folder = tmp_path_factory.mktemp("scenes")
-    labels = render_pool(folder / "pool", 96, seed=1, size=48)
-    stage1_pro.split(labels, folder / "run", seed=0)
-    return folder / "run"
-
-
 @pytest.fixture
-def run(split_run: Path, tmp_path: Path) -> Path:
+def run(streets_run: Path, tmp_path: Path) -> Path:
     """A fresh copy of the split run."""
-    return shutil.copytree(split_run, tmp_path / "run")
+    return shutil.copytree(streets_run, tmp_path / "run")
 
 
 def trained(run: Path, mode: str, *overrides: str, **options: bool) -> Path:
@@ -508,11 +499,11 @@ def test_a_run_holds_the_merged_model_and_its_adapter(run: Path, mode: str, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "apla"])
 def test_a_resumed_training_reaches_the_same_bytes(
-    run: Path, split_run: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+    run: Path, streets_run: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("adapter.dropout=0.1", "train.epochs=3")
     trained(run, mode, *options)
-    other = shutil.copytree(split_run, tmp_path / "other")
+    other = shutil.copytree(streets_run, tmp_path / "other")
     from stage1_pro.training import finish, loop, validate
 
     adapter, last, refit = validate.save_adapter, validate.save_last, finish.replace_trained
@@ -560,9 +551,9 @@ def test_a_resume_on_another_base_is_refused(run: Path, tmp_path: Path, mode: st
         stage1_pro.train(run, resume=True)
 
 
-def test_checkpointing_changes_no_byte(run: Path, split_run: Path, tmp_path: Path) -> None:
+def test_checkpointing_changes_no_byte(run: Path, streets_run: Path, tmp_path: Path) -> None:
     trained(run, "lora", "train.epochs=1")
-    other = shutil.copytree(split_run, tmp_path / "other")
+    other = shutil.copytree(streets_run, tmp_path / "other")
     trained(other, "lora", "train.epochs=1", "train.gradient_checkpointing=true")
     same_artefacts(run, other)
     stage1_pro.train(run, load_config(None, ["train.gradient_checkpointing=true"]), resume=True)
@@ -664,7 +655,7 @@ def test_the_manuals_page_runs_and_merges_what_was_trained(
 
 
 def test_every_mode_draws_the_same_heads_and_batches(
-    split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    streets_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stage1_pro.training import loop
 
@@ -680,7 +671,7 @@ def test_every_mode_draws_the_same_heads_and_batches(
     monkeypatch.setattr(loop.step, "learn", look)
     for mode in ("full", *ADAPTER_MODES):
         with pytest.raises(KeyboardInterrupt):
-            trained(shutil.copytree(split_run, tmp_path / mode), mode)
+            trained(shutil.copytree(streets_run, tmp_path / mode), mode)
     for mode, found in seen.items():
         assert len(found) == len(seen["full"])
         assert all(torch.equal(a, b) for a, b in zip(found, seen["full"], strict=True)), mode

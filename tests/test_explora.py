@@ -194,10 +194,11 @@ def test_the_share_has_limits_and_says_the_number() -> None:
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(streets: Path, streets_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 120 rendered scenes, a pool of 60 others, and a deep narrow backbone."""
     folder = tmp_path_factory.mktemp("explora")
-    stage1_pro.split(render_pool(folder / "labelled", 120, seed=1, size=48), folder / "run", seed=0)
+    shutil.copytree(streets, folder / "labelled")
+    shutil.copytree(streets_run, folder / "run")
     render_pool(folder / "pool", 60, seed=2, size=48)
     backbone = dinov3()
     spec = input_spec(ModelConfig(), backbone)
