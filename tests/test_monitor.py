@@ -46,7 +46,7 @@ from stage1_pro.continual.watch.status import (
     write_textfile,
 )
 from stage1_pro.errors import DependencyError, InputError
-from stage1_pro.metrics.intervals import clopper_pearson
+from stage1_pro.metrics.binomial import clopper_pearson
 
 ALPHA = 0.02
 DAY = 86400.0
