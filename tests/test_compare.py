@@ -21,6 +21,7 @@ from fitting import fit_gate_policy
 import stage1_pro
 from stage1_pro import native
 from stage1_pro.cli import main
+from stage1_pro.commands.compare import compare
 from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, resplit
@@ -32,7 +33,7 @@ from stage1_pro.metrics.intervals import percentile_interval
 from stage1_pro.metrics.seeds import HIGHER_IS_BETTER, SeedRows, compare_seeds
 from stage1_pro.policies.gate import reach
 from stage1_pro.studies import comparing
-from stage1_pro.studies.comparing import Comparison, check_fairness, compare, markdown, read_arms
+from stage1_pro.studies.comparing import Comparison, check_fairness, markdown, read_arms
 from stage1_pro.training.loop import train
 from stage1_pro.training.run import Start
 
@@ -465,12 +466,12 @@ def test_finished_runs_are_skipped_and_val_test_is_read_once(
     assert second.looks == [tested.chosen]
     with pytest.raises(InputError, match="name another folder"):
         compare(out, labels, ARMS, seeds=2, hold_split=True)
-    with pytest.raises(InputError, match="arm linear must keep the configuration .* train.lr differ"):
+    with pytest.raises(InputError, match="arm linear .*train.lr"):
         compare(out, labels, {**ARMS, "linear": config("train.mode=linear", "train.lr=1e-4")}, second_look=True)
     capsys.readouterr()
     doctored = Start.read(out / "linear" / "seed1" / "start.json").model_copy(update={"heads": "other"})
     doctored.write(out / "linear" / "seed1" / "start.json")
-    with pytest.raises(ArtifactError, match="same starting heads, but in seed 1 those of full and linear differ"):
+    with pytest.raises(ArtifactError, match="seed 1 .*full and linear"):
         compare(out, labels, ARMS, seeds=2, test=False)
 
 

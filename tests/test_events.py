@@ -28,6 +28,7 @@ from stage1_pro.continual.ledger.exchange import (
     import_label_studio,
     label_config,
 )
+from stage1_pro.continual.ledger.history import History
 from stage1_pro.continual.ledger.labels import (
     GUARD_SOURCES,
     Disagreement,
@@ -35,7 +36,6 @@ from stage1_pro.continual.ledger.labels import (
     Source,
     add_events,
     add_labels,
-    audited,
     disagreement,
     ingest,
     read_events,
@@ -530,8 +530,6 @@ def test_what_serving_refuses(cascade: Cascade, log: EventLog, tmp_path: Path) -
         served.predict("one.jpg", now=1.0)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="now must be"):
         served.predict([np.zeros((4, 4), dtype=np.uint8)], now=math.nan)
-    with pytest.raises(InputError, match="images must be 1"):
-        served.decide(np.zeros((1, 3, 4, 4), dtype=np.float32), [], now=1.0)
     with pytest.raises(InputError, match="cascade must be one of a bundle"):
         Served(Cascade(object(), Stages()), log)  # type: ignore[arg-type]
     assert len(served.predict([], now=1.0)) == 0 and list(log) == []
@@ -555,7 +553,7 @@ def test_serving_and_logging_need_the_base_install_alone() -> None:
 
 @pytest.mark.slow
 def test_predict_logs_what_a_real_bundle_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_deploy import make_model, make_policy, make_run, torch_answers
+    from kit.tiny import make_model, make_policy, make_run, torch_answers
 
     from stage1_pro.cli import main
     from stage1_pro.data.images import preprocess, read_image
@@ -604,7 +602,7 @@ def test_ingestion_is_exactly_once(store: Store, log: EventLog) -> None:
     assert ingest(store, log).events == 0
     assert list(read_events(store)) == [make_event(i, selected=i % 2 == 0 or i > 499) for i in range(501)]
     assert [one.id for one in read_events(store, since=1002, until=1004)] == ["e00002", "e00003"]
-    assert list(read_events(store, bundle="b" * 64)) == []
+    assert list(read_events(store, bundle=BUNDLE)) == []
 
 
 def test_two_ingest_at_once(store_url: str, log: EventLog) -> None:
@@ -763,13 +761,10 @@ def test_audited_rows(store: Store, log: EventLog) -> None:
     ingest(store, log)
     add_labels(store, [label(f"e{i:05d}", "roadwork", at=2000.0) for i in range(4)])
     add_labels(store, [label("e00004", "none", "match", at=2000.0)])
-    rows = audited(store)
-    assert rows.event_id.tolist() == ["e00000", "e00001", "e00002"] and len(rows) == 3
-    assert rows.exited.tolist() == [True, False, False]
-    assert rows.wrong.tolist() == [True, True, False]
-    assert rows.wrong_a.tolist() == [True, False, True]
-    assert rows.propensity.tolist() == [0.25] * 3 and np.isnan(rows.score[2])
-    assert len(audited(store, until=2000.0)) == 0
+    history = History.read(store)
+    assert [one.id for one in history.of(BUNDLE)] == [f"e{i:05d}" for i in range(5)]
+    assert history.errors_of_a(history.served) == {"e00000": True, "e00001": False, "e00002": True}
+    assert History.read(store, 2000.0).errors_of_a(history.served) == {}
 
 
 # --------------------------------------------------------------------------------------------
@@ -818,7 +813,7 @@ def test_csv_of_any_program(delimiter: str, encoding: str, filled: Store, tmp_pa
         (b"event_id,label\ne00001\n", "line 2 must have a value for label"),
         (b"event_id,label\ne00001,none,x\n", "2 cells in every row.*got 3 in line 2"),
         (b"event_id,label\ne00001,\n", "line 2 must have a value for label"),
-        (b"event_id,label,source\ne00001,none,revew\n", "line 2: source must be valid.*did you mean 'review'"),
+        (b"event_id,label,source\ne00001,none,revew\n", "line 2: source must be one of .*did you mean 'review'"),
         (b"event_id,label,time\ne00001,none,yesterday\n", "line 2: time must be seconds since the epoch or ISO 8601"),
         (b"event_id,label,time\ne00001,none,2026-01-01T00:00\n", "with its offset"),
         (b"event_id,label,time\ne00001,none,inf\n", "finite"),

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kit.tiny import copy_run, make_images
 from PIL import Image
-from test_deploy import make_images, make_model, make_run
 
 from stage1_pro.cli import main
 from stage1_pro.commands.bench import BenchLatency, render_comparison, render_latency
 from stage1_pro.deploy.bench import LatencyBench, LatencyComparison, bench_latency, compare_latency, draw_latency
-from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.timing import (
     Sampling,
     Subject,
@@ -32,13 +31,13 @@ from stage1_pro.errors import ArtifactError, InputError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("latency") / "run", make_model())
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("latency") / "run")
 
 
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
-    return export(run)
+    return run / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +222,9 @@ class TestBench:
         assert "below 1 the former is faster" in render_comparison(twice)
 
     def test_peer_that_cannot_run_says_why(self, bundle: Path) -> None:
-        asked = BenchLatency(bundle, batch=[1], rates=[0], samples=10, warmup=0, against=["torch-eager"], quick=True)
+        asked = BenchLatency(
+            bundle=bundle, batch=[1], rates=[0], samples=10, warmup=0, against=["torch-eager"], quick=True
+        )
         result = bench_latency(asked)
         (peer,) = result.peers
         assert peer.skipped == "a bundle holds no weights torch could load; name --run as well" and not peer.to_cascade

@@ -19,8 +19,8 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
+from kit.tiny import copy_run, rehash
 from sqlalchemy import text
-from test_deploy import make_model, make_run, rehash
 
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.store import Store
@@ -38,7 +38,6 @@ from stage1_pro.continual.serving.live import (
 )
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import write_bytes
 
@@ -46,13 +45,13 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("registry") / "run", make_model())
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("registry") / "run")
 
 
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
-    return export(run)
+    return run / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +129,7 @@ def test_a_damaged_bundle_does_not_get_in(local: Registry, bundle: Path, tmp_pat
 
 def test_moves_swaps_and_steps_back(registry: Registry, bundle: Path, strict: Path) -> None:
     one, two = registry.add(bundle), registry.add(strict)
-    with pytest.raises(InputError, match="champion must be set, got none"):
+    with pytest.raises(InputError, match="champion must .*got none"):
         registry.sync()
     assert registry.promote(one, expected=0, now=1.0, by="ada").previous is None
     with pytest.raises(InputError, match="champion must have been something before"):
@@ -138,7 +137,7 @@ def test_moves_swaps_and_steps_back(registry: Registry, bundle: Path, strict: Pa
     registry.promote(two, expected=1, now=2.0, by="ada")
     found = registry.promote(one, expected=2, now=3.0, by="ada")
     assert (found.champion, found.previous, found.version) == (one, two, 3)
-    with pytest.raises(LostRaceError, match="champion must still be at version 2, got 3"):
+    with pytest.raises(LostRaceError, match="champion must .*2.*got 3"):
         registry.promote(two, expected=2, now=4.0, by="bob")
     # Twice is two steps back, not to and fro.
     assert (back(registry).champion, back(registry).champion) == (two, one)
@@ -374,7 +373,7 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
     local.promote(one, expected=0, now=1.0, by="ada")
     move(local, "canary", two, share=1.0)
     live = LiveCascade(local.root, threads=1, log=EventLog(tmp_path / "log"))
-    seat = live._seating.candidate
+    seat = live._serving.candidate
     assert seat is not None
 
     def fail(*_: Any, **__: Any) -> None:
@@ -394,7 +393,7 @@ def test_thresholds_that_served_once_are_not_kept(local: Registry, bundle: Path,
             local.tighten(connection, name, 0.9 + 0.01 * k, now=2.0)
         local.sync()
         live.predict(photos[:1], now=3.0)
-    assert len(live._seats) == 1 and live.pointer.threshold == 0.9 + 0.01 * 4
+    assert len(live._loaded) == 1 and live.pointer.threshold == 0.9 + 0.01 * 4
 
 
 def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, photos: list[Path]) -> None:

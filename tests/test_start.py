@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_deploy import make_images, make_model, make_run, rehash, rewrite
+from kit.tiny import copy_run, make_images, rehash, rewrite
 
 from stage1_pro.cli import main
 from stage1_pro.commands.bench import BenchLatency
@@ -23,7 +23,6 @@ from stage1_pro.commands.doctor import doctor
 from stage1_pro.deploy.bench import bench_latency, peers
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.onnxruntime import OnnxRuntime
 from stage1_pro.deploy.reference import REFERENCE, TOLERANCES, check_parity, read_reference, write_reference
 from stage1_pro.deploy.runtime import RUNTIMES, How, Runtime
@@ -53,18 +52,19 @@ def gpu_missing() -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("start") / "run", make_model())
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("start") / "run")
 
 
 @pytest.fixture(scope="module")
-def bundle(run: Path) -> Path:
+def bundle(run: Path, request: pytest.FixtureRequest) -> Path:
     """With engines where their builder is installed: nothing below needs another export."""
     try:
         import tensorrt_rtx  # noqa: F401
     except ImportError:
-        return export(run)
-    return export(run, target="rtx")
+        return run / "bundle"
+    engines: Path = request.getfixturevalue("tiny_engines")
+    return engines
 
 
 @pytest.fixture
@@ -538,7 +538,9 @@ class TestDoor:
 
     def test_lists_have_it(self, names: None, bundle: Path) -> None:
         assert "evaluator" in peers() and "evaluator" in doctor()["runtimes"]
-        asked = BenchLatency(bundle, batch=[2], rates=[0.5], samples=10, warmup=0, quick=True, against=["evaluator"])
+        asked = BenchLatency(
+            bundle=bundle, batch=[2], rates=[0.5], samples=10, warmup=0, quick=True, against=["evaluator"]
+        )
         (peer,) = bench_latency(asked).peers
         assert peer.skipped is None and peer.flips == 0 and peer.logit is not None and peer.logit < 1e-4
         assert Settings.of({"bundle": str(bundle), "runtime": "evaluator"}).runtime == "evaluator"

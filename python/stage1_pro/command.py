@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from stage1_pro.errors import InputError, nearest
+from stage1_pro.record import expectation as expected
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,7 +89,7 @@ class Command(BaseModel):
     topic: ClassVar[str] = ""
     hints: ClassVar[Mapping[str, str]] = {}
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Do the work; heavy libraries are imported here."""
         raise NotImplementedError
 
@@ -162,39 +162,15 @@ def refusal(error: ValidationError, model: type[BaseModel], spelled: Callable[[s
     field = model.model_fields[name]
     if first["type"] == "missing":
         return f"{spelled(name)} must be given: {field.description}"
-    return f"{spelled(name)} {expectation(first, _choices(field.annotation))}"
+    return f"{spelled(name)} {expected(first, _choices(field.annotation))}"
 
 
-_EXPECTED = {
-    "float": "a number",
-    "int": "a whole number",
-    "bool": "true or false",
-    "path": "a path",
-    "string": "text",
-    "tuple": "a list",
-    "dict": "a mapping",
-}
-
-
-def expectation(error: ErrorDetails, choices: list[str] | None = None) -> str:
-    """``must be <expectation>, got <value>`` of one error of pydantic."""
-    kind, got = error["type"], error["input"]
-    if kind == "literal_error" and choices:
-        return f"must be one of {', '.join(choices)}, got '{got}'{nearest(str(got), choices)}"
-    word = _EXPECTED.get(kind.partition("_")[0])
-    if word is not None and kind.endswith(("_parsing", "_type", "_from_float")):
-        return f"must be {word}, got {got!r}"
-    if kind == "value_error":
-        return error["msg"].removeprefix("Value error, ")
-    return f"must be valid, got {got!r}: {error['msg']}"
-
-
-def keywords(command: type[Command]) -> Callable[[F], F]:
+def keywords(command: type[Command], without: Sequence[str] = ()) -> Callable[[F], F]:
     """Show the options of ``command`` in signature and docstring of the function that takes them as ``**options``."""
 
     def decorate(function: F) -> F:
         own = inspect.signature(function)
-        fields = {name: field for name, field in command.model_fields.items() if not _flag(field).hidden}
+        fields = {k: v for k, v in command.model_fields.items() if k not in without and not _flag(v).hidden}
         named = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
         rest = [
             inspect.Parameter(
@@ -215,7 +191,7 @@ def keywords(command: type[Command]) -> Callable[[F], F]:
 
 
 def _default(field: FieldInfo) -> Any:
-    return None if field.is_required() else field.get_default(call_default_factory=True)
+    return None if field.is_required() or field.default_factory else field.default
 
 
 def _flag(field: FieldInfo) -> Flag:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stage1_pro.errors import InputError
+from stage1_pro.record import read_yaml, wrong
 from stage1_pro.words import Precision
 
 
@@ -119,6 +120,9 @@ class TrainConfig(Section):
     target_coverage: float = Field(
         0.8, gt=0, le=1, description="mean soft gate that training keeps; above the 0.7 that calibration asks for"
     )
+    losses: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="weights of further losses, by the names they are registered under"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = "balanced"
     patience: int = Field(8, ge=1, description="epochs without a better AUGRC on val_select before stopping")
@@ -131,7 +135,22 @@ class TrainConfig(Section):
     )
     deterministic: bool = True
     workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
-    tensorboard: bool = False
+    trackers: tuple[str, ...] = Field(
+        (), description="where figures of every epoch go besides metrics.csv: tensorboard, wandb, mlflow"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_boolean(cls, values: Any) -> Any:
+        """Read ``tensorboard: true``, the key before there were others."""
+        if isinstance(values, dict) and "tensorboard" in values:
+            values = dict(values)
+            flag = values.pop("tensorboard")
+            if not isinstance(flag, bool):
+                raise ValueError(f"tensorboard must be true or false, got {flag!r}; name it in trackers")
+            if flag:
+                values["trackers"] = tuple(dict.fromkeys([*values.get("trackers", ()), "tensorboard"]))
+        return values
 
 
 class AdapterConfig(Section):
@@ -319,17 +338,7 @@ def load_config(
     """
     values: dict[str, Any] = base.model_dump(mode="json") if base else {}
     if path is not None:
-        try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"--config must name an existing file, got {path}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from None
-        if read is None:
-            read = {}
-        if not isinstance(read, dict):
-            raise InputError(f"{path} must hold a mapping of sections, got {type(read).__name__}")
-        _merge(values, read)
+        _merge(values, read_yaml(path))
     for item in overrides or []:
         key, separator, text = item.partition("=")
         if not separator or not key:
@@ -351,13 +360,12 @@ def build_config(values: dict[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
-        key = ".".join(place)
         if first["type"] == "extra_forbidden":
-            options = _keys(place[:-1])
             raise InputError(
-                f"unknown configuration key '{key}'{_nearest_key(place)}; known here: {', '.join(options)}"
+                f"unknown configuration key '{'.'.join(place)}'{_nearest_key(place)}; known here: "
+                f"{', '.join(_keys(place[:-1]))}"
             ) from None
-        raise InputError(f"configuration key '{key}' must be valid, got {first['input']!r}; {first['msg']}") from None
+        raise InputError(f"configuration key {wrong(error)}") from None
 
 
 def describe() -> list[tuple[str, str, str]]:

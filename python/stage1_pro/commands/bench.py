@@ -1,12 +1,15 @@
-"""``stage1 bench``: its options and its tables."""
+"""``stage1 bench``: cascade, latency, compare, and their tables."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from stage1_pro.command import Command, Flag, Result, Words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,80 +24,103 @@ if TYPE_CHECKING:
         LatencySeries,
     )
 
-BATCHES = (1, 8, 64)
-RATES = tuple(step / 10 for step in range(11))
+Batches = Annotated[tuple[int, ...], Flag(metavar="N")]
+Rates = Annotated[tuple[float, ...], Flag(metavar="R")]
+RUNTIME = (
+    "what executes: onnxruntime (of a bundle by default), tensorrt_rtx, tensorrt, auto, or torch (of a run by default)"
+)
+THREADS = "threads of an operator; 0 = as the runtime has them"
 
 
-@dataclass(frozen=True)
-class BenchCascade:
-    """What ``bench_cascade`` is asked for.
+class BenchCascade(Command):
+    """Time both stages, a full pass and the cascade, by deferral rate."""
 
-    Attributes:
-        bundle: bundle folder; or
-        run: trained and calibrated run folder; its val_select images are the input.
-        runtime: what executes; onnxruntime for a bundle, torch for a run by default.
-        batch: batch sizes.
-        rates: deferral rates in [0, 1] to force; exactly ``round(rate * batch)`` rows are deferred.
-        rounds: samples of each contestant.
-        threads: threads of an operator; 0 = as the runtime has them.
-        seed: of orders, of deferred rows and of noise.
-        out: folder for ``cascade.json`` and ``cascade.png``.
-    """
+    topic: ClassVar[str] = "latency"
 
-    bundle: Path | str | None = None
-    run: Path | str | None = None
-    runtime: str | None = None
-    batch: Sequence[int] = BATCHES
-    rates: Sequence[float] = RATES
-    rounds: int = 20
-    threads: int = 0
-    seed: int = 0
-    out: Path | str | None = None
+    bundle: Annotated[Path | None, Flag(one_of="source")] = Field(None, description="bundle folder")
+    run: Annotated[Path | None, Flag(one_of="source")] = Field(
+        None, description="trained and calibrated run folder; its val_select images are the input"
+    )
+    runtime: str | None = Field(None, description=RUNTIME)
+    batch: Batches = Field((1, 8, 64), description="batch sizes")
+    rates: Rates = Field(
+        tuple(step / 10 for step in range(11)),
+        description="deferral rates to force: exactly round(R * N) rows of a batch go to Stage B",
+    )
+    rounds: int = Field(20, description="visits to each contestant, in shuffled order")
+    threads: int = Field(0, description=THREADS)
+    seed: int = Field(0, description="seed of orders, of deferred rows and of noise")
+    out: Path | None = Field(None, description="folder for cascade.json and cascade.png")
+
+    def execute(self) -> Result:
+        """Print times and speed-ups of every contestant."""
+        from stage1_pro.deploy.bench import bench_cascade
+
+        found = bench_cascade(self)
+        return Result(render_cascade(found), found.model_dump(mode="json"))
 
 
-@dataclass(frozen=True)
-class BenchLatency:
-    """What ``bench_latency`` is asked for.
+class BenchLatency(Command):
+    """Time single calls, p50 to p99: bytes to decision, cold start, peers."""
 
-    Attributes:
-        bundle: bundle folder; with ``run`` as well, torch peers take that run's weights.
-        run: trained and calibrated run folder; alone, it is measured in torch, or on its bundle by ``runtime``.
-        runtime: as ``Cascade.load`` takes it, or ``torch``; onnxruntime for a bundle, torch for a run by default.
-        batch: batch sizes.
-        rates: deferral rates in [0, 1].
-        samples: calls of each; a p99 takes 1,000.
-        warmup: milliseconds of each before the first call that counts.
-        limit: seconds after which the contestants of one batch size are through, though samples are missing.
-        quick: 50 samples and one cold start, and no p99.
-        deferral: rate of requests, of the throughput and of peers.
-        budget: milliseconds that the p99 of a batch may take.
-        photos: image, folder or CSV of encoded photos to answer from; drawn JPEGs of 1280 x 720 when None.
-        against: of ``peers()``: their full passes on the same inputs at the same time.
-        threads: threads of an operator; 0 = as the runtime has them.
-        seed: of orders, noise, drawn photos, deferred rows and resamples.
-        trust_engines: run engines that were neither built here nor signed by a trusted key.
-        device: of torch, ``cpu`` or ``cuda``, for a run as for torch peers.
-        out: folder for ``latency.json`` and ``latency.png``.
-    """
+    topic: ClassVar[str] = "latency"
 
-    bundle: Path | str | None = None
-    run: Path | str | None = None
-    runtime: str | None = None
-    batch: Sequence[int] = BATCHES
-    rates: Sequence[float] = (0.0, 0.1, 0.3, 0.5, 1.0)
-    samples: int = 1000
-    warmup: float = 200
-    limit: float = 30
-    quick: bool = False
-    deferral: float = 0.3
-    budget: float = 50
-    photos: Path | str | None = None
-    against: Sequence[str] = ()
-    threads: int = 0
-    seed: int = 0
-    trust_engines: bool = False
-    device: str = "cpu"
-    out: Path | str | None = None
+    bundle: Path | None = Field(None, description="bundle folder")
+    run: Path | None = Field(
+        None, description="run folder; alone it is measured in torch, beside --bundle it is for torch peers"
+    )
+    runtime: str | None = Field(None, description=RUNTIME)
+    batch: Batches = Field((1, 8, 64), description="batch sizes")
+    rates: Rates = Field(
+        (0.0, 0.1, 0.3, 0.5, 1.0),
+        description="deferral rates to force; over the calls exactly this share of rows goes to Stage B",
+    )
+    samples: int = Field(1000, description="calls of each; a p99 takes 1,000")
+    warmup: Annotated[float, Flag(metavar="MS")] = Field(200, description="milliseconds before the first call")
+    limit: Annotated[float, Flag(metavar="S")] = Field(30, description="seconds a batch size may take at most")
+    quick: bool = Field(False, description="50 samples and one cold start: a look, not a measurement")
+    deferral: float = Field(0.3, description="rate of requests, of throughput and of peers")
+    budget: Annotated[float, Flag(metavar="MS")] = Field(50, description="milliseconds the p99 of a batch may take")
+    photos: Path | None = Field(None, description="encoded photos to answer from; drawn JPEGs of 1280 x 720 otherwise")
+    against: Annotated[Words, Flag(metavar="PEER[,PEER]")] = Field(
+        (),
+        description="full passes on the same inputs: onnxruntime, torch-eager, torch-compile; one that cannot run says "
+        "why",
+    )
+    threads: int = Field(0, description=THREADS)
+    seed: int = Field(0, description="seed of orders, noise, deferred rows and resamples")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="of torch; cuda replays CUDA graphs")
+    trust_engines: bool = Field(False, description="run engines neither built here nor signed")
+    out: Path | None = Field(None, description="folder for latency.json and latency.png")
+
+    def execute(self) -> Result:
+        """Print quantiles of every series."""
+        from stage1_pro.deploy.bench import bench_latency
+
+        found = bench_latency(self)
+        return Result(render_latency(found), found.model_dump(mode="json"))
+
+
+class CompareLatency(Command):
+    """Compare two results of bench latency by ratios of quantiles."""
+
+    topic: ClassVar[str] = "latency"
+
+    first: Annotated[Path, Flag(positional=True, metavar="A.json")] = Field(
+        description="latency.json that is compared with"
+    )
+    second: Annotated[Path, Flag(positional=True, metavar="B.json")] = Field(
+        description="latency.json that is judged; below 1 it is faster"
+    )
+    level: float = Field(0.95, description="level of the intervals")
+    out: Path | None = Field(None, description="JSON file to write")
+
+    def execute(self) -> Result:
+        """Print the ratios."""
+        from stage1_pro.deploy.bench import compare_latency
+
+        found = compare_latency(**dict(self))
+        return Result(render_comparison(found), found.model_dump(mode="json"))
 
 
 def render_cascade(found: CascadeBench) -> str:

@@ -22,7 +22,7 @@ TRAIN = ("torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "
 class Doctor(Command):
     """Print versions, devices, compiled modules, builders, and what is missing."""
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Print what is here, and the commands that add what is not."""
         facts = doctor()
         return Result(render(facts), facts)

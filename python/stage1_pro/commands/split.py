@@ -59,7 +59,7 @@ class Split(Command):
     max_quarantine: Part = Field(0.02, description="largest share of unreadable images")
     overwrite: bool = Field(False, description="replace the splits of a run that has been trained")
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Print rows and groups of every split by class."""
         from stage1_pro.data.splitting import split
 

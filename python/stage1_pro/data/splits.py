@@ -104,6 +104,11 @@ class Splits(Record):
             raise InputError(f"photos must lie in a folder or a tar for this, got {self.root}; copy them there first")
         return Path(self.root) / row.file
 
+    def indices(self, rows: Sequence[Row]) -> NDArray[np.int64]:
+        """Class index of every row [N], its place among ``classes``."""
+        place = {name: index for index, name in enumerate(self.classes)}
+        return np.asarray([place[row.label] for row in rows], dtype=np.int64)
+
     def summary(self) -> SplitsSummary:
         """The part that may leave the house: hashes and counts, no file names."""
         return SplitsSummary(

@@ -263,7 +263,7 @@ class _Engine:
             # A home that cannot be written to costs the next start some seconds, and this one nothing.
             with contextlib.suppress(OSError):
                 self._cache_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_bytes(self._cache_path, data)
+                write_bytes(self._cache_path, data, mode=0o600)
 
     def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> tuple[Arrays, float]:
         """Outputs by name and seconds between events on the device."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from stage1_pro.config import AdapterConfig, AdapterMode, ModelConfig, Target
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import atomic_directory, recover_directory, sha256_file
-from stage1_pro.models.backbone import Backbone
+from stage1_pro.files import atomic_directory, permit, recover_directory, sha256_file
+from stage1_pro.models.backbone import BODY, Backbone
 from stage1_pro.models.model import (
     Architecture,
     Stage1Model,
@@ -41,18 +41,8 @@ from stage1_pro.record import FileEntry, Record
 RECORD = "adapter.json"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
-# What the words of the configuration are called in transformers: DINOv3 and new DINOv2, DINOv2 before, gated before.
-_NAMES: dict[Target, tuple[str, ...]] = {
-    "q": ("q_proj", "query"),
-    "k": ("k_proj", "key"),
-    "v": ("v_proj", "value"),
-    "o": ("o_proj", "attention.output.dense"),
-    "up": ("up_proj", "fc1", "weights_in"),
-    "down": ("down_proj", "fc2", "weights_out"),
-    "gate": ("gate_proj",),
-}
 _ATTENTION: tuple[Target, ...] = ("q", "k", "v", "o")
-_HF = "backbone.hf."
+_BODY = f"backbone.{BODY}."
 _PEFT = "base_model.model."
 
 
@@ -141,7 +131,7 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
                 f"got {', '.join(options.targets)}; choose mode lora for others"
             )
         for name in _projections(backbone, ("o",), backbone.n_blocks):
-            backbone.hf.get_submodule(name).requires_grad_(True)
+            backbone.body.get_submodule(name).requires_grad_(True)
     else:
         whole = options.blocks if mode == "partial" else 0
         if whole >= backbone.n_blocks:
@@ -167,46 +157,57 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
 def _insert(backbone: Backbone, mode: AdapterMode, options: AdapterConfig, blocks: int, seed: int) -> PeftModel:
     """Put peft's layers into the first ``blocks`` blocks."""
     names = _projections(backbone, options.targets or _ATTENTION, blocks)
-    narrow = min(min(backbone.hf.get_submodule(name).weight.shape) for name in names)
+    narrow = min(min(cast("nn.Linear", backbone.body.get_submodule(name)).weight.shape) for name in names)
     if options.rank > narrow:
         raise InputError(f"adapter.rank must be at most the {narrow} features of a projection, got {options.rank}")
+    handle = insert_lora(
+        backbone, names, options.rank, options.alpha, seed + 2, lora_dropout=options.dropout,
+        init_lora_weights=True if options.init == "default" else options.init, use_rslora=mode == "rslora",
+        use_dora=mode == "dora",
+    )  # fmt: skip
+    # A folder of this machine otherwise; which base it is, the record says by its weights.
+    handle.peft_config["default"].base_model_name_or_path = None
+    return handle
+
+
+def insert_lora(
+    backbone: Backbone, names: Sequence[str], rank: int, alpha: float | None, seed: int, **options: Any
+) -> PeftModel:
+    """Put low-rank updates into linear layers of a backbone, in place; outputs stay unless ``options`` say otherwise.
+
+    Args:
+        backbone: in its plain form.
+        names: of the layers in ``backbone.body``.
+        rank: of an update.
+        alpha: an update is scaled by alpha / rank; None is 2 * rank.
+        seed: of the starting values, which have a stream of their own.
+        options: further ones of peft's ``LoraConfig``.
+    """
     config = LoraConfig(
-        r=options.rank,
-        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
-        lora_dropout=options.dropout,
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
         # One pattern: peft stores a list as a set, whose order differs between processes.
         target_modules="|".join(map(re.escape, names)),
-        init_lora_weights=True if options.init == "default" else options.init,
-        use_rslora=mode == "rslora",
-        use_dora=mode == "dora",
+        **options,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft asks transformers by a name that is about to go.
         warnings.simplefilter("ignore", FutureWarning)
-        torch.manual_seed(seed + 2)
-        handle = get_peft_model(backbone.hf, config)
-    # A folder of this machine otherwise; which base it is, the record says by its weights.
-    handle.peft_config["default"].base_model_name_or_path = None
-    return handle
+        torch.manual_seed(seed)
+        return get_peft_model(backbone.body, config)
 
 
 def _projections(backbone: Backbone, targets: tuple[Target, ...], blocks: int) -> list[str]:
     """Names in the transformers model of these projections in the first ``blocks`` blocks."""
     found: list[str] = []
     for index in range(blocks):
-        linear = [name for name, m in backbone.blocks[index].named_modules() if isinstance(m, nn.Linear)]
-        here = {
-            word: name
-            for word, ends in _NAMES.items()
-            for name in linear
-            if f".{name}".endswith(tuple(f".{e}" for e in ends))
-        }
+        here = backbone.targets(index)
         missing = [word for word in targets if word not in here]
         if missing:
             raise InputError(
                 f"adapter.targets must be projections of this backbone ({', '.join(here)}), got {', '.join(missing)}"
             )
-        found += [f"{backbone.layout}.{index}.{here[word]}" for word in dict.fromkeys(targets)]
+        found += [here[word] for word in dict.fromkeys(targets)]
     return found
 
 
@@ -396,7 +397,7 @@ def load_adapted(folder: Path | str, base: str) -> Stage1Model:
 
 def _peft_form(adaptation: Adaptation, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What peft added, under the names it has in peft's own files."""
-    named = {f"{_PEFT}{key.removeprefix(_HF)}": state[key] for key in adaptation.peft_keys}
+    named = {f"{_PEFT}{key.removeprefix(_BODY)}": state[key] for key in adaptation.peft_keys}
     found: dict[str, Tensor] = get_peft_model_state_dict(
         adaptation.handle, state_dict=named, save_embedding_layers=False
     )
@@ -405,7 +406,7 @@ def _peft_form(adaptation: Adaptation, state: Mapping[str, Tensor]) -> dict[str,
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes for the owner alone
+    permit(path)  # safetensors writes for the owner alone
 
 
 def _entries(folder: Path) -> dict[str, FileEntry]:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stage1_pro.metrics.intervals import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.bounds import betting_upper
 from stage1_pro.policies.certificate import PromiseCheck, ShareOf
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import CertificateRecord, PromiseCheck, SweepRow

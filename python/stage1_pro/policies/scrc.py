@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.bounds import check_share, crc_budget, errors_allowed, exact, selection_rank, trials_needed
 from stage1_pro.policies.candidates import Unit
 from stage1_pro.policies.certificate import PromiseCheck, ShareOf

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.intervals import clopper_pearson
+from stage1_pro.metrics.binomial import clopper_pearson
 from stage1_pro.policies.policy import Policy
 
 

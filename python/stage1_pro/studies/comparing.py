@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -25,15 +24,20 @@ from stage1_pro.data.splits import Splits, resplit
 from stage1_pro.data.splitting import split
 from stage1_pro.errors import ArtifactError, InputError, TrainingError, nearest
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes, write_csv, write_text
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import differences_png, tradeoff_png
-from stage1_pro.metrics.intervals import Interval
-from stage1_pro.metrics.measured import Metric
-from stage1_pro.metrics.seeds import HIGHER_IS_BETTER, ArmIntervals, SeedRows, compare_seeds
+from stage1_pro.metrics.measured import Metric, known
+from stage1_pro.metrics.seeds import ARM_METRICS, ArmIntervals, SeedRows, compare_seeds
+from stage1_pro.metrics.table import METRICS
 from stage1_pro.policies.gate import reach
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
+from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, Start
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.compare import Compare
 
 
 class Cost(Record):
@@ -122,34 +126,11 @@ class Comparison(Record):
 
 
 STUDIES = ("modes", "explora")
-TITLES = {
-    "accuracy": "accuracy (higher is better)",
-    "mcc": "MCC (higher is better)",
-    "augrc": "AUGRC, max softmax (lower is better)",
-    "gate_augrc": "AUGRC, gate (lower is better)",
-}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = {"splits", "logs", "figures"}
 
 
-def compare(
-    out: Path | str,
-    data: Path | str,
-    configs: Mapping[str, Config],
-    *,
-    seeds: int = 5,
-    images: Path | str | None = None,
-    positive: str | None = None,
-    fractions: Mapping[str, float] | None = None,
-    hold_split: bool = False,
-    metric: str = "augrc",
-    min_coverage: float = 0.70,
-    max_exit_error: float = 0.01,
-    n_replicates: int = 2000,
-    level: float = 0.95,
-    test: bool = True,
-    second_look: bool = False,
-) -> tuple[Comparison, Comparison | None]:
+def compare(asked: Compare, configs: Mapping[str, Config]) -> tuple[Comparison, Comparison | None]:
     """Train every arm in every seed, compare them on ``val_select``, choose one, and look at ``val_test`` once.
 
     Arms of a seed have the same splits byte for byte, and the same starting heads, row order and batches: the hashes
@@ -159,48 +140,25 @@ def compare(
     ones resumed. Writes ``compare.json``, ``compare.csv``, ``compare.md`` and ``figures/``, and after the choice
     ``test.json`` with the chosen arm and the baseline on ``val_test``, which is never computed a second time unasked.
 
-    Args:
-        out: folder of the comparison.
-        data: labels, as ``stage1 split`` takes them.
-        configs: name of every arm to its configuration, the baseline first; seeds in them do not count.
-        seeds: how many, from 0; each is that of the splits and of the training.
-        images: as ``stage1 split`` takes it.
-        positive: name of the positive class.
-        fractions: shares of the splits.
-        hold_split: one split for all seeds, so that only the training differs.
-        metric: what the best arm is chosen by, its mean over seeds on ``val_select``; a draw goes to the earlier arm.
-        min_coverage: of the gate's two constraints.
-        max_exit_error: of the gate's two constraints.
-        n_replicates: bootstrap resamples.
-        level: of the intervals.
-        test: look at ``val_test`` once the choice is made.
-        second_look: look at ``val_test`` again though another comparison in this folder has; it is recorded.
-
     Raises:
         InputError: arms, seeds or names that make no comparison, a folder of another comparison, or a second look.
         ArtifactError: arms that did not start alike, or a damaged run.
         TrainingError: a training that failed; the others were finished and are kept.
     """
-    out = Path(out)
+    out, seeds, metric = asked.out, asked.seeds, asked.metric
     _check(out, configs, seeds, metric)
-    limits = {"level": level, "min_coverage": min_coverage, "max_exit_error": max_exit_error}
-    for name, value in limits.items():
-        if not 0 < value < 1:
-            raise InputError(f"{name} must be inside (0, 1), got {value}")
-    if n_replicates < 1:
-        raise InputError(f"replicates must be 1 or more, got {n_replicates}; 2000 is usual")
-    plan = _plan(out, Path(data), images, positive, fractions, hold_split, min_coverage, max_exit_error)
+    plan = _plan(asked)
     chosen_from = sha256_bytes(
         json.dumps([
             [[name, _without_seed(config)] for name, config in configs.items()], seeds, metric, plan.fingerprint(),
         ]).encode()
     )  # fmt: skip
-    if test:
-        _check_look(out, chosen_from, second_look=second_look)
+    if asked.test:
+        _check_look(out, chosen_from, second_look=asked.second_look)
     for name, config in configs.items():
         _keep_config(out / name, name, config)
     numbers = list(range(seeds))
-    _split_all(out, plan, Path(data), images, positive, fractions, configs, numbers)
+    _split_all(asked, configs, numbers)
     exceptions = _train_all(out, configs, numbers)
     exceptions += _check_bases(out, configs, numbers)
     runs = {name: [out / name / f"seed{seed}" for seed in numbers] for name in configs}
@@ -209,18 +167,24 @@ def compare(
                  read: Callable[[Path], Predictions]) -> Comparison:  # fmt: skip
         return _measure(
             {name: runs[name] for name in names}, numbers, read, split_name=split_name, metric=metric, chosen=chosen,
-            plan=plan, n_replicates=n_replicates, level=level, exceptions=exceptions, chosen_from=chosen_from,
+            plan=plan, n_replicates=asked.n_replicates, level=asked.level, exceptions=exceptions,
+            chosen_from=chosen_from,
         )  # fmt: skip
 
     found = measured("val_select", list(configs), None, lambda run: Predictions.load(run / "val_select.npz"))
     found.write(out / "compare.json")
     _write_tables(out, found)
     looked = None
-    if test:
+    if asked.test:
         looked = _earlier(out)
         names = list(dict.fromkeys([found.baseline, found.chosen]))
         models = sha256_bytes("".join(sha256_file(run / "model_best.pth") for n in names for run in runs[n]).encode())
-        if looked is not None and looked.chosen_from == chosen_from and looked.models != models and not second_look:
+        if (
+            looked is not None
+            and looked.chosen_from == chosen_from
+            and looked.models != models
+            and not asked.second_look
+        ):
             raise InputError(
                 f"{out}/test.json must be of these trainings, but it holds figures of others: a run was trained anew "
                 "since. Leave val_test alone with --no-test, or look again with --second-look, which is recorded"
@@ -294,9 +258,9 @@ def _check(out: Path, configs: Mapping[str, Config], seeds: int, metric: str) ->
         raise InputError(f"compare must have two arms or more, got {len(configs)}; give several to --config")
     if seeds < 1:
         raise InputError(f"seeds must be 1 or more, got {seeds}; 5 is usual")
-    if metric not in HIGHER_IS_BETTER:
+    if metric not in ARM_METRICS:
         raise InputError(
-            f"metric must be one of {', '.join(HIGHER_IS_BETTER)}, got '{metric}'{nearest(metric, HIGHER_IS_BETTER)}"
+            f"metric must be one of {', '.join(ARM_METRICS)}, got '{metric}'{nearest(metric, ARM_METRICS)}"
         )
     for name in configs:
         if not _NAME.fullmatch(name) or name in _RESERVED:
@@ -323,30 +287,22 @@ def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return {k: {**common.get(k, {}), **own.get(k, {})} for k in {**common, **own}}
 
 
-def _plan(
-    out: Path,
-    data: Path,
-    images: Path | str | None,
-    positive: str | None,
-    fractions: Mapping[str, float] | None,
-    hold_split: bool,
-    min_coverage: float,
-    max_exit_error: float,
-) -> ComparisonPlan:
+def _plan(asked: Compare) -> ComparisonPlan:
     """Write what is compared on what, or check that it is what this folder has been used for."""
+    out, data = asked.out, asked.data
     if not data.exists():
         raise InputError(f"--data must be a labels file or a folder per class, got {data}, which is not there")
     plan = ComparisonPlan(
         data=str(data.resolve()),
         data_sha256=sha256_file(data) if data.is_file() else None,
         splitting={
-            "images": None if images is None else str(Path(images).resolve()),
-            "positive": positive,
-            **{f"fraction of {name}": share for name, share in (fractions or {}).items()},
+            "images": None if asked.images is None else str(asked.images.resolve()),
+            "positive": asked.positive,
+            **{f"fraction of {name}": share for name, share in (asked.fractions or {}).items()},
         },
-        hold_split=hold_split,
-        min_coverage=min_coverage,
-        max_exit_error=max_exit_error,
+        hold_split=asked.hold_split,
+        min_coverage=asked.min_coverage,
+        max_exit_error=asked.max_exit_error,
     )
     path = out / "plan.json"
     # Nothing was cut by a plan whose labels could not be used.
@@ -407,25 +363,17 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], place: str = "") ->
     return found
 
 
-def _split_all(
-    out: Path,
-    plan: ComparisonPlan,
-    data: Path,
-    images: Path | str | None,
-    positive: str | None,
-    fractions: Mapping[str, float] | None,
-    arms: Mapping[str, Config],
-    seeds: Sequence[int],
-) -> None:
+def _split_all(asked: Compare, arms: Mapping[str, Config], seeds: Sequence[int]) -> None:
     """One ``splits.json`` a seed, and the same bytes in every arm's run of it."""
+    out = asked.out
     base = out / "splits" / "seed0"
     if not (base / "splits.json").is_file():
-        split(Split.of(labels=data, out=base, images=images, positive=positive, fractions=fractions))
+        split(Split(**asked.model_dump(include={"images", "positive", "fractions"}), labels=asked.data, out=base))
     first = Splits.read(base / "splits.json").verify()
     for seed in seeds:
         path = out / "splits" / f"seed{seed}" / "splits.json"
         if not path.is_file():
-            (first if plan.hold_split else resplit(first, seed)).write(path)
+            (first if asked.hold_split else resplit(first, seed)).write(path)
         content = path.read_bytes()
         for name in arms:
             own = out / name / f"seed{seed}" / "splits.json"
@@ -588,7 +536,7 @@ def _measure(
     predictions = {name: [_checked(run, read(run), split_name) for run in paths] for name, paths in runs.items()}
     rows = {name: [_rows(one) for one in found] for name, found in predictions.items()}
     compared = compare_seeds(rows, n_replicates=n_replicates, level=level)
-    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    sign = -1 if METRICS[metric].better == "higher" else 1
     best = min(compared, key=lambda name: sign * compared[name].means[metric].value)
     baseline = next(iter(runs))
     arms = [_arm(name, runs[name], seeds, rows[name], compared[name], plan) for name in runs]
@@ -635,7 +583,7 @@ def _arm(
         figures.append(
             SeedFigures(
                 seed=seed, n=len(one.labels), n_groups=len(set(one.groups.tolist())), feasible=reached.feasible,
-                exit_error=_known(reached.exit_error), coverage=reached.coverage,
+                exit_error=known(reached.exit_error), coverage=reached.coverage,
                 **{metric: float(values[k]) for metric, values in found.values.items()},
             )
         )  # fmt: skip
@@ -646,7 +594,7 @@ def _arm(
         n_trainable=start.n_trainable,
         n_parameters=start.n_parameters,
         trainable_share=start.n_trainable / start.n_parameters,
-        metrics=[Metric(metric=metric, **_ends(one)) for metric, one in found.means.items()],
+        metrics=[Metric.of(metric, one) for metric, one in found.means.items()],
         sds={metric: _sd(values) for metric, values in found.values.items()},
         feasible_share=float(np.mean([one.feasible for one in figures])),
         exit_error=float(np.mean(errors)) if len(errors) == len(figures) else None,
@@ -659,20 +607,17 @@ def _arm(
 
 
 def _difference(arm: str, baseline: str, metric: str, one: Interval, values: Any) -> ArmDifference:
-    better = values > 0 if HIGHER_IS_BETTER[metric] else values < 0
-    return ArmDifference(
-        arm=arm, baseline=baseline, metric=metric, sd=_sd(values), n_better=int(better.sum()), n_seeds=len(values),
-        **_ends(one),
-    )  # fmt: skip
+    better = values > 0 if METRICS[metric].better == "higher" else values < 0
+    return ArmDifference.of(
+        metric, one, arm=arm, baseline=baseline, sd=_sd(values), n_better=int(better.sum()), n_seeds=len(values)
+    )
 
 
-def _ends(one: Interval) -> dict[str, Any]:
-    ends = {name: _known(getattr(one, name)) for name in ("value", "std", "low", "high")}
-    return {**ends, "method": one.method, "note": one.note}
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _axis(metric: str) -> str:
+    """A metric's name on an axis, with the good direction; AUGRC by itself is that of max softmax."""
+    spec = METRICS["softmax_augrc" if metric == "augrc" else metric]
+    name = spec.title if spec.title[1].isupper() else spec.title.lower()
+    return f"{name} ({spec.better} is better)"
 
 
 def _sd(values: Any) -> float | None:
@@ -689,8 +634,8 @@ def rows_of(found: Comparison) -> list[dict[str, str]]:
         metrics = {one.metric: one for one in arm.metrics}
         against = {one.metric: one for one in found.differences if one.arm == arm.name}
         row = {"arm": arm.name + (" *" if arm.name == found.chosen else "")}
-        for name in HIGHER_IS_BETTER:
-            digits = 3 if HIGHER_IS_BETTER[name] else 4
+        for name in ARM_METRICS:
+            digits = METRICS[name].digits
             row[name] = _with_ends(metrics[name], arm.sds[name], digits)
             if len(found.arms) > 1:
                 one = against.get(name)
@@ -718,26 +663,16 @@ def markdown(found: Comparison) -> str:
 
 def render(found: Comparison, tested: Comparison | None) -> str:
     """Show a comparison as text: arms, differences, the choice, and ``val_test`` when it was read."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
+    sheet = Sheet(120)
     for one in (found, tested):
         if one is None:
             continue
-        table = Table(box=box.SIMPLE_HEAD, title=f"Stage A on {one.split}", title_justify="left")
         rows = rows_of(one)
-        table.add_column("")
-        for row in rows:
-            table.add_column(row["arm"], justify="right")
+        table = grid(("", *(row["arm"] for row in rows)), left=("",), no_wrap=(), title=f"Stage A on {one.split}")
         for name in list(rows[0])[1:]:
             table.add_row(name, *(row[name] for row in rows))
-        console.print(table)
-        for line in _remarks(one):
-            console.print(line, markup=False)
-    return buffer.getvalue().rstrip()
+        sheet.add(table, *_remarks(one))
+    return sheet.text()
 
 
 def _remarks(found: Comparison) -> list[str]:
@@ -792,9 +727,9 @@ def _write_tables(out: Path, found: Comparison) -> None:
     columns = ["arm", "mode", *SeedFigures.model_fields, "n_trainable", "n_parameters", *Cost.model_fields]
     write_csv(out / "compare.csv", rows, columns)
     write_text(out / "compare.md", markdown(found))
-    panels: dict[str, list[tuple[str, float, float, float]]] = {TITLES[name]: [] for name in HIGHER_IS_BETTER}
+    panels: dict[str, list[tuple[str, float, float, float]]] = {_axis(name): [] for name in ARM_METRICS}
     for difference in found.differences:
-        panels[TITLES[difference.metric]].append((difference.arm, *_numbers(difference)))
+        panels[_axis(difference.metric)].append((difference.arm, *_numbers(difference)))
     write_bytes(
         out / "figures" / "differences.png", differences_png(panels, baseline=found.baseline, level=found.level)
     )
@@ -810,7 +745,7 @@ def _write_tables(out: Path, found: Comparison) -> None:
             ("seconds", times, "seconds a run"),
         ):
             if drawn:
-                png = tradeoff_png(drawn, x=x, y=TITLES[metric], log=name == "trained")
+                png = tradeoff_png(drawn, x=x, y=_axis(metric), log=name == "trained")
                 write_bytes(out / "figures" / f"{metric}_{name}.png", png)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import load_npz, write_bytes, write_csv
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import (
     BAND_METRICS,
     confidence_png,
@@ -25,21 +25,18 @@ from stage1_pro.metrics.figures import (
     risk_band,
     risk_coverage_png,
 )
-from stage1_pro.metrics.intervals import (
-    Interval,
-    Intervals,
-    Method,
-    bootstrap,
-    bootstrap_answers,
-    bootstrap_errors,
-    compare,
-)
-from stage1_pro.metrics.measured import Metric
+from stage1_pro.metrics.intervals import Intervals, bootstrap, bootstrap_answers, bootstrap_errors, compare
+from stage1_pro.metrics.measured import Metric, known
 from stage1_pro.metrics.probabilistic import ece
+from stage1_pro.metrics.table import names
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
-from stage1_pro.report import POINTS, Picture, short_note, write_measurement
+from stage1_pro.report import Picture, short_note, write_measurement
+from stage1_pro.tables import Notes, Sheet, grid
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.metrics import Metrics
 
 
 class Measurement(Record):
@@ -100,19 +97,7 @@ class Table:
         return _row_name(self.path, index)
 
 
-def measure(
-    path: Path | str,
-    *,
-    compare_with: Path | str | None = None,
-    positive: str | None = None,
-    threshold: float | None = None,
-    metrics: str | Sequence[str] = "all",
-    n_replicates: int = 1000,
-    level: float = 0.95,
-    method: str = "bca",
-    seed: int = 0,
-    out: Path | str | None = None,
-) -> Measurement:
+def measure(asked: Metrics) -> Measurement:
     """Measure a file of predictions, every metric with its interval; or its difference from another file.
 
     A CSV has the columns ``label`` and ``prob`` (of the positive class), ``label`` and ``prob_<class>`` of every class,
@@ -120,41 +105,26 @@ def measure(
     positive class), or ``error`` and ``confidence``. Optional in both: ``group`` (whole groups are resampled),
     ``confidence`` (instead of the largest probability) and ``id`` (checked when two files are compared).
 
-    Args:
-        path: ``.csv`` or ``.npz``.
-        compare_with: another file of the same rows; each metric is then that of ``path`` minus its.
-        positive: name of the positive class; needed when labels are two names of which neither means "none".
-        threshold: a row exits iff its confidence is at or above it; adds coverage, exit error and FNR on exits.
-        metrics: "all", or names; any target can be asked for, such as ``risk_at_coverage_0.95``.
-        n_replicates: resamples of an interval.
-        level: nominal coverage of the intervals, in (0, 1).
-        method: "bca", "percentile" or "logit".
-        seed: of the resamples.
-        out: folder for ``metrics.csv``, ``metrics.json``, figures and ``report.html``.
-
     Raises:
         InputError: a file or argument is not what it must be; wrong cells name their row.
     """
-    if n_replicates < 1:
-        raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
-    if not metrics:
+    if not asked.metrics:
         raise InputError("metrics must name at least one metric, got none; leave it out to measure every one")
-    if threshold is not None and not math.isfinite(threshold):
-        raise InputError(f"threshold must be a number and finite, got {threshold}; leave it out to measure no exits")
-    table = read_predictions(Path(path), positive=positive)
-    other = None if compare_with is None else _paired(table, Path(compare_with), positive)
-    chosen = [metrics] if isinstance(metrics, str) and metrics != "all" else metrics
-    asked: dict[str, Any] = {"level": level, "method": method, "seed": seed, "n_replicates": n_replicates}
+    threshold = asked.threshold
+    table = read_predictions(asked.path, positive=asked.positive)
+    other = None if asked.compare_with is None else _paired(table, asked.compare_with, asked.positive)
+    chosen = "all" if asked.metrics == ("all",) else list(asked.metrics)
+    how: dict[str, Any] = asked.model_dump(include={"level", "method", "seed", "n_replicates"})
     points, values = {}, {}
     if other is None:
-        points = _points(table, chosen, asked)
+        points = _points(table, chosen, how)
         wanted = "all" if chosen == "all" else [name for name in chosen if name not in points]
-        intervals = _bootstrap(table, threshold, wanted, asked) if wanted else _no_intervals(table)
+        intervals = _bootstrap(table, threshold, wanted, how) if wanted else _no_intervals(table)
     else:
-        intervals = _difference(table, other, threshold, chosen, asked)
-        exact = {**asked, "n_replicates": 1, "method": "percentile"}
+        intervals = _difference(table, other, threshold, chosen, how)
+        exact = {**how, "n_replicates": 1, "method": "percentile"}
         alone = [_bootstrap(one, threshold, list(intervals), exact) for one in (table, other)]
-        values = {name: (_known(alone[0][name].value), _known(alone[1][name].value)) for name in intervals}
+        values = {name: (known(alone[0][name].value), known(alone[1][name].value)) for name in intervals}
     found = Measurement(
         file=table.path.name,
         compared_with=None if other is None else other.path.name,
@@ -164,15 +134,12 @@ def measure(
         classes=table.classes,
         positive=table.positive,
         threshold=threshold,
-        level=level,
-        method=cast("Method", method),
-        n_replicates=n_replicates,
-        seed=seed,
-        metrics=[*(_metric(name, one) for name, one in intervals.items()), *points.values()],
+        **how,
+        metrics=[*(Metric.of(name, one) for name, one in intervals.items()), *points.values()],
         values=values,
     )
-    if out is not None:
-        _write(Path(out), found, table, other, threshold, intervals, asked)
+    if asked.out is not None:
+        _write(asked.out, found, table, other, threshold, intervals, how)
     return found
 
 
@@ -191,47 +158,30 @@ def read_predictions(path: Path, *, positive: str | None = None) -> Table:
 
 def render(found: Measurement) -> str:
     """Show a measurement as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
+    sheet, notes = Sheet(), Notes()
     units = f" in {found.n_units} groups" if found.unit == "groups" else ""
     if found.compared_with is not None:
-        console.print(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
+        sheet.add(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
     else:
         about = "" if found.positive is None else f", positive class '{found.positive}'"
-        console.print(f"{found.file}: {found.n_rows} rows{units}{about}")
-    grid = Grid(box=box.SIMPLE_HEAD)
-    grid.add_column("metric", no_wrap=True)
-    for name in ("A", "B", "A - B") if found.values else ("value",):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for name in ("std", f"{100 * found.level:.4g}% interval", "method"):
-        grid.add_column(name, justify="right" if name == "std" else "left", no_wrap=True)
-    notes: list[str] = []
+        sheet.add(f"{found.file}: {found.n_rows} rows{units}{about}")
+    wide, values = f"{100 * found.level:.4g}% interval", ("A", "B", "A - B") if found.values else ("value",)
+    table = grid(("metric", *values, "std", wide, "method"), left=("metric", wide, "method"))
     for one in found.metrics:
-        mark = ""
-        if one.note:
-            note = short_note(one.note)
-            if note not in notes:
-                notes.append(note)
-            mark = f" ({notes.index(note) + 1})"
         both = [_text(value) for value in found.values.get(one.metric, ())]
         interval = "-" if one.low is None or one.high is None else f"[{one.low:.5f}, {one.high:.5f}]"
         method = "-" if one.method == "none" else one.method
-        grid.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method + mark)
-    console.print(grid)
-    for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}")
+        method += notes.mark(short_note(one.note))
+        table.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method)
+    sheet.add(table, *notes.lines())
     if found.compared_with is not None:
-        console.print(
+        sheet.add(
             "A negative difference of AUGRC, AURC, risks, NLL and Brier speaks for A, a positive one of accuracy and "
             "coverages; an interval that holds 0 speaks for neither."
         )
     if found.unit == "rows":
-        console.print("Rows are taken for independent: add a group column where several come from one clip or track.")
-    return buffer.getvalue().rstrip()
+        sheet.add("Rows are taken for independent: add a group column where several come from one clip or track.")
+    return sheet.text()
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -270,14 +220,14 @@ def _index(table: Table) -> int | None:
 
 def _points(table: Table, metrics: str | Sequence[str], asked: dict[str, Any]) -> dict[str, Metric]:
     """Metrics of answers and probabilities, of those asked for; always with percentile intervals."""
-    wanted = [name for name in POINTS if metrics == "all" or name in metrics]
+    wanted = [name for name in names("answers") if metrics == "all" or name in metrics]
     if table.probs is None or table.labels is None or not wanted:
         return {}
     found = bootstrap_answers(
         table.probs, table.labels, groups=table.groups, n_replicates=asked["n_replicates"], level=asked["level"],
         seed=asked["seed"], positive=_index(table),
     )  # fmt: skip
-    return {name: _metric(name, found[name]) for name in wanted if name in found}
+    return {name: Metric.of(name, found[name]) for name in wanted if name in found}
 
 
 def _no_intervals(table: Table) -> Intervals:
@@ -285,13 +235,6 @@ def _no_intervals(table: Table) -> Intervals:
     n_units = table.labels.size if table.groups is None else np.unique(table.groups).size
     unit = "rows" if table.groups is None else "groups"
     return Intervals({}, n_rows=table.labels.size, n_units=n_units, unit=unit)
-
-
-def _metric(name: str, one: Interval) -> Metric:
-    return Metric(
-        metric=name, value=_known(one.value), std=_known(one.std), low=_known(one.low), high=_known(one.high),
-        method=one.method, note=one.note,
-    )  # fmt: skip
 
 
 def _paired(table: Table, path: Path, positive: str | None) -> Table:
@@ -683,10 +626,6 @@ def _wrong(path: Path, what: str, expected: str, got: str, at: int, advice: str 
     raise InputError(
         f"{what} must be {expected}, got {got} in {_row_name(path, at)} of {path}; {advice or 'mend or drop the row'}"
     )
-
-
-def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _text(value: float | None) -> str:

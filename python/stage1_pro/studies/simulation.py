@@ -1,9 +1,9 @@
 """continual simulate: thirty days of the loop on real photos, on a simulated clock.
 
-Everything that decides is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
-proposals (``mgrpo``), certificates, the guard's vault, the gate, shadow and canary, aliases and the audit. What is
-simulated is the clock, the order of photos, what is done to them once the world shifts, and the reviewer, who knows the
-folder's labels and answers late and within a budget.
+Every decision is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
+proposals (``mgrpo``), certificates, the guard's vault, the promotion test, shadow and canary, aliases and the audit.
+Simulated are the clock, the order of photos, the change of photos once the world shifts, and the reviewer, who knows
+the folder's labels and answers late and within a budget.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, earned, verified
+from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, earned, verified
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
 from stage1_pro.continual.loop.folder import init, opened
@@ -32,7 +32,7 @@ from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, write_bytes
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, wrong
 
 DAY = 86400.0
 # The simulated clock begins here: 1 January 2026, UTC.
@@ -202,9 +202,7 @@ def simulate(
     try:
         config = SimulationConfig.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "options"
-        raise InputError(f"{name} must be valid, got {first['input']!r}: {first['msg']}") from None
+        raise InputError(wrong(error, whole="options")) from None
     data, out = Path(data), Path(out)
     if (out / "loop").exists() or (out / RECORD).exists():
         raise InputError(f"out must be a new folder, got {out}, where something was simulated")
@@ -467,7 +465,7 @@ def _gains(
         cascade = Cascade.load(replace(loaded, policy=tightened(loaded.policy, threshold)), threads=1)
         said = cascade.predict(images)
         answers = np.array([classes.index(name) if name else NOBODY for name in said.label.tolist()], dtype=np.int64)
-        return float(earned(RewardSpec(), truth, Decisions(answers, ~said.exited)).mean())
+        return float(earned(RewardSpec(), truth, Actions(answers, ~said.exited)).mean())
 
     after, before = worth(new, None), worth(old, None)
     served = worth(old, stricter[-1]) if stricter else before

@@ -11,11 +11,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +23,15 @@ from pydantic import Field, ValidationError
 from stage1_pro.continual.serving.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.serving.served import Served, identify
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
-from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, concatenate
+from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, Prepared, concatenate
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
 from stage1_pro.files import sha256_file
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say
 from stage1_pro.record import Record
+
+if TYPE_CHECKING:
+    from stage1_pro.deploy.trained import Trained
 
 POINTER = "champion.json"
 BUNDLES = "bundles"
@@ -107,15 +109,15 @@ def takes_canary(image_sha256: str, share: float, candidate: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Seat:
-    """A loaded bundle: of which hash, at which threshold, and how it is logged."""
+class _Loaded:
+    """A loaded bundle under its hash, and what logs its decisions."""
 
     sha256: str
     cascade: Cascade
     served: Served | None
 
-    def decide(self, pixels: NDArray[np.float32], images: list[ImageLike], now: float) -> Decisions:
-        return self.cascade.decide(pixels) if self.served is None else self.served.decide(pixels, images, now=now)
+    def answer(self, photos: Sequence[Prepared], now: float) -> Decisions:
+        return (self.served or self.cascade).answer(photos, now=now)
 
 
 # A bundle's sha256, its threshold, the audit rate.
@@ -123,14 +125,16 @@ _Key = tuple[str, float | None, float | None]
 
 
 @dataclass(frozen=True)
-class _Seating:
+class _Serving:
+    """What one state of ``champion.json`` names, loaded."""
+
     raw: bytes
     pointer: Pointer
-    champion: _Seat
-    candidate: _Seat | None
+    champion: _Loaded
+    candidate: _Loaded | None
 
 
-class LiveCascade:
+class LiveCascade(Answering):
     """A cascade that follows ``champion.json`` of a registry's folder, for any number of threads.
 
     Before every batch the file is read (some bytes). When it names something else, one thread loads and verifies it
@@ -172,17 +176,17 @@ class LiveCascade:
             plan = ReviewPlan.read(self.root / PLAN)
         self._plan, self._retry_seconds, self._writer = plan or ReviewPlan(), retry_seconds, writer
         self._on_failure = on_failure
-        self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
+        self._open: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
-        self._seats: dict[_Key, _Seat] = {}
+        self._loaded: dict[_Key, _Loaded] = {}
         self._known: dict[str, Novelty | None] = {}
         self._failed: tuple[bytes, float] = (b"", 0.0)
-        self._seating = self._seat(self._raw())
+        self._serving = self._follow(self._raw())
 
     @property
     def pointer(self) -> Pointer:
         """What serves now."""
-        return self._seating.pointer
+        return self._serving.pointer
 
     def refresh(self) -> Pointer:
         """Look at the file, load what it names if that is new, and say what serves now; an error keeps the old."""
@@ -191,18 +195,18 @@ class LiveCascade:
         except ArtifactError as error:
             self._fail(b"", error)
             return self.pointer
-        if raw == self._seating.raw:
+        if raw == self._serving.raw:
             self.failure = None
-            for seat in (self._seating.champion, self._seating.candidate):
-                if seat is not None and seat.served is not None and seat.served.novelty is None:
-                    seat.served.novelty = self._novelty(seat.sha256)
+            for loaded in (self._serving.champion, self._serving.candidate):
+                if loaded is not None and loaded.served is not None and loaded.served.novelty is None:
+                    loaded.served.novelty = self._novelty(loaded.sha256)
             return self.pointer
         given_up = self._failed[0] == raw and time.monotonic() - self._failed[1] < self._retry_seconds
         if not given_up and self._loading.acquire(blocking=False):
             try:
-                self._seating = self._seat(raw)
+                self._serving = self._follow(raw)
                 self.failure = None
-                policy = self._seating.champion.cascade.bundle.policy
+                policy = self._serving.champion.cascade.bundle.policy
                 note = f"; {policy.statement}" if policy.exit_threshold == self.pointer.threshold else ""
                 say(f"serving {self.pointer.champion[:12]} (serial {self.pointer.serial}){note}")
             except (Stage1Error, OSError) as error:
@@ -211,46 +215,40 @@ class LiveCascade:
                 self._loading.release()
         return self.pointer
 
-    def predict(self, images: Iterable[ImageLike], *, now: float | None = None, batch_size: int = 32) -> Decisions:
-        """Decide as ``Cascade.predict`` does; every batch is of one pointer.
+    @property
+    def bundle(self) -> Bundle | Trained:  # type: ignore[override]
+        """The champion's bundle."""
+        return self._serving.champion.cascade.bundle
 
-        Args:
-            images: as ``Cascade.predict`` takes them.
-            now: seconds since the epoch, of the events; the clock's by default.
-            batch_size: images per batch.
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
+        """Look at the file, then decide for photos as one batch of what it points at.
 
         Raises:
-            ImageError: one of them cannot be read as an image.
-            InputError: ``batch_size`` is below 1, or ``images`` is a single one.
             OSError: the log cannot be written.
         """
-        iterator = Cascade.check_images(images, batch_size)
-        parts = []
-        while batch := list(islice(iterator, batch_size)):
-            self.refresh()
-            parts.append(self._decide(self._seating, batch, time.time() if now is None else now))
-        return concatenate(parts) if parts else self._seating.champion.cascade.predict([])
+        self.refresh()
+        return self._decide(self._serving, photos, time.time() if now is None else now)
 
-    def _decide(self, seating: _Seating, images: list[ImageLike], now: float) -> Decisions:
-        champion, candidate, pointer = seating.champion, seating.candidate, seating.pointer
-        if candidate is None:
-            pixels = np.stack([champion.cascade.pixels(image) for image in images])
-            return champion.decide(pixels, images, now)
-        names = [identify(image) for image in images]
+    def _decide(self, serving: _Serving, photos: Sequence[Prepared], now: float) -> Decisions:
+        champion, candidate, pointer = serving.champion, serving.candidate, serving.pointer
+        if candidate is None or not photos:
+            return champion.answer(photos, now)
+        names = [identify(photo.image) for photo in photos]
         share = pointer.canary_share if pointer.canary is not None else 0.0
-        hers = np.array([takes_canary(name, share, candidate.sha256) for name in names])
+        by_canary = np.array([takes_canary(name, share, candidate.sha256) for name in names])
         parts: list[tuple[NDArray[np.intp], Decisions]] = []
-        if hers.any():
-            rows = np.flatnonzero(hers)
-            found = self._try(candidate, champion, [images[row] for row in rows], [names[row] for row in rows], now)
+        if by_canary.any():
+            rows = np.flatnonzero(by_canary)
+            asked = [photos[row] for row in rows.tolist()]
+            found = self._try(candidate, champion, asked, [names[row] for row in rows], now)
             if found is None:
-                hers[:] = False
+                by_canary[:] = False
             else:
                 parts.append((rows, found))
-        rows = np.flatnonzero(~hers)
+        rows = np.flatnonzero(~by_canary)
         if rows.size:
-            mine = [images[row] for row in rows]
-            found = champion.decide(np.stack([champion.cascade.pixels(image) for image in mine]), mine, now)
+            mine = [photos[row] for row in rows.tolist()]
+            found = champion.answer(mine, now)
             parts.append((rows, found))
             self._pair(champion, candidate, found, mine, [names[row] for row in rows], now, by_candidate=False)
         joined = concatenate([found for _, found in parts])
@@ -258,23 +256,23 @@ class LiveCascade:
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
 
     def _try(
-        self, candidate: _Seat, champion: _Seat, images: list[ImageLike], names: list[str], now: float
+        self, candidate: _Loaded, champion: _Loaded, photos: Sequence[Prepared], names: list[str], now: float
     ) -> Decisions | None:
         """The canary's answers; None where it fails, and the champion has to."""
         try:
-            found = candidate.decide(np.stack([candidate.cascade.pixels(image) for image in images]), images, now)
+            found = candidate.answer(photos, now)
         except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
             self._note(candidate, error)
             return None
-        self._pair(candidate, champion, found, images, names, now, by_candidate=True)
+        self._pair(candidate, champion, found, photos, names, now, by_candidate=True)
         return found
 
     def _pair(
         self,
-        seat: _Seat,
-        other: _Seat,
+        loaded: _Loaded,
+        other: _Loaded,
         found: Decisions,
-        images: list[ImageLike],
+        photos: Sequence[Prepared],
         names: list[str],
         now: float,
         *,
@@ -284,9 +282,9 @@ class LiveCascade:
         if self.log is None:
             return
         try:
-            second = other.cascade.decide(np.stack([other.cascade.pixels(image) for image in images]))
+            second = other.cascade.answer(photos)
             champion, candidate = (second, found) if by_candidate else (found, second)
-            bundles = (other, seat) if by_candidate else (seat, other)
+            bundles = (other, loaded) if by_candidate else (loaded, other)
             served: Literal["champion", "candidate"] = "candidate" if by_candidate else "champion"
             pairs = [
                 Pair(
@@ -300,7 +298,7 @@ class LiveCascade:
         except Exception as error:  # noqa: BLE001  the same
             self._note(other, error)
 
-    def _note(self, candidate: _Seat, error: Exception) -> None:
+    def _note(self, candidate: _Loaded, error: Exception) -> None:
         self.candidate_failures += 1
         if self.candidate_failures == 1:
             say(f"{candidate.sha256[:12]} failed beside the champion: {error}")
@@ -313,29 +311,29 @@ class LiveCascade:
                 f"{self.root} must hold {POINTER}, got: {error.strerror}; `stage1 continual init` makes it"
             ) from None
 
-    def _seat(self, raw: bytes) -> _Seating:
+    def _follow(self, raw: bytes) -> _Serving:
         pointer = Pointer.parse(raw.decode("utf-8", "replace"), POINTER)
         trying = pointer.canary or pointer.shadow
-        champion = self._of(pointer.champion, pointer.threshold, pointer.audit_rate)
+        champion = self._take(pointer.champion, pointer.threshold, pointer.audit_rate)
         candidate = None
         if trying is not None and (pointer.canary is not None or self.log is not None):
-            candidate = self._of(trying, None, pointer.audit_rate)
+            candidate = self._take(trying, None, pointer.audit_rate)
         named = {pointer.champion, pointer.previous, trying}
-        self._seats = {key: seat for key, seat in self._seats.items() if key[0] in named}
-        return _Seating(raw, pointer, champion, candidate)
+        self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] in named}
+        return _Serving(raw, pointer, champion, candidate)
 
-    def _of(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Seat:
+    def _take(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Loaded:
         key = sha256, threshold, audit_rate
-        known = self._seats.get(key)
+        known = self._loaded.get(key)
         if known is not None:
             return known
-        same = next((seat for key, seat in self._seats.items() if key[0] == sha256), None)
-        base = self._load(load_content(self.root, sha256)) if same is None else same.cascade
+        same = next((loaded for key, loaded in self._loaded.items() if key[0] == sha256), None)
+        base = self._open(load_content(self.root, sha256)) if same is None else same.cascade
         assert isinstance(base.bundle, Bundle)
         bundle = load_content(self.root, sha256, verify=False) if same is not None else base.bundle
         policy = tightened(bundle.policy, threshold)
         cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
-        # Each seat counts its own events.
+        # Each counts its own events.
         writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
         plan = self._plan.raised(audit_rate)
         served = None
@@ -344,10 +342,10 @@ class LiveCascade:
                 cascade, self.log, plan=plan, novelty=self._novelty(sha256), on_failure=self._on_failure, writer=writer
             )
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
-        self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
-        seat = _Seat(sha256, cascade, served)
-        self._seats[key] = seat
-        return seat
+        self._loaded = {key: kept for key, kept in self._loaded.items() if key[0] != sha256}
+        loaded = _Loaded(sha256, cascade, served)
+        self._loaded[key] = loaded
+        return loaded
 
     def _novelty(self, sha256: str) -> Novelty | None:
         """What is known to a bundle; read once, when the loop has written it."""
