@@ -83,7 +83,11 @@ class Served:
         return concatenate(parts) if parts else self.cascade.predict([])
 
     def read(self, image: ImageLike) -> tuple[NDArray[np.float32], ImageLike]:
-        """Pixels of an image, and what ``decide`` takes beside them: a file's bytes, so that it is read once."""
+        """Pixels of an image, and the image as ``decide`` takes it: a file's bytes, so that it is read once.
+
+        Raises:
+            ImageError: it cannot be read as an image.
+        """
         if isinstance(image, str | Path | Photo):
             try:
                 data = _encode(image)
@@ -96,7 +100,12 @@ class Served:
         return self.cascade.pixels(image), image
 
     def decide(self, pixels: NDArray[np.float32], images: Sequence[ImageLike], *, now: float) -> Decisions:
-        """Decide for preprocessed images [N, 3, H, W] and log it; ``images`` are theirs, of ``read``."""
+        """Decide for preprocessed images [N, 3, H, W] and log it; ``images`` are those of ``read``, N too.
+
+        Raises:
+            InputError: another number of images, or a time that is not finite.
+            OSError: the log cannot be written.
+        """
         if len(pixels) != len(images):
             raise InputError(f"images must be {len(pixels)} as pixels has rows, got {len(images)}")
         if not math.isfinite(now):
