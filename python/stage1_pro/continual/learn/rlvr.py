@@ -13,7 +13,6 @@ again. ``tune`` writes a run that has no policy file, so nothing else can happen
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -571,9 +570,7 @@ def _choice(predictions: Any, config: Config) -> GateChoice:
     found = rank_answers(predictions, seed=config.seed)
 
     def metric(name: str) -> Metric:
-        one = found[name]
-        ends = {k: v if math.isfinite(v) else None for k, v in (("std", one.std), ("low", one.low), ("high", one.high))}
-        return Metric(metric=name, value=one.value, method=one.method, note=one.note, **ends)
+        return Metric.of(name, found[name])
 
     better: Literal["gate", "softmax"] = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
     asked = config.gate.confidence

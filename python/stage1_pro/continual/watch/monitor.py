@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from scipy.special import ndtri
 
 from stage1_pro.errors import InputError, need
-from stage1_pro.metrics.intervals import clopper_pearson
+from stage1_pro.metrics.binomial import clopper_pearson
 from stage1_pro.metrics.probabilistic import accuracy, mcc
 from stage1_pro.policies.bounds import betting_upper, check_share
 from stage1_pro.record import Record
