@@ -470,7 +470,7 @@ def test_wrong_configuration_is_told(pool: Path, tmp_path: Path, capsys: pytest.
     message = fails(capsys, 2, "train", "--run", out, "--set", "train.epoch=3")
     assert "unknown configuration key 'train.epoch'; did you mean 'train.epochs'?" in message
     assert "did you mean 'train.epochs'?" in fails(capsys, 2, "train", "--run", out, "--set", "epochs=3")
-    assert "'train.epochs' must be valid, got 'many'" in fails(
+    assert "'train.epochs' must be a whole number, got 'many'" in fails(
         capsys, 2, "train", "--run", out, "--set", "train.epochs=many"
     )
     assert "--set must be SECTION.KEY=VALUE" in fails(capsys, 2, "train", "--run", out, "--set", "train.epochs")

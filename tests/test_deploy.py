@@ -205,7 +205,7 @@ class TestEngine:
         [
             ("presicion: fp32", "unknown key 'presicion'.*did you mean 'precision'"),
             ("batch: [8, 4, 2]", "batch must rise from 1"),
-            ("precision: fp64", "'precision' in .* must be valid, got 'fp64'"),
+            ("precision: fp64", "precision must be one of fp32, .*got 'fp64'"),
             ("- 1", "must hold a mapping, got list"),
             ("a: [", "must be YAML"),
         ],

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from stage1_pro.command import expectation
 from stage1_pro.errors import InputError
 from stage1_pro.words import Precision
 
@@ -375,7 +376,7 @@ def build_config(values: dict[str, Any]) -> Config:
             raise InputError(
                 f"unknown configuration key '{key}'{_nearest_key(place)}; known here: {', '.join(options)}"
             ) from None
-        raise InputError(f"configuration key '{key}' must be valid, got {first['input']!r}; {first['msg']}") from None
+        raise InputError(f"configuration key '{key}' {expectation(first)}") from None
 
 
 def describe() -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from stage1_pro.command import refusal
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.manifest import EngineEntry, StageEntry
 from stage1_pro.deploy.trust import remember_built
@@ -141,14 +142,7 @@ def load_recipe(path: Path | str) -> EngineRecipe:
     try:
         return EngineRecipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "recipe"
-        if first["type"] == "extra_forbidden":
-            options = list(EngineRecipe.model_fields)
-            raise InputError(
-                f"unknown key '{key}' in {path}{nearest(key, options)}; known here: {', '.join(options)}"
-            ) from None
-        raise InputError(f"'{key}' in {path} must be valid, got {first['input']!r}; {first['msg']}") from None
+        raise InputError(f"{path}: {refusal(error, EngineRecipe, what='key')}") from None
 
 
 def choose_recipe(

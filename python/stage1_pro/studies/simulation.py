@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from stage1_pro.command import refusal
 from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, earned, verified
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
@@ -202,9 +203,7 @@ def simulate(
     try:
         config = SimulationConfig.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "options"
-        raise InputError(f"{name} must be valid, got {first['input']!r}: {first['msg']}") from None
+        raise InputError(refusal(error, SimulationConfig)) from None
     data, out = Path(data), Path(out)
     if (out / "loop").exists() or (out / RECORD).exists():
         raise InputError(f"out must be a new folder, got {out}, where something was simulated")
