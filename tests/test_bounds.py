@@ -13,7 +13,7 @@ from scipy import stats
 from zugzwang.core.certify import certify_threshold as zugzwang_threshold
 
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
 from stage1_pro.policies.bounds import (
     betting_p_value,

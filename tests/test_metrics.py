@@ -37,7 +37,7 @@ from stage1_pro.metrics import (
     risk_at_coverage,
     risk_coverage,
 )
-from stage1_pro.metrics.intervals import _influence
+from stage1_pro.metrics.table import lookup
 from stage1_pro.native import _reference
 
 judge = pytest.importorskip("sklearn.metrics", reason="scikit-learn, the judge, comes with the train extra")
@@ -286,7 +286,7 @@ def test_the_closed_form_influence_is_the_derivative(rows, level):
     slopes = np.array([(weighted(i, step) - weighted(i, -step)) / (2 * step) for i in range(len(rows))])
     for k, name in enumerate(SMOOTH):
         if not math.isnan(values[k]):
-            influence = _influence(name, ranked, values[k])[0]
+            influence = lookup(name)[0].influence_on(ranked, values[k], 0.0).slope
             assert influence == pytest.approx(slopes[:, k], abs=1e-6), name
             assert influence.sum() == pytest.approx(0, abs=1e-9)
 

@@ -25,7 +25,8 @@ from PIL import Image
 from sqlalchemy import text
 
 from stage1_pro.continual.ledger.labels import Label, add_labels, disagreement, ingest, read_labels, resolve
-from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue, ReviewServer
+from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue
+from stage1_pro.continual.ledger.review_page import ReviewServer
 from stage1_pro.continual.ledger.reviewing import review
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, uniform

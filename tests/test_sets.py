@@ -24,7 +24,7 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, SplitsSummary, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.files import sha256_file
-from stage1_pro.metrics.intervals import clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies import exit_rule, exits, make_router, read_policy
 from stage1_pro.policies.claims import Claims
 from stage1_pro.policies.gate import fit_gate_policy, fit_platt

@@ -17,6 +17,7 @@ from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import load_npz, write_bytes, write_csv
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import (
     BAND_METRICS,
     confidence_png,
@@ -25,13 +26,14 @@ from stage1_pro.metrics.figures import (
     risk_band,
     risk_coverage_png,
 )
-from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, bootstrap_answers, bootstrap_errors, compare
-from stage1_pro.metrics.measured import Metric
+from stage1_pro.metrics.intervals import Intervals, bootstrap, bootstrap_answers, bootstrap_errors, compare
+from stage1_pro.metrics.measured import Metric, known
 from stage1_pro.metrics.probabilistic import ece
+from stage1_pro.metrics.table import names
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
-from stage1_pro.report import POINTS, Picture, short_note, write_measurement
+from stage1_pro.report import Picture, short_note, write_measurement
 
 if TYPE_CHECKING:
     from stage1_pro.commands.metrics import Metrics
@@ -122,7 +124,7 @@ def measure(asked: Metrics) -> Measurement:
         intervals = _difference(table, other, threshold, chosen, how)
         exact = {**how, "n_replicates": 1, "method": "percentile"}
         alone = [_bootstrap(one, threshold, list(intervals), exact) for one in (table, other)]
-        values = {name: (_known(alone[0][name].value), _known(alone[1][name].value)) for name in intervals}
+        values = {name: (known(alone[0][name].value), known(alone[1][name].value)) for name in intervals}
     found = Measurement(
         file=table.path.name,
         compared_with=None if other is None else other.path.name,
@@ -133,7 +135,7 @@ def measure(asked: Metrics) -> Measurement:
         positive=table.positive,
         threshold=threshold,
         **how,
-        metrics=[*(_metric(name, one) for name, one in intervals.items()), *points.values()],
+        metrics=[*(Metric.of(name, one) for name, one in intervals.items()), *points.values()],
         values=values,
     )
     if asked.out is not None:
@@ -235,14 +237,14 @@ def _index(table: Table) -> int | None:
 
 def _points(table: Table, metrics: str | Sequence[str], asked: dict[str, Any]) -> dict[str, Metric]:
     """Metrics of answers and probabilities, of those asked for; always with percentile intervals."""
-    wanted = [name for name in POINTS if metrics == "all" or name in metrics]
+    wanted = [name for name in names("answers") if metrics == "all" or name in metrics]
     if table.probs is None or table.labels is None or not wanted:
         return {}
     found = bootstrap_answers(
         table.probs, table.labels, groups=table.groups, n_replicates=asked["n_replicates"], level=asked["level"],
         seed=asked["seed"], positive=_index(table),
     )  # fmt: skip
-    return {name: _metric(name, found[name]) for name in wanted if name in found}
+    return {name: Metric.of(name, found[name]) for name in wanted if name in found}
 
 
 def _no_intervals(table: Table) -> Intervals:
@@ -250,13 +252,6 @@ def _no_intervals(table: Table) -> Intervals:
     n_units = table.labels.size if table.groups is None else np.unique(table.groups).size
     unit = "rows" if table.groups is None else "groups"
     return Intervals({}, n_rows=table.labels.size, n_units=n_units, unit=unit)
-
-
-def _metric(name: str, one: Interval) -> Metric:
-    return Metric(
-        metric=name, value=_known(one.value), std=_known(one.std), low=_known(one.low), high=_known(one.high),
-        method=one.method, note=one.note,
-    )  # fmt: skip
 
 
 def _paired(table: Table, path: Path, positive: str | None) -> Table:
@@ -648,10 +643,6 @@ def _wrong(path: Path, what: str, expected: str, got: str, at: int, advice: str 
     raise InputError(
         f"{what} must be {expected}, got {got} in {_row_name(path, at)} of {path}; {advice or 'mend or drop the row'}"
     )
-
-
-def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _text(value: float | None) -> str:

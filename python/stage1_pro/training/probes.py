@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.intervals import Interval, bootstrap_answers, compare
+from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.intervals import bootstrap_answers, compare
 from stage1_pro.metrics.probabilistic import accuracy
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.training.adapted import ProbeFigure

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from stage1_pro.metrics.answers import STAGES
 from stage1_pro.metrics.intervals import metric_names
+from stage1_pro.metrics.table import names
 from stage1_pro.policies.certificate import PromiseCheck
 from stage1_pro.policies.ranking import GATE
 from stage1_pro.policies.sets import SetCheck
-from stage1_pro.report import POINTS, RANKINGS, short_note
+from stage1_pro.report import RANKINGS, short_note
 from stage1_pro.training.measures import DIFFERENCE
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def render(evaluation: Evaluation) -> str:
     whole.add_column("all rows", no_wrap=True)
     for stage in stages:
         whole.add_column(stage)
-    for metric in (*metric_names(exits=False), *POINTS):
+    for metric in (*metric_names(exits=False), *names("answers")):
         whole.add_row(metric, *(cell(metric, stage, None) for stage in stages))
     console.print(whole)
     table = Table(box=box.SIMPLE_HEAD)
