@@ -530,8 +530,6 @@ def test_what_serving_refuses(cascade: Cascade, log: EventLog, tmp_path: Path) -
         served.predict("one.jpg", now=1.0)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="now must be"):
         served.predict([np.zeros((4, 4), dtype=np.uint8)], now=math.nan)
-    with pytest.raises(InputError, match="images must be 1"):
-        served.decide(np.zeros((1, 3, 4, 4), dtype=np.float32), [], now=1.0)
     with pytest.raises(InputError, match="cascade must be one of a bundle"):
         Served(Cascade(object(), Stages()), log)  # type: ignore[arg-type]
     assert len(served.predict([], now=1.0)) == 0 and list(log) == []
