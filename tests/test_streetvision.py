@@ -201,10 +201,10 @@ def test_nan_a_crash_and_a_slow_photo_become_minus_one(
     [
         ({}, "bundle of settings must be valid, got nothing"),
         ({"bundle": "b", "serve_piror": 0.5}, "'serve_piror'; did you mean 'serve_prior'"),
-        ({"bundle": "b", "timeout_s": 0}, "settings: timeout_s must be valid, got 0"),
+        ({"bundle": "b", "timeout_s": 0}, "settings: timeout_s must be greater than 0, got 0"),
         ({"bundle": "b", "on_abstain": "maybe"}, "settings: on_abstain must be one of answer, minus_one, got 'maybe'"),
         ({"bundle": "b", "train_prior": 0.8}, "serve_prior of settings must be set beside train_prior"),
-        ({"bundle": "b", "threshold": 1}, "settings: threshold must be valid, got 1"),
+        ({"bundle": "b", "threshold": 1}, "settings: threshold must be less than 1, got 1"),
         ({"bundle": "b", "runtime": "cuda"}, "runtime must be one of auto, onnxruntime"),
         ({"bundle": "b", "loop": "l"}, "bundle of settings must be left out beside loop"),
         ({"bundle": "b", "runtime": "torch", "log": "l"}, "runtime of settings must not be torch beside log"),

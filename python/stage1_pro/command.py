@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from stage1_pro.errors import InputError, nearest
+from stage1_pro.record import expectation as expected
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -150,63 +150,19 @@ class Command(BaseModel):
         return ""
 
 
-def refusal(
-    error: ValidationError, model: type[BaseModel], spelled: Callable[[str], str] = str, *, what: str = "option"
-) -> str:
-    """One line about the first thing that pydantic found wrong: name, expectation, value, nearest name.
-
-    Args:
-        error: what validation raised.
-        model: what was validated.
-        spelled: a field's name as its user writes it.
-        what: what a field is called, such as ``key of recipe.yaml``.
-    """
+def refusal(error: ValidationError, model: type[BaseModel], spelled: Callable[[str], str] = str) -> str:
+    """One line about the first thing that pydantic found wrong: name, expectation, value, nearest name."""
     found = error.errors(include_url=False)
     first = next((one for one in found if not one["type"].endswith("_type")), found[0])
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
-    place = [str(part) for part in first["loc"]]
-    owner, field = _field_at(model, place)
-    if first["type"] == "extra_forbidden":
-        near = nearest(place[-1], owner.model_fields)
-        return f"unknown {what} '{'.'.join(place)}'{near or '; known here: ' + ', '.join(owner.model_fields)}"
-    name = spelled(place[0]) if len(place) == 1 or place[1].isdigit() else ".".join(place)
+    name = str(first["loc"][0])
+    if name not in model.model_fields:
+        return f"unknown option '{name}'{nearest(name, model.model_fields)}"
+    field = model.model_fields[name]
     if first["type"] == "missing":
-        return f"{name} must be given{': ' if field and field.description else ''}{(field and field.description) or ''}"
-    return f"{name} {expectation(first, _choices(field.annotation) if field else [])}"
-
-
-def _field_at(model: type[BaseModel], place: Sequence[str]) -> tuple[type[BaseModel], FieldInfo | None]:
-    """The innermost model on the way to a place, and its field there."""
-    field = model.model_fields.get(place[0])
-    for one in _kinds(field.annotation) if field else ():
-        if len(place) > 1 and isinstance(one, type) and issubclass(one, BaseModel):
-            return _field_at(one, place[1:])
-    return model, field
-
-
-_EXPECTED = {
-    "float": "a number",
-    "int": "a whole number",
-    "bool": "true or false",
-    "path": "a path",
-    "string": "text",
-    "tuple": "a list",
-    "dict": "a mapping",
-}
-
-
-def expectation(error: ErrorDetails, choices: list[str] | None = None) -> str:
-    """``must be <expectation>, got <value>`` of one error of pydantic."""
-    kind, got = error["type"], error["input"]
-    if kind == "literal_error" and choices:
-        return f"must be one of {', '.join(choices)}, got '{got}'{nearest(str(got), choices)}"
-    word = _EXPECTED.get(kind.partition("_")[0])
-    if word is not None and kind.endswith(("_parsing", "_type", "_from_float")):
-        return f"must be {word}, got {got!r}"
-    if kind == "value_error":
-        return error["msg"].removeprefix("Value error, ")
-    return f"must be valid, got {got!r}: {error['msg']}"
+        return f"{spelled(name)} must be given: {field.description}"
+    return f"{spelled(name)} {expected(first, _choices(field.annotation))}"
 
 
 def keywords(command: type[Command], without: Sequence[str] = ()) -> Callable[[F], F]:

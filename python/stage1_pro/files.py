@@ -180,13 +180,13 @@ def sha256_file(path: Path | str) -> str:
 
 def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays as an uncompressed ``.npz``, atomically; equal arrays give equal bytes."""
-    from numpy.lib.format import write_array
+    import numpy as np
 
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             item = io.BytesIO()
-            write_array(item, array, allow_pickle=False)
+            np.lib.format.write_array(item, array, allow_pickle=False)
             # A fixed date: np.savez stamps the clock, and the same run must give the same bytes.
             archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), item.getvalue())
     write_bytes(path, buffer.getvalue())

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from stage1_pro.command import refusal
 from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, earned, verified
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
@@ -33,7 +32,7 @@ from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, write_bytes
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, wrong
 
 DAY = 86400.0
 # The simulated clock begins here: 1 January 2026, UTC.
@@ -203,7 +202,7 @@ def simulate(
     try:
         config = SimulationConfig.model_validate(options)
     except ValidationError as error:
-        raise InputError(refusal(error, SimulationConfig)) from None
+        raise InputError(wrong(error, whole="options")) from None
     data, out = Path(data), Path(out)
     if (out / "loop").exists() or (out / RECORD).exists():
         raise InputError(f"out must be a new folder, got {out}, where something was simulated")

@@ -67,7 +67,7 @@ class Settings(Record):
         try:
             found = cls.model_validate(dict(values))
         except ValidationError as error:
-            raise InputError(f"{name}: {refusal(error, cls, what='key')}") from None
+            raise InputError(f"{name}: {refusal(error, cls)}") from None
         RUNTIMES.check(found.runtime, also=("auto",))
         if found.train_prior is not None and found.serve_prior is None:
             raise InputError(
