@@ -15,12 +15,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from stage1_pro.commands.bench import RATES, BenchCascade, render_cascade
 from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
-from stage1_pro.deploy import benching
-from stage1_pro.deploy.benching import CascadeBench
+from stage1_pro.deploy.bench import CascadeBench, bench_cascade
 from stage1_pro.deploy.exporting import export
 from stage1_pro.models.backbone import load_backbone
 from stage1_pro.models.model import Stage1Model, create_model
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="measure in torch as well")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--rates", type=float, nargs="+", default=list(benching.RATES))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,10 +98,13 @@ def main() -> None:
         for run in runs:
             for runtime in ("onnxruntime", "torch") if options.torch else ("onnxruntime",):
                 out = options.out / f"{run.name}-{runtime}" if options.out else None
-                found = benching.bench_cascade(
-                    run=run, runtime=runtime, rounds=options.rounds, batch=options.batch, rates=options.rates, out=out
-                )
-                print(benching.render(found), flush=True)
+                found = bench_cascade(
+                    BenchCascade(
+                        run=run, runtime=runtime, rounds=options.rounds, batch=options.batch, rates=options.rates,
+                        out=out,
+                    )
+                )  # fmt: skip
+                print(render_cascade(found), flush=True)
                 verdicts.append(verdict(found))
     print("\n".join(verdicts))
 

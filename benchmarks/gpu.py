@@ -35,7 +35,7 @@ from stage1_pro import native
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from hard_rows import hard_gates, hard_logits  # noqa: E402
+from kit.hard_rows import hard_gates, hard_logits  # noqa: E402
 
 SHAPES = {
     "ViT-S": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},

@@ -28,7 +28,7 @@ from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.latency import ratios
+from stage1_pro.deploy.timing import ratios
 from stage1_pro.models.model import create_model
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.run import write_config

@@ -26,14 +26,14 @@ from stage1_pro.config import Config, load_config
 from stage1_pro.data.loader import TrainLoader
 from stage1_pro.data.splits import Splits
 from stage1_pro.models.model import create_model
-from stage1_pro.training.losses import balanced_weights, joint_loss
+from stage1_pro.training.losses import CrossEntropy, Part, balanced_weights
 
 
 def make_loader(splits: Splits, config: Config, spec: object) -> TrainLoader:
     rows = splits.of("train")
     labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
     return TrainLoader(
-        [splits.path(row) for row in rows], labels, spec, config.augment, seed=0,
+        splits.photos_of(rows), labels, spec, config.augment, seed=0,
         batch_size=config.train.batch_size, rank=0, world=1, workers=config.train.workers,
     )  # fmt: skip
 
@@ -48,13 +48,14 @@ def bare_rate(splits: Splits, config: Config) -> float:
     model = create_model(config.model, splits.classes, splits.positive, 0).train()
     loader = make_loader(splits, config, model.architecture.preprocessing)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    labels = np.asarray([splits.classes.index(row.label) for row in splits.of("train")])
-    weights = balanced_weights(torch.from_numpy(labels), len(splits.classes))
+    labels = torch.from_numpy(splits.indices(splits.of("train")))
+    weights = balanced_weights(labels, len(splits.classes))
+    entropy = CrossEntropy(config.train.model_copy(update={"classifier_weight": 1.0}))
     began = time.perf_counter()
     images = 0
     for batch in epochs_of(loader, config.train.epochs):
         optimizer.zero_grad(set_to_none=True)
-        loss = joint_loss(model(batch.pixels), batch.labels, weights, auxiliary_weight=1.0, label_smoothing=0.0)
+        loss = entropy.of(entropy.sums(Part(model(batch.pixels), batch.labels, weights)))
         (loss / len(batch.labels)).backward()
         optimizer.step()
         images += len(batch.labels)

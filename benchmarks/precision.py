@@ -55,9 +55,9 @@ def main() -> None:
 def load(splits: Splits, spec: object, split: str, rows: int) -> np.ndarray:
     """Preprocessed images [N, 3, H, W] of a split; those that cannot be read are left out."""
     found = []
-    for row in splits.of(split)[:rows]:
+    for photo in splits.photos_of(splits.of(split)[:rows]):
         try:
-            found.append(preprocess(read_image(splits.path(row)), spec))
+            found.append(preprocess(read_image(photo), spec))
         except ImageError:
             continue
     return np.stack(found)

@@ -35,6 +35,8 @@ with contextlib.suppress(ImportError):
     settings.register_profile("explore", derandomize=False)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+pytest_plugins = ["kit.fixtures"]
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from transformers import AutoConfig, AutoModel
 
 import stage1_pro
 from stage1_pro import cli
-from stage1_pro.config import ADAPTER_MODES, AdapterConfig, Mode, ModelConfig, load_config
+from stage1_pro.config import ADAPTER_MODES, AdapterConfig, ModelConfig, load_config
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import sha256_file
@@ -500,9 +499,9 @@ def test_a_resumed_training_reaches_the_same_bytes(
     options = ("adapter.dropout=0.1", "train.epochs=3")
     trained(run, mode, *options)
     other = shutil.copytree(split_run, tmp_path / "other")
-    from stage1_pro.training import loop
+    from stage1_pro.training import finish, loop, validate
 
-    adapter, last, refit = loop.save_adapter, loop._Trainer._save_last, loop.replace_trained
+    adapter, last, refit = validate.save_adapter, validate.save_last, finish.replace_trained
     calls = iter(range(100))
 
     def killed(place: object, name: str, act: Callable[..., object]) -> None:
@@ -515,22 +514,22 @@ def test_a_resumed_training_reaches_the_same_bytes(
     def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    def fourth(trainer: object) -> None:
+    def fourth(*arguments: object) -> None:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        last(trainer)
+        last(*arguments)
 
     def after(*arguments: object) -> None:
         refit(*arguments)
         raise KeyboardInterrupt
 
-    killed(loop, "save_adapter", dies)  # model_best.pth stands, its adapter does not
+    killed(validate, "save_adapter", dies)  # model_best.pth stands, its adapter does not
     assert not (other / "adapter").exists()
-    killed(loop._Trainer, "_save_last", fourth)  # inside a later epoch
-    killed(loop, "replace_trained", after)  # the adapter's gate is refitted, that of model_best.pth is not
+    killed(loop.resume, "save_last", fourth)  # inside a later epoch
+    killed(finish, "replace_trained", after)  # the adapter's gate is refitted, that of model_best.pth is not
     record = read_adapter(other / "adapter")
     assert record.model_fingerprint != checkpoint.load_model(other / "model_best.pth").fingerprint()
-    assert loop.save_adapter is adapter
+    assert validate.save_adapter is adapter
     trained(other, mode, *options, resume=True)
     same_artefacts(run, other)
 
@@ -657,23 +656,17 @@ def test_every_mode_draws_the_same_heads_and_batches(
 
     seen: dict[str, list[torch.Tensor]] = {}
 
-    def look(trainer: loop._Trainer, batch: loop.Batch) -> None:
-        mode = trainer.config.train.mode
-        found = seen.setdefault(mode, [p.detach().clone() for p in trainer.model.heads.parameters()])
+    def look(session: loop.Session, _: loop.State, batch: loop.Batch) -> None:
+        mode = session.config.train.mode
+        found = seen.setdefault(mode, [p.detach().clone() for p in session.model.heads.parameters()])
         found += [*batch.inputs, batch.labels, torch.get_rng_state()]
-        if len(found) > 2 * 3 + len(list(trainer.model.heads.parameters())):
+        if len(found) > 2 * 3 + len(list(session.model.heads.parameters())):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Trainer, "_step", look)
+    monkeypatch.setattr(loop.step, "learn", look)
     for mode in ("full", *ADAPTER_MODES):
         with pytest.raises(KeyboardInterrupt):
             trained(shutil.copytree(split_run, tmp_path / mode), mode)
     for mode, found in seen.items():
         assert len(found) == len(seen["full"])
         assert all(torch.equal(a, b) for a, b in zip(found, seen["full"], strict=True)), mode
-
-
-def test_the_command_line_knows_every_mode() -> None:
-    (train,) = (a.choices["train"] for a in cli.build_parser()._actions if isinstance(a.choices, dict))
-    (mode,) = (a for a in train._actions if "--mode" in a.option_strings)
-    assert tuple(mode.choices) == get_args(Mode)

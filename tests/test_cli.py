@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import inspect
 import json
 import os
 import re
@@ -15,14 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import stage1_pro
 from stage1_pro import cli
+from stage1_pro.command import Command
+from stage1_pro.commands import COMMANDS, FAMILIES, load
+from stage1_pro.commands.split import Split
 from stage1_pro.data.synthetic import render_pool
-
-COMMANDS = [
-    "split", "explora", "train", "compare", "merge", "plan", "calibrate", "evaluate", "metrics", "infer", "export",
-    "build", "predict", "review", "bench", "streetvision", "verify", "sign", "keys", "migrate", "inspect", "doctor",
-    "demo",
-]  # fmt: skip
+from stage1_pro.errors import InputError
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -45,21 +46,134 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return render_pool(tmp_path_factory.mktemp("pool") / "scenes", 300, seed=3, size=64)
 
 
-def test_help_teaches_every_command_and_default() -> None:
-    whole = stage1("--help")
-    assert whole.returncode == 0
-    for command in COMMANDS:
-        assert re.search(rf"^\s+{command}\s", whole.stdout, re.MULTILINE), command
-        text = stage1(command, "--help")
-        assert text.returncode == 0, text.stderr
-        assert "--json" in text.stdout
-    text = " ".join(stage1("bench", "cascade", "--help").stdout.split())
-    assert "--rates R" in text and "deferral rates to force" in text and "(default: 20)" in text
-    text = stage1("train", "--help").stdout
+def help_of(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_root_help_names_every_command_and_family(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = help_of(capsys=capsys)
+    for name in {name for name in COMMANDS if " " not in name} | set(FAMILIES):
+        assert re.search(rf"^\s+{name}\s", whole, re.MULTILINE), name
+    for family in FAMILIES:
+        text = help_of(family, capsys=capsys)
+        assert all(
+            re.search(rf"^\s+{n.split()[1]}\s", text, re.MULTILINE) for n in COMMANDS if n.startswith(f"{family} ")
+        )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_every_option_and_its_page(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    home, summary = COMMANDS[name]
+    command = load(home)
+    first = (command.__doc__ or "").splitlines()[0]
+    assert first.rstrip(".") == summary[0].upper() + summary[1:], "the list says what the docstring says"
+    text = help_of(*name.split(), capsys=capsys)
+    assert "--json" in text and "(default: True)" not in text and "(default: [])" not in text
+    options = [action for action in parser_of(command)._actions if action.dest != "help"]
+    for action in options:
+        assert not action.option_strings or any(flag in text for flag in action.option_strings), action.dest
+        assert action.help, f"{action.dest} has no description"
+    if command.topic:
+        assert f"stage1 help {command.topic}" in text
+        assert cli.main(["help", command.topic]) == 0
+
+
+def parser_of(command: type[Command]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    command.add_to(parser)
+    return parser
+
+
+def test_help_of_train_lists_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     from stage1_pro.config import describe
 
+    text = help_of("train", capsys=capsys)
     for name, default, _ in describe():
         assert re.search(rf"^  {re.escape(name)}\s+{re.escape(default)}\s", text, re.MULTILINE), name
+    text = " ".join(help_of("bench", "cascade", capsys=capsys).split())
+    assert "--rates R" in text and "deferral rates to force" in text and "(default: 20)" in text
+
+
+def test_help_imports_neither_numpy_nor_what_works() -> None:
+    """One process asks for the help of every command."""
+    code = (
+        "import sys; from stage1_pro import cli; from stage1_pro.commands import COMMANDS\n"
+        "for name in COMMANDS:\n"
+        "    try: cli.main([*name.split(), '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'numpy', 'scipy', 'torch', 'sqlalchemy', 'onnxruntime', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["traim"], "did you mean 'train'?"),
+        (["continual", "statu"], "did you mean 'status'?"),
+        (["train", "--run", "r", "--epoch", "3"], "unknown option --epoch"),
+        (["split", "--label", "x", "--labels", "y", "--out", "z"], "did you mean '--labels'?"),
+        (["predict", "--run", "r", "photo.jpg", "--bundle", "b"], "stage1 infer"),
+        (["bench", "cascade"], "one of the arguments --bundle --run is required"),
+        (["split", "--out", "z"], "--labels"),
+    ],
+)
+def test_a_wrong_word_names_the_nearest(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_wrong_values_name_flag_value_and_expectation(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        ("plan --alpha two", "--alpha must be a number, got 'two'"),
+        ("plan --n 1.5", "--n must be a whole number, got '1.5'"),
+        ("plan --policy gates", "--policy must be one of softmax, gate, scrc, got 'gates'; did you mean 'gate'?"),
+        ("metrics x.csv --replicates 0", "--replicates must be 1 or more, got 0"),
+    ):
+        assert said in fails(capsys, 2, *arguments.split())
+    with pytest.raises(InputError, match="n_replicates must be 1 or more, got 0"):
+        stage1_pro.measure("x.csv", n_replicates=0)
+    with pytest.raises(InputError, match="unknown option 'polisy'; did you mean 'policy'"):
+        stage1_pro.plan(polisy="gate")
+    with pytest.raises(InputError, match="out must be given"):
+        Split.of(labels="x")
+    with pytest.raises(InputError, match="exactly one of run or logits must be given, got none"):
+        stage1_pro.calibrate()
+
+
+def test_functions_show_the_options_of_their_command() -> None:
+    names = inspect.signature(stage1_pro.split).parameters
+    assert list(names)[:2] == ["labels", "out"] and names["seed"].default == 0
+    assert set(names) == set(Split.model_fields)
+    assert "max_component:" in (stage1_pro.split.__doc__ or "")
+    assert "split" in dir(stage1_pro) and "importlib" not in dir(stage1_pro)
+
+
+def test_a_command_of_another_package_is_found(tmp_path: Path) -> None:
+    """One module and one entry point: no line here knows of it."""
+    (tmp_path / "elsewhere.py").write_text(
+        "from pydantic import Field\n"
+        "from stage1_pro.command import Command, Count, Result\n"
+        "class Greet(Command):\n"
+        '    """Greet so many times."""\n'
+        "    times: Count = Field(1, description='how often')\n"
+        "    def execute(self): return Result('hello ' * self.times, {'times': self.times})\n"
+    )
+    info = tmp_path / "elsewhere-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[stage1_pro.commands]\ngreet = elsewhere:Greet\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    assert json.loads(stage1("greet", "--times", 2, "--json", env=env).stdout) == {"times": 2}
+    assert stage1("greet", "--times", 0, env=env).returncode == 2
+    assert "greet" in stage1("help", env=env).stdout
 
 
 def cpu_seconds(*command: str) -> float:

@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 import stage1_pro
 from stage1_pro import native
 from stage1_pro.cli import main
+from stage1_pro.commands.compare import compare
 from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, resplit
@@ -30,7 +31,7 @@ from stage1_pro.metrics.intervals import percentile_interval
 from stage1_pro.metrics.seeds import HIGHER_IS_BETTER, SeedRows, compare_seeds
 from stage1_pro.policies.gate import fit_gate_policy, reach
 from stage1_pro.studies import comparing
-from stage1_pro.studies.comparing import Comparison, check_fairness, compare, markdown, read_arms
+from stage1_pro.studies.comparing import Comparison, check_fairness, markdown, read_arms
 from stage1_pro.training.loop import train
 from stage1_pro.training.run import Start
 

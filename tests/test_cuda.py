@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hard_rows import hard_gates, hard_logits
+from kit.hard_rows import hard_gates, hard_logits
 
 from stage1_pro import native
 from stage1_pro.errors import DependencyError, InputError

@@ -31,6 +31,7 @@ from stage1_pro.data.images import (
     read_image,
     read_opened,
 )
+from stage1_pro.data.photos import Folder
 from stage1_pro.data.splits import Splits, assign, make_splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import InputError
@@ -259,7 +260,7 @@ def test_reading_in_threads_leaves_the_process_as_it_was() -> None:
 def test_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encode(picture(0)))
     (tmp_path / "b.png").write_bytes(b"text")
-    pictures, found = read_pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    pictures, found = read_pictures(Folder(str(tmp_path)), ["a.png", "b.png", "c.png"])
     assert list(pictures) == ["a.png"]
     assert [(row.file, row.reason.split(":")[0]) for row in found] == [
         ("b.png", "not an image"),

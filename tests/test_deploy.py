@@ -16,17 +16,29 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from kit.tiny import (
+    CLASSES,
+    copy_run,
+    make_gate_policy,
+    make_images,
+    make_model,
+    make_policy,
+    make_run,
+    rehash,
+    rewrite,
+    set_policy,
+    torch_answers,
+)
 from PIL import Image
 
+from stage1_pro.commands.bench import BenchCascade, render_cascade
 from stage1_pro.commands.doctor import doctor
 from stage1_pro.commands.doctor import render as render_doctor
 from stage1_pro.config import Config, ModelConfig
-from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
+from stage1_pro.data.splits import Splits
 from stage1_pro.deploy import engine as engine_module
 from stage1_pro.deploy import onnx as onnx_module
-from stage1_pro.deploy.bench import time_rounds
-from stage1_pro.deploy.benching import bench_cascade, draw
-from stage1_pro.deploy.benching import render as render_bench
+from stage1_pro.deploy.bench import bench_cascade, draw_cascade
 from stage1_pro.deploy.building import build
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
@@ -44,133 +56,18 @@ from stage1_pro.deploy.inspection import inspect
 from stage1_pro.deploy.inspection import render as render_inspection
 from stage1_pro.deploy.manifest import BundleManifest
 from stage1_pro.deploy.onnx import export_onnx
+from stage1_pro.deploy.onnxruntime import OnnxRuntime
 from stage1_pro.deploy.prediction import COLUMNS, infer, predict, render
-from stage1_pro.deploy.runtime import OnnxRuntime
-from stage1_pro.deploy.start import RUNTIMES
+from stage1_pro.deploy.runtime import RUNTIMES
 from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.files import sha256_bytes, sha256_file
-from stage1_pro.models.model import Stage1Model, create_model
+from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies import exit_scores
-from stage1_pro.policies.gate import GateConstraints, GateParams
-from stage1_pro.policies.softmax import Thresholds
 from stage1_pro.record import FileEntry
 from stage1_pro.training.checkpoint import save_model
-from stage1_pro.training.run import write_config
-from stage1_pro.words import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
-CLASSES = ["none", "roadwork"]
-
-
-def make_model(tap: int = 2, seed: int = 0, backbone: str = "tiny", image_size: int | None = None) -> Stage1Model:
-    """A tiny model whose heads and norms are random enough for every output to depend on the pixels."""
-    model = create_model(ModelConfig(backbone=backbone, tap=tap, image_size=image_size), CLASSES, "roadwork", seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in (model.heads, model.norm_a):
-            for parameter in module.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
-def make_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Photos of coloured noise at several scales and sizes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    paths = []
-    for index in range(count):
-        coarse = rng.integers(0, 256, (2 + index % 5, 3 + index % 4, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((60 + index, 50 + 2 * index), Image.Resampling.BICUBIC)
-        paths.append(folder / f"{index:02d}.png")
-        image.save(paths[-1])
-    return paths
-
-
-def make_policy(model: Stage1Model, hashes: dict[str, str], threshold: float = 0.8) -> Thresholds:
-    """A policy as `stage1 calibrate` would write for this model."""
-    return Thresholds(
-        classes=CLASSES,
-        positive="roadwork",
-        exit_threshold=threshold,
-        exit_lower_threshold=1 - threshold,
-        exit_upper_threshold=threshold,
-        fnr_on_exited=0.0,
-        coverage=0.5,
-        exit_accuracy=1.0,
-        target_fnr=0.02,
-        guarantee="none",
-        statement="Chosen on val_calib; nothing is promised about other images.",
-        fnr_upper_bound=0.2,
-        bound_level=0.95,
-        bound_method="test",
-        n_rows=10,
-        n_exited=5,
-        n_positive_exited=3,
-        n_false_negative=0,
-        n_positive_groups=3,
-        grouped=True,
-        sweep_results=[],
-        split_hashes={"val_calib": hashes["val_calib"]},
-        model_fingerprint=model.fingerprint(),
-        preprocessing_fingerprint=model.architecture.preprocessing.fingerprint(),
-    )
-
-
-def make_gate_policy(model: Stage1Model, hashes: dict[str, str], threshold: float) -> GateParams:
-    """A gate policy as `stage1 calibrate` would write for this model."""
-    return GateParams(
-        classes=CLASSES, positive="roadwork", a=1.5, b=-0.2, fitted=True, platt="test", threshold=threshold,
-        coverage=0.5, exit_error=0.0, fnr_on_exited=None, guarantee="none", certificate=None, certify_uses=None,
-        constraints=GateConstraints(min_coverage=0.4, max_exit_error=0.01), statement="Chosen on val_calib.",
-        exit_error_upper_bound=0.4, fnr_upper_bound=None, bound_level=0.95, bound_method="test", n_rows=10, n_exited=5,
-        n_errors=0, n_positive_exited=0, n_false_negative=0, n_exited_groups=5, n_positive_groups=0, n_fit_rows=5,
-        grouped=False, sweep_results=[], split_hashes={"val_calib": hashes["val_calib"]},
-        model_fingerprint=model.fingerprint(),
-        preprocessing_fingerprint=model.architecture.preprocessing.fingerprint(),
-    )  # fmt: skip
-
-
-def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
-    """A trained and calibrated run without the training; the threshold splits its images in two."""
-    paths = make_images(run / "images", 16, seed)
-    rows = [
-        Row(
-            id=str(i), file=path.name, label=CLASSES[i % 2], group=f"secret-street-{i}", split=SPLITS[i // 2 % 4],
-            half="fit" if SPLITS[i // 2 % 4] == "val_calib" else None, sha256=sha256_file(path),
-        )
-        for i, path in enumerate(paths)
-    ]  # fmt: skip
-    splits = Splits(
-        root=str(run / "images"),
-        classes=CLASSES,
-        positive="roadwork",
-        seed=0,
-        fractions={"train": 0.25, "val_select": 0.25, "val_calib": 0.25, "val_test": 0.25},
-        counts={name: {"none": 2, "roadwork": 2} for name in SPLITS},
-        groups=dict.fromkeys(SPLITS, 4),
-        hashes=hash_splits(rows),
-        merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0.0, largest_groups=[]),
-        rows=rows,
-    )
-    splits.write(run / "splits.json")
-    a = model.architecture
-    config = Config(model=ModelConfig(backbone="tiny", tap=a.tap, image_size=a.image_size))
-    write_config(run, config, splits)
-    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
-    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
-    make_policy(model, splits.hashes).write(run / "thresholds.json")
-    return run
-
-
-def torch_answers(model: Stage1Model, pixels: np.ndarray[Any, Any], threshold: float) -> tuple[Any, Any, Any]:
-    """Labels, P(roadwork) and exits from plain torch in float64 over the float32 logits."""
-    with torch.no_grad():
-        outputs = model(torch.from_numpy(pixels))
-    first, second = (torch.softmax(x.double(), 1) for x in (outputs.logits_a, outputs.logits_b))
-    exited = first.max(1).values >= threshold
-    probs = torch.where(exited[:, None], first, second)
-    return np.array(CLASSES)[probs.argmax(1).numpy()], probs[:, 1].numpy(), exited.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +76,9 @@ def model() -> Stage1Model:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, model: Stage1Model) -> Path:
-    folder = make_run(tmp_path_factory.mktemp("deploy") / "run", model)
+def run(tiny: Path, model: Stage1Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared run, with a threshold that splits its images in two."""
+    folder = copy_run(tiny, tmp_path_factory.mktemp("deploy") / "run")
     from stage1_pro.data.images import preprocess, read_image
 
     spec = model.architecture.preprocessing
@@ -188,13 +86,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Stage1Model) -> Path:
     with torch.no_grad():
         sure = np.sort(torch.softmax(model(torch.from_numpy(pixels)).logits_a.double(), 1).max(1).values.numpy())
     middle = float(sure[len(sure) // 2 - 1 : len(sure) // 2 + 1].mean())
-    make_policy(model, Splits.read(folder / "splits.json").hashes, middle).write(folder / "thresholds.json")
+    policy = make_policy(model, Splits.read(folder / "splits.json").hashes, middle)
+    policy.write(folder / "thresholds.json")
+    set_policy(folder / "bundle", policy)
     return folder
 
 
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
-    return export(run)
+    return run / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -221,20 +121,6 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def trt() -> Any:
     return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx cannot be imported: no engine can be built here")
-
-
-def rewrite(bundle: Path, change: Any) -> None:
-    """Edit bundle.json as plain JSON."""
-    path = bundle / "bundle.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def rehash(bundle: Path, name: str) -> None:
-    """Make the manifest agree with a file again, as somebody who means harm would."""
-    file = bundle / name
-    rewrite(bundle, lambda v: v["files"].update({name: {"sha256": sha256_file(file), "size": file.stat().st_size}}))
 
 
 class TestOnnx:
@@ -917,7 +803,7 @@ class TestCascade:
             cascade.predict([np.zeros((5, 5, 3), np.float32)])
         with pytest.raises(InputError, match="got int"):
             cascade.predict([3])  # type: ignore[list-item]
-        with pytest.raises(InputError, match="runtime must be one of auto, onnxruntime"):
+        with pytest.raises(InputError, match=r"runtime must be one of auto, .*did you mean 'onnxruntime'"):
             Cascade.load(bundle, "onnxruntim")
         with pytest.raises(InputError, match="threads must be 0"):
             OnnxRuntime(load_bundle(bundle), -1)
@@ -983,16 +869,16 @@ class TestTorchRuntime:
                 assert served(cascade, threshold).decide(pixels).exited.all()
                 assert not served(cascade, float(np.nextafter(threshold, 2))).decide(pixels).exited.any()
 
-    def test_full_pass_is_stage_b_on_everything(self, run: Path) -> None:
+    def test_full_pass_is_stage_b_on_everything(self, run: Path, tmp_path: Path) -> None:
         cascade = Cascade.from_run(run)
         pixels = np.random.default_rng(0).normal(size=(5, 3, 48, 48)).astype(np.float32)
         hidden = cascade.runtime.run("stage_a", {"pixels": pixels})["hidden"]
         logits = cascade.runtime.run("stage_b", {"hidden": hidden})["logits"]
         assert isinstance(cascade.runtime, TorchRuntime)
-        np.testing.assert_allclose(cascade.runtime.full_pass(pixels), logits, atol=1e-5)
+        np.testing.assert_allclose(cascade.runtime.full_pass(tmp_path)(pixels), logits, atol=1e-5)
 
     def test_what_it_refuses(self, run: Path, bundle: Path, tmp_path: Path) -> None:
-        assert set(RUNTIMES) == {"auto", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch"}
+        assert set(RUNTIMES) >= {"onnxruntime", "tensorrt_rtx", "tensorrt", "openvino", "torch"}
         with pytest.raises(InputError, match=r"no weights torch could load; use Cascade.from_run"):
             Cascade.load(bundle, "torch")
         with pytest.raises(InputError, match="run must be a run folder, got"):
@@ -1028,7 +914,9 @@ class TestForcedDeferral:
     @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
     def test_bench(self, run: Path, bundle: Path, runtime: Any, tmp_path: Path) -> None:
         where = {"run": run} if runtime == "torch" else {"bundle": bundle}
-        found = bench_cascade(**where, batch=[1, 6], rates=[0, 0.25, 0.3, 1], rounds=2, out=tmp_path / "out")
+        found = bench_cascade(
+            BenchCascade(**where, batch=[1, 6], rates=[0, 0.25, 0.3, 1], rounds=2, out=tmp_path / "out")
+        )
         assert (found.runtime, found.tap, found.n_blocks) == (runtime, 2, 4)
         assert found.inputs == ("4 val_select images" if runtime == "torch" else "noise of seed 0")
         assert [[t.n_deferred for t in one.timings if t.contestant == "cascade"] for one in found.batches] == [
@@ -1047,8 +935,8 @@ class TestForcedDeferral:
                 assert t.images_per_second == pytest.approx(1000 * one.batch / t.milliseconds)
         assert found.batches[1].cascade(2).ideal == pytest.approx(1 / (0.5 + 2 / 6 * 0.5))
         assert type(found).read(tmp_path / "out" / "cascade.json") == found
-        assert (tmp_path / "out" / "cascade.png").read_bytes() == draw(found)
-        text = render_bench(found)
+        assert (tmp_path / "out" / "cascade.png").read_bytes() == draw_cascade(found)
+        text = render_cascade(found)
         assert "one full pass" in text and "cascade, 2 of 6 deferred" in text
         assert max(map(len, text.splitlines())) <= 120
         assert str(tmp_path) not in found.model_dump_json()
@@ -1066,24 +954,7 @@ class TestForcedDeferral:
             ({"run": other, "runtime": "onnxruntime"}, "which needs its bundle; run `stage1 export"),
         ):
             with pytest.raises(InputError, match=message):
-                bench_cascade(**arguments)  # type: ignore[arg-type]
-
-    def test_rounds_visit_everybody_in_shuffled_order(self) -> None:
-        calls: list[str] = []
-
-        def contestant(name: str) -> Any:
-            def call() -> None:
-                calls.append(name)
-                import time
-
-                time.sleep(0.021)
-
-            return call
-
-        found = time_rounds({name: contestant(name) for name in "abc"}, rounds=4, warmup=1, seed=1)
-        assert all(values.shape == (2, 4) and (values[0] > 0.02).all() for values in found.values())
-        orders = ["".join(calls[3 + 3 * k : 6 + 3 * k]) for k in range(4)]
-        assert all(sorted(order) == ["a", "b", "c"] for order in orders) and len(set(orders)) > 1
+                bench_cascade(BenchCascade(**arguments))  # type: ignore[arg-type]
 
 
 class TestInfer:

@@ -20,6 +20,7 @@ from PIL import Image
 from scipy import stats
 from sklearn import metrics as judge
 
+from stage1_pro.commands.metrics import measure
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.errors import ArtifactError, InputError
@@ -31,17 +32,9 @@ from stage1_pro.policies.gate import fit_gate_policy
 from stage1_pro.policies.sets import fit_scrc_policy
 from stage1_pro.policies.softmax import Thresholds, confidence, decide, fit_softmax_policy, softmax
 from stage1_pro.report import training_picture
-from stage1_pro.studies.measuring import measure
-from stage1_pro.training.evaluation import (
-    Evaluation,
-    answer,
-    count_groups,
-    evaluate,
-    evaluate_predictions,
-    find_changes,
-    find_mistakes,
-    render,
-)
+from stage1_pro.training.answers import answer, count_groups, find_changes, find_mistakes
+from stage1_pro.training.evaluation import Evaluation, evaluate, evaluate_predictions
+from stage1_pro.training.summary import render
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 FIGURES = (

@@ -555,7 +555,7 @@ def test_serving_and_logging_need_the_base_install_alone() -> None:
 
 @pytest.mark.slow
 def test_predict_logs_what_a_real_bundle_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_deploy import make_model, make_policy, make_run, torch_answers
+    from kit.tiny import make_model, make_policy, make_run, torch_answers
 
     from stage1_pro.cli import main
     from stage1_pro.data.images import preprocess, read_image

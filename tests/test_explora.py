@@ -21,6 +21,7 @@ from transformers import Dinov2Config
 
 import stage1_pro
 from stage1_pro.config import Config, ExploraConfig, ModelConfig, load_config
+from stage1_pro.data.photos import open_photos
 from stage1_pro.data.pool import read_pool
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
@@ -223,20 +224,20 @@ def test_a_pool_leaves_out_what_must_stay_unseen(scenes: Path, tmp_path: Path, c
     shutil.copy(images[0], tmp_path / "again.png")
     shutil.copy(root / unseen[0].file, tmp_path / "test_row.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    pool = read_pool(tmp_path, unseen, root)
-    assert [path.name for path in pool.paths] == [f"{k}.png" for k in range(6)]
+    pool = read_pool(tmp_path, unseen, open_photos(root))
+    assert [photo.key for photo in pool.photos] == [f"{k}.png" for k in range(6)]
     assert (pool.n_copies, pool.n_left_out, [q.file for q in pool.quarantined]) == (1, 1, ["broken.png"])
     assert "left out broken.png: not an image" in capsys.readouterr().err
     # other frames of a test clip: not the same content, but the same group
     rows = [{"file": f"{k}.png", "group": unseen[0].group if k < 2 else "elsewhere"} for k in range(6)]
     write_csv(tmp_path / "labels.csv", rows, ["file", "group"])
-    pool = read_pool(tmp_path, unseen, root)
-    assert pool.n_left_out == 2 and len(pool.paths) == 4
+    pool = read_pool(tmp_path, unseen, open_photos(root))
+    assert pool.n_left_out == 2 and len(pool.photos) == 4
     write_csv(tmp_path / "labels.csv", rows[:2], ["file", "group"])
     with pytest.raises(InputError, match="two usable images or more, got 0 of 2"):
-        read_pool(tmp_path, unseen, root)
-    with pytest.raises(InputError, match="must be a folder or a CSV"):
-        read_pool(tmp_path / "nowhere", unseen, root)
+        read_pool(tmp_path, unseen, open_photos(root))
+    with pytest.raises(InputError, match="must be a folder, a tar or a CSV"):
+        read_pool(tmp_path / "nowhere", unseen, open_photos(root))
 
 
 def test_a_pool_leaves_out_altered_copies_and_their_clips(scenes: Path, tmp_path: Path, capsys) -> None:
@@ -249,13 +250,13 @@ def test_a_pool_leaves_out_altered_copies_and_their_clips(scenes: Path, tmp_path
     with Image.open(splits.path(unseen[0])) as image:
         image.convert("RGB").resize((90, 90), Image.Resampling.BICUBIC).save(tmp_path / "copy.jpg", quality=85)
     write_csv(tmp_path / "labels.csv", [*rows, {"file": "copy.jpg", "group": "clip"}], ["file", "group"])
-    pool = read_pool(tmp_path, unseen, Path(splits.root))
-    assert [path.name for path in pool.paths] == ["2.png", "3.png", "4.png"], "the copy's clip goes with it"
+    pool = read_pool(tmp_path, unseen, splits.photos())
+    assert [photo.key for photo in pool.photos] == ["2.png", "3.png", "4.png"], "the copy's clip goes with it"
     assert (pool.n_left_out, pool.n_not_compared) == (3, 0)
     (tmp_path / "labels.csv").unlink()
-    assert read_pool(tmp_path, unseen, Path(splits.root)).n_left_out == 1
+    assert read_pool(tmp_path, unseen, splits.photos()).n_left_out == 1
     capsys.readouterr()
-    pool = read_pool(tmp_path, unseen, tmp_path / "nowhere")
+    pool = read_pool(tmp_path, unseen, open_photos(tmp_path / "nowhere"))
     assert (pool.n_left_out, pool.n_not_compared) == (0, len(unseen))
     assert f"{len(unseen)} rows that must stay unseen cannot be read" in capsys.readouterr().err
 

@@ -123,8 +123,25 @@ def test_a_lock_makes_no_folder_and_follows_no_link(tmp_path):
     assert (tmp_path / "kept").read_text() == "kept"
 
 
-@pytest.mark.parametrize("module", ["deploy.cascade", "data.splitting", "training.run", "cli"])
+@pytest.mark.parametrize(
+    "module", ["deploy.cascade", "deploy.prediction", "data.splitting", "training.run", "continual.loop.rounds", "cli"]
+)
 def test_the_package_imports_where_there_is_no_fcntl(module):
     code = f"import sys; sys.modules['fcntl'] = None; import stage1_pro.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_what_is_written_has_the_mode_that_umask_leaves(tmp_path, umask):
+    """The shell's own ``touch`` and ``mkdir`` under the same umask are the judge."""
+    code = (
+        "import sys; from pathlib import Path; from stage1_pro.files import atomic_directory, write_text\n"
+        "root = Path(sys.argv[1]); write_text(root / 'a', 'x'); write_text(root / 'secret', 'x', mode=0o600)\n"
+        "with atomic_directory(root / 'd') as folder: (folder / 'f').write_text('x')\n"
+    )
+    command = f'umask {umask:03o}; cd "$0"; touch file; mkdir folder; exec "$1" -c "$2" .'
+    subprocess.run(["/bin/sh", "-c", command, tmp_path, sys.executable, code], check=True)
+    mode = {path.name: path.stat().st_mode & 0o777 for path in (*tmp_path.iterdir(), tmp_path / "d" / "f")}
+    assert mode["a"] == mode["f"] == mode["file"] and mode["d"] == mode["folder"]
+    assert mode["secret"] == 0o600

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from sklearn.linear_model import LogisticRegression
 
 import stage1_pro
-from stage1_pro.config import ModelConfig, load_config
+from stage1_pro.config import ModelConfig, TrainConfig, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
@@ -30,6 +30,7 @@ from stage1_pro.training.run import RunConfig
 from stage1_pro.training.taps import TapChoice, candidates, choose_tap, cost, largest_exit
 
 WEIGHTS = {"selective_weight": 0.5, "coverage_weight": 32.0, "target_coverage": 0.8}
+SELECTIVE = losses.Selective(TrainConfig(**WEIGHTS))
 
 
 def made(rows: int = 12, seed: int = 0) -> tuple[Heads, torch.Tensor, torch.Tensor]:
@@ -43,7 +44,7 @@ def made(rows: int = 12, seed: int = 0) -> tuple[Heads, torch.Tensor, torch.Tens
 
 
 def sums(outputs: Outputs, labels: torch.Tensor) -> torch.Tensor:
-    return losses.selective_sums(outputs, labels, torch.tensor([0.5, 1.0, 2.0]), label_smoothing=0.0)
+    return SELECTIVE.sums(losses.Part(outputs, labels, torch.tensor([0.5, 1.0, 2.0])))
 
 
 def test_the_selective_loss_is_its_formula() -> None:
@@ -54,9 +55,9 @@ def test_the_selective_loss_is_its_formula() -> None:
     weight = torch.tensor([0.5, 1.0, 2.0])[labels]
     entropy = -torch.log_softmax(outputs.logits_a.float(), 1)[torch.arange(12), labels] * weight
     expected = 0.5 * (soft * entropy).sum() / soft.sum() + 32 * max(0.0, 0.8 - float(soft.mean())) ** 2
-    assert float(losses.selective_loss(sums(outputs, labels), **WEIGHTS)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(SELECTIVE.of(sums(outputs, labels))) == pytest.approx(float(expected), rel=1e-5)
     slack = {**WEIGHTS, "target_coverage": float(soft.mean()) - 0.01}
-    alone = losses.selective_loss(sums(outputs, labels), **slack)
+    alone = losses.Selective(TrainConfig(**slack)).of(sums(outputs, labels))
     assert float(alone) == pytest.approx(float(0.5 * (soft * entropy).sum() / soft.sum()), rel=1e-5)
 
 
@@ -64,16 +65,16 @@ def test_gradients_are_those_of_finite_differences() -> None:
     draw = torch.Generator().manual_seed(3)
     parts = torch.rand(3, generator=draw, dtype=torch.float64) * 5 + torch.tensor([0.0, 0.0, 8.0])
     parts.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x: losses.selective_loss(x, **WEIGHTS), (parts,))
+    assert torch.autograd.gradcheck(SELECTIVE.of, (parts,))
     heads, features, labels = made()
-    losses.selective_loss(sums(heads(features, features), labels), **WEIGHTS).backward()
+    SELECTIVE.of(sums(heads(features, features), labels)).backward()
     weight, step = heads.gate.linear.weight, 1e-2
     for k in range(weight.shape[1]):
         found = []
         for sign in (1, -1):
             with torch.no_grad():
                 weight[0, k] += sign * step
-                found.append(float(losses.selective_loss(sums(heads(features, features), labels), **WEIGHTS)))
+                found.append(float(SELECTIVE.of(sums(heads(features, features), labels))))
                 weight[0, k] -= sign * step
         assert weight.grad is not None
         assert float(weight.grad[0, k]) == pytest.approx((found[0] - found[1]) / (2 * step), rel=2e-2, abs=2e-3)
@@ -88,7 +89,8 @@ def test_the_gate_learns_and_features_are_stopped_unless_asked(stop: bool) -> No
     # The hinge alone: its only way into the backbone is through the gate.
     soft = torch.sigmoid(outputs.gate_logit)
     part = torch.stack([soft.sum() * 0, soft.sum(), torch.tensor(4.0)])
-    losses.selective_loss(part, selective_weight=0, coverage_weight=1, target_coverage=1).backward()
+    hinge = TrainConfig(selective_weight=0, coverage_weight=1, target_coverage=1)
+    losses.Selective(hinge).of(part).backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {"heads.gate.linear.weight", "heads.gate.linear.bias"} <= touched
     assert any(name.startswith("backbone.") for name in touched) is not stop
@@ -98,7 +100,7 @@ def test_the_gate_learns_and_features_are_stopped_unless_asked(stop: bool) -> No
 @pytest.mark.parametrize("size", [1, 3, 5, 12])
 def test_parts_of_a_batch_add_up_to_its_gradient(size: int) -> None:
     heads, features, labels = made()
-    losses.selective_loss(sums(heads(features, features), labels), **WEIGHTS).backward()
+    SELECTIVE.of(sums(heads(features, features), labels)).backward()
     whole = {name: p.grad.clone() for name, p in heads.named_parameters() if p.grad is not None}
     heads.zero_grad()
     with torch.no_grad():
@@ -106,8 +108,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient(size: int) -> None:
     for start in range(0, 12, size):
         part = slice(start, start + size)
         share = losses.as_share(sums(heads(features[part], features[part]), labels[part]), total)
-        loss = losses.selective_loss(share, **WEIGHTS)
-        torch.testing.assert_close(loss.detach(), losses.selective_loss(total, **WEIGHTS))
+        loss = SELECTIVE.of(share)
+        torch.testing.assert_close(loss.detach(), SELECTIVE.of(total))
         loss.backward()
     for name, p in heads.named_parameters():
         if p.grad is not None:
@@ -118,7 +120,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(size: int) -> None:
         for start in range(0, 12, size):
             part = slice(start, start + size)
             own = sums(heads(features[part], features[part]), labels[part])
-            (losses.selective_loss(own, **WEIGHTS) * size / 12).backward()
+            (SELECTIVE.of(own) * size / 12).backward()
         assert heads.gate.linear.weight.grad is not None
         assert not torch.allclose(heads.gate.linear.weight.grad, whole["gate.linear.weight"], rtol=1e-2)
 
@@ -136,17 +138,20 @@ def _trained(coverage_weight: float, classifier_weight: float) -> tuple[float, f
     torch.manual_seed(0)
     torch.set_num_threads(1)  # so small that threads only wait for each other
     heads = Heads(20, 3, 8, 0.0)
+    objective = losses.Objective(
+        TrainConfig(
+            selective_weight=1, coverage_weight=coverage_weight, target_coverage=0.8,
+            classifier_weight=classifier_weight, auxiliary_weight=0,
+        )
+    )  # fmt: skip
     x, y = rows(600)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.02, weight_decay=0.0)
     for _ in range(400):
         outputs = heads(x, x)
-        part = losses.selective_sums(outputs, y, torch.ones(3), label_smoothing=0.0)
-        loss = losses.selective_loss(part, selective_weight=1, coverage_weight=coverage_weight, target_coverage=0.8)
-        plain = losses.joint_loss(
-            outputs, y, torch.ones(3), auxiliary_weight=0, label_smoothing=0, classifier_weight=classifier_weight
-        )
+        part = losses.Part(outputs, y, torch.ones(3))
+        own = objective.sums(part)
         optimizer.zero_grad()
-        (loss + plain / len(y)).backward()
+        (objective.shared(own, own) + objective.added(part) / len(y)).backward()
         optimizer.step()
     x, y = rows(2000)
     with torch.no_grad():

@@ -4,47 +4,51 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from kit.tiny import copy_run, make_images
 from PIL import Image
-from test_deploy import make_images, make_model, make_run
 
 from stage1_pro.cli import main
-from stage1_pro.deploy.bench_latency import (
-    LatencyBench,
-    LatencyComparison,
-    bench_latency,
-    compare_latency,
-    draw,
-    render,
-    render_comparison,
+from stage1_pro.commands.bench import BenchLatency, render_comparison, render_latency
+from stage1_pro.deploy.bench import LatencyBench, LatencyComparison, bench_latency, compare_latency, draw_latency
+from stage1_pro.deploy.timing import (
+    Sampling,
+    Subject,
+    clocks,
+    cold_starts,
+    deferrals,
+    draw_photos,
+    quantiles,
+    ratios,
+    sample,
 )
-from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.latency import Sampling, cold_starts, deferrals, draw_photos, quantiles, ratios, sample
 from stage1_pro.errors import ArtifactError, InputError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("latency") / "run", make_model())
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("latency") / "run")
 
 
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
-    return export(run)
+    return run / "bundle"
 
 
 @pytest.fixture(scope="module")
 def found(bundle: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LatencyBench, Path]:
     out = tmp_path_factory.mktemp("out")
     photos = make_images(out / "photos", 3)[0].parent
-    return bench_latency(
+    asked = BenchLatency(
         bundle, run=run, batch=[1, 4], rates=[0, 0.5, 1], quick=True, samples=20, warmup=1, photos=photos,
         against=["torch-eager", "onnxruntime"], out=out, threads=1,
-    ), out  # fmt: skip
+    )  # fmt: skip
+    return bench_latency(asked), out
 
 
 class TestSampling:
@@ -70,8 +74,6 @@ class TestSampling:
         assert len(result["a"]["host"]) == 10
 
     def test_warm_up_lasts_as_long_as_asked_for(self) -> None:
-        import time
-
         calls: list[float] = []
 
         def call(number: int) -> dict[str, float]:
@@ -80,6 +82,27 @@ class TestSampling:
 
         sample({"a": call}, Sampling(1, warmup=0.05, limit=1))
         assert calls[-1] - calls[0] >= 0.049
+
+    def test_a_visit_repeats_a_short_call_and_keeps_the_mean(self) -> None:
+        calls: list[int] = []
+
+        def call(number: int) -> dict[str, float]:
+            calls.append(number)
+            time.sleep(0.004)
+            return {"host": float(len(calls))}
+
+        result = sample({"a": call}, Sampling(3, visit=0.02))["a"]["host"]
+        repeats = calls.count(2) - 1
+        assert (
+            repeats >= 2
+            and len(calls) == 3 + 3 * repeats
+            and calls[3:] == [n for n in range(3) for _ in range(repeats)]
+        )
+        np.testing.assert_allclose(result, [4 + n * repeats + (repeats - 1) / 2 for n in range(3)])
+
+    def test_two_clocks(self) -> None:
+        asleep = clocks(lambda: time.sleep(0.03))(0)
+        assert asleep["wall"] >= 0.03 > 3 * asleep["processor"]
 
     @pytest.mark.parametrize("batch", [1, 8, 5])
     @pytest.mark.parametrize("rate", [0, 0.1, 0.3, 0.5, 1])
@@ -160,7 +183,7 @@ class TestBench:
         np.testing.assert_allclose(together, parts["total"].milliseconds, atol=1e-3)
         with Image.open(io.BytesIO((out / "latency.png").read_bytes())) as figure:
             assert figure.format == "PNG" and figure.width > 500
-        assert draw(result) == (out / "latency.png").read_bytes()
+        assert draw_latency(result) == (out / "latency.png").read_bytes()
 
     def test_peers_answer_alike_on_the_same_inputs(self, found: tuple[LatencyBench, Path]) -> None:
         result, _ = found
@@ -173,7 +196,7 @@ class TestBench:
             assert {one.q for one in peer.to_cascade} >= {None, 0.5}
 
     def test_render_says_what_it_is(self, found: tuple[LatencyBench, Path]) -> None:
-        text = render(found[0])
+        text = render_latency(found[0])
         for part in ("quick: 20 samples each, too few for a p99", "request, decode", "cold start", "torch-eager"):
             assert part in text
 
@@ -199,16 +222,17 @@ class TestBench:
         assert "below 1 the former is faster" in render_comparison(twice)
 
     def test_peer_that_cannot_run_says_why(self, bundle: Path) -> None:
-        result = bench_latency(
-            bundle, batch=[1], rates=[0], samples=10, warmup=0, against=["torch-eager"], quick=True
-        )  # fmt: skip
+        asked = BenchLatency(
+            bundle=bundle, batch=[1], rates=[0], samples=10, warmup=0, against=["torch-eager"], quick=True
+        )
+        result = bench_latency(asked)
         (peer,) = result.peers
         assert peer.skipped == "a bundle holds no weights torch could load; name --run as well" and not peer.to_cascade
-        assert "skipped: a bundle holds no weights" in render(result)
+        assert "skipped: a bundle holds no weights" in render_latency(result)
 
     @pytest.mark.slow
     def test_run_in_torch(self, run: Path) -> None:
-        result = bench_latency(run=run, batch=[2], rates=[0.5], samples=10, warmup=0, quick=True)
+        result = bench_latency(BenchLatency(run=run, batch=[2], rates=[0.5], samples=10, warmup=0, quick=True))
         assert result.runtime == "torch" and result.steps == []
 
     @pytest.mark.parametrize(
@@ -227,11 +251,11 @@ class TestBench:
     )  # fmt: skip
     def test_wrong_arguments(self, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
-            bench_latency(**arguments)
+            bench_latency(BenchLatency(**arguments))
 
     def test_cold_process_that_fails_gives_its_reason(self, tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="fresh process must answer with onnxruntime, got: .*ArtifactError"):
-            cold_starts(tmp_path, "onnxruntime", repeats=1, threads=1, trust_engines=False)
+            cold_starts(Subject(tmp_path, "onnxruntime", threads=1), repeats=1)
 
     def test_drawn_photos_are_jpegs_by_seed(self) -> None:
         one, two = draw_photos(2, (160, 90), 0)

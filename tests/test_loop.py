@@ -18,9 +18,9 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
-from loop_parts import Parts
+from kit.loop_parts import Parts
+from kit.tiny import CLASSES, copy_run, make_images, make_model, make_policy
 from PIL import Image
-from test_deploy import CLASSES, make_images, make_model, make_policy, make_run
 
 from stage1_pro.cli import main
 from stage1_pro.config import Config, ModelConfig
@@ -57,8 +57,8 @@ QUICK = LoopConfig(auto_promote=True, shadow_seconds=5.0, canary_seconds=5.0, ho
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(make_run(tmp_path_factory.mktemp("loop") / "run", make_model()))
+def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("loop") / "run") / "bundle"
 
 
 def begin(root: Path, url: str, bundle: Path) -> None:
@@ -315,15 +315,15 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_work_is_found_again_and_done_again_where_it_was_changed(tmp_path: Path) -> None:
     inputs = {"seconds": 0.0}
-    first = do_work(tmp_path, "loop_parts:sleep", inputs, Inline())
-    assert do_work(tmp_path, "loop_parts:sleep", inputs, Inline()) == first
+    first = do_work(tmp_path, "kit.loop_parts:sleep", inputs, Inline())
+    assert do_work(tmp_path, "kit.loop_parts:sleep", inputs, Inline()) == first
     began = tmp_path / first.key / "began"
     assert len(began.read_text().splitlines()) == 1
     (tmp_path / first.key / "files" / "done").write_text("changed")
     assert find_work(tmp_path, first.key) is None
-    assert do_work(tmp_path, "loop_parts:sleep", inputs, Inline()) == first
+    assert do_work(tmp_path, "kit.loop_parts:sleep", inputs, Inline()) == first
     assert len(began.read_text().splitlines()) == 2
-    assert do_work(tmp_path, "loop_parts:sleep", {"seconds": 0.001}, Inline()).key != first.key
+    assert do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 0.001}, Inline()).key != first.key
 
 
 @pytest.mark.usefixtures("importable")
@@ -331,23 +331,23 @@ def test_a_fresh_interpreter_gives_the_same_and_tells_errors(tmp_path: Path) -> 
     executor = make_executor(ExecutorConfig(kind="subprocess", timeout=120.0))
     assert isinstance(executor, Command)
     inputs = {"seed": 1, "snapshot": {"rows": [1, 2]}}
-    there = do_work(tmp_path / "a", "loop_parts:propose", inputs, executor)
-    assert there == do_work(tmp_path / "b", "loop_parts:propose", inputs, Inline())
+    there = do_work(tmp_path / "a", "kit.loop_parts:propose", inputs, executor)
+    assert there == do_work(tmp_path / "b", "kit.loop_parts:propose", inputs, Inline())
     with pytest.raises(InputError, match="rows must be 1 or more"):
-        do_work(tmp_path, "loop_parts:refuse", {"kind": "input"}, executor)
+        do_work(tmp_path, "kit.loop_parts:refuse", {"kind": "input"}, executor)
     with pytest.raises(WorkError, match=r"ended with code 1: ZeroDivisionError: a bug; see .*log.txt"):
-        do_work(tmp_path, "loop_parts:refuse", {"kind": "bug"}, executor)
+        do_work(tmp_path, "kit.loop_parts:refuse", {"kind": "bug"}, executor)
     with pytest.raises(InputError, match="function must be module:name"):
-        do_work(tmp_path, "loop_parts:nothing", {}, Inline())
+        do_work(tmp_path, "kit.loop_parts:nothing", {}, Inline())
     with pytest.raises(WorkError, match="must be done in 0.5 s"):
-        do_work(tmp_path, "loop_parts:sleep", {"seconds": 60}, Command((sys.executable, "-m"), 0.5))
+        do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 60}, Command((sys.executable, "-m"), 0.5))
 
 
 @pytest.mark.usefixtures("importable")
 def test_what_a_killed_loop_had_started_is_waited_for(tmp_path: Path) -> None:
     script = (
         "import sys; from stage1_pro.continual.loop.executors import *\n"
-        f"do_work({str(tmp_path)!r}, 'loop_parts:sleep', {{'seconds': 4}}, Command((sys.executable, '-m'), 120))\n"
+        f"do_work({str(tmp_path)!r}, 'kit.loop_parts:sleep', {{'seconds': 4}}, Command((sys.executable, '-m'), 120))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 120
@@ -356,7 +356,7 @@ def test_what_a_killed_loop_had_started_is_waited_for(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    work = do_work(tmp_path, "loop_parts:sleep", {"seconds": 4}, Command((sys.executable, "-m"), 120))
+    work = do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 4}, Command((sys.executable, "-m"), 120))
     assert len((tmp_path / work.key / "began").read_text().splitlines()) == 1
 
 
@@ -375,7 +375,7 @@ def test_launchers_start_every_rank_and_rank_0_answers(
     tmp_path: Path, kind: Any, arguments: list[str], ranks: int
 ) -> None:
     executor = make_executor(ExecutorConfig(kind=kind, arguments=arguments, timeout=300.0))
-    work = do_work(tmp_path, "loop_parts:sleep", {"seconds": 0.1}, executor)
+    work = do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 0.1}, executor)
     assert work.result["rank"] in (None, "0") and work.result["size"] in (None, str(ranks))
     assert len((tmp_path / work.key / "began").read_text().splitlines()) == ranks
 
@@ -386,13 +386,13 @@ def test_launchers_start_every_rank_and_rank_0_answers(
 def test_ray_gives_the_same(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: its executor was not run")
     inputs = {"seed": 1, "snapshot": {"rows": [1, 2]}}
-    there = do_work(tmp_path / "a", "loop_parts:propose", inputs, RayExecutor(resources={"num_cpus": 1}))
-    assert there == do_work(tmp_path / "b", "loop_parts:propose", inputs, Inline())
+    there = do_work(tmp_path / "a", "kit.loop_parts:propose", inputs, RayExecutor(resources={"num_cpus": 1}))
+    assert there == do_work(tmp_path / "b", "kit.loop_parts:propose", inputs, Inline())
     executor = RayExecutor(resources={"num_cpus": 1})
     with pytest.raises(InputError, match="rows must be 1 or more"):
-        do_work(tmp_path, "loop_parts:refuse", {"kind": "input"}, executor)
-    with pytest.raises(WorkError, match="loop_parts:refuse failed: a bug"):
-        do_work(tmp_path, "loop_parts:refuse", {"kind": "bug"}, executor)
+        do_work(tmp_path, "kit.loop_parts:refuse", {"kind": "input"}, executor)
+    with pytest.raises(WorkError, match="kit.loop_parts:refuse failed: a bug"):
+        do_work(tmp_path, "kit.loop_parts:refuse", {"kind": "bug"}, executor)
     ray.shutdown()
 
 

@@ -16,10 +16,11 @@ from sklearn import metrics as judge
 
 import stage1_pro
 from stage1_pro import cli
+from stage1_pro.commands.metrics import measure
 from stage1_pro.errors import InputError
 from stage1_pro.metrics import augrc, aurc, bootstrap, bootstrap_errors, compare, ece
 from stage1_pro.metrics.intervals import metric_names
-from stage1_pro.studies.measuring import Measurement, measure, render
+from stage1_pro.studies.measuring import Measurement, render
 
 
 def make(n: int = 300, *, k: int = 2, seed: int = 0, strength: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
@@ -317,8 +318,8 @@ def test_files_that_cannot_be_read_and_arguments_out_of_range(
         ([str(tmp_path / "broken.npz")], "must be a NumPy .npz file"),
         ([str(tmp_path / "folder.csv")], "folder.csv"),
         ([str(tmp_path / "p.txt")], "FILE must end in .csv or .npz"),
-        ([file, "--replicates", "0"], "n_replicates must be at least 1, got 0"),
-        ([file, "--level", "1"], "level must be in (0, 1)"),
+        ([file, "--replicates", "0"], "--replicates must be 1 or more, got 0"),
+        ([file, "--level", "1"], "--level must be inside (0, 1)"),
         ([file, "--seed", "-1"], "seed"),
         ([file, "--threshold", "nan"], "threshold must be a number"),
         ([file, "--metrics", ","], "metrics must name at least one metric"),

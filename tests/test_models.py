@@ -129,7 +129,7 @@ def test_wrong_model_options_are_told(options: dict[str, object], message: str) 
 
 def test_a_foreign_model_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(InputError, match="must be a DINOv3 ViT or DINOv2 model, got type 'bert'"):
+    with pytest.raises(InputError, match="dinov3_vit, .*got 'bert'"):
         load_backbone(str(tmp_path), None, pos_embed_rescale=None, seed=0)
 
 

@@ -95,7 +95,12 @@ def test_records_of_training_keep_every_value(files: Path) -> None:
     from stage1_pro.training.evaluation import Evaluation
     from stage1_pro.training.run import RunConfig, Start
 
-    kept(RunConfig, files / "run" / "config.json")
+    # The one key that has another name now: `tensorboard: true` is `trackers: [tensorboard]`.
+    stored = json.loads((files / "run" / "config.json").read_text())
+    flag = stored["config"]["train"].pop("tensorboard")
+    found = RunConfig.read(files / "run" / "config.json")
+    assert found.config.train.trackers == (("tensorboard",) if flag else ())
+    assert holds(json.loads(found.model_dump_json()), stored)
     kept(Start, files / "run" / "start.json")
     kept(ExploraRecord, files / "run" / "explora" / "explora.json")
     kept(Evaluation, files / "run" / "evaluation" / "evaluation.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import fuzz_bundles as fuzz
 from onnx import TensorProto, helper
 
 import stage1_pro
@@ -38,21 +38,12 @@ IMAGES = [np.full((5, 7, 3), shade, np.uint8) for shade in (0, 128, 255)]
 
 
 @pytest.fixture(scope="module")
-def fuzz(repository):
-    sys.path.insert(0, str(repository / "benchmarks"))
-    try:
-        return importlib.import_module("fuzz_bundles")
-    finally:
-        sys.path.remove(str(repository / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def plain(fuzz, tmp_path_factory):
+def plain(tmp_path_factory):
     return fuzz.make_bundle(tmp_path_factory.mktemp("plain") / "bundle").path
 
 
 @pytest.fixture(scope="module")
-def rich(fuzz, tmp_path_factory):
+def rich(tmp_path_factory):
     return fuzz.make_bundle(tmp_path_factory.mktemp("rich") / "bundle", "gate", rich=True).path
 
 
@@ -390,7 +381,7 @@ class TestArrays:
 
 class TestFormats:
     @pytest.fixture
-    def old(self, fuzz, rich_copy):
+    def old(self, rich_copy):
         """A bundle as the first format wrote it."""
         files = {"bundle.json": (rich_copy / "bundle.json").read_bytes()}
         fuzz.as_format_1(files)
@@ -679,7 +670,7 @@ class TestFuzz:
             max_leaves=6,
         ),
     )
-    def test_any_value_anywhere_in_the_manifest(self, fuzz, plain, place, value):
+    def test_any_value_anywhere_in_the_manifest(self, plain, place, value):
         values = json.loads((plain / "bundle.json").read_text())
         path = [p for p in fuzz.paths_of(values) if p][place % sum(1 for p in fuzz.paths_of(values) if p)]
         fuzz.at_path(values, path[:-1])[path[-1]] = value
@@ -695,8 +686,8 @@ class TestFuzz:
             assert message.isprintable()
 
     def test_mutated_bundles_are_refused_or_loaded(self, repository, tmp_path):
-        """Half of the cases have their hashes made right again; 100,000: benchmarks/fuzz_bundles.py --n 100000."""
-        script = repository / "benchmarks" / "fuzz_bundles.py"
+        """Half of the cases have their hashes made right again; 100,000: tests/kit/fuzz_bundles.py --n 100000."""
+        script = repository / "tests" / "kit" / "fuzz_bundles.py"
         command = [sys.executable, script, "--n", "1500", "--seed", "7", "--out", tmp_path / "fuzz.json"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stdout + done.stderr
@@ -710,8 +701,8 @@ class TestFuzz:
         """Each evil is done once, by hand; the watch that cries at none of them would be worthless."""
         code = f"""
 import os, pickle, sys
-sys.path.insert(0, {str(repository / "benchmarks")!r})
-import fuzz_bundles as fuzz
+sys.path.insert(0, {str(repository / "tests")!r})
+import kit.fuzz_bundles as fuzz
 from pathlib import Path
 watch, folder = fuzz.Watch(), Path({str(plain)!r})
 load = fuzz.load_bundle
@@ -736,7 +727,7 @@ for name, evil in evils.items():
             "other=other exception", "message=bad message",
         ], done.stdout + done.stderr  # fmt: skip
 
-    def test_a_crash_is_counted_and_the_rest_goes_on(self, fuzz, monkeypatch, tmp_path):
+    def test_a_crash_is_counted_and_the_rest_goes_on(self, monkeypatch, tmp_path):
         """A worker that dies at case 1 of 4 is replaced behind it."""
         fake = tmp_path / "worker.py"
         fake.write_text(

@@ -19,8 +19,8 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
+from kit.tiny import copy_run, rehash
 from sqlalchemy import text
-from test_deploy import make_model, make_run, rehash
 
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.store import Store
@@ -38,7 +38,6 @@ from stage1_pro.continual.serving.live import (
 )
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import write_bytes
 
@@ -46,13 +45,13 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("registry") / "run", make_model())
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("registry") / "run")
 
 
 @pytest.fixture(scope="module")
 def bundle(run: Path) -> Path:
-    return export(run)
+    return run / "bundle"
 
 
 @pytest.fixture(scope="module")

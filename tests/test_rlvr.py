@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_deploy import make_model, make_run
+from kit.tiny import make_model, make_run
 from torch import nn
 
 import stage1_pro

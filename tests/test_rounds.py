@@ -17,8 +17,8 @@ from sklearn.metrics import matthews_corrcoef
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
+from kit.tiny import CLASSES, copy_run, make_images, make_model, make_run
 from PIL import Image
-from test_deploy import CLASSES, make_images, make_model, make_run
 
 from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, verified
 from stage1_pro.continual.ledger import audit
@@ -44,8 +44,8 @@ SKETCH = (0.0,) * SKETCH_SIZE
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(make_run(tmp_path_factory.mktemp("rounds") / "run", make_model()))
+def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("rounds") / "run") / "bundle"
 
 
 def make_rounds(root: Path, bundle: Path, **changes: Any) -> Rounds:

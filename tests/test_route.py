@@ -13,9 +13,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hard_rows import hard_gates, hard_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.hard_rows import hard_gates, hard_logits
 
 from stage1_pro import native
 from stage1_pro.errors import InputError

@@ -42,10 +42,11 @@ from stage1_pro.policies.sets import (
     verify_sets,
 )
 from stage1_pro.policies.softmax import fit_softmax_policy, softmax
+from stage1_pro.training.answers import answer, count_groups
 from stage1_pro.training.calibration import calibrate
 from stage1_pro.training.calibration import render as render_policy
-from stage1_pro.training.evaluation import answer, count_groups, evaluate, evaluate_predictions
-from stage1_pro.training.evaluation import render as render_evaluation
+from stage1_pro.training.evaluation import evaluate, evaluate_predictions
+from stage1_pro.training.summary import render as render_evaluation
 from stage1_pro.words import SPLITS
 
 

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
+from kit.tiny import CLASSES, make_images, make_model, make_policy
 from PIL import Image
-from test_deploy import CLASSES, make_images, make_model, make_policy
 
 from stage1_pro.cli import main
 from stage1_pro.config import Config, ModelConfig

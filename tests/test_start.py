@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,18 +15,31 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_deploy import make_images, make_model, make_run, rehash, rewrite
+from kit.tiny import copy_run, make_images, rehash, rewrite
 
-from stage1_pro.cli import RUNTIME_NAMES, main
-from stage1_pro.deploy.bundle import load_bundle
+from stage1_pro.cli import main
+from stage1_pro.commands.bench import BenchLatency
+from stage1_pro.commands.doctor import doctor
+from stage1_pro.deploy.bench import bench_latency, peers
+from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.exporting import export
+from stage1_pro.deploy.onnxruntime import OnnxRuntime
 from stage1_pro.deploy.reference import REFERENCE, TOLERANCES, check_parity, read_reference, write_reference
-from stage1_pro.deploy.runtime import OnnxRuntime
-from stage1_pro.deploy.start import LADDER, RUNTIMES, _ladder, start
-from stage1_pro.deploy.tensorrt import Gpu, _Engine, buckets, cache_folder, read_cache
+from stage1_pro.deploy.runtime import RUNTIMES, How, Runtime
+from stage1_pro.deploy.start import start
+from stage1_pro.deploy.tensorrt import (
+    LADDER,
+    ClassicTensorRt,
+    Gpu,
+    TensorRtForRtx,
+    _Engine,
+    buckets,
+    cache_folder,
+    read_cache,
+)
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError
 from stage1_pro.files import save_npz, sha256_file
+from stage1_pro.integrations.streetvision import Settings
 
 
 def gpu_missing() -> str:
@@ -38,18 +52,19 @@ def gpu_missing() -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("start") / "run", make_model())
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny, tmp_path_factory.mktemp("start") / "run")
 
 
 @pytest.fixture(scope="module")
-def bundle(run: Path) -> Path:
+def bundle(run: Path, request: pytest.FixtureRequest) -> Path:
     """With engines where their builder is installed: nothing below needs another export."""
     try:
         import tensorrt_rtx  # noqa: F401
     except ImportError:
-        return export(run)
-    return export(run, target="rtx")
+        return run / "bundle"
+    engines: Path = request.getfixturevalue("tiny_engines")
+    return engines
 
 
 @pytest.fixture
@@ -187,7 +202,6 @@ class TestReference:
 
 class TestLadder:
     def test_names(self, bundle: Path) -> None:
-        assert (*RUNTIME_NAMES, "torch") == RUNTIMES
         with pytest.raises(InputError, match="did you mean 'tensorrt_rtx'"):
             start(load_bundle(bundle), "tensorrt_rxt")
 
@@ -208,7 +222,8 @@ class TestLadder:
         wanted = ["rtx", "rtx-res32", "rtx-fp16", "rtx-fp32", "tensorrt"]
         for order in (entries, entries[::-1]):
             many = SimpleNamespace(manifest=SimpleNamespace(engines=order))
-            assert [folder for _, folder, _ in _ladder(many)] == [f"engines/{name}" for name in wanted]
+            found = [source.place for kind in (TensorRtForRtx, ClassicTensorRt) for source in kind.sources(many)]
+            assert found == [f"engines/{name}" for name in wanted]
         assert set(LADDER) <= set(TOLERANCES)
 
     @pytest.mark.skipif(not gpu_missing(), reason="a GPU is here: the engine starts")
@@ -237,7 +252,7 @@ class TestLadder:
         def refuse(*_: object) -> None:
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
-        monkeypatch.setattr("stage1_pro.deploy.start.TensorRtRuntime", refuse)
+        monkeypatch.setattr(TensorRtForRtx, "open", refuse)
         cascade = Cascade.load(engines, "auto", trust_engines=True)
         assert cascade.runtime.name == "onnxruntime"
         assert "got TypeError: pybind11::init(): factory function returned nullptr" in cascade.steps[0].reason
@@ -428,7 +443,7 @@ class TestEngine:
         code = (
             "import sys\n"
             "for name in ('cuda', 'tensorrt_rtx', 'tensorrt', 'torch'): sys.modules[name] = None\n"
-            "import stage1_pro.deploy.start, stage1_pro.deploy.tensorrt, stage1_pro.deploy.latency"
+            "import stage1_pro.deploy.start, stage1_pro.deploy.tensorrt, stage1_pro.deploy.timing"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -458,3 +473,153 @@ class TestEngine:
         file.chmod(0o644)
         folder.chmod(0o777)
         assert read_cache(file) is None
+
+
+class Evaluator(Runtime):
+    """onnx's own reference evaluator, a runtime that this package does not know."""
+
+    name = "evaluator"
+
+    def __init__(self, bundle: Bundle, shift: float = 0.0) -> None:
+        from onnx.reference import ReferenceEvaluator
+
+        self.shift = np.float32(shift)
+        self.stages = bundle.manifest.stages
+        self.sessions = {stage: ReferenceEvaluator(str(bundle.graph(stage))) for stage in self.stages}
+
+    @classmethod
+    def open(cls, model: Any, how: How) -> Any:
+        return cls(model)
+
+    def run(self, stage: Any, inputs: Any) -> Any:
+        names = list(self.stages[stage].outputs)
+        found = dict(zip(names, self.sessions[stage].run(names, dict(inputs)), strict=True))
+        return {**found, "logits": found["logits"] + self.shift}
+
+
+class Wrong(Evaluator):
+    """The same, and wrong by more than its tolerance."""
+
+    name = "wrong"
+
+    @classmethod
+    def open(cls, model: Any, how: How) -> Any:
+        return cls(model, 0.1)
+
+
+def same_answers(one: Cascade, other: Cascade, pixels: np.ndarray) -> None:
+    """By both stages, whatever the policy says of these images."""
+    for exited in (None, np.arange(len(pixels)) % 2 == 0):
+        ours, theirs = (cascade.decide(pixels, exited=exited) for cascade in (one, other))
+        assert ours.label.tolist() == theirs.label.tolist() and ours.stage.tolist() == theirs.stage.tolist()
+        np.testing.assert_allclose(ours.prob, theirs.prob, atol=1e-5)
+
+
+class TestDoor:
+    """A runtime of somebody else's: one module, and its name in the registry."""
+
+    @pytest.fixture
+    def names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(RUNTIMES, "_known", dict(RUNTIMES._known))
+        for kind in (Evaluator, Wrong):
+            RUNTIMES.register(kind.name, kind)
+
+    def test_it_answers_as_onnxruntime_does(
+        self, names: None, run: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cascade, plain = Cascade.load(bundle, "evaluator"), Cascade.load(bundle)
+        images = sorted((run / "images").iterdir())
+        pixels = np.stack([plain.pixels(image) for image in images])
+        same_answers(cascade, plain, pixels)
+        (step,) = cascade.steps
+        assert step.ready and step.runtime == "evaluator" and "flips" in step.reason
+        assert main(["predict", "--json", "--runtime", "evaluator", "--bundle", str(bundle), str(images[0])]) == 0
+        assert json.loads(capsys.readouterr().out)["runtime"] == "evaluator"
+
+    def test_lists_have_it(self, names: None, bundle: Path) -> None:
+        assert "evaluator" in peers() and "evaluator" in doctor()["runtimes"]
+        asked = BenchLatency(
+            bundle=bundle, batch=[2], rates=[0.5], samples=10, warmup=0, quick=True, against=["evaluator"]
+        )
+        (peer,) = bench_latency(asked).peers
+        assert peer.skipped is None and peer.flips == 0 and peer.logit is not None and peer.logit < 1e-4
+        assert Settings.of({"bundle": str(bundle), "runtime": "evaluator"}).runtime == "evaluator"
+
+    def test_it_must_give_the_reference_outputs(self, names: None, bundle: Path, copy: Path) -> None:
+        with pytest.raises(ArtifactError, match="wrong must give the reference outputs of the bundle within 0.001"):
+            Cascade.load(bundle, "wrong")
+        drop_reference(copy)
+        with pytest.raises(ArtifactError, match="evaluator must be held against reference.npz"):
+            Cascade.load(copy, "evaluator")
+
+    def test_an_entry_point_brings_it(self, bundle: Path, tmp_path: Path) -> None:
+        """Installed beside this package, with nothing registered by hand."""
+        info = tmp_path / "evaluator-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: evaluator\nVersion: 1\n")
+        (info / "entry_points.txt").write_text("[stage1_pro.runtimes]\nelsewhere = outside:Elsewhere\n")
+        (tmp_path / "outside.py").write_text(
+            "from stage1_pro.deploy.onnxruntime import OnnxRuntime\n"
+            "class Elsewhere(OnnxRuntime):\n    name = 'elsewhere'\n"
+        )
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "from stage1_pro.deploy.cascade import Cascade\n"
+            "print(Cascade.load(sys.argv[2], 'elsewhere').steps[-1])"
+        )
+        arguments = [sys.executable, "-c", code, str(tmp_path), str(bundle)]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("elsewhere on stage_a.onnx"), done.stderr
+
+    def test_names_are_light_and_a_typo_gets_the_nearest(self) -> None:
+        code = "import sys, stage1_pro.deploy.runtime; print({'numpy', 'onnxruntime', 'torch'} & {*sys.modules})"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+        with pytest.raises(InputError, match="did you mean 'openvino'"):
+            RUNTIMES.find("openvinno")
+
+
+class TestOpenVino:
+    def test_without_it_the_error_names_the_extra(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "openvino", None)
+        with pytest.raises(DependencyError, match=r"stage1_pro\[openvino\]"):
+            Cascade.load(bundle, "openvino")
+
+    def test_it_answers_as_onnxruntime_does(self, run: Path, bundle: Path, copy: Path) -> None:
+        if importlib.util.find_spec("openvino") is None:
+            pytest.skip("openvino is not installed: the runtime cannot be run here")
+        images = sorted((run / "images").iterdir())
+        cascade, plain = Cascade.load(bundle, "openvino", threads=1), Cascade.load(bundle)
+        assert cascade.runtime.name == "openvino" and cascade.steps[-1].ready
+        pixels = np.stack([plain.pixels(image) for image in images])
+        for rows in (1, 3, len(images)):
+            first, second = (one.runtime.run("stage_a", {"pixels": pixels[:rows]}) for one in (cascade, plain))
+            for name, value in second.items():
+                np.testing.assert_allclose(first[name], value, atol=1e-4)
+        same_answers(cascade, plain, pixels)
+        # What an answer holds is not what the next one overwrites.
+        kept = cascade.runtime.run("stage_a", {"pixels": pixels[:2]})["logits"]
+        before = kept.copy()
+        cascade.runtime.run("stage_a", {"pixels": pixels[2:4]})
+        np.testing.assert_array_equal(kept, before)
+        tamper(copy, "stage_b", by=0.1)
+        with pytest.raises(ArtifactError, match="openvino must give the reference outputs"):
+            Cascade.load(copy, "openvino")
+
+    def test_weights_beside_the_graph(self, copy: Path) -> None:
+        if importlib.util.find_spec("openvino") is None:
+            pytest.skip("openvino is not installed: the runtime cannot be run here")
+        # Engines are of the graph that is written anew here.
+        rewrite(
+            copy,
+            lambda v: v.update(
+                engines=[], files={name: one for name, one in v["files"].items() if not name.startswith("engines/")}
+            ),
+        )
+        shutil.rmtree(copy / "engines", ignore_errors=True)
+        path = copy / "stage_a.onnx"
+        graph = onnx.load(str(path))
+        path.unlink()
+        onnx.save(graph, str(path), save_as_external_data=True, location="stage_a.onnx.data", size_threshold=0)
+        rehash(copy, "stage_a.onnx")
+        rehash(copy, "stage_a.onnx.data")
+        assert Cascade.load(copy, "openvino").steps[-1].ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import random
 import shutil
@@ -22,19 +23,21 @@ from sklearn import metrics as judge
 from transformers import Dinov2Config, Dinov2Model
 
 import stage1_pro
-from stage1_pro.config import Config, load_config
+from stage1_pro.config import Config, TrainConfig, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
-from stage1_pro.errors import ArtifactError, InputError, TrainingError
+from stage1_pro.errors import ArtifactError, DependencyError, InputError, TrainingError
 from stage1_pro.metrics import augrc, aurc, bootstrap, coverage_at_risk, risk_at_coverage
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.training import losses
+from stage1_pro.training.epochs import TIMINGS
 from stage1_pro.training.inference import infer_split
-from stage1_pro.training.loop import COLUMNS, TIMINGS, train
+from stage1_pro.training.loop import train
 from stage1_pro.training.run import RunConfig
+from stage1_pro.training.validate import COLUMNS
 
 SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "train.save_every_steps=2"]
 
@@ -153,6 +156,42 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(run: Path, split_run
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3  # AdamW turns rounding into up to lr a step
     la, lb = ([float(r["train_loss"]) for r in without_timings(x / "metrics.csv")] for x in (run, other))
     assert la == pytest.approx(lb, rel=1e-4)
+
+
+class Spread:
+    """Squared mean margin over its mean square: a ratio, and no sum over rows."""
+
+    adds, reads_gate = False, False
+
+    def __init__(self, options: TrainConfig) -> None:
+        self.smoothing = options.label_smoothing
+
+    def sums(self, part: losses.Part) -> torch.Tensor:
+        margin = (part.outputs.logits_b[:, 0] - part.outputs.logits_b[:, 1]).float()
+        return torch.stack([margin.sum(), margin.square().sum(), margin.new_tensor(float(len(margin)))])
+
+    def of(self, sums: torch.Tensor) -> torch.Tensor:
+        total, squares, rows = sums.unbind()
+        return (total / rows) ** 2 / (squares / rows + 0.1)
+
+
+def test_a_loss_from_outside_trains_like_those_inside(run: Path, split_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="spread"):
+        losses.Objective(TrainConfig(losses={"spread": 1.0}))
+    losses.LOSSES.register("spread", Spread)
+    options = ("train.epochs=1", "train.losses={spread: 3.0}", "train.ema_decay=0")
+    plain = train(run, config("train.epochs=1", "train.ema_decay=0"))
+    with_it = weights(run)
+    found = []
+    for name, extra in (("whole", ()), ("parts", ("train.micro_batch=12",))):
+        other = shutil.copytree(split_run, tmp_path / name)
+        result = train(other, config(*options, *extra))
+        found.append((weights(other), result.best["train_loss"]))
+    (a, loss_a), (b, loss_b) = found
+    assert loss_a == pytest.approx(loss_b, rel=1e-4)
+    assert loss_a != pytest.approx(plain.best["train_loss"], rel=1e-4)
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3
+    assert max(float((a[k] - with_it[k]).abs().max()) for k in a) > 2e-3
 
 
 def _fail_above(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -449,3 +488,41 @@ def test_train_json_is_one_document(run: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout)["epochs"] == 1
+
+
+def test_trackers_get_every_epoch_and_a_missing_one_is_told_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.tracking import GeneralTracker
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from stage1_pro.training import trackers
+
+    seen: list[tuple[int, float]] = []
+
+    class Own(GeneralTracker):
+        name, requires_logging_directory, tracker = "own", False, None
+
+        def __init__(self, folder: Path) -> None:
+            super().__init__()
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: object) -> None:
+            assert step is not None
+            seen.append((step, values["augrc"]))
+
+        def finish(self) -> None:
+            seen.append((-1, 0.0))
+
+    assert TrainConfig.model_validate({"tensorboard": True}).trackers == ("tensorboard",)
+    assert TrainConfig.model_validate({"tensorboard": False}) == TrainConfig()
+    with pytest.raises(InputError, match="tensorbord"):
+        train(run, config("train.trackers=[tensorbord]"))
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(DependencyError, match="wandb"):
+            train(run, config("train.trackers=[wandb]"))
+    assert not {"config.json", "start.json", "train.log", "tensorboard"} & {path.name for path in run.iterdir()}
+    trackers.TRACKERS.register("own", Own)
+    train(run, config("train.trackers=[own, tensorboard]"))
+    rows = without_timings(run / "metrics.csv")
+    assert seen == [(int(row["step"]), float(row["augrc"])) for row in rows] + [(-1, 0.0)]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [one.value for one in events.Scalars("augrc")] == pytest.approx([step[1] for step in seen[:-1]])

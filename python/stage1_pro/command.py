@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -89,7 +89,7 @@ class Command(BaseModel):
     topic: ClassVar[str] = ""
     hints: ClassVar[Mapping[str, str]] = {}
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Do the work; heavy libraries are imported here."""
         raise NotImplementedError
 
@@ -189,12 +189,12 @@ def expectation(error: ErrorDetails, choices: list[str] | None = None) -> str:
     return f"must be valid, got {got!r}: {error['msg']}"
 
 
-def keywords(command: type[Command]) -> Callable[[F], F]:
+def keywords(command: type[Command], without: Sequence[str] = ()) -> Callable[[F], F]:
     """Show the options of ``command`` in signature and docstring of the function that takes them as ``**options``."""
 
     def decorate(function: F) -> F:
         own = inspect.signature(function)
-        fields = {name: field for name, field in command.model_fields.items() if not _flag(field).hidden}
+        fields = {k: v for k, v in command.model_fields.items() if k not in without and not _flag(v).hidden}
         named = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
         rest = [
             inspect.Parameter(
@@ -215,7 +215,7 @@ def keywords(command: type[Command]) -> Callable[[F], F]:
 
 
 def _default(field: FieldInfo) -> Any:
-    return None if field.is_required() else field.get_default(call_default_factory=True)
+    return None if field.is_required() or field.default_factory else field.default
 
 
 def _flag(field: FieldInfo) -> Flag:

@@ -119,6 +119,9 @@ class TrainConfig(Section):
     target_coverage: float = Field(
         0.8, gt=0, le=1, description="mean soft gate that training keeps; above the 0.7 that calibration asks for"
     )
+    losses: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="weights of further losses, by the names they are registered under"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = "balanced"
     patience: int = Field(8, ge=1, description="epochs without a better AUGRC on val_select before stopping")
@@ -131,7 +134,22 @@ class TrainConfig(Section):
     )
     deterministic: bool = True
     workers: int = Field(2, ge=0, description="processes that decode images; any number gives the same batches")
-    tensorboard: bool = False
+    trackers: tuple[str, ...] = Field(
+        (), description="where figures of every epoch go besides metrics.csv: tensorboard, wandb, mlflow"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_boolean(cls, values: Any) -> Any:
+        """Read ``tensorboard: true``, the key before there were others."""
+        if isinstance(values, dict) and "tensorboard" in values:
+            values = dict(values)
+            flag = values.pop("tensorboard")
+            if not isinstance(flag, bool):
+                raise ValueError(f"tensorboard must be true or false, got {flag!r}; name it in trackers")
+            if flag:
+                values["trackers"] = tuple(dict.fromkeys([*values.get("trackers", ()), "tensorboard"]))
+        return values
 
 
 class AdapterConfig(Section):

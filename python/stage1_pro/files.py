@@ -21,9 +21,17 @@ from numpy.typing import NDArray
 from stage1_pro.errors import InputError
 
 
+def permit(path: Path, mode: int = 0o666) -> None:
+    """Give a new file or folder the mode that the process's umask leaves of ``mode``."""
+    # It can only be read by setting it; a file that another thread makes in between is its owner's alone.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
+
+
 @contextlib.contextmanager
-def atomic_path(path: Path | str, *, mode: int = 0o644) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, with ``mode``.
+def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, ``mode`` less the umask.
 
     A process killed at any moment leaves either the old file or the new one. Leftovers of
     killed writers are named ``.<name>.*.tmp`` and never read.
@@ -37,7 +45,7 @@ def atomic_path(path: Path | str, *, mode: int = 0o644) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(mode)
+        permit(temporary, mode)
         temporary.replace(path)
         _sync_directory(path.parent)
     finally:
@@ -60,7 +68,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
-        staging.chmod(0o755)
+        permit(staging, 0o777)
         if path.exists():
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             path.replace(aside / path.name)
@@ -128,13 +136,13 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path | str, data: bytes, *, mode: int = 0o644) -> None:
+def write_bytes(path: Path | str, data: bytes, *, mode: int = 0o666) -> None:
     """Write bytes atomically."""
     with atomic_path(path, mode=mode) as temporary:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path | str, text: str, *, mode: int = 0o644) -> None:
+def write_text(path: Path | str, text: str, *, mode: int = 0o666) -> None:
     """Write UTF-8 text atomically."""
     # File names on Linux are bytes: those that are not UTF-8 go out as they came in.
     write_bytes(path, text.encode(errors="surrogateescape"), mode=mode)

@@ -17,7 +17,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def write(self, path: Path | str, *, mode: int = 0o644) -> None:
+    def write(self, path: Path | str, *, mode: int = 0o666) -> None:
         """Write as indented JSON, atomically."""
         write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n", mode=mode)
 

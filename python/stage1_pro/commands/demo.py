@@ -1,17 +1,19 @@
-"""``stage1 demo``: every station on rendered street scenes, start to finish."""
+"""``stage1 demo``: every command on rendered street scenes, start to finish."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from stage1_pro.config import Config, load_config
+from pydantic import Field
+
+from stage1_pro.command import Command, Result
 from stage1_pro.errors import InputError, NotReachableError
-from stage1_pro.files import write_text
-from stage1_pro.policies.policy import Policy
-from stage1_pro.progress import say
+
+if TYPE_CHECKING:
+    from stage1_pro.policies.policy import Policy
 
 SCENES = 3000
 OVERRIDES = ["train.epochs=12", "train.batch_size=32", "augment.rotation=5", "augment.crop_scale=[0.85, 1.0]"]
@@ -19,6 +21,18 @@ OVERRIDES = ["train.epochs=12", "train.batch_size=32", "augment.rotation=5", "au
 # asks for the next one, as a user would.
 TARGETS = (0.05, 0.1, 0.2)
 MARKER = "demo.json"
+
+
+class Demo(Command):
+    """Run every command on rendered street scenes (minutes, no data needed)."""
+
+    out: Path = Field(description="folder to write; must not exist or be a demo's")
+    seed: int = Field(0, description="seed of scenes, splits and training")
+
+    def execute(self) -> Result:
+        """Print where the report is."""
+        found = demo(self.out, seed=self.seed)
+        return Result(f"open {found['report']}", found)
 
 
 def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -34,9 +48,12 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
         Paths (``run, bundle, report``), ``seconds`` and the main figures on ``val_test``.
     """
     from stage1_pro.commands.split import split
+    from stage1_pro.config import Config, load_config
     from stage1_pro.data.synthetic import render_pool
     from stage1_pro.deploy.cascade import Cascade
     from stage1_pro.deploy.exporting import export
+    from stage1_pro.files import write_text
+    from stage1_pro.progress import say
     from stage1_pro.training.evaluation import evaluate
     from stage1_pro.training.loop import train
 
@@ -64,7 +81,7 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
     bundle = export(run, target=target, overwrite=True)
     say("7/7 predict")
     shown = splits.of("val_test")[:200]
-    decisions = Cascade.load(bundle).predict([splits.path(row) for row in shown])
+    decisions = Cascade.load(bundle).predict(splits.photos_of(shown))
     exited = sum(bool(value) for value in decisions.exited)
     say(f"{len(shown)} test scenes: {exited} exited at Stage A, {len(shown) - exited} deferred to Stage B")
     result = {
@@ -88,6 +105,7 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
 
 
 def _calibrate(run: Path) -> Policy:
+    from stage1_pro.progress import say
     from stage1_pro.training.calibration import calibrate
 
     # A few hundred scenes certify nothing; the demo shows the empirical choice, which says that it promises nothing.

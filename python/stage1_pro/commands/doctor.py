@@ -22,7 +22,7 @@ TRAIN = ("torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "
 class Doctor(Command):
     """Print versions, devices, compiled modules, builders, and what is missing."""
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Print what is here, and the commands that add what is not."""
         facts = doctor()
         return Result(render(facts), facts)
@@ -32,7 +32,7 @@ def doctor() -> dict[str, Any]:
     """What is here and what is not, as plain values; ``missing`` maps a thing to the command that adds it."""
     from stage1_pro import native
     from stage1_pro.deploy.engine import BUILDERS
-    from stage1_pro.deploy.start import RUNTIMES
+    from stage1_pro.deploy.runtime import RUNTIMES
 
     missing: dict[str, str] = {}
     base = {name: _version(name) for name in BASE}
@@ -73,7 +73,7 @@ def doctor() -> dict[str, Any]:
         "gpus": devices,
         "torch_devices": _torch_devices(),
         "compiled": {"_core": native.why(), "_cuda": native.cuda_why()},
-        "runtimes": sorted(RUNTIMES),
+        "runtimes": sorted(["auto", *RUNTIMES]),
         "builders": builders,
         "missing": missing,
     }

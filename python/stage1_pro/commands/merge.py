@@ -20,7 +20,7 @@ class Merge(Command):
     out: Path = Field(description="folder to write; model.backbone and transformers read it")
     overwrite: bool = Field(False, description="replace a backbone that is there")
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Print what was merged, and the command that trains on it."""
         from stage1_pro.models.merging import merge
 

@@ -44,7 +44,7 @@ class Plan(Command):
     n: Count | None = Field(None, description="rows (or groups) kept for the certificate that you have")
     out: Path | None = Field(None, description="folder for plan.json and plan.png")
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Print the answer, the table, and what it rests on."""
         from stage1_pro.studies.planning import plan, render
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from stage1_pro.command import Command, Part, Result, Words, keywords
+from stage1_pro.command import Command, Part, Place, Result, Words, keywords
 
 if TYPE_CHECKING:
     from stage1_pro.data.splits import Splits
@@ -34,10 +34,12 @@ class Split(Command):
 
     topic: ClassVar[str] = "photos"
 
-    labels: Path = Field(
-        description="CSV with file,label[,label_name,group,source], or a folder with one sub-folder per class"
+    labels: Place = Field(
+        description="CSV with file,label[,label_name,group,source], or a folder or tar with one sub-folder per class"
     )
-    images: Path | None = Field(None, description="folder that `file` is relative to; the CSV's own by default")
+    images: Place | None = Field(
+        None, description="folder or tar that `file` is relative to; the CSV's own folder by default"
+    )
     out: Path = Field(description="run folder to write")
     positive: str | None = Field(
         None,
@@ -57,7 +59,7 @@ class Split(Command):
     max_quarantine: Part = Field(0.02, description="largest share of unreadable images")
     overwrite: bool = Field(False, description="replace the splits of a run that has been trained")
 
-    def run(self) -> Result:
+    def execute(self) -> Result:
         """Print rows and groups of every split by class."""
         from stage1_pro.data.splitting import split
 

@@ -6,12 +6,12 @@ one core, 200,000 some minutes. More than that wants an index of hashes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.data.images import ImageError, Quarantined, read_image
+from stage1_pro.data.photos import Photo, Photos
 from stage1_pro.errors import InputError
-from stage1_pro.files import sha256_file
 from stage1_pro.progress import track
 from stage1_pro.record import Record
 
@@ -57,13 +57,13 @@ class Picture:
     small: NDArray[np.uint8]
 
 
-def read_pictures(root: Path, files: Sequence[str]) -> tuple[dict[str, Picture], list[Quarantined]]:
-    """Read images under ``root``: by file what shows near-duplicates, and in order those that cannot be used."""
+def read_pictures(photos: Photos, files: Sequence[str]) -> tuple[dict[str, Picture], list[Quarantined]]:
+    """Read images of a source: by file what shows near-duplicates, and in order those that cannot be used."""
     pictures: dict[str, Picture] = {}
     quarantined = []
     # Threads: Pillow decodes outside the interpreter lock, and nothing has to be sent back through a pipe.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda file: _read_picture(root, file), files)
+        found = pool.map(lambda file: _read_picture(Photo(photos, file)), files)
         for file, picture in zip(files, track(found, "reading images", total=len(files)), strict=True):
             if isinstance(picture, Quarantined):
                 quarantined.append(picture)
@@ -72,19 +72,20 @@ def read_pictures(root: Path, files: Sequence[str]) -> tuple[dict[str, Picture],
     return pictures, quarantined
 
 
-def _read_picture(root: Path, file: str) -> Picture | Quarantined:
+def _read_picture(photo: Photo) -> Picture | Quarantined:
     try:
-        file.encode()
+        photo.key.encode()
     except UnicodeEncodeError:
-        return Quarantined(file, "unreadable: the file name is not UTF-8; rename it")
+        return Quarantined(photo.key, "unreadable: the file name is not UTF-8; rename it")
     try:
-        image = read_image(root / file)
-        small = image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
-        return Picture(sha256_file(root / file), np.asarray(small))
+        small = read_image(photo).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+        with photo.open() as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # BytesIO has a stub of its own
+        return Picture(digest, np.asarray(small))
     except ImageError as error:
-        return Quarantined(file, f"{error.reason}: {error.detail}")
+        return Quarantined(photo.key, f"{error.reason}: {error.detail}")
     except OSError as error:
-        return Quarantined(file, f"unreadable: {error.strerror}")
+        return Quarantined(photo.key, f"unreadable: {error.strerror}")
 
 
 def perceptual_hashes(small: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -151,12 +152,12 @@ def _same(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return cast("NDArray[np.bool_]", close & (_correlation(x, y) >= DETAIL))
 
 
-def cluster_copies(root: Path, files: Sequence[str]) -> list[str]:
-    """The first file of those that show the same picture, for each of some files under ``root``, in their order.
+def cluster_copies(photos: Photos, files: Sequence[str]) -> list[str]:
+    """The first file of those that show the same picture, for each of some files, in their order.
 
     Copies are what ``near_duplicates`` finds, and copies of copies; a file that is no image is one of its own.
     """
-    pictures, _ = read_pictures(root, files)
+    pictures, _ = read_pictures(photos, files)
     shown = [i for i, file in enumerate(files) if file in pictures]
     if not shown:
         return list(files)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
+from stage1_pro.data.photos import ImageFile, Photo, open_file
 from stage1_pro.errors import InputError
 from stage1_pro.files import write_csv
 from stage1_pro.record import Record
@@ -90,7 +91,7 @@ class Quarantined:
     reason: str
 
 
-def read_image(source: Path | str | BinaryIO | bytes, max_pixels: float = MAX_PIXELS) -> Image.Image:
+def read_image(source: ImageFile | BinaryIO | bytes, max_pixels: float = MAX_PIXELS) -> Image.Image:
     """Read the first frame of an image as 8-bit RGB, the right way up.
 
     EXIF orientation is applied. Grey, CMYK (Adobe's inverted kind too) and palette images are converted;
@@ -98,7 +99,7 @@ def read_image(source: Path | str | BinaryIO | bytes, max_pixels: float = MAX_PI
     laid on white. Colour profiles are not applied.
 
     Args:
-        source: path, binary file (read from its start, left open) or encoded bytes.
+        source: path, photo of a source, binary file (read from its start, left open) or encoded bytes.
         max_pixels: width x height above which the file is refused by its header, before decoding.
 
     Raises:
@@ -106,14 +107,11 @@ def read_image(source: Path | str | BinaryIO | bytes, max_pixels: float = MAX_PI
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return _read(io.BytesIO(source), "image", max_pixels)
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path | Photo):
         return _read(source, str(getattr(source, "name", "image")), max_pixels)
     name = str(source)
     try:
-        if Path(source).exists() and not Path(source).is_file():
-            # Opening a pipe would wait for its writer.
-            raise ImageError(name, "unreadable", "not a regular file")
-        file = Path(source).open("rb")  # noqa: SIM115 (closed below, outside this except)
+        file = source.open() if isinstance(source, Photo) else open_file(source)
     except (OSError, ValueError) as error:
         raise ImageError(name, "unreadable", getattr(error, "strerror", None) or str(error)) from None
     with file:

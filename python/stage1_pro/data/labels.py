@@ -1,4 +1,4 @@
-"""What a user's labels say: a CSV, or a folder with one sub-folder of images per class."""
+"""What a user's labels say: a CSV, or a folder or tar with one sub-folder of images per class."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stage1_pro.classes import choose_positive
+from stage1_pro.data.photos import Folder, ImageFile, Photo, Photos, is_address, is_source, open_photos
 from stage1_pro.data.tables import read_table, slashes
 from stage1_pro.errors import InputError, nearest
 
 COLUMNS = ("file", "label", "label_name", "group", "source")
-_SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
+TABLE = "labels.csv"
 _ONE_CLASS = "labels must have two classes or more, got one class only: '{}'; add images of another"
 
 
@@ -29,30 +30,38 @@ class Labelled:
     where: str
 
 
-def read_labels(labels: Path, images: Path | None) -> tuple[Path, list[Labelled]]:
-    """The folder that files are relative to, and every labelled file, ordered by name.
+def read_labels(labels: Path | str, images: Path | str | None = None) -> tuple[Photos, list[Labelled]]:
+    """Where the photos lie, and every labelled file, ordered by name.
 
     Args:
-        labels: CSV with ``file, label`` and optional ``label_name, group, source``, or a folder with one sub-folder of
-            images per class; ``labels.csv`` of a folder is taken.
-        images: folder that ``file`` is relative to; the CSV's own by default.
+        labels: CSV with ``file, label`` and optional ``label_name, group, source``, or a folder, tar or address with
+            one sub-folder of images per class; its ``labels.csv`` is taken where there is one.
+        images: folder, tar or address that ``file`` is relative to; what holds the CSV by default.
 
     Raises:
         InputError: no such labels, or anything wrong in them.
     """
-    if labels.is_dir() and (labels / "labels.csv").is_file():
-        labels = labels / "labels.csv"
-    if labels.is_dir():
-        root, entries = labels.resolve(), _read_folder(labels.resolve())
-    elif labels.is_file():
-        root = (images if images is not None else labels.parent).resolve()
-        if not root.is_dir():
-            raise InputError(f"--images must be a folder, got {images}")
-        entries = _read_csv(labels, root)
+    place = Path(labels)
+    table: ImageFile | None = None
+    if is_source(labels):
+        photos = _opened(labels)
+        if (place / TABLE).is_file() if isinstance(photos, Folder) else TABLE in photos.keys():  # noqa: SIM118
+            table = Photo(photos, TABLE)
+    elif place.is_file():
+        photos, table = _opened(place.parent), place
     else:
         raise InputError(
-            f"--labels must be a CSV or a folder with one sub-folder per class, got {labels}, which does not exist"
+            f"--labels must be a CSV, or a folder or tar with one sub-folder per class, got {labels}, which does not "
+            "exist"
         )
+    if table is None:
+        entries = _read_folders(photos)
+    else:
+        if images is not None:
+            if not is_source(images):
+                raise InputError(f"--images must be a folder or a tar, got {images}")
+            photos = _opened(images)
+        entries = _read_csv(table, photos.root)
     seen: dict[str, Labelled] = {}
     for entry in entries:
         if entry.file in seen:
@@ -61,28 +70,29 @@ def read_labels(labels: Path, images: Path | None) -> tuple[Path, list[Labelled]
                 "remove one of them"
             )
         seen[entry.file] = entry
-    return root, sorted(entries, key=lambda entry: entry.file)
+    return photos, sorted(entries, key=lambda entry: entry.file)
 
 
-def _read_folder(root: Path) -> list[Labelled]:
+def _opened(root: Path | str) -> Photos:
+    return open_photos(root if is_address(root) else Path(root).resolve())
+
+
+def _read_folders(photos: Photos) -> list[Labelled]:
     entries = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        for path in sorted(folder.rglob("*")):
-            file = path.relative_to(root)
-            if path.is_dir() or any(part.startswith(".") for part in file.parts) or path.name in _SYSTEM_FILES:
-                continue
-            name = file.as_posix()
-            entries.append(Labelled(name, folder.name, folder.name, name, "", f"folder {folder.name}"))
+    for key in photos.keys():  # noqa: SIM118 - a source is no dictionary
+        folder, slash, _ = key.partition("/")
+        if slash:
+            entries.append(Labelled(key, folder, folder, key, "", f"folder {folder}"))
     if not entries:
-        raise InputError(f"--labels must hold one sub-folder of images per class, got {root} without any")
+        raise InputError(f"--labels must hold one sub-folder of images per class, got {photos.root} without any")
     return entries
 
 
-def _read_csv(path: Path, root: Path) -> list[Labelled]:
-    table = read_table(path, COLUMNS, required=("file", "label"))
-    if not table.cells:
-        raise InputError(f"{path} must have at least one row under its header, got none")
-    entries = [_labelled(cells, where, root) for where, cells in table]
+def _read_csv(table: ImageFile, root: str) -> list[Labelled]:
+    sheet = read_table(table, COLUMNS, required=("file", "label"))
+    if not sheet.cells:
+        raise InputError(f"{table} must have at least one row under its header, got none")
+    entries = [_labelled(cells, where, root) for where, cells in sheet]
     if not any(entry.name for entry in entries):
         return [replace(entry, name=entry.label) for entry in entries]
     for entry in entries:
@@ -92,7 +102,7 @@ def _read_csv(path: Path, root: Path) -> list[Labelled]:
     return entries
 
 
-def _labelled(cells: Mapping[str, str], where: str, root: Path) -> Labelled:
+def _labelled(cells: Mapping[str, str], where: str, root: str) -> Labelled:
     for column in ("file", "label"):
         if not cells[column]:
             raise InputError(f"{column} must not be empty, got an empty {column} in {where}")
@@ -101,10 +111,10 @@ def _labelled(cells: Mapping[str, str], where: str, root: Path) -> Labelled:
     return Labelled(file, cells["label"], cells.get("label_name", ""), group, cells.get("source", ""), where)
 
 
-def _relative(text: str, where: str, root: Path) -> str:
+def _relative(text: str, where: str, root: str) -> str:
     text = slashes(text)
     # Lexical, so that links inside the folder may point anywhere, but no row climbs out of it.
-    inside = os.path.relpath(os.path.normpath(root / text), root)
+    inside = os.path.relpath(os.path.normpath(Path(root) / text), root)
     if "\0" in text or inside == "." or Path(inside).parts[0] == "..":
         raise InputError(
             f"file must be inside {root}, got {text!r} in {where}; name the folder that holds all images with --images"

@@ -1,4 +1,4 @@
-"""Which images an argument names: files, folders, and CSV files that list them."""
+"""Which images an argument names: files, folders, tars, addresses, and CSV files that list them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,38 @@ from pathlib import Path
 
 from stage1_pro.data.images import SUFFIXES
 from stage1_pro.data.labels import COLUMNS
+from stage1_pro.data.photos import ImageFile, Photo, in_tar, is_source, open_photos
 from stage1_pro.data.tables import read_table, slashes
 from stage1_pro.errors import InputError
 
 
-def gather(inputs: Sequence[Path | str]) -> list[tuple[str, Path]]:
-    """Name to show and path of every image of the inputs, in order; raises InputError."""
-    files: list[tuple[str, Path]] = []
-    for path in map(Path, inputs):
+def gather(inputs: Sequence[Path | str]) -> list[tuple[str, ImageFile]]:
+    """Name to show and place of every image of the inputs, in order.
+
+    Raises:
+        InputError: an input does not exist or holds no image, or there are none.
+    """
+    files: list[tuple[str, ImageFile]] = []
+    for given in inputs:
+        path = Path(given)
+        found: Sequence[ImageFile]
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not found:
-                raise InputError(f"inputs must hold images, got {path} with none ({' '.join(sorted(SUFFIXES))})")
-            files += [(str(p), p) for p in found]
-        elif not path.exists():
-            raise InputError(f"inputs must exist, got {path}, and there is no such file or folder")
-        elif path.suffix.lower() == ".csv":
+        elif is_source(given):
+            photos = open_photos(given)
+            found = [Photo(photos, key) for key in photos.keys() if Path(key).suffix.lower() in SUFFIXES]  # noqa: SIM118
+        elif path.suffix.lower() == ".csv" and path.exists():
             files += [(row["file"], path.parent / row["file"]) for row in read_list(path)]
+            continue
+        elif path.exists() or in_tar(path):
+            found = [path]
         else:
-            files.append((str(path), path))
+            raise InputError(f"inputs must exist, got {path}, and there is no such file or folder")
+        if not found:
+            raise InputError(f"inputs must hold images, got {given} with none ({' '.join(sorted(SUFFIXES))})")
+        files += [(str(one), one) for one in found]
     if not files:
-        raise InputError("inputs must name at least one image, folder or CSV file, got none")
+        raise InputError("inputs must name at least one image, folder, tar or CSV file, got none")
     return files
 
 

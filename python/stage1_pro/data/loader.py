@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stage1_pro.config import AugmentConfig
 from stage1_pro.data.images import ImageError, PreprocessSpec, normalise, preprocess, read_image
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.errors import InputError
 from stage1_pro.progress import track
 
@@ -64,7 +64,7 @@ class TrainLoader:
     ``batch_size`` an epoch is one batch of all.
 
     Args:
-        paths: image files [N].
+        photos: the images [N]: photos of a source, or files.
         labels: class index of each [N].
         spec: what the model takes.
         augment: training augmentation.
@@ -77,7 +77,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        paths: Sequence[Path | str],
+        photos: Sequence[ImageFile],
         labels: NDArray[Any] | Sequence[int],
         spec: PreprocessSpec,
         augment: AugmentConfig,
@@ -88,18 +88,18 @@ class TrainLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        if len(paths) == 0 or len(paths) != len(labels):
-            raise InputError(f"paths and labels must be as many and not empty, got {len(paths)} and {len(labels)}")
+        if len(photos) == 0 or len(photos) != len(labels):
+            raise InputError(f"photos and labels must be as many and not empty, got {len(photos)} and {len(labels)}")
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more, got {batch_size}")
-        self._n = len(paths)
+        self._n = len(photos)
         self._labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
-        self._files = [str(path) for path in paths]
+        self._photos = list(photos)
         self._seed, self._rank, self._world = seed, rank, world
         self._batch = min(batch_size, self._n)
         self.steps_per_epoch = self._n // self._batch
         self._plan = _Plan()
-        images = _Images(self._files, spec, augment if augment.enabled else None, seed, max(1, workers))
+        images = _Images(self._photos, spec, augment if augment.enabled else None, seed, max(1, workers))
         self._loader = _loader(images, self._plan, workers, math.ceil(self._batch / world) * _bytes(spec))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -116,7 +116,7 @@ class TrainLoader:
             batches = iter(self._loader)
         for share, pixels in zip(shares, batches, strict=True):
             index = torch.from_numpy(share)
-            yield Batch(_checked(pixels), self._labels[index], index, [self._files[i] for i in share])
+            yield Batch(_checked(pixels), self._labels[index], index, [str(self._photos[i]) for i in share])
 
     def close(self) -> None:
         """Stop the workers; an epoch asked for later starts new ones."""
@@ -127,7 +127,7 @@ class TrainLoader:
 
 
 def iterate(
-    paths: Sequence[Path | str],
+    photos: Sequence[ImageFile],
     spec: PreprocessSpec,
     batch_size: int = 64,
     workers: int = 0,
@@ -142,8 +142,8 @@ def iterate(
         InputError: an image cannot be read.
     """
     augment, seed, epoch = draw or (None, 0, 0)
-    keys = [[(epoch, i) for i in range(k, min(k + batch_size, len(paths)))] for k in range(0, len(paths), batch_size)]
-    images = _Images([str(path) for path in paths], spec, augment, seed, 0)
+    keys = [[(epoch, i) for i in range(k, min(k + batch_size, len(photos)))] for k in range(0, len(photos), batch_size)]
+    images = _Images(list(photos), spec, augment, seed, 0)
     loader = _loader(images, _Plan(keys), min(workers, len(keys) - 1), batch_size * _bytes(spec), persistent=False)
     with _no_loader_warnings():
         batches = iter(loader)
@@ -170,9 +170,9 @@ class _Plan:
 
 class _Images(Dataset[Any]):
     def __init__(
-        self, files: list[str], spec: PreprocessSpec, augment: AugmentConfig | None, seed: int, sharing: int
+        self, photos: list[ImageFile], spec: PreprocessSpec, augment: AugmentConfig | None, seed: int, sharing: int
     ) -> None:
-        self._files, self._spec, self._augment, self._seed = files, spec, augment, seed
+        self._photos, self._spec, self._augment, self._seed = photos, spec, augment, seed
         self._room = CACHE_BYTES // sharing if sharing else 0
         self._cache: dict[int, Image.Image] = {}
 
@@ -194,7 +194,7 @@ class _Images(Dataset[Any]):
     def _image(self, row: int) -> Image.Image:
         image = self._cache.get(row)
         if image is None:
-            image = read_image(self._files[row])
+            image = read_image(self._photos[row])
             size = 4 * image.width * image.height
             if size <= self._room:
                 self._room -= size

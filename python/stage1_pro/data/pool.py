@@ -10,7 +10,9 @@ import numpy as np
 
 from stage1_pro.data.duplicates import near_duplicates, read_pictures
 from stage1_pro.data.images import Quarantined
+from stage1_pro.data.labels import TABLE
 from stage1_pro.data.listing import gather, read_list
+from stage1_pro.data.photos import Photo, Photos, is_source, open_photos
 from stage1_pro.data.splits import Row
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes
@@ -19,9 +21,9 @@ from stage1_pro.progress import say
 
 @dataclass(frozen=True)
 class Pool:
-    """Readable, different images that are no row which has to stay unseen; ``paths`` in the order of their names."""
+    """Readable, different photos none of which shows a row that must stay unseen, in the order of their names."""
 
-    paths: list[Path]
+    photos: list[Photo]
     fingerprint: str
     quarantined: list[Quarantined]
     n_copies: int
@@ -29,8 +31,8 @@ class Pool:
     n_not_compared: int
 
 
-def read_pool(images: Path | str, unseen: Sequence[Row], unseen_root: Path) -> Pool:
-    """Read a folder of images, or a CSV with ``file[,group]`` (``labels.csv`` of a folder is taken).
+def read_pool(images: Path | str, unseen: Sequence[Row], shown_in: Photos) -> Pool:
+    """Read a folder, tar or address of images, or a CSV with ``file[,group]`` (``labels.csv`` of a folder is taken).
 
     Left out and counted: images of the same content as one before them, and what shows rows that must stay unseen:
     files of the same content, near-duplicates as ``stage1 split`` finds them (re-encoded, resized), and, where the CSV
@@ -40,24 +42,26 @@ def read_pool(images: Path | str, unseen: Sequence[Row], unseen_root: Path) -> P
     Args:
         images: the pool.
         unseen: rows that must stay unseen.
-        unseen_root: folder their files are relative to. Rows that cannot be read there are told by content and group
-            alone; ``n_not_compared`` counts them.
+        shown_in: where their photos lie. Rows that cannot be read there are told by content and group alone;
+            ``n_not_compared`` counts them.
 
     Raises:
         InputError: no such pool, or nothing in it that can be used.
     """
-    images = Path(images)
-    if images.is_dir() and (images / "labels.csv").is_file():
-        images = images / "labels.csv"
-    if images.is_dir():
-        root, group_of = images, dict.fromkeys((str(path.relative_to(images)) for _, path in gather([images])), "")
-    elif images.is_file() and images.suffix.lower() == ".csv":
-        root, group_of = images.parent, {row["file"]: row.get("group", "") for row in read_list(images)}
+    place = Path(images)
+    if place.is_dir() and (place / TABLE).is_file():
+        place = place / TABLE
+    if place.is_file() and place.suffix.lower() == ".csv":
+        photos, group_of = open_photos(place.parent), {row["file"]: row.get("group", "") for row in read_list(place)}
+    elif is_source(images):
+        photos = open_photos(images)
+        root = photos.root.rstrip("/") + "/"
+        group_of = {str(name).removeprefix(root): "" for name, _ in gather([images])}
     else:
-        raise InputError(f"--images must be a folder or a CSV with a column 'file', got {images}")
+        raise InputError(f"--images must be a folder, a tar or a CSV with a column 'file', got {images}")
     files = sorted(group_of)
-    pictures, quarantined = read_pictures(root, files)
-    shown, not_shown = read_pictures(unseen_root, [row.file for row in unseen])
+    pictures, quarantined = read_pictures(photos, files)
+    shown, not_shown = read_pictures(shown_in, [row.file for row in unseen])
     if not_shown:
         say(f"{len(not_shown)} rows that must stay unseen cannot be read; near-duplicates of them are not left out")
     small = [picture.small for picture in (*pictures.values(), *shown.values())]
@@ -86,4 +90,5 @@ def read_pool(images: Path | str, unseen: Sequence[Row], unseen_root: Path) -> P
             f"{copies} copies)"
         )
     fingerprint = sha256_bytes("\n".join(kept).encode())
-    return Pool([root / file for file in kept.values()], fingerprint, quarantined, copies, left_out, len(not_shown))
+    usable_photos = [Photo(photos, file) for file in kept.values()]
+    return Pool(usable_photos, fingerprint, quarantined, copies, left_out, len(not_shown))

@@ -19,6 +19,7 @@ from pydantic import Field
 from stage1_pro.data.duplicates import Merging, join_groups, read_pictures
 from stage1_pro.data.images import Quarantined
 from stage1_pro.data.labels import check_contents, classes_of, positive_of, read_labels
+from stage1_pro.data.photos import Photo, Photos, is_address, open_photos
 from stage1_pro.errors import ArtifactError, InputError, nearest
 from stage1_pro.files import sha256_bytes
 from stage1_pro.record import Record
@@ -84,9 +85,29 @@ class Splits(Record):
                     raise ArtifactError(f"splits must not share images, got {key} in {where[key]} and {row.split}")
         return self
 
+    def photos(self) -> Photos:
+        """Where the rows' photos lie; raises InputError when they cannot be read there."""
+        return open_photos(self.root)
+
+    def photos_of(self, rows: Sequence[Row]) -> list[Photo]:
+        """The photo of each row, which any reader of images takes."""
+        photos = self.photos()
+        return [Photo(photos, row.file) for row in rows]
+
     def path(self, row: Row) -> Path:
-        """Where the row's image is."""
+        """Where the row's photo is on disk, also inside a tar.
+
+        Raises:
+            InputError: the photos lie at an address.
+        """
+        if is_address(self.root):
+            raise InputError(f"photos must lie in a folder or a tar for this, got {self.root}; copy them there first")
         return Path(self.root) / row.file
+
+    def indices(self, rows: Sequence[Row]) -> NDArray[np.int64]:
+        """Class index of every row [N], its place among ``classes``."""
+        place = {name: index for index, name in enumerate(self.classes)}
+        return np.asarray([place[row.label] for row in rows], dtype=np.int64)
 
     def summary(self) -> SplitsSummary:
         """The part that may leave the house: hashes and counts, no file names."""
@@ -169,9 +190,9 @@ def make_splits(
     itself when none is), or, where near-duplicates join several, the first of their names.
 
     Args:
-        labels: CSV with ``file, label`` and optional ``label_name, group, source``, or a folder with one
-            sub-folder of images per class.
-        images: folder that ``file`` is relative to; the CSV's own by default.
+        labels: CSV with ``file, label`` and optional ``label_name, group, source``, or a folder, tar or address with
+            one sub-folder of images per class.
+        images: folder, tar or address that ``file`` is relative to; the CSV's own folder by default.
         positive: name (or label) of the positive class; needed unless there are two classes and one of them has
             a name that means "none".
         classes: class names in the order of the logits; found in the data by default, ordered by label.
@@ -194,15 +215,15 @@ def make_splits(
         if not 0 <= limit <= 1:  # written so that NaN fails too
             raise InputError(f"--{name.replace('_', '-')} must be a share from 0 to 1, got {limit}")
     shares = _shares(fractions, folds, fold)
-    root, entries = read_labels(Path(labels), Path(images) if images is not None else None)
+    photos, entries = read_labels(labels, images)
     names = classes_of(entries, classes)
     target = positive_of(positive, names, entries)
 
-    pictures, quarantined = read_pictures(root, [entry.file for entry in entries])
+    pictures, quarantined = read_pictures(photos, [entry.file for entry in entries])
     if len(quarantined) > max_quarantine * len(entries):
         first = "; ".join(f"{q.file}: {q.reason}" for q in quarantined[:3])
         raise QuarantineError(
-            f"images under {root} must be readable for all but {max_quarantine:.1%} of the rows, got "
+            f"images under {photos.root} must be readable for all but {max_quarantine:.1%} of the rows, got "
             f"{len(quarantined)} of {len(entries)} that are not ({first}); repair or remove them, "
             "name the right folder with --images, or raise --max-quarantine",
             quarantined,
@@ -230,7 +251,7 @@ def make_splits(
         for entry, unit in zip(entries, units, strict=True)
     ]
     splits = Splits(
-        root=str(root),
+        root=photos.root,
         classes=names,
         positive=target,
         seed=seed,

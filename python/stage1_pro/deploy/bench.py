@@ -1,34 +1,66 @@
-"""The latency harness: contestants timed turn about, and what the cascade's are. No torch, no transformers."""
+"""``stage1 bench``: what an exit saves, what a service sees, and two results side by side, measured on this machine."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.runtime import Arrays, OnnxRuntime, open_session
-from stage1_pro.errors import need
-from stage1_pro.metrics.selective import relative_cost
-from stage1_pro.progress import track
-
-if TYPE_CHECKING:
-    from stage1_pro.words import StageName
-from typing import Literal
-
 from pydantic import Field
 
+from stage1_pro.data.listing import gather
+from stage1_pro.data.photos import read_file
+from stage1_pro.data.splits import Splits
+from stage1_pro.deploy.bundle import MANIFEST
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.runtime import OF_RUNS, RUNTIMES, Arrays, FullPass, How, Runtime
+from stage1_pro.deploy.timing import (
+    ENOUGH,
+    WARMUP_CALLS,
+    ColdStart,
+    Contestant,
+    LatencyQuantile,
+    LatencyRatio,
+    Sampling,
+    Seconds,
+    Subject,
+    answers,
+    clocks,
+    cold_starts,
+    decides,
+    draw_photos,
+    machine,
+    median_seconds,
+    passes,
+    quantiles,
+    ratios,
+    runs_stage_a,
+    sample,
+)
+from stage1_pro.errors import InputError, Stage1Error, nearest
+from stage1_pro.files import write_bytes
+from stage1_pro.metrics.figures import latency_png, speedup_png
+from stage1_pro.metrics.selective import relative_cost
+from stage1_pro.policies.softmax import softmax
+from stage1_pro.progress import say
 from stage1_pro.record import Record
+from stage1_pro.words import StageName
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.bench import BenchCascade, BenchLatency
+
+QUICK = 50
+PHOTO_SIZE = (1280, 720)
+# A sample of bench cascade repeats its call for about this long.
+VISIT_SECONDS = 0.02
+
+
+# --------------------------------------------------------------------------------------------
+# Records
 
 
 class BenchTiming(Record):
@@ -69,57 +101,160 @@ class BenchBatch(Record):
         raise KeyError(n_deferred)
 
 
-# A visit repeats its call for about this long: single calls of a millisecond mostly measure the scheduler.
-VISIT_SECONDS = 0.02
-Pass = Callable[[], object]
+class CascadeBench(Record):
+    """What ``stage1 bench cascade`` found: latency and throughput over batch sizes and deferral rates."""
+
+    format_version: Literal[1] = 1
+    source: str = Field(description="last name of the bundle's or run's folder")
+    runtime: str
+    backbone: str
+    tap: int
+    n_blocks: int
+    height: int
+    width: int
+    inputs: str = Field(description="what the pixels were")
+    rounds: int
+    warmup: int = Field(description="calls of each before the first round")
+    seed: int
+    machine: dict[str, str | int | float | None]
+    batches: list[BenchBatch]
 
 
-def time_rounds(
-    contestants: Mapping[str, Pass], *, rounds: int, warmup: int = 2, seed: int = 0, description: str = ""
-) -> dict[str, NDArray[np.float64]]:
-    """Seconds of one call of each contestant in each round, wall clock and processor: name to [2, rounds].
+class LatencySeries(Record):
+    """Single calls of one contestant, one part of them, at one batch size."""
 
-    Every round visits all of them, each time in another order, so that a machine that slows down slows all of them
-    and ratios within a round stay fair. A visit of a short call repeats it and gives the mean.
+    contestant: str
+    part: str = Field(description="host, device (between events), decode, resize, model or total")
+    batch: int
+    deferral_rate: float | None = Field(description="share of rows that Stage B was made to answer; of a cascade alone")
+    n: int
+    enough: bool = Field(description="1,000 samples or more, which a p99 takes")
+    mean: float = Field(description="milliseconds")
+    quantiles: list[LatencyQuantile]
+    milliseconds: list[float] = Field(description="every sample, in the order it was taken")
 
-    Args:
-        contestants: name to what is timed.
-        rounds: visits to each, 1 or more.
-        warmup: calls of each before the first round.
-        seed: of the orders.
-        description: for the progress bar.
+    def key(self) -> tuple[str, str, int, float | None]:
+        """What it is a series of."""
+        return self.contestant, self.part, self.batch, self.deferral_rate
+
+    def quantile(self, q: float) -> LatencyQuantile:
+        """One quantile; KeyError when it is not there."""
+        for found in self.quantiles:
+            if found.q == q:
+                return found
+        raise KeyError(q)
+
+
+class LatencyPeer(Record):
+    """Another runtime's full pass on the same inputs at the same moment, over the cascade's time; above 1: slower."""
+
+    name: str
+    batch: int | None = Field(description="null where it was skipped")
+    skipped: str | None
+    logit: float | None = Field(None, description="largest difference from the cascade's own Stage B")
+    prob: float | None = None
+    flips: int | None = Field(None, description="rows it labels otherwise")
+    to_cascade: list[LatencyRatio] = Field([])
+    to_full_pass: list[LatencyRatio] = Field([], description="over this runtime's own full pass")
+
+
+class LatencyThroughput(Record):
+    """The cascade's throughput at one batch size, and whether its p99 keeps the budget; null without enough samples."""
+
+    batch: int
+    images_per_second: float
+    p99: float | None
+    within: bool | None
+
+
+class LatencyBench(Record):
+    """What ``stage1 bench latency`` found."""
+
+    format_version: Literal[1] = 1
+    source: str = Field(description="last name of the bundle's or run's folder")
+    runtime: str = Field(description="what answered")
+    steps: list[str] = Field(description="what was tried for it and why it stepped down")
+    backbone: str
+    tap: int
+    n_blocks: int
+    height: int
+    width: int
+    quick: bool = Field(description="fewer samples than a p99 takes, on purpose")
+    samples: int = Field(description="asked for")
+    limit: float = Field(description="seconds after which a series ends early")
+    warmup: float = Field(description="milliseconds")
+    deferral: float = Field(description="rate of requests, throughput and peers")
+    budget: float = Field(description="milliseconds that p99 may take")
+    inputs: str
+    photos: str
+    seed: int
+    machine: dict[str, str | int | float | None]
+    series: list[LatencySeries]
+    cold: list[ColdStart]
+    throughput: list[LatencyThroughput]
+    peers: list[LatencyPeer]
+
+
+class LatencyDifference(Record):
+    """One series of two results: the second over the first."""
+
+    contestant: str
+    part: str
+    batch: int
+    deferral_rate: float | None
+    n: tuple[int, int]
+    ratios: list[LatencyRatio]
+
+
+class LatencyComparison(Record):
+    """What ``stage1 bench compare`` found: below 1 the second result is faster."""
+
+    format_version: Literal[1] = 1
+    first: str
+    second: str
+    level: float
+    differences: list[LatencyDifference]
+    cautions: list[str]
+
+
+# --------------------------------------------------------------------------------------------
+# bench cascade
+
+
+def bench_cascade(asked: BenchCascade) -> CascadeBench:
+    """Measure latency and throughput of both stages, always both, a full pass and the cascade beside its ideal.
+
+    A speed-up is the time of the full pass (one graph, pixels to Stage B's answer) over the contestant's own in the
+    same round; the ideal counts blocks only: 1 / (k/L + (1 - exit rate)(1 - k/L)). Pixels are ``val_select`` images of
+    the run where they can be read, else noise by seed.
+
+    Raises:
+        InputError: both or neither of bundle and run, or a number out of range.
+        ArtifactError: a damaged bundle or an incomplete run.
+        DependencyError: torch, or onnx to join the graphs, is missing.
     """
-    repeats = {}
-    for name, call in contestants.items():
-        seconds = math.inf
-        for _ in range(max(warmup, 1)):
-            seconds = min(seconds, _seconds(call, 1)[0])
-        repeats[name] = max(1, round(VISIT_SECONDS / max(seconds, 1e-9)))
-    names, rng = list(contestants), np.random.default_rng(seed)
-    found = {name: np.empty((2, rounds)) for name in names}
-    for number in track(range(rounds), description, total=rounds):
-        for index in rng.permutation(len(names)):
-            name = names[index]
-            found[name][:, number] = _seconds(contestants[name], repeats[name])
+    if asked.bundle is not None and asked.run is not None:
+        raise InputError("bench must get --bundle or --run, got both; name one")
+    _check(asked.batch, asked.rates, asked.out, rounds=(asked.rounds, 1), threads=(asked.threads, 0))
+    subject = _subject(asked.bundle, asked.run, asked.runtime, asked.threads)
+    cascade = subject.load()
+    pixels, inputs = _pixels(cascade, asked.run, max(asked.batch), asked.seed)
+    facts = machine(cascade.runtime.name, asked.threads)
+    batches = []
+    for size in dict.fromkeys(asked.batch):
+        say(f"batch {size}: {asked.rounds} rounds")
+        batches.append(bench_batch(cascade, pixels[:size], asked.rates, rounds=asked.rounds, seed=asked.seed))
+    found = CascadeBench(
+        **_what(asked, cascade), inputs=inputs, rounds=asked.rounds, warmup=WARMUP_CALLS, seed=asked.seed,
+        machine=facts, batches=batches,
+    )  # fmt: skip
+    if asked.out is not None:
+        _keep(found, Path(asked.out), "cascade", draw_cascade(found))
     return found
 
 
-def machine(runtime: str, threads: int) -> dict[str, Any]:
-    """Facts that figures of time depend on: processor, cores, threads, load, versions."""
-    packages = ("stage1_pro", "numpy", "torch" if runtime == "torch" else "onnxruntime")
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads or "all cores",
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
-    }
-
-
 def bench_batch(
-    cascade: Cascade, pixels: NDArray[np.float32], rates: Sequence[float], *, rounds: int, warmup: int, seed: int
+    cascade: Cascade, pixels: NDArray[np.float32], rates: Sequence[float], *, rounds: int, seed: int
 ) -> BenchBatch:
     """Time the stages, always both, a full pass and the cascade at forced deferral rates on one batch.
 
@@ -130,72 +265,75 @@ def bench_batch(
         cascade: what is measured.
         pixels: [N, 3, H, W] preprocessed.
         rates: deferral rates in [0, 1]; those that defer as many rows are measured once.
-        rounds: visits to each contestant.
-        warmup: calls of each before.
+        rounds: samples of each contestant.
         seed: of deferred rows and of orders.
     """
     runtime, n = cascade.runtime, len(pixels)
-    hidden = runtime.run("stage_a", {"pixels": pixels})["hidden"]
-    counts = sorted({math.floor(rate * n + 0.5) for rate in rates})
+    first = runtime.run("stage_a", {"pixels": pixels})
     rng = np.random.default_rng([seed, n])
-    exited = {}
-    for count in counts:
-        exited[count] = np.ones(n, dtype=bool)
-        exited[count][rng.permutation(n)[:count]] = False
-
-    def both() -> object:
-        handed = runtime.run("stage_a", {"pixels": pixels})["hidden"]
-        return runtime.run("stage_b", {"hidden": handed})
-
-    with tempfile.TemporaryDirectory() as folder:
-        full = full_pass(cascade, Path(folder))
-        contestants: dict[str, Pass] = {
+    exited = {count: _all_but(count, n, rng) for count in sorted({math.floor(rate * n + 0.5) for rate in rates})}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        full = runtime.full_pass(folder)
+        calls = {
             "stage_a": lambda: runtime.run("stage_a", {"pixels": pixels}),
-            "stage_b": lambda: runtime.run("stage_b", {"hidden": hidden}),
-            "always_both": both,
+            "stage_b": lambda: runtime.run("stage_b", {"hidden": first["hidden"]}),
+            "always_both": lambda: runtime.run(
+                "stage_b", {"hidden": runtime.run("stage_a", {"pixels": pixels})["hidden"]}
+            ),
             "full_pass": lambda: full(pixels),
-            **{f"cascade {count}": _forced(cascade, pixels, exited[count]) for count in counts},
+            **{f"cascade {count}": _forced(cascade, pixels, rows) for count, rows in exited.items()},
         }
-        seconds = time_rounds(contestants, rounds=rounds, warmup=warmup, seed=seed, description=f"batch {n}")
-        shares = _parts(cascade, pixels, Path(folder), float(np.median(seconds["full_pass"][0])))
+        how = Sampling(rounds, visit=VISIT_SECONDS, seed=seed)
+        seconds = sample({name: clocks(call) for name, call in calls.items()}, how, f"batch {n}")
+        whole = float(np.median(seconds["full_pass"]["wall"]))
+        shares = runtime.shares(pixels, folder, whole)
+    if shares:
+        shares["blocks"] = 1 - shares["embedding"] - shares["heads"]
+    replayed = Cascade(cascade.bundle, _Replay(first, runtime.run("stage_b", {"hidden": first["hidden"]})["logits"]))
+    shares["python"] = median_seconds(_forced(replayed, pixels, np.arange(n) % 2 == 1), 50) / whole
     tap, n_blocks = cascade.bundle.tap, cascade.bundle.backbone.n_blocks
-    base = seconds["full_pass"]
-    # Stage B alone has nothing to do when both stages share the last block.
-    ideal = {"stage_a": n_blocks / tap, "stage_b": n_blocks / (n_blocks - tap) if tap < n_blocks else None,
-             "always_both": 1.0, "full_pass": 1.0}  # fmt: skip
-    timings = []
-    for name, values in seconds.items():
-        kind, _, number = name.partition(" ")
-        deferred = int(number) if number else None
-        best = ideal.get(name) if deferred is None else float(1 / relative_cost(1 - deferred / n, tap, n_blocks))
-        timings.append(_timing(kind, deferred, n, values[0], base / values, best))
+    timings = [_timing(name, n, parts, seconds["full_pass"], tap, n_blocks) for name, parts in seconds.items()]
     return BenchBatch(batch=n, timings=timings, shares=shares)
 
 
-def _forced(cascade: Cascade, pixels: NDArray[np.float32], exited: NDArray[np.bool_]) -> Pass:
+def _all_but(count: int, n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """All of n rows but ``count`` that are drawn."""
+    exited = np.ones(n, dtype=bool)
+    exited[rng.permutation(n)[:count]] = False
+    return exited
+
+
+def _forced(cascade: Cascade, pixels: NDArray[np.float32], exited: NDArray[np.bool_]) -> Any:
     return lambda: cascade.decide(pixels, exited=exited)
 
 
 def _timing(
-    name: str,
-    count: int | None,
-    n: int,
-    seconds: NDArray[np.float64],
-    speedups: NDArray[np.float64],
-    ideal: float | None,
+    label: str, n: int, own: Mapping[str, Seconds], base: Mapping[str, Seconds], tap: int, n_blocks: int
 ) -> BenchTiming:
-    low, middle, high = (float(value) for value in np.quantile(seconds, (0.25, 0.5, 0.75)))
-    slow, ratio, fast = (float(value) for value in np.quantile(speedups[0], (0.25, 0.5, 0.75)))
-    return BenchTiming(
-        contestant=name,
-        n_deferred=count, deferral_rate=None if count is None else count / n,
-        milliseconds=1e3 * middle, milliseconds_low=1e3 * low, milliseconds_high=1e3 * high,
-        images_per_second=n / middle, speedup=ratio, speedup_low=slow, speedup_high=fast,
-        processor_speedup=float(np.median(speedups[1])), ideal=ideal, of_ideal=None if ideal is None else ratio / ideal,
-    )  # fmt: skip
+    """One contestant's medians and quartiles, and what blocks alone would allow it."""
+    name, _, number = label.partition(" ")
+    count = int(number) if number else None
+    if count is not None:
+        ideal: float | None = float(1 / relative_cost(1 - count / n, tap, n_blocks))
+    elif name == "stage_b":
+        # It has nothing to do when both stages share the last block.
+        ideal = n_blocks / (n_blocks - tap) if tap < n_blocks else None
+    else:
+        ideal = n_blocks / tap if name == "stage_a" else 1.0
+    low, middle, high = (float(value) for value in np.quantile(own["wall"], (0.25, 0.5, 0.75)))
+    slow, ratio, fast = (float(value) for value in np.quantile(base["wall"] / own["wall"], (0.25, 0.5, 0.75)))
+    return BenchTiming.model_validate({
+        "contestant": name,
+        "n_deferred": count, "deferral_rate": None if count is None else count / n,
+        "milliseconds": 1e3 * middle, "milliseconds_low": 1e3 * low, "milliseconds_high": 1e3 * high,
+        "images_per_second": n / middle, "speedup": ratio, "speedup_low": slow, "speedup_high": fast,
+        "processor_speedup": float(np.median(base["processor"] / own["processor"])),
+        "ideal": ideal, "of_ideal": None if ideal is None else ratio / ideal,
+    })  # fmt: skip
 
 
-class _Replay:
+class _Replay(Runtime):
     """A runtime that gives stored outputs at once: what is left of a batch is Python and NumPy."""
 
     name = "replay"
@@ -203,123 +341,357 @@ class _Replay:
     def __init__(self, first: Arrays, logits_b: NDArray[np.float32]) -> None:
         self._first, self._logits_b = first, logits_b
 
+    @classmethod
+    def open(cls, model: Any, how: How) -> _Replay:
+        raise NotImplementedError
+
     def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
         """Outputs by name; Stage B's are of as many rows as came in."""
         return self._first if stage == "stage_a" else {"logits": self._logits_b[: len(inputs["hidden"])]}
 
 
-def _parts(cascade: Cascade, pixels: NDArray[np.float32], folder: Path, full_seconds: float) -> dict[str, float]:
-    """Shares of a full pass: ``embedding, heads, blocks`` of its own time, and ``python`` of a half-deferred batch."""
-    runtime, n = cascade.runtime, len(pixels)
-    if isinstance(runtime, OnnxRuntime):
-        shares = _profile(folder, runtime, pixels) if (folder / "full.onnx").is_file() else {}
-    else:
-        pieces = runtime.parts(pixels) if hasattr(runtime, "parts") else {}
-        shares = {name: float(np.median(_repeat(call))) / full_seconds for name, call in pieces.items()}
-    if shares:
-        shares["blocks"] = 1 - shares["embedding"] - shares["heads"]
-    first = runtime.run("stage_a", {"pixels": pixels})
-    logits_b = runtime.run("stage_b", {"hidden": first["hidden"]})["logits"]
-    replayed = Cascade(cascade.bundle, _Replay(first, logits_b))
-    half = np.arange(n) % 2 == 1
-    shares["python"] = float(np.median(_repeat(_forced(replayed, pixels, half), 50))) / full_seconds
-    return shares
+def draw_cascade(found: CascadeBench) -> bytes:
+    """The cascade's speed-up against its exit rate, a line a batch size, beside the ideal; PNG bytes."""
+    measured = {
+        f"batch {one.batch}": [(1 - (t.deferral_rate or 0), t.speedup, t.speedup_low, t.speedup_high)
+                               for t in one.timings if t.contestant == "cascade"]
+        for one in found.batches
+    }  # fmt: skip
+    return speedup_png(measured, tap=found.tap, n_blocks=found.n_blocks)
 
 
-def full_pass(cascade: Cascade, folder: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """What gives Stage B's logits [N, K] of pixels with nothing of Stage A's own on the way.
+# --------------------------------------------------------------------------------------------
+# bench latency
 
-    For onnxruntime both graphs are joined in ``folder``; engines are compiled a stage each, theirs is both.
+
+def bench_latency(asked: BenchLatency) -> LatencyBench:
+    """Measure latency by single calls: stages, deferral rates, requests from bytes on, cold starts, peers.
+
+    Every series is of single calls on rotated inputs after warming up; contestants of one batch size are called turn
+    about. Rows that defer are forced, exactly as many as the rate says over time, through the code that decides.
 
     Raises:
-        DependencyError: onnx, which joins graphs, is not installed.
+        InputError: neither bundle nor run, or a value out of range.
+        ArtifactError: a damaged bundle, or nothing gives its reference outputs.
+        DependencyError: the named runtime lacks a library, a driver or a GPU.
     """
-    runtime = cascade.runtime
-    if isinstance(runtime, OnnxRuntime):
-        join_graphs(runtime, folder / "full.onnx")
-        session = open_session(folder / "full.onnx", runtime.threads)
+    samples = min(asked.samples, QUICK) if asked.quick else asked.samples
+    _check_latency(asked, samples)
+    subject = _subject(asked.bundle, asked.run, asked.runtime, asked.threads, asked.trust_engines, asked.device)
+    from stage1_pro.commands.doctor import gpus
 
-        def joined(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-            logits: NDArray[np.float32] = session.run(None, {"a/pixels": pixels})[0]
-            return logits
+    facts = machine(subject.runtime, asked.threads) | {"gpu": ", ".join(gpus()) or None}
+    cascade = subject.load()
+    spec = cascade.bundle.preprocessing
+    # Twice the largest batch: what a call reads is not what the last one left in the caches.
+    shape = (max(16, 2 * max(asked.batch)), 3, spec.height, spec.width)
+    pool = np.random.default_rng(asked.seed).normal(size=shape).astype(np.float32)
+    encoded, photos = _photos(asked.photos, asked.seed)
+    say(f"cold start with {cascade.runtime.name}")
+    cold = cold_starts(
+        Subject(subject.source, cascade.runtime.name, asked.threads, asked.trust_engines, asked.device),
+        repeats=1 if asked.quick else 3,
+    )
+    how = Sampling(samples, asked.warmup / 1e3, asked.limit, seed=asked.seed)
+    found: list[LatencySeries] = []
+    peers: list[LatencyPeer] = []
+    for size in dict.fromkeys(asked.batch):
+        found += _of_batch(cascade, pool, size, asked.rates, how)
+        peers += _against(cascade, asked, pool, size, how)
+    say("bytes to decision")
+    request = sample({"request": answers(cascade, encoded, asked.deferral, asked.seed)}, how, "requests")["request"]
+    found += [_series("request", part, 1, asked.deferral, values, how.seed) for part, values in request.items()]
+    result = LatencyBench(
+        **_what(asked, cascade), steps=[str(step) for step in cascade.steps], quick=asked.quick, samples=samples,
+        limit=asked.limit, warmup=asked.warmup, deferral=asked.deferral, budget=asked.budget,
+        inputs=f"noise of seed {asked.seed}, rotated", photos=photos, seed=asked.seed, machine=facts, series=found,
+        cold=cold, throughput=_throughput(found, asked.deferral, asked.budget), peers=peers,
+    )  # fmt: skip
+    if asked.out is not None:
+        _keep(result, Path(asked.out), "latency", draw_latency(result))
+    return result
 
-        return joined
-    if hasattr(runtime, "full_pass"):
-        own: Callable[[NDArray[np.float32]], NDArray[np.float32]] = runtime.full_pass
-        return own
 
-    def both(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        return runtime.run("stage_b", {"hidden": runtime.run("stage_a", {"pixels": pixels})["hidden"]})["logits"]
+def _of_batch(
+    cascade: Cascade, pool: NDArray[np.float32], size: int, rates: Sequence[float], how: Sampling
+) -> list[LatencySeries]:
+    """Stage A and the cascade at every deferral rate, called turn about at one batch size."""
+    say(f"batch {size}")
+    contestants: dict[tuple[str, float | None], Contestant] = {("stage_a", None): runs_stage_a(cascade, pool, size)}
+    contestants |= {("cascade", rate): decides(cascade, pool, size, rate, how.seed) for rate in dict.fromkeys(rates)}
+    # Sampled under names, which orders are drawn over.
+    names = {f"{kind} {rate}": (kind, rate) for kind, rate in contestants}
+    measured = sample({label: contestants[key] for label, key in names.items()}, how, f"batch {size}")
+    return [
+        _series(kind, part, size, rate, values, how.seed)
+        for label, (kind, rate) in names.items()
+        for part, values in measured[label].items()
+    ]
 
-    return both
+
+def _series(contestant: str, part: str, batch: int, rate: float | None, seconds: Seconds, seed: int) -> LatencySeries:
+    return LatencySeries(
+        contestant=contestant,
+        part=part,
+        batch=batch,
+        deferral_rate=rate,
+        n=len(seconds),
+        enough=len(seconds) >= ENOUGH,
+        mean=1e3 * float(seconds.mean()),
+        quantiles=quantiles(seconds, seed=seed),
+        milliseconds=[round(1e3 * float(value), 4) for value in seconds],
+    )
 
 
-def join_graphs(runtime: OnnxRuntime, out: Path) -> None:
-    """Write one ONNX graph from pixels to Stage B's logits, without Stage A's heads.
+def _throughput(found: Sequence[LatencySeries], deferral: float, budget: float) -> list[LatencyThroughput]:
+    """Of the cascade at the measured rate that is nearest to the one asked for."""
+    hosts = [one for one in found if one.contestant == "cascade" and one.part == "host"]
+    nearest_rate = min((one.deferral_rate or 0.0 for one in hosts), key=lambda rate: abs(rate - deferral))
+    result = []
+    for one in hosts:
+        if one.deferral_rate == nearest_rate:
+            p99 = one.quantile(0.99).milliseconds if one.enough else None
+            result.append(
+                LatencyThroughput(
+                    batch=one.batch, images_per_second=1e3 * one.batch / one.mean, p99=p99,
+                    within=None if p99 is None else p99 <= budget,
+                )
+            )  # fmt: skip
+    return result
+
+
+def peers() -> list[str]:
+    """Whose full pass can be measured beside the cascade: every runtime of bundles, torch eager and compiled."""
+    return [*(name for name in RUNTIMES if name != OF_RUNS), "torch-eager", "torch-compile"]
+
+
+def _against(
+    cascade: Cascade, asked: BenchLatency, pool: NDArray[np.float32], size: int, how: Sampling
+) -> Iterator[LatencyPeer]:
+    """Peers on the same rotated inputs, called turn about with the cascade and its own full pass."""
+    if not asked.against:
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        calls: dict[str, FullPass] = {}
+        for peer in dict.fromkeys(asked.against):
+            try:
+                calls[peer] = _peer(peer, cascade, asked, folder / peer)
+                calls[peer](pool[:size])
+            except Exception as error:  # noqa: BLE001 - a compiler that fails is a result here, whatever it raises
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                calls.pop(peer, None)
+                yield LatencyPeer(name=peer, batch=None, skipped=lines[0][:200])
+        ours = cascade.runtime.full_pass(folder)
+        contestants = {name: passes(call, pool, size) for name, call in calls.items()}
+        contestants["full_pass"] = passes(ours, pool, size)
+        contestants["cascade"] = decides(cascade, pool, size, asked.deferral, how.seed)
+        measured = {name: parts["host"] for name, parts in sample(contestants, how, f"peers, batch {size}").items()}
+        expected = np.asarray(ours(pool[:size]))
+        for peer, call in calls.items():
+            logits = np.asarray(call(pool[:size]))
+            yield LatencyPeer(
+                name=peer, batch=size, skipped=None,
+                logit=float(np.abs(logits - expected).max()),
+                prob=float(np.abs(softmax(logits) - softmax(expected)).max()),
+                flips=int((logits.argmax(1) != expected.argmax(1)).sum()),
+                to_cascade=ratios(measured[peer], measured["cascade"], paired=True),
+                to_full_pass=ratios(measured[peer], measured["full_pass"], paired=True),
+            )  # fmt: skip
+
+
+def _peer(name: str, cascade: Cascade, asked: BenchLatency, folder: Path) -> FullPass:
+    """A full pass from pixels to Stage B's logits; Stage1Error says why there is none."""
+    folder.mkdir()
+    if not name.startswith("torch-"):
+        here = cascade
+        if cascade.runtime.name != name:
+            own = cascade.bundle.path
+            path = own if (own / MANIFEST).is_file() else Path(str(asked.run)) / "bundle"
+            here = Subject(path, name, asked.threads, asked.trust_engines).load()
+        return here.runtime.full_pass(folder)
+    if asked.run is None:
+        raise InputError("a bundle holds no weights torch could load; name --run as well")
+    trained = Subject(Path(asked.run), OF_RUNS, asked.threads, device=asked.device).load()
+    from stage1_pro.deploy.trained import TorchRuntime
+
+    assert isinstance(trained.runtime, TorchRuntime)
+    if trained.bundle.positive != cascade.bundle.positive or trained.bundle.tap != cascade.bundle.tap:
+        raise InputError(f"the run {asked.run} holds another model than the bundle; name the one it was exported from")
+    return trained.runtime.full_pass(folder) if name == "torch-eager" else trained.runtime.compiled_full_pass()
+
+
+def draw_latency(found: LatencyBench) -> bytes:
+    """The cascade's p50 and p99 against the deferral rate, a line a batch size; PNG bytes."""
+    measured: dict[str, list[tuple[float, float, float, float, float | None]]] = {}
+    for one in found.series:
+        middle = one.quantile(0.5)
+        if one.contestant == "cascade" and one.part == "host" and one.deferral_rate is not None:
+            p50, low, high = (value or 0.0 for value in (middle.milliseconds, middle.low, middle.high))
+            point = one.deferral_rate, p50, low, high, one.quantile(0.99).milliseconds
+            measured.setdefault(f"batch {one.batch}", []).append(point)
+    return latency_png(measured)
+
+
+# --------------------------------------------------------------------------------------------
+# bench compare
+
+
+def compare_latency(
+    first: Path | str, second: Path | str, *, level: float = 0.95, seed: int = 0, out: Path | str | None = None
+) -> LatencyComparison:
+    """Say how many times the time of one result another takes: quantiles and means, with bootstrap intervals.
+
+    Args:
+        first: ``latency.json`` of what is compared with.
+        second: ``latency.json`` that is judged; below 1 it is faster.
+        level: of the intervals, in (0, 1).
+        seed: of the resamples.
+        out: JSON file to write.
 
     Raises:
-        DependencyError: onnx is not installed.
+        InputError: nothing was measured in both, or ``level`` is outside (0, 1).
+        ArtifactError: one of them is no latency result.
     """
-    try:
-        import onnx
-        from onnx import compose
-    except ImportError as error:
-        raise need("train", "onnx") from error
-    a = compose.add_prefix(onnx.load(str(runtime.bundle.graph("stage_a"))), "a/")
-    b = compose.add_prefix(onnx.load(str(runtime.bundle.graph("stage_b"))), "b/")
-    joined = compose.merge_models(a, b, io_map=[("a/hidden", "b/hidden")], outputs=["b/logits"])
-    onnx.save(joined, str(out))
+    if not 0 < level < 1:
+        raise InputError(f"level must be in (0, 1), got {level}; .95 is usual")
+    a, b = (LatencyBench.read(path) for path in (first, second))
+    theirs = {one.key(): one for one in b.series}
+    differences = [
+        LatencyDifference(
+            contestant=one.contestant, part=one.part, batch=one.batch, deferral_rate=one.deferral_rate,
+            n=(one.n, theirs[one.key()].n),
+            ratios=ratios(
+                np.array(theirs[one.key()].milliseconds), np.array(one.milliseconds),
+                paired=False, level=level, seed=seed,
+            ),
+        )
+        for one in a.series
+        if one.key() in theirs
+    ]  # fmt: skip
+    if not differences:
+        raise InputError("results must have a series in common, got none; measure the same batches and rates")
+    cautions = [
+        f"{name} differs: {ours} and {others}"
+        for name, ours, others in (
+            ("processor", a.machine.get("processor"), b.machine.get("processor")),
+            ("threads", a.machine.get("threads"), b.machine.get("threads")),
+            ("input", f"{a.width} x {a.height}", f"{b.width} x {b.height}"),
+            ("photos", a.photos, b.photos),
+            ("backbone", f"{a.backbone}, tap {a.tap}", f"{b.backbone}, tap {b.tap}"),
+        )
+        if ours != others
+    ]
+    cautions.append("measured one after the other: intervals know nothing of a machine that was busier the second time")
+    names = (f"{Path(path).name}: {one.source}, {one.runtime}" for path, one in ((first, a), (second, b)))
+    found = LatencyComparison(
+        first=next(names), second=next(names), level=level, differences=differences, cautions=cautions
+    )
+    if out is not None:
+        found.write(out)
+        say(f"wrote {out}")
+    return found
 
 
-def _profile(folder: Path, runtime: OnnxRuntime, pixels: NDArray[np.float32]) -> dict[str, float]:
-    """Shares of the operators before the first and after the last LayerNorm of the joined graph, by its own clock."""
-    session = open_session(folder / "full.onnx", runtime.threads, folder / "profile")
-    for _ in range(8):
-        session.run(None, {"a/pixels": pixels})
-    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
-    kernels.sort(key=lambda event: event["ts"])
-    norms = [i for i, event in enumerate(kernels) if "LayerNorm" in event["args"]["op_name"]]
-    # Parts by the node that opens them; the last LayerNorm still belongs to the blocks.
-    opens = {kernels[0]["name"]: "embedding", kernels[norms[0]]["name"]: "blocks"}
-    last = kernels[norms[-1]]["name"]
-    passes: list[dict[str, float]] = []
-    part = "embedding"
-    for event in kernels:
-        part = opens.get(event["name"], part)
-        if event["name"] == kernels[0]["name"]:
-            passes.append({"embedding": 0.0, "blocks": 0.0, "heads": 0.0})
-        passes[-1][part] += event["dur"]
-        part = "heads" if event["name"] == last else part
-    # Medians: the first pass is cold, and any may be interrupted.
-    shares = [{name: spent / (sum(one.values()) or 1.0) for name, spent in one.items()} for one in passes]
-    return {name: float(np.median([one[name] for one in shares])) for name in ("embedding", "heads")}
+# --------------------------------------------------------------------------------------------
+# Shared
 
 
-def _seconds(call: Pass, repeats: int) -> tuple[float, float]:
-    """Wall clock and processor time of one call."""
-    began, spent = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - began) / repeats, (time.process_time() - spent) / repeats
+def _subject(
+    bundle: Path | str | None,
+    run: Path | str | None,
+    runtime: str | None,
+    threads: int,
+    trust_engines: bool = False,
+    device: str = "cpu",
+) -> Subject:
+    """What is measured: the bundle, or the run in torch, or the run's bundle in the runtime that is named."""
+    if bundle is None and run is None:
+        raise InputError("bench must get --bundle or --run, got neither; name one")
+    name = runtime or (OF_RUNS if bundle is None else "onnxruntime")
+    RUNTIMES.check(name, also=("auto",))
+    if name == OF_RUNS and run is None:
+        raise InputError("runtime must not be torch for a bundle, which holds no weights torch could load; name --run")
+    source = Path(str(bundle if bundle is not None else run))
+    if name == OF_RUNS:
+        source = Path(str(run))
+    elif bundle is None:
+        source /= "bundle"
+        if not source.is_dir():
+            raise InputError(
+                f"runtime must be torch for the run {run}, got '{name}', which needs its bundle; "
+                f"run `stage1 export --run {run}` first"
+            )
+    return Subject(source, name, threads, trust_engines, device)
 
 
-def _repeat(call: Pass, times: int = 7) -> list[float]:
-    call()
-    return [_seconds(call, 1)[0] for _ in range(times)]
+def _what(asked: BenchCascade | BenchLatency, cascade: Cascade) -> dict[str, Any]:
+    """What both results say of what was measured."""
+    spec, source = cascade.bundle.preprocessing, Path(str(asked.run if asked.bundle is None else asked.bundle))
+    return {
+        "source": source.resolve().name,
+        "runtime": cascade.runtime.name,
+        "backbone": cascade.bundle.backbone.source,
+        "tap": cascade.bundle.tap,
+        "n_blocks": cascade.bundle.backbone.n_blocks,
+        "height": spec.height,
+        "width": spec.width,
+    }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _check(batch: Sequence[int], rates: Sequence[float], out: Path | str | None, **least: tuple[float, float]) -> None:
+    """Check batch sizes, rates, the folder to write, and numbers by name with the least each may be."""
+    if not batch or min(batch) < 1:
+        raise InputError(f"batch must be one or more sizes of 1 or more, got {list(batch)}; 1 8 64 is usual")
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise InputError(f"rates must be one or more shares in [0, 1], got {list(rates)}; 0 .3 1, for example")
+    for name, (value, smallest) in least.items():
+        if not value >= smallest:
+            raise InputError(f"{name} must be {smallest} or more, got {value}")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"--out must be a folder to write into, got the file {out}")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _check_latency(asked: BenchLatency, samples: int) -> None:
+    least = {"samples": (samples, 10), "warmup": (asked.warmup, 0), "threads": (asked.threads, 0)}
+    _check(asked.batch, asked.rates, asked.out, **least)
+    if not 0 <= asked.deferral <= 1:
+        raise InputError(f"deferral must be a share in [0, 1], got {asked.deferral}; .3 is usual")
+    for name, number in (("limit", asked.limit), ("budget", asked.budget)):
+        if not number > 0:
+            raise InputError(f"{name} must be above 0, got {number}")
+    for peer in asked.against:
+        if peer not in peers():
+            raise InputError(f"against must be among {', '.join(peers())}, got '{peer}'{nearest(peer, peers())}")
+
+
+def _pixels(cascade: Cascade, run: Path | str | None, n: int, seed: int) -> tuple[NDArray[np.float32], str]:
+    """Inputs [n, 3, H, W] and what they are: the run's ``val_select`` images, going round, or noise."""
+    spec = cascade.bundle.preprocessing
+    images: list[NDArray[np.float32]] = []
+    if run is not None:
+        try:
+            splits = Splits.read(Path(run) / "splits.json")
+            images = [cascade.pixels(photo) for photo in splits.photos_of(splits.of("val_select")[:n])]
+        except Stage1Error as error:
+            say(f"measuring on noise: {error}")
+    if images:
+        chosen = np.arange(n) % len(images)
+        return np.stack(images)[chosen], f"{min(n, len(images))} val_select images"
+    shape = (n, 3, spec.height, spec.width)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32), f"noise of seed {seed}"
+
+
+def _photos(source: Path | str | None, seed: int) -> tuple[list[bytes], str]:
+    """Encoded photos and what they are."""
+    if source is None:
+        width, height = PHOTO_SIZE
+        return draw_photos(8, PHOTO_SIZE, seed), f"8 drawn JPEGs of {width} x {height}, quality 90, seed {seed}"
+    files = [file for _, file in gather([source])][:64]
+    return [read_file(file) for file in files], f"{len(files)} of {Path(source).resolve().name}"
+
+
+def _keep(found: Record, folder: Path, name: str, picture: bytes) -> None:
+    found.write(folder / f"{name}.json")
+    write_bytes(folder / f"{name}.png", picture)
+    say(f"wrote {folder / f'{name}.json'} and {folder / f'{name}.png'}")

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
+from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.deploy.bundle import Bundle, load_bundle
-from stage1_pro.deploy.runtime import Arrays, Runtime
+from stage1_pro.deploy.runtime import Arrays, How, Runtime
 from stage1_pro.deploy.start import Step, start
-from stage1_pro.errors import DependencyError, InputError, need
+from stage1_pro.errors import InputError, need
 from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.sets import answer_sets, close, near
 from stage1_pro.policies.softmax import confidence, softmax
@@ -24,7 +25,7 @@ from stage1_pro.policies.softmax import confidence, softmax
 if TYPE_CHECKING:
     from stage1_pro.deploy.trained import Trained
 
-ImageLike = str | Path | bytes | Image.Image | NDArray[np.uint8]
+ImageLike = ImageFile | bytes | Image.Image | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,11 @@ class Cascade:
             DependencyError: torch or transformers are missing.
         """
         try:
-            from stage1_pro.deploy.trained import TorchRuntime, has_gpu, load_trained
+            from stage1_pro.deploy.trained import TorchRuntime, load_trained
         except ImportError as error:
             raise need("train", error.name or "torch") from error
         trained = load_trained(run)
-        if device not in ("cpu", "cuda"):
-            raise InputError(f"device must be cpu or cuda, got '{device}'")
-        if device == "cuda" and not has_gpu():
-            raise DependencyError("device cuda must have an NVIDIA GPU that torch can use, got none; use cpu")
-        return cls(trained, TorchRuntime(trained.model.to(device), threads))
+        return cls(trained, TorchRuntime.open(trained, How(threads, device)))
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model's input [3, H, W].
@@ -261,7 +258,7 @@ def concatenate(parts: Sequence[Decisions]) -> Decisions:
 
 def open_image(image: ImageLike) -> Image.Image:
     """Any kind of image as 8-bit RGB the right way up; a PIL image just as its file would be read."""
-    if isinstance(image, str | Path | bytes | bytearray | memoryview):
+    if isinstance(image, str | Path | Photo | bytes | bytearray | memoryview):
         return read_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):

@@ -161,9 +161,9 @@ def _images(splits: Splits, spec: PreprocessSpec, split: SplitName) -> NDArray[n
     from stage1_pro.data.images import ImageError, preprocess, read_image
 
     pixels: list[NDArray[np.float32]] = []
-    for row in splits.of(split):
+    for photo in splits.photos_of(splits.of(split)):
         try:
-            pixels.append(preprocess(read_image(splits.path(row)), spec))
+            pixels.append(preprocess(read_image(photo), spec))
         except ImageError:
             continue
         if len(pixels) == _REFERENCE_IMAGES:

@@ -17,7 +17,9 @@ class GraphVariant(Record):
 
     onnx: str
     parity: float = Field(ge=0, description="largest absolute difference of a logit from torch in fp32")
-    judged_by: Literal["onnxruntime", "torch"] = Field(description="torch where onnxruntime's CPU cannot load the type")
+    judged_by: str = Field(
+        pattern=r"^[a-z0-9_]{1,40}$", description="a runtime; torch where onnxruntime's CPU cannot load the type"
+    )
     images: int = Field(ge=0, description="images compared")
     flips: int = Field(ge=0, description="of these, decisions that differ: who answers, or what")
     near_threshold: int = Field(ge=0, description="of the flips, those within 1e-3 of a threshold in fp32")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy.manifest import GraphVariant, StageEntry
+from stage1_pro.deploy.onnxruntime import shapes
 from stage1_pro.deploy.precision import HALF_LIMIT, HALF_MARGIN, Peaks, in_precision, measure_peaks
-from stage1_pro.deploy.runtime import shapes
 from stage1_pro.errors import ArtifactError, InputError, need
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies import exit_scores, exits

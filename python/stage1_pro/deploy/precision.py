@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stage1_pro.deploy.engine import UNQUANTISED
 from stage1_pro.errors import InputError
+from stage1_pro.models.backbone import BlockParts
 from stage1_pro.models.model import Heads, Stage1Model
 from stage1_pro.words import Precision, StageName
 
@@ -111,18 +112,20 @@ class Rewritten(nn.Module):
         backbone = model.backbone
         self.half_type, self.tap, self.n_prefix = half, model.tap, backbone.n_prefix
         self.heads, self.norm_a, self.norm = _heads(model.heads), model.norm_a, backbone.norm
-        self.pool = backbone.pool
+        self.reader, self.pool = backbone.reader, backbone.pool
         side = backbone.image_size
-        weight = next(m for m in backbone.hf.embeddings.modules() if isinstance(m, nn.Conv2d)).weight
+        weight = backbone.patch_projection.weight
         with torch.no_grad():
             # Of black pixels only prefix tokens, bias and positions are left.
-            base = backbone.hf.embeddings(torch.zeros(1, 3, side, side, device=weight.device))
+            base = backbone.tokens(torch.zeros(1, 3, side, side, device=weight.device), None)
         self.register_buffer("base", base.float(), persistent=False)
         self.register_buffer("patches", weight.detach().to(half), persistent=False)
         self.stride = int(weight.shape[-1])
         rope = _rope(model)
-        self.blocks = nn.ModuleList(_Block(block, backbone.hf.config, rope, half) for block in backbone.blocks)
-        self.cls_only = not _patches_are_read(model)
+        self.blocks = nn.ModuleList(
+            _Block(backbone.parts(index), backbone.n_heads, rope, half) for index in range(backbone.n_blocks)
+        )
+        self.cls_only = backbone.reader is None and not _patches_are_read(model)
 
     def _embed(self, pixels: Tensor) -> Tensor:
         patches = nn.functional.conv2d(pixels.to(self.half_type), self.patches, stride=self.stride)
@@ -164,30 +167,28 @@ class _Block(nn.Module):
     cos: Tensor | None
     sin: Tensor | None
 
-    def __init__(self, block: nn.Module, config: Any, rope: tuple[Tensor, Tensor] | None, half: torch.dtype) -> None:
+    def __init__(self, parts: BlockParts, n_heads: int, rope: tuple[Tensor, Tensor] | None, half: torch.dtype) -> None:
         super().__init__()
-        self.half_type = half
-        self.n_heads = int(config.num_attention_heads)
-        self.norm1, self.norm2 = _part(block, "norm1"), _part(block, "norm2")
-        self.scale1, self.scale2 = (_part(block, f"layer_scale{place}").lambda1 for place in (1, 2))
-        query, key, value = (_part(block, f"{name[0]}_proj", name) for name in ("query", "key", "value"))
-        self.scale = (query.weight.shape[0] // self.n_heads) ** -0.5
+        self.half_type, self.n_heads = half, n_heads
+        self.norm1, self.norm2 = parts.norms
+        self.scale1: Tensor | None
+        self.scale2: Tensor | None
+        self.scale1, self.scale2 = parts.scales or (None, None)
+        linear = parts.projections
+        self.scale = (linear["q"].weight.shape[0] // n_heads) ** -0.5
         # One product and one kernel for the three; apart, every block costs two kernels more.
-        self.joint = _copied(*_join((query, self.scale), (key, 1.0), (value, 1.0)), half)
-        # Older versions call DINOv2's output projection attention.output.dense.
-        self.out = _linear(_part(block, "o_proj", "dense"), half)
-        mlp = _part(block, "mlp")
+        self.joint = _copied(*_join((linear["q"], self.scale), (linear["k"], 1.0), (linear["v"], 1.0)), half)
+        self.out = _linear(linear["o"], half)
         self.gate: nn.Module | None = None
-        if hasattr(mlp, "weights_in"):  # DINOv2's gated MLP as older versions keep it: gate and up in one
-            weights, biases = mlp.weights_in.weight.chunk(2), mlp.weights_in.bias.chunk(2)
+        if parts.joint_gate:
+            weights, biases = linear["up"].weight.chunk(2), linear["up"].bias.chunk(2)
             self.gate, self.up = (_copied(w, b, half) for w, b in zip(weights, biases, strict=True))
-            self.activation: nn.Module = nn.SiLU()
         else:
-            if hasattr(mlp, "gate_proj"):
-                self.gate = _linear(mlp.gate_proj, half)
-            self.up = _linear(_part(mlp, "up_proj", "fc1"), half)
-            self.activation = _part(mlp, "act_fn", "activation", "activation_fn")
-        self.down = _linear(_part(mlp, "down_proj", "fc2", "weights_out"), half)
+            if "gate" in linear:
+                self.gate = _linear(linear["gate"], half)
+            self.up = _linear(linear["up"], half)
+        self.activation = parts.activation
+        self.down = _linear(linear["down"], half)
         self.register_buffer("cos", None if rope is None else rope[0], persistent=False)
         self.register_buffer("sin", None if rope is None else rope[1], persistent=False)
         self.peaks: dict[str, float] | None = None
@@ -210,11 +211,11 @@ class _Block(nn.Module):
         scores = self._note(query @ key.transpose(2, 3))
         mixed = (torch.softmax(scores, dim=-1) @ value).transpose(1, 2).flatten(2)
         tokens = tokens[:, :1] if cls_only else tokens
-        tokens = self._note(tokens + self._note(self.out(mixed)).float() * self.scale1, "residual")
+        tokens = self._note(tokens + _scaled(self._note(self.out(mixed)), self.scale1), "residual")
         read = self._note(self.norm2(tokens).to(self.half_type))
         wide = self._note(self.up(read))
         inner = self.activation(wide) if self.gate is None else self.activation(self._note(self.gate(read))) * wide
-        tokens = tokens + self._note(self.down(self._note(inner))).float() * self.scale2
+        tokens = tokens + _scaled(self._note(self.down(self._note(inner))), self.scale2)
         return self._note(tokens, "residual")
 
     def _rotate(self, states: Tensor) -> Tensor:
@@ -230,6 +231,10 @@ class _Block(nn.Module):
             largest = values.abs().max()
             self.peaks[place] = float(torch.maximum(largest, largest.new_tensor(self.peaks[place])))
         return values
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    return branch.float() if scale is None else branch.float() * scale
 
 
 def _rope(model: Stage1Model) -> tuple[Tensor, Tensor] | None:
@@ -250,14 +255,6 @@ def _patches_are_read(model: Stage1Model) -> bool:
     if model.tap == model.backbone.n_blocks:
         readers += [model.heads.classifier[1].weight, model.heads.gate.linear.weight]
     return any(bool((weight[:, width : 2 * width] != 0).any()) for weight in readers)
-
-
-def _part(block: nn.Module, *names: str) -> Any:
-    """The part of a block that is called one of these, whatever it lies in; versions of transformers differ."""
-    for name, module in block.named_modules():
-        if name.rsplit(".", 1)[-1] in names:
-            return module
-    raise InputError(f"the backbone's blocks must have a part called {' or '.join(names)}, got {type(block).__name__}")
 
 
 def _join(*parts: tuple[Any, float]) -> tuple[Tensor, Tensor]:

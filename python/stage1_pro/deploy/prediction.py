@@ -14,6 +14,7 @@ from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.served import Served
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import gather
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
 from stage1_pro.deploy.cascade import Cascade, ImageLike
@@ -113,7 +114,7 @@ def infer(
         files = gather(inputs)
     else:
         splits = Splits.read(Path(run) / "splits.json")
-        files = [(row.file, splits.path(row)) for row in splits.of(split)]
+        files = [(photo.key, photo) for photo in splits.photos_of(splits.of(split))]
         if not files:
             raise InputError(f"split must have rows, got {split} with none; choose another one or name images")
     return _answer_all(Cascade.from_run(run), files, out, batch_size, "infer")
@@ -148,7 +149,11 @@ def _check(batch_size: int, out: Path | str | None) -> None:
 
 
 def _answer_all(
-    cascade: Cascade | Served, files: list[tuple[str, Path]], out: Path | str | None, batch_size: int, description: str
+    cascade: Cascade | Served,
+    files: list[tuple[str, ImageFile]],
+    out: Path | str | None,
+    batch_size: int,
+    description: str,
 ) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     for chunk in _chunks(files, batch_size, description):
@@ -204,9 +209,9 @@ def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promis
     return "\n".join([*lines, summary]) + end
 
 
-def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Iterator[list[tuple[str, Path]]]:
+def _chunks(files: list[tuple[str, ImageFile]], size: int, description: str) -> Iterator[list[tuple[str, ImageFile]]]:
     """Parts of the list behind a progress bar that counts images."""
-    chunk: list[tuple[str, Path]] = []
+    chunk: list[tuple[str, ImageFile]] = []
     for item in track(files, description, len(files)):
         chunk.append(item)
         if len(chunk) == size:
@@ -216,7 +221,7 @@ def _chunks(files: list[tuple[str, Path]], size: int, description: str) -> Itera
         yield chunk
 
 
-def _answer(cascade: Cascade | Served, chunk: list[tuple[str, Path]]) -> list[dict[str, Any]]:
+def _answer(cascade: Cascade | Served, chunk: list[tuple[str, ImageFile]]) -> list[dict[str, Any]]:
     served, cascade = (cascade, cascade.cascade) if isinstance(cascade, Served) else (None, cascade)
     rows: list[dict[str, Any]] = []
     pixels = []

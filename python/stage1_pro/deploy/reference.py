@@ -13,7 +13,8 @@ from PIL import Image
 from stage1_pro.data.images import PreprocessSpec, normalise
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.manifest import StageEntry
-from stage1_pro.deploy.runtime import Arrays, Runtime, open_session
+from stage1_pro.deploy.onnxruntime import open_session
+from stage1_pro.deploy.runtime import Arrays, Runtime
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import load_npz, save_npz
 from stage1_pro.policies import exit_scores, exits

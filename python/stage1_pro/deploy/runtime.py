@@ -1,130 +1,161 @@
-"""What executes a model's stages: one ``run`` whatever is behind it. Importing it loads no torch, no transformers."""
+"""What executes a model's stages: the ``Runtime`` base class and its registry. Importing it loads no library."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
-import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.registry import Registry
 
-from stage1_pro.deploy.bundle import Bundle
-from stage1_pro.errors import ArtifactError, InputError, printable
-from stage1_pro.words import StageName
+if TYPE_CHECKING:
+    from pathlib import Path
 
-Arrays = dict[str, NDArray[np.float32]]
+    import numpy as np
+    from numpy.typing import NDArray
 
+    from stage1_pro.deploy.bundle import Bundle
+    from stage1_pro.deploy.manifest import EngineEntry
+    from stage1_pro.deploy.trained import Trained
+    from stage1_pro.words import StageName
 
-class Runtime(Protocol):
-    """Executes the stages of one bundle or run."""
-
-    name: str
-
-    def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
-        """Outputs by name for inputs by name; the first axis of each is the batch."""
+Arrays: TypeAlias = "dict[str, NDArray[np.float32]]"
+FullPass: TypeAlias = "Callable[[NDArray[np.float32]], NDArray[np.float32]]"
 
 
-class OnnxRuntime:
-    """The CPU default: both graphs on onnxruntime.
+@dataclass(frozen=True)
+class Source:
+    """The files of a bundle that a runtime would execute.
 
-    Args:
-        bundle: a verified bundle.
-        threads: threads inside an operator; 0 = as many as there are cores.
-
-    Raises:
-        InputError: ``threads`` is negative.
-        ArtifactError: a graph cannot be loaded, or is not the one the manifest describes.
+    ``place`` names them to people; ``tolerance`` is a key of ``reference.TOLERANCES``; ``engines`` are code, which is
+    trusted before it is opened, and empty where graphs are executed.
     """
 
-    name = "onnxruntime"
+    place: str
+    precision: str
+    tolerance: str
+    engines: Mapping[StageName, EngineEntry] = field(default_factory=dict)
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        if threads < 0:
-            raise InputError(f"threads must be 0 (all cores) or more, got {threads}")
-        self.bundle, self.threads = bundle, threads
-        self._sessions = {stage: _session(bundle, stage, threads) for stage in bundle.manifest.stages}
 
-    def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
-        """Outputs by name for inputs by name; the first axis of each is the batch.
+@dataclass(frozen=True)
+class How:
+    """How a runtime is opened: threads of an operator (0: as the library has them), its device, and on which files."""
+
+    threads: int = 0
+    device: str = "cpu"
+    source: Source | None = None
+
+
+class Runtime(ABC):
+    """Executes the stages of one bundle or run.
+
+    A new one is a subclass with ``name``, ``open`` and ``run``, and a line in ``RUNTIMES`` or an entry point of the
+    group ``stage1_pro.runtimes``. It answers only where it reproduces the bundle's reference outputs (``start``).
+    """
+
+    name: ClassVar[str]
+    answers_unchecked: ClassVar[bool] = False
+    """Whether it may answer for a bundle without reference outputs, which nothing can be held against."""
+    device_seconds: float | None = None
+    """Seconds that the device's own clock has measured so far; None without one."""
+
+    @classmethod
+    def sources(cls, bundle: Bundle) -> Sequence[Source]:
+        """What it can execute of a bundle, the fastest first: the fp32 graphs, unless a subclass says otherwise."""
+        return [Source(", ".join(stage.onnx for stage in bundle.manifest.stages.values()), "fp32", "onnxruntime")]
+
+    @classmethod
+    @abstractmethod
+    def open(cls, model: Bundle | Trained, how: How) -> Self:
+        """Load the stages of a verified bundle, or of a run's model.
 
         Raises:
-            ArtifactError: the graph cannot be run, or gives something else than the manifest says.
+            InputError: ``how`` asks for what it cannot do.
+            ArtifactError: the files cannot be loaded, or are not what the manifest describes.
+            DependencyError: a library, a driver or a device is missing.
         """
-        expected = self.bundle.manifest.stages[stage].outputs
-        try:
-            values = self._sessions[stage].run(list(expected), dict(inputs))
-        except Exception as error:  # noqa: BLE001 - onnxruntime raises a kind of its own per status code
-            raise ArtifactError(f"{stage} must be a graph onnxruntime can run, got: {_reason(error)}") from None
-        rows = len(next(iter(inputs.values())))
-        # What a graph declares is a promise of its own, which onnxruntime does not hold it to.
-        for (name, shape), value in zip(expected.items(), values, strict=True):
-            if value.dtype != np.float32 or list(value.shape) != [rows, *shape[1:]]:
-                raise ArtifactError(
-                    f"{name} of {stage} must be float32 {[rows, *shape[1:]]}, got {value.dtype} {list(value.shape)}"
-                )
-        return dict(zip(expected, values, strict=True))
 
-    def stage_a(self, pixels: NDArray[np.float32]) -> Arrays:
-        """``logits`` [N, K], ``gate_logit`` [N] and ``hidden`` from pixels [N, 3, H, W]."""
-        return self.run("stage_a", {"pixels": pixels})
+    @abstractmethod
+    def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
+        """Outputs by name, float32 [N, ...], for inputs by name, float32 [N, ...]; the first axis is the batch.
 
-    def stage_b(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [N, K] from the hidden rows that Stage A deferred."""
-        return self.run("stage_b", {"hidden": hidden})["logits"]
+        Raises:
+            ArtifactError: the stage cannot be run, or gives something else than the manifest says.
+        """
+
+    def settle(self) -> None:  # noqa: B027 - most runtimes have nothing to keep
+        """Keep what was compiled for this machine, once the reference outputs were right; nothing by default."""
+
+    def full_pass(self, folder: Path) -> FullPass:
+        """Stage B's logits [N, K] from pixels [N, 3, H, W], without Stage A's heads where that can be left out.
+
+        Args:
+            folder: for files of its own, as long as the pass is used.
+        """
+        del folder
+        return lambda pixels: self.run("stage_b", {"hidden": self.run("stage_a", {"pixels": pixels})["hidden"]})[
+            "logits"
+        ]
+
+    def shares(self, pixels: NDArray[np.float32], folder: Path, seconds: float) -> dict[str, float]:
+        """Shares of ``embedding`` and ``heads`` in a full pass on these pixels; empty where they are not known.
+
+        Args:
+            pixels: [N, 3, H, W].
+            folder: the one that ``full_pass`` was given.
+            seconds: of a full pass on them.
+        """
+        del pixels, folder, seconds
+        return {}
 
 
-def open_session(
-    graph: Path, threads: int = 0, profile: Path | None = None, *, data: bytes | None = None
-) -> onnxruntime.InferenceSession:
-    """A graph in onnxruntime on the CPU, with the options everything of this package is served and measured with.
-
-    Args:
-        graph: ONNX file; external weights are found beside it.
-        data: its bytes where they are known already: then these are run, whatever the file holds by now.
-        threads: threads inside an operator; 0 = as many as there are cores.
-        profile: prefix of a file to write the time of every operator to; ``end_profiling()`` finishes it.
+def bundle_of(model: Bundle | Trained, name: str) -> Bundle:
+    """The bundle whose files a runtime executes.
 
     Raises:
-        ArtifactError: onnxruntime cannot load it.
+        InputError: it is a run's model, which has no such files yet.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Errors are raised; printed as well, they would show a stranger's names on the terminal.
-    options.log_severity_level = 4
-    # The two sessions take turns with image decoding; idle threads that spin took 70% longer on two cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    if data is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    try:
-        return onnxruntime.InferenceSession(
-            str(graph) if data is None else data, options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # noqa: BLE001 - onnxruntime raises a kind of its own per status code
-        raise ArtifactError(f"{graph.name} must be a graph onnxruntime can load, got: {_reason(error)}") from None
+    from stage1_pro.deploy.bundle import Bundle
+
+    if not isinstance(model, Bundle):
+        raise InputError(f"runtime must be {OF_RUNS} for a run, got '{name}', which needs its bundle; export it first")
+    return model
 
 
-def _reason(error: Exception) -> str:
-    return printable((str(error).splitlines() or [type(error).__name__])[0])
+def check_outputs(found: Arrays, stage: StageName, expected: Mapping[str, Sequence[int]], rows: int) -> None:
+    """Check that a stage gave what the manifest says.
+
+    Args:
+        found: outputs by name.
+        stage: whose they are.
+        expected: shapes by name; the first axis is the batch.
+        rows: of the batch.
+
+    Raises:
+        ArtifactError: an output has another type or shape.
+    """
+    for name, shape in expected.items():
+        value = found[name]
+        if value.dtype != "float32" or list(value.shape) != [rows, *shape[1:]]:
+            raise ArtifactError(
+                f"{name} of {stage} must be float32 {[rows, *shape[1:]]}, got {value.dtype} {list(value.shape)}"
+            )
 
 
-def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.InferenceSession:
-    graph, entry = bundle.graph(stage), bundle.manifest.stages[stage]
-    session = open_session(graph, threads, data=bundle.read(entry.onnx))
-    try:
-        found = shapes(session.get_inputs()), shapes(session.get_outputs())
-    except UnicodeDecodeError:
-        raise ArtifactError(f"{graph.name} must name its inputs and outputs in UTF-8, got other bytes") from None
-    if found != (entry.inputs, entry.outputs):
-        raise ArtifactError(
-            f"{graph.name} must have the inputs and outputs of bundle.json, got {found[0]} -> {found[1]}"
-        )
-    return session
-
-
-def shapes(values: Sequence[Any]) -> dict[str, list[int]]:
-    """Names and shapes of a session's inputs or outputs; -1 where an axis is dynamic."""
-    return {value.name: [d if isinstance(d, int) else -1 for d in value.shape] for value in values}
+RUNTIMES: Registry[type[Runtime]] = Registry(
+    "runtime",
+    "stage1_pro.runtimes",
+    {
+        "onnxruntime": "stage1_pro.deploy.onnxruntime:OnnxRuntime",
+        "tensorrt_rtx": "stage1_pro.deploy.tensorrt:TensorRtForRtx",
+        "tensorrt": "stage1_pro.deploy.tensorrt:ClassicTensorRt",
+        "openvino": "stage1_pro.deploy.openvino:OpenVinoRuntime",
+        "torch": "stage1_pro.deploy.trained:TorchRuntime",
+    },
+)
+# What ``auto`` tries, from the fastest to the surest.
+AUTO = ("tensorrt_rtx", "tensorrt", "onnxruntime")
+# Runs the weights of a run, which a bundle does not hold.
+OF_RUNS = "torch"

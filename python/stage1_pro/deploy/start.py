@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from stage1_pro.deploy.bundle import STAGES, Bundle
 from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.deploy.reference import REFERENCE, Reference, check_parity, read_reference
-from stage1_pro.deploy.runtime import OnnxRuntime, Runtime
-from stage1_pro.deploy.tensorrt import ENGINE_RUNTIMES, TensorRtRuntime
-from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, nearest, printable
-from stage1_pro.words import StageName
-
-RUNTIMES = ("auto", "onnxruntime", *ENGINE_RUNTIMES.values(), "torch")
-# From the fastest to the surest; what a recipe builds for itself comes before all of its fallbacks.
-LADDER = ("int8", "fp8", "res32", "fp16", "bf16", "fp32")
+from stage1_pro.deploy.runtime import AUTO, OF_RUNS, RUNTIMES, How, Runtime
+from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, printable
 
 
 @dataclass(frozen=True)
@@ -50,8 +42,8 @@ def start(bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, tru
 
     Args:
         bundle: a verified bundle.
-        runtime: one of ``RUNTIMES``.
-        threads: onnxruntime's threads inside an operator; 0 = as many as there are cores.
+        runtime: ``auto``, or a name in ``RUNTIMES``.
+        threads: threads inside an operator; 0 = as the runtime has them, of onnxruntime as many as there are cores.
         trust_engines: run engines that were neither built here nor signed by a trusted key.
 
     Raises:
@@ -59,86 +51,69 @@ def start(bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, tru
         ArtifactError: nothing started, or the graphs do not give the reference outputs: the reasons of every step.
         DependencyError: nothing started for want of a library, a driver or a GPU.
     """
-    if runtime not in RUNTIMES:
-        raise InputError(f"runtime must be one of {', '.join(RUNTIMES)}, got '{runtime}'{nearest(runtime, RUNTIMES)}")
     if threads < 0:
         raise InputError(f"threads must be 0 (all cores) or more, got {threads}")
-    if runtime == "torch":
+    if runtime == OF_RUNS:
         raise InputError(
-            f"runtime must be auto, onnxruntime or an engine's for the bundle {bundle.path}, got 'torch': a bundle "
+            f"runtime must be auto, onnxruntime or an engine's for the bundle {bundle.path}, got '{runtime}': a bundle "
             "holds graphs and no weights torch could load; use Cascade.from_run(RUN), or `stage1 infer --run RUN`"
         )
+    kinds = [RUNTIMES.find(name, also=("auto",)) for name in (AUTO if runtime == "auto" else (runtime,))]
     reference = read_reference(bundle)
     steps: list[Step] = []
     errors: list[Stage1Error] = []
-    for name, folder, engines in _ladder(bundle):
-        if runtime not in ("auto", name):
-            continue
-        precision = engines["stage_a"].precision if "stage_a" in engines else "incomplete"
+    ladder = [(kind, source) for kind in kinds for source in kind.sources(bundle)]
+    for kind, source in ladder:
         try:
-            started = _start_engines(bundle, engines, folder, reference, trust_engines)
+            found, reason = _open(kind, bundle, How(threads, source=source), reference, trust_engines)
         except (ArtifactError, DependencyError, DeviceError) as error:
             errors.append(error)
-            steps.append(Step(name, folder, precision, ready=False, reason=str(error)))
+            steps.append(Step(kind.name, source.place, source.precision, ready=False, reason=str(error)))
         else:
-            found, reason = started
-            return Started(found, (*steps, Step(name, folder, precision, ready=True, reason=reason)))
-    if runtime in ("auto", "onnxruntime"):
-        return _start_graphs(bundle, threads, reference, steps)
-    if not steps:
-        here = sorted({name for name, _, _ in _ladder(bundle)}) or ["none"]
+            ready = Step(kind.name, source.place, source.precision, ready=True, reason=reason)
+            return Started(found, (*steps, ready))
+    if not ladder:
+        here = sorted({entry.target for entry in bundle.manifest.engines}) or ["none"]
         raise InputError(
             f"runtime must have an engine in the bundle {bundle.path}, got '{runtime}' and engines for "
             f"{', '.join(here)}; export one with --target, or use --runtime auto or onnxruntime"
         )
-    kind = DependencyError if all(isinstance(error, DependencyError) for error in errors) else ArtifactError
-    raise kind(
+    if not ladder[-1][1].engines:
+        raise type(errors[-1])(str(errors[-1]) + "".join(f"; before it {step}" for step in steps[:-1]))
+    worst = DependencyError if all(isinstance(error, DependencyError) for error in errors) else ArtifactError
+    raise worst(
         f"runtime must start on one of the bundle's engines, got '{runtime}' and no start: "
         f"{'; '.join(map(str, steps))}; use --runtime auto to answer with onnxruntime then"
     )
 
 
-def _ladder(bundle: Bundle) -> Iterator[tuple[str, str, dict[StageName, EngineEntry]]]:
-    """Runtime, folder and engines by stage, in the order they are tried."""
-    folders: dict[str, dict[StageName, EngineEntry]] = {}
-    for entry in bundle.manifest.engines:
-        folders.setdefault(str(PurePosixPath(entry.path).parent), {})[entry.stage] = entry
-
-    def rank(folder: str) -> tuple[int, bool, int]:
-        entry = next(iter(folders[folder].values()))
-        own = PurePosixPath(folder).name == entry.target
-        return list(ENGINE_RUNTIMES).index(entry.target), not own, LADDER.index(entry.precision)
-
-    known = [name for name, engines in folders.items() if all(e.target in ENGINE_RUNTIMES for e in engines.values())]
-    for folder in sorted(known, key=rank):
-        yield ENGINE_RUNTIMES[next(iter(folders[folder].values())).target], folder, folders[folder]
-
-
-def _start_engines(
-    bundle: Bundle,
-    engines: Mapping[StageName, EngineEntry],
-    folder: str,
-    reference: Reference | None,
-    trust_engines: bool,
+def _open(
+    kind: type[Runtime], bundle: Bundle, how: How, reference: Reference | None, trust_engines: bool
 ) -> tuple[Runtime, str]:
-    if set(engines) != set(STAGES):
-        raise ArtifactError(f"{folder} must hold an engine of both stages, got {', '.join(engines)}")
-    if reference is None:
+    """A runtime on its source, and why it may answer: whom its engines come from, and how near it is."""
+    source = how.source
+    assert source is not None
+    if source.engines and set(source.engines) != set(STAGES):
+        raise ArtifactError(f"{source.place} must hold an engine of both stages, got {', '.join(source.engines)}")
+    if reference is None and not kind.answers_unchecked:
         raise ArtifactError(
-            f"engines must be held against {REFERENCE}, which this bundle lacks; `stage1 build` makes one that has it"
+            f"{'engines' if source.engines else kind.name} must be held against {REFERENCE}, which this bundle lacks; "
+            "`stage1 build` makes one that has it"
         )
-    why = {_trust(bundle, engines[stage], trust_engines) for stage in STAGES}
+    why = sorted({_trust(bundle, entry, trust_engines) for entry in source.engines.values()})
     try:
-        runtime = TensorRtRuntime(bundle, engines)
-        parity = check_parity(runtime, bundle, reference, engines["stage_a"].precision)
+        runtime = kind.open(bundle, how)
+        if reference is None:
+            return runtime, f"not held against {REFERENCE}, which this bundle lacks"
+        parity = check_parity(runtime, bundle, reference, source.tolerance)
         runtime.settle()
-    except Stage1Error:
+    except (Stage1Error, MemoryError):
         raise
     except Exception as error:
         # Bindings raise kinds of their own where library and driver do not fit.
         got = f"{type(error).__name__}: {printable(str(error))}"
-        raise DeviceError(f"{folder} must start on this GPU, got {got}; see `stage1 doctor` and nvidia-smi") from error
-    return runtime, f"{' and '.join(sorted(why))}; {parity}"
+        raise DeviceError(f"{source.place} must start in {kind.name} here, got {got}; see `stage1 doctor`") from error
+    return runtime, "; ".join([*([" and ".join(why)] if why else []), str(parity)])
 
 
 def _trust(bundle: Bundle, entry: EngineEntry, trust_engines: bool) -> str:
@@ -149,18 +124,3 @@ def _trust(bundle: Bundle, entry: EngineEntry, trust_engines: bool) -> str:
     if not trust.allowed:
         raise ArtifactError(f"{entry.path} must be trusted before it runs, got: {trust.reason}")
     return trust.reason
-
-
-def _start_graphs(bundle: Bundle, threads: int, reference: Reference | None, steps: list[Step]) -> Started:
-    """Onnxruntime, the last step: there is nothing below it."""
-    source = ", ".join(bundle.manifest.stages[stage].onnx for stage in STAGES)
-    runtime = OnnxRuntime(bundle, threads)
-    if reference is None:
-        reason = f"not held against {REFERENCE}, which this bundle lacks"
-    else:
-        try:
-            reason = str(check_parity(runtime, bundle, reference, runtime.name))
-        except ArtifactError as error:
-            before = "".join(f"; before it {step}" for step in steps)
-            raise ArtifactError(f"{error}{before}") from None
-    return Started(runtime, (*steps, Step(runtime.name, source, "fp32", ready=True, reason=reason)))

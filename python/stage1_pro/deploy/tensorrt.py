@@ -12,22 +12,25 @@ import os
 import stat
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from stage1_pro.deploy.bundle import STAGES, Bundle
-from stage1_pro.deploy.engine import import_builder, read_engine
+from stage1_pro.deploy.engine import EngineTarget, import_builder, read_engine
 from stage1_pro.deploy.manifest import EngineEntry
-from stage1_pro.deploy.runtime import Arrays
+from stage1_pro.deploy.runtime import Arrays, How, Runtime, Source, bundle_of
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, need
 from stage1_pro.files import sha256_bytes, write_bytes
 from stage1_pro.words import StageName
 
-# Target of an engine → name of the runtime that executes it.
-ENGINE_RUNTIMES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+if TYPE_CHECKING:
+    from stage1_pro.deploy.trained import Trained
+
+# From the fastest to the surest; what a recipe builds for itself comes before all of its fallbacks.
+LADDER = ("int8", "fp8", "res32", "fp16", "bf16", "fp32")
 
 
 class Gpu:
@@ -99,7 +102,7 @@ class _Buffer:
         self._gpu.call("cudaMemcpyAsync", target, source, size, kind, self._gpu.stream)
 
 
-class TensorRtRuntime:
+class TensorRtRuntime(Runtime):
     """Both stages of a bundle as engines; rows are padded to buckets of the engine's batch profile.
 
     Every bucket is one shape, so that kernels are specialised and CUDA graphs captured a handful of times; buffers on
@@ -115,25 +118,62 @@ class TensorRtRuntime:
         DependencyError: the library, the driver or a GPU is missing.
     """
 
+    target: ClassVar[EngineTarget]
+
     def __init__(self, bundle: Bundle, engines: Mapping[StageName, EngineEntry]) -> None:
-        target = engines["stage_a"].target
-        self.name = ENGINE_RUNTIMES[target]
-        trt = import_builder(target)
+        trt = import_builder(self.target)
         plans = {stage: read_engine(bundle, engines[stage]) for stage in STAGES}
         self._gpu = Gpu()
-        self._stages = {stage: _Engine(trt, self._gpu, bundle, engines[stage], plans[stage]) for stage in STAGES}
+        self._engines = {stage: _Engine(trt, self._gpu, bundle, engines[stage], plans[stage]) for stage in STAGES}
         self.device_seconds = 0.0
 
+    @classmethod
+    def sources(cls, bundle: Bundle) -> list[Source]:
+        """The folders of engines for this library: the recipe's own precision, then its fallbacks from the fastest."""
+        folders: dict[str, dict[StageName, EngineEntry]] = {}
+        for entry in bundle.manifest.engines:
+            folders.setdefault(str(PurePosixPath(entry.path).parent), {})[entry.stage] = entry
+        found = []
+        for folder, engines in folders.items():
+            if {entry.target for entry in engines.values()} == {cls.target}:
+                precision = next(iter(engines.values())).precision
+                source = Source(folder, precision if "stage_a" in engines else "incomplete", precision, engines)
+                found.append(((PurePosixPath(folder).name != cls.target, LADDER.index(precision)), source))
+        return [source for _, source in sorted(found, key=lambda one: one[0])]
+
+    @classmethod
+    def open(cls, model: Bundle | Trained, how: How) -> Self:
+        """Load the engines of the source that ``how`` names."""
+        bundle = bundle_of(model, cls.name)
+        source = how.source or next(iter(cls.sources(bundle)), None)
+        if source is None or set(source.engines) != set(STAGES):
+            raise ArtifactError(f"{cls.name} must get an engine of both stages, got none for one of them")
+        return cls(bundle, source.engines)
+
     def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
-        """Outputs by name for inputs by name; the first axis of each is the batch, of any size."""
-        outputs, seconds = self._stages[stage].run(inputs)
-        self.device_seconds += seconds
+        """As ``Runtime.run`` says; a batch may be of any size."""
+        outputs, seconds = self._engines[stage].run(inputs)
+        self.device_seconds = (self.device_seconds or 0.0) + seconds
         return outputs
 
     def settle(self) -> None:
         """Keep what was compiled for this GPU so far in the user's cache folder, for the next start."""
-        for engine in self._stages.values():
+        for engine in self._engines.values():
             engine.save_cache()
+
+
+class TensorRtForRtx(TensorRtRuntime):
+    """TensorRT for RTX."""
+
+    name = "tensorrt_rtx"
+    target = "rtx"
+
+
+class ClassicTensorRt(TensorRtRuntime):
+    """Classic TensorRT."""
+
+    name = "tensorrt"
+    target = "tensorrt"
 
 
 def buckets(batch: tuple[int, int, int]) -> list[int]:
@@ -223,7 +263,7 @@ class _Engine:
             # A home that cannot be written to costs the next start some seconds, and this one nothing.
             with contextlib.suppress(OSError):
                 self._cache_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_bytes(self._cache_path, data)
+                write_bytes(self._cache_path, data, mode=0o600)
 
     def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> tuple[Arrays, float]:
         """Outputs by name and seconds between events on the device."""

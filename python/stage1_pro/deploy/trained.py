@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from stage1_pro.data.images import PreprocessSpec
-from stage1_pro.deploy.bundle import check_policy_belongs
-from stage1_pro.deploy.runtime import Arrays
-from stage1_pro.errors import InputError
+from stage1_pro.deploy.bundle import Bundle, check_policy_belongs
+from stage1_pro.deploy.runtime import Arrays, FullPass, How, Runtime, Source
+from stage1_pro.deploy.timing import median_seconds
+from stage1_pro.errors import DependencyError, InputError
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies import read_policy
@@ -59,11 +61,6 @@ class Trained:
         return self.model.architecture.tap
 
 
-def has_gpu() -> bool:
-    """Whether torch can use an NVIDIA GPU here."""
-    return torch.cuda.is_available()
-
-
 def load_trained(run: Path | str) -> Trained:
     """Load ``model_best.pth`` and the active policy of a run, checked against each other.
 
@@ -88,7 +85,7 @@ def load_trained(run: Path | str) -> Trained:
     return Trained(run, model, policy)
 
 
-class TorchRuntime:
+class TorchRuntime(Runtime):
     """Both stages of a model in torch, on the device that holds it: eager on a CPU, as CUDA graphs on an NVIDIA GPU.
 
     On a GPU rows are padded to powers of two up to ``LARGEST``, a graph is captured for each, once, and replayed on
@@ -117,8 +114,30 @@ class TorchRuntime:
         if self._device.type == "cuda":
             self.device_seconds = 0.0
 
+    @classmethod
+    def sources(cls, bundle: Bundle) -> list[Source]:
+        """Nothing: a bundle holds no weights that torch could load."""
+        del bundle
+        return []
+
+    @classmethod
+    def open(cls, model: Bundle | Trained, how: How) -> Self:
+        """Put a run's model on a device.
+
+        Raises:
+            InputError: a bundle, or a device that is neither ``cpu`` nor ``cuda``.
+            DependencyError: ``cuda`` without an NVIDIA GPU that torch can use.
+        """
+        if not isinstance(model, Trained):
+            raise InputError(f"torch must get a run, got the bundle {model.path}, which holds no weights for it")
+        if how.device not in ("cpu", "cuda"):
+            raise InputError(f"device must be cpu or cuda, got '{how.device}'")
+        if how.device == "cuda" and not torch.cuda.is_available():
+            raise DependencyError("device cuda must have an NVIDIA GPU that torch can use, got none; use cpu")
+        return cls(model.model.to(how.device), how.threads)
+
     def run(self, stage: StageName, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
-        """Outputs by name for inputs by name; the first axis of each is the batch."""
+        """As ``Runtime.run`` says."""
         rows = inputs["pixels" if stage == "stage_a" else "hidden"]
         if self._device.type == "cuda" and len(rows):
             return self._replay(stage, rows)
@@ -139,48 +158,45 @@ class TorchRuntime:
                 shape = (bucket, *rows.shape[1:])
                 self._graphs[stage, bucket] = _Captured(lambda x: self._outputs(stage, x), shape, self._device)
             outputs, seconds = self._graphs[stage, bucket].run(part)
-            self.device_seconds += seconds
+            self.device_seconds = (self.device_seconds or 0.0) + seconds
             parts.append(outputs)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def full_pass(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Stage B's logits [N, K] from pixels [N, 3, H, W], with no Stage A on the way."""
-        backbone = self.model.backbone
-        with torch.inference_mode():
-            tokens = backbone(self._tensor(pixels))
-            return _array(self.model.heads.auxiliary(backbone.pool(tokens)))
+    def full_pass(self, folder: Path) -> FullPass:
+        """Stage B's logits [N, K] from pixels [N, 3, H, W], with no Stage A on the way; eager."""
+        del folder
+        return self._called(self._pass)
 
-    def compiled_full_pass(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    def compiled_full_pass(self) -> FullPass:
         """``full_pass`` through ``torch.compile``; a batch size is compiled when first seen, which takes a minute."""
-        backbone, head = self.model.backbone, self.model.heads.auxiliary
+        return self._called(torch.compile(self._pass, dynamic=False))
 
-        def forward(pixels: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = head(backbone.pool(backbone(pixels)))
-            return logits
+    def _pass(self, pixels: torch.Tensor) -> torch.Tensor:
+        backbone = self.model.backbone
+        logits: torch.Tensor = self.model.heads.auxiliary(backbone.pool(backbone(pixels)))
+        return logits
 
-        compiled = torch.compile(forward, dynamic=False)
-
+    def _called(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> FullPass:
         def call(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
             with torch.inference_mode():
-                return _array(compiled(self._tensor(pixels)))
+                return _array(forward(self._tensor(pixels)))
 
         return call
 
-    def parts(self, pixels: NDArray[np.float32]) -> dict[str, Callable[[], object]]:
-        """The pieces of a full pass on these pixels, to be timed: ``embedding`` and ``heads`` (norm, pooling, head)."""
+    def shares(self, pixels: NDArray[np.float32], folder: Path, seconds: float) -> dict[str, float]:
+        """Shares of ``embedding`` and ``heads`` (norm, pooling, head) in a full pass that takes so many seconds."""
+        del folder
         backbone, images = self.model.backbone, self._tensor(pixels)
+
+        def heads(tokens: torch.Tensor) -> object:
+            return self.model.heads.auxiliary(backbone.pool(backbone.norm(tokens)))
+
         with torch.inference_mode():
             tokens, _ = backbone.embed(images)
-
-        def embedding() -> object:
-            with torch.inference_mode():
-                return backbone.embed(images)
-
-        def heads() -> object:
-            with torch.inference_mode():
-                return self.model.heads.auxiliary(backbone.pool(backbone.norm(tokens)))
-
-        return {"embedding": embedding, "heads": heads}
+            return {
+                "embedding": median_seconds(lambda: backbone.embed(images)) / seconds,
+                "heads": median_seconds(lambda: heads(tokens)) / seconds,
+            }
 
     def _tensor(self, values: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

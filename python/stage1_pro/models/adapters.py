@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stage1_pro.config import AdapterConfig, AdapterMode, ModelConfig, Target
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import atomic_directory, recover_directory, sha256_file
-from stage1_pro.models.backbone import Backbone
+from stage1_pro.models.backbone import BODY, Backbone
 from stage1_pro.models.model import (
     Architecture,
     Stage1Model,
@@ -41,18 +41,8 @@ from stage1_pro.record import FileEntry, Record
 RECORD = "adapter.json"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
-# What the words of the configuration are called in transformers: DINOv3 and new DINOv2, DINOv2 before, gated before.
-_NAMES: dict[Target, tuple[str, ...]] = {
-    "q": ("q_proj", "query"),
-    "k": ("k_proj", "key"),
-    "v": ("v_proj", "value"),
-    "o": ("o_proj", "attention.output.dense"),
-    "up": ("up_proj", "fc1", "weights_in"),
-    "down": ("down_proj", "fc2", "weights_out"),
-    "gate": ("gate_proj",),
-}
 _ATTENTION: tuple[Target, ...] = ("q", "k", "v", "o")
-_HF = "backbone.hf."
+_BODY = f"backbone.{BODY}."
 _PEFT = "base_model.model."
 
 
@@ -141,7 +131,7 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
                 f"got {', '.join(options.targets)}; choose mode lora for others"
             )
         for name in _projections(backbone, ("o",), backbone.n_blocks):
-            backbone.hf.get_submodule(name).requires_grad_(True)
+            backbone.body.get_submodule(name).requires_grad_(True)
     else:
         whole = options.blocks if mode == "partial" else 0
         if whole >= backbone.n_blocks:
@@ -167,7 +157,7 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
 def _insert(backbone: Backbone, mode: AdapterMode, options: AdapterConfig, blocks: int, seed: int) -> PeftModel:
     """Put peft's layers into the first ``blocks`` blocks."""
     names = _projections(backbone, options.targets or _ATTENTION, blocks)
-    narrow = min(min(backbone.hf.get_submodule(name).weight.shape) for name in names)
+    narrow = min(min(cast("nn.Linear", backbone.body.get_submodule(name)).weight.shape) for name in names)
     if options.rank > narrow:
         raise InputError(f"adapter.rank must be at most the {narrow} features of a projection, got {options.rank}")
     config = LoraConfig(
@@ -184,7 +174,7 @@ def _insert(backbone: Backbone, mode: AdapterMode, options: AdapterConfig, block
         # peft asks transformers by a name that is about to go.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed + 2)
-        handle = get_peft_model(backbone.hf, config)
+        handle = get_peft_model(backbone.body, config)
     # A folder of this machine otherwise; which base it is, the record says by its weights.
     handle.peft_config["default"].base_model_name_or_path = None
     return handle
@@ -194,19 +184,13 @@ def _projections(backbone: Backbone, targets: tuple[Target, ...], blocks: int) -
     """Names in the transformers model of these projections in the first ``blocks`` blocks."""
     found: list[str] = []
     for index in range(blocks):
-        linear = [name for name, m in backbone.blocks[index].named_modules() if isinstance(m, nn.Linear)]
-        here = {
-            word: name
-            for word, ends in _NAMES.items()
-            for name in linear
-            if f".{name}".endswith(tuple(f".{e}" for e in ends))
-        }
+        here = backbone.targets(index)
         missing = [word for word in targets if word not in here]
         if missing:
             raise InputError(
                 f"adapter.targets must be projections of this backbone ({', '.join(here)}), got {', '.join(missing)}"
             )
-        found += [f"{backbone.layout}.{index}.{here[word]}" for word in dict.fromkeys(targets)]
+        found += [here[word] for word in dict.fromkeys(targets)]
     return found
 
 
@@ -396,7 +380,7 @@ def load_adapted(folder: Path | str, base: str) -> Stage1Model:
 
 def _peft_form(adaptation: Adaptation, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What peft added, under the names it has in peft's own files."""
-    named = {f"{_PEFT}{key.removeprefix(_HF)}": state[key] for key in adaptation.peft_keys}
+    named = {f"{_PEFT}{key.removeprefix(_BODY)}": state[key] for key in adaptation.peft_keys}
     found: dict[str, Tensor] = get_peft_model_state_dict(
         adaptation.handle, state_dict=named, save_embedding_layers=False
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from stage1_pro.record import Record
 
 
@@ -11,7 +9,7 @@ class BackboneInfo(Record):
     """Which backbone a model stands on."""
 
     source: str
-    family: Literal["dinov3", "dinov2"]
+    family: str
     licence: str
     hidden_size: int
     n_blocks: int

@@ -1,25 +1,28 @@
-"""One door to DINOv3 and DINOv2 backbones: preset, local folder or hub id."""
+"""``Backbone``: what every family of vision transformers offers, and one door to them: preset, folder or hub id."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
+from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
+from stage1_pro.config import Target
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError, nearest
 from stage1_pro.files import write_text
 from stage1_pro.models.architecture import BackboneInfo
+from stage1_pro.registry import Registry
 
-Family = Literal["dinov3", "dinov2"]
 Context = tuple[Tensor, Tensor] | None
 
 # Small DINOv3 configurations that train from scratch on two CPU cores.
@@ -46,21 +49,64 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Facts of a backbone that this package wrote, beside its weights: a folder's name says nothing of a licence.
 INFO_FILE = "backbone_info.json"
-_LICENCES = {"dinov3": "DINOv3 License (Meta): derived weights must ship it", "dinov2": "Apache-2.0 (DINOv2)"}
+# The attribute that holds the library's own model: its parameters keep their names below it in every checkpoint.
+BODY = "hf"
 
 
-class Backbone(nn.Module):
-    """A transformers DINO model whose blocks can be run in two parts, bit-identical to the whole.
+@dataclass(frozen=True)
+class BlockParts:
+    """The parts of one transformer block by what they do.
+
+    Attributes:
+        norms: before the attention and before the MLP.
+        projections: linear layers by the configuration's words; ``gate`` is there in gated MLPs only.
+        activation: of the MLP.
+        scales: of the two branches [D], None without.
+        joint_gate: ``up`` holds the gate and, below it, up.
+    """
+
+    norms: tuple[nn.Module, nn.Module]
+    projections: Mapping[Target, nn.Linear]
+    activation: nn.Module
+    scales: tuple[Tensor, Tensor] | None
+    joint_gate: bool
+
+
+class Backbone(nn.Module, ABC):
+    """A transformers model whose blocks can be run in two parts, bit-identical to the whole.
+
+    A family is a subclass: it names its transformers classes and says where blocks and final norm lie; what differs
+    from the usual (registers, rotary tables, no CLS token) it overrides.
 
     Args:
         hf: the transformers model; its parameters keep their own names below ``hf.``.
         image_size: side of the square input in pixels, a multiple of the patch size.
+
+    Attributes:
+        family, licence: what manifests say of it.
+        resample: how its pixels are resized unless a processor file says otherwise.
+        mean, std: of its pixels, likewise.
+        n_prefix: tokens before the patches; the first of them is the CLS token.
+        reader: pools normed tokens [N, T, D] to [N, D] where there is no CLS token.
+        any_size: no table of positions fixes the size it was trained at.
+
+    Raises:
+        InputError: an image size that is no multiple of the patch.
     """
 
-    def __init__(self, hf: DINOv3ViTModel | Dinov2Model, image_size: int) -> None:
+    model_class: ClassVar[Any]
+    config_class: ClassVar[Any]
+    model_options: ClassVar[dict[str, Any]] = {}
+    family: ClassVar[str]
+    licence: ClassVar[str]
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bilinear"
+    mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)
+    std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
+    any_size: ClassVar[bool] = False
+
+    def __init__(self, hf: Any, image_size: int) -> None:
         super().__init__()
         config = hf.config
-        self.family: Family = "dinov3" if config.model_type == "dinov3_vit" else "dinov2"
         patch = int(config.patch_size)
         if image_size % patch or image_size < patch:
             lower = max(patch, image_size // patch * patch)
@@ -69,79 +115,136 @@ class Backbone(nn.Module):
                 f"use {lower} or {image_size // patch * patch + patch}"
             )
         self.hf = hf
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
-        self.image_size = image_size
-        self.hidden_size = int(config.hidden_size)
+        self.image_size, self.patch_size, self.hidden_size = image_size, patch, int(config.hidden_size)
+        self.n_heads = int(config.num_attention_heads)
         self.n_prefix = 1 + int(getattr(config, "num_register_tokens", 0))
         self.n_blocks = len(self.blocks)
-        if self.family == "dinov3":
-            # Fixed resolution: the rotary table is a constant, in eager and in the exported graph.
-            rope = hf.rope_embeddings
-            was_training = rope.training
-            cos, sin = rope.eval()(torch.empty(1, 3, image_size, image_size))
-            rope.train(was_training)
-            self.register_buffer("rope_cos", cos, persistent=False)
-            self.register_buffer("rope_sin", sin, persistent=False)
+        self.n_patches = (image_size // patch) ** 2
+
+    @classmethod
+    def make(cls, config: Any, image_size: int) -> Self:
+        """Build one with random weights, drawn from torch's generator."""
+        return cls(cls.model_class(config, **cls.model_options), image_size)
+
+    # ---------------------------------------------------------------------------- what a family says
 
     @property
+    @abstractmethod
     def blocks(self) -> nn.ModuleList:
-        """Transformer blocks in order; their place differs between families and versions."""
-        if self.family == "dinov2":
-            return cast("nn.ModuleList", self.hf.encoder.layer)
-        # transformers up to 5.3 kept DINOv3's blocks at `layer`, later ones at `model.layer`.
-        return cast("nn.ModuleList", (self.hf.model if hasattr(self.hf, "model") else self.hf).layer)
+        """Transformer blocks in order."""
+
+    @property
+    @abstractmethod
+    def norm(self) -> nn.Module:
+        """The final LayerNorm."""
+
+    @abstractmethod
+    def tokens(self, pixels: Tensor, masked: Tensor | None) -> Tensor:
+        """Tokens [N, T, D] before the first block, of pixels of the right size."""
+
+    def context(self, pixels: Tensor | None = None) -> Context:  # noqa: ARG002 - families with rotary tables read it
+        """What blocks share besides tokens: rotary tables, or None."""
+        return None
+
+    def run_block(self, block: nn.Module, tokens: Tensor, context: Context) -> Tensor:
+        """One block on tokens [N, T, D]."""
+        out = block(tokens) if context is None else block(tokens, position_embeddings=context)
+        # Blocks of older transformers give tuples.
+        return cast("Tensor", out[0] if isinstance(out, tuple) else out)
+
+    @property
+    def reader(self) -> nn.Module | None:
+        """What reads normed tokens in place of a CLS token."""
+        return None
+
+    @property
+    def mask_token(self) -> nn.Parameter | None:
+        """What stands in a masked patch's place; None without."""
+        return cast("nn.Parameter | None", getattr(self.hf.embeddings, "mask_token", None))
+
+    @property
+    def patch_projection(self) -> nn.Conv2d:
+        """The convolution that makes a token of a patch."""
+        return next(m for m in self.hf.embeddings.modules() if isinstance(m, nn.Conv2d))
+
+    # ---------------------------------------------------------------------------- what every family offers
+
+    @property
+    def body(self) -> nn.Module:
+        """The transformers model itself, in which adapters are put."""
+        return cast("nn.Module", self.hf)
 
     @property
     def layout(self) -> str:
         """Where the blocks lie in the transformers model, such as ``model.layer``."""
         blocks = self.blocks
-        return next(str(name) for name, module in self.hf.named_modules() if module is blocks)
-
-    @property
-    def norm(self) -> nn.Module:
-        """The final LayerNorm."""
-        return cast("nn.Module", self.hf.layernorm if self.family == "dinov2" else self.hf.norm)
+        return next(str(name) for name, module in self.body.named_modules() if module is blocks)
 
     def embed(self, pixels: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Context]:
-        """Turn pixels [N, 3, H, W] into tokens [N, T, D] and what the blocks share (RoPE or None).
+        """Turn pixels [N, 3, H, W] into tokens [N, T, D] and what the blocks share.
 
         Where ``masked`` [N, P] bool is true, the mask token stands in a patch's place.
+
+        Raises:
+            InputError: pixels of another size.
         """
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             raise InputError(
                 f"pixels must be [N, 3, {self.image_size}, {self.image_size}], got {list(pixels.shape)}; "
                 "preprocess with the run's own specification"
             )
-        tokens: Tensor = self.hf.embeddings(pixels, bool_masked_pos=masked)
-        return tokens, self.context(pixels if self.training else None)
-
-    def context(self, pixels: Tensor | None = None) -> Context:
-        """RoPE tables for the fixed resolution; drawn anew from ``pixels`` in training when the config asks."""
-        if self.family == "dinov2":
-            return None
-        config = self.hf.config
-        jitter = (config.pos_embed_rescale, config.pos_embed_shift, config.pos_embed_jitter)
-        if pixels is not None and any(value is not None for value in jitter):
-            cos, sin = self.hf.rope_embeddings(pixels)
-            return cos, sin
-        return self.rope_cos, self.rope_sin
+        return self.tokens(pixels, masked), self.context(pixels if self.training else None)
 
     def run_blocks(self, tokens: Tensor, context: Context, start: int, stop: int) -> Tensor:
         """Run blocks ``start`` (0-based) up to but without ``stop``."""
         for block in self.blocks[start:stop]:
-            tokens = block(tokens) if context is None else block(tokens, position_embeddings=context)
+            tokens = self.run_block(block, tokens, context)
         return tokens
 
     def pool(self, normed: Tensor) -> Tensor:
-        """CLS and mean patch token of normed tokens [N, T, D], side by side: [N, 2D]."""
-        return torch.cat((normed[:, 0], normed[:, self.n_prefix :].mean(dim=1)), dim=1)
+        """CLS token (or what the reader reads) and mean patch token of normed tokens [N, T, D]: [N, 2D]."""
+        first = normed[:, 0] if self.reader is None else self.reader(normed)
+        return torch.cat((first, normed[:, self.n_prefix :].mean(dim=1)), dim=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normed tokens [N, T, D], as the transformers model gives them."""
         tokens, context = self.embed(pixels)
         normed: Tensor = self.norm(self.run_blocks(tokens, context, 0, self.n_blocks))
         return normed
+
+    def parts(self, index: int) -> BlockParts:
+        """The parts of a block, whatever its family and version of transformers call them.
+
+        Raises:
+            InputError: a block that lacks one.
+        """
+        block = self.blocks[index]
+        mlp = {word: _find(block, *names) for word, names in _MLP.items()}
+        projections = {word: _find(block, *names) for word, names in _ATTENTION.items()}
+        missing = [word for word, found in {**projections, **mlp}.items() if found is None and word != "gate"]
+        norms = tuple(_find(block, *names) for names in _NORMS)
+        if missing or None in norms:
+            raise InputError(
+                f"the backbone's blocks must have {', '.join(missing) or 'two norms'}, got {type(block).__name__} "
+                "without; its layout is not known"
+            )
+        scales = [_find(block, f"layer_scale{place}") for place in (1, 2)]
+        activation = _find(block, "act_fn", "activation", "activation_fn", "intermediate_act_fn")
+        joint = _find(block, "weights_in") is not None
+        return BlockParts(
+            norms=cast("Any", norms),
+            projections=cast("Any", {k: v for k, v in {**projections, **mlp}.items() if v is not None}),
+            activation=nn.SiLU() if joint else cast("nn.Module", activation),
+            scales=None if None in scales else cast("Any", tuple(one.lambda1 for one in cast("Any", scales))),
+            joint_gate=joint,
+        )
+
+    def targets(self, index: int) -> dict[Target, str]:
+        """Names in ``body`` of a block's projections, by the configuration's words."""
+        found = {id(module): word for word, module in self.parts(index).projections.items()}
+        place = f"{self.layout}.{index}"
+        named = {found[id(m)]: f"{place}.{name}" for name, m in self.blocks[index].named_modules() if id(m) in found}
+        return {word: named[word] for word in (*_ATTENTION, *_MLP) if word in named}
 
     def checkpoint_activations(self) -> None:
         """From now on keep only every block's input in training, and compute the rest again on the way back."""
@@ -155,7 +258,7 @@ class Backbone(nn.Module):
     def fingerprint(self) -> str:
         """Hex sha256 over the name, shape and value of every weight that is used."""
         # A base may lack the mask token, which is then random and never read.
-        return hash_tensors({k: v for k, v in self.hf.state_dict().items() if not k.endswith("mask_token")})
+        return hash_tensors({k: v for k, v in self.body.state_dict().items() if not k.endswith("mask_token")})
 
     def info(self, source: str) -> BackboneInfo:
         """Facts for manifests; ``source`` is where the weights came from."""
@@ -166,11 +269,52 @@ class Backbone(nn.Module):
         return BackboneInfo(
             source=source if preset else Path(source).name if Path(source).is_dir() else source,
             family=self.family,
-            licence="trained from scratch: the owner's own" if preset else _LICENCES[self.family],
+            licence="trained from scratch: the owner's own" if preset else self.licence,
             hidden_size=self.hidden_size,
             n_blocks=self.n_blocks,
-            patch_size=int(self.hf.config.patch_size),
+            patch_size=self.patch_size,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """The transformers configuration, from which ``backbone_from_config`` builds one of the same shape."""
+        values: dict[str, Any] = self.hf.config.to_dict()
+        return values
+
+
+# What the configuration's words are called in all these families, now and in older versions of transformers.
+_ATTENTION: dict[Target, tuple[str, ...]] = {
+    "q": ("q_proj", "query"),
+    "k": ("k_proj", "key"),
+    "v": ("v_proj", "value"),
+    "o": ("o_proj", "out_proj", "attention.output.dense"),
+}
+_MLP: dict[Target, tuple[str, ...]] = {
+    "up": ("up_proj", "fc1", "weights_in", "intermediate.dense"),
+    "down": ("down_proj", "fc2", "weights_out", "=output.dense"),
+    "gate": ("gate_proj",),
+}
+_NORMS = (("norm1", "layernorm_before", "layer_norm1"), ("norm2", "layernorm_after", "layer_norm2"))
+# Families by transformers' name of a model's type. SigLIP's whole models are read for their vision tower.
+BACKBONES: Registry[type[Backbone]] = Registry(
+    "the type of model.backbone",
+    "stage1_pro.backbones",
+    {
+        "dinov3_vit": "stage1_pro.models.dino:Dinov3",
+        "dinov2": "stage1_pro.models.dino:Dinov2",
+        "dinov2_with_registers": "stage1_pro.models.dino:Dinov2Registers",
+        "vit": "stage1_pro.models.transformers_vit:Vit",
+        "siglip": "stage1_pro.models.transformers_vit:Siglip",
+        "siglip_vision_model": "stage1_pro.models.transformers_vit:Siglip",
+    },
+)
+
+
+def _find(block: nn.Module, *names: str) -> Any:
+    """The part of a block that is called one of these, whatever it lies in (``=name``: directly in it); else None."""
+    for name, module in block.named_modules():
+        if any(f"={name}" == one or f".{name}".endswith(f".{one}") for one in names):
+            return module
+    return None
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], start: str = "") -> str:
@@ -207,13 +351,13 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
     """Load a preset (random weights from ``seed``), a local folder or a hub id.
 
     Raises:
-        InputError: no such preset or folder, or not a DINOv3 ViT or DINOv2 model.
+        InputError: no such preset or folder, or a model of a type that no family reads.
         ArtifactError: the weights miss keys, have unexpected ones or other shapes.
     """
     if source in PRESETS:
-        config = DINOv3ViTConfig(**{**PRESETS[source], "image_size": image_size or PRESETS[source]["image_size"]})
-        config.pos_embed_rescale = pos_embed_rescale
-        return backbone_from_config(config.to_dict(), image_size or default_image_size(source, 8), seed)
+        size = image_size or int(PRESETS[source]["image_size"])
+        values = {"model_type": "dinov3_vit", **PRESETS[source], "image_size": size}
+        return backbone_from_config({**values, "pos_embed_rescale": pos_embed_rescale}, size, seed)
     local = Path(source).expanduser()
     if not local.is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise InputError(
@@ -228,46 +372,49 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
             f"model.backbone '{source}' must be readable by transformers, got: {str(error).splitlines()[0]}; "
             "DINOv3 weights are gated: accept their licence on the hub and log in, or give a local folder"
         ) from None
-    model_class = {"dinov3_vit": DINOv3ViTModel, "dinov2": Dinov2Model}.get(config.model_type)
-    if model_class is None:
-        raise InputError(
-            f"model.backbone '{source}' must be a DINOv3 ViT or DINOv2 model, got type '{config.model_type}'"
-        )
-    if config.model_type == "dinov3_vit":
+    family = BACKBONES.find(config.model_type)
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "pos_embed_rescale"):
         config.pos_embed_rescale = pos_embed_rescale
+    kind = family.model_class
     try:
         with _quiet():
-            hf, report = model_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+            hf, report = kind.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True, **family.model_options
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"weights of '{source}' cannot be loaded: {str(error).splitlines()[0]}") from None
     # A classifier checkpoint's own head may be left over; a missing key would silently stay random.
     missing = sorted(k for k in report["missing_keys"] if "mask_token" not in k)
     if missing or report["mismatched_keys"]:
         raise ArtifactError(
-            f"weights of '{source}' must fit {model_class.__name__}: missing {missing[:5]}, "
+            f"weights of '{source}' must fit {kind.__name__}: missing {missing[:5]}, "
             f"other shapes {[str(k) for k in sorted(report['mismatched_keys'])[:5]]}"
         )
-    return Backbone(hf, image_size or default_image_size(source, int(config.patch_size)))
+    return family(hf, image_size or default_image_size(source, int(config.patch_size)))
 
 
 def backbone_from_config(values: dict[str, Any], image_size: int, seed: int = 0) -> Backbone:
-    """Build a backbone with random weights from a transformers configuration as a dict."""
-    config = (DINOv3ViTConfig if values["model_type"] == "dinov3_vit" else Dinov2Config).from_dict(values)
+    """Build a backbone with random weights from a transformers configuration as a dict.
+
+    Raises:
+        InputError: a ``model_type`` that no family reads.
+    """
+    family = BACKBONES.find(str(values["model_type"]))
     # Initialisation draws from the global generator; keep it from the caller's stream.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hf = (DINOv3ViTModel if values["model_type"] == "dinov3_vit" else Dinov2Model)(config)
-    return Backbone(hf, image_size)
+        return family.make(family.config_class.from_dict(values), image_size)
 
 
-def normalisation(source: str) -> dict[str, tuple[float, float, float]]:
-    """Mean and std a backbone expects: its own processor file, the SAT values, or ImageNet's."""
+def normalisation(source: str, family: type[Backbone] | Backbone) -> dict[str, tuple[float, float, float]]:
+    """Mean and std a backbone expects: of its own processor file, the SAT values, or its family's."""
     values = _processor(source)
     if "image_mean" in values and "image_std" in values:
         return {"mean": tuple(values["image_mean"]), "std": tuple(values["image_std"])}
     if "sat493m" in source:
         return {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
-    return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    return {"mean": family.mean, "std": family.std}
 
 
 def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: PreprocessSpec) -> None:
@@ -275,11 +422,10 @@ def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: Pr
 
     The bytes are a function of weights and arguments.
     """
-    hf = backbone.hf
-    if backbone.family == "dinov3":
-        hf.config.image_size = backbone.image_size
+    if backbone.any_size:
+        backbone.hf.config.image_size = backbone.image_size
     with _quiet():
-        hf.save_pretrained(folder)
+        backbone.hf.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     processor = {

@@ -90,15 +90,19 @@ class Decoder(nn.Module):
 
     def __init__(self, backbone: Backbone, width: int, depth: int, outputs: int, seed: int) -> None:
         super().__init__()
-        patch = int(backbone.hf.config.patch_size)
         config = DINOv3ViTConfig(
-            image_size=backbone.image_size, patch_size=patch, hidden_size=width, intermediate_size=4 * width,
-            num_hidden_layers=depth, num_attention_heads=width // 32, num_register_tokens=0,
-        )  # fmt: skip
+            image_size=backbone.image_size,
+            patch_size=backbone.patch_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=width // 32,
+            num_register_tokens=0,
+        )
         config.pos_embed_rescale = None
         self.body = backbone_from_config(config.to_dict(), backbone.image_size, seed)
-        self.body.hf.embeddings = nn.Identity()  # tokens come from the encoder
-        self.n_prefix, self.n_patches = backbone.n_prefix, (backbone.image_size // patch) ** 2
+        self.body.body.embeddings = nn.Identity()  # tokens come from the encoder
+        self.n_prefix, self.n_patches = backbone.n_prefix, backbone.n_patches
         self.enter = nn.Linear(backbone.hidden_size, width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.leave = nn.Linear(width, outputs)
@@ -132,8 +136,7 @@ class Pretext(nn.Module):
         super().__init__()
         self.backbone, self.teacher = backbone, teacher
         self.objective, self.mask_ratio = config.objective, config.mask_ratio
-        self.patch = int(backbone.hf.config.patch_size)
-        self.n_patches = (backbone.image_size // self.patch) ** 2
+        self.patch, self.n_patches = backbone.patch_size, backbone.n_patches
         if teacher is not None:
             teacher.requires_grad_(False)
         if self.objective == "latent" and teacher is None:
@@ -147,7 +150,7 @@ class Pretext(nn.Module):
                 outputs = numbers if self.objective == "mae" else backbone.hidden_size
                 self.head = Decoder(backbone, width, depth, outputs, seed)
             elif self.objective == "simmim":
-                if backbone.hf.embeddings.mask_token is None:
+                if backbone.mask_token is None:
                     raise InputError(
                         "explora.objective simmim must have a backbone with a mask token, got one without; use mae"
                     )

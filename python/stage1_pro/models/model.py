@@ -152,7 +152,7 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
         raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")
     architecture = Architecture(
         backbone=backbone.info(config.backbone),
-        hf_config=_clean(backbone.hf.config.to_dict()),
+        hf_config=_clean(backbone.settings()),
         image_size=backbone.image_size,
         tap=tap,
         classes=classes,
@@ -170,8 +170,8 @@ def input_spec(config: ModelConfig, backbone: Backbone) -> PreprocessSpec:
         height=backbone.image_size,
         width=backbone.image_size,
         resize=config.resize,
-        resample="bicubic" if backbone.family == "dinov2" else "bilinear",
-        **normalisation(config.backbone),
+        resample=backbone.resample,
+        **normalisation(config.backbone, backbone),
     )
 
 

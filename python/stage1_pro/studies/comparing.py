@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -34,6 +34,9 @@ from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.training.run import RunConfig, Start
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.compare import Compare
 
 
 class Cost(Record):
@@ -132,24 +135,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = {"splits", "logs", "figures"}
 
 
-def compare(
-    out: Path | str,
-    data: Path | str,
-    configs: Mapping[str, Config],
-    *,
-    seeds: int = 5,
-    images: Path | str | None = None,
-    positive: str | None = None,
-    fractions: Mapping[str, float] | None = None,
-    hold_split: bool = False,
-    metric: str = "augrc",
-    min_coverage: float = 0.70,
-    max_exit_error: float = 0.01,
-    n_replicates: int = 2000,
-    level: float = 0.95,
-    test: bool = True,
-    second_look: bool = False,
-) -> tuple[Comparison, Comparison | None]:
+def compare(asked: Compare, configs: Mapping[str, Config]) -> tuple[Comparison, Comparison | None]:
     """Train every arm in every seed, compare them on ``val_select``, choose one, and look at ``val_test`` once.
 
     Arms of a seed have the same splits byte for byte, and the same starting heads, row order and batches: the hashes
@@ -159,48 +145,25 @@ def compare(
     ones resumed. Writes ``compare.json``, ``compare.csv``, ``compare.md`` and ``figures/``, and after the choice
     ``test.json`` with the chosen arm and the baseline on ``val_test``, which is never computed a second time unasked.
 
-    Args:
-        out: folder of the comparison.
-        data: labels, as ``stage1 split`` takes them.
-        configs: name of every arm to its configuration, the baseline first; seeds in them do not count.
-        seeds: how many, from 0; each is that of the splits and of the training.
-        images: as ``stage1 split`` takes it.
-        positive: name of the positive class.
-        fractions: shares of the splits.
-        hold_split: one split for all seeds, so that only the training differs.
-        metric: what the best arm is chosen by, its mean over seeds on ``val_select``; a draw goes to the earlier arm.
-        min_coverage: of the gate's two constraints.
-        max_exit_error: of the gate's two constraints.
-        n_replicates: bootstrap resamples.
-        level: of the intervals.
-        test: look at ``val_test`` once the choice is made.
-        second_look: look at ``val_test`` again though another comparison in this folder has; it is recorded.
-
     Raises:
         InputError: arms, seeds or names that make no comparison, a folder of another comparison, or a second look.
         ArtifactError: arms that did not start alike, or a damaged run.
         TrainingError: a training that failed; the others were finished and are kept.
     """
-    out = Path(out)
+    out, seeds, metric = asked.out, asked.seeds, asked.metric
     _check(out, configs, seeds, metric)
-    limits = {"level": level, "min_coverage": min_coverage, "max_exit_error": max_exit_error}
-    for name, value in limits.items():
-        if not 0 < value < 1:
-            raise InputError(f"{name} must be inside (0, 1), got {value}")
-    if n_replicates < 1:
-        raise InputError(f"replicates must be 1 or more, got {n_replicates}; 2000 is usual")
-    plan = _plan(out, Path(data), images, positive, fractions, hold_split, min_coverage, max_exit_error)
+    plan = _plan(asked)
     chosen_from = sha256_bytes(
         json.dumps([
             [[name, _without_seed(config)] for name, config in configs.items()], seeds, metric, plan.fingerprint(),
         ]).encode()
     )  # fmt: skip
-    if test:
-        _check_look(out, chosen_from, second_look=second_look)
+    if asked.test:
+        _check_look(out, chosen_from, second_look=asked.second_look)
     for name, config in configs.items():
         _keep_config(out / name, name, config)
     numbers = list(range(seeds))
-    _split_all(out, plan, Path(data), images, positive, fractions, configs, numbers)
+    _split_all(asked, configs, numbers)
     exceptions = _train_all(out, configs, numbers)
     exceptions += _check_bases(out, configs, numbers)
     runs = {name: [out / name / f"seed{seed}" for seed in numbers] for name in configs}
@@ -209,18 +172,24 @@ def compare(
                  read: Callable[[Path], Predictions]) -> Comparison:  # fmt: skip
         return _measure(
             {name: runs[name] for name in names}, numbers, read, split_name=split_name, metric=metric, chosen=chosen,
-            plan=plan, n_replicates=n_replicates, level=level, exceptions=exceptions, chosen_from=chosen_from,
+            plan=plan, n_replicates=asked.n_replicates, level=asked.level, exceptions=exceptions,
+            chosen_from=chosen_from,
         )  # fmt: skip
 
     found = measured("val_select", list(configs), None, lambda run: Predictions.load(run / "val_select.npz"))
     found.write(out / "compare.json")
     _write_tables(out, found)
     looked = None
-    if test:
+    if asked.test:
         looked = _earlier(out)
         names = list(dict.fromkeys([found.baseline, found.chosen]))
         models = sha256_bytes("".join(sha256_file(run / "model_best.pth") for n in names for run in runs[n]).encode())
-        if looked is not None and looked.chosen_from == chosen_from and looked.models != models and not second_look:
+        if (
+            looked is not None
+            and looked.chosen_from == chosen_from
+            and looked.models != models
+            and not asked.second_look
+        ):
             raise InputError(
                 f"{out}/test.json must be of these trainings, but it holds figures of others: a run was trained anew "
                 "since. Leave val_test alone with --no-test, or look again with --second-look, which is recorded"
@@ -323,30 +292,22 @@ def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return {k: {**common.get(k, {}), **own.get(k, {})} for k in {**common, **own}}
 
 
-def _plan(
-    out: Path,
-    data: Path,
-    images: Path | str | None,
-    positive: str | None,
-    fractions: Mapping[str, float] | None,
-    hold_split: bool,
-    min_coverage: float,
-    max_exit_error: float,
-) -> ComparisonPlan:
+def _plan(asked: Compare) -> ComparisonPlan:
     """Write what is compared on what, or check that it is what this folder has been used for."""
+    out, data = asked.out, asked.data
     if not data.exists():
         raise InputError(f"--data must be a labels file or a folder per class, got {data}, which is not there")
     plan = ComparisonPlan(
         data=str(data.resolve()),
         data_sha256=sha256_file(data) if data.is_file() else None,
         splitting={
-            "images": None if images is None else str(Path(images).resolve()),
-            "positive": positive,
-            **{f"fraction of {name}": share for name, share in (fractions or {}).items()},
+            "images": None if asked.images is None else str(asked.images.resolve()),
+            "positive": asked.positive,
+            **{f"fraction of {name}": share for name, share in (asked.fractions or {}).items()},
         },
-        hold_split=hold_split,
-        min_coverage=min_coverage,
-        max_exit_error=max_exit_error,
+        hold_split=asked.hold_split,
+        min_coverage=asked.min_coverage,
+        max_exit_error=asked.max_exit_error,
     )
     path = out / "plan.json"
     # Nothing was cut by a plan whose labels could not be used.
@@ -407,25 +368,17 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], place: str = "") ->
     return found
 
 
-def _split_all(
-    out: Path,
-    plan: ComparisonPlan,
-    data: Path,
-    images: Path | str | None,
-    positive: str | None,
-    fractions: Mapping[str, float] | None,
-    arms: Mapping[str, Config],
-    seeds: Sequence[int],
-) -> None:
+def _split_all(asked: Compare, arms: Mapping[str, Config], seeds: Sequence[int]) -> None:
     """One ``splits.json`` a seed, and the same bytes in every arm's run of it."""
+    out = asked.out
     base = out / "splits" / "seed0"
     if not (base / "splits.json").is_file():
-        split(Split.of(labels=data, out=base, images=images, positive=positive, fractions=fractions))
+        split(Split(**asked.model_dump(include={"images", "positive", "fractions"}), labels=asked.data, out=base))
     first = Splits.read(base / "splits.json").verify()
     for seed in seeds:
         path = out / "splits" / f"seed{seed}" / "splits.json"
         if not path.is_file():
-            (first if plan.hold_split else resplit(first, seed)).write(path)
+            (first if asked.hold_split else resplit(first, seed)).write(path)
         content = path.read_bytes()
         for name in arms:
             own = out / name / f"seed{seed}" / "splits.json"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,21 +25,16 @@ from stage1_pro.metrics.figures import (
     risk_band,
     risk_coverage_png,
 )
-from stage1_pro.metrics.intervals import (
-    Interval,
-    Intervals,
-    Method,
-    bootstrap,
-    bootstrap_answers,
-    bootstrap_errors,
-    compare,
-)
+from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, bootstrap_answers, bootstrap_errors, compare
 from stage1_pro.metrics.measured import Metric
 from stage1_pro.metrics.probabilistic import ece
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.report import POINTS, Picture, short_note, write_measurement
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.metrics import Metrics
 
 
 class Measurement(Record):
@@ -100,19 +95,7 @@ class Table:
         return _row_name(self.path, index)
 
 
-def measure(
-    path: Path | str,
-    *,
-    compare_with: Path | str | None = None,
-    positive: str | None = None,
-    threshold: float | None = None,
-    metrics: str | Sequence[str] = "all",
-    n_replicates: int = 1000,
-    level: float = 0.95,
-    method: str = "bca",
-    seed: int = 0,
-    out: Path | str | None = None,
-) -> Measurement:
+def measure(asked: Metrics) -> Measurement:
     """Measure a file of predictions, every metric with its interval; or its difference from another file.
 
     A CSV has the columns ``label`` and ``prob`` (of the positive class), ``label`` and ``prob_<class>`` of every class,
@@ -120,39 +103,24 @@ def measure(
     positive class), or ``error`` and ``confidence``. Optional in both: ``group`` (whole groups are resampled),
     ``confidence`` (instead of the largest probability) and ``id`` (checked when two files are compared).
 
-    Args:
-        path: ``.csv`` or ``.npz``.
-        compare_with: another file of the same rows; each metric is then that of ``path`` minus its.
-        positive: name of the positive class; needed when labels are two names of which neither means "none".
-        threshold: a row exits iff its confidence is at or above it; adds coverage, exit error and FNR on exits.
-        metrics: "all", or names; any target can be asked for, such as ``risk_at_coverage_0.95``.
-        n_replicates: resamples of an interval.
-        level: nominal coverage of the intervals, in (0, 1).
-        method: "bca", "percentile" or "logit".
-        seed: of the resamples.
-        out: folder for ``metrics.csv``, ``metrics.json``, figures and ``report.html``.
-
     Raises:
         InputError: a file or argument is not what it must be; wrong cells name their row.
     """
-    if n_replicates < 1:
-        raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
-    if not metrics:
+    if not asked.metrics:
         raise InputError("metrics must name at least one metric, got none; leave it out to measure every one")
-    if threshold is not None and not math.isfinite(threshold):
-        raise InputError(f"threshold must be a number and finite, got {threshold}; leave it out to measure no exits")
-    table = read_predictions(Path(path), positive=positive)
-    other = None if compare_with is None else _paired(table, Path(compare_with), positive)
-    chosen = [metrics] if isinstance(metrics, str) and metrics != "all" else metrics
-    asked: dict[str, Any] = {"level": level, "method": method, "seed": seed, "n_replicates": n_replicates}
+    threshold = asked.threshold
+    table = read_predictions(asked.path, positive=asked.positive)
+    other = None if asked.compare_with is None else _paired(table, asked.compare_with, asked.positive)
+    chosen = "all" if asked.metrics == ("all",) else list(asked.metrics)
+    how: dict[str, Any] = asked.model_dump(include={"level", "method", "seed", "n_replicates"})
     points, values = {}, {}
     if other is None:
-        points = _points(table, chosen, asked)
+        points = _points(table, chosen, how)
         wanted = "all" if chosen == "all" else [name for name in chosen if name not in points]
-        intervals = _bootstrap(table, threshold, wanted, asked) if wanted else _no_intervals(table)
+        intervals = _bootstrap(table, threshold, wanted, how) if wanted else _no_intervals(table)
     else:
-        intervals = _difference(table, other, threshold, chosen, asked)
-        exact = {**asked, "n_replicates": 1, "method": "percentile"}
+        intervals = _difference(table, other, threshold, chosen, how)
+        exact = {**how, "n_replicates": 1, "method": "percentile"}
         alone = [_bootstrap(one, threshold, list(intervals), exact) for one in (table, other)]
         values = {name: (_known(alone[0][name].value), _known(alone[1][name].value)) for name in intervals}
     found = Measurement(
@@ -164,15 +132,12 @@ def measure(
         classes=table.classes,
         positive=table.positive,
         threshold=threshold,
-        level=level,
-        method=cast("Method", method),
-        n_replicates=n_replicates,
-        seed=seed,
+        **how,
         metrics=[*(_metric(name, one) for name, one in intervals.items()), *points.values()],
         values=values,
     )
-    if out is not None:
-        _write(Path(out), found, table, other, threshold, intervals, asked)
+    if asked.out is not None:
+        _write(asked.out, found, table, other, threshold, intervals, how)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Training room: prepare, loop, losses, checkpoint, inference."""
+"""Training room: session, step, validate, finish, losses, checkpoint, run, inference."""
 
 import os
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from stage1_pro.config import AugmentConfig, Config, ExploraConfig
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import TrainLoader, iterate
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.files import write_bytes, write_csv
 from stage1_pro.models.backbone import Backbone
@@ -43,7 +44,6 @@ _FLOOR = 0.01
 # Masks of held-out images are those of an epoch that training never reaches, the same every time.
 _HELD_OUT_EPOCH = (1 << 32) - 2
 _SHOWN = 6
-_QV = (".q_proj", ".v_proj", ".query", ".value")
 
 
 @dataclass(frozen=True)
@@ -78,32 +78,26 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
     Raises:
         InputError: the trainable share is outside 0.1% to 10% (``explora.train: full`` has no limit).
     """
-    hf = backbone.hf
-    total = sum(p.numel() for p in hf.parameters())
-    mask_token = hf.embeddings.mask_token
+    body = backbone.body
+    total = sum(p.numel() for p in body.parameters())
     rank, lora = None, None
     if config.train == "full":
-        hf.requires_grad_(True)
+        body.requires_grad_(True)
     else:
-        hf.requires_grad_(False)
+        body.requires_grad_(False)
         whole = list(backbone.blocks)[-config.blocks :]
         rest = list(backbone.blocks)[: -config.blocks]
         rank = config.rank if rest else None
         if rest:
-            inside = {module for block in rest for module in block.modules() if isinstance(module, nn.Linear)}
-            names = [name for name, m in hf.named_modules() if m in inside and name.endswith(_QV)]
-            if len(names) != 2 * len(rest):
-                raise InputError(
-                    f"backbone must have one q and one v projection a block, got {len(names)} in {len(rest)} blocks; "
-                    "its layout is not known"
-                )
+            wanted = [backbone.targets(index) for index in range(len(rest))]
+            names = [name for name, _ in body.named_modules() if any(name in (one["q"], one["v"]) for one in wanted)]
             # LoRA's start draws from the global generator.
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 # peft asks transformers for an attribute under its former name.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 torch.manual_seed(seed)
                 lora = get_peft_model(
-                    hf,
+                    body,
                     LoraConfig(
                         r=config.rank,
                         lora_alpha=config.alpha if config.alpha is not None else 2 * config.rank,
@@ -114,9 +108,9 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
                 )
         for module in [*whole, backbone.norm, *(m for b in rest for m in b.modules() if isinstance(m, nn.LayerNorm))]:
             module.requires_grad_(True)
-    if mask_token is not None:
+    if (mask_token := backbone.mask_token) is not None:
         mask_token.requires_grad_(config.objective == "simmim")
-    trained = sum(p.numel() for p in hf.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in body.parameters() if p.requires_grad)
     found = Trainable(trained, total, rank, lora)
     if config.train == "explora" and not LEAST_SHARE <= found.share <= LARGEST_SHARE:
         alone = sum(p.numel() for block in whole for p in block.parameters()) / total
@@ -141,7 +135,7 @@ def merge(backbone: Backbone, trainable: Trainable) -> Backbone:
     return backbone.requires_grad_(False).eval()
 
 
-def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: PreprocessSpec, config: Config,
+def adapt(folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: PreprocessSpec, config: Config,
           identity: str, begin: Callable[[], None]) -> Adapted:  # fmt: skip
     """Adapt a backbone to images, from ``last.pth`` in ``folder`` where there is one.
 
@@ -150,7 +144,7 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
     Args:
         folder: working folder, of this adaptation alone.
         backbone: the start; it is changed.
-        paths: the images.
+        photos: the images.
         spec: what the backbone takes.
         config: ``explora`` and ``seed`` say what is learned.
         identity: what this adaptation is of; a ``last.pth`` with another one is refused.
@@ -162,7 +156,7 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
         ArtifactError: ``last.pth`` is of something else.
         TrainingError: the loss is not finite, or memory does not suffice.
     """
-    explorer = _Explorer(folder, backbone, paths, spec, config, identity)
+    explorer = _Explorer(folder, backbone, photos, spec, config, identity)
     try:
         begin()
         return explorer.run()
@@ -173,17 +167,17 @@ def adapt(folder: Path, backbone: Backbone, paths: Sequence[Path], spec: Preproc
 class _Explorer:
     """The components of one adaptation and the loop over them."""
 
-    def __init__(self, folder: Path, backbone: Backbone, paths: Sequence[Path], spec: PreprocessSpec, config: Config,
-                 identity: str) -> None:  # fmt: skip
+    def __init__(self, folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: PreprocessSpec,
+                 config: Config, identity: str) -> None:  # fmt: skip
         options = config.explora
         self.folder, self.spec, self.config, self.options, self.identity = folder, spec, config, options, identity
         seed_everything(config.seed, deterministic=config.train.deterministic)
         self.device = pick_device()
         self.bf16 = uses_bf16(config.train.precision)
-        held = 0 if options.objective == "diet" else min(len(paths) - 1, round(options.held_out * len(paths)))
-        order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(paths))
-        self.held_out = [paths[i] for i in sorted(order[:held])]
-        self.trained_on = [paths[i] for i in sorted(order[held:])]
+        held = 0 if options.objective == "diet" else min(len(photos) - 1, round(options.held_out * len(photos)))
+        order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(photos))
+        self.held_out = [photos[i] for i in sorted(order[:held])]
+        self.trained_on = [photos[i] for i in sorted(order[held:])]
         teacher = copy.deepcopy(backbone) if options.objective == "latent" else None
         self.trainable = make_trainable(backbone, options, config.seed + 2)
         self.pretext = Pretext(
@@ -305,9 +299,9 @@ class _Explorer:
 
     def _fixed(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Held-out images (trained-on ones where there are none) as evaluation sees them, under unchanging masks."""
-        paths = (self.held_out or self.trained_on)[:limit]
+        photos = (self.held_out or self.trained_on)[:limit]
         start = 0
-        for pixels in iterate(paths, self.spec, batch_size=self.options.batch_size):
+        for pixels in iterate(photos, self.spec, batch_size=self.options.batch_size):
             index = torch.arange(start, start + len(pixels))
             start += len(pixels)
             yield pixels, draw_orders(self.pretext.n_patches, self.config.seed, _HELD_OUT_EPOCH, index.tolist()), index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec, write_quarantine
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.pool import Pool, read_pool
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
@@ -119,18 +121,18 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         )
     spec = input_spec(model, backbone)
     info, start = backbone.info(model.backbone), backbone.fingerprint()
-    pool = read_pool(images, [row for row in splits.rows if row.split != "train"], Path(splits.root))
+    pool = read_pool(images, [row for row in splits.rows if row.split != "train"], splits.photos())
     rows = splits.of("train")
-    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+    labels = splits.indices(rows)
     groups = [row.group for row in rows]
 
     def probed(one: Any, what: str) -> dict[str, NDArray[np.float64]]:
-        features = _features(one, [splits.path(row) for row in rows], spec, config, f"train rows, {what}")
+        features = _features(one, splits.photos_of(rows), spec, config, f"train rows, {what}")
         return probe(features, labels, groups, len(splits.classes), seed=config.seed)
 
     before = probed(backbone, "base")
     say(
-        f"pool of {len(pool.paths)} images; left out: {pool.n_left_out} of val_select, val_calib or val_test, "
+        f"pool of {len(pool.photos)} images; left out: {pool.n_left_out} of val_select, val_calib or val_test, "
         f"{pool.n_copies} copies, {len(pool.quarantined)} unreadable"
     )
 
@@ -146,7 +148,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
             "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps", "keep"}),
         }
     )  # fmt: skip
-    adapted = adapt(folder, backbone, pool.paths, spec, config, identity, begin)
+    adapted = adapt(folder, backbone, pool.photos, spec, config, identity, begin)
     try:
         figures = judge(
             before, probed(adapted.backbone, "adapted"), labels, groups,
@@ -215,14 +217,16 @@ def render(record: ExploraRecord, run: Path | str) -> str:
     return "\n".join(lines)
 
 
-def _features(backbone: Any, paths: list[Path], spec: PreprocessSpec, config: Config, what: str) -> NDArray[np.float32]:
+def _features(
+    backbone: Any, photos: Sequence[ImageFile], spec: PreprocessSpec, config: Config, what: str
+) -> NDArray[np.float32]:
     """What a Stage A at the last block reads of every image [N, 2D]."""
     from stage1_pro.training.inference import pick_device, run_over
 
     device = pick_device()
     backbone = backbone.to(device)
     found = run_over(
-        lambda pixels: {"features": backbone.pool(backbone(pixels))}, paths, spec, device=device,
+        lambda pixels: {"features": backbone.pool(backbone(pixels))}, photos, spec, device=device,
         workers=config.train.workers, description=what,
     )["features"]  # fmt: skip
     backbone.cpu()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from stage1_pro.config import AugmentConfig
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import iterate
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Row, Splits
 from stage1_pro.models.heads import Gate
@@ -25,7 +26,7 @@ Arrays = dict[str, NDArray[np.float32]]
 
 def run_over(
     forward: Callable[[torch.Tensor], dict[str, torch.Tensor]],
-    paths: Sequence[Path],
+    photos: Sequence[ImageFile],
     spec: PreprocessSpec,
     *,
     device: torch.device,
@@ -40,7 +41,7 @@ def run_over(
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     with torch.inference_mode():
-        images = iterate(paths, spec, batch_size=batch_size, workers=workers, description=description, draw=draw)
+        images = iterate(photos, spec, batch_size=batch_size, workers=workers, description=description, draw=draw)
         for pixels in images:
             for name, value in forward(pixels.to(device)).items():
                 parts.setdefault(name, []).append(value.float().cpu().numpy())
@@ -72,9 +73,7 @@ def infer(
 
     rows = splits.of(split)
     spec = model.architecture.preprocessing
-    arrays = run_over(
-        forward, [splits.path(row) for row in rows], spec, device=device, workers=workers, description=split
-    )
+    arrays = run_over(forward, splits.photos_of(rows), spec, device=device, workers=workers, description=split)
     return assemble(rows, splits, split, arrays, model.fingerprint(), spec.fingerprint())
 
 
@@ -104,7 +103,7 @@ def assemble(
         groups=text([row.group for row in rows]),
         sources=text([row.source for row in rows]),
         halves=text([row.half or "" for row in rows]),
-        labels=np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64),
+        labels=splits.indices(rows),
         logits_a=arrays["logits_a"],
         logits_b=arrays["logits_b"],
         gate_logits=arrays["gate_logits"],

@@ -18,13 +18,14 @@ from stage1_pro.data.protocols import challenge, draw_level, levels
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import write_csv
-from stage1_pro.metrics.answers import Measure
+from stage1_pro.metrics.answers import MEASURE_COLUMNS, Measure, Stage
 from stage1_pro.metrics.intervals import compare
 from stage1_pro.metrics.measured import Metric
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
-from stage1_pro.training.evaluation import LEVEL, MEASURE_COLUMNS, StageName, answer, flat, measure_rows, policy_of
+from stage1_pro.training.answers import answer, policy_of
+from stage1_pro.training.measures import LEVEL, measure_scope, scopes
 from stage1_pro.words import PolicyName
 
 
@@ -116,12 +117,13 @@ def evaluate_protocol(
     workers = config.config.train.workers
     plain = infer(model, splits, "val_test", workers=workers)
     digest = hashlib.sha256()
+    taken = splits.photos_of(rows)
     found: dict[str, Predictions] = {"unaltered": plain}
     for level in asked:
         with tempfile.TemporaryDirectory(prefix="stage1-protocol-") as folder:
             changed = []
-            for number, row in enumerate(track(rows, f"photos at L{level}")):
-                photo = challenge(read_image(splits.path(row)), protocol, level, seed=photo_seed, row=number)
+            for number, (row, shot) in enumerate(zip(track(rows, f"photos at L{level}"), taken, strict=True)):
+                photo = challenge(read_image(shot), protocol, level, seed=photo_seed, row=number)
                 digest.update(photo)
                 (Path(folder) / f"{number}.jpg").write_bytes(photo)
                 changed.append(row.model_copy(update={"file": f"{number}.jpg"}))
@@ -150,7 +152,7 @@ def evaluate_protocol(
     )
     out = run / "protocols" / protocol
     evaluation.write(out / "protocol.json")
-    table = [{"level": one.level, **flat(measure)} for one in evaluation.levels for measure in one.measures]
+    table = [{"level": one.level, **measure.flat()} for one in evaluation.levels for measure in one.measures]
     write_csv(out / "metrics.csv", table, ["level", *MEASURE_COLUMNS])
     say(f"wrote {out}/ (protocol.json, metrics.csv); {run}/evaluation is left alone")
     return evaluation
@@ -169,20 +171,17 @@ def _measure_level(
     name: str, predictions: Predictions, plain: Predictions, policy: Policy | None, n_replicates: int, seed: int
 ) -> ProtocolLevel:
     answers, before = answer(predictions, policy), answer(plain, policy)
-    deployed: StageName = "stage_a" if policy is None else "cascade"
+    deployed: Stage = "stage_a" if policy is None else "cascade"
     lost = compare(
         answers[deployed].probs, before[deployed].probs, predictions.labels, groups=predictions.groups,
         metrics=["accuracy"], n_replicates=n_replicates, level=LEVEL, seed=seed,
     )["accuracy"]  # fmt: skip
-    everything = np.ones(predictions.labels.size, dtype=bool)
-    numbers = {
-        key: value if np.isfinite(value := getattr(lost, key)) else None for key in ("value", "std", "low", "high")
-    }
+    whole = next(scopes(predictions, answers, policy, n_replicates, seed))
     return ProtocolLevel(
         level=name,
         n_mistakes=int(answers[deployed].error.sum()),
-        accuracy_minus_unaltered=Metric(metric="accuracy", method=lost.method, note=lost.note, **numbers),
-        measures=measure_rows(predictions, answers, policy, None, everything, n_replicates, seed),
+        accuracy_minus_unaltered=Metric.of("accuracy", lost),
+        measures=measure_scope(whole).measures,
     )
 
 

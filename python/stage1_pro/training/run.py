@@ -63,7 +63,7 @@ OWN_FOLDERS = ("adapter", "evaluation", "metrics")
 # What `stage1 explora` leaves in a run; trainings come and go beside it.
 EXPLORA = "explora"
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
-_FREE = {"workers", "save_every_steps", "tensorboard", "gradient_checkpointing"}
+_FREE = {"workers", "save_every_steps", "trackers", "gradient_checkpointing"}
 
 
 def check_run(

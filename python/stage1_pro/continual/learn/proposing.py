@@ -136,13 +136,13 @@ def propose_run(
     def read(rows: Sequence[Row], what: str) -> _Cached:
         labels, sources = labels_of(rows, splits, source)
         verified(labels, sources, classes=splits.classes, positive=splits.positive)
-        (a, b), _ = read_rows(model, [splits.path(row) for row in rows], config, description=what)
+        (a, b), _ = read_rows(model, splits.photos_of(rows), config, description=what)
         return _Cached(a, b, labels, sources)
 
     fresh, chosen_by = read(new, "new rows"), read(select, "val_select rows")
     (holding, _), (lately, _) = (
-        read_rows(model, paths, config, description=what)
-        for paths, what in (([splits.path(row) for row in held], "anchor"), ([Path(path) for path in recent], "recent"))
+        read_rows(model, photos, config, description=what)
+        for photos, what in ((splits.photos_of(held), "anchor"), ([Path(path) for path in recent], "recent"))
     )
     old = [row for row in learned if row.sha256 in known]
     remembered = _remember(model, splits, config, old, path=reservoir, capacity=capacity)
@@ -230,7 +230,7 @@ def _remember(
     if kept:
         by_heart = config.augment.enabled and config.train.mode != "linear"
         draw = (config.augment, config.seed, config.train.epochs) if by_heart else None
-        paths = [splits.path(row) for row in kept]
+        paths = splits.photos_of(kept)
         (a, b), _ = read_rows(model, paths, config, draw, description="rows to remember")
         labels, sources = labels_of(kept, splits, "owner")
         found.add([row.sha256 for row in kept], _strata(kept), _columns(_Cached(a, b, labels, sources), features))

@@ -37,6 +37,7 @@ from stage1_pro.continual.learn.rewards import (
     validator_reward,
     verified,
 )
+from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.splits import Row, Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.files import atomic_directory, load_npz, write_csv
@@ -472,7 +473,7 @@ def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
 
 def read_rows(
     model: Stage1Model,
-    paths: Sequence[Path],
+    photos: Sequence[ImageFile],
     config: Config,
     draw: tuple[AugmentConfig, int, int] | None = None,
     *,
@@ -483,7 +484,7 @@ def read_rows(
 
     Args:
         model: of a run.
-        paths: N images.
+        photos: N images.
         config: of the run.
         draw: augmentation, as ``run_over`` takes it.
         cached: both stages' features, each [N, 2D]; else the pixels [N, 3, H, W].
@@ -496,7 +497,7 @@ def read_rows(
         return {**own, "logits_b": model.heads.auxiliary(features_b)}
 
     found = run_over(
-        forward, paths, model.architecture.preprocessing, device=next(model.parameters()).device,
+        forward, photos, model.architecture.preprocessing, device=next(model.parameters()).device,
         workers=config.train.workers, draw=draw, description=description,
     )  # fmt: skip
     answers_b = found.pop("logits_b").argmax(1).astype(np.int64)
@@ -535,7 +536,7 @@ def labels_of(rows: Sequence[Row], splits: Splits, source: str) -> tuple[NDArray
 
     A list that says of a row that a model or a mere match labelled it is believed, whatever ``source`` says of all.
     """
-    labels = np.asarray([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+    labels = splits.indices(rows)
     return labels, [row.source if row.source in UNPAID else source for row in rows]
 
 
@@ -554,9 +555,9 @@ def _rows_of(
     rows = splits.of(name)
     labels, sources = labels_of(rows, splits, source)
     verified(labels, sources, classes=splits.classes, positive=splits.positive)  # Before an hour of features.
-    paths = [splits.path(row) for row in rows]
+    photos = splits.photos_of(rows)
     found = [
-        read_rows(model, paths, config, draw, cached=cached, description=f"{name} rows for tuning") for draw in draws
+        read_rows(model, photos, config, draw, cached=cached, description=f"{name} rows for tuning") for draw in draws
     ]
     inputs = [np.concatenate(parts) for parts in zip(*(inputs for inputs, _ in found), strict=True)]
     return pay_rows(

@@ -49,6 +49,7 @@ from stage1_pro.continual.watch.srt import (
 )
 from stage1_pro.continual.watch.status import MonitorConfig, Status, look, write_page
 from stage1_pro.data.duplicates import cluster_copies
+from stage1_pro.data.photos import Folder
 from stage1_pro.data.splits import Row, Splits
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
@@ -480,8 +481,8 @@ class Rounds:
         rows = self._anchor_rows()
         origin = self.registry.history("champion")[0].bundle
         splits = Splits.read(Path(self._run(origin or "").run) / "splits.json")
-        files = [str(splits.path(row)) for row in rows]
-        labels = np.array([splits.classes.index(row.label) for row in rows], dtype=np.int64)
+        files = [str(photo) for photo in splits.photos_of(rows)]
+        labels = splits.indices(rows)
         anchor = Anchor(
             verified(labels, "owner", classes=splits.classes, positive=splits.positive),
             np.array([row.group for row in rows], dtype=np.str_),
@@ -550,7 +551,7 @@ class Rounds:
             there = self.vault.row_ids(epoch)
         except InputError:
             # Frames of one place are one witness, however many of them were drawn.
-            self.vault.open(epoch, names, cluster_copies(self.root / "images", names), now=now)
+            self.vault.open(epoch, names, cluster_copies(Folder(str(self.root / "images")), names), now=now)
             there = names
         if there != names:
             raise ArtifactError(f"guard epoch '{epoch}' must hold the rows that were collected, got others")

@@ -49,11 +49,10 @@ def measure(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     is measured once, and whoever asks again is given this result.
     """
     from stage1_pro.continual.serving.live import load_content
-    from stage1_pro.deploy.bench import machine
     from stage1_pro.deploy.cascade import Cascade, open_image
-    from stage1_pro.deploy.latency import Sampling, ratios, sample, timed
+    from stage1_pro.deploy.onnxruntime import OnnxRuntime
     from stage1_pro.deploy.reference import measure_parity, read_reference
-    from stage1_pro.deploy.runtime import OnnxRuntime
+    from stage1_pro.deploy.timing import Sampling, machine, ratios, sample, timed
 
     del folder
     bundles = {name: load_content(inputs["root"], inputs[name]) for name in ("champion", "candidate")}

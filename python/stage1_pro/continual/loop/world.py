@@ -80,10 +80,10 @@ class World:
         if salt not in self._orders:
             self._orders[salt] = sorted(rows, key=lambda row: uniform(self.seed, salt, row.id))
         row = self._orders[salt][place]
-        path = self.past.path(row)
+        (photo,) = self.past.photos_of([row])
         if not shifted:
-            return path.read_bytes(), row.label
-        with Image.open(path) as image:
+            return photo.read(), row.label
+        with photo.open() as file, Image.open(file) as image:
             draw = number + (_JUDGED if judged else 0)
             return challenge(image, self.protocol, self.level, seed=self.seed, row=draw), row.label
 

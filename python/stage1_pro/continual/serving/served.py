@@ -17,6 +17,7 @@ from PIL import Image
 
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Novelty, ReviewPlan, entropy, sketch
 from stage1_pro.data.images import ImageError
+from stage1_pro.data.photos import Photo, read_file
 from stage1_pro.deploy.bundle import MANIFEST, Bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, Trace, concatenate, open_image
 from stage1_pro.errors import InputError
@@ -83,10 +84,9 @@ class Served:
 
     def read(self, image: ImageLike) -> tuple[NDArray[np.float32], ImageLike]:
         """Pixels of an image, and what ``decide`` takes beside them: a file's bytes, so that it is read once."""
-        if isinstance(image, str | Path):
-            path = Path(image)
+        if isinstance(image, str | Path | Photo):
             try:
-                data = path.read_bytes()
+                data = _encode(image)
             except OSError:
                 return self.cascade.pixels(image), image  # It says what is wrong with the file.
             try:
@@ -169,8 +169,8 @@ def _number(value: Any) -> float | None:
 
 def identify(image: ImageLike) -> str:
     """Sha256 of a file's bytes; of size and RGB pixels where there was no file."""
-    if isinstance(image, str | Path):
-        return sha256_file(image)
+    if isinstance(image, str | Path | Photo):
+        return sha256_bytes(_encode(image))
     if isinstance(image, bytes | bytearray | memoryview):
         return sha256_bytes(bytes(image))
     picture = open_image(image)
@@ -178,8 +178,8 @@ def identify(image: ImageLike) -> str:
 
 
 def _encode(image: ImageLike) -> bytes:
-    if isinstance(image, str | Path):
-        return Path(image).read_bytes()
+    if isinstance(image, str | Path | Photo):
+        return read_file(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     buffer = io.BytesIO()

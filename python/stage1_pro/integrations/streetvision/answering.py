@@ -23,6 +23,7 @@ from stage1_pro.continual.serving.served import Served
 from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike
+from stage1_pro.deploy.runtime import RUNTIMES
 from stage1_pro.errors import InputError, Stage1Error, nearest
 from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
 from stage1_pro.record import Record
@@ -44,7 +45,7 @@ class Settings(Record):
         None, min_length=1, description="instead of bundle: a loop's folder, whose champion answers, the new one, too"
     )
     log: str | None = Field(None, min_length=1, description="folder where every decision becomes an event")
-    runtime: Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch"] = "auto"
+    runtime: str = Field("auto", description="as `stage1 predict` takes it, or torch")
     timeout_s: float = Field(8.0, gt=0, le=3600, description="seconds for one photo; then the answer is -1")
     on_abstain: Literal["answer", "minus_one"] = Field(
         "answer", description="what is said where the policy or answer_above would not answer"
@@ -76,6 +77,7 @@ class Settings(Record):
             where = ".".join(str(part) for part in first["loc"]) or "settings"
             got = "nothing" if first["type"] == "missing" else repr(first["input"])
             raise InputError(f"{where} of {name} must be valid, got {got}: {first['msg']}") from None
+        RUNTIMES.check(found.runtime, also=("auto",))
         if found.train_prior is not None and found.serve_prior is None:
             raise InputError(
                 f"serve_prior of {name} must be set beside train_prior, got nothing; StreetVision's is 0.5"

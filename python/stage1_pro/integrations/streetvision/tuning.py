@@ -34,8 +34,8 @@ from stage1_pro.policies.gate import fit_platt
 from stage1_pro.policies.sets import answer_sets
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
+from stage1_pro.training.answers import answer, policy_of
 from stage1_pro.training.calibration import read_calibration
-from stage1_pro.training.evaluation import answer, policy_of
 
 
 class MinerSetting(Record):

@@ -87,7 +87,7 @@ class Parts:
 
     def proposals(self, work: Round) -> Sequence[Job]:
         """Three seeds."""
-        return [Job("loop_parts:propose", {"seed": seed, "snapshot": work.snapshot}) for seed in range(3)]
+        return [Job("kit.loop_parts:propose", {"seed": seed, "snapshot": work.snapshot}) for seed in range(3)]
 
     def select(self, work: Round, done: Sequence[Work]) -> str:
         """The one that earns most."""
@@ -98,7 +98,8 @@ class Parts:
 
     def recalibration(self, work: Round, chosen: Work) -> Job:
         """Another bundle of the same graphs."""
-        return Job("loop_parts:recalibrate", {"template": str(self.template), "threshold": 0.95, "chosen": chosen.key})
+        inputs = {"template": str(self.template), "threshold": 0.95, "chosen": chosen.key}
+        return Job("kit.loop_parts:recalibrate", inputs)
 
     def evaluate(self, work: Round) -> Verdict:
         """The real gate on a real vault."""

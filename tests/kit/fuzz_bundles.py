@@ -1,6 +1,6 @@
 """Mutate bundles and see that each is refused with a message or answers in range: nothing else may happen.
 
-    python benchmarks/fuzz_bundles.py --n 100000 --out fuzz.json
+    python tests/kit/fuzz_bundles.py --n 100000 --out fuzz.json
 
 Case i of a seed is always the same mutation; every second case has all hashes made right again afterwards. Workers are
 processes of their own, so a crash inside onnxruntime is seen as one. While a bundle is read, an audit hook watches what

@@ -1,4 +1,7 @@
-"""Latency as a service sees it: a sample a call, tails with intervals, host and device apart. No torch in here."""
+"""The timing engine: contestants called turn about, every visit a sample, quantiles and ratios with intervals.
+
+What is called, what a service sees from bytes on, and the start of a fresh process are here as well. No torch.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,43 @@ import io
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-from stage1_pro.data.images import preprocess, read_image
-from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from stage1_pro.deploy.runtime import Runtime
-from typing import Literal
-
 from pydantic import Field
 
+from stage1_pro.data.images import preprocess, read_image
+from stage1_pro.errors import ArtifactError
+from stage1_pro.progress import track
 from stage1_pro.record import Record
+
+if TYPE_CHECKING:
+    from stage1_pro.deploy.cascade import Cascade
+    from stage1_pro.deploy.runtime import Runtime
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99)
+# Fewer samples have no p99 to speak of.
+ENOUGH = 1000
+WARMUP_CALLS = 3
+# Kept whatever the time limit says.
+_LEAST = 10
+_REPLICATES = 1000
+_BLOCKS = 50
+_ANSWER_ONCE = "from stage1_pro.deploy.timing import answer_once; answer_once()"
+Seconds = NDArray[np.float64]
+# One call, told its number: the seconds of its parts.
+Contestant = Callable[[int], Mapping[str, float]]
 
 
 class LatencyQuantile(Record):
@@ -41,29 +57,13 @@ class LatencyQuantile(Record):
     high: float | None
 
 
-class LatencySeries(Record):
-    """Single calls of one contestant, one part of them, at one batch size."""
+class LatencyRatio(Record):
+    """A quantile of one series over that of another; ``q`` null: means."""
 
-    contestant: str
-    part: str = Field(description="host, device (between events), decode, resize, model or total")
-    batch: int
-    deferral_rate: float | None = Field(description="share of rows that Stage B was made to answer; of a cascade alone")
-    n: int
-    enough: bool = Field(description="1,000 samples or more, which a p99 takes")
-    mean: float = Field(description="milliseconds")
-    quantiles: list[LatencyQuantile]
-    milliseconds: list[float] = Field(description="every sample, in the order it was taken")
-
-    def key(self) -> tuple[str, str, int, float | None]:
-        """What it is a series of."""
-        return self.contestant, self.part, self.batch, self.deferral_rate
-
-    def quantile(self, q: float) -> LatencyQuantile:
-        """One quantile; KeyError when it is not there."""
-        for found in self.quantiles:
-            if found.q == q:
-                return found
-        raise KeyError(q)
+    q: float | None
+    ratio: float
+    low: float
+    high: float
 
 
 class ColdStart(Record):
@@ -76,64 +76,74 @@ class ColdStart(Record):
     first: float = Field(description="the first answer, by both stages")
 
 
-class LatencyRatio(Record):
-    """A quantile of one series over that of another; ``q`` null: means."""
-
-    q: float | None
-    ratio: float
-    low: float
-    high: float
-
-
-QUANTILES = (0.5, 0.9, 0.95, 0.99)
-# Fewer samples have no p99 to speak of.
-ENOUGH = 1000
-_REPLICATES = 1000
-_BLOCKS = 50
-_ANSWER_ONCE = "from stage1_pro.deploy.latency import answer_once; answer_once()"
-Seconds = NDArray[np.float64]
-# One call, told its number: the seconds of its parts.
-Contestant = Callable[[int], Mapping[str, float]]
+# --------------------------------------------------------------------------------------------
+# The engine
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many calls are kept, ``samples`` or what ``limit`` seconds allow (ten always), after ``warmup`` seconds."""
+    """How contestants are called.
+
+    Attributes:
+        samples: samples of each, 1 or more.
+        warmup: seconds that each is called before the first sample, three calls at least.
+        limit: seconds after which sampling ends with fewer samples, ten at least.
+        visit: seconds that a sample repeats a short call for, and is the mean of; 0: a sample is one call. A single
+            call of a millisecond mostly measures the scheduler.
+        seed: of the orders.
+    """
 
     samples: int
-    warmup: float
-    limit: float
+    warmup: float = 0.0
+    limit: float = math.inf
+    visit: float = 0.0
     seed: int = 0
 
 
-def sample(contestants: Mapping[str, Contestant], how: Sampling) -> dict[str, dict[str, Seconds]]:
-    """Seconds of single calls: contestant, then part, to [n].
+def sample(
+    contestants: Mapping[str, Contestant], how: Sampling, description: str = ""
+) -> dict[str, dict[str, Seconds]]:
+    """Seconds of calls: contestant, then part, to [n].
 
     Contestants are called in rounds, each round in another order: a machine that slows down slows all of them, and
     the n-th samples of two contestants are neighbours in time.
 
     Args:
-        contestants: name to call; each is warmed up by three calls at least.
+        contestants: name to call.
         how: how many, and the seed of the orders.
+        description: for the progress bar.
     """
-    for call in contestants.values():
-        began, calls = time.perf_counter(), 0
-        while calls < 3 or time.perf_counter() - began < how.warmup:
-            call(calls)
-            calls += 1
+    repeats = {name: _warm_up(call, how) for name, call in contestants.items()}
     names, rng = list(contestants), np.random.default_rng(how.seed)
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     began = time.perf_counter()
-    for number in range(how.samples):
-        if number >= 10 and time.perf_counter() - began > how.limit:
+    for number in track(range(how.samples), description, total=how.samples):
+        if number >= _LEAST and time.perf_counter() - began > how.limit:
             break
         for index in rng.permutation(len(names)):
-            found[names[index]].append(contestants[names[index]](number))
+            name = names[index]
+            calls = [contestants[name](number) for _ in range(repeats[name])]
+            found[name].append(calls[0] if len(calls) == 1 else _mean(calls))
     return {name: {part: np.array([one[part] for one in calls]) for part in calls[0]} for name, calls in found.items()}
 
 
+def _warm_up(call: Contestant, how: Sampling) -> int:
+    """Call it often enough; gives the calls of a visit."""
+    began, calls, fastest = time.perf_counter(), 0, math.inf
+    while calls < WARMUP_CALLS or time.perf_counter() - began < how.warmup:
+        started = time.perf_counter()
+        call(calls)
+        fastest = min(fastest, time.perf_counter() - started)
+        calls += 1
+    return max(1, round(how.visit / max(fastest, 1e-9)))
+
+
+def _mean(calls: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    return {part: sum(one[part] for one in calls) / len(calls) for part in calls[0]}
+
+
 def quantiles(seconds: Seconds, *, level: float = 0.95, seed: int = 0) -> list[LatencyQuantile]:
-    """p50, p90, p95 and p99 in milliseconds with intervals; null where fewer than one sample would lie above.
+    """p50, p90, p95 and p99 of seconds [N] in milliseconds with intervals; null where no sample would lie above.
 
     Intervals are of a bootstrap over blocks of neighbouring samples: what slows one call slows the next, and
     resampling single calls would make intervals too narrow.
@@ -163,7 +173,7 @@ def ratios(above: Seconds, below: Seconds, *, paired: bool, level: float = 0.95,
         above: seconds [N].
         below: seconds [M].
         paired: the n-th samples are neighbours in time (of one ``sample``), and are resampled together.
-        level: of the intervals.
+        level: of the intervals, in (0, 1).
         seed: of the resamples.
     """
     if paired:
@@ -192,46 +202,68 @@ def _resamples(n: int, seed: int) -> NDArray[np.intp]:
     return ((starts + np.arange(length)) % n).reshape(_REPLICATES, -1)[:, :n]
 
 
-def series(contestant: str, part: str, batch: int, rate: float | None, seconds: Seconds, *, seed: int) -> LatencySeries:
-    """The record of one series of samples."""
-    return LatencySeries(
-        contestant=contestant,
-        part=part,
-        batch=batch,
-        deferral_rate=rate,
-        n=len(seconds),
-        enough=len(seconds) >= ENOUGH,
-        mean=1e3 * float(seconds.mean()),
-        quantiles=quantiles(seconds, seed=seed),
-        milliseconds=[round(1e3 * float(value), 4) for value in seconds],
-    )
+def median_seconds(call: Callable[[], object], times: int = 7) -> float:
+    """Median wall-clock seconds of a call, after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))
 
 
 # --------------------------------------------------------------------------------------------
 # What is called
 
 
+def clocks(call: Callable[[], object]) -> Contestant:
+    """A call by two clocks: ``wall``, and ``processor`` over all threads, which neighbours stretch less."""
+
+    def one(_number: int) -> Mapping[str, float]:
+        began, spent = time.perf_counter(), time.process_time()
+        call()
+        return {"wall": time.perf_counter() - began, "processor": time.process_time() - spent}
+
+    return one
+
+
+def timed(runtime: Runtime, call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a call on the host, and between events on the device where the runtime has one."""
+    before = runtime.device_seconds
+    began = time.perf_counter()
+    call()
+    seconds = {"host": time.perf_counter() - began}
+    if before is not None and runtime.device_seconds is not None:
+        seconds["device"] = runtime.device_seconds - before
+    return seconds
+
+
 def deferrals(batch: int, rate: float, number: int, seed: int) -> NDArray[np.bool_]:
-    """Which rows of the n-th batch exit: at every number so many have been deferred as the rate says, rounded down."""
+    """Which rows [batch] of the n-th batch exit: over the calls so far as many have been deferred as the rate says.
+
+    Args:
+        batch: rows.
+        rate: deferral rate in [0, 1]; the count is rounded down over all calls, not in each.
+        number: of the call.
+        seed: with the number, of the rows that are drawn.
+    """
     count = math.floor((number + 1) * rate * batch + 1e-9) - math.floor(number * rate * batch + 1e-9)
     exited = np.ones(batch, dtype=bool)
     exited[np.random.default_rng([seed, number]).permutation(batch)[:count]] = False
     return exited
 
 
-def timed(runtime: Runtime, call: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a call on the host, and between events on the device where the runtime has one."""
-    device = getattr(runtime, "device_seconds", None)
-    began = time.perf_counter()
-    call()
-    seconds = {"host": time.perf_counter() - began}
-    if device is not None:
-        seconds["device"] = runtime.device_seconds - device  # type: ignore[attr-defined]
-    return seconds
-
-
 def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float, seed: int) -> Contestant:
-    """The cascade on rotated rows of a pool [M, 3, H, W], with forced deferrals."""
+    """The cascade on rotated rows of a pool, with forced deferrals.
+
+    Args:
+        cascade: what is timed.
+        pool: pixels [M, 3, H, W].
+        batch: rows of a call.
+        rate: deferral rate in [0, 1].
+        seed: of the rows that are deferred.
+    """
 
     def call(number: int) -> Mapping[str, float]:
         pixels, exited = _rotated(pool, batch, number), deferrals(batch, rate, number, seed)
@@ -241,7 +273,7 @@ def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float
 
 
 def runs_stage_a(cascade: Cascade, pool: NDArray[np.float32], batch: int) -> Contestant:
-    """Stage A alone on rotated rows."""
+    """Stage A alone on rotated rows of a pool [M, 3, H, W]."""
 
     def call(number: int) -> Mapping[str, float]:
         pixels = _rotated(pool, batch, number)
@@ -251,7 +283,7 @@ def runs_stage_a(cascade: Cascade, pool: NDArray[np.float32], batch: int) -> Con
 
 
 def passes(run: Callable[[NDArray[np.float32]], object], pool: NDArray[np.float32], batch: int) -> Contestant:
-    """Anybody's full pass on rotated rows; the host waits for the answer."""
+    """Anybody's full pass on rotated rows of a pool [M, 3, H, W]; the host waits for the answer."""
 
     def call(number: int) -> Mapping[str, float]:
         pixels = _rotated(pool, batch, number)
@@ -263,7 +295,14 @@ def passes(run: Callable[[NDArray[np.float32]], object], pool: NDArray[np.float3
 
 
 def answers(cascade: Cascade, photos: Sequence[bytes], rate: float, seed: int) -> Contestant:
-    """One request a call: encoded bytes to a decision, with decoding, resizing and the model apart."""
+    """One request a call: encoded bytes to a decision, with decoding, resizing and the model apart.
+
+    Args:
+        cascade: what is timed.
+        photos: encoded, taken in turns.
+        rate: deferral rate in [0, 1].
+        seed: of the requests that are deferred.
+    """
     spec = cascade.bundle.preprocessing
 
     def call(number: int) -> Mapping[str, float]:
@@ -285,7 +324,13 @@ def _rotated(pool: NDArray[np.float32], batch: int, number: int) -> NDArray[np.f
 
 
 def draw_photos(n: int, size: tuple[int, int], seed: int) -> list[bytes]:
-    """JPEG bytes of coloured surfaces with grain: they cost a decoder about what a photo of their size does."""
+    """JPEG bytes of coloured surfaces with grain: they cost a decoder about what a photo of their size does.
+
+    Args:
+        n: photos.
+        size: width and height in pixels.
+        seed: the same seed draws the same bytes.
+    """
     rng = np.random.default_rng(seed)
     photos = []
     for _ in range(n):
@@ -299,12 +344,60 @@ def draw_photos(n: int, size: tuple[int, int], seed: int) -> list[bytes]:
 
 
 # --------------------------------------------------------------------------------------------
-# Cold start
+# Machine and cold start
 
 
-def cold_starts(
-    source: Path, runtime: str, *, repeats: int, threads: int, trust_engines: bool, device: str = "cpu"
-) -> list[ColdStart]:
+def machine(runtime: str, threads: int) -> dict[str, Any]:
+    """Facts that figures of time depend on: processor, cores, threads, load, versions."""
+    packages = ("stage1_pro", "numpy", "torch" if runtime == "torch" else "onnxruntime")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads or "all cores",
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a bench measures: a bundle or run folder in a runtime, with how many threads, on which device."""
+
+    source: Path
+    runtime: str
+    threads: int = 0
+    trust_engines: bool = False
+    device: str = "cpu"
+
+    def load(self) -> Cascade:
+        """The cascade; raises as ``Cascade.load`` and ``Cascade.from_run`` do."""
+        from stage1_pro.deploy.cascade import Cascade
+        from stage1_pro.deploy.runtime import OF_RUNS
+
+        if self.runtime == OF_RUNS:
+            return Cascade.from_run(self.source, threads=self.threads, device=self.device)
+        return Cascade.load(self.source, self.runtime, threads=self.threads, trust_engines=self.trust_engines)
+
+
+def cold_starts(subject: Subject, *, repeats: int) -> list[ColdStart]:
     """Start a fresh process that answers once; engines also with the kernels that an earlier start had kept.
 
     Every process has a cache folder of ours, so the user's own neither helps nor is touched.
@@ -312,10 +405,12 @@ def cold_starts(
     Raises:
         ArtifactError: the process could not answer; its last line says why.
     """
-    arguments = json.dumps([str(source), runtime, threads, trust_engines, device])
+    arguments = json.dumps(
+        [str(subject.source), subject.runtime, subject.threads, subject.trust_engines, subject.device]
+    )
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for cache in ("empty", "kept") if runtime == "tensorrt_rtx" else ("none",):
+        for cache in ("empty", "kept") if subject.runtime == "tensorrt_rtx" else ("none",):
             times = []
             for number in range(repeats):
                 # What is kept is what the last start without it left.
@@ -327,7 +422,7 @@ def cold_starts(
                 )  # fmt: skip
                 if done.returncode != 0:
                     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                    raise ArtifactError(f"a fresh process must answer with {runtime}, got: {reason}")
+                    raise ArtifactError(f"a fresh process must answer with {subject.runtime}, got: {reason}")
                 times.append([time.perf_counter() - began, *json.loads(done.stdout.splitlines()[-1])])
             total, load, first = (1e3 * float(np.median(column)) for column in np.array(times).T)
             found.append(ColdStart(cache=cache, repeats=repeats, total=total, load=load, first=first))
@@ -336,12 +431,9 @@ def cold_starts(
 
 def answer_once() -> None:
     """Be the process of ``cold_starts``: load, answer one batch of noise, print both times as JSON."""
-    source, runtime, threads, trust_engines, device = json.loads(sys.argv[1])
+    source, *rest = json.loads(sys.argv[1])
     began = time.perf_counter()
-    if runtime == "torch":
-        cascade = Cascade.from_run(source, threads=threads, device=device)
-    else:
-        cascade = Cascade.load(source, runtime, threads=threads, trust_engines=trust_engines)
+    cascade = Subject(Path(source), *rest).load()
     loaded = time.perf_counter()
     spec = cascade.bundle.preprocessing
     pixels = np.random.default_rng(0).normal(size=(1, 3, spec.height, spec.width)).astype(np.float32)

@@ -1,0 +1,118 @@
+"""``stage1 verify``, ``sign``, ``keys``, ``migrate`` and ``inspect``: bundles that come from elsewhere or go there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from stage1_pro.command import Command, Flag, Result
+from stage1_pro.errors import InputError
+
+Bundle = Annotated[Path, Flag(positional=True)]
+
+
+class Verify(Command):
+    """Check a bundle from elsewhere: hashes, limits, signature, engines; runs nothing."""
+
+    topic: ClassVar[str] = "receiving"
+
+    bundle: Bundle = Field(description="bundle folder")
+    require_signature: bool = Field(False, description="refuse it unless a trusted key signed it")
+    trust_engines: bool = Field(False, description="say what would run if its engines were trusted")
+
+    def execute(self) -> Result:
+        """Print whom it comes from and which engines would run here."""
+        from stage1_pro.deploy.receiving import render, verify
+
+        facts = verify(**dict(self))
+        return Result(render(facts), facts)
+
+
+class Sign(Command):
+    """Sign a bundle with an Ed25519 key: writes bundle.sig."""
+
+    topic: ClassVar[str] = "receiving"
+
+    bundle: Bundle = Field(description="bundle folder")
+    key: Path = Field(description="PEM file of the private key; `stage1 keys new` makes one")
+
+    def execute(self) -> Result:
+        """Print the signature's file and key."""
+        from stage1_pro.deploy.receiving import sign
+
+        done = sign(self.bundle, self.key)
+        return Result(f"wrote {done['path']}/{done['file']}, signed by key {done['key_id']}", done)
+
+
+class Keys(Command):
+    """Make keys for signing, and say whose bundles' engines may run here."""
+
+    topic: ClassVar[str] = "receiving"
+
+    action: Annotated[Literal["new", "trust", "list", "forget"], Flag(positional=True)] = Field(
+        description="what to do"
+    )
+    key: Annotated[str | None, Flag(positional=True)] = Field(
+        None, description="new: file to write; trust: the .pub file; forget: identifier or name"
+    )
+    name: str | None = Field(None, description="trust: what messages call the key; the file's name by default")
+
+    def execute(self) -> Result:
+        """Print the keys that are trusted, or what became of one."""
+        from stage1_pro.deploy import trust
+
+        if self.name is not None and self.action != "trust":
+            raise InputError(f"--name must go with `keys trust`, got `keys {self.action}`")
+        if self.action == "list":
+            if self.key is not None:
+                raise InputError(f"key must be left out of `keys list`, got '{self.key}'; it lists all")
+            keys = trust.trusted_keys()
+            lines = [f"{key.key_id}  {key.name}" for key in keys] or ["no key is trusted; stage1 keys trust FILE.pub"]
+            record = {"folder": str(trust.config_folder()), "keys": [key.model_dump() for key in keys]}
+            return Result("\n".join(lines), record)
+        if self.key is None:
+            raise InputError(f"key must be given for `keys {self.action}`, got none; see --help")
+        if self.action == "new":
+            made = trust.new_key(self.key)
+            text = f"wrote {self.key} (keep it to yourself) and {self.key}.pub (hand it out): key {made}"
+            return Result(text, {"key_id": made, "private": self.key, "public": f"{self.key}.pub"})
+        forget = self.action == "forget"
+        key = trust.forget_key(self.key) if forget else trust.trust_key(self.key, self.name)
+        text = "is trusted no longer" if forget else "is trusted: engines it signed run here"
+        return Result(f"key {key.key_id} '{key.name}' {text}", key.model_dump())
+
+
+class Migrate(Command):
+    """Write a bundle of an older format anew in today's."""
+
+    topic: ClassVar[str] = "receiving"
+
+    bundle: Bundle = Field(description="bundle folder; it stays as it is")
+    out: Path = Field(description="folder to write")
+
+    def execute(self) -> Result:
+        """Print what was written, and what the bundle still lacks."""
+        from stage1_pro.deploy.receiving import migrate
+
+        done = migrate(self.bundle, self.out)
+        lines = [f"wrote {done['out']}, format {done['format_version']}", *done["notes"]]
+        if done["signature_dropped"]:
+            lines.append("the signature was of the old manifest and stayed behind; sign the new bundle")
+        return Result("\n".join(lines), done)
+
+
+class Inspect(Command):
+    """Say what a bundle is, what it promises and for which GPUs."""
+
+    topic: ClassVar[str] = "engines"
+
+    bundle: Bundle = Field(description="bundle folder")
+
+    def execute(self) -> Result:
+        """Print contents, policy, promise and engines."""
+        from stage1_pro.deploy.inspection import inspect, render
+
+        facts = inspect(self.bundle)
+        return Result(render(facts), facts)

@@ -1,0 +1,63 @@
+"""``stage1 evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from stage1_pro.command import Command, Count, Flag, Result
+from stage1_pro.errors import PROMISE_FAILED, InputError
+
+
+class Evaluate(Command):
+    """Measure the best model and its policy on val_test, once it is final."""
+
+    topic: ClassVar[str] = "certificates"
+
+    run: Path = Field(description="trained run folder")
+    n_replicates: Annotated[Count, Flag("--replicates")] = Field(
+        1000, description="bootstrap replicates of an interval"
+    )
+    seed: int = Field(0, description="seed of the bootstrap")
+    beside: Annotated[tuple[Path, ...], Flag(metavar="RUN")] = Field(
+        (), description="evaluated runs on the same splits with other taps, whose cost and risk are drawn beside these"
+    )
+    protocol: Literal["crop224", "letterbox224", "native"] | None = Field(
+        None,
+        description="instead: photos as StreetVision's validator would send them, by level, into RUN/protocols; no "
+        "promise is about them",
+    )
+    photo_seed: int | None = Field(
+        None, description="with --protocol: seed of what is drawn for each photo; 0 by default"
+    )
+
+    def execute(self) -> Result:
+        """Print figures and verdicts; the exit code says whether a promise fails."""
+        if self.protocol is not None:
+            return self._changed(self.protocol)
+        if self.photo_seed is not None:
+            raise InputError(
+                "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
+            )
+        from stage1_pro.training.evaluation import evaluate
+        from stage1_pro.training.summary import render
+
+        found = evaluate(self.run, n_replicates=self.n_replicates, seed=self.seed, beside=self.beside)
+        broken = any(one.outcome == "FAIL" for one in found.exit_promises) or (
+            found.verification is not None and found.verification.outcome == "FAIL"
+        )
+        # A policy without a guarantee breaks none, and one calibration refutes no average over many.
+        failed = broken and found.guarantee not in ("none", "expectation")
+        return Result(render(found), found.model_dump(mode="json"), PROMISE_FAILED if failed else 0)
+
+    def _changed(self, protocol: str) -> Result:
+        from stage1_pro.training.robustness import evaluate_protocol, render
+
+        if self.beside:
+            raise InputError("--beside must stand without --protocol, got both; costs do not depend on the photos")
+        found = evaluate_protocol(
+            self.run, protocol, n_replicates=self.n_replicates, seed=self.seed, photo_seed=self.photo_seed or 0
+        )
+        return Result(render(found), found.model_dump(mode="json"))

@@ -1,0 +1,33 @@
+"""``stage1 explora``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from stage1_pro.command import Place, Result
+from stage1_pro.commands.train import Configured
+
+
+class Explora(Configured):
+    """Adapt the backbone to unlabelled images, and keep it where that helps."""
+
+    topic: ClassVar[str] = "explora"
+
+    images: Path = Field(description="the pool: a folder, or a CSV with file[,group]")
+    run: Path = Field(description="run folder with splits.json")
+    base: Place | None = Field(
+        None, description="backbone to adapt: preset, folder or hub id; model.backbone otherwise"
+    )
+    overwrite: bool = Field(False, description="forget an earlier adaptation of this run")
+
+    def execute(self) -> Result:
+        """Print what the judges said and which backbone was kept."""
+        from stage1_pro.training.exploration import explora, render
+
+        record = explora(
+            self.images, self.run, self.given(), base=self.base, resume=self.resume, overwrite=self.overwrite
+        )
+        return Result(render(record, self.run), record.model_dump(mode="json"))

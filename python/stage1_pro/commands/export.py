@@ -1,0 +1,69 @@
+"""``stage1 export`` and ``stage1 build``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from stage1_pro.command import Command, Flag, Result
+from stage1_pro.words import Precision
+
+
+class Engines(Command):
+    """What export and build ask of engines."""
+
+    recipe: Path | None = Field(None, description="YAML engine recipe, see engines/; the default recipe otherwise")
+    precisions: Annotated[tuple[Precision, ...], Flag("--precision", metavar="PRECISION")] = Field(
+        (),
+        description="fp32, res32 (fp16 products on an fp32 residual stream), fp16 or bf16: the first is of the "
+        "engines, and a runtime steps down to the others; without engines, graphs to write beside fp32",
+    )
+
+    def _told(self, bundle: Path, after: str) -> Result:
+        from stage1_pro.deploy.inspection import inspect
+
+        return Result(f"wrote {bundle}; next: {after}", inspect(bundle))
+
+
+class Export(Engines):
+    """Write the bundle: ONNX per stage, engines, exactly one policy."""
+
+    topic: ClassVar[str] = "engines"
+
+    run: Path = Field(description="trained and calibrated run folder")
+    out: Path | None = Field(None, description="bundle folder; RUN/bundle by default")
+    target: Literal["onnx", "rtx", "tensorrt"] | None = Field(
+        None,
+        description="rtx also compiles engines, no GPU needed; tensorrt does so for this machine's GPU, data-centre or "
+        "other; the run's configuration or onnx by default",
+    )
+    overwrite: bool = Field(False, description="replace an existing bundle")
+
+    def execute(self) -> Result:
+        """Print where the bundle is."""
+        from stage1_pro.deploy.exporting import export
+
+        bundle = export(**dict(self))
+        return self._told(bundle, f"stage1 predict --bundle {bundle} IMAGES")
+
+
+class Build(Engines):
+    """Compile engines on this machine from a received bundle's graphs, into a new bundle."""
+
+    topic: ClassVar[str] = "engines"
+
+    bundle: Path = Field(description="bundle folder; it stays as it is")
+    out: Path | None = Field(None, description="folder of the new bundle; BUNDLE-built by default")
+    target: Literal["rtx", "tensorrt"] | None = Field(
+        None, description="engine builder; the recipe's or rtx by default"
+    )
+    overwrite: bool = Field(False, description="replace an existing bundle at --out")
+
+    def execute(self) -> Result:
+        """Print where the new bundle is."""
+        from stage1_pro.deploy.building import build
+
+        bundle = build(**dict(self))
+        return self._told(bundle, f"stage1 inspect {bundle}")

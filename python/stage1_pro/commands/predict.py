@@ -1,0 +1,83 @@
+"""``stage1 predict`` and ``stage1 infer``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from stage1_pro.command import Command, Count, Flag, Result
+from stage1_pro.words import SplitName
+
+INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|CSV")
+
+
+class Answering(Command):
+    """What predict and infer share."""
+
+    out: Path | None = Field(None, description="CSV to write; a table on stdout otherwise")
+    batch_size: Count = Field(32, description="images per batch")
+    prior: float | None = Field(
+        None,
+        description="share of positives where this serves; says what of the promise is void there, answers do not "
+        "change",
+    )
+
+    def _told(self, source: Path, rows: list[dict[str, Any]], failures: int, **more: Any) -> Result:
+        from stage1_pro.deploy.prediction import count, promised, render
+
+        found = promised(source, self.prior)
+        record = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **more}
+        return Result(render(rows, self.out, found), record, int(failures > 0))
+
+
+class Predict(Answering):
+    """Answer for images with a bundle (needs no torch)."""
+
+    topic: ClassVar[str] = "runtimes"
+    hints: ClassVar = {"--run": "predict takes --bundle RUN/bundle; of a run itself: stage1 infer"}
+
+    bundle: Path = Field(description="bundle folder")
+    inputs: Annotated[tuple[Path, ...], INPUTS] = Field(description="what to answer for")
+    log: Path | None = Field(None, description="folder to log every decision to, as an event; see `stage1 review`")
+    runtime: str = Field(
+        "onnxruntime",
+        description="what executes the stages: onnxruntime, tensorrt_rtx, tensorrt, auto; see `stage1 help runtimes`",
+    )
+    trust_engines: bool = Field(
+        False,
+        description="run engines that were neither built here nor signed by a trusted key; an engine is a program",
+    )
+
+    def execute(self) -> Result:
+        """Print a row for every image, and what of the promise holds here."""
+        from stage1_pro.deploy.prediction import load, predict
+        from stage1_pro.policies.promises import check_prior
+
+        check_prior(self.prior)
+        cascade = load(self.bundle, self.runtime, trust_engines=self.trust_engines)
+        rows, failures = predict(cascade, self.inputs, out=self.out, batch_size=self.batch_size, log=self.log)
+        steps = [asdict(step) for step in cascade.steps]
+        return self._told(self.bundle, rows, failures, runtime=cascade.runtime.name, steps=steps)
+
+
+class Infer(Answering):
+    """Answer for images or a split with a run's own model in torch, before any export."""
+
+    topic: ClassVar[str] = "runtimes"
+    hints: ClassVar = {"--bundle": "infer takes --run; of a bundle: stage1 predict"}
+
+    run: Path = Field(description="trained and calibrated run folder")
+    inputs: Annotated[tuple[Path, ...], INPUTS] = Field((), description="what to answer for")
+    split: SplitName | None = Field(None, description="rows of the run instead of images")
+
+    def execute(self) -> Result:
+        """Print a row for every image."""
+        from stage1_pro.deploy.prediction import infer
+        from stage1_pro.policies.promises import check_prior
+
+        check_prior(self.prior)
+        rows, failures = infer(self.run, self.inputs, split=self.split, out=self.out, batch_size=self.batch_size)
+        return self._told(self.run, rows, failures)

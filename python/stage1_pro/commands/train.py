@@ -1,0 +1,65 @@
+"""``stage1 train``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from stage1_pro.command import Command, Flag, Result
+from stage1_pro.config import Config, Mode, describe, load_config
+
+Overrides = Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE", repeated=True)]
+
+
+class Configured(Command):
+    """A command that reads a configuration, whose keys its help lists."""
+
+    config: Path | None = Field(None, description="YAML file with the keys below")
+    overrides: Overrides = Field((), description="one key, for example train.epochs=4 (may be repeated)")
+    resume: bool = Field(False, description="go on from last.pth; ends as if never interrupted")
+
+    def given(self, *more: str) -> Config | None:
+        """The configuration that file and keys make; None where neither is given."""
+        overrides = [*self.overrides, *more]
+        return load_config(self.config, overrides) if self.config is not None or overrides else None
+
+    @classmethod
+    def more_help(cls) -> str:
+        """The table of keys and defaults."""
+        rows = describe()
+        width = max(len(name) for name, _, _ in rows)
+        table = "\n".join(f"  {name:<{width}}  {default:<12} {text}" for name, default, text in rows)
+        return f"configuration keys (YAML sections or --set KEY=VALUE) and their defaults:\n{table}\n"
+
+
+class Train(Configured):
+    """Train both stages on the splits of a run."""
+
+    topic: ClassVar[str] = "train"
+
+    run: Annotated[Path, Flag(also="--run-folder")] = Field(description="run folder with splits.json")
+    mode: Mode | None = Field(None, description="what of the backbone is trained; short for --set train.mode=MODE")
+    overwrite: bool = Field(False, description="forget an earlier training in this folder")
+    explora: bool = Field(False, description="start from the backbone in RUN/explora/backbone")
+
+    def execute(self) -> Result:
+        """Print the best epoch's figures on ``val_select``."""
+        config = self.given(*([] if self.mode is None else [f"train.mode={self.mode}"]))
+        flags = {"resume": self.resume, "overwrite": self.overwrite, "explora": self.explora}
+        # Tell mistakes before the seconds that torch takes to load.
+        from stage1_pro.training.run import check_run
+
+        check_run(self.run, config, **flags)
+        from stage1_pro.training.loop import train
+
+        result = train(self.run, config, **flags)
+        best = result.best
+        text = (
+            f"trained {result.epochs} epochs in {result.seconds:.0f} s; best epoch {result.best_epoch + 1}: "
+            f"accuracy {best['accuracy']:.4f}, AUROC {best['auroc']:.4f}, AUGRC {best['augrc']:.5f} on val_select\n"
+            f"wrote {result.run}/model_best.pth; next: stage1 calibrate --run {result.run}"
+        )
+        return Result(text, {**asdict(result), "run": str(result.run)})

@@ -1,0 +1,76 @@
+"""``Registry``: names to things of one kind, built in, registered in code, or brought by other packages."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Generic, TypeVar, cast
+
+from stage1_pro.errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """What a name of the configuration stands for; another package adds to it by an entry point.
+
+    Args:
+        key: configuration key or argument that names one, for messages.
+        group: entry-point group; entries are loaded when their name is asked for.
+        known: what is built in; ``module:attribute`` is imported when its name is asked for.
+    """
+
+    def __init__(self, key: str, group: str, known: Mapping[str, T | str]) -> None:
+        self._key, self._group, self._known = key, group, dict(known)
+
+    def register(self, name: str, thing: T) -> None:
+        """Add one, for this process; an entry point adds it for all."""
+        self._known[name] = thing
+
+    @property
+    def built_in(self) -> tuple[str, ...]:
+        """Names without those of entry points, which take a moment to look for."""
+        return tuple(self._known)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, those of entry points last."""
+        from importlib.metadata import entry_points
+
+        yield from dict.fromkeys([*self._known, *(one.name for one in entry_points(group=self._group))])
+
+    def check(self, name: str, *, also: Sequence[str] = ()) -> None:
+        """Check a name without importing anything.
+
+        Args:
+            name: in the registry, or one of
+            also: other words that the argument takes.
+
+        Raises:
+            InputError: nothing of this name; names the nearest.
+        """
+        if name not in self._known and name not in also:
+            names = [*also, *self]
+            if name not in names:
+                raise InputError(f"{self._key} must be one of {', '.join(names)}, got '{name}'{nearest(name, names)}")
+
+    def find(self, name: str, *, also: Sequence[str] = ()) -> T:
+        """What a name stands for.
+
+        Args:
+            name: in the registry.
+            also: other words that the argument takes, for the message.
+
+        Raises:
+            InputError: nothing of this name.
+        """
+        self.check(name, also=also)
+        if name not in self._known:
+            from importlib.metadata import entry_points
+
+            (found, *_) = entry_points(group=self._group, name=name)
+            self._known[name] = cast("T", found.load())
+        thing = self._known[name]
+        if isinstance(thing, str):
+            module, _, attribute = thing.partition(":")
+            thing = self._known[name] = cast("T", getattr(importlib.import_module(module), attribute))
+        return thing

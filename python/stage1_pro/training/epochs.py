@@ -1,0 +1,119 @@
+"""What every training's loop has in common: where it stands, one pass over an epoch, and the table of epochs."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stage1_pro.files import write_csv
+
+# They differ from run to run, so no checkpoint holds them.
+TIMINGS = ("seconds", "images_per_second")
+Item = TypeVar("Item")
+
+
+@dataclass
+class Position:
+    """Where a training stands, always between two steps, with the sums and rows of the epoch at hand."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    global_step: int = 0
+    loss_sum: float = 0.0
+    seen: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def stepped(self, loss: float, rows: int) -> None:
+        """Count one step: its summed loss and how many rows it learned from."""
+        self.loss_sum += loss
+        self.seen += rows
+        self.step_in_epoch += 1
+        self.global_step += 1
+
+    def begin_next(self) -> None:
+        """Go to the start of the next epoch."""
+        self.epoch, self.step_in_epoch, self.loss_sum, self.seen = self.epoch + 1, 0, 0.0, 0
+
+    def without_timings(self) -> list[dict[str, Any]]:
+        """The history as checkpoints hold it: a resumed training ends in the same bytes."""
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in self.history]
+
+    def restore_timings(self, path: Path) -> None:
+        """Take earlier epochs' timings from ``metrics.csv``."""
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                for row, stored in zip(self.history, csv.DictReader(file), strict=False):
+                    row.update({k: float(stored[k]) for k in TIMINGS if stored.get(k)})
+
+    def write(self, path: Path, columns: Sequence[str]) -> None:
+        """Write ``metrics.csv``, a row an epoch."""
+        write_csv(path, self.history, columns)
+
+
+def run_epoch(
+    batches: Iterable[Item],
+    learn: Callable[[Item], None],
+    save: Callable[[], None],
+    position: Position,
+    *,
+    steps: int,
+    save_every: int,
+    processes: int = 1,
+    shown: bool = True,
+) -> dict[str, float]:
+    """Learn from the rest of an epoch's batches and save between steps; gives seconds and images per second.
+
+    Args:
+        batches: of the epoch, from ``position.step_in_epoch`` on.
+        learn: takes one step and counts it in ``position``.
+        save: writes ``last.pth``; not called after the last step, whose epoch is not validated yet.
+        position: where the training stands.
+        steps: of an epoch.
+        save_every: steps between two calls of ``save``.
+        processes: how many learn from as many rows each.
+        shown: whether this process shows a bar where there is a terminal.
+    """
+    began, before = time.monotonic(), position.seen
+    with _bar(position, steps, processes, shown=shown) as advance:
+        for batch in batches:
+            learn(batch)
+            advance()
+            if position.step_in_epoch < steps and position.step_in_epoch % save_every == 0:
+                save()
+    seconds = time.monotonic() - began
+    rate = (position.seen - before) * processes / max(seconds, 1e-9)
+    return {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
+
+
+@contextlib.contextmanager
+def _bar(position: Position, steps: int, processes: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar with loss and images/s on a terminal; nothing elsewhere."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}, {task.fields[rate]:.0f} images/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        name, done = f"epoch {position.epoch + 1}", position.step_in_epoch
+        task = bar.add_task(name, total=steps, completed=done, loss=0.0, rate=0.0)
+        began, seen = time.monotonic(), position.seen
+
+        def advance() -> None:
+            rate = (position.seen - seen) * processes / max(time.monotonic() - began, 1e-9)
+            bar.update(task, completed=position.step_in_epoch, loss=position.loss_sum / position.seen, rate=rate)
+
+        yield advance

@@ -1,0 +1,179 @@
+"""Every figure of an evaluation with its interval: of each stage, of exits, and of the cascade beside Stage B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.metrics.answers import Answered, Measure, Stage, measure_fnr
+from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, bootstrap_answers, compare, metric_names
+from stage1_pro.policies import exit_scores
+from stage1_pro.policies.certify import groups_in_error
+from stage1_pro.policies.policy import Policy
+
+LEVEL = 0.95
+# Accuracy of the cascade minus that of Stage B answering everything, on the same rows.
+DIFFERENCE = "accuracy_minus_stage_b"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Some rows of predictions, how they were answered, and how they are measured; ``source`` None = all rows."""
+
+    predictions: Predictions
+    answers: Answered
+    policy: Policy | None
+    source: str | None
+    rows: NDArray[np.bool_]
+    n_replicates: int
+    seed: int
+
+    @property
+    def positive(self) -> int:
+        """Index of the positive class."""
+        return self.predictions.classes.index(self.predictions.positive)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Arguments of ``bootstrap`` that all figures share."""
+        return {"n_replicates": self.n_replicates, "level": LEVEL, "seed": self.seed}
+
+    def size(self, rows: NDArray[np.bool_]) -> tuple[int, int]:
+        """Count rows and their groups."""
+        return int(rows.sum()), np.unique(self.predictions.groups[rows]).size
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of a scope, and what pictures are drawn from: intervals of Stage A and, under a policy, of exits."""
+
+    measures: list[Measure]
+    stage_a: Intervals
+    exits: Intervals | None
+
+
+def scopes(
+    predictions: Predictions, answers: Answered, policy: Policy | None, n_replicates: int, seed: int
+) -> Iterator[Scope]:
+    """All rows, then those of every source when there are several."""
+    everything = np.ones(predictions.labels.size, dtype=bool)
+    whole = Scope(predictions, answers, policy, None, everything, n_replicates, seed)
+    yield whole
+    names = np.unique(predictions.sources)
+    if names.size > 1:
+        for name in names.tolist():
+            yield replace(whole, source=name or "(no source)", rows=predictions.sources == name)
+
+
+def measure_scope(scope: Scope, extra: Sequence[str] = ()) -> Measured:
+    """Every figure of a scope with its interval; ``extra`` metrics are measured of Stage A, and are no figures."""
+    measures: list[Measure] = []
+    names, rows, predictions = metric_names(exits=False), scope.rows, scope.predictions
+    labels, groups = predictions.labels[rows], predictions.groups[rows]
+    n, n_groups = scope.size(rows)
+    of_stage: dict[Stage, Intervals] = {}
+    for stage, given in scope.answers.items():
+        of_stage[stage] = bootstrap(
+            given.probs[rows],
+            labels,
+            confidence=given.confidence[rows],
+            groups=groups,
+            metrics=[*names, *(extra if stage == "stage_a" else ())],
+            positive=scope.positive,
+            **scope.how,
+        )
+        found = {name: of_stage[stage][name] for name in names}
+        found |= bootstrap_answers(given.probs[rows], labels, groups=groups, positive=scope.positive, **scope.how)
+        measures += [
+            Measure.of(name, one, source=scope.source, stage=stage, n=n, n_groups=n_groups)
+            for name, one in found.items()
+        ]
+    exits = None if scope.policy is None else _exit_intervals(scope, scope.policy)
+    measures += _unknown_exits(scope.source) if exits is None else [*_exits(scope, exits), _difference(scope)]
+    return Measured(measures, of_stage["stage_a"], exits)
+
+
+def fnr_counts(scope: Scope) -> tuple[int, int, int, int]:
+    """Missed and all exited positives, then the groups that hold any of them."""
+    predictions = scope.predictions
+    among = scope.rows & scope.answers["cascade"].exited & (predictions.labels == scope.positive)
+    missed = scope.answers["stage_a"].prediction[among] != scope.positive
+    return int(missed.sum()), int(among.sum()), *groups_in_error(missed, predictions.groups[among])
+
+
+def _unknown_exits(source: str | None) -> list[Measure]:
+    names: list[tuple[Stage, str]] = [("stage_a", name) for name in ("coverage", "exit_error", "exit_accuracy")]
+    names += [("stage_a", "fnr_on_exited"), ("stage_b", "deferred_accuracy")]
+    note = "undefined: no exit policy"
+    return [Measure(source=source, stage=stage, metric=name, note=note, n=0, n_groups=0) for stage, name in names]
+
+
+def _exits(scope: Scope, found: Intervals) -> list[Measure]:
+    """What the policy does: exits of Stage A, and Stage B on the rest."""
+    rows, predictions, stage_a = scope.rows, scope.predictions, scope.answers["stage_a"]
+    out = scope.answers["cascade"].exited
+    exited, deferred = rows & out, rows & ~out
+
+    def measure(stage: Stage, name: str, one: Interval, among: NDArray[np.bool_]) -> Measure:
+        n, n_groups = scope.size(among)
+        return Measure.of(name, one, source=scope.source, stage=stage, n=n, n_groups=n_groups)
+
+    wrong = found["exit_error"]
+    right = replace(wrong, value=1 - wrong.value, low=1 - wrong.high, high=1 - wrong.low)
+    # The mean itself, not one minus another mean: the last bit counts where figures are compared.
+    if exited.any():
+        right = replace(right, value=float(np.mean(~stage_a.error[exited])))
+    rest = Interval(math.nan, math.nan, math.nan, math.nan, method="none", note="undefined: no row is deferred")
+    if deferred.any():
+        rest = bootstrap(
+            scope.answers["stage_b"].probs[deferred],
+            predictions.labels[deferred],
+            groups=predictions.groups[deferred],
+            metrics=["accuracy"],
+            **scope.how,
+        )["accuracy"]
+    return [
+        measure("stage_a", "coverage", found["coverage"], rows),
+        measure("stage_a", "exit_error", wrong, exited),
+        measure("stage_a", "exit_accuracy", right, exited),
+        measure_fnr(scope.source, fnr_counts(scope), found["fnr_on_exited"], LEVEL),
+        measure("stage_b", "deferred_accuracy", rest, deferred),
+    ]
+
+
+def _difference(scope: Scope) -> Measure:
+    """Accuracy of the cascade minus that of Stage B alone, both on the same resamples of groups."""
+    rows, predictions = scope.rows, scope.predictions
+    one = compare(
+        scope.answers["cascade"].probs[rows],
+        scope.answers["stage_b"].probs[rows],
+        predictions.labels[rows],
+        groups=predictions.groups[rows],
+        metrics=["accuracy"],
+        **scope.how,
+    )["accuracy"]
+    n, n_groups = scope.size(rows)
+    return Measure.of(DIFFERENCE, one, source=scope.source, stage="cascade", n=n, n_groups=n_groups)
+
+
+def _exit_intervals(scope: Scope, policy: Policy) -> Intervals:
+    predictions, rows = scope.predictions, scope.rows
+    scores = exit_scores(policy, scope.answers["stage_a"].probs, predictions.gate_logits)
+    # A row without a score never exits.
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    return bootstrap(
+        scope.answers["stage_a"].probs[rows],
+        predictions.labels[rows],
+        confidence=scores[rows],
+        threshold=policy.exit_threshold,
+        groups=predictions.groups[rows],
+        metrics=["coverage", "exit_error", "fnr_on_exited"],
+        positive=scope.positive,
+        **scope.how,
+    )

@@ -1,0 +1,82 @@
+"""Trackers: figures of every epoch sent to TensorBoard, Weights & Biases or MLflow through accelerate's own classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
+
+from stage1_pro.errors import DependencyError
+from stage1_pro.registry import Registry
+
+_PROJECT = "stage1_pro"
+
+
+def _tensorboard(folder: Path) -> GeneralTracker:
+    return TensorBoardTracker("tensorboard", folder)
+
+
+def _wandb(folder: Path) -> GeneralTracker:
+    return WandBTracker(_PROJECT, dir=str(folder), name=folder.resolve().name)
+
+
+def _mlflow(folder: Path) -> GeneralTracker:
+    import mlflow
+
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())
+    return MLflowTracker(_PROJECT, run_name=folder.resolve().name)
+
+
+# What `train.trackers` can name: a function of the folder. Each of those here needs the library of its name.
+_LIBRARIES: dict[str, Callable[[Path], GeneralTracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}
+TRACKERS: Registry[Callable[[Path], GeneralTracker]] = Registry("train.trackers", "stage1_pro.trackers", _LIBRARIES)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that every tracker can be opened, before anything slow happens.
+
+    Raises:
+        InputError: a name that is not known.
+        DependencyError: a library that is missing.
+    """
+    for name in names:
+        if TRACKERS.find(name) is _LIBRARIES.get(name) and find_spec(name) is None:
+            raise DependencyError(
+                f"train.trackers must name installed trackers, got {name}, which is not; install it with: "
+                f"pip install {name}"
+            )
+
+
+class Trackers:
+    """The opened trackers of a training, in the process that writes; none where ``names`` is empty.
+
+    They keep what they write inside the folder, unless their own environment variables name a server.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path) -> None:
+        self._open = [TRACKERS.find(name)(folder) for name in names]
+        for tracker in self._open:
+            # Before 1.12 accelerate's trackers started when they were made.
+            if hasattr(tracker, "start"):
+                tracker.start()
+
+    def log(self, figures: Mapping[str, Any], step: int) -> None:
+        """Send the figures that are floats."""
+        values = {name: value for name, value in figures.items() if isinstance(value, float)}
+        for tracker in self._open:
+            tracker.log(values, step=step)
+
+    def close(self) -> None:
+        """Write what is left and let go."""
+        for tracker in self._open:
+            tracker.finish()
+        self._open = []

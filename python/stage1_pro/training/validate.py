@@ -1,0 +1,164 @@
+"""After every epoch: figures on ``val_select``, the best checkpoints, and when to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stage1_pro.errors import TrainingError
+from stage1_pro.files import write_bytes
+from stage1_pro.metrics.figures import BAND_METRICS, risk_band, risk_coverage_png
+from stage1_pro.metrics.intervals import Intervals, bootstrap, metric_names
+from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
+from stage1_pro.metrics.selective import augrc
+from stage1_pro.models.adapters import merged_state, save_adapter
+from stage1_pro.models.model import fingerprint
+from stage1_pro.policies.softmax import confidence, softmax
+from stage1_pro.training import checkpoint
+from stage1_pro.training.inference import Arrays, named_logits
+from stage1_pro.training.resume import State, save_last
+from stage1_pro.training.session import Session
+
+# Stage A's suite on val_select, each with the ends of its interval.
+SUITE = metric_names(exits=False)
+N_REPLICATES = 500
+COLUMNS = [
+    "epoch", "step", "lr", "train_loss", "train_accuracy", "balanced_accuracy", "auroc",
+    *(f"{name}{end}" for name in SUITE for end in ("", "_low", "_high")),
+    "accuracy_b", "augrc_b", "gate_augrc", "best", "seconds", "images_per_second",
+]  # fmt: skip
+
+
+def end_epoch(session: Session, state: State, timings: dict[str, float]) -> None:
+    """Measure the epoch that was trained, keep what is best so far, and write ``metrics.csv`` and ``last.pth``.
+
+    Args:
+        session: what is trained.
+        state: moved on to the next epoch, or marked as finished.
+        timings: of the epoch, for ``metrics.csv``.
+
+    Raises:
+        TrainingError: logits that are not finite.
+    """
+    options, epoch = session.config.train, state.epoch
+    session.log(f"epoch {epoch} validate begin")
+    arrays = _predict(session)
+    figures, intervals = _figures(session, arrays)
+    session.log(f"epoch {epoch} validate end")
+    better = (figures["augrc"], figures["nll"]) < (state.best_augrc, state.best_nll)
+    better_acc = figures["accuracy"] > state.best_acc
+    row = {**_train_figures(session, state), **figures, "best": int(better), **timings}
+    state.history.append(row)
+    state.patience_counter = 0 if better else state.patience_counter + 1
+    if better:
+        state.best_augrc, state.best_nll, state.best_epoch = figures["augrc"], figures["nll"], epoch
+    state.best_acc = max(state.best_acc, figures["accuracy"])
+    state.begin_next()
+    stopped = state.patience_counter >= options.patience
+    state.finished = state.epoch == options.epochs or stopped
+    # Order matters when killed: best files first, last.pth last. Whatever is lost is made again, the same.
+    for name, wanted in (("model_best.pth", better), ("model_best_acc.pth", better_acc)):
+        if wanted and session.main:
+            _save_best(session, name, epoch, figures)
+    if session.main:
+        _draw(session, arrays, intervals, f"epoch {epoch + 1}{' (best so far)' if better else ''}")
+        state.write(session.run / "metrics.csv", COLUMNS)
+    save_last(session, state)
+    session.trackers.log(row, state.global_step)
+    session.say(
+        f"epoch {epoch + 1}/{options.epochs}: loss {row['train_loss']:.4f}, val_select accuracy "
+        f"{figures['accuracy']:.4f}, AUROC {figures['auroc']:.4f}, AUGRC {figures['augrc']:.5f} "
+        f"[{figures['augrc_low']:.5f}, {figures['augrc_high']:.5f}], {timings['images_per_second']:.0f} images/s"
+        f"{' *' if better else ''}{'; stopped early' if stopped else ''}"
+    )
+
+
+def _train_figures(session: Session, state: State) -> dict[str, Any]:
+    sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=torch.float64)
+    if session.world > 1:
+        sums = session.accelerator.reduce(sums.to(session.device), "sum").cpu()
+    return {
+        "epoch": state.epoch,
+        "step": state.global_step,
+        "lr": session.scheduler.get_last_lr()[0],
+        "train_loss": float(sums[0] / sums[2]),
+        "train_accuracy": float(sums[1] / sums[2]),
+    }
+
+
+def _predict(session: Session) -> Arrays:
+    """Both stages' logits on ``val_select``, every process a share of the rows."""
+    module = session.evaluated.eval()
+    mine = slice(session.rank, None, session.world)
+
+    def forward(*inputs: Tensor) -> dict[str, Tensor]:
+        return named_logits(module(*inputs))
+
+    if session.config.train.mode == "linear":
+        features = session.features["val_select"]
+        inputs = [torch.from_numpy(features[name][mine]).to(session.device) for name in ("features_a", "features_b")]
+        with torch.inference_mode(), session.accelerator.autocast():
+            own = {k: v.float().cpu().numpy() for k, v in forward(*inputs).items()}
+    else:
+        own = session.over(forward, session.photos("val_select")[mine])
+    return session.join(own, len(session.rows["val_select"]))
+
+
+def _figures(session: Session, arrays: Arrays) -> tuple[dict[str, float], Intervals]:
+    """Both stages' figures on ``val_select``, and Stage A's suite with its intervals by group."""
+    labels = session.labels["val_select"]
+    probs_a, probs_b = softmax(arrays["logits_a"]), softmax(arrays["logits_b"])
+    if not np.isfinite(probs_a).all() or not np.isfinite(probs_b).all():
+        raise TrainingError("logits on val_select must be finite, got NaN; lower train.lr (last.pth is as it was)")
+    given_a, given_b = probs_a.argmax(1), probs_b.argmax(1)
+    positive = session.splits.classes.index(session.splits.positive)
+    intervals = bootstrap(
+        probs_a, labels, confidence=confidence(probs_a),
+        groups=np.asarray([row.group for row in session.rows["val_select"]]),
+        metrics=[*SUITE, *BAND_METRICS], n_replicates=N_REPLICATES, seed=session.config.seed, positive=positive,
+    )  # fmt: skip
+    figures = {
+        "balanced_accuracy": balanced_accuracy(given_a, labels),
+        "auroc": auroc(probs_a[:, positive], labels == positive),
+        "accuracy_b": accuracy(given_b, labels),
+        "augrc_b": augrc(confidence(probs_b), given_b != labels),
+        "gate_augrc": augrc(arrays["gate_logits"], given_a != labels),
+    }
+    for name in SUITE:
+        one = intervals[name]
+        figures |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+    return figures, intervals
+
+
+def _draw(session: Session, arrays: Arrays, intervals: Intervals, when: str) -> None:
+    """Refresh the run's own risk-coverage curve: Stage A on ``val_select``."""
+    probs = softmax(arrays["logits_a"])
+    png = risk_coverage_png(
+        confidence(probs), probs.argmax(1) != session.labels["val_select"], band=risk_band(intervals),
+        title=f"Stage A on val_select, {when}",
+    )  # fmt: skip
+    write_bytes(session.run / "metrics" / "risk_coverage_curve.png", png)
+
+
+def _save_best(session: Session, name: str, epoch: int, figures: dict[str, float]) -> None:
+    module = session.evaluated
+    weights = own = module.state_dict()
+    if session.config.train.mode == "linear":
+        weights = {**session.model.state_dict(), **{f"heads.{k}": v for k, v in own.items()}}
+    elif session.adaptation is not None:
+        weights = merged_state(module)
+    session.log(f"checkpoint {name} writing")
+    checkpoint.save_model(
+        session.run / name, session.model, weights, split_hashes=session.splits.hashes, epoch=epoch, figures=figures
+    )
+    session.log(f"checkpoint {name} replaced")
+    if session.adaptation is not None and name == "model_best.pth":
+        session.log("adapter writing")
+        save_adapter(
+            session.run / "adapter", session.adaptation, session.architecture, own, epoch=epoch,
+            split_hashes=session.splits.hashes, model_fingerprint=fingerprint(session.architecture, weights),
+        )  # fmt: skip
+        session.log("adapter replaced")

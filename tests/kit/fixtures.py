@@ -1,0 +1,68 @@
+"""What takes seconds to make is made once for all workers, and copied by whoever changes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+Make = Callable[[Path], object]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Make], Path]:
+    """The function ``once(name, make)``: a folder of this session, which the first of all workers makes.
+
+    Nobody writes into it; ``kit.tiny.copy_run`` and ``shutil.copytree`` give a copy of one's own.
+    """
+    base = tmp_path_factory.getbasetemp()
+    kit = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kit"
+
+    def call(name: str, make: Make) -> Path:
+        kit.mkdir(exist_ok=True)
+        with FileLock(kit / f"{name}.lock"):
+            if not (kit / f"{name}.made").exists():
+                make(kit / name)
+                (kit / f"{name}.made").touch()
+        return kit / name
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny(once: Callable[[str, Make], Path]) -> Path:
+    """A run of the tiny model, calibrated without a training, and its bundle in ``bundle``."""
+    pytest.importorskip("torch", reason="bundles are exported with [train]")
+    from kit.tiny import make_model, make_run
+    from stage1_pro.deploy.exporting import export
+
+    return once("tiny", lambda folder: export(make_run(folder, make_model())))
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(once: Callable[[str, Make], Path], tiny: Path) -> Path:
+    """The bundle of ``tiny`` with engines; skipped where their builder is not installed."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx cannot be imported: no engine can be built here")
+    from stage1_pro.deploy.building import build
+
+    return once("tiny_engines", lambda folder: build(tiny / "bundle", folder))
+
+
+@pytest.fixture(scope="session")
+def scenes(once: Callable[[str, Make], Path]) -> Path:
+    """160 rendered scenes of 64 pixels, with ``labels.csv``."""
+    from stage1_pro.data.synthetic import render_pool
+
+    return once("scenes", lambda folder: render_pool(folder, 160, seed=1, size=64))
+
+
+@pytest.fixture(scope="session")
+def scenes_run(once: Callable[[str, Make], Path], scenes: Path) -> Path:
+    """A run with splits of ``scenes`` and nothing else."""
+    pytest.importorskip("torch")
+    import stage1_pro
+
+    return once("scenes_run", lambda folder: stage1_pro.split(scenes / "labels.csv", folder, seed=0))

@@ -1,0 +1,325 @@
+"""Photos in a folder, a tar or a source from outside: the same photos give the same splits, batches and answers."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage1_pro.data.images import ImageError, PreprocessSpec, read_image
+from stage1_pro.data.listing import gather
+from stage1_pro.data.photos import Folder, Photo, Photos, Tar, open_photos
+from stage1_pro.data.pool import read_pool
+from stage1_pro.data.splits import Splits, make_splits
+from stage1_pro.errors import InputError
+from stage1_pro.files import sha256_bytes
+
+SPEC = PreprocessSpec(height=48, width=48)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """60 pictures of two classes, at two depths, and what is no picture."""
+    root = tmp_path_factory.mktemp("photos") / "signs"
+    rng = np.random.default_rng(0)
+    for k in range(60):
+        place = root / ("none", "work")[k % 2] / ("", "deep")[k % 3 == 0]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8) // 2 + 90 * (k % 2)
+        Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC).save(place / f"p{k:02d}.png")
+    (root / "work" / "notes ä.txt").write_text("not a picture")
+    (root / "work" / ".DS_Store").write_bytes(b"x")
+    (root / "readme.md").write_text("beside the classes")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tar(folder) -> Path:
+    """The same as a tar, as ``tar c -C FOLDER .`` makes it."""
+    path = folder.parent / "signs.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, ".")
+    return path
+
+
+# A source from outside, as one module: photos in a zip.
+ZIP = """
+import hashlib, zipfile
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Zip:
+    root: str
+
+    def keys(self):
+        with zipfile.ZipFile(self.root.removeprefix("zip://")) as archive:
+            return sorted(name for name in archive.namelist() if not name.endswith("/"))
+
+    def read(self, key):
+        with zipfile.ZipFile(self.root.removeprefix("zip://")) as archive:
+            return archive.read(key)
+
+    def fingerprint(self):
+        return hashlib.sha256("".join(self.keys()).encode()).hexdigest()
+"""
+
+
+@pytest.fixture
+def zipped(folder, tmp_path, monkeypatch) -> str:
+    """The same behind an entry point of another package."""
+    site = tmp_path / "site"
+    (site / "zip_photos-1.dist-info").mkdir(parents=True)
+    (site / "zip_photos.py").write_text(ZIP)
+    (site / "zip_photos-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: zip-photos\nVersion: 1\n")
+    (site / "zip_photos-1.dist-info" / "entry_points.txt").write_text("[stage1_pro.photos]\nzip = zip_photos:Zip\n")
+    monkeypatch.syspath_prepend(site)
+    with zipfile.ZipFile(tmp_path / "signs.zip", "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                archive.write(path, path.relative_to(folder).as_posix())
+    return f"zip://{tmp_path / 'signs.zip'}"
+
+
+def facts(splits: Splits) -> dict:
+    return splits.model_dump(exclude={"root"})
+
+
+def test_splits_of_a_tar_are_those_of_its_folder(folder, tar):
+    here, there = make_splits(folder), make_splits(tar)
+    assert facts(here[0]) == facts(there[0]) and here[0].hashes == there[0].hashes
+    assert [(q.file, q.reason) for q in here[1]] == [(q.file, q.reason) for q in there[1]]
+    assert [q.file for q in here[1]] == ["work/notes ä.txt"]
+    assert (here[0].root, there[0].root) == (str(folder), str(tar))
+    for splits, _ in (here, there):
+        photos = splits.photos_of(splits.rows)
+        assert [sha256_bytes(photo.read()) for photo in photos] == [row.sha256 for row in splits.rows]
+        assert sha256_bytes(splits.photos().read(splits.rows[0].file)) == splits.rows[0].sha256
+    assert open_photos(folder).fingerprint() == open_photos(tar).fingerprint()
+    assert list(open_photos(folder).keys()) == list(open_photos(tar).keys())
+
+
+def test_a_source_from_outside_is_one_module(folder, zipped):
+    here, there = make_splits(folder), make_splits(zipped)
+    assert facts(here[0]) == facts(there[0]) and there[0].root == zipped
+    names = [name for name, _ in gather([zipped])]
+    assert len(names) == 60 and names[0] == f"{zipped}/none/deep/p00.png"
+    photo = there[0].photos_of(there[0].rows)[0]
+    assert np.array_equal(read_image(photo), read_image(folder / photo.key))
+    with pytest.raises(ImageError, match="KeyError"):
+        read_image(Photo(there[0].photos(), "none/nowhere.png"))
+    with pytest.raises(InputError, match=r"copy them there first"):
+        there[0].path(there[0].rows[0])
+    with pytest.raises(InputError, match=r"address of an installed source \(zip\), got zap://x; did you mean 'zip'"):
+        open_photos("zap://x")
+
+
+def test_a_table_names_files_in_a_tar(folder, tar, tmp_path):
+    rows = [f"{p.relative_to(folder).as_posix()},{p.relative_to(folder).parts[0]}" for p in folder.rglob("*.png")]
+    text = "\n".join(["file,label", *rows])
+    (tmp_path / "mine.csv").write_text(text)
+    expected, _ = make_splits(tmp_path / "mine.csv", images=folder)
+    assert facts(make_splits(tmp_path / "mine.csv", images=tar)[0]) == facts(expected)
+    inside = shutil.copy(tar, tmp_path / "inside.tar")
+    with tarfile.open(inside, "a") as archive:
+        archive.add(tmp_path / "mine.csv", "labels.csv")
+    assert facts(make_splits(inside)[0]) == facts(expected)
+    (tmp_path / "out.csv").write_text("file,label\n../signs.tar,x\n")
+    for file in ("../x.png", "/etc/passwd", "."):
+        (tmp_path / "out.csv").write_text(f"file,label\n{file},x\n")
+        with pytest.raises(InputError, match="file must be inside"):
+            make_splits(tmp_path / "out.csv", images=tar)
+
+
+def test_inputs_of_predict_are_the_same_photos(folder, tar, tmp_path):
+    here, there = gather([folder]), gather([tar])
+    assert [name.removeprefix(str(folder)) for name, _ in here] == [name.removeprefix(str(tar)) for name, _ in there]
+    for (_, one), (_, other) in zip(here, there, strict=True):
+        assert np.array_equal(read_image(one), read_image(other))
+    # A member is named as if the tar were a folder, in a list or alone.
+    (tmp_path / "list.csv").write_text(f"file\n{os.path.relpath(tar, tmp_path)}/work/p01.png\n")
+    for inputs in ([tar / "work" / "p01.png"], [tmp_path / "list.csv"]):
+        ((_, one),) = gather(inputs)
+        assert np.array_equal(read_image(one), read_image(folder / "work" / "p01.png"))
+    with pytest.raises(ImageError, match="No such file"):
+        read_image(tar / "work" / "none.png")
+    with pytest.raises(ImageError, match="Not a directory"):
+        read_image(folder / "readme.md" / "none.png")
+
+
+def test_a_pool_in_a_tar_is_the_folders(folder, tar):
+    splits, _ = make_splits(folder)
+    unseen = splits.of("val_test")
+    here, there = (read_pool(place, unseen, splits.photos()) for place in (folder, tar))
+    assert here.fingerprint == there.fingerprint and here.n_left_out == there.n_left_out >= len(unseen)
+    assert [photo.key for photo in here.photos] == [photo.key for photo in there.photos]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_a_tar_are_the_folders(folder, tar, zipped, workers):
+    pytest.importorskip("torch", reason="the train extra")
+    from stage1_pro.config import AugmentConfig
+    from stage1_pro.data.loader import TrainLoader, iterate
+
+    batches = []
+    for place in (folder, tar, zipped):
+        splits, _ = make_splits(place)
+        photos = splits.photos_of(splits.of("train"))
+        loader = TrainLoader(
+            photos, [0] * len(photos), SPEC, AugmentConfig(), seed=3, batch_size=8, workers=workers
+        )  # fmt: skip
+        found = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+        loader.close()
+        assert {file for batch in found for file in batch.files} <= {str(photo) for photo in photos}
+        seen = [batch.pixels.numpy() for batch in found]
+        batches.append((seen, [one.numpy() for one in iterate(photos, SPEC, 8, workers)]))
+    for other in batches[1:]:
+        for ours, theirs in zip(batches[0], other, strict=True):
+            assert len(ours) == len(theirs) > 2
+            assert all(np.array_equal(one, two) for one, two in zip(ours, theirs, strict=True))
+
+
+def test_a_run_on_a_tar_is_the_run_on_its_folder(folder, tar, tmp_path):
+    """Split, train, evaluate and answer on either: the same rows, weights, measures and decisions."""
+    pytest.importorskip("torch", reason="the train extra")
+    import stage1_pro
+    from stage1_pro.cli import main
+    from stage1_pro.data.predictions import Predictions
+    from stage1_pro.deploy.prediction import infer
+    from stage1_pro.files import sha256_file
+
+    found = []
+    for name, place in (("folder", folder), ("tar", tar)):
+        run = tmp_path / name
+        assert main(["split", "--labels", str(place), "--out", str(run), "--max-quarantine", ".1"]) == 0
+        keys = ["train.epochs=1", "model.image_size=32", "train.batch_size=16", "train.workers=2"]
+        assert main(["train", "--run", str(run), *(word for key in keys for word in ("--set", key))]) == 0
+        assert main(["calibrate", "--run", str(run), "--guarantee", "none", "--target-fnr", ".9"]) == 0
+        evaluation = stage1_pro.evaluate(run, n_replicates=20)
+        rows, _ = infer(run, [place])
+        for row in rows:
+            row["file"] = row["file"].removeprefix(str(place))
+        found.append(
+            {
+                "hashes": Splits.read(run / "splits.json").hashes,
+                "weights": sha256_file(run / "model_best.pth"),
+                "logits": Predictions.load(run / "val_calib.npz").logits_b.tolist(),
+                "evaluation": evaluation.model_dump(),
+                "decisions": rows,
+                "split": infer(run, split="val_test"),
+            }
+        )
+    assert len(found[0]["decisions"]) == 60 and all(row["error"] is None for row in found[0]["decisions"])
+    assert found[0] == found[1]
+
+
+# --------------------------------------------------------------------------------------------
+# Tars
+
+
+def member(name: str, data: bytes = b"x", **changes) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in changes.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def write_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for info, data in members:
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (member("work/a.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device"),
+        (member("work/a.png", b"", type=tarfile.LNKTYPE, linkname="../../etc/passwd"), "a link, a device"),
+        (member("work/a.png", b"", type=tarfile.CHRTYPE), "a link, a device"),
+        (member("work/a.png", b"", type=tarfile.FIFOTYPE), "a link, a device"),
+        (member("/etc/passwd"), "name its files inside it"),
+        (member("work/../../a.png"), "name its files inside it"),
+        (member(".."), "name its files inside it"),
+        (member("./none/b.png"), "every file once"),
+        (member("a\x1b[2J\n", type=tarfile.SYMTYPE), r"got a\\x1b\[2J\\n"),
+    ],
+)
+def test_hostile_members_are_refused_by_name(tmp_path, bad, message):
+    with pytest.raises(InputError, match=message) as error:
+        Tar(str(write_tar(tmp_path / "t.tar", member("none/b.png"), bad)))
+    assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_and_compressed_tars_are_refused(tmp_path, tar):
+    whole = tar.read_bytes()
+    with tarfile.open(tar) as archive:
+        ends = [info.offset_data + -(-info.size // 512) * 512 for info in archive]
+    for name, data in {
+        "empty.tar": b"",
+        "none.tar": b"no tar" * 500,
+        "cut.tar": whole[: ends[-2] + 700],
+        "between.tar": whole[: ends[-2]],
+        "header.tar": whole[: ends[3]] + b"\xff" * 512 + whole[ends[3] + 512 :],
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=name):
+            open_photos(tmp_path / name)
+    with tarfile.open(tmp_path / "z.tar", "w:gz") as archive:
+        archive.add(tar, "x")
+    with pytest.raises(InputError, match="uncompressed"):
+        open_photos(tmp_path / "z.tar")
+
+
+def test_no_byte_that_is_changed_gives_a_traceback(tmp_path):
+    path = write_tar(tmp_path / "t.tar", member("a/" + "n" * 150 + ".png", b"abc"), member("b/x.png", b"d" * 600))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[place] = rng.integers(0, 256)
+        path.write_bytes(data[: rng.integers(0, len(data))] if rng.random() < 0.2 else data)
+        try:
+            photos = Tar(str(path))
+        except InputError:
+            continue
+        for key in photos.keys():  # noqa: SIM118
+            assert len(photos.read(key)) <= len(data)
+
+
+def test_members_are_read_at_their_place(tmp_path):
+    rng = np.random.default_rng(1)
+    contents = {f"c/{k}": rng.bytes(int(size)) for k, size in enumerate(rng.integers(0, 5000, 40))}
+    photos: Photos = Tar(str(write_tar(tmp_path / "t.tar", *(member(key, data) for key, data in contents.items()))))
+    assert sorted(photos.keys()) == sorted(contents)
+    assert all(photos.read(key) == contents[key] for key in reversed(list(contents)))
+    with Photo(photos, "c/7").open() as file:
+        data = contents["c/7"]
+        for _ in range(50):
+            place, size = (int(x) for x in rng.integers(0, len(data) + 20, 2))
+            file.seek(place)
+            assert file.read(size) == data[place : place + size]
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == data[-3:] and file.tell() == len(data)
+    again = pickle.loads(pickle.dumps(Photo(photos, "c/3")))
+    assert again == Photo(photos, "c/3") and again.read() == contents["c/3"]
+    # Another tar in its place is read by its own index.
+    write_tar(tmp_path / "t.tar", member("c/3", b"new"))
+    assert again.read() == b"new"
+    with pytest.raises(FileNotFoundError):
+        photos.read("c/4")
+
+
+def test_a_folder_waits_for_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="not a regular file"):
+        read_image(Photo(Folder(str(tmp_path)), "a.png"))
