@@ -21,7 +21,7 @@ from stage1_pro.config import load_config
 MANUAL = Path(str(files("stage1_pro"))) / "manual"
 PAGES = sorted(path.name for path in MANUAL.glob("*.md"))
 # Their blocks train a model. Adapters: tests/test_adapters.py runs that page, and looks at what it made.
-TRAIN = {"compare.md", "configuration.md", "explora.md", "python.md", "tutorial.md"}
+TRAIN = {"compare.md", "train.md", "configuration.md", "explora.md", "python.md", "tutorial.md"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
