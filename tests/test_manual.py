@@ -88,7 +88,7 @@ def test_the_readme_is_a_page_and_its_links_lead_somewhere(repository):
         assert (repository / target).exists(), target
     python = [block for kind, block in BLOCK.findall(text) if kind == "python"]
     assert len(python) == 1
-    exec(compile(python[0], "README.md", "exec"), {})
+    exec(compile(python[0], "README.md", "exec", dont_inherit=True), {})
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def run_page(text: str, monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: p
                 code = cli.main(words[1:])
                 assert code == int((re.findall(r"# exit code (\d)", line) or [0])[0]), (line, capsys.readouterr().err)
         elif kind == "python":
-            exec(compile(block, "manual", "exec"), names)
+            exec(compile(block, "manual", "exec", dont_inherit=True), names)
         done += kind != "text"
     return done
 
