@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 
 from stage1_pro.continual.learn.rewards import RewardSpec
-from stage1_pro.continual.loop import promotion as gate
+from stage1_pro.continual.loop import promotion
 
 MARGIN, LEVEL = 0.05, 0.05
 # What a wrong answer takes from a right one's reward, and what an exit saves that was a deferral.
@@ -45,13 +45,13 @@ def draw(kind: str, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
 def passes(kind: str, n: int, draws: int, seed: int = 0) -> tuple[float, float]:
     """Shares of draws that pass by the gate's p-value and by the bootstrap."""
-    rng, reach = np.random.default_rng([seed, n]), gate._reach(RewardSpec())
+    rng, reach = np.random.default_rng([seed, n]), promotion.largest_difference(RewardSpec())
     ours = bootstrap = 0
     for k in range(draws):
         differences, clusters = draw(kind, n, rng)
         names = clusters.astype(np.str_)
-        ours += gate._Asked("", differences, names, MARGIN, reach, 0).p_value(LEVEL, k) <= LEVEL
-        bootstrap += gate.lower_bound(differences, names, level=LEVEL, n_replicates=1000, seed=k) > -MARGIN
+        ours += promotion.AnchorQuestion("", differences, names, MARGIN, reach, 0).p_value(LEVEL, k) <= LEVEL
+        bootstrap += promotion.lower_bound(differences, names, level=LEVEL, n_replicates=1000, seed=k) > -MARGIN
     return ours / draws, bootstrap / draws
 
 

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from stage1_pro.continual.learn import rewards as r
 from stage1_pro.continual.learn.mgrpo import ProposalOptions, propose
 from stage1_pro.continual.learn.replay import Reservoir
-from stage1_pro.continual.learn.rlvr import HeadsPolicy, Rows, TuneOptions, fit_policy, kl, log_probs_of, mean_reward
+from stage1_pro.continual.learn.rlvr import (
+    BanditRows,
+    HeadsPolicy,
+    TuneOptions,
+    fit_policy,
+    kl,
+    log_probs_of,
+    mean_reward,
+)
 from stage1_pro.continual.ledger.guard import GuardVault
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, evaluate
@@ -50,20 +58,20 @@ class Draw:
     def rewards(self) -> Tensor:
         return torch.from_numpy(r.action_rewards(SPEC, self.truth(), self.b)).float()
 
-    def rows(self, *, twice: bool = False) -> Rows:
+    def rows(self, *, twice: bool = False) -> BanditRows:
         says = torch.zeros(len(self.y), 4)
         says[:, 1], says[:, 2] = 1.0, torch.from_numpy(self.b == 1).float()
-        return Rows((self.x, self.x) if twice else (self.x,), self.rewards(), says, self.y == 1)
+        return BanditRows((self.x, self.x) if twice else (self.x,), self.rewards(), says, self.y == 1)
 
     def both(self, other: Draw) -> Draw:
         return Draw(torch.cat([self.x, other.x]), np.concatenate([self.y, other.y]), np.concatenate([self.b, other.b]))
 
 
-def decisions(log_probs: Tensor, b: NDArray[np.int64]) -> r.Decisions:
+def decisions(log_probs: Tensor, b: NDArray[np.int64]) -> r.Actions:
     """The most likely actions: EXIT none, EXIT roadwork, DEFER, ABSTAIN."""
     action = log_probs.argmax(1).numpy()
     answers = np.where(action < 2, action, np.where(action == 2, b, r.NOBODY)).astype(np.int64)
-    return r.Decisions(answers, action == 2)
+    return r.Actions(answers, action == 2)
 
 
 # -------------------------------------------------------------------------------- tuning
@@ -119,7 +127,11 @@ def tuned_threshold(heads: Heads, select: Draw, test: Draw) -> float:
 
 
 def fit_by(
-    policy: nn.Module, rows: Rows, select: Rows, loss_of: Callable[[Tensor, Tensor], Tensor], options: TuneOptions
+    policy: nn.Module,
+    rows: BanditRows,
+    select: BanditRows,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    options: TuneOptions,
 ) -> None:
     """The loop of ``fit_policy`` for objectives that the package does not offer; ``loss_of(log_probs, index)``."""
     reference = log_probs_of(policy, rows.inputs)
@@ -226,7 +238,7 @@ def tuning(seeds: int) -> None:
 
 def two_cascades(
     y: NDArray[np.int64], gain: float, rng: np.random.Generator, differ: float
-) -> tuple[r.Decisions, r.Decisions]:
+) -> tuple[r.Actions, r.Actions]:
     """Champion and candidate, whose answers differ on a share of rows; the candidate earns ``gain`` more on average."""
     n = len(y)
     champion = np.where(rng.random(n) < 0.9, y, 1 - y)
@@ -236,7 +248,7 @@ def two_cascades(
     champion = np.where(other, np.where(good, 1 - y, y), champion)
     candidate = np.where(other, 1 - champion, champion)
     none = np.zeros(n, dtype=bool)
-    return r.Decisions(champion.astype(np.int64), none), r.Decisions(candidate.astype(np.int64), none)
+    return r.Actions(champion.astype(np.int64), none), r.Actions(candidate.astype(np.int64), none)
 
 
 def gate_epoch(vault: GuardVault, name: str, gain: float, rng: np.random.Generator, *, n: int, looks: int,
@@ -247,7 +259,7 @@ def gate_epoch(vault: GuardVault, name: str, gain: float, rng: np.random.Generat
     y = rng.integers(0, 2, n)
     vault.label(name, {one: CLASSES[label] for one, label in zip(ids, y, strict=True)}, "owner")
     anchor_y = rng.integers(0, 2, 600)
-    easy = r.Decisions(anchor_y.astype(np.int64), np.zeros(600, dtype=bool))
+    easy = r.Actions(anchor_y.astype(np.int64), np.zeros(600, dtype=bool))
     truth = r.verified(anchor_y, "owner", classes=CLASSES, positive="roadwork")
     anchor = Anchor(truth, np.arange(600).astype(np.str_))
     found = []

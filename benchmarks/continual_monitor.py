@@ -24,10 +24,10 @@ from scipy.special import expit
 
 from stage1_pro.continual.watch.monitor import (
     Evidence,
-    Rows,
+    ServedColumns,
     cbpe,
     drift,
-    gather,
+    feed,
     hajek_risk,
     horvitz_thompson_risk,
     naive_risk,
@@ -66,12 +66,12 @@ def join(*parts: Stream) -> Stream:
     return Stream(np.concatenate([one.score for one in parts]), np.concatenate([one.wrong for one in parts]))
 
 
-def audited(one: Stream, rng: np.random.Generator, *, exits: float, deferred: float = 0.0) -> Rows:
+def audited(one: Stream, rng: np.random.Generator, *, exits: float, deferred: float = 0.0) -> ServedColumns:
     """Serve at the certified threshold and review exits and deferred rows at random, at these rates."""
     out = one.score >= CERTIFIED
     chance = np.where(out, exits, max(deferred, 1e-9))
     chosen = rng.random(out.size) < chance
-    return Rows(
+    return ServedColumns(
         time=np.arange(out.size, dtype=np.float64),
         exited=out,
         wrong=np.where(chosen, one.wrong, np.nan),
@@ -93,7 +93,7 @@ def alarms(runs: int, *, audit_rate: float, shifted: bool, seed: int = 0) -> dic
         rng = np.random.default_rng([seed, run])
         parts = [stream(STABLE_ROWS, rng), stream(SHIFTED_ROWS, rng, shift=HARD_SHIFT if shifted else 0.0)]
         rows = audited(join(*parts), rng, exits=audit_rate)
-        evidence = gather(Evidence(alpha=ALPHA, reference=audit_rate, floor=min(audit_rate, 0.02)), rows)
+        evidence = feed(Evidence(alpha=ALPHA, reference=audit_rate, floor=min(audit_rate, 0.02)), rows)
         if evidence.alarm_at is None:
             continue
         if shifted and evidence.alarm_at >= STABLE_ROWS:

@@ -34,7 +34,7 @@ import stage1_pro
 from stage1_pro.config import load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.files import write_text
-from stage1_pro.metrics.intervals import clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.bounds import selection_rank
 from stage1_pro.policies.certify import certify_threshold
 from stage1_pro.policies.scrc import FAIL_LEVEL, PASS_LEVEL, SCRC

@@ -28,6 +28,7 @@ from stage1_pro.continual.ledger.exchange import (
     import_label_studio,
     label_config,
 )
+from stage1_pro.continual.ledger.history import History
 from stage1_pro.continual.ledger.labels import (
     GUARD_SOURCES,
     Disagreement,
@@ -35,7 +36,6 @@ from stage1_pro.continual.ledger.labels import (
     Source,
     add_events,
     add_labels,
-    audited,
     disagreement,
     ingest,
     read_events,
@@ -604,7 +604,7 @@ def test_ingestion_is_exactly_once(store: Store, log: EventLog) -> None:
     assert ingest(store, log).events == 0
     assert list(read_events(store)) == [make_event(i, selected=i % 2 == 0 or i > 499) for i in range(501)]
     assert [one.id for one in read_events(store, since=1002, until=1004)] == ["e00002", "e00003"]
-    assert list(read_events(store, bundle="b" * 64)) == []
+    assert list(read_events(store, bundle=BUNDLE)) == []
 
 
 def test_two_ingest_at_once(store_url: str, log: EventLog) -> None:
@@ -763,13 +763,10 @@ def test_audited_rows(store: Store, log: EventLog) -> None:
     ingest(store, log)
     add_labels(store, [label(f"e{i:05d}", "roadwork", at=2000.0) for i in range(4)])
     add_labels(store, [label("e00004", "none", "match", at=2000.0)])
-    rows = audited(store)
-    assert rows.event_id.tolist() == ["e00000", "e00001", "e00002"] and len(rows) == 3
-    assert rows.exited.tolist() == [True, False, False]
-    assert rows.wrong.tolist() == [True, True, False]
-    assert rows.wrong_a.tolist() == [True, False, True]
-    assert rows.propensity.tolist() == [0.25] * 3 and np.isnan(rows.score[2])
-    assert len(audited(store, until=2000.0)) == 0
+    history = History.read(store)
+    assert [one.id for one in history.of(BUNDLE)] == [f"e{i:05d}" for i in range(5)]
+    assert history.errors_of_a(history.served) == {"e00000": True, "e00001": False, "e00002": True}
+    assert History.read(store, 2000.0).errors_of_a(history.served) == {}
 
 
 # --------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.executors import (
-    Command,
     ExecutorConfig,
     Inline,
+    Launched,
     RayExecutor,
     WorkError,
     do_work,
@@ -329,7 +329,7 @@ def test_work_is_found_again_and_done_again_where_it_was_changed(tmp_path: Path)
 @pytest.mark.usefixtures("importable")
 def test_a_fresh_interpreter_gives_the_same_and_tells_errors(tmp_path: Path) -> None:
     executor = make_executor(ExecutorConfig(kind="subprocess", timeout=120.0))
-    assert isinstance(executor, Command)
+    assert isinstance(executor, Launched)
     inputs = {"seed": 1, "snapshot": {"rows": [1, 2]}}
     there = do_work(tmp_path / "a", "kit.loop_parts:propose", inputs, executor)
     assert there == do_work(tmp_path / "b", "kit.loop_parts:propose", inputs, Inline())
@@ -340,14 +340,14 @@ def test_a_fresh_interpreter_gives_the_same_and_tells_errors(tmp_path: Path) -> 
     with pytest.raises(InputError, match="function must be module:name"):
         do_work(tmp_path, "kit.loop_parts:nothing", {}, Inline())
     with pytest.raises(WorkError, match="must be done in 0.5 s"):
-        do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 60}, Command((sys.executable, "-m"), 0.5))
+        do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 60}, Launched((sys.executable, "-m"), 0.5))
 
 
 @pytest.mark.usefixtures("importable")
 def test_what_a_killed_loop_had_started_is_waited_for(tmp_path: Path) -> None:
     script = (
         "import sys; from stage1_pro.continual.loop.executors import *\n"
-        f"do_work({str(tmp_path)!r}, 'kit.loop_parts:sleep', {{'seconds': 4}}, Command((sys.executable, '-m'), 120))\n"
+        f"do_work({str(tmp_path)!r}, 'kit.loop_parts:sleep', {{'seconds': 4}}, Launched((sys.executable, '-m'), 120))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 120
@@ -356,7 +356,7 @@ def test_what_a_killed_loop_had_started_is_waited_for(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    work = do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 4}, Command((sys.executable, "-m"), 120))
+    work = do_work(tmp_path, "kit.loop_parts:sleep", {"seconds": 4}, Launched((sys.executable, "-m"), 120))
     assert len((tmp_path / work.key / "began").read_text().splitlines()) == 1
 
 
@@ -475,7 +475,7 @@ def test_what_a_look_sees_is_told_once_while_a_round_waits(tmp_path: Path, bundl
     loop.run(now=10.0, manual=True)
     postman = Postman()
     alarm = Alert(time=11.0, kind="alarm", title="Alarm", text="Exits are wrong.")
-    loop.parts.watch = lambda memory, champion, *, now, manual: Watched(False, [], {"looks": 1}, news={"a/1": alarm})  # type: ignore[method-assign]
+    loop.parts.watch = lambda memory, champion, *, now, manual: Watched(False, [], {"looks": 1}, alerts={"a/1": alarm})  # type: ignore[method-assign]
     for now in (11.0, 12.0, 13.0):
         loop.step(now=now)
         deliver(loop.store, [postman], now=now)

@@ -20,7 +20,7 @@ from stage1_pro.classes import choose_positive
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import read_policy
 from stage1_pro.policies.certify import gaps, groups_in_error
 from stage1_pro.policies.softmax import GRID, SWEEP_ROWS, Thresholds, confidence, decide, fit_softmax_policy, softmax

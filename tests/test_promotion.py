@@ -1,4 +1,4 @@
-"""The guard's vault and the promotion gate: looks are counted, labels stay in, and only what is better passes."""
+"""The guard's vault and the promotion test: looks are counted, labels stay in, and only what is better passes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from stage1_pro.continual.learn import rewards as r
 from stage1_pro.continual.ledger import guard
 from stage1_pro.continual.ledger.guard import GuardVault, LooksSpentError
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.loop import promotion as gate
-from stage1_pro.continual.loop import rounds
+from stage1_pro.continual.loop import promotion, rounds
 from stage1_pro.continual.loop.promotion import (
     Anchor,
     Measured,
@@ -41,7 +40,7 @@ from stage1_pro.policies.softmax import Thresholds, fit_softmax_policy
 
 CLASSES = ("none", "roadwork")
 FREE = Terms(require_certificate=False)
-PROPOSING = ("rewards", "replay", "rlvr", "mgrpo", "proposing", "tasks")
+PROPOSING = ("learn.rewards", "learn.replay", "learn.rlvr", "learn.mgrpo", "learn.proposing", "loop.tasks")
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def vault(tmp_path):
 
 def acts(answers, deferred=None):
     answers = np.asarray(answers, dtype=np.int64)
-    return r.Decisions(answers, np.zeros(answers.size, dtype=bool) if deferred is None else np.asarray(deferred))
+    return r.Actions(answers, np.zeros(answers.size, dtype=bool) if deferred is None else np.asarray(deferred))
 
 
 def open_epoch(vault, labels, epoch="one", clusters=None, **options):
@@ -132,14 +131,14 @@ def test_racing_processes_get_ten_looks_together(vault, tmp_path):
     script = """
 import sys, numpy as np
 from stage1_pro.continual.ledger.guard import GuardVault, LooksSpentError
-from stage1_pro.continual.learn.rewards import Decisions
+from stage1_pro.continual.learn.rewards import Actions
 from stage1_pro.continual.ledger.store import Store
 vault, none = GuardVault(Store(sys.argv[1])), np.zeros(5, dtype=bool)
 taken = []
 for code in range(int(sys.argv[2]), 32, 4):
     answers = np.array([code >> k & 1 for k in range(5)])
     try:
-        taken.append(vault.judge("one", Decisions(np.zeros(5, dtype=np.int64), none), Decisions(answers, none),
+        taken.append(vault.judge("one", Actions(np.zeros(5, dtype=np.int64), none), Actions(answers, none),
                      lambda look, *_: look.number, terms="", name=str(code), classes=("none", "roadwork"),
                      positive="roadwork", now=1.0))
     except LooksSpentError:
@@ -157,7 +156,7 @@ print(taken)
 def test_only_trusted_labels_that_do_not_change(vault):
     vault.open("one", ["a", "b"], ["a", "b"], now=0.0)
     for source in ("match", "model"):
-        with pytest.raises(InputError, match="source must be owner or review for a guard label"):
+        with pytest.raises(InputError, match="source must .*owner .*review"):
             vault.label("one", {"a": "none"}, source)
     vault.label("one", {"a": "none"}, "review")
     vault.label("one", {"a": "none"}, "owner")
@@ -182,7 +181,7 @@ def test_a_look_and_a_label_stay_whoever_writes_to_the_database(store_url):
     open_look = ask(vault, acts([2, 0]), terms="other")
     for _ in range(2):
         vault.close(look, promoted=True)
-    with pytest.raises(InputError, match="promoted must be what came of look 1 of 'one', True, got False"):
+    with pytest.raises(InputError, match="promoted must .*1.*got False"):
         vault.close(look, promoted=False)
     refused = [
         "DELETE FROM looks", "UPDATE looks SET promoted = NULL WHERE number = 1", "UPDATE looks SET number = 9",
@@ -226,7 +225,7 @@ def test_rows_that_differ_need_labels_and_asking_for_them_takes_no_look(vault):
         vault.unlabelled("one", acts([0]), acts([0]))
 
 
-# -------------------------------------------------------------------------------- the gate
+# -------------------------------------------------------------------------------- the promotion test
 
 
 def test_a_better_candidate_is_promoted_and_the_verdict_says_by_what(vault, tmp_path):
@@ -321,7 +320,7 @@ def test_forgetting_is_seen_overall_by_slice_and_by_class(vault):
     again = Side("new", candidate.guard, acts(worse))
     assert judge(vault, lost, again, anchor_of(labels)).test("anchor reward").passed
     assert not judge(vault, lost, again, anchor_of(labels, origin=acts(labels))).test("anchor reward").passed
-    with pytest.raises(InputError, match="anchor must have rows for each test, got none for 'anchor reward, slice x'"):
+    with pytest.raises(InputError, match="anchor must .*got none for 'anchor reward, slice x'"):
         verdict(labels, slices={"x": np.zeros(3000, dtype=bool)})
 
 
@@ -337,17 +336,17 @@ def test_few_anchor_rows_pass_nothing(positives):
     assert "too few clusters to rule a loss of 0.02 out, whatever they show: 237 would do" in few.note
 
 
-def test_a_rise_beyond_the_margin_seldom_passes_a_small_anchor():
+@pytest.mark.parametrize("positives", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (150, 200))])
+def test_a_rise_beyond_the_margin_seldom_passes_a_small_anchor(positives):
     """At 20 to 200 positives and a rise of .05 (margin .02): at most 5% of draws, and 3 SD of 200 of them."""
-    for positives in (20, 150, 200):
-        passed = 0
-        for seed in range(200):
-            labels = np.repeat([1, 0], [positives, 400])
-            worse = labels.copy()
-            worse[:positives] = np.random.default_rng(seed).random(positives) >= 0.05
-            tests = judge_anchor(anchor_of(labels), acts(labels), acts(worse), r.RewardSpec(), FREE)
-            passed += next(one for one in tests if one.name == "anchor FNR of roadwork").passed
-        assert passed <= 10 + 3 * np.sqrt(200 * 0.05 * 0.95)
+    passed = 0
+    for seed in range(200):
+        labels = np.repeat([1, 0], [positives, 400])
+        worse = labels.copy()
+        worse[:positives] = np.random.default_rng(seed).random(positives) >= 0.05
+        tests = judge_anchor(anchor_of(labels), acts(labels), acts(worse), r.RewardSpec(), FREE)
+        passed += next(one for one in tests if one.name == "anchor FNR of roadwork").passed
+    assert passed <= 10 + 3 * np.sqrt(200 * 0.05 * 0.95)
 
 
 @pytest.fixture
@@ -358,7 +357,13 @@ def anchors(repository, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "n"),
-    [("rare losses", 1000), ("and small gains", 300), ("in large clusters", 300), ("in clips of any length", 1000)],
+    [
+        ("and small gains", 300),
+        *(
+            pytest.param(kind, n, marks=pytest.mark.slow)
+            for kind, n in (("rare losses", 1000), ("in large clusters", 300), ("in clips of any length", 1000))
+        ),
+    ],
 )
 def test_a_loss_of_the_margin_passes_the_anchor_in_few_draws_a_bootstrap_in_many(anchors, kind, n):
     ours, bootstrap = anchors.passes(kind, n, 200)
@@ -448,7 +453,7 @@ def test_the_lower_bound_covers_and_names_too_few_resamples():
 
 
 def test_betting_holds_where_rare_losses_are_unseen():
-    """Skewed nulls: many small gains, a rare large loss. The bootstrap alone promotes too often, the gate does not."""
+    """Skewed nulls: many small gains, a rare large loss. The bootstrap alone promotes too often."""
     rng = np.random.default_rng(1)
     spec, n, level = r.RewardSpec(defer_cost=0.05), 200, 0.01
     share = 0.05 * 0.9 / 4.5
@@ -458,7 +463,10 @@ def test_betting_holds_where_rare_losses_are_unseen():
         d = np.where(rng.random(n) < share, -4.5, np.where(rng.random(n) < 0.9 / (1 - share), 0.05, 0.0))
         bound = lower_bound(d, clusters, level=level, n_replicates=1000, seed=k)
         passed["bootstrap"] += bound > 0
-        passed["both"] += bound > 0 and gate._betting_on_means(d, clusters, gate._reach(spec), level, 0) <= level
+        passed["both"] += (
+            bound > 0
+            and promotion._betting_on_means(d, clusters, promotion.largest_difference(spec), level, 0) <= level
+        )
     assert passed["bootstrap"] > 12
     assert passed["both"] <= 300 * level + 3 * (300 * level) ** 0.5
 
@@ -491,13 +499,13 @@ def test_bets_that_begin_with_a_small_spread_see_most_of_what_a_bootstrap_sees()
     found = {"ours": 0, "bootstrap": 0, "careful": 0}
     for k in range(100):
         d, clusters = paired(rng, 677, 0.16)
-        found["ours"] += gate._betting_on_means(d, clusters, 4.7, 0.01, k) <= 0.01
+        found["ours"] += promotion._betting_on_means(d, clusters, 4.7, 0.01, k) <= 0.01
         found["careful"] += careful(d, clusters) <= 0.01
         found["bootstrap"] += lower_bound(d, clusters, level=0.01, n_replicates=1000, seed=k) > 0
     assert found["ours"] >= 70 and found["ours"] >= found["bootstrap"] - 20
     assert found["careful"] <= 45
     # Without a gain: at most the level.
-    nulls = [gate._betting_on_means(*paired(rng, 677, 0.0), 4.7, 0.01, k) <= 0.01 for k in range(300)]
+    nulls = [promotion._betting_on_means(*paired(rng, 677, 0.0), 4.7, 0.01, k) <= 0.01 for k in range(300)]
     assert sum(nulls) <= 300 * 0.01 + 3 * (300 * 0.01) ** 0.5
 
 
@@ -515,7 +523,7 @@ def test_a_place_counts_once_however_often_it_is_seen(size):
         gain = np.where(rng.random(677) < rare * 4.5 / (1 - rare) / 4.3, 4.3, 0.0)
         rows = np.where(burst, size, 1)
         d, clusters = np.repeat(np.where(burst, -4.5, gain), rows), np.repeat(np.arange(677), rows).astype(np.str_)
-        passed += gate._betting_on_means(d, clusters, 4.7, 0.05, k) <= 0.05
+        passed += promotion._betting_on_means(d, clusters, 4.7, 0.05, k) <= 0.05
     assert passed <= 300 * 0.05 + 3 * (300 * 0.05) ** 0.5
 
 
@@ -599,10 +607,11 @@ def reach(repository, start):
 
 @pytest.mark.parametrize("start", PROPOSING)
 def test_no_import_path_from_what_proposes_to_guard_labels(repository, start):
-    reached = reach(repository, start)
-    assert f"continual/{start}.py" in reached
-    assert not {"continual/guard.py", "continual/gate.py", "continual/store.py"} & reached
-    assert "continual/guard.py" in reach(repository, "gate")  # the search does find such a path where there is one
+    reached, own = reach(repository, start), start.replace(".", "/")
+    assert f"continual/{own}.py" in reached
+    forbidden = {"continual/ledger/guard.py", "continual/loop/promotion.py", "continual/ledger/store.py"}
+    assert not forbidden & reached
+    assert forbidden <= reach(repository, "loop.promotion")  # the search does find such a path where there is one
 
 
 def test_the_loop_proposes_in_a_module_that_is_searched():
@@ -627,7 +636,7 @@ def imports_text(path):
 def test_proposing_runs_where_the_guard_cannot_be_imported():
     script = """
 import sys
-for name in ("guard", "gate", "store", "labels"):
+for name in ("ledger.guard", "loop.promotion", "ledger.store", "ledger.labels"):
     sys.modules[f"stage1_pro.continual.{name}"] = None
 sys.modules["sqlalchemy"] = None
 import torch
@@ -639,7 +648,7 @@ class Table(torch.nn.Module):
         self.linear = torch.nn.Linear(2, 3)
     def forward(self, x):
         return self.linear(x).log_softmax(1)
-rows = rlvr.Rows((torch.randn(50, 2),), torch.randn(50, 3))
+rows = rlvr.BanditRows((torch.randn(50, 2),), torch.randn(50, 3))
 found = mgrpo.propose(Table(), rows, rows, rows, anchor=rows.inputs, recent=rows.inputs,
                       options=mgrpo.ProposalOptions(steps=5))
 assert len(found.steps) == 3

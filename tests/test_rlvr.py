@@ -60,7 +60,7 @@ def test_earned_agrees_with_the_table_of_actions():
     labels, b, action = rng.integers(0, 2, 200), rng.integers(-1, 2, 200), rng.integers(0, 4, 200)
     table = r.action_rewards(r.RewardSpec(k_fp=1), truth_of(labels), b)
     answers = np.where(action < 2, action, np.where(action == 2, b, -1))
-    got = r.earned(r.RewardSpec(k_fp=1), truth_of(labels), r.Decisions(answers, action == 2))
+    got = r.earned(r.RewardSpec(k_fp=1), truth_of(labels), r.Actions(answers, action == 2))
     np.testing.assert_allclose(got, table[np.arange(200), action])
 
 
@@ -87,7 +87,7 @@ def test_decisions_of_other_rows_or_classes():
     with pytest.raises(InputError, match="answers_b must have shape"):
         r.action_rewards(r.RewardSpec(), truth, [0])
     with pytest.raises(InputError, match="from -1"):
-        r.earned(r.RewardSpec(), truth, r.Decisions(np.array([0, 2]), np.zeros(2, dtype=bool)))
+        r.earned(r.RewardSpec(), truth, r.Actions(np.array([0, 2]), np.zeros(2, dtype=bool)))
     with pytest.raises(InputError, match="positive must be one of"):
         r.verified([0], "owner", classes=CLASSES, positive="works")
 
@@ -225,7 +225,7 @@ def some_rows(n=200, seed=0):
     x = rng.normal(size=(n, 3))
     y = (x[:, 0] + 0.5 * rng.normal(size=n) > 0).astype(np.int64)
     table = r.action_rewards(r.RewardSpec(defer_cost=0.5), truth_of(y), y)
-    return rlvr.Rows((torch.from_numpy(x).float(),), torch.from_numpy(table).float())
+    return rlvr.BanditRows((torch.from_numpy(x).float(),), torch.from_numpy(table).float())
 
 
 @pytest.mark.parametrize("method", ["exact", "clipped", "rloo"])
@@ -250,7 +250,7 @@ def test_tuning_that_does_not_help_ends_where_it_began():
     policy = Table()
     before = policy.linear.weight.detach().clone()
     rows = some_rows()
-    against = rlvr.Rows(rows.inputs, -rows.rewards)
+    against = rlvr.BanditRows(rows.inputs, -rows.rewards)
     rlvr.fit_policy(policy, list(policy.parameters()), against, against, rlvr.TuneOptions(lr=0.05, epochs=30))
     settled = policy.linear.weight.detach().clone()
     tuned = rlvr.fit_policy(policy, list(policy.parameters()), rows, against, rlvr.TuneOptions(lr=0.05, epochs=3))
@@ -267,9 +267,9 @@ def test_bad_rows_and_parameters():
     with pytest.raises(InputError, match="says_positive"):
         rlvr.fit_policy(policy, list(policy.parameters()), rows, rows, rlvr.TuneOptions(method="mcc"))
     with pytest.raises(InputError, match="shape"):
-        rlvr.Rows((torch.zeros(3, 2),), torch.zeros(2, 4))
+        rlvr.BanditRows((torch.zeros(3, 2),), torch.zeros(2, 4))
     with pytest.raises(InputError, match="finite"):
-        rlvr.Rows((torch.zeros(1, 2),), torch.full((1, 4), float("nan")))
+        rlvr.BanditRows((torch.zeros(1, 2),), torch.full((1, 4), float("nan")))
 
 
 @pytest.mark.slow

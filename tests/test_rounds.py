@@ -20,15 +20,17 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 from kit.tiny import CLASSES, copy_run, make_images, make_model, make_run
 from PIL import Image
 
-from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, verified
+from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, verified
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import Label, add_events, add_labels
 from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import Inline, Work
 from stage1_pro.continual.loop.machine import Loop, Round
 from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.loop.registry import Registry
-from stage1_pro.continual.loop.rounds import Rounds, RoundsConfig, Snapshot, remember_run
+from stage1_pro.continual.loop.roles import LabelledImage, Snapshot
+from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.serving.live import Pair, _append_pairs, novelty_path, tightened
 from stage1_pro.continual.watch.monitor import TriggerConfig
@@ -115,18 +117,18 @@ def test_evidence_is_one_process_from_the_first_day_however_often_one_looks(tmp_
 def test_an_alarm_and_a_watch_have_one_name_however_often_they_are_seen(tmp_path: Path, bundle: Path) -> None:
     rounds = make_rounds(tmp_path, bundle)
     served = serve(rounds, 60, exit_score=0.999, confidence=0.999)
-    assert not watch(rounds, {}, now=90.0).news
+    assert not watch(rounds, {}, now=90.0).alerts
     memory = watch(rounds, {}, now=91.0).memory
     for i, event in enumerate(served[:10]):
         answer(rounds, event, "roadwork" if i == 0 else "none", at=100.0 + i)
     # Where a round waits nothing is remembered, and the watch keeps its name.
-    names = [set(watch(rounds, memory, now=now).news) for now in (120.0, 130.0)]
+    names = [set(watch(rounds, memory, now=now).alerts) for now in (120.0, 130.0)]
     assert names[0] == names[1] and {name.split("/")[0] for name in names[0]} == {"watch"}
     seen = watch(rounds, memory, now=140.0)
-    assert seen.news["".join(names[0])].kind == "watch" and not watch(rounds, seen.memory, now=141.0).news
+    assert seen.alerts["".join(names[0])].kind == "watch" and not watch(rounds, seen.memory, now=141.0).alerts
     for i, event in enumerate(served[10:40]):
         answer(rounds, event, "roadwork", at=200.0 + i)
-    names = [set(watch(rounds, seen.memory, now=now).news) for now in (300.0, 310.0)]
+    names = [set(watch(rounds, seen.memory, now=now).alerts) for now in (300.0, 310.0)]
     assert names[0] == names[1] and {name.split("/")[0] for name in names[0]} == {"alarm"}
 
 
@@ -283,8 +285,8 @@ def test_guard_rows_that_judged_nobody_go_on_to_the_next_round_and_what_certifie
     deal(rounds, 60, first=1100)
     second, more, others = collected(2, 2000.0)
     assert guard < more and others and not certify & others
-    nobody = Decisions(np.full(len(more), NOBODY), np.zeros(len(more), dtype=bool))
-    decided = Decisions(np.zeros(len(more), dtype=np.int64), np.zeros(len(more), dtype=bool))
+    nobody = Actions(np.full(len(more), NOBODY), np.zeros(len(more), dtype=bool))
+    decided = Actions(np.zeros(len(more), dtype=np.int64), np.zeros(len(more), dtype=bool))
     classes = {"classes": ("none", "roadwork"), "positive": "roadwork"}
     rounds.vault.judge(second, nobody, decided, lambda *_: None, terms="", name="c", now=1.0, **classes)
     assert rounds.vault.looked(second) and not rounds.vault.looked(first)
@@ -506,28 +508,20 @@ def test_the_gate_asks_for_size_parity_and_latency(tmp_path: Path, bundle: Path,
 
 
 def test_a_candidate_that_forgets_one_source_is_refused_though_the_whole_anchor_would_pass(
-    tmp_path: Path, bundle: Path, rival: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bundle: Path, rival: Path
 ) -> None:
     """The loop's own anchor by source: the candidate is the champion but for the photos of a phone."""
     rounds, work = to_judge(tmp_path, bundle, rival)
-    rows = rounds._anchor_rows()
-    own = rounds._decide
-    phone = np.array([row.source == "phone" for row in rows])
-    seen: list[Anchor] = []
-
-    def watched(*arguments: Any, **options: Any) -> Verdict:
-        seen.append(arguments[4])
-        return evaluate(*arguments, **options)
-
-    monkeypatch.setattr("stage1_pro.continual.loop.rounds.evaluate", watched)
-    rounds.evaluate(work)
-    (anchor,) = seen
+    anchor, files = rounds._anchor()
+    splits = Splits.read(tmp_path / "first/splits.json")
+    sources = {str(splits.path(row)): row.source for row in splits.of("val_select")}
+    phone = np.array([sources[file] == "phone" for file in files])
     assert {name: mask.tolist() for name, mask in anchor.slices.items()} == {
         "car": (~phone).tolist(), "phone": phone.tolist()
     }  # fmt: skip
-    before = own(work.champion, [str(Splits.read(tmp_path / "first/splits.json").path(row)) for row in rows])
-    right = Decisions(anchor.truth.labels, before.deferred)
-    forgets = Decisions(np.where(phone, 1 - anchor.truth.labels, anchor.truth.labels), before.deferred)
+    before = rounds._decide(work.champion, files)
+    right = Actions(anchor.truth.labels, before.deferred)
+    forgets = Actions(np.where(phone, 1 - anchor.truth.labels, anchor.truth.labels), before.deferred)
     terms = Terms(**{**FREE, "slice_margin": 0.1})
     tests = {one.name: one for one in judge_anchor(anchor, right, forgets, RewardSpec(), terms)}
     assert [name for name, one in tests.items() if not one.passed] == ["anchor reward, slice phone"]
@@ -545,16 +539,16 @@ def test_a_gain_on_sixty_copies_of_one_photo_is_one_lucky_photo(copies: bool, tm
         image.resize((200 + i, 150)).save(buffer, "JPEG", quality=95 - i % 30)
         name = sha256_bytes(buffer.getvalue())
         write_bytes(tmp_path / "images" / name, buffer.getvalue())
-        rows.append((name, "none", "review"))
+        rows.append(LabelledImage(name, "none", "review"))
     gained = np.arange(120) < 60
     order = np.argsort([name for name, *_ in rows])
     rows, gained = [rows[i] for i in order], gained[order]
-    rounds._open("epoch", [name for name, *_ in rows], rows, 0.0)
-    flat, easy = np.zeros(120, dtype=bool), Decisions(np.tile([0, 1], 300), np.zeros(600, dtype=bool))
+    rounds._open("epoch", rows, 0.0)
+    flat, easy = np.zeros(120, dtype=bool), Actions(np.tile([0, 1], 300), np.zeros(600, dtype=bool))
     truth = verified(easy.answers, "owner", classes=CLASSES, positive="roadwork")
     verdict = evaluate(
-        rounds.vault, "epoch", Side("old", Decisions(gained.astype(np.int64), flat), easy),
-        Side("new", Decisions(np.zeros(120, dtype=np.int64), flat), easy),
+        rounds.vault, "epoch", Side("old", Actions(gained.astype(np.int64), flat), easy),
+        Side("new", Actions(np.zeros(120, dtype=np.int64), flat), easy),
         Anchor(truth, np.arange(600).astype(np.str_)), spec=RewardSpec(), now=1.0,
         terms=Terms(require_certificate=False, n_replicates=1000),
     )  # fmt: skip

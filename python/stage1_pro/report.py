@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from stage1_pro.errors import Stage1Error
 from stage1_pro.files import write_text
+from stage1_pro.metrics import table
 from stage1_pro.metrics.answers import FnrCheck, Measure
+from stage1_pro.metrics.estimate import FEW_ERRORS
 from stage1_pro.metrics.figures import training_png
-from stage1_pro.metrics.intervals import FEW_ERRORS
 from stage1_pro.metrics.selective import relative_cost
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
@@ -34,13 +35,6 @@ THUMBNAIL_SIDE = 220
 EXAMPLES = 6
 STAGE_NAMES = {"stage_a": "Stage A alone", "stage_b": "Stage B alone", "cascade": "Cascade"}
 WORST_GROUPS = 20
-METRIC_NAMES = {
-    "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "mcc": "MCC", "auroc": "AUROC", "augrc": "AUGRC",
-    "aurc": "AURC", "nll": "NLL", "brier": "Brier score", "ece": "ECE (calibration)",
-    "coverage": "Coverage", "exit_accuracy": "Exit accuracy", "exit_error": "Exit error",
-    "fnr_on_exited": "FNR on exits", "deferred_accuracy": "Deferred accuracy",
-    "accuracy_minus_stage_b": "Accuracy minus Stage B's",
-}  # fmt: skip
 # What can rank Stage A's answers, by the metric that says how well.
 RANKINGS = {
     GATE: "the gate", SOFTMAX: "max softmax", JOINT: "the gate before it was refitted",
@@ -48,12 +42,6 @@ RANKINGS = {
 }  # fmt: skip
 QUALITY = ("accuracy", "balanced_accuracy", "mcc", "auroc", "augrc")
 EXITS = ("coverage", "exit_accuracy", "fnr_on_exited", "deferred_accuracy")
-SHARES = ("accuracy", "balanced_accuracy", "coverage", "exit_accuracy", "exit_error", "fnr_on_exited",
-          "deferred_accuracy", "ece")  # fmt: skip
-# Measured without an interval.
-POINTS = ("balanced_accuracy", "mcc", "auroc", "ece")
-# Long figures: their digits after the point.
-DIGITS = {"augrc": 4, "aurc": 4, "nll": 4, "brier": 4}
 # Panels of the training figure: the first column of each row that the file has.
 TRAINING_PANELS = (
     ("training loss", ("train_loss", "loss")),
@@ -136,13 +124,13 @@ def write_report(
         promised=_promised(policy) if isinstance(policy, ScrcParams) else [],
         settled=[] if evaluation.verification is None else _settled(evaluation.verification),
         quality=_table(evaluation),
-        quality_names=[METRIC_NAMES[name] for name in QUALITY],
+        quality_names=[table.title(name) for name in QUALITY],
         suite=_suite(evaluation, notes),
         suite_stages=[name for stage, name in STAGE_NAMES.items() if _measured(evaluation, stage)],
         suite_notes=notes,
         rankings=_rankings(evaluation),
         exits=_exit_table(evaluation) if policy else [],
-        exit_names=[METRIC_NAMES[name] for name in EXITS],
+        exit_names=[table.title(name) for name in EXITS],
         effects=evaluation.effects,
         apart=_apart(evaluation) if policy else "",
         examples=examples,
@@ -171,16 +159,8 @@ def write_measurement(path: Path | str, found: Measurement, pictures: Sequence[P
         if found.compared_with is not None:
             cells = [*map(_plain, found.values[one.metric]), *cells]
         method = "–" if one.method == "none" else one.method
-        lines.append({"name": metric_title(one.metric), "cells": [*cells, method, one.note]})
+        lines.append({"name": table.title(one.metric), "cells": [*cells, method, one.note]})
     write_text(path, page("metrics.html.j2", found=found, columns=columns, lines=lines, pictures=pictures))
-
-
-def metric_title(name: str) -> str:
-    """A metric's name for readers: ``risk_at_coverage_0.8`` is "Risk at coverage 80%"."""
-    for prefix, title in (("risk_at_coverage_", "Risk at coverage"), ("coverage_at_risk_", "Coverage at risk")):
-        if name.startswith(prefix):
-            return f"{title} {100 * float(name.removeprefix(prefix)):.4g}%"
-    return METRIC_NAMES[name]
 
 
 def short_note(note: str) -> str:
@@ -394,7 +374,7 @@ def _suite(evaluation: Evaluation, notes: list[str]) -> list[dict[str, object]]:
                     notes.append(note)
                 mark = str(notes.index(note) + 1)
             cells.append({**_cell(measure), "mark": mark})
-        lines.append({"name": metric_title(name), "cells": cells})
+        lines.append({"name": table.title(name), "cells": cells})
     return lines
 
 
@@ -430,14 +410,14 @@ def _grid(policy: Policy) -> list[dict[str, object]]:
 
 
 def _cell(measure: Measure) -> dict[str, str]:
-    share = measure.metric in SHARES or "_at_" in measure.metric
+    spec, _ = table.lookup(measure.metric)
 
     def show(value: float | None) -> str:
         if value is None:
             return "–"
         if measure.metric in RANKINGS:
             return f"{value:.4f}".replace("-", "−")
-        return _percent(value) if share else f"{value:.{DIGITS.get(measure.metric, 3)}f}"
+        return _percent(value) if spec.share else f"{value:.{spec.digits}f}"
 
     if measure.low is not None and measure.high is not None:
         return {"value": show(measure.value), "note": f"{show(measure.low)} to {show(measure.high)}"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stage1_pro.continual.learn.rewards import Decisions, RewardSpec, verified
+from stage1_pro.continual.learn.rewards import Actions, RewardSpec, verified
 from stage1_pro.continual.ledger.guard import GuardVault
 from stage1_pro.continual.loop.executors import Work
 from stage1_pro.continual.loop.machine import Compared, Job, Round, Watched
@@ -108,11 +108,11 @@ class Parts:
         new[(0 if not self.better else 30) : 40] = 1 - new[(0 if not self.better else 30) : 40]
         flat = np.zeros(N, dtype=bool)
         anchor = np.tile([0, 1], 300)
-        same = Decisions(anchor, np.zeros(600, dtype=bool))
+        same = Actions(anchor, np.zeros(600, dtype=bool))
         held = Anchor(verified(anchor, "owner", classes=CLASSES, positive="roadwork"), np.arange(600).astype(str))
         return evaluate(
-            self.vault, "one", Side(work.champion, Decisions(old, flat), same),
-            Side(work.candidate or "", Decisions(new, flat), same), held, spec=RewardSpec(), now=work.entered,
+            self.vault, "one", Side(work.champion, Actions(old, flat), same),
+            Side(work.candidate or "", Actions(new, flat), same), held, spec=RewardSpec(), now=work.entered,
             terms=Terms(require_certificate=False, n_replicates=1000),
         )  # fmt: skip
 

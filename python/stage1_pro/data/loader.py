@@ -136,7 +136,13 @@ def iterate(
 ) -> Iterator[torch.Tensor]:
     """Yield images [B, 3, H, W] float32 in order; with a description, behind a progress bar.
 
-    They are as evaluation sees them or, with ``draw`` = (augmentation, seed, epoch), as that epoch of training does.
+    Args:
+        photos: [N].
+        spec: how they become pixels.
+        batch_size: B; the last batch may be smaller.
+        workers: processes that decode; 0 = none but this one.
+        description: of the progress bar; none without.
+        draw: (augmentation, seed, epoch): the images as that epoch of training draws them, not as evaluation sees them.
 
     Raises:
         InputError: an image cannot be read.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.intervals import (
-    Interval,
     Intervals,
     bootstrap,
     bootstrap_answers,
     bootstrap_augrc,
     bootstrap_errors,
-    clopper_pearson,
-    clopper_pearson_lower,
-    clopper_pearson_upper,
     compare,
 )
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy, brier, ece, mcc, nll

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stage1_pro.metrics.intervals import Interval, clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.measured import Metric, known
 from stage1_pro.record import Record
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.metrics.intervals import Interval
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.probabilistic import calibration_bins
 from stage1_pro.metrics.selective import relative_cost, risk_coverage
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from stage1_pro.metrics.intervals import Interval
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.record import Record
 
 

@@ -16,11 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro import native
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.intervals import Interval, percentile_interval
+from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.intervals import percentile_interval
 from stage1_pro.metrics.probabilistic import check_probabilities, largest
 
-# The measures of an arm, and whether more of one is better.
-HIGHER_IS_BETTER = {"accuracy": True, "mcc": True, "augrc": False, "gate_augrc": False}
+# The measures of an arm.
+ARM_METRICS = ("accuracy", "mcc", "augrc", "gate_augrc")
 _CHUNK = 1 << 21
 
 
@@ -109,7 +110,7 @@ def compare_seeds(
     result = {}
     for name in arms:
         own, base = plain[name], plain[first_name]
-        metrics = list(enumerate(HIGHER_IS_BETTER))
+        metrics = list(enumerate(ARM_METRICS))
         others = [] if name == first_name else metrics
         result[name] = ArmIntervals(
             means={m: interval(float(own[:, i].mean()), drawn[name][i]) for i, m in metrics},
@@ -142,7 +143,7 @@ class _Ranked:
         self._orders = [native.order(score, answered != truth) for score in (sure, _scores(rows.gate, truth))]
 
     def measure(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Metrics [4, B] in the order of ``HIGHER_IS_BETTER`` under weights [B, N]; NaN where no row counts."""
+        """Metrics [4, B] in the order of ``ARM_METRICS`` under weights [B, N]; NaN where no row counts."""
         total = weights.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             right = total - weights @ self._wrong

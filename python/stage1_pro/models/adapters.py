@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -160,24 +160,41 @@ def _insert(backbone: Backbone, mode: AdapterMode, options: AdapterConfig, block
     narrow = min(min(cast("nn.Linear", backbone.body.get_submodule(name)).weight.shape) for name in names)
     if options.rank > narrow:
         raise InputError(f"adapter.rank must be at most the {narrow} features of a projection, got {options.rank}")
+    handle = insert_lora(
+        backbone, names, options.rank, options.alpha, seed + 2, lora_dropout=options.dropout,
+        init_lora_weights=True if options.init == "default" else options.init, use_rslora=mode == "rslora",
+        use_dora=mode == "dora",
+    )  # fmt: skip
+    # A folder of this machine otherwise; which base it is, the record says by its weights.
+    handle.peft_config["default"].base_model_name_or_path = None
+    return handle
+
+
+def insert_lora(
+    backbone: Backbone, names: Sequence[str], rank: int, alpha: float | None, seed: int, **options: Any
+) -> PeftModel:
+    """Put low-rank updates into linear layers of a backbone, in place; outputs stay unless ``options`` say otherwise.
+
+    Args:
+        backbone: in its plain form.
+        names: of the layers in ``backbone.body``.
+        rank: of an update.
+        alpha: an update is scaled by alpha / rank; None is 2 * rank.
+        seed: of the starting values, which have a stream of their own.
+        options: further ones of peft's ``LoraConfig``.
+    """
     config = LoraConfig(
-        r=options.rank,
-        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
-        lora_dropout=options.dropout,
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
         # One pattern: peft stores a list as a set, whose order differs between processes.
         target_modules="|".join(map(re.escape, names)),
-        init_lora_weights=True if options.init == "default" else options.init,
-        use_rslora=mode == "rslora",
-        use_dora=mode == "dora",
+        **options,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft asks transformers by a name that is about to go.
         warnings.simplefilter("ignore", FutureWarning)
-        torch.manual_seed(seed + 2)
-        handle = get_peft_model(backbone.body, config)
-    # A folder of this machine otherwise; which base it is, the record says by its weights.
-    handle.peft_config["default"].base_model_name_or_path = None
-    return handle
+        torch.manual_seed(seed)
+        return get_peft_model(backbone.body, config)
 
 
 def _projections(backbone: Backbone, targets: tuple[Target, ...], blocks: int) -> list[str]:

@@ -196,7 +196,14 @@ class Backbone(nn.Module, ABC):
         return self.tokens(pixels, masked), self.context(pixels if self.training else None)
 
     def run_blocks(self, tokens: Tensor, context: Context, start: int, stop: int) -> Tensor:
-        """Run blocks ``start`` (0-based) up to but without ``stop``."""
+        """Run some blocks.
+
+        Args:
+            tokens: [N, T, D].
+            context: as ``embed`` gave it.
+            start: first block, from 0.
+            stop: the block after the last.
+        """
         for block in self.blocks[start:stop]:
             tokens = self.run_block(block, tokens, context)
         return tokens
@@ -348,7 +355,13 @@ def default_image_size(source: str, patch: int) -> int:
 
 
 def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: float | None, seed: int) -> Backbone:
-    """Load a preset (random weights from ``seed``), a local folder or a hub id.
+    """Load a preset, a local folder or a hub id.
+
+    Args:
+        source: which.
+        image_size: side of the square input in pixels; None is the source's own.
+        pos_embed_rescale: DINOv3's random rescaling of rotary positions in training; None = off.
+        seed: of a preset's random weights.
 
     Raises:
         InputError: no such preset or folder, or a model of a type that no family reads.
@@ -421,6 +434,12 @@ def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: Pr
     """Write a plain transformers folder that ``load_backbone`` reads, with what its pixels must be and its origin.
 
     The bytes are a function of weights and arguments.
+
+    Args:
+        folder: existing and empty.
+        backbone: in its plain form.
+        info: what the folder says of its origin.
+        spec: gives size, mean and std.
     """
     if backbone.any_size:
         backbone.hf.config.image_size = backbone.image_size

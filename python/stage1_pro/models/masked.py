@@ -22,7 +22,14 @@ _SMOOTHING = 0.8
 
 
 def draw_orders(n_patches: int, seed: int, epoch: int, rows: Sequence[int]) -> Tensor:
-    """A permutation of the patches per row [N, P] int64, a function of (seed, epoch, row); its head is masked."""
+    """A permutation of the patches per row [N, P] int64, a function of (seed, epoch, row); its head is masked.
+
+    Args:
+        n_patches: P.
+        seed: another seed, other permutations.
+        epoch: likewise.
+        rows: numbers of the images [N].
+    """
     # The counter's last word sets the stream apart from augmentation, which has the same key.
     draws = [
         np.random.Generator(
@@ -36,7 +43,11 @@ def draw_orders(n_patches: int, seed: int, epoch: int, rows: Sequence[int]) -> T
 
 
 def part(order: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Cut permutations [N, P] into masked [N, M] and visible [N, P - M] patches, ascending; both have one or more."""
+    """Cut permutations [N, P] into masked [N, M] and visible [N, P - M] patches, ascending; both have one or more.
+
+    Raises:
+        InputError: one patch alone.
+    """
     patches = order.shape[1]
     if patches < 2:
         raise InputError(
@@ -183,6 +194,9 @@ class Pretext(nn.Module):
 
         A prediction is of a patch's pixels around their mean in units of their deviation; both are lent by the
         original, as in MAE's own pictures.
+
+        Raises:
+            InputError: an objective that predicts no pixels.
         """
         if self.objective not in ("mae", "simmim"):
             raise InputError(f"objective must be mae or simmim to show pictures, got {self.objective}")

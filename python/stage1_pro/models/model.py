@@ -145,7 +145,18 @@ def fingerprint(architecture: Architecture, state: Mapping[str, Tensor]) -> str:
 
 
 def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
-    """Build the configured model with its starting weights (pretrained where the backbone is)."""
+    """Build the configured model with its starting weights (pretrained where the backbone is).
+
+    Args:
+        config: backbone, size, tap and heads.
+        classes: names in the order of the logits [K].
+        positive: one of them.
+        seed: of random weights.
+
+    Raises:
+        InputError: no such backbone, or a tap that it lacks.
+        ArtifactError: weights that do not fit.
+    """
     backbone = load_backbone(config.backbone, config.image_size, pos_embed_rescale=config.pos_embed_rescale, seed=seed)
     tap = config.tap if isinstance(config.tap, int) else backbone.n_blocks
     if tap > backbone.n_blocks:
@@ -181,7 +192,11 @@ def rebuild_model(architecture: Architecture) -> Stage1Model:
 
 
 def check_architecture(path: Path, found: Architecture, wanted: Architecture) -> None:
-    """Raise ArtifactError naming every field in which a checkpoint's architecture differs."""
+    """Compare a checkpoint's architecture with the one that is wanted.
+
+    Raises:
+        ArtifactError: they differ; names the fields.
+    """
     a, b = found.model_dump(mode="json"), wanted.model_dump(mode="json")
     differences = _differences(a, b, "")
     if differences:
@@ -189,7 +204,11 @@ def check_architecture(path: Path, found: Architecture, wanted: Architecture) ->
 
 
 def check_tensors(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Raise ArtifactError naming missing and unexpected keys and wrong shapes."""
+    """Compare tensors with those of a model, by name and shape.
+
+    Raises:
+        ArtifactError: missing or unexpected keys, or other shapes; names them.
+    """
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
 from typing import Any, NamedTuple
 
@@ -92,7 +92,8 @@ class Columns:
 
     ``confidence`` [N] and ``error`` [N] as ``rows`` gives them; ``positive`` and ``missed`` bool [N]: of the positive
     class, and of it but answered otherwise; ``nll`` and ``brier`` float64 [N], the latter at most ``brier_top``;
-    ``threshold``: a row exits iff its confidence is at or above it, both as float64.
+    ``threshold``: a row exits iff its confidence is at or above it, both as float64. ``means``: by name, other values
+    [N] whose mean is a metric.
     """
 
     confidence: NDArray[Any]
@@ -103,6 +104,7 @@ class Columns:
     brier: NDArray[np.float64] | None = None
     threshold: float | None = None
     brier_top: float = 1.0
+    means: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 class Ranked:
@@ -110,7 +112,7 @@ class Ranked:
 
     ``order`` [N], which row stands where; ``error`` [N]; ``ends`` [M], one past each tie group; ``unit`` uint32 [N],
     which unit a row is drawn with, or [0]: row i is unit i; ``kind`` uint8 [N] or [0], 1 for a positive row and 3 for a
-    missed one; ``n_exit`` rows exit, None without a threshold; ``nll`` and ``brier`` [N] or [0].
+    missed one; ``n_exit`` rows exit, None without a threshold; ``nll`` and ``brier`` [N] or [0]; ``means`` [N] each.
     """
 
     def __init__(self, columns: Columns, unit: NDArray[np.uint32] | None) -> None:
@@ -120,7 +122,8 @@ class Ranked:
         nll, brier = (np.zeros(0) if values is None else values for values in (columns.nll, columns.brier))
         place, ends = order(columns.confidence, columns.error)
         # Rows that are tied in all that was sorted by are told apart by the rest, so that row order never matters.
-        minor = [values for values in (kind, nll, brier, unit) if values is not None and values.size]
+        keys = (kind, nll, brier, *columns.means.values(), unit)
+        minor = [values for values in keys if values is not None and values.size]
         place = _settle(place, columns.confidence, columns.error, minor)
         self.order = place
         self.ends = ends
@@ -128,6 +131,7 @@ class Ranked:
         self.kind: NDArray[np.uint8] = kind[place] if kind.size else kind
         self.nll: NDArray[np.float64] = nll[place] if nll.size else nll
         self.brier: NDArray[np.float64] = brier[place] if brier.size else brier
+        self.means = {name: values[place] for name, values in columns.means.items()}
         self.unit = np.zeros(0, dtype=np.uint32) if unit is None else unit[place]
         self.n_exit = None
         if columns.threshold is not None:
@@ -214,6 +218,19 @@ class Suite:
             for one in self.models
         ]
 
+    def mean_of(self, name: str, n_replicates: int, *, seed: int = 0) -> list[tuple[float, NDArray[np.float64]]]:
+        """The mean of ``Columns.means[name]`` for each model, and of the resamples that ``resample`` draws [B]."""
+        drawn: list[list[float]] = [[] for _ in self.models]
+        for replicate in range(n_replicates):
+            counts = resample_counts(self.sizes, 1, first=replicate, seed=seed)[0]
+            for one, means in zip(self.models, drawn, strict=True):
+                times = (counts[one.unit] if one.unit.size else counts).astype(np.float64)
+                means.append(float((times * one.means[name]).sum() / times.sum()))
+        return [
+            (float(one.means[name].mean()), np.asarray(means, dtype=np.float64))
+            for one, means in zip(self.models, drawn, strict=True)
+        ]
+
 
 def augrc_influence(ranked: Ranked) -> NDArray[np.float64]:
     """Derivative of AUGRC along the weight of each sorted row [N]."""
@@ -222,7 +239,7 @@ def augrc_influence(ranked: Ranked) -> NDArray[np.float64]:
 
 def _keys(model: Columns) -> list[NDArray[Any]]:
     """All that tells rows apart, the most important first."""
-    extra = (model.positive, model.missed, model.nll, model.brier)
+    extra = (model.positive, model.missed, model.nll, model.brier, *model.means.values())
     return [-model.confidence, model.error, *(values for values in extra if values is not None)]
 
 

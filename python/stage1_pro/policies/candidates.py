@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.bounds import (
     betting_p_value,
     betting_upper,

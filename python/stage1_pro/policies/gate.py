@@ -18,7 +18,7 @@ from pydantic import Field
 from scipy.special import expit, log_expit
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.native import sweep
 from stage1_pro.policies.base import BasePolicy
 from stage1_pro.policies.candidates import Risk

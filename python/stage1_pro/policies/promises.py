@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.intervals import clopper_pearson
+from stage1_pro.metrics.binomial import clopper_pearson
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import PromiseCheck
 from stage1_pro.policies.certify import counting_unit, one_each

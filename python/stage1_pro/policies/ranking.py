@@ -9,7 +9,8 @@ from pydantic import Field
 
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.errors import ArtifactError
-from stage1_pro.metrics.intervals import Interval, bootstrap_augrc, compare
+from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.intervals import bootstrap_augrc, compare
 from stage1_pro.metrics.measured import Metric
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.record import Record

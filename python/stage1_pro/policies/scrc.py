@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.intervals import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.bounds import (
     betting_upper,
     check_share,

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.intervals import clopper_pearson_upper
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.base import BasePolicy
 from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow

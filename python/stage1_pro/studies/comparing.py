@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -25,14 +24,16 @@ from stage1_pro.data.splits import Splits, resplit
 from stage1_pro.data.splitting import split
 from stage1_pro.errors import ArtifactError, InputError, TrainingError, nearest
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes, write_csv, write_text
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import differences_png, tradeoff_png
-from stage1_pro.metrics.intervals import Interval
-from stage1_pro.metrics.measured import Metric
-from stage1_pro.metrics.seeds import HIGHER_IS_BETTER, ArmIntervals, SeedRows, compare_seeds
+from stage1_pro.metrics.measured import Metric, known
+from stage1_pro.metrics.seeds import ARM_METRICS, ArmIntervals, SeedRows, compare_seeds
+from stage1_pro.metrics.table import METRICS
 from stage1_pro.policies.gate import reach
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
+from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, Start
 
 if TYPE_CHECKING:
@@ -125,12 +126,6 @@ class Comparison(Record):
 
 
 STUDIES = ("modes", "explora")
-TITLES = {
-    "accuracy": "accuracy (higher is better)",
-    "mcc": "MCC (higher is better)",
-    "augrc": "AUGRC, max softmax (lower is better)",
-    "gate_augrc": "AUGRC, gate (lower is better)",
-}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = {"splits", "logs", "figures"}
 
@@ -263,9 +258,9 @@ def _check(out: Path, configs: Mapping[str, Config], seeds: int, metric: str) ->
         raise InputError(f"compare must have two arms or more, got {len(configs)}; give several to --config")
     if seeds < 1:
         raise InputError(f"seeds must be 1 or more, got {seeds}; 5 is usual")
-    if metric not in HIGHER_IS_BETTER:
+    if metric not in ARM_METRICS:
         raise InputError(
-            f"metric must be one of {', '.join(HIGHER_IS_BETTER)}, got '{metric}'{nearest(metric, HIGHER_IS_BETTER)}"
+            f"metric must be one of {', '.join(ARM_METRICS)}, got '{metric}'{nearest(metric, ARM_METRICS)}"
         )
     for name in configs:
         if not _NAME.fullmatch(name) or name in _RESERVED:
@@ -541,7 +536,7 @@ def _measure(
     predictions = {name: [_checked(run, read(run), split_name) for run in paths] for name, paths in runs.items()}
     rows = {name: [_rows(one) for one in found] for name, found in predictions.items()}
     compared = compare_seeds(rows, n_replicates=n_replicates, level=level)
-    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    sign = -1 if METRICS[metric].better == "higher" else 1
     best = min(compared, key=lambda name: sign * compared[name].means[metric].value)
     baseline = next(iter(runs))
     arms = [_arm(name, runs[name], seeds, rows[name], compared[name], plan) for name in runs]
@@ -588,7 +583,7 @@ def _arm(
         figures.append(
             SeedFigures(
                 seed=seed, n=len(one.labels), n_groups=len(set(one.groups.tolist())), feasible=reached.feasible,
-                exit_error=_known(reached.exit_error), coverage=reached.coverage,
+                exit_error=known(reached.exit_error), coverage=reached.coverage,
                 **{metric: float(values[k]) for metric, values in found.values.items()},
             )
         )  # fmt: skip
@@ -599,7 +594,7 @@ def _arm(
         n_trainable=start.n_trainable,
         n_parameters=start.n_parameters,
         trainable_share=start.n_trainable / start.n_parameters,
-        metrics=[Metric(metric=metric, **_ends(one)) for metric, one in found.means.items()],
+        metrics=[Metric.of(metric, one) for metric, one in found.means.items()],
         sds={metric: _sd(values) for metric, values in found.values.items()},
         feasible_share=float(np.mean([one.feasible for one in figures])),
         exit_error=float(np.mean(errors)) if len(errors) == len(figures) else None,
@@ -612,20 +607,17 @@ def _arm(
 
 
 def _difference(arm: str, baseline: str, metric: str, one: Interval, values: Any) -> ArmDifference:
-    better = values > 0 if HIGHER_IS_BETTER[metric] else values < 0
-    return ArmDifference(
-        arm=arm, baseline=baseline, metric=metric, sd=_sd(values), n_better=int(better.sum()), n_seeds=len(values),
-        **_ends(one),
-    )  # fmt: skip
+    better = values > 0 if METRICS[metric].better == "higher" else values < 0
+    return ArmDifference.of(
+        metric, one, arm=arm, baseline=baseline, sd=_sd(values), n_better=int(better.sum()), n_seeds=len(values)
+    )
 
 
-def _ends(one: Interval) -> dict[str, Any]:
-    ends = {name: _known(getattr(one, name)) for name in ("value", "std", "low", "high")}
-    return {**ends, "method": one.method, "note": one.note}
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _axis(metric: str) -> str:
+    """A metric's name on an axis, with the good direction; AUGRC by itself is that of max softmax."""
+    spec = METRICS["softmax_augrc" if metric == "augrc" else metric]
+    name = spec.title if spec.title[1].isupper() else spec.title.lower()
+    return f"{name} ({spec.better} is better)"
 
 
 def _sd(values: Any) -> float | None:
@@ -642,8 +634,8 @@ def rows_of(found: Comparison) -> list[dict[str, str]]:
         metrics = {one.metric: one for one in arm.metrics}
         against = {one.metric: one for one in found.differences if one.arm == arm.name}
         row = {"arm": arm.name + (" *" if arm.name == found.chosen else "")}
-        for name in HIGHER_IS_BETTER:
-            digits = 3 if HIGHER_IS_BETTER[name] else 4
+        for name in ARM_METRICS:
+            digits = METRICS[name].digits
             row[name] = _with_ends(metrics[name], arm.sds[name], digits)
             if len(found.arms) > 1:
                 one = against.get(name)
@@ -671,26 +663,16 @@ def markdown(found: Comparison) -> str:
 
 def render(found: Comparison, tested: Comparison | None) -> str:
     """Show a comparison as text: arms, differences, the choice, and ``val_test`` when it was read."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
+    sheet = Sheet(120)
     for one in (found, tested):
         if one is None:
             continue
-        table = Table(box=box.SIMPLE_HEAD, title=f"Stage A on {one.split}", title_justify="left")
         rows = rows_of(one)
-        table.add_column("")
-        for row in rows:
-            table.add_column(row["arm"], justify="right")
+        table = grid(("", *(row["arm"] for row in rows)), left=("",), no_wrap=(), title=f"Stage A on {one.split}")
         for name in list(rows[0])[1:]:
             table.add_row(name, *(row[name] for row in rows))
-        console.print(table)
-        for line in _remarks(one):
-            console.print(line, markup=False)
-    return buffer.getvalue().rstrip()
+        sheet.add(table, *_remarks(one))
+    return sheet.text()
 
 
 def _remarks(found: Comparison) -> list[str]:
@@ -745,9 +727,9 @@ def _write_tables(out: Path, found: Comparison) -> None:
     columns = ["arm", "mode", *SeedFigures.model_fields, "n_trainable", "n_parameters", *Cost.model_fields]
     write_csv(out / "compare.csv", rows, columns)
     write_text(out / "compare.md", markdown(found))
-    panels: dict[str, list[tuple[str, float, float, float]]] = {TITLES[name]: [] for name in HIGHER_IS_BETTER}
+    panels: dict[str, list[tuple[str, float, float, float]]] = {_axis(name): [] for name in ARM_METRICS}
     for difference in found.differences:
-        panels[TITLES[difference.metric]].append((difference.arm, *_numbers(difference)))
+        panels[_axis(difference.metric)].append((difference.arm, *_numbers(difference)))
     write_bytes(
         out / "figures" / "differences.png", differences_png(panels, baseline=found.baseline, level=found.level)
     )
@@ -763,7 +745,7 @@ def _write_tables(out: Path, found: Comparison) -> None:
             ("seconds", times, "seconds a run"),
         ):
             if drawn:
-                png = tradeoff_png(drawn, x=x, y=TITLES[metric], log=name == "trained")
+                png = tradeoff_png(drawn, x=x, y=_axis(metric), log=name == "trained")
                 write_bytes(out / "figures" / f"{metric}_{name}.png", png)
 
 

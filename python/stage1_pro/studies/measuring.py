@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import load_npz, write_bytes, write_csv
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import (
     BAND_METRICS,
     confidence_png,
@@ -25,13 +25,15 @@ from stage1_pro.metrics.figures import (
     risk_band,
     risk_coverage_png,
 )
-from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, bootstrap_answers, bootstrap_errors, compare
-from stage1_pro.metrics.measured import Metric
+from stage1_pro.metrics.intervals import Intervals, bootstrap, bootstrap_answers, bootstrap_errors, compare
+from stage1_pro.metrics.measured import Metric, known
 from stage1_pro.metrics.probabilistic import ece
+from stage1_pro.metrics.table import names
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
-from stage1_pro.report import POINTS, Picture, short_note, write_measurement
+from stage1_pro.report import Picture, short_note, write_measurement
+from stage1_pro.tables import Notes, Sheet, grid
 
 if TYPE_CHECKING:
     from stage1_pro.commands.metrics import Metrics
@@ -122,7 +124,7 @@ def measure(asked: Metrics) -> Measurement:
         intervals = _difference(table, other, threshold, chosen, how)
         exact = {**how, "n_replicates": 1, "method": "percentile"}
         alone = [_bootstrap(one, threshold, list(intervals), exact) for one in (table, other)]
-        values = {name: (_known(alone[0][name].value), _known(alone[1][name].value)) for name in intervals}
+        values = {name: (known(alone[0][name].value), known(alone[1][name].value)) for name in intervals}
     found = Measurement(
         file=table.path.name,
         compared_with=None if other is None else other.path.name,
@@ -133,7 +135,7 @@ def measure(asked: Metrics) -> Measurement:
         positive=table.positive,
         threshold=threshold,
         **how,
-        metrics=[*(_metric(name, one) for name, one in intervals.items()), *points.values()],
+        metrics=[*(Metric.of(name, one) for name, one in intervals.items()), *points.values()],
         values=values,
     )
     if asked.out is not None:
@@ -156,47 +158,30 @@ def read_predictions(path: Path, *, positive: str | None = None) -> Table:
 
 def render(found: Measurement) -> str:
     """Show a measurement as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
+    sheet, notes = Sheet(), Notes()
     units = f" in {found.n_units} groups" if found.unit == "groups" else ""
     if found.compared_with is not None:
-        console.print(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
+        sheet.add(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
     else:
         about = "" if found.positive is None else f", positive class '{found.positive}'"
-        console.print(f"{found.file}: {found.n_rows} rows{units}{about}")
-    grid = Grid(box=box.SIMPLE_HEAD)
-    grid.add_column("metric", no_wrap=True)
-    for name in ("A", "B", "A - B") if found.values else ("value",):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for name in ("std", f"{100 * found.level:.4g}% interval", "method"):
-        grid.add_column(name, justify="right" if name == "std" else "left", no_wrap=True)
-    notes: list[str] = []
+        sheet.add(f"{found.file}: {found.n_rows} rows{units}{about}")
+    wide, values = f"{100 * found.level:.4g}% interval", ("A", "B", "A - B") if found.values else ("value",)
+    table = grid(("metric", *values, "std", wide, "method"), left=("metric", wide, "method"))
     for one in found.metrics:
-        mark = ""
-        if one.note:
-            note = short_note(one.note)
-            if note not in notes:
-                notes.append(note)
-            mark = f" ({notes.index(note) + 1})"
         both = [_text(value) for value in found.values.get(one.metric, ())]
         interval = "-" if one.low is None or one.high is None else f"[{one.low:.5f}, {one.high:.5f}]"
         method = "-" if one.method == "none" else one.method
-        grid.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method + mark)
-    console.print(grid)
-    for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}")
+        method += notes.mark(short_note(one.note))
+        table.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method)
+    sheet.add(table, *notes.lines())
     if found.compared_with is not None:
-        console.print(
+        sheet.add(
             "A negative difference of AUGRC, AURC, risks, NLL and Brier speaks for A, a positive one of accuracy and "
             "coverages; an interval that holds 0 speaks for neither."
         )
     if found.unit == "rows":
-        console.print("Rows are taken for independent: add a group column where several come from one clip or track.")
-    return buffer.getvalue().rstrip()
+        sheet.add("Rows are taken for independent: add a group column where several come from one clip or track.")
+    return sheet.text()
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -235,14 +220,14 @@ def _index(table: Table) -> int | None:
 
 def _points(table: Table, metrics: str | Sequence[str], asked: dict[str, Any]) -> dict[str, Metric]:
     """Metrics of answers and probabilities, of those asked for; always with percentile intervals."""
-    wanted = [name for name in POINTS if metrics == "all" or name in metrics]
+    wanted = [name for name in names("answers") if metrics == "all" or name in metrics]
     if table.probs is None or table.labels is None or not wanted:
         return {}
     found = bootstrap_answers(
         table.probs, table.labels, groups=table.groups, n_replicates=asked["n_replicates"], level=asked["level"],
         seed=asked["seed"], positive=_index(table),
     )  # fmt: skip
-    return {name: _metric(name, found[name]) for name in wanted if name in found}
+    return {name: Metric.of(name, found[name]) for name in wanted if name in found}
 
 
 def _no_intervals(table: Table) -> Intervals:
@@ -250,13 +235,6 @@ def _no_intervals(table: Table) -> Intervals:
     n_units = table.labels.size if table.groups is None else np.unique(table.groups).size
     unit = "rows" if table.groups is None else "groups"
     return Intervals({}, n_rows=table.labels.size, n_units=n_units, unit=unit)
-
-
-def _metric(name: str, one: Interval) -> Metric:
-    return Metric(
-        metric=name, value=_known(one.value), std=_known(one.std), low=_known(one.low), high=_known(one.high),
-        method=one.method, note=one.note,
-    )  # fmt: skip
 
 
 def _paired(table: Table, path: Path, positive: str | None) -> Table:
@@ -648,10 +626,6 @@ def _wrong(path: Path, what: str, expected: str, got: str, at: int, advice: str 
     raise InputError(
         f"{what} must be {expected}, got {got} in {_row_name(path, at)} of {path}; {advice or 'mend or drop the row'}"
     )
-
-
-def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _text(value: float | None) -> str:

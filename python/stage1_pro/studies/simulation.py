@@ -1,9 +1,9 @@
 """continual simulate: thirty days of the loop on real photos, on a simulated clock.
 
-Everything that decides is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
-proposals (``mgrpo``), certificates, the guard's vault, the gate, shadow and canary, aliases and the audit. What is
-simulated is the clock, the order of photos, what is done to them once the world shifts, and the reviewer, who knows the
-folder's labels and answers late and within a budget.
+Every decision is the loop's own: served bundles, events, the review plan, the threshold controller, triggers,
+proposals (``mgrpo``), certificates, the guard's vault, the promotion test, shadow and canary, aliases and the audit.
+Simulated are the clock, the order of photos, the change of photos once the world shifts, and the reviewer, who knows
+the folder's labels and answers late and within a budget.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, earned, verified
+from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, earned, verified
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
 from stage1_pro.continual.loop.folder import init, opened
@@ -467,7 +467,7 @@ def _gains(
         cascade = Cascade.load(replace(loaded, policy=tightened(loaded.policy, threshold)), threads=1)
         said = cascade.predict(images)
         answers = np.array([classes.index(name) if name else NOBODY for name in said.label.tolist()], dtype=np.int64)
-        return float(earned(RewardSpec(), truth, Decisions(answers, ~said.exited)).mean())
+        return float(earned(RewardSpec(), truth, Actions(answers, ~said.exited)).mean())
 
     after, before = worth(new, None), worth(old, None)
     served = worth(old, stricter[-1]) if stricter else before

@@ -71,7 +71,11 @@ class ExploraRecord(Record):
     versions: dict[str, str]
 
     def figure(self, probe: str, metric: str) -> ProbeFigure:
-        """One figure; KeyError when it was not measured."""
+        """One figure.
+
+        Raises:
+            KeyError: it was not measured.
+        """
         for found in self.figures:
             if (found.probe, found.metric) == (probe, metric):
                 return found

@@ -8,38 +8,37 @@ so a killed run ends as if it had not been.
 from __future__ import annotations
 
 import copy
-import csv
 import io
 import math
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
 from stage1_pro.config import AugmentConfig, Config, ExploraConfig
 from stage1_pro.data.images import PreprocessSpec
-from stage1_pro.data.loader import TrainLoader, iterate
+from stage1_pro.data.loader import Batch, TrainLoader, iterate
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
-from stage1_pro.files import write_bytes, write_csv
+from stage1_pro.files import write_bytes
+from stage1_pro.models.adapters import insert_lora
 from stage1_pro.models.backbone import Backbone
 from stage1_pro.models.masked import Pretext, draw_orders
 from stage1_pro.progress import say
 from stage1_pro.training import checkpoint
+from stage1_pro.training.epochs import Position, run_epoch
 from stage1_pro.training.inference import pick_device
 from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
+from stage1_pro.training.trackers import Trackers, check_trackers
 
 LEAST_SHARE, LARGEST_SHARE = 0.001, 0.10
 COLUMNS = ["epoch", "step", "encoder", "lr", "loss", "held_out_loss", "seconds", "images_per_second"]
-TIMINGS = ("seconds", "images_per_second")
 _FLOOR = 0.01
 # Masks of held-out images are those of an epoch that training never reaches, the same every time.
 _HELD_OUT_EPOCH = (1 << 32) - 2
@@ -80,40 +79,14 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
     """
     body = backbone.body
     total = sum(p.numel() for p in body.parameters())
-    rank, lora = None, None
-    if config.train == "full":
-        body.requires_grad_(True)
-    else:
-        body.requires_grad_(False)
-        whole = list(backbone.blocks)[-config.blocks :]
-        rest = list(backbone.blocks)[: -config.blocks]
-        rank = config.rank if rest else None
-        if rest:
-            wanted = [backbone.targets(index) for index in range(len(rest))]
-            names = [name for name, _ in body.named_modules() if any(name in (one["q"], one["v"]) for one in wanted)]
-            # LoRA's start draws from the global generator.
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                # peft asks transformers for an attribute under its former name.
-                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-                torch.manual_seed(seed)
-                lora = get_peft_model(
-                    body,
-                    LoraConfig(
-                        r=config.rank,
-                        lora_alpha=config.alpha if config.alpha is not None else 2 * config.rank,
-                        target_modules=names,
-                        lora_dropout=0.0,
-                        bias="none",
-                    ),
-                )
-        for module in [*whole, backbone.norm, *(m for b in rest for m in b.modules() if isinstance(m, nn.LayerNorm))]:
-            module.requires_grad_(True)
+    body.requires_grad_(config.train == "full")
+    lora = _insert(backbone, config, seed) if config.train == "explora" else None
     if (mask_token := backbone.mask_token) is not None:
         mask_token.requires_grad_(config.objective == "simmim")
     trained = sum(p.numel() for p in body.parameters() if p.requires_grad)
-    found = Trainable(trained, total, rank, lora)
+    found = Trainable(trained, total, None if lora is None else config.rank, lora)
     if config.train == "explora" and not LEAST_SHARE <= found.share <= LARGEST_SHARE:
-        alone = sum(p.numel() for block in whole for p in block.parameters()) / total
+        alone = sum(p.numel() for block in backbone.blocks[-config.blocks :] for p in block.parameters()) / total
         advice = (
             f"{config.blocks} of its {backbone.n_blocks} blocks are {alone:.1%} alone: "
             f"{'use explora.blocks=1 or ' if config.blocks > 1 else ''}a backbone of more blocks"
@@ -125,6 +98,18 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
             f"{found.share:.2%} ({trained} of {total}); {advice}; explora.train=full trains every weight"
         )
     return found
+
+
+def _insert(backbone: Backbone, config: ExploraConfig, seed: int) -> PeftModel | None:
+    """Let the last blocks and all norms learn, and put LoRA on q and v of the other blocks where there are any."""
+    whole, rest = list(backbone.blocks)[-config.blocks :], list(backbone.blocks)[: -config.blocks]
+    norms = [m for block in rest for m in block.modules() if isinstance(m, nn.LayerNorm)]
+    targets = [backbone.targets(index) for index in range(len(rest))]
+    names = [one[word] for one in targets for word in ("q", "v")]
+    lora = insert_lora(backbone, names, config.rank, config.alpha, seed) if rest else None
+    for module in (*whole, backbone.norm, *norms):
+        module.requires_grad_(True)
+    return lora
 
 
 def merge(backbone: Backbone, trainable: Trainable) -> Backbone:
@@ -162,6 +147,7 @@ def adapt(folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: P
         return explorer.run()
     finally:
         explorer.loader.close()
+        explorer.trackers.close()
 
 
 class _Explorer:
@@ -171,6 +157,7 @@ class _Explorer:
                  config: Config, identity: str) -> None:  # fmt: skip
         options = config.explora
         self.folder, self.spec, self.config, self.options, self.identity = folder, spec, config, options, identity
+        check_trackers(config.train.trackers)
         seed_everything(config.seed, deterministic=config.train.deterministic)
         self.device = pick_device()
         self.bf16 = uses_bf16(config.train.precision)
@@ -189,9 +176,8 @@ class _Explorer:
             seed=config.seed, batch_size=options.batch_size, workers=config.train.workers,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.lr, betas=(0.9, 0.95))
-        self.epoch = self.step_in_epoch = self.step = self.seen = 0
-        self.loss_sum = 0.0
-        self.history: list[dict[str, Any]] = []
+        self.at = Position()
+        self.trackers = Trackers((), folder)
 
     def run(self) -> Adapted:
         """Learn to the end, and merge."""
@@ -203,13 +189,14 @@ class _Explorer:
         )
         if (self.folder / "last.pth").is_file():
             self._restore()
-        while self.epoch < self.options.epochs:
+        self.trackers = Trackers(self.config.train.trackers, self.folder)
+        while self.at.epoch < self.options.epochs:
             self._epoch()
         if self.options.objective in ("mae", "simmim"):
             write_bytes(self.folder / "reconstructions.png", self._picture())
-        write_csv(self.folder / "metrics.csv", self.history, COLUMNS)
+        self.at.write(self.folder / "metrics.csv", COLUMNS)
         backbone = merge(self.pretext.backbone, whole)
-        return Adapted(backbone, whole, self.history, len(self.trained_on), len(self.held_out))
+        return Adapted(backbone, whole, self.at.history, len(self.trained_on), len(self.held_out))
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -222,56 +209,57 @@ class _Explorer:
         ]
 
     def _epoch(self) -> None:
-        options = self.options
-        frozen = self.epoch < options.decoder_warmup_epochs
-        began, before = time.monotonic(), self.seen
-        for batch in self.loader.epoch(self.epoch, self.step_in_epoch):
-            rows = batch.index.tolist()
-            orders = draw_orders(self.pretext.n_patches, self.config.seed, self.epoch, rows)
-            self._learn(batch.pixels, orders, batch.index, frozen=frozen, files=batch.files)
-            self.step_in_epoch += 1
-            if self.step_in_epoch < self.loader.steps_per_epoch and self.step_in_epoch % options.save_every_steps == 0:
-                self._save()
-        seconds = time.monotonic() - began
-        rate = (self.seen - before) / max(seconds, 1e-9)
-        loss, held = self.loss_sum / self.seen, self._held_out_loss()
-        self.history.append(
-            {
-                "epoch": self.epoch, "step": self.step, "encoder": "frozen" if frozen else "trained",
-                "lr": self.optimizer.param_groups[0]["lr"], "loss": loss, "held_out_loss": held,
-                "seconds": round(seconds, 3), "images_per_second": round(rate, 1),
-            }
+        options, at = self.options, self.at
+        frozen = at.epoch < options.decoder_warmup_epochs
+        batches = self.loader.epoch(at.epoch, at.step_in_epoch)
+        steps = self.loader.steps_per_epoch
+        timings = run_epoch(
+            batches, lambda batch: self._learn(batch, frozen=frozen), self._save, at, steps=steps,
+            save_every=options.save_every_steps,
         )  # fmt: skip
-        self.epoch, self.step_in_epoch, self.loss_sum, self.seen = self.epoch + 1, 0, 0.0, 0
-        write_csv(self.folder / "metrics.csv", self.history, COLUMNS)
+        loss, held = at.loss_sum / at.seen, self._held_out_loss()
+        at.history.append(
+            {
+                "epoch": at.epoch,
+                "step": at.global_step,
+                "encoder": "frozen" if frozen else "trained",
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "loss": loss,
+                "held_out_loss": held,
+                **timings,
+            }
+        )
+        at.begin_next()
+        at.write(self.folder / "metrics.csv", COLUMNS)
         self._save()
+        self.trackers.log(at.history[-1], at.global_step)
         say(
-            f"epoch {self.epoch}/{options.epochs}: loss {loss:.4f}"
-            f"{'' if math.isnan(held) else f', held out {held:.4f}'}, {rate:.0f} images/s"
+            f"epoch {at.epoch}/{options.epochs}: loss {loss:.4f}"
+            f"{'' if math.isnan(held) else f', held out {held:.4f}'}, {timings['images_per_second']:.0f} images/s"
             f"{' (encoder frozen)' if frozen else ''}"
         )
 
-    def _learn(self, pixels: Tensor, orders: Tensor, index: Tensor, *, frozen: bool, files: list[str]) -> None:
+    def _learn(self, batch: Batch, *, frozen: bool) -> None:
+        """Take one step."""
         self._set_rates()
+        orders = draw_orders(self.pretext.n_patches, self.config.seed, self.at.epoch, batch.index.tolist())
         try:
-            losses = self._losses(pixels, orders, index, frozen=frozen)
+            losses = self._losses(batch.pixels, orders, batch.index, frozen=frozen)
             value = float(losses.detach().sum())
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"loss must be finite, got {value} at epoch {self.epoch}, step {self.step}; lower explora.lr "
-                    f"(last.pth is as it was); the batch was: {', '.join(files[:8])}"
+                    f"loss must be finite, got {value} at epoch {self.at.epoch}, step {self.at.global_step}; lower "
+                    f"explora.lr (last.pth is as it was); the batch was: {', '.join(batch.files[:8])}"
                 )
             torch.autograd.backward(losses.mean())
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"out of memory at {len(pixels)} images; lower explora.batch_size or model.image_size"
+                f"out of memory at {len(batch.pixels)} images; lower explora.batch_size or model.image_size"
             ) from error
         nn.utils.clip_grad_norm_(self.learned.values(), self.options.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss_sum += value
-        self.seen += len(pixels)
-        self.step += 1
+        self.at.stepped(value, len(batch.pixels))
 
     def _losses(self, pixels: Tensor, orders: Tensor, index: Tensor, *, frozen: bool) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
@@ -287,7 +275,7 @@ class _Explorer:
         for group in self.optimizer.param_groups:
             start = options.decoder_warmup_epochs * steps if group["encoder"] else 0
             group["lr"] = options.lr * warm_cosine(
-                max(0, self.step - start), warmup, options.epochs * steps - start, _FLOOR
+                max(0, self.at.global_step - start), warmup, options.epochs * steps - start, _FLOOR
             )
 
     def _held_out_loss(self) -> float:
@@ -327,17 +315,21 @@ class _Explorer:
 
     def _save(self) -> None:
         """Write ``last.pth``: what was learned so far, between two steps."""
+        at = self.at
         checkpoint.save(
             self.folder / "last.pth",
             {
-                "architecture": self.identity, "model_state_dict": self.learned,
-                "optimizer_state_dict": self.optimizer.state_dict(), "epoch": self.epoch,
-                "step_in_epoch": self.step_in_epoch, "global_step": self.step, "loss_sum": self.loss_sum,
-                "seen": self.seen,
-                # Without timings: a resumed run must end in the same bytes. metrics.csv has them.
-                "history": [{k: v for k, v in row.items() if k not in TIMINGS} for row in self.history],
+                "architecture": self.identity,
+                "model_state_dict": self.learned,
+                "optimizer_state_dict": self.optimizer.state_dict(),
+                "epoch": at.epoch,
+                "step_in_epoch": at.step_in_epoch,
+                "global_step": at.global_step,
+                "loss_sum": at.loss_sum,
+                "seen": at.seen,
+                "history": at.without_timings(),
             },
-        )  # fmt: skip
+        )
 
     def _restore(self) -> None:
         path = self.folder / "last.pth"
@@ -354,13 +346,9 @@ class _Explorer:
             for name, parameter in self.learned.items():
                 parameter.copy_(state[name])
         self.optimizer.load_state_dict(content["optimizer_state_dict"])
-        self.epoch, self.step_in_epoch, self.step = (content[k] for k in ("epoch", "step_in_epoch", "global_step"))
-        self.loss_sum, self.seen, self.history = (content[k] for k in ("loss_sum", "seen", "history"))
-        if (self.folder / "metrics.csv").is_file():
-            with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-                for row, stored in zip(self.history, csv.DictReader(file), strict=False):
-                    row.update({name: float(stored[name]) for name in TIMINGS if stored.get(name)})
-        say(f"going on from epoch {self.epoch + 1}, step {self.step_in_epoch}")
+        self.at = Position(**{field.name: content[field.name] for field in fields(Position)})
+        self.at.restore_timings(self.folder / "metrics.csv")
+        say(f"going on from epoch {self.at.epoch + 1}, step {self.at.step_in_epoch}")
 
 
 def _augmentation(options: ExploraConfig) -> AugmentConfig:

@@ -1,10 +1,10 @@
-"""Station ``explora``: a run's backbone adapted to unlabelled images, and kept only where that made it better."""
+"""Command ``explora``: a run's backbone adapted to unlabelled images, and kept only where that made it better."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +16,14 @@ from stage1_pro.data.images import PreprocessSpec, write_quarantine
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.pool import Pool, read_pool
 from stage1_pro.data.splits import Splits
-from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.errors import InputError
 from stage1_pro.files import atomic_directory, sha256_file
 from stage1_pro.progress import say
-from stage1_pro.training.adapted import ExploraRecord, PoolInfo
-from stage1_pro.training.run import EXPLORA, RunConfig, exclusive, resumed, versions, write_config
+from stage1_pro.training.adapted import ExploraRecord, PoolInfo, ProbeFigure
+from stage1_pro.training.run import EXPLORA, check_run, exclusive, versions, write_config
 
+Probed = dict[str, NDArray[np.float64]]
 OWN_FILES = ("explora.json", "config.json", "last.pth", "metrics.csv", "reconstructions.png", "quarantine.csv")
-
-
-def check_explora(
-    run: Path, config: Config | None, *, base: str | None, resume: bool, overwrite: bool
-) -> tuple[Splits, Config]:
-    """Give a run's splits and the configuration to adapt with; changes nothing and loads no torch.
-
-    Raises:
-        InputError: no splits, an earlier adaptation in the way, nothing to resume, or another configuration.
-        ArtifactError: splits that changed since the adaptation began.
-    """
-    if not (run / "splits.json").is_file():
-        raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite must not be given together, got both; choose one")
-    splits = Splits.read(run / "splits.json").verify()
-    folder = run / EXPLORA
-    if base is not None:
-        given = config or Config()
-        config = given.model_copy(update={"model": given.model.model_copy(update={"backbone": base})})
-    if not resume:
-        if (folder / "config.json").exists() and not overwrite:
-            raise InputError(f"{folder} is there already; go on with --resume or start anew with --overwrite")
-        config = config or Config()
-        if Path(config.model.backbone).expanduser().resolve().is_relative_to(folder.resolve()):
-            raise InputError(
-                f"--base must be outside {folder}, which is written anew, got {config.model.backbone}; copy it first"
-            )
-        return splits, config
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--resume needs {folder}/config.json, which is not there; start without --resume")
-    stored = RunConfig.read(folder / "config.json")
-    if stored.split_hashes != splits.hashes:
-        raise ArtifactError(f"{run}/splits.json has changed since the adaptation began; start anew with --overwrite")
-    return splits, stored.config if config is None else resumed(config, stored.config)
 
 
 def explora(
@@ -90,8 +56,15 @@ def explora(
         TrainingError: the loss is not finite, or memory does not suffice.
     """
     run = Path(run)
-    splits, config = check_explora(run, config, base=base, resume=resume, overwrite=overwrite)
+    if base is not None:
+        config = config or Config()
+        config = config.model_copy(update={"model": config.model.model_copy(update={"backbone": base})})
+    splits, config = check_run(run, config, resume=resume, overwrite=overwrite, adapts=True)
     folder = run / EXPLORA
+    if not resume and Path(config.model.backbone).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"--base must be outside {folder}, which is written anew, got {config.model.backbone}; copy it first"
+        )
     folder.mkdir(exist_ok=True)
     with exclusive(folder):
         for leftover in folder.glob(".*.tmp"):
@@ -106,7 +79,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     from stage1_pro.models.backbone import load_backbone, save_backbone
     from stage1_pro.models.model import input_spec
     from stage1_pro.training.explora import adapt
-    from stage1_pro.training.probes import judge, probe, verdict
+    from stage1_pro.training.probes import probe
 
     model, options = config.model, config.explora
 
@@ -123,10 +96,9 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     info, start = backbone.info(model.backbone), backbone.fingerprint()
     pool = read_pool(images, [row for row in splits.rows if row.split != "train"], splits.photos())
     rows = splits.of("train")
-    labels = splits.indices(rows)
-    groups = [row.group for row in rows]
+    labels, groups = splits.indices(rows), [row.group for row in rows]
 
-    def probed(one: Any, what: str) -> dict[str, NDArray[np.float64]]:
+    def probed(one: Any, what: str) -> Probed:
         features = _features(one, splits.photos_of(rows), spec, config, f"train rows, {what}")
         return probe(features, labels, groups, len(splits.classes), seed=config.seed)
 
@@ -142,21 +114,8 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         write_config(folder, config, splits)
         write_quarantine(folder / "quarantine.csv", pool.quarantined)
 
-    identity = json.dumps(
-        {
-            "base": start, "pool": pool.fingerprint, "preprocessing": spec.fingerprint(), "seed": config.seed,
-            "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps", "keep"}),
-        }
-    )  # fmt: skip
-    adapted = adapt(folder, backbone, pool.photos, spec, config, identity, begin)
-    try:
-        figures = judge(
-            before, probed(adapted.backbone, "adapted"), labels, groups,
-            positive=splits.classes.index(splits.positive), seed=config.seed,
-        )  # fmt: skip
-        better, reason = verdict(figures)
-    except InputError as error:
-        figures, better, reason = [], False, str(error)
+    adapted = adapt(folder, backbone, pool.photos, spec, config, _identity(start, pool, spec, config), begin)
+    figures, better, reason = _judge(before, lambda: probed(adapted.backbone, "adapted"), splits, config.seed)
     kept = better or options.keep == "adapted"
     if kept and not better:
         reason = f"kept because explora.keep=adapted asks for it, although {reason}"
@@ -195,6 +154,35 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     record.write(folder / "explora.json")
     say(f"kept the {'adapted backbone' if kept else 'base'}: {reason}")
     return record
+
+
+def _identity(base: str, pool: Pool, spec: PreprocessSpec, config: Config) -> str:
+    """What an adaptation is of, as text; a ``last.pth`` with another one is refused."""
+    return json.dumps(
+        {
+            "base": base,
+            "pool": pool.fingerprint,
+            "preprocessing": spec.fingerprint(),
+            "seed": config.seed,
+            "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps", "keep"}),
+        }
+    )
+
+
+def _judge(
+    before: Probed, after: Callable[[], Probed], splits: Splits, seed: int
+) -> tuple[list[ProbeFigure], bool, str]:
+    """Both probes' figures on train rows, whether the adapted backbone is better, and why."""
+    from stage1_pro.training.probes import judge, verdict
+
+    rows = splits.of("train")
+    labels, groups = splits.indices(rows), [row.group for row in rows]
+    positive = splits.classes.index(splits.positive)
+    try:
+        figures = judge(before, after(), labels, groups, positive=positive, seed=seed)
+    except InputError as error:
+        return [], False, str(error)
+    return figures, *verdict(figures)
 
 
 def render(record: ExploraRecord, run: Path | str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stage1_pro.data.predictions import Predictions
-from stage1_pro.metrics.intervals import Interval
 from stage1_pro.metrics.measured import Metric
 from stage1_pro.models.adapters import replace_trained
 from stage1_pro.models.model import Stage1Model, fingerprint
@@ -119,10 +117,10 @@ def _choose_confidence(session: Session, predictions: Predictions) -> None:
             **facts,
             "split_hash": predictions.split_hash,
             "model_fingerprint": predictions.model_fingerprint,
-            "gate_augrc": _metric(GATE, found[GATE]),
-            "softmax_augrc": _metric(SOFTMAX, found[SOFTMAX]),
-            "joint_gate_augrc": _metric(JOINT, found[JOINT]) if JOINT in found else None,
-            "difference": _metric(DIFFERENCE, found[DIFFERENCE]),
+            "gate_augrc": Metric.of(GATE, found[GATE]),
+            "softmax_augrc": Metric.of(SOFTMAX, found[SOFTMAX]),
+            "joint_gate_augrc": Metric.of(JOINT, found[JOINT]) if JOINT in found else None,
+            "difference": Metric.of(DIFFERENCE, found[DIFFERENCE]),
             "asked": options.confidence,
             "confidence": better if options.confidence == "auto" else options.confidence,
         }
@@ -133,8 +131,3 @@ def _choose_confidence(session: Session, predictions: Predictions) -> None:
         f"AUGRC on val_select: gate {gate.value:.5f}, max softmax {sure.value:.5f}, difference "
         f"{difference.value:+.5f} [{difference.low:+.5f}, {difference.high:+.5f}]; confidence: {record.confidence}"
     )
-
-
-def _metric(name: str, one: Interval) -> Metric:
-    ends = {k: v if math.isfinite(v) else None for k, v in (("std", one.std), ("low", one.low), ("high", one.high))}
-    return Metric(metric=name, value=one.value, method=one.method, note=one.note, **ends)

@@ -37,7 +37,15 @@ def run_over(
 ) -> Arrays:
     """Apply ``forward`` to every image in order; each output is gathered to [N, ...] float32.
 
-    With ``draw`` the images are augmented as ``iterate`` says.
+    Args:
+        forward: pixels [B, 3, H, W] to named outputs, rows first.
+        photos: [N].
+        spec: how they become pixels.
+        device: where ``forward`` computes.
+        workers: processes that decode.
+        batch_size: images of a forward pass.
+        description: of the progress bar; none without.
+        draw: (augmentation, seed, epoch): the images as that epoch of training draws them.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     with torch.inference_mode():
@@ -61,7 +69,15 @@ def pick_device() -> torch.device:
 def infer(
     model: Stage1Model, splits: Splits, split: SplitName, *, workers: int = 2, joint_gate: Gate | None = None
 ) -> Predictions:
-    """Run a model over one split; ``joint_gate`` is the gate as training left it, to be shown beside the refitted."""
+    """Run a model over one split.
+
+    Args:
+        model: moved to the first GPU where there is one.
+        splits: whose rows.
+        split: which of them.
+        workers: processes that decode.
+        joint_gate: the gate as training left it, to be shown beside the refitted one.
+    """
     device = pick_device()
     model = model.to(device).eval()
     joint = None if joint_gate is None else joint_gate.to(device).eval()
@@ -93,7 +109,16 @@ def infer_split(run: Path, split: SplitName) -> Predictions:
 def assemble(
     rows: Sequence[Row], splits: Splits, split: SplitName, arrays: Arrays, model_hash: str, spec_hash: str
 ) -> Predictions:
-    """Join outputs with the rows they belong to."""
+    """Join outputs with the rows they belong to.
+
+    Args:
+        rows: [N].
+        splits: which they are from.
+        split: likewise.
+        arrays: ``logits_a`` and ``logits_b`` [N, K], ``gate_logits`` [N], and ``joint_gate`` [N] where there is one.
+        model_hash: fingerprint of the model.
+        spec_hash: fingerprint of its preprocessing.
+    """
 
     def text(values: Sequence[Any]) -> NDArray[np.str_]:
         return np.asarray([str(value) for value in values], dtype=np.str_)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.metrics.answers import Answered, Measure, Stage, measure_fnr
-from stage1_pro.metrics.intervals import Interval, Intervals, bootstrap, bootstrap_answers, compare, metric_names
+from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.intervals import Intervals, bootstrap, bootstrap_answers, compare, metric_names
 from stage1_pro.policies import exit_scores
 from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.policy import Policy

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.metrics.answers import Answered
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import (
     confidence_png,
     cost_risk_png,
@@ -18,7 +19,6 @@ from stage1_pro.metrics.figures import (
     risk_band,
     risk_coverage_png,
 )
-from stage1_pro.metrics.intervals import Interval
 from stage1_pro.metrics.selective import relative_cost
 from stage1_pro.policies import exit_scores
 from stage1_pro.policies.policy import Policy

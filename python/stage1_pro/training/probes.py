@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.intervals import Interval, bootstrap_answers, compare
+from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.intervals import bootstrap_answers, compare
 from stage1_pro.metrics.probabilistic import accuracy
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.training.adapted import ProbeFigure
@@ -81,7 +82,17 @@ def judge(
     seed: int,
     n_replicates: int = 1000,
 ) -> list[ProbeFigure]:
-    """Every figure of both probes before and after, and the difference on the same resamples of groups."""
+    """Every figure of both probes before and after, and the difference on the same resamples of groups.
+
+    Args:
+        before: probabilities [N, K] by probe, with the base.
+        after: the same with the adapted backbone.
+        labels: class indices [N].
+        groups: names [N].
+        positive: index of the positive class.
+        seed: of the resamples.
+        n_replicates: how many.
+    """
     options: dict[str, Any] = {
         "groups": np.asarray(groups), "n_replicates": n_replicates, "seed": seed, "positive": positive,
     }  # fmt: skip

@@ -67,29 +67,38 @@ _FREE = {"workers", "save_every_steps", "trackers", "gradient_checkpointing"}
 
 
 def check_run(
-    run: Path, config: Config | None, *, resume: bool, overwrite: bool, explora: bool = False
+    run: Path, config: Config | None, *, resume: bool, overwrite: bool, explora: bool = False, adapts: bool = False
 ) -> tuple[Splits, Config]:
-    """Give a run's splits and the configuration to train with; changes nothing.
+    """Give a run's splits and the configuration to train, or to adapt, with; changes nothing and loads no torch.
 
-    With ``explora`` the backbone is the run's adapted one; a resumed training must have begun with it.
+    Args:
+        run: folder with ``splits.json``.
+        config: as given; with ``resume`` only what it names must agree with the stored one.
+        resume: go on with what was begun.
+        overwrite: an earlier one may be given up.
+        explora: the backbone is the run's adapted one; a resumed training must have begun with it.
+        adapts: the work is an adaptation, in the folder ``explora`` of the run, not a training.
 
     Raises:
         InputError: no splits, an earlier training in the way, nothing to resume, or another configuration.
         ArtifactError: splits that were edited, or are not those of the training to resume.
     """
+    folder, written, what = (run / EXPLORA, "config.json", "adaptation") if adapts else (run, "last.pth", "training")
     if not (run / "splits.json").is_file():
         raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite must not be given together, got both; choose one")
     splits = Splits.read(run / "splits.json").verify()
     if not resume:
-        if (run / "last.pth").exists() and not overwrite:
-            raise InputError(f"{run} has been trained already; go on with --resume or start anew with --overwrite")
+        if (folder / written).exists() and not overwrite:
+            raise InputError(f"{folder} holds a {what} already; go on with --resume or start anew with --overwrite")
         config = config or Config()
         return splits, use_adapted(run, splits, config) if explora else config
-    if not (run / "config.json").is_file():
-        raise InputError(f"--resume needs {run}/config.json, which is not there; start without --resume")
-    stored = RunConfig.read(run / "config.json")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--resume needs {folder}/config.json, which is not there; start without --resume")
+    stored = RunConfig.read(folder / "config.json")
     if stored.split_hashes != splits.hashes:
-        raise ArtifactError(f"{run}/splits.json has changed since the training began; start anew with --overwrite")
+        raise ArtifactError(f"{run}/splits.json has changed since the {what} began; start anew with --overwrite")
     if explora and use_adapted(run, splits, stored.config).model.backbone != stored.config.model.backbone:
         raise _changed("model.backbone", str(run / EXPLORA / "backbone"), stored.config.model.backbone)
     return splits, stored.config if config is None else resumed(config, stored.config)
@@ -144,7 +153,11 @@ def use_adapted(run: Path, splits: Splits, config: Config) -> Config:
 
 
 def resumed(given: Config, stored: Config) -> Config:
-    """The run's configuration with the free keys that were named anew; any other change is refused."""
+    """The run's configuration with the free keys that were named anew.
+
+    Raises:
+        InputError: any other key was named with another value.
+    """
     kept = stored.model_dump()
     if "seed" in given.model_fields_set and given.seed != stored.seed:
         raise _changed("seed", given.seed, stored.seed)

@@ -21,7 +21,14 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
 
 
 def warm_cosine(step: int, warmup: int, total: int, floor: float) -> float:
-    """Linear warm-up, then a cosine down to ``floor``; a share of the peak."""
+    """Linear warm-up, then a cosine down to ``floor``; a share of the peak, in (0, 1].
+
+    Args:
+        step: from 0.
+        warmup: steps of the warm-up.
+        total: steps of the training.
+        floor: share at the end.
+    """
     if step < warmup:
         return (step + 1) / warmup
     share = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -70,8 +71,8 @@ class Trackers:
                 tracker.start()
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
-        """Send the figures that are floats."""
-        values = {name: value for name, value in figures.items() if isinstance(value, float)}
+        """Send the figures that are finite floats."""
+        values = {k: value for k, value in figures.items() if isinstance(value, float) and math.isfinite(value)}
         for tracker in self._open:
             tracker.log(values, step=step)
 

@@ -5,7 +5,7 @@ to a moving average of itself on the anchor (the domain that must not be forgott
 inputs. The result is a direction more than a place: of the steps along it that keep within a KL budget on the anchor,
 the one that earns most on the selecting rows is proposed, or none.
 
-With one action an episode a trust region promises nothing: what makes progress monotone is the gate, a test on fresh
+With one action an episode a trust region promises nothing: what makes progress monotone is the promotion test on fresh
 labels that this module cannot see. It knows neither guard nor store.
 """
 
@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage1_pro.continual.learn.rlvr import Rows, clipped_loss, kl, log_probs_of, mean_reward
+from stage1_pro.continual.learn.rlvr import BanditRows, clipped_loss, kl, log_probs_of, mean_reward
 from stage1_pro.errors import InputError
 from stage1_pro.record import Record
 
@@ -49,7 +49,7 @@ class ProposalOptions(Record):
     seed: int = Field(0, ge=0)
 
 
-class Step(Record):
+class PathPoint(Record):
     """One point of the line search."""
 
     share: float
@@ -68,7 +68,7 @@ class Proposal:
     state: dict[str, Tensor] | None
     share: float | None
     champion_reward: float
-    steps: tuple[Step, ...]
+    steps: tuple[PathPoint, ...]
 
 
 def likelihood_loss(log_probs: Tensor, rewards: Tensor, temperature: float) -> Tensor:
@@ -82,9 +82,9 @@ def likelihood_loss(log_probs: Tensor, rewards: Tensor, temperature: float) -> T
 
 def propose(
     champion: M,
-    new: Rows,
-    replay: Rows | None,
-    select: Rows,
+    new: BanditRows,
+    replay: BanditRows | None,
+    select: BanditRows,
     *,
     anchor: tuple[Tensor, ...],
     recent: tuple[Tensor, ...],
@@ -158,7 +158,7 @@ def _line_search(
     champion: nn.Module,
     policy: nn.Module,
     parameters: dict[str, nn.Parameter],
-    select: Rows,
+    select: BanditRows,
     anchor: tuple[Tensor, ...],
     options: ProposalOptions,
 ) -> Proposal:
@@ -175,7 +175,7 @@ def _line_search(
         apart = float(kl(log_probs_of(policy, anchor), held))
         found = mean_reward(log_probs_of(policy, select.inputs), select.rewards)
         tried.append(
-            Step(share=share, anchor_kl=apart, select_reward=found, within_budget=apart <= options.anchor_budget)
+            PathPoint(share=share, anchor_kl=apart, select_reward=found, within_budget=apart <= options.anchor_budget)
         )
         if tried[-1].within_budget and found > best:
             best, best_state = found, copy.deepcopy(policy.state_dict())

@@ -21,13 +21,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage1_pro.config import Config
-from stage1_pro.continual.learn.mgrpo import Proposal, ProposalOptions, Step, propose
+from stage1_pro.continual.learn.mgrpo import PathPoint, Proposal, ProposalOptions, propose
 from stage1_pro.continual.learn.replay import Reservoir
 from stage1_pro.continual.learn.rewards import RewardSpec, verified
 from stage1_pro.continual.learn.rlvr import (
     STATEMENT,
+    BanditRows,
     HeadsPolicy,
-    Rows,
     labels_of,
     log_probs_of,
     mean_reward,
@@ -64,9 +64,9 @@ class ProposalRecord(Record):
     n_anchor: int = Field(description="images that held it by the KL to its moving average, and by the budget")
     n_recent: int
     share: float | None = Field(description="of Stage A's way that is proposed; null: it stays as it is")
-    steps: list[Step]
+    steps: list[PathPoint]
     share_b: float | None = Field(description="the same of Stage B's head")
-    steps_b: list[Step]
+    steps_b: list[PathPoint]
     accuracy_b_before: float = Field(description="of Stage B on val_select")
     accuracy_b_after: float
     reward_before: float = Field(description="of the most likely action on val_select, before any threshold")
@@ -150,7 +150,7 @@ def propose_run(
     replayed = _Cached(columns["a"], columns["b"], columns["label"], [source] * len(remembered)) if columns else None
 
     def ask(policy: _Policy, options: ProposalOptions, learns: str, width: int) -> Proposal:
-        def paid(cached: _Cached) -> Rows:
+        def paid(cached: _Cached) -> BanditRows:
             return _pay(cached, model, spec, splits, device, width)
 
         return propose(
@@ -267,11 +267,13 @@ def _answers_b(model: Stage1Model, features_b: NDArray[np.float32], device: torc
     return found
 
 
-def _pay(rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device, width: int) -> Rows:
+def _pay(
+    rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device, width: int
+) -> BanditRows:
     """What the first ``width`` actions earn with Stage B as it is: answers alone, or all."""
     answers = _answers_b(model, rows.b, device)
     paid = pay_rows((rows.a, rows.b), answers, rows.labels, rows.sources, spec, splits, device)
-    return Rows(paid.inputs, paid.rewards[:, :width])
+    return BanditRows(paid.inputs, paid.rewards[:, :width])
 
 
 def _outcome(

@@ -102,7 +102,7 @@ def verified(labels: ArrayLike, sources: str | Sequence[str], *, classes: Sequen
 
 
 @dataclass(frozen=True)
-class Decisions:
+class Actions:
     """What a cascade did: ``answers`` [N] class indices, -1 where nobody answered; ``deferred`` [N]: Stage B ran."""
 
     answers: NDArray[np.int64]
@@ -115,7 +115,7 @@ class Decisions:
                 f"{list(self.deferred.shape)}"
             )
 
-    def differ(self, other: Decisions) -> NDArray[np.bool_]:
+    def differ(self, other: Actions) -> NDArray[np.bool_]:
         """The rows [N] on which two cascades did not do the same; the others need no label to compare them."""
         return np.asarray((self.answers != other.answers) | (self.deferred != other.deferred), dtype=bool)
 
@@ -140,7 +140,7 @@ def action_rewards(spec: RewardSpec, truth: Verified, answers_b: ArrayLike) -> N
     return np.concatenate([exits, (of_b - spec.defer_cost)[:, None], abstain], axis=1)
 
 
-def earned(spec: RewardSpec, truth: Verified, decisions: Decisions) -> NDArray[np.float64]:
+def earned(spec: RewardSpec, truth: Verified, decisions: Actions) -> NDArray[np.float64]:
     """What a cascade's decisions earned on every row, [N]; higher is better.
 
     Raises:

@@ -13,7 +13,6 @@ again. ``tune`` writes a run that has no policy file, so nothing else can happen
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,7 +182,7 @@ class HeadsPolicy(nn.Module):
 
 
 @dataclass(frozen=True)
-class Rows:
+class BanditRows:
     """Labelled rows for tuning: inputs of the policy (tensors, rows first) and rewards [N, A] of every action.
 
     For sets also ``says_positive`` [N, A], 1 where the action's answer is the positive class, and the truth
@@ -234,8 +233,8 @@ def mean_reward(log_probs: Tensor, rewards: Tensor) -> float:
 def fit_policy(
     policy: nn.Module,
     parameters: Sequence[nn.Parameter],
-    rows: Rows,
-    select: Rows,
+    rows: BanditRows,
+    select: BanditRows,
     options: TuneOptions,
     *,
     note: Callable[[dict[str, float]], None] | None = None,
@@ -307,7 +306,7 @@ def fit_policy(
     return Tuned(best_epoch, first[0], best[0], history)
 
 
-def _judge(log_probs: Tensor, rows: Rows, reward: SetReward | None) -> tuple[float, float]:
+def _judge(log_probs: Tensor, rows: BanditRows, reward: SetReward | None) -> tuple[float, float]:
     """Reward of the most likely actions, and the expected one of single rows."""
     expected = float((log_probs.exp() * rows.rewards).sum(1).mean())
     if reward is None:
@@ -512,7 +511,7 @@ def pay_rows(
     spec: RewardSpec,
     splits: Splits,
     device: torch.device,
-) -> Rows:
+) -> BanditRows:
     """Rows for tuning: what every action earns where Stage B answers ``answers_b`` [N] and the truth is ``labels`` [N].
 
     Raises:
@@ -523,7 +522,7 @@ def pay_rows(
     says = np.zeros((answers_b.size, len(splits.classes) + 2))
     says[:, positive] = 1.0
     says[:, len(splits.classes)] = answers_b == positive
-    return Rows(
+    return BanditRows(
         tuple(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in inputs),
         torch.from_numpy(action_rewards(spec, truth, answers_b).astype(np.float32)).to(device),
         torch.from_numpy(says.astype(np.float32)).to(device),
@@ -550,7 +549,7 @@ def _rows_of(
     draws: Sequence[tuple[AugmentConfig, int, int] | None],
     *,
     cached: bool,
-) -> Rows:
+) -> BanditRows:
     """Rows of one split, each draw after the other: features or images, and what every action earns on them."""
     rows = splits.of(name)
     labels, sources = labels_of(rows, splits, source)
@@ -571,9 +570,7 @@ def _choice(predictions: Any, config: Config) -> GateChoice:
     found = rank_answers(predictions, seed=config.seed)
 
     def metric(name: str) -> Metric:
-        one = found[name]
-        ends = {k: v if math.isfinite(v) else None for k, v in (("std", one.std), ("low", one.low), ("high", one.high))}
-        return Metric(metric=name, value=one.value, method=one.method, note=one.note, **ends)
+        return Metric.of(name, found[name])
 
     better: Literal["gate", "softmax"] = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
     asked = config.gate.confidence

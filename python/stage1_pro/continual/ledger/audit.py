@@ -53,7 +53,7 @@ class AuditRow(Record):
         return sha256_bytes(canonical(self.model_dump(exclude={"hash"})).encode())
 
 
-class Verified(Record):
+class ChainCheck(Record):
     """Whether a chain is whole; where not, the first row that is not what was written."""
 
     ok: bool
@@ -90,7 +90,7 @@ def read(store: Store, *, kind: str | None = None) -> Generator[AuditRow, None, 
             yield AuditRow.model_construct(**row)
 
 
-def verify(store: Store, *, head: str | None = None) -> Verified:
+def verify(store: Store, *, head: str | None = None) -> ChainCheck:
     """Check every row of a store against its hash and the row before.
 
     Args:
@@ -102,10 +102,10 @@ def verify(store: Store, *, head: str | None = None) -> Verified:
             return _verify(rows, head)
     except (DatabaseError, UnicodeDecodeError) as error:
         reason = str(getattr(error, "orig", error)).splitlines()[0]
-        return Verified(ok=False, rows=0, head=GENESIS, broken_at=1, reason=f"the database cannot be read: {reason}")
+        return ChainCheck(ok=False, rows=0, head=GENESIS, broken_at=1, reason=f"the database cannot be read: {reason}")
 
 
-def verify_file(path: Path | str, *, head: str | None = None) -> Verified:
+def verify_file(path: Path | str, *, head: str | None = None) -> ChainCheck:
     """Check an exported audit, every byte of it; ``head`` as in ``verify``.
 
     Raises:
@@ -139,18 +139,18 @@ def _parsed(data: bytes) -> Iterator[AuditRow | str]:
         yield row if canonical(row.model_dump()).encode() == line else "it is not written as rows are"
 
 
-def _verify(rows: Iterable[AuditRow | str], head: str | None) -> Verified:
+def _verify(rows: Iterable[AuditRow | str], head: str | None) -> ChainCheck:
     previous, count, seen = GENESIS, 0, head in (None, GENESIS)
     for expected, row in enumerate(rows, 1):
         reason = row if isinstance(row, str) else _problem(row, expected, previous)
         if reason or isinstance(row, str):
-            return Verified(ok=False, rows=count, head=previous, broken_at=expected, reason=reason)
+            return ChainCheck(ok=False, rows=count, head=previous, broken_at=expected, reason=reason)
         previous, count = row.hash, expected
         seen = seen or row.hash == head
     if not seen:
         reason = "the head that was noted is not in the chain: rows were cut off or written anew"
-        return Verified(ok=False, rows=count, head=previous, broken_at=count + 1, reason=reason)
-    return Verified(ok=True, rows=count, head=previous)
+        return ChainCheck(ok=False, rows=count, head=previous, broken_at=count + 1, reason=reason)
+    return ChainCheck(ok=True, rows=count, head=previous)
 
 
 def _problem(row: AuditRow, expected: int, previous: str) -> str:

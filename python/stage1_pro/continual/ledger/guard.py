@@ -1,13 +1,13 @@
 """The vault of guard labels: it alone reads them, answers one question about a candidate, and counts the looks.
 
-A guard set tells whether a candidate earns more than the champion. Every answer it gives teaches a little about it, and
-what proposed the next candidate from such answers has trained on the guard. So an epoch of the guard has ten looks,
-each at 1%; a look is a row written before the labels are read; after the last the guard must be refreshed. Labels never
-leave: what comes back is a test.
+A guard set tells whether a candidate earns more than the champion. Every answer leaks a little of the set: proposals
+that are chosen by such answers are trained on the guard. So a guard epoch has ten looks, each at level 1%; a look is a
+row that is committed before the labels are read; after the last look the guard must be refreshed. No label leaves the
+vault, only the result of a test.
 
 The promise, by the union bound: until an epoch's first promotion every look has answered "no", so no candidate before
-it can depend on the labels, and the chance that the first promotion is harmful is at most looks times level. It holds
-as long as nothing but that answer reaches what proposes; figures in ``verdict.json`` are for people.
+it can depend on the labels, and the chance that the first promotion is harmful is at most looks times level. This holds
+only if proposals never see anything but the yes/no answer; the figures in ``verdict.json`` are for people.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.exc import IntegrityError
 
-from stage1_pro.continual.learn.rewards import PAID, Decisions, Verified
+from stage1_pro.continual.learn.rewards import PAID, Actions, Verified
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.errors import InputError, NotReachableError
@@ -181,7 +181,7 @@ class GuardVault:
             found = connection.execute(select(_rows.c.row_id).where(_rows.c.epoch == epoch).order_by(_rows.c.place))
             return [row.row_id for row in found]
 
-    def unlabelled(self, epoch: str, champion: Decisions, candidate: Decisions) -> list[str]:
+    def unlabelled(self, epoch: str, champion: Actions, candidate: Actions) -> list[str]:
         """Ids of rows that must be labelled before these two can be compared: they differ there. No look is taken."""
         with self._store.read() as connection:
             self._epoch(connection, epoch)
@@ -205,8 +205,8 @@ class GuardVault:
     def judge(
         self,
         epoch: str,
-        champion: Decisions,
-        candidate: Decisions,
+        champion: Actions,
+        candidate: Actions,
         question: Callable[[Look, Verified, NDArray[np.bool_], NDArray[np.str_]], T],
         *,
         terms: str,
@@ -225,7 +225,7 @@ class GuardVault:
             champion: decisions of what serves now.
             candidate: decisions of what would replace it.
             question: gets the look, the truth of the rows on which the two differ, which rows [N] those are, and all
-                rows' clusters [N]; what it gives is handed back. It is the gate's, and hands on no label.
+                rows' clusters [N]; its result is returned. It is the promotion test's, and hands on no label.
             terms: hash of all else that the answer depends on; the same decisions under other terms are another look.
             name: of the candidate, for the record.
             classes: names, in the order of the decisions' indices.
@@ -312,13 +312,13 @@ class GuardVault:
         return int(counted.scalar_one())
 
     @staticmethod
-    def _differ(n: int, champion: Decisions, candidate: Decisions) -> NDArray[np.bool_]:
+    def _differ(n: int, champion: Actions, candidate: Actions) -> NDArray[np.bool_]:
         for name, one in (("champion", champion), ("candidate", candidate)):
             if one.answers.size != n:
                 raise InputError(f"{name} must have decisions on the {n} guard rows, got {one.answers.size}; run all")
         return champion.differ(candidate)
 
 
-def _asked(champion: Decisions, candidate: Decisions, words: Sequence[str]) -> str:
+def _asked(champion: Actions, candidate: Actions, words: Sequence[str]) -> str:
     parts = [part for one in (champion, candidate) for part in (one.answers.astype("<i8"), one.deferred.astype("u1"))]
     return sha256_bytes(b"".join([*(part.tobytes() for part in parts), "\n".join(words).encode()]))

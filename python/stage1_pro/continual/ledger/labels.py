@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import betaincinv
 from sqlalchemy import (
@@ -444,68 +443,3 @@ def disagreement(store: Store) -> Disagreement:
     for one in read_labels(store, sources=["review"]):
         given.setdefault(one.event_id, {})[one.annotator] = one.label
     return Disagreement.of({name: list(by.values()) for name, by in given.items() if len(by) > 1})
-
-
-@dataclass(frozen=True)
-class Audited:
-    """Selected events with a trusted label, by time: what monitors and thresholds learn from, N rows.
-
-    ``time`` [N]; ``exited`` [N], action exit; ``wrong`` [N], the answer is not the label (an abstention is not wrong);
-    ``wrong_a`` [N], what Stage A alone would have answered is not the label; ``propensity`` [N] of the review;
-    ``score`` [N], what was compared with the threshold, NaN where there was none.
-    """
-
-    event_id: NDArray[np.str_]
-    time: NDArray[np.float64]
-    exited: NDArray[np.bool_]
-    wrong: NDArray[np.bool_]
-    wrong_a: NDArray[np.bool_]
-    propensity: NDArray[np.float64]
-    score: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.event_id)
-
-
-def audited(store: Store, *, since: float = -math.inf, until: float = math.inf, bundle: str | None = None) -> Audited:
-    """Selected events with since <= time < until that an owner or reviewer has labelled before ``until``.
-
-    Labels of events that were not selected are left out: their chance of being labelled is not their propensity.
-    ``wrong_a`` needs two classes, whose answer P(positive) decides, ties as argmax breaks them.
-
-    Raises:
-        InputError: a bundle with more than two classes.
-    """
-    held, facts = resolve(store, sources=GUARD_SOURCES, until=until), read_bundles(store)
-    rows = []
-    for one in read_events(store, since=since, until=until, bundle=bundle):
-        if not one.selected or one.id not in held:
-            continue
-        truth = held[one.id].label
-        rows.append((one, truth, _answer_of_a(one, facts)))
-    return Audited(
-        event_id=np.array([one.id for one, _, _ in rows], dtype=np.str_),
-        time=np.array([one.time for one, _, _ in rows], dtype=np.float64),
-        exited=np.array([one.action == "exit" for one, _, _ in rows], dtype=bool),
-        wrong=np.array([one.label not in ("", truth) for one, truth, _ in rows], dtype=bool),
-        wrong_a=np.array([a != truth for _, truth, a in rows], dtype=bool),
-        propensity=np.array([one.propensity for one, _, _ in rows], dtype=np.float64),
-        score=np.array([math.nan if one.exit_score is None else one.exit_score for one, _, _ in rows]),
-    )
-
-
-def _answer_of_a(one: Event, facts: Mapping[str, BundleFacts]) -> str:
-    """What Stage A alone would answer; empty where it gave no number."""
-    if one.action == "exit":
-        return one.label
-    known = facts.get(one.bundle)
-    if known is None or len(known.classes) != 2:
-        got = "nothing" if known is None else f"{len(known.classes)} classes"
-        raise InputError(f"bundle {one.bundle[:12]} must be known to have two classes, got {got}; ingest its log")
-    if one.prob_a is None:
-        return ""
-    positive = known.classes.index(known.positive)
-    # At one half argmax takes the first class.
-    first = one.prob_a >= 0.5 if positive == 0 else one.prob_a <= 0.5
-    return known.classes[0 if first else 1]

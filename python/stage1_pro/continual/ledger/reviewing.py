@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.continual.ledger.labels import disagreement, ingest
-from stage1_pro.continual.ledger.review import LEASE_SECONDS, ReviewQueue, ReviewServer
+from stage1_pro.continual.ledger.review import LEASE_SECONDS, ReviewQueue
+from stage1_pro.continual.ledger.review_page import ReviewServer
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.errors import InputError

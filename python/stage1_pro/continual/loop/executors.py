@@ -80,14 +80,14 @@ def make_executor(config: ExecutorConfig) -> Executor:
     if config.kind == "ray":
         return RayExecutor(config.address, dict(config.resources), config.timeout)
     if config.kind == "subprocess":
-        return Command((sys.executable, "-m"), config.timeout)
+        return Launched((sys.executable, "-m"), config.timeout)
     module = "torch.distributed.run" if config.kind == "torchrun" else "accelerate.commands.launch"
     try:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(name=module)
     except ModuleNotFoundError:
         raise need("train", "torch" if config.kind == "torchrun" else "accelerate") from None
-    return Command((sys.executable, "-m", module, *config.arguments, "-m"), config.timeout)
+    return Launched((sys.executable, "-m", module, *config.arguments, "-m"), config.timeout)
 
 
 def work_key(function: str, inputs: Mapping[str, Any]) -> str:
@@ -152,7 +152,7 @@ class Inline:
 
 
 @dataclass(frozen=True)
-class Command:
+class Launched:
     """In a fresh interpreter, or what a launcher such as torchrun starts; killed with all its children in the end.
 
     Args:

@@ -24,10 +24,11 @@ from stage1_pro.continual.ledger.exchange import (
 )
 from stage1_pro.continual.ledger.labels import Source, ingest
 from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
 from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
-from stage1_pro.continual.loop.rounds import Rounds, RoundsConfig, remember_run
+from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import PLAN
 from stage1_pro.continual.watch.alerts import Alert, send_alert

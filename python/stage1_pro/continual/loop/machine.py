@@ -109,8 +109,8 @@ class LoopRow(Record):
 class Watched:
     """What monitoring saw: train or not, why, what it remembers, and what should be in force.
 
-    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan. What
-    people should be told is ``news``, under a name that is the same whenever the same thing is seen.
+    ``audit_rate`` is the least chance of review that every event should have; None leaves it to the review plan.
+    ``alerts`` are to be sent, keyed so that the same event is sent once.
     """
 
     train: bool
@@ -119,7 +119,7 @@ class Watched:
     threshold: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     audit_rate: float | None = None
-    news: Mapping[str, Alert] = field(default_factory=dict)
+    alerts: Mapping[str, Alert] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class _Orders:
+class _Changes:
     """What a look changes of what is in force: kind and body of its audit row, the rate in it, how it is written."""
 
     kind: str | None
     body: Mapping[str, Any]
     rate: Mapping[str, Any]
-    give: Callable[[Connection], None]
+    write: Callable[[Connection], None]
 
 
 class Parts(Protocol):
@@ -159,28 +159,28 @@ class Parts(Protocol):
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
         """Look at what was served; called in MONITOR, again and again, and for the threshold where a round waits."""
 
-    def collect(self, work: Round) -> Mapping[str, Any]:
+    def collect(self, current: Round) -> Mapping[str, Any]:
         """Freeze the labels that a proposal may learn from, known before the round's ``entered``; never guard rows."""
 
-    def proposals(self, work: Round) -> Sequence[Job]:
+    def proposals(self, current: Round) -> Sequence[Job]:
         """What makes candidates of the snapshot."""
 
-    def select(self, work: Round, done: Sequence[Work]) -> str:
+    def select(self, current: Round, done: Sequence[Work]) -> str:
         """The key of the proposal to go on with, chosen on ``val_select`` and never on the guard."""
 
-    def recalibration(self, work: Round, chosen: Work) -> Job:
+    def recalibration(self, current: Round, chosen: Work) -> Job:
         """What calibrates, certifies and exports it; its result names a bundle in its files as ``bundle``."""
 
-    def evaluate(self, work: Round) -> Verdict:
-        """The gate."""
+    def evaluate(self, current: Round) -> Verdict:
+        """The promotion test."""
 
-    def compare(self, work: Round, *, delta: float) -> Compared:
+    def compare(self, current: Round, *, delta: float) -> Compared:
         """Champion and candidate since ``shadow_since``, by audited disagreements."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step: the state afterwards, whether an edge was taken, and what it waits for where not."""
+class LoopStep:
+    """One step of the loop: the state afterwards, whether an edge was taken, and what it waits for where not."""
 
     row: LoopRow
     moved: bool
@@ -252,7 +252,7 @@ class Loop:
         self.registry.sync()
         return self.row()
 
-    def run(self, *, now: float, manual: bool = False, most: int = 100) -> list[Step]:
+    def run(self, *, now: float, manual: bool = False, most: int = 100) -> list[LoopStep]:
         """Take steps until one waits; ``manual`` asks for a round as a person would."""
         self.resume()
         steps = []
@@ -263,7 +263,7 @@ class Loop:
             manual = manual and steps[-1].row.state == "MONITOR"
         return steps
 
-    def step(self, *, now: float, manual: bool = False) -> Step:
+    def step(self, *, now: float, manual: bool = False) -> LoopStep:
         """Do what the present state does, and take one edge where it can be taken.
 
         Args:
@@ -297,17 +297,17 @@ class Loop:
             InputError: there is none whose verdict promotes it, or it is another one.
         """
         row = self.row()
-        work = row.round
-        if row.state != "SHADOW" or work.candidate is None:
+        current = row.round
+        if row.state != "SHADOW" or current.candidate is None:
             raise InputError(
                 f"there must be a candidate in the shadow to promote, got state {row.state}; only a verdict that "
                 "promotes brings one there"
             )
-        if candidate is not None and not work.candidate.startswith(candidate):
-            raise InputError(f"candidate must be the one in the shadow, {work.candidate[:12]}, got {candidate}")
-        body = {"candidate": work.candidate, "verdict": work.verdict, "by": by}
+        if candidate is not None and not current.candidate.startswith(candidate):
+            raise InputError(f"candidate must be the one in the shadow, {current.candidate[:12]}, got {candidate}")
+        body = {"candidate": current.candidate, "verdict": current.verdict, "by": by}
         return self._write(
-            row, row.state, work.model_copy(update={"approved_by": by}), row.memory, now, "approval", body
+            row, row.state, current.model_copy(update={"approved_by": by}), row.memory, now, "approval", body
         )
 
     def rollback(self, *, now: float, by: str, to: str | None = None, reason: str = "by hand") -> Pointer:
@@ -327,28 +327,36 @@ class Loop:
 
     # ---------------------------------------------------------------------------- states
 
-    def _monitor(self, row: LoopRow, now: float, manual: bool) -> Step:
+    def _monitor(self, row: LoopRow, now: float, manual: bool) -> LoopStep:
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
-        orders = self._orders(champion, seen, now)
+        changes = self._changes(champion, seen, now)
         # What is in force changes first, in the same transaction that asks for a training.
         if seen.train:
-            work = Round(
+            current = Round(
                 number=row.round.number + 1, reasons=tuple(seen.reasons), champion=champion.bundle or "",
                 champion_version=champion.version,
             )  # fmt: skip
-            facts = {"threshold": seen.threshold, **orders.rate, **seen.facts}
-            return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), work=work, memory=seen.memory,
-                              move=orders.give, facts=facts, news=seen.news)  # fmt: skip
+            facts = {"threshold": seen.threshold, **changes.rate, **seen.facts}
+            return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), current=current, memory=seen.memory,
+                              move=changes.write, facts=facts, alerts=seen.alerts)  # fmt: skip
         after = row
-        if dict(seen.memory) != row.memory or orders.kind is not None:
+        if dict(seen.memory) != row.memory or changes.kind is not None:
             after = self._write(
-                row, "MONITOR", row.round, seen.memory, now, orders.kind, orders.body, move=orders.give, news=seen.news
+                row,
+                "MONITOR",
+                row.round,
+                seen.memory,
+                now,
+                changes.kind,
+                changes.body,
+                move=changes.write,
+                alerts=seen.alerts,
             )
             self._observe("MONITOR committed")
             self.registry.sync()
-        self._tell(seen.news)
-        return Step(after, moved=False, note="nothing asks for a training")
+        self._tell(seen.alerts)
+        return LoopStep(after, moved=False, note="nothing asks for a training")
 
     def _steer(self, row: LoopRow, now: float) -> LoopRow:
         """Where a round waits, for days perhaps, the champion's threshold goes on following labels.
@@ -358,21 +366,21 @@ class Loop:
         """
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=False)
-        orders = self._orders(champion, seen, now, falls=False)
-        self._tell(seen.news)
-        if orders.kind is None:
+        changes = self._changes(champion, seen, now, falls=False)
+        self._tell(seen.alerts)
+        if changes.kind is None:
             return row
-        row = self._write(row, row.state, row.round, row.memory, now, orders.kind, orders.body, move=orders.give)
+        row = self._write(row, row.state, row.round, row.memory, now, changes.kind, changes.body, move=changes.write)
         self.registry.sync()
         return row
 
-    def _orders(self, champion: Alias, seen: Watched, now: float, *, falls: bool = True) -> _Orders:
+    def _changes(self, champion: Alias, seen: Watched, now: float, *, falls: bool = True) -> _Changes:
         """What has to change for what was seen to be in force."""
         said, bundle, threshold, rate = self.registry.sync(), champion.bundle, seen.threshold, seen.audit_rate
         tightens = bundle is not None and threshold is not None and threshold != said.threshold
         audits = rate != said.audit_rate and (falls or (rate or 0.0) > (said.audit_rate or 0.0))
 
-        def give(connection: Connection) -> None:
+        def write(connection: Connection) -> None:
             if tightens:
                 assert bundle is not None
                 assert threshold is not None
@@ -382,21 +390,21 @@ class Loop:
 
         changed = {"audit_rate_before": said.audit_rate, "audit_rate": rate} if audits else {}
         body = {"bundle": bundle, "before": said.threshold, "threshold": threshold, **changed, **seen.facts}
-        return _Orders("threshold" if tightens else "audit rate" if audits else None, body, changed, give)
+        return _Changes("threshold" if tightens else "audit rate" if audits else None, body, changed, write)
 
-    def _collect(self, row: LoopRow, now: float, _manual: bool) -> Step:
+    def _collect(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         snapshot = dict(self.parts.collect(row.round))
         return self._edge(row, "PROPOSE", now, "labels are frozen", snapshot=snapshot)
 
-    def _propose(self, row: LoopRow, now: float, _manual: bool) -> Step:
+    def _propose(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         done = [do_work(self.work, job.function, job.inputs, self.executor) for job in self.parts.proposals(row.round)]
         return self._edge(row, "SELECT", now, f"{len(done)} proposals", proposals=tuple(one.key for one in done))
 
-    def _select(self, row: LoopRow, now: float, _manual: bool) -> Step:
+    def _select(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         chosen = self.parts.select(row.round, [self.finished(key) for key in row.round.proposals])
         return self._edge(row, "RECALIBRATE", now, f"proposal {chosen[:12]} is the best on val_select", chosen=chosen)
 
-    def _recalibrate(self, row: LoopRow, now: float, _manual: bool) -> Step:
+    def _recalibrate(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         assert row.round.chosen is not None
         job = self.parts.recalibration(row.round, self.finished(row.round.chosen))
         done = do_work(self.work, job.function, job.inputs, self.executor)
@@ -405,7 +413,7 @@ class Loop:
             raise NotReachableError("a candidate must differ from the champion, got the same bundle")
         return self._edge(row, "EVALUATE", now, "a fresh certificate", recalibrated=done.key, candidate=candidate)
 
-    def _evaluate(self, row: LoopRow, now: float, _manual: bool) -> Step:
+    def _evaluate(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         verdict = self.parts.evaluate(row.round)
         name = verdict.fingerprint()
         verdict.write(self.registry.root / "verdicts" / f"{name}.json")
@@ -417,53 +425,53 @@ class Loop:
 
         return self._edge(row, "SHADOW", now, verdict.reason, verdict=name, shadow_since=now, move=to_shadow)
 
-    def _shadow(self, row: LoopRow, now: float, _manual: bool) -> Step:
-        config, work = self.config, row.round
-        found = self.parts.compare(work, delta=config.rollback_delta)
+    def _shadow(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
+        config, current = self.config, row.round
+        found = self.parts.compare(current, delta=config.rollback_delta)
         if found.evidence.alarm:
             return self._edge(row, "HOLD", now, _against(found), clear=True)
-        left = work.entered + config.shadow_seconds - now
+        left = current.entered + config.shadow_seconds - now
         if left > 0 or found.pairs < config.shadow_pairs:
-            return Step(row, moved=False, note=_short(found, left, config.shadow_pairs))
-        if not config.auto_promote and work.approved_by is None:
-            note = f"round {work.number} has a candidate, {work.candidate}, that the gate let through"
+            return LoopStep(row, moved=False, note=_short(found, left, config.shadow_pairs))
+        if not config.auto_promote and current.approved_by is None:
+            note = f"round {current.number} has a candidate, {current.candidate}, that passed the promotion test"
             self._tell(
-                {f"approval/{work.number}": Alert(
-                    time=now, kind="approval", title="A candidate waits for approval", bundle=work.candidate or "",
+                {f"approval/{current.number}": Alert(
+                    time=now, kind="approval", title="A candidate waits for approval", bundle=current.candidate or "",
                     text=f"{note}; stage1 continual promote lets it answer",
                 )}
             )  # fmt: skip
-            return Step(row, moved=False, note="waits for approval: stage1 continual promote")
+            return LoopStep(row, moved=False, note="waits for approval: stage1 continual promote")
 
         def to_canary(connection: Connection) -> None:
-            self._point(connection, "canary", work.candidate, now, share=config.canary_share)
+            self._point(connection, "canary", current.candidate, now, share=config.canary_share)
 
-        who = work.approved_by or "auto_promote"
+        who = current.approved_by or "auto_promote"
         return self._edge(row, "CANARY", now, f"approved by {who}", move=to_canary, facts=_facts(found))
 
-    def _canary(self, row: LoopRow, now: float, _manual: bool) -> Step:
+    def _canary(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         config = self.config
         found = self.parts.compare(row.round, delta=config.rollback_delta)
         if found.evidence.alarm:
             return self._edge(row, "ROLLBACK", now, _against(found), clear=True, facts=_facts(found))
         left = row.round.entered + config.canary_seconds - now
         if left > 0 or found.pairs < config.canary_pairs:
-            return Step(row, moved=False, note=_short(found, left, config.canary_pairs))
+            return LoopStep(row, moved=False, note=_short(found, left, config.canary_pairs))
         return self._edge(row, "CHAMPION", now, "the canary lives", facts=_facts(found))
 
-    def _champion(self, row: LoopRow, now: float, _manual: bool) -> Step:
-        work = row.round
+    def _champion(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
+        current = row.round
 
         def crown(connection: Connection) -> None:
             self.registry.move(
                 connection,
                 "champion",
-                work.candidate,
-                expected=work.champion_version,
+                current.candidate,
+                expected=current.champion_version,
                 now=now,
-                by=f"round {work.number}",
+                by=f"round {current.number}",
             )
-            self._clear(connection, now, f"round {work.number}")
+            self._clear(connection, now, f"round {current.number}")
 
         try:
             return self._edge(row, "MONITOR", now, "a new champion", memory={}, move=crown)
@@ -472,18 +480,18 @@ class Loop:
                 raise
             return self._edge(row, "HOLD", now, str(error), clear=True)
 
-    def _rolled_back(self, row: LoopRow, now: float, _manual: bool) -> Step:
+    def _rolled_back(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         # A candidate that goes leaves the champion what was seen of it; another champion is looked at afresh.
         same = self.registry.alias("champion").version == row.round.champion_version
         return self._edge(row, "MONITOR", now, "the old champion serves", memory=row.memory if same else {})
 
-    def _hold(self, row: LoopRow, now: float, manual: bool) -> Step:
+    def _hold(self, row: LoopRow, now: float, manual: bool) -> LoopStep:
         left = row.round.entered + self.config.hold_seconds - now
         if left > 0 and not manual:
-            return Step(row, moved=False, note=f"rests for {left:.0f} s: {row.round.note}")
+            return LoopStep(row, moved=False, note=f"rests for {left:.0f} s: {row.round.note}")
         return self._edge(row, "MONITOR", now, "rested")
 
-    _STEPS: Mapping[State, Callable[[Loop, LoopRow, float, bool], Step]] = {
+    _STEPS: Mapping[State, Callable[[Loop, LoopRow, float, bool], LoopStep]] = {
         "MONITOR": _monitor, "COLLECT": _collect, "PROPOSE": _propose, "SELECT": _select, "RECALIBRATE": _recalibrate,
         "EVALUATE": _evaluate, "SHADOW": _shadow, "CANARY": _canary, "CHAMPION": _champion, "ROLLBACK": _rolled_back,
         "HOLD": _hold,
@@ -511,14 +519,14 @@ class Loop:
         now: float,
         why: str,
         *,
-        work: Round | None = None,
+        current: Round | None = None,
         memory: Mapping[str, Any] | None = None,
         move: Callable[[Connection], None] | None = None,
         clear: bool = False,
         facts: Mapping[str, Any] | None = None,
-        news: Mapping[str, Alert] | None = None,
+        alerts: Mapping[str, Alert] | None = None,
         **changes: Any,
-    ) -> Step:
+    ) -> LoopStep:
         assert to in EDGES[row.state] or to == "ROLLBACK"
         self._observe(f"{row.state} done")
 
@@ -529,31 +537,31 @@ class Loop:
                 self._clear(connection, now, f"round {row.round.number}")
 
         body = {"from": row.state, "to": to, "why": why, **(facts or {})}
-        work = (work or row.round).model_copy(update={**changes, "entered": now, "note": why})
+        current = (current or row.round).model_copy(update={**changes, "entered": now, "note": why})
         kept = row.memory if memory is None else memory
-        told = {**(news or {}), **_news(row.state, to, why, work, row.version + 1, now)}
+        told = {**(alerts or {}), **_alerts_of(row.state, to, why, current, row.version + 1, now)}
         after = self._write(
-            row, to, work, kept, now, "edge", {**body, "round": work.model_dump()}, move=moves, news=told
+            row, to, current, kept, now, "edge", {**body, "round": current.model_dump()}, move=moves, alerts=told
         )
         self._observe(f"{row.state} committed")
         self.registry.sync()
-        return Step(after, moved=True, note=why)
+        return LoopStep(after, moved=True, note=why)
 
     def _write(
         self,
         row: LoopRow,
         state: State,
-        work: Round,
+        current: Round,
         memory: Mapping[str, Any],
         now: float,
         kind: str | None,
         body: Mapping[str, Any],
         *,
         move: Callable[[Connection], None] | None = None,
-        news: Mapping[str, Alert] | None = None,
+        alerts: Mapping[str, Alert] | None = None,
     ) -> LoopRow:
         """The one place that changes the row: only if it is still the one that was read."""
-        after = LoopRow(version=row.version + 1, state=state, time=now, round=work, memory=dict(memory))
+        after = LoopRow(version=row.version + 1, state=state, time=now, round=current, memory=dict(memory))
         with self.store.write() as connection:
             self.store.serialise(connection)
             changed = connection.execute(
@@ -567,12 +575,12 @@ class Loop:
                 move(connection)
             if kind is not None:
                 audit.append(connection, self.store, kind, body, now)
-            outbox.post(connection, self.store, news or {})
+            outbox.post(connection, self.store, alerts or {})
         return after
 
-    def _tell(self, news: Mapping[str, Alert]) -> None:
+    def _tell(self, alerts: Mapping[str, Alert]) -> None:
         """Write down what is to be told and is seen again at every look, so that it needs no edge; once."""
-        new = outbox.unknown(self.store, news)
+        new = outbox.unknown(self.store, alerts)
         if new:
             with self.store.write() as connection:
                 outbox.post(connection, self.store, new)
@@ -611,16 +619,16 @@ def read_verdict(root: Path | str, fingerprint: str) -> Verdict:
     return verdict
 
 
-def _news(state: State, to: State, why: str, work: Round, version: int, now: float) -> dict[str, Alert]:
+def _alerts_of(state: State, to: State, why: str, current: Round, version: int, now: float) -> dict[str, Alert]:
     """What people should be told of an edge."""
     if to == "COLLECT":
-        text = f"Round {work.number} begins: {why}."
-        alert = Alert(time=now, kind="train", title="A training is asked for", text=text, bundle=work.champion)
+        text = f"Round {current.number} begins: {why}."
+        alert = Alert(time=now, kind="train", title="A training is asked for", text=text, bundle=current.champion)
     elif to == "ROLLBACK":
-        alert = Alert(time=now, kind="rollback", title="Rolled back", text=f"Round {work.number}: {why}.")
+        alert = Alert(time=now, kind="rollback", title="Rolled back", text=f"Round {current.number}: {why}.")
     elif state == "CHAMPION" and to == "MONITOR":
-        text = f"Round {work.number}: the candidate is the champion now, for every photo."
-        alert = Alert(time=now, kind="champion", title="A new champion", text=text, bundle=work.candidate or "")
+        text = f"Round {current.number}: the candidate is the champion now, for every photo."
+        alert = Alert(time=now, kind="champion", title="A new champion", text=text, bundle=current.candidate or "")
     else:
         return {}
     return {f"{alert.kind}/{version}": alert}

@@ -1,14 +1,17 @@
-"""The promotion gate: a candidate replaces the champion only where every test says so, and most often it does not.
+"""The promotion test: a candidate replaces the champion only if it passes every part; most often it does not.
 
-In this order: what was measured of the bundle (latency, size, parity), a certificate of the candidate's own at the same
-limits, non-inferiority on the anchor (the domain that must not be forgotten) overall, by slice and in every class's
-FNR, jointly by Holm, by p-values that hold for any number of clusters; and, only when all of that holds, one counted
-look at the guard: the lower bound of the paired reward difference, by resampled clusters, must be above zero, and a
-test by betting that holds for any number of clusters of any size must say so too of their means (five lucky rows would
-pass the bootstrap).
-"No promotion" is a result like any other.
+Parts, in this order:
 
-NumPy only; it judges decisions that were made elsewhere. Nothing that proposes candidates may import this module.
+1. Figures of the candidate's bundle (latency, size, parity) are within their limits.
+2. The candidate's own certificate promises at least what the champion's does.
+3. Non-inferiority on the anchor (the domain that must not be forgotten): mean reward overall and by slice, and every
+   class's FNR. One family under Holm, with p-values that are exact for any number of clusters.
+4. Only if all of that holds, one counted look at the guard. The lower bound of the paired reward difference by cluster
+   bootstrap is above zero, and a betting test on clusters' means, exact for any number of clusters of any size, agrees.
+   A bootstrap alone would let five lucky rows pass.
+
+"No promotion" is a result like any other. NumPy only; it judges decisions that were made elsewhere. Nothing that
+proposes candidates may import this module.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stage1_pro import native
-from stage1_pro.continual.learn.rewards import NOBODY, Decisions, RewardSpec, Verified, earned
+from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, Verified, earned
 from stage1_pro.continual.ledger.guard import GuardVault, Look
 from stage1_pro.errors import InputError
 from stage1_pro.policies.bounds import betting_p_value, binomial_cdf, holm
@@ -39,7 +42,7 @@ _DIFFER = 0.2
 
 
 class Terms(Record):
-    """What is asked of a candidate. Margins are of the mean reward and of shares; they are fixed before any look."""
+    """Margins and levels of the promotion test, in units of mean reward and of shares; fixed before any look."""
 
     margin: float = Field(0.05, gt=0, description="largest loss of mean reward on the anchor")
     slice_margin: float = Field(0.1, gt=0, description="the same in any slice of it")
@@ -57,7 +60,7 @@ class Terms(Record):
 
 
 class Measured(Record):
-    """A figure of the candidate's bundle and its limit; passes at or below it. Null was not measured, and fails."""
+    """A figure of the candidate's bundle and its limit; passes at or below it. Null: not measured, which fails."""
 
     name: str
     value: float | None
@@ -67,7 +70,7 @@ class Measured(Record):
     note: str = Field("", description="its unit, or why there is no value and what to do")
 
 
-class GateTest(Record):
+class PromotionTest(Record):
     """One test of a verdict: what was estimated from how many units, its bound, and what it had to keep."""
 
     name: str
@@ -102,9 +105,9 @@ class Verdict(Record):
     time: float = Field(description="seconds since 1970; of the look where one was taken, so that a repeat is the same")
     spec: RewardSpec
     terms: Terms
-    tests: list[GateTest]
+    tests: list[PromotionTest]
 
-    def test(self, name: str) -> GateTest:
+    def test(self, name: str) -> PromotionTest:
         """The test of that name."""
         return next(test for test in self.tests if test.name == name)
 
@@ -117,24 +120,24 @@ class Side:
     """
 
     name: str
-    guard: Decisions
-    anchor: Decisions
+    guard: Actions
+    anchor: Actions
     policy: Policy | None = None
     fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """Labelled rows of what must not be forgotten: truth [N], clusters [N], and slices by name, each a mask [N].
+    """Labelled rows of the domain that must not be forgotten: truth [N], clusters [N], and slices, each a mask [N].
 
-    ``origin`` is what the model that first learned them decided there: with it every candidate is held against that
-    one. Held against the champion of the day alone, each round could lose the margin anew.
+    ``origin`` holds the decisions of the model that first learned them. Every candidate is compared with that model:
+    compared with the champion of the day, each round could lose the margin once more.
     """
 
     truth: Verified
     clusters: NDArray[np.str_]
     slices: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    origin: Decisions | None = None
+    origin: Actions | None = None
 
 
 def evaluate(
@@ -221,16 +224,16 @@ def refuse(
     return _verdict(champion, candidate, epoch, tests, failed, None, spec=spec, terms=terms or Terms(), now=now)
 
 
-def _unseen(failed: str) -> GateTest:
+def _unseen(failed: str) -> PromotionTest:
     note = f"not looked at, no look was taken: {failed} failed before"
-    return GateTest(name="guard reward", passed=False, note=note)
+    return PromotionTest(name="guard reward", passed=False, note=note)
 
 
 def _verdict(
     champion: str,
     candidate: str,
     epoch: str,
-    tests: list[GateTest],
+    tests: list[PromotionTest],
     failed: Sequence[str],
     look: Look | None,
     *,
@@ -276,21 +279,21 @@ def _test_guard(
     differ: NDArray[np.bool_],
     clusters: NDArray[np.str_],
     *,
-    champion: Decisions,
-    candidate: Decisions,
+    champion: Actions,
+    candidate: Actions,
     spec: RewardSpec,
     terms: Terms,
-) -> tuple[Look, GateTest]:
-    """Does the candidate earn more? ``truth`` is of the rows that differ; the others earn the same."""
+) -> tuple[Look, PromotionTest]:
+    """Test whether the candidate earns more; ``truth`` is of the rows that differ, the others earn the same."""
 
-    def of(side: Decisions) -> NDArray[np.float64]:
-        return earned(spec, truth, Decisions(side.answers[differ], side.deferred[differ]))
+    def of(side: Actions) -> NDArray[np.float64]:
+        return earned(spec, truth, Actions(side.answers[differ], side.deferred[differ]))
 
     difference = np.zeros(differ.size)
     difference[differ] = of(candidate) - of(champion)
     bound = lower_bound(difference, clusters, level=look.level, n_replicates=terms.n_replicates, seed=terms.seed)
-    p = _betting_on_means(difference, clusters, _reach(spec), look.level, terms.seed)
-    return look, GateTest(
+    p = _betting_on_means(difference, clusters, largest_difference(spec), look.level, terms.seed)
+    return look, PromotionTest(
         name="guard reward",
         passed=bound > 0 and p <= look.level,
         n=np.unique(clusters).size,
@@ -318,9 +321,9 @@ def _betting(
 ) -> float:
     """p-value of "the rows' mean difference is at most -margin", for any number of clusters, of these sizes.
 
-    No row's difference is beyond ``reach``; ``level`` is what the bets aim at. They begin with the spread of rows of
-    which one in five differs, by half its reach: fixed beforehand, as what is drawn may not say how much is bet on it.
-    Clusters larger than any that was drawn are ruled out by nothing.
+    No row's difference is beyond ``reach``; the bets aim at ``level``. Their first size assumes that one row in five
+    differs, by half of ``reach``; it is fixed in advance because bets must not depend on the rows they are made on. The
+    test assumes that no cluster is larger than the largest one drawn.
     """
     number = native.cluster_numbers(clusters, difference.size)
     rows = np.bincount(number).astype(np.float64)
@@ -332,7 +335,7 @@ def _betting_on_means(
 ) -> float:
     """p-value of "the mean over clusters of their mean differences is at most 0"; whatever sizes clusters may have.
 
-    What a place gains or loses counts once, however often it was seen, as in a certificate by groups.
+    A place counts once, however often it was seen, as in a certificate by groups.
     """
     number = native.cluster_numbers(clusters, difference.size)
     means = np.bincount(number, difference) / np.bincount(number)
@@ -358,16 +361,26 @@ def _bet(
     )
 
 
-def _reach(spec: RewardSpec) -> float:
-    """How much the rewards of two decisions on one row can differ at most."""
+def largest_difference(spec: RewardSpec) -> float:
+    """The largest possible difference of two decisions' rewards on one row."""
     answers = [spec.right, -spec.k_fp, -spec.k_fn]
     blind = spec.guess - spec.abstain_cost
     return max(*answers, blind) - (min(*answers, blind) - spec.defer_cost)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One question to the anchor: differences of its rows, higher is better, the loss allowed, what a row can lose."""
+class AnchorQuestion:
+    """One non-inferiority test on the anchor.
+
+    Args:
+        name: of the test.
+        difference: candidate minus reference [N], higher is better.
+        clusters: independent unit of every row [N].
+        margin: largest mean loss that is allowed.
+        reach: largest possible loss of one row.
+        n_differ: rows on which the two sides decide otherwise.
+        sign: 1 where the figure shown is a gain, -1 where it is a rise of FNR.
+    """
 
     name: str
     difference: NDArray[np.float64]
@@ -379,10 +392,11 @@ class _Asked:
 
     @property
     def n(self) -> int:
+        """Number of clusters."""
         return int(np.unique(self.clusters).size)
 
     def share(self) -> float:
-        """The smallest share of clusters that must lose something where the margin is lost; the largest lose most."""
+        """Smallest share of clusters with a loss if the mean loss is the margin: the largest lose the most."""
         rows = np.bincount(native.cluster_numbers(self.clusters, self.difference.size))
         return float(self.margin * rows.mean() / (self.reach * rows.max())) if self.reach else 1.0
 
@@ -398,23 +412,30 @@ class _Asked:
 
 
 def _enough(share: float, level: float) -> int:
-    """How many clusters pass where none of them loses and each of a share of them might have."""
+    """Clusters needed to pass if none of them loses: a share of all clusters would lose at the margin."""
     return math.ceil(math.log(level / 2) / math.log1p(-share)) if 0 < share < 1 else 1
 
 
 def judge_anchor(
-    anchor: Anchor, reference: Decisions, candidate: Decisions, spec: RewardSpec, terms: Terms
-) -> list[GateTest]:
+    anchor: Anchor, reference: Actions, candidate: Actions, spec: RewardSpec, terms: Terms
+) -> list[PromotionTest]:
     """Non-inferiority on the anchor: mean reward overall and by slice, and the share of every class that is missed.
 
-    Each is the test of "worse by the margin or more"; all pass together by Holm. A p-value is twice the smaller of two
-    that hold for any number of clusters: the chance that so few of them lose anything, and that of a bet against the
-    loss, which also counts what others gain. A bootstrap knows nothing of losses that its rows do not show: at the
-    margin it passed 10% of draws of 1000 rows at level 5%, and 34% where large clusters lose (benchmarks/README). Its
-    bound is shown beside them for what it tells.
+    Each tests "worse by the margin or more"; Holm corrects over all of them. Two exact p-values are combined by
+    Bonferroni: a binomial test on the number of clusters that lost anything, and a betting test on the summed
+    differences, which also counts gains. Both hold for any number of clusters. A bootstrap does not: it passed 10% of
+    draws of 1000 rows at the margin and level 5%, and 34% where large clusters lose (benchmarks/README). Its bound is
+    shown for information.
 
-    A slice with fewer clusters than ``least_slice`` could never pass, and would stop every candidate unheard. It is not
-    asked to show that nothing was lost; it refuses where it shows, by a bet, that the margin was.
+    A slice with fewer clusters than ``least_slice`` cannot pass, and would refuse every candidate. It fails only if a
+    loss beyond the margin is significant, by a betting test.
+
+    Args:
+        anchor: the rows.
+        reference: decisions on them that the candidate is compared with.
+        candidate: the candidate's.
+        spec: rewards of decisions.
+        terms: margins and level.
 
     Raises:
         InputError: decisions of other rows, or a slice without rows.
@@ -424,19 +445,19 @@ def judge_anchor(
     difference = earned(spec, truth, candidate) - earned(spec, truth, reference)
     differ = reference.differ(candidate)
 
-    def missed(side: Decisions) -> NDArray[np.float64]:
+    def missed(side: Actions) -> NDArray[np.float64]:
         wrong: NDArray[np.bool_] = (side.answers != truth.labels) & (side.answers != NOBODY)
         return wrong.astype(np.float64)
 
     def ask(
         name: str, values: NDArray[np.float64], mask: NDArray[np.bool_], margin: float, reach: float, sign: float = 1.0
-    ) -> _Asked:
+    ) -> AnchorQuestion:
         if mask.shape != (n,) or not mask.any():
             raise InputError(f"anchor must have rows for each test, got none for '{name}'; add rows or drop the slice")
         n_differ = int((differ & mask).sum())
-        return _Asked(name, values[mask], anchor.clusters[mask], margin, reach, n_differ, sign)
+        return AnchorQuestion(name, values[mask], anchor.clusters[mask], margin, reach, n_differ, sign)
 
-    reach = _reach(spec)
+    reach = largest_difference(spec)
     slices = [
         ask(f"anchor reward, slice {k}", difference, mask, terms.slice_margin, reach)
         for k, mask in sorted(anchor.slices.items())
@@ -459,13 +480,13 @@ def judge_anchor(
     return found + [_shows_no_loss(one, least[one.name], len(small), terms) for one in small]
 
 
-def _keeps(one: _Asked, p: float, number: int, terms: Terms, *, passed: bool) -> GateTest:
+def _keeps(one: AnchorQuestion, p: float, number: int, terms: Terms, *, passed: bool) -> PromotionTest:
     # Holm's last step asks for the whole level, its first for this share of it.
     enough = _enough(one.share(), terms.anchor_level / number)
     note = "" if passed or one.n >= enough else (
         f"too few clusters to rule a loss of {one.margin:g} out, whatever they show: {enough} would do"
     )  # fmt: skip
-    return GateTest(
+    return PromotionTest(
         name=one.name, passed=passed, n=one.n, unit="clusters", n_differ=one.n_differ,
         estimate=one.sign * float(one.difference.mean()), bound=one.sign * _bound(one, terms), p_value=p,
         limit=-one.sign * one.margin, level=terms.anchor_level, note=note,
@@ -473,11 +494,11 @@ def _keeps(one: _Asked, p: float, number: int, terms: Terms, *, passed: bool) ->
     )  # fmt: skip
 
 
-def _shows_no_loss(one: _Asked, least: int, number: int, terms: Terms) -> GateTest:
-    """A slice too small to rule the margin out: does it show that more was lost?"""
+def _shows_no_loss(one: AnchorQuestion, least: int, number: int, terms: Terms) -> PromotionTest:
+    """Test a slice too small to prove non-inferiority: fail it only if a loss beyond the margin is significant."""
     level = terms.anchor_level / number
     p = _betting(-one.difference - one.margin, one.clusters, one.reach + one.margin, level, terms.seed)
-    return GateTest(
+    return PromotionTest(
         name=one.name, passed=p > level, n=one.n, unit="clusters", n_differ=one.n_differ,
         estimate=float(one.difference.mean()), bound=_bound(one, terms), p_value=p, limit=-one.margin, level=level,
         note=f"too small to rule a loss of {one.margin:g} out ({least} clusters would do): refuses what it shows alone",
@@ -485,14 +506,14 @@ def _shows_no_loss(one: _Asked, least: int, number: int, terms: Terms) -> GateTe
     )  # fmt: skip
 
 
-def _bound(one: _Asked, terms: Terms) -> float:
+def _bound(one: AnchorQuestion, terms: Terms) -> float:
     return lower_bound(
         one.difference, one.clusters, level=terms.anchor_level, n_replicates=terms.n_replicates, seed=terms.seed
     )
 
 
-def check_certificate(champion: Policy | None, candidate: Policy | None, fingerprint: str | None) -> GateTest:
-    """Does the candidate hold a certificate of its own that promises no less than the champion's?
+def check_certificate(champion: Policy | None, candidate: Policy | None, fingerprint: str | None) -> PromotionTest:
+    """Test that the candidate's own certificate promises no less than the champion's.
 
     Args:
         champion: policy that serves now; None or one without a guarantee promises nothing to keep.
@@ -522,7 +543,9 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
     note = problem or "; ".join(map(str, () if candidate is None else candidate.promises))
     certificate = None if candidate is None or isinstance(candidate, ScrcParams) else candidate.certificate
     n = certificate.n if certificate is not None else candidate.n if isinstance(candidate, ScrcParams) else 0
-    return GateTest(name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file")
+    return PromotionTest(
+        name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file"
+    )
 
 
 def _claims(policy: Policy) -> int:
@@ -531,12 +554,12 @@ def _claims(policy: Policy) -> int:
     return 1 if policy.certificate is None else policy.certificate.claims
 
 
-def _held(one: Measured) -> GateTest:
+def _held(one: Measured) -> PromotionTest:
     if one.value is None:
         note = f"not measured: {one.note}" if one.note else "not measured"
-        return GateTest(name=one.name, passed=False, limit=one.limit, note=note, method="measured")
+        return PromotionTest(name=one.name, passed=False, limit=one.limit, note=note, method="measured")
     held = one.value if one.bound is None else one.bound
-    return GateTest(
+    return PromotionTest(
         name=one.name, passed=held <= one.limit, n=one.n, unit="rows" if one.n else "", estimate=one.value,
         bound=one.bound, limit=one.limit, note=one.note, method="measured",
     )  # fmt: skip

@@ -39,7 +39,7 @@ def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def measure(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the gate asks of a candidate's bundle before its decisions: parity, and the time of a decision.
+    """Measure a candidate's bundle before it decides anything: parity, and the time of a decision.
 
     ``parity`` is how far its graphs are from its own reference outputs; null where it has none, or gives no numbers.
     ``latency`` is the mean time of a decision over the champion's: one photo a call as it was served, from its pixels

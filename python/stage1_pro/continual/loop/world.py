@@ -16,7 +16,7 @@ from stage1_pro.data.splits import Row, Splits, hash_splits, make_splits
 from stage1_pro.errors import InputError
 from stage1_pro.words import HALVES, SPLITS, SplitName
 
-# Of the past. Certificates are what the loop lives on, and half of val_select is the gate's anchor.
+# Of the past. Certificates are what the loop lives on, and half of val_select is the promotion test's anchor.
 _SHARES: dict[SplitName, float] = {"train": 0.4, "val_select": 0.35, "val_calib": 0.22, "val_test": 0.03}
 # Photos for judging afterwards are changed by other draws than those of the stream.
 _JUDGED = 1 << 31

@@ -107,8 +107,8 @@ def takes_canary(image_sha256: str, share: float, candidate: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Seat:
-    """A loaded bundle: of which hash, at which threshold, and how it is logged."""
+class _Loaded:
+    """A loaded bundle under its hash, and what logs its decisions."""
 
     sha256: str
     cascade: Cascade
@@ -123,11 +123,13 @@ _Key = tuple[str, float | None, float | None]
 
 
 @dataclass(frozen=True)
-class _Seating:
+class _Serving:
+    """What one state of ``champion.json`` names, loaded."""
+
     raw: bytes
     pointer: Pointer
-    champion: _Seat
-    candidate: _Seat | None
+    champion: _Loaded
+    candidate: _Loaded | None
 
 
 class LiveCascade:
@@ -172,17 +174,17 @@ class LiveCascade:
             plan = ReviewPlan.read(self.root / PLAN)
         self._plan, self._retry_seconds, self._writer = plan or ReviewPlan(), retry_seconds, writer
         self._on_failure = on_failure
-        self._load: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
+        self._open: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
-        self._seats: dict[_Key, _Seat] = {}
+        self._loaded: dict[_Key, _Loaded] = {}
         self._known: dict[str, Novelty | None] = {}
         self._failed: tuple[bytes, float] = (b"", 0.0)
-        self._seating = self._seat(self._raw())
+        self._serving = self._follow(self._raw())
 
     @property
     def pointer(self) -> Pointer:
         """What serves now."""
-        return self._seating.pointer
+        return self._serving.pointer
 
     def refresh(self) -> Pointer:
         """Look at the file, load what it names if that is new, and say what serves now; an error keeps the old."""
@@ -191,18 +193,18 @@ class LiveCascade:
         except ArtifactError as error:
             self._fail(b"", error)
             return self.pointer
-        if raw == self._seating.raw:
+        if raw == self._serving.raw:
             self.failure = None
-            for seat in (self._seating.champion, self._seating.candidate):
-                if seat is not None and seat.served is not None and seat.served.novelty is None:
-                    seat.served.novelty = self._novelty(seat.sha256)
+            for loaded in (self._serving.champion, self._serving.candidate):
+                if loaded is not None and loaded.served is not None and loaded.served.novelty is None:
+                    loaded.served.novelty = self._novelty(loaded.sha256)
             return self.pointer
         given_up = self._failed[0] == raw and time.monotonic() - self._failed[1] < self._retry_seconds
         if not given_up and self._loading.acquire(blocking=False):
             try:
-                self._seating = self._seat(raw)
+                self._serving = self._follow(raw)
                 self.failure = None
-                policy = self._seating.champion.cascade.bundle.policy
+                policy = self._serving.champion.cascade.bundle.policy
                 note = f"; {policy.statement}" if policy.exit_threshold == self.pointer.threshold else ""
                 say(f"serving {self.pointer.champion[:12]} (serial {self.pointer.serial}){note}")
             except (Stage1Error, OSError) as error:
@@ -228,26 +230,26 @@ class LiveCascade:
         parts = []
         while batch := list(islice(iterator, batch_size)):
             self.refresh()
-            parts.append(self._decide(self._seating, batch, time.time() if now is None else now))
-        return concatenate(parts) if parts else self._seating.champion.cascade.predict([])
+            parts.append(self._decide(self._serving, batch, time.time() if now is None else now))
+        return concatenate(parts) if parts else self._serving.champion.cascade.predict([])
 
-    def _decide(self, seating: _Seating, images: list[ImageLike], now: float) -> Decisions:
-        champion, candidate, pointer = seating.champion, seating.candidate, seating.pointer
+    def _decide(self, serving: _Serving, images: list[ImageLike], now: float) -> Decisions:
+        champion, candidate, pointer = serving.champion, serving.candidate, serving.pointer
         if candidate is None:
             pixels = np.stack([champion.cascade.pixels(image) for image in images])
             return champion.decide(pixels, images, now)
         names = [identify(image) for image in images]
         share = pointer.canary_share if pointer.canary is not None else 0.0
-        hers = np.array([takes_canary(name, share, candidate.sha256) for name in names])
+        by_canary = np.array([takes_canary(name, share, candidate.sha256) for name in names])
         parts: list[tuple[NDArray[np.intp], Decisions]] = []
-        if hers.any():
-            rows = np.flatnonzero(hers)
+        if by_canary.any():
+            rows = np.flatnonzero(by_canary)
             found = self._try(candidate, champion, [images[row] for row in rows], [names[row] for row in rows], now)
             if found is None:
-                hers[:] = False
+                by_canary[:] = False
             else:
                 parts.append((rows, found))
-        rows = np.flatnonzero(~hers)
+        rows = np.flatnonzero(~by_canary)
         if rows.size:
             mine = [images[row] for row in rows]
             found = champion.decide(np.stack([champion.cascade.pixels(image) for image in mine]), mine, now)
@@ -258,7 +260,7 @@ class LiveCascade:
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
 
     def _try(
-        self, candidate: _Seat, champion: _Seat, images: list[ImageLike], names: list[str], now: float
+        self, candidate: _Loaded, champion: _Loaded, images: list[ImageLike], names: list[str], now: float
     ) -> Decisions | None:
         """The canary's answers; None where it fails, and the champion has to."""
         try:
@@ -271,8 +273,8 @@ class LiveCascade:
 
     def _pair(
         self,
-        seat: _Seat,
-        other: _Seat,
+        loaded: _Loaded,
+        other: _Loaded,
         found: Decisions,
         images: list[ImageLike],
         names: list[str],
@@ -286,7 +288,7 @@ class LiveCascade:
         try:
             second = other.cascade.decide(np.stack([other.cascade.pixels(image) for image in images]))
             champion, candidate = (second, found) if by_candidate else (found, second)
-            bundles = (other, seat) if by_candidate else (seat, other)
+            bundles = (other, loaded) if by_candidate else (loaded, other)
             served: Literal["champion", "candidate"] = "candidate" if by_candidate else "champion"
             pairs = [
                 Pair(
@@ -300,7 +302,7 @@ class LiveCascade:
         except Exception as error:  # noqa: BLE001  the same
             self._note(other, error)
 
-    def _note(self, candidate: _Seat, error: Exception) -> None:
+    def _note(self, candidate: _Loaded, error: Exception) -> None:
         self.candidate_failures += 1
         if self.candidate_failures == 1:
             say(f"{candidate.sha256[:12]} failed beside the champion: {error}")
@@ -313,29 +315,29 @@ class LiveCascade:
                 f"{self.root} must hold {POINTER}, got: {error.strerror}; `stage1 continual init` makes it"
             ) from None
 
-    def _seat(self, raw: bytes) -> _Seating:
+    def _follow(self, raw: bytes) -> _Serving:
         pointer = Pointer.parse(raw.decode("utf-8", "replace"), POINTER)
         trying = pointer.canary or pointer.shadow
-        champion = self._of(pointer.champion, pointer.threshold, pointer.audit_rate)
+        champion = self._take(pointer.champion, pointer.threshold, pointer.audit_rate)
         candidate = None
         if trying is not None and (pointer.canary is not None or self.log is not None):
-            candidate = self._of(trying, None, pointer.audit_rate)
+            candidate = self._take(trying, None, pointer.audit_rate)
         named = {pointer.champion, pointer.previous, trying}
-        self._seats = {key: seat for key, seat in self._seats.items() if key[0] in named}
-        return _Seating(raw, pointer, champion, candidate)
+        self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] in named}
+        return _Serving(raw, pointer, champion, candidate)
 
-    def _of(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Seat:
+    def _take(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Loaded:
         key = sha256, threshold, audit_rate
-        known = self._seats.get(key)
+        known = self._loaded.get(key)
         if known is not None:
             return known
-        same = next((seat for key, seat in self._seats.items() if key[0] == sha256), None)
-        base = self._load(load_content(self.root, sha256)) if same is None else same.cascade
+        same = next((loaded for key, loaded in self._loaded.items() if key[0] == sha256), None)
+        base = self._open(load_content(self.root, sha256)) if same is None else same.cascade
         assert isinstance(base.bundle, Bundle)
         bundle = load_content(self.root, sha256, verify=False) if same is not None else base.bundle
         policy = tightened(bundle.policy, threshold)
         cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
-        # Each seat counts its own events.
+        # Each counts its own events.
         writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
         plan = self._plan.raised(audit_rate)
         served = None
@@ -344,10 +346,10 @@ class LiveCascade:
                 cascade, self.log, plan=plan, novelty=self._novelty(sha256), on_failure=self._on_failure, writer=writer
             )
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
-        self._seats = {key: kept for key, kept in self._seats.items() if key[0] != sha256}
-        seat = _Seat(sha256, cascade, served)
-        self._seats[key] = seat
-        return seat
+        self._loaded = {key: kept for key, kept in self._loaded.items() if key[0] != sha256}
+        loaded = _Loaded(sha256, cascade, served)
+        self._loaded[key] = loaded
+        return loaded
 
     def _novelty(self, sha256: str) -> Novelty | None:
         """What is known to a bundle; read once, when the loop has written it."""

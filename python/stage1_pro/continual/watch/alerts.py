@@ -71,7 +71,7 @@ class Webhook:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(
-                f"url must be http:// or https:// with a host, got scheme {parts.scheme!r}; a program is a Command"
+                f"url must be http:// or https:// with a host, got scheme {parts.scheme!r}; a command is a Program"
             )
         if not (self.timeout > 0 and self.tries >= 1 and self.wait >= 0):
             raise InputError("timeout and tries must be positive and wait not negative; see Webhook")
@@ -113,7 +113,7 @@ class Webhook:
 
 
 @dataclass(frozen=True)
-class Command:
+class Program:
     """Runs a program with the alert as JSON on its standard input; no shell reads the words.
 
     Args:
@@ -168,7 +168,7 @@ class Command:
         return failed(f"exit code {process.returncode}" + (f": {lines[-1]}" if lines else ""))
 
 
-Hook = Webhook | Command
+Hook = Webhook | Program
 
 
 def send_alert(alert: Alert, hooks: Sequence[Hook]) -> tuple[Delivery, ...]:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from scipy.special import ndtri
 
 from stage1_pro.errors import InputError, need
-from stage1_pro.metrics.intervals import clopper_pearson
+from stage1_pro.metrics.binomial import clopper_pearson
 from stage1_pro.metrics.probabilistic import accuracy, mcc
 from stage1_pro.policies.bounds import betting_upper, check_share
 from stage1_pro.record import Record
@@ -36,7 +36,7 @@ MCC_ROWS, ACCURACY_ROWS = 100, 10
 
 
 @dataclass(frozen=True)
-class Rows:
+class ServedColumns:
     """Served decisions in the order of time, a column each [N].
 
     Args:
@@ -96,12 +96,12 @@ class Rows:
         """[N] exits whose label is known."""
         return np.asarray(self.exited & ~np.isnan(self.wrong), dtype=bool)
 
-    def last(self, n: int) -> Rows:
+    def last(self, n: int) -> ServedColumns:
         """The last ``n`` rows."""
         first = max(len(self) - n, 0)
         columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
         kept: dict[str, Any] = {name: None if one is None else one[first:] for name, one in columns.items()}
-        return Rows(**kept)
+        return ServedColumns(**kept)
 
 
 # -------------------------------------------------------------------------------- risk from rows chosen for review
@@ -302,7 +302,7 @@ def grow(
     return grown, np.asarray((1 - _FIRST) * _HALF / (n + _HALF) + grown.sum(axis=-1) / grown.shape[-1])
 
 
-def gather(evidence: Evidence, rows: Rows) -> Evidence:
+def feed(evidence: Evidence, rows: ServedColumns) -> Evidence:
     """Feed the audited exits among the rows to an e-process, in their order."""
     at = rows.audited
     return evidence.after(rows.wrong[at], propensity=rows.propensity[at], time=rows.time[at])
@@ -501,7 +501,7 @@ class TriggerState(Record):
     drift_at: float | None = Field(None, description="last look that saw drift while the audit rate is raised")
 
 
-class Verdict(Record):
+class Advice(Record):
     """What to do now."""
 
     train: bool
@@ -513,7 +513,7 @@ class Verdict(Record):
 
 def triggers(
     state: TriggerState, signals: Signals, *, alpha: float, now: float, config: TriggerConfig | None = None
-) -> tuple[TriggerState, Verdict]:
+) -> tuple[TriggerState, Advice]:
     """Say whether to train, and at which rate to audit; harm trains, drift alone only raises the audit rate.
 
     With hysteresis: an alarm asks once, and while its champion stays again with every ``again_labels`` since the last
@@ -567,7 +567,7 @@ def triggers(
         }
     )
     rate = config.audit_rate if drift_at is None else config.raised_audit_rate
-    return state, Verdict(
+    return state, Advice(
         train=train, reasons=reasons if train else [], waiting=[] if train else reasons, missing=signals.missing,
         audit_rate=rate,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text,
 from stage1_pro.continual.ledger.labels import insert
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.watch.alerts import Alert, Command, Delivery, Hook, Webhook
+from stage1_pro.continual.watch.alerts import Alert, Delivery, Hook, Program, Webhook
 from stage1_pro.errors import InputError
 from stage1_pro.record import Record
 
@@ -61,7 +61,7 @@ class AlertsConfig(Record):
     @property
     def hooks(self) -> tuple[Hook, ...]:
         """Webhooks, then commands."""
-        return (*(Webhook(url) for url in self.webhooks), *(Command(words) for words in self.commands))
+        return (*(Webhook(url) for url in self.webhooks), *(Program(words) for words in self.commands))
 
 
 def post(connection: Connection, store: Store, alerts: Mapping[str, Alert]) -> None:

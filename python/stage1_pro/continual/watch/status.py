@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from stage1_pro.continual.watch.monitor import (
+    Advice,
     Cbpe,
     Drift,
     DriftConfig,
     Estimate,
     Evidence,
     Rolling,
-    Rows,
+    ServedColumns,
     Signals,
     TriggerConfig,
     TriggerState,
-    Verdict,
     cbpe,
     drift,
-    gather,
+    feed,
     hajek_risk,
     horvitz_thompson_risk,
     naive_risk,
@@ -83,14 +83,14 @@ class Status(Record):
     cbpe: Cbpe
     drift: Drift | None = Field(description="null where river is not installed")
     rolling: Rolling | None
-    verdict: Verdict
+    verdict: Advice
     audit_rate: float | None = Field(
         None, description="least chance of review in force; the verdict's is asked for. Null: not known here"
     )
 
 
-def look(
-    rows: Rows,
+def assess(
+    rows: ServedColumns,
     config: MonitorConfig,
     *,
     now: float,
@@ -122,7 +122,7 @@ def look(
     """
     recent = rows.last(config.recent)
     if evidence is None:
-        evidence = gather(Evidence(alpha=config.alpha, delta=config.delta, reference=_usual(recent, config.floor),
+        evidence = feed(Evidence(alpha=config.alpha, delta=config.delta, reference=_usual(recent, config.floor),
                                    floor=config.floor), recent)  # fmt: skip
     known = ~np.isnan(recent.wrong)
     out, audited = recent.exited, recent.audited
@@ -179,12 +179,12 @@ def look(
 # -------------------------------------------------------------------------------- the page
 
 
-def write_page(path: Path | str, status: Status, rows: Rows, moves: Sequence[Move] = ()) -> None:
+def write_page(path: Path | str, status: Status, rows: ServedColumns, moves: Sequence[Move] = ()) -> None:
     """Write the status as one self-contained HTML page, atomically; a person sees at a glance whether all is well.
 
     Args:
         path: HTML file to write.
-        status: what ``look`` gave.
+        status: what ``assess`` gave.
         rows: the decisions to draw, of any length.
         moves: of the threshold.
     """
@@ -211,7 +211,7 @@ def write_page(path: Path | str, status: Status, rows: Rows, moves: Sequence[Mov
     write_text(path, html)
 
 
-def _pictures(status: Status, rows: Rows, moves: Sequence[Move]) -> list[Any]:
+def _pictures(status: Status, rows: ServedColumns, moves: Sequence[Move]) -> list[Any]:
     """Risk, exits and threshold over days, as report pictures; none without rows."""
     from stage1_pro.metrics.figures import timeline_png
     from stage1_pro.report import Picture
@@ -429,7 +429,7 @@ _HEADLINES: dict[Health, str] = {
 
 
 def _health(
-    alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence, verdict: Verdict
+    alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence, verdict: Advice
 ) -> Health:
     if evidence.alarm or "risk alarm" in (*verdict.reasons, *verdict.waiting):
         return "alarm"
@@ -448,7 +448,7 @@ def _sentences(
     seen: Drift | None,
     evidence: Evidence,
     controller: ControllerState | None,
-    verdict: Verdict,
+    verdict: Advice,
 ) -> list[str]:
     """What a person should know, in plain words."""
     said = []
@@ -487,7 +487,7 @@ def _sentences(
     return said
 
 
-def _usual(rows: Rows, floor: float) -> float:
+def _usual(rows: ServedColumns, floor: float) -> float:
     """The propensity with which exits are usually audited: the median over all exits, not only the chosen ones."""
     chances = rows.propensity[rows.exited]
     return max(float(np.median(chances)), floor) if chances.size else floor
