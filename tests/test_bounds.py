@@ -175,7 +175,7 @@ def test_the_selection_rank_follows_the_beta_law(n: int, xi: float, delta: float
     assert ((coverage > low) & (coverage < high)).mean() == pytest.approx(0.9, abs=0.016)
     assert stats.binom.sf(rank - 1, n, xi) <= delta < stats.binom.sf(rank - 2, n, xi)
     assert selection_rank(12, 0.7, 0.01) is None
-    with pytest.raises(InputError, match="rank must be from 1 to n = 3, got 4"):
+    with pytest.raises(InputError, match="rank must .*1.*3.*got 4"):
         selection_bounds(4, 3)
 
 

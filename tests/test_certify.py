@@ -76,9 +76,9 @@ def test_p_values_of_all_small_counts_are_exact(alpha: str) -> None:
 def test_counts_must_be_counts() -> None:
     with pytest.raises(InputError, match="integers, got float64 and int64; count, never"):
         risk_p_value([0.5], [3], 0.1)
-    with pytest.raises(InputError, match="errors must be from 0 to trials, got 4 of 3"):
+    with pytest.raises(InputError, match="errors must .*0.*got 4 of 3"):
         risk_p_value([4], [3], 0.1)
-    with pytest.raises(InputError, match=r"alpha must be inside \(0, 1\), got 1.0"):
+    with pytest.raises(InputError, match="alpha must .*0.*1.*got 1.0"):
         risk_p_value([1], [3], 1.0)
 
 
@@ -110,7 +110,7 @@ def test_plans_have_the_power_they_promise() -> None:
     assert plan_calibration(0.02, 0.05, 1.0, 0.0) == 149
     # The normal approximation takes over where the exact sum would be long.
     assert plan_calibration(0.01, 0.05, 0.7, 0.0098) > 10**6
-    with pytest.raises(InputError, match=r"expected_error must be in \[0, alpha = 0.01\), got 0.01; no number of rows"):
+    with pytest.raises(InputError, match="expected_error must .*0.*0.01.*got 0.01"):
         plan_calibration(0.01, 0.05, 0.7, 0.01)
 
 
@@ -314,7 +314,7 @@ def test_methods_say_what_they_promise_and_differ_as_they_must() -> None:
     mpr = certify_threshold(scores, errors, alpha=0.02, delta=0.05, method="rcps", condition="exit&y=1", labels=labels)
     assert "share of positives that are accepted and wrong" in mpr.guarantee
     assert mpr.trials == labels.sum()
-    with pytest.raises(InputError, match=r"min_coverage must be None for crc, got 0.5; it promises an expectation"):
+    with pytest.raises(InputError, match="min_coverage must .*got 0.5"):
         certify_threshold(scores, errors, method="crc", **wish)
 
 
@@ -357,9 +357,9 @@ def test_group_means_are_one_row_each_where_groups_are_rows() -> None:
     assert means.p_values[1] == means.p_values[list(means.candidates).index(0.4)]
     with pytest.raises(InputError, match="groups must be given where the unit is groups"):
         certify_threshold(scores, errors, unit="group_means", **kwargs)
-    with pytest.raises(InputError, match="candidates must be given where the unit is group_means, got None"):
+    with pytest.raises(InputError, match="candidates must .*got None"):
         certify_threshold(scores, errors, alpha=0.02, delta=0.05, groups=scores, unit="group_means")
-    with pytest.raises(InputError, match="rows_independent must be False where the unit is group_means"):
+    with pytest.raises(InputError, match="rows_independent must be False"):
         certify_threshold(scores, errors, groups=scores, unit="group_means", rows_independent=True, **kwargs)
 
 
@@ -377,7 +377,7 @@ def test_candidates_come_from_the_fit_half_alone() -> None:
     assert not np.isin(order, scores).any()
     wide = order_candidates(scores[:20], [Risk("e", 0.1, errors[:20])], n_certify=20, min_coverage=0.9)
     assert wide.size == 1
-    with pytest.raises(InputError, match="scores of the fit half must have at least one that is not NaN"):
+    with pytest.raises(InputError, match="scores of the fit half .*NaN"):
         order_candidates([np.nan], [Risk("e", 0.1, np.array([False]))], n_certify=3)
 
 
@@ -769,9 +769,9 @@ def test_a_gate_policy_decides_alike_under_rounding_and_never_on_nan() -> None:
     probs = rows["probs"].copy()
     probs[first] = np.nan
     assert not exits(policy, probs, rows["gate_logits"])[first]
-    with pytest.raises(InputError, match=r"gate_logits must have shape \[3000\] for the gate policy, got None"):
+    with pytest.raises(InputError, match="gate_logits must .*3000.*got None"):
         exits(policy, rows["probs"])
-    with pytest.raises(InputError, match=r"probs must have shape \[N, 2\] as the policy's classes, got \[1, 3\]"):
+    with pytest.raises(InputError, match=r"probs must .*2.*got \[1, 3\]"):
         exits(policy, np.ones((1, 3)), [0.0])
 
 
@@ -939,7 +939,7 @@ def test_wrong_wishes_cost_no_claim(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_overlapping_halves_are_refused(tmp_path: Path) -> None:
     predictions = make_run(tmp_path, n=40)
     replace(predictions, halves=np.roll(predictions.halves, 1)).save(tmp_path / "val_calib.npz")
-    with pytest.raises(ArtifactError, match="val_calib.npz must have the halves of splits.json, got others"):
+    with pytest.raises(ArtifactError, match="val_calib.npz must .*splits.json.*got others"):
         calibrate(tmp_path)
     predictions.save(tmp_path / "val_calib.npz")
     values = json.loads((tmp_path / "splits.json").read_text())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import inspect
+import io
 import json
 import os
 import re
@@ -27,10 +29,20 @@ from stage1_pro.errors import InputError
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "stage1_pro.cli", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}, timeout=600,
-    )  # fmt: skip
+    """A command and what it said: in this process, or in one of its own where an environment is given."""
+    words = [str(one) for one in arguments]
+    if env is not None:
+        return subprocess.run(
+            [sys.executable, "-m", "stage1_pro.cli", *words],
+            capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=600,
+        )  # fmt: skip
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(words)
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
@@ -138,7 +150,7 @@ def test_wrong_values_name_flag_value_and_expectation(capsys: pytest.CaptureFixt
         ("metrics x.csv --replicates 0", "--replicates must be 1 or more, got 0"),
     ):
         assert said in fails(capsys, 2, *arguments.split())
-    with pytest.raises(InputError, match="n_replicates must be 1 or more, got 0"):
+    with pytest.raises(InputError, match="n_replicates must .*1.*got 0"):
         stage1_pro.measure("x.csv", n_replicates=0)
     with pytest.raises(InputError, match="unknown option 'polisy'; did you mean 'policy'"):
         stage1_pro.plan(polisy="gate")

@@ -464,12 +464,12 @@ def test_finished_runs_are_skipped_and_val_test_is_read_once(
     assert second.looks == [tested.chosen]
     with pytest.raises(InputError, match="name another folder"):
         compare(out, labels, ARMS, seeds=2, hold_split=True)
-    with pytest.raises(InputError, match="arm linear must keep the configuration .* train.lr differ"):
+    with pytest.raises(InputError, match="arm linear .*train.lr"):
         compare(out, labels, {**ARMS, "linear": config("train.mode=linear", "train.lr=1e-4")}, second_look=True)
     capsys.readouterr()
     doctored = Start.read(out / "linear" / "seed1" / "start.json").model_copy(update={"heads": "other"})
     doctored.write(out / "linear" / "seed1" / "start.json")
-    with pytest.raises(ArtifactError, match="same starting heads, but in seed 1 those of full and linear differ"):
+    with pytest.raises(ArtifactError, match="seed 1 .*full and linear"):
         compare(out, labels, ARMS, seeds=2, test=False)
 
 

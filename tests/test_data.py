@@ -539,7 +539,7 @@ def test_label_alone_names_the_class(pool, tmp_path: Path) -> None:
         row["label"] = ("10", "9", "2")[k % 3]
     many, _ = make_splits(write_rows(tmp_path / "many.csv", rows, ("file", "label")), positive="2")
     assert many.classes == ["2", "9", "10"]  # by number, not by text
-    with pytest.raises(InputError, match=r"--positive must name the class to be found, got none; classes: 2, 9, 10"):
+    with pytest.raises(InputError, match="--positive must .*got none; classes: 2, 9, 10"):
         make_splits(tmp_path / "many.csv")
 
 
@@ -547,7 +547,7 @@ def test_positive_by_name_or_label(pool, tmp_path: Path) -> None:
     labels = table(pool, tmp_path)
     assert make_splits(labels, positive="none")[0].positive == "none"
     assert make_splits(labels, positive="1")[0].positive == "work"
-    with pytest.raises(InputError, match=r"--positive must be one of none, work, got 'wrk'; did you mean 'work'\?"):
+    with pytest.raises(InputError, match=r"--positive must .*got 'wrk'; did you mean 'work'\?"):
         make_splits(labels, positive="wrk")
     swapped, _ = make_splits(labels, classes=["work", "none"])
     assert (swapped.classes, swapped.positive) == (["work", "none"], "work")
@@ -595,12 +595,10 @@ def test_wrong_tables(pool, tmp_path: Path) -> None:
     (tmp_path / "void").mkdir()
     with pytest.raises(InputError, match="one sub-folder of images per class"):
         make_splits(tmp_path / "void")
-    with pytest.raises(InputError, match="every class must have readable images, got none of 'third'"):
+    with pytest.raises(InputError, match="every class must .*got none of 'third'"):
         make_splits(labels, classes=["none", "work", "third"], positive="work")
     few = [row for row in rows if row["label"] == "0"] + [row for row in rows if row["group"] in ("g03", "g06", "g09")]
-    with pytest.raises(
-        InputError, match=r"class 'work' must be in at least 4 groups, so that every split can have it, got 3"
-    ):
+    with pytest.raises(InputError, match="class 'work' must .*4.*got 3"):
         make_splits(write_rows(tmp_path / "few.csv", few))
 
 

@@ -266,7 +266,7 @@ class TestRecipes:
         assert chosen.ladder == ("fp16", "fp32") and chosen.profile("stage_b") == (1, 4, 64)
         assert engine_path(chosen, "stage_a") == "engines/rtx/stage_a.engine"
         assert engine_path(chosen, "stage_b", "fp32") == "engines/rtx-fp32/stage_b.engine"
-        with pytest.raises(InputError, match=r"target must be the recipe's \(tensorrt\), got 'rtx'"):
+        with pytest.raises(InputError, match="target must .*got 'rtx'"):
             choose_recipe("rtx", ROOT / "engines" / "tensorrt.yaml")
 
 

@@ -17,7 +17,6 @@ import stage1_pro
 from stage1_pro.config import ModelConfig, TrainConfig, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
-from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import InputError
 from stage1_pro.metrics import augrc
 from stage1_pro.models.model import Heads, Outputs, create_model
@@ -245,23 +244,15 @@ def test_correctness_that_cannot_be_fitted_gives_the_margin_and_says_why(case: s
     assert fit.weight[-1] > 0
     assert not fit.weight[:-1].any()
     assert case != "few errors" or fit.n_errors < FEWEST_ERROR_GROUPS
-    with pytest.raises(InputError, match="views must be one or more and folds 2 or more, got 0 and 5"):
+    with pytest.raises(InputError, match="views must .*2.*got 0 and 5"):
         fit_gate([], [], y, groups, np.ones(2), folds=5, seed=0)
 
 
-@pytest.fixture(scope="module")
-def split_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes")
-    labels = render_pool(folder / "pool", 240, seed=1, size=64)
-    stage1_pro.split(labels, folder / "run", seed=0)
-    return folder / "run"
+SMALL = ["model.image_size=32", "train.epochs=2", "train.batch_size=32", "train.workers=0", "gate.views=1"]
 
 
-SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "gate.views=1"]
-
-
-def test_training_stores_both_gates_and_says_which_ranks_better(split_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(split_run, tmp_path / "run"))
+def test_training_stores_both_gates_and_says_which_ranks_better(streets_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(streets_run, tmp_path / "run"))
     train(run, load_config(None, SMALL))
     content = checkpoint.load(run / "model_best.pth")
     model, _ = checkpoint.load_run_model(run)
@@ -303,8 +294,8 @@ def test_training_stores_both_gates_and_says_which_ranks_better(split_run: Path,
     assert "The gate before it was refitted" in page
 
 
-def test_a_joint_gate_stays_as_training_left_it(split_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(split_run, tmp_path / "run"))
+def test_a_joint_gate_stays_as_training_left_it(streets_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(streets_run, tmp_path / "run"))
     train(run, load_config(None, [*SMALL, "gate.fit=joint", "gate.confidence=gate", "train.epochs=1"]))
     assert "joint_gate_state_dict" not in checkpoint.load(run / "model_best.pth")
     choice = GateChoice.read(run / "gate.json")
@@ -358,9 +349,9 @@ def test_the_cheapest_tap_at_equal_risk_is_chosen() -> None:
     assert all(one.cascade_error <= choice.error_b for one in choice.candidates)
 
 
-def test_an_automatic_tap_is_measured_stored_and_kept(split_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(split_run, tmp_path / "run"))
-    with pytest.raises(InputError, match="model.tap must be a block for the preset tiny, got auto"):
+def test_an_automatic_tap_is_measured_stored_and_kept(streets_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(streets_run, tmp_path / "run"))
+    with pytest.raises(InputError, match="model.tap must .*got auto"):
         train(run, load_config(None, [*SMALL, "model.tap=auto"]))
     create_model(ModelConfig(), ["a", "b"], "b", 0).backbone.hf.save_pretrained(tmp_path / "backbone")
     options = [*SMALL, "model.tap=auto", f"model.backbone={tmp_path / 'backbone'}", "model.image_size=48",

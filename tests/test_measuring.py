@@ -149,7 +149,7 @@ def test_metrics_are_chosen_by_name(tmp_path: Path) -> None:
     assert measure(file, metrics="ece").n_units == 300
     with pytest.raises(InputError, match="got 'augrk'; did you mean 'augrc'"):
         measure(file, metrics=["augrk"])
-    with pytest.raises(InputError, match="threshold must be a number and finite, got inf"):
+    with pytest.raises(InputError, match="threshold must .*got inf"):
         measure(file, n_replicates=20, threshold=float("inf"))
     with pytest.raises(InputError, match="'fnr_on_exited'; it needs a threshold"):
         measure(file, metrics=["fnr_on_exited"])
@@ -159,7 +159,7 @@ def test_the_positive_class_is_told_by_name(tmp_path: Path) -> None:
     probs, labels = make()
     names = np.array(["left", "right"])[labels]
     file = write(tmp_path / "p.csv", label=names, prob=probs[:, 1])
-    with pytest.raises(InputError, match="--positive must name the class to be found, got none; classes: "):
+    with pytest.raises(InputError, match="--positive must .*got none"):
         measure(file)
     right = measure(file, positive="right", n_replicates=20)
     assert values(right)["accuracy"] == np.mean(probs.argmax(1) == labels)
@@ -211,7 +211,7 @@ def test_classes_in_another_order_are_put_right(tmp_path: Path) -> None:
     c = write(tmp_path / "c.csv", label=label, prob_a=probs_b[:, 0], prob_b=probs_b[:, 1], prob_c=probs_b[:, 2])
     d = write(tmp_path / "d.csv", label=["a"] * 300, prob_a=probs_b[:, 0], prob_b=probs_b[:, 1], prob_d=probs_b[:, 2])
     assert measure(a, compare_with=c, n_replicates=20).metrics == found.metrics
-    with pytest.raises(InputError, match=r"d\.csv must have the classes of .* \(a, b, c\), got a, b, d"):
+    with pytest.raises(InputError, match=r"d\.csv must .*got a, b, d"):
         measure(a, compare_with=d)
 
 
@@ -221,7 +221,7 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
     a = write(tmp_path / "a.csv", label=labels, prob=probs[:, 1], id=ids)
     swapped = np.concatenate([ids[:7], ids[8:9], ids[7:8], ids[9:]])
     b = write(tmp_path / "b.csv", label=labels[swapped], prob=probs[swapped, 1], id=swapped)
-    with pytest.raises(InputError, match=r"b\.csv must hold the rows of .* got id '8' instead of '7' in row 8; sort"):
+    with pytest.raises(InputError, match=r"b\.csv must .*got id '8' instead of '7' in row 8"):
         measure(a, compare_with=b)
     flipped = labels.copy()
     flipped[3] = 1 - flipped[3]
@@ -232,9 +232,9 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="got 9 rows instead of 300"):
         measure(a, compare_with=d)
     e = write(tmp_path / "e.csv", error=labels, confidence=probs[:, 1])
-    with pytest.raises(InputError, match=r"e\.csv must hold labels and probabilities to be compared"):
+    with pytest.raises(InputError, match=r"e\.csv must"):
         measure(a, compare_with=e)
-    with pytest.raises(InputError, match="method must be bca or percentile for a difference"):
+    with pytest.raises(InputError, match="method must .*bca .*percentile"):
         measure(a, compare_with=a, method="logit")
 
 
@@ -431,7 +431,7 @@ def test_ece_of_stated_cases() -> None:
     # A confidence on an edge belongs below it: .6 is in (8/15, 9/15], .601 is not.
     assert ece([[0.4, 0.6], [0.399, 0.601]], [1, 0]) == pytest.approx((0.4 + 0.601) / 2)
     assert ece([[0.4, 0.6], [0.4, 0.6]], [1, 0]) == pytest.approx(0.1)
-    with pytest.raises(InputError, match="bins must be at least 1, got 0"):
+    with pytest.raises(InputError, match="bins must .*1.*got 0"):
         ece(sure, [1] * 10, bins=0)
     with pytest.raises(InputError, match="at row 0"):
         ece([[np.nan, 0.5]], [1])

@@ -77,12 +77,12 @@ def test_augrc_of_stated_cases(confidence, error, expected):
 
 
 def test_nan_names_its_row_unless_asked_otherwise():
-    with pytest.raises(InputError, match="confidence must not be NaN, got NaN at row 1"):
+    with pytest.raises(InputError, match="confidence must .*got NaN at row 1"):
         augrc([0.5, np.nan], [0, 1])
     assert math.isnan(augrc([0.5, np.nan], [0, 1], nan_policy="propagate"))
     assert math.isnan(aurc([0.5, 0.6], [0, np.nan], nan_policy="propagate"))
     assert augrc([0.5, 0.6], [0, 1], nan_policy="propagate") == augrc([0.5, 0.6], [0, 1])
-    with pytest.raises(InputError, match="nan_policy must be raise or propagate, got 'omit'"):
+    with pytest.raises(InputError, match="nan_policy must .*got 'omit'"):
         augrc([0.5], [0], nan_policy="omit")
 
 
@@ -434,7 +434,7 @@ def test_paired_differences_cancel_what_the_rows_share():
     assert same.value == 0
     assert math.isnan(same.low)
     assert "all replicates are equal" in same.note
-    with pytest.raises(InputError, match="method must be bca or percentile for a difference"):
+    with pytest.raises(InputError, match="method must .*bca .*percentile"):
         compare(a, b, labels, method="logit")
     with pytest.raises(InputError, match="a and b must be of the same rows|must have one value per row"):
         compare(a, b[:-1], labels)
@@ -631,7 +631,7 @@ def test_binomial_bounds_agree_with_scipy(k, n, level):
 
 def test_binomial_bounds_of_no_trials_and_of_wrong_counts():
     assert clopper_pearson(0, 0) == (0.0, 1.0)
-    with pytest.raises(InputError, match="k must be from 0 to n, got k = 4, n = 3"):
+    with pytest.raises(InputError, match="k must .*0.*got k = 4, n = 3"):
         clopper_pearson(4, 3)
 
 
@@ -661,5 +661,5 @@ def test_cascade_risks_by_every_threshold() -> None:
         np.testing.assert_allclose(risks, [np.where(out, a, b).mean() for out in exits], atol=1e-15)
     assert relative_cost([0, 0.8, 1], 6, 12).tolist() == pytest.approx([1, 0.6, 0.5])
     assert relative_cost(0.3, 4, 4) == 1
-    with pytest.raises(InputError, match="tap must be a block from 1 to 4, got 5"):
+    with pytest.raises(InputError, match="tap must .*1.*4.*got 5"):
         relative_cost(0.5, 5, 4)

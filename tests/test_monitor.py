@@ -127,7 +127,7 @@ def test_stable_runs_stay_quiet_and_a_concept_shift_is_found(simulation) -> None
 
 def test_evidence_refuses_a_propensity_that_its_bets_cannot_bear() -> None:
     evidence = Evidence(alpha=ALPHA, reference=0.1, floor=0.05)
-    with pytest.raises(InputError, match=r"propensity must be in \[0.05, 1\], got 0.01"):
+    with pytest.raises(InputError, match="propensity must .*0.05.*1.*got 0.01"):
         evidence.after(True, propensity=0.01, time=0.0)
     with pytest.raises(ValueError, match="floor must be at most reference"):
         Evidence(alpha=ALPHA, reference=0.1, floor=0.5)

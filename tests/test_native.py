@@ -454,7 +454,7 @@ def test_wrong_arguments_are_named():
     ]:
         with pytest.raises(InputError, match=message):
             native.bootstrap_augrc(*rows, **arguments)
-    with pytest.raises(InputError, match=r"groups must have shape \[2\], one group per row, got \[3\]"):
+    with pytest.raises(InputError, match=r"groups must .*2.*got \[3\]"):
         native.bootstrap_augrc(*rows, ["a", "b", "c"], n_replicates=1)
 
 

@@ -156,7 +156,7 @@ print(taken)
 def test_only_trusted_labels_that_do_not_change(vault):
     vault.open("one", ["a", "b"], ["a", "b"], now=0.0)
     for source in ("match", "model"):
-        with pytest.raises(InputError, match="source must be owner or review for a guard label"):
+        with pytest.raises(InputError, match="source must .*owner .*review"):
             vault.label("one", {"a": "none"}, source)
     vault.label("one", {"a": "none"}, "review")
     vault.label("one", {"a": "none"}, "owner")
@@ -181,7 +181,7 @@ def test_a_look_and_a_label_stay_whoever_writes_to_the_database(store_url):
     open_look = ask(vault, acts([2, 0]), terms="other")
     for _ in range(2):
         vault.close(look, promoted=True)
-    with pytest.raises(InputError, match="promoted must be what came of look 1 of 'one', True, got False"):
+    with pytest.raises(InputError, match="promoted must .*1.*got False"):
         vault.close(look, promoted=False)
     refused = [
         "DELETE FROM looks", "UPDATE looks SET promoted = NULL WHERE number = 1", "UPDATE looks SET number = 9",
@@ -320,7 +320,7 @@ def test_forgetting_is_seen_overall_by_slice_and_by_class(vault):
     again = Side("new", candidate.guard, acts(worse))
     assert judge(vault, lost, again, anchor_of(labels)).test("anchor reward").passed
     assert not judge(vault, lost, again, anchor_of(labels, origin=acts(labels))).test("anchor reward").passed
-    with pytest.raises(InputError, match="anchor must have rows for each test, got none for 'anchor reward, slice x'"):
+    with pytest.raises(InputError, match="anchor must .*got none for 'anchor reward, slice x'"):
         verdict(labels, slices={"x": np.zeros(3000, dtype=bool)})
 
 
@@ -336,17 +336,17 @@ def test_few_anchor_rows_pass_nothing(positives):
     assert "too few clusters to rule a loss of 0.02 out, whatever they show: 237 would do" in few.note
 
 
-def test_a_rise_beyond_the_margin_seldom_passes_a_small_anchor():
+@pytest.mark.parametrize("positives", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (150, 200))])
+def test_a_rise_beyond_the_margin_seldom_passes_a_small_anchor(positives):
     """At 20 to 200 positives and a rise of .05 (margin .02): at most 5% of draws, and 3 SD of 200 of them."""
-    for positives in (20, 150, 200):
-        passed = 0
-        for seed in range(200):
-            labels = np.repeat([1, 0], [positives, 400])
-            worse = labels.copy()
-            worse[:positives] = np.random.default_rng(seed).random(positives) >= 0.05
-            tests = judge_anchor(anchor_of(labels), acts(labels), acts(worse), r.RewardSpec(), FREE)
-            passed += next(one for one in tests if one.name == "anchor FNR of roadwork").passed
-        assert passed <= 10 + 3 * np.sqrt(200 * 0.05 * 0.95)
+    passed = 0
+    for seed in range(200):
+        labels = np.repeat([1, 0], [positives, 400])
+        worse = labels.copy()
+        worse[:positives] = np.random.default_rng(seed).random(positives) >= 0.05
+        tests = judge_anchor(anchor_of(labels), acts(labels), acts(worse), r.RewardSpec(), FREE)
+        passed += next(one for one in tests if one.name == "anchor FNR of roadwork").passed
+    assert passed <= 10 + 3 * np.sqrt(200 * 0.05 * 0.95)
 
 
 @pytest.fixture
@@ -357,7 +357,13 @@ def anchors(repository, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "n"),
-    [("rare losses", 1000), ("and small gains", 300), ("in large clusters", 300), ("in clips of any length", 1000)],
+    [
+        ("and small gains", 300),
+        *(
+            pytest.param(kind, n, marks=pytest.mark.slow)
+            for kind, n in (("rare losses", 1000), ("in large clusters", 300), ("in clips of any length", 1000))
+        ),
+    ],
 )
 def test_a_loss_of_the_margin_passes_the_anchor_in_few_draws_a_bootstrap_in_many(anchors, kind, n):
     ours, bootstrap = anchors.passes(kind, n, 200)

@@ -167,7 +167,7 @@ class TestManifest:
             copy,
             lambda v: (v["stages"]["stage_a"]["outputs"].pop("hidden"), v["stages"]["stage_b"]["inputs"].pop("hidden")),
         )
-        with pytest.raises(ArtifactError, match=r"hidden of stage_a must be \[\], got absent"):
+        with pytest.raises(ArtifactError, match="hidden of stage_a must .*got absent"):
             load_bundle(copy)
 
     def test_more_files_than_any_bundle_has(self, copy):

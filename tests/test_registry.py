@@ -129,7 +129,7 @@ def test_a_damaged_bundle_does_not_get_in(local: Registry, bundle: Path, tmp_pat
 
 def test_moves_swaps_and_steps_back(registry: Registry, bundle: Path, strict: Path) -> None:
     one, two = registry.add(bundle), registry.add(strict)
-    with pytest.raises(InputError, match="champion must be set, got none"):
+    with pytest.raises(InputError, match="champion must .*got none"):
         registry.sync()
     assert registry.promote(one, expected=0, now=1.0, by="ada").previous is None
     with pytest.raises(InputError, match="champion must have been something before"):
@@ -137,7 +137,7 @@ def test_moves_swaps_and_steps_back(registry: Registry, bundle: Path, strict: Pa
     registry.promote(two, expected=1, now=2.0, by="ada")
     found = registry.promote(one, expected=2, now=3.0, by="ada")
     assert (found.champion, found.previous, found.version) == (one, two, 3)
-    with pytest.raises(LostRaceError, match="champion must still be at version 2, got 3"):
+    with pytest.raises(LostRaceError, match="champion must .*2.*got 3"):
         registry.promote(two, expected=2, now=4.0, by="bob")
     # Twice is two steps back, not to and fro.
     assert (back(registry).champion, back(registry).champion) == (two, one)

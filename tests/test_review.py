@@ -614,7 +614,7 @@ def test_the_command_serves_ingests_and_ends(tmp_path: Path, log: EventLog) -> N
 
 
 def test_the_command_purges_and_refuses(tmp_path: Path, log: EventLog) -> None:
-    with pytest.raises(InputError, match="log must be a folder that serving logged to.*--log"):
+    with pytest.raises(InputError, match="log must .*--log"):
         review(str(tmp_path / "nowhere"))
     log.images.put(sha256_bytes(b"x"), b"x", time.time() - 31 * 86400)
     log.images.put(sha256_bytes(b"y"), b"y", time.time() - 29 * 86400)

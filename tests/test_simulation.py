@@ -118,9 +118,9 @@ def test_real_photos_give_the_same_on_both_databases(
 def test_bad_input_says_what_to_do(photos: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="shift_day must be before the last day"):
         simulate(photos, tmp_path / "out", run=run, days=3, shift_day=3)
-    with pytest.raises(InputError, match="per_day must be 8 or more, or 0, got 2"):
+    with pytest.raises(InputError, match="per_day must .*8.*0.*got 2"):
         simulate(photos, tmp_path / "out", run=run, per_day=2)
-    with pytest.raises(InputError, match="data must have 8 photos a day for the stream, got"):
+    with pytest.raises(InputError, match="data must have 8 photos"):
         simulate(photos, tmp_path / "out", run=run, past_share=0.45, judged=10, per_day=0)
     with pytest.raises(InputError, match="run must be of the same photos and seed"):
         simulate(photos, tmp_path / "out", run=run, seed=1, **SMALL)

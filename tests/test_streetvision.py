@@ -496,7 +496,7 @@ def test_a_detector_of_either_layout(miner: Path, bundle: Path, photo: bytes, tm
     settings.write_text(f"bundle: {os.path.relpath(bundle, tmp_path)}\nhf_repo: somebody/else\n")
     assert 0 <= registry["STAGE1"](config_name=str(settings))(Image.open(io.BytesIO(photo))) <= 1
     settings.write_text("runtime: auto\n")
-    with pytest.raises(InputError, match="bundle of .*miner.yaml must be valid, got nothing"):
+    with pytest.raises(InputError, match="bundle of .*miner.yaml must .*got nothing"):
         registry["STAGE1"](config_name=str(settings))
 
 
@@ -539,7 +539,7 @@ def test_wrong_launches_are_told(tmp_path: Path, bundle: Path) -> None:
     assert done.returncode == 2 and "repo must hold the miner's neurons/miner.py" in done.stderr
     done = launched("--repo", checkout, "--settings", settings, "--", "--neuron.image_detector=ROADWORK")
     assert done.returncode == 2 and "the detector must be named once" in done.stderr
-    with pytest.raises(InputError, match="layout must be one of auto, base_miner, natix, got 'new'"):
+    with pytest.raises(InputError, match="layout must .*got 'new'"):
         register("new")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="which is no folder"):
         register("auto", tmp_path / "none")
@@ -674,7 +674,7 @@ def test_distortions_do_what_their_names_say(scene: Image.Image) -> None:
 def test_wrong_challenges_are_told(scene: Image.Image) -> None:
     with pytest.raises(InputError, match="protocol must be one of crop224, .*got 'crop'; did you mean 'crop224'"):
         protocols.levels("crop")
-    with pytest.raises(InputError, match=r"level must be one of \(0,\) for native, got 1"):
+    with pytest.raises(InputError, match="level must .*0.*got 1"):
         protocols.challenge(scene, "native", 1, seed=0, row=0)
     with pytest.raises(InputError, match="row must be 0"):
         protocols.challenge(scene, "native", 0, seed=0, row=-1)
@@ -911,7 +911,7 @@ def test_a_model_that_leans_gets_its_threshold(tmp_path: Path) -> None:
 
 def test_tuning_refuses_what_it_cannot_use(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_tunable(tmp_path / "run", 400, 1.0)
-    with pytest.raises(InputError, match=r"serve_prior must be in \(0, 1\), got 1"):
+    with pytest.raises(InputError, match="serve_prior must .*0.*1.*got 1"):
         tune(run, serve_prior=1.0)
     with pytest.raises(InputError, match="n_replicates must be at least 20"):
         tune(run, n_replicates=3)

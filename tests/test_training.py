@@ -220,7 +220,7 @@ def test_out_of_memory_keeps_the_effective_batch(
 
 def test_out_of_memory_at_the_smallest_batch_is_a_clear_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fail_above(monkeypatch, 8)
-    with pytest.raises(TrainingError, match="out of memory at 16 rows, the smallest micro-batch"):
+    with pytest.raises(TrainingError, match="out of memory at 16 rows"):
         train(run, config("train.epochs=1"))
 
 
@@ -244,7 +244,7 @@ def test_class_weights_average_to_one_over_the_rows() -> None:
 
 def test_a_second_training_needs_a_word(run: Path) -> None:
     train(run, config("train.epochs=1"))
-    with pytest.raises(InputError, match="training already; go on with --resume"):
+    with pytest.raises(InputError, match="--resume .*--overwrite"):
         train(run, config("train.epochs=1"))
     for change, shown in (("train.epochs=16", "train.epochs = 16 instead of 1"), ("seed=9", "seed = 9 instead of 0")):
         with pytest.raises(InputError, match=f"--resume must keep .* {shown}"):
@@ -266,9 +266,7 @@ def test_a_run_with_a_foreign_checkpoint_is_refused(run: Path, split_run: Path, 
     with pytest.raises(ArtifactError, match="differs in model.tap: 2 instead of 4"):
         infer_split(run, "val_select")
     shutil.copy(other / "last.pth", run / "last.pth")
-    with pytest.raises(
-        ArtifactError, match=r"last.pth must be of this run's architecture; it differs in tap: 2 instead of 4"
-    ):
+    with pytest.raises(ArtifactError, match=r"last.pth .*tap: 2 instead of 4"):
         train(run, resume=True)
 
 

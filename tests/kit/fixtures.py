@@ -52,17 +52,17 @@ def tiny_engines(once: Callable[[str, Make], Path], tiny: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scenes(once: Callable[[str, Make], Path]) -> Path:
-    """160 rendered scenes of 64 pixels, with ``labels.csv``."""
+def streets(once: Callable[[str, Make], Path]) -> Path:
+    """120 rendered scenes of 48 pixels, with ``labels.csv``."""
     from stage1_pro.data.synthetic import render_pool
 
-    return once("scenes", lambda folder: render_pool(folder, 160, seed=1, size=64))
+    return once("streets", lambda folder: render_pool(folder, 120, seed=1, size=48))
 
 
 @pytest.fixture(scope="session")
-def scenes_run(once: Callable[[str, Make], Path], scenes: Path) -> Path:
-    """A run with splits of ``scenes`` and nothing else."""
+def streets_run(once: Callable[[str, Make], Path], streets: Path) -> Path:
+    """A run with splits of ``streets`` and nothing else."""
     pytest.importorskip("torch")
     import stage1_pro
 
-    return once("scenes_run", lambda folder: stage1_pro.split(scenes / "labels.csv", folder, seed=0))
+    return once("streets_run", lambda folder: stage1_pro.split(streets / "labels.csv", folder, seed=0))
