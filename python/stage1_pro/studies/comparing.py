@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -34,6 +33,7 @@ from stage1_pro.policies.gate import reach
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
+from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, Start
 
 if TYPE_CHECKING:
@@ -663,26 +663,16 @@ def markdown(found: Comparison) -> str:
 
 def render(found: Comparison, tested: Comparison | None) -> str:
     """Show a comparison as text: arms, differences, the choice, and ``val_test`` when it was read."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
+    sheet = Sheet(120)
     for one in (found, tested):
         if one is None:
             continue
-        table = Table(box=box.SIMPLE_HEAD, title=f"Stage A on {one.split}", title_justify="left")
         rows = rows_of(one)
-        table.add_column("")
-        for row in rows:
-            table.add_column(row["arm"], justify="right")
+        table = grid(("", *(row["arm"] for row in rows)), left=("",), no_wrap=(), title=f"Stage A on {one.split}")
         for name in list(rows[0])[1:]:
             table.add_row(name, *(row[name] for row in rows))
-        console.print(table)
-        for line in _remarks(one):
-            console.print(line, markup=False)
-    return buffer.getvalue().rstrip()
+        sheet.add(table, *_remarks(one))
+    return sheet.text()
 
 
 def _remarks(found: Comparison) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.report import Picture, short_note, write_measurement
+from stage1_pro.tables import Notes, Sheet, grid
 
 if TYPE_CHECKING:
     from stage1_pro.commands.metrics import Metrics
@@ -158,47 +158,30 @@ def read_predictions(path: Path, *, positive: str | None = None) -> Table:
 
 def render(found: Measurement) -> str:
     """Show a measurement as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
+    sheet, notes = Sheet(), Notes()
     units = f" in {found.n_units} groups" if found.unit == "groups" else ""
     if found.compared_with is not None:
-        console.print(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
+        sheet.add(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
     else:
         about = "" if found.positive is None else f", positive class '{found.positive}'"
-        console.print(f"{found.file}: {found.n_rows} rows{units}{about}")
-    grid = Grid(box=box.SIMPLE_HEAD)
-    grid.add_column("metric", no_wrap=True)
-    for name in ("A", "B", "A - B") if found.values else ("value",):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for name in ("std", f"{100 * found.level:.4g}% interval", "method"):
-        grid.add_column(name, justify="right" if name == "std" else "left", no_wrap=True)
-    notes: list[str] = []
+        sheet.add(f"{found.file}: {found.n_rows} rows{units}{about}")
+    wide, values = f"{100 * found.level:.4g}% interval", ("A", "B", "A - B") if found.values else ("value",)
+    table = grid(("metric", *values, "std", wide, "method"), left=("metric", wide, "method"))
     for one in found.metrics:
-        mark = ""
-        if one.note:
-            note = short_note(one.note)
-            if note not in notes:
-                notes.append(note)
-            mark = f" ({notes.index(note) + 1})"
         both = [_text(value) for value in found.values.get(one.metric, ())]
         interval = "-" if one.low is None or one.high is None else f"[{one.low:.5f}, {one.high:.5f}]"
         method = "-" if one.method == "none" else one.method
-        grid.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method + mark)
-    console.print(grid)
-    for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}")
+        method += notes.mark(short_note(one.note))
+        table.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method)
+    sheet.add(table, *notes.lines())
     if found.compared_with is not None:
-        console.print(
+        sheet.add(
             "A negative difference of AUGRC, AURC, risks, NLL and Brier speaks for A, a positive one of accuracy and "
             "coverages; an interval that holds 0 speaks for neither."
         )
     if found.unit == "rows":
-        console.print("Rows are taken for independent: add a group column where several come from one clip or track.")
-    return buffer.getvalue().rstrip()
+        sheet.add("Rows are taken for independent: add a group column where several come from one clip or track.")
+    return sheet.text()
 
 
 # ---------------------------------------------------------------------------------------------- measuring
