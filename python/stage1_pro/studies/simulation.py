@@ -32,7 +32,7 @@ from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, write_bytes
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, wrong
 
 DAY = 86400.0
 # The simulated clock begins here: 1 January 2026, UTC.
@@ -202,9 +202,7 @@ def simulate(
     try:
         config = SimulationConfig.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "options"
-        raise InputError(f"{name} must be valid, got {first['input']!r}: {first['msg']}") from None
+        raise InputError(wrong(error, whole="options")) from None
     data, out = Path(data), Path(out)
     if (out / "loop").exists() or (out / RECORD).exists():
         raise InputError(f"out must be a new folder, got {out}, where something was simulated")

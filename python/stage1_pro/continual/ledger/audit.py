@@ -16,7 +16,7 @@ from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.errors import ArtifactError
 from stage1_pro.files import sha256_bytes, write_text
-from stage1_pro.record import Record
+from stage1_pro.record import Record, wrong
 
 GENESIS = "0" * 64
 
@@ -134,7 +134,7 @@ def _parsed(data: bytes) -> Iterator[AuditRow | str]:
         try:
             row = AuditRow.model_validate_json(line)
         except ValidationError as error:
-            yield f"it is no row: {error.errors()[0]['msg']}"
+            yield f"it is no row: {wrong(error)}"
             continue
         yield row if canonical(row.model_dump()).encode() == line else "it is not written as rows are"
 

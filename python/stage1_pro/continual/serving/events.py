@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import locked, write_bytes
-from stage1_pro.record import Record
+from stage1_pro.record import Record, wrong
 
 SKETCH_SIZE = 64
 _HAS_FLOCK = find_spec("fcntl") is not None
@@ -118,10 +118,9 @@ class ReviewPlan(Record):
         try:
             return cls(**rates)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "plan"
-            least = f"; at least {LEAST_FLOOR:.0%} of exits are audited, always" if name == "floor" else ""
-            raise InputError(f"{name} must be a valid rate, got {first['input']!r}: {first['msg']}{least}") from None
+            least = f"; at least {LEAST_FLOOR:.0%} of exits are audited, always"
+            what = wrong(error, whole="plan")
+            raise InputError(f"{what}{least if what.startswith('floor ') else ''}") from None
 
     def raised(self, rate: float | None) -> Self:
         """The same plan, where every event has at least this chance; itself where that changes nothing."""
