@@ -245,9 +245,9 @@ def test_infeasible_says_what_would_do() -> None:
 
 @pytest.mark.parametrize(
     ("wish", "message"),
-    [({"alpha": 0.0}, "alpha must be"), ({"xi": 1.0}, "xi must be"), ({"delta": 1.0}, "delta must be"),
+    [({"alpha": 0.0}, "alpha must be"), ({"xi": 1.0}, "min_coverage must be"), ({"delta": 1.0}, "delta must be"),
      ({"claims": 0}, "claims must be"), ({"max_exit_error": 0.0}, "max_exit_error must be"),
-     ({"variant": "pack"}, "did you mean 'pac'"), ({"cells": "town"}, "groups must be None"),
+     ({"variant": "pack"}, "did you mean 'pac'"), ({"cells": "town"}, "cells must be one of"),
      ({"loss": "fnr", "cells": "class"}, "must not be 'class' with loss fnr")],
 )  # fmt: skip
 def test_wrong_wishes_are_told(wish: dict[str, Any], message: str) -> None:
@@ -490,7 +490,10 @@ def test_another_prior_voids_what_speaks_of_all_images() -> None:
     assert same.void == () and "is inside what was calibrated on" in same.note
     other = standing(plain, splits, 0.05)
     assert other.void == ("share accepted", "risk") and other.stands == ()
-    assert "Void: share accepted, risk. Nothing stands" in other.note and "Answers do not change" in other.note
+    assert (
+        "Void: share accepted, risk of each stage. Nothing stands" in other.note
+        and "Answers do not change" in other.note
+    )
     for policy, part in ((by_class, "risk of each class"), (fnr, "FNR of accepted sets")):
         other = standing(policy, splits, 0.05)
         assert other.void == ("share accepted",) and other.stands == (part,) and "label shift" in other.note
@@ -904,7 +907,10 @@ def test_predict_gives_sets_abstentions_and_the_promise(run: Path, tmp_path: Pat
     assert found["rows"] == rows, "a prior changes no answer"
     assert cli.main(["infer", "--run", str(run), "--split", "val_test", "--prior", "0.999"]) == 0
     said = capsys.readouterr().out
-    assert "guarantee: pac. With probability" in said and "Void: share accepted, risk. Nothing stands" in said
+    assert (
+        "guarantee: pac. With probability" in said
+        and "Void: share accepted, risk of each stage. Nothing stands" in said
+    )
     assert "abstained" in said and "set" in said.splitlines()[0].split()
     assert cli.main(["predict", "--bundle", str(run / "bundle"), str(images), "--prior", "2"]) == 2
     assert promised(run / "bundle") == promised(run)
