@@ -1,7 +1,7 @@
 """A world to simulate the loop in: real photos, cut into a past that a model learns from and a stream that is served.
 
-The unit is the photo: near-copies of one place lie on both sides, as they do for a camera that passes the same places
-every day. What holds here holds for this stream, and says nothing of new places.
+The unit is the photo: near-copies of one place lie on both sides, as for a camera that passes the same places every
+day. Results hold for this stream and say nothing of new places.
 """
 
 from __future__ import annotations
