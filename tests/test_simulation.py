@@ -134,4 +134,4 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["continual", "simulate", "--help"])
     out = capsys.readouterr().out
-    assert "--delay" in out and "simulation.json" in out and "examples:" in out
+    assert "--delay" in out and "simulation.json" in out and "stage1 help loop" in out

@@ -53,7 +53,7 @@ class SimulationConfig(Record):
 class Simulate(SimulationConfig, Command):
     """Let the loop live through days of your photos on a simulated clock."""
 
-    topic: ClassVar[str] = "simulation"
+    topic: ClassVar[str] = "loop"
 
     data: Path = Field(description="folder with labels.csv, a CSV, or a folder per class")
     out: Path = Field(description="new folder for simulation.json, figures, run and loop")
