@@ -15,11 +15,12 @@ from kit.tiny import CLASSES, make_images, make_model, make_policy
 from PIL import Image
 
 from stage1_pro.cli import main
+from stage1_pro.commands.simulate import simulate
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual.loop.world import World
 from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import InputError
-from stage1_pro.studies.simulation import Simulation, simulate
+from stage1_pro.studies.simulation import Simulation
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.run import write_config
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from stage1_pro.continual.serving.events import uniform
-from stage1_pro.data.protocols import ProtocolName, challenge
+from stage1_pro.data.protocols import challenge
 from stage1_pro.data.splits import Row, Splits, hash_splits, make_splits
 from stage1_pro.errors import InputError
-from stage1_pro.words import HALVES, SPLITS, SplitName
+from stage1_pro.words import HALVES, SPLITS, ProtocolName, SplitName
 
 # Of the past. Certificates are what the loop lives on, and half of val_select is the promotion test's anchor.
 _SHARES: dict[SplitName, float] = {"train": 0.4, "val_select": 0.35, "val_calib": 0.22, "val_test": 0.03}
