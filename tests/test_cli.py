@@ -482,18 +482,18 @@ def test_wrong_configuration_is_told(pool: Path, tmp_path: Path, capsys: pytest.
     message = fails(capsys, 2, "train", "--run", out, "--set", "train.epoch=3")
     assert "unknown configuration key 'train.epoch'; did you mean 'train.epochs'?" in message
     assert "did you mean 'train.epochs'?" in fails(capsys, 2, "train", "--run", out, "--set", "epochs=3")
-    assert "'train.epochs' must be valid, got 'many'" in fails(
+    assert "train.epochs must be a whole number, got 'many'" in fails(
         capsys, 2, "train", "--run", out, "--set", "train.epochs=many"
     )
     assert "--set must be SECTION.KEY=VALUE" in fails(capsys, 2, "train", "--run", out, "--set", "train.epochs")
     file = tmp_path / "c.yaml"
     file.write_text("train: [1, 2")
-    assert "must be YAML" in fails(capsys, 2, "train", "--run", out, "--config", file)
+    assert "must be a readable YAML file" in fails(capsys, 2, "train", "--run", out, "--config", file)
     file.write_text("trian: {epochs: 2}")
     assert "did you mean 'train'?" in fails(capsys, 2, "train", "--run", out, "--config", file)
     assert "run `stage1 split" in fails(capsys, 2, "train", "--run", tmp_path / "nothing")
     for bad in ("augment.crop_scale=[1.0, 0.6]", "augment.crop_scale=[-1, 2]", "seed=99999999999999999999"):
-        assert f"'{bad.split('=')[0].split('.')[0]}" in fails(capsys, 2, "train", "--run", out, "--set", bad)
+        assert f"key {bad.split('=')[0].split('.')[0]}" in fails(capsys, 2, "train", "--run", out, "--set", bad)
     assert "from 0 to 1, got nan" in fails(capsys, 2, "split", "--labels", pool, "--out", out, "--max-component", "nan")
     assert not (out / "config.json").exists(), "a refused configuration leaves nothing behind"
 

@@ -205,9 +205,9 @@ class TestEngine:
         [
             ("presicion: fp32", "unknown key 'presicion'.*did you mean 'precision'"),
             ("batch: [8, 4, 2]", "batch must rise from 1"),
-            ("precision: fp64", "'precision' in .* must be valid, got 'fp64'"),
-            ("- 1", "must hold a mapping, got list"),
-            ("a: [", "must be YAML"),
+            ("precision: fp64", "precision must be one of .*got 'fp64'"),
+            ("- 1", "must hold keys and values, got list"),
+            ("a: [", "must be a readable YAML file"),
         ],
     )
     def test_bad_recipe(self, text: str, message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files on disk: one lock that a killed holder frees, on every system."""
+"""Files on disk: one lock that a killed holder frees, modes, YAML, and what a wrong value is told."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import Field, ValidationError
 
 from stage1_pro.errors import InputError
 from stage1_pro.files import locked
+from stage1_pro.record import Record, read_yaml, wrong
 
 HOLD = "import os, sys, time; from stage1_pro.files import locked\nwith locked(sys.argv[1]) as lock:\n"
 
@@ -145,3 +148,61 @@ def test_what_is_written_has_the_mode_that_umask_leaves(tmp_path, umask):
     mode = {path.name: path.stat().st_mode & 0o777 for path in (*tmp_path.iterdir(), tmp_path / "d" / "f")}
     assert mode["a"] == mode["f"] == mode["file"] and mode["d"] == mode["folder"]
     assert mode["secret"] == 0o600
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"a: [",
+        b"- 1",
+        b"1",
+        b"\xff\xfe",
+        b"a: 2001-99-99",
+        b"[" * 100_000,
+        b"a: !!python/object:os.system {}",
+        b"a: \x07",
+    ],
+)
+def test_yaml_that_is_none_is_told_in_one_line(tmp_path, data):
+    (tmp_path / "c.yaml").write_bytes(data)
+    with pytest.raises(InputError, match=r"c\.yaml must") as error:
+        read_yaml(tmp_path / "c.yaml")
+    assert str(error.value).isprintable()
+
+
+def test_yaml_gives_keys_and_values(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: {b: 1}\nc: [x]\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"a": {"b": 1}, "c": ["x"]}
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "c.yaml") == {}
+    for path in (tmp_path, tmp_path / "none.yaml"):
+        with pytest.raises(InputError, match=path.name):
+            read_yaml(path)
+
+
+class Part(Record):
+    rate: float = Field(0.5, gt=0, lt=1)
+    kind: Literal["gate", "softmax"] = "gate"
+
+
+class Whole(Record):
+    n: int
+    part: Part = Part()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"n": "many"}, "n must be a whole number, got 'many'"),
+        ({"n": 1, "part": {"rate": 1.5}}, "part.rate must be less than 1, got 1.5"),
+        ({"n": 1, "part": {"kind": "gat"}}, "part.kind must be one of gate, softmax, got 'gat'; did you mean 'gate'?"),
+        ({"n": 1, "part": 3}, "part must be keys and values, got 3"),
+        ({}, "n must be given, got nothing"),
+        ({"n": 1, "m": 2}, "m must be left out, got 2; nothing has this name here"),
+        ({"n": "\x1b[2J"}, r"n must be a whole number, got '\x1b[2J'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_place(values, told):
+    with pytest.raises(ValidationError) as error:
+        Whole.model_validate(values)
+    assert wrong(error.value) == told

@@ -501,7 +501,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         calibrate(tmp_path, min_coverage=0.5)
     with pytest.raises(InputError, match="claims must go with guarantee ltt, got it with none"):
         calibrate(tmp_path, guarantee="none", claims=2)
-    with pytest.raises(InputError, match="delta must be valid, got 1.5"):
+    with pytest.raises(InputError, match="delta must be less than 1, got 1.5"):
         calibrate(tmp_path, delta=1.5)
     with pytest.raises(InputError, match="got them with --run"):
         calibrate(tmp_path, positive="x")

@@ -373,7 +373,7 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
     local.promote(one, expected=0, now=1.0, by="ada")
     move(local, "canary", two, share=1.0)
     live = LiveCascade(local.root, threads=1, log=EventLog(tmp_path / "log"))
-    seat = live._seating.candidate
+    seat = live._serving.candidate
     assert seat is not None
 
     def fail(*_: Any, **__: Any) -> None:
@@ -393,7 +393,7 @@ def test_thresholds_that_served_once_are_not_kept(local: Registry, bundle: Path,
             local.tighten(connection, name, 0.9 + 0.01 * k, now=2.0)
         local.sync()
         live.predict(photos[:1], now=3.0)
-    assert len(live._seats) == 1 and live.pointer.threshold == 0.9 + 0.01 * 4
+    assert len(live._loaded) == 1 and live.pointer.threshold == 0.9 + 0.01 * 4
 
 
 def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, photos: list[Path]) -> None:

@@ -172,7 +172,7 @@ def test_nan_a_crash_and_a_slow_photo_become_minus_one(
     bundle: Path, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     miner = StreetVision(bundle, timeout_s=0.3)
-    real = miner._cascade.runtime.run
+    real = miner._answering.runtime.run
 
     def nan(stage: Any, inputs: Any) -> Any:
         return {name: np.full_like(value, np.nan) for name, value in real(stage, inputs).items()}
@@ -185,13 +185,13 @@ def test_nan_a_crash_and_a_slow_photo_become_minus_one(
         return real(stage, inputs)
 
     for broken in (nan, crash, slow):
-        monkeypatch.setattr(miner._cascade.runtime, "run", broken)
+        monkeypatch.setattr(miner._answering.runtime, "run", broken)
         began = time.perf_counter()
         assert miner.answer(photo) == -1, broken
         assert time.perf_counter() - began < 0.9
     # The next one waits for the slow one, within its own limit; then all is well again.
     assert miner.answer(photo) == -1
-    monkeypatch.setattr(miner._cascade.runtime, "run", real)
+    monkeypatch.setattr(miner._answering.runtime, "run", real)
     time.sleep(1)
     assert 0 <= miner.answer(photo) <= 1
 
@@ -200,12 +200,12 @@ def test_nan_a_crash_and_a_slow_photo_become_minus_one(
     ("values", "message"),
     [
         ({}, "bundle of settings must be valid, got nothing"),
-        ({"bundle": "b", "serve_piror": 0.5}, "got 'serve_piror'; did you mean 'serve_prior'"),
-        ({"bundle": "b", "timeout_s": 0}, "timeout_s of settings must be valid, got 0"),
-        ({"bundle": "b", "on_abstain": "maybe"}, "on_abstain of settings must be valid, got 'maybe'"),
+        ({"bundle": "b", "serve_piror": 0.5}, "'serve_piror'; did you mean 'serve_prior'"),
+        ({"bundle": "b", "timeout_s": 0}, "settings: timeout_s must be greater than 0, got 0"),
+        ({"bundle": "b", "on_abstain": "maybe"}, "settings: on_abstain must be one of answer, minus_one, got 'maybe'"),
         ({"bundle": "b", "train_prior": 0.8}, "serve_prior of settings must be set beside train_prior"),
-        ({"bundle": "b", "threshold": 1}, "threshold of settings must be valid, got 1"),
-        ({"bundle": "b", "runtime": "cuda"}, "runtime must be one of auto, .*got 'cuda'"),
+        ({"bundle": "b", "threshold": 1}, "settings: threshold must be less than 1, got 1"),
+        ({"bundle": "b", "runtime": "cuda"}, "runtime must be one of auto, onnxruntime"),
         ({"bundle": "b", "loop": "l"}, "bundle of settings must be left out beside loop"),
         ({"bundle": "b", "runtime": "torch", "log": "l"}, "runtime of settings must not be torch beside log"),
         ({"loop": "l", "runtime": "torch"}, "runtime of settings must not be torch beside loop"),

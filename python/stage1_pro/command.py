@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from stage1_pro.errors import InputError, nearest
+from stage1_pro.record import expectation as expected
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -162,31 +162,7 @@ def refusal(error: ValidationError, model: type[BaseModel], spelled: Callable[[s
     field = model.model_fields[name]
     if first["type"] == "missing":
         return f"{spelled(name)} must be given: {field.description}"
-    return f"{spelled(name)} {expectation(first, _choices(field.annotation))}"
-
-
-_EXPECTED = {
-    "float": "a number",
-    "int": "a whole number",
-    "bool": "true or false",
-    "path": "a path",
-    "string": "text",
-    "tuple": "a list",
-    "dict": "a mapping",
-}
-
-
-def expectation(error: ErrorDetails, choices: list[str] | None = None) -> str:
-    """``must be <expectation>, got <value>`` of one error of pydantic."""
-    kind, got = error["type"], error["input"]
-    if kind == "literal_error" and choices:
-        return f"must be one of {', '.join(choices)}, got '{got}'{nearest(str(got), choices)}"
-    word = _EXPECTED.get(kind.partition("_")[0])
-    if word is not None and kind.endswith(("_parsing", "_type", "_from_float")):
-        return f"must be {word}, got {got!r}"
-    if kind == "value_error":
-        return error["msg"].removeprefix("Value error, ")
-    return f"must be valid, got {got!r}: {error['msg']}"
+    return f"{spelled(name)} {expected(first, _choices(field.annotation))}"
 
 
 def keywords(command: type[Command], without: Sequence[str] = ()) -> Callable[[F], F]:

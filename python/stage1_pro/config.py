@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stage1_pro.errors import InputError
+from stage1_pro.record import read_yaml, wrong
 from stage1_pro.words import Precision
 
 
@@ -24,7 +25,7 @@ class ModelConfig(Section):
     """Which backbone, where Stage A reads it, and the heads."""
 
     backbone: str = Field(
-        "tiny", description="preset (tiny, narrow), local folder, or hub id of a DINOv3 or DINOv2 backbone"
+        "tiny", description="preset (tiny, narrow), local folder, or hub id of a DINOv3, DINOv2, ViT or SigLIP backbone"
     )
     image_size: int | None = Field(
         None,
@@ -337,17 +338,7 @@ def load_config(
     """
     values: dict[str, Any] = base.model_dump(mode="json") if base else {}
     if path is not None:
-        try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"--config must name an existing file, got {path}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from None
-        if read is None:
-            read = {}
-        if not isinstance(read, dict):
-            raise InputError(f"{path} must hold a mapping of sections, got {type(read).__name__}")
-        _merge(values, read)
+        _merge(values, read_yaml(path))
     for item in overrides or []:
         key, separator, text = item.partition("=")
         if not separator or not key:
@@ -369,13 +360,12 @@ def build_config(values: dict[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
-        key = ".".join(place)
         if first["type"] == "extra_forbidden":
-            options = _keys(place[:-1])
             raise InputError(
-                f"unknown configuration key '{key}'{_nearest_key(place)}; known here: {', '.join(options)}"
+                f"unknown configuration key '{'.'.join(place)}'{_nearest_key(place)}; known here: "
+                f"{', '.join(_keys(place[:-1]))}"
             ) from None
-        raise InputError(f"configuration key '{key}' must be valid, got {first['input']!r}; {first['msg']}") from None
+        raise InputError(f"configuration key {wrong(error)}") from None
 
 
 def describe() -> list[tuple[str, str, str]]:

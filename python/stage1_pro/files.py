@@ -7,18 +7,19 @@ import csv
 import errno
 import hashlib
 import io
+import math
 import os
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from stage1_pro.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def permit(path: Path, mode: int = 0o666) -> None:
@@ -159,7 +160,7 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: S
 
 
 def _cell(value: object) -> object:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
         return repr(float(value))
@@ -179,6 +180,8 @@ def sha256_file(path: Path | str) -> str:
 
 def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays as an uncompressed ``.npz``, atomically; equal arrays give equal bytes."""
+    import numpy as np
+
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -191,6 +194,8 @@ def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
     """Read every array of an ``.npz`` without pickle; raise InputError when it is not one."""
+    import numpy as np
+
     try:
         data = np.load(path, allow_pickle=False)
         if isinstance(data, np.ndarray):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stage1_pro.errors import ArtifactError, printable
+from stage1_pro.errors import ArtifactError, InputError, nearest, printable
 from stage1_pro.files import sha256_bytes, write_text
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Record(BaseModel):
@@ -39,6 +44,7 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
+            # Values are not shown: a file may hold a database's password.
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"
             raise ArtifactError(
@@ -49,6 +55,80 @@ class Record(BaseModel):
         """Hex sha256 of the canonical JSON form."""
         data = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
+
+
+_EXPECTED = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "path": "a path",
+    "string": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "keys and values",
+    "model": "keys and values",
+}
+
+
+def wrong(error: ValidationError, *, skip: int = 0, whole: str = "document") -> str:
+    """The first thing that pydantic found wrong: ``<dotted key> must be <expectation>, got <value>``.
+
+    Args:
+        error: of a model's validation.
+        skip: parts of the key that are no words of the user's, such as the tag of a union.
+        whole: what the model as a whole is called.
+    """
+    first = error.errors(include_url=False)[0]
+    where = printable(".".join(str(part) for part in first["loc"][skip:])) or whole
+    what = expectation(first)
+    return f"{where}{' ' if what.startswith('must ') else ': '}{what}"
+
+
+def expectation(error: ErrorDetails, choices: Sequence[str] = ()) -> str:
+    """``must be <expectation>, got <value>`` of one error of pydantic; a validator's own words where it has some."""
+    kind, got, text = error["type"], error["input"], error["msg"]
+    if kind == "value_error":
+        return text.removeprefix("Value error, ")
+    if kind == "missing":
+        return "must be given, got nothing"
+    if kind == "extra_forbidden":
+        return f"must be left out, got {_shown(got)}; nothing has this name here"
+    if kind == "literal_error":
+        options = choices or re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"must be one of {', '.join(options)}, got {_shown(got)}{nearest(str(got), options)}"
+    word = _EXPECTED.get(kind.partition("_")[0])
+    if word is not None and kind.endswith(("_parsing", "_type", "_from_float")):
+        return f"must be {word}, got {_shown(got)}"
+    if text.startswith("Input should "):
+        return f"must {text.removeprefix('Input should ')}, got {_shown(got)}"
+    return f"must be valid, got {_shown(got)}; {text}"
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value))
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Keys and values of a YAML or JSON file; an empty one has none.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} must exist, but there is no such file") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path} must be a readable YAML file, got: {printable(' '.join(str(error).split()))}"
+        ) from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must hold keys and values, got {type(found).__name__}")
+    return found
 
 
 class FileEntry(Record):

@@ -1,7 +1,7 @@
 """Where photos lie: a folder, a tar, or a source from outside; each gives a photo's bytes by its key.
 
-A source from outside is a class of one argument, its address, behind an entry point of the group ``stage1_pro.photos``
-that is called like the address's scheme: ``s3`` opens ``s3://bucket/signs``.
+A source from outside is a class of one argument, its address, in ``PHOTOS`` or behind an entry point of the group
+``stage1_pro.photos``; its name there is the scheme of its addresses: ``s3`` opens ``s3://bucket/signs``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, cast
 
-from stage1_pro.errors import InputError, nearest, printable
+from stage1_pro.errors import InputError, printable
 from stage1_pro.files import sha256_bytes
+from stage1_pro.registry import Registry
 
-GROUP = "stage1_pro.photos"
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://.+", re.DOTALL)
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 
@@ -95,17 +95,17 @@ def open_photos(root: Path | str) -> Photos:
     return Folder(str(path)) if path.is_dir() or not is_source(path) else Tar(str(path))
 
 
+def _on_disk(address: str) -> Photos:
+    return open_photos(address.removeprefix("file://"))
+
+
+# What opens an address, by its scheme.
+PHOTOS: Registry[Callable[[str], Photos]] = Registry("the scheme of photos", "stage1_pro.photos", {"file": _on_disk})
+
+
 @functools.lru_cache(maxsize=8)
 def _from_outside(scheme: str, address: str) -> Photos:
-    from importlib.metadata import entry_points
-
-    known = {point.name: point for point in entry_points(group=GROUP)}
-    if scheme not in known:
-        raise InputError(
-            "photos must lie in a folder, a tar or at an address of an installed source "
-            f"({', '.join(sorted(known)) or 'there is none'}), got {address}{nearest(scheme, known)}"
-        )
-    return cast("Photos", known[scheme].load()(address))
+    return PHOTOS.find(scheme)(address)
 
 
 def open_file(path: Path | str) -> BinaryIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
+from stage1_pro.data.images import ImageError, PreprocessSpec, preprocess, read_image, read_opened
 from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, How, Runtime
@@ -77,7 +78,86 @@ class Trace:
     exited: NDArray[np.bool_]
 
 
-class Cascade:
+class Prepared:
+    """One image on its way to a decision; its pixels are prepared once for each specification that asks.
+
+    Args:
+        image: path, encoded bytes, PIL image, or array [H, W, 3] (or [H, W] grey) of uint8.
+        opened: the same as an 8-bit RGB image, where it has been decoded already.
+    """
+
+    def __init__(self, image: ImageLike, opened: Image.Image | None = None) -> None:
+        self.image = image
+        self._opened = opened
+        self._prepared: list[tuple[PreprocessSpec, NDArray[np.float32]]] = []
+
+    def pixels(self, spec: PreprocessSpec) -> NDArray[np.float32]:
+        """The image as a model's input [3, H, W].
+
+        Raises:
+            ImageError: it cannot be read as an image.
+            InputError: it is no kind of image.
+        """
+        for known, pixels in self._prepared:
+            if known == spec:
+                return pixels
+        pixels = preprocess(open_image(self.image) if self._opened is None else self._opened, spec)
+        self._prepared.append((spec, pixels))
+        return pixels
+
+
+class Answering(ABC):
+    """What answers for images: a cascade, one whose decisions are logged, one that follows a loop."""
+
+    bundle: Bundle | Trained
+
+    def read(self, image: ImageLike) -> Prepared:
+        """An image ready for ``answer``.
+
+        Raises:
+            ImageError: it cannot be read as an image.
+            InputError: it is no kind of image.
+        """
+        prepared = Prepared(image)
+        prepared.pixels(self.bundle.preprocessing)
+        return prepared
+
+    @abstractmethod
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
+        """Decide for photos as one batch.
+
+        Args:
+            photos: of ``read``; there may be none.
+            now: seconds since the epoch, of what is logged; the clock's by default.
+        """
+
+    def predict(self, images: Iterable[ImageLike], batch_size: int = 32, *, now: float | None = None) -> Decisions:
+        """Decide for images in order, ``batch_size`` at a time; any batch size gives the same decisions.
+
+        Args:
+            images: paths, encoded bytes, PIL images, or arrays [H, W, 3] (or [H, W] grey) of uint8.
+            batch_size: images per batch, and events per append where decisions are logged.
+            now: as ``answer`` takes it.
+
+        Raises:
+            ImageError: one of them cannot be read as an image; earlier batches are logged.
+            InputError: ``batch_size`` is below 1, or ``images`` is a single one instead of several.
+            OSError: the log cannot be written; no batch is answered whose events could not be.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+        if isinstance(images, str | Path | Photo | bytes | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim != 4
+        ):
+            raise InputError("images must be a list or another iterable of images, got a single one; put it in a list")
+        iterator = iter(images)
+        parts = []
+        while photos := [self.read(image) for image in islice(iterator, batch_size)]:
+            parts.append(self.answer(photos, now=now))
+        return concatenate(parts) if parts else self.answer([], now=now)
+
+
+class Cascade(Answering):
     """A bundle, or the model of a run before any export, ready to answer.
 
     ``runtime.name`` is what answers; ``steps`` is what was tried for it, in order, and why it stepped down.
@@ -136,41 +216,23 @@ class Cascade:
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model's input [3, H, W].
 
-        Args:
-            image: path, encoded bytes, PIL image, or array [H, W, 3] (or [H, W] grey) of uint8.
-
         Raises:
             ImageError: it cannot be read as an image.
-            InputError: it is none of these kinds.
+            InputError: it is no kind of image.
         """
-        return preprocess(open_image(image), self.bundle.preprocessing)
+        return Prepared(image).pixels(self.bundle.preprocessing)
 
-    def predict(self, images: Iterable[ImageLike], batch_size: int = 32) -> Decisions:
-        """Decide for images in order, ``batch_size`` at a time; any batch size gives the same decisions.
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
+        """Decide for photos as one batch; nothing is logged."""
+        del now
+        return self.decide(self.stack(photos))
 
-        Raises:
-            ImageError: one of them cannot be read as an image.
-            InputError: ``batch_size`` is below 1, or ``images`` is a single one instead of several.
-        """
-        iterator = self.check_images(images, batch_size)
-        parts = []
-        while batch := [self.pixels(image) for image in islice(iterator, batch_size)]:
-            parts.append(self.decide(np.stack(batch)))
-        if not parts:
-            spec = self.bundle.preprocessing
-            return self.decide(np.empty((0, 3, spec.height, spec.width), dtype=np.float32))
-        return concatenate(parts)
-
-    @staticmethod
-    def check_images(images: Iterable[ImageLike], batch_size: int) -> Iterator[ImageLike]:
-        """The images to take batches from; raises as ``predict`` says."""
-        if batch_size < 1:
-            raise InputError(f"batch_size must be 1 or more, got {batch_size}")
-        if isinstance(images, str | Path | bytes | Image.Image) or (
-            isinstance(images, np.ndarray) and images.ndim != 4
-        ):
-            raise InputError("images must be a list or another iterable of images, got a single one; put it in a list")
-        return iter(images)
+    def stack(self, photos: Sequence[Prepared]) -> NDArray[np.float32]:
+        """Photos as one batch of pixels [N, 3, H, W]."""
+        spec = self.bundle.preprocessing
+        if not photos:
+            return np.empty((0, 3, spec.height, spec.width), dtype=np.float32)
+        return np.stack([photo.pixels(spec) for photo in photos])
 
     def decide(
         self,

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stage1_pro.deploy.bundle import Bundle
@@ -21,7 +20,7 @@ from stage1_pro.deploy.trust import remember_built
 from stage1_pro.errors import ArtifactError, InputError, nearest, need
 from stage1_pro.files import atomic_path, sha256_file
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, read_yaml, wrong
 from stage1_pro.words import Precision, StageName
 
 if TYPE_CHECKING:
@@ -130,25 +129,14 @@ class BuildRecord(Record):
 
 def load_recipe(path: Path | str) -> EngineRecipe:
     """Read a recipe; raise InputError naming the wrong key and the nearest right one."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"recipe must name an existing file, got {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"recipe {path} must be YAML, got: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"recipe {path} must hold a mapping, got {type(values).__name__}")
+    values, options = read_yaml(path), list(EngineRecipe.model_fields)
+    for key in values:
+        if key not in options:
+            raise InputError(f"unknown key '{key}' in {path}{nearest(str(key), options)}; known: {', '.join(options)}")
     try:
         return EngineRecipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "recipe"
-        if first["type"] == "extra_forbidden":
-            options = list(EngineRecipe.model_fields)
-            raise InputError(
-                f"unknown key '{key}' in {path}{nearest(key, options)}; known here: {', '.join(options)}"
-            ) from None
-        raise InputError(f"'{key}' in {path} must be valid, got {first['input']!r}; {first['msg']}") from None
+        raise InputError(f"recipe {path}: {wrong(error, whole='recipe')}") from None
 
 
 def choose_recipe(

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.served import Served
@@ -17,7 +14,7 @@ from stage1_pro.data.listing import gather
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
-from stage1_pro.deploy.cascade import Cascade, ImageLike
+from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
 from stage1_pro.errors import InputError
 from stage1_pro.files import write_csv
 from stage1_pro.policies import read_policy
@@ -149,15 +146,11 @@ def _check(batch_size: int, out: Path | str | None) -> None:
 
 
 def _answer_all(
-    cascade: Cascade | Served,
-    files: list[tuple[str, ImageFile]],
-    out: Path | str | None,
-    batch_size: int,
-    description: str,
+    answering: Answering, files: list[tuple[str, ImageFile]], out: Path | str | None, batch_size: int, description: str
 ) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     for chunk in _chunks(files, batch_size, description):
-        rows += _answer(cascade, chunk)
+        rows += _answer(answering, chunk)
     failures = sum(row["error"] is not None for row in rows)
     if out is not None:
         write_csv(out, rows, COLUMNS)
@@ -221,25 +214,20 @@ def _chunks(files: list[tuple[str, ImageFile]], size: int, description: str) -> 
         yield chunk
 
 
-def _answer(cascade: Cascade | Served, chunk: list[tuple[str, ImageFile]]) -> list[dict[str, Any]]:
-    served, cascade = (cascade, cascade.cascade) if isinstance(cascade, Served) else (None, cascade)
+def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    pixels = []
-    images: list[ImageLike] = []
+    photos: list[Prepared] = []
     for name, path in chunk:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         row["file"] = name
         rows.append(row)
         try:
-            prepared, image = (cascade.pixels(path), path) if served is None else served.read(path)
-            pixels.append(prepared)
-            images.append(image)
+            photos.append(answering.read(path))
         except ImageError as error:
             row["error"] = f"{error.reason}: {error.detail}"
-    if not pixels:
+    if not photos:
         return rows
-    batch = np.stack(pixels)
-    answers = iter(cascade.decide(batch) if served is None else served.decide(batch, images, now=time.time()))
+    answers = iter(answering.answer(photos))
     for row in rows:
         if row["error"] is not None:
             continue
@@ -255,6 +243,6 @@ def _answer(cascade: Cascade | Served, chunk: list[tuple[str, ImageFile]]) -> li
         if answer["accepted"]:
             row["label"] = answer["label"]
             row["decision"] = "exited" if answer["exited"] else "deferred"
-            named = zip(cascade.bundle.classes, answer["sets"], strict=True)
+            named = zip(answering.bundle.classes, answer["sets"], strict=True)
             row["set"] = SEPARATOR.join(name for name, within in named if within)
     return rows

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stage1_pro.config import AdapterConfig, AdapterMode, ModelConfig, Target
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import atomic_directory, recover_directory, sha256_file
+from stage1_pro.files import atomic_directory, permit, recover_directory, sha256_file
 from stage1_pro.models.backbone import BODY, Backbone
 from stage1_pro.models.model import (
     Architecture,
@@ -406,7 +406,7 @@ def _peft_form(adaptation: Adaptation, state: Mapping[str, Tensor]) -> dict[str,
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes for the owner alone
+    permit(path)  # safetensors writes for the owner alone
 
 
 def _entries(folder: Path) -> dict[str, FileEntry]:

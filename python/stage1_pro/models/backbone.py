@@ -19,7 +19,7 @@ from transformers.utils import logging as hf_logging
 from stage1_pro.config import Target
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError, nearest
-from stage1_pro.files import write_text
+from stage1_pro.files import permit, write_text
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.registry import Registry
 
@@ -446,7 +446,7 @@ def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: Pr
     with _quiet():
         backbone.hf.save_pretrained(folder)
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner alone
+        permit(file)  # safetensors writes for the owner alone
     processor = {
         "do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255,
         "image_mean": list(spec.mean), "image_std": list(spec.std),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from stage1_pro.errors import InputError
-from stage1_pro.record import Record
+from stage1_pro.record import Record, wrong
 
 Guarantee = Literal["none", "ltt"]
 Variant = Literal["pac", "I", "T", "naive"]
@@ -243,6 +243,4 @@ def parse_target(values: Mapping[str, Any]) -> AnyTarget:
     try:
         return _ANY.validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"][1:])) or "target"
-        raise InputError(f"{where} must be valid, got {first['input']!r}; {first['msg']}") from None
+        raise InputError(wrong(error, skip=1, whole="target")) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -34,6 +33,7 @@ from stage1_pro.policies.gate import reach
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
+from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, Start
 
 if TYPE_CHECKING:
@@ -163,15 +163,16 @@ def compare(asked: Compare, configs: Mapping[str, Config]) -> tuple[Comparison, 
     exceptions += _check_bases(out, configs, numbers)
     runs = {name: [out / name / f"seed{seed}" for seed in numbers] for name in configs}
 
-    def measured(split_name: Literal["val_select", "val_test"], names: list[str], chosen: str | None,
-                 read: Callable[[Path], Predictions]) -> Comparison:  # fmt: skip
-        return _measure(
-            {name: runs[name] for name in names}, numbers, read, split_name=split_name, metric=metric, chosen=chosen,
-            plan=plan, n_replicates=asked.n_replicates, level=asked.level, exceptions=exceptions,
-            chosen_from=chosen_from,
-        )  # fmt: skip
-
-    found = measured("val_select", list(configs), None, lambda run: Predictions.load(run / "val_select.npz"))
+    shared: dict[str, Any] = {
+        "metric": metric,
+        "seeds": numbers,
+        "plan": plan,
+        "n_replicates": asked.n_replicates,
+        "level": asked.level,
+        "exceptions": exceptions,
+        "chosen_from": chosen_from,
+    }
+    found = _measure("val_select", runs, None, lambda run: Predictions.load(run / "val_select.npz"), shared)
     found.write(out / "compare.json")
     _write_tables(out, found)
     looked = None
@@ -194,7 +195,8 @@ def compare(asked: Compare, configs: Mapping[str, Config]) -> tuple[Comparison, 
 
             say(f"chosen by {metric} on val_select: {found.chosen}; reading val_test, once")
             before = [] if looked is None else [*looked.looks, looked.chosen]
-            looked = measured("val_test", names, found.chosen, lambda run: infer_split(run, "val_test"))
+            again = {name: runs[name] for name in names}
+            looked = _measure("val_test", again, found.chosen, lambda run: infer_split(run, "val_test"), shared)
             looked = looked.model_copy(update={"looks": before, "models": models})
             looked.write(out / "test.json")
     return found, looked
@@ -520,22 +522,17 @@ def check_fairness(starts: Mapping[str, Start], seed: int) -> list[str]:
 
 
 def _measure(
+    split: Literal["val_select", "val_test"],
     runs: Mapping[str, Sequence[Path]],
-    seeds: Sequence[int],
-    read: Callable[[Path], Predictions],
-    *,
-    split_name: Literal["val_select", "val_test"],
-    metric: str,
     chosen: str | None,
-    plan: ComparisonPlan,
-    n_replicates: int,
-    level: float,
-    exceptions: list[str],
-    chosen_from: str,
+    read: Callable[[Path], Predictions],
+    shared: Mapping[str, Any],
 ) -> Comparison:
-    predictions = {name: [_checked(run, read(run), split_name) for run in paths] for name, paths in runs.items()}
+    """Measure every arm on one split; ``shared`` are fields of the comparison that no split changes."""
+    metric, plan, seeds = shared["metric"], shared["plan"], shared["seeds"]
+    predictions = {name: [_checked(run, read(run), split) for run in paths] for name, paths in runs.items()}
     rows = {name: [_rows(one) for one in found] for name, found in predictions.items()}
-    compared = compare_seeds(rows, n_replicates=n_replicates, level=level)
+    compared = compare_seeds(rows, n_replicates=shared["n_replicates"], level=shared["level"])
     sign = -1 if METRICS[metric].better == "higher" else 1
     best = min(compared, key=lambda name: sign * compared[name].means[metric].value)
     baseline = next(iter(runs))
@@ -547,10 +544,14 @@ def _measure(
     ]
     groups = {group for one in rows[baseline] for group in one.groups.tolist()}
     return Comparison(
-        split=split_name, baseline=baseline, metric=metric, chosen=chosen or best, seeds=list(seeds), plan=plan,
-        n_groups=len(groups), n_replicates=n_replicates, level=level, arms=arms, differences=differences,
-        exceptions=exceptions, chosen_from=chosen_from,
-    )  # fmt: skip
+        split=split,
+        baseline=baseline,
+        chosen=chosen or best,
+        n_groups=len(groups),
+        arms=arms,
+        differences=differences,
+        **shared,
+    )
 
 
 def _checked(run: Path, found: Predictions, split_name: str) -> Predictions:
@@ -663,26 +664,16 @@ def markdown(found: Comparison) -> str:
 
 def render(found: Comparison, tested: Comparison | None) -> str:
     """Show a comparison as text: arms, differences, the choice, and ``val_test`` when it was read."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=120, color_system=None, highlight=False, markup=False)
+    sheet = Sheet(120)
     for one in (found, tested):
         if one is None:
             continue
-        table = Table(box=box.SIMPLE_HEAD, title=f"Stage A on {one.split}", title_justify="left")
         rows = rows_of(one)
-        table.add_column("")
-        for row in rows:
-            table.add_column(row["arm"], justify="right")
+        table = grid(("", *(row["arm"] for row in rows)), left=("",), no_wrap=(), title=f"Stage A on {one.split}")
         for name in list(rows[0])[1:]:
             table.add_row(name, *(row[name] for row in rows))
-        console.print(table)
-        for line in _remarks(one):
-            console.print(line, markup=False)
-    return buffer.getvalue().rstrip()
+        sheet.add(table, *_remarks(one))
+    return sheet.text()
 
 
 def _remarks(found: Comparison) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import load_npz, write_bytes, write_csv
-from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import (
     BAND_METRICS,
     confidence_png,
@@ -34,6 +32,7 @@ from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.report import Picture, short_note, write_measurement
+from stage1_pro.tables import Notes, Sheet, grid
 
 if TYPE_CHECKING:
     from stage1_pro.commands.metrics import Metrics
@@ -158,47 +157,30 @@ def read_predictions(path: Path, *, positive: str | None = None) -> Table:
 
 def render(found: Measurement) -> str:
     """Show a measurement as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
+    sheet, notes = Sheet(), Notes()
     units = f" in {found.n_units} groups" if found.unit == "groups" else ""
     if found.compared_with is not None:
-        console.print(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
+        sheet.add(f"A = {found.file}, B = {found.compared_with}: the same {found.n_rows} rows{units}")
     else:
         about = "" if found.positive is None else f", positive class '{found.positive}'"
-        console.print(f"{found.file}: {found.n_rows} rows{units}{about}")
-    grid = Grid(box=box.SIMPLE_HEAD)
-    grid.add_column("metric", no_wrap=True)
-    for name in ("A", "B", "A - B") if found.values else ("value",):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for name in ("std", f"{100 * found.level:.4g}% interval", "method"):
-        grid.add_column(name, justify="right" if name == "std" else "left", no_wrap=True)
-    notes: list[str] = []
+        sheet.add(f"{found.file}: {found.n_rows} rows{units}{about}")
+    wide, values = f"{100 * found.level:.4g}% interval", ("A", "B", "A - B") if found.values else ("value",)
+    table = grid(("metric", *values, "std", wide, "method"), left=("metric", wide, "method"))
     for one in found.metrics:
-        mark = ""
-        if one.note:
-            note = short_note(one.note)
-            if note not in notes:
-                notes.append(note)
-            mark = f" ({notes.index(note) + 1})"
         both = [_text(value) for value in found.values.get(one.metric, ())]
         interval = "-" if one.low is None or one.high is None else f"[{one.low:.5f}, {one.high:.5f}]"
         method = "-" if one.method == "none" else one.method
-        grid.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method + mark)
-    console.print(grid)
-    for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}")
+        method += notes.mark(short_note(one.note))
+        table.add_row(one.metric, *both, _text(one.value), _text(one.std), interval, method)
+    sheet.add(table, *notes.lines())
     if found.compared_with is not None:
-        console.print(
+        sheet.add(
             "A negative difference of AUGRC, AURC, risks, NLL and Brier speaks for A, a positive one of accuracy and "
             "coverages; an interval that holds 0 speaks for neither."
         )
     if found.unit == "rows":
-        console.print("Rows are taken for independent: add a group column where several come from one clip or track.")
-    return buffer.getvalue().rstrip()
+        sheet.add("Rows are taken for independent: add a group column where several come from one clip or track.")
+    return sheet.text()
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -341,7 +323,9 @@ def _difference_pictures(intervals: Intervals) -> list[Picture]:
     pictures = []
     for name, title in titles.items():
         if name in intervals:
-            png = _heap(intervals[name], f"{title} of A minus that of B", target=0.0, target_label="no difference:")
+            png = distribution_png(
+                intervals[name], f"{title} of A minus that of B", target=0.0, target_label="no difference:"
+            )
             caption = "The difference on each resample, both files on the same one."
             pictures.append(Picture(f"difference_{name}", f"Difference in {title}", caption, png))
     return pictures
@@ -367,33 +351,29 @@ def _pictures(table: Table, threshold: float | None, asked: dict[str, Any]) -> l
     level = float(asked["level"])
     curve = risk_coverage_png(sure, error, point=point, band=risk_band(intervals), level=level)
     pictures = [
-        Picture(
+        Picture.of(
             "risk_coverage_curve",
-            "Risk against coverage",
             "Answering only the surest rows (left), how many answers are wrong? Good confidence keeps the line low on "
             f"the left. Shaded: {100 * level:.4g}% interval at each coverage.",
             curve,
         ),
-        Picture(
+        Picture.of(
             "augrc",
-            "How far AUGRC may be off",
             f"AUGRC on each resample of {intervals.unit}.",
-            _heap(intervals["augrc"], "AUGRC (lower is better)"),
+            distribution_png(intervals["augrc"], "AUGRC (lower is better)"),
         ),
     ]
     if table.probs is not None and table.labels is not None:
         largest, right = np.minimum(table.probs.max(axis=1), 1.0), error == 0
         pictures += [
-            Picture(
+            Picture.of(
                 "reliability",
-                "Is it as sure as it is right?",
                 "Points below the dashed line: surer than it should be. ECE is the mean length of the bars, weighted "
                 "by rows, over 15 bins of equal width.",
                 reliability_png(largest, right, error=ece(table.probs, table.labels)),
             ),
-            Picture(
+            Picture.of(
                 "confidence",
-                "Confidence of right and wrong answers",
                 "Wrong answers far right are the costly ones.",
                 confidence_png(largest, right, threshold=threshold if table.confidence is None else None),
             ),
@@ -402,15 +382,9 @@ def _pictures(table: Table, threshold: float | None, asked: dict[str, Any]) -> l
     for name in exits:
         if not math.isnan(intervals[name].value):
             caption = f"On each resample of {intervals.unit}."
-            png = _heap(intervals[name], names[name], percent=True)
-            pictures.append(Picture(name, f"How far {names[name].split(':')[0]} may be off", caption, png))
+            png = distribution_png(intervals[name], names[name], percent=True)
+            pictures.append(Picture.of(name, caption, png))
     return pictures
-
-
-def _heap(one: Interval, label: str, **options: Any) -> bytes:
-    return distribution_png(
-        one.replicates, value=one.value, low=one.low, high=one.high, label=label, level=one.level, **options
-    )
 
 
 # ---------------------------------------------------------------------------------------------- reading

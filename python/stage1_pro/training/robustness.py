@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from stage1_pro.metrics.measured import Metric
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
+from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.answers import answer, policy_of
 from stage1_pro.training.measures import LEVEL, measure_scope, scopes
 from stage1_pro.words import PolicyName
@@ -203,19 +203,13 @@ def _statement(policy: Policy | None, protocol: str, plain: Predictions) -> str:
 
 def render(evaluation: ProtocolEvaluation) -> str:
     """Show the main figures of every level as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
+    sheet = Sheet()
     stage = "stage_a" if evaluation.policy is None else "cascade"
-    console.print(
+    sheet.add(
         f"val_test by {evaluation.protocol}: {evaluation.n_rows} rows, {evaluation.n_groups} groups; answers of {stage}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("level", "accuracy", "minus unaltered", "balanced", "MCC", "AUGRC", "exits", "FNR on exits"):
-        table.add_column(name, justify="left" if name == "level" else "right", no_wrap=True)
+    columns = ("level", "accuracy", "minus unaltered", "balanced", "MCC", "AUGRC", "exits", "FNR on exits")
+    table = grid(columns, left=("level",))
     for one in evaluation.levels:
         figures = [one.measure(name, stage) for name in ("accuracy", "balanced_accuracy", "mcc", "augrc")]
         figures += [one.measure(name, "stage_a") for name in ("coverage", "fnr_on_exited")]
@@ -228,6 +222,5 @@ def render(evaluation: ProtocolEvaluation) -> str:
         if apart and lost.low is not None and lost.high is not None:
             apart += f" [{lost.low:+.3f}, {lost.high:+.3f}]"
         table.add_row(one.level, accuracy, apart, balanced, mcc, ranked, coverage, fnr)
-    console.print(table)
-    console.print(evaluation.statement)
-    return buffer.getvalue().rstrip()
+    sheet.add(table, evaluation.statement)
+    return sheet.text()

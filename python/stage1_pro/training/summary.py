@@ -2,154 +2,140 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stage1_pro.metrics.answers import STAGES
+from stage1_pro.metrics.answers import STAGES, Stage
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.metrics.table import names
 from stage1_pro.policies.certificate import PromiseCheck
 from stage1_pro.policies.ranking import GATE
 from stage1_pro.policies.sets import SetCheck
 from stage1_pro.report import RANKINGS, short_note
+from stage1_pro.tables import Notes, Sheet, grid, interval
 from stage1_pro.training.measures import DIFFERENCE
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from stage1_pro.training.evaluation import Evaluation
 
 
-def render(evaluation: Evaluation) -> str:
-    """Show the main figures as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+class _Cells:
+    """Figures of an evaluation as cells, with the notes that they refer to."""
 
-    notes: list[str] = []
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self.notes = Notes()
 
-    def cell(metric: str, stage: str, source: str | None, *, short: bool = False) -> str:
+    def show(self, metric: str, stage: Stage, source: str | None = None, *, short: bool = False) -> str:
+        """One figure; a short one has neither interval nor mark."""
         try:
-            found = evaluation.measure(metric, stage, source)
+            found = self._evaluation.measure(metric, stage, source)
         except KeyError:
             return ""
         mark = ""
         if source is not None:
             # What is to be said of every source fills pages; the file has it.
             mark = " *" if found.method != "none" and found.note and metric != "fnr_on_exited" and not short else ""
-        elif found.note and not short:
-            note = short_note(found.note)
-            if note not in notes:
-                notes.append(note)
-            mark = f" ({notes.index(note) + 1})"
-        if found.value is None:
-            return f"-{mark}"
-        if short or (found.low is None and found.high is None):
-            return f"{found.value:.4f}{mark}"
-        if found.low is None:
-            return f"{found.value:.4f} (<= {found.high:.4f}){mark}"
-        return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]{mark}"
+        elif not short:
+            mark = self.notes.mark(short_note(found.note))
+        ends = (None, None) if short else (found.low, found.high)
+        return f"{interval(found.value, *ends)}{mark}"
 
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=118, color_system=None, highlight=False, markup=False)
-    console.print(
+
+def render(evaluation: Evaluation) -> str:
+    """Show the main figures as text."""
+    cells, sheet = _Cells(evaluation), Sheet()
+    sheet.add(
         f"val_test: {evaluation.n_rows} rows, {evaluation.n_groups} groups, positive class '{evaluation.positive}'"
     )
     sources = sorted({m.source for m in evaluation.measures if m.source is not None})
     stages = [stage for stage in STAGES if any(m.stage == stage for m in evaluation.measures)]
-    whole = Table(box=box.SIMPLE_HEAD)
-    whole.add_column("all rows", no_wrap=True)
-    for stage in stages:
-        whole.add_column(stage)
+    whole = grid(("all rows", *stages), left=("all rows", *stages), no_wrap=("all rows",))
     for metric in (*metric_names(exits=False), *names("answers")):
-        whole.add_row(metric, *(cell(metric, stage, None) for stage in stages))
-    console.print(whole)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("source", "answers", "rows", "accuracy", "balanced", "MCC", "AUROC", "AUGRC"):
-        table.add_column(name, justify="left" if name in ("source", "answers") else "right", no_wrap=True)
-    exits = Table(box=box.SIMPLE_HEAD)
-    for name in ("source", "coverage", "exit accuracy", "FNR on exits", "deferred accuracy"):
-        exits.add_column(name, justify="left" if name == "source" else "right")
-    for source in (None, *sources):
-        # Names of data sets can be long; the files have them whole.
-        name = "all" if source is None else source if len(source) <= 24 else source[:23] + "…"
-        for stage in stages:
-            n = evaluation.measure("accuracy", stage, source).n
-            cells = [cell(m, stage, source, short=True) for m in ("accuracy", "balanced_accuracy", "mcc", "auroc")]
-            cells.append(cell("augrc", stage, source))
-            table.add_row(name if stage == stages[0] else "", stage, str(n) if stage == stages[0] else "", *cells)
-        cells = [cell(m, "stage_a", source) for m in ("coverage", "exit_accuracy", "fnr_on_exited")]
-        exits.add_row(name, *cells, cell("deferred_accuracy", "stage_b", source))
-    if sources:
-        console.print(table)
+        whole.add_row(metric, *(cells.show(metric, stage) for stage in stages))
+    sheet.add(whole)
+    _add_sources(sheet, cells, evaluation, [None, *sources], stages)
     if evaluation.policy is not None:
-        console.print(exits)
-        apart = cell(DIFFERENCE, "cascade", None)
-        console.print(f"accuracy of the cascade minus Stage B alone, paired: {apart}")
+        sheet.add(f"accuracy of the cascade minus Stage B alone, paired: {cells.show(DIFFERENCE, 'cascade')}")
         deferred = evaluation.effects[1]
-        console.print(
+        sheet.add(
             f"of {deferred.n} deferred rows Stage B fixes {deferred.fixed} and breaks {deferred.broken}; "
             f"{deferred.both_wrong} stay wrong"
         )
-    for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}")
+    sheet.add(*cells.notes.lines())
     if sources:
-        console.print("* has a note in evaluation/metrics.csv", highlight=False)
-    ranked = {name: cell(name, "stage_a", None) for name in RANKINGS}
+        sheet.add("* has a note in evaluation/metrics.csv")
+    ranked = {name: cells.show(name, "stage_a") for name in RANKINGS}
     if ranked[GATE]:
         words = [f"{RANKINGS[name]} {text}" for name, text in ranked.items() if text]
-        console.print(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
+        sheet.add(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
     if evaluation.fnr_check is not None:
-        console.print(f"FNR on exits: {evaluation.fnr_check.statement}")
+        sheet.add(f"FNR on exits: {evaluation.fnr_check.statement}")
     if evaluation.exit_promises:
-        _print_promises(console, evaluation.exit_promises)
+        _add_promises(sheet, evaluation.exit_promises)
     if evaluation.verification is not None:
-        _print_sets(console, evaluation.verification)
-    if evaluation.policy is None:
-        console.print(evaluation.statement)
-    else:
-        console.print(f"guarantee: {evaluation.guarantee}")
-    return buffer.getvalue().rstrip()
+        _add_sets(sheet, evaluation.verification)
+    sheet.add(evaluation.statement if evaluation.policy is None else f"guarantee: {evaluation.guarantee}")
+    return sheet.text()
 
 
-def _print_promises(console: Console, promises: Sequence[PromiseCheck]) -> None:
+def _add_sources(
+    sheet: Sheet, cells: _Cells, evaluation: Evaluation, sources: Sequence[str | None], stages: Sequence[Stage]
+) -> None:
+    """Answers by source, where there are several, and exits by source, where there is a policy."""
+    answers = grid(
+        ("source", "answers", "rows", "accuracy", "balanced", "MCC", "AUROC", "AUGRC"), left=("source", "answers")
+    )
+    exits = grid(
+        ("source", "coverage", "exit accuracy", "FNR on exits", "deferred accuracy"), left=("source",), no_wrap=()
+    )
+    for source in sources:
+        # Names of data sets can be long; the files have them whole.
+        name = "all" if source is None else source if len(source) <= 24 else source[:23] + "…"
+        for stage in stages:
+            first = stage == stages[0]
+            n = evaluation.measure("accuracy", stage, source).n
+            shown = [
+                cells.show(m, stage, source, short=True) for m in ("accuracy", "balanced_accuracy", "mcc", "auroc")
+            ]
+            shown.append(cells.show("augrc", stage, source))
+            answers.add_row(name if first else "", stage, str(n) if first else "", *shown)
+        shown = [cells.show(m, "stage_a", source) for m in ("coverage", "exit_accuracy", "fnr_on_exited")]
+        exits.add_row(name, *shown, cells.show("deferred_accuracy", "stage_b", source))
+    if len(sources) > 1:
+        sheet.add(answers)
+    if evaluation.policy is not None:
+        sheet.add(exits)
+
+
+def _add_promises(sheet: Sheet, promises: Sequence[PromiseCheck]) -> None:
     """What was promised, or only wished, and whether these rows keep it."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("promise", "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"):
-        table.add_column(name, justify="left" if name in ("promise", "source", "outcome") else "right", no_wrap=True)
+    table = grid(
+        ("promise", "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"),
+        left=("promise", "source", "outcome"),
+    )
     for one in promises:
-        bounds = (f"{value:.4f}" for value in (one.limit, one.lower, one.upper))
-        limit, lower, upper = bounds
+        limit, lower, upper = (f"{value:.4f}" for value in (one.limit, one.lower, one.upper))
         settle = "" if one.n_to_settle is None else str(one.n_to_settle)
         name = "all" if one.source is None else one.source[:24]
         table.add_row(one.name, name, limit, f"{one.errors}/{one.trials}", lower, upper, one.outcome, settle)
-    console.print(table)
+    sheet.add(table)
 
 
-def _print_sets(console: Console, check: SetCheck) -> None:
+def _add_sets(sheet: Sheet, check: SetCheck) -> None:
     """The promises of a policy with sets, and what its sets are like."""
-    from rich import box
-    from rich.table import Table
-
-    _print_promises(console, check.promises)
-    rates = (
-        ("rejected", check.rejection_rate),
-        ("ambiguous among the accepted", check.ambiguous_rate),
-        ("mean set size", check.average_set_size),
-    )
-    shown = ("-" if rate.value is None else f"{rate.value:.4f} [{rate.low:.4f}, {rate.high:.4f}]" for _, rate in rates)
-    console.print("; ".join(f"{name} {text}" for (name, _), text in zip(rates, shown, strict=True)))
+    _add_promises(sheet, check.promises)
+    rates = {
+        "rejected": check.rejection_rate,
+        "ambiguous among the accepted": check.ambiguous_rate,
+        "mean set size": check.average_set_size,
+    }
+    sheet.add("; ".join(f"{name} {interval(one.value, one.low, one.high)}" for name, one in rates.items()))
     if check.parts:
-        shares = Table(box=box.SIMPLE_HEAD)
-        for name in ("sets of", "units", "rejected", "ambiguous", "mean size"):
-            shares.add_column(name, justify="left" if name == "sets of" else "right", no_wrap=True)
+        shares = grid(("sets of", "units", "rejected", "ambiguous", "mean size"), left=("sets of",))
         for part in check.parts:
             cells = (part.rejection_rate, part.ambiguous_rate, part.average_set_size)
-            texts = ("-" if c.value is None else f"{c.value:.4f} [{c.low:.4f}, {c.high:.4f}]" for c in cells)
-            shares.add_row(f"{part.part} {part.name[:24]}", str(part.n), *texts)
-        console.print(shares)
-    console.print(check.statement)
+            shown = (interval(one.value, one.low, one.high) for one in cells)
+            shares.add_row(f"{part.part} {part.name[:24]}", str(part.n), *shown)
+        sheet.add(shares)
+    sheet.add(check.statement)

@@ -30,6 +30,7 @@ from stage1_pro.continual.serving.events import SKETCH_SIZE, Event
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest, need
 from stage1_pro.files import atomic_path, write_csv, write_text
+from stage1_pro.record import wrong
 
 COLUMNS = tuple(Label.model_fields)
 _SIZE_LIMIT = 2**30
@@ -93,10 +94,7 @@ def _label(where: str, **values: Any) -> Label:
     try:
         return Label(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        hint = nearest(str(first["input"]), SOURCES) if name == "source" else ""
-        raise InputError(f"{where}: {name} must be valid, got {first['input']!r}: {first['msg']}{hint}") from None
+        raise InputError(f"{where}: {wrong(error)}") from None
 
 
 def _believed(claimed: Any, source: Source | None) -> Any:

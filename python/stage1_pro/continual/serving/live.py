@@ -11,11 +11,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +23,15 @@ from pydantic import Field, ValidationError
 from stage1_pro.continual.serving.events import EventLog, Novelty, ReviewPlan, uniform
 from stage1_pro.continual.serving.served import Served, identify
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
-from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, concatenate
+from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, Prepared, concatenate
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
 from stage1_pro.files import sha256_file
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say
 from stage1_pro.record import Record
+
+if TYPE_CHECKING:
+    from stage1_pro.deploy.trained import Trained
 
 POINTER = "champion.json"
 BUNDLES = "bundles"
@@ -114,8 +116,8 @@ class _Loaded:
     cascade: Cascade
     served: Served | None
 
-    def decide(self, pixels: NDArray[np.float32], images: list[ImageLike], now: float) -> Decisions:
-        return self.cascade.decide(pixels) if self.served is None else self.served.decide(pixels, images, now=now)
+    def answer(self, photos: Sequence[Prepared], now: float) -> Decisions:
+        return (self.served or self.cascade).answer(photos, now=now)
 
 
 # A bundle's sha256, its threshold, the audit rate.
@@ -132,7 +134,7 @@ class _Serving:
     candidate: _Loaded | None
 
 
-class LiveCascade:
+class LiveCascade(Answering):
     """A cascade that follows ``champion.json`` of a registry's folder, for any number of threads.
 
     Before every batch the file is read (some bytes). When it names something else, one thread loads and verifies it
@@ -213,46 +215,40 @@ class LiveCascade:
                 self._loading.release()
         return self.pointer
 
-    def predict(self, images: Iterable[ImageLike], *, now: float | None = None, batch_size: int = 32) -> Decisions:
-        """Decide as ``Cascade.predict`` does; every batch is of one pointer.
+    @property
+    def bundle(self) -> Bundle | Trained:  # type: ignore[override]
+        """The champion's bundle."""
+        return self._serving.champion.cascade.bundle
 
-        Args:
-            images: as ``Cascade.predict`` takes them.
-            now: seconds since the epoch, of the events; the clock's by default.
-            batch_size: images per batch.
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
+        """Look at the file, then decide for photos as one batch of what it points at.
 
         Raises:
-            ImageError: one of them cannot be read as an image.
-            InputError: ``batch_size`` is below 1, or ``images`` is a single one.
             OSError: the log cannot be written.
         """
-        iterator = Cascade.check_images(images, batch_size)
-        parts = []
-        while batch := list(islice(iterator, batch_size)):
-            self.refresh()
-            parts.append(self._decide(self._serving, batch, time.time() if now is None else now))
-        return concatenate(parts) if parts else self._serving.champion.cascade.predict([])
+        self.refresh()
+        return self._decide(self._serving, photos, time.time() if now is None else now)
 
-    def _decide(self, serving: _Serving, images: list[ImageLike], now: float) -> Decisions:
+    def _decide(self, serving: _Serving, photos: Sequence[Prepared], now: float) -> Decisions:
         champion, candidate, pointer = serving.champion, serving.candidate, serving.pointer
-        if candidate is None:
-            pixels = np.stack([champion.cascade.pixels(image) for image in images])
-            return champion.decide(pixels, images, now)
-        names = [identify(image) for image in images]
+        if candidate is None or not photos:
+            return champion.answer(photos, now)
+        names = [identify(photo.image) for photo in photos]
         share = pointer.canary_share if pointer.canary is not None else 0.0
         by_canary = np.array([takes_canary(name, share, candidate.sha256) for name in names])
         parts: list[tuple[NDArray[np.intp], Decisions]] = []
         if by_canary.any():
             rows = np.flatnonzero(by_canary)
-            found = self._try(candidate, champion, [images[row] for row in rows], [names[row] for row in rows], now)
+            asked = [photos[row] for row in rows.tolist()]
+            found = self._try(candidate, champion, asked, [names[row] for row in rows], now)
             if found is None:
                 by_canary[:] = False
             else:
                 parts.append((rows, found))
         rows = np.flatnonzero(~by_canary)
         if rows.size:
-            mine = [images[row] for row in rows]
-            found = champion.decide(np.stack([champion.cascade.pixels(image) for image in mine]), mine, now)
+            mine = [photos[row] for row in rows.tolist()]
+            found = champion.answer(mine, now)
             parts.append((rows, found))
             self._pair(champion, candidate, found, mine, [names[row] for row in rows], now, by_candidate=False)
         joined = concatenate([found for _, found in parts])
@@ -260,15 +256,15 @@ class LiveCascade:
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
 
     def _try(
-        self, candidate: _Loaded, champion: _Loaded, images: list[ImageLike], names: list[str], now: float
+        self, candidate: _Loaded, champion: _Loaded, photos: Sequence[Prepared], names: list[str], now: float
     ) -> Decisions | None:
         """The canary's answers; None where it fails, and the champion has to."""
         try:
-            found = candidate.decide(np.stack([candidate.cascade.pixels(image) for image in images]), images, now)
+            found = candidate.answer(photos, now)
         except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
             self._note(candidate, error)
             return None
-        self._pair(candidate, champion, found, images, names, now, by_candidate=True)
+        self._pair(candidate, champion, found, photos, names, now, by_candidate=True)
         return found
 
     def _pair(
@@ -276,7 +272,7 @@ class LiveCascade:
         loaded: _Loaded,
         other: _Loaded,
         found: Decisions,
-        images: list[ImageLike],
+        photos: Sequence[Prepared],
         names: list[str],
         now: float,
         *,
@@ -286,7 +282,7 @@ class LiveCascade:
         if self.log is None:
             return
         try:
-            second = other.cascade.decide(np.stack([other.cascade.pixels(image) for image in images]))
+            second = other.cascade.answer(photos)
             champion, candidate = (second, found) if by_candidate else (found, second)
             bundles = (other, loaded) if by_candidate else (loaded, other)
             served: Literal["champion", "candidate"] = "candidate" if by_candidate else "champion"

@@ -5,27 +5,26 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Novelty, ReviewPlan, entropy, sketch
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.photos import Photo, read_file
 from stage1_pro.deploy.bundle import MANIFEST, Bundle
-from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike, Trace, concatenate, open_image
+from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, ImageLike, Prepared, Trace, open_image
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.policies import exit_scores
 
 
-class Served:
+class Served(Answering):
     """A cascade that logs what it decides, before it gives the decision away.
 
     Args:
@@ -55,6 +54,7 @@ class Served:
         if not isinstance(cascade.bundle, Bundle):
             raise InputError("cascade must be one of a bundle to be logged, got a run's; run `stage1 export` first")
         self.cascade, self.log, self.novelty = cascade, log, novelty
+        self.bundle = cascade.bundle
         self.plan = plan or ReviewPlan()
         self._on_failure, self._writer = on_failure, writer or uuid.uuid4().hex
         self._count = 0
@@ -62,50 +62,39 @@ class Served:
         classes, positive = cascade.bundle.classes, cascade.bundle.positive
         log.describe(BundleFacts(bundle=self._bundle, classes=tuple(classes), positive=positive))
 
-    def predict(self, images: Iterable[ImageLike], *, now: float, batch_size: int = 32) -> Decisions:
-        """Decide as ``Cascade.predict`` does, and log it; no batch is answered whose events could not be written.
-
-        Args:
-            images: as ``Cascade.predict`` takes them.
-            now: seconds since the epoch.
-            batch_size: images per batch, and events per append.
+    def read(self, image: ImageLike) -> Prepared:
+        """A photo that holds a file's bytes, so that what is logged is what was decided on.
 
         Raises:
-            ImageError: one of them cannot be read as an image; earlier batches are logged.
-            InputError: ``batch_size`` is below 1, or ``images`` is a single one instead of several.
-            OSError: the log cannot be written.
+            ImageError: it cannot be read as an image.
+            InputError: it is no kind of image.
         """
-        iterator = self.cascade.check_images(images, batch_size)
-        parts = []
-        while batch := list(islice(iterator, batch_size)):
-            read = [self.read(image) for image in batch]
-            parts.append(self.decide(np.stack([pixels for pixels, _ in read]), [one for _, one in read], now=now))
-        return concatenate(parts) if parts else self.cascade.predict([])
+        if not isinstance(image, str | Path | Photo):
+            return super().read(image)
+        try:
+            data = _encode(image)
+        except OSError:
+            return super().read(image)  # It says what is wrong with the file.
+        try:
+            return super().read(data)
+        except ImageError as error:
+            raise ImageError(str(image), error.reason, error.detail) from None
 
-    def read(self, image: ImageLike) -> tuple[NDArray[np.float32], ImageLike]:
-        """Pixels of an image, and what ``decide`` takes beside them: a file's bytes, so that it is read once."""
-        if isinstance(image, str | Path | Photo):
-            try:
-                data = _encode(image)
-            except OSError:
-                return self.cascade.pixels(image), image  # It says what is wrong with the file.
-            try:
-                return self.cascade.pixels(data), data
-            except ImageError as error:
-                raise ImageError(str(image), error.reason, error.detail) from None
-        return self.cascade.pixels(image), image
+    def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
+        """Decide for photos as one batch, and log it.
 
-    def decide(self, pixels: NDArray[np.float32], images: Sequence[ImageLike], *, now: float) -> Decisions:
-        """Decide for preprocessed images [N, 3, H, W] and log it; ``images`` are theirs, of ``read``."""
-        if len(pixels) != len(images):
-            raise InputError(f"images must be {len(pixels)} as pixels has rows, got {len(images)}")
+        Raises:
+            InputError: ``now`` is no number of seconds.
+            OSError: the log cannot be written, and nobody is told of it instead.
+        """
+        now = time.time() if now is None else now
         if not math.isfinite(now):
             raise InputError(f"now must be seconds since the epoch, got {now}")
         traces: list[Trace] = []
-        decisions = self.cascade.decide(pixels, watch=traces.append)
+        decisions = self.cascade.decide(self.cascade.stack(photos), watch=traces.append)
         if traces:
             try:
-                self._write(decisions, traces[0], images, now)
+                self._write(decisions, traces[0], [photo.image for photo in photos], now)
             except Exception as error:
                 if self._on_failure is None:
                     raise

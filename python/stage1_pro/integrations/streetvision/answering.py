@@ -7,8 +7,7 @@ import binascii
 import difflib
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +16,15 @@ import yaml
 from PIL import Image
 from pydantic import Field, ValidationError
 
+from stage1_pro.command import refusal
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.continual.serving.served import Served
-from stage1_pro.data.images import ImageError, preprocess, read_image, read_opened
+from stage1_pro.data.images import ImageError, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle
-from stage1_pro.deploy.cascade import Cascade, Decisions, ImageLike
+from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
 from stage1_pro.deploy.runtime import RUNTIMES
-from stage1_pro.errors import InputError, Stage1Error, nearest
+from stage1_pro.errors import InputError, Stage1Error
 from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
 from stage1_pro.record import Record
 
@@ -64,19 +64,10 @@ class Settings(Record):
         Raises:
             InputError: a key that does not exist, or a value out of range; ``name`` is where it stands.
         """
-        wrong = [str(key) for key in values if key not in cls.model_fields]
-        if wrong:
-            known = ", ".join(cls.model_fields)
-            raise InputError(
-                f"{name} must have keys among {known}, got '{wrong[0]}'{nearest(wrong[0], cls.model_fields)}"
-            )
         try:
             found = cls.model_validate(dict(values))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "settings"
-            got = "nothing" if first["type"] == "missing" else repr(first["input"])
-            raise InputError(f"{where} of {name} must be valid, got {got}: {first['msg']}") from None
+            raise InputError(f"{name}: {refusal(error, cls)}") from None
         RUNTIMES.check(found.runtime, also=("auto",))
         if found.train_prior is not None and found.serve_prior is None:
             raise InputError(
@@ -149,20 +140,20 @@ class StreetVision:
         else:
             self.settings = Settings.of({"bundle": str(bundle), **options})
         log = None if self.settings.log is None else _open_log(self.settings.log)
+        self._answering: Answering
         if self.settings.loop is None:
-            self._cascade = _load(self.settings)
-            self._shift = _shift(self.settings, self._cascade)
-            self._decide = _decider(self._cascade, log)
+            cascade = _load(self.settings)
+            self._shift = _shift(self.settings, cascade)
+            self._answering = cascade if log is None else _logging(cascade, log)
         else:
-            live = LiveCascade(
+            self._shift = _shift(self.settings)
+            self._answering = LiveCascade(
                 self.settings.loop,
                 self.settings.runtime,
                 threads=self.settings.threads,
                 log=log,
                 on_failure=_not_logged,
             )
-            self._shift = _shift(self.settings)
-            self._decide = lambda _picture, image: live.predict([image])
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="streetvision")
 
     def answer(self, image: bytes | bytearray | memoryview | str | Image.Image) -> float:
@@ -185,11 +176,11 @@ class StreetVision:
     def _answer(self, image: Any) -> float:
         settings = self.settings
         if isinstance(image, Image.Image):
-            picture = read_opened(image, max_pixels=settings.max_pixels)
+            image = opened = read_opened(image, max_pixels=settings.max_pixels)
         else:
             image = _decode(image)
-            picture = read_image(image, max_pixels=settings.max_pixels)
-        decided = self._decide(picture, picture if isinstance(image, Image.Image) else image)
+            opened = read_image(image, max_pixels=settings.max_pixels)
+        decided = self._answering.answer([Prepared(image, opened)])
         r = float(shifted(decided.prob, settings.threshold, self._shift)[0])
         unsure = not decided.accepted[0] or max(r, 1 - r) < settings.answer_above
         return NO_ANSWER if unsure and settings.on_abstain == "minus_one" else guard(r)
@@ -217,17 +208,13 @@ def _not_logged(error: Exception) -> None:
     _LOG.warning("not logged: %s: %s", type(error).__name__, error)
 
 
-def _decider(cascade: Cascade, log: EventLog | None) -> Callable[[Image.Image, ImageLike], Decisions]:
-    """Decides for a picture; what is logged is the image as it came."""
-    spec = cascade.bundle.preprocessing
-    if log is not None:
-        try:
-            served = Served(cascade, log, on_failure=_not_logged)
-        except OSError as error:
-            _not_logged(error)
-        else:
-            return lambda picture, image: served.decide(preprocess(picture, spec)[None], [image], now=time.time())
-    return lambda picture, _image: cascade.decide(preprocess(picture, spec)[None])
+def _logging(cascade: Cascade, log: EventLog) -> Answering:
+    """The cascade with its decisions logged; without, and a warning, where the log cannot take them."""
+    try:
+        return Served(cascade, log, on_failure=_not_logged)
+    except OSError as error:
+        _not_logged(error)
+        return cascade
 
 
 def _load(settings: Settings) -> Cascade:
