@@ -668,7 +668,7 @@ def test_a_certified_gate_is_what_it_says() -> None:
     text = render(policy)
     assert text.count("<- chosen") == 1
     assert "guarantee: ltt" in text
-    assert (policy.exit_threshold, policy.target_fnr) == (policy.threshold, 0.05)
+    assert (policy.exit_threshold, policy.fnr_target) == (policy.threshold, 0.05)
 
 
 def test_platt_never_sees_a_certify_row_and_the_certificate_no_fit_row() -> None:
@@ -781,7 +781,7 @@ def test_a_gate_policy_decides_alike_under_rounding_and_never_on_nan() -> None:
         ({"max_exit_error": 0.0}, r"max_exit_error must be inside \(0, 1\), got 0.0"),
         ({"min_coverage": 1.0}, r"min_coverage must be inside \(0, 1\), got 1.0"),
         ({"target_fnr": 2.0}, r"target_fnr must be inside \(0, 1\), got 2.0"),
-        ({"guarantee": "crc"}, "guarantee must be none or ltt, got 'crc'"),
+        ({"guarantee": "crc"}, "guarantee must be one of none, ltt, got 'crc'"),
     ],
 )
 def test_wrong_gate_input_is_named(change: dict[str, object], message: str) -> None:
