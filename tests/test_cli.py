@@ -168,6 +168,20 @@ def test_functions_show_the_options_of_their_command() -> None:
     assert "split" in dir(stage1_pro) and "importlib" not in dir(stage1_pro)
 
 
+def test_calibrate_groups_its_options_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options, ranges and defaults are those of the policies' targets."""
+    from stage1_pro.policies.target import KNOWN, Target
+
+    text = " ".join(help_of("calibrate", capsys=capsys).split())
+    assert "policies softmax, gate:" in text and "policies gate, scrc:" in text and "policy scrc:" in text
+    command = load(COMMANDS["calibrate"][0])
+    for kind in KNOWN.values():
+        assert set(kind.model_fields) - set(Target.model_fields) <= set(command.model_fields)
+    assert "gate: the same as --max-exit-error" in text and "scrc: largest risk" in text
+    with pytest.raises(InputError, match=r"alpha must be inside \(0, 1\), got 2.0"):
+        stage1_pro.calibrate("run", alpha=2)
+
+
 def test_a_command_of_another_package_is_found(tmp_path: Path) -> None:
     """One module and one entry point: no line here knows of it."""
     (tmp_path / "elsewhere.py").write_text(
