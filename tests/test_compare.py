@@ -28,7 +28,7 @@ from stage1_pro.errors import ArtifactError, InputError, NotReachableError, Trai
 from stage1_pro.metrics import augrc, mcc
 from stage1_pro.metrics import compare as compare_rows
 from stage1_pro.metrics.intervals import percentile_interval
-from stage1_pro.metrics.seeds import HIGHER_IS_BETTER, SeedRows, compare_seeds
+from stage1_pro.metrics.seeds import ARM_METRICS, SeedRows, compare_seeds
 from stage1_pro.policies.gate import fit_gate_policy, reach
 from stage1_pro.studies import comparing
 from stage1_pro.studies.comparing import Comparison, check_fairness, markdown, read_arms
@@ -216,7 +216,7 @@ def test_weights_are_shared_by_seeds_and_arms(classes: int) -> None:
     found = compare_seeds(arms, n_replicates=40, seed=5)
     names = np.unique(np.concatenate([rows.groups for rows in arms["base"]]))
     drawn = native.resample_counts([names.size], 40, seed=5)
-    for k, metric in enumerate(HIGHER_IS_BETTER):
+    for k, metric in enumerate(ARM_METRICS):
         twins = {
             name: np.array([
                 np.mean([by_hand(one, times[np.searchsorted(names, one.groups)])[k] for one in seeds])
@@ -258,7 +258,7 @@ def test_row_order_does_not_matter_and_chunks_neither(monkeypatch: pytest.Monkey
         for name, seeds in arms.items()
     }
     again = compare_seeds(turned, n_replicates=50)
-    for metric in HIGHER_IS_BETTER:
+    for metric in ARM_METRICS:
         np.testing.assert_allclose(
             again["other"].differences[metric].replicates, found["other"].differences[metric].replicates, atol=1e-12
         )
@@ -423,7 +423,7 @@ def test_a_comparison_from_labels_to_tables(labels: Path, compared: Path) -> Non
             wrong = rows.logits_a.argmax(1) != rows.labels
             assert one.accuracy == pytest.approx(1 - wrong.mean())
             assert one.gate_augrc == pytest.approx(augrc(rows.gate_logits, wrong))
-    assert {d.metric for d in found.differences} == set(HIGHER_IS_BETTER)
+    assert {d.metric for d in found.differences} == set(ARM_METRICS)
     assert all(d.arm == "linear" and d.baseline == "full" for d in found.differences)
     text = (compared / "compare.md").read_text()
     assert text == markdown(found)
@@ -526,7 +526,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
     text = capsys.readouterr().out
-    for word in ("--study", "--second-look", "ARM:", "val_test", "explora:model.backbone"):
+    for word in ("--study", "--second-look", "NAME:", "val_test"):
         assert word in text
     assert main(["compare", "--data", "x", "--out", "y"]) == 2
     assert "--config or --study, got neither" in capsys.readouterr().err
