@@ -526,7 +526,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
     text = capsys.readouterr().out
-    for word in ("--study", "--second-look", "NAME:", "val_test"):
+    for word in ("--study", "--second-look", "[NAME:]KEY=VALUE", "val_test", "stage1 help compare"):
         assert word in text
     assert main(["compare", "--data", "x", "--out", "y"]) == 2
     assert "--config or --study, got neither" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def found(bundle: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("out")
     photos = make_images(out / "photos", 3)[0].parent
     asked = BenchLatency(
-        bundle, run=run, batch=[1, 4], rates=[0, 0.5, 1], quick=True, samples=20, warmup=1, photos=photos,
+        bundle=bundle, run=run, batch=[1, 4], rates=[0, 0.5, 1], quick=True, samples=20, warmup=1, photos=photos,
         against=["torch-eager", "onnxruntime"], out=out, threads=1,
     )  # fmt: skip
     return bench_latency(asked), out

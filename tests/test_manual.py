@@ -21,7 +21,7 @@ from stage1_pro.config import load_config
 MANUAL = Path(str(files("stage1_pro"))) / "manual"
 PAGES = sorted(path.name for path in MANUAL.glob("*.md"))
 # Their blocks train a model. Adapters: tests/test_adapters.py runs that page, and looks at what it made.
-TRAIN = {"compare.md", "configuration.md", "explora.md", "python.md", "tutorial.md"}
+TRAIN = {"compare.md", "train.md", "configuration.md", "explora.md", "python.md", "tutorial.md"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -88,7 +88,7 @@ def test_the_readme_is_a_page_and_its_links_lead_somewhere(repository):
         assert (repository / target).exists(), target
     python = [block for kind, block in BLOCK.findall(text) if kind == "python"]
     assert len(python) == 1
-    exec(compile(python[0], "README.md", "exec"), {})
+    exec(compile(python[0], "README.md", "exec", dont_inherit=True), {})
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def run_page(text: str, monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: p
                 code = cli.main(words[1:])
                 assert code == int((re.findall(r"# exit code (\d)", line) or [0])[0]), (line, capsys.readouterr().err)
         elif kind == "python":
-            exec(compile(block, "manual", "exec"), names)
+            exec(compile(block, "manual", "exec", dont_inherit=True), names)
         done += kind != "text"
     return done
 

@@ -216,7 +216,7 @@ class Audit(Loop):
 class Simulate(Command):
     """Let the loop live through days of your photos on a simulated clock."""
 
-    topic: ClassVar[str] = "simulation"
+    topic: ClassVar[str] = "loop"
 
     data: Path = Field(description="folder with labels.csv, a CSV, or a folder per class")
     out: Path = Field(description="new folder for simulation.json, figures, run and loop")

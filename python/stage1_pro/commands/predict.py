@@ -36,7 +36,7 @@ class Answering(Command):
 class Predict(Answering):
     """Answer for images with a bundle (needs no torch)."""
 
-    topic: ClassVar[str] = "runtimes"
+    topic: ClassVar[str] = "engines"
     hints: ClassVar = {"--run": "predict takes --bundle RUN/bundle; of a run itself: stage1 infer"}
 
     bundle: Path = Field(description="bundle folder")
@@ -66,7 +66,7 @@ class Predict(Answering):
 class Infer(Answering):
     """Answer for images or a split with a run's own model in torch, before any export."""
 
-    topic: ClassVar[str] = "runtimes"
+    topic: ClassVar[str] = "engines"
     hints: ClassVar = {"--bundle": "infer takes --run; of a bundle: stage1 predict"}
 
     run: Path = Field(description="trained and calibrated run folder")

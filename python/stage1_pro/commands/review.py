@@ -19,7 +19,7 @@ BROWSER = "print the address, open nothing"
 class Review(Command):
     """Answer on a local page what was selected for review while serving."""
 
-    topic: ClassVar[str] = "review"
+    topic: ClassVar[str] = "loop"
 
     store: Annotated[Place, Flag(metavar="URL")] = Field(description="a folder or file (SQLite), or postgresql://…")
     log: Path | None = Field(None, description="the log that serving writes, with the images; STORE/log by default")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import Field, ValidationError
 
+from stage1_pro.command import refusal
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.continual.serving.served import Served
@@ -22,7 +23,7 @@ from stage1_pro.data.images import ImageError, read_image, read_opened
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
 from stage1_pro.deploy.runtime import RUNTIMES
-from stage1_pro.errors import InputError, Stage1Error, nearest
+from stage1_pro.errors import InputError, Stage1Error
 from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
 from stage1_pro.record import Record, read_yaml
 
@@ -62,19 +63,10 @@ class Settings(Record):
         Raises:
             InputError: a key that does not exist, or a value out of range; ``name`` is where it stands.
         """
-        wrong = [str(key) for key in values if key not in cls.model_fields]
-        if wrong:
-            known = ", ".join(cls.model_fields)
-            raise InputError(
-                f"{name} must have keys among {known}, got '{wrong[0]}'{nearest(wrong[0], cls.model_fields)}"
-            )
         try:
             found = cls.model_validate(dict(values))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "settings"
-            got = "nothing" if first["type"] == "missing" else repr(first["input"])
-            raise InputError(f"{where} of {name} must be valid, got {got}: {first['msg']}") from None
+            raise InputError(f"{name}: {refusal(error, cls)}") from None
         RUNTIMES.check(found.runtime, also=("auto",))
         if found.train_prior is not None and found.serve_prior is None:
             raise InputError(
