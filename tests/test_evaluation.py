@@ -28,6 +28,7 @@ from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.metrics import bootstrap, bootstrap_errors, compare, ece
 from stage1_pro.metrics import figures as plots
+from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.resampled import Resampled
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.metrics.table import METRICS, MetricSpec, register
@@ -700,6 +701,10 @@ def test_training_curve_is_tolerant(tmp_path: Path) -> None:
         assert picture is not None and picture.png.startswith(b"\x89PNG")
 
 
+def spread(replicates: list[float], value: float, low: float = np.nan, high: float = np.nan) -> Interval:
+    return Interval(value, np.nan, low, high, replicates=np.array(replicates))
+
+
 @pytest.mark.parametrize(
     ("sure", "wrong"), [([1.0], [0]), ([0.5], [1]), ([1.0, 1.0], [1, 1]), ([0.5, 0.5, 0.9], [0, 0, 0])]
 )
@@ -712,9 +717,9 @@ def test_figures_of_degenerate_data(sure: list[float], wrong: list[int]) -> None
             plots.reliability_png(sure, right, error=0.1),
             plots.risk_coverage_png(sure, wrong, band=np.array([[0.5, 1.0], [np.nan, 0.0], [np.nan, 1.0]])),
             plots.risk_coverage_png(sure, wrong, band=np.full((3, 2), np.nan)),
-            plots.distribution_png([], value=0.0, label="x", target=0.05, bound=0.1),
-            plots.distribution_png([np.nan, 0.0, 0.0], value=0.0, low=0.0, high=0.3, label="x", percent=True),
-            plots.distribution_png([0.1, 0.2], value=np.nan, label="x"),
+            plots.distribution_png(spread([], 0.0), "x", target=0.05, bound=0.1),
+            plots.distribution_png(spread([np.nan, 0.0, 0.0], 0.0, 0.0, 0.3), "x", percent=True),
+            plots.distribution_png(spread([0.1, 0.2], np.nan), "x"),
             plots.confidence_png(sure, right, threshold=0.75),
             plots.exit_rate_png(sure, wrong, right),
             plots.cost_risk_png({"tap": ([1.0], [0.0])}, point=(0.5, 0.0)),

@@ -32,6 +32,7 @@ from stage1_pro.models.masked import Pretext, draw_orders, encode, part, to_patc
 from stage1_pro.models.model import input_spec
 from stage1_pro.training import explora as room
 from stage1_pro.training.adapted import ExploraRecord
+from stage1_pro.training.epochs import TIMINGS
 from stage1_pro.training.explora import make_trainable, merge
 from stage1_pro.training.probes import judge, probe, verdict
 
@@ -452,7 +453,7 @@ def same(a: Path, b: Path) -> None:
     found = []
     for folder in (a, b):
         with (folder / "metrics.csv").open(newline="") as file:
-            found.append([{k: v for k, v in row.items() if k not in room.TIMINGS} for row in csv.DictReader(file)])
+            found.append([{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)])
     assert found[0] == found[1]
 
 
@@ -464,8 +465,8 @@ def test_stopped_inside_an_epoch_it_ends_as_if_it_had_not_been(
     learn, steps = room._Explorer._learn, []
 
     def stop(self, *arguments, **options) -> None:
-        steps.append(self.step)
-        if self.step == 5:
+        steps.append(self.at.global_step)
+        if self.at.global_step == 5:
             raise KeyboardInterrupt
         learn(self, *arguments, **options)
 

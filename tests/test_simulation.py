@@ -15,11 +15,12 @@ from kit.tiny import CLASSES, make_images, make_model, make_policy
 from PIL import Image
 
 from stage1_pro.cli import main
+from stage1_pro.commands.simulate import simulate
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual.loop.world import World
 from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import InputError
-from stage1_pro.studies.simulation import Simulation, simulate
+from stage1_pro.studies.simulation import Simulation
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.run import write_config
 
@@ -133,4 +134,4 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["continual", "simulate", "--help"])
     out = capsys.readouterr().out
-    assert "--delay" in out and "simulation.json" in out and "examples:" in out
+    assert "--delay" in out and "simulation.json" in out and "stage1 help loop" in out

@@ -25,7 +25,7 @@ class ModelConfig(Section):
     """Which backbone, where Stage A reads it, and the heads."""
 
     backbone: str = Field(
-        "tiny", description="preset (tiny, narrow), local folder, or hub id of a DINOv3 or DINOv2 backbone"
+        "tiny", description="preset (tiny, narrow), local folder, or hub id of a DINOv3, DINOv2, ViT or SigLIP backbone"
     )
     image_size: int | None = Field(
         None,

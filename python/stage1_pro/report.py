@@ -50,6 +50,17 @@ TRAINING_PANELS = (
 )
 
 
+# Pictures that more than one page has.
+PICTURES = {
+    "risk_coverage_curve": "Risk against coverage",
+    "augrc": "How far AUGRC may be off",
+    "reliability": "Is it as sure as it is right?",
+    "confidence": "Confidence of right and wrong answers",
+    "fnr_on_exited": "How far FNR on exits may be off",
+    "coverage": "How far coverage may be off",
+}
+
+
 @dataclass(frozen=True)
 class Picture:
     """A figure of the report: file stem, title, what to see in it, PNG bytes."""
@@ -58,6 +69,11 @@ class Picture:
     title: str
     caption: str
     png: bytes
+
+    @classmethod
+    def of(cls, name: str, caption: str, png: bytes) -> Picture:
+        """Make one of ``PICTURES``."""
+        return cls(name, PICTURES[name], caption, png)
 
 
 def training_picture(metrics_csv: Path) -> Picture | None:

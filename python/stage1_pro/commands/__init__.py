@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "continual promote": (".continual:Promote", "approve the candidate in the shadow"),
     "continual rollback": (".continual:Rollback", "bring back the champion before, at once"),
     "continual audit": (".continual:Audit", "verify the chain of all that was done"),
-    "continual simulate": (".continual:Simulate", "let the loop live through days of your photos on a simulated clock"),
+    "continual simulate": (".simulate:Simulate", "let the loop live through days of your photos on a simulated clock"),
     "streetvision tune": (".streetvision:Tune", "pick threshold and abstain band by the simulated reward"),
     "streetvision answer": (".streetvision:Answer", "answer for photos as the miner would, to try its YAML"),
     "streetvision launch": (".streetvision:Launch", "register the detector, then run the miner's own entry point"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stage1_pro.command import Command, Count, Flag, Place, Rate, Result, Share
+from stage1_pro.command import Command, Flag, Place, Rate, Result, Share
 from stage1_pro.commands.review import BROWSER, PORT, REVIEWER, Browser
 
 BY = "who does it; the user's name by default"
@@ -211,45 +211,3 @@ class Audit(Loop):
         from stage1_pro.continual.loop.folder import audit
 
         return _told("audit", audit(**dict(self)))
-
-
-class Simulate(Command):
-    """Let the loop live through days of your photos on a simulated clock."""
-
-    topic: ClassVar[str] = "loop"
-
-    data: Path = Field(description="folder with labels.csv, a CSV, or a folder per class")
-    out: Path = Field(description="new folder for simulation.json, figures, run and loop")
-    run: Path | None = Field(None, description="OUT/run of an earlier simulation of these photos and seed; not trained")
-    positive: str | None = Field(None, description="name of the positive class, where it cannot be found")
-    backbone: Place = Field("tiny", description="tiny: learns from nothing; a folder: frozen under new heads")
-    image_size: Count | None = Field(None, description="side that the model sees; the backbone's own by default")
-    epochs: int | None = Field(None, description="of the first champion's training; 30, of heads alone 200")
-    store: Place | None = Field(None, description="postgresql://… of an empty database; SQLite in OUT/loop by default")
-    past_share: float | None = Field(None, description="of the photos, that the first champion learns from; .3")
-    days: int | None = Field(None, description="30 by default")
-    per_day: int | None = Field(
-        None, description="photos served a day; 260 by default; 0: so many that none comes twice"
-    )
-    shift_day: int | None = Field(None, description="from which on photos are changed; 5 by default")
-    protocol: str | None = Field(None, description="what the validator does to them: crop224, letterbox224 (default)")
-    level: int | None = Field(None, description="of that protocol; 3 by default")
-    alpha: float | None = Field(None, description="risk of exits that is promised; .05 by default")
-    audit_rate: float | None = Field(None, description="chance with which any photo is reviewed; .8 by default")
-    budget: int | None = Field(None, description="answers a day that reviewers have time for; 260 by default")
-    least_certify: int | None = Field(
-        None, description="labels since the last alarm that a round waits for; 800 by default"
-    )
-    delay_days: Annotated[float | None, Flag("--delay")] = Field(
-        None, description="days between a photo and its label, on average; 2 by default"
-    )
-    seed: int | None = Field(None, description="of all that is drawn; 0 by default")
-    quick: bool = Field(False, description="6 days of 120 photos, shift on day 2: a look, no evidence")
-
-    def execute(self) -> Result:
-        """Print every day's risk, alarms, rounds and what promotions were worth."""
-        from stage1_pro.studies.simulation import QUICK, render, simulate
-
-        given = {name: value for name, value in self if value is not None and name != "quick"}
-        found = simulate(**(QUICK if self.quick else {}) | given)
-        return Result(render(found), found.model_dump(mode="json"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from stage1_pro.command import Command, Count, Flag, Result
 from stage1_pro.errors import PROMISE_FAILED, InputError
+from stage1_pro.words import ProtocolName
 
 
 class Evaluate(Command):
@@ -24,7 +25,7 @@ class Evaluate(Command):
     beside: Annotated[tuple[Path, ...], Flag(metavar="RUN")] = Field(
         (), description="evaluated runs on the same splits with other taps, whose cost and risk are drawn beside these"
     )
-    protocol: Literal["crop224", "letterbox224", "native"] | None = Field(
+    protocol: ProtocolName | None = Field(
         None,
         description="instead: photos as StreetVision's validator would send them, by level, into RUN/protocols; no "
         "promise is about them",

@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.errors import InputError, nearest
+from stage1_pro.words import ProtocolName
 
-ProtocolName = Literal["crop224", "letterbox224", "native"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 SIZE = 224
 JPEG_QUALITY = 75

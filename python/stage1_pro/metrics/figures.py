@@ -89,13 +89,9 @@ def risk_band(intervals: Mapping[str, Interval]) -> NDArray[np.float64]:
 
 
 def distribution_png(
-    replicates: ArrayLike,
-    *,
-    value: float,
-    low: float = math.nan,
-    high: float = math.nan,
+    one: Interval,
     label: str,
-    level: float = 0.95,
+    *,
     percent: bool = False,
     target: float | None = None,
     bound: float | None = None,
@@ -104,19 +100,15 @@ def distribution_png(
     """Draw how a metric varies over its resamples, with its value, interval, target and upper bound.
 
     Args:
-        replicates: [B]; NaN (undefined in that resample) is left out, none at all leaves the lines alone.
-        value: the metric of the rows themselves.
-        low: end of the interval; NaN where there is none.
-        high: other end.
+        one: the interval with its replicates; those that are NaN are left out, none at all leaves the lines alone.
         label: what the axis says.
-        level: of the interval.
         percent: the metric is a share, shown in percent.
         target: to mark, with ``target_label``.
         bound: upper bound to mark.
         target_label: the target's name in the legend.
     """
-    drawn = np.asarray(replicates, np.float64)
-    drawn = drawn[np.isfinite(drawn)]
+    value, low, high = one.value, one.low, one.high
+    drawn = one.replicates[np.isfinite(one.replicates)]
     figure, axes = _canvas(label, "resamples")
 
     def text(number: float) -> str:
@@ -124,7 +116,7 @@ def distribution_png(
 
     if math.isfinite(low) and math.isfinite(high):
         axes.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0,
-                     label=f"{100 * level:.4g}% interval {text(low)} to {text(high)}")  # fmt: skip
+                     label=f"{100 * one.level:.4g}% interval {text(low)} to {text(high)}")  # fmt: skip
     marks = [number for number in (value, low, high, target, bound) if number is not None and math.isfinite(number)]
     if drawn.size:
         spread = float(drawn.max() - drawn.min())

@@ -50,9 +50,21 @@ def bootstrap_augrc(
 ) -> tuple[NDArray[np.float64], float, float, float]:
     """AUGRC of [n_replicates] resamples of the units, AUGRC itself, and two sums over the units' influences on it.
 
-    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows. With Poisson
-    laws (``reach``, ``starts``, ``lowest``) runs of right and of wrong rows are drawn as cells. ``threads`` has no
-    effect here.
+    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows.
+
+    Args:
+        confidence: [N], no NaN.
+        error: [N], 0/1 as uint8 or in [0, 1].
+        unit: [N], which unit a row is drawn with; [0] where every row is one.
+        n_units: how many units are drawn.
+        table: [1, 32], what their counts are drawn from.
+        reach: cumulated Poisson laws, one behind the other; with any, runs of right and of wrong rows are drawn as
+            cells.
+        starts: [laws + 1], where each law begins.
+        lowest: [laws], the first count of each; [0] draws units.
+        n_replicates: resamples.
+        seed: of the resamples.
+        threads: without effect here.
     """
     ranked, ends = _sort(confidence, error, unit)
     loss, owner = error[ranked], unit[ranked] if unit.size else None
@@ -166,8 +178,21 @@ def bootstrap_suite(
 ) -> NDArray[np.float64]:
     """Every metric of [n_replicates] resamples of sorted rows, [n_replicates, 8 + coverages + risks].
 
-    ``kind`` holds 1 for a positive row, plus 2 when it is answered otherwise; ``n_exit`` rows are at or above the
-    threshold; ``unit`` says which unit a row is drawn with, and ``sizes`` how many units each stratum has.
+    Args:
+        error: [N], surest row first.
+        tie_ends: [M], one past the last row of each tie group.
+        unit: [N], which unit a row is drawn with; [0] where row i is unit i.
+        sizes: [S], units of each stratum.
+        tables: [S, 32], what the counts of each stratum are drawn from.
+        kind: [N], 1 for a positive row, plus 2 when it is answered otherwise; [0] without a positive class.
+        n_exit: rows at or above the threshold; None without one.
+        nll: [N] or [0].
+        brier: [N] or [0].
+        coverages: targets of Risk@Coverage, in (0, 1].
+        risks: targets of Coverage@Risk, in [0, 1].
+        n_replicates: resamples.
+        seed: of the resamples.
+        threads: without effect here.
     """
     replicates = np.empty((n_replicates, len(COLUMNS) + coverages.size + risks.size))
     ends = tie_ends.astype(np.int64)
@@ -201,6 +226,13 @@ def resample_counts(
     Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n). Poisson counts of a mean a
     little below one (16 bits a unit; what these leave open is settled by 48 more), then uniform draws for what is
     missing. Given their sum Poisson counts are multinomial, and so is the result.
+
+    Args:
+        sizes: [S], units of each stratum.
+        tables: [S, 32], what the counts of each stratum are drawn from.
+        first: number of the first replicate.
+        n_replicates: how many.
+        seed: of the resamples.
     """
     counts = [
         np.concatenate(
@@ -304,7 +336,19 @@ def measure(
     coverages: NDArray[np.float64],
     risks: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """The suite of sorted rows under counts [N]: ``COLUMNS``, Risk@Coverage, Coverage@Risk."""
+    """The suite of sorted rows under counts [N], [8 + coverages + risks]: ``COLUMNS``, Risk@Coverage, Coverage@Risk.
+
+    Args:
+        counts: [N], how often each row counts.
+        loss: [N], its error.
+        ends: [M], one past the last row of each tie group; groups that nobody drew are no thresholds.
+        kind: as in ``bootstrap_suite``, like all that follows.
+        n_exit: rows at or above the threshold, or None.
+        nll: [N] or [0].
+        brier: [N] or [0].
+        coverages: targets of Risk@Coverage.
+        risks: targets of Coverage@Risk.
+    """
     nan = float("nan")
     rows, wrong = np.cumsum(counts), np.cumsum(counts * loss)
     accepted, errors = rows[ends - 1], wrong[ends - 1]
@@ -382,7 +426,17 @@ def search_dual(
     second_numerator: int,
     second_denominator: int,
 ) -> tuple[int, int, int, int]:
-    """Tie groups above the upper and before the lower threshold, of the best pair and the nearest (``sweep.hpp``)."""
+    """Tie groups above the upper and before the lower threshold, of the best pair and the nearest (``sweep.hpp``).
+
+    Args:
+        rows: [M + 1], rows in the first 0..M tie groups.
+        positives: [M + 1], positives among them.
+        exit_error: the second constraint is on exit error, not on FPR.
+        fnr_numerator: FNR must be at most this
+        fnr_denominator: over this.
+        second_numerator: the second rate must be at most this
+        second_denominator: over this.
+    """
     accepted, found = rows.tolist(), positives.tolist()
     n, all_positive = accepted[-1], found[-1]
     excess = [second_denominator * (a - p) - second_numerator * a for a, p in zip(accepted, found, strict=True)]
@@ -428,7 +482,11 @@ def route(
 ) -> int:
     """Decide rows [N, K] by (scale, offset, threshold) into five arrays [N]; return how many are deferred.
 
-    See ``route.hpp``; ``out`` is exited, score, label, probability and deferred.
+    Args:
+        logits: [N, K]; K = 1 is the logit of the second of two classes.
+        gate: [N], or None to decide by probability.
+        rule: (scale, offset, threshold) of ``route.hpp``.
+        out: exited, score, label, probability and deferred, [N] each.
     """
     exited, score, label, probability, deferred = out
     scale, offset, threshold = rule

@@ -52,7 +52,7 @@ def certify_power(
     else:
         ways = gammaln(n + 1) - gammaln(trials + 1) - gammaln(n - trials + 1)
         chance = np.exp(ways + trials * math.log(share) + (n - trials) * math.log1p(-share))
-    success = _passes(trials, alpha, delta, expected_error)
+    success = binomial_power(trials, alpha, delta, expected_error)
     if min_coverage is not None:
         success = success * (coverage_p_value(trials.astype(np.int64), n, min_coverage) <= delta)
     return min(float(chance @ success), 1.0)
@@ -90,7 +90,7 @@ def scrc_power(
         return 0.0
     accepted, each = rank, delta[1] / len(cells)
     if len(cells) == 1:
-        return float(_passes(np.array([float(accepted)]), alpha, each, expected_error)[0])
+        return float(binomial_power(np.array([float(accepted)]), alpha, each, expected_error)[0])
     # Counts of cells are independent Poisson variables given their sum: convolve, then condition on the sum.
     start, joint = 0, np.ones(1)
     for share in cells:
@@ -98,7 +98,7 @@ def scrc_power(
         trials = np.arange(low, high + 1, dtype=np.float64)
         mean = accepted * share
         weight = np.exp(trials * math.log(mean) - mean - gammaln(trials + 1)) if accepted else np.ones(1)
-        joint = np.convolve(joint, weight * _passes(trials, alpha, each, expected_error))
+        joint = np.convolve(joint, weight * binomial_power(trials, alpha, each, expected_error))
         start += low
     total = math.exp(accepted * math.log(accepted) - accepted - gammaln(accepted + 1)) if accepted else 1.0
     at = accepted - start
@@ -204,10 +204,17 @@ def smallest_alpha(power_at: Callable[[float], float], power: float) -> float | 
     return high / 10_000 if high < 10_000 else None
 
 
-def _passes(trials: NDArray[np.float64], alpha: float, delta: float, expected_error: float) -> NDArray[np.float64]:
-    """P(few enough errors among so many trials), [T]."""
+def binomial_power(trials: NDArray[np.float64], alpha: float, delta: float, true: float) -> NDArray[np.float64]:
+    """Chance that the exact binomial test shows a rate below ``alpha`` at level ``delta``, [T] for trials [T].
+
+    Args:
+        trials: numbers of independent trials.
+        alpha: rate that is tested, inside (0, 1).
+        delta: level, inside (0, 1).
+        true: the true rate, in [0, 1].
+    """
     allowed = errors_allowed(trials, alpha, delta).astype(np.float64)
-    found = binomial_cdf(np.maximum(allowed, 0), trials, expected_error)
+    found = binomial_cdf(np.maximum(allowed, 0), trials, true)
     return np.asarray(np.where(allowed >= 0, found, 0.0), dtype=np.float64)
 
 

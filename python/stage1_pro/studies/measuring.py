@@ -16,7 +16,6 @@ from stage1_pro.classes import NEGATIVE_NAMES, choose_positive
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import load_npz, write_bytes, write_csv
-from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import (
     BAND_METRICS,
     confidence_png,
@@ -324,7 +323,9 @@ def _difference_pictures(intervals: Intervals) -> list[Picture]:
     pictures = []
     for name, title in titles.items():
         if name in intervals:
-            png = _heap(intervals[name], f"{title} of A minus that of B", target=0.0, target_label="no difference:")
+            png = distribution_png(
+                intervals[name], f"{title} of A minus that of B", target=0.0, target_label="no difference:"
+            )
             caption = "The difference on each resample, both files on the same one."
             pictures.append(Picture(f"difference_{name}", f"Difference in {title}", caption, png))
     return pictures
@@ -350,33 +351,29 @@ def _pictures(table: Table, threshold: float | None, asked: dict[str, Any]) -> l
     level = float(asked["level"])
     curve = risk_coverage_png(sure, error, point=point, band=risk_band(intervals), level=level)
     pictures = [
-        Picture(
+        Picture.of(
             "risk_coverage_curve",
-            "Risk against coverage",
             "Answering only the surest rows (left), how many answers are wrong? Good confidence keeps the line low on "
             f"the left. Shaded: {100 * level:.4g}% interval at each coverage.",
             curve,
         ),
-        Picture(
+        Picture.of(
             "augrc",
-            "How far AUGRC may be off",
             f"AUGRC on each resample of {intervals.unit}.",
-            _heap(intervals["augrc"], "AUGRC (lower is better)"),
+            distribution_png(intervals["augrc"], "AUGRC (lower is better)"),
         ),
     ]
     if table.probs is not None and table.labels is not None:
         largest, right = np.minimum(table.probs.max(axis=1), 1.0), error == 0
         pictures += [
-            Picture(
+            Picture.of(
                 "reliability",
-                "Is it as sure as it is right?",
                 "Points below the dashed line: surer than it should be. ECE is the mean length of the bars, weighted "
                 "by rows, over 15 bins of equal width.",
                 reliability_png(largest, right, error=ece(table.probs, table.labels)),
             ),
-            Picture(
+            Picture.of(
                 "confidence",
-                "Confidence of right and wrong answers",
                 "Wrong answers far right are the costly ones.",
                 confidence_png(largest, right, threshold=threshold if table.confidence is None else None),
             ),
@@ -385,15 +382,9 @@ def _pictures(table: Table, threshold: float | None, asked: dict[str, Any]) -> l
     for name in exits:
         if not math.isnan(intervals[name].value):
             caption = f"On each resample of {intervals.unit}."
-            png = _heap(intervals[name], names[name], percent=True)
-            pictures.append(Picture(name, f"How far {names[name].split(':')[0]} may be off", caption, png))
+            png = distribution_png(intervals[name], names[name], percent=True)
+            pictures.append(Picture.of(name, caption, png))
     return pictures
-
-
-def _heap(one: Interval, label: str, **options: Any) -> bytes:
-    return distribution_png(
-        one.replicates, value=one.value, low=one.low, high=one.high, label=label, level=one.level, **options
-    )
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field
 
+from stage1_pro.commands.simulate import LEAST_PER_DAY, Simulate, SimulationConfig
 from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, earned, verified
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
@@ -27,12 +28,11 @@ from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.world import World
 from stage1_pro.continual.serving.events import EventLog, uniform
 from stage1_pro.continual.serving.live import LiveCascade, tightened
-from stage1_pro.data.protocols import ProtocolName
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, write_bytes
 from stage1_pro.progress import say
-from stage1_pro.record import Record, wrong
+from stage1_pro.record import Record
 
 DAY = 86400.0
 # The simulated clock begins here: 1 January 2026, UTC.
@@ -41,8 +41,6 @@ RECORD = "simulation.json"
 SLACK = 1.3
 # Options of the proposals that every round makes; val_select chooses among them.
 PROPOSALS: tuple[dict[str, Any], ...] = ({"lr": 1e-3}, {"lr": 1e-4})
-LEAST_PER_DAY = 8
-QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "min_labels": 150, "least_certify": 100}
 REAL = (
     "bundles served by LiveCascade, which follows champion.json",
     "events with logged propensities, the review plan's draws, labels in the store",
@@ -63,36 +61,6 @@ LIMITS = (
     "what learns are the heads of both stages, on a backbone that stays",
     "where more photos are served than there are, they come again, and those that taught may be among those that judge",
 )
-
-
-class SimulationConfig(Record):
-    """What is simulated."""
-
-    days: int = Field(30, ge=2)
-    past_share: float = Field(0.3, gt=0, lt=1, description="of the photos, that the first champion learns from")
-    per_day: int = Field(260, ge=0, description="photos served a day; 0: as many as let none come twice")
-    shift_day: int = Field(5, ge=1, description="from this day on, counted from 0, photos are changed")
-    protocol: ProtocolName = "letterbox224"
-    level: int = Field(3, ge=0, le=3, description="of the protocol")
-    alpha: float = Field(0.05, gt=0, lt=1, description="risk of exits that is promised")
-    min_coverage: float = Field(0.2, gt=0, lt=1, description="least share of exits that a certificate must allow")
-    audit_rate: float = Field(0.8, ge=0.02, le=1, description="chance with which any photo is reviewed")
-    budget: int = Field(260, ge=1, description="answers a day that reviewers have time for")
-    delay_days: float = Field(2.0, ge=0, description="between a photo and its label, on average")
-    looks_per_day: int = Field(4, ge=1, description="how often the loop takes its steps")
-    min_labels: int = Field(3000, ge=1, description="new labels that are worth a training without any alarm")
-    judged: int = Field(500, ge=10, description="photos that are never served and judge promotions afterwards")
-    least_certify: int = Field(800, ge=2, description="fewest labels since the last alarm to certify a candidate on")
-    epochs: int = Field(0, ge=0, description="of the first champion's training; 0: 30 of a network, 200 of heads")
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _shift_within(self) -> SimulationConfig:
-        if self.shift_day >= self.days:
-            raise ValueError(f"shift_day must be before the last day, got {self.shift_day} of {self.days}")
-        if 0 < self.per_day < LEAST_PER_DAY:
-            raise ValueError(f"per_day must be {LEAST_PER_DAY} or more, or 0, got {self.per_day}")
-        return self
 
 
 class Day(Record):
@@ -170,46 +138,23 @@ class Simulation(Record):
     audit_whole: bool
 
 
-def simulate(
-    data: Path | str,
-    out: Path | str,
-    *,
-    run: Path | str | None = None,
-    positive: str | None = None,
-    backbone: str = "tiny",
-    image_size: int | None = None,
-    store: str | None = None,
-    **options: Any,
-) -> Simulation:
+def simulate(asked: Simulate) -> Simulation:
     """Let the loop live through a stretch of days, and write what came of it.
 
     Writes ``OUT/run`` (unless ``run`` is given), ``OUT/loop`` (the loop's folder), ``simulation.json`` and figures.
-
-    Args:
-        data: CSV with ``file,label``, the folder that holds ``labels.csv``, or a folder with one of images per class.
-        out: a new folder.
-        run: what an earlier simulation of the same data and seed trained (its ``OUT/run``), to save the time.
-        positive: name of the positive class.
-        backbone: of the first champion; ``tiny`` learns from nothing, a folder stays frozen under new heads.
-        image_size: side that the model sees.
-        store: ``postgresql://…`` of an empty database; SQLite in the loop's folder by default.
-        options: fields of ``SimulationConfig``.
 
     Raises:
         InputError: an option out of range, a folder that is there, a store that is not empty, or a run of other photos.
         NotReachableError: the first champion cannot be certified at alpha.
     """
-    try:
-        config = SimulationConfig.model_validate(options)
-    except ValidationError as error:
-        raise InputError(wrong(error, whole="options")) from None
-    data, out = Path(data), Path(out)
+    data, out = asked.data, asked.out
+    config = SimulationConfig(**asked.model_dump(include=set(SimulationConfig.model_fields)))
     if (out / "loop").exists() or (out / RECORD).exists():
         raise InputError(f"out must be a new folder, got {out}, where something was simulated")
     if data.is_dir() and (data / "labels.csv").is_file():
         data = data / "labels.csv"
     world = World(
-        data, positive=positive, past_share=config.past_share, judged=config.judged, protocol=config.protocol,
+        data, positive=asked.positive, past_share=config.past_share, judged=config.judged, protocol=config.protocol,
         level=config.level, seed=config.seed,
     )  # fmt: skip
     if config.per_day == 0:
@@ -219,11 +164,11 @@ def simulate(
             f"data must have {LEAST_PER_DAY} photos a day for the stream, got {len(world.stream)} for {config.days} "
             "days; name --per-day, and photos come again"
         )
-    trained = _train(world, out / "run", config, backbone, image_size) if run is None else Path(run)
+    trained = _train(world, out / "run", config, asked.backbone, asked.image_size) if asked.run is None else asked.run
     _check_run(world, trained)
     root = out / "loop"
     first = init(
-        root, trained, alpha=config.alpha, store=store, config=_loop_config(config), by="simulation", now=START
+        root, trained, alpha=config.alpha, store=asked.store, config=_loop_config(config), by="simulation", now=START
     )["champion"]  # fmt: skip
     with opened(root) as (_, registry, parts, loop):
         days, alarms = _live_through(world, config, registry, parts.log, loop, first)

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 @dataclass
-class Position:
+class TrainingPosition:
     """Where a training stands, always between two steps, with the sums and rows of the epoch at hand."""
 
     epoch: int = 0
@@ -60,7 +60,7 @@ def run_epoch(
     batches: Iterable[Item],
     learn: Callable[[Item], None],
     save: Callable[[], None],
-    position: Position,
+    position: TrainingPosition,
     *,
     steps: int,
     save_every: int,
@@ -92,7 +92,7 @@ def run_epoch(
 
 
 @contextlib.contextmanager
-def _bar(position: Position, steps: int, processes: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def _bar(position: TrainingPosition, steps: int, processes: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     """A bar with loss and images/s on a terminal; nothing elsewhere."""
     if not (shown and sys.stderr.isatty()):
         yield lambda: None

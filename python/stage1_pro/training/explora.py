@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stage1_pro.config import AugmentConfig, Config, ExploraConfig
 from stage1_pro.data.images import PreprocessSpec
-from stage1_pro.data.loader import Batch, TrainLoader, iterate
+from stage1_pro.data.loader import PixelBatch, TrainLoader, iterate
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.files import write_bytes
@@ -32,7 +32,7 @@ from stage1_pro.models.backbone import Backbone
 from stage1_pro.models.masked import Pretext, draw_orders
 from stage1_pro.progress import say
 from stage1_pro.training import checkpoint
-from stage1_pro.training.epochs import Position, run_epoch
+from stage1_pro.training.epochs import TrainingPosition, run_epoch
 from stage1_pro.training.inference import pick_device
 from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.trackers import Trackers, check_trackers
@@ -176,7 +176,7 @@ class _Explorer:
             seed=config.seed, batch_size=options.batch_size, workers=config.train.workers,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.lr, betas=(0.9, 0.95))
-        self.at = Position()
+        self.at = TrainingPosition()
         self.trackers = Trackers((), folder)
 
     def run(self) -> Adapted:
@@ -239,7 +239,7 @@ class _Explorer:
             f"{' (encoder frozen)' if frozen else ''}"
         )
 
-    def _learn(self, batch: Batch, *, frozen: bool) -> None:
+    def _learn(self, batch: PixelBatch, *, frozen: bool) -> None:
         """Take one step."""
         self._set_rates()
         orders = draw_orders(self.pretext.n_patches, self.config.seed, self.at.epoch, batch.index.tolist())
@@ -346,7 +346,7 @@ class _Explorer:
             for name, parameter in self.learned.items():
                 parameter.copy_(state[name])
         self.optimizer.load_state_dict(content["optimizer_state_dict"])
-        self.at = Position(**{field.name: content[field.name] for field in fields(Position)})
+        self.at = TrainingPosition(**{field.name: content[field.name] for field in fields(TrainingPosition)})
         self.at.restore_timings(self.folder / "metrics.csv")
         say(f"going on from epoch {self.at.epoch + 1}, step {self.at.step_in_epoch}")
 

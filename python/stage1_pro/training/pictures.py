@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.metrics.answers import Answered
-from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import (
     confidence_png,
     cost_risk_png,
@@ -43,31 +44,27 @@ def draw(
         if exited.any():
             point = (float(exited.mean()), float(stage_a.error[exited].mean()))
     pictures = [
-        Picture(
+        Picture.of(
             "risk_coverage_curve",
-            "Risk against coverage",
             "If Stage A answers only its surest photos (left), how many of those answers are wrong? "
             f"Good confidence keeps the line low on the left. Shaded: {LEVEL:.0%} interval at each coverage.",
             risk_coverage_png(
                 stage_a.confidence, stage_a.error, point=point, band=risk_band(found.stage_a), level=LEVEL
             ),
         ),
-        Picture(
+        Picture.of(
             "augrc",
-            "How far AUGRC may be off",
             "AUGRC of Stage A on each resample of whole groups. A wide heap: few groups or few errors.",
-            _heap(found.stage_a["augrc"], "AUGRC of Stage A (lower is better)"),
+            distribution_png(found.stage_a["augrc"], "AUGRC of Stage A (lower is better)"),
         ),
-        Picture(
+        Picture.of(
             "reliability",
-            "Is it as sure as it is right?",
             "Points below the dashed line: Stage A is surer than it should be. ECE is the mean length of the bars, "
             "weighted by photos, over 15 bins of equal width. Small dots are few photos.",
             reliability_png(stage_a.confidence, ~stage_a.error, error=evaluation.value("ece", "stage_a")),
         ),
-        Picture(
+        Picture.of(
             "confidence",
-            "Confidence of right and wrong answers",
             "Wrong answers right of the threshold are the costly ones: they exit.",
             confidence_png(stage_a.confidence, ~stage_a.error, threshold=threshold),
         ),
@@ -76,22 +73,21 @@ def draw(
     if policy is not None and exits is not None:
         fnr = evaluation.measure("fnr_on_exited", "stage_a")
         if fnr.value is not None:
-            png = distribution_png(
-                exits["fnr_on_exited"].replicates, value=fnr.value, label="FNR on exits", percent=True,
-                target=policy.target_fnr, bound=fnr.high,
-            )  # fmt: skip
+            # Its bound stands for the interval.
+            one = replace(exits["fnr_on_exited"], value=fnr.value, low=math.nan, high=math.nan)
+            png = distribution_png(one, "FNR on exits", percent=True, target=policy.target_fnr, bound=fnr.high)
             caption = (
                 "Missed positives among exits, on each resample of whole groups. The target is kept by its bound when "
                 "the dotted line is left of the dashed one."
             )
-            pictures.append(Picture("fnr_on_exited", "How far FNR on exits may be off", caption, png))
-        png = _heap(
+            pictures.append(Picture.of("fnr_on_exited", caption, png))
+        png = distribution_png(
             exits["coverage"], "coverage: share answered by Stage A", percent=True,
             target=policy.exit_rate if isinstance(policy, ScrcParams) else policy.coverage,
             target_label="on calibration rows",
         )  # fmt: skip
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
-        pictures.append(Picture("coverage", "How far coverage may be off", caption, png))
+        pictures.append(Picture.of("coverage", caption, png))
         scores = exit_scores(policy, stage_a.probs, predictions.gate_logits)
         pictures.append(_draw_exits(answers, np.nan_to_num(scores, nan=0.0), policy))
     return pictures
@@ -132,9 +128,3 @@ def draw_cost(
         "adds the curves of runs with other taps."
     )
     return Picture("cost_risk", "What a threshold costs and risks", caption, png)
-
-
-def _heap(one: Interval, label: str, **options: Any) -> bytes:
-    return distribution_png(
-        one.replicates, value=one.value, low=one.low, high=one.high, label=label, level=one.level, **options
-    )

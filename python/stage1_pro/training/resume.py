@@ -12,7 +12,7 @@ from torch import Tensor
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.models.model import Architecture, check_architecture, check_tensors
 from stage1_pro.training import checkpoint
-from stage1_pro.training.epochs import Position
+from stage1_pro.training.epochs import TrainingPosition
 from stage1_pro.training.session import Session
 
 LAST_KEYS = (
@@ -22,7 +22,7 @@ LAST_KEYS = (
 
 
 @dataclass
-class State(Position):
+class State(TrainingPosition):
     """All that changes while training and is not inside a torch object."""
 
     correct: int = 0

@@ -34,7 +34,7 @@ from stage1_pro.training.inference import Arrays, run_over
 from stage1_pro.training.losses import Objective, balanced_weights
 from stage1_pro.training.run import Start, versions
 from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
-from stage1_pro.training.sources import FeatureSource, ImageSource, Source
+from stage1_pro.training.sources import FeatureSource, ImageSource, TrainingSource
 from stage1_pro.training.taps import TapChoice, candidates, choose_tap, table
 from stage1_pro.training.trackers import Trackers, check_trackers
 
@@ -289,7 +289,7 @@ class Session:
         self.source = self._open_source(self.config, self.rank, self.world)
         self.class_weights = self._class_weights().to(self.device)
 
-    def _open_source(self, config: Config, rank: int, world: int) -> Source:
+    def _open_source(self, config: Config, rank: int, world: int) -> TrainingSource:
         labels = self.labels["train"]
         if config.train.mode == "linear":
             files = [row.file for row in self.rows["train"]]

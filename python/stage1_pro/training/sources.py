@@ -25,7 +25,7 @@ class Batch:
     files: list[str]
 
 
-class Source(Protocol):
+class TrainingSource(Protocol):
     """Where an epoch's batches of this process come from."""
 
     steps_per_epoch: int

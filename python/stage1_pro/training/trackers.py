@@ -26,11 +26,14 @@ def _wandb(folder: Path) -> GeneralTracker:
 
 
 def _mlflow(folder: Path) -> GeneralTracker:
+    # Read when mlflow is imported.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
+    place = folder.resolve()
     if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())
-    return MLflowTracker(_PROJECT, run_name=folder.resolve().name)
+        mlflow.set_tracking_uri(f"sqlite:///{place / 'mlflow.db'}")
+    return MLflowTracker(_PROJECT, logging_dir=(place / "mlruns").as_uri(), run_name=place.name)
 
 
 # What `train.trackers` can name: a function of the folder. Each of those here needs the library of its name.

@@ -1,9 +1,8 @@
-"""What an answer is worth: the reward of every action on rows whose label is known, and rewards of whole sets.
+"""Rewards of actions on rows whose label is known, and rewards of whole sets.
 
 A classifier with a gate is a contextual bandit: on every image it takes one action, EXIT with class k, DEFER or
-ABSTAIN, and sees one reward. NumPy in, no torch. A reward is paid on truth alone: labels carry where they come from,
-and what a model or a mere match says is refused here, once, for every objective above: rewarding agreement with an
-opinion teaches its mistakes, ever more surely.
+ABSTAIN, and gets one reward. NumPy, no torch. Rewards need true labels: every label carries its source, and labels by a
+model or by a mere match are refused here, for every objective. Rewarding agreement with a model teaches its mistakes.
 """
 
 from __future__ import annotations
@@ -88,7 +87,13 @@ class Verified:
 
 
 def verified(labels: ArrayLike, sources: str | Sequence[str], *, classes: Sequence[str], positive: str) -> Verified:
-    """Labels [N] that may be rewarded; ``sources`` is one for all, or one of each.
+    """Labels that may be rewarded.
+
+    Args:
+        labels: class indices [N].
+        sources: of all labels, or of each [N].
+        classes: names, in the order of the indices.
+        positive: name of the positive class.
 
     Raises:
         InputError: as ``Verified``; above all a source such as ``model`` or ``match``.
@@ -168,7 +173,14 @@ def _check_answers(name: str, answers: NDArray[np.int64], truth: Verified) -> No
 
 
 def mcc_reward(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike, tn: ArrayLike) -> NDArray[np.float64]:
-    """Matthews' correlation of a set, in [-1, 1], from its counts; 0 where it is undefined."""
+    """Matthews' correlation of a set, in [-1, 1]; 0 where it is undefined.
+
+    Args:
+        tp: true positives, of any shape.
+        fp: false positives, of that shape.
+        fn: false negatives, of that shape.
+        tn: true negatives, of that shape.
+    """
     a, b, c, d = (np.asarray(count, dtype=np.float64) for count in (tp, fp, fn, tn))
     spread = (a + b) * (a + c) * (d + b) * (d + c)
     return np.where(spread > 0, (a * d - b * c) / np.sqrt(np.where(spread > 0, spread, 1.0)), 0.0)
@@ -178,6 +190,12 @@ def validator_reward(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike, tn: ArrayLike)
     """StreetVision's score of a set, in [0, 1]: (max(0, MCC) / 2 + accuracy / 2) cubed.
 
     The subnet takes MCC over the last 100 rounds and accuracy over the last 10; a set stands for both here.
+
+    Args:
+        tp: true positives, of any shape.
+        fp: false positives, of that shape.
+        fn: false negatives, of that shape.
+        tn: true negatives, of that shape.
     """
     a, b, c, d = (np.asarray(count, dtype=np.float64) for count in (tp, fp, fn, tn))
     n = a + b + c + d
@@ -188,13 +206,16 @@ def validator_reward(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike, tn: ArrayLike)
 def difference_rewards(said_positive: ArrayLike, is_positive: ArrayLike, reward: SetReward) -> NDArray[np.float64]:
     """R(row i says positive, others as they are) - R(row i says negative, ...) for every row, [..., N].
 
-    What a row's answer is worth to its set, in O(N): rows of one label and one answer share their difference. It is the
-    factor of the row's gradient: dE[R] = sum of dp_i E[difference_i] (the others do not depend on i's answer).
+    The marginal worth of a row's answer to its set, in O(N): rows of one label and one answer share it. It is the
+    factor of the row's gradient: dE[R] = sum of dp_i E[difference_i], as the other rows do not depend on i's answer.
 
     Args:
         said_positive: [..., N] answers of one set, or of many draws of it.
         is_positive: [N] truth.
         reward: of a set from its counts.
+
+    Raises:
+        InputError: other shapes.
     """
     said, truth = np.asarray(said_positive, dtype=bool), np.asarray(is_positive, dtype=bool)
     if said.ndim == 0 or truth.ndim != 1 or said.shape[-1] != truth.size:

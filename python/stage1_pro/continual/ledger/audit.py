@@ -1,4 +1,4 @@
-"""What the loop did, as rows that each hold the hash of the one before: a byte changed later is found, and where."""
+"""The audit: rows of what the loop did, each with the hash of the row before, so that a later change is found."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class AuditRow(Record):
 
 
 class ChainCheck(Record):
-    """Whether a chain is whole; where not, the first row that is not what was written."""
+    """Whether a chain is whole; if not, the first row that differs from what was written."""
 
     ok: bool
     rows: int = Field(description="rows that are as they were written, from the first on")
@@ -64,7 +64,15 @@ class ChainCheck(Record):
 
 
 def append(connection: Connection, store: Store, kind: str, body: Mapping[str, Any], now: float) -> AuditRow:
-    """Add a row within a transaction of ``store.write()``: it stands if, and only if, what it tells of does."""
+    """Add a row within a transaction of ``store.write()``, so that it is kept if, and only if, that transaction is.
+
+    Args:
+        connection: of the transaction.
+        store: that it is of.
+        kind: of row, such as ``edge``.
+        body: facts, as JSON.
+        now: seconds since the epoch.
+    """
     store.serialise(connection)
     last = connection.execute(select(_audit.c.seq, _audit.c.hash).order_by(_audit.c.seq.desc()).limit(1)).first()
     row = AuditRow(

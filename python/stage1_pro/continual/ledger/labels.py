@@ -1,4 +1,4 @@
-"""What was judged: events and labels as rows nobody changes, and which label holds where there are several."""
+"""Events and labels as rows that never change, and the label that holds if an event has several."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from stage1_pro.errors import InputError, nearest
 from stage1_pro.record import Record
 
 Source = Literal["owner", "review", "match", "model"]
-# Who is believed first; a model's opinion last.
+# A label of a more trusted source holds.
 TRUST: dict[Source, int] = {"owner": 3, "review": 2, "match": 1, "model": 0}
 SOURCES: tuple[Source, ...] = tuple(TRUST)
 # The only sources that may guard a promotion.
@@ -209,7 +209,14 @@ def _insert_events(store: Store, connection: Connection, rows: list[dict[str, An
 
 
 def add_events(store: Store, new: Sequence[Event], *, double_share: float = DOUBLE_SHARE, seed: int = 0) -> int:
-    """Put events into a store without a log, such as a simulation's; give how many were new."""
+    """Put events into a store without a log, such as a simulation's; give how many were new.
+
+    Args:
+        store: where to.
+        new: the events; known ids are left out.
+        double_share: share of selected events that two people are asked about.
+        seed: of that draw.
+    """
     with store.write() as connection:
         return _insert_events(store, connection, [_row(one, double_share, seed) for one in new])
 
@@ -217,7 +224,14 @@ def add_events(store: Store, new: Sequence[Event], *, double_share: float = DOUB
 def read_events(
     store: Store, *, since: float = -math.inf, until: float = math.inf, bundle: str | None = None
 ) -> Iterator[Event]:
-    """Events with since <= time < until, of one bundle or all, by time and id."""
+    """Events with since <= time < until, by time and id.
+
+    Args:
+        store: where from.
+        since: seconds since the epoch.
+        until: the same.
+        bundle: sha256 of the manifest that served; all by default.
+    """
     names = list(Event.model_fields)
     query = select(*(events.c[name] for name in names)).order_by(events.c.time, events.c.id)
     if since > -math.inf:
@@ -398,7 +412,7 @@ def _sources(sources: Collection[Source]) -> list[Source]:
 
 
 class Disagreement(Record):
-    """How often two people who saw the same event answer otherwise: what human labels are worth.
+    """How often two reviewers of one event disagree: how good human labels are.
 
     ``rate`` and its exact 95% interval are over events with answers of two or more reviewers; an event disagrees
     unless all its reviewers answer alike. ``kappa`` is Cohen's, of the first two of each, in order.

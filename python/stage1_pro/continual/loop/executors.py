@@ -1,8 +1,8 @@
 """Where the loop's long work runs, and how it is found again: a piece of work is named by the hash of its inputs.
 
-Work is a function ``module:name`` that takes inputs (JSON) and a folder and gives a result (JSON); the same inputs give
-the same result. Its result is written last, with the hashes of the files it left, so what was killed halfway is done
-again and what was finished is found. This module runs as a program, too: that is what other processes start.
+Work is a function ``module:name`` from inputs (JSON) and a folder to a result (JSON); equal inputs give equal results.
+The result is written last, with the hashes of the files beside it, so that killed work is done again and finished work
+is found. Other processes run this module as a program.
 """
 
 from __future__ import annotations
@@ -66,7 +66,14 @@ class Executor(Protocol):
     """Runs a function with inputs and a folder somewhere, and gives its result."""
 
     def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
-        """The result; ``lock`` is a descriptor that other processes hold while they work."""
+        """The result.
+
+        Args:
+            function: ``module:name``.
+            inputs: JSON.
+            folder: for files.
+            lock: descriptor of the work's lock, which a child process holds while it works.
+        """
 
 
 def make_executor(config: ExecutorConfig) -> Executor:
@@ -116,7 +123,7 @@ def do_work(root: Path | str, function: str, inputs: Mapping[str, Any], executor
         found = find_work(root, key)
         if found is not None:
             return found
-        # Whoever waited for a process may have been killed before it ended well.
+        # The process that waited for this work may have been killed after the work ended well.
         result = None if (folder / RESULT).is_file() else _left(folder)
         if result is None:
             for name in (FILES, RESULT, _OUTCOME):
@@ -153,7 +160,7 @@ class Inline:
 
 @dataclass(frozen=True)
 class Launched:
-    """In a fresh interpreter, or what a launcher such as torchrun starts; killed with all its children in the end.
+    """In a fresh interpreter, or in those that a launcher such as torchrun starts; all are killed in the end.
 
     Args:
         launcher: words before the module's name; the last is ``-m``.
@@ -164,7 +171,11 @@ class Launched:
     timeout: float
 
     def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
-        """The result that the process of rank 0 wrote."""
+        """The result that the process of rank 0 wrote.
+
+        Raises:
+            WorkError: it failed or took too long.
+        """
         home = folder.parent
         request = {"function": function, "inputs": dict(inputs), "folder": str(folder), "timeout": self.timeout}
         (home / _REQUEST).write_text(json.dumps(request))
@@ -285,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one request in this process, of any rank; rank 0 writes the outcome."""
     request_path = Path(arguments[0])
     request = json.loads(request_path.read_text())
-    # Whoever waited may be gone.
+    # The process that waits may be gone.
     signal.setitimer(signal.ITIMER_REAL, request["timeout"] + 5)
     outcome: dict[str, Any]
     try:

@@ -227,7 +227,15 @@ def labels(
     source: Source | None = None,
     annotator: str | None = None,
 ) -> dict[str, Any]:
-    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet."""
+    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet.
+
+    Args:
+        root: the loop's folder.
+        imported: file to read.
+        exported: file or folder to write.
+        source: of imported labels.
+        annotator: of imported labels without one.
+    """
     with opened(root) as (_, registry, parts, _loop):
         store = registry.store
         ingest(store, parts.log)

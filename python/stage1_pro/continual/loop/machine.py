@@ -2,10 +2,10 @@
 
 MONITOR → COLLECT → PROPOSE → SELECT → RECALIBRATE → EVALUATE → SHADOW → CANARY → CHAMPION → MONITOR; HOLD where a round
 ends without a promotion, ROLLBACK where one is taken back. Every edge changes the row, moves aliases and adds one row
-to the audit, together or not at all. What a state does before its edge can be done again: long work is found by the
-hash of its inputs, and times are those of the row, so a process that was killed and came back ends in the same verdict.
+to the audit, together or not at all. The work of a state before its edge is idempotent: long work is found by the hash
+of its inputs, and times are those of the row, so a process that was killed and restarted reaches the same verdict.
 
-What the states mean is in ``Parts``; ``rounds`` has the real ones, and a simulation can bring its own.
+``Parts`` says what the states do; ``rounds`` has the real ones, and tests bring their own.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LoopConfig(Record):
 
 
 class Round(Record):
-    """What one round has come to; a new one begins with every COLLECT."""
+    """State of one round; a new one begins with every COLLECT."""
 
     number: int = 0
     entered: float = Field(0.0, description="when its present state was entered; states reckon with it")
@@ -150,14 +150,21 @@ class _Changes:
 
 
 class Parts(Protocol):
-    """What the states do. Each may raise NotReachableError: the round then ends in HOLD, with that for a reason.
+    """What the states do. Each may raise NotReachableError: the round then ends in HOLD, for that reason.
 
-    All depend on their arguments and the store alone, and on times in the round rather than a clock, so that doing one
-    again gives the same.
+    All depend on their arguments and the store alone, and on times of the round in place of a clock: they are
+    idempotent.
     """
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
-        """Look at what was served; called in MONITOR, again and again, and for the threshold where a round waits."""
+        """Look at what was served; called in MONITOR, and for the threshold where a round waits.
+
+        Args:
+            memory: what the last look left.
+            champion: who serves.
+            now: seconds since the epoch.
+            manual: a person asks for a round.
+        """
 
     def collect(self, current: Round) -> Mapping[str, Any]:
         """Freeze the labels that a proposal may learn from, known before the round's ``entered``; never guard rows."""
@@ -215,7 +222,13 @@ class Loop:
 
     @staticmethod
     def begin(registry: Registry, bundle: str, *, now: float, by: str) -> Pointer:
-        """Make the first champion and the row of the loop; what is there already stays, and is said.
+        """Make the first champion and the row of the loop.
+
+        Args:
+            registry: that holds the bundle.
+            bundle: sha256 of the first champion.
+            now: seconds since the epoch.
+            by: who begins the loop.
 
         Raises:
             InputError: the loop has begun.
@@ -311,7 +324,13 @@ class Loop:
         )
 
     def rollback(self, *, now: float, by: str, to: str | None = None, reason: str = "by hand") -> Pointer:
-        """Bring back the champion before this one, at once, and end whatever round is on its way.
+        """Bring back the champion before this one, at once, and end the present round.
+
+        Args:
+            now: seconds since the epoch.
+            by: who rolls back.
+            to: sha256 of an earlier champion; the one before by default.
+            reason: for the audit.
 
         Raises:
             InputError: there was none before.
@@ -361,8 +380,8 @@ class Loop:
     def _steer(self, row: LoopRow, now: float) -> LoopRow:
         """Where a round waits, for days perhaps, the champion's threshold goes on following labels.
 
-        What else was seen is not remembered, so that an alarm asks for its training in MONITOR. The audit rate only
-        rises meanwhile: when drift was last seen is among what is not remembered.
+        Nothing else of the look is remembered, so an alarm asks for its training in MONITOR. The audit rate only rises
+        meanwhile, since the time of the last drift is not remembered either.
         """
         champion = self.registry.alias("champion")
         seen = self.parts.watch(row.memory, champion, now=now, manual=False)
@@ -579,7 +598,7 @@ class Loop:
         return after
 
     def _tell(self, alerts: Mapping[str, Alert]) -> None:
-        """Write down what is to be told and is seen again at every look, so that it needs no edge; once."""
+        """Post alerts that need no edge because every look sees them again; each is posted once."""
         new = outbox.unknown(self.store, alerts)
         if new:
             with self.store.write() as connection:

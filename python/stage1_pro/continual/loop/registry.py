@@ -1,7 +1,7 @@
-"""Which bundle serves: bundles under their hash, aliases that one of several writers moves, a file that others follow.
+"""Which bundle serves: bundles under their hash, aliases in the database, ``champion.json`` for those who serve.
 
-The database is what is true; ``champion.json`` follows it, written under a lock from what the database says then, so
-that whatever order writers come in, the last file is the last state. Who serves reads that file alone (``live``).
+The database is the truth. ``champion.json`` is written from it under a lock, so that the last file holds the last
+state in whatever order writers come. Serving reads that file alone (``live``).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ append_only(_audit_rates)
 
 
 class LostRaceError(NotReachableError):
-    """Somebody else moved the alias meanwhile; nothing was changed."""
+    """Another process moved the alias meanwhile; nothing was changed."""
 
 
 class Alias(Record):
@@ -151,11 +151,22 @@ class Registry:
     ) -> Alias:
         """Point an alias elsewhere within a transaction of the store, if it is still at version ``expected``.
 
-        Compare-and-swap: of writers that expect one version one adds the next, whatever the database's isolation.
-        Call ``sync`` when the transaction is over. ``parent`` is ``expected`` by default.
+        Compare-and-swap: of several writers that expect one version, one adds the next, at any isolation level.
+        Call ``sync`` when the transaction is over.
+
+        Args:
+            connection: of the transaction.
+            name: of the alias.
+            bundle: sha256 of where it points; None: nowhere.
+            expected: version that the alias is taken to be at.
+            now: seconds since the epoch.
+            by: who moves it.
+            share: of images, for the canary.
+            parent: version that a rollback goes back to; ``expected`` by default.
 
         Raises:
-            LostRaceError: it is not; leave the transaction, so that nothing of it stays.
+            InputError: no such bundle in the registry.
+            LostRaceError: the alias is at another version; leave the transaction, so that nothing of it stays.
         """
         if bundle is not None and not (self.path(bundle) / MANIFEST).is_file():
             raise InputError(f"bundle must be one of the registry, got {bundle[:12]}; add it first")
@@ -175,6 +186,12 @@ class Registry:
     def promote(self, bundle: str, *, expected: int, now: float, by: str) -> Pointer:
         """Make a bundle the champion, with a row in the audit, and have those who serve follow.
 
+        Args:
+            bundle: its sha256.
+            expected: version that the champion is taken to be at.
+            now: seconds since the epoch.
+            by: who promotes it.
+
         Raises:
             LostRaceError: the champion is not at version ``expected`` any more.
         """
@@ -186,7 +203,13 @@ class Registry:
     def rollback(self, connection: Connection, *, now: float, by: str, to: str | None = None) -> Alias:
         """Point champion back within a transaction: at what it was before, or at an earlier one named ``to``.
 
-        Rolling back twice goes back two steps. Take-over by those who serve is with ``sync``.
+        Rolling back twice goes back two steps. Those who serve follow after ``sync``.
+
+        Args:
+            connection: of the transaction.
+            now: seconds since the epoch.
+            by: who rolls back.
+            to: sha256 of an earlier champion; the one before by default.
 
         Raises:
             InputError: there was none before, or ``to`` never was champion.
@@ -209,22 +232,29 @@ class Registry:
         )
 
     def tighten(self, connection: Connection, bundle: str, threshold: float, *, now: float) -> None:
-        """Have a bundle exit at this threshold while it is above its policy's own, from the next ``sync`` on."""
+        """Have a bundle exit at this threshold while it is above its policy's own, from the next ``sync`` on.
+
+        Args:
+            connection: of a transaction.
+            bundle: its sha256.
+            threshold: of exit scores.
+            now: seconds since the epoch.
+        """
         self.store.serialise(connection)
         row = {"version": _newest(connection, _thresholds) + 1, "bundle": bundle, "threshold": threshold, "time": now}
         connection.execute(_thresholds.insert(), row)
 
     def audit_at(self, connection: Connection, rate: float | None, *, now: float) -> None:
-        """Have every event of whatever serves reviewed with at least this chance, from the next ``sync`` on.
+        """Have every served event reviewed with at least this chance, from the next ``sync`` on; None: as planned.
 
-        None leaves it to the plan. It is no bundle's own: what changed are the photos that come.
+        It holds for every bundle: photos changed, no bundle did.
         """
         self.store.serialise(connection)
         row = {"version": _newest(connection, _audit_rates) + 1, "rate": rate, "time": now}
         connection.execute(_audit_rates.insert(), row)
 
     def audit_rate(self) -> float | None:
-        """The least chance of review that is in force; None where it is the plan's."""
+        """The least chance of review in force; None: the plan's."""
         with self.store.read() as connection:
             return _audit_rate(connection)
 

@@ -70,7 +70,14 @@ class Rounds:
     # ---------------------------------------------------------------------------- monitor
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
-        """Ingest what was served, and look at the champion's decisions since it began to serve."""
+        """Ingest what was served, and look at the champion's decisions since it began to serve.
+
+        Args:
+            memory: what the last look left.
+            champion: who serves.
+            now: seconds since the epoch.
+            manual: a person asks for a round.
+        """
         status, triggers, view = self._look(memory, champion, now, manual)
         self.seen = status
         self._learn_known(champion, len(view.decisions))
@@ -106,7 +113,14 @@ class Rounds:
         return rate if rate > self.config.plan.floor else None
 
     def status(self, memory: Mapping[str, Any], champion: Alias, *, now: float, page: Path | None = None) -> Status:
-        """What ``watch`` would see, changing nothing; also as a page for people."""
+        """The status that ``watch`` would see; nothing is changed.
+
+        Args:
+            memory: what the last look left.
+            champion: who serves.
+            now: seconds since the epoch.
+            page: HTML page to write for people.
+        """
         status, _, view = self._look(memory, champion, now, manual=False)
         if page is not None:
             write_page(page, status, view.decisions)
@@ -146,7 +160,10 @@ class Rounds:
 
         A guard epoch is of images served since the last one that was looked at was frozen; what certifies, since the
         last round. None are from before the champion's last alarm: what judges and certifies is of the world as it is.
-        What the champion's run holds judges and certifies nothing: it was learned from.
+        Images of the champion's run judge and certify nothing: it learned from them.
+
+        Raises:
+            NotReachableError: too few labelled images for a role.
         """
         until = current.entered
         ingest(self.store, self.log)
@@ -213,7 +230,11 @@ class Rounds:
         return [Job(f"{tasks.__name__}:propose", {**how, "options": options}) for how, options in given]
 
     def select(self, current: Round, done: Sequence[Work]) -> str:
-        """The proposal that gains most on ``val_select``."""
+        """The proposal that gains most on ``val_select``.
+
+        Raises:
+            NotReachableError: none gains anything.
+        """
         del current
         gains = {one.key: one.result["gain"] for one in done}
         best = max(gains, key=lambda key: (gains[key] is not None, gains[key] or 0.0))
@@ -438,6 +459,13 @@ def _figures(found: Mapping[str, Any], growth: float, config: RoundsConfig) -> l
 
 
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:
-    """Note which run a bundle came from; proposals for it start there."""
+    """Note which run a bundle came from; proposals for it start there.
+
+    Args:
+        root: the loop's folder.
+        bundle: sha256 of its manifest.
+        run: folder of the run.
+        model_fingerprint: of the run's model.
+    """
     record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
     record.write(Path(root) / "runs" / f"{bundle}.json")

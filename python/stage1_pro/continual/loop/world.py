@@ -1,7 +1,7 @@
 """A world to simulate the loop in: real photos, cut into a past that a model learns from and a stream that is served.
 
-The unit is the photo: near-copies of one place lie on both sides, as they do for a camera that passes the same places
-every day. What holds here holds for this stream, and says nothing of new places.
+The unit is the photo: near-copies of one place lie on both sides, as for a camera that passes the same places every
+day. Results hold for this stream and say nothing of new places.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from stage1_pro.continual.serving.events import uniform
-from stage1_pro.data.protocols import ProtocolName, challenge
+from stage1_pro.data.protocols import challenge
 from stage1_pro.data.splits import Row, Splits, hash_splits, make_splits
 from stage1_pro.errors import InputError
-from stage1_pro.words import HALVES, SPLITS, SplitName
+from stage1_pro.words import HALVES, SPLITS, ProtocolName, SplitName
 
 # Of the past. Certificates are what the loop lives on, and half of val_select is the promotion test's anchor.
 _SHARES: dict[SplitName, float] = {"train": 0.4, "val_select": 0.35, "val_calib": 0.22, "val_test": 0.03}

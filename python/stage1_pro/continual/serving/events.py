@@ -26,7 +26,7 @@ from stage1_pro.record import Record, wrong
 
 SKETCH_SIZE = 64
 _HAS_FLOCK = find_spec("fcntl") is not None
-# Exits that are audited at random, whatever else is configured: without them nobody sees what Stage A gets wrong.
+# Least share of exits that is audited at random: without these audits nobody sees what Stage A gets wrong.
 LEAST_FLOOR = 0.02
 _SHA256 = r"^[0-9a-f]{64}$"
 _SEGMENT = re.compile(r"events-(\d{8})\.jsonl")
@@ -87,7 +87,7 @@ class Event(Record):
 
 
 def uniform(seed: int, salt: str, event_id: str) -> float:
-    """A number in [0, 1) that is a function of its arguments alone, the same on every machine."""
+    """A number in [0, 1) that depends on its arguments alone, the same on every machine."""
     digest = hashlib.sha256(f"{seed}/{salt}/{event_id}".encode()).digest()
     return float(int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
@@ -114,7 +114,11 @@ class ReviewPlan(Record):
 
     @classmethod
     def of(cls, **rates: Any) -> Self:
-        """The same with a message for people; raises InputError."""
+        """A plan from rates.
+
+        Raises:
+            InputError: a rate out of range, or one that does not exist.
+        """
         try:
             return cls(**rates)
         except ValidationError as error:
@@ -123,7 +127,7 @@ class ReviewPlan(Record):
             raise InputError(f"{what}{least if what.startswith('floor ') else ''}") from None
 
     def raised(self, rate: float | None) -> Self:
-        """The same plan, where every event has at least this chance; itself where that changes nothing."""
+        """The plan in which every event has at least this chance; the same object if that changes nothing."""
         return self if rate is None or rate <= self.least else self.model_copy(update={"least": rate})
 
     def propensity(
@@ -137,6 +141,13 @@ class ReviewPlan(Record):
         """Chance of review [N] in [floor, 1] from signals [N], each a bool or in [0, 1]; NaN counts as 1.
 
         With the same floor and seed, a raised plan selects all that the plain one does, and more.
+
+        Args:
+            deferred: Stage B was asked.
+            abstained: nobody answered.
+            disagree: Stage B answers otherwise than Stage A.
+            entropy: of the answer, over its largest value.
+            novelty: distance of the features from known ones.
         """
         passed = np.asarray(1.0)
         for rate, signal in (
@@ -170,6 +181,9 @@ def sketch(hidden: ArrayLike) -> NDArray[np.float32]:
 
     Of tokens [N, T, D] the first (CLS), of pooled features [N, D] all. The signs are the bits of SHAKE-256, so that no
     release of a library changes them (Achlioptas 2003). Rows that are not finite give zeros.
+
+    Raises:
+        InputError: another shape.
     """
     values = np.asarray(hidden, dtype=np.float64)
     if values.ndim == 3:
@@ -211,7 +225,10 @@ class Novelty(Record):
     def fit(cls, sketches: ArrayLike) -> Self:
         """Learn what is known from sketches [N, 64], such as those of calibration images or of the first days.
 
-        The covariance is drawn towards a multiple of the identity by 64 / (64 + N), so that few rows do.
+        The covariance is shrunk towards a multiple of the identity by 64 / (64 + N), so that few rows are enough.
+
+        Raises:
+            InputError: fewer than two sketches, another shape, or values that are not finite.
         """
         values = np.asarray(sketches, dtype=np.float64)
         if values.ndim != 2 or values.shape[1] != SKETCH_SIZE or len(values) < 2 or not np.isfinite(values).all():
@@ -244,7 +261,7 @@ def _distance(values: NDArray[Any], mean: NDArray[Any], factor: NDArray[Any]) ->
 
 
 class BundleFacts(Record):
-    """What readers of a log must know about a bundle that served."""
+    """Classes of a bundle that served, for readers of its log."""
 
     bundle: str = Field(pattern=_SHA256)
     classes: tuple[str, ...] = Field(min_length=2)
@@ -379,7 +396,11 @@ class EventLog:
                     self._synced, self._dirty = time.monotonic(), False
 
     def read(self, start: Position | None = None, limit: int = 20_000) -> Tail:
-        """Up to about ``limit`` events after a position; the same position again when there are no more."""
+        """Up to about ``limit`` events after a position; the same position again when there are no more.
+
+        Raises:
+            ArtifactError: the log has lost bytes that lay before the position.
+        """
         position = start or Position()
         with _locked(self.folder / ".lock"):
             # No writer is at work now, so whatever lies before these sizes is never changed again.

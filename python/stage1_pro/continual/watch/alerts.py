@@ -1,4 +1,4 @@
-"""Tell somebody: a webhook or a command for an alert. What fails is reported, and never stops who called."""
+"""Send an alert to a webhook or a program. Failures are reported and never raised."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What watches a served cascade: evidence of harm on audited exits, risk in spite of biased labels, drift, triggers.
+"""Monitors of a served cascade: evidence of harm on audited exits, risk from biased labels, drift, triggers.
 
-NumPy columns and frozen records in, records out: no database, no torch, no clock. Harm is told by labels alone (an
-e-process, weighted estimates); scores tell covariate shift (CBPE, river's detectors) and are blind to a concept shift.
+NumPy columns and frozen records in, records out: no database, no torch, no clock. Only labels show harm (an e-process,
+weighted estimates). Scores show covariate shift (CBPE, river's detectors) and are blind to a concept shift.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from stage1_pro.metrics.probabilistic import accuracy, mcc
 from stage1_pro.policies.bounds import betting_upper, check_share
 from stage1_pro.record import Record
 
-# Audits at random never fall below this share of exits, whatever a configuration says.
+# Smallest share of exits that is audited at random, in any configuration.
 LEAST_AUDIT_RATE = 0.02
 # Alternatives that the e-process bets on, as multiples of the odds of alpha.
 _ODDS = (1.5, 2.0, 3.0, 5.0, 8.0)
-# Of its capital, what starts with the first audit; the rest starts later, half of it within _HALF audits.
+# A quarter of the capital is bet from the first audit on. The rest enters over time; half of that within 300 audits.
 _FIRST = 0.25
 _HALF = 300
-# A capital that has grown beyond this says no more, and must stay a number that JSON can hold.
+# Capital is cut off here: more would say nothing new, and JSON must be able to hold it.
 _MOST_CAPITAL = 1e100
 # A bet never risks more than this share of the capital on one audit.
 _MOST_RISKED = 0.9
@@ -122,9 +122,9 @@ class Estimate(Record):
 
 
 def naive_risk(wrong: ArrayLike, *, level: float = 0.95) -> Estimate:
-    """Share of wrong answers among the labelled rows, in [0, 1]; **biased** unless each was chosen with one chance.
+    """Share of wrong answers among the labelled rows, in [0, 1]; **biased** unless all rows had one chance of review.
 
-    Shown beside the weighted estimates to say how far off it is. Its interval is Clopper and Pearson's.
+    Shown beside the weighted estimates to tell how large the bias is. Its interval is Clopper and Pearson's.
 
     Args:
         wrong: 0 or 1 [n].
@@ -135,19 +135,19 @@ def naive_risk(wrong: ArrayLike, *, level: float = 0.95) -> Estimate:
 
 
 def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, alpha: float | None = None) -> Estimate:
-    """Risk among all rows from those that were labelled, each weighted by 1 / propensity; in [0, 1], lower is better.
+    """Risk among all rows, from labelled rows weighted by 1 / propensity; in [0, 1], lower is better.
 
-    The Hájek estimate, sum(wrong / e) / sum(1 / e): it needs no count of all rows, so labels that are late cost
-    precision and not bias, as long as their delay has nothing to do with being wrong. Its interval holds for any n and
-    any propensities: Clopper and Pearson's where all are equal, else both ends by betting on E[(e0 / e) wrong] against
-    r E[e0 / e] (Waudby-Smith & Ramdas 2010.09686), where a bootstrap would cover too little. The bets go through
-    the rows in a shuffled order with a fixed seed: where the risk moved meanwhile the interval is of its average.
+    The Hájek estimate, sum(wrong / e) / sum(1 / e). It needs no count of all rows, so late labels cost precision and
+    add no bias, provided that their delay does not depend on being wrong. Its interval holds for any n and any
+    propensities: Clopper and Pearson's if all are equal, else by betting on E[(e0 / e) wrong] against r E[e0 / e]
+    (Waudby-Smith & Ramdas 2010.09686), since a bootstrap covers too little. Bets go through the rows in an order that
+    is shuffled with a fixed seed: if the risk changed over time, the interval is of its average.
 
     Args:
         wrong: 0 or 1 [n].
         propensity: chance of each of having been chosen [n], in (0, 1].
         level: two-sided, inside (0, 1).
-        alpha: the risk that the bets aim at, where one is in question; the interval holds for any.
+        alpha: the risk in question, which the bets aim at; the interval holds for any.
 
     Raises:
         InputError: shapes differ or a value is outside its range.
@@ -167,11 +167,11 @@ def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, 
 
 
 def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95) -> Estimate:
-    """Risk among all N rows as sum(wrong / e) / N; unbiased when **every** chosen row has its label.
+    """Risk among all N rows as sum(wrong / e) / N; unbiased if **every** selected row has its label.
 
-    The Horvitz-Thompson estimate. Labels that are still to come count as right, so with late labels it is too low and
-    ``hajek_risk`` is the one to look at. Its interval holds for any N, by betting on the mean of e0 wrong / e over all
-    rows (0 where none is known, e0 the smallest e), shuffled as in ``hajek_risk``; small propensities make it wide.
+    The Horvitz-Thompson estimate. Missing labels count as right, so late labels make it too low; use ``hajek_risk``
+    then. Its interval holds for any N, by betting on the mean of e0 wrong / e over all rows (0 without a label, e0 the
+    smallest e), shuffled as in ``hajek_risk``; small propensities make it wide.
 
     Args:
         wrong: 0 or 1, NaN where the row was not chosen [N].
@@ -206,11 +206,11 @@ def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: flo
 class Evidence(Record):
     """An e-process on audited exits against "the risk of exits is at most alpha": large values are evidence of harm.
 
-    Bets on 0/1 outcomes of audits weighted by reference / propensity, mixed over five alternatives and over when the
-    harm began. As long as the risk is at most alpha its expectation is at most 1 at **any** moment of looking, so the
-    chance that it ever reaches 1 / delta is at most delta (Ville; Waudby-Smith & Ramdas 2010.09686; starting times
-    mixed with a prior, as e-detectors do without one, Shin et al. 2203.03532). Feed audits in the order that labels
-    become known; which labels come late must not depend on being wrong.
+    It bets on 0/1 outcomes of audits, weighted by reference / propensity, and averages over five alternatives and over
+    starting times of the harm. If the risk is at most alpha, its expectation is at most 1 at **any** time, so it ever
+    reaches 1 / delta with chance delta at most (Ville; Waudby-Smith & Ramdas 2010.09686; starting times have a prior
+    here, and none in e-detectors, Shin et al. 2203.03532). Feed audits in the order in which labels become known; the
+    delay of a label must not depend on being wrong.
     """
 
     alpha: float = Field(gt=0, lt=1)
@@ -289,7 +289,7 @@ class Evidence(Record):
 def grow(
     capital: NDArray[np.float64], n: int, gain: NDArray[np.float64] | np.float64, bets: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """One audit of any number of e-processes side by side: the new capital [..., 5], and what each is worth [...].
+    """Feed one audit to any number of e-processes: the new capital [..., 5], and the value of each [...].
 
     Args:
         capital: of each alternative [..., 5], zeros at the beginning.
@@ -312,10 +312,10 @@ def feed(evidence: Evidence, rows: ServedColumns) -> Evidence:
 
 
 class Cbpe(Record):
-    """Confidence-based estimate of the risk of exits: what it would be if confidences were still calibrated.
+    """Confidence-based estimate of the risk of exits, which assumes that confidences are still calibrated.
 
-    Sees a covariate shift (other scores) and is **blind to a concept shift**: when the same scores are wrong more often
-    it does not move. It never replaces an audit.
+    It shows a covariate shift (other scores) and is **blind to a concept shift**: it does not move if the same scores
+    become wrong more often. It replaces no audit.
     """
 
     value: float | None = Field(description="mean of 1 - confidence over exits; null without one")
@@ -387,8 +387,8 @@ class Drift(Record):
 def drift(confidence: ArrayLike, config: DriftConfig | None = None) -> Drift:
     """Watch the confidences of served rows with ADWIN, Page-Hinkley and KSWIN; more votes are surer.
 
-    A change of confidences is no harm: it raises the audit rate (``Triggers``) and never retrains alone. Same rows and
-    seed, same answer.
+    A change of confidences is no harm: it raises the audit rate (``triggers``), and starts no training by itself. Same
+    rows and seed, same result.
 
     Args:
         confidence: [N] in [0, 1], in the order of time.
@@ -436,11 +436,14 @@ class Rolling(Record):
 def rolling(predicted: ArrayLike, label: ArrayLike) -> Rolling:
     """MCC of the last 100 and accuracy of the last 10 labelled answers; higher is better.
 
-    They speak of the rows that happened to be labelled, unweighted: hard ones are in them more often.
+    Unweighted, over labelled rows alone: hard photos are over-represented.
 
     Args:
         predicted: class index of each answer [n], in the order of time.
         label: class index of each truth [n].
+
+    Raises:
+        InputError: shapes differ.
     """
     answers, truth = np.asarray(predicted, dtype=np.int64), np.asarray(label, dtype=np.int64)
     if answers.ndim != 1 or answers.shape != truth.shape:
@@ -481,7 +484,7 @@ class TriggerConfig(Record):
 
 
 class Signals(Record):
-    """What the triggers look at, at one moment."""
+    """Input of the triggers at one moment."""
 
     alarm_at: float | None = Field(None, description="last alarm of the e-process")
     cbpe: Cbpe | None = None
@@ -492,7 +495,7 @@ class Signals(Record):
 
 
 class TriggerState(Record):
-    """What the triggers remember between two looks."""
+    """State of the triggers between two looks."""
 
     since: float = Field(description="when the model that serves was trained, or the watch began")
     trained_at: float | None = Field(None, description="last time a training was asked for")
@@ -502,7 +505,7 @@ class TriggerState(Record):
 
 
 class Advice(Record):
-    """What to do now."""
+    """Whether to train now and why, what a training waits for, and how much to audit."""
 
     train: bool
     reasons: list[Reason]
@@ -514,13 +517,15 @@ class Advice(Record):
 def triggers(
     state: TriggerState, signals: Signals, *, alpha: float, now: float, config: TriggerConfig | None = None
 ) -> tuple[TriggerState, Advice]:
-    """Say whether to train, and at which rate to audit; harm trains, drift alone only raises the audit rate.
+    """Decide whether to train, and at which rate to audit; harm trains, drift alone only raises the audit rate.
 
-    With hysteresis: an alarm asks once, and while its champion stays again with every ``again_labels`` since the last
-    training, as what was refused on few rows may pass on more; CBPE above alpha together with drift asks once, and
-    again only after CBPE has been below ``rearm`` of alpha; trainings are a cooldown apart; the audit rate falls
-    ``hold`` seconds after the last drift. What a training could not be finished without is waited for, and nothing that
-    asked is forgotten meanwhile; a wish by hand does not wait.
+    With hysteresis:
+
+    - an alarm asks once, and again with every ``again_labels`` new labels while its champion stays: a candidate that
+      was refused on few rows may pass on more;
+    - CBPE above alpha together with drift asks once, and again only after CBPE was below ``rearm`` times alpha;
+    - trainings are a cooldown apart, and the audit rate falls ``hold`` seconds after the last drift;
+    - a training waits for labels that it needs, and no reason is forgotten meanwhile; a request by hand does not wait.
 
     Args:
         state: what the last call gave.

@@ -1,8 +1,8 @@
-"""What people are to be told: written down with what it tells of, sent afterwards, and remembered as sent.
+"""Alerts to people: written in the transaction that they tell of, sent afterwards, and noted as sent.
 
-An alert is a row of the transaction that it speaks of, so none is lost and none is of something that never was. It goes
-out after that, and only then is a row written that it did: a process killed between the two sends it again (at least
-once). What a hook did not take is tried again by later looks, until the alert is a day old.
+No alert is lost, and none tells of a transaction that was undone. The note follows the delivery: a process killed
+between the two sends the alert again (at-least-once delivery). Later looks retry failed deliveries until an alert is a
+day old.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from scipy.special import ndtri
 
 from stage1_pro.continual.watch.monitor import LEAST_AUDIT_RATE, Evidence, grow
 from stage1_pro.errors import InputError
-from stage1_pro.policies.bounds import binomial_cdf, check_share
+from stage1_pro.policies.bounds import check_share
+from stage1_pro.policies.planning import binomial_power
 from stage1_pro.record import Record
 
 DEFAULT_MULTIPLES = (1.5, 2.0, 3.0, 5.0)
@@ -123,12 +124,9 @@ def exact_audits(alpha: float, risk: float, delta: float, power: float) -> int:
 
     The test rejects at k errors where P(Bin(n, alpha) >= k) <= delta; its power saws with n.
     """
-    last = max(4 * normal_audits(alpha, risk, delta, power), 200)
-    n = np.arange(1, last + 1, dtype=np.float64)
-    k = np.floor(n * alpha)
-    while (more := (1 - binomial_cdf(k - 1, n, alpha) > delta) | (k < 1)).any():
-        k = np.where(more, k + 1, k)
-    enough = 1 - binomial_cdf(k - 1, n, risk) >= power
+    n = np.arange(1, max(4 * normal_audits(alpha, risk, delta, power), 200) + 1, dtype=np.float64)
+    # More wrong answers than alpha are fewer right ones than 1 - alpha.
+    enough = binomial_power(n, 1 - alpha, delta, 1 - risk) >= power
     short = np.flatnonzero(~enough)
     return int(n[short[-1]]) + 1 if short.size else 1
 

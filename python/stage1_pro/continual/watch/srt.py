@@ -24,7 +24,7 @@ from stage1_pro.record import Record
 
 # Scores of exactly 0 and 1 have no logit.
 _FARTHEST = 40.0
-# What is above every score: nobody exits.
+# Above every score: nobody exits.
 CLOSED = math.nextafter(1.0, 2.0)
 # In logits: a threshold at which nobody exits.
 HIGHEST = 12.0
@@ -77,7 +77,10 @@ class ControllerConfig(Record):
     alpha: float = Field(gt=0, lt=1, description="largest risk of exits")
     certified: float = Field(ge=0, le=1, description="the certificate's threshold: never below it")
     step: float = Field(
-        0.35, gt=0, description="eta': logits that one wrong exit tightens by, nearly; a right one loosens alpha of it"
+        0.35,
+        gt=0,
+        description="eta', in logits: a wrong exit raises the threshold by step * (1 - alpha), a right one "
+        "lowers it by step * alpha",
     )
     audit_rate: float = Field(1.0, gt=0, le=1, description="e_exit: propensity with which exits are usually audited")
     floor: float = Field(LEAST_AUDIT_RATE, gt=0, le=1, description="smallest propensity that can occur")
@@ -149,7 +152,7 @@ class ControllerState(Record):
 
     @property
     def risk_bound(self) -> float | None:
-        """What the telescoping sum says ``feedback_risk`` is at most, whatever the labels were; null without trials.
+        """Upper bound of ``feedback_risk`` by the telescoping sum, for any labels; null without trials.
 
         alpha + (u_max - u_min + step w) / (step W) with W = ``weight_trials`` and w the largest weight, plus what the
         centre has loosened and what clips at u_max took back. Without either it is the bound of the notes.
@@ -163,7 +166,11 @@ class ControllerState(Record):
 
 
 def to_logit(score: float) -> float:
-    """The logit of a score in [0, 1]; 0 and 1 get a finite one."""
+    """The logit of a score in [0, 1]; 0 and 1 get a finite one.
+
+    Raises:
+        InputError: a score outside [0, 1].
+    """
     if not 0 <= score <= 1:
         raise InputError(f"score must be in [0, 1], got {score}; thresholds and exit scores are shares")
     if score in (0.0, 1.0):
@@ -223,8 +230,7 @@ class ThresholdController:
     def update(self, feedback: Iterable[Feedback]) -> tuple[Move, ...]:
         """Take labels that became known since the last call, in the order of ``known`` and ``event``.
 
-        The decisions they speak of may be of any age and in any order: what counts is whether the item would exit at
-        the threshold of now.
+        Their decisions may be of any age and in any order: an item counts if it would exit at the present threshold.
 
         Args:
             feedback: one of each event.
