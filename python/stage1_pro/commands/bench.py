@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stage1_pro.command import Command, Flag, Result, Words
+from stage1_pro.tables import Sheet, grid, interval
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from stage1_pro.deploy.bench import (
@@ -125,8 +124,8 @@ class CompareLatency(Command):
 
 def render_cascade(found: CascadeBench) -> str:
     """Show a table a batch size, the shares of a full pass, and the machine."""
-    buffer, console = _console(120)
-    console.print(f"{_title(found)}, medians of {found.rounds} rounds")
+    sheet = Sheet(120)
+    sheet.add(f"{_title(found)}, medians of {found.rounds} rounds")
     names = {"stage_a": "Stage A alone", "stage_b": "Stage B from A's tokens", "always_both": "always both",
              "full_pass": "one full pass"}  # fmt: skip
     for one in found.batches:
@@ -141,51 +140,53 @@ def render_cascade(found: CascadeBench) -> str:
                 f"{t.processor_speedup:.3f}",
                 *("-" if value is None else f"{value:.3f}" for value in (t.ideal, t.of_ideal)),
             )
-        console.print(table)
+        sheet.add(table)
         shares = ", ".join(f"{name} {share:.1%}" for name, share in one.shares.items() if name != "python")
-        console.print(
+        sheet.add(
             f"Of a full pass: {shares or 'not known'}; deciding and gathering in Python comes to "
             f"{one.shares['python']:.1%} of one. "
             "The ideal counts blocks only. CPU: the speed-up by processor time, less moved by neighbours."
         )
-    console.print(", ".join(f"{name} {value}" for name, value in found.machine.items()))
-    return buffer.getvalue().rstrip()
+    sheet.add(", ".join(f"{name} {value}" for name, value in found.machine.items()))
+    return sheet.text()
 
 
 def render_latency(found: LatencyBench) -> str:
     """Tables for people."""
-    buffer, console = _console(130)
-    console.print(_title(found))
+    sheet = Sheet(130)
+    sheet.add(_title(found))
     for step in found.steps:
-        console.print(f"  {step}")
+        sheet.add(f"  {step}")
     short = sorted({one.n for one in found.series if not one.enough})
     if found.quick:
-        console.print(f"quick: {found.samples} samples each, too few for a p99")
+        sheet.add(f"quick: {found.samples} samples each, too few for a p99")
     elif short:
-        console.print(
+        sheet.add(
             f"some series have {short[0]} to {short[-1]} of {found.samples} samples: --limit {found.limit:g} s was up"
         )
     table = _table("milliseconds [95% interval]", ("what", "batch", "deferred", "n"), ("p50", "p90", "p95", "p99"))
     for one in found.series:
-        cells = [_interval(*(one.quantile(q).model_dump(exclude={"q"}).values())) for q in (0.5, 0.9, 0.95, 0.99)]
+        cells = [
+            interval(*one.quantile(q).model_dump(exclude={"q"}).values(), digits=2) for q in (0.5, 0.9, 0.95, 0.99)
+        ]
         table.add_row(*_name(one), str(one.n), *cells)
-    console.print(table)
-    console.print(f"requests are single photos from encoded bytes on: {found.photos}")
+    sheet.add(table)
+    sheet.add(f"requests are single photos from encoded bytes on: {found.photos}")
     table = _table("cold start, ms", ("cached kernels",), ("fresh process", "load, parity", "first answer"))
     for cold in found.cold:
         table.add_row(cold.cache, f"{cold.total:.0f}", f"{cold.load:.0f}", f"{cold.first:.1f}")
-    console.print(table)
+    sheet.add(table)
     title = f"throughput at {found.deferral:.0%} deferred, p99 within {found.budget:g} ms"
     table = _table(title, ("batch",), ("images/s", "p99, ms", "within"))
     for rate_at in found.throughput:
         p99 = "-" if rate_at.p99 is None else f"{rate_at.p99:.2f}"
         within = {True: "yes", False: "no", None: "not known"}[rate_at.within]
         table.add_row(str(rate_at.batch), f"{rate_at.images_per_second:.1f}", p99, within)
-    console.print(table)
+    sheet.add(table)
     if found.peers:
-        console.print(_peers_table(found.peers))
-    console.print(", ".join(f"{name} {value}" for name, value in found.machine.items()))
-    return buffer.getvalue().rstrip()
+        sheet.add(_peers_table(found.peers))
+    sheet.add(", ".join(f"{name} {value}" for name, value in found.machine.items()))
+    return sheet.text()
 
 
 def _peers_table(found: Sequence[LatencyPeer]) -> Table:
@@ -196,7 +197,7 @@ def _peers_table(found: Sequence[LatencyPeer]) -> Table:
             table.add_row(peer.name, f"skipped: {peer.skipped}")
             continue
         medians = [
-            next((_interval(r.ratio, r.low, r.high) for r in one if r.q == 0.5), "-")
+            next((interval(r.ratio, r.low, r.high, digits=2) for r in one if r.q == 0.5), "-")
             for one in (peer.to_cascade, peer.to_full_pass)
         ]
         table.add_row(peer.name, str(peer.batch), *medians, f"{peer.logit:.1g}", f"{peer.prob:.1g}", str(peer.flips))
@@ -205,17 +206,17 @@ def _peers_table(found: Sequence[LatencyPeer]) -> Table:
 
 def render_comparison(found: LatencyComparison) -> str:
     """A table for people."""
-    buffer, console = _console(130)
-    console.print(f"{found.second}\nover\n{found.first}; below 1 the former is faster")
+    sheet = Sheet(130)
+    sheet.add(f"{found.second}\nover\n{found.first}; below 1 the former is faster")
     title = f"ratio [{found.level:.0%} interval]"
     table = _table(title, ("what", "batch", "deferred"), ("mean", "p50", "p95", "p99"))
     for one in found.differences:
-        cells = {r.q: _interval(r.ratio, r.low, r.high, 3) for r in one.ratios}
+        cells = {r.q: interval(r.ratio, r.low, r.high, digits=3) for r in one.ratios}
         table.add_row(*_name(one), *(cells.get(q, "-") for q in (None, 0.5, 0.95, 0.99)))
-    console.print(table)
+    sheet.add(table)
     for caution in found.cautions:
-        console.print(f"caution: {caution}")
-    return buffer.getvalue().rstrip()
+        sheet.add(f"caution: {caution}")
+    return sheet.text()
 
 
 def _title(found: CascadeBench | LatencyBench) -> str:
@@ -231,24 +232,5 @@ def _name(one: LatencySeries | LatencyDifference) -> tuple[str, str, str]:
     return f"{one.contestant}, {one.part}", str(one.batch), rate
 
 
-def _interval(value: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _console(width: int) -> tuple[io.StringIO, Console]:
-    from rich.console import Console
-
-    buffer = io.StringIO()
-    return buffer, Console(file=buffer, width=width, color_system=None, highlight=False, markup=False)
-
-
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    return grid((*left, *right), left=left, no_wrap=right, title=title)

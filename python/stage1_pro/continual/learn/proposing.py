@@ -1,10 +1,10 @@
-"""A run's heads, proposed anew by ``mgrpo``: new rows and remembered ones in, a run without a policy out, or a refusal.
+"""New heads for a run by ``mgrpo``: from new and remembered rows to a run without a policy, or a refusal.
 
-First Stage B's head, by likelihood: what it learned by cross entropy it learns on by it, held as ``mgrpo`` holds all.
-Then Stage A's classifier and gate, by reward, with DEFER paid by what that Stage B answers.
+Stage B's head learns first, by likelihood, as in its training, under the KL terms of ``mgrpo``. Then Stage A's
+classifier and gate learn by reward; DEFER earns what that Stage B answers.
 
-What the champion has learned from is remembered as features in a reservoir that goes from run to run, so that a round
-costs a pass over its new images and not over all there ever were. An adapter or another backbone begins a new one.
+Rows of earlier rounds are remembered as features in a reservoir that goes from run to run, so that a round costs a pass
+over its new images alone. An adapter or another backbone begins a new reservoir.
 """
 
 from __future__ import annotations
@@ -85,15 +85,13 @@ def propose_run(
     spec: RewardSpec | None = None,
     options: ProposalOptions | None = None,
     reservoir: Path | str | None = None,
-    capacity: int = CAPACITY,
-    refit_b: bool = True,
     source: str = "owner",
 ) -> ProposalRecord:
-    """Propose a run's heads anew and write them as a new run, to be calibrated and certified again.
+    """Train new heads for a run and write them as a new run, to be calibrated and certified again.
 
-    ``train`` rows that are not ``known`` are learned from, known ones are replayed. ``val_select`` chooses the steps:
-    its new rows, and of known ones at most as many, or what has changed would hardly count.
-    DEFER is paid by what Stage B answers, anew. The new folder appears whole or not at all, with ``reservoir.npz`` for
+    The heads learn from ``train`` rows that are not ``known``; known rows are replayed. The steps are chosen on the new
+    rows of ``val_select`` and at most as many known ones, so that new rows count. Stage B's head learns first, and the
+    reward of DEFER is that of its new answers. The new folder appears whole or not at all, with ``reservoir.npz`` for
     the next round.
 
     Args:
@@ -105,8 +103,6 @@ def propose_run(
         spec: what actions earn.
         options: how.
         reservoir: of the parent's; one is made of the known rows where there is none or its features are others.
-        capacity: rows of a new reservoir.
-        refit_b: Stage B's head learns, too.
         source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
 
     Raises:
@@ -145,7 +141,7 @@ def propose_run(
         for photos, what in ((splits.photos_of(held), "anchor"), ([Path(path) for path in recent], "recent"))
     )
     old = [row for row in learned if row.sha256 in known]
-    remembered = _remember(model, splits, config, old, path=reservoir, capacity=capacity)
+    remembered = _remember(model, splits, config, old, path=reservoir)
     columns = remembered.columns
     replayed = _Cached(columns["a"], columns["b"], columns["label"], [source] * len(remembered)) if columns else None
 
@@ -167,10 +163,10 @@ def propose_run(
     classes, before_b = len(splits.classes), accuracy_b()
     answers = _AnswersB(model.heads.auxiliary)
     by_likelihood = options.model_copy(update={"objective": "likelihood"})
-    found_b = ask(answers, by_likelihood, "auxiliary", classes) if refit_b else None
+    found_b = ask(answers, by_likelihood, "auxiliary", classes)
     held_policy = HeadsPolicy(model.heads)
     start = mean_reward(*_outcome(held_policy, chosen_by, model, spec, splits, device))
-    if found_b is not None and found_b.state is not None:
+    if found_b.state is not None:
         answers.load_state_dict(found_b.state)
     policy = HeadsPolicy(model.heads)
     found = ask(policy, options, "module.classifier module.gate", classes + 2)
@@ -185,7 +181,7 @@ def propose_run(
         parent_fingerprint=before, model_fingerprint=fingerprint(model.architecture, state), spec=spec, options=options,
         n_new=len(new), replayed=dict(zip(strata.tolist(), counts.tolist(), strict=True)), n_select=len(select),
         n_anchor=len(held), n_recent=len(recent), share=found.share, steps=list(found.steps),
-        share_b=None if found_b is None else found_b.share, steps_b=[] if found_b is None else list(found_b.steps),
+        share_b=found_b.share, steps_b=list(found_b.steps),
         accuracy_b_before=before_b, accuracy_b_after=accuracy_b(), reward_before=start, reward_after=reached,
         split_hashes=splits.hashes,
     )  # fmt: skip
@@ -209,21 +205,21 @@ def _select(rows: Sequence[Row], known: Collection[str]) -> list[Row]:
 
 
 def _remember(
-    model: Stage1Model, splits: Splits, config: Config, known: Sequence[Row], *, path: Path | str | None, capacity: int
+    model: Stage1Model, splits: Splits, config: Config, known: Sequence[Row], *, path: Path | str | None
 ) -> Reservoir:
     """The parent's reservoir, where its features are this model's; else one of the known rows.
 
-    Rows that a backbone was trained on it knows by heart, so of those an augmented draw is remembered that training
-    did not make.
+    A backbone knows the rows it was trained on by heart, so an augmented draw that training did not make is remembered
+    in their place.
     """
     features = _features_of(model)
     if path is not None and Path(path).is_file():
         there = Reservoir.load(path)
         if not len(there) or str(there.columns["features"][0]) == features:
             return there
-    found = Reservoir(capacity, config.seed)
+    found = Reservoir(CAPACITY, config.seed)
     # Who stays is drawn before anybody's features are read.
-    drawn = Reservoir(capacity, config.seed)
+    drawn = Reservoir(CAPACITY, config.seed)
     drawn.add([row.sha256 for row in known], _strata(known), {})
     ids = set(drawn.ids.tolist())
     kept = [row for row in known if row.sha256 in ids]
@@ -297,12 +293,11 @@ def _features_of(model: Stage1Model) -> str:
     return fingerprint(model.architecture, state)
 
 
-def _none(start: float, found: Proposal, found_b: Proposal | None) -> str:
+def _none(start: float, found: Proposal, found_b: Proposal) -> str:
     def tried(proposal: Proposal) -> str:
         return ", ".join(f"{s.select_reward:.4f} at KL {s.anchor_kl:.3g}" for s in proposal.steps)
 
-    of_b = "" if found_b is None else f"; Stage B's steps earn {tried(found_b)}"
     return (
         f"the reward on val_select must rise above {start:.4f} within the anchor's budget of KL, got steps of Stage A "
-        f"that earn {tried(found)}{of_b}; nothing was written"
+        f"that earn {tried(found)}; Stage B's steps earn {tried(found_b)}; nothing was written"
     )
