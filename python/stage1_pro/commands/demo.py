@@ -93,9 +93,9 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
         "deferred": len(shown) - exited,
         "policy": {
             "exit_threshold": policy.exit_threshold,
-            "coverage": policy.coverage,
+            "coverage": policy.usual_exit_rate,
             "guarantee": policy.guarantee,
-            "target_fnr": policy.target_fnr,
+            "target_fnr": policy.fnr_target,
         },
         "evaluation": evaluation.model_dump(mode="json"),
         "seconds": time.monotonic() - began,

@@ -54,7 +54,7 @@ class Predict(Answering):
     def execute(self) -> Result:
         """Print a row for every image, and what of the promise holds here."""
         from stage1_pro.deploy.prediction import load, predict
-        from stage1_pro.policies.promises import check_prior
+        from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
         cascade = load(self.bundle, self.runtime, trust_engines=self.trust_engines)
@@ -76,7 +76,7 @@ class Infer(Answering):
     def execute(self) -> Result:
         """Print a row for every image."""
         from stage1_pro.deploy.prediction import infer
-        from stage1_pro.policies.promises import check_prior
+        from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
         rows, failures = infer(self.run, self.inputs, split=self.split, out=self.out, batch_size=self.batch_size)
