@@ -519,8 +519,8 @@ def test_a_resumed_training_reaches_the_same_bytes(
     def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    def fourth(*arguments: object) -> None:
-        if next(calls) == 3:
+    def second(*arguments: object) -> None:
+        if next(calls) == 1:
             raise KeyboardInterrupt
         last(*arguments)
 
@@ -530,7 +530,7 @@ def test_a_resumed_training_reaches_the_same_bytes(
 
     killed(validate, "save_adapter", dies)  # model_best.pth stands, its adapter does not
     assert not (other / "adapter").exists()
-    killed(loop.resume, "save_last", fourth)  # inside a later epoch
+    killed(loop.resume, "save_last", second)  # inside a later epoch
     killed(finish, "replace_trained", after)  # the adapter's gate is refitted, that of model_best.pth is not
     record = read_adapter(other / "adapter")
     assert record.model_fingerprint != checkpoint.load_model(other / "model_best.pth").fingerprint()
