@@ -17,7 +17,7 @@ import torch
 from stage1_pro.data.images import ImageError, preprocess, read_image
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.onnx import export_onnx, export_variants
-from stage1_pro.policies import read_policy
+from stage1_pro.policies.policy import read_policy
 from stage1_pro.training.checkpoint import load_run_model
 
 

@@ -35,7 +35,8 @@ import test_certify
 import test_scrc
 
 from stage1_pro.policies.candidates import Risk
-from stage1_pro.policies.certify import certify_threshold, order_candidates
+from stage1_pro.policies.certify import certify_threshold
+from stage1_pro.policies.ordering import order_candidates
 from stage1_pro.policies.scrc import SCRC, FittedSCRC
 
 SIZES = (500, 2000, 10_000)

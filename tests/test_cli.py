@@ -156,6 +156,20 @@ def test_functions_show_the_options_of_their_command() -> None:
     assert "split" in dir(stage1_pro) and "importlib" not in dir(stage1_pro)
 
 
+def test_calibrate_groups_its_options_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options, ranges and defaults are those of the policies' targets."""
+    from stage1_pro.policies.target import KNOWN, Target
+
+    text = " ".join(help_of("calibrate", capsys=capsys).split())
+    assert "policies softmax, gate:" in text and "policies gate, scrc:" in text and "policy scrc:" in text
+    command = load(COMMANDS["calibrate"][0])
+    for kind in KNOWN.values():
+        assert set(kind.model_fields) - set(Target.model_fields) <= set(command.model_fields)
+    assert "gate: the same as --max-exit-error" in text and "scrc: largest risk" in text
+    with pytest.raises(InputError, match=r"alpha must be inside \(0, 1\), got 2.0"):
+        stage1_pro.calibrate("run", alpha=2)
+
+
 def test_a_command_of_another_package_is_found(tmp_path: Path) -> None:
     """One module and one entry point: no line here knows of it."""
     (tmp_path / "elsewhere.py").write_text(
@@ -309,11 +323,11 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
             assert mine[one["metric"]] == pytest.approx(one["value"], abs=1e-3), one["metric"]
 
     # torch and the bundle agree, decision for decision
-    from stage1_pro.policies.softmax import Thresholds, decide, softmax
+    from stage1_pro.policies.softmax import Thresholds, softmax
     from stage1_pro.training.inference import infer_split
 
     predictions = infer_split(run, "val_test")
-    exited = decide(softmax(predictions.logits_a), Thresholds.read(run / "thresholds.json"))
+    exited = Thresholds.read(run / "thresholds.json").exits(softmax(predictions.logits_a))
     assert [row["decision"] == "exited" for row in rows[:-1]] == exited.tolist()
 
     text = stage1("inspect", bundle)
@@ -333,14 +347,13 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     done("predict", "--bundle", bundle, *[pool.parent / f for f in pictures], "--out", tmp_path / "gate.csv")
     with (tmp_path / "gate.csv").open(newline="") as file:
         decided = [row["decision"] == "exited" for row in csv.DictReader(file)]
-    from stage1_pro.policies import exits as rows_that_exit
     from stage1_pro.policies.gate import GateParams
 
     assert (
         decided
-        == rows_that_exit(
-            GateParams.read(run / "gateparams.json"), softmax(predictions.logits_a), predictions.gate_logits
-        ).tolist()
+        == GateParams.read(run / "gateparams.json")
+        .exits(softmax(predictions.logits_a), predictions.gate_logits)
+        .tolist()
     )
     assert "sigmoid(" in stage1("inspect", bundle).stdout
 
@@ -354,12 +367,12 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert facts["policy"]["name"] == "scrc" and facts["policy"]["lambda_1"] == sets["lambda_1"]
     answered = done("predict", "--bundle", bundle, *[pool.parent / f for f in pictures])
     assert answered["promise"]["guarantee"] == "none" and answered["abstained"] > 0
-    from stage1_pro.policies.sets import ScrcParams, answer_sets
+    from stage1_pro.policies.sets import ScrcParams
 
     params = ScrcParams.read(run / "scrcparams.json")
     first, second = softmax(predictions.logits_a), softmax(predictions.logits_b)
-    out = rows_that_exit(params, first, predictions.gate_logits)
-    members, accepted = answer_sets(params, np.where(out[:, None], first, second), out, predictions.gate_logits)
+    out = params.exits(first, predictions.gate_logits)
+    members, accepted = params.answer(np.where(out[:, None], first, second), out, predictions.gate_logits)
     assert [row["decision"] != "abstained" for row in answered["rows"]] == accepted.tolist()
     named = ["|".join(np.array(params.classes)[one]) or None for one in members]
     assert [row["set"] for row in answered["rows"]] == named

@@ -16,6 +16,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from fitting import fit_gate_policy
+
 import stage1_pro
 from stage1_pro import native
 from stage1_pro.cli import main
@@ -29,7 +31,7 @@ from stage1_pro.metrics import augrc, mcc
 from stage1_pro.metrics import compare as compare_rows
 from stage1_pro.metrics.intervals import percentile_interval
 from stage1_pro.metrics.seeds import ARM_METRICS, SeedRows, compare_seeds
-from stage1_pro.policies.gate import fit_gate_policy, reach
+from stage1_pro.policies.gate import reach
 from stage1_pro.studies import comparing
 from stage1_pro.studies.comparing import Comparison, check_fairness, markdown, read_arms
 from stage1_pro.training.loop import train

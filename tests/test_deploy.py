@@ -63,7 +63,6 @@ from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.models.model import Stage1Model
-from stage1_pro.policies import exit_scores
 from stage1_pro.record import FileEntry
 from stage1_pro.training.checkpoint import save_model
 
@@ -721,8 +720,8 @@ class TestCascade:
             assert decisions.exited.tolist() == wanted.tolist()
         probs = np.where(wanted[:, None], first, torch.softmax(outputs.logits_b.double(), 1).numpy())
         assert decisions.label.tolist() == np.array(CLASSES)[probs.argmax(1)].tolist()
-        scores = exit_scores(
-            policy, first, cascade.runtime.run("stage_a", {"pixels": pixels})["gate_logit"].astype(np.float64)
+        scores = policy.scores(
+            first, cascade.runtime.run("stage_a", {"pixels": pixels})["gate_logit"].astype(np.float64)
         )
         for index in range(len(paths)):
             moved = policy.model_copy(update={"threshold": float(scores[index])})

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as judge
@@ -32,10 +33,7 @@ from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.resampled import Resampled
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.metrics.table import METRICS, MetricSpec, register
-from stage1_pro.policies import exit_scores
-from stage1_pro.policies.gate import fit_gate_policy
-from stage1_pro.policies.sets import fit_scrc_policy
-from stage1_pro.policies.softmax import Thresholds, confidence, decide, fit_softmax_policy, softmax
+from stage1_pro.policies.softmax import Thresholds, confidence, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.training.answers import answer, count_groups, find_changes, find_mistakes
 from stage1_pro.training.evaluation import Evaluation, evaluate, evaluate_predictions
@@ -135,7 +133,7 @@ def test_figures_agree_with_scikit_learn(k: int) -> None:
     policy = make_policy(predictions)
     found = evaluate_predictions(predictions, policy, n_replicates=50)
     probs_a, probs_b = softmax(predictions.logits_a), softmax(predictions.logits_b)
-    out = decide(probs_a, policy)
+    out = policy.exits(probs_a)
     assert 0 < out.sum() < out.size
     cascade = np.where(out[:, None], probs_a, probs_b)
     for source in (None, "city0", "city1"):
@@ -162,7 +160,7 @@ def test_exits_by_hand() -> None:
     policy = make_policy(predictions)
     found = evaluate_predictions(predictions, policy, n_replicates=20)
     probs = softmax(predictions.logits_a)
-    out, given, labels = decide(probs, policy), probs.argmax(1), predictions.labels
+    out, given, labels = policy.exits(probs), probs.argmax(1), predictions.labels
     assert found.n_exited == out.sum()
     assert found.value("coverage", "stage_a") == out.mean()
     assert found.value("exit_accuracy", "stage_a") == np.mean(given[out] == labels[out])
@@ -187,7 +185,7 @@ def test_the_suite_has_the_intervals_of_the_bootstrap() -> None:
     found = evaluate_predictions(predictions, policy, n_replicates=100, seed=5)
     probs_a, probs_b = softmax(predictions.logits_a), softmax(predictions.logits_b)
     rows = predictions.sources == "city1"
-    out = decide(probs_a, policy)
+    out = policy.exits(probs_a)
     cascade = np.where(out[:, None], probs_a, probs_b)
     cases = (
         (None, "stage_a", probs_a), (None, "stage_b", probs_b), (None, "cascade", cascade),
@@ -598,7 +596,7 @@ def test_cost_and_risk_are_those_of_the_policys_own_score(tmp_path: Path) -> Non
     found = answer(predictions, gate)
     for rows, scores in (
         (by_softmax, softmax(predictions.logits_a).max(1)),
-        (by_gate, exit_scores(gate, softmax(predictions.logits_a), predictions.gate_logits)),
+        (by_gate, gate.scores(softmax(predictions.logits_a), predictions.gate_logits)),
     ):
         assert float(rows[0]["exit_rate"]) == 0 and float(rows[-1]["cost"]) == 0.5
         for row in rows[:: len(rows) // 7]:

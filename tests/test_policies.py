@@ -12,19 +12,22 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from fitting import fit_softmax_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
 from stage1_pro.classes import choose_positive
+from stage1_pro.commands.calibrate import calibrate
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
-from stage1_pro.policies import read_policy
-from stage1_pro.policies.certify import gaps, groups_in_error
-from stage1_pro.policies.softmax import GRID, SWEEP_ROWS, Thresholds, confidence, decide, fit_softmax_policy, softmax
-from stage1_pro.training.calibration import calibrate, render
+from stage1_pro.policies.counts import SWEEP_ROWS, gaps
+from stage1_pro.policies.policy import read_policy
+from stage1_pro.policies.softmax import GRID, Thresholds, confidence, softmax
+from stage1_pro.policies.units import groups_in_error
+from stage1_pro.training.calibration import render
 
 BINARY = {"classes": ["none", "roadwork"], "positive": "roadwork"}
 
@@ -55,7 +58,7 @@ def test_rows_with_nan_stay_nan_and_never_exit() -> None:
     assert np.isnan(confidence(probs)[:2]).all()
     labels = np.array([0, 1])
     policy = fit_softmax_policy([[0.9, 0.1], [0.2, 0.8]], labels, **BINARY)
-    assert decide(probs, policy).tolist() == [False, False, True]
+    assert policy.exits(probs).tolist() == [False, False, True]
 
 
 def test_wrong_shapes_are_named() -> None:
@@ -65,7 +68,7 @@ def test_wrong_shapes_are_named() -> None:
         confidence([0.1, 0.2])
     policy = fit_softmax_policy([[0.9, 0.1], [0.2, 0.8]], [0, 1], **BINARY)
     with pytest.raises(InputError, match=r"probs must have shape \[N, 2\] as the policy's classes, got \[1, 3\]"):
-        decide([[0.2, 0.3, 0.5]], policy)
+        policy.exits([[0.2, 0.3, 0.5]])
 
 
 # --------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def test_the_choice_is_the_brute_force_optimum(case: tuple[np.ndarray, np.ndarra
             fit_softmax_policy(probs, labels, classes=classes, positive=classes[positive], target_fnr=float(target))
         return
     policy = fit_softmax_policy(probs, labels, classes=classes, positive=classes[positive], target_fnr=float(target))
-    exited = decide(probs, policy)
+    exited = policy.exits(probs)
     assert exited.sum() == policy.n_exited == wanted
     truth, answer = labels[exited] == positive, probs.argmax(1)[exited]
     assert policy.n_positive_exited == truth.sum()
@@ -176,7 +179,7 @@ def test_rounding_of_a_runtime_flips_no_calibration_row() -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
         shaken = softmax(logits + rng.uniform(-1e-6, 1e-6, logits.shape))
-        assert decide(shaken, policy).tolist() == decide(softmax(logits), policy).tolist()
+        assert policy.exits(shaken).tolist() == policy.exits(softmax(logits)).tolist()
 
 
 def test_grid_and_thinned_sweep() -> None:
@@ -487,21 +490,21 @@ def test_wrong_logit_files_are_named(tmp_path: Path, arrays: dict[str, object], 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     make_run(tmp_path)
-    with pytest.raises(InputError, match="either a run or a logits file"):
+    with pytest.raises(InputError, match="exactly one of run or logits"):
         calibrate()
-    with pytest.raises(InputError, match="either a run or a logits file"):
+    with pytest.raises(InputError, match="exactly one of run or logits"):
         calibrate(tmp_path, logits=tmp_path)
     with pytest.raises(
         InputError, match="policy must be softmax or gate or scrc or auto, got 'softmx'; did you mean 'softmax'"
     ):
         calibrate(tmp_path, policy="softmx")
-    with pytest.raises(InputError, match="guarantee must be ltt or none, got 'lt'; did you mean 'ltt'"):
+    with pytest.raises(InputError, match="guarantee must be one of ltt, none, got 'lt'; did you mean 'ltt'"):
         calibrate(tmp_path, guarantee="lt")
     with pytest.raises(InputError, match="min_coverage must go with policy scrc or gate, got it with softmax"):
         calibrate(tmp_path, min_coverage=0.5)
     with pytest.raises(InputError, match="claims must go with guarantee ltt, got it with none"):
         calibrate(tmp_path, guarantee="none", claims=2)
-    with pytest.raises(InputError, match="delta must be less than 1, got 1.5"):
+    with pytest.raises(InputError, match=r"delta must be inside \(0, 1\), got 1.5"):
         calibrate(tmp_path, delta=1.5)
     with pytest.raises(InputError, match="got them with --run"):
         calibrate(tmp_path, positive="x")

@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
 
 from stage1_pro.continual.loop import folder
 from stage1_pro.continual.loop.promotion import check_certificate
 from stage1_pro.continual.serving.live import tightened
 from stage1_pro.errors import InputError
-from stage1_pro.policies import exits, make_router
-from stage1_pro.policies.gate import fit_gate_policy
-from stage1_pro.policies.sets import ScrcParams, answer_sets, fit_scrc_policy
-from stage1_pro.policies.softmax import confidence, fit_softmax_policy, softmax
+from stage1_pro.policies.policy import Origin
+from stage1_pro.policies.routing import make_router
+from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.sets import ScrcParams
+from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.policies.target import Gate, Promise, Scrc, Softmax, parse_target
-from stage1_pro.training.calibration import _fit
 
 CLASSES = ["none", "roadwork"]
 
@@ -60,10 +61,11 @@ def scrc(rows: dict[str, Any], model: str = "new", **wish: Any) -> ScrcParams:
 def test_the_target_of_a_policy_asks_for_the_very_same_policy(rows: dict[str, Any], wish: dict[str, Any]) -> None:
     champion = scrc(rows, "m", **wish)
     target = parse_target(champion.target.model_dump(mode="json"))
-    again = _fit(
-        target, rows["probs"], rows["gate"], rows["probs"], rows["labels"], rows["halves"], stake=None,
-        classes=CLASSES, positive="roadwork", model_fingerprint="m",
+    given = Rows.of(
+        rows["probs"], rows["labels"], gate=rows["gate"], probs_b=rows["probs"], halves=rows["halves"],
+        classes=CLASSES, positive="roadwork",
     )  # fmt: skip
+    again = ScrcParams.fit(target, given, origin=Origin(model_fingerprint="m"))
     assert {**again.model_dump(), "delta": None, "calibrator_fingerprint": None} == {
         **champion.model_dump(), "delta": None, "calibrator_fingerprint": None,
     }  # fmt: skip
@@ -158,8 +160,8 @@ def test_a_tightened_scrc_policy_promises_nothing() -> None:
     first, second, gate, y = specialist(rng, 100_000)
     risks = []
     for one in (policy, strict):
-        out = exits(one, first, gate)
-        sets, accepted = answer_sets(one, np.where(out[:, None], first, second), out, gate)
+        out = one.exits(first, gate)
+        sets, accepted = one.answer(np.where(out[:, None], first, second), out, gate)
         risks.append(float((~sets[np.arange(y.size), y])[accepted].mean()))
     assert risks[0] <= 0.02 < risks[1], "what was promised does not hold of the tightened cascade"
     assert (policy.guarantee, len(policy.promises)) == ("pac", 2)

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
+from fitting import fit_softmax_policy
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -36,7 +37,7 @@ from stage1_pro.continual.loop.promotion import (
 )  # fmt: skip
 from stage1_pro.errors import InputError
 from stage1_pro.policies.bounds import betting_p_value
-from stage1_pro.policies.softmax import Thresholds, fit_softmax_policy
+from stage1_pro.policies.softmax import Thresholds
 
 CLASSES = ("none", "roadwork")
 FREE = Terms(require_certificate=False)

@@ -24,8 +24,8 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.metrics.probabilistic import mcc
-from stage1_pro.policies import read_policy
 from stage1_pro.policies.claims import CLAIMS_FILE, Claims
+from stage1_pro.policies.policy import read_policy
 
 CLASSES = ("none", "roadwork")
 

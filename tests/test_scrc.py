@@ -438,7 +438,7 @@ def test_all_rows_rejected_settles_the_coverage_and_nothing_else() -> None:
     assert [claim.outcome for claim in found.claims] == ["FAIL", "INCONCLUSIVE"]
     assert found.outcome == "FAIL"
     assert (found.accepted, found.rejection_rate.value) == (0, 1.0)
-    assert math.isnan(found.average_set_size.value)
+    assert found.average_set_size.value is None
     assert (found.ambiguous_rate.low, found.ambiguous_rate.high) == (0.0, 1.0)
     assert found.claims[1].n_to_settle is None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -19,31 +20,22 @@ from PIL import Image
 from scipy.special import expit
 
 from stage1_pro import cli
+from stage1_pro.commands.calibrate import calibrate
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, SplitsSummary, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.files import sha256_file
 from stage1_pro.metrics.binomial import clopper_pearson_lower, clopper_pearson_upper
-from stage1_pro.policies import exit_rule, exits, make_router, read_policy
 from stage1_pro.policies.claims import Claims
-from stage1_pro.policies.gate import fit_gate_policy, fit_platt
-from stage1_pro.policies.promises import promise
-from stage1_pro.policies.sets import (
-    LIMIT_SLACK,
-    NOBODY_EXITS,
-    ScrcParams,
-    answer_sets,
-    confidence_logit,
-    fit_scrc_policy,
-    fitted,
-    near,
-    p_correct,
-    verify_sets,
-)
-from stage1_pro.policies.softmax import fit_softmax_policy, softmax
+from stage1_pro.policies.platt import fit_platt
+from stage1_pro.policies.policy import read_policy
+from stage1_pro.policies.routing import make_router
+from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.sets import LIMIT_SLACK, NOBODY_EXITS, ScrcParams, confidence_logit
+from stage1_pro.policies.softmax import softmax
+from stage1_pro.policies.standing import standing
 from stage1_pro.training.answers import answer, count_groups
-from stage1_pro.training.calibration import calibrate
 from stage1_pro.training.calibration import render as render_policy
 from stage1_pro.training.evaluation import evaluate, evaluate_predictions
 from stage1_pro.training.summary import render as render_evaluation
@@ -80,7 +72,7 @@ def fit(data: dict[str, Any], **wish: Any) -> ScrcParams:
 
 def merged(policy: ScrcParams, data: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Probabilities of the stage that answers, and who exits."""
-    out = exits(policy, softmax(data["logits_a"]), data["gate"])
+    out = policy.exits(softmax(data["logits_a"]), data["gate"])
     return np.where(out[:, None], softmax(data["logits_a"]), softmax(data["logits_b"])), out
 
 
@@ -114,8 +106,8 @@ def test_the_rule_by_hand() -> None:
     probs, out = merged(policy, data)
     assert (out == exited).all()
     correct = np.where(out, sure, expit(policy.a_b * np.log(top / (1 - top)) + policy.b_b))
-    sets, accepted = answer_sets(policy, probs, out, data["gate"])
-    np.testing.assert_allclose(p_correct(policy, probs, out, data["gate"]), correct, atol=1e-9)
+    sets, accepted = policy.answer(probs, out, data["gate"])
+    np.testing.assert_allclose(policy.p_correct(probs, out, data["gate"]), correct, atol=1e-9)
     assert accepted.tolist() == (correct >= policy.lambda_1).tolist()
     (cell,) = policy.lambda_2
     wanted = (1 - probs <= cell.limit) | (probs == probs.max(1, keepdims=True))
@@ -205,30 +197,30 @@ def test_ties_nan_gates_and_nobody() -> None:
     coarse = {**data, "gate": np.round(data["gate"]).astype(np.float32)}
     policy = fit(coarse)
     probs, out = merged(policy, coarse)
-    _, accepted = answer_sets(policy, probs, out, coarse["gate"])
-    correct = p_correct(policy, probs, out, coarse["gate"])
+    _, accepted = policy.answer(probs, out, coarse["gate"])
+    correct = policy.p_correct(probs, out, coarse["gate"])
     for value in np.unique(correct[out]):
         assert np.unique(accepted[correct == value]).size == 1, "a tie group is cut"
     # Without a gate value a row defers; it is accepted by what Stage B says.
     holes = {**data, "gate": np.where(np.arange(4000) % 5 == 0, np.nan, data["gate"])}
     policy = fit(holes)
     probs, out = merged(policy, holes)
-    _, accepted = answer_sets(policy, probs, out, holes["gate"])
+    _, accepted = policy.answer(probs, out, holes["gate"])
     assert not out[::5].any() and accepted[::5].any()
     # A gate that never speaks, or knows nothing: nobody exits, and Stage B answers all.
     for gate in (np.full(4000, np.nan), np.zeros(4000)):
         policy = fit({**data, "gate": gate}, max_exit_error=0.001)
         assert policy.exit_threshold == NOBODY_EXITS and policy.exit_error is None and policy.exit_rate == 0
-        assert not exits(policy, softmax(data["logits_a"]), np.full(4000, 1e9)).any()
-        assert "nobody exits" in exit_rule(policy)
+        assert not policy.exits(softmax(data["logits_a"]), np.full(4000, 1e9)).any()
+        assert "nobody exits" in policy.rule()
         assert fit({**data, "gate": gate}, max_exit_error=0.001, cells="stage").lambda_2[0].name == "B"
     # No number, no answer.
     policy = fit(data)
     probs, out = merged(policy, data)
     probs[:3] = np.nan
-    sets, accepted = answer_sets(policy, probs, out, data["gate"])
+    sets, accepted = policy.answer(probs, out, data["gate"])
     assert not accepted[:3].any() and not sets[:3].any() and accepted.any()
-    assert not near(policy, probs, out, data["gate"])[:3].any()
+    assert not policy.near(probs, out, data["gate"])[:3].any()
 
 
 def test_a_stage_without_a_cell_answers_nothing() -> None:
@@ -236,7 +228,7 @@ def test_a_stage_without_a_cell_answers_nothing() -> None:
     policy = fit({**data, "gate": np.full(4000, np.nan)}, max_exit_error=0.001, cells="stage")
     probs = softmax(data["logits_a"])
     out = np.arange(4000) % 2 == 0  # made to exit, as a benchmark does
-    sets, accepted = answer_sets(policy, probs, out, np.full(4000, 50.0))
+    sets, accepted = policy.answer(probs, out, np.full(4000, 50.0))
     assert not accepted[out].any() and not sets[out].any() and accepted[~out].any()
 
 
@@ -253,9 +245,9 @@ def test_infeasible_says_what_would_do() -> None:
 
 @pytest.mark.parametrize(
     ("wish", "message"),
-    [({"alpha": 0.0}, "alpha must be"), ({"xi": 1.0}, "xi must be"), ({"delta": 1.0}, "delta must be"),
+    [({"alpha": 0.0}, "alpha must be"), ({"xi": 1.0}, "min_coverage must be"), ({"delta": 1.0}, "delta must be"),
      ({"claims": 0}, "claims must be"), ({"max_exit_error": 0.0}, "max_exit_error must be"),
-     ({"variant": "pack"}, "did you mean 'pac'"), ({"cells": "town"}, "groups must be None"),
+     ({"variant": "pack"}, "did you mean 'pac'"), ({"cells": "town"}, "cells must be one of"),
      ({"loss": "fnr", "cells": "class"}, "must not be 'class' with loss fnr")],
 )  # fmt: skip
 def test_wrong_wishes_are_told(wish: dict[str, Any], message: str) -> None:
@@ -271,9 +263,9 @@ def test_wrong_arrays_are_told() -> None:
         fit({**data, "positive": "road"})
     probs = softmax(data["logits_a"])
     with pytest.raises(InputError, match=r"must have shape \[200\] for the scrc policy, got \[200\] and None"):
-        answer_sets(policy, probs, np.ones(200, bool))
+        policy.answer(probs, np.ones(200, bool))
     with pytest.raises(InputError, match=r"probs must have shape \[N, 2\]"):
-        answer_sets(policy, np.full((5, 3), 1 / 3), np.ones(5, bool), np.zeros(5))
+        policy.answer(np.full((5, 3), 1 / 3), np.ones(5, bool), np.zeros(5))
 
 
 @settings(max_examples=30, deadline=None)
@@ -283,8 +275,8 @@ def test_row_order_changes_no_answer(seed: int) -> None:
     policy = fit(made(3000), cells="stage", alpha=0.1)
     order = np.random.default_rng(seed).permutation(500)
     probs, out = merged(policy, data)
-    sets, accepted = answer_sets(policy, probs, out, data["gate"])
-    again, kept = answer_sets(policy, probs[order], out[order], data["gate"][order])
+    sets, accepted = policy.answer(probs, out, data["gate"])
+    again, kept = policy.answer(probs[order], out[order], data["gate"][order])
     assert (again == sets[order]).all() and (kept == accepted[order]).all()
 
 
@@ -302,7 +294,7 @@ def test_limits_are_a_hair_above_the_certified_ones() -> None:
         moved = probs.copy()
         moved[on, data["labels"][on]] += shift
         moved[on, 1 - data["labels"][on]] -= shift
-        sets, accepted = answer_sets(policy, moved, out, data["gate"])
+        sets, accepted = policy.answer(moved, out, data["gate"])
         assert sets[on, data["labels"][on]][accepted[on]].all()
 
 
@@ -311,10 +303,10 @@ def test_other_policies_answer_with_the_label_alone() -> None:
     probs = softmax(data["logits_a"])
     policy = fit_softmax_policy(probs, data["labels"], classes=data["classes"], positive="roadwork", target_fnr=0.3)
     probs[0] = np.nan
-    sets, accepted = answer_sets(policy, probs, np.ones(2000, bool))
+    sets, accepted = policy.answer(probs, np.ones(2000, bool))
     assert not accepted[0] and accepted[1:].all() and not sets[0].any()
     assert (sets[1:].argmax(1) == probs[1:].argmax(1)).all() and (sets[1:].sum(1) == 1).all()
-    assert not near(policy, probs, np.ones(2000, bool), None).any()
+    assert not policy.near(probs, np.ones(2000, bool), None).any()
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -327,7 +319,7 @@ def test_the_router_carries_scrc(k: int, pure: bool, monkeypatch: pytest.MonkeyP
     data = made(3000, k=k)
     policy = fit(data, score="aps" if k > 2 else "lac", alpha=0.1)
     probs, out = merged(policy, data)
-    wanted, accepted = answer_sets(policy, probs, out, data["gate"])
+    wanted, accepted = policy.answer(probs, out, data["gate"])
     new = made(500, seed=1, k=k)
     for rows in (data, new):
         router = make_router(policy, 3000)
@@ -339,8 +331,8 @@ def test_the_router_carries_scrc(k: int, pure: bool, monkeypatch: pytest.MonkeyP
         answered[routed.deferred] = softmax(late)
         probs, out = merged(policy, rows)
         assert (exited == out).all()
-        wanted, accepted = answer_sets(policy, probs, out, rows["gate"])
-        sets, kept = answer_sets(policy, answered, exited, rows["gate"])
+        wanted, accepted = policy.answer(probs, out, rows["gate"])
+        sets, kept = policy.answer(answered, exited, rows["gate"])
         assert (sets == wanted).all() and (kept == accepted).all()
     nobody = fit({**data, "gate": np.full(3000, np.nan)}, alpha=0.1)
     assert not make_router(nobody, 10).route(data["logits_a"][:10], np.full(10, 1e9, np.float32)).exited.any()
@@ -353,7 +345,7 @@ def test_the_router_carries_scrc(k: int, pure: bool, monkeypatch: pytest.MonkeyP
     )
     for other, values in ((gate, data["gate"]), (plain, None)):
         found = make_router(other, 3000).route(data["logits_a"], values).exited.astype(bool)
-        assert (found == exits(other, softmax(data["logits_a"]), data["gate"])).mean() > 0.999, "float32 at most"
+        assert (found == other.exits(softmax(data["logits_a"]), data["gate"])).mean() > 0.999, "float32 at most"
 
 
 # --------------------------------------------------------------------------------------------
@@ -474,7 +466,7 @@ def test_anybodys_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     policy = ScrcParams.read(out)
     probs = softmax(data["logits_a"])
     gate = confidence_logit(probs)
-    sets, accepted = answer_sets(policy, probs, exits(policy, probs, gate), gate)
+    sets, accepted = policy.answer(probs, policy.exits(probs, gate), gate)
     assert policy.accepted == (accepted & (data["halves"] == "certify")).sum() and sets[accepted].any(axis=1).all()
 
 
@@ -493,22 +485,25 @@ def summary(positives: int, others: int, groups: int) -> SplitsSummary:
 def test_another_prior_voids_what_speaks_of_all_images() -> None:
     splits = summary(3000, 3000, 6000)
     plain, by_class, fnr = (fit(made(), **wish) for wish in ({}, {"cells": "class"}, {"loss": "fnr"}))
-    assert promise(plain, splits).stands == ("share accepted", "risk") and promise(plain, splits).void == ()
-    same = promise(plain, splits, 0.505)
+    assert standing(plain, splits).stands == ("share accepted", "risk") and standing(plain, splits).void == ()
+    same = standing(plain, splits, 0.505)
     assert same.void == () and "is inside what was calibrated on" in same.note
-    other = promise(plain, splits, 0.05)
+    other = standing(plain, splits, 0.05)
     assert other.void == ("share accepted", "risk") and other.stands == ()
-    assert "Void: share accepted, risk. Nothing stands" in other.note and "Answers do not change" in other.note
+    assert (
+        "Void: share accepted, risk of each stage. Nothing stands" in other.note
+        and "Answers do not change" in other.note
+    )
     for policy, part in ((by_class, "risk of each class"), (fnr, "FNR of accepted sets")):
-        other = promise(policy, splits, 0.05)
+        other = standing(policy, splits, 0.05)
         assert other.void == ("share accepted",) and other.stands == (part,) and "label shift" in other.note
-    nothing = promise(fit(made(), variant="naive"), splits, 0.05)
+    nothing = standing(fit(made(), variant="naive"), splits, 0.05)
     assert (nothing.guarantee, nothing.stands, nothing.void) == ("none", (), ())
     for prior in (0.0, 1.0, math.nan):
         with pytest.raises(InputError, match=r"prior must be inside \(0, 1\)"):
-            promise(plain, splits, prior)
+            standing(plain, splits, prior)
     # Few groups cannot tell one prior from another.
-    assert promise(plain, summary(3000, 3000, 6), 0.3).void == ()
+    assert standing(plain, summary(3000, 3000, 6), 0.3).void == ()
 
 
 def test_priors_and_the_other_policies() -> None:
@@ -520,9 +515,9 @@ def test_priors_and_the_other_policies() -> None:
     both = fit_gate_policy(
         probs, data["gate"], data["labels"], max_exit_error=0.1, min_coverage=0.2, target_fnr=0.2, **shared
     )
-    assert promise(gate, splits, 0.05).void == ("coverage", "exit error") and promise(gate, splits, 0.05).stands == ()
-    assert promise(plain, splits, 0.05).void == () and promise(plain, splits, 0.05).stands == ("FNR on exits",)
-    assert promise(both, splits, 0.05).stands == ("FNR on exits",)
+    assert standing(gate, splits, 0.05).void == ("coverage", "exit error") and standing(gate, splits, 0.05).stands == ()
+    assert standing(plain, splits, 0.05).void == () and standing(plain, splits, 0.05).stands == ("FNR on exits",)
+    assert standing(both, splits, 0.05).stands == ("FNR on exits",)
 
 
 def test_label_shift_leaves_the_risk_of_each_class() -> None:
@@ -542,7 +537,7 @@ def test_label_shift_leaves_the_risk_of_each_class() -> None:
     for prior in (0.3, 0.9):
         data = shifted(200_000, 5, prior)
         probs, out = merged(policy, data)
-        sets, accepted = answer_sets(policy, probs, out, data["gate"])
+        sets, accepted = policy.answer(probs, out, data["gate"])
         missed = ~sets[np.arange(len(sets)), data["labels"]]
         risks.append([missed[accepted & (data["labels"] == k)].mean() for k in (0, 1)] + [accepted.mean()])
     np.testing.assert_allclose(risks[0][:2], risks[1][:2], atol=0.005)
@@ -583,7 +578,7 @@ def test_outcomes_by_their_bounds() -> None:
     assert [one.name for one in own] == ["rejection rate", "risk of stage A", "risk of stage B"]
     assert {one.source for one in check.promises} == {None, "city0", "city1"}
     cascade = answer(predicted(), policy)["cascade"]
-    sets, accepted = answer_sets(policy, cascade.probs, cascade.exited, predicted().gate_logits)
+    sets, accepted = policy.answer(cascade.probs, cascade.exited, predicted().gate_logits)
     missed = ~sets[np.arange(3000), predicted().labels]
     counts = [(3000 - accepted.sum(), 3000)]
     counts += [
@@ -626,9 +621,14 @@ def test_pass_fail_and_inconclusive() -> None:
     assert groups is not None and (groups.unit, groups.n) == ("groups", 1000)
     naive = evaluate_predictions(predicted(20_000, flipped=0.3), policy_of(variant="naive"), n_replicates=5)
     assert naive.verification is not None and "(nothing was promised)" in naive.verification.statement
-    lone = verify_sets(policy, softmax([[0.0, 3.0]]), [False], [0.0], [1])
+
+    def held(probs: Any, labels: list[int]) -> Any:
+        gate = np.full(len(labels), -1e9)  # nobody exits
+        return policy.check(Rows.of(probs, labels, gate=gate, classes=["none", "roadwork"], positive="roadwork")).sets
+
+    lone = held(softmax([[0.0, 3.0]]), [1])
     assert lone.outcome == "INCONCLUSIVE" and lone.n == 1
-    none = verify_sets(policy, np.full((4, 2), 0.5), np.zeros(4, bool), np.zeros(4), [0, 1, 0, 1])
+    none = held(np.full((4, 2), 0.5), [0, 1, 0, 1])
     assert none.accepted == 0 and none.average_set_size.value is None and none.rejection_rate.value == 1
 
 
@@ -762,9 +762,9 @@ def serving(run: Path, **wish: Any) -> ScrcParams:
     )  # fmt: skip
     between = lambda values: float(np.sort(values)[len(values) // 2 - 1 : len(values) // 2 + 1].mean())  # noqa: E731
     policy = sealed(policy, exit_threshold=between(expit(policy.a * gate + policy.b)))
-    out = exits(policy, first, gate)
+    out = policy.exits(first, gate)
     probs = np.where(out[:, None], first, second)
-    correct = p_correct(policy, probs, out, gate)
+    correct = policy.p_correct(probs, out, gate)
     cut = np.sort(correct)[N_IMAGES // 4 - 1 : N_IMAGES // 4 + 1].mean()
     limit = between(np.sort(1 - probs, axis=1)[:, 1])
     cells = [cell.model_copy(update={"limit": limit}) for cell in policy.lambda_2]
@@ -820,7 +820,7 @@ def test_torch_onnx_and_evaluation_decide_alike(run: Path) -> None:
     tested = infer_split(run, "val_test")
     files = [paths.index(run / "images" / row.file) for row in Splits.read(run / "splits.json").of("val_test")]
     cascade = answer(tested, policy)["cascade"]
-    sets, accepted = answer_sets(policy, cascade.probs, cascade.exited, tested.gate_logits)
+    sets, accepted = policy.answer(cascade.probs, cascade.exited, tested.gate_logits)
     assert sets.tolist() == whole.sets[files].tolist() and accepted.tolist() == whole.accepted[files].tolist()
     assert len(bundle.predict([])) == 0
     assert whole.to_dict()["sets"] == whole.sets.tolist()
@@ -842,7 +842,7 @@ def test_an_image_at_a_threshold_decides_alike_alone(run: Path) -> None:
             late = cascade.runtime.run("stage_b", {"hidden": twice["hidden"]})["logits"]
             probs[i] = softmax(twice["logits"] if free.exited[i] else late)[0]
             outputs["gate_logit"][i] = twice["gate_logit"][0]
-        correct = p_correct(policy, probs, free.exited, outputs["gate_logit"])
+        correct = policy.p_correct(probs, free.exited, outputs["gate_logit"])
         second = np.sort(1 - probs, axis=1)[:, 1]
         for i in chosen:
             on = [sealed(policy, lambda_1=float(correct[i]))]
@@ -907,7 +907,10 @@ def test_predict_gives_sets_abstentions_and_the_promise(run: Path, tmp_path: Pat
     assert found["rows"] == rows, "a prior changes no answer"
     assert cli.main(["infer", "--run", str(run), "--split", "val_test", "--prior", "0.999"]) == 0
     said = capsys.readouterr().out
-    assert "guarantee: pac. With probability" in said and "Void: share accepted, risk. Nothing stands" in said
+    assert (
+        "guarantee: pac. With probability" in said
+        and "Void: share accepted, risk of each stage. Nothing stands" in said
+    )
     assert "abstained" in said and "set" in said.splitlines()[0].split()
     assert cli.main(["predict", "--bundle", str(run / "bundle"), str(images), "--prior", "2"]) == 2
     assert promised(run / "bundle") == promised(run)
@@ -958,6 +961,6 @@ def test_evaluate_exits_with_7_where_a_promise_fails(tmp_path: Path, capsys: pyt
 
 def test_the_statistics_behind_a_record_are_those_it_came_from() -> None:
     policy = fit(made(), cells="class", score="aps")
-    found = fitted(policy)
+    found = policy.statistics
     assert [cell.name for cell in found.cells] == ["0", "1"] and found.threshold == policy.lambda_1
     assert found.coverage == policy.coverage and found.rank == policy.rank

@@ -20,9 +20,10 @@ from stage1_pro.metrics.answers import FnrCheck, Measure
 from stage1_pro.metrics.estimate import FEW_ERRORS
 from stage1_pro.metrics.figures import training_png
 from stage1_pro.metrics.selective import relative_cost
+from stage1_pro.policies.certificate import SetCheck
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
-from stage1_pro.policies.sets import ScrcParams, SetCheck
+from stage1_pro.policies.sets import percent
 
 if TYPE_CHECKING:
     from stage1_pro.studies.measuring import Measurement
@@ -135,9 +136,8 @@ def write_report(
         story=_story(evaluation),
         check=evaluation.fnr_check,
         verdict=None if evaluation.fnr_check is None else _verdict(evaluation.fnr_check, evaluation.positive),
-        scrc=policy if isinstance(policy, ScrcParams) else None,
         sets=evaluation.verification,
-        promised=_promised(policy) if isinstance(policy, ScrcParams) else [],
+        promised=[] if policy is None else policy.story(),
         settled=[] if evaluation.verification is None else _settled(evaluation.verification),
         quality=_table(evaluation),
         quality_names=[table.title(name) for name in QUALITY],
@@ -196,7 +196,7 @@ def page(template: str, **values: object) -> str:
         loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["png"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     environment.filters["stage"] = lambda name: {"stage_a": "Stage A", "stage_b": "Stage B"}[name]
     return environment.get_template(template).render(**values)
 
@@ -211,17 +211,17 @@ def _story(evaluation: Evaluation) -> list[str]:
     )
     if evaluation.n_exited is None:
         answered = (
-            f"Stage A answered all of them and was wrong on {wrong} ({_percent(wrong / n)}). "
+            f"Stage A answered all of them and was wrong on {wrong} ({percent(wrong / n)}). "
             "There is no exit policy yet, so nothing says when its answer is good enough."
         )
         return [kept, answered]
     exited, deferred = evaluation.n_exited, n - evaluation.n_exited
-    answered = f"Stage A was sure enough to answer {_photos(exited)} ({_percent(exited / n)})"
+    answered = f"Stage A was sure enough to answer {_photos(exited)} ({percent(exited / n)})"
     answered += f" and was wrong on {_wrong(evaluation.measure('exit_accuracy', 'stage_a'))}. " if exited else ". "
     if deferred:
         rest = _wrong(evaluation.measure("deferred_accuracy", "stage_b"))
         answered += f"The other {deferred} went to Stage B, which was wrong on {rest}. "
-    answered += f"Together: {wrong} wrong answers in {_photos(n)} ({_percent(wrong / n)})."
+    answered += f"Together: {wrong} wrong answers in {_photos(n)} ({percent(wrong / n)})."
     return [kept, answered, _missed(evaluation)]
 
 
@@ -233,7 +233,7 @@ def _missed(evaluation: Evaluation) -> str:
     count = round(measure.value * measure.n)
     return (
         f"Of the {measure.n} “{positive}” photos that Stage A answered, {count} "
-        f"{'was' if count == 1 else 'were'} called something else ({_percent(measure.value)})."
+        f"{'was' if count == 1 else 'were'} called something else ({percent(measure.value)})."
     )
 
 
@@ -252,46 +252,11 @@ def _verdict(check: FnrCheck, positive: str) -> str:
         "exceeded": "The measured rate itself is above the aim.",
     }[check.outcome]
     return (
-        f"The aim, set on the calibration photos, was to miss at most {_percent(check.target)} of the “{positive}” "
+        f"The aim, set on the calibration photos, was to miss at most {percent(check.target)} of the “{positive}” "
         f"photos that Stage A answers. Here it missed {check.n_missed} of {check.n_positives} "
-        f"({_percent(check.value)}). That rests on {unit}: the {check.level:.0%} upper bound {bound} is "
-        f"{_percent(check.upper_bound)}. {end}"
+        f"({percent(check.value)}). That rests on {unit}: the {check.level:.0%} upper bound {bound} is "
+        f"{percent(check.upper_bound)}. {end}"
     )
-
-
-def _promised(policy: ScrcParams) -> list[str]:
-    """What a policy with sets does and promises, to whom and from which photos, for anybody."""
-    unit = "photos" if policy.unit == "rows" else "groups (clips, tracks or places, one photo drawn from each)"
-    sets = (
-        "For a photo that is accepted the answer is a set of classes: one class where the model is sure enough, "
-        "several where it cannot tell them apart. For the others nobody answers, and a person should look."
-    )
-    risk = "the right class is missing from the set"
-    if policy.loss == "fnr":
-        risk = f"of “{policy.positive}” photos, “{policy.positive}” is missing from the set"
-    each = {None: "", "stage": ", for each stage that answers", "class": ", for the photos of each class"}[policy.cells]
-    whom = "photos" if policy.unit == "rows" else "photos, each drawn from a clip of its own,"
-    wish = (
-        f"At least {_percent(policy.xi)} of {whom} are accepted, and among "
-        f"those at most {_percent(policy.alpha)} of the time {risk}{each}"
-    )
-    end = {
-        "pac": f"This holds for these very thresholds, unless the calibration photos were an unlucky draw: a chance of "
-        f"at most {_percent(sum(policy.delta))}.",
-        "expectation": "This holds on average over many such calibrations; of these very thresholds it says less.",
-        "none": "This is what was asked for and looked true on the calibration photos; nothing is promised.",
-    }[policy.guarantee]
-    kept = "the risk of each class" if policy.cells == "class" else "the risk" if policy.loss == "fnr" else ""
-    source = (
-        f"It comes from {policy.n} {unit} of the certify half of val_calib, which neither trained the model nor chose "
-        "who exits, and it speaks of new photos like those: the same cameras and places, the same mix of classes. "
-        + (
-            f"Where that mix is another, the share accepted is promised no more, {kept} still is."
-            if kept
-            else "Where that mix is another, all of it is void."
-        )
-    )
-    return [sets, f"{wish}. {end}", source]
 
 
 def _settled(check: SetCheck) -> list[str]:
@@ -333,7 +298,7 @@ def _saved(evaluation: Evaluation) -> str:
         return "Stage A reads the last block: an exit saves nothing but Stage B's head."
     cost = float(relative_cost(evaluation.n_exited / evaluation.n_rows, tap, n_blocks))
     return (
-        f"Stage A ends after {tap} of {n_blocks} blocks, so the cascade ran {_percent(cost)} of the blocks of a full "
+        f"Stage A ends after {tap} of {n_blocks} blocks, so the cascade ran {percent(cost)} of the blocks of a full "
         f"pass: {1 / cost:.2f} times faster at best."
     )
 
@@ -344,7 +309,7 @@ def _photos(n: int) -> str:
 
 def _wrong(accuracy: Measure) -> str:
     value = accuracy.value or 0.0
-    return f"{accuracy.n - round(value * accuracy.n)} ({_percent(1 - value)})"
+    return f"{accuracy.n - round(value * accuracy.n)} ({percent(1 - value)})"
 
 
 def _sources(evaluation: Evaluation) -> list[str | None]:
@@ -418,9 +383,7 @@ def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
 
 def _grid(policy: Policy) -> list[dict[str, object]]:
     """The classic grid with the chosen threshold in its place; scrc has no one threshold."""
-    if isinstance(policy, ScrcParams):
-        return []
-    rows = [row for row in policy.sweep_results if row.grid or row.threshold == policy.exit_threshold]
+    rows = [row for row in policy.sweep if row.grid or row.threshold == policy.exit_threshold]
     chosen = next((i for i, row in enumerate(rows) if not row.grid), None)
     return [{"row": row, "chosen": index == chosen} for index, row in enumerate(rows)]
 
@@ -433,7 +396,7 @@ def _cell(measure: Measure) -> dict[str, str]:
             return "–"
         if measure.metric in RANKINGS:
             return f"{value:.4f}".replace("-", "−")
-        return _percent(value) if spec.share else f"{value:.{spec.digits}f}"
+        return percent(value) if spec.share else f"{value:.{spec.digits}f}"
 
     if measure.low is not None and measure.high is not None:
         return {"value": show(measure.value), "note": f"{show(measure.low)} to {show(measure.high)}"}
@@ -442,13 +405,6 @@ def _cell(measure: Measure) -> dict[str, str]:
 
 def _plain(value: float | None) -> str:
     return "–" if value is None else f"{value:.5f}".replace("-", "−")
-
-
-def _percent(value: float | None) -> str:
-    if value is None:
-        return "–"
-    digits = 0 if value in (0, 1) else 2 if value < 0.01 or value > 0.99 else 1
-    return f"{100 * value:.{digits}f}%"
 
 
 def _number(text: str | None) -> float:

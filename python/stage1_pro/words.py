@@ -12,8 +12,3 @@ PolicyName = Literal["softmax", "gate", "scrc"]
 StageName = Literal["stage_a", "stage_b"]
 ProtocolName = Literal["crop224", "letterbox224", "native"]
 Precision = Literal["fp32", "fp16", "bf16", "res32", "int8", "fp8"]
-POLICY_FILES: dict[PolicyName, str] = {
-    "softmax": "thresholds.json",
-    "gate": "gateparams.json",
-    "scrc": "scrcparams.json",
-}

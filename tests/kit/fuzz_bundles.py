@@ -45,8 +45,11 @@ from stage1_pro.errors import Stage1Error
 from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.gate import GateConstraints, GateParams
-from stage1_pro.policies.sets import ScrcParams, fit_scrc_policy
+from stage1_pro.policies.policy import Origin
+from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.policies.softmax import Thresholds, softmax
+from stage1_pro.policies.target import Scrc
 from stage1_pro.words import SPLITS
 
 CLASSES = ["none", "roadwork"]
@@ -162,11 +165,12 @@ def make_policy(kind, hashes):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 2, 400)
     signal = (2 * labels - 1)[:, None] * np.array([-1.0, 1.0])
-    return fit_scrc_policy(
-        softmax(signal + rng.normal(size=(400, 2))), rng.normal(size=400), softmax(2 * signal), labels,
-        halves=np.where(np.arange(400) % 2, "fit", "certify"), classes=CLASSES, positive="roadwork", alpha=0.1,
-        variant="naive", cells="class", **bound,
+    rows = Rows.of(
+        softmax(signal + rng.normal(size=(400, 2))), labels, gate=rng.normal(size=400), probs_b=softmax(2 * signal),
+        halves=np.where(np.arange(400) % 2, "fit", "certify"), classes=CLASSES, positive="roadwork",
     )  # fmt: skip
+    target = Scrc(alpha=0.1, variant="naive", guarantee="none", cells="class")
+    return ScrcParams.fit(target, rows, origin=Origin(**bound))
 
 
 def make_bundle(folder, kind="softmax", *, rich=False):

@@ -93,9 +93,9 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
         "deferred": len(shown) - exited,
         "policy": {
             "exit_threshold": policy.exit_threshold,
-            "coverage": policy.coverage,
+            "coverage": policy.usual_exit_rate,
             "guarantee": policy.guarantee,
-            "target_fnr": policy.target_fnr,
+            "target_fnr": policy.fnr_target,
         },
         "evaluation": evaluation.model_dump(mode="json"),
         "seconds": time.monotonic() - began,
@@ -105,8 +105,8 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
 
 
 def _calibrate(run: Path) -> Policy:
+    from stage1_pro.commands.calibrate import calibrate
     from stage1_pro.progress import say
-    from stage1_pro.training.calibration import calibrate
 
     # A few hundred scenes certify nothing; the demo shows the empirical choice, which says that it promises nothing.
     for target in TARGETS[:-1]:

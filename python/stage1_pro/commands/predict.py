@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from stage1_pro.command import Command, Count, Flag, Result
+from stage1_pro.command import Command, Count, Flag, Place, Result
 from stage1_pro.words import SplitName
 
-INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|CSV")
+INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|TAR|CSV")
 
 
 class Answering(Command):
@@ -40,7 +40,7 @@ class Predict(Answering):
     hints: ClassVar = {"--run": "predict takes --bundle RUN/bundle; of a run itself: stage1 infer"}
 
     bundle: Path = Field(description="bundle folder")
-    inputs: Annotated[tuple[Path, ...], INPUTS] = Field(description="what to answer for")
+    inputs: Annotated[tuple[Place, ...], INPUTS] = Field(description="what to answer for")
     log: Path | None = Field(None, description="folder to log every decision to, as an event; see `stage1 review`")
     runtime: str = Field(
         "onnxruntime",
@@ -54,7 +54,7 @@ class Predict(Answering):
     def execute(self) -> Result:
         """Print a row for every image, and what of the promise holds here."""
         from stage1_pro.deploy.prediction import load, predict
-        from stage1_pro.policies.promises import check_prior
+        from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
         cascade = load(self.bundle, self.runtime, trust_engines=self.trust_engines)
@@ -70,13 +70,13 @@ class Infer(Answering):
     hints: ClassVar = {"--bundle": "infer takes --run; of a bundle: stage1 predict"}
 
     run: Path = Field(description="trained and calibrated run folder")
-    inputs: Annotated[tuple[Path, ...], INPUTS] = Field((), description="what to answer for")
+    inputs: Annotated[tuple[Place, ...], INPUTS] = Field((), description="what to answer for")
     split: SplitName | None = Field(None, description="rows of the run instead of images")
 
     def execute(self) -> Result:
         """Print a row for every image."""
         from stage1_pro.deploy.prediction import infer
-        from stage1_pro.policies.promises import check_prior
+        from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
         rows, failures = infer(self.run, self.inputs, split=self.split, out=self.out, batch_size=self.batch_size)

@@ -14,23 +14,25 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec
-from stage1_pro.data.splits import Splits, SplitsSummary
+from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.manifest import BundleManifest, EngineEntry, Provenance, StageEntry
 from stage1_pro.deploy.migrate import FORMAT, upgrade
 from stage1_pro.errors import ArtifactError, InputError, printable
 from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, sha256_file, write_text
 from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.policies import POLICIES, void
-from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.policy import Policy, policy_files, policy_named
 from stage1_pro.record import FileEntry
-from stage1_pro.words import POLICY_FILES, StageName
+from stage1_pro.words import StageName
+
+if TYPE_CHECKING:
+    from stage1_pro.config import Config
+    from stage1_pro.data.splits import Splits
 
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
@@ -160,7 +162,7 @@ def write_bundle(
         )
     with atomic_directory(out) as folder:
         stages, engines = graphs(folder)
-        policy.write(folder / POLICY_FILES[policy.policy])
+        policy.write(folder / policy.file)
         splits.summary().write(folder / "splits.json")
         write_text(folder / "config.json", json.dumps(_portable(config), indent=2) + "\n")
         write_text(folder / "metrics.csv", _read_metrics(metrics))
@@ -169,7 +171,7 @@ def write_bundle(
             write_text(folder / LICENCE, licence)
         BundleManifest(
             active_exit_policy=policy.policy,
-            policy_file=POLICY_FILES[policy.policy],
+            policy_file=policy.file,
             classes=policy.classes,
             positive=policy.positive,
             preprocessing=preprocessing,
@@ -228,7 +230,7 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     _check_files(path, manifest, present, verify)
     _check_relations(manifest)
     _check_contents(path, manifest)
-    policy = POLICIES[manifest.active_exit_policy].parse(
+    policy = policy_named(manifest.active_exit_policy).parse(
         _read_record(path, manifest, manifest.policy_file), manifest.policy_file
     )
     splits = SplitsSummary.parse(_read_record(path, manifest, "splits.json"), "splits.json")
@@ -240,7 +242,7 @@ def check_policy_belongs(
     policy: Policy, *, classes: Sequence[str], positive: str, model_fingerprint: str, preprocessing: PreprocessSpec
 ) -> None:
     """Raise ArtifactError when a policy was calibrated for other classes, weights or preprocessing."""
-    name = POLICY_FILES[policy.policy]
+    name = policy.file
     for what, ours, theirs in (
         ("classes", list(classes), policy.classes),
         ("positive class", positive, policy.positive),
@@ -250,7 +252,7 @@ def check_policy_belongs(
         if ours != theirs:
             raise ArtifactError(
                 f"{name} must belong to this model, got another {what}: {_short(theirs)} instead of {_short(ours)}"
-                f"{void(policy)}; run `stage1 calibrate` again and export once more"
+                f"{policy.void()}; run `stage1 calibrate` again and export once more"
             )
 
 
@@ -395,13 +397,13 @@ def _scan(folder: Path) -> dict[str, int]:
 
 
 def _check_policy_files(manifest: BundleManifest, present: Mapping[str, int]) -> None:
-    expected = POLICY_FILES[manifest.active_exit_policy]
+    expected = policy_named(manifest.active_exit_policy).file
     if manifest.policy_file != expected:
         raise ArtifactError(
             f"policy_file must be {expected} for active_exit_policy '{manifest.active_exit_policy}', "
             f"got {printable(manifest.policy_file)}"
         )
-    names = set(POLICY_FILES.values())
+    names = set(policy_files())
     policies = sorted(n for n in {*present, *manifest.files} if PurePosixPath(n).name.lower() in names)
     if not policies:
         raise ArtifactError(f"bundle must hold exactly one policy file, got none; {expected} is missing")
@@ -478,7 +480,7 @@ def _check_relations(manifest: BundleManifest) -> None:
     shape = hidden["hidden"]
     if len(shape) < 2 or shape[0] != -1 or min(shape[1:]) < 1 or math.prod(shape[1:]) > _TENSOR_NUMBERS:
         raise ArtifactError(f"hidden must have a shape of -1 and sizes from 1 on, got {printable(str(shape))}")
-    if manifest.active_exit_policy != "softmax" and not gate:
+    if policy_named(manifest.active_exit_policy).needs_gate and not gate:
         raise ArtifactError(
             f"stage_a must give gate_logit for the policy {manifest.active_exit_policy}, but it does not"
         )
@@ -559,7 +561,7 @@ def _check_policy(manifest: BundleManifest, policy: Policy, splits: SplitsSummar
         if splits.hashes.get(name) != digest:
             raise ArtifactError(
                 f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows"
-                f"{void(policy)}; run `stage1 calibrate` again and export once more"
+                f"{policy.void()}; run `stage1 calibrate` again and export once more"
             )
 
 

@@ -19,8 +19,7 @@ from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, How, Runtime
 from stage1_pro.deploy.start import Step, start
 from stage1_pro.errors import InputError, need
-from stage1_pro.policies import exit_scores, exits
-from stage1_pro.policies.sets import answer_sets, close, near
+from stage1_pro.policies.sets import close
 from stage1_pro.policies.softmax import confidence, softmax
 
 if TYPE_CHECKING:
@@ -265,7 +264,7 @@ class Cascade(Answering):
         else:
             first = self._stage_a(pixels)
         probs, gate = softmax(first["logits"]), first.get("gate_logit")
-        asked = exits(self.bundle.policy, probs, gate)
+        asked = self.bundle.policy.exits(probs, gate)
         exited = asked if exited is None else exited
         deferred = np.flatnonzero(~exited)
         probs_a = probs if watch is None else probs.copy()
@@ -274,7 +273,7 @@ class Cascade(Answering):
         if watch is not None and len(pixels):
             watch(Trace(probs_a, probs, gate, first["hidden"], exited))
         answered = np.isfinite(probs).all(axis=1)
-        sets, accepted = answer_sets(self.bundle.policy, probs, exited, gate)
+        sets, accepted = self.bundle.policy.answer(probs, exited, gate)
         # argmax takes the lowest index on ties; rows of NaN are blanked below.
         best, sure = np.argmax(probs, axis=1), confidence(probs)
         return Decisions(
@@ -293,8 +292,8 @@ class Cascade(Answering):
     def _stage_a(self, pixels: NDArray[np.float32]) -> Arrays:
         outputs, policy = self.runtime.run("stage_a", {"pixels": pixels}), self.bundle.policy
         probs, gate = softmax(outputs["logits"]), outputs.get("gate_logit")
-        at = close(exit_scores(policy, probs, gate), policy.exit_threshold)
-        for row in np.flatnonzero(at | near(policy, probs, np.ones(len(probs), dtype=bool), gate)):
+        at = close(policy.scores(probs, gate), policy.exit_threshold)
+        for row in np.flatnonzero(at | policy.near(probs, np.ones(len(probs), dtype=bool), gate)):
             for name, value in self._twice(pixels, row).items():
                 outputs[name][row] = value[0]
         return outputs
@@ -304,7 +303,7 @@ class Cascade(Answering):
         hidden = np.ascontiguousarray(first["hidden"][deferred])
         probs = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])
         gate = first["gate_logit"][deferred] if "gate_logit" in first else None
-        for place in np.flatnonzero(near(self.bundle.policy, probs, np.zeros(len(probs), dtype=bool), gate)):
+        for place in np.flatnonzero(self.bundle.policy.near(probs, np.zeros(len(probs), dtype=bool), gate)):
             hidden = self._twice(pixels, deferred[place])["hidden"]
             probs[place] = softmax(self.runtime.run("stage_b", {"hidden": hidden})["logits"])[0]
         return probs

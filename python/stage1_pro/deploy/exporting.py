@@ -15,7 +15,7 @@ from stage1_pro.deploy.engine import EngineRecipe, build_engines, choose_recipe
 from stage1_pro.deploy.manifest import Provenance
 from stage1_pro.deploy.reference import REFERENCE, write_reference
 from stage1_pro.errors import InputError, need
-from stage1_pro.policies import read_policy
+from stage1_pro.policies.policy import read_policy
 from stage1_pro.progress import say
 from stage1_pro.words import Precision, SplitName
 

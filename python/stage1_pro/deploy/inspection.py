@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.deploy.bundle import LICENCE, Bundle, load_bundle
-from stage1_pro.policies import exit_rule
-from stage1_pro.policies.gate import GateParams
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.sets import ScrcParams
 
 
 def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
         "tap": manifest.tap,
         "preprocessing": manifest.preprocessing.model_dump(mode="json"),
         "stages": {name: entry.model_dump(mode="json") for name, entry in manifest.stages.items()},
-        "policy": _policy(policy, manifest.policy_file),
+        "policy": _policy(policy),
         "engines": [engine.model_dump(mode="json") for engine in manifest.engines],
         "files": {name: entry.model_dump(mode="json") for name, entry in sorted(manifest.files.items())},
         "size": sum(entry.size for entry in manifest.files.values()),
@@ -59,7 +56,7 @@ def render(facts: dict[str, Any]) -> str:
         f"licence     {backbone['licence']}{'; see ' + facts['licence_file'] if facts['licence_file'] else ''}",
         f"policy      {policy['name']}: {policy['rule']}",
         f"promise     guarantee: {policy['guarantee']}. {policy['statement']}",
-        f"on val_calib  {_measured(policy)}",
+        f"on val_calib  {policy['measured']}",
         f"ONNX        both stages; at most {parity:.2g} away from torch when exported",
     ]
     for precision in facts["stages"]["stage_a"]["variants"]:
@@ -90,64 +87,18 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _policy(policy: Policy, file: str) -> dict[str, Any]:
-    """What a policy does and promises; what softmax or gate does not have is null for it, scrc has its own record."""
+def _policy(policy: Policy) -> dict[str, Any]:
+    """What a policy does and promises, and its own facts."""
     shared = {
         "name": policy.policy,
-        "file": file,
-        "rule": exit_rule(policy),
+        "file": policy.file,
+        "rule": policy.rule(),
         "exit_threshold": policy.exit_threshold,
         "guarantee": policy.guarantee,
         "statement": policy.statement,
+        "measured": policy.measured(),
     }
-    if isinstance(policy, ScrcParams):
-        return {**shared, **policy.model_dump(mode="json", exclude={"policy", "format_version"})}
-    gate = policy if isinstance(policy, GateParams) else None
-    return {
-        **shared,
-        "certificate": None if policy.certificate is None else policy.certificate.model_dump(mode="json"),
-        "coverage": policy.coverage,
-        "fnr_on_exited": policy.fnr_on_exited,
-        "fnr_upper_bound": policy.fnr_upper_bound,
-        "bound_level": policy.bound_level,
-        "bound_method": policy.bound_method,
-        "n_positive_groups": policy.n_positive_groups,
-        "target_fnr": policy.target_fnr,
-        "exit_error": None if gate is None else gate.exit_error,
-        "exit_error_upper_bound": None if gate is None else gate.exit_error_upper_bound,
-        "constraints": None if gate is None else gate.constraints.model_dump(mode="json"),
-        "platt": None if gate is None else gate.platt,
-    }
-
-
-def _measured(policy: dict[str, Any]) -> str:
-    """Figures on the calibration rows, with their bounds."""
-    if policy["name"] == "scrc":
-        bound = "" if policy["coverage_bound"] is None else f" (lower bound {policy['coverage_bound']:.1%})"
-        risks = ", ".join(
-            f"{cell['name']} {cell['errors']} of {cell['trials']} (bound {cell['bound']:.2%})"
-            for cell in policy["lambda_2"]
-        )
-        return (
-            f"accepted {policy['coverage']:.1%} of {policy['n']} {policy['unit']} of the certify half{bound}, wished "
-            f"{policy['xi']:.1%}; risk {risks}, wished {policy['alpha']:.2%}; exits on the fit half "
-            f"{policy['exit_rate']:.1%}"
-        )
-    level = f"{policy['bound_level']:.4g} upper bound"
-    parts = [f"coverage {policy['coverage']:.1%}"]
-    if policy["exit_error"] is not None:
-        wish = policy["constraints"]["max_exit_error"]
-        parts.append(
-            f"exit error {policy['exit_error']:.2%} ({level} {policy['exit_error_upper_bound']:.2%}; wished {wish:.2%})"
-        )
-    if policy["fnr_on_exited"] is not None:
-        notes = [f"{level} {policy['fnr_upper_bound']:.2%}"] if policy["fnr_upper_bound"] is not None else []
-        notes.append(f"{policy['n_positive_groups']} positive groups")
-        if policy["target_fnr"] is not None:
-            notes.append(f"target {policy['target_fnr']:.2%}")
-        parts.append(f"FNR on exits {policy['fnr_on_exited']:.2%} ({'; '.join(notes)})")
-    search = "" if policy["certificate"] else "; bounds are not corrected for the search"
-    return ", ".join(parts) + search
+    return {**shared, **policy.facts()}
 
 
 def size_text(count: int) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.record import FileEntry, Record
-from stage1_pro.words import PolicyName, Precision
+from stage1_pro.words import Precision
 
 
 class GraphVariant(Record):
@@ -73,7 +73,7 @@ class BundleManifest(Record):
     """``bundle.json``: what is deployed, with the hash of every other file in the folder."""
 
     format_version: Literal[2] = 2
-    active_exit_policy: PolicyName
+    active_exit_policy: str
     policy_file: str
     classes: list[str]
     positive: str

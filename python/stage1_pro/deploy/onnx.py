@@ -21,9 +21,7 @@ from stage1_pro.deploy.onnxruntime import shapes
 from stage1_pro.deploy.precision import HALF_LIMIT, HALF_MARGIN, Peaks, in_precision, measure_peaks
 from stage1_pro.errors import ArtifactError, InputError, need
 from stage1_pro.models.model import Stage1Model
-from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.sets import answer_sets
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
 from stage1_pro.words import Precision, StageName
@@ -242,10 +240,10 @@ def _decide(answers: Answers, policy: Policy | None) -> tuple[NDArray[np.int64],
     if policy is None:
         near = _tied(first) | _tied(second)
         return np.stack((first.argmax(axis=1), second.argmax(axis=1)), axis=1).astype(np.int64), near
-    exited = exits(policy, first, answers.gate_logit)
+    exited = policy.exits(first, answers.gate_logit)
     final = np.where(exited[:, None], first, second)
-    sets, accepted = answer_sets(policy, final, exited, answers.gate_logit)
-    near = np.abs(exit_scores(policy, first, answers.gate_logit) - policy.exit_threshold) <= NEAR_THRESHOLD
+    sets, accepted = policy.answer(final, exited, answers.gate_logit)
+    near = np.abs(policy.scores(first, answers.gate_logit) - policy.exit_threshold) <= NEAR_THRESHOLD
     columns = (exited[:, None], final.argmax(axis=1)[:, None], sets, accepted[:, None])
     return np.concatenate(columns, axis=1).astype(np.int64), near | _tied(final)
 

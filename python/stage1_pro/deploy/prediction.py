@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stage1_pro.continual.serving.events import EventLog
-from stage1_pro.continual.serving.served import Served
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import gather
 from stage1_pro.data.photos import ImageFile
@@ -17,8 +15,8 @@ from stage1_pro.deploy.bundle import MANIFEST, load_bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
 from stage1_pro.errors import InputError
 from stage1_pro.files import write_csv
-from stage1_pro.policies import read_policy
-from stage1_pro.policies.promises import Promise, promise
+from stage1_pro.policies.policy import read_policy
+from stage1_pro.policies.standing import Standing, standing
 from stage1_pro.progress import say, track
 from stage1_pro.words import SplitName
 
@@ -63,6 +61,9 @@ def predict(
     cascade = bundle if isinstance(bundle, Cascade) else load(bundle, runtime, trust_engines=trust_engines)
     if log is None:
         return _answer_all(cascade, files, out, batch_size, "predict")
+    from stage1_pro.continual.serving.events import EventLog
+    from stage1_pro.continual.serving.served import Served
+
     with EventLog(log) as events:
         return _answer_all(Served(cascade, events), files, out, batch_size, "predict")
 
@@ -117,7 +118,7 @@ def infer(
     return _answer_all(Cascade.from_run(run), files, out, batch_size, "infer")
 
 
-def promised(source: Path | str, prior: float | None = None) -> Promise:
+def promised(source: Path | str, prior: float | None = None) -> Standing:
     """Say what the policy of a bundle or a run promises, and what is left of it under another share of positives.
 
     Args:
@@ -131,11 +132,11 @@ def promised(source: Path | str, prior: float | None = None) -> Promise:
     if (Path(source) / MANIFEST).is_file():
         # Whoever answers with it verifies every hash.
         bundle = load_bundle(source, verify=False)
-        return promise(bundle.policy, bundle.splits, prior)
+        return standing(bundle.policy, bundle.splits, prior)
     policy = read_policy(source)
     if policy is None:
         raise InputError(f"{source} must hold a policy, got none; run `stage1 calibrate` first")
-    return promise(policy, Splits.read(Path(source) / "splits.json").summary(), prior)
+    return standing(policy, Splits.read(Path(source) / "splits.json").summary(), prior)
 
 
 def _check(batch_size: int, out: Path | str | None) -> None:
@@ -170,7 +171,7 @@ def count(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promise: Promise | None = None) -> str:
+def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promise: Standing | None = None) -> str:
     """Lines for people: a row an image, or where the CSV is and what is in it; then the promise."""
     end = "" if promise is None else f"\nguarantee: {promise.guarantee}. {promise.statement}"
     if promise is not None and promise.prior is not None:

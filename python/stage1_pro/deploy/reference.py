@@ -17,7 +17,6 @@ from stage1_pro.deploy.onnxruntime import open_session
 from stage1_pro.deploy.runtime import Arrays, Runtime
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import load_npz, save_npz
-from stage1_pro.policies import exit_scores, exits
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.words import StageName
 
@@ -159,10 +158,10 @@ def measure_parity(runtime: Runtime, bundle: Bundle, reference: Reference, preci
     probs = [softmax(one) for one in (first["logits"], second["logits"])]
     expected = [softmax(reference.stage_a["logits"]), softmax(reference.stage_b["logits"])]
     gates = first.get("gate_logit"), reference.stage_a.get("gate_logit")
-    scores = exit_scores(bundle.policy, expected[0], gates[1])
+    scores = bundle.policy.scores(expected[0], gates[1])
     # A score that lies within the tolerance of the threshold says nothing about the runtime.
     far = np.abs(scores - bundle.policy.exit_threshold) > tolerance
-    ours, theirs = (exits(bundle.policy, one, gate) for one, gate in zip((probs[0], expected[0]), gates, strict=True))
+    ours, theirs = (bundle.policy.exits(one, gate) for one, gate in zip((probs[0], expected[0]), gates, strict=True))
     prob = float(max(np.abs(a - b).max() for a, b in zip(probs, expected, strict=True)))
     return Parity(logit, prob, int(((ours != theirs) & far).sum()), tolerance)
 

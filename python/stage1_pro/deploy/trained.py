@@ -18,8 +18,7 @@ from stage1_pro.deploy.timing import median_seconds
 from stage1_pro.errors import DependencyError, InputError
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.models.model import Stage1Model
-from stage1_pro.policies import read_policy
-from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.policy import Policy, read_policy
 from stage1_pro.training.checkpoint import load_run_model
 from stage1_pro.words import StageName
 

@@ -22,6 +22,7 @@ from stage1_pro.policies.bounds import (
     fixed_sequence,
     holm,
 )
+from stage1_pro.policies.certificate import RiskCounts
 
 Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
 Unit = Literal["rows", "groups", "group_means"]
@@ -40,18 +41,6 @@ class Risk:
     alpha: float
     errors: NDArray[np.bool_]
     trials: NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True)
-class RiskCounts:
-    """What one risk came to at a threshold: integer counts, the bound at level 1 - delta, and the p-value."""
-
-    name: str
-    alpha: float
-    trials: int
-    errors: int
-    bound: float
-    p_value: float
 
 
 class Counts:
@@ -98,8 +87,8 @@ class Counts:
         counts = [(int(k[i]), int(m[i])) for k, m in zip(self.k, self.m, strict=True)]
         return tuple(
             RiskCounts(
-                risk.name, risk.alpha, m, k, clopper_pearson_upper(k, m, 1 - level),
-                float(binomial_cdf(np.array(float(k)), np.array(float(m)), risk.alpha)),
+                name=risk.name, alpha=risk.alpha, trials=m, errors=k, bound=clopper_pearson_upper(k, m, 1 - level),
+                p_value=float(binomial_cdf(np.array(float(k)), np.array(float(m)), risk.alpha)),
             )
             for risk, (k, m) in zip(self.risks, counts, strict=True)
         )  # fmt: skip
@@ -187,7 +176,10 @@ class Means:
             loss, weights = self._pairs(number, i)
             bound = betting_upper(loss, level, weights=weights, alpha=risk.alpha)
             trials, errors = int(np.count_nonzero(weights)), int(np.count_nonzero(loss))
-            found.append(RiskCounts(risk.name, risk.alpha, trials, errors, bound, self._p_one(number, i)))
+            found.append(RiskCounts(
+                name=risk.name, alpha=risk.alpha, trials=trials, errors=errors, bound=bound,
+                p_value=self._p_one(number, i),
+            ))  # fmt: skip
         return tuple(found)
 
     def accepted_at(self, i: int) -> int:

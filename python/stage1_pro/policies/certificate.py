@@ -22,8 +22,8 @@ class SweepRow(Record):
     grid: bool = Field(description="whether the threshold belongs to the classic grid")
 
 
-class RiskRecord(Record):
-    """One risk of a certificate: exact counts at the threshold, upper bound at level 1 - delta, and p-value."""
+class RiskCounts(Record):
+    """What one risk came to at a threshold: integer counts, the bound at level 1 - delta, and the p-value."""
 
     name: str
     alpha: float = Field(gt=0, lt=1)
@@ -41,7 +41,7 @@ class CertificateRecord(Record):
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     use: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
     min_coverage: float | None
-    risks: list[RiskRecord] = Field(min_length=1)
+    risks: list[RiskCounts] = Field(min_length=1)
     unit: Literal["rows", "groups", "group_means"]
     n: int = Field(description="units of the certify half")
     accepted: int
@@ -61,7 +61,9 @@ class PromiseCheck(Record):
     """One promise held against rows that calibrated nothing: ``errors`` of ``trials`` should be at most ``limit``."""
 
     name: str
-    source: str | None = Field(description="null = all rows; a source's own rows are information, nobody promised them")
+    source: str | None = Field(
+        default=None, description="null = all rows; a source's own rows are information, nobody promised them"
+    )
     limit: float
     errors: int
     trials: int
@@ -69,3 +71,39 @@ class PromiseCheck(Record):
     upper: float = Field(description="Clopper-Pearson, one-sided 95%; at or below the limit: PASS")
     outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
     n_to_settle: int | None = Field(description="units in all that would settle it if rates stay as seen")
+
+
+class ShareOf(Record):
+    """A share, or a mean set size, with its two-sided 95% interval; null where nothing was accepted."""
+
+    value: float | None
+    low: float
+    high: float
+
+
+class SetRates(Record):
+    """What sets are like on the rows of one stage or source; for information, nobody promised it of them."""
+
+    part: Literal["stage", "source"]
+    name: str
+    n: int = Field(description="units")
+    accepted: int
+    average_set_size: ShareOf
+    ambiguous_rate: ShareOf
+    rejection_rate: ShareOf
+
+
+class SetCheck(Record):
+    """Promises and rates of sets on ``val_test``. Shares of sets are of the accepted, the rejection rate of all."""
+
+    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] = Field(description="FAIL when any promise fails; sources aside")
+    statement: str = Field(description="the outcome in words")
+    promises: list[PromiseCheck]
+    n: int
+    unit: Literal["rows", "groups", "group_means"]
+    accepted: int
+    average_set_size: ShareOf
+    ambiguous_rate: ShareOf
+    empty_rate: ShareOf
+    rejection_rate: ShareOf
+    parts: list[SetRates] = Field(default=[], description="the same per stage that answered, and per source")

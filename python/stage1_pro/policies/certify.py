@@ -10,57 +10,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betainc
 
-from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.policies.bounds import binomial_cdf, check_share, coverage_p_value, errors_allowed, trials_needed
+from stage1_pro.errors import InputError, nearest
+from stage1_pro.policies.bounds import check_share, coverage_p_value, errors_allowed, trials_needed
 from stage1_pro.policies.candidates import (
     JOINT,
     Counts,
     Means,
     Method,
     Risk,
-    RiskCounts,
     Unit,
     choose,
     count_at_least,
     group_weights,
 )
-from stage1_pro.policies.certificate import CertificateRecord, RiskRecord
+from stage1_pro.policies.certificate import RiskCounts
 from stage1_pro.policies.planning import plan_calibration
+from stage1_pro.policies.units import counting_unit, one_each
 
 Condition = Literal["exit", "exit&y=1"]
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
 
-
-def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple[int, int]:
-    """Count the groups with at least one error, and all groups: ``(errors, trials)`` for a bound.
-
-    Rows of one clip or track are no independent trials, so the group is the unit. One error in a
-    group makes the whole group an error: never less than the mean of the groups' error rates.
-
-    Args:
-        errors: bool [M], one per row.
-        groups: [M] group names; ``None`` makes every row its own group.
-    """
-    wrong = np.asarray(errors, dtype=bool)
-    if groups is None:
-        return int(wrong.sum()), wrong.size
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    hit: NDArray[np.bool_] = np.zeros(int(member.max(initial=-1)) + 1, dtype=bool)
-    hit[member[wrong]] = True
-    return int(hit.sum()), hit.size
-
-
-# Rounding of a logit between runtimes and batch shapes, as a share of one plus its size.
-NOISE = 4e-6
 
 # -------------------------------------------------------------------------------- the certificate
 
@@ -288,7 +265,9 @@ def certify(
     chosen, shown = choice.deployed, choice.shown
     found = tests.risks_at(shown, choice.level)
     if method == "crc":
-        found = tuple(replace(one, bound=tests.crc_risk(i, shown), p_value=1.0) for i, one in enumerate(found))
+        found = tuple(
+            one.model_copy(update={"bound": tests.crc_risk(i, shown), "p_value": 1.0}) for i, one in enumerate(found)
+        )
     covered = bool(n) and float(tests.p_coverage(np.array([shown]))[0]) <= choice.coverage_level
     reason, smallest, there = "", None, None
     if chosen is None:
@@ -326,327 +305,7 @@ def certify(
     )
 
 
-def order_candidates(
-    scores: ArrayLike,
-    risks: Sequence[Risk],
-    *,
-    n_certify: int,
-    min_coverage: float | None = None,
-    groups: ArrayLike | None = None,
-    lowest: float = -math.inf,
-) -> NDArray[np.float64]:
-    """Give thresholds [T] from the fit half, in the order in which the certify half will test them.
-
-    All thresholds that part two scores, in the middle of their gap, strict to lax. Where the walk starts decides its
-    power, and only the fit half and the size of the certify half may decide that. It starts where the largest p-value
-    to expect is smallest; with ``min_coverage`` c0 never stricter than coverage c0 + 3 sqrt(c0 (1 - c0) (1/n_fit +
-    1/n_certify)), below which chance in either half would fail the test of the coverage. Rows are weighted: groups
-    count alike.
-
-    Args:
-        scores: [N] of the fit half; NaN is never accepted.
-        risks: of the fit half's rows.
-        n_certify: rows, or groups, of the certify half.
-        min_coverage: the least coverage that will be certified.
-        groups: [N] of the fit half.
-        lowest: lower end of the scores' range, closes the last gap.
-
-    Raises:
-        InputError: no row of the fit half has a score.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    weights = group_weights(groups, np.ones(values.size, dtype=bool))
-    known = np.flatnonzero(~np.isnan(values))
-    if known.size == 0:
-        raise InputError(
-            "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
-        )
-    order = known[np.argsort(-values[known], kind="stable")]
-    last, thresholds = gaps(values[order], lowest)
-    n_fit = weights.sum()
-    scale = n_certify / n_fit
-    expected = np.zeros(last.size)
-    for risk in risks:
-        share = group_weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
-        m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
-        expected = np.maximum(expected, binomial_cdf(k, m, risk.alpha))
-    if min_coverage is None:
-        return thresholds[int(expected.argmin()) :]
-    covered = np.cumsum(weights[order])[last]
-    margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
-    reached = np.flatnonzero(covered / n_fit >= min_coverage + margin)
-    accepted = np.minimum(covered * scale, n_certify)
-    expected = np.maximum(expected, betainc(accepted, n_certify - accepted + 1.0, min_coverage))
-    start = max(int(reached[0]) if reached.size else last.size - 1, int(expected.argmin()))
-    return thresholds[start:]
-
-
-def certify_halves(
-    scores: ArrayLike,
-    risks: Sequence[Risk],
-    halves: ArrayLike,
-    *,
-    delta: float,
-    min_coverage: float | None = None,
-    groups: ArrayLike | None = None,
-    lowest: float = -math.inf,
-    seed: int = 0,
-) -> Certificate:
-    """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
-
-    Args:
-        scores: [N] of both halves.
-        risks: of the rows of both halves.
-        halves: [N] of ``fit`` and ``certify``.
-        delta: largest chance that the certificate is false.
-        min_coverage: least coverage.
-        groups: [N] clip or track of every row.
-        lowest: lower end of the scores' range.
-        seed: of the row that speaks for its group.
-
-    Raises:
-        InputError: a half is empty, a group is in both, or another argument is not what it must be.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    names = None if groups is None else np.asarray(groups)
-    fit = check_halves(halves, values.size, names)
-
-    def part(rows: NDArray[np.bool_], wished: Sequence[Risk]) -> list[Risk]:
-        return [
-            replace(risk, errors=risk.errors[rows], trials=None if risk.trials is None else risk.trials[rows])
-            for risk in wished
-        ]
-
-    n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
-
-    def attempt(wished: Sequence[Risk]) -> Certificate:
-        candidates = order_candidates(
-            values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
-            groups=None if names is None else names[fit], lowest=lowest,
-        )  # fmt: skip
-        return certify(
-            values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
-            groups=None if names is None else names[~fit], seed=seed,
-        )  # fmt: skip
-
-    found = attempt(risks)
-    return found if found.feasible else _with_smallest(found, risks, attempt)
-
-
-def _with_smallest(
-    found: Certificate, risks: Sequence[Risk], attempt: Callable[[Sequence[Risk]], Certificate]
-) -> Certificate:
-    """An infeasible certificate with the smallest alpha of the risk that failed at which the same walk succeeds.
-
-    Another alpha walks from another threshold, so it is searched for, not read off the walk that failed. The number
-    given has four digits and was tried. The other risks keep their alphas.
-    """
-    place = next((i for i, risk in enumerate(found.risks) if risk.p_value > found.delta), 0)
-
-    def tried(alpha: float) -> Certificate:
-        return attempt([replace(risk, alpha=alpha) if i == place else risk for i, risk in enumerate(risks)])
-
-    nothing = replace(found, min_certifiable_alpha=None, coverage_there=None, smallest_of=risks[place].name)
-    low, high = risks[place].alpha, risks[place].alpha
-    while not tried(high).feasible:
-        if high >= 0.999:
-            return nothing
-        low, high = high, min(0.999, 2 * high)
-    while high > low * 1.0005:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if tried(middle).feasible else (middle, high)
-    # Upwards in the fourth digit; the walk may fail at a number between, so what is said is tried.
-    digit = 10.0 ** (math.floor(math.log10(high)) - 3)
-    for step in range(20):
-        said = round((math.ceil(high / digit) + step) * digit, 12)
-        if said < 1 and (there := tried(said)).feasible:
-            return replace(nothing, min_certifiable_alpha=said, coverage_there=there.coverage)
-    return nothing
-
-
-def check_halves(halves: ArrayLike, n: int, groups: ArrayLike | None = None) -> NDArray[np.bool_]:
-    """Say which rows [N] are of the fit half.
-
-    Raises:
-        InputError: another shape, another word than ``fit`` and ``certify``, an empty half, or a group in both.
-    """
-    given = np.asarray(halves)
-    if given.shape != (n,):
-        raise InputError(f"halves must have shape [{n}] as scores, got {list(given.shape)}; give one per row")
-    fit: NDArray[np.bool_] = given == "fit"
-    other = np.flatnonzero(~fit & (given != "certify"))
-    if other.size:
-        raise InputError(f"halves must be fit or certify, got '{given[other[0]]}' in row {other[0]}; split again")
-    for name, rows in (("fit", fit), ("certify", ~fit)):
-        if not rows.any():
-            raise InputError(f"halves must both hold rows, got none of '{name}'; calibrate on more groups")
-    if groups is not None:
-        names = np.asarray(groups)
-        both = np.intersect1d(names[fit], names[~fit])
-        if both.size:
-            raise InputError(
-                f"halves must not share a group, got '{both[0]}' in both ({both.size} such); near-copies of a row that "
-                "chose the threshold cannot certify it: split again"
-            )
-    return fit
-
-
-def cut_halves(n: int, groups: ArrayLike | None = None, seed: int = 0) -> NDArray[np.str_]:
-    """Cut rows into ``fit`` and ``certify`` [N], at random and by group: every second group of a seeded order.
-
-    Args:
-        n: rows.
-        groups: [N] clip or track of every row; None = every row is its own.
-        seed: of the order.
-    """
-    names, member = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
-    place = np.random.default_rng(seed).permutation(names.size)
-    return np.where(place[member] % 2 == 0, "fit", "certify")
-
-
-def record(certificate: Certificate, *, claims: int, use: int | None) -> CertificateRecord:
-    """Write a feasible certificate as what is stored: counts, p-values and the promise in words.
-
-    Args:
-        certificate: a feasible one.
-        claims: how many claims its delta was divided for.
-        use: which of them this is; None when nobody counted.
-    """
-    assert certificate.threshold is not None
-    assert certificate.coverage is not None
-    (place,) = np.flatnonzero(certificate.candidates == certificate.threshold)[:1]
-    assumptions = list(certificate.assumptions)
-    if use is None:
-        assumptions.append("no other claim was made on the same certify rows (nobody counted: they are of no run)")
-    return CertificateRecord(
-        method=certificate.method,
-        delta=certificate.delta,
-        claims=claims,
-        use=use,
-        min_coverage=certificate.min_coverage,
-        risks=[RiskRecord(**asdict(risk)) for risk in certificate.risks],
-        unit=certificate.unit,
-        n=certificate.n,
-        accepted=certificate.accepted,
-        coverage=certificate.coverage,
-        threshold=certificate.threshold,
-        first_candidate=float(certificate.candidates[0]),
-        n_tested=certificate.candidates.size,
-        p_value=None if certificate.method == "crc" else float(certificate.p_values[place]),
-        seed=certificate.seed,
-        guarantee=certificate.guarantee,
-        assumptions=assumptions,
-    )
-
-
-def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
-    """Build the error of a wish that cannot be certified: why, what could be, and how many rows it takes.
-
-    Args:
-        certificate: an infeasible one.
-        wish: what was asked for, in words.
-    """
-    said = f"{wish} must be certifiable on the certify half, but it is INFEASIBLE: {certificate.reason}. "
-    what, unit = certificate.smallest_of, certificate.unit
-    if certificate.min_certifiable_alpha is None:
-        said += f"No {what} at all could be certified there"
-    else:
-        said += (
-            f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
-            f"{certificate.coverage_there or 0:.4g}"
-        )
-    needed, more = certificate.n_needed, "Bring more, or choose"
-    untried = [risk.name for risk in certificate.risks if risk.trials == 0]
-    if untried:
-        said += f". No {unit} of the certify half that may exit tell anything of {' or '.join(untried)}"
-        more = f"Bring {unit} of which it can be told, or choose"
-    elif needed is None:
-        said += f". No number of {unit} would do while so many answers are wrong"
-        more = "Train a better Stage A, ask for less, or choose"
-    elif needed <= certificate.n:
-        said += f". About {needed} {unit} in the certify half succeed 9 times in 10; these {certificate.n} did not"
-    else:
-        said += (
-            f". With answers as good as these about {needed} {unit} in the certify half would do (it has "
-            f"{certificate.n}; val_calib is cut in two, so twice that there)"
-        )
-    return NotReachableError(f"{said}. {more} with --guarantee none, which promises nothing. No policy was written")
-
-
-def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Where equal scores end, [T] indices, and thresholds [T] in the middle of the gap below each.
-
-    As far as can be from every row, so that a runtime's rounding flips none. Neighbouring floats have no number between
-    them; the threshold is then the score itself. Probabilities (a finite ``lowest``) that differ by no more than
-    rounding count as equal: one photo twice in a batch can get two scores, and no threshold may part them. Where scores
-    lie so dense that a run of such differences is longer than rounding, each stands for itself.
-    """
-    ends = descending[1:] < descending[:-1]
-    if math.isfinite(lowest):
-        ends &= ~_rounding(descending)
-    last = np.append(np.flatnonzero(ends), descending.size - 1)
-    high = descending[last]
-    first = np.append(0, last[:-1] + 1)
-    low = np.append(descending[first][1:], min(lowest, high[-1]))
-    with np.errstate(invalid="ignore"):
-        middle = low + (high - low) / 2
-    return last, np.where((middle > low) & (middle <= high), middle, high)
-
-
-def _rounding(descending: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which neighbours [N - 1] of descending probabilities are one number but for a runtime's rounding.
-
-    Logits in float32 are good to some 1e-6 of their size; that much in a logit moves a probability by p (1 - p) of it.
-    """
-    sure = np.clip(descending, 1e-300, 1 - 1e-16)
-    slack = NOISE * sure * (1 - sure) * (1 + np.abs(np.log(sure) - np.log1p(-sure)))
-    near: NDArray[np.bool_] = descending[:-1] - descending[1:] <= slack[:-1]
-    # Runs of near neighbours, each with the spread from its first to its last member.
-    start = np.flatnonzero(near & ~np.append(False, near[:-1]))
-    stop = np.flatnonzero(near & ~np.append(near[1:], False)) + 1
-    long = descending[start] - descending[stop] > 2 * slack[start]
-    inside = np.zeros(near.size + 1, dtype=np.int64)
-    inside[start[long]], inside[stop[long]] = 1, -1
-    near &= np.cumsum(inside)[:-1] == 0
-    return near
-
-
 # -------------------------------------------------------------------------------- helpers
-
-
-def counting_unit(
-    groups: ArrayLike | None, n: int, unit: str, rows_independent: bool
-) -> tuple[Unit, NDArray[np.generic] | None]:
-    """What is counted, and the group of every row (None when rows are)."""
-    if unit not in ("auto", *get_args(Unit)):
-        raise InputError(f"unit must be auto, rows, groups or group_means, got '{unit}'")
-    names = None if groups is None else np.asarray(groups)
-    if names is not None and names.shape != (n,):
-        raise InputError(f"groups must have shape [{n}] as scores, got {list(names.shape)}; give one per row")
-    if unit in ("groups", "group_means") and names is None:
-        raise InputError("groups must be given where the unit is groups, got None")
-    if unit == "group_means":
-        if rows_independent:
-            raise InputError("rows_independent must be False where the unit is group_means, got True; choose one")
-        return "group_means", names
-    if names is None or rows_independent or (unit != "groups" and np.unique(names).size == n):
-        return "rows", None
-    if unit == "rows":
-        raise InputError(
-            f"unit must be groups where rows share one ({np.unique(names).size} groups of {n} rows), got rows; rows of "
-            "one clip are near-copies and a bound on them is false: pass rows_independent=True only if they are not"
-        )
-    return "groups", names
-
-
-def one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
-    """One eligible row of every group that has one, [U] indices; drawn without a look at scores or errors."""
-    rows = np.flatnonzero(eligible)
-    if groups is None:
-        return rows
-    shuffled = rows[np.random.default_rng(seed).permutation(rows.size)]
-    _, first = np.unique(groups[shuffled], return_index=True)
-    return np.sort(shuffled[first])
 
 
 def _ranks(

@@ -7,35 +7,26 @@ calibration, evaluation and the cascade. ``a`` and ``b`` are Platt's, from the f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from scipy.special import expit, log_expit
 
-from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.binomial import clopper_pearson_upper
+from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.native import sweep
-from stage1_pro.policies.base import BasePolicy
-from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
-from stage1_pro.policies.certify import Certificate, certify_halves, check_halves, groups_in_error, infeasible, record
-from stage1_pro.policies.softmax import (
-    BOUND_LEVEL,
-    ExitCounts,
-    assumed,
-    certified_bound,
-    check_rows,
-    count_exits_by,
-    meets,
-    sweep_table,
-)
+from stage1_pro.policies.counts import ExitCounts, meets
+from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.platt import fit_platt, score
+from stage1_pro.policies.policy import Origin, Policy
+from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Gate
 from stage1_pro.record import Record
+
+GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
 
 class GateConstraints(Record):
@@ -46,13 +37,17 @@ class GateConstraints(Record):
     target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
 
 
-class GateParams(BasePolicy):
+class GateParams(ExitPolicy):
     """``gateparams.json``: the gate exit policy.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
     counts are those of the calibration rows (with ``ltt`` of their certify half); ``a`` and ``b`` come from the fit
     half.
     """
+
+    file: ClassVar[str] = "gateparams.json"
+    asks: ClassVar[type[Gate]] = Gate
+    threshold_field: ClassVar[str] = "threshold"
 
     format_version: Literal[1] = 1
     policy: Literal["gate"] = "gate"
@@ -89,271 +84,118 @@ class GateParams(BasePolicy):
     model_fingerprint: str | None = None
     preprocessing_fingerprint: str | None = None
 
+    @classmethod
+    def fit(cls, target: Gate, rows: Rows, *, use: int | None = None, origin: Origin | None = None) -> Self:
+        """Choose the gate's threshold of largest coverage under all constraints at once, certified or empirically.
+
+        Coverage at least ``min_coverage``, exit error P(wrong | exit) at most ``max_exit_error`` and, when asked for,
+        FNR on exits at most ``target_fnr``. ``ltt``: candidates and their order come from the fit half, the certify
+        half tests them in a fixed sequence by exact binomials, by group, and the record's figures are the certify
+        half's. ``none``: the choice is the best on all rows, compared in exact integers, and promises nothing. Platt
+        scaling sees the fit half alone either way. See ``Policy.fit``.
+        """
+        fit = rows.fit_half()
+        if rows.gate is None:
+            raise InputError("gate must be given for the gate policy, got None; give its logit for every row")
+        platt = fit_platt(rows.gate[fit], ~rows.wrong[fit])
+        sure = score(rows.gate, platt.a, platt.b)
+        if target.guarantee == "none" and np.isnan(sure).all():
+            raise NotReachableError(
+                f"{target.words()} must be reachable on the calibration rows, but no gate logit is finite, so nothing "
+                "may exit; train again. No policy was written"
+            )
+        found = choose_exits(target, rows, sure, grid=GRID, best=lambda counts: _best(counts, target, rows.labels.size))
+        row, n_errors, over = found.row, found.n_errors, _over(found)
+        return cls(
+            classes=rows.classes,
+            positive=rows.positive,
+            a=platt.a,
+            b=platt.b,
+            fitted=platt.fitted,
+            platt=platt.reason,
+            threshold=row.threshold,
+            coverage=row.coverage,
+            exit_error=n_errors / row.n_exited,
+            fnr_on_exited=row.fnr_on_exited,
+            constraints=GateConstraints(
+                min_coverage=target.min_coverage, max_exit_error=target.max_exit_error,
+                target_fnr_exit=target.target_fnr,
+            ),
+            guarantee=target.guarantee,
+            certificate=found.record(target.claims, use),
+            certify_uses=use if found.certificate is not None else None,
+            **_said(found),
+            n_rows=found.rows.labels.size,
+            n_exited=row.n_exited,
+            n_errors=n_errors,
+            n_positive_exited=row.n_positive_exited,
+            n_false_negative=row.n_false_negative,
+            n_exited_groups=over["error"][1],
+            n_positive_groups=over["fnr"][1],
+            n_fit_rows=platt.n,
+            grouped=rows.groups is not None,
+            sweep_results=found.sweep,
+            **(origin or Origin()).fields(),
+        )  # fmt: skip
+
+    @classmethod
+    def check_fit_half(cls, rows: Rows) -> None:
+        """Raise NotReachableError where no gate logit of the fit half is finite."""
+        if rows.gate is not None and not np.isfinite(rows.gate[rows.fit_half()]).any():
+            raise NotReachableError(
+                "gate logits of the fit half must be finite in one row at least, got none, so nothing may exit; train "
+                "again. No policy was written, and no claim was made"
+            )
+
+    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
+        """The gate's calibrated P(Stage A is correct) where the row has an answer; see ``Policy.scores``."""
+        return gate_scores(self, probs, gate_logits, self.a, self.b)
+
+    def compiled(self) -> tuple[float, float]:
+        """Scale and offset of the gate's logit, whose sigmoid is the score."""
+        return self.a, self.b
+
+    def rule(self) -> str:
+        """The rule in words."""
+        return gate_rule(self.a, self.b, self.threshold)
+
     @property
     def exit_threshold(self) -> float:
         """The threshold under the name that every policy has."""
         return self.threshold
 
     @property
-    def target_fnr(self) -> float | None:
-        """The wished FNR on exits; None when it was not asked for."""
-        return self.constraints.target_fnr_exit
-
-    @property
     def target(self) -> Gate:
         """What it was asked for; delta is that of its own claim."""
-        claim = {} if self.certificate is None else {"delta": self.certificate.delta}
         limits = self.constraints
         return Gate(
             max_exit_error=limits.max_exit_error, min_coverage=limits.min_coverage, target_fnr=limits.target_fnr_exit,
-            guarantee=self.guarantee, **claim,
+            guarantee=self.guarantee, **self.own_delta,
         )  # fmt: skip
 
-    def _stricter(self, threshold: float, statement: str) -> Self:
-        changed = {"threshold": threshold, "guarantee": "none", "certificate": None, "statement": statement}
-        return self.model_copy(update=changed)
+    def found(self) -> list[str]:
+        """The scaling, and what exits."""
+        return [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"]
 
 
-GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+def gate_scores(
+    policy: Policy, probs: ArrayLike, gate_logits: ArrayLike | None, a: float, b: float
+) -> NDArray[np.float64]:
+    """P(Stage A is correct) [N] of a policy by the gate; NaN where Stage A gave no numbers. See ``Policy.scores``."""
+    values = policy.check_probs(probs)
+    if gate_logits is None or np.shape(gate_logits) != values.shape[:1]:
+        got = "None" if gate_logits is None else list(np.shape(gate_logits))
+        raise InputError(f"gate_logits must have shape [{len(values)}] for the {policy.policy} policy, got {got}")
+    known = np.isfinite(values).all(axis=1)
+    scores: NDArray[np.float64] = np.where(known, score(gate_logits, a, b), np.nan)
+    return scores
 
 
-# --------------------------------------------------------------------------------------------
-# Platt scaling
-
-
-@dataclass(frozen=True)
-class Platt:
-    """P(correct) = sigmoid(a * logit + b); ``fitted`` False: there was nothing to fit, and ``reason`` says why."""
-
-    a: float
-    b: float
-    fitted: bool
-    reason: str
-    n: int
-
-
-def fit_platt(logit: ArrayLike, correct: ArrayLike) -> Platt:
-    """Fit P(correct) = sigmoid(a * logit + b) by maximum likelihood on Platt's targets; ``a`` > 0 keeps the order.
-
-    The targets (N+ + 1)/(N+ + 2) and 1/(N- + 2) in place of 1 and 0 (Platt 1999) keep the optimum finite where the
-    classes can be separated. Newton's method with step halving, on standardised logits. Rows whose logit is not finite
-    are left out. With one class only, or logits all equal, there is nothing to fit: a = 1, b = 0, ``fitted`` False.
-
-    Args:
-        logit: [N] of the gate.
-        correct: [N] of 0 and 1: whether Stage A's answer is right.
-
-    Raises:
-        InputError: another shape, or other values than 0 and 1.
-    """
-    values, right = np.asarray(logit, dtype=np.float64), np.asarray(correct)
-    if values.ndim != 1 or right.shape != values.shape:
-        raise InputError(
-            f"logit and correct must both have shape [N], got {list(values.shape)} and {list(right.shape)}; "
-            "give one of each per row"
-        )
-    if not np.isin(right, (0, 1)).all():
-        raise InputError("correct must be 0 or 1, got other values; it is prediction == label")
-    known = np.isfinite(values)
-    values, right = values[known], right[known].astype(bool)
-    n_right, n = int(right.sum()), right.size
-    if n_right in (0, n):
-        what = "no rows" if n == 0 else "only right answers" if n_right else "only wrong answers"
-        return Platt(1.0, 0.0, False, f"{what} in the fit half, so the gate's own sigmoid stands", n)
-    center, spread = float(values.mean()), float(values.std())
-    # Of equal numbers the mean rounds, and so do their differences from it.
-    if not spread > 1e-12 * max(1.0, abs(center)):
-        return Platt(1.0, 0.0, False, "all gate logits of the fit half are equal, so the gate's own sigmoid stands", n)
-    x = (values - center) / spread
-    target = np.where(right, (n_right + 1) / (n_right + 2), 1 / (n - n_right + 2))
-    slope, offset = 0.0, float(np.log((n_right + 1) / (n - n_right + 1)))
-
-    def loss(slope: float, offset: float) -> float:
-        z = slope * x + offset
-        return float(-(target * log_expit(z) + (1 - target) * log_expit(-z)).sum())
-
-    current = loss(slope, offset)
-    for _ in range(100):
-        p = expit(slope * x + offset)
-        residual, weight = p - target, p * (1 - p)
-        gradient = np.array([residual @ x, residual.sum()])
-        hessian = np.array([[weight @ (x * x), weight @ x], [weight @ x, weight.sum()]]) + 1e-12 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        size = 1.0
-        while size > 1e-10 and loss(slope - size * step[0], offset - size * step[1]) > current:
-            size /= 2
-        slope, offset = slope - size * float(step[0]), offset - size * float(step[1])
-        before, current = current, loss(slope, offset)
-        if before - current <= 1e-13 * abs(current):
-            break
-    a = slope / spread
-    if not a > 0:
-        return Platt(
-            1.0, 0.0, False,
-            f"the gate's logit does not rise with being right on the fit half (slope {a:.3g}), so its own sigmoid "
-            "stands", n,
-        )  # fmt: skip
-    return Platt(
-        a, offset - a * center, True, f"Platt scaling on {n} rows of the fit half, {n_right} answered rightly", n
-    )
-
-
-def score(gate_logits: ArrayLike, a: float, b: float) -> NDArray[np.float64]:
-    """Give P(Stage A is correct) = sigmoid(a * gate_logit + b), [N] in [0, 1], float64; NaN where it is not finite."""
-    values = np.asarray(gate_logits, dtype=np.float64)
-    if values.ndim != 1:
-        raise InputError(f"gate_logits must have shape [N], got {list(values.shape)}; give one per row")
-    with np.errstate(invalid="ignore", over="ignore"):
-        found: NDArray[np.float64] = np.where(np.isfinite(values), expit(a * values + b), np.nan)
-    return found
-
-
-# --------------------------------------------------------------------------------------------
-# The choice
-
-
-def fit_gate_policy(
-    probs: ArrayLike,
-    gate_logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    halves: ArrayLike,
-    classes: Sequence[str],
-    positive: str,
-    max_exit_error: float = 0.01,
-    min_coverage: float = 0.70,
-    target_fnr: float | None = None,
-    guarantee: Literal["none", "ltt"] = "ltt",
-    delta: float = 0.05,
-    claims: int = 1,
-    use: int | None = None,
-    groups: ArrayLike | None = None,
-    split_hashes: Mapping[str, str] | None = None,
-    model_fingerprint: str | None = None,
-    preprocessing_fingerprint: str | None = None,
-) -> GateParams:
-    """Choose the gate's threshold of largest coverage under all constraints at once, certified or empirically.
-
-    Coverage at least ``min_coverage``, exit error P(wrong | exit) at most ``max_exit_error`` and, when asked for, FNR
-    on exits at most ``target_fnr``. ``ltt``: candidates and their order come from the fit half, the certify half tests
-    them in a fixed sequence by exact binomials, by group, and the record's figures are the certify half's. ``none``:
-    the choice is the best on all rows, compared in exact integers, and promises nothing. Platt scaling sees the fit
-    half alone either way.
-
-    Args:
-        probs: [N, K] probabilities of Stage A, N >= 1.
-        gate_logits: [N]; a row whose logit is not finite never exits.
-        labels: [N] indices into ``classes``.
-        halves: [N] of ``fit`` and ``certify``.
-        classes: K names, K >= 2.
-        positive: name of the positive class.
-        max_exit_error: inside (0, 1).
-        min_coverage: inside (0, 1).
-        target_fnr: inside (0, 1), or None.
-        guarantee: ``ltt`` or ``none``.
-        delta: largest chance of a false certificate, all claims together; each gets ``delta / claims``.
-        claims: how many claims on the certify half were declared before the first.
-        use: which of them this is, for the record; None when nobody counts.
-        groups: [N] clip or track of every row; the unit. ``None``: rows are independent.
-        split_hashes: which rows these are, for the record.
-        model_fingerprint: which model gave the logits.
-        preprocessing_fingerprint: how its pixels were prepared.
-
-    Raises:
-        InputError: an argument is not what it must be.
-        NotReachableError: no threshold meets the constraints, or none can be certified; nothing is chosen instead.
-    """
-    names = [str(name) for name in classes]
-    values, truth, units = check_rows(probs, labels, groups, names)
-    if positive not in names:
-        raise InputError(f"positive must be one of {', '.join(names)}, got '{positive}'{nearest(positive, names)}")
-    wish = {"max_exit_error": max_exit_error, "min_coverage": min_coverage, "target_fnr": target_fnr}
-    for name, value in wish.items():
-        if value is not None and not 0 < value < 1:
-            raise InputError(f"{name} must be inside (0, 1), got {value}")
-    if guarantee not in ("none", "ltt"):
-        raise InputError(f"guarantee must be none or ltt, got '{guarantee}'")
-    fit = check_halves(halves, truth.size, units)
-    logits = np.asarray(gate_logits, dtype=np.float64)
-    if logits.shape != truth.shape:
-        raise InputError(f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}")
-    constraints = GateConstraints(min_coverage=min_coverage, max_exit_error=max_exit_error, target_fnr_exit=target_fnr)
-    index = names.index(positive)
-    platt = fit_platt(logits[fit], values[fit].argmax(axis=1) == truth[fit])
-    sure = score(logits, platt.a, platt.b)
-    certificate = None
-    if guarantee == "ltt":
-        certificate = _certify(sure, values, truth, units, index, constraints, halves, delta / claims)
-        assert certificate.threshold is not None
-        values, truth, sure = values[~fit], truth[~fit], sure[~fit]
-        units = None if units is None else units[~fit]
-        counts = count_exits_by(sure, values, truth, index, [certificate.threshold], lowest=0.0)
-        chosen = 0
-    else:
-        counts, chosen = _best(sure, values, truth, index, constraints)
-    row = counts.row(chosen, truth.size, grid=False)
-    exited = sure >= row.threshold
-    if int(exited.sum()) != row.n_exited:
-        raise AssertionError("the stored threshold does not decide as the sweep did")
-    wrong = values.argmax(axis=1) != truth
-    over = {name: _groups(wrong, rows, units) for name, rows in (("error", exited), ("fnr", exited & (truth == index)))}
-    n_errors = row.n_exited - int(counts.n_correct[chosen])
-    unit = "rows" if units is None else "groups"
-    if certificate is None:
-        fnr_bound: float | None = over["fnr"][2]
-        level, bound = BOUND_LEVEL, over["error"][2]
-        statement = (
-            f"Empirical choice, no guarantee: nothing is promised for new images. Of {truth.size} calibration rows "
-            f"{row.n_exited} exit ({over['error'][1]} {unit}, taken as independent) and {n_errors} of those are wrong. "
-            f"The threshold was chosen on the same rows, so this looks better than it is. 95% upper bound of the exit "
-            f"error with {over['error'][1]} {unit}: {100 * bound:.1f}%, not corrected for that search."
-        )
-        bound_method = (
-            f"Clopper-Pearson, one-sided, on exited {unit}"
-            + ("" if units is None else "; a group is an error when any of its exited rows is wrong")
-            + f" ({over['error'][0]} of {over['error'][1]}); not corrected for the choice on the same rows"
-        )
-    else:
-        level, bound = 1 - certificate.delta, certificate.risks[0].bound
-        fnr_bound = certificate.risks[1].bound if target_fnr is not None else None
-        statement = (
-            f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} exited on the certify half, "
-            f"{certificate.errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
-        )
-        bound_method = certified_bound(certificate)
-    return GateParams(
-        classes=names,
-        positive=positive,
-        a=platt.a,
-        b=platt.b,
-        fitted=platt.fitted,
-        platt=platt.reason,
-        threshold=row.threshold,
-        coverage=row.coverage,
-        exit_error=n_errors / row.n_exited,
-        fnr_on_exited=row.fnr_on_exited,
-        constraints=constraints,
-        guarantee=guarantee,
-        certificate=None if certificate is None else record(certificate, claims=claims, use=use),
-        certify_uses=use if certificate is not None else None,
-        statement=statement,
-        exit_error_upper_bound=bound,
-        fnr_upper_bound=fnr_bound if row.n_positive_exited else None,
-        bound_level=level,
-        bound_method=bound_method,
-        n_rows=truth.size,
-        n_exited=row.n_exited,
-        n_errors=n_errors,
-        n_positive_exited=row.n_positive_exited,
-        n_false_negative=row.n_false_negative,
-        n_exited_groups=over["error"][1],
-        n_positive_groups=over["fnr"][1],
-        n_fit_rows=platt.n,
-        grouped=units is not None,
-        sweep_results=_table(sure, values, truth, index, row),
-        split_hashes=dict(split_hashes or {}),
-        model_fingerprint=model_fingerprint,
-        preprocessing_fingerprint=preprocessing_fingerprint,
+def gate_rule(a: float, b: float, threshold: float) -> str:
+    """The rule of a policy by the gate in words."""
+    return (
+        f"exit when the gate's P(Stage A is correct) = sigmoid({a:.6g} * gate logit + {b:.6g}) "
+        f"is at or above {threshold:.6g}"
     )
 
 
@@ -409,87 +251,68 @@ def _least(share: float, n: int) -> int:
     return math.ceil(Fraction(repr(float(share))) * n)
 
 
-def describe(constraints: GateConstraints) -> str:
-    """The wish in words."""
-    fnr = constraints.target_fnr_exit
-    return f"coverage >= {constraints.min_coverage:g} with exit error <= {constraints.max_exit_error:g}" + (
-        f" and FNR on exits <= {fnr:g}" if fnr is not None else ""
-    )
+def _over(found: Chosen) -> dict[str, tuple[int, int, float]]:
+    """Groups in error, all groups and the bound: of exits, and of positives among them."""
+    rows, positive = found.rows, found.rows.is_class(found.rows.positive)
+    return {"error": found.groups(rows.wrong, found.exited), "fnr": found.groups(rows.wrong, found.exited & positive)}
 
 
-def _certify(
-    sure: NDArray[np.float64],
-    probs: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    groups: NDArray[np.str_] | None,
-    positive: int,
-    constraints: GateConstraints,
-    halves: ArrayLike,
-    delta: float,
-) -> Certificate:
-    answered = probs.argmax(axis=1)
-    risks = [Risk("exit error", constraints.max_exit_error, answered != labels)]
-    if constraints.target_fnr_exit is not None:
-        is_positive = labels == positive
-        missed = is_positive & (answered != positive)
-        risks.append(Risk("FNR on exits", constraints.target_fnr_exit, missed, is_positive))
-    certificate = certify_halves(
-        sure, risks, halves, delta=delta, min_coverage=constraints.min_coverage, groups=groups, lowest=0.0
-    )
-    if not certificate.feasible:
-        raise infeasible(certificate, describe(constraints))
-    return certificate
+def _said(found: Chosen) -> dict[str, Any]:
+    """The statement of a threshold, and its bounds with how they came about."""
+    row, unit, certificate, over = found.row, found.rows.unit, found.certificate, _over(found)
+    if certificate is not None:
+        fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
+        return {
+            "statement": (
+                f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} exited on the certify half, "
+                f"{certificate.errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
+            ),
+            "exit_error_upper_bound": certificate.risks[0].bound,
+            "fnr_upper_bound": fnr if row.n_positive_exited else None,
+            "bound_level": 1 - certificate.delta,
+            "bound_method": certified_bound(certificate),
+        }
+    wrong, n, bound = over["error"]
+    groups = "" if found.rows.groups is None else "; a group is an error when any of its exited rows is wrong"
+    return {
+        "statement": (
+            f"Empirical choice, no guarantee: nothing is promised for new images. Of {found.rows.labels.size} "
+            f"calibration rows {row.n_exited} exit ({n} {unit}, taken as independent) and {found.n_errors} of those "
+            "are wrong. The threshold was chosen on the same rows, so this looks better than it is. 95% upper bound of "
+            f"the exit error with {n} {unit}: {100 * bound:.1f}%, not corrected for that search."
+        ),
+        "exit_error_upper_bound": bound,
+        "fnr_upper_bound": over["fnr"][2] if row.n_positive_exited else None,
+        "bound_level": BOUND_LEVEL,
+        "bound_method": (
+            f"Clopper-Pearson, one-sided, on exited {unit}{groups} ({wrong} of {n}); not corrected for the choice on "
+            "the same rows"
+        ),
+    }
 
 
-def _best(
-    sure: NDArray[np.float64],
-    probs: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    positive: int,
-    constraints: GateConstraints,
-) -> tuple[ExitCounts, int]:
-    """The laxest threshold that meets every constraint on these rows, in exact integers."""
-    wish = f"{describe(constraints)} must be reachable on the calibration rows, but"
-    if np.isnan(sure).all():
-        raise NotReachableError(
-            f"{wish} no gate logit is finite, so nothing may exit; train again. No policy was written"
-        )
-    counts = count_exits_by(sure, probs, labels, positive, lowest=0.0)
+def _best(counts: ExitCounts, target: Gate, n: int) -> int:
+    """The laxest threshold that meets every constraint on n rows, in exact integers."""
+    wish = f"{target.words()} must be reachable on the calibration rows, but"
     wrong = counts.n_exited - counts.n_correct
-    covered = counts.n_exited >= _least(constraints.min_coverage, labels.size)
-    good = covered & meets(wrong, counts.n_exited, constraints.max_exit_error)
-    if constraints.target_fnr_exit is not None:
-        good &= meets(counts.n_false_negative, counts.n_positive, constraints.target_fnr_exit)
+    covered = counts.n_exited >= _least(target.min_coverage, n)
+    good = covered & meets(wrong, counts.n_exited, target.max_exit_error)
+    if target.target_fnr is not None:
+        good &= meets(counts.n_false_negative, counts.n_positive, target.target_fnr)
     reached = np.flatnonzero(good)
     if reached.size:
-        return counts, int(reached[-1])
+        return int(reached[-1])
     if not covered.any():
         raise NotReachableError(
-            f"{wish} the largest coverage is {counts.n_exited[-1] / labels.size:.4g}: the other gate logits are not "
+            f"{wish} the largest coverage is {counts.n_exited[-1] / n:.4g}: the other gate logits are not "
             "finite; train again. No policy was written"
         )
     rate = np.where(covered, wrong / counts.n_exited, np.inf)
     best = int(rate.size - 1 - rate[::-1].argmin())
-    row = counts.row(best, labels.size, grid=False)
+    row = counts.row(best, n, grid=False)
     fnr = "" if row.fnr_on_exited is None else f" and FNR on exits {row.fnr_on_exited:.4g}"
     raise NotReachableError(
         f"{wish} the smallest exit error at that coverage is {rate[best]:.4g} ({int(wrong[best])} of {row.n_exited}), "
         f"at threshold {row.threshold:.6g} with coverage {row.coverage:.4g}{fnr}. Train a better Stage A or gate, or "
         "accept a larger error or a smaller coverage. No policy was written"
     )
-
-
-def _groups(
-    wrong: NDArray[np.bool_], rows: NDArray[np.bool_], groups: NDArray[np.str_] | None
-) -> tuple[int, int, float]:
-    """Groups in error and all groups among some rows, with the upper bound."""
-    k, n = groups_in_error(wrong[rows], None if groups is None else groups[rows])
-    return k, n, clopper_pearson_upper(k, n, level=BOUND_LEVEL)
-
-
-def _table(
-    sure: NDArray[np.float64], probs: NDArray[np.float64], labels: NDArray[np.int64], positive: int, chosen: SweepRow
-) -> list[SweepRow]:
-    counts = count_exits_by(sure, probs, labels, positive, lowest=0.0)
-    grid = count_exits_by(sure, probs, labels, positive, GRID, lowest=0.0)
-    return sweep_table(counts, grid, chosen, labels.size)

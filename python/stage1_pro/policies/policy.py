@@ -1,9 +1,337 @@
-"""``Policy``: any of the exit policies that a bundle can hold."""
+"""``Policy``: what decides which answers of Stage A stand; the base of every policy file, and their registry.
+
+A policy of another package is one module: a record that derives from ``Policy``, given to ``register`` or named by an
+entry point of the group ``stage1_pro.policies``.
+"""
 
 from __future__ import annotations
 
-from stage1_pro.policies.gate import GateParams
-from stage1_pro.policies.sets import ScrcParams
-from stage1_pro.policies.softmax import Thresholds
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-Policy = Thresholds | GateParams | ScrcParams
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
+from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.target import Promise, Target
+from stage1_pro.record import Record
+from stage1_pro.registry import Registry
+
+NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where calibration rows come from: hashes of their splits, the model that answered, how its pixels were made."""
+
+    split_hashes: Mapping[str, str] = field(default_factory=dict)
+    model_fingerprint: str | None = None
+    preprocessing_fingerprint: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The same as fields of a policy."""
+        return {**asdict(self), "split_hashes": dict(self.split_hashes)}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A policy's constraints held against rows that calibrated nothing; ``sets`` of a policy that gives sets."""
+
+    promises: list[PromiseCheck] = field(default_factory=list)
+    sets: SetCheck | None = None
+
+
+class Policy(Record):
+    """An exit policy: an image exits at Stage A iff its score is at or above ``exit_threshold``."""
+
+    file: ClassVar[str]
+    """Name of its file in a run or bundle."""
+    asks: ClassVar[type[Target]]
+    """What it is asked for."""
+    needs_gate: ClassVar[bool] = True
+    """Whether scores come from the gate's logits."""
+    score_title: ClassVar[str] = "the gate's P(Stage A is correct)"
+    abstains: ClassVar[bool] = False
+    """Whether there are images that nobody answers, and sets of several classes."""
+    steerable: ClassVar[bool] = True
+    """Whether a loop may tighten the threshold by what audits of exits say."""
+
+    if TYPE_CHECKING:
+        # Fields of every policy, each where its file has it.
+        policy: str
+        classes: list[str]
+        positive: str
+        guarantee: str
+        statement: str
+        split_hashes: dict[str, str]
+        model_fingerprint: str | None
+        preprocessing_fingerprint: str | None
+
+        @property
+        def exit_threshold(self) -> float:
+            """An image exits iff its score is at or above it."""
+
+    # ------------------------------------------------------------------------ what it decides
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, target: Any, rows: Rows, *, use: int | None = None, origin: Origin | None = None) -> Self:
+        """Choose the policy for a target on calibration rows.
+
+        Args:
+            target: of the kind ``asks``; its delta is divided by its claims.
+            rows: calibration rows, with halves where something is certified.
+            use: which of the claims this is, for the record; None when nobody counts.
+            origin: of the rows, for the record.
+
+        Raises:
+            InputError: an argument is not what it must be.
+            NotReachableError: the target cannot be met or certified; nothing is chosen in its place.
+        """
+
+    @classmethod
+    def check_fit_half(cls, rows: Rows) -> None:
+        """Raise NotReachableError where the fit half alone shows that no target can be met: no claim is spent on it."""
+        del rows
+
+    @abstractmethod
+    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Give what is compared with the threshold, [N] in [0, 1]; higher is surer, NaN has no answer.
+
+        Args:
+            probs: [N, K] probabilities of Stage A.
+            gate_logits: [N], where ``needs_gate``.
+
+        Raises:
+            InputError: another number of classes than the policy's, or gate logits that are missing.
+        """
+
+    def exits(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.bool_]:
+        """Say which rows [N] Stage A answers: those whose score is at or above the threshold; NaN never is.
+
+        The one rule of calibration, evaluation, cascade and reports. Arguments and errors as of ``scores``.
+        """
+        exited: NDArray[np.bool_] = self.scores(probs, gate_logits) >= self.exit_threshold
+        return exited
+
+    def answer(
+        self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Give the classes in each image's set, bool [N, K], and which images are answered, bool [N].
+
+        The set is the most probable class alone, and answered is what has an answer at all, unless a policy abstains.
+
+        Args:
+            probs: [N, K] of the stage that answered.
+            exited: [N] whether that was Stage A.
+            gate_logits: [N], where a policy abstains.
+
+        Raises:
+            InputError: another number of classes than the policy's, or gate logits that are missing.
+        """
+        del exited, gate_logits
+        values = self.check_probs(probs)
+        answered = np.asarray(np.isfinite(values).all(axis=1))
+        sets = np.zeros(values.shape, dtype=bool)
+        sets[np.arange(len(values)), values.argmax(axis=1)] = True
+        return sets & answered[:, None], answered
+
+    def near(self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.bool_]:
+        """Say which rows [N] lie so near a limit other than ``exit_threshold`` that rounding could decide.
+
+        Arguments as of ``answer``.
+        """
+        del exited, gate_logits
+        return np.zeros(np.shape(probs)[0], dtype=bool)
+
+    def check_probs(self, probs: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities [N, K] of the policy's classes, in float64.
+
+        Raises:
+            InputError: another shape.
+        """
+        values = np.asarray(probs, dtype=np.float64)
+        if values.ndim != 2 or values.shape[1] != len(self.classes):
+            raise InputError(
+                f"probs must have shape [N, {len(self.classes)}] as the policy's classes, got {list(values.shape)}; "
+                "use the policy of this model"
+            )
+        return values
+
+    def compiled(self) -> tuple[float, float] | None:
+        """Scale and offset of the gate's logit, whose sigmoid is the score; None: the largest probability is.
+
+        Raises:
+            InputError: the compiled router does not know scores like these.
+        """
+        raise InputError(f"policy must be one that the compiled router knows, got {self.policy}; serve with Cascade")
+
+    # ------------------------------------------------------------------------ what it promises
+
+    @property
+    @abstractmethod
+    def target(self) -> Target:
+        """What it was asked for; delta is that of its own claim."""
+
+    @property
+    def promises(self) -> tuple[Promise, ...]:
+        """What it guarantees; nothing without a guarantee."""
+        return () if self.guarantee == "none" else self.target.promises(self.positive)
+
+    @property
+    def fnr_target(self) -> float | None:
+        """The largest FNR on exits that was asked for; None: it was not."""
+        asked = self.target.promises(self.positive)
+        return next((one.limit for one in asked if one.quantity == "FNR on exits"), None)
+
+    @property
+    def claims_made(self) -> tuple[int, int | None]:
+        """How many claims delta was divided for, and which of them this is; None when nobody counted."""
+        return 1, None
+
+    @property
+    def n_certified(self) -> int:
+        """Units that certified it; 0 without a certificate."""
+        return 0
+
+    def check(self, rows: Rows) -> Checked:
+        """Hold what was asked for against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
+
+        FAIL: the 99% lower bound is beyond the limit; PASS: the 95% upper bound is within it. A rate below the limit is
+        no PASS, one above it no FAIL. One seeded row speaks for its group, as in a certificate.
+        """
+        from stage1_pro.policies.exiting import check_exits
+
+        return Checked(check_exits(self.target.promises(self.positive), rows, self.exits(rows.probs, rows.gate)))
+
+    def at(self, threshold: float) -> Self:
+        """The policy with a stricter exit threshold; itself at its own threshold or below, where nothing is certified.
+
+        Exits only become fewer, but no share of them was certified there: whatever was promised is given up.
+        """
+        if threshold <= self.exit_threshold:
+            return self
+        return self._stricter(
+            threshold, f"nothing is promised: the threshold was tightened from {self.exit_threshold:.6g} to "
+            f"{threshold:.6g}, where nothing was certified"
+        )  # fmt: skip
+
+    @abstractmethod
+    def _stricter(self, threshold: float, statement: str) -> Self:
+        """A copy with that threshold and statement, and without a guarantee."""
+
+    def assuming(self, *assumptions: str) -> Self:
+        """The policy with what else its certificate takes for granted; itself where it has no certificate."""
+        del assumptions
+        return self
+
+    def void(self) -> str:
+        """What follows for a promise where something that it stands on has changed; empty when there is none."""
+        return "" if self.guarantee == "none" else ", so its certificate is void"
+
+    # ------------------------------------------------------------------------ what is said of it
+
+    @abstractmethod
+    def rule(self) -> str:
+        """The rule in words."""
+
+    @property
+    def usual_exit_rate(self) -> float | None:
+        """Share of calibration rows that exit; None: not counted."""
+        return None
+
+    @property
+    def sweep(self) -> list[SweepRow]:
+        """Thresholds that were looked at, the chosen one among them."""
+        return []
+
+    def headline(self) -> str:
+        """The policy and what was asked for, in a line."""
+        return f"{self.policy} policy, positive class '{self.positive}', {self.target.words()}"
+
+    def found(self) -> list[str]:
+        """Lines on what calibration found, beside the sweep."""
+        return []
+
+    def story(self) -> list[str]:
+        """Sentences for anybody on what it does and promises, for the report; none: its statement says it."""
+        return []
+
+    def facts(self) -> dict[str, Any]:
+        """Its own fields, for ``inspect``."""
+        return self.model_dump(mode="json", exclude={"policy", "format_version"})
+
+    def measured(self) -> str:
+        """Figures on the calibration rows with their bounds, in a line."""
+        return "" if self.usual_exit_rate is None else f"coverage {self.usual_exit_rate:.1%}"
+
+
+# -------------------------------------------------------------------------------- the registry
+
+POLICIES: Registry[type[Policy]] = Registry(
+    "policy",
+    "stage1_pro.policies",
+    {
+        "softmax": "stage1_pro.policies.softmax:Thresholds",
+        "gate": "stage1_pro.policies.gate:GateParams",
+        "scrc": "stage1_pro.policies.sets:ScrcParams",
+    },
+)
+
+
+def register(kind: type[Policy]) -> None:
+    """Make a policy known by the name of its target, for this process; an entry point does so for all.
+
+    Raises:
+        InputError: another policy has this name or file.
+    """
+    name = kind.asks.model_fields["policy"].default
+    for known, other in policies().items():
+        if (known == name or other.file == kind.file) and other is not kind:
+            raise InputError(f"policy must have a name and a file of its own, got {name} ({kind.file}), already taken")
+    POLICIES.register(name, kind)
+
+
+def policies() -> Mapping[str, type[Policy]]:
+    """Every known policy by name."""
+    return {name: POLICIES.find(name) for name in POLICIES}
+
+
+def policy_named(name: str) -> type[Policy]:
+    """The policy of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    return POLICIES.find(name)
+
+
+def policy_files() -> list[str]:
+    """Names of all policy files; a folder holds one of them at most."""
+    return [kind.file for kind in policies().values()]
+
+
+def read_policy(folder: Path | str) -> Policy | None:
+    """Read the active policy of a run or bundle; None when there is none.
+
+    Raises:
+        ArtifactError: more than one policy file, or a damaged one.
+    """
+    found = [kind for kind in policies().values() if (Path(folder) / kind.file).is_file()]
+    if len(found) > 1:
+        names = ", ".join(kind.file for kind in found)
+        raise ArtifactError(f"{folder} must hold exactly one policy file, got {names}; calibrate again")
+    return found[0].read(Path(folder) / found[0].file) if found else None
+
+
+def withdraw_policies(folder: Path | str) -> list[str]:
+    """Remove every policy file of a folder; give the names of those that were there."""
+    found = [name for name in policy_files() if (Path(folder) / name).is_file()]
+    for name in found:
+        (Path(folder) / name).unlink()
+    return found

@@ -9,9 +9,8 @@ risk among the accepted (alpha): that the set misses the label. Xu, Guo & Wei (S
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,28 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
-from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
-from stage1_pro.policies.bounds import (
-    betting_upper,
-    check_share,
-    crc_budget,
-    errors_allowed,
-    exact,
-    selection_rank,
-    trials_needed,
-)
+from stage1_pro.metrics.binomial import clopper_pearson_upper
+from stage1_pro.policies.bounds import check_share, crc_budget, errors_allowed, exact, selection_rank, trials_needed
 from stage1_pro.policies.candidates import Unit
-from stage1_pro.policies.certify import counting_unit, one_each
+from stage1_pro.policies.certificate import PromiseCheck, ShareOf
+from stage1_pro.policies.checks import Outcome, check_claim, first_enough, mean_size, share_of
+from stage1_pro.policies.target import Loss, Score, Variant
+from stage1_pro.policies.units import counting_unit, one_each
 
-Variant = Literal["pac", "I", "T", "naive"]
-Loss = Literal["miscoverage", "fnr"]
-Score = Literal["lac", "aps", "raps"]
-Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)
-PASS_LEVEL, FAIL_LEVEL = 0.95, 0.99
-# Where no smaller number of rows settles a question, none is named.
-_MOST_ROWS = 10**9
 
 
 @dataclass(frozen=True)
@@ -291,7 +278,7 @@ class SCRC:
             rank = self._rank(units)
             return rank is not None and math.floor((rank - (self.variant != "pac")) * min(shares)) >= least
 
-        found = _first(enough, max(1, least), 10**7)
+        found = first_enough(enough, max(1, least), 10**7)
         # Enough rows alone do not mend scores that are missing.
         return found if found is None or found > n else None
 
@@ -511,37 +498,11 @@ class FittedSCRC:
             n=n,
             unit=unit,
             accepted=sizes.size,
-            average_set_size=_mean_size(sizes, self.n_classes, np.random.default_rng(seed)),
-            ambiguous_rate=_rate(int((sizes > 1).sum()), sizes.size),
-            empty_rate=_rate(int((sizes == 0).sum()), sizes.size),
-            rejection_rate=_rate(n - sizes.size, n),
+            average_set_size=mean_size(sizes, self.n_classes, np.random.default_rng(seed)),
+            ambiguous_rate=share_of(int((sizes > 1).sum()), sizes.size),
+            empty_rate=share_of(int((sizes == 0).sum()), sizes.size),
+            rejection_rate=share_of(n - sizes.size, n),
         )
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share (or a mean set size) with its two-sided 95% interval; NaN where nothing was accepted."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One promise held against counts: ``errors`` of ``trials`` should be a share of at most ``limit``.
-
-    ``lower`` is the 99% and ``upper`` the 95% one-sided bound. ``n_to_settle``: units in all, if rates stay as seen.
-    """
-
-    name: str
-    limit: float
-    errors: int
-    trials: int
-    lower: float
-    upper: float
-    outcome: Outcome
-    n_to_settle: int | None
 
 
 @dataclass(frozen=True)
@@ -553,14 +514,14 @@ class Verification:
     from betting on size / K.
     """
 
-    claims: tuple[Claim, ...]
+    claims: tuple[PromiseCheck, ...]
     n: int
     unit: Unit
     accepted: int
-    average_set_size: Rate
-    ambiguous_rate: Rate
-    empty_rate: Rate
-    rejection_rate: Rate
+    average_set_size: ShareOf
+    ambiguous_rate: ShareOf
+    empty_rate: ShareOf
+    rejection_rate: ShareOf
 
     @property
     def outcome(self) -> Outcome:
@@ -657,51 +618,3 @@ def _stages(stage: ArrayLike | None, n: int, *, wanted: bool) -> NDArray[np.str_
     if names.shape != (n,):
         raise InputError(f"stage must have shape [{n}] as probs has rows, got {list(names.shape)}")
     return names
-
-
-def _first(enough: Callable[[int], bool], start: int, most: int) -> int | None:
-    """The smallest number from ``start`` that is enough, when more is never less; None beyond ``most``."""
-    low, high = start - 1, start
-    while not enough(high):
-        low, high = high, 2 * high
-        if high > most:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
-
-def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> Claim:
-    """Hold a promise of at most ``limit`` against counts; ``n`` units in all, for the number that would settle it."""
-    lower = clopper_pearson_lower(errors, trials, FAIL_LEVEL)
-    upper = clopper_pearson_upper(errors, trials, PASS_LEVEL)
-    outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
-    needed = None
-    if outcome == "INCONCLUSIVE" and trials and errors / trials != limit:
-        rate = Fraction(errors, trials)
-
-        def settles(m: int) -> bool:
-            if rate < limit:
-                return clopper_pearson_upper(math.ceil(rate * m), m, PASS_LEVEL) <= limit
-            return clopper_pearson_lower(math.floor(rate * m), m, FAIL_LEVEL) > limit
-
-        more = _first(settles, trials, _MOST_ROWS)
-        needed = None if more is None else math.ceil(more * n / trials)
-    return Claim(name, limit, errors, trials, lower, upper, outcome, needed)
-
-
-def _rate(count: int, of: int) -> Rate:
-    return Rate(count / of, *clopper_pearson(count, of)) if of else Rate(math.nan, 0.0, 1.0)
-
-
-def _mean_size(sizes: NDArray[np.int64], n_classes: int, rng: np.random.Generator) -> Rate:
-    if sizes.size == 0:
-        return Rate(math.nan, 0.0, float(n_classes))
-    if n_classes == 2 and sizes.min() > 0:
-        both = _rate(int((sizes == 2).sum()), sizes.size)
-        return Rate(1 + both.value, 1 + both.low, 1 + both.high)
-    # Betting needs an order that no value decides.
-    shares = sizes[rng.permutation(sizes.size)] / n_classes
-    low, high = 1 - betting_upper(1 - shares, 0.025), betting_upper(shares, 0.025)
-    return Rate(float(sizes.mean()), n_classes * low, n_classes * high)

@@ -1,14 +1,13 @@
 """The scrc policy: after the cascade, a set of labels for what is accepted; nobody answers the rest. NumPy only.
 
-``fit_scrc_policy`` makes the record, ``answer_sets`` applies it, the one rule of cascade, evaluation and router, and
-``verify_sets`` holds it against rows that calibrated nothing. The statistics are those of ``scrc.SCRC``.
+``ScrcParams.answer`` is the one rule of cascade, evaluation and router. The statistics are those of ``scrc.SCRC``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -16,16 +15,17 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 from scipy.special import logit
 
-from stage1_pro.errors import InputError, NotReachableError, nearest
+from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
-from stage1_pro.policies import gate
-from stage1_pro.policies.base import BasePolicy
-from stage1_pro.policies.bounds import check_share
-from stage1_pro.policies.certificate import PromiseCheck
-from stage1_pro.policies.certify import check_halves
-from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Loss, Rate, Score, Variant, Verification, nonconformity
-from stage1_pro.policies.softmax import check_rows, confidence, count_exits_by, meets
-from stage1_pro.policies.target import Scrc
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SetRates
+from stage1_pro.policies.counts import count_exits, meets
+from stage1_pro.policies.gate import gate_rule, gate_scores
+from stage1_pro.policies.platt import Platt, fit_platt, score
+from stage1_pro.policies.policy import NOT_COUNTED, Checked, Origin, Policy
+from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Verification, nonconformity
+from stage1_pro.policies.softmax import confidence
+from stage1_pro.policies.target import Loss, Scrc, Variant
 from stage1_pro.record import Record
 
 
@@ -45,9 +45,19 @@ class ScrcCell(Record):
 
 # Above every P(correct): a threshold here lets nobody exit.
 NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
+GUARANTEES: dict[Variant, Literal["none", "pac", "expectation"]] = {
+    "pac": "pac", "I": "expectation", "T": "expectation", "naive": "none",
+}  # fmt: skip
+# Limits are stored this much above the certified ones, far above the rounding between runtimes: sets only grow.
+LIMIT_SLACK = 1e-6
+# A logit of a probability beyond these is the rounding of softmax.
+_CLIP = 1e-12
+# Far above the rounding between batch shapes (1e-7), far below what anybody calibrates to.
+_NEAR, _NEAR_LOGIT = 1e-5, 1e-3
+_STAGES = ("A", "B")
 
 
-class ScrcParams(BasePolicy):
+class ScrcParams(Policy):
     """``scrcparams.json``: selective conformal risk control after the cascade.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``exit_threshold``; else
@@ -59,6 +69,9 @@ class ScrcParams(BasePolicy):
     from the certify half. ``calibrator_fingerprint`` is recomputed on reading: other numbers void the certificate.
     """
 
+    file: ClassVar[str] = "scrcparams.json"
+    asks: ClassVar[type[Scrc]] = Scrc
+    abstains: ClassVar[bool] = True
     # What was certified is the whole cascade behind this very exit rule; of exits alone nothing was.
     steerable: ClassVar[bool] = False
 
@@ -113,10 +126,146 @@ class ScrcParams(BasePolicy):
     preprocessing_fingerprint: str | None = None
     calibrator_fingerprint: str = Field(description="sha256 over everything else here")
 
+    @classmethod
+    def fit(cls, target: Scrc, rows: Rows, *, use: int | None = None, origin: Origin | None = None) -> Self:
+        """Fit both Platt scalings and the exit rule on the fit half, and both risk-controlled thresholds on the other.
+
+        The exit rule is the laxest one whose exit error on the fit half is at most ``max_exit_error``, in exact
+        integers; where there is none nobody exits. It may be poor without harm: what is promised is counted on the
+        certify half, on what this very cascade answers there. Stage B's scaling sees the deferred rows of the fit half,
+        all of them where those are answered only rightly or only wrongly. Without gate logits the logit of Stage A's
+        largest probability stands in; without Stage B there is one stage, which answers deferred rows too.
+
+        A fifth of delta is for the selection, the rest for the risk. See ``Policy.fit``.
+        """
+        fit = rows.fit_half()
+        first = _answer_fit_half(rows, fit, target.max_exit_error)
+        wish = SCRC(
+            xi=target.min_coverage, alpha=target.alpha,
+            delta=(target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims), variant=target.variant,
+            loss=target.loss, score=target.score, groups=target.cells, allow_empty=target.allow_empty,
+            positive=rows.classes.index(rows.positive), raps=target.raps,
+        )  # fmt: skip
+        found = wish.calibrate(
+            first.probs[~fit], first.correct[~fit], rows.labels[~fit],
+            first.stage[~fit] if target.cells == "stage" else None,
+            groups=None if rows.groups is None else rows.groups[~fit],
+        )  # fmt: skip
+        if not found.feasible:
+            raise found.infeasible()
+        _check_stages(found, first.threshold)
+        limits = [_record(cell, rows.classes if target.cells == "class" else None) for cell in found.cells]
+        return cls.seal(
+            classes=rows.classes,
+            positive=rows.positive,
+            **first.fields(rows, fit),
+            max_exit_error=target.max_exit_error,
+            alpha=target.alpha,
+            xi=target.min_coverage,
+            delta=wish.delta,
+            variant=target.variant,
+            loss=target.loss,
+            score=target.score,
+            cells=target.cells,
+            allow_empty=target.allow_empty,
+            raps=wish.raps,
+            lambda_1=found.threshold,
+            lambda_2=limits,
+            rank=found.rank,
+            n=found.n,
+            unit=found.unit,
+            seed=found.seed,
+            accepted=found.accepted,
+            coverage=found.coverage,
+            coverage_bound=found.coverage_bound,
+            risk_bound=max(cell.bound for cell in limits),
+            fnr_bound=_fnr_bound(limits, target.loss, target.cells, rows.positive),
+            guarantee=GUARANTEES[target.variant],
+            statement=_statement(found, limits),
+            assumptions=_assumptions(found, use),
+            claims=target.claims,
+            certify_uses=use if target.variant != "naive" else None,
+            n_fit_rows=int(fit.sum()),
+            grouped=rows.groups is not None,
+            **(origin or Origin()).fields(),
+        )
+
+    # ------------------------------------------------------------------------ what it decides
+
+    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
+        """The gate's calibrated P(Stage A is correct) where the row has an answer; see ``Policy.scores``."""
+        return gate_scores(self, probs, gate_logits, self.a, self.b)
+
+    def compiled(self) -> tuple[float, float]:
+        """Scale and offset of the gate's logit, whose sigmoid is the score."""
+        return self.a, self.b
+
+    def answer(
+        self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Give sets, empty where nobody answers, and what is accepted; see ``Policy.answer``."""
+        values = np.asarray(probs, dtype=np.float64)
+        correct = self.p_correct(values, exited, gate_logits)
+        if self.cells != "stage":
+            return self.statistics.predict_sets(values, correct)
+        stage = np.where(np.asarray(exited, dtype=bool), *_STAGES)
+        # Only who is made to exit can be of a stage that never answered: nobody knows its risk.
+        unknown = ~np.isin(stage, [cell.name for cell in self.lambda_2])
+        correct[unknown], stage[unknown] = np.nan, self.lambda_2[0].name
+        return self.statistics.predict_sets(values, correct, stage)
+
+    def p_correct(self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.float64]:
+        """Give P(answer correct) [N] of the stage that answered; NaN where it gave no number; see ``Policy.answer``."""
+        values, out = self.check_probs(probs), np.asarray(exited, dtype=bool)
+        if gate_logits is None or np.shape(gate_logits) != values.shape[:1] or out.shape != values.shape[:1]:
+            got = "None" if gate_logits is None else list(np.shape(gate_logits))
+            raise InputError(
+                f"exited and gate_logits must have shape [{len(values)}] for the scrc policy, got {list(out.shape)} "
+                f"and {got}; give one of each per row"
+            )
+        found: NDArray[np.float64] = np.where(
+            out, score(gate_logits, self.a, self.b), score(confidence_logit(values), self.a_b, self.b_b)
+        )
+        return found
+
+    def near(self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.bool_]:
+        """Say which rows [N] lie so near the selection threshold or a limit that rounding could decide; ``close``."""
+        values = np.asarray(probs, dtype=np.float64)
+        found = close(self.p_correct(values, exited, gate_logits), self.lambda_1)
+        known = np.flatnonzero(np.isfinite(values).all(axis=1))
+        scores = nonconformity(self.statistics.scrc, values[known])
+        if not self.allow_empty:
+            # The most probable class is in whatever its limit.
+            scores[values[known] == values[known].max(axis=1, keepdims=True)] = np.nan
+        for k, cell in enumerate(self.lambda_2):
+            # Near the limit of another stage only costs time.
+            column = slice(k, k + 1) if self.cells == "class" else slice(None)
+            found[known] |= close(scores[:, column], cell.limit).any(axis=1)
+        return found
+
     @property
-    def target_fnr(self) -> float | None:
-        """The wished FNR on exits: none, the promise is on sets."""
-        return None
+    def statistics(self) -> FittedSCRC:
+        """The statistics behind the record, ready to predict and to verify."""
+        wish = SCRC(
+            xi=self.xi, alpha=self.alpha, delta=self.delta, variant=self.variant, loss=self.loss, score=self.score,
+            groups=self.cells, allow_empty=self.allow_empty, positive=self.classes.index(self.positive), raps=self.raps,
+        )  # fmt: skip
+        cells = tuple(
+            Cell(
+                # Classes by number.
+                str(self.classes.index(cell.name)) if self.cells == "class" else cell.name,
+                cell.limit, cell.trials, cell.errors, cell.budget, cell.delta, cell.bound,
+            )
+            for cell in self.lambda_2
+        )  # fmt: skip
+        return FittedSCRC(
+            scrc=wish, n_classes=len(self.classes), n=self.n, unit=self.unit, seed=self.seed, rank=self.rank,
+            accepted=self.accepted, threshold=self.lambda_1, coverage_bound=self.coverage_bound, cells=cells,
+            reason="", n_needed=None, min_certifiable_alpha=None, guarantee=self.statement,
+            assumptions=tuple(self.assumptions),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------ what it promises
 
     @property
     def target(self) -> Scrc:
@@ -127,12 +276,129 @@ class ScrcParams(BasePolicy):
             guarantee="none" if self.variant == "naive" else "ltt", delta=math.fsum(self.delta),
         )  # fmt: skip
 
+    @property
+    def claims_made(self) -> tuple[int, int | None]:
+        """How many claims delta was divided for, and which of them this is; None when nobody counted."""
+        return self.claims, self.certify_uses
+
+    @property
+    def n_certified(self) -> int:
+        """Units that certified it."""
+        return self.n
+
+    def check(self, rows: Rows) -> Checked:
+        """Hold its promises against rows that calibrated nothing: ``FittedSCRC.verify`` on what the cascade answers."""
+        return Checked(sets=_check_sets(self, rows))
+
+    def assuming(self, *assumptions: str) -> Self:
+        """The policy with what else its certificate takes for granted."""
+        return self._but(assumptions=[*self.assumptions, *assumptions])
+
     def _stricter(self, threshold: float, statement: str) -> Self:
         """Stage B's answers to what no longer exits were never part of what was certified; see ``at``."""
-        given_up = {"exit_threshold": min(threshold, NOBODY_EXITS), "guarantee": "none", "statement": statement}
-        values = dict(self) | given_up | {"assumptions": []}
+        return self._but(
+            exit_threshold=min(threshold, NOBODY_EXITS), guarantee="none", statement=statement, assumptions=[]
+        )
+
+    def _but(self, **changed: Any) -> Self:
+        values = dict(self) | changed
         del values["calibrator_fingerprint"]
         return self.seal(**values)
+
+    # ------------------------------------------------------------------------ what is said of it
+
+    @property
+    def usual_exit_rate(self) -> float:
+        """Share of the fit half that exits."""
+        return self.exit_rate
+
+    def rule(self) -> str:
+        """The rule in words."""
+        limits = ", ".join(
+            f"{cell.limit:.6g}" + ("" if self.cells is None else f" ({self.cells} {cell.name})")
+            for cell in self.lambda_2
+        )
+        nobody = self.exit_threshold == NOBODY_EXITS
+        out = "nobody exits" if nobody else gate_rule(self.a, self.b, self.exit_threshold)
+        return (
+            f"{out}; accept when P(answer correct) is at or above {self.lambda_1:.6g}, with the set of classes whose "
+            f"{self.score} nonconformity is at or below {limits}; nobody answers the rest"
+        )
+
+    def headline(self) -> str:
+        """The policy and what was asked for, in a line."""
+        return f"scrc policy, variant {self.variant}, positive class '{self.positive}', {self.target.words()}"
+
+    def found(self) -> list[str]:
+        """What the fit half and the certify half gave."""
+        rate = "-" if self.exit_error is None else f"{self.exit_error:.2%}"
+        bound = "" if self.coverage_bound is None else f", lower bound {self.coverage_bound:.1%}"
+        named = ["sets" if self.cells is None else f"{self.cells} {cell.name}" for cell in self.lambda_2]
+        return [
+            (
+                f"fit half ({self.n_fit_rows} rows): exits {self.exit_rate:.1%}, exit error {rate} (at most "
+                f"{self.max_exit_error:g} asked for)"
+            ),
+            f"  gate: {self.platt}",
+            f"  Stage B: {self.platt_b}",
+            (
+                f"certify half ({self.n} {self.unit}): accepted {self.accepted} ({self.coverage:.1%}{bound}), at "
+                f"P(answer correct) >= {self.lambda_1:.6g}"
+            ),
+            *(
+                f"  {name}: {self.score} limit {cell.limit:.6g}, {cell.errors} of {cell.trials} wrong (at most "
+                f"{cell.budget} allowed), risk bound {cell.bound:.2%}"
+                for name, cell in zip(named, self.lambda_2, strict=True)
+            ),
+        ]
+
+    def story(self) -> list[str]:
+        """What it does and promises, to whom and from which photos, for anybody."""
+        unit = "photos" if self.unit == "rows" else "groups (clips, tracks or places, one photo drawn from each)"
+        sets = (
+            "For a photo that is accepted the answer is a set of classes: one class where the model is sure enough, "
+            "several where it cannot tell them apart. For the others nobody answers, and a person should look."
+        )
+        risk = "the right class is missing from the set"
+        if self.loss == "fnr":
+            risk = f"of “{self.positive}” photos, “{self.positive}” is missing from the set"
+        each = {None: "", "stage": ", for each stage that answers", "class": ", for the photos of each class"}[
+            self.cells
+        ]
+        whom = "photos" if self.unit == "rows" else "photos, each drawn from a clip of its own,"
+        wish = (
+            f"At least {percent(self.xi)} of {whom} are accepted, and among "
+            f"those at most {percent(self.alpha)} of the time {risk}{each}"
+        )
+        end = {
+            "pac": "This holds for these very thresholds, unless the calibration photos were an unlucky draw: a chance "
+            f"of at most {percent(sum(self.delta))}.",
+            "expectation": "This holds on average over many such calibrations; of these very thresholds it says less.",
+            "none": "This is what was asked for and looked true on the calibration photos; nothing is promised.",
+        }[self.guarantee]
+        kept = "the risk of each class" if self.cells == "class" else "the risk" if self.loss == "fnr" else ""
+        source = (
+            f"It comes from {self.n} {unit} of the certify half of val_calib, which neither trained the model nor "
+            "chose who exits, and it speaks of new photos like those: the same cameras and places, the same mix of "
+            "classes. "
+            + (
+                f"Where that mix is another, the share accepted is promised no more, {kept} still is."
+                if kept
+                else "Where that mix is another, all of it is void."
+            )
+        )
+        return [sets, f"{wish}. {end}", source]
+
+    def measured(self) -> str:
+        """Figures on the calibration rows with their bounds, in a line."""
+        bound = "" if self.coverage_bound is None else f" (lower bound {self.coverage_bound:.1%})"
+        risks = ", ".join(
+            f"{cell.name} {cell.errors} of {cell.trials} (bound {cell.bound:.2%})" for cell in self.lambda_2
+        )
+        return (
+            f"accepted {self.coverage:.1%} of {self.n} {self.unit} of the certify half{bound}, wished {self.xi:.1%}; "
+            f"risk {risks}, wished {self.alpha:.2%}; exits on the fit half {self.exit_rate:.1%}"
+        )
 
     @classmethod
     def seal(cls, **values: Any) -> Self:
@@ -156,295 +422,17 @@ class ScrcParams(BasePolicy):
         return self
 
 
-class ShareOf(Record):
-    """A share, or a mean set size, with its two-sided 95% interval; null where nothing was accepted."""
-
-    value: float | None
-    low: float
-    high: float
-
-
-class SetRates(Record):
-    """What sets are like on the rows of one stage or source; for information, nobody promised it of them."""
-
-    part: Literal["stage", "source"]
-    name: str
-    n: int = Field(description="units")
-    accepted: int
-    average_set_size: ShareOf
-    ambiguous_rate: ShareOf
-    rejection_rate: ShareOf
-
-
-class SetCheck(Record):
-    """Promises and rates of sets on ``val_test``. Shares of sets are of the accepted, the rejection rate of all."""
-
-    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] = Field(description="FAIL when any promise fails; sources aside")
-    statement: str = Field(description="the outcome in words")
-    promises: list[PromiseCheck]
-    n: int
-    unit: Literal["rows", "groups", "group_means"]
-    accepted: int
-    average_set_size: ShareOf
-    ambiguous_rate: ShareOf
-    empty_rate: ShareOf
-    rejection_rate: ShareOf
-    parts: list[SetRates] = Field(default=[], description="the same per stage that answered, and per source")
-
-
-GUARANTEES: dict[Variant, Literal["none", "pac", "expectation"]] = {
-    "pac": "pac", "I": "expectation", "T": "expectation", "naive": "none",
-}  # fmt: skip
-# Limits are stored this much above the certified ones, far above the rounding between runtimes: sets only grow.
-LIMIT_SLACK = 1e-6
-# A logit of a probability beyond these is the rounding of softmax.
-_CLIP = 1e-12
-# Far above the rounding between batch shapes (1e-7), far below what anybody calibrates to.
-_NEAR, _NEAR_LOGIT = 1e-5, 1e-3
-_STAGES = ("A", "B")
-
-
-def fit_scrc_policy(
-    probs_a: ArrayLike,
-    gate_logits: ArrayLike | None,
-    probs_b: ArrayLike | None,
-    labels: ArrayLike,
-    *,
-    halves: ArrayLike,
-    classes: Sequence[str],
-    positive: str,
-    alpha: float = 0.01,
-    xi: float = 0.70,
-    delta: float = 0.05,
-    variant: Variant = "pac",
-    loss: Loss = "miscoverage",
-    score: Score = "lac",
-    cells: Literal["stage", "class"] | None = None,
-    allow_empty: bool = False,
-    raps: tuple[float, int] = (0.01, 2),
-    max_exit_error: float = 0.01,
-    claims: int = 1,
-    use: int | None = None,
-    groups: ArrayLike | None = None,
-    seed: int = 0,
-    split_hashes: Mapping[str, str] | None = None,
-    model_fingerprint: str | None = None,
-    preprocessing_fingerprint: str | None = None,
-) -> ScrcParams:
-    """Fit both Platt scalings and the exit rule on the fit half, and both risk-controlled thresholds on the other.
-
-    The exit rule is the laxest one whose exit error on the fit half is at most ``max_exit_error``, in exact integers;
-    where there is none nobody exits. It may be poor without harm: what is promised is counted on the certify half, on
-    what this very cascade answers there. Stage B's scaling sees the deferred rows of the fit half, all of them where
-    those are answered only rightly or only wrongly.
-
-    Args:
-        probs_a: [N, K] probabilities of Stage A.
-        gate_logits: [N]; a row whose logit is not finite never exits. None: the logit of Stage A's largest probability.
-        probs_b: [N, K] of Stage B. None: there is one stage, which answers deferred rows too.
-        labels: [N] indices into ``classes``.
-        halves: [N] of ``fit`` and ``certify``.
-        classes: K names, K >= 2.
-        positive: name of the positive class.
-        alpha: largest risk among the accepted, inside (0, 1).
-        xi: least share accepted, inside (0, 1).
-        delta: chance of failure, all claims together: a fifth for the selection, the rest for the risk.
-        variant: see ``SCRC``.
-        loss: see ``SCRC``.
-        score: see ``SCRC``.
-        cells: None, ``stage`` or ``class``: what gets a limit of its own.
-        allow_empty: let sets be empty.
-        raps: see ``SCRC``.
-        max_exit_error: inside (0, 1); of the exit rule.
-        claims: how many claims on the certify half were declared before the first; delta is divided by it.
-        use: which of them this is, for the record; None when nobody counts.
-        groups: [N] clip or track of every row; the unit. ``None``: rows are independent.
-        seed: of the row that speaks for its group.
-        split_hashes: which rows these are, for the record.
-        model_fingerprint: which model gave the probabilities.
-        preprocessing_fingerprint: how its pixels were prepared.
-
-    Raises:
-        InputError: an argument is not what it must be.
-        NotReachableError: infeasible: nothing is chosen instead.
-    """
-    names = [str(name) for name in classes]
-    first, truth, units = check_rows(probs_a, labels, groups, names)
-    second = first if probs_b is None else check_rows(probs_b, labels, groups, names)[0]
-    if positive not in names:
-        raise InputError(f"positive must be one of {', '.join(names)}, got '{positive}'{nearest(positive, names)}")
-    check_share("max_exit_error", max_exit_error)
-    check_share("delta", delta)
-    if claims < 1:
-        raise InputError(f"claims must be at least 1, got {claims}")
-    index = names.index(positive)
-    wish = SCRC(
-        xi=xi, alpha=alpha, delta=(delta / 5 / claims, 4 * delta / 5 / claims), variant=variant, loss=loss,
-        score=score, groups=cells, allow_empty=allow_empty, positive=index, raps=raps,
-    )  # fmt: skip
-    fit = check_halves(halves, truth.size, units)
-    logits = confidence_logit(first) if gate_logits is None else np.asarray(gate_logits, dtype=np.float64)
-    if logits.shape != truth.shape:
-        raise InputError(f"gate_logits must have shape [{truth.size}] as probs_a has rows, got {list(logits.shape)}")
-
-    platt = gate.fit_platt(logits[fit], first[fit].argmax(axis=1) == truth[fit])
-    sure = gate.score(logits, platt.a, platt.b)
-    threshold = _exit_threshold(sure[fit], first[fit], truth[fit], index, max_exit_error)
-    exited = sure >= threshold
-    b_right, b_logit = second.argmax(axis=1) == truth, confidence_logit(second)
-    platt_b = gate.fit_platt(b_logit[fit & ~exited], b_right[fit & ~exited])
-    seen = "deferred rows"
-    if not platt_b.fitted:
-        platt_b, seen = gate.fit_platt(b_logit[fit], b_right[fit]), "all rows"
-
-    merged = np.where(exited[:, None], first, second)
-    correct = np.where(exited, sure, gate.score(b_logit, platt_b.a, platt_b.b))
-    stage = np.where(exited, *_STAGES)
-    certify = ~fit
-    found = wish.calibrate(
-        merged[certify], correct[certify], truth[certify], stage[certify] if cells == "stage" else None,
-        groups=None if units is None else units[certify], seed=seed,
-    )  # fmt: skip
-    if not found.feasible:
-        raise found.infeasible()
-    if cells == "stage":
-        missing = {"B"} if threshold == NOBODY_EXITS else {*_STAGES}
-        missing -= {cell.name for cell in found.cells}
-        if missing:
-            raise NotReachableError(
-                f"risk {alpha:g} must be certifiable for each stage, but it is INFEASIBLE: Stage {missing.pop()} "
-                f"answered none of {found.n} {found.unit} of the certify half; bring more, or drop the cells"
-            )
-    limits = [_record(cell, names if cells == "class" else None) for cell in found.cells]
-    right = exited & (first.argmax(axis=1) == truth)
-    n_exited = int(exited[fit].sum())
-    return ScrcParams.seal(
-        classes=names,
-        positive=positive,
-        a=platt.a,
-        b=platt.b,
-        fitted=platt.fitted,
-        platt=platt.reason,
-        exit_threshold=threshold,
-        max_exit_error=float(max_exit_error),
-        exit_error=1 - int(right[fit].sum()) / n_exited if n_exited else None,
-        exit_rate=n_exited / int(fit.sum()),
-        a_b=platt_b.a,
-        b_b=platt_b.b,
-        platt_b=f"{platt_b.reason} (of Stage B, {seen})",
-        alpha=float(alpha),
-        xi=float(xi),
-        delta=wish.delta,
-        variant=variant,
-        loss=loss,
-        score=score,
-        cells=cells,
-        allow_empty=allow_empty,
-        raps=wish.raps,
-        lambda_1=found.threshold,
-        lambda_2=limits,
-        rank=found.rank,
-        n=found.n,
-        unit=found.unit,
-        seed=seed,
-        accepted=found.accepted,
-        coverage=found.coverage,
-        coverage_bound=found.coverage_bound,
-        risk_bound=max(cell.bound for cell in limits),
-        fnr_bound=_fnr_bound(limits, loss, cells, positive),
-        guarantee=GUARANTEES[variant],
-        statement=_statement(found, limits),
-        assumptions=_assumptions(found, use),
-        claims=claims,
-        certify_uses=use if variant != "naive" else None,
-        n_fit_rows=int(fit.sum()),
-        grouped=units is not None,
-        split_hashes=dict(split_hashes or {}),
-        model_fingerprint=model_fingerprint,
-        preprocessing_fingerprint=preprocessing_fingerprint,
-    )
+def percent(value: float | None) -> str:
+    """A share for people, such as 97.5%; a dash for none."""
+    if value is None:
+        return "–"
+    digits = 0 if value in (0, 1) else 2 if value < 0.01 or value > 0.99 else 1
+    return f"{100 * value:.{digits}f}%"
 
 
 def confidence_logit(probs: ArrayLike) -> NDArray[np.float64]:
     """Give the logit of the largest probability [N], clipped to where it is no rounding; NaN where the row holds it."""
     found: NDArray[np.float64] = logit(np.clip(confidence(probs), _CLIP, 1 - _CLIP))
-    return found
-
-
-def answer_sets(
-    policy: BasePolicy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Give the classes in each image's set, bool [N, K], and which images are answered, bool [N].
-
-    Under softmax and gate the set is the most probable class alone, and answered is what has an answer at all. Under
-    scrc nobody answers what is not accepted: its set is empty.
-
-    Args:
-        policy: any.
-        probs: [N, K] of the stage that answered.
-        exited: [N] whether that was Stage A.
-        gate_logits: [N], for scrc.
-
-    Raises:
-        InputError: another number of classes than the policy's, or gate logits that are missing.
-    """
-    values = np.asarray(probs, dtype=np.float64)
-    if isinstance(policy, ScrcParams):
-        correct = p_correct(policy, values, exited, gate_logits)
-        found = fitted(policy)
-        if policy.cells != "stage":
-            return found.predict_sets(values, correct)
-        stage = np.where(np.asarray(exited, dtype=bool), *_STAGES)
-        # Only who is made to exit can be of a stage that never answered: nobody knows its risk.
-        unknown = ~np.isin(stage, [cell.name for cell in policy.lambda_2])
-        correct[unknown], stage[unknown] = np.nan, policy.lambda_2[0].name
-        return found.predict_sets(values, correct, stage)
-    answered = np.asarray(np.isfinite(values).all(axis=1))
-    sets = np.zeros(values.shape, dtype=bool)
-    sets[np.arange(len(values)), values.argmax(axis=1)] = True
-    return sets & answered[:, None], answered
-
-
-def p_correct(
-    policy: ScrcParams, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None
-) -> NDArray[np.float64]:
-    """Give P(answer correct) [N] of the stage that answered; NaN where it gave no number. Arguments as above."""
-    values, out = np.asarray(probs, dtype=np.float64), np.asarray(exited, dtype=bool)
-    if values.ndim != 2 or values.shape[1] != len(policy.classes):
-        raise InputError(
-            f"probs must have shape [N, {len(policy.classes)}] as the policy's classes, got {list(values.shape)}; "
-            "use the policy of this model"
-        )
-    if gate_logits is None or np.shape(gate_logits) != values.shape[:1] or out.shape != values.shape[:1]:
-        got = "None" if gate_logits is None else list(np.shape(gate_logits))
-        raise InputError(
-            f"exited and gate_logits must have shape [{len(values)}] for the scrc policy, got {list(out.shape)} and "
-            f"{got}; give one of each per row"
-        )
-    found: NDArray[np.float64] = np.where(
-        out, gate.score(gate_logits, policy.a, policy.b), gate.score(confidence_logit(values), policy.a_b, policy.b_b)
-    )
-    return found
-
-
-def near(policy: BasePolicy, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.bool_]:
-    """Say which rows [N] lie so near a selection threshold or a limit that rounding could decide; see ``close``.
-
-    Never under policies that have neither. Arguments as above.
-    """
-    values = np.asarray(probs, dtype=np.float64)
-    if not isinstance(policy, ScrcParams):
-        return np.zeros(len(values), dtype=bool)
-    found = close(p_correct(policy, values, exited, gate_logits), policy.lambda_1)
-    known = np.flatnonzero(np.isfinite(values).all(axis=1))
-    scores = nonconformity(_wish(policy), values[known])
-    if not policy.allow_empty:
-        # The most probable class is in whatever its limit.
-        scores[values[known] == values[known].max(axis=1, keepdims=True)] = np.nan
-    for k, cell in enumerate(policy.lambda_2):
-        # Near the limit of another stage only costs time.
-        column = slice(k, k + 1) if policy.cells == "class" else slice(None)
-        found[known] |= close(scores[:, column], cell.limit).any(axis=1)
     return found
 
 
@@ -459,137 +447,75 @@ def close(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
     return found
 
 
-def fitted(policy: ScrcParams) -> FittedSCRC:
-    """The statistics behind a record, ready to predict and to verify."""
-    cells = tuple(
-        Cell(_code(policy, cell.name), cell.limit, cell.trials, cell.errors, cell.budget, cell.delta, cell.bound)
-        for cell in policy.lambda_2
-    )
-    return FittedSCRC(
-        scrc=_wish(policy), n_classes=len(policy.classes), n=policy.n, unit=policy.unit, seed=policy.seed,
-        rank=policy.rank, accepted=policy.accepted, threshold=policy.lambda_1, coverage_bound=policy.coverage_bound,
-        cells=cells, reason="", n_needed=None, min_certifiable_alpha=None, guarantee=policy.statement,
-        assumptions=tuple(policy.assumptions),
+# -------------------------------------------------------------------------------- fitting
+
+
+@dataclass(frozen=True)
+class _Cascade:
+    """What the fit half decided, and how all rows [N] are answered by it."""
+
+    platt: Platt
+    platt_b: Platt
+    seen: str
+    threshold: float
+    exited: NDArray[np.bool_]
+    probs: NDArray[np.float64]
+    correct: NDArray[np.float64]
+
+    @property
+    def stage(self) -> NDArray[np.str_]:
+        return np.where(self.exited, *_STAGES)
+
+    def fields(self, rows: Rows, fit: NDArray[np.bool_]) -> dict[str, Any]:
+        """The same as fields of the record, with rates of the fit half."""
+        n_exited = int(self.exited[fit].sum())
+        right = int((self.exited & ~rows.wrong)[fit].sum())
+        return {
+            "a": self.platt.a, "b": self.platt.b, "fitted": self.platt.fitted, "platt": self.platt.reason,
+            "exit_threshold": self.threshold, "exit_error": 1 - right / n_exited if n_exited else None,
+            "exit_rate": n_exited / int(fit.sum()), "a_b": self.platt_b.a, "b_b": self.platt_b.b,
+            "platt_b": f"{self.platt_b.reason} (of Stage B, {self.seen})",
+        }  # fmt: skip
+
+
+def _answer_fit_half(rows: Rows, fit: NDArray[np.bool_], max_exit_error: float) -> _Cascade:
+    second = rows.probs if rows.probs_b is None else rows.probs_b
+    logits = confidence_logit(rows.probs) if rows.gate is None else rows.gate
+    platt = fit_platt(logits[fit], ~rows.wrong[fit])
+    sure = score(logits, platt.a, platt.b)
+    threshold = _exit_threshold(rows.where(fit), sure[fit], max_exit_error)
+    exited = sure >= threshold
+    b_right, b_logit = second.argmax(axis=1) == rows.labels, confidence_logit(second)
+    platt_b, seen = fit_platt(b_logit[fit & ~exited], b_right[fit & ~exited]), "deferred rows"
+    if not platt_b.fitted:
+        platt_b, seen = fit_platt(b_logit[fit], b_right[fit]), "all rows"
+    return _Cascade(
+        platt, platt_b, seen, threshold, exited, probs=np.where(exited[:, None], rows.probs, second),
+        correct=np.where(exited, sure, score(b_logit, platt_b.a, platt_b.b)),
     )  # fmt: skip
 
 
-def verify_sets(
-    policy: ScrcParams,
-    probs: ArrayLike,
-    exited: ArrayLike,
-    gate_logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    groups: ArrayLike | None = None,
-    sources: ArrayLike | None = None,
-) -> SetCheck:
-    """Hold a policy's promises against rows that calibrated nothing: ``FittedSCRC.verify`` on what was answered.
-
-    Args:
-        policy: the record.
-        probs: [N, K] of the stage that answered.
-        exited: [N] whether that was Stage A.
-        gate_logits: [N].
-        labels: [N] class indices.
-        groups: [N] clip or track; one seeded row speaks for its group, as in calibration.
-        sources: [N] names; where there are several the promises are counted for each too, as information.
-    """
-    values, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels)
-    correct = p_correct(policy, values, exited, gate_logits)
-    stage = np.where(np.asarray(exited, dtype=bool), *_STAGES)
-    clips = None if groups is None else np.asarray(groups)
-    scopes: list[tuple[str | None, NDArray[np.bool_]]] = [(None, np.ones(truth.size, dtype=bool))]
-    if sources is not None:
-        known = np.asarray(sources)
-        names = np.unique(known)
-        scopes += [(str(name) or "(no source)", known == name) for name in names] if names.size > 1 else []
-    titles = ["rejection rate"]
-    titles += [
-        "risk" if len(policy.lambda_2) == 1 else f"risk of {policy.cells} {cell.name}" for cell in policy.lambda_2
-    ]
-    found = fitted(policy)
-
-    def verified(rows: NDArray[np.bool_]) -> Verification:
-        return found.verify(
-            values[rows], correct[rows], truth[rows], stage[rows], groups=None if clips is None else clips[rows],
-            seed=policy.seed,
-        )  # fmt: skip
-
-    promises: list[PromiseCheck] = []
-    parts = [_rates("stage", name, verified(stage == name)) for name in np.unique(stage).tolist()]
-    whole: Verification | None = None
-    for source, rows in scopes:
-        seen = verified(rows)
-        whole = whole or seen
-        if source is not None:
-            parts.append(_rates("source", source, seen))
-        promises += [
-            PromiseCheck(
-                name=title, source=source, limit=one.limit, errors=one.errors, trials=one.trials, lower=one.lower,
-                upper=one.upper, outcome=one.outcome, n_to_settle=one.n_to_settle,
-            )
-            for title, one in zip(titles, seen.claims, strict=True)
-        ]  # fmt: skip
-    assert whole is not None
-    return SetCheck(
-        outcome=whole.outcome,
-        statement=_outcome(policy, promises, whole.outcome, whole.unit),
-        promises=promises,
-        n=whole.n,
-        unit=whole.unit,
-        accepted=whole.accepted,
-        average_set_size=_share(whole.average_set_size),
-        ambiguous_rate=_share(whole.ambiguous_rate),
-        empty_rate=_share(whole.empty_rate),
-        rejection_rate=_share(whole.rejection_rate),
-        parts=parts,
-    )
-
-
-def _rates(part: Literal["stage", "source"], name: str, seen: Verification) -> SetRates:
-    return SetRates(
-        part=part,
-        name=name,
-        n=seen.n,
-        accepted=seen.accepted,
-        average_set_size=_share(seen.average_set_size),
-        ambiguous_rate=_share(seen.ambiguous_rate),
-        rejection_rate=_share(seen.rejection_rate),
-    )
-
-
-def describe(policy: ScrcParams) -> str:
-    """The wish in words."""
-    risk = "sets that miss the label" if policy.loss == "miscoverage" else "positives whose set lacks the positive"
-    each = "" if policy.cells is None else f", for each {policy.cells}"
-    return f"accepted >= {policy.xi:g} with {risk} <= {policy.alpha:g}{each}"
-
-
-# -------------------------------------------------------------------------------- helpers
-
-
-def _exit_threshold(
-    sure: NDArray[np.float64], probs: NDArray[np.float64], truth: NDArray[np.int64], positive: int, most: float
-) -> float:
+def _exit_threshold(rows: Rows, sure: NDArray[np.float64], most: float) -> float:
     """The laxest threshold on P(Stage A is correct) whose exit error is at most this; ``NOBODY_EXITS``: none is."""
     if np.isnan(sure).all():
         return NOBODY_EXITS
-    counts = count_exits_by(sure, probs, truth, positive, lowest=0.0)
+    counts = count_exits(rows, sure, lowest=0.0)
     reached = np.flatnonzero(meets(counts.n_exited - counts.n_correct, counts.n_exited, most))
     return float(counts.threshold[reached[-1]]) if reached.size else NOBODY_EXITS
 
 
-def _wish(policy: ScrcParams) -> SCRC:
-    return SCRC(
-        xi=policy.xi, alpha=policy.alpha, delta=policy.delta, variant=policy.variant, loss=policy.loss,
-        score=policy.score, groups=policy.cells, allow_empty=policy.allow_empty,
-        positive=policy.classes.index(policy.positive), raps=policy.raps,
-    )  # fmt: skip
-
-
-def _code(policy: ScrcParams, name: str) -> str:
-    """What ``SCRC`` calls a cell: classes by number."""
-    return str(policy.classes.index(name)) if policy.cells == "class" else name
+def _check_stages(found: FittedSCRC, threshold: float) -> None:
+    """Raise NotReachableError where a stage that may answer answered nothing of the certify half."""
+    if found.scrc.groups != "stage":
+        return
+    missing = {"B"} if threshold == NOBODY_EXITS else {*_STAGES}
+    missing -= {cell.name for cell in found.cells}
+    if missing:
+        raise NotReachableError(
+            f"risk {found.scrc.alpha:g} must be certifiable for each stage, but it is INFEASIBLE: Stage "
+            f"{missing.pop()} answered none of {found.n} {found.unit} of the certify half; bring more, or "
+            "drop the cells"
+        )
 
 
 def _record(cell: Cell, classes: list[str] | None) -> ScrcCell:
@@ -624,8 +550,7 @@ def _statement(found: FittedSCRC, cells: list[ScrcCell]) -> str:
 
 
 def _assumptions(found: FittedSCRC, use: int | None) -> list[str]:
-    more = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
-    return [*found.assumptions, *([more] if use is None and found.scrc.variant != "naive" else [])]
+    return [*found.assumptions, *([NOT_COUNTED] if use is None and found.scrc.variant != "naive" else [])]
 
 
 def _outcome(policy: ScrcParams, promises: list[PromiseCheck], outcome: str, unit: str) -> str:
@@ -658,5 +583,56 @@ def _outcome(policy: ScrcParams, promises: list[PromiseCheck], outcome: str, uni
     return f"{words}; no number of {unit} is known to settle it at the rates seen"
 
 
-def _share(rate: Rate) -> ShareOf:
-    return ShareOf(value=None if math.isnan(rate.value) else rate.value, low=rate.low, high=rate.high)
+def _check_sets(policy: ScrcParams, rows: Rows) -> SetCheck:
+    """One seeded row speaks for its group, as in calibration; parts are per stage, and per source where several are."""
+    exited = policy.exits(rows.probs, rows.gate)
+    values = np.where(exited[:, None], rows.probs, rows.probs if rows.probs_b is None else rows.probs_b)
+    correct, stage = policy.p_correct(values, exited, rows.gate), np.where(exited, *_STAGES)
+    scopes: list[tuple[str | None, NDArray[np.bool_]]] = [(None, np.ones(rows.labels.size, dtype=bool))]
+    if rows.sources is not None:
+        names = np.unique(rows.sources)
+        scopes += [(str(name) or "(no source)", rows.sources == name) for name in names] if names.size > 1 else []
+    titles = ["rejection rate"]
+    titles += [
+        "risk" if len(policy.lambda_2) == 1 else f"risk of {policy.cells} {cell.name}" for cell in policy.lambda_2
+    ]
+
+    def verified(part: NDArray[np.bool_]) -> Verification:
+        return policy.statistics.verify(
+            values[part], correct[part], rows.labels[part], stage[part],
+            groups=None if rows.groups is None else rows.groups[part], seed=policy.seed,
+        )  # fmt: skip
+
+    promises: list[PromiseCheck] = []
+    parts = [_rates("stage", name, verified(stage == name)) for name in np.unique(stage).tolist()]
+    whole: Verification | None = None
+    for source, part in scopes:
+        seen = verified(part)
+        whole = whole or seen
+        if source is not None:
+            parts.append(_rates("source", source, seen))
+        promises += [
+            one.model_copy(update={"name": title, "source": source})
+            for title, one in zip(titles, seen.claims, strict=True)
+        ]
+    assert whole is not None
+    return SetCheck(
+        outcome=whole.outcome,
+        statement=_outcome(policy, promises, whole.outcome, whole.unit),
+        promises=promises,
+        n=whole.n,
+        unit=whole.unit,
+        accepted=whole.accepted,
+        average_set_size=whole.average_set_size,
+        ambiguous_rate=whole.ambiguous_rate,
+        empty_rate=whole.empty_rate,
+        rejection_rate=whole.rejection_rate,
+        parts=parts,
+    )
+
+
+def _rates(part: Literal["stage", "source"], name: str, seen: Verification) -> SetRates:
+    return SetRates(
+        part=part, name=name, n=seen.n, accepted=seen.accepted, average_set_size=seen.average_set_size,
+        ambiguous_rate=seen.ambiguous_rate, rejection_rate=seen.rejection_rate,
+    )  # fmt: skip

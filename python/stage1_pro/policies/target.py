@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from stage1_pro.command import Count, Share, refusal
 from stage1_pro.errors import InputError
-from stage1_pro.record import Record, wrong
+from stage1_pro.record import Record
 
 Guarantee = Literal["none", "ltt"]
 Variant = Literal["pac", "I", "T", "naive"]
@@ -70,6 +71,8 @@ class Promise(Record):
 class Target(Record):
     """What a policy is asked for; the base of ``Softmax``, ``Gate``, ``Scrc`` and of what others register."""
 
+    model_config = ConfigDict(allow_inf_nan=True)  # ranges refuse it, in their own words
+
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other names of its fields on the command line."""
     configured: ClassVar[Mapping[str, str]] = {}
@@ -79,8 +82,20 @@ class Target(Record):
     guarantee: Guarantee = Field(
         "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
     )
-    delta: float = Field(0.05, gt=0, lt=1, description="largest chance of a false certificate, all claims together")
-    claims: int = Field(1, ge=1, description="claims that delta is divided for, before the first")
+    delta: Share = Field(0.05, description="largest chance of a false certificate, all claims together")
+    claims: Count = Field(1, description="claims that delta is divided for, before the first")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make one from its fields.
+
+        Raises:
+            InputError: a field is missing, unknown, or outside its range.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(refusal(error, cls)) from None
 
     @classmethod
     def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +103,7 @@ class Target(Record):
         return {**base, **given}
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
-        """What a policy that was certified for this target guarantees; none without a guarantee.
+        """What is asked for, and with what strength; what a policy certified for it guarantees.
 
         Args:
             positive: name of the positive class.
@@ -103,8 +118,15 @@ class Target(Record):
         """The target as ``claims.json`` names it: the same words are the same claim, delta apart."""
         raise NotImplementedError
 
-    def _promise(self, quantity: str, limit: float, bound: Literal["at most", "at least"] = "at most",
-                 *, label: str | None = None) -> Promise:  # fmt: skip
+    def words(self) -> str:
+        """The target in words, for messages."""
+        return self.key()
+
+    def _promise(
+        self, quantity: str, limit: float, bound: Literal["at most", "at least"] = "at most", label: str | None = None
+    ) -> Promise:
+        if self.guarantee == "none":
+            return Promise(quantity=quantity, limit=limit, bound=bound, label=label, strength="none")
         return Promise(quantity=quantity, limit=limit, bound=bound, label=label, delta=self.delta / self.claims)
 
 
@@ -112,17 +134,19 @@ class Softmax(Target):
     """Exit by the largest probability of Stage A, with few false negatives among exits."""
 
     policy: Literal["softmax"] = "softmax"
-    target_fnr: float = Field(0.02, gt=0, lt=1, description="largest false negative rate among exits")
+    target_fnr: Share = Field(0.02, description="largest false negative rate among exits")
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """FNR on exits."""
-        if self.guarantee == "none":
-            return ()
         return (self._promise("FNR on exits", self.target_fnr, label=positive),)
 
     def key(self) -> str:
         """The target as ``claims.json`` names it."""
         return f"FNR on exits <= {self.target_fnr!r}"
+
+    def words(self) -> str:
+        """The target in words."""
+        return f"target FNR on exits {self.target_fnr:.4g}"
 
 
 class Gate(Target):
@@ -132,14 +156,12 @@ class Gate(Target):
     configured: ClassVar[Mapping[str, str]] = {"target_fnr": "target_fnr_exit"}
 
     policy: Literal["gate"] = "gate"
-    max_exit_error: float = Field(0.01, gt=0, lt=1, description="largest share of wrong answers among exits")
-    min_coverage: float = Field(0.70, gt=0, lt=1, description="least share of images that exit")
-    target_fnr: float | None = Field(None, gt=0, lt=1, description="largest false negative rate among exits; null: any")
+    max_exit_error: Share = Field(0.01, description="largest share of wrong answers among exits")
+    min_coverage: Share = Field(0.70, description="least share of images that exit")
+    target_fnr: Share | None = Field(None, description="largest false negative rate among exits; null: any")
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """Coverage, exit error and, where it was asked for, FNR on exits."""
-        if self.guarantee == "none":
-            return ()
         found = [
             self._promise("coverage", self.min_coverage, "at least"),
             self._promise("exit error", self.max_exit_error),
@@ -157,13 +179,18 @@ class Gate(Target):
         fnr = "" if self.target_fnr is None else f", FNR on exits <= {self.target_fnr!r}"
         return f"coverage >= {self.min_coverage!r}, exit error <= {self.max_exit_error!r}{fnr}"
 
+    def words(self) -> str:
+        """The target in words."""
+        fnr = "" if self.target_fnr is None else f" and FNR on exits <= {self.target_fnr:g}"
+        return f"coverage >= {self.min_coverage:g} with exit error <= {self.max_exit_error:g}{fnr}"
+
 
 class Scrc(Target):
     """After the cascade: sets of classes for what is accepted, few of which miss the label; nobody answers the rest."""
 
     policy: Literal["scrc"] = "scrc"
-    alpha: float = Field(0.01, gt=0, lt=1, description="largest risk among the accepted")
-    min_coverage: float = Field(0.70, gt=0, lt=1, description="least share of images that are accepted")
+    alpha: Share = Field(0.01, description="largest risk among the accepted")
+    min_coverage: Share = Field(0.70, description="least share of images that are accepted")
     variant: Variant = Field(
         "pac", description="pac = for the very thresholds found; I, T = in expectation; naive promises nothing"
     )
@@ -174,9 +201,7 @@ class Scrc(Target):
     )
     allow_empty: bool = Field(False, description="let sets be empty")
     raps: tuple[float, int] = Field((0.01, 2), description="penalty for each rank beyond the second number")
-    max_exit_error: float = Field(
-        0.01, gt=0, lt=1, description="of the exit rule on the fit half; it promises nothing of its own"
-    )
+    max_exit_error: Share = Field(0.01, description="of the exit rule on the fit half; it promises nothing of its own")
 
     @classmethod
     def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,8 +233,6 @@ class Scrc(Target):
 
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """Share accepted, and the risk of sets by its loss and cells."""
-        if self.variant == "naive":
-            return ()
         share = self._promise("share accepted", self.min_coverage, "at least")
         risk = self._promise("risk", self.alpha)
         if self.loss == "fnr":
@@ -217,7 +240,7 @@ class Scrc(Target):
         if self.cells is not None:
             risk = risk.model_copy(update={"of": f"each {self.cells}"})
         average = {"strength": "on average", "delta": None}
-        if self.variant != "pac":
+        if self.variant in ("I", "T"):
             risk = risk.model_copy(update=average)
         return share.model_copy(update=average) if self.variant == "T" else share, risk
 
@@ -228,19 +251,25 @@ class Scrc(Target):
             f"{self.score}, cells {self.cells}, empty sets {self.allow_empty}, exit rule {self.max_exit_error!r}"
         ) + ("" if self.score != "raps" or self.raps == (0.01, 2) else f", raps {self.raps!r}")
 
+    def words(self) -> str:
+        """The target in words."""
+        risk = "sets that miss the label" if self.loss == "miscoverage" else "positives whose set lacks the positive"
+        each = "" if self.cells is None else f", for each {self.cells}"
+        return f"accepted >= {self.min_coverage:g} with {risk} <= {self.alpha:g}{each}"
 
-TARGETS: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
-AnyTarget = Annotated[Softmax | Gate | Scrc, Field(discriminator="policy")]
-_ANY: TypeAdapter[AnyTarget] = TypeAdapter(AnyTarget)
+
+KNOWN: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
 
 
-def parse_target(values: Mapping[str, Any]) -> AnyTarget:
+def parse_target(values: Mapping[str, Any]) -> Target:
     """A target from its fields, of which ``policy`` says whose they are.
 
     Raises:
-        InputError: a field is missing, unknown, or outside its range.
+        InputError: a field is missing, unknown, or outside its range, or no such policy.
     """
-    try:
-        return _ANY.validate_python(values)
-    except ValidationError as error:
-        raise InputError(wrong(error, skip=1, whole="target")) from None
+    kind = KNOWN.get(values.get("policy", ""))
+    if kind is None:
+        from stage1_pro.policies.policy import policy_named
+
+        kind = policy_named(str(values.get("policy"))).asks
+    return kind.of(**values)

@@ -10,10 +10,7 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError
 from stage1_pro.metrics.answers import STAGES, Answered, Answers, Stage
-from stage1_pro.policies import exits as rows_that_exit
-from stage1_pro.policies import read_policy, void
-from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.sets import ScrcParams, answer_sets
+from stage1_pro.policies.policy import Policy, read_policy
 from stage1_pro.policies.softmax import confidence, softmax
 
 MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"]
@@ -53,7 +50,7 @@ def answer(predictions: Predictions, policy: Policy | None) -> Answered:
             )
     exits = {"stage_a": np.ones(predictions.labels.size, dtype=bool)}
     if policy is not None:
-        exits["cascade"] = rows_that_exit(policy, probs["stage_a"], predictions.gate_logits)
+        exits["cascade"] = policy.exits(probs["stage_a"], predictions.gate_logits)
         probs["cascade"] = np.where(exits["cascade"][:, None], probs["stage_a"], probs["stage_b"])
     found: dict[Stage, Answers] = {}
     for stage in STAGES:
@@ -83,7 +80,7 @@ def _check_policy(predictions: Predictions, policy: Policy) -> None:
         if promised is not None and promised != found:
             raise ArtifactError(
                 f"the policy must be of this {what}, got one calibrated on {promised[:12]} instead of {found[:12]}"
-                f"{void(policy)}; run `stage1 calibrate` again"
+                f"{policy.void()}; run `stage1 calibrate` again"
             )
     if policy.classes != predictions.classes or policy.positive != predictions.positive:
         raise ArtifactError(
@@ -100,7 +97,7 @@ def policy_of(run: Path, splits: Splits) -> Policy | None:
         if other:
             raise ArtifactError(
                 f"the policy in {run} must be of these splits, got one calibrated on another {', '.join(sorted(other))}"
-                f"{void(policy)}; run `stage1 calibrate --run {run}` again"
+                f"{policy.void()}; run `stage1 calibrate --run {run}` again"
             )
     return policy
 
@@ -175,8 +172,8 @@ def count_groups(predictions: Predictions, answers: Answered, policy: Policy | N
         "exits": np.bincount(member, deployed.exited),
         "missed_positives": np.bincount(member, missed),
     }
-    if isinstance(policy, ScrcParams):
-        given, accepted = answer_sets(policy, deployed.probs, deployed.exited, predictions.gate_logits)
+    if policy is not None and policy.abstains:
+        given, accepted = policy.answer(deployed.probs, deployed.exited, predictions.gate_logits)
         holds = given[np.arange(given.shape[0]), predictions.labels]
         counts["abstained"] = np.bincount(member, ~accepted)
         counts["ambiguous"] = np.bincount(member, accepted & (given.sum(axis=1) > 1))

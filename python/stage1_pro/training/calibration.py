@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jsonschema import Draft202012Validator
@@ -18,41 +19,20 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.files import load_npz, sha256_file
-from stage1_pro.policies import exit_rule, sets, withdraw_policies
-from stage1_pro.policies.certify import cut_halves
 from stage1_pro.policies.claims import Stake, close_claim, note_look, stake_claim
-from stage1_pro.policies.gate import GateParams, describe, fit_gate_policy
-from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, policy_named, withdraw_policies
 from stage1_pro.policies.ranking import GateChoice
-from stage1_pro.policies.sets import ScrcParams
-from stage1_pro.policies.softmax import fit_softmax_policy, softmax
-from stage1_pro.policies.target import TARGETS, Gate, Scrc, Softmax, Target, parse_target
+from stage1_pro.policies.rows import Rows, cut_halves
+from stage1_pro.policies.softmax import softmax
+from stage1_pro.policies.target import Target, parse_target
 from stage1_pro.progress import say
-from stage1_pro.words import HALVES, POLICY_FILES
+from stage1_pro.words import HALVES
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.calibrate import Calibration
 
 
-def calibrate(
-    run: Path | str | None = None,
-    *,
-    logits: Path | str | None = None,
-    policy: str | None = None,
-    guarantee: str | None = None,
-    target_fnr: float | None = None,
-    max_exit_error: float | None = None,
-    min_coverage: float | None = None,
-    alpha: float | None = None,
-    variant: str | None = None,
-    loss: str | None = None,
-    score: str | None = None,
-    cells: str | None = None,
-    allow_empty: bool | None = None,
-    delta: float | None = None,
-    claims: int | None = None,
-    target: Target | None = None,
-    out: Path | str | None = None,
-    positive: str | None = None,
-    classes: list[str] | None = None,
-) -> Policy:
+def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
     """Choose when Stage A may answer, and write the policy file.
 
     With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json``, ``gateparams.json`` or
@@ -66,59 +46,46 @@ def calibrate(
     What is not given is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``.
 
     Args:
-        run: trained run folder.
-        logits: somebody's logits instead of a run.
-        policy: what decides an exit; ``softmax``, ``gate``, ``scrc`` (exits by the gate, then sets and abstentions), or
-            with a run ``auto``: softmax or gate, the one that ranked answers better on ``val_select``, as
-            ``gate.json`` says.
-        guarantee: ``ltt``, certified on the certify half of ``val_calib`` or refused; ``none``, an empirical
-            choice that promises nothing: on all of it, for scrc (variant ``naive``) on the certify half.
-        target_fnr: largest FNR among exits; for the gate a third constraint, not asked for by default.
-        max_exit_error: gate: largest share of wrong answers among exits; scrc: of its exit rule, on the fit half.
-        min_coverage: gate: least share of images that exit; scrc: that are accepted.
-        alpha: scrc: largest risk among the accepted; gate: another name of ``max_exit_error``.
-        variant: scrc: ``pac``, ``I``, ``T``, or ``naive``, which goes with guarantee ``none``.
-        loss: scrc: ``miscoverage`` or ``fnr``.
-        score: scrc: ``lac``, ``aps`` or ``raps``.
-        cells: scrc: ``stage`` or ``class``: what has a limit of its own.
-        allow_empty: scrc: let sets be empty.
-        delta: largest chance that the certificate is false, all claims on the certify half together.
-        claims: how many claims delta is divided for; fixed by the first one.
-        target: all of these in one, instead of them and of the configuration.
-        out: with ``logits``: a ``.json`` file to write, or a folder for the policy file.
-        positive: with ``logits``: name of the positive class.
-        classes: with ``logits``: K names; the file's own, else ``0, 1, …`` by default.
+        asked: options; for policy ``auto`` ``gate.json`` says whether softmax or gate ranked answers better on
+            ``val_select``.
+        target: what is asked for, instead of the options of a policy and of the configuration.
 
     Raises:
-        InputError: an argument or array is not what it must be, or the certify half has been used up.
+        InputError: an option or array is not what it must be, or the certify half has been used up.
         ArtifactError: ``val_calib.npz`` is missing, damaged, or of other splits.
-        NotReachableError: the wish cannot be met or certified; the old policy is withdrawn, none is written.
+        NotReachableError: the target cannot be met or certified; the old policy is withdrawn, none is written.
     """
-    if (run is None) == (logits is None):
-        raise InputError("calibrate must have either a run or a logits file; give one of --run and --logits")
-    given = {
-        "policy": policy, "guarantee": guarantee, "target_fnr": target_fnr, "max_exit_error": max_exit_error,
-        "min_coverage": min_coverage, "alpha": alpha, "variant": variant, "loss": loss, "score": score, "cells": cells,
-        "allow_empty": allow_empty, "delta": delta, "claims": claims,
-    }  # fmt: skip
-    if target is not None and any(value is not None for value in given.values()):
-        named = ", ".join(name for name, value in given.items() if value is not None)
-        raise InputError(f"target must be given alone, got it with {named}; it says all of that")
-    if run is not None:
-        if out is not None or positive is not None or classes is not None:
+    given = asked.asked_for()
+    if target is not None and given:
+        raise InputError(f"target must be given alone, got it with {', '.join(given)}; it says all of that")
+    if asked.run is not None:
+        if asked.out is not None or asked.positive is not None or asked.classes is not None:
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
-        return _calibrate_run(Path(run), given, target)
-    assert logits is not None
-    if policy == "auto":
+        return _calibrate_run(asked.run, given, target)
+    assert asked.logits is not None
+    if asked.policy == "auto":
         raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
     wish = target or _target(CalibrateConfig(), given)
-    return _calibrate_logits(Path(logits), wish, None if out is None else Path(out), positive, classes)
+    classes = None if asked.classes is None else list(asked.classes)
+    return _calibrate_logits(asked.logits, wish, asked.out, asked.positive, classes)
 
 
 def render(policy: Policy) -> str:
     """Show a policy as text: the classic grid with the chosen threshold in its place, and what it means."""
-    if isinstance(policy, ScrcParams):
-        return _render_sets(policy)
+    said = [*policy.found(), policy.rule(), f"guarantee: {policy.guarantee}. {policy.statement}"]
+    claims, use = policy.claims_made
+    if use is not None:
+        end = "" if use < claims else "; it certifies nothing else"
+        said.append(f"claim {use} of {claims} on this certify half{end}")
+    table = [_grid(policy)] if policy.sweep else []
+    return "\n".join([_wrap(policy.headline()), *table, *map(_wrap, said)])
+
+
+def _wrap(line: str) -> str:
+    return textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def _grid(policy: Policy) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -127,17 +94,14 @@ def render(policy: Policy) -> str:
     for name in ("threshold", "coverage", "FNR on exits", "missed/positives", "exit accuracy", ""):
         table.add_column(name, justify="left" if name == "" else "right")
     chosen = False
-    for row in policy.sweep_results:
+    for row in policy.sweep:
         is_chosen = not row.grid and not chosen and row.threshold == policy.exit_threshold
         if not (row.grid or is_chosen):
             continue
         chosen = chosen or is_chosen
+        digits = ".6g" if is_chosen else ".3g" if row.threshold > 0.99 else ".2f"
         table.add_row(
-            f"{row.threshold:.6g}"
-            if is_chosen
-            else f"{row.threshold:.3g}"
-            if row.threshold > 0.99
-            else f"{row.threshold:.2f}",
+            f"{row.threshold:{digits}}",
             f"{row.coverage:.1%}",
             "-" if row.fnr_on_exited is None else f"{row.fnr_on_exited:.2%}",
             f"{row.n_false_negative}/{row.n_positive_exited}",
@@ -146,53 +110,8 @@ def render(policy: Policy) -> str:
             style="bold" if is_chosen else None,
         )
     buffer = io.StringIO()
-    console = Console(file=buffer, width=100, color_system=None, highlight=False, markup=False)
-    if isinstance(policy, GateParams):
-        console.print(f"gate policy, positive class '{policy.positive}', {describe(policy.constraints)}")
-    else:
-        console.print(
-            f"softmax policy, positive class '{policy.positive}', target FNR on exits {policy.target_fnr:.4g}"
-        )
-    console.print(table)
-    if isinstance(policy, GateParams):
-        console.print(f"{policy.platt}; coverage {policy.coverage:.1%}, exit error {policy.exit_error:.2%}")
-    console.print(f"{exit_rule(policy)}\nguarantee: {policy.guarantee}. {policy.statement}", markup=False)
-    certificate = policy.certificate
-    if certificate is not None and certificate.use is not None:
-        console.print(
-            f"claim {certificate.use} of {certificate.claims} on this certify half"
-            + ("" if certificate.use < certificate.claims else "; it certifies nothing else")
-        )
-    return buffer.getvalue().rstrip()
-
-
-def _render_sets(policy: ScrcParams) -> str:
-    rate = "-" if policy.exit_error is None else f"{policy.exit_error:.2%}"
-    bound = "" if policy.coverage_bound is None else f", lower bound {policy.coverage_bound:.1%}"
-    named = ["sets" if policy.cells is None else f"{policy.cells} {cell.name}" for cell in policy.lambda_2]
-    lines = [
-        f"scrc policy, variant {policy.variant}, positive class '{policy.positive}', {sets.describe(policy)}",
-        (
-            f"fit half ({policy.n_fit_rows} rows): exits {policy.exit_rate:.1%}, exit error {rate} (at most "
-            f"{policy.max_exit_error:g} asked for)"
-        ),
-        f"  gate: {policy.platt}",
-        f"  Stage B: {policy.platt_b}",
-        (
-            f"certify half ({policy.n} {policy.unit}): accepted {policy.accepted} ({policy.coverage:.1%}{bound}), at "
-            f"P(answer correct) >= {policy.lambda_1:.6g}"
-        ),
-    ]
-    lines += [
-        f"  {name}: {policy.score} limit {cell.limit:.6g}, {cell.errors} of {cell.trials} wrong (at most "
-        f"{cell.budget} allowed), risk bound {cell.bound:.2%}"
-        for name, cell in zip(named, policy.lambda_2, strict=True)
-    ]
-    lines += [exit_rule(policy), f"guarantee: {policy.guarantee}. {policy.statement}"]
-    if policy.certify_uses is not None:
-        end = "" if policy.certify_uses < policy.claims else "; it certifies nothing else"
-        lines.append(f"claim {policy.certify_uses} of {policy.claims} on this certify half{end}")
-    return "\n".join(lines)
+    Console(file=buffer, width=100, color_system=None, highlight=False, markup=False).print(table)
+    return buffer.getvalue().rstrip("\n")
 
 
 def _one_of(name: str, value: str, options: list[str]) -> None:
@@ -202,18 +121,18 @@ def _one_of(name: str, value: str, options: list[str]) -> None:
 
 def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
-    _one_of("policy", given["policy"] or base.policy, [*TARGETS, "auto"])
-    _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
-    policy, guarantee = given["policy"] or base.policy, given["guarantee"] or base.guarantee
-    kind = TARGETS[policy]
+    policy, guarantee = given.get("policy", base.policy), given.get("guarantee", base.guarantee)
+    _one_of("policy", policy, [*POLICIES, "auto"])
+    kind = policy_named(policy).asks
     named: dict[str, Any] = {"policy": policy}
     for name, value in given.items():
-        if value is None or name == "policy":
+        if name == "policy":
             continue
         field = kind.aliases.get(name, name)
         if field not in kind.model_fields:
-            owners = [one for one in reversed(TARGETS) if name in TARGETS[one].model_fields]
-            others = [one for one in TARGETS if name in TARGETS[one].aliases]
+            asks = {known: one.asks for known, one in policies().items()}
+            owners = [one for one in reversed(asks) if name in asks[one].model_fields]
+            others = [one for one in asks if name in asks[one].aliases]
             raise InputError(
                 f"{name} must go with policy {' or '.join(others + owners)}, got it with {policy}; drop it or add "
                 f"--policy {owners[-1]}"
@@ -235,52 +154,42 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
     splits = Splits.read(run / "splits.json")
     if wish is None:
         base = _run_wish(run)
-        if (given["policy"] or base.policy) == "auto":
+        if given.get("policy", base.policy) == "auto":
             given = {**given, "policy": _better(run, predictions)}
         wish = _target(base, given)
     else:
         given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
+    rows = Rows.of(
+        softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
+        gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
+        halves=predictions.halves if (predictions.halves != "").all() else None,
+    )  # fmt: skip
+    origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
     half = splits.hashes.get("val_calib.certify", "")
     if wish.guarantee == "ltt":
         if not half:
             raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
-        _check_fit_half(wish, predictions)
+        policy_named(wish.policy).check_fit_half(rows)
     from stage1_pro.training.run import exclusive
 
     # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
     with exclusive(run):
-        return _choose(run, wish, given, predictions, splits, half)
+        return _choose(run, wish, given, rows, origin, half)
 
 
-def _choose(
-    run: Path, wish: Target, given: dict[str, Any], predictions: Predictions, splits: Splits, half: str
-) -> Policy:
+def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origin: Origin, half: str) -> Policy:
     stake = None
     if wish.guarantee == "ltt":
         stake = stake_claim(
-            run, half, policy=wish.policy, wish=wish.key(), model_fingerprint=predictions.model_fingerprint,
-            preprocessing_fingerprint=predictions.preprocessing_fingerprint, delta=given["delta"],
-            claims=given["claims"], defaults=(wish.delta, wish.claims),
+            run, half, policy=wish.policy, wish=wish.key(), model_fingerprint=origin.model_fingerprint or "",
+            preprocessing_fingerprint=origin.preprocessing_fingerprint or "", delta=given.get("delta"),
+            claims=given.get("claims"), defaults=(wish.delta, wish.claims),
         )  # fmt: skip
     elif half:
         note_look(run, half)
     try:
-        policy = _fit(
-            wish,
-            softmax(predictions.logits_a),
-            predictions.gate_logits,
-            softmax(predictions.logits_b),
-            predictions.labels,
-            predictions.halves,
-            stake=stake,
-            classes=predictions.classes,
-            positive=predictions.positive,
-            groups=predictions.groups,
-            split_hashes=splits.hashes,
-            model_fingerprint=predictions.model_fingerprint,
-            preprocessing_fingerprint=predictions.preprocessing_fingerprint,
-        )
+        policy = _fit(wish, rows, stake, origin)
     except NotReachableError as error:
         if stake is not None:
             close_claim(run, half, stake, "infeasible")
@@ -294,71 +203,28 @@ def _choose(
         policy = _with_history(policy, stake)
     # Killed in between, the run has no policy rather than two.
     withdraw_policies(run)
-    _write(policy, run / POLICY_FILES[policy.policy])
+    _write(policy, run / policy.file)
     return policy
+
+
+def _fit(target: Target, rows: Rows, stake: Stake | None, origin: Origin) -> Policy:
+    """The policy that is registered for a target; where claims are counted, by delta and claims as first declared."""
+    if stake is None:
+        return policy_named(target.policy).fit(target, rows, origin=origin)
+    declared = target.model_copy(update={"delta": stake.delta, "claims": stake.claims})
+    return policy_named(target.policy).fit(declared, rows, use=stake.use, origin=origin)
 
 
 def _with_history(policy: Policy, stake: Stake) -> Policy:
     """The policy with what else is assumed of its certify half, which this run's files alone cannot show."""
-    holder = policy if isinstance(policy, ScrcParams) else policy.certificate
-    assert holder is not None
-    assumptions = [
-        *holder.assumptions,
-        "these certify rows certified nothing in another run folder (a copy of splits.json counts its own claims)",
-    ]
+    more = ["these certify rows certified nothing in another run folder (a copy of splits.json counts its own claims)"]
     if stake.looks:
-        assumptions.append(
-            f"the wish does not come from the {stake.looks} empirical choice(s) that saw these rows before it"
-        )
+        more.append(f"the wish does not come from the {stake.looks} empirical choice(s) that saw these rows before it")
         say(
             f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if this "
             "wish was not chosen by what it showed"
         )
-    if isinstance(holder, ScrcParams):
-        values = dict(holder) | {"assumptions": assumptions}
-        del values["calibrator_fingerprint"]
-        return ScrcParams.seal(**values)
-    return policy.model_copy(update={"certificate": holder.model_copy(update={"assumptions": assumptions})})
-
-
-def _check_fit_half(wish: Target, predictions: Predictions) -> None:
-    """What the fit half alone decides is refused before a claim is spent on it."""
-    fit = predictions.halves == "fit"
-    if isinstance(wish, Gate) and not np.isfinite(predictions.gate_logits[fit]).any():
-        raise NotReachableError(
-            "gate logits of the fit half must be finite in one row at least, got none, so nothing may exit; train "
-            "again. No policy was written, and no claim was made"
-        )
-
-
-def _fit(
-    wish: Target,
-    probs: NDArray[np.float64],
-    gate_logits: NDArray[Any] | None,
-    probs_b: NDArray[np.float64] | None,
-    labels: NDArray[Any],
-    halves: NDArray[Any],
-    *,
-    stake: Stake | None,
-    **about: Any,
-) -> Policy:
-    about |= {"delta": stake.delta if stake else wish.delta}
-    about |= {"claims": stake.claims if stake else wish.claims, "use": stake.use if stake else None}
-    if isinstance(wish, Scrc):
-        return sets.fit_scrc_policy(
-            probs, gate_logits, probs_b, labels, halves=halves, alpha=wish.alpha, xi=wish.min_coverage,
-            variant=wish.variant, loss=wish.loss, score=wish.score, cells=wish.cells, allow_empty=wish.allow_empty,
-            raps=wish.raps, max_exit_error=wish.max_exit_error, **about,
-        )  # fmt: skip
-    about["guarantee"] = wish.guarantee
-    if isinstance(wish, Softmax):
-        return fit_softmax_policy(probs, labels, halves=halves, target_fnr=wish.target_fnr, **about)
-    assert isinstance(wish, Gate)
-    assert gate_logits is not None
-    return fit_gate_policy(
-        probs, gate_logits, labels, halves=halves, max_exit_error=wish.max_exit_error, min_coverage=wish.min_coverage,
-        target_fnr=wish.target_fnr, **about,
-    )  # fmt: skip
+    return policy.assuming(*more)
 
 
 def _check_halves(predictions: Predictions, splits: Splits) -> None:
@@ -433,7 +299,7 @@ def _calibrate_logits(
     probs = _file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
-    if isinstance(wish, Gate) and "gate_logits" not in arrays:
+    if wish.policy == "gate" and "gate_logits" not in arrays:
         raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
     names = classes or [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
     if positive is None and "positive" in arrays:
@@ -442,7 +308,7 @@ def _calibrate_logits(
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
     halves = arrays.get("half")
-    target = None if out is None else (out if out.suffix == ".json" else out / _file_of(wish))
+    target = None if out is None else (out if out.suffix == ".json" else out / policy_named(wish.policy).file)
     if target is not None and target != out and (target.parent / "splits.json").is_file():
         raise InputError(
             f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"
@@ -453,19 +319,13 @@ def _calibrate_logits(
     if target is not None and target == out and out.is_file() and not _is_policy(out):
         raise InputError(f"--out must be a new file or a policy to replace, got {out}, which is neither; name another")
     try:
-        policy = _fit(
-            wish,
-            probs,
-            arrays.get("gate_logits"),
-            _file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
-            arrays["labels"],
-            cut_halves(len(probs), groups) if halves is None else halves,
-            stake=None,
-            classes=names,
-            positive=choose_positive(names, positive),
-            groups=groups,
-            split_hashes={"logits": sha256_file(path)},
-        )
+        rows = Rows.of(
+            probs, arrays["labels"], classes=names, positive=choose_positive(names, positive),
+            gate=arrays.get("gate_logits"),
+            probs_b=_file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
+            halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
+        )  # fmt: skip
+        policy = _fit(wish, rows, None, Origin({"logits": sha256_file(path)}))
     except NotReachableError:
         if target is not None:
             _withdraw(target, out)
@@ -476,17 +336,12 @@ def _calibrate_logits(
     return policy
 
 
-def _file_of(wish: Target) -> str:
-    (file,) = (file for name, file in POLICY_FILES.items() if name == wish.policy)
-    return file
-
-
 def _is_policy(path: Path) -> bool:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.get("policy") in POLICY_FILES
+    return isinstance(content, dict) and content.get("policy") in policies()
 
 
 def _withdraw(target: Path, out: Path | None) -> None:

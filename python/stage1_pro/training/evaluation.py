@@ -26,12 +26,10 @@ from stage1_pro.metrics.answers import (
 )
 from stage1_pro.metrics.figures import BAND_METRICS
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
-from stage1_pro.policies import exit_scores
-from stage1_pro.policies.certificate import PromiseCheck
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.promises import verify_exits
 from stage1_pro.policies.ranking import rank_answers
-from stage1_pro.policies.sets import ScrcParams, SetCheck, verify_sets
+from stage1_pro.policies.rows import Rows
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.report import training_picture, write_report
@@ -47,7 +45,6 @@ from stage1_pro.training.answers import (
 )
 from stage1_pro.training.measures import LEVEL, Measured, Scope, fnr_counts, measure_scope, scopes
 from stage1_pro.training.pictures import draw, draw_cost
-from stage1_pro.words import PolicyName
 
 NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
 COST_COLUMNS = ["threshold", "exit_rate", "cost", "risk"]
@@ -66,7 +63,7 @@ class Evaluation(Record):
     n_groups: int
     n_exited: int | None = Field(default=None, description="null without a policy")
     n_mistakes: int = Field(description="wrong answers of the cascade; of Stage A without a policy")
-    policy: PolicyName | None = None
+    policy: str | None = None
     guarantee: str | None = None
     exit_threshold: float | None = None
     target_fnr: float | None = None
@@ -179,35 +176,25 @@ def _under_policy(whole: Scope, policy: Policy, measures: Sequence[Measure]) -> 
     """Fields of an evaluation that only a policy fills."""
     predictions, answers = whole.predictions, whole.answers
     check = None
-    if policy.target_fnr is not None:
+    if policy.fnr_target is not None:
         fnr = next(m for m in measures if m.metric == "fnr_on_exited" and m.source is None)
-        check = check_fnr(fnr, fnr_counts(whole), policy.target_fnr, LEVEL)
-    cascade = answers["cascade"]
-    verification, promises = None, []
-    if isinstance(policy, ScrcParams):
-        verification = verify_sets(
-            policy,
-            cascade.probs,
-            cascade.exited,
-            predictions.gate_logits,
-            predictions.labels,
-            groups=predictions.groups,
-            sources=predictions.sources,
-        )
-    else:
-        promises = verify_exits(
-            policy, answers["stage_a"].prediction, cascade.exited, predictions.labels, groups=predictions.groups
-        )
+        check = check_fnr(fnr, fnr_counts(whole), policy.fnr_target, LEVEL)
+    rows = Rows.of(
+        answers["stage_a"].probs, predictions.labels, classes=predictions.classes, positive=predictions.positive,
+        gate=predictions.gate_logits, probs_b=answers["stage_b"].probs, groups=predictions.groups,
+        sources=predictions.sources,
+    )  # fmt: skip
+    checked = policy.check(rows)
     return {
-        "n_exited": int(cascade.exited.sum()),
+        "n_exited": int(answers["cascade"].exited.sum()),
         "policy": policy.policy,
         "guarantee": policy.guarantee,
         "exit_threshold": policy.exit_threshold,
-        "target_fnr": policy.target_fnr,
+        "target_fnr": policy.fnr_target,
         "statement": policy.statement,
         "fnr_check": check,
-        "verification": verification,
-        "exit_promises": promises,
+        "verification": checked.sets,
+        "exit_promises": checked.promises,
         "effects": count_effects(answers),
     }
 
@@ -312,7 +299,7 @@ def _cost_curve(
     """
     if policy is None or blocks is None or blocks[0] == blocks[1]:
         return None
-    scores = np.nan_to_num(exit_scores(policy, answers["stage_a"].probs, predictions.gate_logits), nan=-1.0)
+    scores = np.nan_to_num(policy.scores(answers["stage_a"].probs, predictions.gate_logits), nan=-1.0)
     rates, risks = cascade_risks(scores, answers["stage_a"].error, answers["stage_b"].error)
     thresholds = np.concatenate([[np.inf], np.unique(scores)[::-1]])
     return thresholds, rates, relative_cost(rates, *blocks), risks

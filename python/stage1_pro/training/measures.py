@@ -14,9 +14,8 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.metrics.answers import Answered, Measure, Stage, measure_fnr
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.intervals import Intervals, bootstrap, bootstrap_answers, compare, metric_names
-from stage1_pro.policies import exit_scores
-from stage1_pro.policies.certify import groups_in_error
 from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.units import groups_in_error
 
 LEVEL = 0.95
 # Accuracy of the cascade minus that of Stage B answering everything, on the same rows.
@@ -165,7 +164,7 @@ def _difference(scope: Scope) -> Measure:
 
 def _exit_intervals(scope: Scope, policy: Policy) -> Intervals:
     predictions, rows = scope.predictions, scope.rows
-    scores = exit_scores(policy, scope.answers["stage_a"].probs, predictions.gate_logits)
+    scores = policy.scores(scope.answers["stage_a"].probs, predictions.gate_logits)
     # A row without a score never exits.
     scores = np.where(np.isnan(scores), -np.inf, scores)
     return bootstrap(

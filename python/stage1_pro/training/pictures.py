@@ -21,9 +21,7 @@ from stage1_pro.metrics.figures import (
     risk_coverage_png,
 )
 from stage1_pro.metrics.selective import relative_cost
-from stage1_pro.policies import exit_scores
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.report import Picture
 from stage1_pro.training.measures import LEVEL, Measured
 
@@ -40,7 +38,7 @@ def draw(
     if policy is not None:
         exited = answers["cascade"].exited
         # The gate's threshold is not on this axis.
-        threshold = policy.exit_threshold if policy.policy == "softmax" else None
+        threshold = None if policy.needs_gate else policy.exit_threshold
         if exited.any():
             point = (float(exited.mean()), float(stage_a.error[exited].mean()))
     pictures = [
@@ -75,7 +73,7 @@ def draw(
         if fnr.value is not None:
             # Its bound stands for the interval.
             one = replace(exits["fnr_on_exited"], value=fnr.value, low=math.nan, high=math.nan)
-            png = distribution_png(one, "FNR on exits", percent=True, target=policy.target_fnr, bound=fnr.high)
+            png = distribution_png(one, "FNR on exits", percent=True, target=policy.fnr_target, bound=fnr.high)
             caption = (
                 "Missed positives among exits, on each resample of whole groups. The target is kept by its bound when "
                 "the dotted line is left of the dashed one."
@@ -83,12 +81,12 @@ def draw(
             pictures.append(Picture.of("fnr_on_exited", caption, png))
         png = distribution_png(
             exits["coverage"], "coverage: share answered by Stage A", percent=True,
-            target=policy.exit_rate if isinstance(policy, ScrcParams) else policy.coverage,
+            target=policy.usual_exit_rate,
             target_label="on calibration rows",
         )  # fmt: skip
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
         pictures.append(Picture.of("coverage", caption, png))
-        scores = exit_scores(policy, stage_a.probs, predictions.gate_logits)
+        scores = policy.scores(stage_a.probs, predictions.gate_logits)
         pictures.append(_draw_exits(answers, np.nan_to_num(scores, nan=0.0), policy))
     return pictures
 
@@ -96,7 +94,7 @@ def draw(
 def _draw_exits(answers: Answered, scores: NDArray[np.float64], policy: Policy) -> Picture:
     """Which rows exit, by what the policy compares with its threshold."""
     a, exited = answers["stage_a"], answers["cascade"].exited
-    what = "Stage A's confidence" if policy.policy == "softmax" else "the gate's P(Stage A is correct)"
+    what = policy.score_title
     return Picture(
         "exit_rate",
         "Who exits",

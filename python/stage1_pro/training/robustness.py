@@ -26,7 +26,6 @@ from stage1_pro.record import Record
 from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.answers import answer, policy_of
 from stage1_pro.training.measures import LEVEL, measure_scope, scopes
-from stage1_pro.words import PolicyName
 
 
 class ProtocolLevel(Record):
@@ -60,7 +59,7 @@ class ProtocolEvaluation(Record):
     positive: str
     n_rows: int
     n_groups: int
-    policy: PolicyName | None
+    policy: str | None
     guarantee: str | None
     statement: str = Field(description="what these figures are, and what they are not")
     photos_sha256: str = Field(description="of all changed photos, level by level, in the order of the rows")

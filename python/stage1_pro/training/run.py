@@ -16,9 +16,9 @@ from stage1_pro.config import Config
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import locked, recover_directory, sha256_file
+from stage1_pro.policies.policy import policy_files
 from stage1_pro.record import Record
 from stage1_pro.training.adapted import ExploraRecord
-from stage1_pro.words import POLICY_FILES
 
 
 class Start(Record):
@@ -58,7 +58,7 @@ class RunConfig(Record):
 OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "train.log", "config.json",
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
              "gate.json", "tap.json", "start.json", "val_select.npz",
-             *POLICY_FILES.values(), "report.html")  # fmt: skip
+             *policy_files(), "report.html")  # fmt: skip
 OWN_FOLDERS = ("adapter", "evaluation", "metrics")
 # What `stage1 explora` leaves in a run; trainings come and go beside it.
 EXPLORA = "explora"

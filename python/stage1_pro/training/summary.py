@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from stage1_pro.metrics.answers import STAGES, Stage
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.metrics.table import names
-from stage1_pro.policies.certificate import PromiseCheck
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck
 from stage1_pro.policies.ranking import GATE
-from stage1_pro.policies.sets import SetCheck
 from stage1_pro.report import RANKINGS, short_note
 from stage1_pro.tables import Notes, Sheet, grid, interval
 from stage1_pro.training.measures import DIFFERENCE

@@ -32,7 +32,6 @@ from stage1_pro.continual.ledger.guard import GuardVault, Look
 from stage1_pro.errors import InputError
 from stage1_pro.policies.bounds import betting_p_value, binomial_cdf, holm
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.record import Record
 
 # Resamples drawn at once.
@@ -535,23 +534,16 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
             problem = f"the candidate must promise what the champion does: {lost}; it promises {said}"
         half = "val_calib.certify"
         shared = half in champion.split_hashes and champion.split_hashes[half] == candidate.split_hashes.get(half)
-        if not problem and shared and _claims(candidate) < 2:
+        if not problem and shared and candidate.claims_made[0] < 2:
             problem = (
                 "the candidate was certified on the rows that certified the champion with delta undivided: they served "
                 "their one claim; certify on fresh rows, or declare claims before the first"
             )
     note = problem or "; ".join(map(str, () if candidate is None else candidate.promises))
-    certificate = None if candidate is None or isinstance(candidate, ScrcParams) else candidate.certificate
-    n = certificate.n if certificate is not None else candidate.n if isinstance(candidate, ScrcParams) else 0
+    n = 0 if candidate is None else candidate.n_certified
     return PromotionTest(
         name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file"
     )
-
-
-def _claims(policy: Policy) -> int:
-    if isinstance(policy, ScrcParams):
-        return policy.claims
-    return 1 if policy.certificate is None else policy.certificate.claims
 
 
 def _held(one: Measured) -> PromotionTest:

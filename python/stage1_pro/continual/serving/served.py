@@ -21,7 +21,6 @@ from stage1_pro.deploy.bundle import MANIFEST, Bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, ImageLike, Prepared, Trace, open_image
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, sha256_file
-from stage1_pro.policies import exit_scores
 
 
 class Served(Answering):
@@ -111,7 +110,7 @@ class Served(Answering):
     def _events(self, decisions: Decisions, trace: Trace, images: Sequence[str], now: float) -> list[Event]:
         policy, classes = self.cascade.bundle.policy, self.cascade.bundle.classes
         positive = classes.index(self.cascade.bundle.positive)
-        scores = exit_scores(policy, trace.probs_a, trace.gate_logit)
+        scores = policy.scores(trace.probs_a, trace.gate_logit)
         sketches = sketch(trace.hidden)
         asked_b = ~trace.exited
         disagree = asked_b & (trace.probs_a.argmax(axis=1) != trace.probs.argmax(axis=1))

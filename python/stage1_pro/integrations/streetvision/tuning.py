@@ -30,8 +30,7 @@ from stage1_pro.integrations.streetvision.reward import (
     rates_of,
     shifted,
 )
-from stage1_pro.policies.gate import fit_platt
-from stage1_pro.policies.sets import answer_sets
+from stage1_pro.policies.platt import fit_platt
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
 from stage1_pro.training.answers import answer, policy_of
@@ -180,7 +179,7 @@ def _of_run(run: Path) -> _HeldOut:
         raise InputError(f"run must be calibrated, got {run}; run `stage1 calibrate --run {run}` first")
     predictions = read_calibration(run)
     cascade = answer(predictions, policy)["cascade"]
-    _, accepted = answer_sets(policy, cascade.probs, cascade.exited, predictions.gate_logits)
+    _, accepted = policy.answer(cascade.probs, cascade.exited, predictions.gate_logits)
     fit = predictions.halves == "fit"
     return _HeldOut(
         probs=cascade.probability[fit],

@@ -1,0 +1,242 @@
+"""The threshold of an exit policy: certified in a frozen order, or the best on all rows. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_pro.errors import InputError
+from stage1_pro.metrics.binomial import clopper_pearson_upper
+from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certificate import CertificateRecord, PromiseCheck, SweepRow
+from stage1_pro.policies.certify import Certificate
+from stage1_pro.policies.checks import check_claim
+from stage1_pro.policies.counts import ExitCounts, count_exits, sweep_table
+from stage1_pro.policies.ordering import certify_halves, infeasible, record
+from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.target import Promise, Target
+from stage1_pro.policies.units import counting_unit, groups_in_error, one_each
+
+BOUND_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A threshold and what it does on the rows that its figures are of: the certify half's, or all."""
+
+    rows: Rows
+    row: SweepRow
+    sweep: list[SweepRow]
+    exited: NDArray[np.bool_]
+    certificate: Certificate | None
+    n_tried: int
+
+    @property
+    def n_errors(self) -> int:
+        """Exits that are answered wrongly."""
+        return int((self.exited & self.rows.wrong).sum())
+
+    def groups(self, errors: NDArray[np.bool_], among: NDArray[np.bool_]) -> tuple[int, int, float]:
+        """Groups in error and all groups among rows [N], with the upper bound of the share at ``BOUND_LEVEL``."""
+        names = None if self.rows.groups is None else self.rows.groups[among]
+        wrong, n = groups_in_error(errors[among], names)
+        return wrong, n, clopper_pearson_upper(wrong, n, level=BOUND_LEVEL)
+
+    def record(self, claims: int, use: int | None) -> CertificateRecord | None:
+        """The certificate as it is stored."""
+        return None if self.certificate is None else record(self.certificate, claims=claims, use=use)
+
+
+def choose_exits(
+    target: Target,
+    rows: Rows,
+    score: NDArray[np.float64],
+    *,
+    best: Callable[[ExitCounts], int],
+    lowest: float = 0.0,
+    grid: ArrayLike = (),
+    called: str = "",
+) -> Chosen:
+    """Choose the threshold for a target: certified on the half that chose nothing, or the best on all rows.
+
+    Args:
+        target: what is asked of exits, by its ``promises``.
+        rows: calibration rows.
+        score: [N] what decides, higher is surer.
+        best: the index to take where nothing is certified; raises NotReachableError where none will do.
+        lowest: lower end of the scores' range.
+        grid: thresholds to show beside those of the rows.
+        called: the target in messages.
+
+    Raises:
+        InputError: no halves where something is to be certified.
+        NotReachableError: the target cannot be met or certified.
+    """
+    certificate, n_tried = None, 0
+    if target.guarantee == "ltt":
+        fit = rows.fit_half()
+        certificate = _certify(target, rows, score, lowest)
+        if not certificate.feasible:
+            raise infeasible(certificate, called or target.words())
+        assert certificate.threshold is not None
+        rows, score = rows.where(~fit), score[~fit]
+        counts = count_exits(rows, score, lowest=lowest)
+        row = count_exits(rows, score, [certificate.threshold], lowest=lowest).row(0, rows.labels.size, grid=False)
+    else:
+        counts = count_exits(rows, score, lowest=lowest)
+        row, n_tried = counts.row(best(counts), rows.labels.size, grid=False), counts.threshold.size
+    exited = score >= row.threshold
+    if int(exited.sum()) != row.n_exited:
+        raise AssertionError("the stored threshold does not decide as the sweep did")
+    sweep = sweep_table(counts, count_exits(rows, score, grid, lowest=lowest), row, rows.labels.size)
+    return Chosen(rows, row, sweep, exited, certificate, n_tried)
+
+
+def _certify(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float) -> Certificate:
+    asked = target.promises(rows.positive)
+    coverage = next((one.limit for one in asked if one.quantity == "coverage"), None)
+    risks = [risk_of(one, rows) for one in asked if one.quantity != "coverage"]
+    assert rows.halves is not None
+    return certify_halves(
+        score, risks, rows.halves, delta=target.delta / target.claims, min_coverage=coverage, groups=rows.groups,
+        lowest=lowest,
+    )  # fmt: skip
+
+
+def risk_of(asked: Promise, rows: Rows) -> Risk:
+    """What is counted for a limit on exits.
+
+    Raises:
+        InputError: no such quantity of exits.
+    """
+    if asked.quantity == "exit error":
+        return Risk(asked.quantity, asked.limit, rows.wrong)
+    if asked.quantity == "FNR on exits" and asked.label is not None:
+        return Risk(asked.quantity, asked.limit, rows.missed(asked.label), rows.is_class(asked.label))
+    raise InputError(f"a promise of exits must be of coverage, exit error or FNR on exits, got {asked.quantity}")
+
+
+def check_exits(asked: Sequence[Promise], rows: Rows, exited: NDArray[np.bool_], seed: int = 0) -> list[PromiseCheck]:
+    """Hold limits on exits against rows; the coverage as the share deferred. See ``Policy.check``.
+
+    Args:
+        asked: limits on coverage, exit error and FNR on exits.
+        rows: that calibrated nothing.
+        exited: bool [N].
+        seed: of the row that speaks for its group.
+
+    Raises:
+        InputError: no such quantity of exits.
+    """
+    _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
+    everyone = np.ones(rows.labels.size, dtype=bool)
+    n = one_each(names, everyone, seed).size
+    found = []
+    for one in asked:
+        if one.quantity == "coverage":
+            drawn = one_each(names, everyone, seed)
+            deferred = int((~exited[drawn]).sum())
+            found.append(check_claim("share deferred", deferred, drawn.size, float(1 - exact(one.limit)), n))
+            continue
+        risk = risk_of(one, rows)
+        drawn = one_each(names, everyone if risk.trials is None else risk.trials, seed)
+        drawn = drawn[exited[drawn]]
+        found.append(check_claim(risk.name, int(risk.errors[drawn].sum()), drawn.size, one.limit, n))
+    return found
+
+
+def assumed(certificate: Certificate) -> str:
+    """What a certificate takes for granted, as a sentence."""
+    return f"Provided that {'; '.join(certificate.assumptions)}."
+
+
+def certified_bound(certificate: Certificate) -> str:
+    """How the bounds of a certified policy came about, in words."""
+    drawn = ", one row drawn from each group" if certificate.unit == "groups" else ""
+    counts = ", ".join(f"{risk.name} {risk.errors} of {risk.trials}" for risk in certificate.risks)
+    return (
+        f"Clopper-Pearson, one-sided at level {1 - certificate.delta:g}, on {certificate.unit} of the certify "
+        f"half{drawn} ({counts})"
+    )
+
+
+# What ``inspect`` shows of a policy of exits; null where it has none.
+_FACTS = (
+    "certificate", "coverage", "fnr_on_exited", "fnr_upper_bound", "bound_level", "bound_method", "n_positive_groups",
+    "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt",
+)  # fmt: skip
+
+
+class ExitPolicy(Policy):
+    """A policy whose promises are of exits alone, with a certificate; what ``choose_exits`` chose."""
+
+    threshold_field: ClassVar[str] = "exit_threshold"
+
+    if TYPE_CHECKING:
+        certificate: CertificateRecord | None
+        coverage: float
+        sweep_results: list[SweepRow]
+
+    @property
+    def own_delta(self) -> dict[str, float]:
+        """Delta of the claim that was certified, as a field of the target."""
+        return {} if self.certificate is None else {"delta": self.certificate.delta}
+
+    @property
+    def claims_made(self) -> tuple[int, int | None]:
+        """How many claims delta was divided for, and which of them this is; None when nobody counted."""
+        return (1, None) if self.certificate is None else (self.certificate.claims, self.certificate.use)
+
+    @property
+    def n_certified(self) -> int:
+        """Units that certified it; 0 without a certificate."""
+        return 0 if self.certificate is None else self.certificate.n
+
+    @property
+    def usual_exit_rate(self) -> float | None:
+        """Share of calibration rows that exit."""
+        return self.coverage
+
+    @property
+    def sweep(self) -> list[SweepRow]:
+        """Thresholds that were looked at, the chosen one among them."""
+        return self.sweep_results
+
+    def assuming(self, *assumptions: str) -> Self:
+        """The policy with what else its certificate takes for granted; itself where it has no certificate."""
+        if self.certificate is None:
+            return self
+        more = {"assumptions": [*self.certificate.assumptions, *assumptions]}
+        return self.model_copy(update={"certificate": self.certificate.model_copy(update=more)})
+
+    def facts(self) -> dict[str, Any]:
+        """Its figures, for ``inspect``."""
+        values = {**self.model_dump(mode="json"), "target_fnr": self.fnr_target}
+        return {name: values.get(name) for name in _FACTS}
+
+    def measured(self) -> str:
+        """Figures on the calibration rows with their bounds, in a line."""
+        seen = self.facts()
+        level = f"{seen['bound_level'] or 0:.4g} upper bound"
+        parts = [f"coverage {self.coverage:.1%}"]
+        if seen["exit_error"] is not None:
+            asked = self.target.promises(self.positive)
+            limit = next((f"; wished {one.limit:.2%}" for one in asked if one.quantity == "exit error"), "")
+            parts.append(f"exit error {seen['exit_error']:.2%} ({level} {seen['exit_error_upper_bound']:.2%}{limit})")
+        if seen["fnr_on_exited"] is not None:
+            notes = [f"{level} {seen['fnr_upper_bound']:.2%}"] if seen["fnr_upper_bound"] is not None else []
+            notes.append(f"{seen['n_positive_groups']} positive groups")
+            if self.fnr_target is not None:
+                notes.append(f"target {self.fnr_target:.2%}")
+            parts.append(f"FNR on exits {seen['fnr_on_exited']:.2%} ({'; '.join(notes)})")
+        return ", ".join(parts) + ("" if self.certificate else "; bounds are not corrected for the search")
+
+    def _stricter(self, threshold: float, statement: str) -> Self:
+        changed = {"guarantee": "none", "certificate": None, "statement": statement}
+        return self.model_copy(update={self.threshold_field: threshold, **changed})

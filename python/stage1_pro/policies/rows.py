@@ -1,0 +1,213 @@
+"""Labelled rows of both stages, checked once, when made. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stage1_pro.errors import InputError, nearest
+
+# Rows of probabilities may carry the rounding of float16 or of a CSV with four decimals.
+SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a policy is fitted on or held against; ``Rows.of`` checks it.
+
+    ``probs`` [N, K] of Stage A, N >= 1; ``labels`` [N] class indices; ``classes`` K names; ``positive`` one of them;
+    ``gate`` [N] logits or None; ``probs_b`` [N, K] of Stage B or None; ``halves`` [N] of ``fit`` and ``certify`` or
+    None; ``groups`` [N] clip or track, None where each row is its own; ``sources`` [N] names or None.
+    """
+
+    probs: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    classes: list[str]
+    positive: str
+    gate: NDArray[np.float64] | None = None
+    probs_b: NDArray[np.float64] | None = None
+    halves: NDArray[np.str_] | None = None
+    groups: NDArray[np.str_] | None = None
+    sources: NDArray[np.str_] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        probs: ArrayLike,
+        labels: ArrayLike,
+        *,
+        classes: Sequence[str],
+        positive: str,
+        gate: ArrayLike | None = None,
+        probs_b: ArrayLike | None = None,
+        halves: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        sources: ArrayLike | None = None,
+    ) -> Rows:
+        """Check and convert; a group that has one row in every case is as good as none.
+
+        Args:
+            probs: [N, K] probabilities of Stage A.
+            labels: [N] indices into ``classes``.
+            classes: K names, K >= 2.
+            positive: name of the positive class.
+            gate: [N] logits; one that is not finite has no score.
+            probs_b: [N, K] probabilities of Stage B.
+            halves: [N] of ``fit`` and ``certify``.
+            groups: [N] clip or track of every row. None: rows are independent.
+            sources: [N] names.
+
+        Raises:
+            InputError: an argument is not what it must be; NaN names its row.
+        """
+        names = [str(name) for name in classes]
+        values, truth, units = check_rows(probs, labels, groups, names)
+        second = None if probs_b is None else check_rows(probs_b, labels, groups, names)[0]
+        if positive not in names:
+            raise InputError(f"positive must be one of {', '.join(names)}, got '{positive}'{nearest(positive, names)}")
+        logits = None
+        if gate is not None:
+            logits = np.asarray(gate, dtype=np.float64)
+            if logits.shape != truth.shape:
+                raise InputError(
+                    f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}"
+                )
+        parts = None
+        if halves is not None:
+            check_halves(halves, truth.size, units)
+            parts = np.asarray(halves)
+        known = None if sources is None else np.asarray(sources)
+        return cls(values, truth, names, positive, logits, second, parts, units, known)
+
+    def where(self, mask: NDArray[np.bool_]) -> Rows:
+        """Some of the rows, without halves; ``mask`` bool [N]."""
+        kept = {one.name: getattr(self, one.name) for one in fields(self)}
+        cut: dict[str, Any] = {n: v[mask] if isinstance(v, np.ndarray) else v for n, v in kept.items()}
+        return Rows(**{**cut, "halves": None})
+
+    def is_class(self, name: str) -> NDArray[np.bool_]:
+        """Which rows [N] are of a class."""
+        return np.asarray(self.labels == self.classes.index(name))
+
+    def missed(self, name: str) -> NDArray[np.bool_]:
+        """Which rows [N] are of a class and answered as another by Stage A."""
+        return np.asarray(self.is_class(name) & self.wrong)
+
+    @property
+    def wrong(self) -> NDArray[np.bool_]:
+        """Which rows [N] Stage A answers wrongly."""
+        return np.asarray(self.probs.argmax(axis=1) != self.labels)
+
+    @property
+    def unit(self) -> str:
+        """What counts once: rows, or groups where rows share one."""
+        return "rows" if self.groups is None else "groups"
+
+    def fit_half(self) -> NDArray[np.bool_]:
+        """Which rows [N] are of the fit half.
+
+        Raises:
+            InputError: there are no halves.
+        """
+        if self.halves is None:
+            raise InputError("halves must be given with guarantee ltt, got None; one half cannot choose and certify")
+        return np.asarray(self.halves == "fit")
+
+
+def check_rows(
+    probs: ArrayLike, labels: ArrayLike, groups: ArrayLike | None, classes: list[str]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.str_] | None]:
+    """Probabilities, class indices and groups (None when each row is its own) that can be trusted."""
+    if len(classes) < 2 or len(set(classes)) != len(classes):
+        raise InputError(f"classes must be at least two different names, got {classes}")
+    values = np.asarray(probs, dtype=np.float64)
+    if values.ndim != 2 or values.shape[0] == 0 or values.shape[1] != len(classes):
+        raise InputError(
+            f"probs must have shape [N, {len(classes)}] with at least one row, got {list(values.shape)}; "
+            "give one probability per class"
+        )
+    row = _first(np.isnan(values).any(axis=1))
+    if row is not None:
+        raise InputError(f"probs must be free of NaN, got NaN in row {row}; leave such rows out or mend the model")
+    row = _first(((values < 0) | (values > 1 + SUM_TOLERANCE)).any(axis=1))
+    if row is not None:
+        raise InputError(
+            f"probs must be in [0, 1], got {values[row].tolist()} in row {row}; pass logits through softmax"
+        )
+    total = values.sum(axis=1)
+    row = _first(np.abs(total - 1) > SUM_TOLERANCE)
+    if row is not None:
+        raise InputError(
+            f"probs must sum to 1 in each row, got {total[row]:.6g} in row {row}; pass logits through softmax"
+        )
+    return values, _check_labels(labels, total.size, len(classes)), _check_groups(groups, total.size)
+
+
+def _check_labels(labels: ArrayLike, n: int, n_classes: int) -> NDArray[np.int64]:
+    truth = np.asarray(labels)
+    if truth.shape != (n,):
+        raise InputError(f"labels must have shape [{n}] as probs has rows, got {list(truth.shape)}")
+    if truth.dtype.kind not in "biuf":
+        raise InputError(f"labels must be class indices 0..{n_classes - 1}, got {truth.dtype}; map names to indices")
+    row = _first(~np.isin(truth, np.arange(n_classes)))
+    if row is not None:
+        raise InputError(f"labels must be class indices 0..{n_classes - 1}, got {truth[row]} in row {row}")
+    return truth.astype(np.int64)
+
+
+def _check_groups(groups: ArrayLike | None, n: int) -> NDArray[np.str_] | None:
+    if groups is None:
+        return None
+    units = np.asarray(groups).astype(np.str_)
+    if units.shape != (n,):
+        raise InputError(f"groups must have shape [{n}] as probs has rows, got {list(units.shape)}")
+    return None if np.unique(units).size == units.size else units
+
+
+def check_halves(halves: ArrayLike, n: int, groups: ArrayLike | None = None) -> NDArray[np.bool_]:
+    """Say which rows [N] are of the fit half.
+
+    Raises:
+        InputError: another shape, another word than ``fit`` and ``certify``, an empty half, or a group in both.
+    """
+    given = np.asarray(halves)
+    if given.shape != (n,):
+        raise InputError(f"halves must have shape [{n}] as scores, got {list(given.shape)}; give one per row")
+    fit: NDArray[np.bool_] = given == "fit"
+    other = np.flatnonzero(~fit & (given != "certify"))
+    if other.size:
+        raise InputError(f"halves must be fit or certify, got '{given[other[0]]}' in row {other[0]}; split again")
+    for name, rows in (("fit", fit), ("certify", ~fit)):
+        if not rows.any():
+            raise InputError(f"halves must both hold rows, got none of '{name}'; calibrate on more groups")
+    if groups is not None:
+        names = np.asarray(groups)
+        both = np.intersect1d(names[fit], names[~fit])
+        if both.size:
+            raise InputError(
+                f"halves must not share a group, got '{both[0]}' in both ({both.size} such); near-copies of a row that "
+                "chose the threshold cannot certify it: split again"
+            )
+    return fit
+
+
+def cut_halves(n: int, groups: ArrayLike | None = None, seed: int = 0) -> NDArray[np.str_]:
+    """Cut rows into ``fit`` and ``certify`` [N], at random and by group: every second group of a seeded order.
+
+    Args:
+        n: rows.
+        groups: [N] clip or track of every row; None = every row is its own.
+        seed: of the order.
+    """
+    names, member = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
+    place = np.random.default_rng(seed).permutation(names.size)
+    return np.where(place[member] % 2 == 0, "fit", "certify")
+
+
+def _first(mask: ArrayLike) -> int | None:
+    found = np.flatnonzero(mask)
+    return int(found[0]) if found.size else None

@@ -1,0 +1,77 @@
+"""What a policy promises where it serves, and what is left of it when the share of positives is another there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stage1_pro.data.splits import SplitsSummary
+from stage1_pro.errors import InputError
+from stage1_pro.metrics.binomial import clopper_pearson
+from stage1_pro.policies.policy import Policy
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is left of a policy's promises; ``stands`` and ``void`` name them. Answers do not depend on it."""
+
+    guarantee: str
+    statement: str
+    prior: float | None  # share of positives at serving, if anybody said
+    calibrated_prior: float
+    stands: tuple[str, ...]
+    void: tuple[str, ...]
+    note: str
+
+
+def standing(policy: Policy, splits: SplitsSummary, prior: float | None = None) -> Standing:
+    """Say what is promised, given the share of positives where the policy serves.
+
+    A prior inside the 95% interval of the calibration rows' share (Clopper and Pearson, by group) is no other prior as
+    far as anybody can tell. Otherwise promises about all images together are void. Those that hold within one class
+    (the risk by class, FNR) stand under label shift: each class's images are drawn as before, only their mix changes.
+
+    Args:
+        policy: the active one.
+        splits: what it was calibrated on.
+        prior: inside (0, 1); None: nothing is said.
+
+    Raises:
+        InputError: ``prior`` is outside.
+    """
+    check_prior(prior)
+    counts, n_groups = splits.counts["val_calib"], splits.groups["val_calib"]
+    share = counts.get(policy.positive, 0) / max(1, sum(counts.values()))
+    # Where clips differ in size, rows would count some of them more than certificates do.
+    share = splits.group_shares.get(policy.positive, share)
+    asked = policy.target.promises(policy.positive)
+    within_class = tuple(one.name for one in asked if one.within_class)
+    overall = tuple(one.name for one in asked if not one.within_class)
+    if policy.guarantee == "none":
+        note = "nothing is promised" if prior is None else "nothing is promised, so no prior can void it"
+        return Standing(policy.guarantee, policy.statement, prior, share, (), (), note)
+    if prior is None:
+        return Standing(
+            policy.guarantee, policy.statement, prior, share, (*overall, *within_class), (), "as calibrated"
+        )
+    low, high = clopper_pearson(round(share * n_groups), n_groups)
+    calibrated = f"share of '{policy.positive}' {share:.3g} (95% interval {low:.3g} to {high:.3g})"
+    if low <= prior <= high:
+        note = f"prior {prior:g} is inside what was calibrated on: {calibrated}"
+        return Standing(policy.guarantee, policy.statement, prior, share, (*overall, *within_class), (), note)
+    note = f"prior {prior:g} is not what was calibrated on: {calibrated}. Void: {', '.join(overall) or 'nothing'}. "
+    if within_class:
+        note += (
+            f"Stands: {', '.join(within_class)}, provided that images of each class are drawn as before and only the "
+            "mix of classes changed (label shift)"
+        )
+    else:
+        note += "Nothing stands; calibrate on rows of the new mix, or by class (policy scrc, cells class)"
+    return Standing(
+        policy.guarantee, policy.statement, prior, share, within_class, overall, f"{note}. Answers do not change"
+    )
+
+
+def check_prior(prior: float | None) -> None:
+    """Raise InputError when a prior is given that is no share inside (0, 1)."""
+    if prior is not None and not 0 < prior < 1:
+        raise InputError(f"prior must be inside (0, 1), got {prior}; give the share of positives, such as 0.05")
