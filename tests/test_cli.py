@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import inspect
-import io
 import json
 import os
 import re
@@ -29,20 +27,10 @@ from stage1_pro.errors import InputError
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """A command and what it said: in this process, or in one of its own where an environment is given."""
-    words = [str(one) for one in arguments]
-    if env is not None:
-        return subprocess.run(
-            [sys.executable, "-m", "stage1_pro.cli", *words],
-            capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=600,
-        )  # fmt: skip
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main(words)
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return subprocess.run(
+        [sys.executable, "-m", "stage1_pro.cli", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}, timeout=600,
+    )  # fmt: skip
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
@@ -166,6 +154,20 @@ def test_functions_show_the_options_of_their_command() -> None:
     assert set(names) == set(Split.model_fields)
     assert "max_component:" in (stage1_pro.split.__doc__ or "")
     assert "split" in dir(stage1_pro) and "importlib" not in dir(stage1_pro)
+
+
+def test_calibrate_groups_its_options_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options, ranges and defaults are those of the policies' targets."""
+    from stage1_pro.policies.target import KNOWN, Target
+
+    text = " ".join(help_of("calibrate", capsys=capsys).split())
+    assert "policies softmax, gate:" in text and "policies gate, scrc:" in text and "policy scrc:" in text
+    command = load(COMMANDS["calibrate"][0])
+    for kind in KNOWN.values():
+        assert set(kind.model_fields) - set(Target.model_fields) <= set(command.model_fields)
+    assert "gate: the same as --max-exit-error" in text and "scrc: largest risk" in text
+    with pytest.raises(InputError, match=r"alpha must be inside \(0, 1\), got 2.0"):
+        stage1_pro.calibrate("run", alpha=2)
 
 
 def test_a_command_of_another_package_is_found(tmp_path: Path) -> None:

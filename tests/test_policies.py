@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from stage1_pro.classes import choose_positive
+from stage1_pro.commands.calibrate import calibrate
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
@@ -26,7 +27,7 @@ from stage1_pro.policies.counts import SWEEP_ROWS, gaps
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.policies.softmax import GRID, Thresholds, confidence, softmax
 from stage1_pro.policies.units import groups_in_error
-from stage1_pro.training.calibration import calibrate, render
+from stage1_pro.training.calibration import render
 
 BINARY = {"classes": ["none", "roadwork"], "positive": "roadwork"}
 
@@ -489,15 +490,15 @@ def test_wrong_logit_files_are_named(tmp_path: Path, arrays: dict[str, object], 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     make_run(tmp_path)
-    with pytest.raises(InputError, match="either a run or a logits file"):
+    with pytest.raises(InputError, match="exactly one of run or logits"):
         calibrate()
-    with pytest.raises(InputError, match="either a run or a logits file"):
+    with pytest.raises(InputError, match="exactly one of run or logits"):
         calibrate(tmp_path, logits=tmp_path)
     with pytest.raises(
         InputError, match="policy must be softmax or gate or scrc or auto, got 'softmx'; did you mean 'softmax'"
     ):
         calibrate(tmp_path, policy="softmx")
-    with pytest.raises(InputError, match="guarantee must be ltt or none, got 'lt'; did you mean 'ltt'"):
+    with pytest.raises(InputError, match="guarantee must be one of ltt, none, got 'lt'; did you mean 'ltt'"):
         calibrate(tmp_path, guarantee="lt")
     with pytest.raises(InputError, match="min_coverage must go with policy scrc or gate, got it with softmax"):
         calibrate(tmp_path, min_coverage=0.5)

@@ -14,6 +14,7 @@ import pytest
 from tempered import Calm, Tempered
 from test_deploy import make_model, make_run
 
+from stage1_pro.commands.calibrate import calibrate
 from stage1_pro.continual.loop.promotion import check_certificate
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.deploy.cascade import Cascade
@@ -26,7 +27,7 @@ from stage1_pro.policies.policy import POLICIES, Origin, read_policy, register, 
 from stage1_pro.policies.routing import make_router
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import parse_target
-from stage1_pro.training.calibration import calibrate, render
+from stage1_pro.training.calibration import render
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.evaluation import evaluate
 from stage1_pro.training.inference import infer_split, save_calibration

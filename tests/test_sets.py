@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.special import expit
 
 from stage1_pro import cli
+from stage1_pro.commands.calibrate import calibrate
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, SplitsSummary, hash_splits
@@ -35,7 +36,6 @@ from stage1_pro.policies.sets import LIMIT_SLACK, NOBODY_EXITS, ScrcParams, conf
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.standing import standing
 from stage1_pro.training.answers import answer, count_groups
-from stage1_pro.training.calibration import calibrate
 from stage1_pro.training.calibration import render as render_policy
 from stage1_pro.training.evaluation import evaluate, evaluate_predictions
 from stage1_pro.training.summary import render as render_evaluation

@@ -1,40 +1,41 @@
-"""``stage1 calibrate``."""
+"""``stage1 calibrate``: its options are those of the policies' targets."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional
 
-from pydantic import Field
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
 
 from stage1_pro.command import Command, Count, Flag, Result, Share, Words, keywords
+from stage1_pro.policies.target import KNOWN, Target
 
 if TYPE_CHECKING:
     from stage1_pro.policies.policy import Policy
 
-Source = Flag(one_of="source")
-BOTH = Flag(group="policies gate and scrc")
-SCRC = Flag(group="policy scrc")
-OWN = Flag(group="with --logits")
+_SOURCE = Flag(one_of="source")
+_OWN = Flag(group="with --logits")
 
 
-class Calibrate(Command):
-    """Choose the exit policy on val_calib."""
+class Calibration(Command):
+    """Choose the exit policy on val_calib.
+
+    What is left out is taken from the run's configuration. An option that the chosen policy does not have is refused.
+    """
 
     topic: ClassVar[str] = "certificates"
 
-    run: Annotated[Path | None, Source] = Field(None, description="trained run folder")
-    logits: Annotated[Path | None, Source] = Field(
+    run: Annotated[Path | None, _SOURCE] = Field(None, description="trained run folder")
+    logits: Annotated[Path | None, _SOURCE] = Field(
         None,
         description=".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, logits_b, groups, half, "
         "classes, positive",
     )
-
-    policy: Literal["softmax", "gate", "scrc", "auto"] | None = Field(
+    policy: str | None = Field(
         None,
-        description="what decides an exit: softmax (by default), the gate head, or the better of both by gate.json "
-        "(auto); scrc: the gate decides exits, then a set of classes is given for what is accepted, and nobody "
-        "answers the rest",
+        description="what decides an exit: softmax (by default), gate, scrc, or auto: the better of softmax and gate "
+        "by gate.json",
     )
     guarantee: Literal["ltt", "none"] | None = Field(
         None, description="ltt (by default) = certified or refused; none = empirical choice, promises nothing"
@@ -45,60 +46,76 @@ class Calibrate(Command):
     claims: Count | None = Field(
         None, description="ltt: claims that delta is divided for, fixed by the first; 1 by default"
     )
-    target_fnr: Annotated[Share | None, Flag(group="policies softmax and gate")] = Field(
-        None,
-        description="largest false negative rate among exits; softmax: .02 by default; gate: a third limit, off by "
-        "default",
-    )
-    min_coverage: Annotated[Share | None, BOTH] = Field(
-        None, description="least share of images that exit (gate) or are accepted (scrc); .70 by default"
-    )
-    alpha: Annotated[Share | None, BOTH] = Field(
-        None,
-        description="largest share of wrong answers among exits (gate), or largest risk among the accepted (scrc); .01 "
-        "by default",
-    )
-    max_exit_error: Annotated[Share | None, BOTH] = Field(
-        None,
-        description="gate: another name of --alpha; scrc: limit of its exit rule on half of val_calib, where it "
-        "promises nothing of its own; .01 by default",
-    )
-    variant: Annotated[Literal["pac", "I", "T", "naive"] | None, SCRC] = Field(
-        None,
-        description="pac (by default) = holds for the thresholds found with probability 1 - delta; I, T = on average "
-        "over calibrations; naive = --guarantee none",
-    )
-    loss: Annotated[Literal["miscoverage", "fnr"] | None, SCRC] = Field(
-        None, description="sets that miss the label (by default), or of positives alone"
-    )
-    score: Annotated[Literal["lac", "aps", "raps"] | None, SCRC] = Field(
-        None, description="nonconformity of a class; lac by default"
-    )
-    cells: Annotated[Literal["stage", "class"] | None, SCRC] = Field(
-        None, description="promise the risk for each stage that answers, or each class; one for all by default"
-    )
-    allow_empty: Annotated[bool | None, SCRC] = Field(None, description="let sets be empty")
-    out: Annotated[Path | None, OWN] = Field(None, description="where to write the policy, a folder or a .json file")
-    positive: Annotated[str | None, OWN] = Field(None, description="name of the positive class")
-    classes: Annotated[Words | None, OWN] = Field(
+    out: Annotated[Path | None, _OWN] = Field(None, description="where to write the policy, a folder or a .json file")
+    positive: Annotated[str | None, _OWN] = Field(None, description="name of the positive class")
+    classes: Annotated[Words | None, _OWN] = Field(
         None, description="comma-separated names of the classes; the file's own, else 0, 1, … by default"
     )
+
+    def asked_for(self) -> dict[str, Any]:
+        """Options of targets that were given."""
+        own = {"run", "logits", "out", "positive", "classes"}
+        return {name: value for name, value in self if name not in own and value is not None}
 
     def execute(self) -> Result:
         """Print the grid with the chosen threshold in its place, and what it means."""
         from stage1_pro.training.calibration import calibrate, render
 
-        policy = calibrate(**dict(self))
+        policy = calibrate(self)
         return Result(render(policy), policy.model_dump(mode="json"))
 
 
+def _targets() -> dict[str, type[Target]]:
+    """What the policies here are asked for, and those that other packages bring."""
+    from importlib.metadata import entry_points
+
+    return {**KNOWN, **{point.name: point.load().asks for point in entry_points(group="stage1_pro.policies")}}
+
+
+def _options() -> dict[str, Any]:
+    """Every field of the targets, left out by default, in a group of the policies that have it."""
+    kinds = _targets()
+    owners: dict[str, dict[str, FieldInfo]] = {}
+    for policy, kind in kinds.items():
+        for name, field in kind.model_fields.items():
+            if name not in Target.model_fields:
+                owners.setdefault(name, {})[policy] = field
+    made: dict[str, Any] = {}
+    for name, fields in owners.items():
+        texts = {
+            policy: _text(fields[policy]) if policy in fields else f"the same as --{_dashed(kind.aliases[name])}"
+            for policy, kind in kinds.items()
+            if policy in fields or name in kind.aliases
+        }
+        field = next(iter(fields.values()))
+        checked = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        text = "; ".join(texts.values() if len(texts) == 1 else (f"{policy}: {one}" for policy, one in texts.items()))
+        group = Flag(group=f"polic{'y' if len(texts) == 1 else 'ies'} {', '.join(texts)}")
+        made[name] = (Annotated[Optional[checked], group], Field(None, description=text))  # noqa: UP045
+    return made
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _text(field: FieldInfo) -> str:
+    return f"{field.description}{'' if field.default in (None, False) else f' (default: {field.default})'}"
+
+
+Calibrate: type[Calibration] = create_model(
+    "Calibrate", __base__=Calibration, __doc__=Calibration.__doc__, __module__=__name__, **_options()
+)
+
+
 @keywords(Calibrate)
-def calibrate(run: Path | str | None = None, **options: Any) -> Policy:
+def calibrate(run: Path | str | None = None, *, target: Target | None = None, **options: Any) -> Policy:
     """Choose when Stage A may answer, and write the policy file.
 
     With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json``, ``gateparams.json`` or
     ``scrcparams.json``, the run's only policy file from then on. With ``logits`` it writes to ``out`` when that is
-    given. What is left out is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``.
+    given. What is left out is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``;
+    ``target`` says all of it at once.
 
     Raises:
         InputError: an option or array is not what it must be, or the half of val_calib kept for the certificate has
@@ -108,4 +125,4 @@ def calibrate(run: Path | str | None = None, **options: Any) -> Policy:
     """
     from stage1_pro.training.calibration import calibrate as work
 
-    return work(**dict(Calibrate.of(run=run, **options)))
+    return work(Calibrate.of(run=run, **options), target)

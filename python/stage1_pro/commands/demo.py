@@ -105,8 +105,8 @@ def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: lis
 
 
 def _calibrate(run: Path) -> Policy:
+    from stage1_pro.commands.calibrate import calibrate
     from stage1_pro.progress import say
-    from stage1_pro.training.calibration import calibrate
 
     # A few hundred scenes certify nothing; the demo shows the empirical choice, which says that it promises nothing.
     for target in TARGETS[:-1]:

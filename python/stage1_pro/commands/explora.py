@@ -16,7 +16,7 @@ class Explora(Configured):
 
     topic: ClassVar[str] = "explora"
 
-    images: Path = Field(description="the pool: a folder, or a CSV with file[,group]")
+    images: Place = Field(description="the pool: a folder or tar, or a CSV with file[,group]")
     run: Path = Field(description="run folder with splits.json")
     base: Place | None = Field(
         None, description="backbone to adapt: preset, folder or hub id; model.backbone otherwise"

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from stage1_pro.command import Command, Count, Flag, Result
+from stage1_pro.command import Command, Count, Flag, Place, Result
 from stage1_pro.words import SplitName
 
-INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|CSV")
+INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|TAR|CSV")
 
 
 class Answering(Command):
@@ -40,7 +40,7 @@ class Predict(Answering):
     hints: ClassVar = {"--run": "predict takes --bundle RUN/bundle; of a run itself: stage1 infer"}
 
     bundle: Path = Field(description="bundle folder")
-    inputs: Annotated[tuple[Path, ...], INPUTS] = Field(description="what to answer for")
+    inputs: Annotated[tuple[Place, ...], INPUTS] = Field(description="what to answer for")
     log: Path | None = Field(None, description="folder to log every decision to, as an event; see `stage1 review`")
     runtime: str = Field(
         "onnxruntime",
@@ -70,7 +70,7 @@ class Infer(Answering):
     hints: ClassVar = {"--bundle": "infer takes --run; of a bundle: stage1 predict"}
 
     run: Path = Field(description="trained and calibrated run folder")
-    inputs: Annotated[tuple[Path, ...], INPUTS] = Field((), description="what to answer for")
+    inputs: Annotated[tuple[Place, ...], INPUTS] = Field((), description="what to answer for")
     split: SplitName | None = Field(None, description="rows of the run instead of images")
 
     def execute(self) -> Result:

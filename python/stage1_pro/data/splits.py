@@ -18,7 +18,7 @@ from pydantic import Field
 
 from stage1_pro.data.duplicates import Merging, join_groups, read_pictures
 from stage1_pro.data.images import Quarantined
-from stage1_pro.data.labels import check_contents, classes_of, positive_of, read_labels
+from stage1_pro.data.labels import Labelled, check_contents, classes_of, positive_of, read_labels
 from stage1_pro.data.photos import Photo, Photos, is_address, open_photos
 from stage1_pro.errors import ArtifactError, InputError, nearest
 from stage1_pro.files import sha256_bytes
@@ -238,16 +238,7 @@ def make_splits(
     inside = {unit: count for unit, count in classes_in.items() if split_of[unit] == "val_calib"}
     half_of = assign(inside, dict.fromkeys(HALVES, 0.5), f"{seed}:halves")
     rows = [
-        Row(
-            id=sha256_bytes(entry.file.encode("utf-8", "surrogateescape"))[:16],
-            file=entry.file,
-            label=entry.name,
-            group=unit,
-            source=entry.source,
-            split=split_of[unit],
-            half=half_of.get(unit),
-            sha256=pictures[entry.file].sha256,
-        )
+        _row(entry, unit, split_of[unit], half_of.get(unit), pictures[entry.file].sha256)
         for entry, unit in zip(entries, units, strict=True)
     ]
     splits = Splits(
@@ -264,6 +255,19 @@ def make_splits(
         rows=rows,
     )
     return splits.apart(), quarantined
+
+
+def _row(entry: Labelled, group: str, split: SplitName, half: Half | None, sha256: str) -> Row:
+    return Row(
+        id=sha256_bytes(entry.file.encode("utf-8", "surrogateescape"))[:16],
+        file=entry.file,
+        label=entry.name,
+        group=group,
+        source=entry.source,
+        split=split,
+        half=half,
+        sha256=sha256,
+    )
 
 
 class _Facts(TypedDict):

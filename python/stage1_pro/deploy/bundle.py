@@ -14,13 +14,12 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec
-from stage1_pro.data.splits import Splits, SplitsSummary
+from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.manifest import BundleManifest, EngineEntry, Provenance, StageEntry
 from stage1_pro.deploy.migrate import FORMAT, upgrade
@@ -30,6 +29,10 @@ from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.policy import Policy, policy_files, policy_named
 from stage1_pro.record import FileEntry
 from stage1_pro.words import StageName
+
+if TYPE_CHECKING:
+    from stage1_pro.config import Config
+    from stage1_pro.data.splits import Splits
 
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stage1_pro.continual.serving.events import EventLog
-from stage1_pro.continual.serving.served import Served
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.listing import gather
 from stage1_pro.data.photos import ImageFile
@@ -63,6 +61,9 @@ def predict(
     cascade = bundle if isinstance(bundle, Cascade) else load(bundle, runtime, trust_engines=trust_engines)
     if log is None:
         return _answer_all(cascade, files, out, batch_size, "predict")
+    from stage1_pro.continual.serving.events import EventLog
+    from stage1_pro.continual.serving.served import Served
+
     with EventLog(log) as events:
         return _answer_all(Served(cascade, events), files, out, batch_size, "predict")
 

@@ -258,7 +258,7 @@ class Scrc(Target):
         return f"accepted >= {self.min_coverage:g} with {risk} <= {self.alpha:g}{each}"
 
 
-_KNOWN: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
+KNOWN: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
 
 
 def parse_target(values: Mapping[str, Any]) -> Target:
@@ -267,7 +267,7 @@ def parse_target(values: Mapping[str, Any]) -> Target:
     Raises:
         InputError: a field is missing, unknown, or outside its range, or no such policy.
     """
-    kind = _KNOWN.get(values.get("policy", ""))
+    kind = KNOWN.get(values.get("policy", ""))
     if kind is None:
         from stage1_pro.policies.policy import policy_named
 

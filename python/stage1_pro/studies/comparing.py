@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -145,61 +146,59 @@ def compare(asked: Compare, configs: Mapping[str, Config]) -> tuple[Comparison, 
         ArtifactError: arms that did not start alike, or a damaged run.
         TrainingError: a training that failed; the others were finished and are kept.
     """
-    out, seeds, metric = asked.out, asked.seeds, asked.metric
-    _check(out, configs, seeds, metric)
+    out, numbers = asked.out, list(range(asked.seeds))
+    _check(out, configs, asked.seeds, asked.metric)
     plan = _plan(asked)
-    chosen_from = sha256_bytes(
-        json.dumps([
-            [[name, _without_seed(config)] for name, config in configs.items()], seeds, metric, plan.fingerprint(),
-        ]).encode()
-    )  # fmt: skip
+    arms = [[name, _without_seed(config)] for name, config in configs.items()]
+    chosen_from = sha256_bytes(json.dumps([arms, asked.seeds, asked.metric, plan.fingerprint()]).encode())
     if asked.test:
         _check_look(out, chosen_from, second_look=asked.second_look)
     for name, config in configs.items():
         _keep_config(out / name, name, config)
-    numbers = list(range(seeds))
     _split_all(asked, configs, numbers)
-    exceptions = _train_all(out, configs, numbers)
-    exceptions += _check_bases(out, configs, numbers)
+    exceptions = [*_train_all(out, configs, numbers), *_check_bases(out, configs, numbers)]
     runs = {name: [out / name / f"seed{seed}" for seed in numbers] for name in configs}
-
-    shared: dict[str, Any] = {
-        "metric": metric,
-        "seeds": numbers,
-        "plan": plan,
-        "n_replicates": asked.n_replicates,
-        "level": asked.level,
-        "exceptions": exceptions,
-        "chosen_from": chosen_from,
-    }
-    found = _measure("val_select", runs, None, lambda run: Predictions.load(run / "val_select.npz"), shared)
+    trained = _Trained(asked, plan, chosen_from, runs, exceptions)
+    found = _measure(trained, "val_select", list(configs), lambda run: Predictions.load(run / "val_select.npz"))
     found.write(out / "compare.json")
     _write_tables(out, found)
-    looked = None
-    if asked.test:
-        looked = _earlier(out)
-        names = list(dict.fromkeys([found.baseline, found.chosen]))
-        models = sha256_bytes("".join(sha256_file(run / "model_best.pth") for n in names for run in runs[n]).encode())
-        if (
-            looked is not None
-            and looked.chosen_from == chosen_from
-            and looked.models != models
-            and not asked.second_look
-        ):
+    return found, _look(trained, found) if asked.test else None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What was asked for, and the runs [seeds] of every arm that were trained for it."""
+
+    asked: Compare
+    plan: ComparisonPlan
+    chosen_from: str
+    runs: Mapping[str, Sequence[Path]]
+    exceptions: list[str]
+
+
+def _look(trained: _Trained, found: Comparison) -> Comparison:
+    """The chosen arm and the baseline on ``val_test``: computed once, and read from ``test.json`` from then on."""
+    out, looked = trained.asked.out, _earlier(trained.asked.out)
+    names = list(dict.fromkeys([found.baseline, found.chosen]))
+    weights = [sha256_file(run / "model_best.pth") for name in names for run in trained.runs[name]]
+    models = sha256_bytes("".join(weights).encode())
+    before = []
+    if looked is not None:
+        if looked.chosen_from == trained.chosen_from and looked.models == models:
+            return looked
+        if looked.chosen_from == trained.chosen_from and not trained.asked.second_look:
             raise InputError(
                 f"{out}/test.json must be of these trainings, but it holds figures of others: a run was trained anew "
                 "since. Leave val_test alone with --no-test, or look again with --second-look, which is recorded"
             )
-        if looked is None or (looked.chosen_from, looked.models) != (chosen_from, models):
-            from stage1_pro.training.inference import infer_split
+        before = [*looked.looks, looked.chosen]
+    from stage1_pro.training.inference import infer_split
 
-            say(f"chosen by {metric} on val_select: {found.chosen}; reading val_test, once")
-            before = [] if looked is None else [*looked.looks, looked.chosen]
-            again = {name: runs[name] for name in names}
-            looked = _measure("val_test", again, found.chosen, lambda run: infer_split(run, "val_test"), shared)
-            looked = looked.model_copy(update={"looks": before, "models": models})
-            looked.write(out / "test.json")
-    return found, looked
+    say(f"chosen by {found.metric} on val_select: {found.chosen}; reading val_test, once")
+    new = _measure(trained, "val_test", names, lambda run: infer_split(run, "val_test"), found.chosen)
+    new = new.model_copy(update={"looks": before, "models": models})
+    new.write(out / "test.json")
+    return new
 
 
 def read_arms(
@@ -522,21 +521,30 @@ def check_fairness(starts: Mapping[str, Start], seed: int) -> list[str]:
 
 
 def _measure(
-    split: Literal["val_select", "val_test"],
-    runs: Mapping[str, Sequence[Path]],
-    chosen: str | None,
+    trained: _Trained,
+    split_name: Literal["val_select", "val_test"],
+    names: Sequence[str],
     read: Callable[[Path], Predictions],
-    shared: Mapping[str, Any],
+    chosen: str | None = None,
 ) -> Comparison:
-    """Measure every arm on one split; ``shared`` are fields of the comparison that no split changes."""
-    metric, plan, seeds = shared["metric"], shared["plan"], shared["seeds"]
-    predictions = {name: [_checked(run, read(run), split) for run in paths] for name, paths in runs.items()}
+    """Compare arms on one split.
+
+    Args:
+        trained: the runs.
+        split_name: what they are measured on.
+        names: arms, the baseline first.
+        read: a run to its answers there.
+        chosen: the arm that was chosen before; the best of these otherwise.
+    """
+    asked = trained.asked
+    runs, seeds = {name: trained.runs[name] for name in names}, list(range(asked.seeds))
+    predictions = {name: [_checked(run, read(run), split_name) for run in paths] for name, paths in runs.items()}
     rows = {name: [_rows(one) for one in found] for name, found in predictions.items()}
-    compared = compare_seeds(rows, n_replicates=shared["n_replicates"], level=shared["level"])
-    sign = -1 if METRICS[metric].better == "higher" else 1
-    best = min(compared, key=lambda name: sign * compared[name].means[metric].value)
-    baseline = next(iter(runs))
-    arms = [_arm(name, runs[name], seeds, rows[name], compared[name], plan) for name in runs]
+    compared = compare_seeds(rows, n_replicates=asked.n_replicates, level=asked.level)
+    sign = -1 if METRICS[asked.metric].better == "higher" else 1
+    best = min(compared, key=lambda name: sign * compared[name].means[asked.metric].value)
+    baseline = names[0]
+    arms = [_arm(name, runs[name], seeds, rows[name], compared[name], trained.plan) for name in runs]
     differences = [
         _difference(name, baseline, metric_name, one, found.seed_differences[metric_name])
         for name, found in compared.items()
@@ -544,14 +552,10 @@ def _measure(
     ]
     groups = {group for one in rows[baseline] for group in one.groups.tolist()}
     return Comparison(
-        split=split,
-        baseline=baseline,
-        chosen=chosen or best,
-        n_groups=len(groups),
-        arms=arms,
-        differences=differences,
-        **shared,
-    )
+        split=split_name, baseline=baseline, metric=asked.metric, chosen=chosen or best, seeds=seeds, plan=trained.plan,
+        n_groups=len(groups), n_replicates=asked.n_replicates, level=asked.level, arms=arms, differences=differences,
+        exceptions=trained.exceptions, chosen_from=trained.chosen_from,
+    )  # fmt: skip
 
 
 def _checked(run: Path, found: Predictions, split_name: str) -> Predictions:

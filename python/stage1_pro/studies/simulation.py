@@ -193,6 +193,7 @@ def simulate(asked: Simulate) -> Simulation:
 
 def _train(world: World, run: Path, config: SimulationConfig, backbone: str, image_size: int | None) -> Path:
     """The first champion's run: trained on the past, certified, exported."""
+    from stage1_pro.commands.calibrate import Calibrate
     from stage1_pro.config import build_config
     from stage1_pro.deploy.exporting import export
     from stage1_pro.training.calibration import calibrate
@@ -213,7 +214,11 @@ def _train(world: World, run: Path, config: SimulationConfig, backbone: str, ima
             "train": {"mode": "linear" if frozen else "full", "epochs": epochs, "workers": 0},
         }),
     )  # fmt: skip
-    calibrate(run, policy="gate", guarantee="ltt", max_exit_error=config.alpha, min_coverage=config.min_coverage)
+    calibrate(
+        Calibrate.of(
+            run=run, policy="gate", guarantee="ltt", max_exit_error=config.alpha, min_coverage=config.min_coverage
+        )
+    )
     export(run, target="onnx")
     return run
 

@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jsonschema import Draft202012Validator
@@ -28,29 +28,11 @@ from stage1_pro.policies.target import Target, parse_target
 from stage1_pro.progress import say
 from stage1_pro.words import HALVES
 
+if TYPE_CHECKING:
+    from stage1_pro.commands.calibrate import Calibration
 
-def calibrate(
-    run: Path | str | None = None,
-    *,
-    logits: Path | str | None = None,
-    policy: str | None = None,
-    guarantee: str | None = None,
-    target_fnr: float | None = None,
-    max_exit_error: float | None = None,
-    min_coverage: float | None = None,
-    alpha: float | None = None,
-    variant: str | None = None,
-    loss: str | None = None,
-    score: str | None = None,
-    cells: str | None = None,
-    allow_empty: bool | None = None,
-    delta: float | None = None,
-    claims: int | None = None,
-    target: Target | None = None,
-    out: Path | str | None = None,
-    positive: str | None = None,
-    classes: list[str] | None = None,
-) -> Policy:
+
+def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
     """Choose when Stage A may answer, and write the policy file.
 
     With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json``, ``gateparams.json`` or
@@ -64,53 +46,28 @@ def calibrate(
     What is not given is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``.
 
     Args:
-        run: trained run folder.
-        logits: somebody's logits instead of a run.
-        policy: what decides an exit; ``softmax``, ``gate``, ``scrc`` (exits by the gate, then sets and abstentions), or
-            with a run ``auto``: softmax or gate, the one that ranked answers better on ``val_select``, as
-            ``gate.json`` says.
-        guarantee: ``ltt``, certified on the certify half of ``val_calib`` or refused; ``none``, an empirical
-            choice that promises nothing: on all of it, for scrc (variant ``naive``) on the certify half.
-        target_fnr: largest FNR among exits; for the gate a third constraint, not asked for by default.
-        max_exit_error: gate: largest share of wrong answers among exits; scrc: of its exit rule, on the fit half.
-        min_coverage: gate: least share of images that exit; scrc: that are accepted.
-        alpha: scrc: largest risk among the accepted; gate: another name of ``max_exit_error``.
-        variant: scrc: ``pac``, ``I``, ``T``, or ``naive``, which goes with guarantee ``none``.
-        loss: scrc: ``miscoverage`` or ``fnr``.
-        score: scrc: ``lac``, ``aps`` or ``raps``.
-        cells: scrc: ``stage`` or ``class``: what has a limit of its own.
-        allow_empty: scrc: let sets be empty.
-        delta: largest chance that the certificate is false, all claims on the certify half together.
-        claims: how many claims delta is divided for; fixed by the first one.
-        target: all of these in one, instead of them and of the configuration.
-        out: with ``logits``: a ``.json`` file to write, or a folder for the policy file.
-        positive: with ``logits``: name of the positive class.
-        classes: with ``logits``: K names; the file's own, else ``0, 1, …`` by default.
+        asked: options; for policy ``auto`` ``gate.json`` says whether softmax or gate ranked answers better on
+            ``val_select``.
+        target: what is asked for, instead of the options of a policy and of the configuration.
 
     Raises:
-        InputError: an argument or array is not what it must be, or the certify half has been used up.
+        InputError: an option or array is not what it must be, or the certify half has been used up.
         ArtifactError: ``val_calib.npz`` is missing, damaged, or of other splits.
-        NotReachableError: the wish cannot be met or certified; the old policy is withdrawn, none is written.
+        NotReachableError: the target cannot be met or certified; the old policy is withdrawn, none is written.
     """
-    if (run is None) == (logits is None):
-        raise InputError("calibrate must have either a run or a logits file; give one of --run and --logits")
-    given = {
-        "policy": policy, "guarantee": guarantee, "target_fnr": target_fnr, "max_exit_error": max_exit_error,
-        "min_coverage": min_coverage, "alpha": alpha, "variant": variant, "loss": loss, "score": score, "cells": cells,
-        "allow_empty": allow_empty, "delta": delta, "claims": claims,
-    }  # fmt: skip
-    if target is not None and any(value is not None for value in given.values()):
-        named = ", ".join(name for name, value in given.items() if value is not None)
-        raise InputError(f"target must be given alone, got it with {named}; it says all of that")
-    if run is not None:
-        if out is not None or positive is not None or classes is not None:
+    given = asked.asked_for()
+    if target is not None and given:
+        raise InputError(f"target must be given alone, got it with {', '.join(given)}; it says all of that")
+    if asked.run is not None:
+        if asked.out is not None or asked.positive is not None or asked.classes is not None:
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
-        return _calibrate_run(Path(run), given, target)
-    assert logits is not None
-    if policy == "auto":
+        return _calibrate_run(asked.run, given, target)
+    assert asked.logits is not None
+    if asked.policy == "auto":
         raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
     wish = target or _target(CalibrateConfig(), given)
-    return _calibrate_logits(Path(logits), wish, None if out is None else Path(out), positive, classes)
+    classes = None if asked.classes is None else list(asked.classes)
+    return _calibrate_logits(asked.logits, wish, asked.out, asked.positive, classes)
 
 
 def render(policy: Policy) -> str:
@@ -164,13 +121,12 @@ def _one_of(name: str, value: str, options: list[str]) -> None:
 
 def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
-    _one_of("policy", given["policy"] or base.policy, [*POLICIES, "auto"])
-    _one_of("guarantee", given["guarantee"] or base.guarantee, ["ltt", "none"])
-    policy, guarantee = given["policy"] or base.policy, given["guarantee"] or base.guarantee
+    policy, guarantee = given.get("policy", base.policy), given.get("guarantee", base.guarantee)
+    _one_of("policy", policy, [*POLICIES, "auto"])
     kind = policy_named(policy).asks
     named: dict[str, Any] = {"policy": policy}
     for name, value in given.items():
-        if value is None or name == "policy":
+        if name == "policy":
             continue
         field = kind.aliases.get(name, name)
         if field not in kind.model_fields:
@@ -198,7 +154,7 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
     splits = Splits.read(run / "splits.json")
     if wish is None:
         base = _run_wish(run)
-        if (given["policy"] or base.policy) == "auto":
+        if given.get("policy", base.policy) == "auto":
             given = {**given, "policy": _better(run, predictions)}
         wish = _target(base, given)
     else:
@@ -227,8 +183,8 @@ def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origi
     if wish.guarantee == "ltt":
         stake = stake_claim(
             run, half, policy=wish.policy, wish=wish.key(), model_fingerprint=origin.model_fingerprint or "",
-            preprocessing_fingerprint=origin.preprocessing_fingerprint or "", delta=given["delta"],
-            claims=given["claims"], defaults=(wish.delta, wish.claims),
+            preprocessing_fingerprint=origin.preprocessing_fingerprint or "", delta=given.get("delta"),
+            claims=given.get("claims"), defaults=(wish.delta, wish.claims),
         )  # fmt: skip
     elif half:
         note_look(run, half)

@@ -43,7 +43,7 @@ def explora(
     did not help), ``metrics.csv``, ``reconstructions.png``, ``quarantine.csv``, ``config.json`` and ``last.pth``.
 
     Args:
-        images: the pool: a folder, or a CSV with ``file[,group]``.
+        images: the pool: a folder or tar, or a CSV with ``file[,group]``.
         run: folder with ``splits.json``; its ``train`` rows are what the judgement is made on.
         config: the configuration; sections ``model``, ``explora``, ``seed`` and, of ``train``, workers and precision.
         base: preset, folder or hub id to adapt instead of ``config.model.backbone``.

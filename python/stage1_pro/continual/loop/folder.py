@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,7 +37,7 @@ from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
 from stage1_pro.files import write_text
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, read_yaml
 
 CONFIG = "loop.json"
 
@@ -127,7 +126,7 @@ def init(
             f"alpha must be given, got none; the {policy.policy} policy promises nothing of the error of exits, "
             "which is what audits test: --alpha A watches it against a limit of your own"
         )
-    given = dict(config) if isinstance(config, Mapping) else _read_yaml(config)
+    given = dict(config) if isinstance(config, Mapping) else _read_config(config)
     if isinstance(given.get("metrics"), str):
         given["metrics"] = str(Path(given["metrics"]).absolute())
     rounds = dict(given.pop("rounds", {}))
@@ -165,14 +164,9 @@ def init(
     return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": where, "log": file.log}
 
 
-def _read_yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"config must be a YAML file, got {path}: {error}") from None
-    if not isinstance(found, dict) or any(not isinstance(found.get(key, {}), dict) for key in ("loop", "rounds")):
+def _read_config(path: Path | None) -> dict[str, Any]:
+    found = {} if path is None else read_yaml(path)
+    if any(not isinstance(found.get(key, {}), dict) for key in ("loop", "rounds")):
         raise InputError(f"config must hold the keys loop, rounds, alerts or metrics, got {path}")
     return found
 

@@ -127,12 +127,13 @@ def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def recalibrate(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Calibrate a proposal for the champion's target on its fresh ``val_calib``, and export it to ``bundle``."""
+    from stage1_pro.commands.calibrate import Calibrate
     from stage1_pro.deploy.exporting import export
     from stage1_pro.policies.target import parse_target
     from stage1_pro.training.calibration import calibrate
 
     run = Path(shutil.copytree(inputs["run"], folder / "run"))
-    policy = calibrate(run, target=parse_target(inputs["target"]))
+    policy = calibrate(Calibrate(run=run), parse_target(inputs["target"]))
     export(run, folder / "bundle", target="onnx")
     return {"bundle": "bundle", "policy": policy.fingerprint()}
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from PIL import Image
 from pydantic import Field, ValidationError
 
@@ -26,7 +25,7 @@ from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
 from stage1_pro.deploy.runtime import RUNTIMES
 from stage1_pro.errors import InputError, Stage1Error
 from stage1_pro.integrations.streetvision.reward import prior_shift, shifted
-from stage1_pro.record import Record
+from stage1_pro.record import Record, read_yaml
 
 NO_ANSWER = -1.0
 # A request is one JPEG; what is longer is not looked at.
@@ -96,13 +95,7 @@ class Settings(Record):
     def read(cls, path: Path | str) -> Settings:
         """Read a YAML file; relative folders are relative to the file."""
         path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{path} must be a readable YAML file, got: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path} must hold keys and values, got {type(values).__name__}; at least bundle: FOLDER")
-        return cls.of(values, str(path), path.resolve().parent)
+        return cls.of(read_yaml(path), str(path), path.resolve().parent)
 
 
 def misspelt(key: str) -> str | None:
