@@ -669,7 +669,7 @@ def test_a_certified_gate_is_what_it_says() -> None:
     text = render(policy)
     assert text.count("<- chosen") == 1
     assert "guarantee: ltt" in text
-    assert (policy.exit_threshold, policy.target_fnr) == (policy.threshold, 0.05)
+    assert (policy.exit_threshold, policy.fnr_target) == (policy.threshold, 0.05)
 
 
 def test_platt_never_sees_a_certify_row_and_the_certificate_no_fit_row() -> None:

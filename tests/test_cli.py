@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import inspect
-import io
 import json
 import os
 import re
@@ -29,20 +27,10 @@ from stage1_pro.errors import InputError
 
 
 def stage1(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """A command and what it said: in this process, or in one of its own where an environment is given."""
-    words = [str(one) for one in arguments]
-    if env is not None:
-        return subprocess.run(
-            [sys.executable, "-m", "stage1_pro.cli", *words],
-            capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=600,
-        )  # fmt: skip
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main(words)
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return subprocess.run(
+        [sys.executable, "-m", "stage1_pro.cli", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}, timeout=600,
+    )  # fmt: skip
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:

@@ -214,7 +214,6 @@ def make_bundle(folder, kind="softmax", *, rich=False):
             stage1_pro="0.1.0", torch="2.13", transformers="5", checkpoint_sha256="1" * 64, model_fingerprint="0" * 64,
             split_hashes=splits.hashes,
         ),
-        reference="reference.npz" if rich else None,
     )  # fmt: skip
     metrics.unlink()
     return bundle

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from stage1_pro.command import Command, Flag, Result, Words
+from stage1_pro.deploy.runtime import NAMES
 from stage1_pro.tables import Sheet, grid, interval
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 
 Batches = Annotated[tuple[int, ...], Flag(metavar="N")]
 Rates = Annotated[tuple[float, ...], Flag(metavar="R")]
-RUNTIME = (
-    "what executes: onnxruntime (of a bundle by default), tensorrt_rtx, tensorrt, auto, or torch (of a run by default)"
-)
+RUNTIME = f"what executes: {NAMES}, or torch; onnxruntime for a bundle and torch for a run by default"
 THREADS = "threads of an operator; 0 = as the runtime has them"
 
 
@@ -83,7 +82,7 @@ class BenchLatency(Command):
     photos: Path | None = Field(None, description="encoded photos to answer from; drawn JPEGs of 1280 x 720 otherwise")
     against: Annotated[Words, Flag(metavar="PEER[,PEER]")] = Field(
         (),
-        description="full passes on the same inputs: onnxruntime, torch-eager, torch-compile; one that cannot run says "
+        description="full passes on the same inputs: runtimes, torch-eager, torch-compile; one that cannot run says "
         "why",
     )
     threads: int = Field(0, description=THREADS)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from stage1_pro.command import Command, Count, Flag, Place, Result
+from stage1_pro.deploy.runtime import NAMES
 from stage1_pro.words import SplitName
 
 INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|TAR|CSV")
@@ -42,10 +43,7 @@ class Predict(Answering):
     bundle: Path = Field(description="bundle folder")
     inputs: Annotated[tuple[Place, ...], INPUTS] = Field(description="what to answer for")
     log: Path | None = Field(None, description="folder to log every decision to, as an event; see `stage1 review`")
-    runtime: str = Field(
-        "onnxruntime",
-        description="what executes the stages: onnxruntime, tensorrt_rtx, tensorrt, auto; see `stage1 help runtimes`",
-    )
+    runtime: str = Field("onnxruntime", description=f"what executes the stages: {NAMES}; see `stage1 help engines`")
     trust_engines: bool = Field(
         False,
         description="run engines that were neither built here nor signed by a trusted key; an engine is a program",

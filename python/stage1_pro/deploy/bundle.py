@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
+REFERENCE = "reference.npz"
 LICENCE = "LICENCE-BACKBONE.txt"
 REQUIRED = ("config.json", "splits.json", "metrics.csv")
 STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
@@ -133,13 +134,12 @@ def write_bundle(
     backbone: BackboneInfo,
     tap: int,
     provenance: Provenance,
-    reference: str | None = None,
 ) -> Bundle:
     """Write a bundle all or nothing, and verify it before it takes its place.
 
     Args:
         out: the bundle's folder: new, empty, or an older bundle, which is replaced.
-        graphs: given the folder to fill, writes both ONNX graphs (and engines) and describes them.
+        graphs: given the folder to fill, writes both ONNX graphs (engines, reference outputs) and describes them.
         policy: the one exit policy.
         splits: the run's splits; only hashes and counts are written.
         config: the run's configuration; a local backbone folder is reduced to its last name.
@@ -148,7 +148,6 @@ def write_bundle(
         backbone: facts about the backbone; its licence is written beside the weights.
         tap: block whose tokens Stage A reads.
         provenance: versions and fingerprints.
-        reference: the file of seeded inputs and their outputs, where ``graphs`` wrote one.
 
     Raises:
         InputError: ``out`` holds something that is no bundle.
@@ -179,7 +178,7 @@ def write_bundle(
             tap=tap,
             stages=dict(stages),
             engines=list(engines),
-            reference=reference,
+            reference=REFERENCE if (folder / REFERENCE).is_file() else None,
             files=list_files(folder),
             provenance=provenance,
         ).write(folder / MANIFEST)

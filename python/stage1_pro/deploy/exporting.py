@@ -13,7 +13,7 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST, Graphs, check_policy_belongs, write_bundle
 from stage1_pro.deploy.engine import EngineRecipe, build_engines, choose_recipe
 from stage1_pro.deploy.manifest import Provenance
-from stage1_pro.deploy.reference import REFERENCE, write_reference
+from stage1_pro.deploy.reference import write_reference
 from stage1_pro.errors import InputError, need
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.progress import say
@@ -129,7 +129,6 @@ def export(
         preprocessing=spec,
         backbone=architecture.backbone,
         tap=architecture.tap,
-        reference=REFERENCE,
         provenance=Provenance(
             stage1_pro=__version__,
             torch=torch.__version__,

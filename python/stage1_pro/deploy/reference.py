@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stage1_pro.data.images import PreprocessSpec, normalise
-from stage1_pro.deploy.bundle import Bundle
+from stage1_pro.deploy.bundle import REFERENCE, Bundle
 from stage1_pro.deploy.manifest import StageEntry
 from stage1_pro.deploy.onnxruntime import open_session
 from stage1_pro.deploy.runtime import Arrays, Runtime
@@ -20,7 +20,6 @@ from stage1_pro.files import load_npz, save_npz
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.words import StageName
 
-REFERENCE = "reference.npz"
 # An odd number, which no bucket of an engine has: padding is checked as well.
 ROWS = 3
 # They are run at once on every start: what a stranger sends must not take the machine's memory.

@@ -159,3 +159,5 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
 AUTO = ("tensorrt_rtx", "tensorrt", "onnxruntime")
 # Runs the weights of a run, which a bundle does not hold.
 OF_RUNS = "torch"
+# For help, which looks for no entry points.
+NAMES = ", ".join((*(name for name in RUNTIMES.built_in if name != OF_RUNS), "auto"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stage1_pro.deploy.bundle import STAGES, Bundle
+from stage1_pro.deploy.bundle import REFERENCE, STAGES, Bundle
 from stage1_pro.deploy.manifest import EngineEntry
-from stage1_pro.deploy.reference import REFERENCE, Reference, check_parity, read_reference
+from stage1_pro.deploy.reference import Reference, check_parity, read_reference
 from stage1_pro.deploy.runtime import AUTO, OF_RUNS, RUNTIMES, How, Runtime
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, printable
 

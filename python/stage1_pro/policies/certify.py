@@ -213,27 +213,7 @@ def certify(
     Raises:
         InputError: an argument is not what it must be; grouped rows are to count as rows without that statement.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1:
-        raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
-    check_share("delta", delta)
-    if min_coverage is not None:
-        check_share("min_coverage", min_coverage)
-    if method not in get_args(Method):
-        raise InputError(
-            f"method must be one of {', '.join(get_args(Method))}, got '{method}'{nearest(method, get_args(Method))}"
-        )
-    if method == "crc" and min_coverage is not None:
-        raise InputError(
-            f"min_coverage must be None for crc, got {min_coverage}; it promises an expectation of one risk, nothing "
-            "about the coverage: use ltt_fst"
-        )
-    if not risks:
-        raise InputError("risks must name at least one risk, got none")
-    for risk in risks:
-        check_share(f"alpha of {risk.name}", risk.alpha)
-        if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
-            raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
+    values = _check(scores, risks, delta, min_coverage, method)
     counted, names = counting_unit(groups, values.size, unit, rows_independent)
     everyone = np.ones(values.size, dtype=bool)
     drawn = one_each(names, everyone, seed)
@@ -247,14 +227,7 @@ def certify(
     if candidates is None:
         order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage, method)
     else:
-        order = np.asarray(candidates, dtype=np.float64)
-        if order.ndim != 1 or order.size == 0 or np.isnan(order).any():
-            raise InputError(
-                f"candidates must be at least one threshold [T] without NaN, got shape {list(order.shape)}; "
-                "take them from the fit half with order_candidates"
-            )
-        if method not in ("ltt_fst", "bonferroni", "holm"):
-            order = np.unique(order)[::-1]
+        order = _given_order(candidates, method)
     joint = method in JOINT
     tests = (
         Means(values, risks, names, order, delta, min_coverage, joint, seed)
@@ -306,6 +279,45 @@ def certify(
 
 
 # -------------------------------------------------------------------------------- helpers
+
+
+def _check(
+    scores: ArrayLike, risks: Sequence[Risk], delta: float, min_coverage: float | None, method: Method
+) -> NDArray[np.float64]:
+    """Scores [N] in float64; raises InputError as ``certify`` says."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1:
+        raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
+    check_share("delta", delta)
+    if min_coverage is not None:
+        check_share("min_coverage", min_coverage)
+    if method not in get_args(Method):
+        raise InputError(
+            f"method must be one of {', '.join(get_args(Method))}, got '{method}'{nearest(method, get_args(Method))}"
+        )
+    if method == "crc" and min_coverage is not None:
+        raise InputError(
+            f"min_coverage must be None for crc, got {min_coverage}; it promises an expectation of one risk, nothing "
+            "about the coverage: use ltt_fst"
+        )
+    if not risks:
+        raise InputError("risks must name at least one risk, got none")
+    for risk in risks:
+        check_share(f"alpha of {risk.name}", risk.alpha)
+        if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
+            raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
+    return values
+
+
+def _given_order(candidates: ArrayLike, method: Method) -> NDArray[np.float64]:
+    """Candidates [T] in the order of testing: as given, or strict to lax where the method needs that."""
+    order = np.asarray(candidates, dtype=np.float64)
+    if order.ndim != 1 or order.size == 0 or np.isnan(order).any():
+        raise InputError(
+            f"candidates must be at least one threshold [T] without NaN, got shape {list(order.shape)}; "
+            "take them from the fit half with order_candidates"
+        )
+    return order if method in ("ltt_fst", "bonferroni", "holm") else np.unique(order)[::-1]
 
 
 def _ranks(
