@@ -107,8 +107,7 @@ def test_every_dependency_is_pinned_in_the_constraints(project, repository):
     extras = project["project"]["optional-dependencies"]
     wanted = [
         *project["project"]["dependencies"],
-        # No version of OpenVINO could be installed beside these, so none is known to be good.
-        *(line for key, lines in extras.items() if key not in ("dev", "openvino") for line in lines),
+        *(line for key, lines in extras.items() if key != "dev" for line in lines),
     ]
     wanted += project["build-system"]["requires"]
     for line in wanted:
