@@ -526,7 +526,7 @@ def test_the_launcher_runs_the_miners_own_entry_point(
     assert done.returncode == 1 and "Traceback" in done.stderr and "OSError: the chain is gone" in done.stderr
     settings.write_text("bundel: x\n")
     done = launched("--repo", miner, "--settings", settings)
-    assert done.returncode == 2 and "got 'bundel'; did you mean 'bundle'" in done.stderr
+    assert done.returncode == 2 and "'bundel'; did you mean 'bundle'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

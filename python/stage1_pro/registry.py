@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from stage1_pro.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -34,9 +39,7 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         """Names, those of entry points last."""
-        from importlib.metadata import entry_points
-
-        yield from dict.fromkeys([*self._known, *(one.name for one in entry_points(group=self._group))])
+        yield from dict.fromkeys([*self._known, *_brought(self._group, tuple(sys.path))])
 
     def check(self, name: str, *, also: Sequence[str] = ()) -> None:
         """Check a name without importing anything.
@@ -65,12 +68,18 @@ class Registry(Generic[T]):
         """
         self.check(name, also=also)
         if name not in self._known:
-            from importlib.metadata import entry_points
-
-            (found, *_) = entry_points(group=self._group, name=name)
-            self._known[name] = cast("T", found.load())
+            self._known[name] = cast("T", _brought(self._group, tuple(sys.path))[name].load())
         thing = self._known[name]
         if isinstance(thing, str):
             module, _, attribute = thing.partition(":")
             thing = self._known[name] = cast("T", getattr(importlib.import_module(module), attribute))
         return thing
+
+
+@functools.lru_cache(maxsize=32)
+def _brought(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Entry points by name; a look at every installed package, taken once for a search path."""
+    from importlib.metadata import entry_points
+
+    del path
+    return {one.name: one for one in reversed(tuple(entry_points(group=group)))}

@@ -26,7 +26,7 @@ from stage1_pro.deploy.migrate import FORMAT, upgrade
 from stage1_pro.errors import ArtifactError, InputError, printable
 from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, sha256_file, write_text
 from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.policies.policy import Policy, policy_files, policy_named
+from stage1_pro.policies.policy import POLICIES, Policy, policy_named
 from stage1_pro.record import FileEntry
 from stage1_pro.words import StageName
 
@@ -229,9 +229,7 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     _check_files(path, manifest, present, verify)
     _check_relations(manifest)
     _check_contents(path, manifest)
-    policy = policy_named(manifest.active_exit_policy).parse(
-        _read_record(path, manifest, manifest.policy_file), manifest.policy_file
-    )
+    policy = _policy_kind(manifest).parse(_read_record(path, manifest, manifest.policy_file), manifest.policy_file)
     splits = SplitsSummary.parse(_read_record(path, manifest, "splits.json"), "splits.json")
     _check_policy(manifest, policy, splits)
     return Bundle(path, manifest, policy, splits, raw, notes, found)
@@ -395,14 +393,25 @@ def _scan(folder: Path) -> dict[str, int]:
     return found
 
 
+def _policy_kind(manifest: BundleManifest) -> type[Policy]:
+    try:
+        return policy_named(manifest.active_exit_policy)
+    except InputError:
+        raise ArtifactError(
+            "active_exit_policy must be a policy that is installed here, got "
+            f"{printable(manifest.active_exit_policy)}; install the package that brings it"
+        ) from None
+
+
 def _check_policy_files(manifest: BundleManifest, present: Mapping[str, int]) -> None:
-    expected = policy_named(manifest.active_exit_policy).file
+    expected = _policy_kind(manifest).file
     if manifest.policy_file != expected:
         raise ArtifactError(
             f"policy_file must be {expected} for active_exit_policy '{manifest.active_exit_policy}', "
             f"got {printable(manifest.policy_file)}"
         )
-    names = set(policy_files())
+    # Of policies from elsewhere only the active one is looked for: others are not read.
+    names = {expected, *(policy_named(name).file for name in POLICIES.built_in)}
     policies = sorted(n for n in {*present, *manifest.files} if PurePosixPath(n).name.lower() in names)
     if not policies:
         raise ArtifactError(f"bundle must hold exactly one policy file, got none; {expected} is missing")
