@@ -535,7 +535,8 @@ def test_from_served_photos_to_a_new_champion_by_the_command_line(
     (tmp_path / "loop.yaml").write_text("""
 loop: {executor: {kind: inline}, shadow_seconds: 0, shadow_pairs: 20, canary_seconds: 0, canary_pairs: 40,
   canary_share: 0.5}
-rounds: {plan: {floor: 0.35, deferral: 0.9, entropy: 0.9, seed: 3}, least_rows: 8, least_guard: 8, steer: false, largest_slowdown: 99,
+rounds: {plan: {floor: 0.35, deferral: 0.9, entropy: 0.9, seed: 3}, least_rows: 8, least_guard: 8, steer: false,
+  largest_slowdown: 99,
   terms: {require_certificate: false, margin: 5.0, fnr_margin: 1.0, n_replicates: 1000},
   tuning: [{epochs: 200, lr: 0.01, patience: 50}]}
 """)

@@ -145,7 +145,7 @@ def test_inputs_of_predict_are_the_same_photos(folder, tar, tmp_path):
     for (_, one), (_, other) in zip(here, there, strict=True):
         assert np.array_equal(read_image(one), read_image(other))
     # A member is named as if the tar were a folder, in a list or alone.
-    (tmp_path / "list.csv").write_text(f"file\n{os.path.relpath(tar, tmp_path)}/work/p01.png\n")
+    (tmp_path / "list.csv").write_text(f"file\n{Path(os.path.relpath(tar, tmp_path), 'work', 'p01.png')}\n")
     for inputs in ([tar / "work" / "p01.png"], [tmp_path / "list.csv"]):
         ((_, one),) = gather(inputs)
         assert np.array_equal(read_image(one), read_image(folder / "work" / "p01.png"))

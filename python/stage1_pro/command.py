@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -89,9 +90,9 @@ class Command(BaseModel):
     topic: ClassVar[str] = ""
     hints: ClassVar[Mapping[str, str]] = {}
 
+    @abstractmethod
     def execute(self) -> Result:
         """Do the work; heavy libraries are imported here."""
-        raise NotImplementedError
 
     @classmethod
     def of(cls, **given: Any) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -102,21 +103,21 @@ class Target(Record):
         """Values for the fields: those given, over those of a configuration."""
         return {**base, **given}
 
+    @abstractmethod
     def promises(self, positive: str) -> tuple[Promise, ...]:
         """What is asked for, and with what strength; what a policy certified for it guarantees.
 
         Args:
             positive: name of the positive class.
         """
-        raise NotImplementedError
 
     def watched(self) -> float | None:
         """The largest exit error, which audits of exits can test; None where the target says nothing of it."""
         return None
 
+    @abstractmethod
     def key(self) -> str:
         """The target as ``claims.json`` names it: the same words are the same claim, delta apart."""
-        raise NotImplementedError
 
     def words(self) -> str:
         """The target in words, for messages."""
