@@ -36,13 +36,21 @@ _RGB = np.linalg.inv(_YIQ)
 
 
 @dataclass(frozen=True)
-class PixelBatch:
-    """A process's rows: ``pixels`` [B, 3, H, W] float32, ``labels`` and row numbers ``index`` [B] int64, ``files``."""
+class Batch:
+    """A process's rows: ``inputs``, ``labels`` and row numbers ``index`` [B] int64, ``files``.
 
-    pixels: torch.Tensor
+    Inputs are pixels [B, 3, H, W] float32, or both stages' features [B, F] each.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     index: torch.Tensor
     files: list[str]
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The one input of a batch of images."""
+        return self.inputs[0]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -102,7 +110,7 @@ class TrainLoader:
         images = _Images(self._photos, spec, augment if augment.enabled else None, seed, max(1, workers))
         self._loader = _loader(images, self._plan, workers, math.ceil(self._batch / world) * _bytes(spec))
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[PixelBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from ``start_step`` on; skipped ones are not decoded.
 
         Raises:
@@ -116,7 +124,7 @@ class TrainLoader:
             batches = iter(self._loader)
         for share, pixels in zip(shares, batches, strict=True):
             index = torch.from_numpy(share)
-            yield PixelBatch(_checked(pixels), self._labels[index], index, [str(self._photos[i]) for i in share])
+            yield Batch((_checked(pixels),), self._labels[index], index, [str(self._photos[i]) for i in share])
 
     def close(self) -> None:
         """Stop the workers; an epoch asked for later starts new ones."""

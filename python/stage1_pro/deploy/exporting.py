@@ -15,6 +15,7 @@ from stage1_pro.deploy.engine import EngineRecipe, build_engines, choose_recipe
 from stage1_pro.deploy.manifest import Provenance
 from stage1_pro.deploy.reference import write_reference
 from stage1_pro.errors import InputError, need
+from stage1_pro.files import sha256_file
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.progress import say
 from stage1_pro.words import Precision, SplitName
@@ -78,7 +79,7 @@ def export(
         import transformers
 
         from stage1_pro.deploy.onnx import export_onnx, export_variants
-        from stage1_pro.training.checkpoint import checkpoint_hash, load_run_model
+        from stage1_pro.training.checkpoint import load_run_model
     except ImportError as error:
         raise need("train", error.name or "torch") from error
     model, run_config = load_run_model(run)
@@ -133,7 +134,7 @@ def export(
             stage1_pro=__version__,
             torch=torch.__version__,
             transformers=transformers.__version__,
-            checkpoint_sha256=checkpoint_hash(run),
+            checkpoint_sha256=sha256_file(run / "model_best.pth"),
             model_fingerprint=fingerprint,
             split_hashes=splits.hashes,
         ),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError
-from stage1_pro.files import sha256_file, write_bytes
+from stage1_pro.files import write_bytes
 from stage1_pro.models.heads import Gate
 from stage1_pro.models.model import Architecture, Stage1Model, check_architecture, check_tensors, rebuild_model
 from stage1_pro.training.run import RunConfig
@@ -54,18 +54,14 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds on damaged zips and refused pickles
-        raise ArtifactError(f"{path} must be a checkpoint that loads with weights_only, got: {_first(error)}") from None
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArtifactError(f"{path} must be a checkpoint that loads with weights_only, got: {first}") from None
     if not isinstance(content, dict) or "model_state_dict" not in content or "architecture" not in content:
         found = sorted(map(str, content))[:6] if isinstance(content, dict) else type(content).__name__
         raise ArtifactError(
             f"{path} must be a stage1_pro checkpoint (keys architecture, model_state_dict), got {found}"
         )
     return content
-
-
-def check_state(path: Path, module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise ArtifactError naming missing and unexpected keys and wrong shapes."""
-    check_tensors(path, module.state_dict(), state)
 
 
 def save_model(path: Path, model: Stage1Model, state: Mapping[str, Tensor], **facts: Any) -> None:
@@ -81,7 +77,7 @@ def load_model(path: Path, wanted: Architecture | None = None) -> Stage1Model:
     if wanted is not None:
         check_architecture(path, architecture, wanted)
     model = rebuild_model(architecture)
-    check_state(path, model, content["model_state_dict"])
+    check_tensors(path, model.state_dict(), content["model_state_dict"])
     model.load_state_dict(content["model_state_dict"])
     return model.eval()
 
@@ -92,7 +88,7 @@ def load_joint_gate(path: Path, model: Stage1Model) -> Gate | None:
     if state is None:
         return None
     gate = Gate(model.heads.gate.linear.in_features - 1)
-    check_state(path, gate, state)
+    check_tensors(path, gate.state_dict(), state)
     gate.load_state_dict(state)
     return gate.eval()
 
@@ -117,30 +113,10 @@ def load_run_model(run: Path) -> tuple[Stage1Model, RunConfig]:
     architecture, wanted = model.architecture, run_config.config.model
     if splits.hashes != run_config.split_hashes:
         raise ArtifactError(f"{run}/splits.json has changed since training; train again on the new splits")
-    found = {
-        "classes": architecture.classes,
-        "positive": architecture.positive,
-        "model.image_size": architecture.image_size,
-        "model.tap": architecture.tap,
-        "model.auxiliary_hidden": architecture.auxiliary_hidden,
-    }
-    asked = {
-        "classes": splits.classes,
-        "positive": splits.positive,
-        "model.image_size": wanted.image_size,
-        "model.tap": wanted.tap,
-        "model.auxiliary_hidden": wanted.auxiliary_hidden,
-    }
-    differences = [f"{key}: {found[key]} instead of {asked[key]}" for key in found if found[key] != asked[key]]
+    asked = {"classes": splits.classes, "positive": splits.positive}
+    asked |= {f"model.{key}": getattr(wanted, key) for key in ("image_size", "tap", "auxiliary_hidden")}
+    found = {key: getattr(architecture, key.removeprefix("model.")) for key in asked}
+    differences = [f"{key}: {found[key]} instead of {asked[key]}" for key in asked if found[key] != asked[key]]
     if differences:
         raise ArtifactError(f"{path} must be of this run's architecture; it differs in " + "; ".join(differences))
     return model, run_config
-
-
-def checkpoint_hash(run: Path) -> str:
-    """Hex sha256 of the run's best checkpoint file."""
-    return sha256_file(run / "model_best.pth")
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,20 @@
-"""What every training's loop has in common: where it stands, one pass over an epoch, and the table of epochs."""
+"""What every training has in common: seed, precision, rate, weight decay, one pass over an epoch, table of epochs."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
 
 from stage1_pro.files import write_csv
 
@@ -117,3 +122,39 @@ def _bar(position: TrainingPosition, steps: int, processes: int, *, shown: bool)
             bar.update(task, completed=position.step_in_epoch, loss=position.loss_sum / position.seen, rate=rate)
 
         yield advance
+
+
+def group_parameters(
+    named: Iterable[tuple[str, nn.Parameter]], prefix: str
+) -> list[tuple[bool, bool, list[nn.Parameter]]]:
+    """Parameters that learn, by whether their name starts with ``prefix`` and whether weight decay acts on them."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(("_token", "register_tokens", "position_embeddings"))
+            groups.setdefault((name.startswith(prefix), decays), []).append(parameter)
+    return [(*key, found) for key, found in sorted(groups.items())]
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed torch's global generator; with ``deterministic`` refuse operations whose result depends on timing."""
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def warm_cosine(step: int, warmup: int, total: int, floor: float) -> float:
+    """Linear warm-up, then a cosine down to ``floor``; a share of the peak, in (0, 1]. Steps count from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def uses_bf16(precision: Literal["auto", "fp32", "bf16"]) -> bool:
+    """Whether forward passes run under bf16 autocast; ``auto`` does where a GPU has it."""
+    return precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stage1_pro.config import AugmentConfig, Config, ExploraConfig
 from stage1_pro.data.images import PreprocessSpec
-from stage1_pro.data.loader import PixelBatch, TrainLoader, iterate
+from stage1_pro.data.loader import Batch, TrainLoader, iterate
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.errors import ArtifactError, InputError, TrainingError
 from stage1_pro.files import write_bytes
@@ -32,9 +32,15 @@ from stage1_pro.models.backbone import Backbone
 from stage1_pro.models.masked import Pretext, draw_orders
 from stage1_pro.progress import say
 from stage1_pro.training import checkpoint
-from stage1_pro.training.epochs import TrainingPosition, run_epoch
+from stage1_pro.training.epochs import (
+    TrainingPosition,
+    group_parameters,
+    run_epoch,
+    seed_everything,
+    uses_bf16,
+    warm_cosine,
+)
 from stage1_pro.training.inference import pick_device
-from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.trackers import Trackers, check_trackers
 
 LEAST_SHARE, LARGEST_SHARE = 0.001, 0.10
@@ -175,7 +181,11 @@ class _Explorer:
             self.trained_on, np.zeros(len(self.trained_on), dtype=np.int64), spec, _augmentation(options),
             seed=config.seed, batch_size=options.batch_size, workers=config.train.workers,
         )  # fmt: skip
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=options.lr, betas=(0.9, 0.95))
+        groups = [
+            {"params": found, "encoder": encoder, "weight_decay": options.weight_decay if decays else 0.0}
+            for encoder, decays, found in group_parameters(self.learned.items(), "backbone.")
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
         self.at = TrainingPosition()
         self.trackers = Trackers((), folder)
 
@@ -197,16 +207,6 @@ class _Explorer:
         self.at.write(self.folder / "metrics.csv", COLUMNS)
         backbone = merge(self.pretext.backbone, whole)
         return Adapted(backbone, whole, self.at.history, len(self.trained_on), len(self.held_out))
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.learned.items():
-            decays = parameter.ndim > 1 and not name.endswith(("_token", "register_tokens", "position_embeddings"))
-            groups.setdefault((name.startswith("backbone."), decays), []).append(parameter)
-        return [
-            {"params": found, "encoder": encoder, "weight_decay": self.options.weight_decay if decays else 0.0}
-            for (encoder, decays), found in sorted(groups.items())
-        ]
 
     def _epoch(self) -> None:
         options, at = self.options, self.at
@@ -239,7 +239,7 @@ class _Explorer:
             f"{' (encoder frozen)' if frozen else ''}"
         )
 
-    def _learn(self, batch: PixelBatch, *, frozen: bool) -> None:
+    def _learn(self, batch: Batch, *, frozen: bool) -> None:
         """Take one step."""
         self._set_rates()
         orders = draw_orders(self.pretext.n_patches, self.config.seed, self.at.epoch, batch.index.tolist())

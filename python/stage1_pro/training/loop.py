@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.config import Config
-from stage1_pro.training import finish, resume, step, validate
 from stage1_pro.training.epochs import run_epoch
-from stage1_pro.training.resume import State
+from stage1_pro.training.finish import finish
+from stage1_pro.training.resume import State, restore, save_last
 from stage1_pro.training.run import check_run, exclusive, forget_training, write_config
 from stage1_pro.training.session import Session
-from stage1_pro.training.sources import Batch
+from stage1_pro.training.step import learn, peak_memory
+from stage1_pro.training.validate import end_epoch
 
 
 @dataclass(frozen=True)
@@ -64,61 +65,53 @@ def train(
     splits, config = check_run(run, config, resume=resume, overwrite=overwrite, explora=explora)
     with exclusive(run) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
         session = Session(run, splits, config)
-        return _fit(session, _begin(session, resuming=resume))
+        if session.main:
+            _take_over(session, resuming=resume)
+        session.accelerator.wait_for_everyone()
+        options = session.config.train
+        if resume and (run / "last.pth").is_file():
+            state = restore(session)
+        else:
+            state = State(micro_batch=options.micro_batch or options.batch_size // session.world)
+        began = time.monotonic()
+        try:
+            session.open_trackers()
+            while not state.finished:
+                _epoch(session, state)
+        finally:
+            session.source.close()
+            session.trackers.close()
+        if session.main:
+            finish(session, state)
+        session.accelerator.wait_for_everyone()
+        return TrainResult(
+            run=run, epochs=len(state.history), best_epoch=state.best_epoch, best=state.history[state.best_epoch],
+            seconds=time.monotonic() - began, peak_memory=peak_memory(session.device), device=session.device.type,
+        )  # fmt: skip
 
 
-def _begin(session: Session, *, resuming: bool) -> State:
+def _take_over(session: Session, *, resuming: bool) -> None:
     """Take over the folder, once everything is built: an earlier training is given up no sooner."""
     run = session.run
-    if session.main:
-        if not resuming:
-            forget_training(run)
-        if session.tap_choice is not None:
-            session.tap_choice.write(run / "tap.json")
-        write_config(run, session.config, session.splits)
-        if not (run / "start.json").is_file():
-            session.describe_start().write(run / "start.json")
-    session.accelerator.wait_for_everyone()
-    return resume.restore(session) if resuming and (run / "last.pth").is_file() else resume.first_state(session)
-
-
-def _fit(session: Session, state: State) -> TrainResult:
-    """Train to the end, and write what calibration reads."""
-    began = time.monotonic()
-    try:
-        session.open_trackers()
-        while not state.finished:
-            _epoch(session, state)
-    finally:
-        session.source.close()
-        session.trackers.close()
-    if session.main:
-        finish.finish(session, state)
-    session.accelerator.wait_for_everyone()
-    return TrainResult(
-        session.run,
-        len(state.history),
-        state.best_epoch,
-        state.history[state.best_epoch],
-        time.monotonic() - began,
-        step.peak_memory(session.device),
-        session.device.type,
-    )
+    if not resuming:
+        forget_training(run)
+    if session.tap_choice is not None:
+        session.tap_choice.write(run / "tap.json")
+    write_config(run, session.config, session.splits)
+    if not (run / "start.json").is_file():
+        session.describe_start().write(run / "start.json")
 
 
 def _epoch(session: Session, state: State) -> None:
-    options = session.config.train
     session.log(f"epoch {state.epoch} train from step {state.step_in_epoch}")
     session.trained.train()
-    if options.mode == "linear":
+    if session.config.train.mode == "linear":
         session.model.backbone.eval()
-
-    def learn(batch: Batch) -> None:
-        step.learn(session, state, batch)
-
     timings = run_epoch(
-        session.source.batches(state.epoch, state.step_in_epoch), learn, lambda: resume.save_last(session, state),
-        state, steps=session.source.steps_per_epoch, save_every=options.save_every_steps, processes=session.world,
-        shown=session.main,
+        session.source.epoch(state.epoch, state.step_in_epoch),
+        lambda batch: learn(session, state, batch),
+        lambda: save_last(session, state),
+        state, steps=session.source.steps_per_epoch, save_every=session.config.train.save_every_steps,
+        processes=session.world, shown=session.main,
     )  # fmt: skip
-    validate.end_epoch(session, state, timings)
+    end_epoch(session, state, timings)

@@ -40,19 +40,11 @@ class State(TrainingPosition):
         self.correct = 0
 
 
-def first_state(session: Session) -> State:
-    """Where a new training stands."""
-    options = session.config.train
-    return State(micro_batch=options.micro_batch or options.batch_size // session.world)
-
-
 def save_last(session: Session, state: State) -> None:
     """Write ``last.pth``: always at an optimizer step, so no half-accumulated gradient exists."""
     session.accelerator.wait_for_everyone()
-    rng = torch.get_rng_state()
-    rng_states = [rng] if session.world == 1 else gather_object([rng])
-    sums = [state.loss_sum, state.correct, state.seen]
-    all_sums = [sums] if session.world == 1 else gather_object([sums])
+    rng_states = gather_object([torch.get_rng_state()])
+    sums = gather_object([[state.loss_sum, state.correct, state.seen]])
     if not session.main:
         return
     base = {} if session.base_fingerprint is None else {"base_fingerprint": session.base_fingerprint}
@@ -72,7 +64,7 @@ def save_last(session: Session, state: State) -> None:
                 "step_in_epoch": state.step_in_epoch,
                 "seed": session.config.seed,
                 "accumulated_micro_batches": 0,
-                "sums": all_sums,
+                "sums": sums,
             },
             "best_acc": state.best_acc,
             "best_augrc": state.best_augrc,

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,12 +16,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from stage1_pro.config import ADAPTER_MODES, Config
-from stage1_pro.data.loader import epoch_order
+from stage1_pro.data.loader import Batch, TrainLoader, epoch_order
 from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.data.splits import Row, Splits
 from stage1_pro.errors import InputError
@@ -30,11 +31,10 @@ from stage1_pro.models.adapters import Adaptation, adapt
 from stage1_pro.models.backbone import PRESETS
 from stage1_pro.models.model import Architecture, Stage1Model, create_model
 from stage1_pro.progress import say
+from stage1_pro.training.epochs import group_parameters, seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.inference import Arrays, run_over
 from stage1_pro.training.losses import Objective, balanced_weights
 from stage1_pro.training.run import Start, versions
-from stage1_pro.training.schedule import seed_everything, uses_bf16, warm_cosine
-from stage1_pro.training.sources import FeatureSource, ImageSource, TrainingSource
 from stage1_pro.training.taps import TapChoice, candidates, choose_tap, table
 from stage1_pro.training.trackers import Trackers, check_trackers
 
@@ -55,6 +55,30 @@ class Log:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {os.getpid()} {event}\n")
+
+
+class FeatureLoader:
+    """Batches of a frozen backbone's cached features, in the order in which ``TrainLoader`` gives the images."""
+
+    def __init__(
+        self, arrays: Arrays, files: list[str], labels: NDArray[Any], config: Config, rank: int, world: int
+    ) -> None:
+        self._inputs = [torch.from_numpy(arrays[name]) for name in ("features_a", "features_b")]
+        self._labels, self._files = torch.from_numpy(labels), files
+        self._seed, self._rank, self._world = config.seed, rank, world
+        self._batch = min(config.train.batch_size, len(files))
+        self.steps_per_epoch = len(files) // self._batch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from ``start_step`` on."""
+        order = torch.from_numpy(epoch_order(len(self._files), self._seed, epoch))
+        for step in range(start_step, self.steps_per_epoch):
+            index = order[step * self._batch : (step + 1) * self._batch][self._rank :: self._world]
+            inputs = tuple(array[index] for array in self._inputs)
+            yield Batch(inputs, self._labels[index], index, [self._files[i] for i in index.tolist()])
+
+    def close(self) -> None:
+        """Nothing to stop."""
 
 
 class Session:
@@ -88,6 +112,10 @@ class Session:
         self._open_accelerator()
         self.rows: dict[Trained, list[Row]] = {name: splits.of(name) for name in get_args(Trained)}
         self.labels = {name: splits.indices(rows) for name, rows in self.rows.items()}
+        labels, classes = torch.from_numpy(self.labels["train"]), len(splits.classes)
+        balanced = options.class_weights == "balanced"
+        weights = balanced_weights(labels, classes) if balanced else torch.ones(classes)
+        self.class_weights = weights.to(self.device)
         self._build_model()
         self.adaptation: Adaptation | None = None
         self.base_fingerprint: str | None = None
@@ -164,15 +192,11 @@ class Session:
 
     def join(self, own: Arrays, total: int) -> Arrays:
         """Put the processes' interleaved shares back into row order."""
-        if self.world == 1:
-            return own
         shares: list[Arrays] = gather_object([own])
-        joined: Arrays = {}
-        for name, first in shares[0].items():
-            out = np.empty((total, *first.shape[1:]), dtype=first.dtype)
-            for rank, share in enumerate(shares):
-                out[rank :: self.world] = share[name]
-            joined[name] = out
+        joined = {name: np.empty((total, *one.shape[1:]), dtype=one.dtype) for name, one in shares[0].items()}
+        for rank, share in enumerate(shares):
+            for name, rows in share.items():
+                joined[name][rank :: self.world] = rows
         return joined
 
     def describe_start(self) -> Start:
@@ -181,13 +205,12 @@ class Session:
         drawn = [rows[i].id for epoch in range(START_EPOCHS) for i in epoch_order(len(rows), self.config.seed, epoch)]
         names = zip(rows, self.photos("train"), strict=True)
         ids = {name: row.id for row, photo in names for name in (row.file, str(photo))}
-        alone = self.config.train.model_copy(update={"workers": 0})
-        source = self._open_source(self.config.model_copy(update={"train": alone}), 0, 1)
-        batches = (batch for epoch in range(START_BATCHES) for batch in source.batches(epoch, 0))
+        source = self._open_source(workers=0, rank=0, world=1)
+        batches = (batch for epoch in range(START_BATCHES) for batch in source.epoch(epoch))
         read, pixels = [], hashlib.sha256()
         for batch in itertools.islice(batches, START_BATCHES):
             read += [f"{ids[file]} {y}" for file, y in zip(batch.files, batch.labels.tolist(), strict=True)]
-            pixels.update(batch.inputs[0].numpy().tobytes())
+            pixels.update(batch.pixels.numpy().tobytes())
         source.close()
         heads = {k: v.detach().cpu().contiguous() for k, v in sorted(self.model.heads.state_dict().items())}
         return Start(
@@ -203,9 +226,7 @@ class Session:
             augmentation=sha256_bytes(self.config.augment.model_dump_json().encode()),
             n_trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             n_parameters=sum(p.numel() for p in self.model.parameters()),
-            base_fingerprint=self.model.backbone.fingerprint()
-            if self.adaptation is None
-            else self.adaptation.base_fingerprint,
+            base_fingerprint=self.base_fingerprint or self.model.backbone.fingerprint(),
             versions=versions(),
         )
 
@@ -263,7 +284,7 @@ class Session:
                 found["train"],
                 found["val_select"],
                 (self.labels["train"], self.labels["val_select"]),
-                self._class_weights().numpy(),
+                self.class_weights.cpu().numpy(),
                 self.splits.hashes,
             )
             for line in table(measured):
@@ -274,27 +295,25 @@ class Session:
         assert choice[0] is not None
         return choice[0]
 
-    def _class_weights(self) -> Tensor:
-        labels, classes = torch.from_numpy(self.labels["train"]), len(self.splits.classes)
-        balanced = self.config.train.class_weights == "balanced"
-        return balanced_weights(labels, classes) if balanced else torch.ones(classes)
-
     def _build_data(self) -> None:
         self.features: dict[str, Arrays] = {}
         self.trained: nn.Module = self.model
-        if self.config.train.mode == "linear":
+        options = self.config.train
+        if options.mode == "linear":
             self.model.eval()
             self.features = {name: self._cached_features(name) for name in self.rows}
             self.trained = self.model.heads
-        self.source = self._open_source(self.config, self.rank, self.world)
-        self.class_weights = self._class_weights().to(self.device)
+        self.source = self._open_source(options.workers, self.rank, self.world)
 
-    def _open_source(self, config: Config, rank: int, world: int) -> TrainingSource:
-        labels = self.labels["train"]
+    def _open_source(self, workers: int, rank: int, world: int) -> TrainLoader | FeatureLoader:
+        labels, config = self.labels["train"], self.config
         if config.train.mode == "linear":
             files = [row.file for row in self.rows["train"]]
-            return FeatureSource(self.features["train"], files, labels, config, rank, world)
-        return ImageSource(self.photos("train"), labels, self.architecture.preprocessing, config, rank, world)
+            return FeatureLoader(self.features["train"], files, labels, config, rank, world)
+        return TrainLoader(
+            self.photos("train"), labels, self.architecture.preprocessing, config.augment, seed=config.seed,
+            batch_size=config.train.batch_size, rank=rank, world=world, workers=workers,
+        )  # fmt: skip
 
     def _cached_features(self, split: Trained) -> Arrays:
         """Both stages' features of a split, computed once per backbone, preprocessing and rows."""
@@ -330,7 +349,15 @@ class Session:
 
     def _build_optimizer(self) -> None:
         options, steps = self.config.train, self.source.steps_per_epoch
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=options.lr, betas=(0.9, 0.999))
+        groups = [
+            {
+                "params": found,
+                "lr": (options.head_lr or options.lr) if is_head else options.lr,
+                "weight_decay": options.weight_decay if decays else 0.0,
+            }
+            for is_head, decays, found in group_parameters(self.model.named_parameters(), "heads.")
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999))
         self.total_steps = options.epochs * steps
         warmup = max(1, round(options.warmup_epochs * steps))
         self.scheduler = LambdaLR(
@@ -347,24 +374,6 @@ class Session:
         rest = [p for p in self.trained.parameters() if not any(p is own for own in gate)]
         # The hinge pulls the gate hard, and that must not shorten everybody's step.
         self.clipped = [rest, gate] if gate and self.config.gate.stop_features else [[*rest, *gate]]
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        options = self.config.train
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                decays = parameter.ndim > 1 and not name.endswith(
-                    ("cls_token", "register_tokens", "position_embeddings")
-                )
-                groups.setdefault((name.startswith("heads."), decays), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": (options.head_lr or options.lr) if is_head else options.lr,
-                "weight_decay": options.weight_decay if decays else 0.0,
-            }
-            for (is_head, decays), parameters in sorted(groups.items())
-        ]
 
     def _say_what_is_trained(self) -> None:
         trainable = sum(p.numel() for p in self.trained.parameters() if p.requires_grad)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stage1_pro.data.loader import Batch
 from stage1_pro.errors import TrainingError
 from stage1_pro.models.model import Outputs
 from stage1_pro.training.losses import Part
 from stage1_pro.training.resume import State
 from stage1_pro.training.session import Session
-from stage1_pro.training.sources import Batch
 
 SMALLEST_MICRO_BATCH = 16
 
@@ -69,7 +69,7 @@ def _accumulate(session: Session, state: State, batch: Batch) -> tuple[float, in
                 value += 0.0 * sum(float(sums.detach().sum()) for sums in own)  # NaN is this part's, not another's
                 _check_finite(session, state, value, batch.files[part])
                 if whole is None:
-                    whole = [_over_processes(session, sums.detach()) for sums in own]
+                    whole = [session.accelerator.reduce(sums.detach(), "sum") for sums in own]
                 shared = objective.shared(own, whole)
                 value += float(shared.detach()) * len(seen.labels)
                 loss = loss + session.world * shared
@@ -100,14 +100,7 @@ def _whole_sums(session: Session, state: State, batch: Batch, labels: Tensor) ->
             session.objective.sums(_forward(session, state, session.trained, batch, labels, part))
             for part in _parts(state, len(labels))
         ]
-    return [_over_processes(session, torch.stack(sums).sum(0)) for sums in zip(*found, strict=True)]
-
-
-def _over_processes(session: Session, sums: Tensor) -> Tensor:
-    if session.world == 1:
-        return sums
-    reduced: Tensor = session.accelerator.reduce(sums.clone(), "sum")
-    return reduced
+    return [session.accelerator.reduce(torch.stack(sums).sum(0), "sum") for sums in zip(*found, strict=True)]
 
 
 def _check_finite(session: Session, state: State, value: float, files: list[str]) -> None:

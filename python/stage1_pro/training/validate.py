@@ -77,15 +77,14 @@ def end_epoch(session: Session, state: State, timings: dict[str, float]) -> None
 
 
 def _train_figures(session: Session, state: State) -> dict[str, Any]:
-    sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=torch.float64)
-    if session.world > 1:
-        sums = session.accelerator.reduce(sums.to(session.device), "sum").cpu()
+    sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=torch.float64, device=session.device)
+    loss, correct, seen = session.accelerator.reduce(sums, "sum").tolist()
     return {
         "epoch": state.epoch,
         "step": state.global_step,
         "lr": session.scheduler.get_last_lr()[0],
-        "train_loss": float(sums[0] / sums[2]),
-        "train_accuracy": float(sums[1] / sums[2]),
+        "train_loss": loss / seen,
+        "train_accuracy": correct / seen,
     }
 
 
