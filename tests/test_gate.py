@@ -216,8 +216,8 @@ def test_the_gate_is_the_regression_sklearn_finds() -> None:
     from stage1_pro.training.gate_head import _logistic
 
     x, y, _ = learned(400)
-    mine = _logistic(x, y.astype(float), np.full(6, 2.0))
-    judge = LogisticRegression(C=0.5, tol=1e-10, max_iter=1000).fit(x, y)
+    mine = _logistic(x, y.astype(float), 1.0)
+    judge = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(x, y)
     np.testing.assert_allclose(mine[:-1], judge.coef_[0], atol=5e-3)
     assert mine[-1] == pytest.approx(judge.intercept_[0], abs=5e-3)
 

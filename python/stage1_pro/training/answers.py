@@ -15,17 +15,8 @@ from stage1_pro.policies.softmax import confidence, softmax
 
 MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"]
 CHANGE_COLUMNS = [
-    "file",
-    "label",
-    "effect",
-    "stage_a",
-    "confidence_a",
-    "stage_b",
-    "confidence_b",
-    "group",
-    "source",
-    "id",
-]
+    "file", "label", "effect", "stage_a", "confidence_a", "stage_b", "confidence_b", "group", "source", "id",
+]  # fmt: skip
 GROUP_COLUMNS = [
     "group", "source", "rows", "errors", "exits", "missed_positives", "abstained", "ambiguous", "missed_sets",
 ]  # fmt: skip
@@ -113,15 +104,11 @@ def find_mistakes(predictions: Predictions, answers: Answered, files: list[str])
     ordered = wrong[np.lexsort((wrong, -deployed.confidence[wrong]))]
     return [
         {
-            "file": files[i],
-            "label": predictions.classes[predictions.labels[i]],
+            **_facts(predictions, files, i),
             "predicted": predictions.classes[deployed.prediction[i]],
             "probability": float(deployed.probability[i]),
             "confidence": float(deployed.confidence[i]),
             "stage": "stage_a" if deployed.exited[i] else "stage_b",
-            "group": str(predictions.groups[i]),
-            "source": str(predictions.sources[i]),
-            "id": str(predictions.row_ids[i]),
         }
         for i in ordered.tolist()
     ]
@@ -139,19 +126,26 @@ def find_changes(predictions: Predictions, answers: Answered, files: list[str]) 
     order = changed[np.lexsort((changed, -b.confidence[changed], a.error[changed]))]
     return [
         {
-            "file": files[i],
-            "label": predictions.classes[predictions.labels[i]],
+            **_facts(predictions, files, i),
             "effect": "fixed" if a.error[i] else "broken",
             "stage_a": predictions.classes[a.prediction[i]],
             "confidence_a": float(a.confidence[i]),
             "stage_b": predictions.classes[b.prediction[i]],
             "confidence_b": float(b.confidence[i]),
-            "group": str(predictions.groups[i]),
-            "source": str(predictions.sources[i]),
-            "id": str(predictions.row_ids[i]),
         }
         for i in order.tolist()
     ]
+
+
+def _facts(predictions: Predictions, files: list[str], i: int) -> dict[str, object]:
+    """What the lists of rows to look at have in common."""
+    return {
+        "file": files[i],
+        "label": predictions.classes[predictions.labels[i]],
+        "group": str(predictions.groups[i]),
+        "source": str(predictions.sources[i]),
+        "id": str(predictions.row_ids[i]),
+    }
 
 
 def count_groups(predictions: Predictions, answers: Answered, policy: Policy | None = None) -> list[dict[str, object]]:

@@ -104,14 +104,12 @@ def evaluate_predictions(
     """Measure predictions on ``val_test``: per stage and for the cascade, over all rows and per source.
 
     For each the suite of ``metric_names`` with intervals by group, and ``balanced_accuracy, mcc, auroc`` (positive
-    against the rest) and ``ece``. Under a policy also, of Stage A, ``coverage``, ``exit_error``,
-    ``exit_accuracy`` and ``fnr_on_exited`` with its one-sided Clopper-Pearson upper bound by group, and of Stage B
-    ``deferred_accuracy``; without one these are null. Over all rows also what ``rank_answers`` gives: AUGRC of the gate
-    and of max softmax side by side. Undefined figures are null, never 0. ``fnr_check`` says whether FNR on exits keeps
-    the policy's target by that bound. Of the cascade there is ``accuracy_minus_stage_b``, the paired difference from
-    Stage B answering every row (positive: the cascade is better), and ``effects`` count what Stage B fixes and breaks.
-    Under scrc ``verification`` holds its promises against these rows; all other figures then take the most probable
-    class for the answer to every row, accepted or not.
+    against the rest) and ``ece``. Under a policy also ``coverage``, ``exit_error``, ``exit_accuracy`` and
+    ``fnr_on_exited`` of Stage A, the last with its one-sided Clopper-Pearson upper bound by group, and
+    ``deferred_accuracy`` of Stage B; without one these are null. Undefined figures are null, never 0.
+    ``accuracy_minus_stage_b`` of the cascade is the paired difference from Stage B answering every row (positive: the
+    cascade is better). Under scrc ``verification`` holds its promises against these rows; all other figures take the
+    most probable class for the answer to every row, accepted or not.
 
     Args:
         predictions: of ``val_test``, N >= 1.
@@ -127,14 +125,9 @@ def evaluate_predictions(
 
 
 def _evaluate(
-    predictions: Predictions,
-    policy: Policy | None,
-    n_replicates: int,
-    seed: int,
-    blocks: tuple[int, int] | None,
-    extra: Sequence[str] = (),
+    predictions: Predictions, policy: Policy | None, n_replicates: int, seed: int, blocks: tuple[int, int] | None
 ) -> tuple[Evaluation, Answered, Measured]:
-    """What ``evaluate_predictions`` gives, with the answers and, of all rows, the intervals that it comes from."""
+    """What ``evaluate_predictions`` gives, with the answers and, of all rows, what pictures are drawn from."""
     if predictions.split != "val_test":
         raise ArtifactError(
             f"predictions must be of val_test, got {predictions.split}; final figures come from val_test alone"
@@ -145,29 +138,29 @@ def _evaluate(
         raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
     answers = answer(predictions, policy)
     whole, *parts = scopes(predictions, answers, policy, n_replicates, seed)
-    found = measure_scope(whole, extra)
-    n, n_groups = whole.size(whole.rows)
+    found = measure_scope(whole, BAND_METRICS)
     ranked = rank_answers(predictions, n_replicates=n_replicates, seed=seed, level=LEVEL)
     measures = [
         *found.measures,
         *(one for part in parts for one in measure_scope(part).measures),
-        *(Measure.of(name, one, source=None, stage="stage_a", n=n, n_groups=n_groups) for name, one in ranked.items()),
+        *(whole.measure(name, "stage_a", one, whole.rows) for name, one in ranked.items()),
     ]
+    tap, n_blocks = blocks or (None, None)
     evaluation = Evaluation(
         split_hash=predictions.split_hash,
         model_fingerprint=predictions.model_fingerprint,
         classes=predictions.classes,
         positive=predictions.positive,
-        n_rows=n,
-        n_groups=n_groups,
+        n_rows=predictions.labels.size,
+        n_groups=np.unique(predictions.groups).size,
         n_mistakes=int(answers.get("cascade", answers["stage_a"]).error.sum()),
-        tap=None if blocks is None else blocks[0],
-        n_blocks=None if blocks is None else blocks[1],
+        tap=tap,
+        n_blocks=n_blocks,
         level=LEVEL,
         n_replicates=n_replicates,
         seed=seed,
         measures=measures,
-        **({"statement": NO_POLICY} if policy is None else _under_policy(whole, policy, measures)),
+        **({"statement": NO_POLICY} if policy is None else _under_policy(whole, policy, found.measures)),
     )
     return evaluation, answers, found
 
@@ -177,14 +170,15 @@ def _under_policy(whole: Scope, policy: Policy, measures: Sequence[Measure]) -> 
     predictions, answers = whole.predictions, whole.answers
     check = None
     if policy.fnr_target is not None:
-        fnr = next(m for m in measures if m.metric == "fnr_on_exited" and m.source is None)
+        fnr = next(m for m in measures if m.metric == "fnr_on_exited")
         check = check_fnr(fnr, fnr_counts(whole), policy.fnr_target, LEVEL)
-    rows = Rows.of(
-        answers["stage_a"].probs, predictions.labels, classes=predictions.classes, positive=predictions.positive,
-        gate=predictions.gate_logits, probs_b=answers["stage_b"].probs, groups=predictions.groups,
-        sources=predictions.sources,
+    checked = policy.check(
+        Rows.of(
+            answers["stage_a"].probs, predictions.labels, classes=predictions.classes, positive=predictions.positive,
+            gate=predictions.gate_logits, probs_b=answers["stage_b"].probs, groups=predictions.groups,
+            sources=predictions.sources,
+        )
     )  # fmt: skip
-    checked = policy.check(rows)
     return {
         "n_exited": int(answers["cascade"].exited.sum()),
         "policy": policy.policy,
@@ -245,48 +239,34 @@ def evaluate(
         raise ArtifactError(
             f"predictions must be of val_test in {run / 'splits.json'}, got other rows; infer them again"
         )
-    evaluation, answers, found = _evaluate(predictions, policy, n_replicates, seed, blocks, BAND_METRICS)
-    files = [row.file for row in rows]
+    evaluation, answers, found = _evaluate(predictions, policy, n_replicates, seed, blocks)
+    files, folder = [row.file for row in rows], run / "evaluation"
     mistakes, changes = find_mistakes(predictions, answers, files), find_changes(predictions, answers, files)
-
-    write_csv(run / "evaluation" / "metrics.csv", [measure.flat() for measure in evaluation.measures], MEASURE_COLUMNS)
-    write_csv(run / "evaluation" / "mistakes.csv", mistakes, MISTAKE_COLUMNS)
-    write_csv(run / "evaluation" / "changes.csv", changes, CHANGE_COLUMNS)
     groups = count_groups(predictions, answers, policy)
-    write_csv(run / "evaluation" / "groups.csv", groups, GROUP_COLUMNS)
-    evaluation.write(run / "evaluation" / "evaluation.json")
+    write_csv(folder / "metrics.csv", [measure.flat() for measure in evaluation.measures], MEASURE_COLUMNS)
+    write_csv(folder / "mistakes.csv", mistakes, MISTAKE_COLUMNS)
+    write_csv(folder / "changes.csv", changes, CHANGE_COLUMNS)
+    write_csv(folder / "groups.csv", groups, GROUP_COLUMNS)
+    evaluation.write(folder / "evaluation.json")
+    pictures = draw(predictions, answers, policy, evaluation, found)
     curve = _cost_curve(predictions, answers, policy, blocks)
     if curve is None:
-        (run / "evaluation" / "cost_risk.csv").unlink(missing_ok=True)
+        (folder / "cost_risk.csv").unlink(missing_ok=True)
     else:
-        write_csv(
-            run / "evaluation" / "cost_risk.csv",
-            [dict(zip(COST_COLUMNS, map(float, row), strict=True)) for row in zip(*curve, strict=True)],
-            COST_COLUMNS,
-        )
-    pictures = draw(predictions, answers, policy, evaluation, found)
-    if curve is not None:
+        table = [dict(zip(COST_COLUMNS, map(float, row), strict=True)) for row in zip(*curve, strict=True)]
+        write_csv(folder / "cost_risk.csv", table, COST_COLUMNS)
         pictures.append(draw_cost(answers, evaluation, curve, others))
     for picture in pictures:
-        write_bytes(run / "evaluation" / f"{picture.name}.png", picture.png)
+        write_bytes(folder / f"{picture.name}.png", picture.png)
     training = training_picture(run / "metrics.csv")
     if training is not None:
         write_bytes(run / "metrics" / f"{training.name}.png", training.png)
         pictures.append(training)
     write_report(
-        run / "report.html",
-        evaluation,
-        policy=policy,
-        pictures=pictures,
-        mistakes=mistakes,
-        changes=changes,
-        groups=groups,
-        image_root=Path(splits.root),
-    )
-    say(
-        f"wrote {run / 'evaluation'}/ (metrics.csv, mistakes.csv, changes.csv, groups.csv, figures) and "
-        f"{run / 'report.html'}"
-    )
+        run / "report.html", evaluation, policy=policy, pictures=pictures, mistakes=mistakes, changes=changes,
+        groups=groups, image_root=Path(splits.root),
+    )  # fmt: skip
+    say(f"wrote {folder}/ (metrics.csv, mistakes.csv, changes.csv, groups.csv, figures) and {run / 'report.html'}")
     return evaluation
 
 

@@ -128,74 +128,54 @@ def fit_gate(
     """
     if not views or folds < 2:
         raise InputError(f"views must be one or more and folds 2 or more, got {len(views)} and {folds}; 5 are usual")
+    names, truth = np.tile(np.asarray(groups, dtype=np.str_), len(views)), np.tile(labels, len(views))
+    fold = np.tile(fold_of(groups, folds, seed), len(views))
+    row_weights = np.asarray(class_weights, dtype=np.float64)[truth]
+    features = np.concatenate([np.asarray(view, dtype=np.float64) for view in views])
+    n, n_groups = truth.size, np.unique(names).size
+
+    def margin_alone(n_errors: int, reason: str) -> GateFit:
+        weight = np.append(np.zeros(features.shape[1]), 1.0)
+        return GateFit(weight, 0.0, "margin alone", None, n, n_groups, n_errors, reason)
+
+    if n_groups < 2:
+        return margin_alone(0, "all train rows are of one group: nothing is held out")
     # One BLAS thread: the same bytes whatever their number, and ten times faster beside busy processes.
     with threadpool_limits(limits=1, user_api="blas"):
-        return _fit_gate(views, logits, labels, groups, class_weights, folds, seed)
+        own = margin(np.concatenate(list(logits)))
+        sure, right = np.empty(n), np.empty(n, dtype=bool)
+        for part in range(int(fold.max()) + 1):
+            held = fold == part
+            matrix, offsets = fit_head(features[~held], truth[~held], row_weights[~held], classes=len(class_weights))
+            given = features[held] @ matrix + offsets
+            sure[held] = margin(given)
+            if (mean := sure[held].mean()) > 0:
+                sure[held] *= own[held].mean() / mean
+            right[held] = given.argmax(1) == truth[held]
+        errors = int((~right).sum())
+        if errors in (0, n):
+            words = "no answer" if errors == 0 else "every answer"
+            reason = f"{words} on held-out train rows was wrong: correctness has one value and cannot be fitted"
+            return margin_alone(errors, reason)
 
-
-def _fit_gate(
-    views: Sequence[NDArray[Any]],
-    logits: Sequence[NDArray[Any]],
-    labels: NDArray[np.int64],
-    groups: Sequence[str],
-    class_weights: NDArray[Any],
-    folds: int,
-    seed: int,
-) -> GateFit:
-    fold = fold_of(groups, folds, seed)
-    names = np.asarray(groups, dtype=np.str_)
-    classes = len(class_weights)
-    row_weights = np.asarray(class_weights, dtype=np.float64)[labels]
-    features = np.concatenate([np.asarray(view, dtype=np.float64) for view in views])
-    fold, names = np.tile(fold, len(views)), np.tile(names, len(views))
-    truth, row_weights = np.tile(labels, len(views)), np.tile(row_weights, len(views))
-    n, n_groups = truth.size, np.unique(names).size
-    if n_groups < 2:
-        return _margin_alone(features.shape[1], n, n_groups, 0, "all train rows are of one group: nothing is held out")
-
-    own = margin(np.concatenate(list(logits)))
-    sure, right = np.empty(n), np.empty(n, dtype=bool)
-    for part in range(int(fold.max()) + 1):
-        held = fold == part
-        matrix, offsets = fit_head(features[~held], truth[~held], row_weights[~held], classes)
-        given = features[held] @ matrix + offsets
-        sure[held] = _to_scale(margin(given), own[held])
-        right[held] = given.argmax(1) == truth[held]
-    errors = int((~right).sum())
-    error_groups = np.unique(names[~right]).size
-    if errors in (0, n):
-        words = "no answer" if errors == 0 else "every answer"
-        reason = f"{words} on held-out train rows was wrong: correctness has one value and cannot be fitted"
-        return _margin_alone(features.shape[1], n, n_groups, errors, reason)
-
-    inputs = np.column_stack([features, sure])
-    centre, scale = _standard(inputs)
-    inputs = (inputs - centre) / scale
-    target = right.astype(np.float64)
-    form: Form = "features and margin"
-    reason, strength = "", None
-    if error_groups < FEWEST_ERROR_GROUPS:
-        form, reason = "margin alone", f"only {error_groups} group(s) hold a wrong answer: too few to weigh features by"
-        point = _logistic(inputs[:, -1:], target, np.array([_MARGIN_PENALTY]))
-        point = np.concatenate([np.zeros(features.shape[1]), point])
-    else:
-        strength = _choose_strength(inputs, target, fold)
-        point = _logistic(inputs, target, _penalties(inputs.shape[1], strength * n))
-    weight = point[:-1] / scale
-    if form == "margin alone" and weight[-1] <= 0:
-        return _margin_alone(features.shape[1], n, n_groups, errors, f"{reason}, and the margin does not tell them")
-    return GateFit(weight, float(point[-1] - centre @ weight), form, strength, n, n_groups, errors, reason)
-
-
-def _margin_alone(width: int, n_rows: int, n_groups: int, n_errors: int, reason: str) -> GateFit:
-    weight = np.zeros(width + 1)
-    weight[-1] = 1.0
-    return GateFit(weight, 0.0, "margin alone", None, n_rows, n_groups, n_errors, reason)
-
-
-def _to_scale(values: Array, like: Array) -> Array:
-    mean = values.mean()
-    return values * (like.mean() / mean) if mean > 0 else values
+        inputs = np.column_stack([features, sure])
+        centre, scale = _standard(inputs)
+        inputs = (inputs - centre) / scale
+        target = right.astype(np.float64)
+        error_groups = np.unique(names[~right]).size
+        if error_groups >= FEWEST_ERROR_GROUPS:
+            strength = _choose_strength(inputs, target, fold)
+            point = _logistic(inputs, target, strength * n)
+            weight = point[:-1] / scale
+            bias = float(point[-1] - centre @ weight)
+            return GateFit(weight, bias, "features and margin", strength, n, n_groups, errors)
+        reason = f"only {error_groups} group(s) hold a wrong answer: too few to weigh features by"
+        point = np.concatenate([np.zeros(features.shape[1]), _logistic(inputs[:, -1:], target, 0.0)])
+        weight = point[:-1] / scale
+        if weight[-1] <= 0:
+            return margin_alone(errors, f"{reason}, and the margin does not tell them")
+        bias = float(point[-1] - centre @ weight)
+        return GateFit(weight, bias, "margin alone", None, n, n_groups, errors, reason)
 
 
 def _choose_strength(inputs: Array, target: Array, fold: NDArray[np.int64]) -> float:
@@ -205,19 +185,16 @@ def _choose_strength(inputs: Array, target: Array, fold: NDArray[np.int64]) -> f
         held = fold == part
         point: Array | None = None
         for k in reversed(range(len(GATE_STRENGTHS))):
-            penalties = _penalties(inputs.shape[1], GATE_STRENGTHS[k] * int((~held).sum()))
-            point = _logistic(inputs[~held], target[~held], penalties, start=point)
+            strength = GATE_STRENGTHS[k] * int((~held).sum())
+            point = _logistic(inputs[~held], target[~held], strength, start=point)
             score = inputs[held] @ point[:-1] + point[-1]
             losses[k] += float((np.logaddexp(0, score) - target[held] * score).sum())
     return GATE_STRENGTHS[len(losses) - 1 - int(losses[::-1].argmin())]
 
 
-def _penalties(width: int, strength: float) -> Array:
-    return np.concatenate([np.full(width - 1, strength), [_MARGIN_PENALTY]])
-
-
-def _logistic(inputs: Array, target: Array, penalties: Array, start: Array | None = None) -> Array:
-    """Weights and, last, the bias of a penalised logistic regression; the bias is free."""
+def _logistic(inputs: Array, target: Array, strength: float, start: Array | None = None) -> Array:
+    """Weights and, last, the bias of a logistic regression; ``strength`` penalises all weights but the margin's."""
+    penalties = np.append(np.full(inputs.shape[1] - 1, strength), _MARGIN_PENALTY)
     n = target.size
 
     def objective(point: Array) -> tuple[float, Array]:

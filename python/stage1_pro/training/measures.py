@@ -44,9 +44,10 @@ class Scope:
         """Arguments of ``bootstrap`` that all figures share."""
         return {"n_replicates": self.n_replicates, "level": LEVEL, "seed": self.seed}
 
-    def size(self, rows: NDArray[np.bool_]) -> tuple[int, int]:
-        """Count rows and their groups."""
-        return int(rows.sum()), np.unique(self.predictions.groups[rows]).size
+    def measure(self, name: str, stage: Stage, one: Interval, rows: NDArray[np.bool_]) -> Measure:
+        """A figure of a stage on ``rows``."""
+        n, n_groups = int(rows.sum()), np.unique(self.predictions.groups[rows]).size
+        return Measure.of(name, one, source=self.source, stage=stage, n=n, n_groups=n_groups)
 
 
 @dataclass(frozen=True)
@@ -76,26 +77,25 @@ def measure_scope(scope: Scope, extra: Sequence[str] = ()) -> Measured:
     measures: list[Measure] = []
     names, rows, predictions = metric_names(exits=False), scope.rows, scope.predictions
     labels, groups = predictions.labels[rows], predictions.groups[rows]
-    n, n_groups = scope.size(rows)
     of_stage: dict[Stage, Intervals] = {}
     for stage, given in scope.answers.items():
+        probs = given.probs[rows]
         of_stage[stage] = bootstrap(
-            given.probs[rows],
-            labels,
-            confidence=given.confidence[rows],
-            groups=groups,
-            metrics=[*names, *(extra if stage == "stage_a" else ())],
-            positive=scope.positive,
-            **scope.how,
-        )
+            probs, labels, confidence=given.confidence[rows], groups=groups, positive=scope.positive,
+            metrics=[*names, *(extra if stage == "stage_a" else ())], **scope.how,
+        )  # fmt: skip
         found = {name: of_stage[stage][name] for name in names}
-        found |= bootstrap_answers(given.probs[rows], labels, groups=groups, positive=scope.positive, **scope.how)
-        measures += [
-            Measure.of(name, one, source=scope.source, stage=stage, n=n, n_groups=n_groups)
-            for name, one in found.items()
-        ]
-    exits = None if scope.policy is None else _exit_intervals(scope, scope.policy)
-    measures += _unknown_exits(scope.source) if exits is None else [*_exits(scope, exits), _difference(scope)]
+        found |= bootstrap_answers(probs, labels, groups=groups, positive=scope.positive, **scope.how)
+        measures += [scope.measure(name, stage, one, rows) for name, one in found.items()]
+    if scope.policy is None:
+        return Measured([*measures, *_unknown_exits(scope.source)], of_stage["stage_a"], None)
+    exits = _exit_intervals(scope, scope.policy)
+    # Of the cascade beside Stage B alone, on the same resamples of groups.
+    apart = compare(
+        scope.answers["cascade"].probs[rows], scope.answers["stage_b"].probs[rows], labels, groups=groups,
+        metrics=["accuracy"], **scope.how,
+    )["accuracy"]  # fmt: skip
+    measures += [*_exits(scope, exits), scope.measure(DIFFERENCE, "cascade", apart, rows)]
     return Measured(measures, of_stage["stage_a"], exits)
 
 
@@ -120,10 +120,6 @@ def _exits(scope: Scope, found: Intervals) -> list[Measure]:
     out = scope.answers["cascade"].exited
     exited, deferred = rows & out, rows & ~out
 
-    def measure(stage: Stage, name: str, one: Interval, among: NDArray[np.bool_]) -> Measure:
-        n, n_groups = scope.size(among)
-        return Measure.of(name, one, source=scope.source, stage=stage, n=n, n_groups=n_groups)
-
     wrong = found["exit_error"]
     right = replace(wrong, value=1 - wrong.value, low=1 - wrong.high, high=1 - wrong.low)
     # The mean itself, not one minus another mean: the last bit counts where figures are compared.
@@ -132,34 +128,16 @@ def _exits(scope: Scope, found: Intervals) -> list[Measure]:
     rest = Interval(math.nan, math.nan, math.nan, math.nan, method="none", note="undefined: no row is deferred")
     if deferred.any():
         rest = bootstrap(
-            scope.answers["stage_b"].probs[deferred],
-            predictions.labels[deferred],
-            groups=predictions.groups[deferred],
-            metrics=["accuracy"],
-            **scope.how,
-        )["accuracy"]
+            scope.answers["stage_b"].probs[deferred], predictions.labels[deferred],
+            groups=predictions.groups[deferred], metrics=["accuracy"], **scope.how,
+        )["accuracy"]  # fmt: skip
     return [
-        measure("stage_a", "coverage", found["coverage"], rows),
-        measure("stage_a", "exit_error", wrong, exited),
-        measure("stage_a", "exit_accuracy", right, exited),
+        scope.measure("coverage", "stage_a", found["coverage"], rows),
+        scope.measure("exit_error", "stage_a", wrong, exited),
+        scope.measure("exit_accuracy", "stage_a", right, exited),
         measure_fnr(scope.source, fnr_counts(scope), found["fnr_on_exited"], LEVEL),
-        measure("stage_b", "deferred_accuracy", rest, deferred),
+        scope.measure("deferred_accuracy", "stage_b", rest, deferred),
     ]
-
-
-def _difference(scope: Scope) -> Measure:
-    """Accuracy of the cascade minus that of Stage B alone, both on the same resamples of groups."""
-    rows, predictions = scope.rows, scope.predictions
-    one = compare(
-        scope.answers["cascade"].probs[rows],
-        scope.answers["stage_b"].probs[rows],
-        predictions.labels[rows],
-        groups=predictions.groups[rows],
-        metrics=["accuracy"],
-        **scope.how,
-    )["accuracy"]
-    n, n_groups = scope.size(rows)
-    return Measure.of(DIFFERENCE, one, source=scope.source, stage="cascade", n=n, n_groups=n_groups)
 
 
 def _exit_intervals(scope: Scope, policy: Policy) -> Intervals:
@@ -168,12 +146,7 @@ def _exit_intervals(scope: Scope, policy: Policy) -> Intervals:
     # A row without a score never exits.
     scores = np.where(np.isnan(scores), -np.inf, scores)
     return bootstrap(
-        scope.answers["stage_a"].probs[rows],
-        predictions.labels[rows],
-        confidence=scores[rows],
-        threshold=policy.exit_threshold,
-        groups=predictions.groups[rows],
-        metrics=["coverage", "exit_error", "fnr_on_exited"],
-        positive=scope.positive,
-        **scope.how,
-    )
+        scope.answers["stage_a"].probs[rows], predictions.labels[rows], confidence=scores[rows],
+        threshold=policy.exit_threshold, groups=predictions.groups[rows], positive=scope.positive,
+        metrics=["coverage", "exit_error", "fnr_on_exited"], **scope.how,
+    )  # fmt: skip
