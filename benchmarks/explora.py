@@ -34,7 +34,7 @@ from stage1_pro.data.splits import Row, Splits, hash_splits
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.files import write_text
 from stage1_pro.metrics.probabilistic import mcc
-from stage1_pro.training.adapted import ExploraRecord
+from stage1_pro.training.run import ExploraRecord
 
 ARMS = ("none", "explora")
 METRICS = ("accuracy", "mcc")

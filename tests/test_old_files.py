@@ -91,9 +91,8 @@ def test_records_of_a_run_and_a_bundle_keep_every_value(files: Path) -> None:
 
 def test_records_of_training_keep_every_value(files: Path) -> None:
     pytest.importorskip("torch")
-    from stage1_pro.training.adapted import ExploraRecord
     from stage1_pro.training.evaluation import Evaluation
-    from stage1_pro.training.run import RunConfig, Start
+    from stage1_pro.training.run import ExploraRecord, RunConfig, Start
 
     # The one key that has another name now: `tensorboard: true` is `trackers: [tensorboard]`.
     stored = json.loads((files / "run" / "config.json").read_text())

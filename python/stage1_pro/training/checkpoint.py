@@ -36,8 +36,8 @@ def canonical(value: Any) -> Any:
     return value
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically; equal content gives equal bytes."""
+def save(path: Path, content: Mapping[str, Any] | Tensor) -> None:
+    """Write a checkpoint, or a tensor, atomically; equal content gives equal bytes."""
     buffer = io.BytesIO()
     torch.save(canonical(content), buffer)
     write_bytes(path, buffer.getvalue())
@@ -66,8 +66,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def save_model(path: Path, model: Stage1Model, state: Mapping[str, Tensor], **facts: Any) -> None:
     """Write ``model_best.pth`` or its like: the architecture as JSON text, the weights, some plain facts."""
-    content = {"architecture": model.architecture.model_dump_json(), "model_state_dict": state, **facts}
-    save(path, content)
+    save(path, {"architecture": model.architecture.model_dump_json(), "model_state_dict": state, **facts})
 
 
 def load_model(path: Path, wanted: Architecture | None = None) -> Stage1Model:

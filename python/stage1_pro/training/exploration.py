@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec, write_quarantine
 from stage1_pro.data.photos import ImageFile
-from stage1_pro.data.pool import Pool, read_pool
+from stage1_pro.data.pool import read_pool
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import InputError
 from stage1_pro.files import atomic_directory, sha256_file
 from stage1_pro.progress import say
-from stage1_pro.training.adapted import ExploraRecord, PoolInfo, ProbeFigure
-from stage1_pro.training.run import EXPLORA, check_run, exclusive, versions, write_config
+from stage1_pro.training.run import EXPLORA, ExploraRecord, PoolInfo, check_run, exclusive, versions, write_config
 
 Probed = dict[str, NDArray[np.float64]]
 OWN_FILES = ("explora.json", "config.json", "last.pth", "metrics.csv", "reconstructions.png", "quarantine.csv")
@@ -79,7 +78,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     from stage1_pro.models.backbone import load_backbone, save_backbone
     from stage1_pro.models.model import input_spec
     from stage1_pro.training.explora import adapt
-    from stage1_pro.training.probes import probe
+    from stage1_pro.training.probes import judge, probe, verdict
 
     model, options = config.model, config.explora
 
@@ -110,12 +109,24 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
 
     def begin() -> None:
         if not resume:
-            _forget(folder)
+            for name in OWN_FILES:
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "backbone", ignore_errors=True)
         write_config(folder, config, splits)
         write_quarantine(folder / "quarantine.csv", pool.quarantined)
 
-    adapted = adapt(folder, backbone, pool.photos, spec, config, _identity(start, pool, spec, config), begin)
-    figures, better, reason = _judge(before, lambda: probed(adapted.backbone, "adapted"), splits, config.seed)
+    # What this adaptation is of; a last.pth with another text is refused.
+    learned = options.model_dump(mode="json", exclude={"save_every_steps", "keep"})
+    facts = {"base": start, "pool": pool.fingerprint, "preprocessing": spec.fingerprint()}
+    identity = json.dumps({**facts, "seed": config.seed, "explora": learned})
+    adapted = adapt(folder, backbone, pool.photos, spec, config, identity, begin)
+    whole = adapted.trainable
+    try:
+        after, positive = probed(adapted.backbone, "adapted"), splits.classes.index(splits.positive)
+        figures = judge(before, after, labels, groups, positive=positive, seed=config.seed)
+        better, reason = verdict(figures)
+    except InputError as error:
+        figures, better, reason = [], False, str(error)
     kept = better or options.keep == "adapted"
     if kept and not better:
         reason = f"kept because explora.keep=adapted asks for it, although {reason}"
@@ -124,65 +135,27 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     with atomic_directory(folder / "backbone") as staging:
         written = info.model_copy(update={"source": f"{info.source} + {how}"}) if kept else info
         save_backbone(staging, chosen, written, spec)
+    used = PoolInfo(
+        contents_sha256=pool.fingerprint, n_trained=adapted.n_trained, n_held_out=adapted.n_held_out,
+        n_quarantined=len(pool.quarantined), n_copies=pool.n_copies, n_left_out=pool.n_left_out,
+        n_not_compared=pool.n_not_compared,
+    )  # fmt: skip
+    held_out = [row["held_out_loss"] for row in adapted.history]
     record = ExploraRecord(
-        kept="adapted" if kept else "base",
-        better=better,
-        reason=reason,
-        objective=options.objective,
-        train=options.train,
+        kept="adapted" if kept else "base", better=better, reason=reason,
+        objective=options.objective, train=options.train,
         blocks=options.blocks if options.train == "explora" else chosen.n_blocks,
-        rank=adapted.trainable.rank,
-        n_parameters=adapted.trainable.n_parameters,
-        n_trained=adapted.trainable.n_trained,
-        share=adapted.trainable.share,
-        steps=adapted.history[-1]["step"],
-        loss=[row["loss"] for row in adapted.history],
-        held_out_loss=[None if np.isnan(row["held_out_loss"]) else row["held_out_loss"] for row in adapted.history],
-        figures=figures,
-        n_rows=len(rows),
-        n_groups=len(set(groups)),
-        pool=_pool_info(pool, adapted.n_trained, adapted.n_held_out),
-        base=info,
-        base_fingerprint=start,
-        backbone_fingerprint=chosen.fingerprint(),
+        rank=whole.rank, n_parameters=whole.n_parameters, n_trained=whole.n_trained, share=whole.share,
+        steps=adapted.history[-1]["step"], loss=[row["loss"] for row in adapted.history],
+        held_out_loss=[None if np.isnan(loss) else loss for loss in held_out],
+        figures=figures, n_rows=len(rows), n_groups=len(set(groups)), pool=used,
+        base=info, base_fingerprint=start, backbone_fingerprint=chosen.fingerprint(),
         weights_sha256=sha256_file(folder / "backbone" / "model.safetensors"),
-        preprocessing=spec,
-        split_hashes=splits.hashes,
-        seed=config.seed,
-        versions=versions(),
-    )
+        preprocessing=spec, split_hashes=splits.hashes, seed=config.seed, versions=versions(),
+    )  # fmt: skip
     record.write(folder / "explora.json")
     say(f"kept the {'adapted backbone' if kept else 'base'}: {reason}")
     return record
-
-
-def _identity(base: str, pool: Pool, spec: PreprocessSpec, config: Config) -> str:
-    """What an adaptation is of, as text; a ``last.pth`` with another one is refused."""
-    return json.dumps(
-        {
-            "base": base,
-            "pool": pool.fingerprint,
-            "preprocessing": spec.fingerprint(),
-            "seed": config.seed,
-            "explora": config.explora.model_dump(mode="json", exclude={"save_every_steps", "keep"}),
-        }
-    )
-
-
-def _judge(
-    before: Probed, after: Callable[[], Probed], splits: Splits, seed: int
-) -> tuple[list[ProbeFigure], bool, str]:
-    """Both probes' figures on train rows, whether the adapted backbone is better, and why."""
-    from stage1_pro.training.probes import judge, verdict
-
-    rows = splits.of("train")
-    labels, groups = splits.indices(rows), [row.group for row in rows]
-    positive = splits.classes.index(splits.positive)
-    try:
-        figures = judge(before, after(), labels, groups, positive=positive, seed=seed)
-    except InputError as error:
-        return [], False, str(error)
-    return figures, *verdict(figures)
 
 
 def render(record: ExploraRecord, run: Path | str) -> str:
@@ -219,17 +192,3 @@ def _features(
     )["features"]  # fmt: skip
     backbone.cpu()
     return found
-
-
-def _pool_info(pool: Pool, n_trained: int, n_held_out: int) -> PoolInfo:
-    return PoolInfo(
-        contents_sha256=pool.fingerprint, n_trained=n_trained, n_held_out=n_held_out,
-        n_quarantined=len(pool.quarantined), n_copies=pool.n_copies, n_left_out=pool.n_left_out,
-        n_not_compared=pool.n_not_compared,
-    )  # fmt: skip
-
-
-def _forget(folder: Path) -> None:
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "backbone", ignore_errors=True)

@@ -15,7 +15,7 @@ from stage1_pro.models.model import Stage1Model, fingerprint
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, GateChoice, rank_answers
 from stage1_pro.training import checkpoint
 from stage1_pro.training.gate_head import fit_gate
-from stage1_pro.training.inference import infer, save_calibration
+from stage1_pro.training.inference import Draw, infer, save_calibration
 from stage1_pro.training.resume import State
 from stage1_pro.training.session import Session
 from stage1_pro.training.validate import COLUMNS
@@ -85,31 +85,23 @@ def _views(session: Session, model: Stage1Model) -> list[np.ndarray[Any, Any]]:
     """Features of the train rows at the tap [N, F], once per view; clean rows where the backbone is frozen."""
     if session.config.train.mode == "linear":
         return [session.features["train"]["features_a"]]
-    augment, options = session.config.augment, session.config.gate
-    draws = options.views if augment.enabled else 0
+    config = session.config
     # Epochs that training cannot have drawn.
-    first = session.config.train.epochs
-    epochs: list[int | None] = [*range(first, first + draws)] or [None]
+    epochs = range(config.train.epochs, config.train.epochs + config.gate.views) if config.augment.enabled else ()
+    draws: list[Draw | None] = [*((config.augment, config.seed, epoch) for epoch in epochs)] or [None]
 
     def forward(pixels: Tensor) -> dict[str, Tensor]:
         return {"features": model.features(pixels)[0]}
 
-    return [
-        session.over(
-            forward,
-            session.photos("train"),
-            "train rows for the gate",
-            draw=None if epoch is None else (augment, session.config.seed, epoch),
-        )["features"]
-        for epoch in epochs
-    ]
+    photos = session.photos("train")
+    return [session.over(forward, photos, "train rows for the gate", draw=draw)["features"] for draw in draws]
 
 
 def _choose_confidence(session: Session, predictions: Predictions) -> None:
     """Write ``gate.json``: what ranks answers better on ``val_select``."""
-    found = rank_answers(predictions, seed=session.config.seed)
-    better = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
-    options = session.config.gate
+    found, options = rank_answers(predictions, seed=session.config.seed), session.config.gate
+    gate, sure, difference = found[GATE], found[SOFTMAX], found[DIFFERENCE]
+    better = "gate" if gate.value < sure.value else "softmax"
     facts = checkpoint.load(session.run / "model_best.pth").get("gate_fit", {"form": "joint"})
     record = GateChoice.model_validate(
         {
@@ -117,16 +109,15 @@ def _choose_confidence(session: Session, predictions: Predictions) -> None:
             **facts,
             "split_hash": predictions.split_hash,
             "model_fingerprint": predictions.model_fingerprint,
-            "gate_augrc": Metric.of(GATE, found[GATE]),
-            "softmax_augrc": Metric.of(SOFTMAX, found[SOFTMAX]),
+            "gate_augrc": Metric.of(GATE, gate),
+            "softmax_augrc": Metric.of(SOFTMAX, sure),
             "joint_gate_augrc": Metric.of(JOINT, found[JOINT]) if JOINT in found else None,
-            "difference": Metric.of(DIFFERENCE, found[DIFFERENCE]),
+            "difference": Metric.of(DIFFERENCE, difference),
             "asked": options.confidence,
             "confidence": better if options.confidence == "auto" else options.confidence,
         }
     )
     record.write(session.run / "gate.json")
-    gate, sure, difference = found[GATE], found[SOFTMAX], found[DIFFERENCE]
     session.say(
         f"AUGRC on val_select: gate {gate.value:.5f}, max softmax {sure.value:.5f}, difference "
         f"{difference.value:+.5f} [{difference.low:+.5f}, {difference.high:+.5f}]; confidence: {record.confidence}"

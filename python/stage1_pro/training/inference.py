@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,15 @@ from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import iterate
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.predictions import Predictions
-from stage1_pro.data.splits import Row, Splits
+from stage1_pro.data.splits import Splits
 from stage1_pro.models.heads import Gate
 from stage1_pro.models.model import Outputs, Stage1Model
-from stage1_pro.training.checkpoint import load_joint_gate, load_run_model
+from stage1_pro.training.checkpoint import load_joint_gate, load_run_model, save
 from stage1_pro.words import SplitName
 
 Arrays = dict[str, NDArray[np.float32]]
+# (augmentation, seed, epoch): the images as that epoch of training draws them.
+Draw = tuple[AugmentConfig, int, int]
 
 
 def run_over(
@@ -33,7 +34,7 @@ def run_over(
     workers: int,
     batch_size: int = 64,
     description: str = "",
-    draw: tuple[AugmentConfig, int, int] | None = None,
+    draw: Draw | None = None,
 ) -> Arrays:
     """Apply ``forward`` to every image in order; each output is gathered to [N, ...] float32.
 
@@ -45,7 +46,7 @@ def run_over(
         workers: processes that decode.
         batch_size: images of a forward pass.
         description: of the progress bar; none without.
-        draw: (augmentation, seed, epoch): the images as that epoch of training draws them.
+        draw: the images as an epoch of training draws them; None as evaluation sees them.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     with torch.inference_mode():
@@ -78,7 +79,7 @@ def infer(
         workers: processes that decode.
         joint_gate: the gate as training left it, to be shown beside the refitted one.
     """
-    device = pick_device()
+    device, spec, rows = pick_device(), model.architecture.preprocessing, splits.of(split)
     model = model.to(device).eval()
     joint = None if joint_gate is None else joint_gate.to(device).eval()
 
@@ -87,10 +88,24 @@ def infer(
         found = named_logits(outputs)
         return found if joint is None else {**found, "joint_gate": joint(outputs.features_a, outputs.logits_a)}
 
-    rows = splits.of(split)
-    spec = model.architecture.preprocessing
     arrays = run_over(forward, splits.photos_of(rows), spec, device=device, workers=workers, description=split)
-    return assemble(rows, splits, split, arrays, model.fingerprint(), spec.fingerprint())
+    return Predictions(
+        row_ids=np.asarray([row.id for row in rows], dtype=np.str_),
+        groups=np.asarray([row.group for row in rows], dtype=np.str_),
+        sources=np.asarray([row.source for row in rows], dtype=np.str_),
+        halves=np.asarray([row.half or "" for row in rows], dtype=np.str_),
+        labels=splits.indices(rows),
+        logits_a=arrays["logits_a"],
+        logits_b=arrays["logits_b"],
+        gate_logits=arrays["gate_logits"],
+        classes=list(splits.classes),
+        positive=splits.positive,
+        split=split,
+        split_hash=splits.hashes[split],
+        model_fingerprint=model.fingerprint(),
+        preprocessing_fingerprint=spec.fingerprint(),
+        joint_gate_logits=arrays.get("joint_gate"),
+    )
 
 
 def infer_split(run: Path, split: SplitName) -> Predictions:
@@ -106,54 +121,9 @@ def infer_split(run: Path, split: SplitName) -> Predictions:
     return infer(model, splits, split, workers=config.config.train.workers, joint_gate=gate)
 
 
-def assemble(
-    rows: Sequence[Row], splits: Splits, split: SplitName, arrays: Arrays, model_hash: str, spec_hash: str
-) -> Predictions:
-    """Join outputs with the rows they belong to.
-
-    Args:
-        rows: [N].
-        splits: which they are from.
-        split: likewise.
-        arrays: ``logits_a`` and ``logits_b`` [N, K], ``gate_logits`` [N], and ``joint_gate`` [N] where there is one.
-        model_hash: fingerprint of the model.
-        spec_hash: fingerprint of its preprocessing.
-    """
-
-    def text(values: Sequence[Any]) -> NDArray[np.str_]:
-        return np.asarray([str(value) for value in values], dtype=np.str_)
-
-    return Predictions(
-        row_ids=text([row.id for row in rows]),
-        groups=text([row.group for row in rows]),
-        sources=text([row.source for row in rows]),
-        halves=text([row.half or "" for row in rows]),
-        labels=splits.indices(rows),
-        logits_a=arrays["logits_a"],
-        logits_b=arrays["logits_b"],
-        gate_logits=arrays["gate_logits"],
-        classes=list(splits.classes),
-        positive=splits.positive,
-        split=split,
-        split_hash=splits.hashes[split],
-        model_fingerprint=model_hash,
-        preprocessing_fingerprint=spec_hash,
-        joint_gate_logits=arrays.get("joint_gate"),
-    )
-
-
 def save_calibration(run: Path, predictions: Predictions) -> None:
     """Write ``val_calib.npz`` and the plain tensors other tools read."""
-    import io
-
-    from stage1_pro.files import write_bytes
-
     predictions.save(run / "val_calib.npz")
-    for name, array in (
-        ("val_calib_logits", predictions.logits_a),
-        ("val_calib_labels", predictions.labels),
-        ("val_calib_gate_logits", predictions.gate_logits),
-    ):
-        buffer = io.BytesIO()
-        torch.save(torch.from_numpy(array.copy()), buffer)
-        write_bytes(run / f"{name}.pt", buffer.getvalue())
+    save(run / "val_calib_logits.pt", torch.from_numpy(predictions.logits_a))
+    save(run / "val_calib_labels.pt", torch.from_numpy(predictions.labels))
+    save(run / "val_calib_gate_logits.pt", torch.from_numpy(predictions.gate_logits))

@@ -18,8 +18,8 @@ from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.intervals import bootstrap_answers, compare
 from stage1_pro.metrics.probabilistic import accuracy
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.training.adapted import ProbeFigure
 from stage1_pro.training.gate_head import fit_head, fold_of
+from stage1_pro.training.run import ProbeFigure
 
 Array = NDArray[np.float64]
 

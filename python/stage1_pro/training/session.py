@@ -32,7 +32,7 @@ from stage1_pro.models.backbone import PRESETS
 from stage1_pro.models.model import Architecture, Stage1Model, create_model
 from stage1_pro.progress import say
 from stage1_pro.training.epochs import group_parameters, seed_everything, uses_bf16, warm_cosine
-from stage1_pro.training.inference import Arrays, run_over
+from stage1_pro.training.inference import Arrays, Draw, run_over
 from stage1_pro.training.losses import Objective, balanced_weights
 from stage1_pro.training.run import Start, versions
 from stage1_pro.training.taps import TapChoice, candidates, choose_tap, table
@@ -170,7 +170,7 @@ class Session:
         forward: Callable[[Tensor], dict[str, Tensor]],
         photos: Sequence[ImageFile],
         description: str = "",
-        draw: tuple[Any, int, int] | None = None,
+        draw: Draw | None = None,
     ) -> Arrays:
         """Outputs of ``forward`` on images, in their order, under the training's precision, each [N, ...].
 
@@ -178,7 +178,7 @@ class Session:
             forward: pixels [B, 3, H, W] to named outputs, rows first.
             photos: [N].
             description: of the progress bar.
-            draw: (augmentation, seed, epoch) of a training epoch; None for images as evaluation sees them.
+            draw: of an epoch of training; None for images as evaluation sees them.
         """
 
         def cast(pixels: Tensor) -> dict[str, Tensor]:
