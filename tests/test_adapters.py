@@ -163,7 +163,7 @@ def test_only_what_the_mode_names_changes(mode: str) -> None:
     }.get(mode, r"(heads|norm_a)\.|.*\.lora_[AB]\.")
     assert all(re.match(expected, name) for name in changed), changed
     assert adaptation.trainable == sum(model.state_dict()[name].numel() for name in changed)
-    assert adaptation.share == adaptation.trainable / sum(p.numel() for p in model.parameters())
+    assert adaptation.parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

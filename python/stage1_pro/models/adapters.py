@@ -92,14 +92,9 @@ class Adaptation:
     trainable: int
     handle: PeftModel | None
 
-    @property
-    def share(self) -> float:
-        """Trainable parameters as a share of all, in (0, 1]."""
-        return self.trainable / self.parameters
-
-    def learned(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part of a state dict that training changes."""
-        return {f"{prefix}{key}": state[f"{prefix}{key}"] for key in self.keys}
+        return {key: state[key] for key in self.keys}
 
 
 def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: int) -> Adaptation:

@@ -26,27 +26,14 @@ from stage1_pro.registry import Registry
 Context = tuple[Tensor, Tensor] | None
 
 # Small DINOv3 configurations that train from scratch on two CPU cores.
+_SMALL = {"image_size": 48, "patch_size": 8, "num_register_tokens": 4}
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "image_size": 48,
-        "patch_size": 8,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_register_tokens": 4,
-    },
+    "tiny": {**_SMALL, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     # Twelve blocks, so that one of them and LoRA of rank 8 on the rest stay below 10% of the weights (ExPLoRA).
     "narrow": {
-        "image_size": 48,
-        "patch_size": 8,
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 3,
-        "num_register_tokens": 4,
+        **_SMALL, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3,
     },
-}
+}  # fmt: skip
 # Facts of a backbone that this package wrote, beside its weights: a folder's name says nothing of a licence.
 INFO_FILE = "backbone_info.json"
 # The attribute that holds the library's own model: its parameters keep their names below it in every checkpoint.
@@ -282,11 +269,6 @@ class Backbone(nn.Module, ABC):
             patch_size=self.patch_size,
         )
 
-    def settings(self) -> dict[str, Any]:
-        """The transformers configuration, from which ``backbone_from_config`` builds one of the same shape."""
-        values: dict[str, Any] = self.hf.config.to_dict()
-        return values
-
 
 # What the configuration's words are called in all these families, now and in older versions of transformers.
 _ATTENTION: dict[Target, tuple[str, ...]] = {
@@ -345,15 +327,6 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def default_image_size(source: str, patch: int) -> int:
-    """48 for presets; the height in a folder's processor file; else the multiple of the patch nearest to 224."""
-    if source in PRESETS:
-        return int(PRESETS[source]["image_size"])
-    size = _processor(source).get("size")
-    height = size.get("height") if isinstance(size, dict) else None
-    return int(height) if height else round(224 / patch) * patch
-
-
 def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: float | None, seed: int) -> Backbone:
     """Load a preset, a local folder or a hub id.
 
@@ -404,7 +377,12 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
             f"weights of '{source}' must fit {kind.__name__}: missing {missing[:5]}, "
             f"other shapes {[str(k) for k in sorted(report['mismatched_keys'])[:5]]}"
         )
-    return family(hf, image_size or default_image_size(source, int(config.patch_size)))
+    if not image_size:
+        # The height in a folder's processor file, else the multiple of the patch nearest to 224.
+        stated, patch = _processor(source).get("size"), int(config.patch_size)
+        height = stated.get("height") if isinstance(stated, dict) else None
+        image_size = int(height) if height else round(224 / patch) * patch
+    return family(hf, image_size)
 
 
 def backbone_from_config(values: dict[str, Any], image_size: int, seed: int = 0) -> Backbone:

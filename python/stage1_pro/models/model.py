@@ -16,7 +16,6 @@ from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.models.backbone import Backbone, backbone_from_config, hash_tensors, load_backbone, normalisation
-from stage1_pro.models.heads import Auxiliary, Classifier, Gate
 from stage1_pro.record import Record
 
 
@@ -48,14 +47,43 @@ class Outputs:
     features_b: Tensor
 
 
+class Gate(nn.Module):
+    """Logit of P(Stage A is correct | x) from features [N, F] and the margin of its logits [N, K]: [N].
+
+    Its own weights learn; no gradient flows back into the logits, and into the features only when ``stop_features``
+    is False. Starts at zero: one half for every image.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.stop_features = True
+        self.linear = nn.Linear(features + 1, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Gate logits [N]."""
+        top = logits.detach().topk(2, dim=1).values
+        margin = (top[:, :1] - top[:, 1:]).to(features.dtype)
+        read = features.detach() if self.stop_features else features
+        out: Tensor = self.linear(torch.cat((read, margin), dim=1))
+        return out.squeeze(1)
+
+
 class Heads(nn.Module):
-    """The three heads on given features; what linear mode trains."""
+    """The three heads on given features; what linear mode trains.
+
+    ``classifier`` is Stage A's and linear, ``auxiliary`` Stage B's and stronger, through one hidden layer: both from
+    features [N, F] to logits [N, K].
+    """
 
     def __init__(self, features: int, classes: int, auxiliary_hidden: int, dropout: float) -> None:
         super().__init__()
-        self.classifier = Classifier(features, classes, dropout)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, classes))
         self.gate = Gate(features)
-        self.auxiliary = Auxiliary(features, auxiliary_hidden, classes, dropout)
+        self.auxiliary = nn.Sequential(
+            nn.Linear(features, auxiliary_hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(auxiliary_hidden, classes)
+        )
 
     def forward(self, features_a: Tensor, features_b: Tensor) -> Outputs:
         """Outputs from both stages' features [N, 2D]."""
@@ -144,6 +172,10 @@ def fingerprint(architecture: Architecture, state: Mapping[str, Tensor]) -> str:
     return hash_tensors(state, architecture.fingerprint())
 
 
+# Keys of a transformers configuration that say nothing of the architecture.
+_UNSAID = {"_name_or_path", "id2label", "label2id", "transformers_version"}
+
+
 def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
     """Build the configured model with its starting weights (pretrained where the backbone is).
 
@@ -161,9 +193,11 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
     tap = config.tap if isinstance(config.tap, int) else backbone.n_blocks
     if tap > backbone.n_blocks:
         raise InputError(f"model.tap must be a block from 1 to {backbone.n_blocks}, got {tap}")
+    settings = {key: value for key, value in backbone.hf.config.to_dict().items() if key not in _UNSAID}
     architecture = Architecture(
         backbone=backbone.info(config.backbone),
-        hf_config=_clean(backbone.settings()),
+        # Through JSON, so that a stored copy compares equal.
+        hf_config=json.loads(json.dumps(settings, default=str)),
         image_size=backbone.image_size,
         tap=tap,
         classes=classes,
@@ -197,8 +231,7 @@ def check_architecture(path: Path, found: Architecture, wanted: Architecture) ->
     Raises:
         ArtifactError: they differ; names the fields.
     """
-    a, b = found.model_dump(mode="json"), wanted.model_dump(mode="json")
-    differences = _differences(a, b, "")
+    differences = _differences(found.model_dump(mode="json"), wanted.model_dump(mode="json"))
     if differences:
         raise ArtifactError(f"{path} must be of this run's architecture; it differs in " + "; ".join(differences[:6]))
 
@@ -225,18 +258,8 @@ def check_tensors(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Ten
         raise ArtifactError(f"{path} does not fit the model; " + "; ".join(problems))
 
 
-def _differences(a: Any, b: Any, place: str) -> list[str]:
+def _differences(a: Any, b: Any, place: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
-        found: list[str] = []
-        for key in sorted({*a, *b}):
-            found += _differences(a.get(key), b.get(key), f"{place}.{key}" if place else str(key))
-        return found
+        below = ((key, f"{place}.{key}" if place else str(key)) for key in sorted({*a, *b}))
+        return [one for key, where in below for one in _differences(a.get(key), b.get(key), where)]
     return [] if a == b else [f"{place}: {a} instead of {b}"]
-
-
-def _clean(values: dict[str, Any]) -> dict[str, Any]:
-    """Drop what says nothing of the architecture; pass through JSON so that a stored copy compares equal."""
-    drop = {"_name_or_path", "id2label", "label2id", "transformers_version"}
-    kept = {key: value for key, value in values.items() if key not in drop}
-    cleaned: dict[str, Any] = json.loads(json.dumps(kept, default=str))
-    return cleaned

@@ -14,8 +14,7 @@ from torch import Tensor
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError
 from stage1_pro.files import write_bytes
-from stage1_pro.models.heads import Gate
-from stage1_pro.models.model import Architecture, Stage1Model, check_architecture, check_tensors, rebuild_model
+from stage1_pro.models.model import Architecture, Gate, Stage1Model, check_architecture, check_tensors, rebuild_model
 from stage1_pro.training.run import RunConfig
 
 

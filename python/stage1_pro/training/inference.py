@@ -15,8 +15,7 @@ from stage1_pro.data.loader import iterate
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
-from stage1_pro.models.heads import Gate
-from stage1_pro.models.model import Outputs, Stage1Model
+from stage1_pro.models.model import Gate, Outputs, Stage1Model
 from stage1_pro.training.checkpoint import load_joint_gate, load_run_model, save
 from stage1_pro.words import SplitName
 
