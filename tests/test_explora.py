@@ -464,7 +464,7 @@ def test_stopped_inside_an_epoch_it_ends_as_if_it_had_not_been(
 ) -> None:
     whole = shutil.copytree(scenes / "run", tmp_path / "whole")
     stage1_pro.explora(scenes / "pool" / "images", whole, config(scenes))
-    learn, steps = room._Explorer._learn, []
+    learn, steps = room.Explorer._learn, []
 
     def stop(self, *arguments, **options) -> None:
         steps.append(self.at.global_step)
@@ -473,7 +473,7 @@ def test_stopped_inside_an_epoch_it_ends_as_if_it_had_not_been(
         learn(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room._Explorer, "_learn", stop)
+        patch.setattr(room.Explorer, "_learn", stop)
         with pytest.raises(KeyboardInterrupt):
             stage1_pro.explora(scenes / "pool" / "images", run, config(scenes))
     assert not (run / "explora" / "explora.json").exists()

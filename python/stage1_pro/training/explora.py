@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,17 +65,6 @@ class Trainable:
         return self.n_trained / self.n_parameters
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """An adaptation that has ended: the merged backbone and how it went, epoch by epoch."""
-
-    backbone: Backbone
-    trainable: Trainable
-    history: list[dict[str, Any]]
-    n_trained: int
-    n_held_out: int
-
-
 def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trainable:
     """Freeze a backbone but for what is to be trained, and put LoRA into it; its outputs stay the same.
 
@@ -86,7 +74,14 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
     body = backbone.body
     total = sum(p.numel() for p in body.parameters())
     body.requires_grad_(config.train == "full")
-    lora = _insert(backbone, config, seed) if config.train == "explora" else None
+    lora = None
+    if config.train == "explora":
+        whole, rest = list(backbone.blocks)[-config.blocks :], list(backbone.blocks)[: -config.blocks]
+        norms = [m for block in rest for m in block.modules() if isinstance(m, nn.LayerNorm)]
+        names = [backbone.targets(index)[word] for index in range(len(rest)) for word in ("q", "v")]
+        lora = insert_lora(backbone, names, config.rank, config.alpha, seed) if rest else None
+        for module in (*whole, backbone.norm, *norms):
+            module.requires_grad_(True)
     if (mask_token := backbone.mask_token) is not None:
         mask_token.requires_grad_(config.objective == "simmim")
     trained = sum(p.numel() for p in body.parameters() if p.requires_grad)
@@ -106,18 +101,6 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
     return found
 
 
-def _insert(backbone: Backbone, config: ExploraConfig, seed: int) -> PeftModel | None:
-    """Let the last blocks and all norms learn, and put LoRA on q and v of the other blocks where there are any."""
-    whole, rest = list(backbone.blocks)[-config.blocks :], list(backbone.blocks)[: -config.blocks]
-    norms = [m for block in rest for m in block.modules() if isinstance(m, nn.LayerNorm)]
-    targets = [backbone.targets(index) for index in range(len(rest))]
-    names = [one[word] for one in targets for word in ("q", "v")]
-    lora = insert_lora(backbone, names, config.rank, config.alpha, seed) if rest else None
-    for module in (*whole, backbone.norm, *norms):
-        module.requires_grad_(True)
-    return lora
-
-
 def merge(backbone: Backbone, trainable: Trainable) -> Backbone:
     """Fold LoRA into the weights in fp32 and take it out: a plain backbone on the CPU with the same outputs."""
     backbone = backbone.cpu().float()
@@ -126,11 +109,8 @@ def merge(backbone: Backbone, trainable: Trainable) -> Backbone:
     return backbone.requires_grad_(False).eval()
 
 
-def adapt(folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: PreprocessSpec, config: Config,
-          identity: str, begin: Callable[[], None]) -> Adapted:  # fmt: skip
-    """Adapt a backbone to images, from ``last.pth`` in ``folder`` where there is one.
-
-    Writes ``last.pth``, ``metrics.csv`` and, for mae and simmim, ``reconstructions.png`` into ``folder``.
+class Explorer:
+    """One adaptation of a backbone to images; its folder is read and written from ``run`` on.
 
     Args:
         folder: working folder, of this adaptation alone.
@@ -139,25 +119,15 @@ def adapt(folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: P
         spec: what the backbone takes.
         config: ``explora`` and ``seed`` say what is learned.
         identity: what this adaptation is of; a ``last.pth`` with another one is refused.
-        begin: called once when all that learns is built, and so no configuration is refused any more, before
-            ``folder`` is read or written.
+
+    Attributes:
+        trainable: how much of the encoder is trained.
+        held_out, trained_on: the images, cut in two.
+        at: where the training stands, with its history epoch by epoch.
 
     Raises:
-        InputError: a trainable share outside its limits, or an image that cannot be read any more.
-        ArtifactError: ``last.pth`` is of something else.
-        TrainingError: the loss is not finite, or memory does not suffice.
+        InputError: a trainable share outside its limits.
     """
-    explorer = _Explorer(folder, backbone, photos, spec, config, identity)
-    try:
-        begin()
-        return explorer.run()
-    finally:
-        explorer.loader.close()
-        explorer.trackers.close()
-
-
-class _Explorer:
-    """The components of one adaptation and the loop over them."""
 
     def __init__(self, folder: Path, backbone: Backbone, photos: Sequence[ImageFile], spec: PreprocessSpec,
                  config: Config, identity: str) -> None:  # fmt: skip
@@ -189,8 +159,21 @@ class _Explorer:
         self.at = TrainingPosition()
         self.trackers = Trackers((), folder)
 
-    def run(self) -> Adapted:
-        """Learn to the end, and merge."""
+    def close(self) -> None:
+        """Stop the workers and the trackers."""
+        self.loader.close()
+        self.trackers.close()
+
+    def run(self) -> Backbone:
+        """Learn to the end, from ``last.pth`` where there is one, and merge: the adapted backbone.
+
+        Writes ``last.pth``, ``metrics.csv`` and, for mae and simmim, ``reconstructions.png``.
+
+        Raises:
+            InputError: an image that cannot be read any more.
+            ArtifactError: ``last.pth`` is of something else.
+            TrainingError: the loss is not finite, or memory does not suffice.
+        """
         whole = self.trainable
         say(
             f"{self.options.objective} on {len(self.trained_on)} images ({len(self.held_out)} held out), "
@@ -205,34 +188,30 @@ class _Explorer:
         if self.options.objective in ("mae", "simmim"):
             write_bytes(self.folder / "reconstructions.png", self._picture())
         self.at.write(self.folder / "metrics.csv", COLUMNS)
-        backbone = merge(self.pretext.backbone, whole)
-        return Adapted(backbone, whole, self.at.history, len(self.trained_on), len(self.held_out))
+        return merge(self.pretext.backbone, whole)
 
     def _epoch(self) -> None:
         options, at = self.options, self.at
         frozen = at.epoch < options.decoder_warmup_epochs
-        batches = self.loader.epoch(at.epoch, at.step_in_epoch)
-        steps = self.loader.steps_per_epoch
         timings = run_epoch(
-            batches, lambda batch: self._learn(batch, frozen=frozen), self._save, at, steps=steps,
-            save_every=options.save_every_steps,
+            self.loader.epoch(at.epoch, at.step_in_epoch), lambda batch: self._learn(batch, frozen=frozen), self._save,
+            at, steps=self.loader.steps_per_epoch, save_every=options.save_every_steps,
         )  # fmt: skip
         loss, held = at.loss_sum / at.seen, self._held_out_loss()
-        at.history.append(
-            {
-                "epoch": at.epoch,
-                "step": at.global_step,
-                "encoder": "frozen" if frozen else "trained",
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "loss": loss,
-                "held_out_loss": held,
-                **timings,
-            }
-        )
+        row = {
+            "epoch": at.epoch,
+            "step": at.global_step,
+            "encoder": "frozen" if frozen else "trained",
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "held_out_loss": held,
+            **timings,
+        }
+        at.history.append(row)
         at.begin_next()
         at.write(self.folder / "metrics.csv", COLUMNS)
         self._save()
-        self.trackers.log(at.history[-1], at.global_step)
+        self.trackers.log(row, at.global_step)
         say(
             f"epoch {at.epoch}/{options.epochs}: loss {loss:.4f}"
             f"{'' if math.isnan(held) else f', held out {held:.4f}'}, {timings['images_per_second']:.0f} images/s"

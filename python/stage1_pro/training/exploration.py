@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ def explora(
 def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *, resume: bool) -> ExploraRecord:
     from stage1_pro.models.backbone import load_backbone, save_backbone
     from stage1_pro.models.model import input_spec
-    from stage1_pro.training.explora import adapt
+    from stage1_pro.training.explora import Explorer
     from stage1_pro.training.probes import judge, probe, verdict
 
     model, options = config.model, config.explora
@@ -107,22 +108,22 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         f"{pool.n_copies} copies, {len(pool.quarantined)} unreadable"
     )
 
-    def begin() -> None:
+    # What this adaptation is of; a last.pth with another text is refused.
+    learned = options.model_dump(mode="json", exclude={"save_every_steps", "keep"})
+    facts = {"base": start, "pool": pool.fingerprint, "preprocessing": spec.fingerprint()}
+    identity = json.dumps({**facts, "seed": config.seed, "explora": learned})
+    with contextlib.closing(Explorer(folder, backbone, pool.photos, spec, config, identity)) as explorer:
+        # All that learns is built: no configuration is refused any more.
         if not resume:
             for name in OWN_FILES:
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "backbone", ignore_errors=True)
         write_config(folder, config, splits)
         write_quarantine(folder / "quarantine.csv", pool.quarantined)
-
-    # What this adaptation is of; a last.pth with another text is refused.
-    learned = options.model_dump(mode="json", exclude={"save_every_steps", "keep"})
-    facts = {"base": start, "pool": pool.fingerprint, "preprocessing": spec.fingerprint()}
-    identity = json.dumps({**facts, "seed": config.seed, "explora": learned})
-    adapted = adapt(folder, backbone, pool.photos, spec, config, identity, begin)
-    whole = adapted.trainable
+        adapted = explorer.run()
+    whole, history = explorer.trainable, explorer.at.history
     try:
-        after, positive = probed(adapted.backbone, "adapted"), splits.classes.index(splits.positive)
+        after, positive = probed(adapted, "adapted"), splits.classes.index(splits.positive)
         figures = judge(before, after, labels, groups, positive=positive, seed=config.seed)
         better, reason = verdict(figures)
     except InputError as error:
@@ -130,23 +131,23 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
     kept = better or options.keep == "adapted"
     if kept and not better:
         reason = f"kept because explora.keep=adapted asks for it, although {reason}"
-    chosen = adapted.backbone if kept else load()
+    chosen = adapted if kept else load()
     how = f"{options.objective}{', every weight' if options.train == 'full' else ', ExPLoRA'}"
     with atomic_directory(folder / "backbone") as staging:
         written = info.model_copy(update={"source": f"{info.source} + {how}"}) if kept else info
         save_backbone(staging, chosen, written, spec)
     used = PoolInfo(
-        contents_sha256=pool.fingerprint, n_trained=adapted.n_trained, n_held_out=adapted.n_held_out,
+        contents_sha256=pool.fingerprint, n_trained=len(explorer.trained_on), n_held_out=len(explorer.held_out),
         n_quarantined=len(pool.quarantined), n_copies=pool.n_copies, n_left_out=pool.n_left_out,
         n_not_compared=pool.n_not_compared,
     )  # fmt: skip
-    held_out = [row["held_out_loss"] for row in adapted.history]
+    held_out = [row["held_out_loss"] for row in history]
     record = ExploraRecord(
         kept="adapted" if kept else "base", better=better, reason=reason,
         objective=options.objective, train=options.train,
         blocks=options.blocks if options.train == "explora" else chosen.n_blocks,
         rank=whole.rank, n_parameters=whole.n_parameters, n_trained=whole.n_trained, share=whole.share,
-        steps=adapted.history[-1]["step"], loss=[row["loss"] for row in adapted.history],
+        steps=history[-1]["step"], loss=[row["loss"] for row in history],
         held_out_loss=[None if np.isnan(loss) else loss for loss in held_out],
         figures=figures, n_rows=len(rows), n_groups=len(set(groups)), pool=used,
         base=info, base_fingerprint=start, backbone_fingerprint=chosen.fingerprint(),
