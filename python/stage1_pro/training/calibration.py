@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import textwrap
 from collections.abc import Mapping
@@ -19,13 +18,15 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.files import load_npz, sha256_file
-from stage1_pro.policies.claims import Stake, close_claim, note_look, stake_claim
+from stage1_pro.policies.claims import close_claim, note_look, stake_claim
 from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, policy_named, withdraw_policies
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.target import Target, parse_target
 from stage1_pro.progress import say
+from stage1_pro.tables import Sheet, grid
+from stage1_pro.training.run import RunConfig, exclusive
 from stage1_pro.words import HALVES
 
 if TYPE_CHECKING:
@@ -86,14 +87,8 @@ def _wrap(line: str) -> str:
 
 
 def _grid(policy: Policy) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("threshold", "coverage", "FNR on exits", "missed/positives", "exit accuracy", ""):
-        table.add_column(name, justify="left" if name == "" else "right")
-    chosen = False
+    names = ("threshold", "coverage", "FNR on exits", "missed/positives", "exit accuracy", "")
+    table, sheet, chosen = grid(names, left=("",)), Sheet(100), False
     for row in policy.sweep:
         is_chosen = not row.grid and not chosen and row.threshold == policy.exit_threshold
         if not (row.grid or is_chosen):
@@ -107,22 +102,17 @@ def _grid(policy: Policy) -> str:
             f"{row.n_false_negative}/{row.n_positive_exited}",
             "-" if row.exit_accuracy is None else f"{row.exit_accuracy:.2%}",
             "<- chosen" if is_chosen else "",
-            style="bold" if is_chosen else None,
         )
-    buffer = io.StringIO()
-    Console(file=buffer, width=100, color_system=None, highlight=False, markup=False).print(table)
-    return buffer.getvalue().rstrip("\n")
-
-
-def _one_of(name: str, value: str, options: list[str]) -> None:
-    if value not in options:
-        raise InputError(f"{name} must be {' or '.join(options)}, got '{value}'{nearest(value, options)}")
+    sheet.add(table)
+    return f"{sheet.text()}\n"
 
 
 def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
     policy, guarantee = given.get("policy", base.policy), given.get("guarantee", base.guarantee)
-    _one_of("policy", policy, [*POLICIES, "auto"])
+    options = [*POLICIES, "auto"]
+    if policy not in options:
+        raise InputError(f"policy must be {' or '.join(options)}, got '{policy}'{nearest(policy, options)}")
     kind = policy_named(policy).asks
     named: dict[str, Any] = {"policy": policy}
     for name, value in given.items():
@@ -150,10 +140,10 @@ def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
 
 
 def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Policy:
-    predictions = read_calibration(run)
+    predictions, path = read_calibration(run), run / "config.json"
     splits = Splits.read(run / "splits.json")
     if wish is None:
-        base = _run_wish(run)
+        base = RunConfig.read(path).config.calibrate if path.is_file() else CalibrateConfig()
         if given.get("policy", base.policy) == "auto":
             given = {**given, "policy": _better(run, predictions)}
         wish = _target(base, given)
@@ -171,8 +161,6 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
         if not half:
             raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
         policy_named(wish.policy).check_fit_half(rows)
-    from stage1_pro.training.run import exclusive
-
     # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
     with exclusive(run):
         return _choose(run, wish, given, rows, origin, half)
@@ -186,10 +174,12 @@ def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origi
             preprocessing_fingerprint=origin.preprocessing_fingerprint or "", delta=given.get("delta"),
             claims=given.get("claims"), defaults=(wish.delta, wish.claims),
         )  # fmt: skip
+        # Delta and claims as they were first declared.
+        wish = wish.model_copy(update={"delta": stake.delta, "claims": stake.claims})
     elif half:
         note_look(run, half)
     try:
-        policy = _fit(wish, rows, stake, origin)
+        policy = policy_named(wish.policy).fit(wish, rows, use=None if stake is None else stake.use, origin=origin)
     except NotReachableError as error:
         if stake is not None:
             close_claim(run, half, stake, "infeasible")
@@ -200,31 +190,21 @@ def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origi
         raise
     if stake is not None:
         close_claim(run, half, stake, "certified")
-        policy = _with_history(policy, stake)
+        # What else is assumed of the certify half, which this run's files alone cannot show.
+        copy = "a copy of splits.json counts its own claims"
+        more = [f"these certify rows certified nothing in another run folder ({copy})"]
+        if stake.looks:
+            looks = f"the {stake.looks} empirical choice(s) that saw these rows before it"
+            more.append(f"the wish does not come from {looks}")
+            say(
+                f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if "
+                "this wish was not chosen by what it showed"
+            )
+        policy = policy.assuming(*more)
     # Killed in between, the run has no policy rather than two.
     withdraw_policies(run)
     _write(policy, run / policy.file)
     return policy
-
-
-def _fit(target: Target, rows: Rows, stake: Stake | None, origin: Origin) -> Policy:
-    """The policy that is registered for a target; where claims are counted, by delta and claims as first declared."""
-    if stake is None:
-        return policy_named(target.policy).fit(target, rows, origin=origin)
-    declared = target.model_copy(update={"delta": stake.delta, "claims": stake.claims})
-    return policy_named(target.policy).fit(declared, rows, use=stake.use, origin=origin)
-
-
-def _with_history(policy: Policy, stake: Stake) -> Policy:
-    """The policy with what else is assumed of its certify half, which this run's files alone cannot show."""
-    more = ["these certify rows certified nothing in another run folder (a copy of splits.json counts its own claims)"]
-    if stake.looks:
-        more.append(f"the wish does not come from the {stake.looks} empirical choice(s) that saw these rows before it")
-        say(
-            f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if this "
-            "wish was not chosen by what it showed"
-        )
-    return policy.assuming(*more)
 
 
 def _check_halves(predictions: Predictions, splits: Splits) -> None:
@@ -269,15 +249,6 @@ def read_calibration(run: Path) -> Predictions:
             f"instead of {splits.hashes['val_calib'][:12]}; train again on these splits"
         )
     return predictions
-
-
-def _run_wish(run: Path) -> CalibrateConfig:
-    """The run's configuration; the default where a run has none."""
-    if not (run / "config.json").is_file():
-        return CalibrateConfig()
-    from stage1_pro.training.run import RunConfig
-
-    return RunConfig.read(run / "config.json").config.calibrate
 
 
 def _better(run: Path, predictions: Predictions) -> str:
@@ -325,7 +296,7 @@ def _calibrate_logits(
             probs_b=_file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
             halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
         )  # fmt: skip
-        policy = _fit(wish, rows, None, Origin({"logits": sha256_file(path)}))
+        policy = policy_named(wish.policy).fit(wish, rows, origin=Origin({"logits": sha256_file(path)}))
     except NotReachableError:
         if target is not None:
             _withdraw(target, out)
