@@ -711,9 +711,9 @@ def test_evaluation_by_protocol_is_kept_apart(run: Path, tmp_path: Path, capsys:
     assert said == found.model_dump(mode="json")
     assert [one.level for one in found.levels] == ["unaltered", "L0", "L1", "L2", "L3", "mixed"]
     # Photos as they are give evaluate's own figures.
-    for measure in found.at("unaltered").measures:
+    for measure in found.levels[0].measures:
         assert measure.value == plain.value(measure.metric, measure.stage)
-    assert found.at("unaltered").accuracy_minus_unaltered.value == 0
+    assert found.levels[0].accuracy_minus_unaltered.value == 0
     for one in found.levels[1:]:
         accuracy = one.measure("accuracy")
         assert accuracy.n_groups == plain.n_groups and accuracy.low is not None

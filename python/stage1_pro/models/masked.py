@@ -7,6 +7,7 @@ patches, each of which keeps the rotary angles of its own place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -57,12 +58,15 @@ def part(order: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
 
 
-def encode(backbone: Backbone, pixels: Tensor, visible: Tensor | None = None) -> Tensor:
+def encode(
+    backbone: Backbone, pixels: Tensor, visible: Tensor | None = None, *, masked: Tensor | None = None
+) -> Tensor:
     """Normed tokens [N, 1 + registers + V, D] of images of which only the patches ``visible`` [N, V] are seen.
 
-    Without ``visible`` this is the backbone itself; with all patches in order, too.
+    Without ``visible`` this is the backbone itself, with mask tokens where ``masked`` [N, P] is true; with all patches
+    in order, too.
     """
-    tokens, context = backbone.embed(pixels)
+    tokens, context = backbone.embed(pixels, masked)
     if visible is not None:
         prefix, patches = tokens[:, : backbone.n_prefix], tokens[:, backbone.n_prefix :]
         tokens = torch.cat((prefix, _pick(patches, visible)), dim=1)
@@ -210,18 +214,14 @@ class Pretext(nn.Module):
 
     def _predict(self, pixels: Tensor, order: Tensor, *, learning: bool) -> Tensor:
         masked, visible = part(order, self.mask_ratio)
-        with torch.set_grad_enabled(learning):
-            if self.objective == "simmim":
-                hidden = torch.zeros_like(order, dtype=torch.bool).scatter(1, masked, True)
-                tokens, context = self.backbone.embed(pixels, hidden)
-                tokens = self.backbone.norm(self.backbone.run_blocks(tokens, context, 0, self.backbone.n_blocks))
-            else:
-                tokens = encode(self.backbone, pixels, visible)
         if self.objective == "simmim":
-            predicted: Tensor = self.head(tokens[:, self.backbone.n_prefix :])
-        else:
-            predicted = self.head(tokens, visible)
-        return predicted
+            hidden = torch.zeros_like(order, dtype=torch.bool).scatter(1, masked, True)
+            with torch.set_grad_enabled(learning):
+                tokens = encode(self.backbone, pixels, masked=hidden)
+            return cast("Tensor", self.head(tokens[:, self.backbone.n_prefix :]))
+        with torch.set_grad_enabled(learning):
+            tokens = encode(self.backbone, pixels, visible)
+        return cast("Tensor", self.head(tokens, visible))
 
     @torch.no_grad()
     def _target(self, pixels: Tensor) -> Tensor:

@@ -13,13 +13,16 @@ from stage1_pro.metrics.answers import STAGES, Answered, Answers, Stage
 from stage1_pro.policies.policy import Policy, read_policy
 from stage1_pro.policies.softmax import confidence, softmax
 
-MISTAKE_COLUMNS = ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"]
-CHANGE_COLUMNS = [
-    "file", "label", "effect", "stage_a", "confidence_a", "stage_b", "confidence_b", "group", "source", "id",
-]  # fmt: skip
-GROUP_COLUMNS = [
-    "group", "source", "rows", "errors", "exits", "missed_positives", "abstained", "ambiguous", "missed_sets",
-]  # fmt: skip
+# Columns of the lists, by the name of their file.
+COLUMNS = {
+    "mistakes": ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"],
+    "changes": [
+        "file", "label", "effect", "stage_a", "confidence_a", "stage_b", "confidence_b", "group", "source", "id",
+    ],
+    "groups": [
+        "group", "source", "rows", "errors", "exits", "missed_positives", "abstained", "ambiguous", "missed_sets",
+    ],
+}  # fmt: skip
 
 
 def answer(predictions: Predictions, policy: Policy | None) -> Answered:
@@ -149,7 +152,7 @@ def _facts(predictions: Predictions, files: list[str], i: int) -> dict[str, obje
 
 
 def count_groups(predictions: Predictions, answers: Answered, policy: Policy | None = None) -> list[dict[str, object]]:
-    """Give a row a group with what went wrong in it, the most errors first: columns ``GROUP_COLUMNS``.
+    """Give a row a group with what went wrong in it, the most errors first.
 
     ``errors`` are of what would be deployed (the cascade, or Stage A while there is no policy); ``missed_positives``
     are positives that exited under another name; without a policy nothing exits and both counts are null.

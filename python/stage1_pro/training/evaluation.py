@@ -33,16 +33,7 @@ from stage1_pro.policies.rows import Rows
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.report import training_picture, write_report
-from stage1_pro.training.answers import (
-    CHANGE_COLUMNS,
-    GROUP_COLUMNS,
-    MISTAKE_COLUMNS,
-    answer,
-    count_groups,
-    find_changes,
-    find_mistakes,
-    policy_of,
-)
+from stage1_pro.training.answers import COLUMNS, answer, count_groups, find_changes, find_mistakes, policy_of
 from stage1_pro.training.measures import LEVEL, Measured, Scope, fnr_counts, measure_scope, scopes
 from stage1_pro.training.pictures import draw, draw_cost
 
@@ -241,20 +232,22 @@ def evaluate(
         )
     evaluation, answers, found = _evaluate(predictions, policy, n_replicates, seed, blocks)
     files, folder = [row.file for row in rows], run / "evaluation"
-    mistakes, changes = find_mistakes(predictions, answers, files), find_changes(predictions, answers, files)
-    groups = count_groups(predictions, answers, policy)
+    lists = {
+        "mistakes": find_mistakes(predictions, answers, files),
+        "changes": find_changes(predictions, answers, files),
+        "groups": count_groups(predictions, answers, policy),
+    }
     write_csv(folder / "metrics.csv", [measure.flat() for measure in evaluation.measures], MEASURE_COLUMNS)
-    write_csv(folder / "mistakes.csv", mistakes, MISTAKE_COLUMNS)
-    write_csv(folder / "changes.csv", changes, CHANGE_COLUMNS)
-    write_csv(folder / "groups.csv", groups, GROUP_COLUMNS)
+    for name, table in lists.items():
+        write_csv(folder / f"{name}.csv", table, COLUMNS[name])
     evaluation.write(folder / "evaluation.json")
     pictures = draw(predictions, answers, policy, evaluation, found)
     curve = _cost_curve(predictions, answers, policy, blocks)
     if curve is None:
         (folder / "cost_risk.csv").unlink(missing_ok=True)
     else:
-        table = [dict(zip(COST_COLUMNS, map(float, row), strict=True)) for row in zip(*curve, strict=True)]
-        write_csv(folder / "cost_risk.csv", table, COST_COLUMNS)
+        points = [dict(zip(COST_COLUMNS, map(float, row), strict=True)) for row in zip(*curve, strict=True)]
+        write_csv(folder / "cost_risk.csv", points, COST_COLUMNS)
         pictures.append(draw_cost(answers, evaluation, curve, others))
     for picture in pictures:
         write_bytes(folder / f"{picture.name}.png", picture.png)
@@ -263,9 +256,8 @@ def evaluate(
         write_bytes(run / "metrics" / f"{training.name}.png", training.png)
         pictures.append(training)
     write_report(
-        run / "report.html", evaluation, policy=policy, pictures=pictures, mistakes=mistakes, changes=changes,
-        groups=groups, image_root=Path(splits.root),
-    )  # fmt: skip
+        run / "report.html", evaluation, policy=policy, pictures=pictures, image_root=Path(splits.root), **lists
+    )
     say(f"wrote {folder}/ (metrics.csv, mistakes.csv, changes.csv, groups.csv, figures) and {run / 'report.html'}")
     return evaluation
 

@@ -40,7 +40,7 @@ from stage1_pro.training.epochs import (
     warm_cosine,
 )
 from stage1_pro.training.inference import pick_device
-from stage1_pro.training.trackers import Trackers, check_trackers
+from stage1_pro.training.trackers import Trackers
 
 LEAST_SHARE, LARGEST_SHARE = 0.001, 0.10
 COLUMNS = ["epoch", "step", "encoder", "lr", "loss", "held_out_loss", "seconds", "images_per_second"]
@@ -133,7 +133,7 @@ class Explorer:
                  config: Config, identity: str) -> None:  # fmt: skip
         options = config.explora
         self.folder, self.spec, self.config, self.options, self.identity = folder, spec, config, options, identity
-        check_trackers(config.train.trackers)
+        self.trackers = Trackers(config.train.trackers, folder)
         seed_everything(config.seed, deterministic=config.train.deterministic)
         self.device = pick_device()
         self.bf16 = uses_bf16(config.train.precision)
@@ -157,7 +157,6 @@ class Explorer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
         self.at = TrainingPosition()
-        self.trackers = Trackers((), folder)
 
     def close(self) -> None:
         """Stop the workers and the trackers."""
@@ -182,7 +181,7 @@ class Explorer:
         )
         if (self.folder / "last.pth").is_file():
             self._restore()
-        self.trackers = Trackers(self.config.train.trackers, self.folder)
+        self.trackers.open()
         while self.at.epoch < self.options.epochs:
             self._epoch()
         if self.options.objective in ("mae", "simmim"):

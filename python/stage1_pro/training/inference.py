@@ -31,7 +31,6 @@ def run_over(
     *,
     device: torch.device,
     workers: int,
-    batch_size: int = 64,
     description: str = "",
     draw: Draw | None = None,
 ) -> Arrays:
@@ -43,14 +42,12 @@ def run_over(
         spec: how they become pixels.
         device: where ``forward`` computes.
         workers: processes that decode.
-        batch_size: images of a forward pass.
         description: of the progress bar; none without.
         draw: the images as an epoch of training draws them; None as evaluation sees them.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     with torch.inference_mode():
-        images = iterate(photos, spec, batch_size=batch_size, workers=workers, description=description, draw=draw)
-        for pixels in images:
+        for pixels in iterate(photos, spec, workers=workers, description=description, draw=draw):
             for name, value in forward(pixels.to(device)).items():
                 parts.setdefault(name, []).append(value.float().cpu().numpy())
     return {name: np.concatenate(values) for name, values in parts.items()}

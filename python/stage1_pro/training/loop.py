@@ -75,7 +75,8 @@ def train(
             state = State(micro_batch=options.micro_batch or options.batch_size // session.world)
         began = time.monotonic()
         try:
-            session.open_trackers()
+            if session.main:
+                session.trackers.open()
             while not state.finished:
                 _epoch(session, state)
         finally:

@@ -8,7 +8,9 @@ batch's sums. So the gradient of an effective batch does not depend on how it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,7 +127,7 @@ class Objective:
 
     def added(self, part: Part) -> Tensor:
         """Losses that add up, summed over the rows of a part, a scalar."""
-        return _total(weight * loss.of(loss.sums(part)) for weight, loss in self._added)
+        return functools.reduce(operator.add, (weight * loss.of(loss.sums(part)) for weight, loss in self._added))
 
     def sums(self, part: Part) -> list[Tensor]:
         """Sums over a part of each loss that does not add up, [S] each."""
@@ -134,14 +136,8 @@ class Objective:
     def shared(self, own: list[Tensor], whole: list[Tensor]) -> Tensor:
         """Those losses per row of the whole batch, a scalar, with the gradient of a part of it."""
         given = zip(self.ratios, own, whole, strict=True)
-        return _total(weight * loss.of(as_share(part, batch)) for (weight, loss), part, batch in given)
-
-
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    first, *rest = terms
-    for term in rest:
-        first = first + term
-    return first
+        terms = (weight * loss.of(as_share(part, batch)) for (weight, loss), part, batch in given)
+        return functools.reduce(operator.add, terms)
 
 
 def balanced_weights(labels: Tensor, classes: int) -> Tensor:

@@ -69,16 +69,6 @@ class ProtocolEvaluation(Record):
     seed: int = Field(description="of the bootstrap")
     levels: list[ProtocolLevel]
 
-    def at(self, level: str) -> ProtocolLevel:
-        """Figures of one level; KeyError when the protocol has none such."""
-        for found in self.levels:
-            if found.level == level:
-                return found
-        raise KeyError(level)
-
-
-_ARRAYS = ("logits_a", "logits_b", "gate_logits")
-
 
 def evaluate_protocol(
     run: Path | str, protocol: str, *, n_replicates: int = 1000, seed: int = 0, photo_seed: int = 0
@@ -129,7 +119,13 @@ def evaluate_protocol(
             there = splits.model_copy(update={"root": folder, "rows": changed})
             found[f"L{level}"] = infer(model, there, "val_test", workers=workers)
     if len(asked) > 1:
-        found["mixed"] = _mix(found, [draw_level(protocol, seed=photo_seed, row=i) for i in range(len(rows))])
+        # Every row at its own level, from what was inferred at each.
+        drawn = [draw_level(protocol, seed=photo_seed, row=row) for row in range(len(rows))]
+        mixed: dict[str, Any] = {}
+        for name in ("logits_a", "logits_b", "gate_logits"):
+            stack = np.stack([getattr(found[f"L{level}"], name) for level in range(max(drawn) + 1)])
+            mixed[name] = stack[drawn, np.arange(len(rows))]
+        found["mixed"] = replace(plain, **mixed)
     evaluation = ProtocolEvaluation(
         protocol=protocol,
         split_hash=plain.split_hash,
@@ -155,15 +151,6 @@ def evaluate_protocol(
     write_csv(out / "metrics.csv", table, ["level", *MEASURE_COLUMNS])
     say(f"wrote {out}/ (protocol.json, metrics.csv); {run}/evaluation is left alone")
     return evaluation
-
-
-def _mix(found: dict[str, Predictions], drawn: list[int]) -> Predictions:
-    """Every row at its own level, from what was inferred at each."""
-    place = np.arange(len(drawn))
-    names = [f"L{level}" for level in range(max(drawn) + 1)]
-    stacks = {array: np.stack([getattr(found[name], array) for name in names]) for array in _ARRAYS}
-    values: dict[str, Any] = {array: stack[drawn, place] for array, stack in stacks.items()}
-    return replace(found["unaltered"], **values)
 
 
 def _measure_level(

@@ -36,7 +36,7 @@ from stage1_pro.training.inference import Arrays, Draw, run_over
 from stage1_pro.training.losses import Objective, balanced_weights
 from stage1_pro.training.run import Start, versions
 from stage1_pro.training.taps import TapChoice, candidates, choose_tap, table
-from stage1_pro.training.trackers import Trackers, check_trackers
+from stage1_pro.training.trackers import Trackers
 
 # How much of what a training draws is hashed into start.json.
 START_EPOCHS = 3
@@ -96,7 +96,6 @@ class Session:
         features: of a frozen backbone, by split, in mode linear.
         class_weights: [K].
         objective: the losses with their weights.
-        trackers: none before ``open_trackers``.
         clipped: parameters whose gradients' norm is limited together.
 
     Raises:
@@ -107,7 +106,7 @@ class Session:
     def __init__(self, run: Path, splits: Splits, config: Config) -> None:
         self.run, self.splits, self.config = run, splits, config
         options = config.train
-        check_trackers(options.trackers)
+        self.trackers = Trackers(options.trackers, run)
         seed_everything(config.seed, deterministic=options.deterministic)
         self._open_accelerator()
         self.rows: dict[Trained, list[Row]] = {name: splits.of(name) for name in get_args(Trained)}
@@ -138,7 +137,6 @@ class Session:
         self._build_data()
         self._build_optimizer()
         self._say_what_is_trained()
-        self.trackers = Trackers((), self.run)
         # Building an adapter draws from the global stream too: dropout starts from the seed whatever was built.
         torch.manual_seed(config.seed)
 
@@ -156,10 +154,6 @@ class Session:
         """Tell people, once for all processes."""
         if self.main:
             say(message)
-
-    def open_trackers(self) -> None:
-        """Open the configured trackers in the process that writes."""
-        self.trackers = Trackers(self.config.train.trackers if self.main else (), self.run)
 
     def photos(self, split: Trained) -> list[Photo]:
         """Photos of a split's rows."""

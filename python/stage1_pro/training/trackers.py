@@ -45,33 +45,33 @@ _LIBRARIES: dict[str, Callable[[Path], GeneralTracker]] = {
 TRACKERS: Registry[Callable[[Path], GeneralTracker]] = Registry("train.trackers", "stage1_pro.trackers", _LIBRARIES)
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Check that every tracker can be opened, before anything slow happens.
+class Trackers:
+    """The trackers of a training: checked before anything slow happens, opened when it begins.
+
+    They keep what they write inside the folder, unless their own environment variables name a server.
 
     Raises:
         InputError: a name that is not known.
         DependencyError: a library that is missing.
     """
-    for name in names:
-        if TRACKERS.find(name) is _LIBRARIES.get(name) and find_spec(name) is None:
-            raise DependencyError(
-                f"train.trackers must name installed trackers, got {name}, which is not; install it with: "
-                f"pip install {name}"
-            )
-
-
-class Trackers:
-    """The opened trackers of a training, in the process that writes; none where ``names`` is empty.
-
-    They keep what they write inside the folder, unless their own environment variables name a server.
-    """
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        self._open = [TRACKERS.find(name)(folder) for name in names]
-        for tracker in self._open:
+        for name in names:
+            if TRACKERS.find(name) is _LIBRARIES.get(name) and find_spec(name) is None:
+                raise DependencyError(
+                    f"train.trackers must name installed trackers, got {name}, which is not; install it with: "
+                    f"pip install {name}"
+                )
+        self._names, self._folder, self._open = names, folder, list[GeneralTracker]()
+
+    def open(self) -> None:
+        """Open them, in the process that writes."""
+        for name in self._names:
+            tracker = TRACKERS.find(name)(self._folder)
             # Before 1.12 accelerate's trackers started when they were made.
             if hasattr(tracker, "start"):
                 tracker.start()
+            self._open.append(tracker)
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
         """Send the figures that are finite floats."""
