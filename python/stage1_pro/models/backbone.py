@@ -183,14 +183,7 @@ class Backbone(nn.Module, ABC):
         return self.tokens(pixels, masked), self.context(pixels if self.training else None)
 
     def run_blocks(self, tokens: Tensor, context: Context, start: int, stop: int) -> Tensor:
-        """Run some blocks.
-
-        Args:
-            tokens: [N, T, D].
-            context: as ``embed`` gave it.
-            start: first block, from 0.
-            stop: the block after the last.
-        """
+        """Tokens [N, T, D] after blocks ``start`` to ``stop`` - 1, counted from 0; ``context`` as ``embed`` gave it."""
         for block in self.blocks[start:stop]:
             tokens = self.run_block(block, tokens, context)
         return tokens
@@ -409,15 +402,9 @@ def normalisation(source: str, family: type[Backbone] | Backbone) -> dict[str, t
 
 
 def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: PreprocessSpec) -> None:
-    """Write a plain transformers folder that ``load_backbone`` reads, with what its pixels must be and its origin.
+    """Write a plain backbone into an empty folder as a transformers folder that ``load_backbone`` reads.
 
-    The bytes are a function of weights and arguments.
-
-    Args:
-        folder: existing and empty.
-        backbone: in its plain form.
-        info: what the folder says of its origin.
-        spec: gives size, mean and std.
+    It says what pixels must be (``spec``) and its origin (``info``). The bytes are a function of weights and arguments.
     """
     if backbone.any_size:
         backbone.hf.config.image_size = backbone.image_size

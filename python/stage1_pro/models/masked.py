@@ -23,14 +23,7 @@ _SMOOTHING = 0.8
 
 
 def draw_orders(n_patches: int, seed: int, epoch: int, rows: Sequence[int]) -> Tensor:
-    """A permutation of the patches per row [N, P] int64, a function of (seed, epoch, row); its head is masked.
-
-    Args:
-        n_patches: P.
-        seed: another seed, other permutations.
-        epoch: likewise.
-        rows: numbers of the images [N].
-    """
+    """A permutation of the patches per row [N, P] int64, a function of (seed, epoch, row); its head is masked."""
     # The counter's last word sets the stream apart from augmentation, which has the same key.
     draws = [
         np.random.Generator(

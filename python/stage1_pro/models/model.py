@@ -177,13 +177,7 @@ _UNSAID = {"_name_or_path", "id2label", "label2id", "transformers_version"}
 
 
 def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
-    """Build the configured model with its starting weights (pretrained where the backbone is).
-
-    Args:
-        config: backbone, size, tap and heads.
-        classes: names in the order of the logits [K].
-        positive: one of them.
-        seed: of random weights.
+    """Build the configured model with its starting weights: pretrained where the backbone is, else from ``seed``.
 
     Raises:
         InputError: no such backbone, or a tap that it lacks.

@@ -66,14 +66,9 @@ def pick_device() -> torch.device:
 def infer(
     model: Stage1Model, splits: Splits, split: SplitName, *, workers: int = 2, joint_gate: Gate | None = None
 ) -> Predictions:
-    """Run a model over one split.
+    """Run a model over one split, on the first GPU where there is one; ``workers`` processes decode.
 
-    Args:
-        model: moved to the first GPU where there is one.
-        splits: whose rows.
-        split: which of them.
-        workers: processes that decode.
-        joint_gate: the gate as training left it, to be shown beside the refitted one.
+    A ``joint_gate`` is the gate as training left it, to be shown beside the refitted one.
     """
     device, spec, rows = pick_device(), model.architecture.preprocessing, splits.of(split)
     model = model.to(device).eval()

@@ -86,22 +86,14 @@ def draw(
         )  # fmt: skip
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
         pictures.append(Picture.of("coverage", caption, png))
-        scores = policy.scores(stage_a.probs, predictions.gate_logits)
-        pictures.append(_draw_exits(answers, np.nan_to_num(scores, nan=0.0), policy))
+        scores = np.nan_to_num(policy.scores(stage_a.probs, predictions.gate_logits), nan=0.0)
+        png = exit_rate_png(scores, answers["cascade"].exited, ~stage_a.error, label=policy.score_title)
+        caption = (
+            f"Photos in bins of about equal size by {policy.score_title} (its range is below each bar, with the number "
+            "of photos). Bars should be high where the points are."
+        )
+        pictures.append(Picture("exit_rate", "Who exits", caption, png))
     return pictures
-
-
-def _draw_exits(answers: Answered, scores: NDArray[np.float64], policy: Policy) -> Picture:
-    """Which rows exit, by what the policy compares with its threshold."""
-    a, exited = answers["stage_a"], answers["cascade"].exited
-    what = policy.score_title
-    return Picture(
-        "exit_rate",
-        "Who exits",
-        f"Photos in bins of about equal size by {what} (its range is below each bar, with the number of photos). Bars "
-        "should be high where the points are.",
-        exit_rate_png(scores, exited, ~a.error, label=what),
-    )
 
 
 def draw_cost(

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.intervals import bootstrap_answers, compare
+from stage1_pro.metrics.measured import known
 from stage1_pro.metrics.probabilistic import accuracy
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.training.gate_head import fit_head, fold_of
@@ -84,14 +85,8 @@ def judge(
 ) -> list[ProbeFigure]:
     """Every figure of both probes before and after, and the difference on the same resamples of groups.
 
-    Args:
-        before: probabilities [N, K] by probe, with the base.
-        after: the same with the adapted backbone.
-        labels: class indices [N].
-        groups: names [N].
-        positive: index of the positive class.
-        seed: of the resamples.
-        n_replicates: how many.
+    ``before`` and ``after`` are probabilities [N, K] by probe, with the base and with the adapted backbone; ``labels``
+    and ``positive`` class indices, ``groups`` names [N].
     """
     options: dict[str, Any] = {
         "groups": np.asarray(groups), "n_replicates": n_replicates, "seed": seed, "positive": positive,
@@ -143,11 +138,7 @@ def _difference(a: Interval, b: Interval) -> Interval:
 
 
 def _figure(name: Probe, metric: str, before: float, apart: Interval) -> ProbeFigure:
-    def stated(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
     return ProbeFigure(
-        probe=name, metric=cast("Any", metric), before=stated(before), after=stated(before + apart.value),
-        difference=stated(apart.value), low=stated(apart.low), high=stated(apart.high),
-        method=apart.method,
+        probe=name, metric=cast("Any", metric), before=known(before), after=known(before + apart.value),
+        difference=known(apart.value), low=known(apart.low), high=known(apart.high), method=apart.method,
     )  # fmt: skip

@@ -134,7 +134,13 @@ class Session:
         if options.gradient_checkpointing:
             self.model.backbone.checkpoint_activations()
         self.model.to(self.device)
-        self._build_data()
+        self.features: dict[str, Arrays] = {}
+        self.trained: nn.Module = self.model
+        if options.mode == "linear":
+            self.model.eval()
+            self.features = {name: self._cached_features(name) for name in self.rows}
+            self.trained = self.model.heads
+        self.source = self._open_source(options.workers, self.rank, self.world)
         self._build_optimizer()
         self._say_what_is_trained()
         # Building an adapter draws from the global stream too: dropout starts from the seed whatever was built.
@@ -288,16 +294,6 @@ class Session:
             broadcast_object_list(choice)
         assert choice[0] is not None
         return choice[0]
-
-    def _build_data(self) -> None:
-        self.features: dict[str, Arrays] = {}
-        self.trained: nn.Module = self.model
-        options = self.config.train
-        if options.mode == "linear":
-            self.model.eval()
-            self.features = {name: self._cached_features(name) for name in self.rows}
-            self.trained = self.model.heads
-        self.source = self._open_source(options.workers, self.rank, self.world)
 
     def _open_source(self, workers: int, rank: int, world: int) -> TrainLoader | FeatureLoader:
         labels, config = self.labels["train"], self.config

@@ -35,10 +35,7 @@ COLUMNS = [
 def end_epoch(session: Session, state: State, timings: dict[str, float]) -> None:
     """Measure the epoch that was trained, keep what is best so far, and write ``metrics.csv`` and ``last.pth``.
 
-    Args:
-        session: what is trained.
-        state: moved on to the next epoch, or marked as finished.
-        timings: of the epoch, for ``metrics.csv``.
+    ``state`` is moved on to the next epoch, or marked as finished.
 
     Raises:
         TrainingError: logits that are not finite.
