@@ -504,9 +504,9 @@ def test_a_resumed_training_reaches_the_same_bytes(
     options = ("adapter.dropout=0.1", "train.epochs=3")
     trained(run, mode, *options)
     other = shutil.copytree(streets_run, tmp_path / "other")
-    from stage1_pro.training import finish, loop, validate
+    from stage1_pro.training import loop, validate
 
-    adapter, last, refit = validate.save_adapter, validate.save_last, finish.replace_trained
+    adapter, last, refit = validate.save_adapter, validate.save_last, validate.replace_trained
     calls = iter(range(100))
 
     def killed(place: object, name: str, act: Callable[..., object]) -> None:
@@ -530,8 +530,8 @@ def test_a_resumed_training_reaches_the_same_bytes(
 
     killed(validate, "save_adapter", dies)  # model_best.pth stands, its adapter does not
     assert not (other / "adapter").exists()
-    killed(loop.resume, "save_last", second)  # inside a later epoch
-    killed(finish, "replace_trained", after)  # the adapter's gate is refitted, that of model_best.pth is not
+    killed(loop, "save_last", second)  # inside a later epoch
+    killed(validate, "replace_trained", after)  # the adapter's gate is refitted, that of model_best.pth is not
     record = read_adapter(other / "adapter")
     assert record.model_fingerprint != checkpoint.load_model(other / "model_best.pth").fingerprint()
     assert validate.save_adapter is adapter
@@ -668,7 +668,7 @@ def test_every_mode_draws_the_same_heads_and_batches(
         if len(found) > 2 * 3 + len(list(session.model.heads.parameters())):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.step, "learn", look)
+    monkeypatch.setattr(loop, "learn", look)
     for mode in ("full", *ADAPTER_MODES):
         with pytest.raises(KeyboardInterrupt):
             trained(shutil.copytree(streets_run, tmp_path / mode), mode)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +107,6 @@ class Backbone(nn.Module, ABC):
         self.n_prefix = 1 + int(getattr(config, "num_register_tokens", 0))
         self.n_blocks = len(self.blocks)
         self.n_patches = (image_size // patch) ** 2
-
-    @classmethod
-    def make(cls, config: Any, image_size: int) -> Self:
-        """Build one with random weights, drawn from torch's generator."""
-        return cls(cls.model_class(config, **cls.model_options), image_size)
 
     # ---------------------------------------------------------------------------- what a family says
 
@@ -388,7 +383,8 @@ def backbone_from_config(values: dict[str, Any], image_size: int, seed: int = 0)
     # Initialisation draws from the global generator; keep it from the caller's stream.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family.make(family.config_class.from_dict(values), image_size)
+        hf = family.model_class(family.config_class.from_dict(values), **family.model_options)
+        return family(hf, image_size)
 
 
 def normalisation(source: str, family: type[Backbone] | Backbone) -> dict[str, tuple[float, float, float]]:

@@ -1,4 +1,4 @@
-"""Training room: session, step, validate, finish, losses, checkpoint, run, inference."""
+"""Training room: session, loop, validate, losses, checkpoint, run, inference; evaluation, calibration, adaptation."""
 
 import os
 
