@@ -170,13 +170,8 @@ def insert_lora(
 ) -> PeftModel:
     """Put low-rank updates into linear layers of a backbone, in place; outputs stay unless ``options`` say otherwise.
 
-    Args:
-        backbone: in its plain form.
-        names: of the layers in ``backbone.body``.
-        rank: of an update.
-        alpha: an update is scaled by alpha / rank; None is 2 * rank.
-        seed: of the starting values, which have a stream of their own.
-        options: further ones of peft's ``LoraConfig``.
+    An update is scaled by alpha / rank, where alpha is 2 * rank when it is None. Starting values have a stream of their
+    own; ``options`` are further ones of peft's ``LoraConfig``.
     """
     config = LoraConfig(
         r=rank,
@@ -195,10 +190,8 @@ def insert_lora(
 def _projections(backbone: Backbone, targets: tuple[Target, ...], blocks: int) -> list[str]:
     """Names in the transformers model of these projections in the first ``blocks`` blocks."""
     found: list[str] = []
-    for index in range(blocks):
-        here = backbone.targets(index)
-        missing = [word for word in targets if word not in here]
-        if missing:
+    for here in map(backbone.targets, range(blocks)):
+        if missing := [word for word in targets if word not in here]:
             raise InputError(
                 f"adapter.targets must be projections of this backbone ({', '.join(here)}), got {', '.join(missing)}"
             )
@@ -291,7 +284,6 @@ def replace_trained(folder: Path | str, tensors: Mapping[str, Tensor], model_fin
     folder = Path(folder)
     record = read_adapter(folder)
     trained = _tensors(folder / TRAINED, record.trained)
-    assert trained.keys() >= tensors.keys()
     with atomic_directory(folder) as staging:
         for name in sorted(set(record.files) - {TRAINED}):
             (staging / name).write_bytes((folder / name).read_bytes())

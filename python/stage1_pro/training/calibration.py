@@ -34,17 +34,11 @@ if TYPE_CHECKING:
 
 
 def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
-    """Choose when Stage A may answer, and write the policy file.
+    """Choose when Stage A may answer, and write the policy file, as ``commands.calibrate`` says.
 
-    With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json``, ``gateparams.json`` or
-    ``scrcparams.json``, the run's only policy file from then on. With ``logits`` it reads an ``.npz`` of ``logits``
-    [N, K] (or [N]: the logit of the second of two classes) or ``probs``, ``labels`` [N] as indices, for the gate
-    ``gate_logits`` [N], and optionally ``groups`` [N], ``half`` [N] (``fit`` or ``certify``; else cut at random by
-    group), ``classes`` [K] and ``positive``; it writes to ``out`` when that is given. For scrc ``gate_logits`` are
-    optional too, as are ``logits_b`` or ``probs_b`` of Stage B: without them the logit of the largest probability
-    stands in for the gate, and the one stage answers deferred rows as well.
-
-    What is not given is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``.
+    With ``logits``, a file of one column means the logit of the second of two classes, and ``half`` [N] (``fit`` or
+    ``certify``) is cut at random by group where it is missing. Without gate or Stage B the logit of the largest
+    probability stands in for scrc's gate, and the one stage answers deferred rows as well.
 
     Args:
         asked: options; for policy ``auto`` ``gate.json`` says whether softmax or gate ranked answers better on
@@ -66,9 +60,7 @@ def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
     assert asked.logits is not None
     if asked.policy == "auto":
         raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
-    wish = target or _target(CalibrateConfig(), given)
-    classes = None if asked.classes is None else list(asked.classes)
-    return _calibrate_logits(asked.logits, wish, asked.out, asked.positive, classes)
+    return _calibrate_logits(asked, asked.logits, target or _target(CalibrateConfig(), given))
 
 
 def render(policy: Policy) -> str:
@@ -263,16 +255,17 @@ def _better(run: Path, predictions: Predictions) -> str:
     return choice.confidence
 
 
-def _calibrate_logits(
-    path: Path, wish: Target, out: Path | None, positive: str | None, classes: list[str] | None
-) -> Policy:
-    arrays = load_npz(path)
+def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
+    arrays, out, positive = load_npz(path), asked.out, asked.positive
     probs = _file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
     if wish.policy == "gate" and "gate_logits" not in arrays:
         raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
-    names = classes or [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
+    own = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
+    names = list(asked.classes or map(str, own))
+        str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
+    ]
     if positive is None and "positive" in arrays:
         positive = str(arrays["positive"])
     groups = arrays.get("groups")

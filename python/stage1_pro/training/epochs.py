@@ -77,10 +77,10 @@ def run_epoch(
     Args:
         batches: of the epoch, from ``position.step_in_epoch`` on.
         learn: takes one step and counts it in ``position``.
-        save: writes ``last.pth``; not called after the last step, whose epoch is not validated yet.
+        save: writes ``last.pth``, every ``save_every`` steps but the last, whose epoch is not validated yet.
         position: where the training stands.
         steps: of an epoch.
-        save_every: steps between two calls of ``save``.
+        save_every: steps.
         processes: how many learn from as many rows each.
         shown: whether this process shows a bar where there is a terminal.
     """

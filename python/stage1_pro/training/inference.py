@@ -37,7 +37,7 @@ def run_over(
     """Apply ``forward`` to every image in order; each output is gathered to [N, ...] float32.
 
     Args:
-        forward: pixels [B, 3, H, W] to named outputs, rows first.
+        forward: pixels [B, 3, H, W] on ``device`` to named outputs, rows first.
         photos: [N].
         spec: how they become pixels.
         device: where ``forward`` computes.

@@ -172,14 +172,7 @@ class Session:
         description: str = "",
         draw: Draw | None = None,
     ) -> Arrays:
-        """Outputs of ``forward`` on images, in their order, under the training's precision, each [N, ...].
-
-        Args:
-            forward: pixels [B, 3, H, W] to named outputs, rows first.
-            photos: [N].
-            description: of the progress bar.
-            draw: of an epoch of training; None for images as evaluation sees them.
-        """
+        """What ``run_over`` gives, under the training's precision."""
 
         def cast(pixels: Tensor) -> dict[str, Tensor]:
             with self.accelerator.autocast():
