@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import getpass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from stage1_pro.command import Command, Flag, Place, Rate, Result, Share
+from stage1_pro.command import Command, Place, Rate, Result, Share, option
 from stage1_pro.commands.review import BROWSER, PORT, REVIEWER, Browser
 
 BY = "who does it; the user's name by default"
 
 
-class Loop(Command):
+class Loop(Command, topic="loop"):
     """A command about the loop in a folder."""
 
-    topic: ClassVar[str] = "loop"
-
-    root: Path = Field(description="the loop's folder")
+    root: Path = option(..., "the loop's folder")
 
 
 def _told(what: str, found: dict[str, Any], exit_code: int = 0) -> Result:
@@ -28,19 +26,17 @@ def _told(what: str, found: dict[str, Any], exit_code: int = 0) -> Result:
     return Result(render(what, found), found, exit_code)
 
 
-class PlanAudits(Command):
+class PlanAudits(Command, topic="loop"):
     """Say how many audited exits tell which risk from the promised one."""
 
-    topic: ClassVar[str] = "loop"
-
-    alpha: Share = Field(description="risk of exits that was promised")
-    harms: Annotated[tuple[float, ...] | None, Flag("--harm")] = Field(
-        None, description="true risks to see; 1.5, 2, 3, 5 times alpha by default"
+    alpha: Share = option(..., "risk of exits that was promised")
+    harms: tuple[float, ...] | None = option(
+        None, "true risks to see; 1.5, 2, 3, 5 times alpha by default", name="--harm"
     )
-    delta: Share = Field(0.05, description="chance of a false alarm")
-    power: Share = Field(0.8, description="chance to see the harm that you want")
-    exit_rate: Rate = Field(0.7, description="share of decisions that exit")
-    audit_rate: Rate = Field(0.1, description="share of exits that are audited")
+    delta: Share = option(0.05, "chance of a false alarm")
+    power: Share = option(0.8, "chance to see the harm that you want")
+    exit_rate: Rate = option(0.7, "share of decisions that exit")
+    audit_rate: Rate = option(0.1, "share of exits that are audited")
 
     def execute(self) -> Result:
         """Print audits and days for every harm."""
@@ -53,12 +49,12 @@ class PlanAudits(Command):
 class Init(Loop):
     """Begin a loop with the bundle of a run as its first champion."""
 
-    run: Path = Field(description="trained and calibrated run; proposals start from it")
-    bundle: Path | None = Field(None, description="what the run was exported to; RUN/bundle by default")
-    alpha: Share | None = Field(None, description="risk of exits that is watched; what the policy promises by default")
-    store: Place | None = Field(None, description="postgresql://…, or a folder or file for SQLite; ROOT by default")
-    log: Path | None = Field(None, description="folder that serving logs to; ROOT/log by default")
-    config: Path | None = Field(None, description="YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
+    run: Path = option(..., "trained and calibrated run; proposals start from it")
+    bundle: Path | None = option(None, "what the run was exported to; RUN/bundle by default")
+    alpha: Share | None = option(None, "risk of exits that is watched; what the policy promises by default")
+    store: Place | None = option(None, "postgresql://…, or a folder or file for SQLite; ROOT by default")
+    log: Path | None = option(None, "folder that serving logs to; ROOT/log by default")
+    config: Path | None = option(None, "YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
     def execute(self) -> Result:
@@ -81,14 +77,10 @@ class Ingest(Loop):
 class Status(Loop):
     """Say where the loop is, what serves, and whether the risk is kept."""
 
-    page: Path | None = Field(None, description="HTML page to write")
-    metrics: Annotated[Path | None, Flag(metavar="FILE.prom")] = Field(
-        None, description="for Prometheus' textfile collector"
-    )
-    grafana: Annotated[Path | None, Flag(metavar="FILE.json")] = Field(
-        None, description="dashboard of these metrics, to import"
-    )
-    test_alert: bool = Field(False, description="send one to every hook of ROOT/loop.json; exit status 1: one failed")
+    page: Path | None = option(None, "HTML page to write")
+    metrics: Path | None = option(None, "for Prometheus' textfile collector", metavar="FILE.prom")
+    grafana: Path | None = option(None, "dashboard of these metrics, to import", metavar="FILE.json")
+    test_alert: bool = option(False, "send one to every hook of ROOT/loop.json; exit status 1: one failed")
 
     def execute(self) -> Result:
         """Print state, champion and risk; the exit code is 1 where an alert was not delivered."""
@@ -101,9 +93,9 @@ class Status(Loop):
 class ReviewLoop(Loop):
     """Answer on a local page what was selected for review."""
 
-    reviewer: str | None = Field(None, description=REVIEWER)
-    port: int = Field(0, description=PORT)
-    browser: Browser = Field(True, description=BROWSER)
+    reviewer: str | None = option(None, REVIEWER)
+    port: int = option(0, PORT)
+    browser: Browser = option(True, BROWSER)
 
     def execute(self) -> Result:
         """Print what was answered, once the page is closed."""
@@ -119,18 +111,16 @@ class ReviewLoop(Loop):
 class Labels(Loop):
     """Import or export labels."""
 
-    imported: Annotated[Path | None, Flag("--import", one_of="way", metavar="FILE")] = Field(
-        None, description=".csv, or Label Studio's .json"
+    imported: Path | None = option(None, ".csv, or Label Studio's .json", name="--import", one_of="way", metavar="FILE")
+    exported: Path | None = option(
+        None, ".csv, .json; a folder: Parquet", name="--export", one_of="way", metavar="FILE"
     )
-    exported: Annotated[Path | None, Flag("--export", one_of="way", metavar="FILE")] = Field(
-        None, description=".csv, .json; a folder: Parquet"
-    )
-    source: Literal["owner", "review", "match", "model"] | None = Field(
+    source: Literal["owner", "review", "match", "model"] | None = option(
         None,
-        description="the most that a file's labels are believed, whatever it says of itself; by default review for "
+        "the most that a file's labels are believed, whatever it says of itself; by default review for "
         ".json, and what each row says for .csv",
     )
-    annotator: str | None = Field(None, description="of rows without one")
+    annotator: str | None = option(None, "of rows without one")
 
     def execute(self) -> Result:
         """Print how many labels came or went."""
@@ -142,9 +132,7 @@ class Labels(Loop):
 class Run(Loop):
     """Take steps until one has to wait."""
 
-    every: Annotated[float | None, Flag(metavar="SECONDS")] = Field(
-        None, description="look again after so long, for good"
-    )
+    every: float | None = option(None, "look again after so long, for good", metavar="SECONDS")
 
     def execute(self) -> Result:
         """Print where the loop waits."""
@@ -176,7 +164,7 @@ class EvaluateCandidate(Loop):
 class Promote(Loop):
     """Approve the candidate in the shadow."""
 
-    candidate: str | None = Field(None, description="first digits of its hash, to be sure")
+    candidate: str | None = option(None, "first digits of its hash, to be sure")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
     def execute(self) -> Result:
@@ -189,7 +177,7 @@ class Promote(Loop):
 class Rollback(Loop):
     """Bring back the champion before, at once."""
 
-    to: str | None = Field(None, description="hash of an earlier champion; the one before by default")
+    to: str | None = option(None, "hash of an earlier champion; the one before by default")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
     def execute(self) -> Result:
@@ -202,9 +190,9 @@ class Rollback(Loop):
 class Audit(Loop):
     """Verify the chain of all that was done."""
 
-    exported: Annotated[Path | None, Flag("--export", metavar="FILE")] = Field(None, description="JSON lines to write")
-    file: Path | None = Field(None, description="verify this export, not the store")
-    head: str | None = Field(None, description="hash that was noted earlier and must be in the chain")
+    exported: Path | None = option(None, "JSON lines to write", name="--export", metavar="FILE")
+    file: Path | None = option(None, "verify this export, not the store")
+    head: str | None = option(None, "hash that was noted earlier and must be in the chain")
 
     def execute(self) -> Result:
         """Print length and head of the chain, and its last rows."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Flag, Place, Result
+from stage1_pro.command import Command, Flag, Place, Result, option
 
 Browser = Annotated[bool, Flag("--no-browser")]
 REVIEWER = "whose answers these are; the user's name by default"
@@ -16,19 +14,17 @@ PORT = "port of 127.0.0.1; 0 = any free one"
 BROWSER = "print the address, open nothing"
 
 
-class Review(Command):
+class Review(Command, topic="loop"):
     """Answer on a local page what was selected for review while serving."""
 
-    topic: ClassVar[str] = "loop"
-
-    store: Annotated[Place, Flag(metavar="URL")] = Field(description="a folder or file (SQLite), or postgresql://…")
-    log: Path | None = Field(None, description="the log that serving writes, with the images; STORE/log by default")
-    reviewer: str | None = Field(None, description=REVIEWER)
-    port: int = Field(0, description=PORT)
-    lease: float = Field(300.0, description="seconds that an image is this reviewer's alone")
-    blind: bool = Field(False, description="do not show what the cascade said, so that it sways nobody")
-    browser: Browser = Field(True, description=BROWSER)
-    purge: bool = Field(False, description="remove images whose time is over, and stop")
+    store: Place = option(..., "a folder or file (SQLite), or postgresql://…", metavar="URL")
+    log: Path | None = option(None, "the log that serving writes, with the images; STORE/log by default")
+    reviewer: str | None = option(None, REVIEWER)
+    port: int = option(0, PORT)
+    lease: float = option(300.0, "seconds that an image is this reviewer's alone")
+    blind: bool = option(False, "do not show what the cascade said, so that it sways nobody")
+    browser: Browser = option(True, BROWSER)
+    purge: bool = option(False, "remove images whose time is over, and stop")
     as_json: Annotated[bool, Flag(hidden=True)] = False
 
     def execute(self) -> Result:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from stage1_pro.command import Command, Part, Place, Result, Words, keywords
+from stage1_pro.command import Command, Part, Place, Result, Words, keywords, option
 
 if TYPE_CHECKING:
     from stage1_pro.data.splits import Splits
@@ -26,38 +26,30 @@ def _shares(value: Any) -> Any:
 Fractions = Annotated[dict[str, float], BeforeValidator(_shares)]
 
 
-class Split(Command):
+class Split(Command, topic="photos"):
     """Cut labelled images into train, val_select, val_calib and val_test.
 
     Rows of one group, and near-duplicates across groups, stay together, so that the splits cannot leak.
     """
 
-    topic: ClassVar[str] = "photos"
-
-    labels: Place = Field(
-        description="CSV with file,label[,label_name,group,source], or a folder or tar with one sub-folder per class"
+    labels: Place = option(
+        ..., "CSV with file,label[,label_name,group,source], or a folder or tar with one sub-folder per class"
     )
-    images: Place | None = Field(
-        None, description="folder or tar that `file` is relative to; the CSV's own folder by default"
+    images: Place | None = option(None, "folder or tar that `file` is relative to; the CSV's own folder by default")
+    out: Path = option(..., "run folder to write")
+    positive: str | None = option(
+        None, "name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag"
     )
-    out: Path = Field(description="run folder to write")
-    positive: str | None = Field(
-        None,
-        description="name of the positive class; two classes of which one has a negative name (none, no, 0, …) need "
-        "no flag",
+    classes: Words | None = option(None, "comma-separated class names that are allowed; all found by default")
+    fractions: Fractions | None = option(
+        None, "share of rows per split; train=.6,val_select=.1,val_calib=.15,val_test=.15 by default"
     )
-    classes: Words | None = Field(
-        None, description="comma-separated class names that are allowed; all found by default"
-    )
-    fractions: Fractions | None = Field(
-        None, description="share of rows per split; train=.6,val_select=.1,val_calib=.15,val_test=.15 by default"
-    )
-    seed: int = Field(0, description="another seed, other splits")
-    folds: int | None = Field(None, description="cut into K folds by group; val_test is one of them")
-    fold: int | None = Field(None, description="which of the K folds (0..K-1) is val_test")
-    max_component: Part = Field(0.05, description="largest share of rows that near-duplicates may join across groups")
-    max_quarantine: Part = Field(0.02, description="largest share of unreadable images")
-    overwrite: bool = Field(False, description="replace the splits of a run that has been trained")
+    seed: int = option(0, "another seed, other splits")
+    folds: int | None = option(None, "cut into K folds by group; val_test is one of them")
+    fold: int | None = option(None, "which of the K folds (0..K-1) is val_test")
+    max_component: Part = option(0.05, "largest share of rows that near-duplicates may join across groups")
+    max_quarantine: Part = option(0.02, "largest share of unreadable images")
+    overwrite: bool = option(False, "replace the splits of a run that has been trained")
 
     def execute(self) -> Result:
         """Print rows and groups of every split by class."""
