@@ -1,29 +1,40 @@
-"""``stage1 continual``: a loop that keeps learning, step by step."""
+"""``stage1 continual``: a loop that keeps learning, step by step; and ``stage1 review``, its page for reviewers."""
 
 from __future__ import annotations
 
 import getpass
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stage1_pro.command import Command, Place, Rate, Result, Share, option
-from stage1_pro.commands.review import BROWSER, PORT, REVIEWER, Browser
+from stage1_pro.command import Command, Flag, Place, Rate, Result, Share, option
 
+Browser = Annotated[bool, Flag("--no-browser")]
+REVIEWER = "whose answers these are; the user's name by default"
+PORT = "port of 127.0.0.1; 0 = any free one"
+BROWSER = "print the address, open nothing"
 BY = "who does it; the user's name by default"
 
 
 class Loop(Command, topic="loop"):
-    """A command about the loop in a folder."""
+    """A command about the loop in a folder: ``does`` names the function of ``loop.folder`` that it calls."""
 
+    does: ClassVar[str] = ""
     root: Path = option(..., "the loop's folder")
 
+    def __init_subclass__(cls, does: str = "", **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.does = does
 
-def _told(what: str, found: dict[str, Any], exit_code: int = 0) -> Result:
-    from stage1_pro.continual.loop.folder import render
+    def execute(self) -> Result:
+        """Print what was done or found."""
+        from stage1_pro.continual.loop import folder
 
-    return Result(render(what, found), found, exit_code)
+        found = getattr(folder, self.does)(**dict(self))
+        return Result(folder.render(self.does, found), found)
 
 
 class PlanAudits(Command, topic="loop"):
@@ -46,7 +57,7 @@ class PlanAudits(Command, topic="loop"):
         return Result(render(found), found.model_dump(mode="json"))
 
 
-class Init(Loop):
+class Init(Loop, does="init"):
     """Begin a loop with the bundle of a run as its first champion."""
 
     run: Path = option(..., "trained and calibrated run; proposals start from it")
@@ -57,24 +68,12 @@ class Init(Loop):
     config: Path | None = option(None, "YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
-    def execute(self) -> Result:
-        """Print the first champion."""
-        from stage1_pro.continual.loop.folder import init
 
-        return _told("init", init(**dict(self)))
-
-
-class Ingest(Loop):
+class Ingest(Loop, does="ingest_log"):
     """Put what serving logged into the store."""
 
-    def execute(self) -> Result:
-        """Print what was new."""
-        from stage1_pro.continual.loop.folder import ingest_log
 
-        return _told("ingest", ingest_log(self.root))
-
-
-class Status(Loop):
+class Status(Loop, does="status"):
     """Say where the loop is, what serves, and whether the risk is kept."""
 
     page: Path | None = option(None, "HTML page to write")
@@ -83,11 +82,36 @@ class Status(Loop):
     test_alert: bool = option(False, "send one to every hook of ROOT/loop.json; exit status 1: one failed")
 
     def execute(self) -> Result:
-        """Print state, champion and risk; the exit code is 1 where an alert was not delivered."""
-        from stage1_pro.continual.loop.folder import status
+        """The exit code is 1 where an alert was not delivered."""
+        found = super().execute()
+        return replace(found, exit_code=int(not all(one["delivered"] for one in found.record["deliveries"])))
 
-        found = status(**dict(self))
-        return _told("status", found, int(not all(one["delivered"] for one in found.get("deliveries", ()))))
+
+class Review(Command, topic="loop"):
+    """Answer on a local page what was selected for review while serving."""
+
+    store: Place = option(..., "a folder or file (SQLite), or postgresql://…", metavar="URL")
+    log: Path | None = option(None, "the log that serving writes, with the images; STORE/log by default")
+    reviewer: str | None = option(None, REVIEWER)
+    port: int = option(0, PORT)
+    lease: float = option(300.0, "seconds that an image is this reviewer's alone")
+    blind: bool = option(False, "do not show what the cascade said, so that it sways nobody")
+    browser: Browser = option(True, BROWSER)
+    purge: bool = option(False, "remove images whose time is over, and stop")
+    as_json: Annotated[bool, Flag(hidden=True)] = False
+
+    def execute(self) -> Result:
+        """Print what was purged, ingested and answered, once the page is closed."""
+        from stage1_pro.continual.ledger.reviewing import render, review
+
+        def ready(url: str) -> None:
+            # A program that starts the page waits for this line.
+            if self.as_json:
+                print(json.dumps({"url": url}), flush=True)
+
+        options = {name: value for name, value in self if name != "as_json"}
+        found = review(**options, ready=ready)
+        return Result(render(found), found)
 
 
 class ReviewLoop(Loop):
@@ -108,7 +132,7 @@ class ReviewLoop(Loop):
         return Result(render(found), found)
 
 
-class Labels(Loop):
+class Labels(Loop, does="labels"):
     """Import or export labels."""
 
     imported: Path | None = option(None, ".csv, or Label Studio's .json", name="--import", one_of="way", metavar="FILE")
@@ -122,23 +146,11 @@ class Labels(Loop):
     )
     annotator: str | None = option(None, "of rows without one")
 
-    def execute(self) -> Result:
-        """Print how many labels came or went."""
-        from stage1_pro.continual.loop.folder import labels
 
-        return _told("labels", labels(**dict(self)))
-
-
-class Run(Loop):
+class Run(Loop, does="run"):
     """Take steps until one has to wait."""
 
     every: float | None = option(None, "look again after so long, for good", metavar="SECONDS")
-
-    def execute(self) -> Result:
-        """Print where the loop waits."""
-        from stage1_pro.continual.loop.folder import run
-
-        return _told("run", run(self.root, every=self.every))
 
 
 class Propose(Loop):
@@ -146,56 +158,33 @@ class Propose(Loop):
 
     def execute(self) -> Result:
         """Print where the loop waits."""
-        from stage1_pro.continual.loop.folder import run
+        from stage1_pro.continual.loop import folder
 
-        return _told("propose", run(self.root, manual=True, until="EVALUATE"))
+        found = folder.run(self.root, manual=True, until="EVALUATE")
+        return Result(folder.render("propose", found), found)
 
 
-class EvaluateCandidate(Loop):
+class EvaluateCandidate(Loop, does="evaluate"):
     """Judge the candidate, and show the last verdict."""
 
-    def execute(self) -> Result:
-        """Print the verdict."""
-        from stage1_pro.continual.loop.folder import evaluate
 
-        return _told("evaluate", evaluate(self.root))
-
-
-class Promote(Loop):
+class Promote(Loop, does="promote"):
     """Approve the candidate in the shadow."""
 
     candidate: str | None = option(None, "first digits of its hash, to be sure")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
-    def execute(self) -> Result:
-        """Print what was approved."""
-        from stage1_pro.continual.loop.folder import promote
 
-        return _told("promote", promote(**dict(self)))
-
-
-class Rollback(Loop):
+class Rollback(Loop, does="rollback"):
     """Bring back the champion before, at once."""
 
     to: str | None = option(None, "hash of an earlier champion; the one before by default")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
-    def execute(self) -> Result:
-        """Print what serves now."""
-        from stage1_pro.continual.loop.folder import rollback
 
-        return _told("rollback", rollback(**dict(self)))
-
-
-class Audit(Loop):
+class Audit(Loop, does="audit"):
     """Verify the chain of all that was done."""
 
     exported: Path | None = option(None, "JSON lines to write", name="--export", metavar="FILE")
     file: Path | None = option(None, "verify this export, not the store")
     head: str | None = option(None, "hash that was noted earlier and must be in the chain")
-
-    def execute(self) -> Result:
-        """Print length and head of the chain, and its last rows."""
-        from stage1_pro.continual.loop.folder import audit
-
-        return _told("audit", audit(**dict(self)))
