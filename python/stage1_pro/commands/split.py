@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator
 
 from stage1_pro.command import Command, Part, Place, Result, Words, keywords, option
+from stage1_pro.errors import InputError
+from stage1_pro.progress import say
 
 if TYPE_CHECKING:
     from stage1_pro.data.splits import Splits
@@ -53,9 +55,7 @@ class Split(Command, topic="photos"):
 
     def execute(self) -> Result:
         """Print rows and groups of every split by class."""
-        from stage1_pro.data.splitting import split
-
-        splits = split(self)
+        splits = self.cut()
         width = max(8, *map(len, splits.classes)) + 2
         lines = [f"{'split':<12}{'groups':>8}" + "".join(f"{name:>{width}}" for name in splits.classes)]
         for name, counts in splits.counts.items():
@@ -71,6 +71,35 @@ class Split(Command, topic="photos"):
         record = {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(self.out)}
         return Result("\n".join(lines), record)
 
+    def cut(self) -> Splits:
+        """Write ``splits.json`` and ``quarantine.csv``, the latter also when too many files are broken."""
+        from stage1_pro.data.images import write_quarantine
+        from stage1_pro.data.splits import QuarantineError, make_splits
+        from stage1_pro.training.run import exclusive, forget_training
+
+        out = self.out
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out must be a folder, got the file {out}")
+        trained = next((name for name in ("model_best.pth", "last.pth", "config.json") if (out / name).exists()), None)
+        if trained and not self.overwrite:
+            raise InputError(
+                f"--out must be a run that has not been trained, got {out} with {trained}; "
+                "name another folder, or replace its splits with --overwrite and train again"
+            )
+        try:
+            splits, quarantined = make_splits(**self.model_dump(exclude={"out", "overwrite"}))
+        except QuarantineError as error:
+            write_quarantine(out / "quarantine.csv", error.quarantined)
+            raise InputError(f"{error}; the whole list is in {out / 'quarantine.csv'}") from None
+        out.mkdir(parents=True, exist_ok=True)
+        with exclusive(out):
+            # What was trained on other splits must not be taken for this split's: some of its rows may be tests now.
+            forget_training(out)
+            write_quarantine(out / "quarantine.csv", quarantined)
+            splits.write(out / "splits.json")
+        say(f"wrote {out / 'splits.json'} and {out / 'quarantine.csv'}")
+        return splits
+
 
 @keywords(Split)
 def split(labels: Path | str, out: Path | str, **options: Any) -> Splits:
@@ -80,6 +109,4 @@ def split(labels: Path | str, out: Path | str, **options: Any) -> Splits:
         InputError: wrong labels, too many broken files, a class that cannot be in every split, or a run that has been
             trained on its splits already and ``overwrite`` is not set.
     """
-    from stage1_pro.data.splitting import split as work
-
-    return work(Split.of(labels=labels, out=out, **options))
+    return Split.of(labels=labels, out=out, **options).cut()
