@@ -264,8 +264,6 @@ def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
         raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
     own = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
     names = list(asked.classes or map(str, own))
-        str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
-    ]
     if positive is None and "positive" in arrays:
         positive = str(arrays["positive"])
     groups = arrays.get("groups")
