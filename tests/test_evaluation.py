@@ -36,7 +36,8 @@ from stage1_pro.metrics.table import METRICS, MetricSpec, register
 from stage1_pro.policies.softmax import Thresholds, confidence, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.training.answers import answer, count_groups, find_changes, find_mistakes
-from stage1_pro.training.evaluation import Evaluation, evaluate, evaluate_predictions
+from stage1_pro.training.evaluation import Evaluation, evaluate
+from stage1_pro.training.evaluation import evaluate_predictions as measured
 from stage1_pro.training.summary import render
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
@@ -91,6 +92,10 @@ def make_policy(predictions: Predictions, target: float = 0.1) -> Thresholds:
         model_fingerprint=predictions.model_fingerprint,
         preprocessing_fingerprint=predictions.preprocessing_fingerprint,
     )
+
+
+def evaluate_predictions(*given: object, **options: object) -> Evaluation:
+    return measured(*given, **options)[0]  # type: ignore[arg-type]
 
 
 def make_run(run: Path, predictions: Predictions) -> None:

@@ -37,7 +37,8 @@ from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.standing import standing
 from stage1_pro.training.answers import answer, count_groups
 from stage1_pro.training.calibration import render as render_policy
-from stage1_pro.training.evaluation import evaluate, evaluate_predictions
+from stage1_pro.training.evaluation import Evaluation, evaluate
+from stage1_pro.training.evaluation import evaluate_predictions as measured
 from stage1_pro.training.summary import render as render_evaluation
 from stage1_pro.words import SPLITS
 
@@ -68,6 +69,10 @@ def fit(data: dict[str, Any], **wish: Any) -> ScrcParams:
         classes=data["classes"], positive=data["positive"], groups=data["groups"],
         **{"alpha": 0.05, "max_exit_error": 0.02, **wish},
     )  # fmt: skip
+
+
+def evaluate_predictions(*given: Any, **options: Any) -> Evaluation:
+    return measured(*given, **options)[0]
 
 
 def merged(policy: ScrcParams, data: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

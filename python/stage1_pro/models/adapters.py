@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stage1_pro.config import AdapterConfig, AdapterMode, ModelConfig, Target
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import atomic_directory, permit, recover_directory, sha256_file
-from stage1_pro.models.backbone import BODY, Backbone
+from stage1_pro.models.backbone import Backbone
 from stage1_pro.models.model import (
     Architecture,
     Stage1Model,
@@ -42,7 +42,7 @@ RECORD = "adapter.json"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
 _ATTENTION: tuple[Target, ...] = ("q", "k", "v", "o")
-_BODY = f"backbone.{BODY}."
+_BODY = "backbone.hf."
 _PEFT = "base_model.model."
 
 
@@ -101,17 +101,11 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
     """Freeze a model but for what the mode trains; in place, with no draw from the caller's generator.
 
     Heads and Stage A's own norm are always trained. The rest of the backbone stays as it is; its dropout, dropped paths
-    and RoPE rescaling, where its configuration has any, act in ``.train()`` as they do in mode full.
-
-    Args:
-        model: on the CPU, in its plain form.
-        mode: what is trained.
-        options: rank, targets and the like.
-        seed: of the adapter's starting values; they have a stream of their own.
+    and RoPE rescaling, where its configuration has any, act in ``.train()`` as they do in mode full. Options that the
+    mode has no use for are not read: arms of a comparison may share a section. ``model`` is on the CPU and plain.
 
     Raises:
         InputError: a target that this backbone lacks, more blocks than it has, or a model that has an adapter already.
-            Options that a mode does not read are left unread, so that arms of a comparison may share a section.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise InputError("model must be in its plain form, got one with an adapter in it; merge it first")
@@ -242,14 +236,8 @@ def save_adapter(
 ) -> None:
     """Write everything that was trained, atomically as one folder; equal values give equal bytes.
 
-    Args:
-        folder: new, or an earlier adapter, which is replaced.
-        adaptation: of the model.
-        architecture: of the model.
-        state: the ``state_dict`` of the adapted model, or of its moving average.
-        model_fingerprint: of the merged plain model.
-        split_hashes: of the splits it was trained on.
-        epoch: counted from 0.
+    ``state`` is that of the adapted model or of its moving average, ``model_fingerprint`` of the merged plain model. An
+    earlier adapter in the folder is replaced.
     """
     own = {key: state[key].detach().to("cpu", torch.float32).contiguous() for key in adaptation.keys}
     trained = {key: tensor for key, tensor in own.items() if key not in adaptation.peft_keys}

@@ -36,8 +36,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Facts of a backbone that this package wrote, beside its weights: a folder's name says nothing of a licence.
 INFO_FILE = "backbone_info.json"
-# The attribute that holds the library's own model: its parameters keep their names below it in every checkpoint.
-BODY = "hf"
 
 
 @dataclass(frozen=True)

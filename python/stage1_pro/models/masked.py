@@ -86,14 +86,9 @@ def to_pixels(patches: Tensor, size: int) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Predicts something of every patch from the tokens of the visible ones: a few narrow blocks with RoPE.
+    """Predicts ``outputs`` numbers of every patch from the tokens of the visible ones: a few narrow blocks with RoPE.
 
-    Args:
-        backbone: what gives the tokens.
-        width: of the blocks, a multiple of 32.
-        depth: how many blocks.
-        outputs: numbers to predict per patch.
-        seed: of the starting weights.
+    Their ``width`` is a multiple of 32.
     """
 
     def __init__(self, backbone: Backbone, width: int, depth: int, outputs: int, seed: int) -> None:

@@ -80,7 +80,7 @@ def run_epoch(
         save: writes ``last.pth``, every ``save_every`` steps but the last, whose epoch is not validated yet.
         position: where the training stands.
         steps: of an epoch.
-        save_every: steps.
+        save_every: steps between two calls of ``save``.
         processes: how many learn from as many rows each.
         shown: whether this process shows a bar where there is a terminal.
     """

@@ -91,7 +91,7 @@ def evaluate_predictions(
     n_replicates: int = 1000,
     seed: int = 0,
     blocks: tuple[int, int] | None = None,
-) -> Evaluation:
+) -> tuple[Evaluation, Answered, Measured]:
     """Measure predictions on ``val_test``: per stage and for the cascade, over all rows and per source.
 
     For each the suite of ``metric_names`` with intervals by group, and ``balanced_accuracy, mcc, auroc`` (positive
@@ -102,23 +102,11 @@ def evaluate_predictions(
     cascade is better). Under scrc ``verification`` holds its promises against these rows; all other figures take the
     most probable class for the answer to every row, accepted or not.
 
-    Args:
-        predictions: of ``val_test``, N >= 1.
-        policy: the active exit policy, if any.
-        n_replicates: bootstrap replicates.
-        seed: of the bootstrap.
-        blocks: tap and number of blocks, for the record.
+    The answers and, of all rows, what pictures are drawn from are given too. ``blocks`` are tap and number of blocks.
 
     Raises:
         ArtifactError: other rows than ``val_test``, a foreign policy, or NaN logits.
     """
-    return _evaluate(predictions, policy, n_replicates, seed, blocks)[0]
-
-
-def _evaluate(
-    predictions: Predictions, policy: Policy | None, n_replicates: int, seed: int, blocks: tuple[int, int] | None
-) -> tuple[Evaluation, Answered, Measured]:
-    """What ``evaluate_predictions`` gives, with the answers and, of all rows, what pictures are drawn from."""
     if predictions.split != "val_test":
         raise ArtifactError(
             f"predictions must be of val_test, got {predictions.split}; final figures come from val_test alone"
@@ -230,7 +218,9 @@ def evaluate(
         raise ArtifactError(
             f"predictions must be of val_test in {run / 'splits.json'}, got other rows; infer them again"
         )
-    evaluation, answers, found = _evaluate(predictions, policy, n_replicates, seed, blocks)
+    evaluation, answers, found = evaluate_predictions(
+        predictions, policy, n_replicates=n_replicates, seed=seed, blocks=blocks
+    )
     files, folder = [row.file for row in rows], run / "evaluation"
     lists = {
         "mistakes": find_mistakes(predictions, answers, files),

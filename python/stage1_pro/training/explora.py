@@ -120,11 +120,6 @@ class Explorer:
         config: ``explora`` and ``seed`` say what is learned.
         identity: what this adaptation is of; a ``last.pth`` with another one is refused.
 
-    Attributes:
-        trainable: how much of the encoder is trained.
-        held_out, trained_on: the images, cut in two.
-        at: where the training stands, with its history epoch by epoch.
-
     Raises:
         InputError: a trainable share outside its limits.
     """

@@ -36,14 +36,8 @@ def run_over(
 ) -> Arrays:
     """Apply ``forward`` to every image in order; each output is gathered to [N, ...] float32.
 
-    Args:
-        forward: pixels [B, 3, H, W] on ``device`` to named outputs, rows first.
-        photos: [N].
-        spec: how they become pixels.
-        device: where ``forward`` computes.
-        workers: processes that decode.
-        description: of the progress bar; none without.
-        draw: the images as an epoch of training draws them; None as evaluation sees them.
+    It takes pixels [B, 3, H, W] on ``device`` and gives named outputs, rows first. A bar is shown under a description.
+    With ``draw`` the images are as an epoch of training draws them, without as evaluation sees them.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     with torch.inference_mode():

@@ -39,12 +39,7 @@ def probe(
 ) -> dict[str, Array]:
     """Probabilities [N, K] that a balanced linear probe (``linear``) and 10 neighbours (``knn``) give each row.
 
-    Args:
-        features: [N, F].
-        labels: [N] class indices.
-        groups: [N] names; at least two different ones.
-        classes: K.
-        seed: of the cuts into folds.
+    Of features [N, F], class indices [N] and names of groups [N], which ``seed`` cuts into folds.
 
     Raises:
         InputError: features that are not finite, or fewer than two groups.

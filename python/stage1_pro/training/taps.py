@@ -42,12 +42,9 @@ class TapChoice(Record):
     split_hashes: dict[str, str]
 
 
-SHARES = (1 / 3, 1 / 2, 2 / 3, 1.0)
-
-
 def candidates(n_blocks: int) -> list[int]:
     """Blocks at a third, a half, two thirds and the end of a backbone, ascending and different."""
-    return sorted({max(1, round(share * n_blocks)) for share in SHARES})
+    return sorted({max(1, round(share * n_blocks)) for share in (1 / 3, 1 / 2, 2 / 3, 1)})
 
 
 def cost(tap: int, n_blocks: int, exits: float) -> float:
@@ -83,14 +80,8 @@ def choose_tap(
 ) -> TapChoice:
     """Measure every candidate by a probe fitted on ``train`` and judged on ``val_select``; the cheapest is chosen.
 
-    Stage B is the probe at the last block. Of equal costs the later block is taken, whose probe has seen more.
-
-    Args:
-        train: features of the train rows [N, F] by block; the last block is among them.
-        select: those of the ``val_select`` rows.
-        labels: of both, class indices.
-        class_weights: [K].
-        split_hashes: of the run.
+    Stage B is the probe at the last block. Of equal costs the later block is taken, whose probe has seen more. Features
+    [N, F] of both splits are by block, the last one among them; ``labels`` are of both, class indices.
     """
     n_blocks, classes = max(train), len(class_weights)
     weights = np.asarray(class_weights, dtype=np.float64)[labels[0]]
