@@ -70,7 +70,7 @@ def fold_of(groups: Sequence[str], folds: int, seed: int) -> NDArray[np.int64]:
 
 
 def fit_head(features: NDArray[Any], labels: NDArray[Any], weights: Array, classes: int) -> tuple[Array, Array]:
-    """A linear classifier of features [N, F] by penalised cross entropy of weighted rows: matrix [F, K], offsets [K]."""
+    """A linear classifier of features [N, F] by penalised, weighted cross entropy: matrix [F, K] and offsets [K]."""
     centre, scale = _standard(features)
     rows = (features - centre) / scale
     n, width = rows.shape
