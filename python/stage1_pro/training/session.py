@@ -29,7 +29,7 @@ from stage1_pro.errors import InputError
 from stage1_pro.files import load_npz, save_npz, sha256_bytes
 from stage1_pro.models.adapters import Adaptation, adapt
 from stage1_pro.models.backbone import PRESETS
-from stage1_pro.models.model import Architecture, Stage1Model, create_model
+from stage1_pro.models.model import Architecture, create_model
 from stage1_pro.progress import say
 from stage1_pro.training.epochs import group_parameters, seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.inference import Arrays, Draw, run_over
@@ -241,18 +241,13 @@ class Session:
         self.log = Log(self.run / "train.log", self.main)
 
     def _build_model(self) -> None:
-        model, splits = self.config.model, self.splits
-
-        def create(tap: int | None) -> Stage1Model:
-            asked = model if tap is None else model.model_copy(update={"tap": tap})
-            return create_model(asked, splits.classes, splits.positive, self.config.seed)
-
-        self.model = create(None)
-        self.tap_choice = self._measure_taps() if model.tap == "auto" else None
-        if self.tap_choice is not None:
-            self.model = create(self.tap_choice.tap)
+        asked, what = self.config.model, (self.splits.classes, self.splits.positive, self.config.seed)
+        self.model, self.tap_choice = create_model(asked, *what), None
+        if asked.tap == "auto":
+            self.tap_choice = self._measure_taps()
+            self.model = create_model(asked.model_copy(update={"tap": self.tap_choice.tap}), *what)
         resolved = {"image_size": self.architecture.image_size, "tap": self.architecture.tap}
-        self.config = self.config.model_copy(update={"model": model.model_copy(update=resolved)})
+        self.config = self.config.model_copy(update={"model": asked.model_copy(update=resolved)})
 
     def _measure_taps(self) -> TapChoice:
         """Probe the candidates on the starting backbone; the main process's choice holds for all."""
@@ -273,18 +268,12 @@ class Session:
             for name in self.rows:
                 arrays = self.over(forward, self.photos(name), f"{name} rows for the tap")
                 found[name] = {int(tap): x for tap, x in arrays.items()}
-            measured = choose_tap(
-                found["train"],
-                found["val_select"],
-                (self.labels["train"], self.labels["val_select"]),
-                self.class_weights.cpu().numpy(),
-                self.splits.hashes,
-            )
+            labels, weights = (self.labels["train"], self.labels["val_select"]), self.class_weights.cpu().numpy()
+            measured = choose_tap(found["train"], found["val_select"], labels, weights, self.splits.hashes)
             for line in table(measured):
                 self.say(line)
             choice[0] = measured
-        if self.world > 1:
-            broadcast_object_list(choice)
+        broadcast_object_list(choice)
         assert choice[0] is not None
         return choice[0]
 
