@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stage1_pro.errors import ArtifactError, InputError, nearest, printable
-from stage1_pro.files import sha256_bytes, write_text
+from stage1_pro.files import sha256_bytes, sha256_file, write_text
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -136,3 +136,12 @@ class FileEntry(Record):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size: int = Field(ge=0)
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file below a folder with its hash and size, as a manifest lists them."""
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from stage1_pro.deploy.bundle import MANIFEST, REFERENCE, Bundle, list_files, load_bundle
+from stage1_pro.deploy.bundle import MANIFEST, REFERENCE, Bundle, load_bundle
 from stage1_pro.deploy.engine import EngineRecipe, EngineTarget, build_engines, choose_recipe
 from stage1_pro.deploy.reference import write_reference
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import atomic_directory
 from stage1_pro.progress import say
+from stage1_pro.record import list_files
 from stage1_pro.words import Precision
 
 

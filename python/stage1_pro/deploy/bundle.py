@@ -24,10 +24,10 @@ from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.manifest import BundleManifest, EngineEntry, Provenance, StageEntry
 from stage1_pro.deploy.migrate import FORMAT, upgrade
 from stage1_pro.errors import ArtifactError, InputError, printable
-from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, sha256_file, write_text
+from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, write_text
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.policy import POLICIES, Policy, policy_named
-from stage1_pro.record import FileEntry
+from stage1_pro.record import list_files
 from stage1_pro.words import StageName
 
 if TYPE_CHECKING:
@@ -185,15 +185,6 @@ def write_bundle(
         # Sizes and relations are checked here; the hashes were taken from these very files.
         written = load_bundle(folder, verify=False)
     return replace(written, path=out)
-
-
-def list_files(folder: Path) -> dict[str, FileEntry]:
-    """Every file below a folder with its hash and size, as a manifest lists them."""
-    return {
-        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:

@@ -36,7 +36,7 @@ from stage1_pro.models.model import (
     create_model,
     rebuild_model,
 )
-from stage1_pro.record import FileEntry, Record
+from stage1_pro.record import FileEntry, Record, list_files
 
 RECORD = "adapter.json"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -263,7 +263,7 @@ def save_adapter(
             split_hashes=dict(split_hashes or {}),
             model_fingerprint=model_fingerprint,
             versions={name: version(name) for name in ("peft", "torch", "transformers")},
-            files=_entries(staging),
+            files=list_files(staging),
         ).sealed().write(staging / RECORD)
 
 
@@ -272,11 +272,12 @@ def replace_trained(folder: Path | str, tensors: Mapping[str, Tensor], model_fin
     folder = Path(folder)
     record = read_adapter(folder)
     trained = _tensors(folder / TRAINED, record.trained)
+    assert trained.keys() >= tensors.keys()
     with atomic_directory(folder) as staging:
         for name in sorted(set(record.files) - {TRAINED}):
             (staging / name).write_bytes((folder / name).read_bytes())
         _write_tensors(staging / TRAINED, {**trained, **tensors})
-        changed = {"model_fingerprint": model_fingerprint, "files": _entries(staging)}
+        changed = {"model_fingerprint": model_fingerprint, "files": list_files(staging)}
         record.model_copy(update=changed).sealed().write(staging / RECORD)
 
 
@@ -382,10 +383,6 @@ def _peft_form(adaptation: Adaptation, state: Mapping[str, Tensor]) -> dict[str,
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
     permit(path)  # safetensors writes for the owner alone
-
-
-def _entries(folder: Path) -> dict[str, FileEntry]:
-    return {p.name: FileEntry(sha256=sha256_file(p), size=p.stat().st_size) for p in sorted(folder.iterdir())}
 
 
 def _tensors(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:

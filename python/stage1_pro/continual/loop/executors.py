@@ -25,8 +25,8 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from stage1_pro.errors import DependencyError, InputError, Stage1Error, need
-from stage1_pro.files import locked, sha256_bytes, sha256_file
-from stage1_pro.record import FileEntry, Record
+from stage1_pro.files import locked, sha256_bytes
+from stage1_pro.record import FileEntry, Record, list_files
 
 RESULT = "result.json"
 FILES = "files"
@@ -130,7 +130,7 @@ def do_work(root: Path | str, function: str, inputs: Mapping[str, Any], executor
                 _remove(folder / name)
             (folder / FILES).mkdir()
             result = executor.run(function, inputs, folder / FILES, lock)
-        work = Work(key=key, function=function, inputs=dict(inputs), result=result, files=_entries(folder / FILES))
+        work = Work(key=key, function=function, inputs=dict(inputs), result=result, files=list_files(folder / FILES))
         work.write(folder / RESULT)
         return work
 
@@ -141,7 +141,7 @@ def find_work(root: Path | str, key: str) -> Work | None:
     if not (folder / RESULT).is_file():
         return None
     work = Work.read(folder / RESULT)
-    whole = work.key == key == work_key(work.function, work.inputs) and work.files == _entries(folder / FILES)
+    whole = work.key == key == work_key(work.function, work.inputs) and work.files == list_files(folder / FILES)
     return work if whole else None
 
 
@@ -275,14 +275,6 @@ def _kinds(kind: type[Stage1Error]) -> Iterator[type[Stage1Error]]:
     yield kind
     for below in kind.__subclasses__():
         yield from _kinds(below)
-
-
-def _entries(folder: Path) -> dict[str, FileEntry]:
-    return {
-        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def _remove(path: Path) -> None:
