@@ -29,8 +29,8 @@ from stage1_pro.deploy.onnx import export_onnx, export_variants
 from stage1_pro.errors import InputError
 from stage1_pro.models.adapters import adapt, merge
 from stage1_pro.models.backbone import BACKBONES, load_backbone
-from stage1_pro.models.dino import Dinov2
 from stage1_pro.models.model import Stage1Model, create_model, rebuild_model
+from stage1_pro.models.transformers_vit import Dinov2
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,

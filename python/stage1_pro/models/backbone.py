@@ -274,9 +274,9 @@ BACKBONES: Registry[type[Backbone]] = Registry(
     "the type of model.backbone",
     "stage1_pro.backbones",
     {
-        "dinov3_vit": "stage1_pro.models.dino:Dinov3",
-        "dinov2": "stage1_pro.models.dino:Dinov2",
-        "dinov2_with_registers": "stage1_pro.models.dino:Dinov2Registers",
+        "dinov3_vit": "stage1_pro.models.transformers_vit:Dinov3",
+        "dinov2": "stage1_pro.models.transformers_vit:Dinov2",
+        "dinov2_with_registers": "stage1_pro.models.transformers_vit:Dinov2Registers",
         "vit": "stage1_pro.models.transformers_vit:Vit",
         "siglip": "stage1_pro.models.transformers_vit:Siglip",
         "siglip_vision_model": "stage1_pro.models.transformers_vit:Siglip",
