@@ -36,9 +36,8 @@ from stage1_pro.metrics.table import METRICS, MetricSpec, register
 from stage1_pro.policies.softmax import Thresholds, confidence, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.training.answers import answer, count_groups, find_changes, find_mistakes
-from stage1_pro.training.evaluation import Evaluation, evaluate
+from stage1_pro.training.evaluation import Evaluation, evaluate, render
 from stage1_pro.training.evaluation import evaluate_predictions as measured
-from stage1_pro.training.summary import render
 
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 FIGURES = (

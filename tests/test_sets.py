@@ -39,7 +39,7 @@ from stage1_pro.training.answers import answer, count_groups
 from stage1_pro.training.calibration import render as render_policy
 from stage1_pro.training.evaluation import Evaluation, evaluate
 from stage1_pro.training.evaluation import evaluate_predictions as measured
-from stage1_pro.training.summary import render as render_evaluation
+from stage1_pro.training.evaluation import render as render_evaluation
 from stage1_pro.words import SPLITS
 
 

@@ -35,8 +35,7 @@ class Evaluate(Command, topic="certificates"):
             raise InputError(
                 "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
             )
-        from stage1_pro.training.evaluation import evaluate
-        from stage1_pro.training.summary import render
+        from stage1_pro.training.evaluation import evaluate, render
 
         found = evaluate(self.run, n_replicates=self.n_replicates, seed=self.seed, beside=self.beside)
         broken = any(one.outcome == "FAIL" for one in found.exit_promises) or (

@@ -17,35 +17,31 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import write_bytes, write_csv
+from stage1_pro.metrics import figures
 from stage1_pro.metrics.answers import (
     MEASURE_COLUMNS,
+    STAGES,
     Answered,
     FnrCheck,
     Measure,
+    Stage,
     StageEffect,
     check_fnr,
     count_effects,
 )
-from stage1_pro.metrics.figures import (
-    BAND_METRICS,
-    confidence_png,
-    cost_risk_png,
-    distribution_png,
-    exit_rate_png,
-    reliability_png,
-    risk_band,
-    risk_coverage_png,
-)
+from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
+from stage1_pro.metrics.table import names
 from stage1_pro.policies.certificate import PromiseCheck, SetCheck
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.ranking import rank_answers
+from stage1_pro.policies.ranking import GATE, rank_answers
 from stage1_pro.policies.rows import Rows
 from stage1_pro.progress import say
 from stage1_pro.record import Record
-from stage1_pro.report import Picture, training_picture, write_report
+from stage1_pro.report import RANKINGS, Picture, short_note, training_picture, write_report
+from stage1_pro.tables import Notes, Sheet, grid, interval
 from stage1_pro.training.answers import COLUMNS, answer, count_groups, find_changes, find_mistakes, policy_of
-from stage1_pro.training.measures import LEVEL, Measured, Scope, fnr_counts, measure_scope, scopes
+from stage1_pro.training.measures import DIFFERENCE, LEVEL, Measured, Scope, fnr_counts, measure_scope, scopes
 
 NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
 COST_COLUMNS = ["threshold", "exit_rate", "cost", "risk"]
@@ -127,7 +123,7 @@ def evaluate_predictions(
         raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
     answers = answer(predictions, policy)
     whole, *parts = scopes(predictions, answers, policy, n_replicates, seed)
-    found = measure_scope(whole, BAND_METRICS)
+    found = measure_scope(whole, figures.BAND_METRICS)
     ranked = rank_answers(predictions, n_replicates=n_replicates, seed=seed, level=LEVEL)
     measures = [
         *found.measures,
@@ -262,6 +258,128 @@ def evaluate(
     return evaluation
 
 
+class _Cells:
+    """Figures of an evaluation as cells, with the notes that they refer to."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self.notes = Notes()
+
+    def show(self, metric: str, stage: Stage, source: str | None = None, *, short: bool = False) -> str:
+        """One figure; a short one has neither interval nor mark."""
+        try:
+            found = self._evaluation.measure(metric, stage, source)
+        except KeyError:
+            return ""
+        mark = ""
+        if source is not None:
+            # What is to be said of every source fills pages; the file has it.
+            mark = " *" if found.method != "none" and found.note and metric != "fnr_on_exited" and not short else ""
+        elif not short:
+            mark = self.notes.mark(short_note(found.note))
+        ends = (None, None) if short else (found.low, found.high)
+        return f"{interval(found.value, *ends)}{mark}"
+
+
+def render(evaluation: Evaluation) -> str:
+    """Show the main figures as text."""
+    cells, sheet = _Cells(evaluation), Sheet()
+    sheet.add(
+        f"val_test: {evaluation.n_rows} rows, {evaluation.n_groups} groups, positive class '{evaluation.positive}'"
+    )
+    sources = sorted({m.source for m in evaluation.measures if m.source is not None})
+    stages = [stage for stage in STAGES if any(m.stage == stage for m in evaluation.measures)]
+    whole = grid(("all rows", *stages), left=("all rows", *stages), no_wrap=("all rows",))
+    for metric in (*metric_names(exits=False), *names("answers")):
+        whole.add_row(metric, *(cells.show(metric, stage) for stage in stages))
+    sheet.add(whole)
+    _add_sources(sheet, cells, evaluation, [None, *sources], stages)
+    if evaluation.policy is not None:
+        sheet.add(f"accuracy of the cascade minus Stage B alone, paired: {cells.show(DIFFERENCE, 'cascade')}")
+        deferred = evaluation.effects[1]
+        sheet.add(
+            f"of {deferred.n} deferred rows Stage B fixes {deferred.fixed} and breaks {deferred.broken}; "
+            f"{deferred.both_wrong} stay wrong"
+        )
+    sheet.add(*cells.notes.lines())
+    if sources:
+        sheet.add("* has a note in evaluation/metrics.csv")
+    ranked = {name: cells.show(name, "stage_a") for name in RANKINGS}
+    if ranked[GATE]:
+        words = [f"{RANKINGS[name]} {text}" for name, text in ranked.items() if text]
+        sheet.add(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
+    if evaluation.fnr_check is not None:
+        sheet.add(f"FNR on exits: {evaluation.fnr_check.statement}")
+    if evaluation.exit_promises:
+        _add_promises(sheet, evaluation.exit_promises)
+    if evaluation.verification is not None:
+        _add_sets(sheet, evaluation.verification)
+    sheet.add(evaluation.statement if evaluation.policy is None else f"guarantee: {evaluation.guarantee}")
+    return sheet.text()
+
+
+def _add_sources(
+    sheet: Sheet, cells: _Cells, evaluation: Evaluation, sources: Sequence[str | None], stages: Sequence[Stage]
+) -> None:
+    """Answers by source, where there are several, and exits by source, where there is a policy."""
+    answers = grid(
+        ("source", "answers", "rows", "accuracy", "balanced", "MCC", "AUROC", "AUGRC"), left=("source", "answers")
+    )
+    exits = grid(
+        ("source", "coverage", "exit accuracy", "FNR on exits", "deferred accuracy"), left=("source",), no_wrap=()
+    )
+    for source in sources:
+        # Names of data sets can be long; the files have them whole.
+        name = "all" if source is None else source if len(source) <= 24 else source[:23] + "…"
+        for stage in stages:
+            first = stage == stages[0]
+            n = evaluation.measure("accuracy", stage, source).n
+            shown = [
+                cells.show(m, stage, source, short=True) for m in ("accuracy", "balanced_accuracy", "mcc", "auroc")
+            ]
+            shown.append(cells.show("augrc", stage, source))
+            answers.add_row(name if first else "", stage, str(n) if first else "", *shown)
+        shown = [cells.show(m, "stage_a", source) for m in ("coverage", "exit_accuracy", "fnr_on_exited")]
+        exits.add_row(name, *shown, cells.show("deferred_accuracy", "stage_b", source))
+    if len(sources) > 1:
+        sheet.add(answers)
+    if evaluation.policy is not None:
+        sheet.add(exits)
+
+
+def _add_promises(sheet: Sheet, promises: Sequence[PromiseCheck]) -> None:
+    """What was promised, or only wished, and whether these rows keep it."""
+    table = grid(
+        ("promise", "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"),
+        left=("promise", "source", "outcome"),
+    )
+    for one in promises:
+        limit, lower, upper = (f"{value:.4f}" for value in (one.limit, one.lower, one.upper))
+        settle = "" if one.n_to_settle is None else str(one.n_to_settle)
+        name = "all" if one.source is None else one.source[:24]
+        table.add_row(one.name, name, limit, f"{one.errors}/{one.trials}", lower, upper, one.outcome, settle)
+    sheet.add(table)
+
+
+def _add_sets(sheet: Sheet, check: SetCheck) -> None:
+    """The promises of a policy with sets, and what its sets are like."""
+    _add_promises(sheet, check.promises)
+    rates = {
+        "rejected": check.rejection_rate,
+        "ambiguous among the accepted": check.ambiguous_rate,
+        "mean set size": check.average_set_size,
+    }
+    sheet.add("; ".join(f"{name} {interval(one.value, one.low, one.high)}" for name, one in rates.items()))
+    if check.parts:
+        shares = grid(("sets of", "units", "rejected", "ambiguous", "mean size"), left=("sets of",))
+        for part in check.parts:
+            cells = (part.rejection_rate, part.ambiguous_rate, part.average_set_size)
+            shown = (interval(one.value, one.low, one.high) for one in cells)
+            shares.add_row(f"{part.part} {part.name[:24]}", str(part.n), *shown)
+        sheet.add(shares)
+    sheet.add(check.statement)
+
+
 def _cost_curve(
     predictions: Predictions, answers: Answered, policy: Policy | None, blocks: tuple[int, int] | None
 ) -> tuple[NDArray[np.float64], ...] | None:
@@ -304,7 +422,7 @@ def _read_curve(run: Path, split_hash: str) -> tuple[str, tuple[NDArray[np.float
 def _draw(
     predictions: Predictions, answers: Answered, policy: Policy | None, evaluation: Evaluation, found: Measured
 ) -> list[Picture]:
-    """Draw Stage A, which is what the policy selects from; ``found`` is of all rows, with ``BAND_METRICS``."""
+    """Draw Stage A, which is what the policy selects from; ``found`` is of all rows, with ``figures.BAND_METRICS``."""
     stage_a = answers["stage_a"]
     point = threshold = None
     if policy is not None:
@@ -318,25 +436,25 @@ def _draw(
             "risk_coverage_curve",
             "If Stage A answers only its surest photos (left), how many of those answers are wrong? "
             f"Good confidence keeps the line low on the left. Shaded: {LEVEL:.0%} interval at each coverage.",
-            risk_coverage_png(
-                stage_a.confidence, stage_a.error, point=point, band=risk_band(found.stage_a), level=LEVEL
+            figures.risk_coverage_png(
+                stage_a.confidence, stage_a.error, point=point, band=figures.risk_band(found.stage_a), level=LEVEL
             ),
         ),
         Picture.of(
             "augrc",
             "AUGRC of Stage A on each resample of whole groups. A wide heap: few groups or few errors.",
-            distribution_png(found.stage_a["augrc"], "AUGRC of Stage A (lower is better)"),
+            figures.distribution_png(found.stage_a["augrc"], "AUGRC of Stage A (lower is better)"),
         ),
         Picture.of(
             "reliability",
             "Points below the dashed line: Stage A is surer than it should be. ECE is the mean length of the bars, "
             "weighted by photos, over 15 bins of equal width. Small dots are few photos.",
-            reliability_png(stage_a.confidence, ~stage_a.error, error=evaluation.value("ece", "stage_a")),
+            figures.reliability_png(stage_a.confidence, ~stage_a.error, error=evaluation.value("ece", "stage_a")),
         ),
         Picture.of(
             "confidence",
             "Wrong answers right of the threshold are the costly ones: they exit.",
-            confidence_png(stage_a.confidence, ~stage_a.error, threshold=threshold),
+            figures.confidence_png(stage_a.confidence, ~stage_a.error, threshold=threshold),
         ),
     ]
     exits = found.exits
@@ -345,13 +463,13 @@ def _draw(
         if fnr.value is not None:
             # Its bound stands for the interval.
             one = replace(exits["fnr_on_exited"], value=fnr.value, low=math.nan, high=math.nan)
-            png = distribution_png(one, "FNR on exits", percent=True, target=policy.fnr_target, bound=fnr.high)
+            png = figures.distribution_png(one, "FNR on exits", percent=True, target=policy.fnr_target, bound=fnr.high)
             caption = (
                 "Missed positives among exits, on each resample of whole groups. The target is kept by its bound when "
                 "the dotted line is left of the dashed one."
             )
             pictures.append(Picture.of("fnr_on_exited", caption, png))
-        png = distribution_png(
+        png = figures.distribution_png(
             exits["coverage"], "coverage: share answered by Stage A", percent=True,
             target=policy.usual_exit_rate,
             target_label="on calibration rows",
@@ -359,7 +477,7 @@ def _draw(
         caption = "Coverage on each resample of whole groups, beside what the calibration photos gave."
         pictures.append(Picture.of("coverage", caption, png))
         scores = np.nan_to_num(policy.scores(stage_a.probs, predictions.gate_logits), nan=0.0)
-        png = exit_rate_png(scores, answers["cascade"].exited, ~stage_a.error, label=policy.score_title)
+        png = figures.exit_rate_png(scores, answers["cascade"].exited, ~stage_a.error, label=policy.score_title)
         caption = (
             f"Photos in bins of about equal size by {policy.score_title} (its range is below each bar, with the number "
             "of photos). Bars should be high where the points are."
@@ -379,7 +497,7 @@ def _draw_cost(
     assert tap is not None
     assert n_blocks is not None
     exited, deployed = answers["cascade"].exited, answers["cascade"].error
-    png = cost_risk_png(
+    png = figures.cost_risk_png(
         {f"tap {tap} of {n_blocks}, all thresholds": (curve[2], curve[3]), **others},
         point=(float(relative_cost(exited.mean(), tap, n_blocks)), float(deployed.mean())),
         stage_b=(1.0, float(answers["stage_b"].error.mean())),
