@@ -1,9 +1,8 @@
 """The vault of guard labels: it alone reads them, answers one question about a candidate, and counts the looks.
 
-A guard set tells whether a candidate earns more than the champion. Every answer leaks a little of the set: proposals
-that are chosen by such answers are trained on the guard. So a guard epoch has ten looks, each at level 1%; a look is a
-row that is committed before the labels are read; after the last look the guard must be refreshed. No label leaves the
-vault, only the result of a test.
+A guard set tells whether a candidate earns more than the champion, and every answer leaks a little of the set. So a
+guard epoch has ten looks, each at level 1%; a look is a row that is committed before the labels are read; after the
+last one the guard must be refreshed. No label leaves the vault, only the result of a test.
 
 The promise, by the union bound: until an epoch's first promotion every look has answered "no", so no candidate before
 it can depend on the labels, and the chance that the first promotion is harmful is at most looks times level. This holds
@@ -137,10 +136,8 @@ class GuardVault:
             raise InputError(f"clusters must be one for each of 1 or more rows, got {len(clusters)} for {len(row_ids)}")
         if len(set(row_ids)) != len(row_ids):
             raise InputError("row_ids must be there once each, got some twice; a guard counts an image once")
-        values = [
-            {"epoch": epoch, "place": place, "row_id": one, "cluster": cluster}
-            for place, (one, cluster) in enumerate(zip(row_ids, clusters, strict=True))
-        ]
+        numbered = enumerate(zip(row_ids, clusters, strict=True))
+        values = [{"epoch": epoch, "place": at, "row_id": one, "cluster": cluster} for at, (one, cluster) in numbered]
         try:
             with self._store.write() as connection:
                 connection.execute(insert(_epochs), {"epoch": epoch, "looks": looks, "level": level, "time": now})

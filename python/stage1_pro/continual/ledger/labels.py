@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -40,7 +41,6 @@ SOURCES: tuple[Source, ...] = tuple(TRUST)
 # The only sources that may guard a promotion.
 GUARD_SOURCES: tuple[Source, ...] = ("owner", "review")
 DOUBLE_SHARE = 0.05
-
 
 events = Table(
     "events",
@@ -381,14 +381,11 @@ class Disagreement(Record):
         """From the labels that each event got, of two or more different reviewers each."""
         wrong = tuple(sorted(name for name, given in answers.items() if len(set(given)) > 1))
         n, k = len(answers), len(wrong)
-        pairs = [(given[0], given[1]) for given in answers.values()]
         kappa = None
-        if pairs:
-            names = sorted({name for pair in pairs for name in pair})
-            chance = sum(
-                sum(a == name for a, _ in pairs) * sum(b == name for _, b in pairs) for name in names
-            ) / len(pairs) ** 2  # fmt: skip
-            seen = sum(a == b for a, b in pairs) / len(pairs)
+        if n:
+            first, second = (Counter(given[place] for given in answers.values()) for place in (0, 1))
+            chance = sum(first[name] * second[name] for name in first) / n**2
+            seen = sum(given[0] == given[1] for given in answers.values()) / n
             kappa = (seen - chance) / (1 - chance) if chance < 1 else None
         return cls(
             doubled=n,
