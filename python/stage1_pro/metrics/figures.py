@@ -311,7 +311,7 @@ def training_png(epochs: Sequence[float], series: Mapping[str, Sequence[float]])
     for axes, values, color in zip(panels, series.values(), cycle(COLORS), strict=False):
         axes.plot(epochs, values, color=color, marker="o", markersize=4, linewidth=1.5)
     panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    panels[-1].locator_params("x", integer=True)
     return _png(figure)
 
 
