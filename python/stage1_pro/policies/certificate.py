@@ -81,6 +81,22 @@ class ShareOf(Record):
     high: float
 
 
+class Cell(Record):
+    """A limit on nonconformity and the counts it comes from; a class is in the set iff it is at or below it."""
+
+    name: str = Field(description="all, a stage (A or B), or a class")
+    limit: float | None = Field(ge=0, description="null: none keeps the promise; stored a hair above the certified one")
+    trials: int = Field(ge=0, description="accepted units of the cell")
+    errors: int = Field(ge=0, description="of them, sets at the certified limit that miss the label")
+    budget: int = Field(ge=-1, description="the most that could be certified; -1: none is few enough")
+    delta: float | None = Field(gt=0, lt=1, description="of this cell; null where risk is an expectation or nothing")
+    bound: float = Field(
+        ge=0,
+        le=1,
+        description="Clopper-Pearson at 1 - delta (pac), (errors + 1) / (trials + 1) (I, T), as seen (naive)",
+    )
+
+
 class SetRates(Record):
     """What sets are like on the rows of one stage or source; for information, nobody promised it of them."""
 
@@ -94,7 +110,11 @@ class SetRates(Record):
 
 
 class SetCheck(Record):
-    """Promises and rates of sets on ``val_test``. Shares of sets are of the accepted, the rejection rate of all."""
+    """Promises and rates of sets on rows that calibrated nothing, such as ``val_test``; intervals are 95%.
+
+    Shares of sets are of the accepted, the rejection rate of all, by Clopper and Pearson. The interval of the mean set
+    size follows from them for two classes that never give an empty set, and otherwise from betting on size / K.
+    """
 
     outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] = Field(description="FAIL when any promise fails; sources aside")
     statement: str = Field(description="the outcome in words")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
-from stage1_pro.policies.bounds import betting_upper
+from stage1_pro.policies.bounds import betting_upper, first_enough
 from stage1_pro.policies.certificate import PromiseCheck, ShareOf
 
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -61,16 +60,3 @@ def mean_size(sizes: NDArray[np.int64], n_classes: int, rng: np.random.Generator
     shares = sizes[rng.permutation(sizes.size)] / n_classes
     low, high = 1 - betting_upper(1 - shares, 0.025), betting_upper(shares, 0.025)
     return ShareOf(value=float(sizes.mean()), low=n_classes * low, high=n_classes * high)
-
-
-def first_enough(enough: Callable[[int], bool], start: int, most: int) -> int | None:
-    """The smallest number from ``start`` that is enough, when more is never less; None beyond ``most``."""
-    low, high = start - 1, start
-    while not enough(high):
-        low, high = high, 2 * high
-        if high > most:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
