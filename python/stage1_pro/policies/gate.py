@@ -7,9 +7,10 @@ calibration, evaluation and the cascade. ``a`` and ``b`` are Platt's, from the f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,11 +21,15 @@ from stage1_pro.native import sweep
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.planning import Planned, certify_power
 from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Gate
 from stage1_pro.record import Record
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.plan import Plan
 
 GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
@@ -146,6 +151,29 @@ class GateParams(ExitPolicy):
                 "gate logits of the fit half must be finite in one row at least, got none, so nothing may exit; train "
                 "again. No policy was written, and no claim was made"
             )
+
+    @classmethod
+    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+        """The power of the test of the exit error, and of the coverage if one is expected; see ``Policy.planned``."""
+        del cells
+        least, expected = asked.min_coverage, asked.expected_coverage
+        if expected is not None and not least < expected <= 1:
+            raise InputError(
+                f"expected_coverage must be in (min_coverage = {least:g}, 1], got {expected:g}; no number of rows "
+                "certifies a coverage that is not exceeded"
+            )
+        share, promised = (least, None) if expected is None else (expected, least)
+        test = (
+            f"the coverage there is {least:g} and its test is taken for granted; --expected-coverage counts it"
+            if expected is None
+            else f"the coverage there is {expected:g}; the exact test of at least {least:g} is counted"
+        )
+        return Planned(
+            share, delta[0],
+            power=lambda n, limit, true: certify_power(n, limit, delta[0], share, true, min_coverage=promised),
+            wish=f"coverage at least {100 * least:g}% and exit error at most {100 * alpha:g}% (gate)",
+            assumptions=[test],
+        )  # fmt: skip
 
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
         """The gate's calibrated P(Stage A is correct) where the row has an answer; see ``Policy.scores``."""

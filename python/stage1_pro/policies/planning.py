@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,18 @@ _EXACT_TRIALS = 200_000
 # Standard deviations around a mean that exact sums run over.
 _REACH = 8.0
 _MOST_CELLS = 100
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a policy would certify a wish, for a plan."""
+
+    share: float  # of units that are trials of the risk
+    level: float  # at which the risk is tested
+    power: Callable[[int, float, float], float]  # with so many units, of a limit, at a true risk
+    wish: str
+    assumptions: list[str]
+    positives: float | None = None  # share of units that are, where it matters
 
 
 def certify_power(

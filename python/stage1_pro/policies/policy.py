@@ -7,7 +7,7 @@ entry point of the group ``stage1_pro.policies``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -17,10 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
+from stage1_pro.policies.planning import Planned
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Promise, Target
 from stage1_pro.record import Record
 from stage1_pro.registry import Registry
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.plan import Plan
 
 NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
 
@@ -98,6 +102,22 @@ class Policy(Record):
     def check_fit_half(cls, rows: Rows) -> None:
         """Raise NotReachableError where the fit half alone shows that no target can be met: no claim is spent on it."""
         del rows
+
+    @classmethod
+    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+        """How it would certify a wish: its power and what that rests on, for ``stage1 plan``.
+
+        Args:
+            asked: coverages and the share of positives.
+            alpha: largest risk.
+            delta: chance of failure; of a policy that abstains of the selection and of the risk.
+            cells: share of each cell among the accepted.
+
+        Raises:
+            InputError: the policy cannot be planned, or not with these coverages.
+        """
+        del alpha, delta, cells
+        raise InputError(f"policy must be one that plan knows, got {asked.policy}")
 
     @abstractmethod
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:

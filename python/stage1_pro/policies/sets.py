@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,12 +21,16 @@ from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.certificate import Cell, SetCheck, SetRates
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import gate_rule, gate_scores
+from stage1_pro.policies.planning import Planned, scrc_power
 from stage1_pro.policies.platt import Platt, fit_platt, score
 from stage1_pro.policies.policy import NOT_COUNTED, Checked, Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
 from stage1_pro.policies.softmax import confidence
 from stage1_pro.policies.target import Scrc, Variant
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.plan import Plan
 
 # Above every P(correct): a threshold here lets nobody exit.
 NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
@@ -164,6 +169,27 @@ class ScrcParams(Policy):
             grouped=rows.groups is not None,
             **(origin or Origin()).fields(),
         )
+
+    @classmethod
+    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+        """The power of the budgets at the rank that selects; see ``Policy.planned``."""
+        least = asked.min_coverage
+        if asked.expected_coverage is not None:
+            raise InputError(
+                f"expected_coverage must be left out for policy scrc, got {asked.expected_coverage}; the rank that "
+                "selects depends on n and min_coverage alone"
+            )
+        found = ["power is the chance that the certified limit, and so the sets, are no larger than those in mind"]
+        if len(cells) > 1:
+            found.append(f"cells hold shares of {', '.join(f'{share:.3g}' for share in cells)} of the accepted")
+        each = "" if len(cells) == 1 else f", in each of {len(cells)} cells"
+        return Planned(
+            least * min(cells), delta[1] / len(cells),
+            power=lambda n, limit, true: scrc_power(n, least, limit, (delta[0], delta[1]), true, cells),
+            wish=f"at least {100 * least:g}% accepted and the label outside the set in at most {100 * alpha:g}% of "
+            f"those{each} (scrc, pac)",
+            assumptions=found,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------ what it decides
 
