@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Count, Place, Result, keywords
+from stage1_pro.command import Command, Count, Place, Result, keywords, option
 from stage1_pro.studies.simulated import Simulation, SimulationConfig
 
 QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "min_labels": 150, "least_certify": 100}
 
 
-class Simulate(SimulationConfig, Command):
+class Simulate(SimulationConfig, Command, topic="loop"):
     """Let the loop live through days of your photos on a simulated clock."""
 
-    topic: ClassVar[str] = "loop"
-
-    data: Path = Field(description="folder with labels.csv, a CSV, or a folder per class")
-    out: Path = Field(description="new folder for simulation.json, figures, run and loop")
-    run: Path | None = Field(None, description="OUT/run of an earlier simulation of these photos and seed; not trained")
-    positive: str | None = Field(None, description="name of the positive class, where it cannot be found")
-    backbone: Place = Field("tiny", description="tiny: learns from nothing; a folder: frozen under new heads")
-    image_size: Count | None = Field(None, description="side that the model sees; the backbone's own by default")
-    store: Place | None = Field(None, description="postgresql://… of an empty database; SQLite in OUT/loop by default")
-    quick: bool = Field(False, description="6 days of 120 photos, shift on day 2: a look, no evidence")
+    data: Path = option(..., "folder with labels.csv, a CSV, or a folder per class")
+    out: Path = option(..., "new folder for simulation.json, figures, run and loop")
+    run: Path | None = option(None, "OUT/run of an earlier simulation of these photos and seed; not trained")
+    positive: str | None = option(None, "name of the positive class, where it cannot be found")
+    backbone: Place = option("tiny", "tiny: learns from nothing; a folder: frozen under new heads")
+    image_size: Count | None = option(None, "side that the model sees; the backbone's own by default")
+    store: Place | None = option(None, "postgresql://… of an empty database; SQLite in OUT/loop by default")
+    quick: bool = option(False, "6 days of 120 photos, shift on day 2: a look, no evidence")
 
     def execute(self) -> Result:
         """Print every day's risk, alarms, rounds and what promotions were worth."""
