@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,10 +21,8 @@ from stage1_pro.policies.bounds import (
     fixed_sequence,
     holm,
 )
-from stage1_pro.policies.certificate import RiskCounts
+from stage1_pro.policies.certificate import Method, RiskCounts
 
-Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
-Unit = Literal["rows", "groups", "group_means"]
 # These speak of the joint share P(error and accepted), which cannot fall as the threshold gets laxer.
 JOINT = ("rcps", "crc")
 

@@ -8,6 +8,11 @@ from pydantic import Field
 
 from stage1_pro.record import Record
 
+Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
+Unit = Literal["rows", "groups", "group_means"]
+Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
+
 
 class SweepRow(Record):
     """Exits at one threshold: an image exits iff its confidence is at or above it."""
@@ -36,13 +41,13 @@ class RiskCounts(Record):
 class CertificateRecord(Record):
     """What a policy promises, from which counts, by which method; accepted means score >= threshold."""
 
-    method: Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
+    method: Method
     delta: float = Field(gt=0, lt=1, description="of this claim: what was declared, divided by claims")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     use: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
     min_coverage: float | None
     risks: list[RiskCounts] = Field(min_length=1)
-    unit: Literal["rows", "groups", "group_means"]
+    unit: Unit
     n: int = Field(description="units of the certify half")
     accepted: int
     coverage: float = Field(ge=0, le=1, description="accepted / n")
@@ -69,7 +74,7 @@ class PromiseCheck(Record):
     trials: int
     lower: float = Field(description="Clopper-Pearson, one-sided 99%; above the limit: FAIL")
     upper: float = Field(description="Clopper-Pearson, one-sided 95%; at or below the limit: PASS")
-    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+    outcome: Outcome
     n_to_settle: int | None = Field(description="units in all that would settle it if rates stay as seen")
 
 
@@ -116,11 +121,11 @@ class SetCheck(Record):
     size follows from them for two classes that never give an empty set, and otherwise from betting on size / K.
     """
 
-    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] = Field(description="FAIL when any promise fails; sources aside")
+    outcome: Outcome = Field(description="FAIL when any promise fails; sources aside")
     statement: str = Field(description="the outcome in words")
     promises: list[PromiseCheck]
     n: int
-    unit: Literal["rows", "groups", "group_means"]
+    unit: Unit
     accepted: int
     average_set_size: ShareOf
     ambiguous_rate: ShareOf

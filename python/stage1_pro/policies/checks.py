@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.bounds import betting_upper, first_enough
-from stage1_pro.policies.certificate import PromiseCheck, ShareOf
+from stage1_pro.policies.certificate import Outcome, PromiseCheck, ShareOf
 
-Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 PASS_LEVEL, FAIL_LEVEL = 0.95, 0.99
 # Where no smaller number of rows settles a question, none is named.
 _MOST_ROWS = 10**9

@@ -110,37 +110,18 @@ class GateParams(ExitPolicy):
                 "may exit; train again. No policy was written"
             )
         found = choose_exits(target, rows, sure, grid=GRID, best=lambda counts: _best(counts, target, rows.labels.size))
-        row, n_errors, over = found.row, found.n_errors, _over(found)
+        over = _over(found)
         return cls(
-            classes=rows.classes,
-            positive=rows.positive,
-            a=platt.a,
-            b=platt.b,
-            fitted=platt.fitted,
-            platt=platt.reason,
-            threshold=row.threshold,
-            coverage=row.coverage,
-            exit_error=n_errors / row.n_exited,
-            fnr_on_exited=row.fnr_on_exited,
+            **found.fields(target, use, origin),
+            **_said(found, over),
+            a=platt.a, b=platt.b, fitted=platt.fitted, platt=platt.reason, n_fit_rows=platt.n,
+            threshold=found.row.threshold, exit_error=found.n_errors / found.row.n_exited, n_errors=found.n_errors,
             constraints=GateConstraints(
                 min_coverage=target.min_coverage, max_exit_error=target.max_exit_error,
                 target_fnr_exit=target.target_fnr,
             ),
-            guarantee=target.guarantee,
-            certificate=found.record(target.claims, use),
             certify_uses=use if found.certificate is not None else None,
-            **_said(found),
-            n_rows=found.rows.labels.size,
-            n_exited=row.n_exited,
-            n_errors=n_errors,
-            n_positive_exited=row.n_positive_exited,
-            n_false_negative=row.n_false_negative,
-            n_exited_groups=over["error"][1],
-            n_positive_groups=over["fnr"][1],
-            n_fit_rows=platt.n,
-            grouped=rows.groups is not None,
-            sweep_results=found.sweep,
-            **(origin or Origin()).fields(),
+            n_exited_groups=over["error"][1], n_positive_groups=over["fnr"][1],
         )  # fmt: skip
 
     @classmethod
@@ -285,9 +266,9 @@ def _over(found: Chosen) -> dict[str, tuple[int, int, float]]:
     return {"error": found.groups(rows.wrong, found.exited), "fnr": found.groups(rows.wrong, found.exited & positive)}
 
 
-def _said(found: Chosen) -> dict[str, Any]:
+def _said(found: Chosen, over: dict[str, tuple[int, int, float]]) -> dict[str, Any]:
     """The statement of a threshold, and its bounds with how they came about."""
-    row, unit, certificate, over = found.row, found.rows.unit, found.certificate, _over(found)
+    row, unit, certificate = found.row, found.rows.unit, found.certificate
     if certificate is not None:
         fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
         return {

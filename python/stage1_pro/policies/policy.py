@@ -26,8 +26,6 @@ from stage1_pro.registry import Registry
 if TYPE_CHECKING:
     from stage1_pro.commands.plan import Plan
 
-NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -89,7 +87,7 @@ class Policy(Record):
 
         Args:
             target: of the kind ``asks``; its delta is divided by its claims.
-            rows: calibration rows, with halves where something is certified.
+            rows: with halves where something is certified.
             use: which of the claims this is, for the record; None when nobody counts.
             origin: of the rows, for the record.
 

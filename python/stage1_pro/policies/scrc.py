@@ -27,11 +27,10 @@ from stage1_pro.policies.bounds import (
     selection_rank,
     trials_needed,
 )
-from stage1_pro.policies.candidates import Unit
-from stage1_pro.policies.certificate import Cell, SetCheck
+from stage1_pro.policies.certificate import Cell, SetCheck, Unit
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
+from stage1_pro.policies.rows import counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
-from stage1_pro.policies.units import counting_unit, one_each
 
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)

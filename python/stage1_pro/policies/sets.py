@@ -18,12 +18,12 @@ from scipy.special import logit
 
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
-from stage1_pro.policies.certificate import Cell, SetCheck, SetRates
+from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import gate_rule, gate_scores
 from stage1_pro.policies.planning import Planned, scrc_power
 from stage1_pro.policies.platt import Platt, fit_platt, score
-from stage1_pro.policies.policy import NOT_COUNTED, Checked, Origin, Policy
+from stage1_pro.policies.policy import Checked, Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
 from stage1_pro.policies.softmax import confidence
@@ -162,7 +162,7 @@ class ScrcParams(Policy):
             fnr_bound=bound if target.loss == "fnr" else fnr,
             guarantee=GUARANTEES[target.variant],
             statement=_statement(found, limits),
-            assumptions=_assumptions(found, use),
+            assumptions=[*found.assumptions, *([NOT_COUNTED] if use is None and target.variant != "naive" else [])],
             claims=target.claims,
             certify_uses=use if target.variant != "naive" else None,
             n_fit_rows=int(fit.sum()),
@@ -553,10 +553,6 @@ def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
             "chosen on these same rows, so this looks better than it is."
         )
     return f"{found.guarantee} {counted} Provided that {'; '.join(found.assumptions)}."
-
-
-def _assumptions(found: FittedSCRC, use: int | None) -> list[str]:
-    return [*found.assumptions, *([NOT_COUNTED] if use is None and found.scrc.variant != "naive" else [])]
 
 
 def _outcome(guarantee: str, seen: SetCheck) -> str:
