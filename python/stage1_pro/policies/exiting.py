@@ -13,9 +13,8 @@ from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.candidates import Risk
-from stage1_pro.policies.certificate import CertificateRecord, PromiseCheck, SweepRow
+from stage1_pro.policies.certificate import CertificateRecord, PromiseCheck, SweepRow, check_claim
 from stage1_pro.policies.certify import Certificate
-from stage1_pro.policies.checks import check_claim
 from stage1_pro.policies.counts import ExitCounts, count_exits, sweep_table
 from stage1_pro.policies.ordering import certify_halves, infeasible, record
 from stage1_pro.policies.policy import Origin, Policy

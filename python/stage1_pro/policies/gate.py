@@ -42,7 +42,37 @@ class GateConstraints(Record):
     target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
 
 
-class GateParams(ExitPolicy):
+class ByGate(Policy):
+    """A policy whose score is the gate's P(Stage A is correct) = ``sigmoid(a * gate_logit + b)``, in float64."""
+
+    a: float
+    b: float
+    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
+    platt: str = Field(description="how a and b came about")
+
+    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
+        """The gate's calibrated P(Stage A is correct); NaN where Stage A gave no numbers. See ``Policy.scores``."""
+        values = self.check_probs(probs)
+        if gate_logits is None or np.shape(gate_logits) != values.shape[:1]:
+            got = "None" if gate_logits is None else list(np.shape(gate_logits))
+            raise InputError(f"gate_logits must have shape [{len(values)}] for the {self.policy} policy, got {got}")
+        known = np.isfinite(values).all(axis=1)
+        scores: NDArray[np.float64] = np.where(known, score(gate_logits, self.a, self.b), np.nan)
+        return scores
+
+    def compiled(self) -> tuple[float, float]:
+        """Scale and offset of the gate's logit, whose sigmoid is the score."""
+        return self.a, self.b
+
+    def rule(self) -> str:
+        """The rule of exits in words."""
+        return (
+            f"exit when the gate's P(Stage A is correct) = sigmoid({self.a:.6g} * gate logit + {self.b:.6g}) "
+            f"is at or above {self.exit_threshold:.6g}"
+        )
+
+
+class GateParams(ByGate, ExitPolicy):
     """``gateparams.json``: the gate exit policy.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
@@ -54,14 +84,7 @@ class GateParams(ExitPolicy):
     asks: ClassVar[type[Gate]] = Gate
     threshold_field: ClassVar[str] = "threshold"
 
-    format_version: Literal[1] = 1
     policy: Literal["gate"] = "gate"
-    classes: list[str] = Field(min_length=2)
-    positive: str
-    a: float
-    b: float
-    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
-    platt: str = Field(description="how a and b came about")
     threshold: float = Field(ge=0, le=1)
     coverage: float = Field(ge=0, le=1)
     exit_error: float = Field(ge=0, le=1)
@@ -156,18 +179,6 @@ class GateParams(ExitPolicy):
             assumptions=[test],
         )  # fmt: skip
 
-    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
-        """The gate's calibrated P(Stage A is correct) where the row has an answer; see ``Policy.scores``."""
-        return gate_scores(self, probs, gate_logits, self.a, self.b)
-
-    def compiled(self) -> tuple[float, float]:
-        """Scale and offset of the gate's logit, whose sigmoid is the score."""
-        return self.a, self.b
-
-    def rule(self) -> str:
-        """The rule in words."""
-        return gate_rule(self.a, self.b, self.threshold)
-
     @property
     def exit_threshold(self) -> float:
         """The threshold under the name that every policy has."""
@@ -185,27 +196,6 @@ class GateParams(ExitPolicy):
     def found(self) -> list[str]:
         """The scaling, and what exits."""
         return [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"]
-
-
-def gate_scores(
-    policy: Policy, probs: ArrayLike, gate_logits: ArrayLike | None, a: float, b: float
-) -> NDArray[np.float64]:
-    """P(Stage A is correct) [N] of a policy by the gate; NaN where Stage A gave no numbers. See ``Policy.scores``."""
-    values = policy.check_probs(probs)
-    if gate_logits is None or np.shape(gate_logits) != values.shape[:1]:
-        got = "None" if gate_logits is None else list(np.shape(gate_logits))
-        raise InputError(f"gate_logits must have shape [{len(values)}] for the {policy.policy} policy, got {got}")
-    known = np.isfinite(values).all(axis=1)
-    scores: NDArray[np.float64] = np.where(known, score(gate_logits, a, b), np.nan)
-    return scores
-
-
-def gate_rule(a: float, b: float, threshold: float) -> str:
-    """The rule of a policy by the gate in words."""
-    return (
-        f"exit when the gate's P(Stage A is correct) = sigmoid({a:.6g} * gate logit + {b:.6g}) "
-        f"is at or above {threshold:.6g}"
-    )
 
 
 @dataclass(frozen=True)

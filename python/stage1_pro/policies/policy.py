@@ -10,10 +10,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
@@ -51,23 +52,20 @@ class Checked:
 class Policy(Record):
     """An exit policy: an image exits at Stage A iff its score is at or above ``exit_threshold``."""
 
-    file: ClassVar[str]
-    """Name of its file in a run or bundle."""
-    asks: ClassVar[type[Target]]
-    """What it is asked for."""
-    needs_gate: ClassVar[bool] = True
-    """Whether scores come from the gate's logits."""
+    file: ClassVar[str]  # its name in a run or bundle
+    asks: ClassVar[type[Target]]  # what it is asked for
+    needs_gate: ClassVar[bool] = True  # scores come from the gate's logits
     score_title: ClassVar[str] = "the gate's P(Stage A is correct)"
-    abstains: ClassVar[bool] = False
-    """Whether there are images that nobody answers, and sets of several classes."""
-    steerable: ClassVar[bool] = True
-    """Whether a loop may tighten the threshold by what audits of exits say."""
+    abstains: ClassVar[bool] = False  # there are images that nobody answers, and sets of several classes
+    steerable: ClassVar[bool] = True  # a loop may tighten the threshold by what audits of exits say
+
+    format_version: Literal[1] = 1
+    policy: str
+    classes: list[str] = Field(min_length=2)
+    positive: str
 
     if TYPE_CHECKING:
-        # Fields of every policy, each where its file has it.
-        policy: str
-        classes: list[str]
-        positive: str
+        # Fields of every policy too, each where its file has it.
         guarantee: str
         statement: str
         split_hashes: dict[str, str]

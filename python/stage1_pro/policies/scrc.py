@@ -18,17 +18,8 @@ from scipy.special import betaincinv
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.binomial import clopper_pearson_upper
-from stage1_pro.policies.bounds import (
-    check_share,
-    crc_budget,
-    errors_allowed,
-    exact,
-    first_enough,
-    selection_rank,
-    trials_needed,
-)
-from stage1_pro.policies.certificate import Cell, SetCheck, Unit
-from stage1_pro.policies.checks import check_claim, mean_size, share_of
+from stage1_pro.policies import bounds
+from stage1_pro.policies.certificate import Cell, SetCheck, Unit, check_claim, mean_size, share_of
 from stage1_pro.policies.rows import counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
 
@@ -79,14 +70,14 @@ class SCRC:
     raps: tuple[float, int] = (0.01, 2)
 
     def __post_init__(self) -> None:
-        check_share("xi", self.xi)
-        check_share("alpha", self.alpha)
+        bounds.check_share("xi", self.xi)
+        bounds.check_share("alpha", self.alpha)
         if len(self.delta) != 2:
             raise InputError(f"delta must be two shares, of the selection and of the risk, got {self.delta}")
         object.__setattr__(self, "delta", tuple(self.delta))
         object.__setattr__(self, "raps", (float(self.raps[0]), int(self.raps[1])))
         for share in (*self.delta, sum(self.delta)):
-            check_share("delta", share)
+            bounds.check_share("delta", share)
         for name, options in (("variant", Variant), ("loss", Loss), ("score", Score)):
             given = getattr(self, name)
             if given not in get_args(options):
@@ -176,13 +167,13 @@ class SCRC:
 
     def _rank(self, n: int) -> int | None:
         """M: rows above the M-th largest score are accepted (pac, naive: the M-th too); None where n is too small."""
-        xi = exact(self.xi)
+        xi = bounds.exact(self.xi)
         if self.variant == "naive":
             return math.ceil(xi * n) if n else None
         if self.variant == "T":
             return math.ceil(xi * (n + 1))
         if self.variant == "pac":
-            return selection_rank(n, self.xi, self.delta[0])
+            return bounds.selection_rank(n, self.xi, self.delta[0])
         if n == 0:
             return None
         # Dvoretzky, Kiefer & Wolfowitz with Massart's constant, for every threshold at once.
@@ -192,10 +183,10 @@ class SCRC:
     def _budget(self, trials: int, n_cells: int) -> int:
         """The most losses among the accepted rows of a cell; -1: none is few enough."""
         if self.variant == "naive":
-            return math.floor(exact(self.alpha) * trials) if trials else -1
+            return math.floor(bounds.exact(self.alpha) * trials) if trials else -1
         if self.variant == "pac":
-            return int(errors_allowed(trials, self.alpha, self.delta[1] / n_cells))
-        return crc_budget(self.alpha, trials)
+            return int(bounds.errors_allowed(trials, self.alpha, self.delta[1] / n_cells))
+        return bounds.crc_budget(self.alpha, trials)
 
     def _cells(
         self, stages: NDArray[np.str_] | None, truth: NDArray[np.int64], n_classes: int
@@ -255,8 +246,8 @@ class SCRC:
     def _least_trials(self, n_cells: int) -> int:
         """Accepted units of a cell with which no loss at all is enough."""
         if self.variant == "pac":
-            return trials_needed(0, self.alpha, self.delta[1] / n_cells)
-        return 1 if self.variant == "naive" else math.ceil(1 / exact(self.alpha)) - 1
+            return bounds.trials_needed(0, self.alpha, self.delta[1] / n_cells)
+        return 1 if self.variant == "naive" else math.ceil(1 / bounds.exact(self.alpha)) - 1
 
     def _needed(self, n: int, accepted: int, cells: list[Cell]) -> int | None:
         """The fewest units that would do, with cells in the shares seen; None when a cell never is accepted."""
@@ -269,7 +260,7 @@ class SCRC:
             rank = self._rank(units)
             return rank is not None and math.floor((rank - (self.variant != "pac")) * min(shares)) >= least
 
-        found = first_enough(enough, max(1, least), 10**7)
+        found = bounds.first_enough(enough, max(1, least), 10**7)
         # Enough rows alone do not mend scores that are missing.
         return found if found is None or found > n else None
 
@@ -441,7 +432,7 @@ class FittedSCRC:
         stages = None if stages is None else stages[drawn]
         n, missed = truth.size, ~sets[np.arange(truth.size), truth]
         positive = self.scrc._positive(self.n_classes)
-        found = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - exact(self.scrc.xi)), n)]
+        found = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - bounds.exact(self.scrc.xi)), n)]
         members = [member for _, member in self.scrc._cells(stages, truth, self.n_classes)]
         if self.scrc.groups == "stage" and stages is not None:
             members = [stages == cell.name for cell in self.cells]

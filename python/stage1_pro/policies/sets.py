@@ -20,10 +20,10 @@ from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
 from stage1_pro.policies.counts import count_exits, meets
-from stage1_pro.policies.gate import gate_rule, gate_scores
+from stage1_pro.policies.gate import ByGate
 from stage1_pro.policies.planning import Planned, scrc_power
 from stage1_pro.policies.platt import Platt, fit_platt, score
-from stage1_pro.policies.policy import Checked, Origin, Policy
+from stage1_pro.policies.policy import Checked, Origin
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
 from stage1_pro.policies.softmax import confidence
@@ -50,7 +50,7 @@ _ASKED = ("alpha", "variant", "loss", "score", "cells", "allow_empty", "raps", "
 _CERTIFIED = ("rank", "n", "unit", "seed", "accepted", "coverage", "coverage_bound")
 
 
-class ScrcParams(Policy):
+class ScrcParams(ByGate):
     """``scrcparams.json``: selective conformal risk control after the cascade.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``exit_threshold``; else
@@ -68,14 +68,7 @@ class ScrcParams(Policy):
     # What was certified is the whole cascade behind this very exit rule; of exits alone nothing was.
     steerable: ClassVar[bool] = False
 
-    format_version: Literal[1] = 1
     policy: Literal["scrc"] = "scrc"
-    classes: list[str] = Field(min_length=2)
-    positive: str
-    a: float
-    b: float
-    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
-    platt: str = Field(description="how a and b came about")
     exit_threshold: float = Field(ge=0, le=NOBODY_EXITS, description="just above 1: nobody exits")
     max_exit_error: float = Field(gt=0, lt=1, description="what the exit rule was asked for, on the fit half")
     exit_error: float | None = Field(ge=0, le=1, description="of the fit half; null when nobody exits")
@@ -192,14 +185,6 @@ class ScrcParams(Policy):
         )  # fmt: skip
 
     # ------------------------------------------------------------------------ what it decides
-
-    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
-        """The gate's calibrated P(Stage A is correct) where the row has an answer; see ``Policy.scores``."""
-        return gate_scores(self, probs, gate_logits, self.a, self.b)
-
-    def compiled(self) -> tuple[float, float]:
-        """Scale and offset of the gate's logit, whose sigmoid is the score."""
-        return self.a, self.b
 
     def answer(
         self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
@@ -330,7 +315,7 @@ class ScrcParams(Policy):
             for cell in self.lambda_2
         )
         nobody = self.exit_threshold == NOBODY_EXITS
-        out = "nobody exits" if nobody else gate_rule(self.a, self.b, self.exit_threshold)
+        out = "nobody exits" if nobody else super().rule()
         return (
             f"{out}; accept when P(answer correct) is at or above {self.lambda_1:.6g}, with the set of classes whose "
             f"{self.score} nonconformity is at or below {limits}; nobody answers the rest"

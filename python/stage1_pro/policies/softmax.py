@@ -62,10 +62,7 @@ class Thresholds(ExitPolicy):
     needs_gate: ClassVar[bool] = False
     score_title: ClassVar[str] = "Stage A's confidence"
 
-    format_version: Literal[1] = 1
     policy: Literal["softmax"] = "softmax"
-    classes: list[str] = Field(min_length=2)
-    positive: str
     exit_threshold: float = Field(ge=0, le=1)
     exit_lower_threshold: float | None = Field(default=None, ge=0, le=1)
     exit_upper_threshold: float = Field(ge=0, le=1)
