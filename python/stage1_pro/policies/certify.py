@@ -29,9 +29,6 @@ CountedAs = Literal["auto", "rows", "groups", "group_means"]
 _SHARING_RANKS = 20
 
 
-# -------------------------------------------------------------------------------- the certificate
-
-
 @dataclass(frozen=True)
 class Certificate:
     """A certified threshold, or why there is none.
@@ -258,9 +255,6 @@ def certify(
         if joint
         else partial(_needed, values, risks, names, order, delta, min_coverage),
     )
-
-
-# -------------------------------------------------------------------------------- helpers
 
 
 def _check(

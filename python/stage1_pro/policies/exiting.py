@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
-from stage1_pro.policies.bounds import exact
-from stage1_pro.policies.candidates import Risk
-from stage1_pro.policies.certificate import CertificateRecord, PromiseCheck, SweepRow, check_claim
+from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
 from stage1_pro.policies.counts import ExitCounts, count_exits, sweep_table
 from stage1_pro.policies.ordering import certify_halves, infeasible, record
-from stage1_pro.policies.policy import Origin, Policy
-from stage1_pro.policies.rows import Rows, counting_unit, groups_in_error, one_each
-from stage1_pro.policies.target import Promise, Target
+from stage1_pro.policies.policy import Origin, Policy, risk_of
+from stage1_pro.policies.rows import Rows, groups_in_error
+from stage1_pro.policies.target import Target
 
 BOUND_LEVEL = 0.95
 
@@ -111,47 +108,6 @@ def choose_exits(
         raise AssertionError("the stored threshold does not decide as the sweep did")
     sweep = sweep_table(counts, count_exits(rows, score, grid, lowest=lowest), row, rows.labels.size)
     return Chosen(rows, row, sweep, exited, certificate, n_tried)
-
-
-def risk_of(asked: Promise, rows: Rows) -> Risk:
-    """What is counted for a limit on exits.
-
-    Raises:
-        InputError: no such quantity of exits.
-    """
-    if asked.quantity == "exit error":
-        return Risk(asked.quantity, asked.limit, rows.wrong)
-    if asked.quantity == "FNR on exits" and asked.label is not None:
-        return Risk(asked.quantity, asked.limit, rows.missed(asked.label), rows.is_class(asked.label))
-    raise InputError(f"a promise of exits must be of coverage, exit error or FNR on exits, got {asked.quantity}")
-
-
-def check_exits(asked: Sequence[Promise], rows: Rows, exited: NDArray[np.bool_], seed: int = 0) -> list[PromiseCheck]:
-    """Hold limits on exits against rows; the coverage as the share deferred. See ``Policy.check``.
-
-    Args:
-        asked: limits on coverage, exit error and FNR on exits.
-        rows: that calibrated nothing.
-        exited: bool [N].
-        seed: of the row that speaks for its group.
-
-    Raises:
-        InputError: no such quantity of exits.
-    """
-    _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
-    everyone = np.ones(rows.labels.size, dtype=bool)
-    drawn = one_each(names, everyone, seed)
-    n, found = drawn.size, []
-    for one in asked:
-        if one.quantity == "coverage":
-            deferred = int((~exited[drawn]).sum())
-            found.append(check_claim("share deferred", deferred, n, float(1 - exact(one.limit)), n))
-            continue
-        risk = risk_of(one, rows)
-        trials = one_each(names, everyone if risk.trials is None else risk.trials, seed)
-        trials = trials[exited[trials]]
-        found.append(check_claim(risk.name, int(risk.errors[trials].sum()), trials.size, one.limit, n))
-    return found
 
 
 def assumed(certificate: Certificate) -> str:

@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
+from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow, check_claim
 from stage1_pro.policies.planning import Planned
-from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.rows import Rows, counting_unit, one_each
 from stage1_pro.policies.target import Promise, Target
 from stage1_pro.record import Record
 from stage1_pro.registry import Registry
@@ -47,6 +49,19 @@ class Checked:
 
     promises: list[PromiseCheck] = field(default_factory=list)
     sets: SetCheck | None = None
+
+
+def risk_of(asked: Promise, rows: Rows) -> Risk:
+    """What is counted for a limit on exits.
+
+    Raises:
+        InputError: no such quantity of exits.
+    """
+    if asked.quantity == "exit error":
+        return Risk(asked.quantity, asked.limit, rows.wrong)
+    if asked.quantity == "FNR on exits" and asked.label is not None:
+        return Risk(asked.quantity, asked.limit, rows.missed(asked.label), rows.is_class(asked.label))
+    raise InputError(f"a promise of exits must be of coverage, exit error or FNR on exits, got {asked.quantity}")
 
 
 class Policy(Record):
@@ -221,9 +236,20 @@ class Policy(Record):
         FAIL: the 99% lower bound is beyond the limit; PASS: the 95% upper bound is within it. A rate below the limit is
         no PASS, one above it no FAIL. One seeded row speaks for its group, as in a certificate.
         """
-        from stage1_pro.policies.exiting import check_exits
-
-        return Checked(check_exits(self.target.promises(self.positive), rows, self.exits(rows.probs, rows.gate)))
+        exited, everyone = self.exits(rows.probs, rows.gate), np.ones(rows.labels.size, dtype=bool)
+        _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
+        drawn = one_each(names, everyone, 0)
+        n, found = drawn.size, []
+        for one in self.target.promises(self.positive):
+            if one.quantity == "coverage":
+                deferred = int((~exited[drawn]).sum())
+                found.append(check_claim("share deferred", deferred, n, float(1 - exact(one.limit)), n))
+                continue
+            risk = risk_of(one, rows)
+            trials = one_each(names, everyone if risk.trials is None else risk.trials, 0)
+            trials = trials[exited[trials]]
+            found.append(check_claim(risk.name, int(risk.errors[trials].sum()), trials.size, one.limit, n))
+        return Checked(found)
 
     def at(self, threshold: float) -> Self:
         """The policy with a stricter exit threshold; itself at its own threshold or below, where nothing is certified.

@@ -9,6 +9,7 @@ risk among the accepted (alpha): that the set misses the label. Xu, Guo & Wei (S
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -127,7 +128,6 @@ class SCRC:
         values, scores = _rows(probs, gate)
         truth = _labels(labels, *values.shape)
         stages = _stages(stage, truth.size, wanted=self.groups == "stage")
-        positive = self._positive(values.shape[1])
         unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
         drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
         values, scores, truth = values[drawn], scores[drawn], truth[drawn]
@@ -137,11 +137,8 @@ class SCRC:
         threshold, above, tied = _selection(scores, rank, n, self.variant)
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
-        named = self._cells(stages, truth, values.shape[1])
-        cells = []
-        for name, member in named:
-            trials = above & member if positive is None else above & member & (truth == positive)
-            cells.append(self._limit(name, losses[trials], len(named)))
+        named = self._cells(stages, truth, values.shape[1], None)
+        cells = [self._limit(name, losses[above & member], len(named)) for name, member in named]
         feasible = threshold is not None and all(cell.limit is not None for cell in cells)
         reason, needed, smallest = "", None, None
         if not feasible:
@@ -189,14 +186,17 @@ class SCRC:
         return bounds.crc_budget(self.alpha, trials)
 
     def _cells(
-        self, stages: NDArray[np.str_] | None, truth: NDArray[np.int64], n_classes: int
+        self, stages: NDArray[np.str_] | None, truth: NDArray[np.int64], n_classes: int, names: Sequence[str] | None
     ) -> list[tuple[str, NDArray[np.bool_]]]:
-        """Names of the cells and their rows [N]."""
+        """Names of the cells, those of stages as given or seen, and which rows [N] their risk is counted on."""
         if self.groups == "class":
             return [(str(k), truth == k) for k in range(n_classes)]
+        positive = self._positive(n_classes)
+        counted = np.ones(truth.size, dtype=bool) if positive is None else truth == positive
         if self.groups == "stage" and stages is not None:
-            return [(str(name), stages == name) for name in np.unique(stages)] or [("all", truth < 0)]
-        return [("all", np.ones(truth.size, dtype=bool))]
+            seen = np.unique(stages).tolist() if names is None else names
+            return [(name, counted & (stages == name)) for name in seen] or [("all", counted)]
+        return [("all", counted)]
 
     def _limit(self, name: str, losses: NDArray[np.float64], n_cells: int) -> Cell:
         """The smallest limit that leaves no more losses above it than the budget."""
@@ -431,13 +431,10 @@ class FittedSCRC:
         sets, accepted, truth = sets[drawn], accepted[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n, missed = truth.size, ~sets[np.arange(truth.size), truth]
-        positive = self.scrc._positive(self.n_classes)
         found = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - bounds.exact(self.scrc.xi)), n)]
-        members = [member for _, member in self.scrc._cells(stages, truth, self.n_classes)]
-        if self.scrc.groups == "stage" and stages is not None:
-            members = [stages == cell.name for cell in self.cells]
-        for cell, member in zip(self.cells, members, strict=True):
-            trials = accepted & member if positive is None else accepted & member & (truth == positive)
+        members = self.scrc._cells(stages, truth, self.n_classes, [cell.name for cell in self.cells])
+        for cell, (_, member) in zip(self.cells, members, strict=True):
+            trials = accepted & member
             name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
             found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
         outcomes = {one.outcome for one in found}
@@ -450,9 +447,6 @@ class FittedSCRC:
             empty_rate=share_of(int((sizes == 0).sum()), sizes.size),
             rejection_rate=share_of(n - sizes.size, n),
         )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------- helpers
 
 
 def _selection(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -104,16 +103,13 @@ def plan(asked: Plan) -> CalibrationPlan:
     )
     if asked.out is not None:
         found.write(asked.out / "plan.json")
-        write_bytes(asked.out / "plan.png", draw(found, power_at))
+        # To twice what is needed or there is.
+        ends = np.linspace(1, 2 * max(needed, n or 0), _CURVE_POINTS).round().astype(int)
+        curve = sorted({*ends.tolist(), needed})
+        given = None if n is None or found.power_at_n is None else (n, found.power_at_n)
+        png = power_png(curve, [power_at(size) for size in curve], wished=power, needed=needed, given=given)
+        write_bytes(asked.out / "plan.png", png)
     return found
-
-
-def draw(found: CalibrationPlan, power_at: Callable[[int], float]) -> bytes:
-    """Power against units of the certify half, to twice what is needed or there is; PNG bytes."""
-    last = 2 * max(found.n_certify, found.n or 0)
-    sizes = sorted({*np.linspace(1, last, _CURVE_POINTS).round().astype(int).tolist(), found.n_certify})
-    given = None if found.n is None or found.power_at_n is None else (found.n, found.power_at_n)
-    return power_png(sizes, [power_at(size) for size in sizes], wished=found.power, needed=found.n_certify, given=given)
 
 
 def render(found: CalibrationPlan) -> str:
