@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -18,6 +17,7 @@ from pydantic import Field
 
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.native import sweep
+from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
@@ -133,18 +133,16 @@ class GateParams(ByGate, ExitPolicy):
                 "may exit; train again. No policy was written"
             )
         found = choose_exits(target, rows, sure, grid=GRID, best=lambda counts: _best(counts, target, rows.labels.size))
-        over = _over(found)
         return cls(
             **found.fields(target, use, origin),
-            **_said(found, over),
+            **_said(found),
             a=platt.a, b=platt.b, fitted=platt.fitted, platt=platt.reason, n_fit_rows=platt.n,
-            threshold=found.row.threshold, exit_error=found.n_errors / found.row.n_exited, n_errors=found.n_errors,
+            threshold=found.row.threshold, exit_error=found.n_errors / found.row.n_exited,
             constraints=GateConstraints(
                 min_coverage=target.min_coverage, max_exit_error=target.max_exit_error,
                 target_fnr_exit=target.target_fnr,
             ),
             certify_uses=use if found.certificate is not None else None,
-            n_exited_groups=over["error"][1], n_positive_groups=over["fnr"][1],
         )  # fmt: skip
 
     @classmethod
@@ -236,7 +234,7 @@ def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max
     if not known.any():
         return Reach(False, math.nan, 0.0)
     _, exited, errors, *_ = sweep(values[known], failed[known])
-    covered = exited >= _least(min_coverage, values.size)
+    covered = exited >= math.ceil(exact(min_coverage) * values.size)
     good = meets(errors.astype(np.int64), exited, max_exit_error)
     return Reach(
         feasible=bool((covered & good).any()),
@@ -245,23 +243,15 @@ def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max
     )
 
 
-def _least(share: float, n: int) -> int:
-    """Fewest of n rows that are this share, in the decimals that it is written in: .7 * 10 is 6.999... in floats."""
-    return math.ceil(Fraction(repr(float(share))) * n)
-
-
-def _over(found: Chosen) -> dict[str, tuple[int, int, float]]:
-    """Groups in error, all groups and the bound: of exits, and of positives among them."""
-    rows, positive = found.rows, found.rows.is_class(found.rows.positive)
-    return {"error": found.groups(rows.wrong, found.exited), "fnr": found.groups(rows.wrong, found.exited & positive)}
-
-
-def _said(found: Chosen, over: dict[str, tuple[int, int, float]]) -> dict[str, Any]:
-    """The statement of a threshold, and its bounds with how they came about."""
-    row, unit, certificate = found.row, found.rows.unit, found.certificate
+def _said(found: Chosen) -> dict[str, Any]:
+    """The statement of a threshold, and its bounds and groups with how they came about."""
+    rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
+    wrong, n, bound = found.groups(rows.wrong, found.exited)
+    _, n_positive, fnr_bound = found.groups(rows.wrong, found.exited & rows.is_class(rows.positive))
+    counts = {"n_errors": found.n_errors, "n_exited_groups": n, "n_positive_groups": n_positive}
     if certificate is not None:
         fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
-        return {
+        return counts | {
             "statement": (
                 f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} exited on the certify half, "
                 f"{certificate.errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
@@ -271,17 +261,16 @@ def _said(found: Chosen, over: dict[str, tuple[int, int, float]]) -> dict[str, A
             "bound_level": 1 - certificate.delta,
             "bound_method": certified_bound(certificate),
         }
-    wrong, n, bound = over["error"]
-    groups = "" if found.rows.groups is None else "; a group is an error when any of its exited rows is wrong"
-    return {
+    groups = "" if rows.groups is None else "; a group is an error when any of its exited rows is wrong"
+    return counts | {
         "statement": (
-            f"Empirical choice, no guarantee: nothing is promised for new images. Of {found.rows.labels.size} "
+            f"Empirical choice, no guarantee: nothing is promised for new images. Of {rows.labels.size} "
             f"calibration rows {row.n_exited} exit ({n} {unit}, taken as independent) and {found.n_errors} of those "
             "are wrong. The threshold was chosen on the same rows, so this looks better than it is. 95% upper bound of "
             f"the exit error with {n} {unit}: {100 * bound:.1f}%, not corrected for that search."
         ),
         "exit_error_upper_bound": bound,
-        "fnr_upper_bound": over["fnr"][2] if row.n_positive_exited else None,
+        "fnr_upper_bound": fnr_bound if row.n_positive_exited else None,
         "bound_level": BOUND_LEVEL,
         "bound_method": (
             f"Clopper-Pearson, one-sided, on exited {unit}{groups} ({wrong} of {n}); not corrected for the choice on "
@@ -294,7 +283,7 @@ def _best(counts: ExitCounts, target: Gate, n: int) -> int:
     """The laxest threshold that meets every constraint on n rows, in exact integers."""
     wish = f"{target.words()} must be reachable on the calibration rows, but"
     wrong = counts.n_exited - counts.n_correct
-    covered = counts.n_exited >= _least(target.min_coverage, n)
+    covered = counts.n_exited >= math.ceil(exact(target.min_coverage) * n)
     good = covered & meets(wrong, counts.n_exited, target.max_exit_error)
     if target.target_fnr is not None:
         good &= meets(counts.n_false_negative, counts.n_positive, target.target_fnr)

@@ -58,11 +58,7 @@ class CalibrationPlan(Record):
 
 
 def plan(asked: Plan) -> CalibrationPlan:
-    """Say how many calibration units certify a target with the wanted chance, by the exact binomials of the policies.
-
-    Raises:
-        InputError: an option that does not fit the policy, or no number of units would do.
-    """
+    """What ``commands.plan.plan`` does, by the exact binomials of the policies."""
     if asked.out is not None and asked.out.exists() and not asked.out.is_dir():
         raise InputError(f"--out must be a folder to write into, got the file {asked.out}")
     kind, power, n = policy_named(asked.policy), asked.power, asked.n

@@ -66,13 +66,9 @@ LIMITS = (
 
 
 def simulate(asked: Simulate) -> Simulation:
-    """Let the loop live through a stretch of days, and write what came of it.
+    """What ``commands.simulate.simulate`` does.
 
-    Writes ``OUT/run`` (unless ``run`` is given), ``OUT/loop`` (the loop's folder), ``simulation.json`` and figures.
-
-    Raises:
-        InputError: an option out of range, a folder that is there, a store that is not empty, or a run of other photos.
-        NotReachableError: the first champion cannot be certified at alpha.
+    It writes ``OUT/run`` (unless ``run`` is given), ``OUT/loop`` (the loop's folder), ``simulation.json`` and figures.
     """
     data, out = asked.data, asked.out
     config = SimulationConfig(**asked.model_dump(include=set(SimulationConfig.model_fields)))
