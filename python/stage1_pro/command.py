@@ -154,7 +154,8 @@ class Command(BaseModel):
                 where = groups[flag.one_of] = parser.add_mutually_exclusive_group(required=True)
             elif where is None:
                 where = groups[flag.group] = parser.add_argument_group(flag.group)
-            where.add_argument(*_names(name, flag), help=_help(field), **_how(name, field, flag))
+            words = filter(None, (flag.spelled(name), flag.also))
+            where.add_argument(*words, help=_help(field), **_how(name, field, flag))
 
     @classmethod
     def more_help(cls) -> str:
@@ -208,12 +209,6 @@ def _default(field: FieldInfo) -> Any:
 
 def _flag(field: FieldInfo) -> Flag:
     return next((one for one in field.metadata if isinstance(one, Flag)), Flag())
-
-
-def _names(name: str, flag: Flag) -> list[str]:
-    if flag.positional:
-        return [name]
-    return [one for one in (flag.spelled(name), flag.also) if one]
 
 
 def _help(field: FieldInfo) -> str:
