@@ -109,15 +109,8 @@ def write_report(
 ) -> None:
     """Write the report atomically; it refers to no other file and no network.
 
-    Args:
-        path: HTML file to write.
-        evaluation: the figures.
-        policy: the policy they were measured under.
-        pictures: in the order to show.
-        mistakes: rows of ``mistakes.csv``, the most confident first; the first ones are shown as thumbnails.
-        changes: rows of ``changes.csv``; the first of each effect are shown as thumbnails.
-        groups: rows of ``groups.csv``, the most errors first; the first ones with any are shown.
-        image_root: folder that their ``file`` is relative to.
+    ``mistakes``, ``changes`` and ``groups`` are rows of the CSV files of these names, the worst first, of which the
+    first are shown, with thumbnails of photos under ``image_root``.
     """
     shown = [{**row, "image": _thumbnail(image_root / str(row["file"]))} for row in mistakes[:THUMBNAILS]]
     examples = [

@@ -168,16 +168,7 @@ def positive_of(given: str | None, names: Sequence[str], entries: Sequence[Label
 
 
 def check_contents(entries: Sequence[Labelled], contents: Mapping[str, str], names: Sequence[str]) -> None:
-    """Refuse one content under two labels, and classes without a readable image.
-
-    Args:
-        entries: files that can be read.
-        contents: sha256 of each.
-        names: all classes.
-
-    Raises:
-        InputError: either is the case.
-    """
+    """Refuse one content (sha256 of each file) under two labels, and classes without a readable image: InputError."""
     seen: dict[str, Labelled] = {}
     for entry in entries:
         other = seen.setdefault(contents[entry.file], entry)

@@ -265,10 +265,6 @@ def resplit(splits: Splits, seed: int) -> Splits:
     ``val_test`` keeps its rows, so that a choice on the ``val_select`` of many seeds has seen none of them. No image is
     read: near-duplicates were joined into groups when the data was split first.
 
-    Args:
-        splits: of ``make_splits``.
-        seed: another seed, other splits.
-
     Raises:
         InputError: a class that cannot be in every split.
     """
