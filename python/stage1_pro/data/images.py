@@ -307,10 +307,6 @@ def crop_geometry(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int
     return max(spec.width, int(new * width / height)), new
 
 
-# --------------------------------------------------------------------------------------------
-# Quarantine
-
-
 def write_quarantine(path: Path | str, rows: Sequence[Quarantined]) -> None:
     """Write ``quarantine.csv`` (file, reason), atomically."""
     write_csv(path, [{"file": row.file, "reason": row.reason} for row in rows], ["file", "reason"])
