@@ -53,21 +53,10 @@ def bootstrap_augrc(
 ) -> tuple[NDArray[np.float64], float, float, float]:
     """AUGRC of [n_replicates] resamples of the units, AUGRC itself, and two sums over the units' influences on it.
 
-    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows.
-
-    Args:
-        confidence: [N], no NaN.
-        error: [N], 0/1 as uint8 or in [0, 1].
-        unit: [N], which unit a row is drawn with; [0] where every row is one.
-        n_units: how many units are drawn.
-        table: [1, 32], what their counts are drawn from.
-        reach: cumulated Poisson laws, one behind the other; with any, runs of right and of wrong rows are drawn as
-            cells.
-        starts: [laws + 1], where each law begins.
-        lowest: [laws], the first count of each; [0] draws units.
-        n_replicates: resamples.
-        seed: of the resamples.
-        threads: without effect here.
+    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows. ``unit`` [N]
+    says which unit a row is drawn with, [0] where every row is one; ``table`` [1, 32] what their counts are drawn from.
+    With laws (``reach`` one behind the other, ``starts`` of each, its first count in ``lowest``) runs of right and of
+    wrong rows are drawn as cells. ``threads`` is without effect here.
     """
     ranked, ends = _sort(confidence, error, unit)
     loss, owner = error[ranked], unit[ranked] if unit.size else None
@@ -181,21 +170,8 @@ def bootstrap_suite(
 ) -> NDArray[np.float64]:
     """Every metric of [n_replicates] resamples of sorted rows, [n_replicates, 8 + coverages + risks].
 
-    Args:
-        error: [N], surest row first.
-        tie_ends: [M], one past the last row of each tie group.
-        unit: [N], which unit a row is drawn with; [0] where row i is unit i.
-        sizes: [S], units of each stratum.
-        tables: [S, 32], what the counts of each stratum are drawn from.
-        kind: [N], 1 for a positive row, plus 2 when it is answered otherwise; [0] without a positive class.
-        n_exit: rows at or above the threshold; None without one.
-        nll: [N] or [0].
-        brier: [N] or [0].
-        coverages: targets of Risk@Coverage, in (0, 1].
-        risks: targets of Coverage@Risk, in [0, 1].
-        n_replicates: resamples.
-        seed: of the resamples.
-        threads: without effect here.
+    Rows are as ``Ranked`` has them, surest first. ``sizes`` [S] are the units of each stratum, ``tables`` [S, 32] what
+    their counts are drawn from; ``coverages`` and ``risks`` the targets. ``threads`` is without effect here.
     """
     replicates = np.empty((n_replicates, len(COLUMNS) + coverages.size + risks.size))
     ends = tie_ends.astype(np.int64)
@@ -341,16 +317,7 @@ def measure(
 ) -> NDArray[np.float64]:
     """The suite of sorted rows under counts [N], [8 + coverages + risks]: ``COLUMNS``, Risk@Coverage, Coverage@Risk.
 
-    Args:
-        counts: [N], how often each row counts.
-        loss: [N], its error.
-        ends: [M], one past the last row of each tie group; groups that nobody drew are no thresholds.
-        kind: as in ``bootstrap_suite``, like all that follows.
-        n_exit: rows at or above the threshold, or None.
-        nll: [N] or [0].
-        brier: [N] or [0].
-        coverages: targets of Risk@Coverage.
-        risks: targets of Coverage@Risk.
+    Tie groups end at ``ends`` [M]; those that nobody drew are no thresholds. The rest as in ``bootstrap_suite``.
     """
     nan = float("nan")
     rows, wrong = np.cumsum(counts), np.cumsum(counts * loss)
@@ -419,14 +386,8 @@ def search_dual(
 ) -> tuple[int, int, int, int]:
     """Tie groups above the upper and before the lower threshold, of the best pair and the nearest (``sweep.hpp``).
 
-    Args:
-        rows: [M + 1], rows in the first 0..M tie groups.
-        positives: [M + 1], positives among them.
-        exit_error: the second constraint is on exit error, not on FPR.
-        fnr_numerator: FNR must be at most this
-        fnr_denominator: over this.
-        second_numerator: the second rate must be at most this
-        second_denominator: over this.
+    ``rows`` and ``positives`` [M + 1] are counts in the first 0..M tie groups. FNR must be at most one fraction, the
+    second rate (exit error or FPR) at most the other.
     """
     accepted, found = rows.tolist(), positives.tolist()
     n, all_positive = accepted[-1], found[-1]
