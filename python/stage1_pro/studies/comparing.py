@@ -523,14 +523,15 @@ def _measure(
     asked = trained.asked
     runs, seeds = {name: trained.runs[name] for name in names}, list(range(asked.seeds))
     rows: dict[str, list[SeedRows]] = {name: [] for name in names}
-    for arm, run in ((arm, run) for arm in names for run in runs[arm]):
-        got = read(run)
-        if got.split != split_name or got.split_hash != Splits.read(run / "splits.json").hashes[split_name]:
-            raise ArtifactError(
-                f"{run} must hold answers on its own {split_name}, got others; remove that run's folder"
-            )
-        gate = got.gate_logits.astype(np.float64)
-        rows[arm].append(SeedRows(softmax(got.logits_a), gate, got.labels, got.groups))
+    for name, paths in runs.items():
+        for run in paths:
+            got = read(run)
+            if got.split != split_name or got.split_hash != Splits.read(run / "splits.json").hashes[split_name]:
+                raise ArtifactError(
+                    f"{run} must hold answers on its own {split_name}, got others; remove that run's folder"
+                )
+            gate = got.gate_logits.astype(np.float64)
+            rows[name].append(SeedRows(softmax(got.logits_a), gate, got.labels, got.groups))
     compared = compare_seeds(rows, n_replicates=asked.n_replicates, level=asked.level)
     sign = -1 if METRICS[asked.metric].better == "higher" else 1
     best = min(compared, key=lambda name: sign * compared[name].means[asked.metric].value)
