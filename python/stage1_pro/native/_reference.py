@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,9 @@ class _Cells:
     ) -> None:
         begins = np.append(0, ends[:-1])
         mixed = loss[begins] != loss[ends - 1]
-        cut = np.zeros(loss.size + 1, dtype=bool)
-        cut[0] = True
-        cut[1:-1] = loss[1:] != loss[:-1]
-        cut[begins[mixed]] = cut[ends[mixed]] = True
-        self.first = np.flatnonzero(cut[:-1])
+        turns = np.flatnonzero(loss[1:] != loss[:-1]) + 1
+        first = np.unique(np.concatenate([[0], turns, begins[mixed], ends[mixed]]))
+        self.first = first[first < loss.size]
         self.n = loss.size
         self.sizes = np.diff(np.append(self.first, self.n))
         self.wrong = loss[self.first] == 1
@@ -104,14 +103,10 @@ class _Cells:
 
     def draw(self, seed: int, replicate: int) -> NDArray[np.int64]:
         """How many of n uniform draws fall into each cell: Multinomial(n, sizes / n)."""
-        key = _mix(_mix(seed + _GOLDEN) + _GOLDEN * (replicate + 1))
-        gamma = _mix(key ^ _GOLDEN) | 1
-        base = _mix(key + _GOLDEN)
         cell = np.arange(self.sizes.size, dtype=np.uint64)
-        attempt = 0
+        keys = _keys(seed, replicate, 0)
         while True:
-            attempt += 1
-            sub = _mix(base + _GOLDEN * attempt)
+            sub, gamma = next(keys)
             counts = np.zeros(self.sizes.size, dtype=np.int64)
             for law, (reach, lowest) in enumerate(zip(*self.laws, strict=True)):
                 have = np.flatnonzero((self.sizes >> law) & 1)
@@ -205,34 +200,28 @@ def resample_counts(
     Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n). Poisson counts of a mean a
     little below one (16 bits a unit; what these leave open is settled by 48 more), then uniform draws for what is
     missing. Given their sum Poisson counts are multinomial, and so is the result.
-
-    Args:
-        sizes: [S], units of each stratum.
-        tables: [S, 32], what the counts of each stratum are drawn from.
-        first: number of the first replicate.
-        n_replicates: how many.
-        seed: of the resamples.
     """
+    strata = list(enumerate(zip(sizes.tolist(), tables, strict=True)))
     counts = [
-        np.concatenate(
-            [
-                _stratum_counts(int(n), seed, replicate, table, stratum)
-                for stratum, (n, table) in enumerate(zip(sizes, tables, strict=True))
-            ]
-        )
+        np.concatenate([_stratum_counts(n, seed, replicate, table, stratum) for stratum, (n, table) in strata])
         for replicate in range(first, first + n_replicates)
     ]
     return np.stack(counts).astype(np.uint8)
 
 
-def _stratum_counts(n: int, seed: int, replicate: int, table: NDArray[np.uint64], stratum: int) -> NDArray[np.int64]:
+def _keys(seed: int, replicate: int, stratum: int) -> Iterator[tuple[int, int]]:
+    """Key and step of the hashes that a stratum's counts are drawn from, one pair an attempt."""
     key = _mix(_mix(seed + _GOLDEN) + _GOLDEN * (replicate + 1))
     gamma = _mix(key ^ _GOLDEN) | 1
     base = _mix(key + _GOLDEN * (stratum + 1))
-    attempt = 0
+    for attempt in itertools.count(1):
+        yield _mix(base + _GOLDEN * attempt), gamma
+
+
+def _stratum_counts(n: int, seed: int, replicate: int, table: NDArray[np.uint64], stratum: int) -> NDArray[np.int64]:
+    keys = _keys(seed, replicate, stratum)
     while True:
-        attempt += 1
-        sub = _mix(base + _GOLDEN * attempt)
+        sub, gamma = next(keys)
         counts = np.zeros(n, np.int64) if n < SMALLEST_POISSON else _poisson_counts(n, sub, gamma, table)
         missing = n - int(counts.sum())
         if missing >= 0:
@@ -432,13 +421,9 @@ def route(
     rule: tuple[float, float, float],
     out: tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]],
 ) -> int:
-    """Decide rows [N, K] by (scale, offset, threshold) into five arrays [N]; return how many are deferred.
+    """Decide rows [N, K] (by ``gate`` [N] where there is one) into five arrays [N]; return how many are deferred.
 
-    Args:
-        logits: [N, K]; K = 1 is the logit of the second of two classes.
-        gate: [N], or None to decide by probability.
-        rule: (scale, offset, threshold) of ``route.hpp``.
-        out: exited, score, label, probability and deferred, [N] each.
+    ``rule`` is (scale, offset, threshold) of ``route.hpp``; ``out`` exited, score, label, probability and deferred.
     """
     exited, score, label, probability, deferred = out
     scale, offset, threshold = rule

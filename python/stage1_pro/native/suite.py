@@ -57,13 +57,7 @@ def bootstrap_augrc(
     rows are drawn as cells: other numbers than ``Suite`` draws, from the same law, with the work of the errors and not
     of the rows.
 
-    Args:
-        confidence: [N], higher is surer.
-        error: [N], 0/1 or a loss in [0, 1].
-        groups: [N] names or numbers; None resamples rows.
-        n_replicates: at least 1.
-        seed: 0 to 2**64 - 1.
-        threads: 0 = one per processor this process may use.
+    ``groups`` [N] are names or numbers; ``threads`` 0 is one per processor this process may use.
     """
     _check_resampling(n_replicates, seed, threads)
     scores, losses = rows(confidence, error)
@@ -176,13 +170,7 @@ class Suite:
         return [kernels().measure_suite(one.error, one.ends, *self._measured(one)) for one in self.models]
 
     def resample(self, n_replicates: int, *, seed: int = 0, threads: int = 0) -> list[NDArray[np.float64]]:
-        """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model.
-
-        Args:
-            n_replicates: at least 1.
-            seed: 0 to 2**64 - 1.
-            threads: 0 = one per processor this process may use.
-        """
+        """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model."""
         _check_resampling(n_replicates, seed, threads)
         drawn = np.asarray(self.sizes, dtype=np.uint32), count_tables(self.sizes)
         resamples = n_replicates, seed, _workers(threads, n_replicates)
@@ -239,13 +227,7 @@ def _settle(
 def resample_counts(sizes: Sequence[int], n_replicates: int, *, first: int = 0, seed: int = 0) -> NDArray[np.uint8]:
     """How often each unit is in each resample [n_replicates, units]; what ``Suite.resample`` draws.
 
-    Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n).
-
-    Args:
-        sizes: units of each stratum, at least 1.
-        n_replicates: at least 1.
-        first: number of the first replicate.
-        seed: 0 to 2**64 - 1.
+    Of each stratum's n units n are drawn with replacement, exactly Multinomial(n, 1/n), from replicate ``first`` on.
     """
     _check_resampling(n_replicates, seed, 0)
     counts: NDArray[np.uint8] = kernels().resample_counts(
