@@ -178,16 +178,13 @@ def _choice(label: str, **more: Any) -> dict[str, Any]:
 def import_label_studio(
     store: Store, path: Path | str, *, now: float, source: Source = "review", annotator: str | None = None
 ) -> Added:
-    """Add the annotations of a Label Studio export (JSON, not JSON-MIN), all or none, each once.
-
-    Cancelled annotations (skipped tasks) and predictions are no labels and are passed over.
+    """Add the annotations of a Label Studio export (JSON, not JSON-MIN), all or none, each once; not cancelled ones.
 
     Args:
         store: where to.
         path: a list of tasks whose ``data`` has the ``event_id`` they were exported with.
         now: time of annotations without ``created_at``.
-        source: the most that the file's labels are believed; an annotation may say less, never more: anybody can
-            write ``owner`` into a file.
+        source: the most that the file's labels are believed; an annotation may say less.
         annotator: of annotations without ``completed_by``.
 
     Raises:
@@ -258,8 +255,8 @@ def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:
 def export_parquet(store: Store, folder: Path | str) -> dict[str, int]:
     """Write ``events.parquet`` and ``labels.parquet``, each atomically; give the number of rows of each.
 
-    Events have their columns, ``sketch`` as a list of 64 float32, and the label that holds with its source and trust
-    (null where nobody answered). Labels are the table as it is: answers, skips and undos, and what superseded what.
+    Events have the label that holds with its source and trust (null where nobody answered). Labels are the table as it
+    is: answers, skips and undos, and what superseded what.
 
     Raises:
         DependencyError: pyarrow is not installed.

@@ -213,14 +213,14 @@ class GuardVault:
         """Take a look and answer one question about two cascades' decisions on the rows of an epoch, in their order.
 
         The look is committed before a label is read. The same decisions again, by a process that was killed and came
-        back, are the same look: they learn nothing new. Anything else is another one.
+        back, are the same look; anything else is another one.
 
         Args:
             epoch: which guard.
             champion: decisions of what serves now.
             candidate: decisions of what would replace it.
             question: gets the look, the truth of the rows on which the two differ, which rows [N] those are, and all
-                rows' clusters [N]; its result is returned. It is the promotion test's, and hands on no label.
+                rows' clusters [N]; its result is returned, and hands on no label.
             terms: hash of all else that the answer depends on; the same decisions under other terms are another look.
             name: of the candidate, for the record.
             classes: names, in the order of the decisions' indices.

@@ -228,41 +228,42 @@ class LiveCascade(Answering):
         by_canary = np.array([takes_canary(name, share, candidate.sha256) for name in names])
         parts: list[tuple[NDArray[np.intp], Decisions]] = []
 
-        def answer(by: _Loaded, other: _Loaded, rows: NDArray[np.intp]) -> None:
+        def answer(by: _Loaded, rows: NDArray[np.intp]) -> None:
             asked = [photos[row] for row in rows]
             found = by.answer(asked, now)
             parts.append((rows, found))
-            self._pair(by, other, found, asked, [names[row] for row in rows], now, by_candidate=by is candidate)
+            mine = [names[row] for row in rows]
+            self._pair(champion, candidate, found, asked, mine, now, by_candidate=by is candidate)
 
         if by_canary.any():
             try:
-                answer(candidate, champion, np.flatnonzero(by_canary))
+                answer(candidate, np.flatnonzero(by_canary))
             except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
                 self._note(candidate, error)
                 by_canary[:] = False
         if not by_canary.all():
-            answer(champion, candidate, np.flatnonzero(~by_canary))
+            answer(champion, np.flatnonzero(~by_canary))
         joined = concatenate([found for _, found in parts])
         order = np.argsort(np.concatenate([rows for rows, _ in parts]))
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
 
     def _pair(
-        self, loaded: _Loaded, other: _Loaded, found: Decisions, photos: Sequence[Prepared], names: list[str],
+        self, champion: _Loaded, candidate: _Loaded, found: Decisions, photos: Sequence[Prepared], names: list[str],
         now: float, *, by_candidate: bool,
     ) -> None:  # fmt: skip
         """Ask the other side as well and write both answers down; whatever goes wrong there stays there."""
         if self.log is None:
             return
+        other = champion if by_candidate else candidate
         try:
             second = other.cascade.answer(photos)
-            champion, candidate = (second, found) if by_candidate else (found, second)
-            bundles = (other, loaded) if by_candidate else (loaded, other)
-            served: Literal["champion", "candidate"] = "candidate" if by_candidate else "champion"
+            first, tried = (second, found) if by_candidate else (found, second)
             pairs = [
                 Pair(
-                    time=now, image_sha256=name, champion=bundles[0].sha256, candidate=bundles[1].sha256, served=served,
-                    champion_label=str(champion.label[row]), candidate_label=str(candidate.label[row]),
-                    champion_exited=bool(champion.exited[row]), candidate_exited=bool(candidate.exited[row]),
+                    time=now, image_sha256=name, champion=champion.sha256, candidate=candidate.sha256,
+                    served="candidate" if by_candidate else "champion",
+                    champion_label=str(first.label[row]), candidate_label=str(tried.label[row]),
+                    champion_exited=bool(first.exited[row]), candidate_exited=bool(tried.exited[row]),
                 )
                 for row, name in enumerate(names)
             ]  # fmt: skip
