@@ -65,24 +65,23 @@ def import_csv(
             store does not have, or a label that is no class.
     """
     path = Path(path)
-    given: list[Label] = []
     table = read_table(path, COLUMNS, required=("event_id", "label"))
     for name in table.columns:
         if name not in COLUMNS:
             raise InputError(
                 f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{name}'{nearest(name, COLUMNS)}"
             )
-    for where, cells in table:
-        given.append(
-            _label(
-                where,
-                event_id=cells["event_id"],
-                label=cells["label"],
-                source=_believed(cells.get("source"), source),
-                annotator=cells.get("annotator") or annotator,
-                time=_time(where, cells.get("time") or now),
-            )
+    given = [
+        _label(
+            where,
+            event_id=cells["event_id"],
+            label=cells["label"],
+            source=_believed(cells.get("source"), source),
+            annotator=cells.get("annotator") or annotator,
+            time=_time(where, cells.get("time") or now),
         )
+        for where, cells in table
+    ]
     return add_labels(store, given)
 
 

@@ -36,7 +36,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.exc import IntegrityError
 
-from stage1_pro.continual.learn.rewards import PAID, Actions, Verified
+from stage1_pro.continual.learn.rewards import PAID, Actions, Verified, verified
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.errors import InputError, NotReachableError
@@ -250,10 +250,8 @@ class GuardVault:
         unknown = sorted({row.label for row in read} - set(names))
         if unknown:
             raise InputError(f"guard labels must be of {', '.join(names)}, got '{unknown[0]}'; classes have changed")
-        truth = Verified(
-            np.asarray([names.index(row.label) for row in read], dtype=np.int64),
-            np.asarray([row.source for row in read], dtype=np.str_), tuple(names), positive,
-        )  # fmt: skip
+        indices = [names.index(row.label) for row in read]
+        truth = verified(indices, [row.source for row in read], classes=names, positive=positive)
         return question(look, truth, differ, np.asarray([row.cluster for row in rows], dtype=np.str_))
 
     def close(self, look: Look, *, promoted: bool) -> None:

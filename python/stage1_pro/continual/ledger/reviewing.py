@@ -299,8 +299,7 @@ def review(
     result: dict[str, Any] = {"purged": events.images.purge(time.time())}
     if purge:
         return result
-    kept = Store(store)
-    try:
+    with contextlib.closing(Store(store)) as kept:
         found = ingest(kept, events)
         result["ingested"] = found.events
         for line in found.torn:
@@ -321,8 +320,6 @@ def review(
                     say("ended; every answer is kept")
         result["progress"] = queue.progress(name, time.time()).model_dump()
         result["disagreement"] = disagreement(kept).model_dump()
-    finally:
-        kept.close()
     return result
 
 

@@ -101,18 +101,15 @@ def takes_canary(image_sha256: str, share: float, candidate: str) -> bool:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A loaded bundle under its hash, and what logs its decisions."""
+    """A loaded bundle under its hash, at a threshold and an audit rate, and what logs its decisions."""
 
     sha256: str
+    at: tuple[float | None, float | None]
     cascade: Cascade
     served: Served | None
 
     def answer(self, photos: Sequence[Prepared], now: float) -> Decisions:
         return (self.served or self.cascade).answer(photos, now=now)
-
-
-# A bundle's sha256, its threshold, the audit rate.
-_Key = tuple[str, float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ class LiveCascade(Answering):
         self._on_failure = on_failure
         self._open: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
-        self._loaded: dict[_Key, _Loaded] = {}
+        self._loaded: dict[str, _Loaded] = {}
         self._known: dict[str, Novelty | None] = {}
         self._failed: tuple[bytes, float] = (b"", 0.0)
         self._serving = self._follow(self._raw())
@@ -291,16 +288,15 @@ class LiveCascade(Answering):
         if trying is not None and (pointer.canary is not None or self.log is not None):
             candidate = self._take(trying, None, pointer.audit_rate)
         named = {pointer.champion, pointer.previous, trying}
-        self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] in named}
+        self._loaded = {name: loaded for name, loaded in self._loaded.items() if name in named}
         return _Serving(raw, pointer, champion, candidate)
 
     def _take(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Loaded:
-        key = sha256, threshold, audit_rate
-        if (known := self._loaded.get(key)) is not None:
+        known = self._loaded.get(sha256)
+        if known is not None and known.at == (threshold, audit_rate):
             return known
-        same = next((loaded for key, loaded in self._loaded.items() if key[0] == sha256), None)
-        bundle = load_content(self.root, sha256, verify=same is None)
-        runtime = (self._open(bundle) if same is None else same.cascade).runtime
+        bundle = load_content(self.root, sha256, verify=known is None)
+        runtime = (self._open(bundle) if known is None else known.cascade).runtime
         cascade = Cascade(dataclasses.replace(bundle, policy=tightened(bundle.policy, threshold)), runtime)
         # Each counts its own events.
         writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
@@ -311,8 +307,7 @@ class LiveCascade(Answering):
                 on_failure=self._on_failure, writer=writer,
             )  # fmt: skip
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
-        self._loaded = {key: kept for key, kept in self._loaded.items() if key[0] != sha256}
-        self._loaded[key] = loaded = _Loaded(sha256, cascade, served)
+        self._loaded[sha256] = loaded = _Loaded(sha256, (threshold, audit_rate), cascade, served)
         return loaded
 
     def _novelty(self, sha256: str) -> Novelty | None:
