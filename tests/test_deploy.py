@@ -105,8 +105,8 @@ def narrow(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds of tracing: the exporter's writer gives the graphs it wrote for the bundle."""
 
-    def write(module: Any, stage: str, name: str, example: Any, folder: Path, opset: int) -> None:
-        shutil.copy(bundle / f"{stage}.onnx", folder)
+    def write(module: Any, name: str, example: Any, path: Path, opset: int) -> None:
+        shutil.copy(bundle / path.name, path)
 
     monkeypatch.setattr(onnx_module, "_write", write)
 
