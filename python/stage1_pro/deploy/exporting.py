@@ -38,11 +38,9 @@ def export(
     precisions: Sequence[Precision] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Write a run's best model and its one active policy as a bundle.
+    """Write a run's best model and its one active policy as a bundle, all or nothing.
 
     Reads ``val_select`` images to compare precisions and runtimes, and ``train`` images to measure the blocks.
-
-    All or nothing: an older bundle stays as it is until the new one stands.
 
     Args:
         run: trained and calibrated run folder.
@@ -90,13 +88,7 @@ def export(
     architecture = model.architecture
     spec, fingerprint = architecture.preprocessing, model.fingerprint()
     # Before anything slow: a policy of other weights would decide on logits it has never seen.
-    check_policy_belongs(
-        policy,
-        classes=architecture.classes,
-        positive=architecture.positive,
-        model_fingerprint=fingerprint,
-        preprocessing=spec,
-    )
+    check_policy_belongs(policy, architecture, fingerprint)
 
     def graphs(folder: Path) -> Graphs:
         say(f"exporting ONNX, opset {config.export.opset}")
@@ -120,24 +112,13 @@ def export(
         return stages, [] if engine_recipe is None else build_engines(stages, folder, engine_recipe)
 
     write_bundle(
-        out,
-        graphs,
-        policy=policy,
-        splits=splits,
-        config=config,
-        metrics=run / "metrics.csv",
-        preprocessing=spec,
-        backbone=architecture.backbone,
-        tap=architecture.tap,
+        out, graphs, policy=policy, splits=splits, config=config, metrics=run / "metrics.csv",
+        preprocessing=spec, backbone=architecture.backbone, tap=architecture.tap,
         provenance=Provenance(
-            stage1_pro=__version__,
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            checkpoint_sha256=checkpoint_hash(run),
-            model_fingerprint=fingerprint,
-            split_hashes=splits.hashes,
+            stage1_pro=__version__, torch=torch.__version__, transformers=transformers.__version__,
+            checkpoint_sha256=checkpoint_hash(run), model_fingerprint=fingerprint, split_hashes=splits.hashes,
         ),
-    )
+    )  # fmt: skip
     say(f"wrote {out}")
     return out
 

@@ -10,7 +10,7 @@ from typing import Any
 from stage1_pro.deploy import trust
 from stage1_pro.deploy.bundle import MANIFEST, SIGNATURE, load_bundle
 from stage1_pro.deploy.inspection import inspect, size_text
-from stage1_pro.deploy.migrate import FORMAT
+from stage1_pro.deploy.manifest import FORMAT
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import atomic_directory
 

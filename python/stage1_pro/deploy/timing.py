@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,7 +123,7 @@ def sample(
         for index in rng.permutation(len(names)):
             name = names[index]
             calls = [contestants[name](number) for _ in range(repeats[name])]
-            found[name].append(calls[0] if len(calls) == 1 else _mean(calls))
+            found[name].append({part: sum(one[part] for one in calls) / len(calls) for part in calls[0]})
     return {name: {part: np.array([one[part] for one in calls]) for part in calls[0]} for name, calls in found.items()}
 
 
@@ -136,10 +136,6 @@ def _warm_up(call: Contestant, how: Sampling) -> int:
         fastest = min(fastest, time.perf_counter() - started)
         calls += 1
     return max(1, round(how.visit / max(fastest, 1e-9)))
-
-
-def _mean(calls: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    return {part: sum(one[part] for one in calls) / len(calls) for part in calls[0]}
 
 
 def quantiles(seconds: Seconds, *, level: float = 0.95, seed: int = 0) -> list[LatencyQuantile]:
@@ -155,14 +151,8 @@ def quantiles(seconds: Seconds, *, level: float = 0.95, seed: int = 0) -> list[L
     for q, replicates in zip(QUANTILES, drawn, strict=True):
         known = len(values) * (1 - q) >= 1
         low, high = np.percentile(replicates, tails)
-        found.append(
-            LatencyQuantile(
-                q=q,
-                milliseconds=float(np.quantile(values, q)) if known else None,
-                low=float(low) if known else None,
-                high=float(high) if known else None,
-            )
-        )
+        told = {"milliseconds": np.quantile(values, q), "low": low, "high": high}
+        found.append(LatencyQuantile(q=q, **{name: float(x) if known else None for name, x in told.items()}))
     return found
 
 
@@ -228,13 +218,13 @@ def clocks(call: Callable[[], object]) -> Contestant:
     return one
 
 
-def timed(runtime: Runtime, call: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a call on the host, and between events on the device where the runtime has one."""
-    before = runtime.device_seconds
+def timed(runtime: Runtime | None, call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a call on the host, and between events on the device where there is a runtime that has one."""
+    before = None if runtime is None else runtime.device_seconds
     began = time.perf_counter()
     call()
     seconds = {"host": time.perf_counter() - began}
-    if before is not None and runtime.device_seconds is not None:
+    if before is not None and runtime is not None and runtime.device_seconds is not None:
         seconds["device"] = runtime.device_seconds - before
     return seconds
 
@@ -249,9 +239,14 @@ def deferrals(batch: int, rate: float, number: int, seed: int) -> NDArray[np.boo
         seed: with the number, of the rows that are drawn.
     """
     count = math.floor((number + 1) * rate * batch + 1e-9) - math.floor(number * rate * batch + 1e-9)
-    exited = np.ones(batch, dtype=bool)
-    exited[np.random.default_rng([seed, number]).permutation(batch)[:count]] = False
-    return exited
+    return all_but(count, batch, np.random.default_rng([seed, number]))
+
+
+def all_but(count: int, n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """All of n rows but ``count`` that are drawn."""
+    chosen = np.ones(n, dtype=bool)
+    chosen[rng.permutation(n)[:count]] = False
+    return chosen
 
 
 def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float, seed: int) -> Contestant:
@@ -272,24 +267,21 @@ def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float
     return call
 
 
-def runs_stage_a(cascade: Cascade, pool: NDArray[np.float32], batch: int) -> Contestant:
-    """Stage A alone on rotated rows of a pool [M, 3, H, W]."""
+def passes(
+    run: Callable[[NDArray[np.float32]], object], pool: NDArray[np.float32], batch: int, runtime: Runtime | None = None
+) -> Contestant:
+    """Anybody's pass on rotated rows of a pool [M, 3, H, W]; the host waits for the answer.
+
+    Args:
+        run: is given pixels [batch, 3, H, W].
+        pool: pixels [M, 3, H, W].
+        batch: rows of a call.
+        runtime: whose device is timed as well.
+    """
 
     def call(number: int) -> Mapping[str, float]:
         pixels = _rotated(pool, batch, number)
-        return timed(cascade.runtime, lambda: cascade.runtime.run("stage_a", {"pixels": pixels}))
-
-    return call
-
-
-def passes(run: Callable[[NDArray[np.float32]], object], pool: NDArray[np.float32], batch: int) -> Contestant:
-    """Anybody's full pass on rotated rows of a pool [M, 3, H, W]; the host waits for the answer."""
-
-    def call(number: int) -> Mapping[str, float]:
-        pixels = _rotated(pool, batch, number)
-        began = time.perf_counter()
-        run(pixels)
-        return {"host": time.perf_counter() - began}
+        return timed(runtime, lambda: run(pixels))
 
     return call
 
@@ -381,7 +373,7 @@ def _version(package: str) -> str | None:
 class Subject:
     """What a bench measures: a bundle or run folder in a runtime, with how many threads, on which device."""
 
-    source: Path
+    source: Path | str
     runtime: str
     threads: int = 0
     trust_engines: bool = False
@@ -405,9 +397,7 @@ def cold_starts(subject: Subject, *, repeats: int) -> list[ColdStart]:
     Raises:
         ArtifactError: the process could not answer; its last line says why.
     """
-    arguments = json.dumps(
-        [str(subject.source), subject.runtime, subject.threads, subject.trust_engines, subject.device]
-    )
+    arguments = json.dumps(asdict(subject), default=str)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("empty", "kept") if subject.runtime == "tensorrt_rtx" else ("none",):
@@ -431,9 +421,9 @@ def cold_starts(subject: Subject, *, repeats: int) -> list[ColdStart]:
 
 def answer_once() -> None:
     """Be the process of ``cold_starts``: load, answer one batch of noise, print both times as JSON."""
-    source, *rest = json.loads(sys.argv[1])
+    subject = Subject(**json.loads(sys.argv[1]))
     began = time.perf_counter()
-    cascade = Subject(Path(source), *rest).load()
+    cascade = subject.load()
     loaded = time.perf_counter()
     spec = cascade.bundle.preprocessing
     pixels = np.random.default_rng(0).normal(size=(1, 3, spec.height, spec.width)).astype(np.float32)
