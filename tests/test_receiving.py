@@ -29,12 +29,16 @@ from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.manifest import BundleManifest
-from stage1_pro.deploy.receiving import migrate, render, sign, verify
+from stage1_pro.deploy.receiving import migrate, render, verify
 from stage1_pro.deploy.trust import engine_trust, remember_built, signature_status
 from stage1_pro.errors import ArtifactError, DependencyError, InputError, Stage1Error
 from stage1_pro.files import save_npz, sha256_file
 
 IMAGES = [np.full((5, 7, 3), shade, np.uint8) for shade in (0, 128, 255)]
+
+
+def sign(bundle: Path, key: Path) -> trust.Signature:
+    return trust.sign(load_bundle(bundle), key)
 
 
 @pytest.fixture(scope="module")

@@ -40,10 +40,13 @@ class Sign(Command):
 
     def execute(self) -> Result:
         """Print the signature's file and key."""
-        from stage1_pro.deploy.receiving import sign
+        from stage1_pro.deploy.bundle import SIGNATURE, load_bundle
+        from stage1_pro.deploy.trust import sign
 
-        done = sign(self.bundle, self.key)
-        return Result(f"wrote {done['path']}/{done['file']}, signed by key {done['key_id']}", done)
+        loaded = load_bundle(self.bundle)
+        key_id = sign(loaded, self.key).key_id
+        record = {"path": str(loaded.path), "file": SIGNATURE, "key_id": key_id}
+        return Result(f"wrote {loaded.path}/{SIGNATURE}, signed by key {key_id}", record)
 
 
 class Keys(Command):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from stage1_pro.deploy.bundle import MANIFEST, REFERENCE, Bundle, list_files, load_bundle
+from stage1_pro.deploy.bundle import MANIFEST, REFERENCE, list_files, load_bundle
 from stage1_pro.deploy.engine import EngineRecipe, EngineTarget, build_engines, choose_recipe
 from stage1_pro.deploy.reference import write_reference
-from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.errors import InputError
 from stage1_pro.files import atomic_directory
 from stage1_pro.progress import say
 from stage1_pro.words import Precision
@@ -26,9 +25,8 @@ def build(
 ) -> Path:
     """Compile a received bundle's graphs on this machine into a new bundle; needs no torch and no run.
 
-    A bundle is closed by its hashes, so the given one stays as it is. All but its engines is copied; those of the
-    new bundle were all built here. A bundle without reference outputs (format 1) gets those of its own fp32 graphs,
-    or no engine could ever be held against them.
+    The given bundle stays as it is; all but its engines is copied. One without reference outputs (format 1) gets those
+    of its own fp32 graphs, or no engine could ever be held against them.
 
     Args:
         bundle: bundle folder; verified first.
@@ -57,7 +55,9 @@ def build(
     chosen = choose_recipe(target, recipe, precisions)
     loaded = load_bundle(bundle)
     with atomic_directory(out) as folder:
-        _copy(loaded, folder)
+        built = {entry.path for entry in loaded.manifest.engines}
+        built |= {str(PurePosixPath(name).with_suffix(".build.json")) for name in built}
+        loaded.copy_to(folder, (name for name in loaded.manifest.files if name not in built))
         engines = build_engines(loaded.manifest.stages, folder, chosen)
         reference = loaded.manifest.reference
         if reference is None:
@@ -71,18 +71,3 @@ def build(
         load_bundle(folder, verify=False)
     say(f"wrote {out}")
     return out
-
-
-def _copy(bundle: Bundle, folder: Path) -> None:
-    """Copy all but engines, and check the copies: the originals could have been changed since they were verified."""
-    built = {entry.path for entry in bundle.manifest.engines}
-    built |= {str(PurePosixPath(name).with_suffix(".build.json")) for name in built}
-    wanted = {name: entry for name, entry in bundle.manifest.files.items() if name not in built}
-    for name in wanted:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(bundle.path / name, target)
-    copied = list_files(folder)
-    changed = [name for name, entry in wanted.items() if copied.get(name) != entry]
-    if changed:
-        raise ArtifactError(f"bundle must stay as it was verified, got changes in {', '.join(changed)} meanwhile")

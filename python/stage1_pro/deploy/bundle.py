@@ -9,10 +9,11 @@ import math
 import mmap
 import os
 import re
+import shutil
 import stat
 import zipfile
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -123,9 +124,17 @@ class Bundle(Described):
             raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
         return data
 
-    def check(self, name: str) -> None:
-        """Hash one file again; raise ArtifactError when it is not what was exported."""
-        _check_hash(self.path, name, self.manifest.files[name])
+    def copy_to(self, folder: Path, names: Iterable[str]) -> None:
+        """Copy files, and check the copies: the originals could have been changed since they were verified."""
+        wanted = {name: self.manifest.files[name] for name in names}
+        for name in wanted:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path / name, target, follow_symlinks=False)
+        copied = list_files(folder)
+        changed = [name for name, entry in wanted.items() if copied.get(name) != entry]
+        if changed:
+            raise ArtifactError(f"bundle must stay as it was verified, got changes in {', '.join(changed)} meanwhile")
 
     def graph(self, stage: StageName) -> Path:
         """The ONNX file of one stage."""
@@ -256,8 +265,8 @@ def check_policy_belongs(policy: Policy, about: BundleManifest | Architecture, m
     ):
         if ours != theirs:
             raise ArtifactError(
-                f"{policy.file} must belong to this model, got another {what}: {_short(theirs)} instead of {_short(ours)}"
-                f"{policy.void()}; run `stage1 calibrate` again and export once more"
+                f"{policy.file} must belong to this model, got another {what}: {_short(theirs)} instead of "
+                f"{_short(ours)}{policy.void()}; run `stage1 calibrate` again and export once more"
             )
 
 

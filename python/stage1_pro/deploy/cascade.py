@@ -111,24 +111,14 @@ class Answering(ABC):
     bundle: Bundle | Trained
 
     def read(self, image: ImageLike) -> Prepared:
-        """An image ready for ``answer``.
-
-        Raises:
-            ImageError: it cannot be read as an image.
-            InputError: it is no kind of image.
-        """
+        """An image ready for ``answer``; raises as ``Prepared.pixels`` does."""
         prepared = Prepared(image)
         prepared.pixels(self.bundle.preprocessing)
         return prepared
 
     @abstractmethod
     def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
-        """Decide for photos as one batch.
-
-        Args:
-            photos: of ``read``; there may be none.
-            now: seconds since the epoch, of what is logged; the clock's by default.
-        """
+        """Decide for photos of ``read``, or none, as one batch; what is logged is of the time ``now``."""
 
     def predict(self, images: Iterable[ImageLike], batch_size: int = 32, *, now: float | None = None) -> Decisions:
         """Decide for images in order, ``batch_size`` at a time; any batch size gives the same decisions.
@@ -165,9 +155,7 @@ class Cascade(Answering):
     """
 
     def __init__(self, bundle: Bundle | Trained, runtime: Runtime, steps: Sequence[Step] = ()) -> None:
-        self.bundle = bundle
-        self.runtime = runtime
-        self.steps = tuple(steps)
+        self.bundle, self.runtime, self.steps = bundle, runtime, tuple(steps)
 
     @classmethod
     def load(
@@ -213,12 +201,7 @@ class Cascade(Answering):
         return cls(trained, TorchRuntime.open(trained, How(threads, device)))
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
-        """One image as the model's input [3, H, W].
-
-        Raises:
-            ImageError: it cannot be read as an image.
-            InputError: it is no kind of image.
-        """
+        """One image as the model's input [3, H, W]; raises as ``Prepared.pixels`` does."""
         return Prepared(image).pixels(self.bundle.preprocessing)
 
     def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:

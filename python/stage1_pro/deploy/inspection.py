@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.deploy.bundle import LICENCE, Bundle, load_bundle
-from stage1_pro.policies.policy import Policy
 
 
 def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
@@ -17,24 +16,25 @@ def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     manifest, policy = loaded.manifest, loaded.policy
+    told = manifest.model_dump(mode="json")
     return {
         "path": str(loaded.path),
         "format_version": loaded.format_version,
-        "classes": manifest.classes,
-        "positive": manifest.positive,
-        "backbone": manifest.backbone.model_dump(mode="json"),
+        **{name: told[name] for name in ("classes", "positive", "backbone")},
         "licence_file": LICENCE if LICENCE in manifest.files else None,
-        "tap": manifest.tap,
-        "preprocessing": manifest.preprocessing.model_dump(mode="json"),
-        "stages": {name: entry.model_dump(mode="json") for name, entry in manifest.stages.items()},
-        "policy": _policy(policy),
-        "engines": [engine.model_dump(mode="json") for engine in manifest.engines],
-        "files": {name: entry.model_dump(mode="json") for name, entry in sorted(manifest.files.items())},
+        **{name: told[name] for name in ("tap", "preprocessing", "stages")},
+        "policy": {
+            "name": policy.policy, "file": policy.file, "rule": policy.rule(),
+            "exit_threshold": policy.exit_threshold, "guarantee": policy.guarantee, "statement": policy.statement,
+            "measured": policy.measured(), **policy.facts(),
+        },
+        "engines": told["engines"],
+        "files": dict(sorted(told["files"].items())),
         "size": sum(entry.size for entry in manifest.files.values()),
         "splits": {"seed": loaded.splits.seed, "counts": loaded.splits.counts, "groups": loaded.splits.groups},
-        "provenance": manifest.provenance.model_dump(mode="json"),
+        "provenance": told["provenance"],
         "verified": True,
-    }
+    }  # fmt: skip
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -85,20 +85,6 @@ def render(facts: dict[str, Any]) -> str:
         f"model {origin['model_fingerprint'][:12]}"
     )
     return "\n".join(lines)
-
-
-def _policy(policy: Policy) -> dict[str, Any]:
-    """What a policy does and promises, and its own facts."""
-    shared = {
-        "name": policy.policy,
-        "file": policy.file,
-        "rule": policy.rule(),
-        "exit_threshold": policy.exit_threshold,
-        "guarantee": policy.guarantee,
-        "statement": policy.statement,
-        "measured": policy.measured(),
-    }
-    return {**shared, **policy.facts()}
 
 
 def size_text(count: int) -> str:

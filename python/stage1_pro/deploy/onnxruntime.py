@@ -66,7 +66,15 @@ class OnnxRuntime(Runtime):
         Raises:
             DependencyError: onnx, which joins graphs, is not installed.
         """
-        join_graphs(self.bundle, folder / _JOINED)
+        try:
+            import onnx
+            from onnx import compose
+        except ImportError as error:
+            raise need("train", "onnx") from error
+        a = compose.add_prefix(onnx.load(str(self.bundle.graph("stage_a"))), "a/")
+        b = compose.add_prefix(onnx.load(str(self.bundle.graph("stage_b"))), "b/")
+        both = compose.merge_models(a, b, io_map=[("a/hidden", "b/hidden")], outputs=["b/logits"])
+        onnx.save(both, str(folder / _JOINED))
         session = open_session(folder / _JOINED, self.threads)
 
         def joined(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -101,23 +109,6 @@ class OnnxRuntime(Runtime):
         # Medians: the first pass is cold, and any may be interrupted.
         shares = [{name: spent / (sum(one.values()) or 1.0) for name, spent in one.items()} for one in passes]
         return {name: float(np.median([one[name] for one in shares])) for name in ("embedding", "heads")}
-
-
-def join_graphs(bundle: Bundle, out: Path) -> None:
-    """Write one ONNX graph from pixels to Stage B's logits, without Stage A's heads.
-
-    Raises:
-        DependencyError: onnx is not installed.
-    """
-    try:
-        import onnx
-        from onnx import compose
-    except ImportError as error:
-        raise need("train", "onnx") from error
-    a = compose.add_prefix(onnx.load(str(bundle.graph("stage_a"))), "a/")
-    b = compose.add_prefix(onnx.load(str(bundle.graph("stage_b"))), "b/")
-    joined = compose.merge_models(a, b, io_map=[("a/hidden", "b/hidden")], outputs=["b/logits"])
-    onnx.save(joined, str(out))
 
 
 def open_session(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def _answer_all(
     answering: Answering, files: list[tuple[str, ImageFile]], out: Path | str | None, batch_size: int, description: str
 ) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
-    for chunk in _chunks(files, batch_size, description):
+    remaining = iter(track(files, description, len(files)))
+    while chunk := list(islice(remaining, batch_size)):
         rows += _answer(answering, chunk)
     failures = sum(row["error"] is not None for row in rows)
     if out is not None:
@@ -203,44 +205,24 @@ def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promis
     return "\n".join([*lines, summary]) + end
 
 
-def _chunks(files: list[tuple[str, ImageFile]], size: int, description: str) -> Iterator[list[tuple[str, ImageFile]]]:
-    """Parts of the list behind a progress bar that counts images."""
-    chunk: list[tuple[str, ImageFile]] = []
-    for item in track(files, description, len(files)):
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
 def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [dict.fromkeys(COLUMNS) | {"file": name} for name, _ in chunk]
     photos: list[Prepared] = []
-    for name, path in chunk:
-        row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row["file"] = name
-        rows.append(row)
+    readable: list[dict[str, Any]] = []
+    for row, (_, file) in zip(rows, chunk, strict=True):
         try:
-            photos.append(answering.read(path))
+            photos.append(answering.read(file))
+            readable.append(row)
         except ImageError as error:
             row["error"] = f"{error.reason}: {error.detail}"
     if not photos:
         return rows
-    answers = iter(answering.answer(photos))
-    for row in rows:
-        if row["error"] is not None:
-            continue
-        answer = next(answers)
+    for row, answer in zip(readable, answering.answer(photos), strict=True):
+        row["decision"] = "abstained"
         if math.isnan(answer["prob"]):
-            row["decision"] = "abstained"
             row["error"] = "the model gave no number for this image"
             continue
-        row["probability"] = answer["prob"]
-        row["confidence"] = answer["confidence"]
-        row["stage"] = answer["stage"]
-        row["decision"] = "abstained"
+        row |= {"probability": answer["prob"], "confidence": answer["confidence"], "stage": answer["stage"]}
         if answer["accepted"]:
             row["label"] = answer["label"]
             row["decision"] = "exited" if answer["exited"] else "deferred"

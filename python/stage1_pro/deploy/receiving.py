@@ -1,8 +1,7 @@
-"""verify, sign, keys, migrate: what a bundle from elsewhere is, whom it comes from, and what of it may run here."""
+"""verify and migrate: what a bundle from elsewhere is, whom it comes from, and what of it may run here."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,19 +82,6 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sign(bundle: Path | str, key: Path | str) -> dict[str, str]:
-    """Verify a bundle and sign it, which writes ``bundle.sig``; gives its folder, file and key identifier.
-
-    Raises:
-        ArtifactError: the bundle is damaged.
-        InputError: the key is none, or others may read it.
-        DependencyError: cryptography is missing.
-    """
-    loaded = load_bundle(bundle)
-    signature = trust.sign(loaded, key)
-    return {"path": str(loaded.path), "file": SIGNATURE, "key_id": signature.key_id}
-
-
 def migrate(bundle: Path | str, out: Path | str) -> dict[str, Any]:
     """Write a bundle of an older format anew in today's, all or nothing; the old one stays as it is.
 
@@ -116,12 +102,9 @@ def migrate(bundle: Path | str, out: Path | str) -> dict[str, Any]:
     if out.exists():
         raise InputError(f"out must be a new folder, got {out}, which is there; choose another one")
     with atomic_directory(out) as folder:
-        for name in loaded.manifest.files:
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(loaded.path / name, target, follow_symlinks=False)
+        loaded.copy_to(folder, loaded.manifest.files)
         loaded.manifest.write(folder / MANIFEST)
-        load_bundle(folder)  # what was copied is what was hashed
+        load_bundle(folder)
     return {
         "path": str(loaded.path),
         "out": str(out),

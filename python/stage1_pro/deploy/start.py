@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stage1_pro.deploy.bundle import REFERENCE, STAGES, Bundle
-from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.deploy.reference import Reference, check_parity, read_reference
 from stage1_pro.deploy.runtime import AUTO, OF_RUNS, RUNTIMES, How, Runtime
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, printable
@@ -100,7 +99,14 @@ def _open(
             f"{'engines' if source.engines else kind.name} must be held against {REFERENCE}, which this bundle lacks; "
             "`stage1 build` makes one that has it"
         )
-    why = sorted({_trust(bundle, entry, trust_engines) for entry in source.engines.values()})
+    from stage1_pro.deploy.trust import engine_trust
+
+    why: set[str] = set()
+    for entry in source.engines.values():
+        trust = engine_trust(bundle, entry, trust_engines=trust_engines)
+        if not trust.allowed:
+            raise ArtifactError(f"{entry.path} must be trusted before it runs, got: {trust.reason}")
+        why.add(trust.reason)
     try:
         runtime = kind.open(bundle, how)
         if reference is None:
@@ -113,14 +119,4 @@ def _open(
         # Bindings raise kinds of their own where library and driver do not fit.
         got = f"{type(error).__name__}: {printable(str(error))}"
         raise DeviceError(f"{source.place} must start in {kind.name} here, got {got}; see `stage1 doctor`") from error
-    return runtime, "; ".join([*([" and ".join(why)] if why else []), str(parity)])
-
-
-def _trust(bundle: Bundle, entry: EngineEntry, trust_engines: bool) -> str:
-    """Why an engine may run; ArtifactError says why it may not."""
-    from stage1_pro.deploy.trust import engine_trust
-
-    trust = engine_trust(bundle, entry, trust_engines=trust_engines)
-    if not trust.allowed:
-        raise ArtifactError(f"{entry.path} must be trusted before it runs, got: {trust.reason}")
-    return trust.reason
+    return runtime, "; ".join([*([" and ".join(sorted(why))] if why else []), str(parity)])
