@@ -963,7 +963,7 @@ class TestInfer:
         splits = Splits.read(run / "splits.json")
         paths = [splits.path(row) for row in splits.of("val_test")]
         assert [row["file"] for row in rows] == [row.file for row in splits.of("val_test")]
-        expected, _ = predict(bundle, paths)
+        expected, _ = predict(Cascade.load(bundle), paths)
         for mine, theirs in zip(rows, expected, strict=True):
             for name in ("label", "decision", "stage", "error"):
                 assert mine[name] == theirs[name]
@@ -991,7 +991,7 @@ class TestPredict:
         (tmp_path / "list.csv").write_text("\n".join(lines))
         out = tmp_path / "answers.csv"
         inputs = [paths[0], tmp_path / "photos", tmp_path / "list.csv"]
-        rows, failures = predict(bundle, inputs, out=out, batch_size=2)
+        rows, failures = predict(Cascade.load(bundle), inputs, out=out, batch_size=2)
         assert [Path(row["file"]).name for row in rows] == [
             "00.png", "bad.jpg", "00.png", "01.png", "02.png", "00.png", "01.png", "02.png", "nowhere.png",
         ]  # fmt: skip
@@ -1012,6 +1012,7 @@ class TestPredict:
         (tmp_path / "empty").mkdir()
         (tmp_path / "a.csv").write_text("path\nx.jpg\n")
         (tmp_path / "b.csv").write_text("file\n")
+        cascade = Cascade.load(bundle)
         for inputs, message in (
             ([tmp_path / "nowhere"], "inputs must exist"),
             ([tmp_path / "empty"], "inputs must hold images"),
@@ -1020,7 +1021,7 @@ class TestPredict:
             ([], "at least one image"),
         ):
             with pytest.raises(InputError, match=message):
-                predict(bundle, inputs)
+                predict(cascade, inputs)
 
 
 class TestInspectAndDoctor:

@@ -71,7 +71,7 @@ def test_it_is_calibrated_evaluated_exported_served_and_shown(run: Path, tempere
     facts = inspect(bundle)
     assert facts["policy"]["name"] == "tempered" and policy.rule() in render_inspection(facts)
     photos = sorted((run / "images").iterdir())
-    rows, _ = predict(bundle, photos)
+    rows, _ = predict(Cascade.load(bundle), photos)
     served = Cascade.load(bundle)
     probs, gates = [], []
     served.decide(

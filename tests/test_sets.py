@@ -877,7 +877,7 @@ def test_an_edge_row_runs_twice_and_others_once(run: Path) -> None:
 
 def test_predict_gives_sets_abstentions_and_the_promise(run: Path, tmp_path: Path, capsys: Any) -> None:
     images = run / "images"
-    rows, failures = predict(run / "bundle", [images], out=tmp_path / "out.csv")
+    rows, failures = predict(Cascade.load(run / "bundle"), [images], out=tmp_path / "out.csv")
     assert failures == 0
     decided = Cascade.load(run / "bundle").predict(sorted(images.iterdir()))
     classes = load_bundle(run / "bundle").classes

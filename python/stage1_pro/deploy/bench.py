@@ -233,14 +233,8 @@ def bench_batch(
     """Time the stages, always both, a full pass and the cascade at forced deferral rates on one batch.
 
     The full pass is one graph from pixels to Stage B's answer; the cascade is ``Cascade.decide`` with the rows that
-    exit forced upon it: exactly ``round(rate * N)`` others are deferred, drawn once by seed.
-
-    Args:
-        cascade: what is measured.
-        pixels: [N, 3, H, W] preprocessed.
-        rates: deferral rates in [0, 1]; those that defer as many rows are measured once.
-        rounds: samples of each contestant.
-        seed: of deferred rows and of orders.
+    exit forced upon it: exactly ``round(rate * N)`` others of pixels [N, 3, H, W] are deferred, drawn once by seed.
+    Rates that defer as many rows are measured once.
     """
     runtime, n = cascade.runtime, len(pixels)
     first = runtime.run("stage_a", {"pixels": pixels})
@@ -501,12 +495,7 @@ def compare_latency(
 ) -> LatencyComparison:
     """Say how many times the time of one result another takes: quantiles and means, with bootstrap intervals.
 
-    Args:
-        first: ``latency.json`` of what is compared with.
-        second: ``latency.json`` that is judged; below 1 it is faster.
-        level: of the intervals, in (0, 1).
-        seed: of the resamples.
-        out: JSON file to write.
+    ``first`` and ``second`` are ``latency.json`` files; below 1 the second is faster. ``out`` is a JSON file to write.
 
     Raises:
         InputError: nothing was measured in both, or ``level`` is outside (0, 1).

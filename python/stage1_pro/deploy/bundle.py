@@ -161,17 +161,9 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle all or nothing, and verify it before it takes its place.
 
-    Args:
-        out: the bundle's folder: new, empty, or an older bundle, which is replaced.
-        graphs: given the folder to fill, writes both ONNX graphs (engines, reference outputs) and describes them.
-        policy: the one exit policy.
-        splits: the run's splits; only hashes and counts are written.
-        config: the run's configuration; a local backbone folder is reduced to its last name.
-        metrics: the run's ``metrics.csv``, copied.
-        preprocessing: what turns an image into the graphs' input.
-        backbone: facts about the backbone; its licence is written beside the weights.
-        tap: block whose tokens Stage A reads.
-        provenance: versions and fingerprints.
+    Given the folder to fill, ``graphs`` writes both ONNX graphs (engines, reference outputs) and describes them. Of the
+    splits only hashes and counts are written; of the configuration a local backbone folder is reduced to its last name;
+    the backbone's licence is written beside the weights.
 
     Raises:
         InputError: ``out`` holds something that is no bundle.

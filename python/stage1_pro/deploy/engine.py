@@ -236,11 +236,6 @@ def _check_card(recipe: EngineRecipe, name: str) -> None:
 def build_engines(stages: Mapping[StageName, StageEntry], folder: Path, recipe: EngineRecipe) -> list[EngineEntry]:
     """Compile every stage in the recipe's precision and its fallbacks, from the graphs of a bundle's folder into it.
 
-    Args:
-        stages: the graphs by stage and precision.
-        folder: where the graphs lie.
-        recipe: what to build.
-
     Raises:
         InputError: a precision that was not exported; names those that were, and how to get it.
         ArtifactError, DependencyError: as ``build_engine``.
@@ -273,11 +268,11 @@ def build_engines(stages: Mapping[StageName, StageEntry], folder: Path, recipe: 
 def build_engine(
     onnx: Path, out: Path, recipe: EngineRecipe, stage: StageName, precision: Precision | None = None
 ) -> EngineEntry:
-    """Compile one stage's graph for the recipe's cards.
+    """Compile one stage's graph for the recipe's cards, into ``engine_path`` of a bundle's folder.
 
     Args:
         onnx: the graph; its external data, if any, is found beside it.
-        out: bundle folder; the engine is written to its ``engine_path`` there, with its ``BuildRecord`` beside it.
+        out: bundle folder; the engine's ``BuildRecord`` is written beside it.
         recipe: cards and batch profile.
         stage: which stage the graph is.
         precision: of the graph, one of the recipe's ladder; the recipe's own when None.

@@ -26,25 +26,21 @@ SEPARATOR = "|"
 
 
 def predict(
-    bundle: Path | str | Cascade,
+    cascade: Cascade,
     inputs: Sequence[Path | str],
     *,
     out: Path | str | None = None,
     batch_size: int = 32,
-    runtime: str = "onnxruntime",
-    trust_engines: bool = False,
     log: Path | str | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Answer for every image of the inputs, in order; an unreadable one gets an error and the others go on.
 
     Args:
-        bundle: bundle folder, or a cascade that has been loaded.
+        cascade: what answers.
         inputs: images, folders (searched through, in name order) and CSV files with a ``file`` column
             (relative to the CSV's folder).
         out: CSV to write, atomically.
         batch_size: images per batch.
-        runtime: what executes the stages, as ``Cascade.load`` takes it; one that steps down says so.
-        trust_engines: run engines that were neither built here nor signed by a trusted key.
         log: folder to log every decision to (``continual.events.EventLog``).
 
     Returns:
@@ -55,11 +51,9 @@ def predict(
 
     Raises:
         InputError: an input does not exist, is of no known kind, or nothing is in it.
-        ArtifactError: the bundle is damaged.
     """
     _check(batch_size, out)
     files = gather(inputs)
-    cascade = bundle if isinstance(bundle, Cascade) else load(bundle, runtime, trust_engines=trust_engines)
     if log is None:
         return _answer_all(cascade, files, out, batch_size, "predict")
     from stage1_pro.continual.serving.events import EventLog
@@ -90,15 +84,8 @@ def infer(
 
     Reads pixels alone, of the one split that is named; no label, and nothing is measured or chosen.
 
-    Args:
-        run: trained and calibrated run folder.
-        inputs: as ``predict`` takes them.
-        split: rows of the run's ``splits.json`` instead of inputs.
-        out: CSV to write, atomically.
-        batch_size: images per batch.
-
-    Returns:
-        What ``predict`` gives; it decides the same on the run's bundle.
+    Takes and gives what ``predict`` does, or rows of the run's ``splits.json`` instead of inputs; it decides the same
+    as the run's bundle.
 
     Raises:
         InputError: both inputs and a split or neither, no such input, or no policy in the run.

@@ -24,10 +24,6 @@ def verify(bundle: Path | str, *, require_signature: bool = False, trust_engines
         require_signature: refuse it unless a trusted key signed it.
         trust_engines: what the engines' answer would be with this flag.
 
-    Returns:
-        ``format_version``, ``notes``, ``contents``, ``licence_file``, ``signature``, ``engines`` and the rest as plain
-        values.
-
     Raises:
         ArtifactError: it is damaged, hostile, of a newer format, signed wrongly, or not signed as required.
     """

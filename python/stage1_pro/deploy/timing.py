@@ -103,15 +103,10 @@ class Sampling:
 def sample(
     contestants: Mapping[str, Contestant], how: Sampling, description: str = ""
 ) -> dict[str, dict[str, Seconds]]:
-    """Seconds of calls: contestant, then part, to [n].
+    """Seconds of calls: contestant, then part, to [n]; ``description`` is the progress bar's.
 
     Contestants are called in rounds, each round in another order: a machine that slows down slows all of them, and
     the n-th samples of two contestants are neighbours in time.
-
-    Args:
-        contestants: name to call.
-        how: how many, and the seed of the orders.
-        description: for the progress bar.
     """
     repeats = {name: _warm_up(call, how) for name, call in contestants.items()}
     names, rng = list(contestants), np.random.default_rng(how.seed)
@@ -157,14 +152,9 @@ def quantiles(seconds: Seconds, *, level: float = 0.95, seed: int = 0) -> list[L
 
 
 def ratios(above: Seconds, below: Seconds, *, paired: bool, level: float = 0.95, seed: int = 0) -> list[LatencyRatio]:
-    """Quantiles of one series over those of another, and the ratio of means (``q`` null), with intervals.
+    """Quantiles of seconds [N] over those of seconds [M], and the ratio of means (``q`` null), with intervals.
 
-    Args:
-        above: seconds [N].
-        below: seconds [M].
-        paired: the n-th samples are neighbours in time (of one ``sample``), and are resampled together.
-        level: of the intervals, in (0, 1).
-        seed: of the resamples.
+    Paired, the n-th samples are neighbours in time (of one ``sample``), and are resampled together.
     """
     if paired:
         above, below = above[: len(below)], below[: len(above)]
@@ -230,13 +220,10 @@ def timed(runtime: Runtime | None, call: Callable[[], object]) -> dict[str, floa
 
 
 def deferrals(batch: int, rate: float, number: int, seed: int) -> NDArray[np.bool_]:
-    """Which rows [batch] of the n-th batch exit: over the calls so far as many have been deferred as the rate says.
+    """Which rows [batch] of the n-th batch exit, drawn by seed and number.
 
-    Args:
-        batch: rows.
-        rate: deferral rate in [0, 1]; the count is rounded down over all calls, not in each.
-        number: of the call.
-        seed: with the number, of the rows that are drawn.
+    Over the calls so far as many have been deferred as the rate, in [0, 1], says; it is rounded down over all calls,
+    not in each.
     """
     count = math.floor((number + 1) * rate * batch + 1e-9) - math.floor(number * rate * batch + 1e-9)
     return all_but(count, batch, np.random.default_rng([seed, number]))
@@ -250,15 +237,7 @@ def all_but(count: int, n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
 
 
 def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float, seed: int) -> Contestant:
-    """The cascade on rotated rows of a pool, with forced deferrals.
-
-    Args:
-        cascade: what is timed.
-        pool: pixels [M, 3, H, W].
-        batch: rows of a call.
-        rate: deferral rate in [0, 1].
-        seed: of the rows that are deferred.
-    """
+    """The cascade on rotated rows of a pool of pixels [M, 3, H, W], with deferrals forced as ``deferrals`` says."""
 
     def call(number: int) -> Mapping[str, float]:
         pixels, exited = _rotated(pool, batch, number), deferrals(batch, rate, number, seed)
@@ -270,14 +249,7 @@ def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float
 def passes(
     run: Callable[[NDArray[np.float32]], object], pool: NDArray[np.float32], batch: int, runtime: Runtime | None = None
 ) -> Contestant:
-    """Anybody's pass on rotated rows of a pool [M, 3, H, W]; the host waits for the answer.
-
-    Args:
-        run: is given pixels [batch, 3, H, W].
-        pool: pixels [M, 3, H, W].
-        batch: rows of a call.
-        runtime: whose device is timed as well.
-    """
+    """Anybody's pass on rotated rows of a pool [M, 3, H, W], timed as by ``timed``; the host waits for the answer."""
 
     def call(number: int) -> Mapping[str, float]:
         pixels = _rotated(pool, batch, number)
@@ -287,14 +259,7 @@ def passes(
 
 
 def answers(cascade: Cascade, photos: Sequence[bytes], rate: float, seed: int) -> Contestant:
-    """One request a call: encoded bytes to a decision, with decoding, resizing and the model apart.
-
-    Args:
-        cascade: what is timed.
-        photos: encoded, taken in turns.
-        rate: deferral rate in [0, 1].
-        seed: of the requests that are deferred.
-    """
+    """One request a call, deferred at a rate: encoded bytes to a decision; decoding, resizing and the model apart."""
     spec = cascade.bundle.preprocessing
 
     def call(number: int) -> Mapping[str, float]:
@@ -316,13 +281,7 @@ def _rotated(pool: NDArray[np.float32], batch: int, number: int) -> NDArray[np.f
 
 
 def draw_photos(n: int, size: tuple[int, int], seed: int) -> list[bytes]:
-    """JPEG bytes of coloured surfaces with grain: they cost a decoder about what a photo of their size does.
-
-    Args:
-        n: photos.
-        size: width and height in pixels.
-        seed: the same seed draws the same bytes.
-    """
+    """Some JPEGs of coloured surfaces with grain, width and height in pixels: they cost a decoder what a photo does."""
     rng = np.random.default_rng(seed)
     photos = []
     for _ in range(n):

@@ -149,11 +149,6 @@ def remember_built(path: Path | str) -> str:
 def engine_trust(bundle: Bundle, entry: EngineEntry, *, trust_engines: bool = False) -> Trust:
     """Say whether an engine may be deserialised here; deserialise the bytes of ``bundle.read``, which cannot change.
 
-    Args:
-        bundle: a loaded bundle.
-        entry: one of its engines.
-        trust_engines: the caller vouches for it.
-
     Raises:
         ArtifactError: the engine is none of the bundle's, or changed since it was exported; keys or ledger could have
             been written by others.
@@ -219,9 +214,7 @@ def signature_status(bundle: Bundle) -> SignatureStatus:
 def sign(bundle: Bundle, key: Path | str) -> Signature:
     """Sign a loaded bundle and write ``bundle.sig`` into it, atomically.
 
-    Args:
-        bundle: verified by ``load_bundle``.
-        key: PEM file of an Ed25519 private key (``new_key``, or ``openssl genpkey -algorithm ed25519``).
+    The key is a PEM file of an Ed25519 private key (``new_key``, or ``openssl genpkey -algorithm ed25519``).
 
     Raises:
         InputError: the key cannot be read, is no such key, or others may read it.
@@ -272,11 +265,9 @@ def new_key(path: Path | str) -> str:
 
 
 def trust_key(path: Path | str, name: str | None = None) -> TrustedKey:
-    """Trust a public key: engines of bundles that it signed run here.
+    """Trust the public key of a PEM file: engines of bundles that it signed run here.
 
-    Args:
-        path: PEM file of the public key.
-        name: what messages call it; the file's name by default.
+    Messages call it ``name``, or as the file is called.
 
     Raises:
         InputError: no such file, or another kind of key.
