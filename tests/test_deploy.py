@@ -39,7 +39,6 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.deploy import engine as engine_module
 from stage1_pro.deploy import onnx as onnx_module
 from stage1_pro.deploy.bench import bench_cascade, draw_cascade
-from stage1_pro.deploy.building import build
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.engine import (
@@ -51,9 +50,8 @@ from stage1_pro.deploy.engine import (
     read_engine,
     sanitise,
 )
-from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.inspection import inspect
-from stage1_pro.deploy.inspection import render as render_inspection
+from stage1_pro.deploy.exporting import build, export
+from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.manifest import BundleManifest
 from stage1_pro.deploy.onnx import export_onnx
 from stage1_pro.deploy.onnxruntime import OnnxRuntime
@@ -1060,7 +1058,7 @@ from stage1_pro.deploy import inspection
 from stage1_pro.deploy import prediction
 rows, failures = prediction.predict(sys.argv[1], [sys.argv[2]])
 print(prediction.render(rows))
-print(inspection.render(inspection.inspect(sys.argv[1])))
+print(inspection.render_inspection(inspection.inspect(sys.argv[1])))
 print(doctor.render(doctor.doctor()))
 assert failures == 0 and len(rows) == 16
 assert not BLOCKED & set(sys.modules)

@@ -19,8 +19,7 @@ from stage1_pro.continual.loop.promotion import check_certificate
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.inspection import inspect
-from stage1_pro.deploy.inspection import render as render_inspection
+from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.prediction import predict, promised
 from stage1_pro.errors import InputError
 from stage1_pro.policies.policy import POLICIES, Origin, read_policy, register, withdraw_policies

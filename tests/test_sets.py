@@ -690,8 +690,7 @@ from stage1_pro.data.images import preprocess, read_image
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions
 from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.inspection import inspect
-from stage1_pro.deploy.inspection import render as render_inspection
+from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.prediction import COLUMNS, count, infer, predict, promised
 from stage1_pro.models.model import create_model
 from stage1_pro.training.checkpoint import save_model

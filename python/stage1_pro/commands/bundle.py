@@ -24,10 +24,10 @@ class Verify(Command):
 
     def execute(self) -> Result:
         """Print whom it comes from and which engines would run here."""
-        from stage1_pro.deploy.receiving import render, verify
+        from stage1_pro.deploy.inspection import render_findings, verify
 
         facts = verify(**dict(self))
-        return Result(render(facts), facts)
+        return Result(render_findings(facts), facts)
 
 
 class Sign(Command):
@@ -97,7 +97,7 @@ class Migrate(Command):
 
     def execute(self) -> Result:
         """Print what was written, and what the bundle still lacks."""
-        from stage1_pro.deploy.receiving import migrate
+        from stage1_pro.deploy.inspection import migrate
 
         done = migrate(self.bundle, self.out)
         lines = [f"wrote {done['out']}, format {done['format_version']}", *done["notes"]]
@@ -115,7 +115,7 @@ class Inspect(Command):
 
     def execute(self) -> Result:
         """Print contents, policy, promise and engines."""
-        from stage1_pro.deploy.inspection import inspect, render
+        from stage1_pro.deploy.inspection import inspect, render_inspection
 
         facts = inspect(self.bundle)
-        return Result(render(facts), facts)
+        return Result(render_inspection(facts), facts)
