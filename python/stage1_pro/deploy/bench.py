@@ -73,10 +73,6 @@ class BenchBatch(Record):
         "with half its rows deferred, which comes on top"
     )
 
-    def cascade(self, n_deferred: int) -> BenchTiming:
-        """The cascade with so many rows deferred; KeyError when it was not measured."""
-        return {one.n_deferred: one for one in self.timings}[n_deferred]
-
 
 class CascadeBench(Record):
     """What ``stage1 bench cascade`` found: latency and throughput over batch sizes and deferral rates."""

@@ -180,7 +180,10 @@ def write_bundle(
         policy.write(folder / policy.file)
         splits.summary().write(folder / "splits.json")
         write_text(folder / "config.json", json.dumps(_portable(config), indent=2) + "\n")
-        write_text(folder / "metrics.csv", _read_metrics(metrics))
+        try:
+            write_text(folder / "metrics.csv", metrics.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(f"run must hold metrics.csv, but there is no {metrics}; train it again") from None
         licence = licence_note(config.model.backbone, backbone)
         if licence:
             write_text(folder / LICENCE, licence)
@@ -243,7 +246,15 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     _check_contents(path, manifest)
     policy = _policy_kind(manifest).parse(_read_record(path, manifest, manifest.policy_file), manifest.policy_file)
     splits = SplitsSummary.parse(_read_record(path, manifest, "splits.json"), "splits.json")
-    _check_policy(manifest, policy, splits)
+    check_policy_belongs(policy, manifest, manifest.provenance.model_fingerprint)
+    if splits.hashes != manifest.provenance.split_hashes:
+        raise ArtifactError(f"splits.json must have the hashes of {MANIFEST}, got others")
+    for name, digest in policy.split_hashes.items():
+        if splits.hashes.get(name) != digest:
+            raise ArtifactError(
+                f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows"
+                f"{policy.void()}; run `stage1 calibrate` again and export once more"
+            )
     return Bundle(path, manifest, policy, splits, raw, notes, found)
 
 
@@ -559,31 +570,12 @@ def _check_arrays(file: io.BufferedReader, name: str) -> None:
         ) from None
 
 
-def _check_policy(manifest: BundleManifest, policy: Policy, splits: SplitsSummary) -> None:
-    check_policy_belongs(policy, manifest, manifest.provenance.model_fingerprint)
-    if splits.hashes != manifest.provenance.split_hashes:
-        raise ArtifactError(f"splits.json must have the hashes of {MANIFEST}, got others")
-    for name, digest in policy.split_hashes.items():
-        if splits.hashes.get(name) != digest:
-            raise ArtifactError(
-                f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows"
-                f"{policy.void()}; run `stage1 calibrate` again and export once more"
-            )
-
-
 def _portable(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = config.model_dump(mode="json")
     source = str(values["model"]["backbone"])
     if Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         values["model"]["backbone"] = Path(source).expanduser().resolve().name
     return values
-
-
-def _read_metrics(path: Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ArtifactError(f"run must hold metrics.csv, but there is no {path}; train it again") from None
 
 
 def licence_note(base: str, backbone: BackboneInfo) -> str | None:

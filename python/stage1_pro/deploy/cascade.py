@@ -176,8 +176,7 @@ class Cascade(Answering):
             DependencyError: the named runtime lacks a library, a driver or a GPU.
         """
         loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        started = start(loaded, runtime, threads=threads, trust_engines=trust_engines)
-        return cls(loaded, started.runtime, started.steps)
+        return cls(loaded, *start(loaded, runtime, threads=threads, trust_engines=trust_engines))
 
     @classmethod
     def from_run(cls, run: Path | str, *, threads: int = 0, device: str = "cpu") -> Cascade:

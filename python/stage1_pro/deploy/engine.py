@@ -305,6 +305,12 @@ def build_engine(
     with atomic_path(engine) as temporary:
         temporary.write_bytes(memoryview(plan))
     built = remember_built(engine)
+    # From INFO up; driver complaints say only that no GPU is here.
+    told = [
+        f"{severity}: {sanitise(message)}"
+        for severity, message in logger.lines
+        if severity in ("INFO", "WARNING", "ERROR") and "CUDA" not in message
+    ]
     # What the engine's own record and the manifest both say.
     facts: dict[str, Any] = {
         "stage": stage, "precision": precision, "builder": trt.__name__, "builder_version": trt.__version__,
@@ -312,7 +318,7 @@ def build_engine(
     }  # fmt: skip
     BuildRecord(
         **facts, recipe=recipe, engine_sha256=built, engine_size=engine.stat().st_size, layers=layers,
-        log=_audit(logger.lines),
+        log=told[-_AUDIT_LINES:],
     ).write(engine.with_suffix(".build.json"))  # fmt: skip
     return EngineEntry(
         **facts, path=relative, target=recipe.target, compute_capabilities=capabilities, batch=recipe.profile(stage),
@@ -484,16 +490,6 @@ def _build(module: Any, onnx: Path, recipe: EngineRecipe, stage: StageName, logg
 
 def _first(reasons: list[str]) -> str:
     return sanitise(reasons[0].splitlines()[0])[:400] if reasons else "no reason given"
-
-
-def _audit(lines: list[tuple[str, str]]) -> list[str]:
-    """The last messages from INFO up. Driver complaints are left out: they say only that no GPU is here."""
-    kept = [
-        f"{severity}: {sanitise(message)}"
-        for severity, message in lines
-        if severity in ("INFO", "WARNING", "ERROR") and "CUDA" not in message
-    ]
-    return kept[-_AUDIT_LINES:]
 
 
 @contextlib.contextmanager

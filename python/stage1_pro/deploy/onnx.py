@@ -112,7 +112,14 @@ def export_onnx(
                 f"{stage}.onnx must agree with torch within {tolerance:g}, got a difference of {difference:.3g}; "
                 "nothing was exported"
             )
-    return {stage: _entry(folder, stage, parity[stage]) for stage in OUTPUTS}
+    entries: dict[StageName, StageEntry] = {}
+    for stage, difference in parity.items():
+        session = open_session(folder / f"{stage}.onnx")
+        inputs, outputs = shapes(session.get_inputs()), shapes(session.get_outputs())
+        if any(shape[0] != -1 for shape in (*inputs.values(), *outputs.values())):
+            raise ArtifactError(f"{stage}.onnx must have a dynamic batch, got {inputs} -> {outputs}")
+        entries[stage] = StageEntry(onnx=f"{stage}.onnx", inputs=inputs, outputs=outputs, parity=difference)
+    return entries
 
 
 def graph_name(stage: StageName, precision: Precision) -> str:
@@ -382,11 +389,3 @@ def _parity(ours: Stages, theirs: Stages, pixels: NDArray[np.float32]) -> dict[S
         for stage, difference in _differences(expected, found).items():
             worst[stage] = float(np.maximum(worst[stage], difference))
     return worst
-
-
-def _entry(folder: Path, stage: StageName, parity: float) -> StageEntry:
-    session = open_session(folder / f"{stage}.onnx")
-    inputs, outputs = shapes(session.get_inputs()), shapes(session.get_outputs())
-    if any(shape[0] != -1 for shape in (*inputs.values(), *outputs.values())):
-        raise ArtifactError(f"{stage}.onnx must have a dynamic batch, got {inputs} -> {outputs}")
-    return StageEntry(onnx=f"{stage}.onnx", inputs=inputs, outputs=outputs, parity=parity)

@@ -25,16 +25,10 @@ class Step:
         return f"{self.runtime} on {self.source} ({self.precision}): {self.reason}"
 
 
-@dataclass(frozen=True)
-class Started:
-    """A runtime that gave the bundle's reference outputs, and every step on the way to it; the last is its own."""
-
-    runtime: Runtime
-    steps: tuple[Step, ...]
-
-
-def start(bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, trust_engines: bool = False) -> Started:
-    """Start a runtime on a verified bundle.
+def start(
+    bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, trust_engines: bool = False
+) -> tuple[Runtime, tuple[Step, ...]]:
+    """Start a runtime that gives a verified bundle's reference outputs; gives it, and every step up to its own.
 
     ``auto`` tries the bundle's engines, each target's own precision first and then its fallbacks, and onnxruntime
     last. A named runtime goes through its own engines and never becomes another runtime.
@@ -70,7 +64,7 @@ def start(bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, tru
             steps.append(Step(kind.name, source.place, source.precision, ready=False, reason=str(error)))
         else:
             ready = Step(kind.name, source.place, source.precision, ready=True, reason=reason)
-            return Started(found, (*steps, ready))
+            return found, (*steps, ready)
     if not ladder:
         here = sorted({entry.target for entry in bundle.manifest.engines}) or ["none"]
         raise InputError(
