@@ -80,9 +80,7 @@ class Trace:
 class Prepared:
     """One image on its way to a decision; its pixels are prepared once for each specification that asks.
 
-    Args:
-        image: path, encoded bytes, PIL image, or array [H, W, 3] (or [H, W] grey) of uint8.
-        opened: the same as an 8-bit RGB image, where it has been decoded already.
+    Where it has been decoded already, ``opened`` is the same as an 8-bit RGB image.
     """
 
     def __init__(self, image: ImageLike, opened: Image.Image | None = None) -> None:

@@ -327,12 +327,7 @@ def build_engine(
 
 
 def read_engine(bundle: Bundle, entry: EngineEntry) -> bytes:
-    """An engine's bytes, ready to be deserialised: they are the manifest's, and the header is well formed.
-
-    Raises:
-        ArtifactError: the file was changed, or is no engine.
-        DependencyError: the engine's runtime is not installed.
-    """
+    """An engine's bytes, which are the manifest's and have a well-formed header; raises as ``check_header`` does."""
     data = bundle.read(entry.path)
     check_header(data[:HEADER_SIZE], entry.target)
     return data

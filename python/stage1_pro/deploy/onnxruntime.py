@@ -23,11 +23,7 @@ _JOINED = "full.onnx"
 
 
 class OnnxRuntime(Runtime):
-    """The CPU default: both graphs on onnxruntime.
-
-    Args:
-        bundle: a verified bundle.
-        threads: threads inside an operator; 0 = as many as there are cores.
+    """The CPU default: both graphs of a verified bundle on onnxruntime; 0 threads: as many as there are cores.
 
     Raises:
         InputError: ``threads`` is negative.

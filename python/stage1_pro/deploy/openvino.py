@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 class OpenVinoRuntime(Runtime):
-    """Both graphs compiled by OpenVINO for this machine's CPU when the bundle is loaded.
-
-    Args:
-        bundle: a verified bundle; weights beside its graphs are found.
-        threads: threads of inference; 0 = as many as OpenVINO takes.
+    """Both graphs of a verified bundle compiled by OpenVINO for this machine's CPU; 0 threads: as many as it takes.
 
     Raises:
         ArtifactError: a graph cannot be compiled.

@@ -63,9 +63,7 @@ class TorchRuntime(Runtime):
     the same buffers; ``device_seconds`` is what events measured around all replays so far. It is PyTorch, never
     called TensorRT.
 
-    Args:
-        model: is put into evaluation mode.
-        threads: torch's threads in this process; 0 leaves them as they are.
+    The model is put into evaluation mode; 0 threads leave torch's in this process as they are.
 
     Raises:
         InputError: ``threads`` is negative.
