@@ -53,9 +53,9 @@ class Decisions:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """A mapping of plain Python values per image."""
-        names = [field.name for field in fields(self)]
-        for values in zip(*(getattr(self, name).tolist() for name in names), strict=True):
-            yield dict(zip(names, values, strict=True))
+        columns = self.to_dict()
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Columns as plain lists."""
