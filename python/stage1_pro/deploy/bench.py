@@ -370,15 +370,13 @@ def _of_batch(
     """Stage A and the cascade at every deferral rate, called turn about at one batch size."""
     say(f"batch {size}")
     runtime = cascade.runtime
-    contestants = {
-        "stage_a": timing.passes(lambda rows: runtime.run("stage_a", {"pixels": rows}), pool, size, runtime),
-        **{f"cascade {rate}": timing.decides(cascade, pool, size, rate, how.seed) for rate in dict.fromkeys(rates)},
-    }
-    measured = timing.sample(contestants, how, f"batch {size}")
+    contestants = {"stage_a": timing.passes(lambda rows: runtime.run("stage_a", {"pixels": rows}), pool, size, runtime)}
+    rate_of = {f"cascade {rate}": rate for rate in rates}
+    for label, rate in rate_of.items():
+        contestants[label] = timing.decides(cascade, pool, size, rate, how.seed)
     return [
-        _series(kind, part, size, float(rate) if rate else None, values, how.seed)
-        for label, parts in measured.items()
-        for kind, _, rate in [label.partition(" ")]
+        _series(label.split()[0], part, size, rate_of.get(label), values, how.seed)
+        for label, parts in timing.sample(contestants, how, f"batch {size}").items()
         for part, values in parts.items()
     ]
 
