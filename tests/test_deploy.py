@@ -1058,7 +1058,7 @@ from stage1_pro import Cascade
 from stage1_pro.commands import doctor
 from stage1_pro.deploy import inspection
 from stage1_pro.deploy import prediction
-rows, failures = prediction.predict(sys.argv[1], [sys.argv[2]])
+rows, failures = prediction.predict(prediction.load(sys.argv[1], "onnxruntime"), [sys.argv[2]])
 print(prediction.render(rows))
 print(inspection.render_inspection(inspection.inspect(sys.argv[1])))
 print(doctor.render(doctor.doctor()))
