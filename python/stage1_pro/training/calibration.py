@@ -19,7 +19,7 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.files import load_npz, sha256_file
 from stage1_pro.policies.claims import close_claim, note_look, stake_claim
-from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, policy_named, withdraw_policies
+from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, withdraw_policies
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
@@ -105,7 +105,7 @@ def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     options = [*POLICIES, "auto"]
     if policy not in options:
         raise InputError(f"policy must be {' or '.join(options)}, got '{policy}'{nearest(policy, options)}")
-    kind = policy_named(policy).asks
+    kind = POLICIES.find(policy).asks
     named: dict[str, Any] = {"policy": policy}
     for name, value in given.items():
         if name == "policy":
@@ -152,7 +152,7 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
     if wish.guarantee == "ltt":
         if not half:
             raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
-        policy_named(wish.policy).check_fit_half(rows)
+        POLICIES.find(wish.policy).check_fit_half(rows)
     # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
     with exclusive(run):
         return _choose(run, wish, given, rows, origin, half)
@@ -171,7 +171,7 @@ def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origi
     elif half:
         note_look(run, half)
     try:
-        policy = policy_named(wish.policy).fit(wish, rows, use=None if stake is None else stake.use, origin=origin)
+        policy = POLICIES.find(wish.policy).fit(wish, rows, use=None if stake is None else stake.use, origin=origin)
     except NotReachableError as error:
         if stake is not None:
             close_claim(run, half, stake, "infeasible")
@@ -270,7 +270,7 @@ def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
     halves = arrays.get("half")
-    target = None if out is None else (out if out.suffix == ".json" else out / policy_named(wish.policy).file)
+    target = None if out is None else (out if out.suffix == ".json" else out / POLICIES.find(wish.policy).file)
     if target is not None and target != out and (target.parent / "splits.json").is_file():
         raise InputError(
             f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"
@@ -287,7 +287,7 @@ def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
             probs_b=_file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
             halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
         )  # fmt: skip
-        policy = policy_named(wish.policy).fit(wish, rows, origin=Origin({"logits": sha256_file(path)}))
+        policy = POLICIES.find(wish.policy).fit(wish, rows, origin=Origin({"logits": sha256_file(path)}))
     except NotReachableError:
         if target is not None:
             _withdraw(target, out)
