@@ -14,6 +14,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -118,9 +119,8 @@ class ReviewServer:
                 before = self.queue.progress(self.reviewer, now)
                 item = self.queue.undo(self.reviewer, now)
                 undone = before.answered_here + before.skipped_here > 0
-                note = "Undone; answer again." if item else "Undone; somebody else has it now." if undone else (
-                    "There is nothing to undo."
-                )  # fmt: skip
+                other = "Undone; somebody else has it now." if undone else "There is nothing to undo."
+                note = "Undone; answer again." if item else other
         except LeaseLostError:
             note = "That one has been answered by somebody else; nothing was changed."
         item = item or self.queue.take(self.reviewer, now)
@@ -299,17 +299,15 @@ def review(
     result: dict[str, Any] = {"purged": events.images.purge(time.time())}
     if purge:
         return result
-    kept = Store(store)
-    try:
+    with contextlib.closing(Store(store)) as kept:
         found = ingest(kept, events)
         result["ingested"] = found.events
         for line in found.torn:
             say(f"{log}: a line is no event and was passed over, {line}")
         name = reviewer or getpass.getuser()
         queue = ReviewQueue(kept, events.images, lease=lease)
-        with ReviewServer(
-            queue, name, clock=time.time, port=port, blind=blind, refresh=lambda: ingest(kept, events)
-        ) as page:
+        more = partial(ingest, kept, events)
+        with ReviewServer(queue, name, clock=time.time, port=port, blind=blind, refresh=more) as page:
             say(f"review as {name}: {page.url}   (Ctrl-C ends)")
             if ready is not None:
                 ready(page.url)
@@ -322,8 +320,6 @@ def review(
                     say("ended; every answer is kept")
         result["progress"] = queue.progress(name, time.time()).model_dump()
         result["disagreement"] = disagreement(kept).model_dump()
-    finally:
-        kept.close()
     return result
 
 
