@@ -282,13 +282,15 @@ def test_a_log_that_cannot_be_written_costs_no_answer(
 
 def test_a_loops_champion_mines(bundle: Path, photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
+    from kit.loop_parts import promote
+
     from stage1_pro.continual.ledger.store import Store
     from stage1_pro.continual.loop.registry import Registry
 
     root = tmp_path / "loop"
     registry = Registry(root, Store(root / "loop.db"))
     name = registry.add(bundle)
-    registry.promote(name, expected=0, now=1.0, by="ada")
+    promote(registry, name, expected=0, now=1.0, by="ada")
     ReviewPlan(floor=0.5).write(root / "plan.json")
     file = tmp_path / "miner.yaml"
     file.write_text("loop: loop\nlog: loop/log\ntrain_prior: 0.8\nserve_prior: 0.5\n")
@@ -309,7 +311,7 @@ def test_a_loops_champion_mines(bundle: Path, photo: bytes, tmp_path: Path, monk
     other = registry.add(copy)
     with registry.store.write() as connection:
         registry.audit_at(connection, 0.9, now=2.0)
-    registry.promote(other, expected=1, now=2.0, by="ada")
+    promote(registry, other, expected=1, now=2.0, by="ada")
     assert miner.answer(photo) > 0
     last = list(EventLog(root / "log"))[-1]
     assert last.bundle == other and last.propensity >= 0.9 and last.action != "exit"

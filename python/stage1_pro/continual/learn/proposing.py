@@ -129,63 +129,55 @@ def propose_run(
         if not rows:
             raise InputError(f"{name} must be 1 or more, got none; name what is to hold the policy")
 
-    def read(rows: Sequence[Row], what: str) -> _Cached:
-        labels, sources = labels_of(rows, splits, source)
-        verified(labels, sources, classes=splits.classes, positive=splits.positive)
-        (a, b), _ = read_rows(model, splits.photos_of(rows), config, description=what)
-        return _Cached(a, b, labels, sources)
-
-    fresh, chosen_by = read(new, "new rows"), read(select, "val_select rows")
+    parent = _Parent(model, splits, config, spec, source, device)
+    fresh, chosen_by = parent.read(new, "new rows"), parent.read(select, "val_select rows")
     (holding, _), (lately, _) = (
         read_rows(model, photos, config, description=what)
         for photos, what in ((splits.photos_of(held), "anchor"), ([Path(path) for path in recent], "recent"))
     )
-    old = [row for row in learned if row.sha256 in known]
-    remembered = _remember(model, splits, config, old, path=reservoir)
+    remembered = _remember(parent, [row for row in learned if row.sha256 in known], path=reservoir)
     columns = remembered.columns
     replayed = _Cached(columns["a"], columns["b"], columns["label"], [source] * len(remembered)) if columns else None
 
-    def ask(policy: _Policy, options: ProposalOptions, learns: str, width: int) -> Proposal:
-        def paid(cached: _Cached) -> BanditRows:
-            return _pay(cached, model, spec, splits, device, width)
-
+    def ask(policy: HeadsPolicy | _AnswersB, options: ProposalOptions, width: int, *learns: str) -> Proposal:
         return propose(
-            policy, paid(fresh), None if replayed is None else paid(replayed), paid(chosen_by),
+            policy, parent.pay(fresh, width), None if replayed is None else parent.pay(replayed, width),
+            parent.pay(chosen_by, width),
             anchor=tuple(torch.from_numpy(x).to(device) for x in holding),
             recent=tuple(torch.from_numpy(x).to(device) for x in lately),
-            options=options,
-            learns=[name for name, _ in policy.named_parameters() if name.startswith(tuple(learns.split()))],
+            options=options, learns=[name for name, _ in policy.named_parameters() if name.startswith(learns)],
         )  # fmt: skip
 
-    def accuracy_b() -> float:
-        return float((_answers_b(model, chosen_by.b, device) == chosen_by.labels).mean())
+    def reward(policy: HeadsPolicy) -> float:
+        paid = parent.pay(chosen_by, classes + 2)
+        return mean_reward(log_probs_of(policy, paid.inputs), paid.rewards)
 
-    classes, before_b = len(splits.classes), accuracy_b()
-    answers = _AnswersB(model.heads.auxiliary)
-    by_likelihood = options.model_copy(update={"objective": "likelihood"})
-    found_b = ask(answers, by_likelihood, "auxiliary", classes)
-    held_policy = HeadsPolicy(model.heads)
-    start = mean_reward(*_outcome(held_policy, chosen_by, model, spec, splits, device))
+    classes, policy, answers = len(splits.classes), HeadsPolicy(model.heads), _AnswersB(model.heads.auxiliary)
+    before_b = parent.accuracy_b(chosen_by)
+    found_b = ask(answers, options.model_copy(update={"objective": "likelihood"}), classes, "auxiliary")
+    start = reward(policy)
     if found_b.state is not None:
         answers.load_state_dict(found_b.state)
-    policy = HeadsPolicy(model.heads)
-    found = ask(policy, options, "module.classifier module.gate", classes + 2)
+    found = ask(policy, options, classes + 2, "module.classifier", "module.gate")
     if found.state is not None:
         policy.load_state_dict(found.state)
-    reached = mean_reward(*_outcome(policy, chosen_by, model, spec, splits, device))
+    reached = reward(policy)
     if reached <= start:
-        raise NotReachableError(_none(start, found, found_b))
+        raise NotReachableError(
+            f"the reward on val_select must rise above {start:.4f} within the anchor's budget of KL, got steps of "
+            f"Stage A that earn {_tried(found)}; Stage B's steps earn {_tried(found_b)}; nothing was written"
+        )
     state = model.state_dict()
     strata, counts = np.unique(remembered.strata, return_counts=True)
     record = ProposalRecord(
         parent_fingerprint=before, model_fingerprint=fingerprint(model.architecture, state), spec=spec, options=options,
         n_new=len(new), replayed=dict(zip(strata.tolist(), counts.tolist(), strict=True)), n_select=len(select),
         n_anchor=len(held), n_recent=len(recent), share=found.share, steps=list(found.steps),
-        share_b=found_b.share, steps_b=list(found_b.steps),
-        accuracy_b_before=before_b, accuracy_b_after=accuracy_b(), reward_before=start, reward_after=reached,
+        share_b=found_b.share, steps_b=list(found_b.steps), accuracy_b_before=before_b,
+        accuracy_b_after=parent.accuracy_b(chosen_by), reward_before=start, reward_after=reached,
         split_hashes=splits.hashes,
     )  # fmt: skip
-    remembered.add([row.sha256 for row in new], _strata(new), _columns(fresh, _features_of(model)))
+    parent.remember(remembered, new, fresh.a, fresh.b)
     with atomic_directory(out) as staging:
         write_run(staging, run, state)
         remembered.save(staging / RESERVOIR)
@@ -204,35 +196,6 @@ def _select(rows: Sequence[Row], known: Collection[str]) -> list[Row]:
     return new + old[: len(new) or len(old)]
 
 
-def _remember(
-    model: Stage1Model, splits: Splits, config: Config, known: Sequence[Row], *, path: Path | str | None
-) -> Reservoir:
-    """The parent's reservoir, where its features are this model's; else one of the known rows.
-
-    A backbone knows the rows it was trained on by heart, so an augmented draw that training did not make is remembered
-    in their place.
-    """
-    features = _features_of(model)
-    if path is not None and Path(path).is_file():
-        there = Reservoir.load(path)
-        if not len(there) or str(there.columns["features"][0]) == features:
-            return there
-    found = Reservoir(CAPACITY, config.seed)
-    # Who stays is drawn before anybody's features are read.
-    drawn = Reservoir(CAPACITY, config.seed)
-    drawn.add([row.sha256 for row in known], _strata(known), {})
-    ids = set(drawn.ids.tolist())
-    kept = [row for row in known if row.sha256 in ids]
-    if kept:
-        by_heart = config.augment.enabled and config.train.mode != "linear"
-        draw = (config.augment, config.seed, config.train.epochs) if by_heart else None
-        paths = splits.photos_of(kept)
-        (a, b), _ = read_rows(model, paths, config, draw, description="rows to remember")
-        labels, sources = labels_of(kept, splits, "owner")
-        found.add([row.sha256 for row in kept], _strata(kept), _columns(_Cached(a, b, labels, sources), features))
-    return found
-
-
 @dataclass(frozen=True)
 class _Cached:
     """Rows as heads see them: features of both stages, each [N, 2D], labels [N] and where those come from."""
@@ -241,6 +204,75 @@ class _Cached:
     b: NDArray[np.float32]
     labels: NDArray[np.int64]
     sources: list[str]
+
+
+@dataclass(frozen=True)
+class _Parent:
+    """The run that is proposed from, its heads as they are by now, and what its labels earn."""
+
+    model: Stage1Model
+    splits: Splits
+    config: Config
+    spec: RewardSpec
+    source: str
+    device: torch.device
+
+    def read(self, rows: Sequence[Row], what: str) -> _Cached:
+        labels, sources = labels_of(rows, self.splits, self.source)
+        verified(labels, sources, classes=self.splits.classes, positive=self.splits.positive)
+        (a, b), _ = read_rows(self.model, self.splits.photos_of(rows), self.config, description=what)
+        return _Cached(a, b, labels, sources)
+
+    @torch.no_grad()
+    def answers_b(self, rows: _Cached) -> NDArray[np.int64]:
+        logits: Tensor = self.model.heads.auxiliary(torch.from_numpy(rows.b).to(self.device))
+        return np.asarray(logits.argmax(1).cpu().numpy(), dtype=np.int64)
+
+    def accuracy_b(self, rows: _Cached) -> float:
+        return float((self.answers_b(rows) == rows.labels).mean())
+
+    def pay(self, rows: _Cached, width: int) -> BanditRows:
+        """What the first ``width`` actions earn with Stage B as it is: answers alone, or all."""
+        answers = self.answers_b(rows)
+        paid = pay_rows((rows.a, rows.b), answers, rows.labels, rows.sources, self.spec, self.splits, self.device)
+        return BanditRows(paid.inputs, paid.rewards[:, :width])
+
+    def features(self) -> str:
+        """Hash of all that makes features, heads apart."""
+        state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("heads.")}
+        return fingerprint(self.model.architecture, state)
+
+    def remember(
+        self, reservoir: Reservoir, rows: Sequence[Row], a: NDArray[np.float32], b: NDArray[np.float32]
+    ) -> None:
+        made_by = np.full(len(rows), self.features())
+        columns: dict[str, NDArray[Any]] = {"a": a, "b": b, "label": self.splits.indices(rows), "features": made_by}
+        reservoir.add([row.sha256 for row in rows], _strata(rows), columns)
+
+
+def _remember(parent: _Parent, known: Sequence[Row], *, path: Path | str | None) -> Reservoir:
+    """The parent's reservoir, where its features are this model's; else one of the known rows.
+
+    A backbone knows the rows it was trained on by heart, so an augmented draw that training did not make is remembered
+    in their place.
+    """
+    if path is not None and Path(path).is_file():
+        there = Reservoir.load(path)
+        if not len(there) or str(there.columns["features"][0]) == parent.features():
+            return there
+    config = parent.config
+    found, drawn = Reservoir(CAPACITY, config.seed), Reservoir(CAPACITY, config.seed)
+    # Who stays is drawn before anybody's features are read.
+    drawn.add([row.sha256 for row in known], _strata(known), {})
+    ids = set(drawn.ids.tolist())
+    kept = [row for row in known if row.sha256 in ids]
+    if kept:
+        by_heart = config.augment.enabled and config.train.mode != "linear"
+        draw = (config.augment, config.seed, config.train.epochs) if by_heart else None
+        photos = parent.splits.photos_of(kept)
+        (a, b), _ = read_rows(parent.model, photos, config, draw, description="rows to remember")
+        parent.remember(found, kept, a, b)
+    return found
 
 
 class _AnswersB(nn.Module):
@@ -254,50 +286,9 @@ class _AnswersB(nn.Module):
         return torch.as_tensor(self.auxiliary(features_b)).float().log_softmax(1)
 
 
-_Policy = HeadsPolicy | _AnswersB
-
-
-@torch.no_grad()
-def _answers_b(model: Stage1Model, features_b: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
-    found: NDArray[np.int64] = model.heads.auxiliary(torch.from_numpy(features_b).to(device)).argmax(1).cpu().numpy()
-    return found
-
-
-def _pay(
-    rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device, width: int
-) -> BanditRows:
-    """What the first ``width`` actions earn with Stage B as it is: answers alone, or all."""
-    answers = _answers_b(model, rows.b, device)
-    paid = pay_rows((rows.a, rows.b), answers, rows.labels, rows.sources, spec, splits, device)
-    return BanditRows(paid.inputs, paid.rewards[:, :width])
-
-
-def _outcome(
-    policy: nn.Module, rows: _Cached, model: Stage1Model, spec: RewardSpec, splits: Splits, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    paid = _pay(rows, model, spec, splits, device, len(splits.classes) + 2)
-    return log_probs_of(policy, paid.inputs), paid.rewards
-
-
-def _columns(rows: _Cached, features: str) -> dict[str, NDArray[Any]]:
-    return {"a": rows.a, "b": rows.b, "label": rows.labels, "features": np.full(len(rows.labels), features)}
-
-
 def _strata(rows: Sequence[Row]) -> list[str]:
     return [f"{row.source}/{row.label}" for row in rows]
 
 
-def _features_of(model: Stage1Model) -> str:
-    """Hash of all that makes features, heads apart."""
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
-    return fingerprint(model.architecture, state)
-
-
-def _none(start: float, found: Proposal, found_b: Proposal) -> str:
-    def tried(proposal: Proposal) -> str:
-        return ", ".join(f"{s.select_reward:.4f} at KL {s.anchor_kl:.3g}" for s in proposal.steps)
-
-    return (
-        f"the reward on val_select must rise above {start:.4f} within the anchor's budget of KL, got steps of Stage A "
-        f"that earn {tried(found)}; Stage B's steps earn {tried(found_b)}; nothing was written"
-    )
+def _tried(proposal: Proposal) -> str:
+    return ", ".join(f"{step.select_reward:.4f} at KL {step.anchor_kl:.3g}" for step in proposal.steps)

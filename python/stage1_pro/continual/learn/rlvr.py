@@ -38,13 +38,12 @@ from stage1_pro.continual.learn.rewards import (
 )
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.splits import Row, Splits
-from stage1_pro.errors import ArtifactError, InputError, NotReachableError
-from stage1_pro.files import atomic_directory, load_npz, write_csv
-from stage1_pro.metrics.measured import Metric
+from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.files import atomic_directory, write_csv
 from stage1_pro.models.adapters import adapt, merged_state
 from stage1_pro.models.model import Outputs, Stage1Model, fingerprint
 from stage1_pro.policies.claims import CLAIMS_FILE
-from stage1_pro.policies.ranking import DIFFERENCE, GATE, SOFTMAX, GateChoice, rank_answers
+from stage1_pro.policies.ranking import GateChoice, rank_answers
 from stage1_pro.progress import say
 from stage1_pro.record import Record  # fmt: skip
 from stage1_pro.training import checkpoint
@@ -127,29 +126,6 @@ def set_loss(positive: Tensor, is_positive: NDArray[np.bool_], reward: SetReward
     said = rng.random((draws, is_positive.size)) < positive.detach().cpu().numpy()
     worth = difference_rewards(said, is_positive, reward).mean(0)
     return -(positive * torch.as_tensor(worth, dtype=positive.dtype, device=positive.device)).sum()
-
-
-def expected_set_reward(positive: Tensor, is_positive: NDArray[np.bool_], reward: SetReward) -> Tensor:
-    """Expected reward of a set whose rows are answered positive independently, exactly and with its gradient, a scalar.
-
-    From the laws of both counts (Poisson binomial, by convolution), O(N^2): for small sets, and the judge of
-    ``set_loss``.
-
-    Args:
-        positive: [N] probability that the row is answered positive.
-        is_positive: [N] truth.
-        reward: of a set from its counts.
-    """
-    truth = torch.as_tensor(is_positive, device=positive.device)
-    laws = []
-    for rows in (positive[truth], positive[~truth]):
-        law = positive.new_ones(1)
-        for p in rows:
-            law = torch.cat([law * (1 - p), law.new_zeros(1)]) + torch.cat([law.new_zeros(1), law * p])
-        laws.append(law)
-    tp, fp = np.meshgrid(*(np.arange(len(law), dtype=np.float64) for law in laws), indexing="ij")
-    table = reward(tp, fp, len(laws[0]) - 1 - tp, len(laws[1]) - 1 - fp)
-    return laws[0] @ torch.as_tensor(table, dtype=positive.dtype, device=positive.device) @ laws[1]
 
 
 def kl(log_probs: Tensor, reference: Tensor) -> Tensor:
@@ -430,22 +406,6 @@ def tune(
     return record
 
 
-def read_tuning(run: Path | str) -> TuningRecord | None:
-    """What a run was tuned from; None where it was only trained.
-
-    Raises:
-        ArtifactError: the record is of another model than the run's.
-    """
-    run = Path(run)
-    if not (run / "tuning.json").is_file():
-        return None
-    record = TuningRecord.read(run / "tuning.json")
-    stored = str(load_npz(run / "val_calib.npz")["model_fingerprint"])
-    if record.model_fingerprint != stored:
-        raise ArtifactError(f"{run}/tuning.json must be of this run's model, got one of another; tune again")
-    return record
-
-
 def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
     """Into a new folder: a run with these weights, of another's splits and configuration, and without a policy.
 
@@ -467,7 +427,9 @@ def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
     predictions = infer(plain, splits, "val_select", workers=config.train.workers)
     predictions.save(staging / "val_select.npz")
     save_calibration(staging, infer(plain, splits, "val_calib", workers=config.train.workers))
-    _choice(predictions, config).write(staging / "gate.json")
+    found = rank_answers(predictions, seed=config.seed)
+    choice = GateChoice.of(found, predictions, config.gate.confidence, fit="joint", form="joint: tuned for a reward")
+    choice.write(staging / "gate.json")
 
 
 def read_rows(
@@ -562,20 +524,4 @@ def _rows_of(
     return pay_rows(
         inputs, np.concatenate([answers for _, answers in found]), np.tile(labels, len(draws)), sources * len(draws),
         spec, splits, next(model.parameters()).device,
-    )  # fmt: skip
-
-
-def _choice(predictions: Any, config: Config) -> GateChoice:
-    """``gate.json`` of a tuned run: what ranks its answers better on ``val_select``."""
-    found = rank_answers(predictions, seed=config.seed)
-
-    def metric(name: str) -> Metric:
-        return Metric.of(name, found[name])
-
-    better: Literal["gate", "softmax"] = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
-    asked = config.gate.confidence
-    return GateChoice(
-        fit="joint", form="joint: tuned for a reward", split_hash=predictions.split_hash,
-        model_fingerprint=predictions.model_fingerprint, gate_augrc=metric(GATE), softmax_augrc=metric(SOFTMAX),
-        difference=metric(DIFFERENCE), asked=asked, confidence=better if asked == "auto" else asked,
     )  # fmt: skip

@@ -145,7 +145,7 @@ class Rounds:
         )  # fmt: skip
         floor = self.config.plan.floor
         advice = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
-        in_force = max(self.registry.audit_rate() or 0.0, floor)
+        in_force = max(self.registry.pointer().audit_rate or 0.0, floor)
         return status.model_copy(update={"verdict": advice, "audit_rate": in_force}), after, view
 
     def _view(self, history: History, bundle: str, since: float) -> ChampionView:
