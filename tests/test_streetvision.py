@@ -27,6 +27,7 @@ from sklearn.metrics import matthews_corrcoef
 
 import stage1_pro
 from stage1_pro import cli
+from stage1_pro.commands.streetvision import Tune
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan
 from stage1_pro.continual.serving.served import identify
 from stage1_pro.data import protocols
@@ -37,7 +38,7 @@ from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.files import sha256_file
-from stage1_pro.integrations.streetvision import Settings, StreetVision, register
+from stage1_pro.integrations.streetvision import Settings, StreetVision, register, tuning
 from stage1_pro.integrations.streetvision.answering import guard
 from stage1_pro.integrations.streetvision.reward import (
     Rates,
@@ -50,7 +51,7 @@ from stage1_pro.integrations.streetvision.reward import (
     rates_of,
     shifted,
 )
-from stage1_pro.integrations.streetvision.tuning import MinerTuning, tune, yaml_of
+from stage1_pro.integrations.streetvision.tuning import MinerTuning, yaml_of
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.training.robustness import ProtocolEvaluation, evaluate_protocol
 
@@ -800,7 +801,7 @@ def test_abstaining_pays_what_was_reported(accuracy: float, above: float, everyt
     accepted = np.ones(probs.size, dtype=bool)
 
     def reward(band: float) -> float:
-        setting = Setting(answer_above=band, abstains=True)
+        setting = Setting(answer_above=band, on_abstain="minus_one")
         return simulator.run(rates_of(outcomes(probs, positive, accepted, setting), positive)).mean
 
     plain, better = reward(0.5), reward(above)
@@ -828,13 +829,18 @@ def test_outcomes_and_shifts_have_stated_answers() -> None:
     positive = np.array([True, True, False, True, True, True, True])
     accepted = np.array([True, True, True, True, False, True, True])
     assert outcomes(probs, positive, accepted, Setting()).tolist() == [1, -1, -1, 0, 1, -1, -1]
-    assert outcomes(probs, positive, accepted, Setting(0.5, 0.8, True)).tolist() == [1, -1, 0, 0, 0, -1, 0]
+    banded = Setting(answer_above=0.8, on_abstain="minus_one")
+    assert outcomes(probs, positive, accepted, banded).tolist() == [1, -1, 0, 0, 0, -1, 0]
     assert shifted([0.0, 0.3, 1.0, np.nan], 0.3).tolist()[:3] == [0.0, 0.5, 1.0]
     assert rates_of(np.array([1, -1, 0, 1], np.int8), np.array([1, 1, 0, 0], bool)) == Rates((0.5, 0.5), (0.5, 0.0))
 
 
 # --------------------------------------------------------------------------------------------
 # Tuner
+
+
+def tune(**options: Any) -> MinerTuning:
+    return tuning.tune(Tune.of(**options))
 
 
 def make_tunable(folder: Path, n: int, strength: float, seed: int = 0, bias: float = 0.0) -> Path:
@@ -901,13 +907,13 @@ def test_tuning_finds_the_band_and_prints_a_yaml_that_works(tmp_path: Path, caps
 
 
 def test_a_gain_that_is_not_shown_is_not_taken(tmp_path: Path) -> None:
-    record = tune(make_tunable(tmp_path / "run", 120, 2.5), n_replicates=40)
+    record = tune(run=make_tunable(tmp_path / "run", 120, 2.5), n_replicates=40)
     assert record.chosen == "plain" and "not shown" in record.reason
     assert yaml.safe_load(yaml_of(record))["on_abstain"] == "answer"
 
 
 def test_a_model_that_leans_gets_its_threshold(tmp_path: Path) -> None:
-    record = tune(make_tunable(tmp_path / "run", 4000, 1.113, bias=1.5), n_replicates=40)
+    record = tune(run=make_tunable(tmp_path / "run", 4000, 1.113, bias=1.5), n_replicates=40)
     assert record.chosen == "tuned"
     assert logit(record.tuned.setting.threshold) == pytest.approx(1.5, abs=0.5)
 
@@ -915,22 +921,22 @@ def test_a_model_that_leans_gets_its_threshold(tmp_path: Path) -> None:
 def test_tuning_refuses_what_it_cannot_use(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_tunable(tmp_path / "run", 400, 1.0)
     with pytest.raises(InputError, match="serve_prior must .*0.*1.*got 1"):
-        tune(run, serve_prior=1.0)
+        tune(run=run, serve_prior=1.0)
     with pytest.raises(InputError, match="n_replicates must be at least 20"):
-        tune(run, n_replicates=3)
-    with pytest.raises(InputError, match="a run or a bundle"):
+        tune(run=run, n_replicates=3)
+    with pytest.raises(InputError, match="exactly one of run or bundle"):
         tune()
     with pytest.raises(InputError, match="labels and out"):
         tune(bundle=bundle)
     with pytest.raises(InputError, match="rows of its own"):
-        tune(run, labels=tmp_path / "labels.csv")
+        tune(run=run, labels=tmp_path / "labels.csv")
     with pytest.raises(InputError, match="run must be a run folder"):
-        tune(tmp_path / "none")
+        tune(run=tmp_path / "none")
     with pytest.raises(InputError, match="both labels in every four"):
-        tune(make_tunable(tmp_path / "small", 16, 1.0))
+        tune(run=make_tunable(tmp_path / "small", 16, 1.0))
     (run / "thresholds.json").unlink()
     with pytest.raises(InputError, match="run `stage1 calibrate"):
-        tune(run)
+        tune(run=run)
     assert cli.main(["streetvision", "tune", "--run", str(run), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["kind"] == "InputError"
 

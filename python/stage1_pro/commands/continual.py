@@ -94,7 +94,7 @@ class Status(Loop):
         """Print state, champion and risk; the exit code is 1 where an alert was not delivered."""
         from stage1_pro.continual.loop.folder import status
 
-        found = status(**dict(self))
+        found = status(self)
         return _told("status", found, int(not all(one["delivered"] for one in found.get("deliveries", ()))))
 
 
@@ -136,7 +136,7 @@ class Labels(Loop):
         """Print how many labels came or went."""
         from stage1_pro.continual.loop.folder import labels
 
-        return _told("labels", labels(**dict(self)))
+        return _told("labels", labels(self))
 
 
 class Run(Loop):

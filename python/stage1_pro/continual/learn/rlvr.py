@@ -362,8 +362,9 @@ def tune(
     model = model.to(device).eval()
     adaptation = adapt(model, "lora", config.adapter, options.seed) if through == "adapter" else None
     model.to(device).eval()
-    learns = [*model.heads.classifier.parameters(), *model.heads.gate.parameters()]
-    if adaptation is not None:
+    if adaptation is None:
+        learns = [*model.heads.classifier.parameters(), *model.heads.gate.parameters()]
+    else:
         model.heads.auxiliary.requires_grad_(False)
         learns = [p for p in model.parameters() if p.requires_grad]
     for parameter in learns:
@@ -377,11 +378,9 @@ def tune(
     policy = HeadsPolicy(model.heads if through == "heads" else model)
     tuned = fit_policy(policy, learns, parts["train"], parts["val_select"], options)
     model.eval()
-    after_rows = (
-        parts["val_select"]
-        if adaptation is None
-        else _rows_of(model, splits, "val_select", spec, source, config, [None], cached=False)
-    )
+    after_rows = parts["val_select"]
+    if adaptation is not None:
+        after_rows = _rows_of(model, splits, "val_select", spec, source, config, [None], cached=False)
     reward_after, _ = _judge(log_probs_of(policy, after_rows.inputs), after_rows, _SETS.get(options.method))
     if tuned.best_epoch == 0 or reward_after <= tuned.start:
         raise NotReachableError(

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from stage1_pro.commands.continual import Labels, Status
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.exchange import (
     export_csv,
@@ -21,7 +22,7 @@ from stage1_pro.continual.ledger.exchange import (
     import_csv,
     import_label_studio,
 )
-from stage1_pro.continual.ledger.labels import Source, ingest
+from stage1_pro.continual.ledger.labels import ingest
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
@@ -96,17 +97,16 @@ def init(
     by: str,
     now: float | None = None,
 ) -> dict[str, Any]:
-    """Begin a loop: the run's bundle is the first champion.
+    """Begin a loop: the run's bundle is the first champion. Options are those of ``stage1 continual init``.
 
     Args:
         root: a new folder.
         run: trained and calibrated run, which proposals start from.
         bundle: of that run; ``RUN/bundle`` by default.
-        alpha: error of exits that is watched; by default what the policy was asked for, where it was asked for any.
+        alpha: error of exits that is watched; by default what the policy was asked for.
         store: ``ROOT`` (SQLite) by default.
         log: what serving writes; ``ROOT/log`` by default.
-        config: YAML with ``loop``, ``rounds``, ``alerts`` and ``metrics`` of ``loop.json``, as far as they differ from
-            the defaults; or those.
+        config: YAML of what in ``loop.json`` differs from the defaults, or its keys and values.
         by: who does it.
         now: seconds since the epoch; the clock's by default.
 
@@ -134,20 +134,15 @@ def init(
     if not isinstance(monitor, Mapping):
         raise InputError(f"rounds.monitor must hold keys and values, got {monitor!r}")
     rounds["monitor"] = {"alpha": alpha, **monitor}
-    values = {
-        "store": store or str(root.absolute()),
-        "log": str((log or root / "log").absolute()),
-        "rounds": rounds,
-        **given,
-    }
+    where = {"store": store or str(root.absolute()), "log": str((log or root / "log").absolute())}
     try:
-        file = LoopFile.model_validate(values)
+        file = LoopFile.model_validate({**where, "rounds": rounds, **given})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         # URLs of hooks are secrets.
-        got = "another value" if where.startswith("alerts") else repr(first["input"])
-        raise InputError(f"{where} must be valid, got {got}: {first['msg']}") from None
+        got = "another value" if key.startswith("alerts") else repr(first["input"])
+        raise InputError(f"{key} must be valid, got {got}: {first['msg']}") from None
     kept = Store(file.store)
     try:
         registry = Registry(root, kept)
@@ -160,8 +155,8 @@ def init(
         kept.close()
     # A database's URL or a hook may hold a secret.
     file.write(root / CONFIG, mode=0o600)
-    where = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
-    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": where, "log": file.log}
+    shown = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
+    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": shown, "log": file.log}
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -177,37 +172,23 @@ def ingest_log(root: Path) -> dict[str, Any]:
         return ingest(registry.store, parts.log).model_dump(mode="json")
 
 
-def status(
-    root: Path,
-    *,
-    page: Path | None = None,
-    metrics: Path | None = None,
-    grafana: Path | None = None,
-    test_alert: bool = False,
-) -> dict[str, Any]:
+def status(asked: Status) -> dict[str, Any]:
     """Where the loop is, what serves, and how it is doing.
-
-    Args:
-        root: the loop's folder.
-        page: HTML page for people to write.
-        metrics: file for Prometheus' textfile collector to write; its name ends in .prom.
-        grafana: dashboard to import into Grafana to write.
-        test_alert: send one to every hook of ``loop.json``; what became of it is under ``deliveries``.
 
     Raises:
         InputError: a test alert without hooks, or another ending than .prom.
     """
-    with opened(root) as (config, registry, parts, loop):
-        if test_alert and not config.alerts.hooks:
-            raise InputError(f"alerts of {root / CONFIG} must name webhooks or commands to test, got none")
+    with opened(asked.root) as (config, registry, parts, loop):
+        if asked.test_alert and not config.alerts.hooks:
+            raise InputError(f"alerts of {asked.root / CONFIG} must name webhooks or commands to test, got none")
         row, now = loop.resume(), time.time()
-        seen = parts.status(row.memory, registry.alias("champion"), now=now, page=page)
-        if metrics is not None:
-            write_textfile(metrics, seen)
-        if grafana is not None:
-            write_text(grafana, json.dumps(dashboard(), indent=2) + "\n")
+        seen = parts.status(row.memory, registry.alias("champion"), now=now, page=asked.page)
+        if asked.metrics is not None:
+            write_textfile(asked.metrics, seen)
+        if asked.grafana is not None:
+            write_text(asked.grafana, json.dumps(dashboard(), indent=2) + "\n")
         test = Alert(time=now, kind="test", title="Test of alerts", text="Nothing happened.", bundle=seen.bundle)
-        sent = send_alert(test, config.alerts.hooks) if test_alert else ()
+        sent = send_alert(test, config.alerts.hooks) if asked.test_alert else ()
         return {
             "deliveries": [one.model_dump(mode="json") for one in sent],
             "state": row.state,
@@ -219,33 +200,19 @@ def status(
         }
 
 
-def labels(
-    root: Path,
-    *,
-    imported: Path | None = None,
-    exported: Path | None = None,
-    source: Source | None = None,
-    annotator: str | None = None,
-) -> dict[str, Any]:
-    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet.
-
-    Args:
-        root: the loop's folder.
-        imported: file to read.
-        exported: file or folder to write.
-        source: of imported labels.
-        annotator: of imported labels without one.
-    """
-    with opened(root) as (_, registry, parts, _loop):
+def labels(asked: Labels) -> dict[str, Any]:
+    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet."""
+    source, annotator, exported = asked.source, asked.annotator, asked.exported
+    with opened(asked.root) as (_, registry, parts, _loop):
         store = registry.store
         ingest(store, parts.log)
-        if imported is not None:
-            if imported.suffix == ".json":
-                found = import_label_studio(
-                    store, imported, now=time.time(), source=source or "review", annotator=annotator
-                )
+        now = time.time()
+        if asked.imported is not None:
+            if asked.imported.suffix == ".json":
+                source = source or "review"
+                found = import_label_studio(store, asked.imported, now=now, source=source, annotator=annotator)
             else:
-                found = import_csv(store, imported, now=time.time(), source=source, annotator=annotator)
+                found = import_csv(store, asked.imported, now=now, source=source, annotator=annotator)
             return {"added": found.added, "known": found.known}
         assert exported is not None
         if exported.suffix not in (".csv", ".json"):
@@ -255,13 +222,9 @@ def labels(
 
 
 def run(root: Path, *, manual: bool = False, every: float | None = None, until: str | None = None) -> dict[str, Any]:
-    """Take steps until one waits; with ``every`` look again after so many seconds, for good.
+    """Take steps until one waits, or up to the work of state ``until``; ``manual`` asks for a round now.
 
-    Args:
-        root: the loop's folder.
-        manual: ask for a round now.
-        every: seconds between looks; an error is said and tried again.
-        until: stop before this state's work.
+    With ``every`` look again after so many seconds, for good; an error is said and tried again.
     """
     with opened(root) as (config, _registry, parts, loop):
         while True:

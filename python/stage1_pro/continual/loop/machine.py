@@ -232,13 +232,7 @@ class Loop:
 
     @staticmethod
     def begin(registry: Registry, bundle: str, *, now: float, by: str) -> Pointer:
-        """Make the first champion and the row of the loop.
-
-        Args:
-            registry: that holds the bundle.
-            bundle: sha256 of the first champion.
-            now: seconds since the epoch.
-            by: who begins the loop.
+        """Make a bundle of the registry the first champion, and the row of the loop.
 
         Raises:
             InputError: the loop has begun.
@@ -285,11 +279,9 @@ class Loop:
         return steps
 
     def step(self, *, now: float, manual: bool = False) -> LoopStep:
-        """Do what the present state does, and take one edge where it can be taken.
+        """Do what the present state does, and take one edge where it can be taken; ``now`` is not before the row's.
 
-        Args:
-            now: seconds since the epoch, not before the row's.
-            manual: somebody asks for a round; heard in MONITOR, and in HOLD, which then ends.
+        ``manual`` asks for a round: heard in MONITOR, and in HOLD, which then ends.
 
         Raises:
             LostRaceError: another process moved the loop meanwhile.
@@ -330,13 +322,7 @@ class Loop:
         return self._write(row, now, "approval", body, round=current.model_copy(update={"approved_by": by}))
 
     def rollback(self, *, now: float, by: str, to: str | None = None, reason: str = "by hand") -> Pointer:
-        """Bring back the champion before this one, at once, and end the present round.
-
-        Args:
-            now: seconds since the epoch.
-            by: who rolls back.
-            to: sha256 of an earlier champion; the one before by default.
-            reason: for the audit.
+        """Bring back the champion before this one (or an earlier one, ``to``) at once, and end the present round.
 
         Raises:
             InputError: there was none before.
@@ -598,9 +584,7 @@ class Loop:
 
 
 # States in which a round waits for time, images or a person, or for work that may fail again and again.
-_WAITING: tuple[State, ...] = (
-    "COLLECT", "PROPOSE", "SELECT", "RECALIBRATE", "EVALUATE", "SHADOW", "CANARY", "HOLD",
-)  # fmt: skip
+_WAITING = set(EDGES) - {"MONITOR", "CHAMPION", "ROLLBACK"}
 
 
 def read_verdict(root: Path | str, fingerprint: str) -> Verdict:

@@ -200,16 +200,8 @@ def refuse(
 ) -> Verdict | None:
     """The verdict on a candidate whose bundle fails what was measured of it, without a decision of it; else None.
 
-    A bundle that does not give its own reference outputs is not run on anything.
-
-    Args:
-        champion: name of what serves.
-        candidate: name of what would replace it.
-        epoch: the guard that is not looked at.
-        measured: as ``evaluate`` takes it, and so the rest.
-        spec: what decisions earn.
-        now: seconds since 1970.
-        terms: what is asked.
+    A bundle that does not give its own reference outputs is not run on anything. Arguments are those of ``evaluate``,
+    the two sides by name.
     """
     tests = [_held(one) for one in measured]
     if all(test.passed for test in tests):
@@ -233,19 +225,11 @@ def _verdict(
         note = f"not looked at, no look was taken: {failed[0]} failed before"
         tests = [*tests, PromotionTest(name="guard reward", passed=False, note=note)]
     return Verdict(
-        promoted=not failed,
-        reason=f"no promotion: {', '.join(failed)}" if failed else "every test passed",
-        champion=champion,
-        candidate=candidate,
-        epoch=epoch,
-        look=look and look.number,
-        looks=look and look.of,
-        earlier_promotions=look and look.earlier_promotions,
-        time=look.time if look else now,
-        spec=spec,
-        terms=terms,
+        promoted=not failed, reason=f"no promotion: {', '.join(failed)}" if failed else "every test passed",
+        champion=champion, candidate=candidate, epoch=epoch, look=look and look.number, looks=look and look.of,
+        earlier_promotions=look and look.earlier_promotions, time=look.time if look else now, spec=spec, terms=terms,
         tests=list(tests),
-    )
+    )  # fmt: skip
 
 
 def lower_bound(

@@ -73,12 +73,7 @@ class Alias(Record):
 
 
 class Registry:
-    """Bundles and aliases of one folder and one store.
-
-    Args:
-        root: folder for bundles and ``champion.json``.
-        store: where aliases are.
-    """
+    """Bundles and ``champion.json`` in a folder, aliases in a store."""
 
     def __init__(self, root: Path | str, store: Store) -> None:
         self.root, self.store = Path(root), store
@@ -154,17 +149,8 @@ class Registry:
         """Point an alias elsewhere within a transaction of the store, if it is still at version ``expected``.
 
         Compare-and-swap: of several writers that expect one version, one adds the next, at any isolation level.
-        Call ``sync`` when the transaction is over.
-
-        Args:
-            connection: of the transaction.
-            name: of the alias.
-            bundle: sha256 of where it points; None: nowhere.
-            expected: version that the alias is taken to be at.
-            now: seconds since the epoch.
-            by: who moves it.
-            share: of images, for the canary.
-            parent: version that a rollback goes back to; ``expected`` by default.
+        Call ``sync`` when the transaction is over. ``parent`` is the version that a rollback goes back to, ``expected``
+        by default; ``share`` is the canary's, of images.
 
         Raises:
             InputError: no such bundle in the registry.
@@ -189,12 +175,6 @@ class Registry:
         """Point champion back within a transaction: at what it was before, or at an earlier one named ``to``.
 
         Rolling back twice goes back two steps. Those who serve follow after ``sync``.
-
-        Args:
-            connection: of the transaction.
-            now: seconds since the epoch.
-            by: who rolls back.
-            to: sha256 of an earlier champion; the one before by default.
 
         Raises:
             InputError: there was none before, or ``to`` never was champion.

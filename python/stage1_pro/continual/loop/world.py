@@ -12,7 +12,7 @@ from PIL import Image
 
 from stage1_pro.continual.serving.events import uniform
 from stage1_pro.data.protocols import challenge
-from stage1_pro.data.splits import Row, Splits, hash_splits, make_splits
+from stage1_pro.data.splits import Row, Splits, make_splits
 from stage1_pro.errors import InputError
 from stage1_pro.words import HALVES, SPLITS, ProtocolName, SplitName
 
@@ -100,17 +100,14 @@ def _split(found: Splits, old: list[Row], seed: int) -> Splits:
                 break
         half = HALVES[uniform(seed, "half", row.id) < 0.5] if split == "val_calib" else None
         rows.append(row.model_copy(update={"group": row.id, "split": split, "half": half}))
-    counts = {
-        split: {name: sum(r.split == split and r.label == name for r in rows) for name in found.classes}
-        for split in SPLITS
-    }
-    empty = next((f"'{name}' in {split}" for split in SPLITS for name, n in counts[split].items() if not n), None)
-    if empty is not None:
-        raise InputError(f"data must have photos of every class for every split of the past, got no {empty}; add some")
-    splits = found.model_copy(
-        update={
-            "rows": rows, "seed": seed, "fractions": _SHARES, "counts": counts, "hashes": hash_splits(rows),
-            "groups": {split: sum(counts[split].values()) for split in SPLITS},
-        }
-    )  # fmt: skip
-    return splits.verify()
+    there = {(row.label, row.split) for row in rows}
+    for split in SPLITS:
+        for name in found.classes:
+            if (name, split) not in there:
+                raise InputError(
+                    f"data must have photos of every class for every split of the past, got no '{name}' in {split}; "
+                    "add some"
+                )
+    return found.model_copy(
+        update={**facts(rows, found.classes), "rows": rows, "seed": seed, "fractions": _SHARES}
+    ).apart()
