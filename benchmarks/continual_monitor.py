@@ -27,7 +27,6 @@ from stage1_pro.continual.watch.monitor import (
     ServedColumns,
     cbpe,
     drift,
-    feed,
     hajek_risk,
     horvitz_thompson_risk,
     naive_risk,
@@ -93,7 +92,9 @@ def alarms(runs: int, *, audit_rate: float, shifted: bool, seed: int = 0) -> dic
         rng = np.random.default_rng([seed, run])
         parts = [stream(STABLE_ROWS, rng), stream(SHIFTED_ROWS, rng, shift=HARD_SHIFT if shifted else 0.0)]
         rows = audited(join(*parts), rng, exits=audit_rate)
-        evidence = feed(Evidence(alpha=ALPHA, reference=audit_rate, floor=min(audit_rate, 0.02)), rows)
+        evidence = Evidence(alpha=ALPHA, reference=audit_rate, floor=min(audit_rate, 0.02)).after(
+            rows.wrong[rows.audited], propensity=rows.propensity[rows.audited], time=rows.time[rows.audited]
+        )
         if evidence.alarm_at is None:
             continue
         if shifted and evidence.alarm_at >= STABLE_ROWS:

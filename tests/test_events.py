@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from scipy import stats
-from sqlalchemy import exc, text
+from sqlalchemy import exc, select, text
 
 from stage1_pro.continual.ledger.exchange import (
     export_csv,
@@ -38,10 +38,10 @@ from stage1_pro.continual.ledger.labels import (
     add_labels,
     disagreement,
     ingest,
+    labels,
     read_events,
     read_labels,
     resolve,
-    withdraw,
 )
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import (
@@ -126,7 +126,7 @@ def test_an_event_is_checked(change: dict[str, Any], needle: str) -> None:
         make_event(0, **change)
 
 
-def test_segments_are_begun_and_discarded(tmp_path: Path) -> None:
+def test_segments_are_begun(tmp_path: Path) -> None:
     log = EventLog(tmp_path, segment_bytes=2000, sync_seconds=0)
     for index in range(12):
         log.append([make_event(index)])
@@ -137,7 +137,6 @@ def test_segments_are_begun_and_discarded(tmp_path: Path) -> None:
     while (tail := log.read(position, limit=5)).events:
         position, seen = tail.position, [*seen, *tail.events]
     assert len(seen) == 12
-    assert log.discard(position) == position.segment
     assert log.read(position).events == ()
     log.append([make_event(99)])
     assert [one.id for one in log.read(position).events] == ["e00099"]
@@ -154,7 +153,7 @@ def test_a_torn_line_is_reported_and_harms_no_other(log: EventLog) -> None:
     after = log.read(tail.position)
     assert [one.id for one in after.events] == ["e00002"] and after.pending == 0
     (torn,) = after.torn
-    assert torn.offset == tail.position.offset and torn.size == 201 and "JSON" in torn.reason
+    assert torn.startswith(f"0:{tail.position.offset}: ") and "JSON" in torn
     assert [one.id for one in log] == ["e00000", "e00002"]
 
 
@@ -277,10 +276,10 @@ def test_wrong_arguments_of_a_log(given: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_the_floor_cannot_be_lowered() -> None:
-    with pytest.raises(InputError, match="at least 2% of exits are audited, always"):
-        ReviewPlan.of(floor=0.01)
-    assert ReviewPlan.of(floor=0.05).floor == 0.05
-    nothing = ReviewPlan.of(deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0)
+    with pytest.raises(ValueError, match="floor\n.*greater than or equal to 0.02"):
+        ReviewPlan(floor=0.01)
+    assert ReviewPlan(floor=0.05).floor == 0.05
+    nothing = ReviewPlan(deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0)
     assert nothing.propensity([False], [False], [False], [0.0], [0.0]).tolist() == [0.02]
 
 
@@ -293,19 +292,19 @@ def test_every_reason_raises_the_chance_and_none_lowers_it() -> None:
     for index in range(5):
         raised = [s if i != index else np.ones(200) for i, s in enumerate(signals)]
         assert (plan.propensity(*raised) >= chance).all()
-    assert ReviewPlan.of(disagreement=1.0).propensity([1], [0], [1], [0]).tolist() == [1.0]
+    assert ReviewPlan(disagreement=1.0).propensity([1], [0], [1], [0]).tolist() == [1.0]
     # A row without numbers is as unsure as can be.
     assert plan.propensity([0], [0], [0], [math.nan]) == plan.propensity([0], [0], [0], [1.0])
 
 
 def test_selection_is_poisson_with_the_logged_chance_and_reproducible() -> None:
-    plan = ReviewPlan.of(seed=7)
+    plan = ReviewPlan(seed=7)
     ids = [f"event-{i}" for i in range(20_000)]
     chosen = np.array([plan.selects(name, 0.02) for name in ids])
     assert stats.binomtest(int(chosen.sum()), len(ids), 0.02).pvalue > 1e-3
     assert stats.kstest([uniform(7, "review", name) for name in ids], "uniform").pvalue > 1e-3
-    assert chosen.tolist() == [ReviewPlan.of(seed=7).selects(name, 0.02) for name in ids]
-    assert chosen.tolist() != [ReviewPlan.of(seed=8).selects(name, 0.02) for name in ids]
+    assert chosen.tolist() == [ReviewPlan(seed=7).selects(name, 0.02) for name in ids]
+    assert chosen.tolist() != [ReviewPlan(seed=8).selects(name, 0.02) for name in ids]
     # One number on every machine.
     assert uniform(0, "review", "e1") == 0.948439057048519
     # A larger chance selects whatever a smaller one does.
@@ -431,7 +430,7 @@ def photos(folder: Path, levels: list[int]) -> list[Path]:
 
 def test_every_decision_is_an_event(cascade: Cascade, log: EventLog, tmp_path: Path) -> None:
     paths = photos(tmp_path / "photos", [255, 130, 110, 40, 0])
-    served = Served(cascade, log, plan=ReviewPlan.of(disagreement=1.0), writer="w")
+    served = Served(cascade, log, plan=ReviewPlan(disagreement=1.0), writer="w")
     decisions = served.predict(paths, now=50.0, batch_size=2)
     plain = cascade.predict(paths)
     assert decisions.to_dict().keys() == plain.to_dict().keys()
@@ -479,7 +478,7 @@ def test_a_replay_gives_the_same_events(cascade: Cascade, tmp_path: Path) -> Non
 
 def test_exits_are_audited_at_the_floor(cascade: Cascade, log: EventLog, tmp_path: Path) -> None:
     (path,) = photos(tmp_path / "photos", [255])
-    served = Served(cascade, log, plan=ReviewPlan.of(entropy=0, novelty=0), writer="w")
+    served = Served(cascade, log, plan=ReviewPlan(entropy=0, novelty=0), writer="w")
     served.predict([path.read_bytes()] * 3000, now=1.0, batch_size=500)
     events = list(log)
     assert {one.action for one in events} == {"exit"} and {one.propensity for one in events} == {0.02}
@@ -512,7 +511,7 @@ def test_an_answer_leaves_without_its_event_only_where_somebody_is_told(
 
 def test_images_that_are_no_files(cascade: Cascade, log: EventLog) -> None:
     array = np.full((5, 6, 3), 130, dtype=np.uint8)
-    served = Served(cascade, log, plan=ReviewPlan.of(floor=1.0), writer="w")
+    served = Served(cascade, log, plan=ReviewPlan(floor=1.0), writer="w")
     served.predict([array, Image.fromarray(array)], now=1.0)
     first, second = list(log)
     assert first.image_sha256 == second.image_sha256 and first.id != second.id
@@ -694,16 +693,20 @@ def test_the_most_trusted_then_the_latest_label_holds(filled: Store) -> None:
         resolve(filled, sources=["reviews"])  # type: ignore[list-item]
 
 
+def withdraw(store: Store, label_id: int, now: float) -> None:
+    with store.write() as connection:
+        row = dict(connection.execute(select(labels).where(labels.c.id == label_id)).mappings().one())
+        row |= {"kind": "undo", "label": None, "annotator": "ada", "time": now, "supersedes": row.pop("id")}
+        connection.execute(labels.insert(), row)
+
+
 def test_an_undo_is_a_row_more(filled: Store) -> None:
     add_labels(filled, [label("e00001", "none", at=5.0), label("e00001", "roadwork", at=6.0)])
-    withdraw(filled, 2, annotator="ada", now=8.0)
+    withdraw(filled, 2, now=8.0)
     assert resolve(filled)["e00001"].label == "none"
     assert resolve(filled, until=8.0)["e00001"].label == "roadwork"
     with filled.read() as connection:
         assert connection.execute(text("SELECT count(*) FROM labels")).scalar_one() == 3
-    for wrong in (2, 3, 77):
-        with pytest.raises(InputError, match="label_id must be"):
-            withdraw(filled, wrong, annotator="ada", now=9.0)
 
 
 def test_labels_are_checked_and_added_once(filled: Store) -> None:
@@ -932,7 +935,7 @@ def test_a_bad_label_studio_file_adds_nothing(content: str, needle: str, tmp_pat
 
 def test_parquet_has_everything(filled: Store, tmp_path: Path) -> None:
     add_labels(filled, [label("e00001", "roadwork"), label("e00002", "none", "owner", "city")])
-    withdraw(filled, 1, annotator="ada", now=9.0)
+    withdraw(filled, 1, now=9.0)
     assert export_parquet(filled, tmp_path / "out") == {"events": 12, "labels": 3}
     events = pq.read_table(tmp_path / "out" / "events.parquet").to_pylist()
     held = {row.pop("id"): row for row in events}

@@ -127,7 +127,7 @@ def test_a_lock_makes_no_folder_and_follows_no_link(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["deploy.cascade", "deploy.prediction", "data.splitting", "training.run", "continual.loop.rounds", "cli"]
+    "module", ["deploy.cascade", "deploy.prediction", "data.splits", "training.run", "continual.loop.rounds", "cli"]
 )
 def test_the_package_imports_where_there_is_no_fcntl(module):
     code = f"import sys; sys.modules['fcntl'] = None; import stage1_pro.{module}"

@@ -41,7 +41,7 @@ from stage1_pro.continual.loop.folder import LoopFile, opened
 from stage1_pro.continual.loop.machine import EDGES, Loop, LoopConfig, Watched, read_verdict
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan, uniform
-from stage1_pro.continual.serving.live import LiveCascade, read_pointer
+from stage1_pro.continual.serving.live import POINTER, LiveCascade, Pointer
 from stage1_pro.continual.watch.alerts import Alert, Delivery
 from stage1_pro.continual.watch.outbox import OLDEST, deliver
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
@@ -59,6 +59,10 @@ QUICK = LoopConfig(auto_promote=True, shadow_seconds=5.0, canary_seconds=5.0, ho
 @pytest.fixture(scope="module")
 def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_run(tiny, tmp_path_factory.mktemp("loop") / "run") / "bundle"
+
+
+def read_pointer(root: Path) -> Pointer:
+    return Pointer.read(root / POINTER)
 
 
 def begin(root: Path, url: str, bundle: Path) -> None:

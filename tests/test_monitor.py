@@ -24,7 +24,6 @@ from stage1_pro.continual.watch.monitor import (
     TriggerState,
     cbpe,
     drift,
-    feed,
     grow,
     hajek_risk,
     horvitz_thompson_risk,
@@ -69,6 +68,11 @@ def rows_of(n: int = 10, **changes) -> ServedColumns:
         "score": np.full(n, 0.97),
     }
     return ServedColumns(**(columns | changes))
+
+
+def feed(evidence: Evidence, rows: ServedColumns) -> Evidence:
+    at = rows.audited
+    return evidence.after(rows.wrong[at], propensity=rows.propensity[at], time=rows.time[at])
 
 
 # ---------------------------------------------------------------------------- evidence
@@ -472,15 +476,16 @@ def harmed() -> tuple[ServedColumns, Status, ThresholdController]:
         MonitorConfig(alpha=ALPHA, floor=0.3),
         now=float(rows.time[-1]),
         triggers_before=TriggerState(since=1.7e9),
+        evidence=feed(Evidence(alpha=ALPHA, reference=0.3, floor=0.3), rows),
         new_labels=3,
         controller=controller.state,
         bundle="ab" * 32,
     )
-    return rows, status, controller
+    return rows, status
 
 
 def test_status_says_what_is_known(harmed, tmp_path) -> None:
-    rows, status, _ = harmed
+    rows, status = harmed
     assert status.health == "alarm"
     assert status.verdict.reasons == ["risk alarm", "age"]
     audited = rows.audited
@@ -496,26 +501,27 @@ def test_status_says_what_is_known(harmed, tmp_path) -> None:
     [(400, 0, "holds"), (20, 0, "not shown"), (60, 2, "watch"), (60, 10, "alarm"), (0, 0, "not shown")],
 )
 def test_health_is_what_the_interval_shows(n, wrong, health) -> None:
-    rows = rows_of(n, wrong=np.arange(n) < wrong, confidence=np.full(n, 0.995))
-    status, _ = assess(rows, MonitorConfig(alpha=ALPHA, floor=0.5), now=1e3, triggers_before=TriggerState(since=0.0))
-    assert status.health == health
-    drifting, _ = assess(
-        rows_of(n, confidence=np.full(n, 0.9)), MonitorConfig(alpha=ALPHA, floor=0.5), now=1e3,
-        triggers_before=TriggerState(since=0.0),
-    )  # fmt: skip
+    def seen(rows: ServedColumns) -> Status:
+        evidence = feed(Evidence(alpha=ALPHA, reference=0.5, floor=0.5), rows)
+        before = TriggerState(since=0.0)
+        return assess(rows, MonitorConfig(alpha=ALPHA, floor=0.5), now=1e3, triggers_before=before, evidence=evidence)[
+            0
+        ]
+
+    assert seen(rows_of(n, wrong=np.arange(n) < wrong, score=np.full(n, 0.995))).health == health
+    drifting = seen(rows_of(n, score=np.full(n, 0.9)))
     assert drifting.health == ("watch" if n == 400 else "not shown")  # confidences of few exits say little
 
 
 def test_the_page_stands_alone_and_says_it_at_a_glance(harmed, tmp_path) -> None:
-    rows, status, controller = harmed
-    moves = ThresholdController(controller.config).update([])
-    write_page(tmp_path / "status.html", status, rows, moves)
+    rows, status = harmed
+    write_page(tmp_path / "status.html", status, rows)
     text = (tmp_path / "status.html").read_text()
     assert status.headline in text
     assert "verdict exceeded" in text
     assert text.count("data:image/png;base64,") == 2
     assert not re.search(r"(src|href)=\"(?!data:)", text)
-    write_page(tmp_path / "empty.html", status, rows_of(0), moves)
+    write_page(tmp_path / "empty.html", status, rows_of(0))
     assert "No decision has been served yet" in (tmp_path / "empty.html").read_text()
 
 
@@ -523,7 +529,7 @@ def test_the_page_in_a_browser_is_no_wider_than_a_phone(harmed, tmp_path) -> Non
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH to show the page in")
-    rows, status, _ = harmed
+    rows, status = harmed
     write_page(tmp_path / "status.html", status, rows)
     root, drawn = "document.documentElement.scrollWidth", "[...document.images].every((one) => one.naturalWidth > 0)"
     measured = f"[{root}, innerWidth, {drawn}]"
@@ -545,15 +551,16 @@ def test_the_page_in_a_browser_is_no_wider_than_a_phone(harmed, tmp_path) -> Non
 def test_prometheus_reads_every_metric_and_unknown_figures_are_left_out(harmed, tmp_path) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    _, status, _ = harmed
+    _, status = harmed
     found = {family.name: family for family in text_string_to_metric_families(exposition(status).decode())}
     assert set(found) == set(METRICS)
     assert {name: family.samples[0].value for name, family in found.items()} == dict(samples(status))
     assert found["stage1_alarm"].samples[0].labels == {"bundle": "ab" * 6}
-    assert all(family.documentation == METRICS[name] for name, family in found.items())
+    assert all(family.documentation == METRICS[name][0] for name, family in found.items())
     fewer, _ = assess(
-        rows_of(0), MonitorConfig(alpha=ALPHA), now=0.0, triggers_before=TriggerState(since=0.0)
-    )  # nothing served
+        rows_of(0), MonitorConfig(alpha=ALPHA), now=0.0, triggers_before=TriggerState(since=0.0),
+        evidence=Evidence(alpha=ALPHA),
+    )  # fmt: skip  # nothing served
     assert "stage1_exit_risk " not in exposition(fewer).decode()
     assert set(dict(samples(fewer))) < set(METRICS)
     write_textfile(tmp_path / "stage1.prom", status)
@@ -677,7 +684,8 @@ from stage1_pro.continual.watch import srt
 from stage1_pro.continual.watch import status
 rows = monitor.ServedColumns(np.arange(3.0), np.ones(3, bool), np.zeros(3), np.ones(3), np.ones(3))
 config = status.MonitorConfig(alpha=.02)
-found, _ = status.assess(rows, config, now=3.0, triggers_before=monitor.TriggerState(since=0.0))
+before, evidence = monitor.TriggerState(since=0.0), monitor.Evidence(alpha=.02)
+found, _ = status.assess(rows, config, now=3.0, triggers_before=before, evidence=evidence)
 assert found.drift is None
 srt.ThresholdController(srt.ControllerConfig(alpha=.02, certified=.9))
 try:

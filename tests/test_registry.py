@@ -33,7 +33,6 @@ from stage1_pro.continual.serving.live import (
     Pointer,
     novelty_path,
     read_pairs,
-    read_pointer,
     takes_canary,
     tightened,
 )
@@ -43,6 +42,10 @@ from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import write_bytes
 
 FORK = multiprocessing.get_context("fork")
+
+
+def read_pointer(root: Path) -> Pointer:
+    return Pointer.read(root / POINTER)
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +418,7 @@ def test_serving_audits_more_while_it_is_asked_to(
     local: Registry, bundle: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     promote(local, local.add(bundle), expected=0, now=1.0, by="ada")
-    plan = ReviewPlan.of(floor=0.02, deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0, seed=5)
+    plan = ReviewPlan(floor=0.02, deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0, seed=5)
     log = EventLog(tmp_path / "log")
     live = LiveCascade(local.root, threads=1, log=log, plan=plan, writer="w")
     serials = [live.pointer.serial]
@@ -438,7 +441,7 @@ def test_serving_picks_up_what_is_known_without_a_restart(
 ) -> None:
     name = local.add(bundle)
     promote(local, name, expected=0, now=1.0, by="ada")
-    plan = ReviewPlan.of(deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0.5)
+    plan = ReviewPlan(deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0.5)
     log = EventLog(tmp_path / "log")
 
     def rates(live: LiveCascade, now: float) -> set[float]:
@@ -453,7 +456,7 @@ def test_serving_picks_up_what_is_known_without_a_restart(
     novel = {0.02 + 0.98 * 0.5}
     assert rates(live, 3.0) == novel == rates(LiveCascade(local.root, threads=1, log=log, plan=plan), 4.0)
     # A plan without novelty does not look; a damaged file is said and costs no answer.
-    assert rates(LiveCascade(local.root, threads=1, log=log, plan=ReviewPlan.of(entropy=0, novelty=0, deferral=0,
+    assert rates(LiveCascade(local.root, threads=1, log=log, plan=ReviewPlan(entropy=0, novelty=0, deferral=0,
                  disagreement=0)), 5.0) == {0.02}  # fmt: skip
     flat = far.model_copy(update={"factor": (far.mean,) * SKETCH_SIZE}).model_dump_json()
     for now, damaged in ((6.0, "{"), (7.0, flat)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from stage1_pro.errors import InputError, nearest
@@ -83,12 +83,23 @@ class Result:
     exit_code: int = 0
 
 
+def option(default: Any, text: str, **flag: Any) -> Any:
+    """A field of a command: its default (``...``: it must be given), its help, and what ``Flag`` takes."""
+    field: FieldInfo = Field(default, description=text)
+    field.metadata += [Flag(**flag)] if flag else []
+    return field
+
+
 class Command(BaseModel):
-    """Base of every command; the docstring is its help, the first line its summary."""
+    """Base of every command; the docstring is its help, the first line its summary, ``topic`` its manual page."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     topic: ClassVar[str] = ""
     hints: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, topic: str = "", **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.topic = topic or cls.topic
 
     @abstractmethod
     def execute(self) -> Result:

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": (".export:Export", "write the bundle: ONNX per stage, engines, exactly one policy"),
     "build": (".export:Build", "compile engines on this machine from a received bundle's graphs, into a new bundle"),
     "predict": (".predict:Predict", "answer for images with a bundle (needs no torch)"),
-    "review": (".review:Review", "answer on a local page what was selected for review while serving"),
+    "review": (".continual:Review", "answer on a local page what was selected for review while serving"),
     "bench cascade": (".bench:BenchCascade", "time both stages, a full pass and the cascade, by deferral rate"),
     "bench latency": (".bench:BenchLatency", "time single calls, p50 to p99: bytes to decision, cold start, peers"),
     "bench compare": (".bench:CompareLatency", "compare two results of bench latency by ratios of quantiles"),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Flag, Result, Words
+from stage1_pro.command import Command, Flag, Result, Words, option
 from stage1_pro.deploy.runtime import NAMES
 from stage1_pro.tables import Sheet, grid, interval
 
@@ -30,25 +28,23 @@ RUNTIME = f"what executes: {NAMES}, or torch; onnxruntime for a bundle and torch
 THREADS = "threads of an operator; 0 = as the runtime has them"
 
 
-class BenchCascade(Command):
+class BenchCascade(Command, topic="latency"):
     """Time both stages, a full pass and the cascade, by deferral rate."""
 
-    topic: ClassVar[str] = "latency"
-
-    bundle: Annotated[Path | None, Flag(one_of="source")] = Field(None, description="bundle folder")
-    run: Annotated[Path | None, Flag(one_of="source")] = Field(
-        None, description="trained and calibrated run folder; its val_select images are the input"
+    bundle: Path | None = option(None, "bundle folder", one_of="source")
+    run: Path | None = option(
+        None, "trained and calibrated run folder; its val_select images are the input", one_of="source"
     )
-    runtime: str | None = Field(None, description=RUNTIME)
-    batch: Batches = Field((1, 8, 64), description="batch sizes")
-    rates: Rates = Field(
+    runtime: str | None = option(None, RUNTIME)
+    batch: Batches = option((1, 8, 64), "batch sizes")
+    rates: Rates = option(
         tuple(step / 10 for step in range(11)),
-        description="deferral rates to force: exactly round(R * N) rows of a batch go to Stage B",
+        "deferral rates to force: exactly round(R * N) rows of a batch go to Stage B",
     )
-    rounds: int = Field(20, description="visits to each contestant, in shuffled order")
-    threads: int = Field(0, description=THREADS)
-    seed: int = Field(0, description="seed of orders, of deferred rows and of noise")
-    out: Path | None = Field(None, description="folder for cascade.json and cascade.png")
+    rounds: int = option(20, "visits to each contestant, in shuffled order")
+    threads: int = option(0, THREADS)
+    seed: int = option(0, "seed of orders, of deferred rows and of noise")
+    out: Path | None = option(None, "folder for cascade.json and cascade.png")
 
     def execute(self) -> Result:
         """Print times and speed-ups of every contestant."""
@@ -58,38 +54,33 @@ class BenchCascade(Command):
         return Result(render_cascade(found), found.model_dump(mode="json"))
 
 
-class BenchLatency(Command):
+class BenchLatency(Command, topic="latency"):
     """Time single calls, p50 to p99: bytes to decision, cold start, peers."""
 
-    topic: ClassVar[str] = "latency"
-
-    bundle: Path | None = Field(None, description="bundle folder")
-    run: Path | None = Field(
-        None, description="run folder; alone it is measured in torch, beside --bundle it is for torch peers"
+    bundle: Path | None = option(None, "bundle folder")
+    run: Path | None = option(None, "run folder; alone it is measured in torch, beside --bundle it is for torch peers")
+    runtime: str | None = option(None, RUNTIME)
+    batch: Batches = option((1, 8, 64), "batch sizes")
+    rates: Rates = option(
+        (0.0, 0.1, 0.3, 0.5, 1.0), "deferral rates to force; over the calls exactly this share of rows goes to Stage B"
     )
-    runtime: str | None = Field(None, description=RUNTIME)
-    batch: Batches = Field((1, 8, 64), description="batch sizes")
-    rates: Rates = Field(
-        (0.0, 0.1, 0.3, 0.5, 1.0),
-        description="deferral rates to force; over the calls exactly this share of rows goes to Stage B",
-    )
-    samples: int = Field(1000, description="calls of each; a p99 takes 1,000")
-    warmup: Annotated[float, Flag(metavar="MS")] = Field(200, description="milliseconds before the first call")
-    limit: Annotated[float, Flag(metavar="S")] = Field(30, description="seconds a batch size may take at most")
-    quick: bool = Field(False, description="50 samples and one cold start: a look, not a measurement")
-    deferral: float = Field(0.3, description="rate of requests, of throughput and of peers")
-    budget: Annotated[float, Flag(metavar="MS")] = Field(50, description="milliseconds the p99 of a batch may take")
-    photos: Path | None = Field(None, description="encoded photos to answer from; drawn JPEGs of 1280 x 720 otherwise")
-    against: Annotated[Words, Flag(metavar="PEER[,PEER]")] = Field(
+    samples: int = option(1000, "calls of each; a p99 takes 1,000")
+    warmup: float = option(200, "milliseconds before the first call", metavar="MS")
+    limit: float = option(30, "seconds a batch size may take at most", metavar="S")
+    quick: bool = option(False, "50 samples and one cold start: a look, not a measurement")
+    deferral: float = option(0.3, "rate of requests, of throughput and of peers")
+    budget: float = option(50, "milliseconds the p99 of a batch may take", metavar="MS")
+    photos: Path | None = option(None, "encoded photos to answer from; drawn JPEGs of 1280 x 720 otherwise")
+    against: Words = option(
         (),
-        description="full passes on the same inputs: runtimes, torch-eager, torch-compile; one that cannot run says "
-        "why",
+        "full passes on the same inputs: runtimes, torch-eager, torch-compile; one that cannot run says why",
+        metavar="PEER[,PEER]",
     )
-    threads: int = Field(0, description=THREADS)
-    seed: int = Field(0, description="seed of orders, noise, deferred rows and resamples")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="of torch; cuda replays CUDA graphs")
-    trust_engines: bool = Field(False, description="run engines neither built here nor signed")
-    out: Path | None = Field(None, description="folder for latency.json and latency.png")
+    threads: int = option(0, THREADS)
+    seed: int = option(0, "seed of orders, noise, deferred rows and resamples")
+    device: Literal["cpu", "cuda"] = option("cpu", "of torch; cuda replays CUDA graphs")
+    trust_engines: bool = option(False, "run engines neither built here nor signed")
+    out: Path | None = option(None, "folder for latency.json and latency.png")
 
     def execute(self) -> Result:
         """Print quantiles of every series."""
@@ -99,19 +90,13 @@ class BenchLatency(Command):
         return Result(render_latency(found), found.model_dump(mode="json"))
 
 
-class CompareLatency(Command):
+class CompareLatency(Command, topic="latency"):
     """Compare two results of bench latency by ratios of quantiles."""
 
-    topic: ClassVar[str] = "latency"
-
-    first: Annotated[Path, Flag(positional=True, metavar="A.json")] = Field(
-        description="latency.json that is compared with"
-    )
-    second: Annotated[Path, Flag(positional=True, metavar="B.json")] = Field(
-        description="latency.json that is judged; below 1 it is faster"
-    )
-    level: float = Field(0.95, description="level of the intervals")
-    out: Path | None = Field(None, description="JSON file to write")
+    first: Path = option(..., "latency.json that is compared with", positional=True, metavar="A.json")
+    second: Path = option(..., "latency.json that is judged; below 1 it is faster", positional=True, metavar="B.json")
+    level: float = option(0.95, "level of the intervals")
+    out: Path | None = option(None, "JSON file to write")
 
     def execute(self) -> Result:
         """Print the ratios."""

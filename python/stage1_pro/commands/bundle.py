@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Flag, Result
+from stage1_pro.command import Command, Flag, Result, option
 from stage1_pro.errors import InputError
 
 Bundle = Annotated[Path, Flag(positional=True)]
 
 
-class Verify(Command):
+class Verify(Command, topic="receiving"):
     """Check a bundle from elsewhere: hashes, limits, signature, engines; runs nothing."""
 
-    topic: ClassVar[str] = "receiving"
-
-    bundle: Bundle = Field(description="bundle folder")
-    require_signature: bool = Field(False, description="refuse it unless a trusted key signed it")
-    trust_engines: bool = Field(False, description="say what would run if its engines were trusted")
+    bundle: Bundle = option(..., "bundle folder")
+    require_signature: bool = option(False, "refuse it unless a trusted key signed it")
+    trust_engines: bool = option(False, "say what would run if its engines were trusted")
 
     def execute(self) -> Result:
         """Print whom it comes from and which engines would run here."""
@@ -30,13 +26,11 @@ class Verify(Command):
         return Result(render(facts), facts)
 
 
-class Sign(Command):
+class Sign(Command, topic="receiving"):
     """Sign a bundle with an Ed25519 key: writes bundle.sig."""
 
-    topic: ClassVar[str] = "receiving"
-
-    bundle: Bundle = Field(description="bundle folder")
-    key: Path = Field(description="PEM file of the private key; `stage1 keys new` makes one")
+    bundle: Bundle = option(..., "bundle folder")
+    key: Path = option(..., "PEM file of the private key; `stage1 keys new` makes one")
 
     def execute(self) -> Result:
         """Print the signature's file and key."""
@@ -46,18 +40,14 @@ class Sign(Command):
         return Result(f"wrote {done['path']}/{done['file']}, signed by key {done['key_id']}", done)
 
 
-class Keys(Command):
+class Keys(Command, topic="receiving"):
     """Make keys for signing, and say whose bundles' engines may run here."""
 
-    topic: ClassVar[str] = "receiving"
-
-    action: Annotated[Literal["new", "trust", "list", "forget"], Flag(positional=True)] = Field(
-        description="what to do"
+    action: Literal["new", "trust", "list", "forget"] = option(..., "what to do", positional=True)
+    key: str | None = option(
+        None, "new: file to write; trust: the .pub file; forget: identifier or name", positional=True
     )
-    key: Annotated[str | None, Flag(positional=True)] = Field(
-        None, description="new: file to write; trust: the .pub file; forget: identifier or name"
-    )
-    name: str | None = Field(None, description="trust: what messages call the key; the file's name by default")
+    name: str | None = option(None, "trust: what messages call the key; the file's name by default")
 
     def execute(self) -> Result:
         """Print the keys that are trusted, or what became of one."""
@@ -84,13 +74,11 @@ class Keys(Command):
         return Result(f"key {key.key_id} '{key.name}' {text}", key.model_dump())
 
 
-class Migrate(Command):
+class Migrate(Command, topic="receiving"):
     """Write a bundle of an older format anew in today's."""
 
-    topic: ClassVar[str] = "receiving"
-
-    bundle: Bundle = Field(description="bundle folder; it stays as it is")
-    out: Path = Field(description="folder to write")
+    bundle: Bundle = option(..., "bundle folder; it stays as it is")
+    out: Path = option(..., "folder to write")
 
     def execute(self) -> Result:
         """Print what was written, and what the bundle still lacks."""
@@ -103,12 +91,10 @@ class Migrate(Command):
         return Result("\n".join(lines), done)
 
 
-class Inspect(Command):
+class Inspect(Command, topic="engines"):
     """Say what a bundle is, what it promises and for which GPUs."""
 
-    topic: ClassVar[str] = "engines"
-
-    bundle: Bundle = Field(description="bundle folder")
+    bundle: Bundle = option(..., "bundle folder")
 
     def execute(self) -> Result:
         """Print contents, policy, promise and engines."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
-from stage1_pro.command import Command, Count, Flag, Result, Share, Words, keywords
+from stage1_pro.command import Command, Count, Flag, Result, Share, Words, keywords, option
 from stage1_pro.policies.target import KNOWN, Target
 
 if TYPE_CHECKING:
@@ -18,38 +18,33 @@ _SOURCE = Flag(one_of="source")
 _OWN = Flag(group="with --logits")
 
 
-class Calibration(Command):
+class Calibration(Command, topic="certificates"):
     """Choose the exit policy on val_calib.
 
     What is left out is taken from the run's configuration. An option that the chosen policy does not have is refused.
     """
 
-    topic: ClassVar[str] = "certificates"
-
-    run: Annotated[Path | None, _SOURCE] = Field(None, description="trained run folder")
-    logits: Annotated[Path | None, _SOURCE] = Field(
+    run: Annotated[Path | None, _SOURCE] = option(None, "trained run folder")
+    logits: Annotated[Path | None, _SOURCE] = option(
         None,
-        description=".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, logits_b, groups, half, "
+        ".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, logits_b, groups, half, "
         "classes, positive",
     )
-    policy: str | None = Field(
+    policy: str | None = option(
         None,
-        description="what decides an exit: softmax (by default), gate, scrc, or auto: the better of softmax and gate "
-        "by gate.json",
+        "what decides an exit: softmax (by default), gate, scrc, or auto: the better of softmax and gate by gate.json",
     )
-    guarantee: Literal["ltt", "none"] | None = Field(
-        None, description="ltt (by default) = certified or refused; none = empirical choice, promises nothing"
+    guarantee: Literal["ltt", "none"] | None = option(
+        None, "ltt (by default) = certified or refused; none = empirical choice, promises nothing"
     )
-    delta: Share | None = Field(
-        None, description="ltt: largest chance of a false certificate, all claims together; .05 by default"
+    delta: Share | None = option(
+        None, "ltt: largest chance of a false certificate, all claims together; .05 by default"
     )
-    claims: Count | None = Field(
-        None, description="ltt: claims that delta is divided for, fixed by the first; 1 by default"
-    )
-    out: Annotated[Path | None, _OWN] = Field(None, description="where to write the policy, a folder or a .json file")
-    positive: Annotated[str | None, _OWN] = Field(None, description="name of the positive class")
-    classes: Annotated[Words | None, _OWN] = Field(
-        None, description="comma-separated names of the classes; the file's own, else 0, 1, … by default"
+    claims: Count | None = option(None, "ltt: claims that delta is divided for, fixed by the first; 1 by default")
+    out: Annotated[Path | None, _OWN] = option(None, "where to write the policy, a folder or a .json file")
+    positive: Annotated[str | None, _OWN] = option(None, "name of the positive class")
+    classes: Annotated[Words | None, _OWN] = option(
+        None, "comma-separated names of the classes; the file's own, else 0, 1, … by default"
     )
 
     def asked_for(self) -> dict[str, Any]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Count, Flag, Result, Share, Words, keywords
+from stage1_pro.command import Command, Count, Result, Share, Words, keywords, option
 from stage1_pro.commands.split import Fractions
 
 if TYPE_CHECKING:
@@ -16,46 +14,37 @@ if TYPE_CHECKING:
     from stage1_pro.studies.comparing import Comparison
 
 
-class Compare(Command):
+class Compare(Command, topic="compare"):
     """Train configurations alike but for their keys, over seeds, and compare them."""
 
-    topic: ClassVar[str] = "compare"
-
-    config: Annotated[tuple[Path, ...], Flag(metavar="YAML")] = Field(
-        (), description="one for each configuration, as for train; the first is the baseline"
+    config: tuple[Path, ...] = option(
+        (), "one for each configuration, as for train; the first is the baseline", metavar="YAML"
     )
-    study: str | None = Field(
-        None, description="a standing study instead: modes (full, LoRA, DoRA, APLA, partial) or explora"
+    study: str | None = option(None, "a standing study instead: modes (full, LoRA, DoRA, APLA, partial) or explora")
+    data: Path = option(..., "labels, as for split --labels")
+    out: Path = option(..., "folder of the comparison; run again, it goes on")
+    seeds: int = option(5, "how many; each is one of splits and of training")
+    names: Words | None = option(None, "comma-separated names of the configurations; those of the files by default")
+    overrides: tuple[str, ...] = option(
+        (),
+        "one key of all configurations, or of one: lora:train.lr=5e-4 (may be repeated)",
+        name="--set",
+        metavar="[NAME:]KEY=VALUE",
+        repeated=True,
     )
-    data: Path = Field(description="labels, as for split --labels")
-    out: Path = Field(description="folder of the comparison; run again, it goes on")
-    seeds: int = Field(5, description="how many; each is one of splits and of training")
-    names: Words | None = Field(
-        None, description="comma-separated names of the configurations; those of the files by default"
+    images: Path | None = option(None, "folder that `file` is relative to; the CSV's own by default")
+    positive: str | None = option(None, "name of the positive class, as for split")
+    fractions: Fractions | None = option(None, "share of rows per split, as for split; its defaults otherwise")
+    hold_split: bool = option(False, "one split for all seeds; only training differs")
+    metric: str = option(
+        "augrc", "what the best is chosen by, its mean over seeds on val_select: accuracy, mcc, augrc or gate_augrc"
     )
-    overrides: Annotated[tuple[str, ...], Flag("--set", metavar="[NAME:]KEY=VALUE", repeated=True)] = Field(
-        (), description="one key of all configurations, or of one: lora:train.lr=5e-4 (may be repeated)"
-    )
-    images: Path | None = Field(None, description="folder that `file` is relative to; the CSV's own by default")
-    positive: str | None = Field(None, description="name of the positive class, as for split")
-    fractions: Fractions | None = Field(
-        None, description="share of rows per split, as for split; its defaults otherwise"
-    )
-    hold_split: bool = Field(False, description="one split for all seeds; only training differs")
-    metric: str = Field(
-        "augrc",
-        description="what the best is chosen by, its mean over seeds on val_select: accuracy, mcc, augrc or gate_augrc",
-    )
-    min_coverage: Share = Field(0.70, description="of the gate's two constraints")
-    max_exit_error: Annotated[Share, Flag("--alpha", also="--max-exit-error")] = Field(
-        0.01, description="of the gate's two constraints"
-    )
-    n_replicates: Annotated[Count, Flag("--replicates")] = Field(
-        2000, description="bootstrap resamples of whole groups"
-    )
-    level: Share = Field(0.95, description="nominal coverage of the intervals")
-    test: Annotated[bool, Flag("--no-test")] = Field(True, description="leave val_test alone for now")
-    second_look: bool = Field(False, description="read val_test again though another choice has; it is recorded")
+    min_coverage: Share = option(0.70, "of the gate's two constraints")
+    max_exit_error: Share = option(0.01, "of the gate's two constraints", name="--alpha", also="--max-exit-error")
+    n_replicates: Count = option(2000, "bootstrap resamples of whole groups", name="--replicates")
+    level: Share = option(0.95, "nominal coverage of the intervals")
+    test: bool = option(True, "leave val_test alone for now", name="--no-test")
+    second_look: bool = option(False, "read val_test again though another choice has; it is recorded")
 
     def execute(self) -> Result:
         """Print the table of configurations and their differences from the baseline."""

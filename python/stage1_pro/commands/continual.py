@@ -1,46 +1,53 @@
-"""``stage1 continual``: a loop that keeps learning, step by step."""
+"""``stage1 continual``: a loop that keeps learning, step by step; and ``stage1 review``, its page for reviewers."""
 
 from __future__ import annotations
 
 import getpass
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stage1_pro.command import Command, Flag, Place, Rate, Result, Share
-from stage1_pro.commands.review import BROWSER, PORT, REVIEWER, Browser
+from stage1_pro.command import Command, Flag, Place, Rate, Result, Share, option
 
+Browser = Annotated[bool, Flag("--no-browser")]
+REVIEWER = "whose answers these are; the user's name by default"
+PORT = "port of 127.0.0.1; 0 = any free one"
+BROWSER = "print the address, open nothing"
 BY = "who does it; the user's name by default"
 
 
-class Loop(Command):
-    """A command about the loop in a folder."""
+class Loop(Command, topic="loop"):
+    """A command about the loop in a folder: ``does`` names the function of ``loop.folder`` that it calls."""
 
-    topic: ClassVar[str] = "loop"
+    does: ClassVar[str] = ""
+    root: Path = option(..., "the loop's folder")
 
-    root: Path = Field(description="the loop's folder")
+    def __init_subclass__(cls, does: str = "", **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.does = does
+
+    def execute(self) -> Result:
+        """Print what was done or found."""
+        from stage1_pro.continual.loop import folder
+
+        found = getattr(folder, self.does)(**dict(self))
+        return Result(folder.render(self.does, found), found)
 
 
-def _told(what: str, found: dict[str, Any], exit_code: int = 0) -> Result:
-    from stage1_pro.continual.loop.folder import render
-
-    return Result(render(what, found), found, exit_code)
-
-
-class PlanAudits(Command):
+class PlanAudits(Command, topic="loop"):
     """Say how many audited exits tell which risk from the promised one."""
 
-    topic: ClassVar[str] = "loop"
-
-    alpha: Share = Field(description="risk of exits that was promised")
-    harms: Annotated[tuple[float, ...] | None, Flag("--harm")] = Field(
-        None, description="true risks to see; 1.5, 2, 3, 5 times alpha by default"
+    alpha: Share = option(..., "risk of exits that was promised")
+    harms: tuple[float, ...] | None = option(
+        None, "true risks to see; 1.5, 2, 3, 5 times alpha by default", name="--harm"
     )
-    delta: Share = Field(0.05, description="chance of a false alarm")
-    power: Share = Field(0.8, description="chance to see the harm that you want")
-    exit_rate: Rate = Field(0.7, description="share of decisions that exit")
-    audit_rate: Rate = Field(0.1, description="share of exits that are audited")
+    delta: Share = option(0.05, "chance of a false alarm")
+    power: Share = option(0.8, "chance to see the harm that you want")
+    exit_rate: Rate = option(0.7, "share of decisions that exit")
+    audit_rate: Rate = option(0.1, "share of exits that are audited")
 
     def execute(self) -> Result:
         """Print audits and days for every harm."""
@@ -50,60 +57,69 @@ class PlanAudits(Command):
         return Result(render(found), found.model_dump(mode="json"))
 
 
-class Init(Loop):
+class Init(Loop, does="init"):
     """Begin a loop with the bundle of a run as its first champion."""
 
-    run: Path = Field(description="trained and calibrated run; proposals start from it")
-    bundle: Path | None = Field(None, description="what the run was exported to; RUN/bundle by default")
-    alpha: Share | None = Field(None, description="risk of exits that is watched; what the policy promises by default")
-    store: Place | None = Field(None, description="postgresql://…, or a folder or file for SQLite; ROOT by default")
-    log: Path | None = Field(None, description="folder that serving logs to; ROOT/log by default")
-    config: Path | None = Field(None, description="YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
+    run: Path = option(..., "trained and calibrated run; proposals start from it")
+    bundle: Path | None = option(None, "what the run was exported to; RUN/bundle by default")
+    alpha: Share | None = option(None, "risk of exits that is watched; what the policy promises by default")
+    store: Place | None = option(None, "postgresql://…, or a folder or file for SQLite; ROOT by default")
+    log: Path | None = option(None, "folder that serving logs to; ROOT/log by default")
+    config: Path | None = option(None, "YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
-    def execute(self) -> Result:
-        """Print the first champion."""
-        from stage1_pro.continual.loop.folder import init
 
-        return _told("init", init(**dict(self)))
-
-
-class Ingest(Loop):
+class Ingest(Loop, does="ingest_log"):
     """Put what serving logged into the store."""
 
-    def execute(self) -> Result:
-        """Print what was new."""
-        from stage1_pro.continual.loop.folder import ingest_log
 
-        return _told("ingest", ingest_log(self.root))
-
-
-class Status(Loop):
+class Status(Loop, does="status"):
     """Say where the loop is, what serves, and whether the risk is kept."""
 
-    page: Path | None = Field(None, description="HTML page to write")
-    metrics: Annotated[Path | None, Flag(metavar="FILE.prom")] = Field(
-        None, description="for Prometheus' textfile collector"
-    )
-    grafana: Annotated[Path | None, Flag(metavar="FILE.json")] = Field(
-        None, description="dashboard of these metrics, to import"
-    )
-    test_alert: bool = Field(False, description="send one to every hook of ROOT/loop.json; exit status 1: one failed")
+    page: Path | None = option(None, "HTML page to write")
+    metrics: Path | None = option(None, "for Prometheus' textfile collector", metavar="FILE.prom")
+    grafana: Path | None = option(None, "dashboard of these metrics, to import", metavar="FILE.json")
+    test_alert: bool = option(False, "send one to every hook of ROOT/loop.json; exit status 1: one failed")
 
     def execute(self) -> Result:
-        """Print state, champion and risk; the exit code is 1 where an alert was not delivered."""
-        from stage1_pro.continual.loop.folder import status
+        """The exit code is 1 where an alert was not delivered."""
+        found = super().execute()
+        return replace(found, exit_code=int(not all(one["delivered"] for one in found.record["deliveries"])))
 
-        found = status(self)
-        return _told("status", found, int(not all(one["delivered"] for one in found.get("deliveries", ()))))
+
+class Review(Command, topic="loop"):
+    """Answer on a local page what was selected for review while serving."""
+
+    store: Place = option(..., "a folder or file (SQLite), or postgresql://…", metavar="URL")
+    log: Path | None = option(None, "the log that serving writes, with the images; STORE/log by default")
+    reviewer: str | None = option(None, REVIEWER)
+    port: int = option(0, PORT)
+    lease: float = option(300.0, "seconds that an image is this reviewer's alone")
+    blind: bool = option(False, "do not show what the cascade said, so that it sways nobody")
+    browser: Browser = option(True, BROWSER)
+    purge: bool = option(False, "remove images whose time is over, and stop")
+    as_json: Annotated[bool, Flag(hidden=True)] = False
+
+    def execute(self) -> Result:
+        """Print what was purged, ingested and answered, once the page is closed."""
+        from stage1_pro.continual.ledger.reviewing import render, review
+
+        def ready(url: str) -> None:
+            # A program that starts the page waits for this line.
+            if self.as_json:
+                print(json.dumps({"url": url}), flush=True)
+
+        options = {name: value for name, value in self if name != "as_json"}
+        found = review(**options, ready=ready)
+        return Result(render(found), found)
 
 
 class ReviewLoop(Loop):
     """Answer on a local page what was selected for review."""
 
-    reviewer: str | None = Field(None, description=REVIEWER)
-    port: int = Field(0, description=PORT)
-    browser: Browser = Field(True, description=BROWSER)
+    reviewer: str | None = option(None, REVIEWER)
+    port: int = option(0, PORT)
+    browser: Browser = option(True, BROWSER)
 
     def execute(self) -> Result:
         """Print what was answered, once the page is closed."""
@@ -116,41 +132,25 @@ class ReviewLoop(Loop):
         return Result(render(found), found)
 
 
-class Labels(Loop):
+class Labels(Loop, does="labels"):
     """Import or export labels."""
 
-    imported: Annotated[Path | None, Flag("--import", one_of="way", metavar="FILE")] = Field(
-        None, description=".csv, or Label Studio's .json"
+    imported: Path | None = option(None, ".csv, or Label Studio's .json", name="--import", one_of="way", metavar="FILE")
+    exported: Path | None = option(
+        None, ".csv, .json; a folder: Parquet", name="--export", one_of="way", metavar="FILE"
     )
-    exported: Annotated[Path | None, Flag("--export", one_of="way", metavar="FILE")] = Field(
-        None, description=".csv, .json; a folder: Parquet"
-    )
-    source: Literal["owner", "review", "match", "model"] | None = Field(
+    source: Literal["owner", "review", "match", "model"] | None = option(
         None,
-        description="the most that a file's labels are believed, whatever it says of itself; by default review for "
+        "the most that a file's labels are believed, whatever it says of itself; by default review for "
         ".json, and what each row says for .csv",
     )
-    annotator: str | None = Field(None, description="of rows without one")
-
-    def execute(self) -> Result:
-        """Print how many labels came or went."""
-        from stage1_pro.continual.loop.folder import labels
-
-        return _told("labels", labels(self))
+    annotator: str | None = option(None, "of rows without one")
 
 
-class Run(Loop):
+class Run(Loop, does="run"):
     """Take steps until one has to wait."""
 
-    every: Annotated[float | None, Flag(metavar="SECONDS")] = Field(
-        None, description="look again after so long, for good"
-    )
-
-    def execute(self) -> Result:
-        """Print where the loop waits."""
-        from stage1_pro.continual.loop.folder import run
-
-        return _told("run", run(self.root, every=self.every))
+    every: float | None = option(None, "look again after so long, for good", metavar="SECONDS")
 
 
 class Propose(Loop):
@@ -158,56 +158,33 @@ class Propose(Loop):
 
     def execute(self) -> Result:
         """Print where the loop waits."""
-        from stage1_pro.continual.loop.folder import run
+        from stage1_pro.continual.loop import folder
 
-        return _told("propose", run(self.root, manual=True, until="EVALUATE"))
+        found = folder.run(self.root, manual=True, until="EVALUATE")
+        return Result(folder.render("propose", found), found)
 
 
-class EvaluateCandidate(Loop):
+class EvaluateCandidate(Loop, does="evaluate"):
     """Judge the candidate, and show the last verdict."""
 
-    def execute(self) -> Result:
-        """Print the verdict."""
-        from stage1_pro.continual.loop.folder import evaluate
 
-        return _told("evaluate", evaluate(self.root))
-
-
-class Promote(Loop):
+class Promote(Loop, does="promote"):
     """Approve the candidate in the shadow."""
 
-    candidate: str | None = Field(None, description="first digits of its hash, to be sure")
+    candidate: str | None = option(None, "first digits of its hash, to be sure")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
-    def execute(self) -> Result:
-        """Print what was approved."""
-        from stage1_pro.continual.loop.folder import promote
 
-        return _told("promote", promote(**dict(self)))
-
-
-class Rollback(Loop):
+class Rollback(Loop, does="rollback"):
     """Bring back the champion before, at once."""
 
-    to: str | None = Field(None, description="hash of an earlier champion; the one before by default")
+    to: str | None = option(None, "hash of an earlier champion; the one before by default")
     by: str = Field(default_factory=getpass.getuser, description=BY)
 
-    def execute(self) -> Result:
-        """Print what serves now."""
-        from stage1_pro.continual.loop.folder import rollback
 
-        return _told("rollback", rollback(**dict(self)))
-
-
-class Audit(Loop):
+class Audit(Loop, does="audit"):
     """Verify the chain of all that was done."""
 
-    exported: Annotated[Path | None, Flag("--export", metavar="FILE")] = Field(None, description="JSON lines to write")
-    file: Path | None = Field(None, description="verify this export, not the store")
-    head: str | None = Field(None, description="hash that was noted earlier and must be in the chain")
-
-    def execute(self) -> Result:
-        """Print length and head of the chain, and its last rows."""
-        from stage1_pro.continual.loop.folder import audit
-
-        return _told("audit", audit(**dict(self)))
+    exported: Path | None = option(None, "JSON lines to write", name="--export", metavar="FILE")
+    file: Path | None = option(None, "verify this export, not the store")
+    head: str | None = option(None, "hash that was noted earlier and must be in the chain")

@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Result
+from stage1_pro.command import Command, Result, option
 from stage1_pro.errors import InputError, NotReachableError
 
 if TYPE_CHECKING:
@@ -26,8 +24,8 @@ MARKER = "demo.json"
 class Demo(Command):
     """Run every command on rendered street scenes (minutes, no data needed)."""
 
-    out: Path = Field(description="folder to write; must not exist or be a demo's")
-    seed: int = Field(0, description="seed of scenes, splits and training")
+    out: Path = option(..., "folder to write; must not exist or be a demo's")
+    seed: int = option(0, "seed of scenes, splits and training")
 
     def execute(self) -> Result:
         """Print where the report is."""

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Count, Flag, Result
+from stage1_pro.command import Command, Count, Result, option
 from stage1_pro.errors import PROMISE_FAILED, InputError
 from stage1_pro.words import ProtocolName
 
 
-class Evaluate(Command):
+class Evaluate(Command, topic="certificates"):
     """Measure the best model and its policy on val_test, once it is final."""
 
-    topic: ClassVar[str] = "certificates"
-
-    run: Path = Field(description="trained run folder")
-    n_replicates: Annotated[Count, Flag("--replicates")] = Field(
-        1000, description="bootstrap replicates of an interval"
+    run: Path = option(..., "trained run folder")
+    n_replicates: Count = option(1000, "bootstrap replicates of an interval", name="--replicates")
+    seed: int = option(0, "seed of the bootstrap")
+    beside: tuple[Path, ...] = option(
+        (),
+        "evaluated runs on the same splits with other taps, whose cost and risk are drawn beside these",
+        metavar="RUN",
     )
-    seed: int = Field(0, description="seed of the bootstrap")
-    beside: Annotated[tuple[Path, ...], Flag(metavar="RUN")] = Field(
-        (), description="evaluated runs on the same splits with other taps, whose cost and risk are drawn beside these"
-    )
-    protocol: ProtocolName | None = Field(
+    protocol: ProtocolName | None = option(
         None,
-        description="instead: photos as StreetVision's validator would send them, by level, into RUN/protocols; no "
+        "instead: photos as StreetVision's validator would send them, by level, into RUN/protocols; no "
         "promise is about them",
     )
-    photo_seed: int | None = Field(
-        None, description="with --protocol: seed of what is drawn for each photo; 0 by default"
-    )
+    photo_seed: int | None = option(None, "with --protocol: seed of what is drawn for each photo; 0 by default")
 
     def execute(self) -> Result:
         """Print figures and verdicts; the exit code says whether a promise fails."""

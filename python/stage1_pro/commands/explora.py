@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
-from pydantic import Field
-
-from stage1_pro.command import Place, Result
+from stage1_pro.command import Place, Result, option
 from stage1_pro.commands.train import Configured
 
 
-class Explora(Configured):
+class Explora(Configured, topic="explora"):
     """Adapt the backbone to unlabelled images, and keep it where that helps."""
 
-    topic: ClassVar[str] = "explora"
-
-    images: Place = Field(description="the pool: a folder or tar, or a CSV with file[,group]")
-    run: Path = Field(description="run folder with splits.json")
-    base: Place | None = Field(
-        None, description="backbone to adapt: preset, folder or hub id; model.backbone otherwise"
-    )
-    overwrite: bool = Field(False, description="forget an earlier adaptation of this run")
+    images: Place = option(..., "the pool: a folder or tar, or a CSV with file[,group]")
+    run: Path = option(..., "run folder with splits.json")
+    base: Place | None = option(None, "backbone to adapt: preset, folder or hub id; model.backbone otherwise")
+    overwrite: bool = option(False, "forget an earlier adaptation of this run")
 
     def execute(self) -> Result:
         """Print what the judges said and which backbone was kept."""

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Flag, Result
+from stage1_pro.command import Command, Result, option
 from stage1_pro.words import Precision
 
 
 class Engines(Command):
     """What export and build ask of engines."""
 
-    recipe: Path | None = Field(None, description="YAML engine recipe, see engines/; the default recipe otherwise")
-    precisions: Annotated[tuple[Precision, ...], Flag("--precision", metavar="PRECISION")] = Field(
+    recipe: Path | None = option(None, "YAML engine recipe, see engines/; the default recipe otherwise")
+    precisions: tuple[Precision, ...] = option(
         (),
-        description="fp32, res32 (fp16 products on an fp32 residual stream), fp16 or bf16: the first is of the "
+        "fp32, res32 (fp16 products on an fp32 residual stream), fp16 or bf16: the first is of the "
         "engines, and a runtime steps down to the others; without engines, graphs to write beside fp32",
+        name="--precision",
+        metavar="PRECISION",
     )
 
     def _told(self, bundle: Path, after: str) -> Result:
@@ -27,19 +27,17 @@ class Engines(Command):
         return Result(f"wrote {bundle}; next: {after}", inspect(bundle))
 
 
-class Export(Engines):
+class Export(Engines, topic="engines"):
     """Write the bundle: ONNX per stage, engines, exactly one policy."""
 
-    topic: ClassVar[str] = "engines"
-
-    run: Path = Field(description="trained and calibrated run folder")
-    out: Path | None = Field(None, description="bundle folder; RUN/bundle by default")
-    target: Literal["onnx", "rtx", "tensorrt"] | None = Field(
+    run: Path = option(..., "trained and calibrated run folder")
+    out: Path | None = option(None, "bundle folder; RUN/bundle by default")
+    target: Literal["onnx", "rtx", "tensorrt"] | None = option(
         None,
-        description="rtx also compiles engines, no GPU needed; tensorrt does so for this machine's GPU, data-centre or "
+        "rtx also compiles engines, no GPU needed; tensorrt does so for this machine's GPU, data-centre or "
         "other; the run's configuration or onnx by default",
     )
-    overwrite: bool = Field(False, description="replace an existing bundle")
+    overwrite: bool = option(False, "replace an existing bundle")
 
     def execute(self) -> Result:
         """Print where the bundle is."""
@@ -49,17 +47,13 @@ class Export(Engines):
         return self._told(bundle, f"stage1 predict --bundle {bundle} IMAGES")
 
 
-class Build(Engines):
+class Build(Engines, topic="engines"):
     """Compile engines on this machine from a received bundle's graphs, into a new bundle."""
 
-    topic: ClassVar[str] = "engines"
-
-    bundle: Path = Field(description="bundle folder; it stays as it is")
-    out: Path | None = Field(None, description="folder of the new bundle; BUNDLE-built by default")
-    target: Literal["rtx", "tensorrt"] | None = Field(
-        None, description="engine builder; the recipe's or rtx by default"
-    )
-    overwrite: bool = Field(False, description="replace an existing bundle at --out")
+    bundle: Path = option(..., "bundle folder; it stays as it is")
+    out: Path | None = option(None, "folder of the new bundle; BUNDLE-built by default")
+    target: Literal["rtx", "tensorrt"] | None = option(None, "engine builder; the recipe's or rtx by default")
+    overwrite: bool = option(False, "replace an existing bundle at --out")
 
     def execute(self) -> Result:
         """Print where the new bundle is."""

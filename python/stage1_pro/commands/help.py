@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Annotated
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Flag, Result
+from stage1_pro.command import Command, Result, option
 from stage1_pro.commands import outside
 from stage1_pro.errors import InputError, nearest
 
@@ -21,9 +18,7 @@ def topics() -> dict[str, str]:
 class Help(Command):
     """Print a page of the manual, or the list of pages."""
 
-    subject: Annotated[str | None, Flag(positional=True, metavar="TOPIC")] = Field(
-        None, description="which page; all are listed by default"
-    )
+    subject: str | None = option(None, "which page; all are listed by default", positional=True, metavar="TOPIC")
 
     def execute(self) -> Result:
         """Print the page as it is: Markdown that reads as plain text."""

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Place, Result, keywords
+from stage1_pro.command import Command, Place, Result, keywords, option
 
 
-class Merge(Command):
+class Merge(Command, topic="adapters"):
     """Write the plain backbone that an adapter makes of its base."""
 
-    topic: ClassVar[str] = "adapters"
-
-    adapter: Path = Field(description="the adapter's folder, such as RUN/adapter")
-    base: Place = Field(description="what it was trained on: a preset, a folder or a hub id")
-    out: Path = Field(description="folder to write; model.backbone and transformers read it")
-    overwrite: bool = Field(False, description="replace a backbone that is there")
+    adapter: Path = option(..., "the adapter's folder, such as RUN/adapter")
+    base: Place = option(..., "what it was trained on: a preset, a folder or a hub id")
+    out: Path = option(..., "folder to write; model.backbone and transformers read it")
+    overwrite: bool = option(False, "replace a backbone that is there")
 
     def execute(self) -> Result:
         """Print what was merged, and the command that trains on it."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Count, Flag, Result, Share, Words, keywords, within
+from stage1_pro.command import Command, Count, Result, Share, Words, keywords, option, within
 
 if TYPE_CHECKING:
     from stage1_pro.studies.measuring import Measurement
@@ -16,27 +14,26 @@ if TYPE_CHECKING:
 Finite = Annotated[float, within(math.isfinite, "a number and finite", "leave it out to measure no exits")]
 
 
-class Metrics(Command):
+class Metrics(Command, topic="metrics"):
     """Measure anybody's predictions: AUGRC and the suite with intervals, no model."""
 
-    topic: ClassVar[str] = "metrics"
-
-    path: Annotated[Path, Flag(positional=True, metavar="FILE.csv|FILE.npz")] = Field(
-        description="predictions: columns or arrays as `stage1 help metrics` lists them"
+    path: Path = option(
+        ...,
+        "predictions: columns or arrays as `stage1 help metrics` lists them",
+        positional=True,
+        metavar="FILE.csv|FILE.npz",
     )
-    compare_with: Annotated[Path | None, Flag("--compare", metavar="FILE")] = Field(
-        None, description="predictions on the same rows: FILE.csv minus these"
+    compare_with: Path | None = option(
+        None, "predictions on the same rows: FILE.csv minus these", name="--compare", metavar="FILE"
     )
-    positive: str | None = Field(None, description="name of the positive class; 1 of labels 0 and 1")
-    threshold: Finite | None = Field(None, description="a row exits at or above it; adds coverage and errors of exits")
-    n_replicates: Annotated[Count, Flag("--replicates")] = Field(
-        1000, description="bootstrap replicates of an interval"
-    )
-    level: Share = Field(0.95, description="nominal coverage of the intervals")
-    method: Literal["bca", "percentile", "logit"] = Field("bca", description="how intervals are made")
-    seed: int = Field(0, description="seed of the bootstrap")
-    metrics: Words = Field(("all",), description="comma-separated names, such as augrc,risk_at_coverage_0.95")
-    out: Path | None = Field(None, description="folder for metrics.csv, metrics.json, figures and report.html")
+    positive: str | None = option(None, "name of the positive class; 1 of labels 0 and 1")
+    threshold: Finite | None = option(None, "a row exits at or above it; adds coverage and errors of exits")
+    n_replicates: Count = option(1000, "bootstrap replicates of an interval", name="--replicates")
+    level: Share = option(0.95, "nominal coverage of the intervals")
+    method: Literal["bca", "percentile", "logit"] = option("bca", "how intervals are made")
+    seed: int = option(0, "seed of the bootstrap")
+    metrics: Words = option(("all",), "comma-separated names, such as augrc,risk_at_coverage_0.95")
+    out: Path | None = option(None, "folder for metrics.csv, metrics.json, figures and report.html")
 
     def execute(self) -> Result:
         """Print every metric with its interval."""

@@ -3,46 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Count, Flag, Rate, Result, Share, keywords
+from stage1_pro.command import Command, Count, Rate, Result, Share, keywords, option
 from stage1_pro.words import PolicyName
 
 if TYPE_CHECKING:
     from stage1_pro.studies.planning import CalibrationPlan
 
 
-class Plan(Command):
+class Plan(Command, topic="plan"):
     """Say how many calibration rows a promise takes, and what rows you have can promise.
 
     Exact binomials of the policies; units are rows, or groups where rows share clips, tracks or places.
     """
 
-    topic: ClassVar[str] = "plan"
-
-    policy: PolicyName = Field("gate", description="what makes the promise")
-    alpha: Share | None = Field(None, description="largest risk; .01 by default, of softmax .02")
-    delta: Annotated[float | tuple[float, ...], Flag(metavar="D")] = Field(
+    policy: PolicyName = option("gate", "what makes the promise")
+    alpha: Share | None = option(None, "largest risk; .01 by default, of softmax .02")
+    delta: float | tuple[float, ...] = option(
         0.05,
-        description="largest chance of a false certificate; scrc: of selection and risk (one number is split 1 : 4)",
+        "largest chance of a false certificate; scrc: of selection and risk (one number is split 1 : 4)",
+        metavar="D",
     )
-    min_coverage: Share = Field(0.70, description="least share accepted; softmax: share expected to exit")
-    expected_error: float | None = Field(None, description="true risk that you hope for; half of alpha by default")
-    expected_coverage: float | None = Field(
-        None,
-        description="true share accepted that you hope for, above --min-coverage; gate: its test is then counted too",
+    min_coverage: Share = option(0.70, "least share accepted; softmax: share expected to exit")
+    expected_error: float | None = option(None, "true risk that you hope for; half of alpha by default")
+    expected_coverage: float | None = option(
+        None, "true share accepted that you hope for, above --min-coverage; gate: its test is then counted too"
     )
-    positives: Rate = Field(0.5, description="softmax: share of rows (or groups) that are positive")
-    power: Share = Field(0.9, description="chance to succeed that you want")
-    cells: Annotated[float | tuple[float, ...], Flag(metavar="K")] = Field(
+    positives: Rate = option(0.5, "softmax: share of rows (or groups) that are positive")
+    power: Share = option(0.9, "chance to succeed that you want")
+    cells: float | tuple[float, ...] = option(
         1,
-        description="scrc: number of cells (classes or stages) with a limit each, or the share of each among the "
-        "accepted",
+        "scrc: number of cells (classes or stages) with a limit each, or the share of each among the accepted",
+        metavar="K",
     )
-    n: Count | None = Field(None, description="rows (or groups) kept for the certificate that you have")
-    out: Path | None = Field(None, description="folder for plan.json and plan.png")
+    n: Count | None = option(None, "rows (or groups) kept for the certificate that you have")
+    out: Path | None = option(None, "folder for plan.json and plan.png")
 
     def execute(self) -> Result:
         """Print the answer, the table, and what it rests on."""

@@ -6,9 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Count, Flag, Place, Result
+from stage1_pro.command import Command, Count, Flag, Place, Result, option
 from stage1_pro.deploy.runtime import NAMES
 from stage1_pro.words import SplitName
 
@@ -18,12 +16,10 @@ INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|TAR|CSV")
 class Answering(Command):
     """What predict and infer share."""
 
-    out: Path | None = Field(None, description="CSV to write; a table on stdout otherwise")
-    batch_size: Count = Field(32, description="images per batch")
-    prior: float | None = Field(
-        None,
-        description="share of positives where this serves; says what of the promise is void there, answers do not "
-        "change",
+    out: Path | None = option(None, "CSV to write; a table on stdout otherwise")
+    batch_size: Count = option(32, "images per batch")
+    prior: float | None = option(
+        None, "share of positives where this serves; says what of the promise is void there, answers do not change"
     )
 
     def _told(self, source: Path, rows: list[dict[str, Any]], failures: int, **more: Any) -> Result:
@@ -34,19 +30,17 @@ class Answering(Command):
         return Result(render(rows, self.out, found), record, int(failures > 0))
 
 
-class Predict(Answering):
+class Predict(Answering, topic="engines"):
     """Answer for images with a bundle (needs no torch)."""
 
-    topic: ClassVar[str] = "engines"
     hints: ClassVar = {"--run": "predict takes --bundle RUN/bundle; of a run itself: stage1 infer"}
 
-    bundle: Path = Field(description="bundle folder")
-    inputs: Annotated[tuple[Place, ...], INPUTS] = Field(description="what to answer for")
-    log: Path | None = Field(None, description="folder to log every decision to, as an event; see `stage1 review`")
-    runtime: str = Field("onnxruntime", description=f"what executes the stages: {NAMES}; see `stage1 help engines`")
-    trust_engines: bool = Field(
-        False,
-        description="run engines that were neither built here nor signed by a trusted key; an engine is a program",
+    bundle: Path = option(..., "bundle folder")
+    inputs: Annotated[tuple[Place, ...], INPUTS] = option(..., "what to answer for")
+    log: Path | None = option(None, "folder to log every decision to, as an event; see `stage1 review`")
+    runtime: str = option("onnxruntime", f"what executes the stages: {NAMES}; see `stage1 help engines`")
+    trust_engines: bool = option(
+        False, "run engines that were neither built here nor signed by a trusted key; an engine is a program"
     )
 
     def execute(self) -> Result:
@@ -61,15 +55,14 @@ class Predict(Answering):
         return self._told(self.bundle, rows, failures, runtime=cascade.runtime.name, steps=steps)
 
 
-class Infer(Answering):
+class Infer(Answering, topic="engines"):
     """Answer for images or a split with a run's own model in torch, before any export."""
 
-    topic: ClassVar[str] = "engines"
     hints: ClassVar = {"--bundle": "infer takes --run; of a bundle: stage1 predict"}
 
-    run: Path = Field(description="trained and calibrated run folder")
-    inputs: Annotated[tuple[Place, ...], INPUTS] = Field((), description="what to answer for")
-    split: SplitName | None = Field(None, description="rows of the run instead of images")
+    run: Path = option(..., "trained and calibrated run folder")
+    inputs: Annotated[tuple[Place, ...], INPUTS] = option((), "what to answer for")
+    split: SplitName | None = option(None, "rows of the run instead of images")
 
     def execute(self) -> Result:
         """Print a row for every image."""

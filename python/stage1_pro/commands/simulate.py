@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from stage1_pro.command import Command, Count, Flag, Place, Result, keywords
+from stage1_pro.command import Command, Count, Flag, Place, Result, keywords, option
 from stage1_pro.record import Record
 from stage1_pro.words import ProtocolName
 
@@ -25,7 +25,7 @@ class SimulationConfig(Record):
     past_share: float = Field(0.3, gt=0, lt=1, description="of the photos, that the first champion learns from")
     per_day: int = Field(260, ge=0, description="photos served a day; 0: as many as let none come twice")
     shift_day: int = Field(5, ge=1, description="from this day on, counted from 0, photos are changed")
-    protocol: ProtocolName = Field("letterbox224", description="what the validator does to changed photos")
+    protocol: ProtocolName = option("letterbox224", "what the validator does to changed photos")
     level: int = Field(3, ge=0, le=3, description="of the protocol")
     alpha: float = Field(0.05, gt=0, lt=1, description="risk of exits that is promised")
     min_coverage: float = Field(0.2, gt=0, lt=1, description="least share of exits that a certificate must allow")
@@ -50,19 +50,17 @@ class SimulationConfig(Record):
         return self
 
 
-class Simulate(SimulationConfig, Command):
+class Simulate(SimulationConfig, Command, topic="loop"):
     """Let the loop live through days of your photos on a simulated clock."""
 
-    topic: ClassVar[str] = "loop"
-
-    data: Path = Field(description="folder with labels.csv, a CSV, or a folder per class")
-    out: Path = Field(description="new folder for simulation.json, figures, run and loop")
-    run: Path | None = Field(None, description="OUT/run of an earlier simulation of these photos and seed; not trained")
-    positive: str | None = Field(None, description="name of the positive class, where it cannot be found")
-    backbone: Place = Field("tiny", description="tiny: learns from nothing; a folder: frozen under new heads")
-    image_size: Count | None = Field(None, description="side that the model sees; the backbone's own by default")
-    store: Place | None = Field(None, description="postgresql://… of an empty database; SQLite in OUT/loop by default")
-    quick: bool = Field(False, description="6 days of 120 photos, shift on day 2: a look, no evidence")
+    data: Path = option(..., "folder with labels.csv, a CSV, or a folder per class")
+    out: Path = option(..., "new folder for simulation.json, figures, run and loop")
+    run: Path | None = option(None, "OUT/run of an earlier simulation of these photos and seed; not trained")
+    positive: str | None = option(None, "name of the positive class, where it cannot be found")
+    backbone: Place = option("tiny", "tiny: learns from nothing; a folder: frozen under new heads")
+    image_size: Count | None = option(None, "side that the model sees; the backbone's own by default")
+    store: Place | None = option(None, "postgresql://… of an empty database; SQLite in OUT/loop by default")
+    quick: bool = option(False, "6 days of 120 photos, shift on day 2: a look, no evidence")
 
     def execute(self) -> Result:
         """Print every day's risk, alarms, rounds and what promotions were worth."""

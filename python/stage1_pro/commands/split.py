@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from stage1_pro.command import Command, Part, Place, Result, Words, keywords
+from stage1_pro.command import Command, Part, Place, Result, Words, keywords, option
+from stage1_pro.errors import InputError
+from stage1_pro.progress import say
 
 if TYPE_CHECKING:
     from stage1_pro.data.splits import Splits
@@ -26,44 +28,34 @@ def _shares(value: Any) -> Any:
 Fractions = Annotated[dict[str, float], BeforeValidator(_shares)]
 
 
-class Split(Command):
+class Split(Command, topic="photos"):
     """Cut labelled images into train, val_select, val_calib and val_test.
 
     Rows of one group, and near-duplicates across groups, stay together, so that the splits cannot leak.
     """
 
-    topic: ClassVar[str] = "photos"
-
-    labels: Place = Field(
-        description="CSV with file,label[,label_name,group,source], or a folder or tar with one sub-folder per class"
+    labels: Place = option(
+        ..., "CSV with file,label[,label_name,group,source], or a folder or tar with one sub-folder per class"
     )
-    images: Place | None = Field(
-        None, description="folder or tar that `file` is relative to; the CSV's own folder by default"
+    images: Place | None = option(None, "folder or tar that `file` is relative to; the CSV's own folder by default")
+    out: Path = option(..., "run folder to write")
+    positive: str | None = option(
+        None, "name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag"
     )
-    out: Path = Field(description="run folder to write")
-    positive: str | None = Field(
-        None,
-        description="name of the positive class; two classes of which one has a negative name (none, no, 0, …) need "
-        "no flag",
+    classes: Words | None = option(None, "comma-separated class names that are allowed; all found by default")
+    fractions: Fractions | None = option(
+        None, "share of rows per split; train=.6,val_select=.1,val_calib=.15,val_test=.15 by default"
     )
-    classes: Words | None = Field(
-        None, description="comma-separated class names that are allowed; all found by default"
-    )
-    fractions: Fractions | None = Field(
-        None, description="share of rows per split; train=.6,val_select=.1,val_calib=.15,val_test=.15 by default"
-    )
-    seed: int = Field(0, description="another seed, other splits")
-    folds: int | None = Field(None, description="cut into K folds by group; val_test is one of them")
-    fold: int | None = Field(None, description="which of the K folds (0..K-1) is val_test")
-    max_component: Part = Field(0.05, description="largest share of rows that near-duplicates may join across groups")
-    max_quarantine: Part = Field(0.02, description="largest share of unreadable images")
-    overwrite: bool = Field(False, description="replace the splits of a run that has been trained")
+    seed: int = option(0, "another seed, other splits")
+    folds: int | None = option(None, "cut into K folds by group; val_test is one of them")
+    fold: int | None = option(None, "which of the K folds (0..K-1) is val_test")
+    max_component: Part = option(0.05, "largest share of rows that near-duplicates may join across groups")
+    max_quarantine: Part = option(0.02, "largest share of unreadable images")
+    overwrite: bool = option(False, "replace the splits of a run that has been trained")
 
     def execute(self) -> Result:
         """Print rows and groups of every split by class."""
-        from stage1_pro.data.splitting import split
-
-        splits = split(self)
+        splits = self.cut()
         width = max(8, *map(len, splits.classes)) + 2
         lines = [f"{'split':<12}{'groups':>8}" + "".join(f"{name:>{width}}" for name in splits.classes)]
         for name, counts in splits.counts.items():
@@ -79,6 +71,35 @@ class Split(Command):
         record = {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(self.out)}
         return Result("\n".join(lines), record)
 
+    def cut(self) -> Splits:
+        """Write ``splits.json`` and ``quarantine.csv``, the latter also when too many files are broken."""
+        from stage1_pro.data.images import write_quarantine
+        from stage1_pro.data.splits import QuarantineError, make_splits
+        from stage1_pro.training.run import exclusive, forget_training
+
+        out = self.out
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out must be a folder, got the file {out}")
+        trained = next((name for name in ("model_best.pth", "last.pth", "config.json") if (out / name).exists()), None)
+        if trained and not self.overwrite:
+            raise InputError(
+                f"--out must be a run that has not been trained, got {out} with {trained}; "
+                "name another folder, or replace its splits with --overwrite and train again"
+            )
+        try:
+            splits, quarantined = make_splits(**self.model_dump(exclude={"out", "overwrite"}))
+        except QuarantineError as error:
+            write_quarantine(out / "quarantine.csv", error.quarantined)
+            raise InputError(f"{error}; the whole list is in {out / 'quarantine.csv'}") from None
+        out.mkdir(parents=True, exist_ok=True)
+        with exclusive(out):
+            # What was trained on other splits must not be taken for this split's: some of its rows may be tests now.
+            forget_training(out)
+            write_quarantine(out / "quarantine.csv", quarantined)
+            splits.write(out / "splits.json")
+        say(f"wrote {out / 'splits.json'} and {out / 'quarantine.csv'}")
+        return splits
+
 
 @keywords(Split)
 def split(labels: Path | str, out: Path | str, **options: Any) -> Splits:
@@ -88,6 +109,4 @@ def split(labels: Path | str, out: Path | str, **options: Any) -> Splits:
         InputError: wrong labels, too many broken files, a class that cannot be in every split, or a run that has been
             trained on its splits already and ``overwrite`` is not set.
     """
-    from stage1_pro.data.splitting import split as work
-
-    return work(Split.of(labels=labels, out=out, **options))
+    return Split.of(labels=labels, out=out, **options).cut()

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Count, Flag, Result
+from stage1_pro.command import Command, Count, Result, option
 from stage1_pro.errors import InputError, Stage1Error
 
 
-class Tune(Command):
+class Tune(Command, topic="streetvision"):
     """Pick threshold and abstain band by the simulated reward."""
 
-    topic: ClassVar[str] = "streetvision"
-
-    run: Annotated[Path | None, Flag(one_of="source")] = Field(None, description="calibrated run folder")
-    bundle: Annotated[Path | None, Flag(one_of="source")] = Field(
-        None, description="bundle folder; needs --labels and --out"
-    )
-    labels: Path | None = Field(None, description="with --bundle: CSV with file,label[,group] of photos not trained on")
-    train_prior: float | None = Field(None, description="share of positives in training; the run's own by default")
-    serve_prior: float = Field(0.5, description="share of positives that is asked")
-    out: Path | None = Field(None, description="record to write; RUN/streetvision.json by default")
-    settings: Path | None = Field(None, description="YAML of the miner to write")
-    n_replicates: Annotated[Count, Flag("--replicates")] = Field(
-        300, description="resamples of groups for the intervals"
-    )
-    seed: int = Field(0, description="seed of folds, resamples and simulated rounds")
+    run: Path | None = option(None, "calibrated run folder", one_of="source")
+    bundle: Path | None = option(None, "bundle folder; needs --labels and --out", one_of="source")
+    labels: Path | None = option(None, "with --bundle: CSV with file,label[,group] of photos not trained on")
+    train_prior: float | None = option(None, "share of positives in training; the run's own by default")
+    serve_prior: float = option(0.5, "share of positives that is asked")
+    out: Path | None = option(None, "record to write; RUN/streetvision.json by default")
+    settings: Path | None = option(None, "YAML of the miner to write")
+    n_replicates: Count = option(300, "resamples of groups for the intervals", name="--replicates")
+    seed: int = option(0, "seed of folds, resamples and simulated rounds")
 
     def execute(self) -> Result:
         """Print what the settings earn in simulation, and the miner's YAML."""
@@ -39,13 +31,11 @@ class Tune(Command):
         return Result(render(found), {**found.model_dump(mode="json"), "yaml": yaml_of(found)})
 
 
-class Answer(Command):
+class Answer(Command, topic="streetvision"):
     """Answer for photos as the miner would, to try its YAML."""
 
-    topic: ClassVar[str] = "streetvision"
-
-    settings: Path = Field(description="YAML of the miner")
-    images: Annotated[tuple[Path, ...], Flag(positional=True, metavar="IMAGE")] = Field(description="photos")
+    settings: Path = option(..., "YAML of the miner")
+    images: tuple[Path, ...] = option(..., "photos", positional=True, metavar="IMAGE")
 
     def execute(self) -> Result:
         """Print P(roadwork) of every photo, -1 for no answer."""
@@ -59,18 +49,14 @@ class Answer(Command):
         return Result("\n".join(f"{value:>9.6f}  {path}" for path, value in answers.items()), answers)
 
 
-class Launch(Command):
+class Launch(Command, topic="streetvision"):
     """Register the detector, then run the miner's own entry point."""
 
-    topic: ClassVar[str] = "streetvision"
-
-    repo: Path = Field(description="checkout of the miner's code")
-    layout: Literal["auto", "base_miner", "natix"] = Field("auto", description="where its registry is; auto looks")
-    settings: Path | None = Field(None, description="YAML of the miner; names detector and YAML to the miner, too")
-    entry: str = Field("neurons/miner.py", description="the miner's script, within its checkout")
-    arguments: Annotated[tuple[str, ...], Flag(positional=True, metavar="-- ARGUMENT")] = Field(
-        (), description="the miner's own"
-    )
+    repo: Path = option(..., "checkout of the miner's code")
+    layout: Literal["auto", "base_miner", "natix"] = option("auto", "where its registry is; auto looks")
+    settings: Path | None = option(None, "YAML of the miner; names detector and YAML to the miner, too")
+    entry: str = option("neurons/miner.py", "the miner's script, within its checkout")
+    arguments: tuple[str, ...] = option((), "the miner's own", positional=True, metavar="-- ARGUMENT")
 
     def execute(self) -> Result:
         """Run the miner in this process until it ends."""

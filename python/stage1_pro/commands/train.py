@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-from pydantic import Field
-
-from stage1_pro.command import Command, Flag, Result
+from stage1_pro.command import Command, Flag, Result, option
 from stage1_pro.config import Config, Mode, describe, load_config
 
 Overrides = Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE", repeated=True)]
@@ -17,9 +15,9 @@ Overrides = Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE", repeat
 class Configured(Command):
     """A command that reads a configuration, whose keys its help lists."""
 
-    config: Path | None = Field(None, description="YAML file with the keys below")
-    overrides: Overrides = Field((), description="one key, for example train.epochs=4 (may be repeated)")
-    resume: bool = Field(False, description="go on from last.pth; ends as if never interrupted")
+    config: Path | None = option(None, "YAML file with the keys below")
+    overrides: Overrides = option((), "one key, for example train.epochs=4 (may be repeated)")
+    resume: bool = option(False, "go on from last.pth; ends as if never interrupted")
 
     def given(self, *more: str) -> Config | None:
         """The configuration that file and keys make; None where neither is given."""
@@ -35,15 +33,13 @@ class Configured(Command):
         return f"configuration keys (YAML sections or --set KEY=VALUE) and their defaults:\n{table}\n"
 
 
-class Train(Configured):
+class Train(Configured, topic="train"):
     """Train both stages on the splits of a run."""
 
-    topic: ClassVar[str] = "train"
-
-    run: Annotated[Path, Flag(also="--run-folder")] = Field(description="run folder with splits.json")
-    mode: Mode | None = Field(None, description="what of the backbone is trained; short for --set train.mode=MODE")
-    overwrite: bool = Field(False, description="forget an earlier training in this folder")
-    explora: bool = Field(False, description="start from the backbone in RUN/explora/backbone")
+    run: Path = option(..., "run folder with splits.json", also="--run-folder")
+    mode: Mode | None = option(None, "what of the backbone is trained; short for --set train.mode=MODE")
+    overwrite: bool = option(False, "forget an earlier training in this folder")
+    explora: bool = option(False, "start from the backbone in RUN/explora/backbone")
 
     def execute(self) -> Result:
         """Print the best epoch's figures on ``val_select``."""

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from stage1_pro.data.duplicates import Merging, join_groups, read_pictures
 from stage1_pro.data.images import Quarantined
-from stage1_pro.data.labels import Labelled, check_contents, classes_of, positive_of, read_labels
+from stage1_pro.data.labels import check_contents, classes_of, positive_of, read_labels
 from stage1_pro.data.photos import Photo, Photos, is_address, open_photos
 from stage1_pro.errors import ArtifactError, InputError, nearest
 from stage1_pro.files import sha256_bytes
@@ -111,16 +111,8 @@ class Splits(Record):
 
     def summary(self) -> SplitsSummary:
         """The part that may leave the house: hashes and counts, no file names."""
-        return SplitsSummary(
-            classes=self.classes,
-            positive=self.positive,
-            seed=self.seed,
-            fractions=self.fractions,
-            counts=self.counts,
-            groups=self.groups,
-            hashes=self.hashes,
-            group_shares=self._group_shares(),
-        )
+        same = self.model_dump(include={*SplitsSummary.model_fields} - {"group_shares"})
+        return SplitsSummary(**same, group_shares=self._group_shares())
 
     def _group_shares(self) -> dict[str, float]:
         rows = self.of("val_calib")
@@ -187,22 +179,8 @@ def make_splits(
     """Cut labelled images into train, val_select, val_calib (fit and certify halves) and val_test.
 
     A row's ``group`` in the result is the unit of splits, certificates and intervals: the group given (the file
-    itself when none is), or, where near-duplicates join several, the first of their names.
-
-    Args:
-        labels: CSV with ``file, label`` and optional ``label_name, group, source``, or a folder, tar or address with
-            one sub-folder of images per class.
-        images: folder, tar or address that ``file`` is relative to; the CSV's own folder by default.
-        positive: name (or label) of the positive class; needed unless there are two classes and one of them has
-            a name that means "none".
-        classes: class names in the order of the logits; found in the data by default, ordered by label.
-        fractions: share of every split; they sum to 1.
-        seed: another seed, other splits.
-        folds: cut into this many folds instead; ``val_test`` is fold number ``fold``, the other splits share
-            the rest in proportion.
-        fold: 0 .. folds - 1; the same seed gives folds that hold every group exactly once.
-        max_component: largest share of the rows that near-duplicates may tie together across groups.
-        max_quarantine: largest share of the files that may be unreadable.
+    itself when none is), or, where near-duplicates join several, the first of their names. Options are those of
+    ``stage1 split``, which checks their ranges.
 
     Returns:
         The splits, and the files left out with their reasons.
@@ -211,9 +189,6 @@ def make_splits(
         QuarantineError: too many files cannot be read as images.
         InputError: anything wrong with the labels, or splits that cannot hold every class.
     """
-    for name, limit in (("max_component", max_component), ("max_quarantine", max_quarantine)):
-        if not 0 <= limit <= 1:  # written so that NaN fails too
-            raise InputError(f"--{name.replace('_', '-')} must be a share from 0 to 1, got {limit}")
     shares = _shares(fractions, folds, fold)
     photos, entries = read_labels(labels, images)
     names = classes_of(entries, classes)
@@ -238,7 +213,16 @@ def make_splits(
     inside = {unit: count for unit, count in classes_in.items() if split_of[unit] == "val_calib"}
     half_of = assign(inside, dict.fromkeys(HALVES, 0.5), f"{seed}:halves")
     rows = [
-        _row(entry, unit, split_of[unit], half_of.get(unit), pictures[entry.file].sha256)
+        Row(
+            id=sha256_bytes(entry.file.encode("utf-8", "surrogateescape"))[:16],
+            file=entry.file,
+            label=entry.name,
+            group=unit,
+            source=entry.source,
+            split=split_of[unit],
+            half=half_of.get(unit),
+            sha256=pictures[entry.file].sha256,
+        )
         for entry, unit in zip(entries, units, strict=True)
     ]
     splits = Splits(
@@ -249,25 +233,12 @@ def make_splits(
         fractions=shares,
         folds=folds,
         fold=fold,
-        **_facts(rows, names),
+        **facts_of(rows, names),
         quarantined=len(quarantined),
         merging=merging,
         rows=rows,
     )
     return splits.apart(), quarantined
-
-
-def _row(entry: Labelled, group: str, split: SplitName, half: Half | None, sha256: str) -> Row:
-    return Row(
-        id=sha256_bytes(entry.file.encode("utf-8", "surrogateescape"))[:16],
-        file=entry.file,
-        label=entry.name,
-        group=group,
-        source=entry.source,
-        split=split,
-        half=half,
-        sha256=sha256,
-    )
 
 
 class _Facts(TypedDict):
@@ -278,7 +249,7 @@ class _Facts(TypedDict):
     hashes: dict[str, str]
 
 
-def _facts(rows: Sequence[Row], names: Sequence[str]) -> _Facts:
+def facts_of(rows: Sequence[Row], names: Sequence[str]) -> _Facts:
     """Counts, groups and hashes of every split; raises InputError where a split lacks a class."""
     counts = {split: dict.fromkeys(names, 0) for split in SPLITS}
     for row in rows:
@@ -315,7 +286,7 @@ def resplit(splits: Splits, seed: int) -> Splits:
         else row.model_copy(update={"split": split_of[row.group], "half": half_of.get(row.group)})
         for row in splits.rows
     ]
-    return splits.model_copy(update={**_facts(rows, splits.classes), "rows": rows, "seed": seed}).apart()
+    return splits.model_copy(update={**facts_of(rows, splits.classes), "rows": rows, "seed": seed}).apart()
 
 
 # --------------------------------------------------------------------------------------------

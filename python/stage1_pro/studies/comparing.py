@@ -22,7 +22,6 @@ from stage1_pro.commands.split import Split
 from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, resplit
-from stage1_pro.data.splitting import split
 from stage1_pro.errors import ArtifactError, InputError, TrainingError, nearest
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes, write_csv, write_text
 from stage1_pro.metrics.estimate import Interval
@@ -369,7 +368,7 @@ def _split_all(asked: Compare, arms: Mapping[str, Config], seeds: Sequence[int])
     out = asked.out
     base = out / "splits" / "seed0"
     if not (base / "splits.json").is_file():
-        split(Split(**asked.model_dump(include={"images", "positive", "fractions"}), labels=asked.data, out=base))
+        Split(**asked.model_dump(include={"images", "positive", "fractions"}), labels=asked.data, out=base).cut()
     first = Splits.read(base / "splits.json").verify()
     for seed in seeds:
         path = out / "splits" / f"seed{seed}" / "splits.json"

@@ -29,7 +29,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, Torn, pack_floats, uniform
+from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, pack_floats, uniform
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.record import Record
 
@@ -125,9 +125,7 @@ class Ingested(Record):
     pending: int = Field(description="bytes of a line without an end, of a writer that was killed")
 
 
-def ingest(
-    store: Store, log: EventLog, *, double_share: float = DOUBLE_SHARE, seed: int = 0, discard: bool = False
-) -> Ingested:
+def ingest(store: Store, log: EventLog, *, double_share: float = DOUBLE_SHARE, seed: int = 0) -> Ingested:
     """Put what a log has new into a store, exactly once: rows and place in the log are one transaction.
 
     Args:
@@ -135,7 +133,6 @@ def ingest(
         log: where from.
         double_share: share of selected events that two people are asked about, by a hash of seed and id.
         seed: of that draw.
-        discard: remove the log's files that have been ingested wholly.
 
     Raises:
         InputError: ``double_share`` is outside [0, 1].
@@ -144,7 +141,7 @@ def ingest(
     if not 0 <= double_share <= 1:
         raise InputError(f"double_share must be in [0, 1], got {double_share}")
     new = known = 0
-    torn: list[Torn] = []
+    torn: tuple[str, ...] = ()
     with store.write() as connection:
         for name, facts in log.bundles().items():
             row = {"bundle": name, "facts": facts.model_dump_json()}
@@ -161,15 +158,7 @@ def ingest(
         new, known = new + added, known + len(rows) - added
         torn += tail.torn
         if tail.position == start:
-            break
-    if discard:
-        log.discard(tail.position)
-    return Ingested(
-        events=new,
-        known=known,
-        torn=tuple(f"{one.segment}:{one.offset}: {one.reason}" for one in torn),
-        pending=tail.pending,
-    )
+            return Ingested(events=new, known=known, torn=torn, pending=tail.pending)
 
 
 def _place(store: Store, connection: Connection, log: EventLog) -> Position:
@@ -324,29 +313,6 @@ def _check_labels(part: Sequence[Label], served: Mapping[str, str], facts: Mappi
                 f"label must be one of {', '.join(known.classes)}, got '{one.label}' for event {one.event_id}"
                 f"{nearest(one.label, known.classes)}"
             )
-
-
-def withdraw(store: Store, label_id: int, *, annotator: str, now: float) -> None:
-    """Undo a label or a skip by a row that supersedes it; both stay.
-
-    Raises:
-        InputError: no such row, it is an undo itself, or it is superseded already.
-    """
-    with store.write() as connection:
-        store.serialise(connection)
-        row = connection.execute(select(labels).where(labels.c.id == label_id)).mappings().one_or_none()
-        if row is None or row["kind"] == "undo":
-            raise InputError(f"label_id must be a label or a skip, got {label_id}")
-        again = connection.execute(select(labels.c.id).where(labels.c.supersedes == label_id)).first()
-        if again is not None:
-            raise InputError(f"label_id must be a row that stands, got {label_id}, which row {again.id} supersedes")
-        undo(connection, dict(row), annotator=annotator, now=now)
-
-
-def undo(connection: Connection, row: Mapping[str, Any], *, annotator: str, now: float) -> None:
-    """Supersede a row of ``labels`` that stands, within a transaction that called ``Store.serialise``."""
-    more = {"kind": "undo", "label": None, "annotator": annotator, "time": now, "supersedes": row["id"]}
-    connection.execute(labels.insert(), {name: value for name, value in {**row, **more}.items() if name != "id"})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 from sqlalchemy import Column, Connection, Double, String, Table, Text, and_, func, or_, select
 
-from stage1_pro.continual.ledger.labels import TRUST, bundles, events, insert, labels, standing, undo
+from stage1_pro.continual.ledger.labels import TRUST, bundles, events, insert, labels, standing
 from stage1_pro.continual.ledger.schema import metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, ImageStore
@@ -130,7 +130,9 @@ class ReviewQueue:
             ).mappings().one_or_none()  # fmt: skip
             if last is None:
                 return None
-            undo(connection, dict(last), annotator=reviewer, now=now)
+            kept = {name: value for name, value in last.items() if name != "id"}
+            row = {**kept, "kind": "undo", "label": None, "time": now, "supersedes": last["id"]}
+            connection.execute(labels.insert(), row)
             held = connection.execute(
                 select(events.c.id).where(events.c.id == last["event_id"], self._lent(reviewer, now))
             ).first()

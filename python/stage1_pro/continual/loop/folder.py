@@ -13,7 +13,6 @@ from pydantic import Field, ValidationError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from stage1_pro.commands.continual import Labels, Status
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.exchange import (
     export_csv,
@@ -22,7 +21,7 @@ from stage1_pro.continual.ledger.exchange import (
     import_csv,
     import_label_studio,
 )
-from stage1_pro.continual.ledger.labels import ingest
+from stage1_pro.continual.ledger.labels import Source, ingest
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
@@ -172,23 +171,30 @@ def ingest_log(root: Path) -> dict[str, Any]:
         return ingest(registry.store, parts.log).model_dump(mode="json")
 
 
-def status(asked: Status) -> dict[str, Any]:
+def status(
+    root: Path,
+    *,
+    page: Path | None = None,
+    metrics: Path | None = None,
+    grafana: Path | None = None,
+    test_alert: bool = False,
+) -> dict[str, Any]:
     """Where the loop is, what serves, and how it is doing.
 
     Raises:
         InputError: a test alert without hooks, or another ending than .prom.
     """
-    with opened(asked.root) as (config, registry, parts, loop):
-        if asked.test_alert and not config.alerts.hooks:
-            raise InputError(f"alerts of {asked.root / CONFIG} must name webhooks or commands to test, got none")
+    with opened(root) as (config, registry, parts, loop):
+        if test_alert and not config.alerts.hooks:
+            raise InputError(f"alerts of {root / CONFIG} must name webhooks or commands to test, got none")
         row, now = loop.resume(), time.time()
-        seen = parts.status(row.memory, registry.alias("champion"), now=now, page=asked.page)
-        if asked.metrics is not None:
-            write_textfile(asked.metrics, seen)
-        if asked.grafana is not None:
-            write_text(asked.grafana, json.dumps(dashboard(), indent=2) + "\n")
+        seen = parts.status(row.memory, registry.alias("champion"), now=now, page=page)
+        if metrics is not None:
+            write_textfile(metrics, seen)
+        if grafana is not None:
+            write_text(grafana, json.dumps(dashboard(), indent=2) + "\n")
         test = Alert(time=now, kind="test", title="Test of alerts", text="Nothing happened.", bundle=seen.bundle)
-        sent = send_alert(test, config.alerts.hooks) if asked.test_alert else ()
+        sent = send_alert(test, config.alerts.hooks) if test_alert else ()
         return {
             "deliveries": [one.model_dump(mode="json") for one in sent],
             "state": row.state,
@@ -200,19 +206,25 @@ def status(asked: Status) -> dict[str, Any]:
         }
 
 
-def labels(asked: Labels) -> dict[str, Any]:
+def labels(
+    root: Path,
+    *,
+    imported: Path | None = None,
+    exported: Path | None = None,
+    source: Source | None = None,
+    annotator: str | None = None,
+) -> dict[str, Any]:
     """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet."""
-    source, annotator, exported = asked.source, asked.annotator, asked.exported
-    with opened(asked.root) as (_, registry, parts, _loop):
+    with opened(root) as (_, registry, parts, _loop):
         store = registry.store
         ingest(store, parts.log)
         now = time.time()
-        if asked.imported is not None:
-            if asked.imported.suffix == ".json":
+        if imported is not None:
+            if imported.suffix == ".json":
                 source = source or "review"
-                found = import_label_studio(store, asked.imported, now=now, source=source, annotator=annotator)
+                found = import_label_studio(store, imported, now=now, source=source, annotator=annotator)
             else:
-                found = import_csv(store, asked.imported, now=now, source=source, annotator=annotator)
+                found = import_csv(store, imported, now=now, source=source, annotator=annotator)
             return {"added": found.added, "known": found.known}
         assert exported is not None
         if exported.suffix not in (".csv", ".json"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stage1_pro.continual.serving.events import uniform
 from stage1_pro.data.protocols import challenge
-from stage1_pro.data.splits import Row, Splits, make_splits
+from stage1_pro.data.splits import Row, Splits, facts_of, make_splits
 from stage1_pro.errors import InputError
 from stage1_pro.words import HALVES, SPLITS, ProtocolName, SplitName
 
@@ -108,6 +108,5 @@ def _split(found: Splits, old: list[Row], seed: int) -> Splits:
                     f"data must have photos of every class for every split of the past, got no '{name}' in {split}; "
                     "add some"
                 )
-    return found.model_copy(
-        update={**facts(rows, found.classes), "rows": rows, "seed": seed, "fractions": _SHARES}
-    ).apart()
+    facts = facts_of(rows, found.classes)
+    return found.model_copy(update={**facts, "rows": rows, "seed": seed, "fractions": _SHARES}).apart()

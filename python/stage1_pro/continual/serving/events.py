@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,7 +23,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import locked, write_bytes
-from stage1_pro.record import Record, wrong
+from stage1_pro.record import Record
 
 SKETCH_SIZE = 64
 _HAS_FLOCK = find_spec("fcntl") is not None
@@ -112,20 +113,6 @@ class ReviewPlan(Record):
     least: float = Field(default=0.0, ge=0, le=1, description="no chance is below it; the floor stays what it is")
     seed: int = 0
 
-    @classmethod
-    def of(cls, **rates: Any) -> Self:
-        """A plan from rates.
-
-        Raises:
-            InputError: a rate out of range, or one that does not exist.
-        """
-        try:
-            return cls(**rates)
-        except ValidationError as error:
-            least = f"; at least {LEAST_FLOOR:.0%} of exits are audited, always"
-            what = wrong(error, whole="plan")
-            raise InputError(f"{what}{least if what.startswith('floor ') else ''}") from None
-
     def raised(self, rate: float | None) -> Self:
         """The plan in which every event has at least this chance; the same object if that changes nothing."""
         return self if rate is None or rate <= self.least else self.model_copy(update={"least": rate})
@@ -140,8 +127,6 @@ class ReviewPlan(Record):
     ) -> NDArray[np.float64]:
         """Chance of review [N] in [floor, 1] from signals [N], each a bool or in [0, 1]; NaN counts as 1.
 
-        With the same floor and seed, a raised plan selects all that the plain one does, and more.
-
         Args:
             deferred: Stage B was asked.
             abstained: nobody answered.
@@ -150,13 +135,8 @@ class ReviewPlan(Record):
             novelty: distance of the features from known ones.
         """
         passed = np.asarray(1.0)
-        for rate, signal in (
-            (self.deferral, deferred),
-            (self.abstention, abstained),
-            (self.disagreement, disagree),
-            (self.entropy, entropy),
-            (self.novelty, novelty),
-        ):
+        rates = (self.deferral, self.abstention, self.disagreement, self.entropy, self.novelty)
+        for rate, signal in zip(rates, (deferred, abstained, disagree, entropy, novelty), strict=True):
             value = np.clip(np.nan_to_num(np.asarray(signal, dtype=np.float64), nan=1.0), 0, 1)
             passed = passed * (1 - rate * value)
         # In this order the floor itself comes out exactly, and no rounding falls below it.
@@ -194,15 +174,11 @@ def sketch(hidden: ArrayLike) -> NDArray[np.float32]:
     return (values @ _signs(values.shape[1]) / math.sqrt(SKETCH_SIZE)).astype(np.float32)
 
 
+@cache
 def _signs(width: int) -> NDArray[np.float64]:
-    if width not in _SIGNS:
-        data = hashlib.shake_256(f"stage1 sketch {width}".encode()).digest(width * SKETCH_SIZE // 8)
-        bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).reshape(width, SKETCH_SIZE)
-        _SIGNS[width] = bits.astype(np.float64) * 2 - 1
-    return _SIGNS[width]
-
-
-_SIGNS: dict[int, NDArray[np.float64]] = {}
+    data = hashlib.shake_256(f"stage1 sketch {width}".encode()).digest(width * SKETCH_SIZE // 8)
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).reshape(width, SKETCH_SIZE)
+    return bits.astype(np.float64) * 2 - 1
 
 
 class Novelty(Record):
@@ -276,7 +252,7 @@ class LogInfo(Record):
     image_ttl: float = Field(gt=0, description="seconds that an image selected for review is kept")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Position:
     """A place in a log, between two lines."""
 
@@ -285,18 +261,8 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Torn:
-    """A line that is no event: where, how many bytes, and why."""
-
-    segment: int
-    offset: int
-    size: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Tail:
-    """Events after a position: them, the position behind them, lines that are none.
+    """Events after a position: them, the position behind them, ``segment:offset: reason`` of lines that are none.
 
     ``pending`` bytes at the very end are a line without its end: what a writer that was killed left. It is not passed
     over, because the next writer ends it; from then on it is among ``torn``.
@@ -304,7 +270,7 @@ class Tail:
 
     events: tuple[Event, ...]
     position: Position
-    torn: tuple[Torn, ...]
+    torn: tuple[str, ...]
     pending: int
 
 
@@ -312,10 +278,9 @@ class EventLog:
     """An append-only log in a folder, for any number of writing and reading processes.
 
     ``events-<n>.jsonl`` (a JSON object a line), ``images/`` (of selected events, for a time), ``bundles/`` (facts on
-    what served). Appending takes the folder's lock, writes all lines in one go and returns when the operating system
-    has them: a killed process loses nothing it had appended, and leaves at most one torn line, which the next writer
-    ends and readers report. They are synced to disk at most ``sync_seconds`` after an earlier sync, by the next append,
-    and on ``close``; a machine that loses power loses what came after.
+    what served). A killed process loses nothing it had appended, and leaves at most one torn line, which the next
+    writer ends and readers report. Lines are synced to disk at most ``sync_seconds`` after an earlier sync, by the next
+    append, and on ``close``; a machine that loses power loses what came after.
 
     Args:
         folder: made where there is none.
@@ -361,11 +326,8 @@ class EventLog:
         return info
 
     def _segments(self) -> dict[int, Path]:
-        found = {}
-        for path in self.folder.iterdir():
-            if match := _SEGMENT.fullmatch(path.name):
-                found[int(match[1])] = path
-        return dict(sorted(found.items()))
+        named = ((_SEGMENT.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return dict(sorted((int(match[1]), path) for match, path in named if match))
 
     def append(self, events: Sequence[Event]) -> None:
         """Write events, all or none of them.
@@ -406,7 +368,7 @@ class EventLog:
             # No writer is at work now, so whatever lies before these sizes is never changed again.
             sizes = {number: (path, path.stat().st_size) for number, path in self._segments().items()}
         events: list[Event] = []
-        torn: list[Torn] = []
+        torn: list[str] = []
         pending = 0
         for number, (path, size) in sizes.items():
             if number < position.segment or len(events) + len(torn) >= limit:
@@ -425,7 +387,7 @@ class EventLog:
                         events.append(Event.model_validate_json(line))
                     except ValidationError as error:
                         if line.strip():
-                            torn.append(Torn(number, offset, len(line), error.errors()[0]["msg"]))
+                            torn.append(f"{number}:{offset}: {error.errors()[0]['msg']}")
                     offset += len(line)
             position = Position(number, offset)
         return Tail(tuple(events), position, tuple(torn), pending)
@@ -436,14 +398,6 @@ class EventLog:
         while tail.events or tail.torn:
             yield from tail.events
             tail = self.read(tail.position)
-
-    def discard(self, before: Position) -> int:
-        """Remove the files that lie wholly before a position, such as what a store has ingested; give how many."""
-        with _locked(self.folder / ".lock"):
-            old = [path for number, path in self._segments().items() if number < before.segment]
-            for path in old:
-                path.unlink()
-        return len(old)
 
     def describe(self, facts: BundleFacts) -> None:
         """Keep what readers must know about a bundle, once."""
@@ -472,11 +426,7 @@ class EventLog:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a log's lock, which threads of one process exclude each other by, too.
-
-    ``flock`` waits in the kernel: 5 microseconds, first come, first served. ``files.locked`` takes 200 and polls, so it
-    is for systems without.
-    """
+    """Hold a log's lock: by ``flock`` (5 µs, first come, first served), or else ``files.locked`` (200 µs, polls)."""
     if not _HAS_FLOCK:
         with locked(path):
             yield

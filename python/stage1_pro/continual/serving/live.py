@@ -71,15 +71,6 @@ class Pair(Record):
     candidate_exited: bool
 
 
-def read_pointer(root: Path | str) -> Pointer:
-    """What a registry's folder points at.
-
-    Raises:
-        ArtifactError: there is no champion yet, or the file is damaged.
-    """
-    return Pointer.read(Path(root) / POINTER)
-
-
 def novelty_path(root: Path | str, bundle: str) -> Path:
     """Where a registry's folder says what is known to a bundle, once the loop has learned that."""
     return Path(root) / NOVELTY / f"{bundle}.json"
@@ -237,47 +228,29 @@ class LiveCascade(Answering):
         share = pointer.canary_share if pointer.canary is not None else 0.0
         by_canary = np.array([takes_canary(name, share, candidate.sha256) for name in names])
         parts: list[tuple[NDArray[np.intp], Decisions]] = []
-        if by_canary.any():
-            rows = np.flatnonzero(by_canary)
-            asked = [photos[row] for row in rows.tolist()]
-            found = self._try(candidate, champion, asked, [names[row] for row in rows], now)
-            if found is None:
-                by_canary[:] = False
-            else:
-                parts.append((rows, found))
-        rows = np.flatnonzero(~by_canary)
-        if rows.size:
-            mine = [photos[row] for row in rows.tolist()]
-            found = champion.answer(mine, now)
+
+        def answer(by: _Loaded, other: _Loaded, rows: NDArray[np.intp]) -> None:
+            asked = [photos[row] for row in rows]
+            found = by.answer(asked, now)
             parts.append((rows, found))
-            self._pair(champion, candidate, found, mine, [names[row] for row in rows], now, by_candidate=False)
+            self._pair(by, other, found, asked, [names[row] for row in rows], now, by_candidate=by is candidate)
+
+        if by_canary.any():
+            try:
+                answer(candidate, champion, np.flatnonzero(by_canary))
+            except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
+                self._note(candidate, error)
+                by_canary[:] = False
+        if not by_canary.all():
+            answer(champion, candidate, np.flatnonzero(~by_canary))
         joined = concatenate([found for _, found in parts])
         order = np.argsort(np.concatenate([rows for rows, _ in parts]))
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
 
-    def _try(
-        self, candidate: _Loaded, champion: _Loaded, photos: Sequence[Prepared], names: list[str], now: float
-    ) -> Decisions | None:
-        """The canary's answers; None where it fails, and the champion has to."""
-        try:
-            found = candidate.answer(photos, now)
-        except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
-            self._note(candidate, error)
-            return None
-        self._pair(candidate, champion, found, photos, names, now, by_candidate=True)
-        return found
-
     def _pair(
-        self,
-        loaded: _Loaded,
-        other: _Loaded,
-        found: Decisions,
-        photos: Sequence[Prepared],
-        names: list[str],
-        now: float,
-        *,
-        by_candidate: bool,
-    ) -> None:
+        self, loaded: _Loaded, other: _Loaded, found: Decisions, photos: Sequence[Prepared], names: list[str],
+        now: float, *, by_candidate: bool,
+    ) -> None:  # fmt: skip
         """Ask the other side as well and write both answers down; whatever goes wrong there stays there."""
         if self.log is None:
             return
@@ -324,8 +297,7 @@ class LiveCascade(Answering):
 
     def _take(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Loaded:
         key = sha256, threshold, audit_rate
-        known = self._loaded.get(key)
-        if known is not None:
+        if (known := self._loaded.get(key)) is not None:
             return known
         same = next((loaded for key, loaded in self._loaded.items() if key[0] == sha256), None)
         base = self._open(load_content(self.root, sha256)) if same is None else same.cascade
@@ -335,16 +307,15 @@ class LiveCascade(Answering):
         cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
         # Each counts its own events.
         writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
-        plan = self._plan.raised(audit_rate)
         served = None
         if self.log is not None:
             served = Served(
-                cascade, self.log, plan=plan, novelty=self._novelty(sha256), on_failure=self._on_failure, writer=writer
-            )
+                cascade, self.log, plan=self._plan.raised(audit_rate), novelty=self._novelty(sha256),
+                on_failure=self._on_failure, writer=writer,
+            )  # fmt: skip
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
         self._loaded = {key: kept for key, kept in self._loaded.items() if key[0] != sha256}
-        loaded = _Loaded(sha256, cascade, served)
-        self._loaded[key] = loaded
+        self._loaded[key] = loaded = _Loaded(sha256, cascade, served)
         return loaded
 
     def _novelty(self, sha256: str) -> Novelty | None:

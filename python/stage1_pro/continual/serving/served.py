@@ -93,19 +93,16 @@ class Served(Answering):
         decisions = self.cascade.decide(self.cascade.stack(photos), watch=traces.append)
         if traces:
             try:
-                self._write(decisions, traces[0], [photo.image for photo in photos], now)
+                events = self._events(decisions, traces[0], [identify(photo.image) for photo in photos], now)
+                for event, photo in zip(events, photos, strict=True):
+                    if event.selected:
+                        self.log.images.put(event.image_sha256, _encode(photo.image), now)
+                self.log.append(events)
             except Exception as error:
                 if self._on_failure is None:
                     raise
                 self._on_failure(error)
         return decisions
-
-    def _write(self, decisions: Decisions, trace: Trace, images: Sequence[ImageLike], now: float) -> None:
-        events = self._events(decisions, trace, [identify(image) for image in images], now)
-        for event, image in zip(events, images, strict=True):
-            if event.selected:
-                self.log.images.put(event.image_sha256, _encode(image), now)
-        self.log.append(events)
 
     def _events(self, decisions: Decisions, trace: Trace, images: Sequence[str], now: float) -> list[Event]:
         policy, classes = self.cascade.bundle.policy, self.cascade.bundle.classes
@@ -114,13 +111,8 @@ class Served(Answering):
         sketches = sketch(trace.hidden)
         asked_b = ~trace.exited
         disagree = asked_b & (trace.probs_a.argmax(axis=1) != trace.probs.argmax(axis=1))
-        chances = self.plan.propensity(
-            asked_b,
-            ~decisions.accepted,
-            disagree,
-            entropy(trace.probs),
-            0.0 if self.novelty is None else self.novelty.signal(sketches),
-        )
+        novel = 0.0 if self.novelty is None else self.novelty.signal(sketches)
+        chances = self.plan.propensity(asked_b, ~decisions.accepted, disagree, entropy(trace.probs), novel)
         gate = np.full(len(images), np.nan) if trace.gate_logit is None else trace.gate_logit
         events = []
         for row, image in enumerate(images):
@@ -157,10 +149,8 @@ def _number(value: Any) -> float | None:
 
 def identify(image: ImageLike) -> str:
     """Sha256 of a file's bytes; of size and RGB pixels where there was no file."""
-    if isinstance(image, str | Path | Photo):
+    if isinstance(image, str | Path | Photo | bytes | bytearray | memoryview):
         return sha256_bytes(_encode(image))
-    if isinstance(image, bytes | bytearray | memoryview):
-        return sha256_bytes(bytes(image))
     picture = open_image(image)
     return sha256_bytes(f"RGB {picture.width} {picture.height} ".encode() + picture.tobytes())
 

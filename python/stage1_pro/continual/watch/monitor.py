@@ -7,7 +7,7 @@ weighted estimates). Scores show covariate shift (CBPE, river's detectors) and a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -45,7 +45,6 @@ class ServedColumns:
         wrong: Stage A's own answer is wrong (also where Stage B answered), 0 or 1; NaN where no label is known.
         propensity: chance with which the row was selected for review, in (0, 1].
         score: what the threshold is compared with, in [0, 1]; higher is surer.
-        confidence: calibrated chance that Stage A is right, in [0, 1]; the score by default.
         predicted: class index of the answer that was served, for the rolling figures.
         label: class index of the truth; -1 where it is not known.
 
@@ -58,29 +57,21 @@ class ServedColumns:
     wrong: NDArray[np.float64]
     propensity: NDArray[np.float64]
     score: NDArray[np.float64]
-    confidence: NDArray[np.float64] | None = None
     predicted: NDArray[np.int64] | None = None
     label: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        def put(name: str, kind: type[np.generic]) -> None:
+        kinds = {"exited": np.bool_, "predicted": np.int64, "label": np.int64}
+        for name in self.__dataclass_fields__:
             value = getattr(self, name)
             if value is None:
-                return
-            column = np.asarray(value, dtype=kind)
+                continue
+            column: NDArray[Any] = np.asarray(value, dtype=kinds.get(name, np.float64))
             if column.shape != np.shape(self.time) or column.ndim != 1:
                 raise InputError(f"{name} must have shape [{np.size(self.time)}], got {list(column.shape)}")
             object.__setattr__(self, name, column)
-
-        for name in ("time", "wrong", "propensity", "score", "confidence"):
-            put(name, np.float64)
-        for name in ("predicted", "label"):
-            put(name, np.int64)
-        put("exited", np.bool_)
-        _between("propensity", self.propensity, least=0.0, strictly=True)
+        _between("propensity", self.propensity, strictly=True)
         _between("score", self.score)
-        if self.confidence is not None:
-            _between("confidence", self.confidence)
         if not np.isin(self.wrong[~np.isnan(self.wrong)], (0, 1)).all():
             raise InputError("wrong must be 0, 1 or NaN (no label yet), got others")
         if not np.isfinite(self.time).all() or (np.diff(self.time) < 0).any():
@@ -100,8 +91,7 @@ class ServedColumns:
         """The last ``n`` rows."""
         first = max(len(self) - n, 0)
         columns = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        kept: dict[str, Any] = {name: None if one is None else one[first:] for name, one in columns.items()}
-        return ServedColumns(**kept)
+        return replace(self, **{name: one[first:] for name, one in columns.items() if one is not None})
 
 
 # -------------------------------------------------------------------------------- risk from rows chosen for review
@@ -124,7 +114,7 @@ class Estimate(Record):
 def naive_risk(wrong: ArrayLike, *, level: float = 0.95) -> Estimate:
     """Share of wrong answers among the labelled rows, in [0, 1]; **biased** unless all rows had one chance of review.
 
-    Shown beside the weighted estimates to tell how large the bias is. Its interval is Clopper and Pearson's.
+    Its interval is Clopper and Pearson's.
 
     Args:
         wrong: 0 or 1 [n].
@@ -137,11 +127,10 @@ def naive_risk(wrong: ArrayLike, *, level: float = 0.95) -> Estimate:
 def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, alpha: float | None = None) -> Estimate:
     """Risk among all rows, from labelled rows weighted by 1 / propensity; in [0, 1], lower is better.
 
-    The Hájek estimate, sum(wrong / e) / sum(1 / e). It needs no count of all rows, so late labels cost precision and
-    add no bias, provided that their delay does not depend on being wrong. Its interval holds for any n and any
-    propensities: Clopper and Pearson's if all are equal, else by betting on E[(e0 / e) wrong] against r E[e0 / e]
-    (Waudby-Smith & Ramdas 2010.09686), since a bootstrap covers too little. Bets go through the rows in an order that
-    is shuffled with a fixed seed: if the risk changed over time, the interval is of its average.
+    The Hájek estimate, sum(wrong / e) / sum(1 / e). Late labels cost precision and add no bias, provided that their
+    delay does not depend on being wrong. Its interval holds for any n and any propensities: Clopper and Pearson's if
+    all are equal, else by betting on E[(e0 / e) wrong] against r E[e0 / e] (Waudby-Smith & Ramdas 2010.09686), in an
+    order shuffled with a fixed seed: if the risk changed over time, the interval is of its average.
 
     Args:
         wrong: 0 or 1 [n].
@@ -154,9 +143,7 @@ def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, 
     """
     values, chance = _labelled(wrong, propensity)
     check_share("level", level)
-    if values.size == 0:
-        return _nothing(level)
-    if np.ptp(chance) == 0:
+    if values.size == 0 or np.ptp(chance) == 0:
         return _equal(values, level, "")
     order, tail = _shuffled(values.size), (1 - level) / 2
     values, chance = values[order], chance[order]
@@ -169,9 +156,9 @@ def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, 
 def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95) -> Estimate:
     """Risk among all N rows as sum(wrong / e) / N; unbiased if **every** selected row has its label.
 
-    The Horvitz-Thompson estimate. Missing labels count as right, so late labels make it too low; use ``hajek_risk``
-    then. Its interval holds for any N, by betting on the mean of e0 wrong / e over all rows (0 without a label, e0 the
-    smallest e), shuffled as in ``hajek_risk``; small propensities make it wide.
+    The Horvitz-Thompson estimate. Missing labels count as right, so late labels make it too low. Its interval holds for
+    any N, by betting on the mean of e0 wrong / e over all rows (0 without a label, e0 the smallest e), shuffled as in
+    ``hajek_risk``.
 
     Args:
         wrong: 0 or 1, NaN where the row was not chosen [N].
@@ -188,7 +175,7 @@ def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: flo
     values, chance = _labelled(every[known], chances[known])
     check_share("level", level)
     if values.size == 0:
-        return _nothing(level)
+        return _equal(values, level, "")
     scale, tail = float(chances.min()), (1 - level) / 2
     losses = np.zeros(every.size)
     losses[known] = scale * values / chance
@@ -209,8 +196,7 @@ class Evidence(Record):
     It bets on 0/1 outcomes of audits, weighted by reference / propensity, and averages over five alternatives and over
     starting times of the harm. If the risk is at most alpha, its expectation is at most 1 at **any** time, so it ever
     reaches 1 / delta with chance delta at most (Ville; Waudby-Smith & Ramdas 2010.09686; starting times have a prior
-    here, and none in e-detectors, Shin et al. 2203.03532). Feed audits in the order in which labels become known; the
-    delay of a label must not depend on being wrong.
+    here, and none in e-detectors, Shin et al. 2203.03532).
     """
 
     alpha: float = Field(gt=0, lt=1)
@@ -233,11 +219,18 @@ class Evidence(Record):
 
     @property
     def alarm(self) -> bool:
-        """It has reached 1 / delta since its start."""
+        """It has reached its limit since its start."""
         return self.alarm_at is not None
 
+    @property
+    def limit(self) -> float:
+        """The value at which it alarms, 1 / delta."""
+        return 1 / self.delta
+
     def after(self, wrong: ArrayLike, *, propensity: ArrayLike, time: ArrayLike) -> Evidence:
-        """The evidence with one more audited exit, or several in their order.
+        """The evidence with one more audited exit, or several in the order in which labels became known.
+
+        The delay of a label must not depend on being wrong.
 
         Args:
             wrong: the answer was wrong, 0 or 1; one or [n].
@@ -260,19 +253,11 @@ class Evidence(Record):
             capital, worth = grow(capital, n, gain, bets)
             value = float(worth)
             peak = max(peak, value)
-            if alarm_at is None and value >= 1 / self.delta:
+            if alarm_at is None and value >= self.limit:
                 alarm_at, alarm_n = float(at), n
-        return self.model_copy(
-            update={
-                "n": self.n + int(values.size),
-                "n_wrong": self.n_wrong + int(values.sum()),
-                "capital": tuple(capital.tolist()),
-                "value": value,
-                "peak": peak,
-                "alarm_at": alarm_at,
-                "alarm_n": alarm_n,
-            }
-        )
+        counts = {"n": self.n + int(values.size), "n_wrong": self.n_wrong + int(values.sum())}
+        worths = {"capital": tuple(capital.tolist()), "value": value, "peak": peak}
+        return self.model_copy(update={**counts, **worths, "alarm_at": alarm_at, "alarm_n": alarm_n})
 
     def restarted(self) -> Evidence:
         """The same test from its beginning, for a new threshold or model."""
@@ -302,12 +287,6 @@ def grow(
     return grown, np.asarray((1 - _FIRST) * _HALF / (n + _HALF) + grown.sum(axis=-1) / grown.shape[-1])
 
 
-def feed(evidence: Evidence, rows: ServedColumns) -> Evidence:
-    """Feed the audited exits among the rows to an e-process, in their order."""
-    at = rows.audited
-    return evidence.after(rows.wrong[at], propensity=rows.propensity[at], time=rows.time[at])
-
-
 # -------------------------------------------------------------------------------- what scores alone can tell
 
 
@@ -328,8 +307,7 @@ class Cbpe(Record):
 def cbpe(confidence: ArrayLike, exited: ArrayLike, *, level: float = 0.95) -> Cbpe:
     """Estimate the risk of exits from calibrated confidences alone, in [0, 1]; lower is better. See ``Cbpe``.
 
-    The interval is that of the share of wrong answers in so many exits, a sum of independent trials with those
-    chances, by the normal law with a continuity correction.
+    The interval is of the share of wrong answers in so many exits, by the normal law with a continuity correction.
 
     Args:
         confidence: chance that Stage A is right [N].
@@ -563,19 +541,16 @@ def triggers(
     shifted = state.shifted and not cbpe_well
     # A round by hand that lacks something ends without a candidate, and what else asked has not been heard by it.
     heard = train and not signals.missing
-    state = state.model_copy(
-        update={
-            "trained_at": now if heard else state.trained_at,
-            "alarm_seen": signals.alarm_at if heard and alarmed else state.alarm_seen,
-            "shifted": shifted or (heard and asked["confidence and drift"]),
-            "drift_at": drift_at,
-        }
+    state = TriggerState(
+        since=state.since,
+        trained_at=now if heard else state.trained_at,
+        alarm_seen=signals.alarm_at if heard and alarmed else state.alarm_seen,
+        shifted=shifted or (heard and asked["confidence and drift"]),
+        drift_at=drift_at,
     )
     rate = config.audit_rate if drift_at is None else config.raised_audit_rate
-    return state, Advice(
-        train=train, reasons=reasons if train else [], waiting=[] if train else reasons, missing=signals.missing,
-        audit_rate=rate,
-    )  # fmt: skip
+    split = {"reasons": reasons, "waiting": []} if train else {"reasons": [], "waiting": reasons}
+    return state, Advice(train=train, **split, missing=signals.missing, audit_rate=rate)
 
 
 # -------------------------------------------------------------------------------- helpers
@@ -591,11 +566,10 @@ def _detected(detector: Any, values: Iterable[tuple[int, float]]) -> list[int]:
     return found
 
 
-def _between(name: str, values: NDArray[np.float64], *, least: float = 0.0, strictly: bool = False) -> None:
-    bad = np.flatnonzero(~((values > least if strictly else values >= least) & (values <= 1)))
+def _between(name: str, values: NDArray[np.float64], *, strictly: bool = False) -> None:
+    bad = np.flatnonzero(~((values > 0 if strictly else values >= 0) & (values <= 1)))
     if bad.size:
-        edge = "(" if strictly else "["
-        raise InputError(f"{name} must be in {edge}{least:g}, 1], got {values[bad[0]]} in row {bad[0]}")
+        raise InputError(f"{name} must be in {'(' if strictly else '['}0, 1], got {values[bad[0]]} in row {bad[0]}")
 
 
 def _labelled(wrong: ArrayLike, propensity: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -612,23 +586,15 @@ def _shuffled(n: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).permutation(n)
 
 
-def _nothing(level: float) -> Estimate:
-    return Estimate(
-        value=None, low=None, high=None, level=level, n=0, n_wrong=0, n_effective=0.0, method="none",
-        note="no label is known",
-    )  # fmt: skip
-
-
 def _equal(values: NDArray[np.float64], level: float, note: str) -> Estimate:
+    """The share of rows that all had one chance of review, if there are any."""
     check_share("level", level)
     n, k = int(values.size), int(values.sum())
+    counts = {"level": level, "n": n, "n_wrong": k, "n_effective": float(n)}
     if n == 0:
-        return _nothing(level)
+        return Estimate(value=None, low=None, high=None, **counts, method="none", note="no label is known")
     low, high = clopper_pearson(k, n, level)
-    return Estimate(
-        value=k / n, low=low, high=high, level=level, n=n, n_wrong=k, n_effective=float(n), method="clopper-pearson",
-        note=note,
-    )  # fmt: skip
+    return Estimate(value=k / n, low=low, high=high, **counts, method="clopper-pearson", note=note)
 
 
 def _weighted(

@@ -28,7 +28,6 @@ _FARTHEST = 40.0
 CLOSED = math.nextafter(1.0, 2.0)
 # In logits: a threshold at which nobody exits.
 HIGHEST = 12.0
-Cause = Literal["feedback", "centre", "alarm"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,27 +59,13 @@ class Feedback:
             raise InputError(f"known must be a time, got {self.known} of event {self.event!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One change of the threshold: when, by which event, why, and u before and after."""
-
-    known: float
-    event: str
-    cause: Cause
-    before: float
-    after: float
-
-
 class ControllerConfig(Record):
     """How the threshold follows labels."""
 
     alpha: float = Field(gt=0, lt=1, description="largest risk of exits")
     certified: float = Field(ge=0, le=1, description="the certificate's threshold: never below it")
     step: float = Field(
-        0.35,
-        gt=0,
-        description="eta', in logits: a wrong exit raises the threshold by step * (1 - alpha), a right one "
-        "lowers it by step * alpha",
+        0.35, gt=0, description="eta', in logits: a wrong exit adds step * (1 - alpha), a right one takes step * alpha"
     )
     audit_rate: float = Field(1.0, gt=0, le=1, description="e_exit: propensity with which exits are usually audited")
     floor: float = Field(LEAST_AUDIT_RATE, gt=0, le=1, description="smallest propensity that can occur")
@@ -145,25 +130,6 @@ class ControllerState(Record):
         higher = min(max(self.u, u), self.config.highest)
         return self.model_copy(update={"u": higher, "from_alarms": self.from_alarms + (higher - self.u)})
 
-    @property
-    def feedback_risk(self) -> float | None:
-        """Weighted share of wrong answers among the items that would have exited when their label came; in [0, 1]."""
-        return self.weight_wrong / self.weight_trials if self.weight_trials else None
-
-    @property
-    def risk_bound(self) -> float | None:
-        """Upper bound of ``feedback_risk`` by the telescoping sum, for any labels; null without trials.
-
-        alpha + (u_max - u_min + step w) / (step W) with W = ``weight_trials`` and w the largest weight, plus what the
-        centre has loosened and what clips at u_max took back. Without either it is the bound of the notes.
-        """
-        if not self.weight_trials:
-            return None
-        config = self.config
-        reach = config.highest - to_logit(config.certified) + config.step * config.audit_rate / config.floor
-        loosened = max(-(self.from_centre + self.from_alarms + min(self.from_clips, 0.0)), 0.0)
-        return config.alpha + (reach + loosened) / (config.step * self.weight_trials)
-
 
 def to_logit(score: float) -> float:
     """The logit of a score in [0, 1]; 0 and 1 get a finite one.
@@ -187,11 +153,13 @@ class ThresholdController:
     """Follows the feedback of reviewed decisions with an exit threshold; tightens freely, loosens to the certificate.
 
     >>> controller = ThresholdController(ControllerConfig(alpha=0.02, certified=0.9))
-    >>> moves = controller.update([Feedback(1.0, "a", 0.95, wrong=True, exited=True, propensity=1.0)])
+    >>> controller.update([Feedback(1.0, "a", 0.95, wrong=True, exited=True, propensity=1.0)])
     >>> round(controller.state.threshold, 3)
     0.927
 
-    A controller goes on from the state of another one: ``ThresholdController(config, state)``.
+    Args:
+        config: how it follows.
+        state: of another controller, to go on from.
 
     Raises:
         ArtifactError: the state is of another configuration.
@@ -227,16 +195,13 @@ class ThresholdController:
         """A row exits iff its score is at or above it; above 1 where nobody exits."""
         return self._scalars.threshold
 
-    def update(self, feedback: Iterable[Feedback]) -> tuple[Move, ...]:
+    def update(self, feedback: Iterable[Feedback]) -> None:
         """Take labels that became known since the last call, in the order of ``known`` and ``event``.
 
         Their decisions may be of any age and in any order: an item counts if it would exit at the present threshold.
 
         Args:
             feedback: one of each event.
-
-        Returns:
-            The changes of the threshold, in order.
 
         Raises:
             InputError: a label that became known before the last one taken, or an event twice in a row; nothing of the
@@ -258,12 +223,10 @@ class ThresholdController:
                 f"propensity must be at least the floor {self.config.floor:g}, got {low.propensity:g} of event "
                 f"{low.event!r}; begin a controller with a smaller floor"
             )
-        moves: list[Move] = []
         for item in batch:
-            self._take(item, moves)
-        return tuple(moves)
+            self._take(item)
 
-    def _take(self, item: Feedback, moves: list[Move]) -> None:
+    def _take(self, item: Feedback) -> None:
         config, now = self.config, self._scalars
         u = start = now.u
         score = to_logit(item.score)
@@ -283,16 +246,12 @@ class ThresholdController:
                 "from_feedback": now.from_feedback + raw,
                 "from_clips": now.from_clips + (u - (start + raw)),
             }
-            if u != start:
-                moves.append(Move(item.known, item.event, "feedback", start, u))
 
         centre = self._centre() if (now.n + 1) % config.every == 0 else now.centre
         change["centre"] = centre
         if centre is not None and config.pull:
             pulled = self._clip(u + config.pull * (centre - u))
             change["from_centre"] = now.from_centre + (pulled - u)
-            if pulled != u:
-                moves.append(Move(item.known, item.event, "centre", u, pulled))
             u = pulled
 
         # Late labels of what would exit no more say nothing against the threshold of now.
@@ -306,7 +265,6 @@ class ThresholdController:
                     "alarms": now.alarms + 1,
                     "alarm_at": item.known,
                 }
-                moves.append(Move(item.known, item.event, "alarm", u, jumped))
                 u = jumped
                 # What comes now is of another threshold.
                 evidence = evidence.restarted()
@@ -319,15 +277,11 @@ class ThresholdController:
     def _centre(self) -> float | None:
         """The laxest logit at which recent labels keep the risk: (sum w wrong + w0) / (sum w + w0) <= alpha.
 
-        One more wrong item of the largest weight is counted, as conformal risk control does, so that few labels name
-        no centre. Ties are never cut. Where no recent score lies between it and the certificate, nothing speaks against
-        the certificate, and it is the centre.
+        One more wrong item of the largest weight is counted, as in conformal risk control. Where no recent score lies
+        between it and the certificate, nothing speaks against the certificate, and it is the centre.
         """
-        u = np.array([row.u for row in self._window])
-        weight = np.array([row.weight for row in self._window])
-        wrong = np.array([row.wrong for row in self._window], dtype=np.float64)
-        order = np.argsort(-u, kind="stable")
-        u, weight, wrong = u[order], weight[order], wrong[order]
+        rows = np.array([(row.u, row.weight, row.wrong) for row in self._window], dtype=np.float64)
+        u, weight, wrong = rows[np.argsort(-rows[:, 0], kind="stable")].T
         more = float(weight.max())
         risk = (np.cumsum(weight * wrong) + more) / (np.cumsum(weight) + more)
         whole = np.append(u[1:] != u[:-1], True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,15 +25,14 @@ from stage1_pro.continual.watch.monitor import (
     TriggerState,
     cbpe,
     drift,
-    feed,
     hajek_risk,
     horvitz_thompson_risk,
     naive_risk,
     rolling,
     triggers,
 )
-from stage1_pro.continual.watch.srt import ControllerState, Move, to_score
-from stage1_pro.errors import InputError, need
+from stage1_pro.continual.watch.srt import ControllerState
+from stage1_pro.errors import DependencyError, InputError, need
 from stage1_pro.files import write_bytes, write_text
 from stage1_pro.record import Record
 
@@ -95,10 +93,10 @@ def assess(
     *,
     now: float,
     triggers_before: TriggerState,
+    evidence: Evidence,
     new_labels: int = 0,
     manual: bool = False,
     missing: str = "",
-    evidence: Evidence | None = None,
     controller: ControllerState | None = None,
     bundle: str = "",
 ) -> tuple[Status, TriggerState]:
@@ -109,41 +107,29 @@ def assess(
         config: what is watched.
         now: seconds since the epoch.
         triggers_before: what the last look gave.
+        evidence: the e-process so far. Its promise holds over all looks only where one process is kept from the day a
+            model or threshold began to serve.
         new_labels: since the last training.
         manual: somebody asks for a training.
         missing: what a training still needs, as ``Signals`` has it.
-        evidence: the e-process so far. Its promise holds over all looks only where one process is kept from the day a
-            model or threshold began to serve; by default it is made of the recent rows, which must then begin there.
         controller: state of the threshold, where one steers it; its alarms count, too.
         bundle: sha256 of the manifest that serves.
-
-    Raises:
-        InputError: an audited exit has a propensity below the floor.
     """
     recent = rows.last(config.recent)
-    if evidence is None:
-        evidence = feed(Evidence(alpha=config.alpha, delta=config.delta, reference=_usual(recent, config.floor),
-                                   floor=config.floor), recent)  # fmt: skip
     known = ~np.isnan(recent.wrong)
     out, audited = recent.exited, recent.audited
-    sure = recent.score if recent.confidence is None else recent.confidence
-    estimated = cbpe(sure, out, level=config.level)
-    seen = _drift(sure, config.drift)
+    estimated = cbpe(recent.score, out, level=config.level)
+    try:
+        seen = drift(recent.score, config.drift)
+    except DependencyError:
+        seen = None
     alarms = [at for at in (evidence.alarm_at, None if controller is None else controller.alarm_at) if at is not None]
-    after, verdict = triggers(
-        triggers_before,
-        Signals(
-            alarm_at=max(alarms, default=None),
-            cbpe=estimated,
-            drifting=seen is not None and seen.drifting,
-            new_labels=new_labels,
-            manual=manual,
-            missing=missing,
-        ),
-        alpha=config.alpha,
-        now=now,
-        config=config.triggers,
-    )
+    drifting = seen is not None and seen.drifting
+    signals = Signals(
+        alarm_at=max(alarms, default=None), cbpe=estimated, drifting=drifting, new_labels=new_labels, manual=manual,
+        missing=missing,
+    )  # fmt: skip
+    after, verdict = triggers(triggers_before, signals, alpha=config.alpha, now=now, config=config.triggers)
     answered = None
     if recent.predicted is not None and recent.label is not None:
         has = recent.label >= 0
@@ -179,40 +165,38 @@ def assess(
 # -------------------------------------------------------------------------------- the page
 
 
-def write_page(path: Path | str, status: Status, rows: ServedColumns, moves: Sequence[Move] = ()) -> None:
+def write_page(path: Path | str, status: Status, rows: ServedColumns) -> None:
     """Write the status as one self-contained HTML page, atomically; a person sees at a glance whether all is well.
 
     Args:
         path: HTML file to write.
         status: what ``assess`` gave.
         rows: the decisions to draw, of any length.
-        moves: of the threshold.
     """
     from stage1_pro.report import page
 
-    one = status.exit_risk
-    figures = [
-        ("Risk of exits", one.value, one.low, one.high, f"{one.n_wrong} wrong of {one.n} audited"),
-        ("Stage A's error on all photos", *_ends(status.stage_a_error), f"{status.stage_a_error.n} labels, weighted"),
-        ("The same, unweighted", *_ends(status.stage_a_error_naive), "biased: hard photos are reviewed more often"),
-        ("Risk of exits by confidences alone", status.cbpe.value, status.cbpe.low, status.cbpe.high,
-         "assumes that confidences are still right"),
-    ]  # fmt: skip
+    one, stage_a = status.exit_risk, status.stage_a_error
+    estimates: tuple[tuple[str, Estimate | Cbpe, str], ...] = (
+        ("Risk of exits", one, f"{one.n_wrong} wrong of {one.n} audited"),
+        ("Stage A's error on all photos", stage_a, f"{stage_a.n} labels, weighted"),
+        ("The same, unweighted", status.stage_a_error_naive, "biased: hard photos are reviewed more often"),
+        ("Risk of exits by confidences alone", status.cbpe, "assumes that confidences are still right"),
+    )
     html = page(
         "status.html.j2",
         status=status,
         when=dt.datetime.fromtimestamp(status.time, dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        figures=figures,
+        figures=[(title, found.value, found.low, found.high, note) for title, found, note in estimates],
         detectors={"adwin": "ADWIN", "page_hinkley": "Page–Hinkley", "kswin": "KSWIN"},
         closed=status.threshold is not None and status.threshold > 1,
-        pictures=_pictures(status, rows, moves),
+        pictures=_pictures(status, rows),
         level=f"{100 * one.level:.4g}%",
     )
     write_text(path, html)
 
 
-def _pictures(status: Status, rows: ServedColumns, moves: Sequence[Move]) -> list[Any]:
-    """Risk, exits and threshold over days, as report pictures; none without rows."""
+def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
+    """Risk and exits over days, as report pictures; none without rows."""
     from stage1_pro.metrics.figures import timeline_png
     from stage1_pro.report import Picture
 
@@ -220,121 +204,75 @@ def _pictures(status: Status, rows: ServedColumns, moves: Sequence[Move]) -> lis
         return []
     start = float(rows.time[0])
 
-    def days(time: NDArray[np.float64] | float) -> NDArray[np.float64]:
-        return (np.asarray(time, dtype=np.float64) - start) / _DAY
+    def averages(parts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+        """The middle of each part, in days from the first row."""
+        return (np.array([rows.time[part].mean() for part in parts]) - start) / _DAY
 
-    sure = rows.score if rows.confidence is None else rows.confidence
-    parts = min(max(int(rows.audited.sum()) // _AUDITS_OF_BLOCK, _BLOCKS[0]), _BLOCKS[1], len(rows))
-    blocks = np.array_split(np.arange(len(rows)), parts)
+    n = min(max(int(rows.audited.sum()) // _AUDITS_OF_BLOCK, _BLOCKS[0]), _BLOCKS[1], len(rows))
+    blocks = np.array_split(np.arange(len(rows)), n)
     fine = np.array_split(np.arange(len(rows)), min(_BLOCKS[1], len(rows)))
-    middle, often = (days(np.array([float(rows.time[part].mean()) for part in parts])) for parts in (blocks, fine))
-    risks = [
-        hajek_risk(rows.wrong[part][rows.audited[part]], rows.propensity[part][rows.audited[part]]) for part in blocks
-    ]
-    ends = np.array([
-        [math.nan if value is None else value for value in (one.value, one.low, one.high)]
-        for one in risks
-    ])  # fmt: skip
-    by_scores = [cbpe(sure[part], rows.exited[part]).value for part in blocks]
-    expected = [math.nan if one is None else one for one in by_scores]
-    exits = [float(rows.exited[part].mean()) for part in fine]
-    times = {move.known for move in moves if move.cause == "alarm"}
-    if status.evidence.alarm_at is not None:
-        times.add(status.evidence.alarm_at)
-    alarms = {"alarm": sorted(days(time).item() for time in times if time >= start)}
-    found = [
+    audited = [part[rows.audited[part]] for part in blocks]
+    risks = [hajek_risk(rows.wrong[part], rows.propensity[part]) for part in audited]
+    value, low, high = np.array([(one.value, one.low, one.high) for one in risks], dtype=np.float64).T
+    expected = np.array([cbpe(rows.score[part], rows.exited[part]).value for part in blocks], dtype=np.float64)
+    alarm_at = status.evidence.alarm_at
+    alarms = {"alarm": [(alarm_at - start) / _DAY] if alarm_at is not None and alarm_at >= start else []}
+    risk = timeline_png(
+        averages(blocks), {"from audits": value, "from confidences": expected}, y="share of exits that are wrong",
+        band=(low, high), limits={"promised": status.alpha}, marks=alarms,
+    )  # fmt: skip
+    rates = {"exits": [float(rows.exited[part].mean()) for part in fine]}
+    return [
         Picture(
             "risk", "Risk of exits",
             "Wrong answers among exits, from audited ones, in equal parts with 95% intervals; beside it "
             "what confidences alone would say. Where the two part, the world has changed in a way scores do not show.",
-            timeline_png(
-                middle,
-                {"from audits": ends[:, 0], "from confidences": expected},
-                y="share of exits that are wrong", band=(ends[:, 1], ends[:, 2]), limits={"promised": status.alpha},
-                marks=alarms,
-            ),
+            risk,
         ),
         Picture(
             "exits", "Exits",
             "Share of photos that Stage A answers. It falls when the threshold tightens: safety costs Stage B's "
             "time.",
-            timeline_png(often, {"exits": exits}, y="share of photos", marks=alarms),
+            timeline_png(averages(fine), rates, y="share of photos", marks=alarms),
         ),
     ]  # fmt: skip
-    drawn = [move for move in moves if move.known >= start]
-    if drawn:
-        x = days(np.array([start, *(move.known for move in drawn), max(float(rows.time[-1]), drawn[-1].known)]))
-        levels = [to_score(u) for u in (drawn[0].before, *(move.after for move in drawn), drawn[-1].after)]
-        limits = {} if status.certified is None else {"certified": status.certified}
-        found.append(
-            Picture(
-                "threshold", "Threshold",
-                "A photo exits at or above it. It tightens after wrong exits and loosens slowly, never below the "
-                "certified one.",
-                timeline_png(
-                    x, {"threshold": levels}, y="threshold", limits=limits, marks=alarms, steps=True, percent=False
-                ),
-            )
-        )  # fmt: skip
-    return found
 
 
 # -------------------------------------------------------------------------------- Prometheus and Grafana
 
-# Every metric that is exposed: its help. Each has the label ``bundle``.
+# Every metric that is exposed: its help, and where ``Status`` has it. Each has the label ``bundle``.
 METRICS = {
-    "stage1_alpha": "risk of exits that was promised",
-    "stage1_exit_risk": "risk of exits from audited ones (Hajek)",
-    "stage1_exit_risk_low": "lower end of its interval",
-    "stage1_exit_risk_high": "upper end of its interval",
-    "stage1_stage_a_error": "error of Stage A on all rows, weighted by 1 / propensity",
-    "stage1_stage_a_error_naive": "the same from labels as they came, biased",
-    "stage1_cbpe_exit_risk": "risk of exits by confidences alone",
-    "stage1_evidence": "e-value against risk <= alpha",
-    "stage1_evidence_limit": "e-value at which it alarms",
-    "stage1_alarm": "1 when the e-process has alarmed",
-    "stage1_drifting": "1 when enough detectors see a change of confidences",
-    "stage1_threshold": "exit threshold in force",
-    "stage1_threshold_certified": "threshold of the certificate",
-    "stage1_exit_rate": "share of recent decisions that exited",
-    "stage1_decisions": "recent decisions that these figures speak of",
-    "stage1_labels": "of them, those with a label",
-    "stage1_audited_exits": "exits with a label",
-    "stage1_audit_rate": "share of exits to audit now",
-    "stage1_rolling_mcc": "Matthews correlation of the last 100 labelled answers",
-    "stage1_rolling_accuracy": "accuracy of the last 10 labelled answers",
-    "stage1_train_wanted": "1 when the triggers ask for a training",
-    "stage1_status_time_seconds": "when these figures were made, since the epoch",
+    "stage1_alpha": ("risk of exits that was promised", "alpha"),
+    "stage1_exit_risk": ("risk of exits from audited ones (Hajek)", "exit_risk.value"),
+    "stage1_exit_risk_low": ("lower end of its interval", "exit_risk.low"),
+    "stage1_exit_risk_high": ("upper end of its interval", "exit_risk.high"),
+    "stage1_stage_a_error": ("error of Stage A on all rows, weighted by 1 / propensity", "stage_a_error.value"),
+    "stage1_stage_a_error_naive": ("the same from labels as they came, biased", "stage_a_error_naive.value"),
+    "stage1_cbpe_exit_risk": ("risk of exits by confidences alone", "cbpe.value"),
+    "stage1_evidence": ("e-value against risk <= alpha", "evidence.value"),
+    "stage1_evidence_limit": ("e-value at which it alarms", "evidence.limit"),
+    "stage1_alarm": ("1 when the e-process has alarmed", "evidence.alarm"),
+    "stage1_drifting": ("1 when enough detectors see a change of confidences", "drift.drifting"),
+    "stage1_threshold": ("exit threshold in force", "threshold"),
+    "stage1_threshold_certified": ("threshold of the certificate", "certified"),
+    "stage1_exit_rate": ("share of recent decisions that exited", "exit_rate"),
+    "stage1_decisions": ("recent decisions that these figures speak of", "n_rows"),
+    "stage1_labels": ("of them, those with a label", "n_labelled"),
+    "stage1_audited_exits": ("exits with a label", "exit_risk.n"),
+    "stage1_audit_rate": ("share of exits to audit now", "verdict.audit_rate"),
+    "stage1_rolling_mcc": ("Matthews correlation of the last 100 labelled answers", "rolling.mcc_100"),
+    "stage1_rolling_accuracy": ("accuracy of the last 10 labelled answers", "rolling.accuracy_10"),
+    "stage1_train_wanted": ("1 when the triggers ask for a training", "verdict.train"),
+    "stage1_status_time_seconds": ("when these figures were made, since the epoch", "time"),
 }
 
 
 def samples(status: Status) -> Iterator[tuple[str, float]]:
     """Names of ``METRICS`` with their values; what is not known is left out."""
-    values: dict[str, float | None] = {
-        "stage1_alpha": status.alpha,
-        "stage1_exit_risk": status.exit_risk.value,
-        "stage1_exit_risk_low": status.exit_risk.low,
-        "stage1_exit_risk_high": status.exit_risk.high,
-        "stage1_stage_a_error": status.stage_a_error.value,
-        "stage1_stage_a_error_naive": status.stage_a_error_naive.value,
-        "stage1_cbpe_exit_risk": status.cbpe.value,
-        "stage1_evidence": status.evidence.value,
-        "stage1_evidence_limit": 1 / status.evidence.delta,
-        "stage1_alarm": float(status.evidence.alarm),
-        "stage1_drifting": None if status.drift is None else float(status.drift.drifting),
-        "stage1_threshold": status.threshold,
-        "stage1_threshold_certified": status.certified,
-        "stage1_exit_rate": status.exit_rate,
-        "stage1_decisions": status.n_rows,
-        "stage1_labels": status.n_labelled,
-        "stage1_audited_exits": status.exit_risk.n,
-        "stage1_audit_rate": status.verdict.audit_rate,
-        "stage1_rolling_mcc": None if status.rolling is None else status.rolling.mcc_100,
-        "stage1_rolling_accuracy": None if status.rolling is None else status.rolling.accuracy_10,
-        "stage1_train_wanted": float(status.verdict.train),
-        "stage1_status_time_seconds": status.time,
-    }
-    for name, value in values.items():
+    for name, (_, place) in METRICS.items():
+        value: Any = status
+        for field in place.split("."):
+            value = None if value is None else getattr(value, field)
         if value is not None:
             yield name, float(value)
 
@@ -351,7 +289,7 @@ def exposition(status: Status) -> bytes:
         raise need("continual", error.name or "prometheus_client") from error
     registry = CollectorRegistry()
     for name, value in samples(status):
-        Gauge(name, METRICS[name], ["bundle"], registry=registry).labels(status.bundle[:12]).set(value)
+        Gauge(name, METRICS[name][0], ["bundle"], registry=registry).labels(status.bundle[:12]).set(value)
     return generate_latest(registry)
 
 
@@ -399,7 +337,7 @@ def dashboard(title: str = "stage1: is the risk kept?") -> dict[str, Any]:
         ]
         panels.append({
             "id": place + 1, "title": name, "type": "timeseries", "datasource": source, "targets": targets,
-            "description": "; ".join(METRICS[metric] for metric in metrics),
+            "description": "; ".join(METRICS[metric][0] for metric in metrics),
             "gridPos": {"x": 12 * (place % 2), "y": 8 * (place // 2), "w": 12, "h": 8},
             "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
         })  # fmt: skip
@@ -485,25 +423,6 @@ def _sentences(
     elif verdict.waiting:
         said.append(f"Training waits until the last one is old enough: {', '.join(verdict.waiting)}.")
     return said
-
-
-def _usual(rows: ServedColumns, floor: float) -> float:
-    """The propensity with which exits are usually audited: the median over all exits, not only the chosen ones."""
-    chances = rows.propensity[rows.exited]
-    return max(float(np.median(chances)), floor) if chances.size else floor
-
-
-def _drift(confidence: NDArray[np.float64], config: DriftConfig) -> Drift | None:
-    from stage1_pro.errors import DependencyError
-
-    try:
-        return drift(confidence, config)
-    except DependencyError:
-        return None
-
-
-def _ends(one: Estimate) -> tuple[float | None, float | None, float | None]:
-    return one.value, one.low, one.high
 
 
 def _share(value: float) -> str:
