@@ -6,6 +6,7 @@ day. Results hold for this stream and say nothing of new places.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from PIL import Image
@@ -101,12 +102,11 @@ def _split(found: Splits, old: list[Row], seed: int) -> Splits:
         half = HALVES[uniform(seed, "half", row.id) < 0.5] if split == "val_calib" else None
         rows.append(row.model_copy(update={"group": row.id, "split": split, "half": half}))
     there = {(row.label, row.split) for row in rows}
-    for split in SPLITS:
-        for name in found.classes:
-            if (name, split) not in there:
-                raise InputError(
-                    f"data must have photos of every class for every split of the past, got no '{name}' in {split}; "
-                    "add some"
-                )
+    for part, name in itertools.product(SPLITS, found.classes):
+        if (name, part) not in there:
+            absent = f"'{name}' in {part}"
+            raise InputError(
+                f"data must have photos of every class for every split of the past, got no {absent}; add some"
+            )
     facts = facts_of(rows, found.classes)
     return found.model_copy(update={**facts, "rows": rows, "seed": seed, "fractions": _SHARES}).apart()
