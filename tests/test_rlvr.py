@@ -15,7 +15,7 @@ from torch import nn
 
 import stage1_pro
 from stage1_pro.config import Config, load_config
-from stage1_pro.continual.learn import proposing, rlvr
+from stage1_pro.continual.learn import mgrpo, rlvr
 from stage1_pro.continual.learn import rewards as r
 from stage1_pro.continual.learn.mgrpo import ProposalOptions, likelihood_loss, propose
 from stage1_pro.continual.learn.replay import Reservoir
@@ -340,7 +340,7 @@ def test_a_row_whose_list_says_a_model_labelled_it_earns_nothing(tmp_path):
     rows = [row.model_copy(update={"source": "model" if row == first else "camera 3"}) for row in splits.rows]
     splits = splits.model_copy(update={"rows": rows})
     with pytest.raises(InputError, match="got 'model' at row 0"):
-        rlvr._rows_of(make_model(), splits, "train", r.RewardSpec(), "owner", Config(), [None], cached=True)
+        rlvr.Origin(make_model(), splits, Config(), r.RewardSpec(), "owner").rows("train", cached=True)
 
 
 @pytest.mark.slow
@@ -512,47 +512,45 @@ def to_propose(trained, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_proposed_run_earns_more_remembers_and_calibrates_again(trained, to_propose, tmp_path):
-    record = proposing.propose_run(trained, tmp_path / "one", **to_propose)
+    record = mgrpo.propose_run(trained, tmp_path / "one", **to_propose)
     assert record.reward_after > record.reward_before
     n = len(Splits.read(trained / "splits.json").of("train"))
     assert sum(record.replayed.values()) + record.n_new == n and record.n_new > 0
-    assert proposing.ProposalRecord.read(tmp_path / "one/proposal.json") == record
+    assert mgrpo.ProposalRecord.read(tmp_path / "one/proposal.json") == record
     assert read_policy(tmp_path / "one") is None
     assert stage1_pro.calibrate(tmp_path / "one", guarantee="none", target_fnr=0.99).model_fingerprint == (
         record.model_fingerprint
     )
-    remembered = Reservoir.load(tmp_path / "one" / proposing.RESERVOIR)
+    remembered = Reservoir.load(tmp_path / "one" / mgrpo.RESERVOIR)
     assert len(remembered) == n
     # Same inputs, same bytes; and a reservoir of these features is taken, not made again.
-    again = proposing.propose_run(trained, tmp_path / "two", **to_propose)
+    again = mgrpo.propose_run(trained, tmp_path / "two", **to_propose)
     assert again == record
     assert (tmp_path / "one/model_best.pth").read_bytes() == (tmp_path / "two/model_best.pth").read_bytes()
     small = Reservoir(10, 0)
     keep = remembered.ids[:10]
     small.add(keep, remembered.strata[:10], {name: column[:10] for name, column in remembered.columns.items()})
     small.save(tmp_path / "small.npz")
-    taken = proposing.propose_run(trained, tmp_path / "three", reservoir=tmp_path / "small.npz", **to_propose)
+    taken = mgrpo.propose_run(trained, tmp_path / "three", reservoir=tmp_path / "small.npz", **to_propose)
     assert sum(taken.replayed.values()) == 10
     columns = {**small.columns, "features": np.full(10, "0" * 64)}
     other = Reservoir(10, 0)
     other.add(keep, remembered.strata[:10], columns)
     other.save(tmp_path / "other.npz")
-    made = proposing.propose_run(trained, tmp_path / "four", reservoir=tmp_path / "other.npz", **to_propose)
+    made = mgrpo.propose_run(trained, tmp_path / "four", reservoir=tmp_path / "other.npz", **to_propose)
     assert made.replayed == record.replayed
 
 
 @pytest.mark.slow
 def test_proposing_a_run_refuses(trained, to_propose, tmp_path):
     with pytest.raises(NotReachableError, match="nothing was written"):
-        proposing.propose_run(
-            trained, tmp_path / "none", **{**to_propose, "options": ProposalOptions(lr=1e-12, steps=1)}
-        )
+        mgrpo.propose_run(trained, tmp_path / "none", **{**to_propose, "options": ProposalOptions(lr=1e-12, steps=1)})
     with pytest.raises(InputError, match="got 'model' at row 0"):
-        proposing.propose_run(trained, tmp_path / "pseudo", source="model", **to_propose)
+        mgrpo.propose_run(trained, tmp_path / "pseudo", source="model", **to_propose)
     everything = {row.sha256 for row in Splits.read(trained / "splits.json").rows}
     with pytest.raises(NotReachableError, match="rows that are not known"):
-        proposing.propose_run(trained, tmp_path / "few", **{**to_propose, "known": everything})
+        mgrpo.propose_run(trained, tmp_path / "few", **{**to_propose, "known": everything})
     for change, name in (({"anchor": set()}, "anchor"), ({"recent": []}, "recent")):
         with pytest.raises(InputError, match=f"{name}.* must be 1 or more"):
-            proposing.propose_run(trained, tmp_path / "few", **{**to_propose, **change})
+            mgrpo.propose_run(trained, tmp_path / "few", **{**to_propose, **change})
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -298,6 +298,108 @@ def _judge(log_probs: Tensor, rows: BanditRows, reward: SetReward | None) -> tup
 # -------------------------------------------------------------------------------- a run
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A trained run that tuning starts from: its model in evaluation mode on a device, its rows, what they earn.
+
+    ``source`` says where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
+    """
+
+    model: Stage1Model
+    splits: Splits
+    config: Config
+    spec: RewardSpec
+    source: str
+
+    @classmethod
+    def load(cls, run: Path, spec: RewardSpec | None, source: str) -> Self:
+        """A run from its folder; raises ArtifactError where it is not trained, or was changed."""
+        model, run_config = checkpoint.load_run_model(run)
+        splits = Splits.read(run / "splits.json").verify()
+        return cls(model.to(pick_device()).eval(), splits, run_config.config, spec or RewardSpec(), source)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def labels(self, rows: Sequence[Row]) -> tuple[NDArray[np.int64], list[str]]:
+        """Class indices and label sources of rows that may be rewarded.
+
+        A list that says of a row that a model or a mere match labelled it is believed, whatever ``source`` says of all.
+
+        Raises:
+            InputError: a source whose labels may not be rewarded.
+        """
+        labels = self.splits.indices(rows)
+        sources = [row.source if row.source in UNPAID else self.source for row in rows]
+        verified(labels, sources, classes=self.splits.classes, positive=self.splits.positive)
+        return labels, sources
+
+    def inputs(
+        self,
+        photos: Sequence[ImageFile],
+        draw: tuple[AugmentConfig, int, int] | None = None,
+        *,
+        cached: bool = True,
+        description: str = "",
+    ) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.int64]]:
+        """Inputs of ``HeadsPolicy`` for N images, and what Stage B answers on them [N].
+
+        Inputs are both stages' features, each [N, 2D], where ``cached``; else the pixels [N, 3, H, W]. ``draw`` is an
+        augmentation, as ``run_over`` takes it.
+        """
+
+        def forward(pixels: Tensor) -> dict[str, Tensor]:
+            features_a, features_b = self.model.features(pixels)
+            own = {"a": features_a, "b": features_b} if cached else {"pixels": pixels}
+            return {**own, "logits_b": self.model.heads.auxiliary(features_b)}
+
+        found = run_over(
+            forward, photos, self.model.architecture.preprocessing, device=self.device,
+            workers=self.config.train.workers, draw=draw, description=description,
+        )  # fmt: skip
+        answers_b = found.pop("logits_b").argmax(1).astype(np.int64)
+        return tuple(found.values()), answers_b
+
+    def pay(
+        self,
+        inputs: Sequence[NDArray[np.float32]],
+        answers_b: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        sources: Sequence[str],
+    ) -> BanditRows:
+        """What every action earns where Stage B answers ``answers_b`` [N] and the truth is ``labels`` [N]."""
+        splits, device = self.splits, self.device
+        truth = verified(labels, sources, classes=splits.classes, positive=splits.positive)
+        positive = splits.classes.index(splits.positive)
+        says = np.zeros((answers_b.size, len(splits.classes) + 2))
+        says[:, positive] = 1.0
+        says[:, len(splits.classes)] = answers_b == positive
+        return BanditRows(
+            tuple(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in inputs),
+            torch.from_numpy(action_rewards(self.spec, truth, answers_b).astype(np.float32)).to(device),
+            torch.from_numpy(says.astype(np.float32)).to(device),
+            truth.is_positive,
+        )
+
+    def rows(
+        self,
+        name: Literal["train", "val_select"],
+        draws: Sequence[tuple[AugmentConfig, int, int] | None] = (None,),
+        *,
+        cached: bool,
+    ) -> BanditRows:
+        """Rows of one split, each draw after the other: features or images, and what every action earns on them."""
+        rows = self.splits.of(name)
+        labels, sources = self.labels(rows)  # Before an hour of features.
+        photos, what = self.splits.photos_of(rows), f"{name} rows for tuning"
+        found = [self.inputs(photos, draw, cached=cached, description=what) for draw in draws]
+        inputs = [np.concatenate(parts) for parts in zip(*(inputs for inputs, _ in found), strict=True)]
+        answers = np.concatenate([answers for _, answers in found])
+        return self.pay(inputs, answers, np.tile(labels, len(draws)), sources * len(draws))
+
+
 class TuningRecord(Record):
     """``tuning.json``: from which model a run was tuned, for which reward, and how that went on ``val_select``."""
 
@@ -349,19 +451,15 @@ def tune(
         ArtifactError: a run that is not trained, or was changed.
         NotReachableError: no epoch was better on ``val_select`` than the start; nothing was written.
     """
-    run, out = Path(run), Path(out)
-    spec, options = spec or RewardSpec(), options or TuneOptions()
+    run, out, options = Path(run), Path(out), options or TuneOptions()
     if out.resolve() == run.resolve():
         raise InputError(f"out must be another folder than the run, got {out}; the run stays as it is")
     if out.exists() and not overwrite:
         raise InputError(f"out must be a new folder, got {out}, which is there; add overwrite to replace it")
-    model, run_config = checkpoint.load_run_model(run)
-    splits, config = Splits.read(run / "splits.json").verify(), run_config.config
-    before = model.fingerprint()
-    device = pick_device()
-    model = model.to(device).eval()
+    origin = Origin.load(run, spec, source)
+    model, config, before = origin.model, origin.config, origin.model.fingerprint()
     adaptation = adapt(model, "lora", config.adapter, options.seed) if through == "adapter" else None
-    model.to(device).eval()
+    model.to(origin.device).eval()
     if adaptation is None:
         learns = [*model.heads.classifier.parameters(), *model.heads.gate.parameters()]
     else:
@@ -373,15 +471,14 @@ def tune(
     draws: list[tuple[AugmentConfig, int, int] | None] = [
         (config.augment, config.seed, config.train.epochs + view) for view in range(views)
     ] or [None]
-    parts = {name: _rows_of(model, splits, name, spec, source, config, draws if name == "train" else [None],
-                            cached=through == "heads") for name in ("train", "val_select")}  # fmt: skip
+    train = origin.rows("train", draws, cached=through == "heads")
+    select = origin.rows("val_select", cached=through == "heads")
     policy = HeadsPolicy(model.heads if through == "heads" else model)
-    tuned = fit_policy(policy, learns, parts["train"], parts["val_select"], options)
+    tuned = fit_policy(policy, learns, train, select, options)
     model.eval()
-    after_rows = parts["val_select"]
     if adaptation is not None:
-        after_rows = _rows_of(model, splits, "val_select", spec, source, config, [None], cached=False)
-    reward_after, _ = _judge(log_probs_of(policy, after_rows.inputs), after_rows, _SETS.get(options.method))
+        select = origin.rows("val_select", cached=False)
+    reward_after, _ = _judge(log_probs_of(policy, select.inputs), select, _SETS.get(options.method))
     if tuned.best_epoch == 0 or reward_after <= tuned.start:
         raise NotReachableError(
             f"the reward on val_select must rise above {tuned.start:.4f}, got {reward_after:.4f} as the best of "
@@ -390,9 +487,9 @@ def tune(
     state = model.state_dict() if adaptation is None else merged_state(model)
     after = fingerprint(model.architecture, state)
     record = TuningRecord(
-        parent_fingerprint=before, model_fingerprint=after, through=through, spec=spec, options=options, views=views,
-        n_rows=len(parts["train"].rewards), best_epoch=tuned.best_epoch, reward_before=tuned.start,
-        reward_after=reward_after, split_hashes=splits.hashes,
+        parent_fingerprint=before, model_fingerprint=after, through=through, spec=origin.spec, options=options,
+        views=views, n_rows=len(train.rewards), best_epoch=tuned.best_epoch, reward_before=tuned.start,
+        reward_after=reward_after, split_hashes=origin.splits.hashes,
     )  # fmt: skip
     with atomic_directory(out) as staging:
         write_run(staging, run, state)
@@ -429,98 +526,3 @@ def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
     found = rank_answers(predictions, seed=config.seed)
     choice = GateChoice.of(found, predictions, config.gate.confidence, fit="joint", form="joint: tuned for a reward")
     choice.write(staging / "gate.json")
-
-
-def read_rows(
-    model: Stage1Model,
-    photos: Sequence[ImageFile],
-    config: Config,
-    draw: tuple[AugmentConfig, int, int] | None = None,
-    *,
-    cached: bool = True,
-    description: str = "",
-) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.int64]]:
-    """Inputs of ``HeadsPolicy`` for images, and what Stage B answers on them [N].
-
-    Args:
-        model: of a run.
-        photos: N images.
-        config: of the run.
-        draw: augmentation, as ``run_over`` takes it.
-        cached: both stages' features, each [N, 2D]; else the pixels [N, 3, H, W].
-        description: of the progress.
-    """
-
-    def forward(pixels: Tensor) -> dict[str, Tensor]:
-        features_a, features_b = model.features(pixels)
-        own = {"a": features_a, "b": features_b} if cached else {"pixels": pixels}
-        return {**own, "logits_b": model.heads.auxiliary(features_b)}
-
-    found = run_over(
-        forward, photos, model.architecture.preprocessing, device=next(model.parameters()).device,
-        workers=config.train.workers, draw=draw, description=description,
-    )  # fmt: skip
-    answers_b = found.pop("logits_b").argmax(1).astype(np.int64)
-    return tuple(found.values()), answers_b
-
-
-def pay_rows(
-    inputs: Sequence[NDArray[np.float32]],
-    answers_b: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    sources: Sequence[str],
-    spec: RewardSpec,
-    splits: Splits,
-    device: torch.device,
-) -> BanditRows:
-    """Rows for tuning: what every action earns where Stage B answers ``answers_b`` [N] and the truth is ``labels`` [N].
-
-    Raises:
-        InputError: a source whose labels may not be rewarded.
-    """
-    truth = verified(labels, sources, classes=splits.classes, positive=splits.positive)
-    positive = splits.classes.index(splits.positive)
-    says = np.zeros((answers_b.size, len(splits.classes) + 2))
-    says[:, positive] = 1.0
-    says[:, len(splits.classes)] = answers_b == positive
-    return BanditRows(
-        tuple(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in inputs),
-        torch.from_numpy(action_rewards(spec, truth, answers_b).astype(np.float32)).to(device),
-        torch.from_numpy(says.astype(np.float32)).to(device),
-        truth.is_positive,
-    )
-
-
-def labels_of(rows: Sequence[Row], splits: Splits, source: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Class indices and label sources of rows.
-
-    A list that says of a row that a model or a mere match labelled it is believed, whatever ``source`` says of all.
-    """
-    labels = splits.indices(rows)
-    return labels, [row.source if row.source in UNPAID else source for row in rows]
-
-
-def _rows_of(
-    model: Stage1Model,
-    splits: Splits,
-    name: Literal["train", "val_select"],
-    spec: RewardSpec,
-    source: str,
-    config: Config,
-    draws: Sequence[tuple[AugmentConfig, int, int] | None],
-    *,
-    cached: bool,
-) -> BanditRows:
-    """Rows of one split, each draw after the other: features or images, and what every action earns on them."""
-    rows = splits.of(name)
-    labels, sources = labels_of(rows, splits, source)
-    verified(labels, sources, classes=splits.classes, positive=splits.positive)  # Before an hour of features.
-    photos = splits.photos_of(rows)
-    found = [
-        read_rows(model, photos, config, draw, cached=cached, description=f"{name} rows for tuning") for draw in draws
-    ]
-    inputs = [np.concatenate(parts) for parts in zip(*(inputs for inputs, _ in found), strict=True)]
-    return pay_rows(
-        inputs, np.concatenate([answers for _, answers in found]), np.tile(labels, len(draws)), sources * len(draws),
-        spec, splits, next(model.parameters()).device,
-    )  # fmt: skip

@@ -26,7 +26,7 @@ from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
 from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
-from stage1_pro.continual.loop.registry import LostRaceError, Registry
+from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import PLAN
@@ -266,22 +266,15 @@ def _report(config: LoopFile, parts: Rounds) -> None:
 
 
 def _steps(loop: Loop, manual: bool, until: str | None, report: Callable[[], None]) -> dict[str, Any]:
-    row, taken, note = loop.resume(), [], ""
-    while row.state != until:
-        try:
-            step = loop.step(now=time.time(), manual=manual and row.state in ("MONITOR", "HOLD"))
-        except LostRaceError:
-            row = loop.row()
-            continue
+    taken, note = [], ""
+    for state, step in loop.steps(time.time, manual=manual, until=until):
         # Before the next state's work, which may take hours.
         report()
         note = step.note
-        if not step.moved:
-            break
-        manual = manual and step.row.state == "MONITOR"
-        taken.append({"from": row.state, "to": step.row.state, "why": note})
-        say(f"{row.state} -> {step.row.state}: {note}")
-        row = step.row
+        if step.moved:
+            taken.append({"from": state, "to": step.row.state, "why": note})
+            say(f"{state} -> {step.row.state}: {note}")
+    row = loop.row()
     return {"state": row.state, "steps": taken, "note": note, "round": row.round.model_dump(mode="json")}
 
 

@@ -10,9 +10,10 @@ of its inputs, and times are those of the row, so a process that was killed and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -267,16 +268,29 @@ class Loop:
         self.registry.sync()
         return self.row()
 
-    def run(self, *, now: float, manual: bool = False, most: int = 100) -> list[LoopStep]:
-        """Take steps until one waits; ``manual`` asks for a round as a person would."""
-        self.resume()
-        steps = []
-        for _ in range(most):
-            steps.append(self.step(now=now, manual=manual))
-            if not steps[-1].moved:
+    def run(self, *, now: float, manual: bool = False) -> list[LoopStep]:
+        """The steps that can be taken at one time, a hundred at most."""
+        return [step for _, step in islice(self.steps(lambda: now, manual=manual), 100)]
+
+    def steps(
+        self, clock: Callable[[], float], *, manual: bool = False, until: str | None = None
+    ) -> Iterator[tuple[State, LoopStep]]:
+        """Steps, each with the state before it, until one waits or the work of state ``until`` is next.
+
+        ``manual`` asks for a round as a person would. Where another process moves the loop, this one follows.
+        """
+        row = self.resume()
+        while row.state != until:
+            try:
+                step = self.step(now=clock(), manual=manual)
+            except LostRaceError:
+                row = self.row()
+                continue
+            yield row.state, step
+            if not step.moved:
                 break
-            manual = manual and steps[-1].row.state == "MONITOR"
-        return steps
+            manual = manual and step.row.state == "MONITOR"
+            row = step.row
 
     def step(self, *, now: float, manual: bool = False) -> LoopStep:
         """Do what the present state does, and take one edge where it can be taken; ``now`` is not before the row's.

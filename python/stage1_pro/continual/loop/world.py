@@ -102,9 +102,9 @@ def _split(found: Splits, old: list[Row], seed: int) -> Splits:
         half = HALVES[uniform(seed, "half", row.id) < 0.5] if split == "val_calib" else None
         rows.append(row.model_copy(update={"group": row.id, "split": split, "half": half}))
     there = {(row.label, row.split) for row in rows}
-    for part, name in itertools.product(SPLITS, found.classes):
-        if (name, part) not in there:
-            absent = f"'{name}' in {part}"
+    for part, label in itertools.product(SPLITS, found.classes):
+        if (label, part) not in there:
+            absent = f"'{label}' in {part}"
             raise InputError(
                 f"data must have photos of every class for every split of the past, got no {absent}; add some"
             )
