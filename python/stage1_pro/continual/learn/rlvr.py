@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -207,13 +207,7 @@ def mean_reward(log_probs: Tensor, rewards: Tensor) -> float:
 
 
 def fit_policy(
-    policy: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    rows: BanditRows,
-    select: BanditRows,
-    options: TuneOptions,
-    *,
-    note: Callable[[dict[str, float]], None] | None = None,
+    policy: nn.Module, parameters: Sequence[nn.Parameter], rows: BanditRows, select: BanditRows, options: TuneOptions
 ) -> Tuned:
     """Tune some parameters of a policy in place; it ends at its best epoch on ``select``, or where it started.
 
@@ -226,7 +220,6 @@ def fit_policy(
         rows: to learn from.
         select: to stop by.
         options: how.
-        note: called with every epoch's figures.
 
     Raises:
         InputError: no parameters, or no answers and truth for a set-level method.
@@ -270,8 +263,6 @@ def fit_policy(
                 optimizer.step()
         found = _judge(log_probs_of(policy, select.inputs), select, reward)
         history.append({"epoch": float(epoch), "select_reward": found[0], "select_expected": found[1]})
-        if note is not None:
-            note(history[-1])
         if found > best:
             best, best_epoch = found, epoch
             kept = copy.deepcopy([p.data for p in parameters])
@@ -426,7 +417,6 @@ def tune(
     options: TuneOptions | None = None,
     through: Literal["heads", "adapter"] = "heads",
     source: str = "owner",
-    overwrite: bool = False,
 ) -> TuningRecord:
     """Tune a trained run for a reward and write it as a new run, which must be calibrated and certified again.
 
@@ -444,7 +434,6 @@ def tune(
         options: how.
         through: what learns.
         source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
-        overwrite: replace a folder at ``out``.
 
     Raises:
         InputError: the folder is there, or labels that may not be rewarded.
@@ -454,8 +443,8 @@ def tune(
     run, out, options = Path(run), Path(out), options or TuneOptions()
     if out.resolve() == run.resolve():
         raise InputError(f"out must be another folder than the run, got {out}; the run stays as it is")
-    if out.exists() and not overwrite:
-        raise InputError(f"out must be a new folder, got {out}, which is there; add overwrite to replace it")
+    if out.exists():
+        raise InputError(f"out must be a new folder, got {out}, which is there")
     origin = Origin.load(run, spec, source)
     model, config, before = origin.model, origin.config, origin.model.fingerprint()
     adaptation = adapt(model, "lora", config.adapter, options.seed) if through == "adapter" else None
@@ -503,14 +492,10 @@ def tune(
 
 
 def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
-    """Into a new folder: a run with these weights, of another's splits and configuration, and without a policy.
+    """Into an empty folder: a run with these weights (of the model in its plain form) in place of another run's.
 
-    Answers on ``val_select`` and ``val_calib`` are those of the new weights; the certify half's uses come along.
-
-    Args:
-        staging: an empty folder.
-        run: trained run whose model these weights are of.
-        state: of the model in its plain form.
+    It has the splits and configuration of that run, and no policy. Answers on ``val_select`` and ``val_calib`` are of
+    the new weights; the certify half's uses come along.
     """
     for name in ("splits.json", "config.json", "metrics.csv", CLAIMS_FILE):
         if (run / name).is_file():

@@ -34,7 +34,10 @@ _REQUEST = "request.json"
 _LOG = "log.txt"
 _OUTCOME = "outcome.json"
 
-Kind = Literal["inline", "subprocess", "torchrun", "accelerate", "ray"]
+# Package and module of a launcher.
+_LAUNCHERS = {
+    "torchrun": ("torch", "torch.distributed.run"), "accelerate": ("accelerate", "accelerate.commands.launch"),
+}  # fmt: skip
 
 
 class WorkError(Stage1Error):
@@ -55,7 +58,7 @@ class Work(Record):
 class ExecutorConfig(Record):
     """Where work runs."""
 
-    kind: Kind = "subprocess"
+    kind: Literal["inline", "subprocess", "torchrun", "accelerate", "ray"] = "subprocess"
     timeout: float = Field(24 * 3600.0, gt=0, description="seconds for one piece; inline work has none")
     arguments: list[str] = Field([], description="for torchrun or accelerate launch, such as --nproc-per-node=4")
     address: str | None = Field(None, description="of a Ray cluster; null: one is started here")
@@ -66,14 +69,7 @@ class Executor(Protocol):
     """Runs a function with inputs and a folder somewhere, and gives its result."""
 
     def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
-        """The result.
-
-        Args:
-            function: ``module:name``.
-            inputs: JSON.
-            folder: for files.
-            lock: descriptor of the work's lock, which a child process holds while it works.
-        """
+        """The result; ``lock`` is the descriptor of the work's lock, which a child process holds while it works."""
 
 
 def make_executor(config: ExecutorConfig) -> Executor:
@@ -88,12 +84,9 @@ def make_executor(config: ExecutorConfig) -> Executor:
         return RayExecutor(config.address, dict(config.resources), config.timeout)
     if config.kind == "subprocess":
         return Launched((sys.executable, "-m"), config.timeout)
-    module = "torch.distributed.run" if config.kind == "torchrun" else "accelerate.commands.launch"
-    try:
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(name=module)
-    except ModuleNotFoundError:
-        raise need("train", "torch" if config.kind == "torchrun" else "accelerate") from None
+    package, module = _LAUNCHERS[config.kind]
+    if importlib.util.find_spec(package) is None:
+        raise need("train", package)
     return Launched((sys.executable, "-m", module, *config.arguments, "-m"), config.timeout)
 
 
@@ -164,9 +157,7 @@ class Inline:
 class Launched:
     """In a fresh interpreter, or in those that a launcher such as torchrun starts; all are killed in the end.
 
-    Args:
-        launcher: words before the module's name; the last is ``-m``.
-        timeout: seconds.
+    ``launcher`` holds the words before the module's name; the last is ``-m``.
     """
 
     launcher: Sequence[str]
@@ -211,13 +202,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """On a Ray cluster whose machines see the same folder.
-
-    Args:
-        address: of the cluster; None starts one here.
-        resources: options of the task: num_cpus, num_gpus.
-        timeout: seconds.
-    """
+    """On a Ray cluster whose machines see the same folder; see ``ExecutorConfig``."""
 
     address: str | None = None
     resources: Mapping[str, float] = field(default_factory=dict)

@@ -159,11 +159,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What a look changes of what is in force: kind and body of its audit row, the rate in it, how it is written."""
+    """What a look changes of what is in force: kind and body of its audit row, and how it is written."""
 
     kind: str | None
     body: Mapping[str, Any]
-    rate: Mapping[str, Any]
     write: Callable[[Connection], None]
 
 
@@ -335,7 +334,7 @@ class Loop:
         body = {"candidate": current.candidate, "verdict": current.verdict, "by": by}
         return self._write(row, now, "approval", body, round=current.model_copy(update={"approved_by": by}))
 
-    def rollback(self, *, now: float, by: str, to: str | None = None, reason: str = "by hand") -> Pointer:
+    def rollback(self, *, now: float, by: str, to: str | None = None) -> Pointer:
         """Bring back the champion before this one (or an earlier one, ``to``) at once, and end the present round.
 
         Raises:
@@ -347,22 +346,20 @@ class Loop:
             self.registry.rollback(connection, now=now, by=by, to=to)
             self._clear(connection, now, by)
 
-        self._edge(row, "ROLLBACK", now, f"{reason} ({by})", move=back)
+        self._edge(row, "ROLLBACK", now, f"by hand ({by})", move=back)
         return self.registry.sync()
 
     # ---------------------------------------------------------------------------- states
 
     def _monitor(self, row: LoopRow, now: float, manual: bool) -> LoopStep:
-        champion = self.registry.alias("champion")
-        seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
-        changes = self._changes(champion, seen, now)
+        champion, seen, changes = self._look(row, now, manual)
         # What is in force changes first, in the same transaction that asks for a training.
         if seen.train:
             current = Round(
                 number=row.round.number + 1, reasons=tuple(seen.reasons), champion=champion.bundle or "",
                 champion_version=champion.version,
             )  # fmt: skip
-            facts = {"threshold": seen.threshold, **changes.rate, **seen.facts}
+            facts = {key: value for key, value in changes.body.items() if key not in ("bundle", "before")}
             return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), current=current, memory=seen.memory,
                               move=changes.write, facts=facts, alerts=seen.alerts)  # fmt: skip
         memory = dict(seen.memory)
@@ -379,9 +376,7 @@ class Loop:
         Nothing else of the look is remembered, so an alarm asks for its training in MONITOR. The audit rate only rises
         meanwhile, since the time of the last drift is not remembered either.
         """
-        champion = self.registry.alias("champion")
-        seen = self.parts.watch(row.memory, champion, now=now, manual=False)
-        changes = self._changes(champion, seen, now, falls=False)
+        _, seen, changes = self._look(row, now, manual=False, falls=False)
         self._tell(seen.alerts)
         if changes.kind is None:
             return row
@@ -389,8 +384,10 @@ class Loop:
         self.registry.sync()
         return row
 
-    def _changes(self, champion: Alias, seen: Watched, now: float, *, falls: bool = True) -> _Changes:
-        """What has to change for what was seen to be in force."""
+    def _look(self, row: LoopRow, now: float, manual: bool, *, falls: bool = True) -> tuple[Alias, Watched, _Changes]:
+        """The champion, what was seen of it, and what has to change for that to be in force."""
+        champion = self.registry.alias("champion")
+        seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
         said, bundle, threshold, rate = self.registry.sync(), champion.bundle, seen.threshold, seen.audit_rate
         tightens = bundle is not None and threshold is not None and threshold != said.threshold
         audits = rate != said.audit_rate and (falls or (rate or 0.0) > (said.audit_rate or 0.0))
@@ -405,7 +402,7 @@ class Loop:
 
         changed = {"audit_rate_before": said.audit_rate, "audit_rate": rate} if audits else {}
         body = {"bundle": bundle, "before": said.threshold, "threshold": threshold, **changed, **seen.facts}
-        return _Changes("threshold" if tightens else "audit rate" if audits else None, body, changed, write)
+        return champion, seen, _Changes("threshold" if tightens else "audit rate" if audits else None, body, write)
 
     def _collect(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         snapshot = dict(self.parts.collect(row.round))

@@ -491,12 +491,9 @@ def _shows_no_loss(one: AnchorQuestion, least: int, number: int, terms: Terms) -
 
 
 def check_certificate(champion: Policy | None, candidate: Policy | None, fingerprint: str | None) -> PromotionTest:
-    """Test that the candidate's own certificate promises no less than the champion's.
+    """Test that the candidate's own certificate, of the model of that fingerprint, promises what the champion's does.
 
-    Args:
-        champion: policy that serves now; None or one without a guarantee promises nothing to keep.
-        candidate: policy calibrated on the candidate; None where that was refused.
-        fingerprint: of the candidate's model.
+    A champion that is None or has no guarantee promises nothing to keep; a candidate is None where that was refused.
     """
     problem = ""
     if candidate is None:
@@ -518,11 +515,9 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
                 "the candidate was certified on the rows that certified the champion with delta undivided: they served "
                 "their one claim; certify on fresh rows, or declare claims before the first"
             )
-    note = problem or "; ".join(map(str, () if candidate is None else candidate.promises))
-    n = 0 if candidate is None else candidate.n_certified
-    return PromotionTest(
-        name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file"
-    )
+    promises, n = ((), 0) if candidate is None else (candidate.promises, candidate.n_certified)
+    note, method = problem or "; ".join(map(str, promises)), "of the candidate's own policy file"
+    return PromotionTest(name="certificate", passed=not problem, n=n, note=note, method=method)
 
 
 def _held(one: Measured) -> PromotionTest:

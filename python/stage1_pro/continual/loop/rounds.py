@@ -50,14 +50,7 @@ class RunOf(Record):
 
 
 class Rounds:
-    """The parts of a loop.
-
-    Args:
-        registry: bundles, aliases and the folder of everything.
-        log: what serving writes.
-        executor: where decisions on guard and anchor are made.
-        config: how.
-    """
+    """The parts of a loop; the executor is where decisions on guard and anchor are made."""
 
     def __init__(self, registry: Registry, log: EventLog, executor: Executor, config: RoundsConfig) -> None:
         self.registry, self.log, self.executor, self.config = registry, log, executor, config
@@ -441,13 +434,6 @@ def _figures(found: Mapping[str, Any], growth: float, config: RoundsConfig) -> l
 
 
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:
-    """Note which run a bundle came from; proposals for it start there.
-
-    Args:
-        root: the loop's folder.
-        bundle: sha256 of its manifest.
-        run: folder of the run.
-        model_fingerprint: of the run's model.
-    """
+    """Note which run a bundle came from, and the run's model; proposals for it start there."""
     record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
     record.write(Path(root) / "runs" / f"{bundle}.json")

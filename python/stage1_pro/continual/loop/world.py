@@ -26,14 +26,8 @@ _JUDGED = 1 << 31
 class World:
     """Photos of a labelled folder: of the past, of a stream that changes on one day, and some to judge by afterwards.
 
-    Args:
-        data: CSV or folder as ``make_splits`` takes it.
-        positive: name of the positive class; found where it can be.
-        past_share: of the photos that belong to the past.
-        judged: how many are never served, but judge what came of it.
-        protocol: of ``data.protocols``: what is done to photos once the world has shifted.
-        level: of it.
-        seed: of all that is drawn.
+    ``past_share`` of the photos belong to the past, ``judged`` ones are never served. Once the world has shifted photos
+    are changed by ``protocol`` at ``level``. Options are those of ``stage1 continual simulate``.
 
     Raises:
         InputError: labels that cannot be used, or a class without photos on a side.
@@ -68,12 +62,9 @@ class World:
         self._orders: dict[str, list[Row]] = {}
 
     def photo(self, number: int, *, shifted: bool, judged: bool = False) -> tuple[bytes, str]:
-        """Bytes and label of photo ``number``, from 0; a photo comes again only after all others have.
+        """Bytes and label of photo ``number``, from 0, of those that are served or of those that judge.
 
-        Args:
-            number: of the photos that are served, or of those that judge.
-            shifted: changed by the protocol; else the file's own bytes.
-            judged: of those that judge and are never served.
+        A photo comes again only after all others have. A ``shifted`` one is changed; else these are its own bytes.
         """
         rows = self.judged if judged else self.stream
         turn, place = divmod(number, len(rows))
