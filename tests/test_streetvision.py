@@ -813,7 +813,7 @@ def test_abstaining_pays_what_was_reported(accuracy: float, above: float, everyt
     # Over-abstaining loses, and fast.
     assert reward(0.99) < plain
     found = best_setting(probs, positive, accepted, simulator, thresholds=[0.4, 0.6], bands=[0.5, 0.7, 0.8, 0.99])
-    assert found.abstains and found.answer_above in (0.7, 0.8)
+    assert found.on_abstain == "minus_one" and found.answer_above in (0.7, 0.8)
 
 
 def test_simulated_scores_are_a_moving_average() -> None:
