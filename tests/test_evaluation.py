@@ -30,7 +30,7 @@ from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.metrics import bootstrap, bootstrap_errors, compare, ece
 from stage1_pro.metrics import figures as plots
 from stage1_pro.metrics.estimate import Interval
-from stage1_pro.metrics.resampled import Resampled
+from stage1_pro.metrics.probabilistic import Resampled
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.metrics.table import METRICS, MetricSpec, register
 from stage1_pro.policies.softmax import Thresholds, confidence, softmax
@@ -890,9 +890,9 @@ COST = MetricSpec(
 
 
 def kappa(resampled: Resampled) -> float:
-    confusion = resampled.confusion / resampled.confusion.sum()
-    chance = float(confusion.sum(1) @ confusion.sum(0))
-    return float((np.trace(confusion) - chance) / (1 - chance))
+    n = resampled.true.sum()
+    chance = float(resampled.true @ resampled.given) / n**2
+    return float((resampled.right.sum() / n - chance) / (1 - chance))
 
 
 KAPPA = MetricSpec("kappa", "Cohen's kappa", "answers", "higher", of=kappa)

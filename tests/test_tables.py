@@ -16,7 +16,7 @@ from stage1_pro.data.labels import read_labels
 from stage1_pro.data.listing import read_list
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError
-from stage1_pro.studies.measuring import read_predictions
+from stage1_pro.studies.measuring import Labelled, read_predictions
 
 FORMS = [(delimiter, encoding) for delimiter in ",;\t" for encoding in ("utf-8", "utf-8-sig", "utf-16")]
 
@@ -25,12 +25,12 @@ def meaning(path: Path) -> tuple:
     """What ``split``, ``predict`` and ``metrics`` take a table for."""
     _, labelled = read_labels(path, None)
     listed, predicted = read_list(path), read_predictions(path)
-    assert predicted.labels is not None and predicted.probs is not None
+    assert isinstance(predicted.answers, Labelled)
     return (
         [(one.file, one.label, one.group) for one in labelled],
         [(row["file"], row["label"], row["group"]) for row in listed],
-        predicted.labels.tolist(),
-        predicted.probs.tolist(),
+        predicted.answers.labels.tolist(),
+        predicted.answers.probs.tolist(),
     )
 
 

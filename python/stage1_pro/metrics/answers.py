@@ -17,20 +17,7 @@ from stage1_pro.record import Record
 
 Stage = Literal["stage_a", "stage_b", "cascade"]
 STAGES: tuple[Stage, ...] = ("stage_a", "stage_b", "cascade")
-MEASURE_COLUMNS = [
-    "scope",
-    "source",
-    "stage",
-    "metric",
-    "value",
-    "std",
-    "low",
-    "high",
-    "method",
-    "note",
-    "n",
-    "n_groups",
-]
+MEASURE_COLUMNS = ["scope", "source", "stage", *Metric.model_fields, "n", "n_groups"]
 
 
 class Measure(Metric):
@@ -104,20 +91,11 @@ Answered = Mapping[Stage, Answers]
 def count_effects(answers: Answered) -> list[StageEffect]:
     """Count on exited, then on deferred rows who of the two stages is right; under a policy."""
     a, b, exited = answers["stage_a"].error, answers["stage_b"].error, answers["cascade"].exited
-    parts: tuple[tuple[Literal["exited", "deferred"], NDArray[np.bool_]], ...] = (
-        ("exited", exited),
-        ("deferred", ~exited),
-    )
+    parts: dict[Literal["exited", "deferred"], NDArray[np.bool_]] = {"exited": exited, "deferred": ~exited}
+    cases = {"both_right": ~a & ~b, "fixed": a & ~b, "broken": ~a & b, "both_wrong": a & b}
     return [
-        StageEffect(
-            rows=name,
-            n=int(rows.sum()),
-            both_right=int((rows & ~a & ~b).sum()),
-            fixed=int((rows & a & ~b).sum()),
-            broken=int((rows & ~a & b).sum()),
-            both_wrong=int((rows & a & b).sum()),
-        )
-        for name, rows in parts
+        StageEffect(rows=name, n=int(rows.sum()), **{case: int((rows & of).sum()) for case, of in cases.items()})
+        for name, rows in parts.items()
     ]
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,28 +52,28 @@ class Interval:
 class Events:
     """How many independent units hold an event that a metric counts, of how many it speaks of.
 
-    ``all`` says that every row is one, for a bound from the other side; ``uneven`` that units hold unlike numbers of
-    the rows that the metric speaks of.
+    ``only`` says that no row is one ("no") or every row ("nothing but"), for a bound from one side; ``uneven`` that
+    units hold unlike numbers of the rows that the metric speaks of.
     """
 
     wrong: int
     units: int
-    none: bool
-    all: bool
+    only: Literal["no", "nothing but"] | None
     uneven: bool = False
 
     @classmethod
     def among(
-        cls, hit: NDArray[Any], unit: NDArray[np.uint32] | None, rows: NDArray[np.bool_] | slice | None
+        cls, hit: NDArray[Any], unit: NDArray[np.uint32] | None, rows: NDArray[np.bool_] | slice = slice(None)
     ) -> Events:
         """Count hits [N] (0/1, or losses) among some rows by row, or by the unit [N] they belong to."""
-        if rows is not None:
-            hit, unit = hit[rows], None if unit is None else unit[rows]
+        hit, unit = hit[rows], None if unit is None else unit[rows]
+        only: Literal["no", "nothing but"] | None = "nothing but" if hit.size and hit.min() == 1 else None
+        if not hit.any():
+            only = "no"
         if unit is None:
-            return cls(int(np.count_nonzero(hit)), hit.size, not hit.any(), bool(hit.size and hit.min() == 1))
+            return cls(int(np.count_nonzero(hit)), hit.size, only)
         wrong, (names, rows_of) = np.unique(unit[hit > 0]).size, np.unique(unit, return_counts=True)
-        uneven = bool(names.size and rows_of.min() != rows_of.max())
-        return cls(wrong, names.size, not hit.any(), bool(hit.size and hit.min() == 1), uneven)
+        return cls(wrong, names.size, only, bool(names.size and rows_of.min() != rows_of.max()))
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,17 @@ class Estimate:
     """One metric of the rows and of their resamples, and what its interval can be made from.
 
     ``moments``: sums of squares and cubes of the units' influences; None for stepwise metrics. ``events``: what it
-    counts; None for means of other things. ``influence`` [units], for differences. The metric lies in [0, ``top``];
-    ``scale`` is what its rounding is relative to; ``target`` stands in the metric's name.
+    counts; None for means of other things. ``influence`` [units], for differences. ``scale`` is what the value's
+    rounding is relative to; ``target`` stands in the metric's name.
     """
 
     spec: MetricSpec
     value: float
     replicates: NDArray[np.float64]
-    moments: tuple[float, float] | None
-    events: Events | None
     n_units: int
+    moments: tuple[float, float] | None = None
+    events: Events | None = None
     influence: NDArray[np.float64] | None = None
-    difference: bool = False
-    top: float = 1.0
     scale: float = 0.0
     target: float = 0.0
 
@@ -110,8 +108,7 @@ class Estimate:
         """Make one of sorted rows: ``replicates`` [B] of it, ``sizes`` the units of each stratum."""
         n_units = sum(sizes)
         unit = ranked.unit if ranked.unit.size else None
-        slope, rows, hit = spec.influence_on(ranked, value, target)
-        influence = slope
+        influence, rows, hit = spec.influence_on(ranked, value, target)
         if influence is not None and unit is not None:
             influence = np.bincount(unit, influence, n_units).astype(np.float64)
         if influence is not None and len(sizes) > 1:
@@ -121,48 +118,28 @@ class Estimate:
         moments = None if influence is None else _moments(influence)
         grouped = unit if unit is not None and n_units < unit.size else None
         events = None if hit is None else Events.among(hit, grouped, rows)
-        return cls(
-            spec,
-            float(value),
-            replicates,
-            moments,
-            events,
-            n_units,
-            influence,
-            top=spec.top,
-            scale=abs(value),
-            target=target,
-        )
+        return cls(spec, float(value), replicates, n_units, moments, events, influence, abs(value), target)
 
     def minus(self, other: Estimate) -> Estimate:
         """The difference of two models' metric, from their resamples in pairs."""
-        moments = None
+        value, replicates = self.value - other.value, self.replicates - other.replicates
+        moments = events = None
         if self.influence is not None and other.influence is not None:
-            influence = self.influence - other.influence
-            moments = _moments(influence)
-        events = None
+            moments = _moments(self.influence - other.influence)
         if self.events is not None and other.events is not None:
-            events = min(self.events, other.events, key=lambda one: one.wrong)
-        return Estimate(
-            self.spec,
-            self.value - other.value,
-            self.replicates - other.replicates,
-            moments,
-            events,
-            self.n_units,
-            difference=True,
-            scale=self.scale + other.scale,
-        )
+            # No bound of one model is one of the difference.
+            events = replace(min(self.events, other.events, key=lambda one: one.wrong), only=None)
+        scale = self.scale + other.scale
+        return Estimate(self.spec, value, replicates, self.n_units, moments, events, scale=scale)
 
     def interval(self, level: float, method: str, unit: str) -> Interval:
         """Cut the interval, or say why there is none; ``unit``: rows or groups."""
         nan = math.nan
         if math.isnan(self.value):
             return Interval(nan, nan, nan, nan, level, "none", f"undefined: {self.spec.undefined}", self.replicates)
-        if not self.difference and self.events is not None and (self.events.none or self.events.all):
-            bound = self._bound(self.events, level, unit)
-            if bound is not None:
-                return bound
+        bound = self._bound(level, unit)
+        if bound is not None:
+            return bound
         defined = self.replicates[~np.isnan(self.replicates)]
         std = float(defined.std(ddof=1)) if defined.size > 1 else nan
         # Sums in another order differ by so much; what is closer is the same number.
@@ -171,7 +148,7 @@ class Estimate:
         if self.n_units == 1:
             reason = f"1 {unit[:-1]} cannot be resampled"
         elif method == "logit":
-            if self.moments is None or math.sqrt(self.moments[0]) <= close or not 0 < self.value < self.top:
+            if self.moments is None or math.sqrt(self.moments[0]) <= close or not 0 < self.value < self.spec.top:
                 reason = "its standard error is 0"
         elif defined.size == 0 or defined.max() - defined.min() <= close:
             reason = "all replicates are equal" if defined.size else "it is undefined in every resample"
@@ -185,7 +162,7 @@ class Estimate:
             assert self.moments is not None
             # The sum of squares takes the units' mean as known; a factor mends that where they are few.
             error = math.sqrt(self.moments[0] * self.n_units / (self.n_units - 1))
-            low, high = _on_logit_scale(self.value, error, level, self.top)
+            low, high = _on_logit_scale(self.value, error, level, self.spec.top)
             return Interval(self.value, error, low, high, level, method, note, self.replicates)
         tails = (1 - level) / 2, (1 + level) / 2
         if method == "bca" and self.moments is not None:
@@ -199,21 +176,21 @@ class Estimate:
             note = "; ".join(filter(None, [note, f"no width: {share:.1%} of the resamples give this value"]))
         return Interval(self.value, std, float(low), float(high), level, method, note, self.replicates)
 
-    def _bound(self, events: Events, level: float, unit: str) -> Interval | None:
+    def _bound(self, level: float, unit: str) -> Interval | None:
         """From Clopper and Pearson's interval of the share that the absence (or ubiquity) of events allows."""
-        if events.units == 0:
+        events = self.events
+        if events is None or events.only is None or events.units == 0:
             return None
-        lowest, highest = clopper_pearson(0 if events.none else events.units, events.units, level)
-        ends = self.spec.bound(lowest, highest, self.target)
+        ends = self.spec.bound(
+            *clopper_pearson(0 if events.only == "no" else events.units, events.units, level), self.target
+        )
         if ends is None:
             return None
-        low, high = ends
-        what = "no" if events.none else "nothing but"
-        note = f"{what} {self.spec.events} in {_count(events.units, unit)}: "
-        note += "Clopper-Pearson, not a bootstrap"
+        units = unit[:-1] if events.units == 1 else unit
+        note = f"{events.only} {self.spec.events} in {events.units} {units}: Clopper-Pearson, not a bootstrap"
         if events.uneven:
             note += "; groups of unlike size, so it bounds the share of groups"
-        return Interval(self.value, math.nan, low, high, level, "clopper-pearson", note, self.replicates)
+        return Interval(self.value, math.nan, *ends, level, "clopper-pearson", note, self.replicates)
 
     def _caution(self, unit: str) -> str:
         notes = []
@@ -223,11 +200,6 @@ class Estimate:
         if unit == "groups" and self.n_units < FEW_GROUPS:
             notes.append(f"only {self.n_units} groups")
         return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
-
-
-def _count(n: int, unit: str) -> str:
-    """``1 row``, ``2 rows``."""
-    return f"{n} {unit[:-1] if n == 1 else unit}"
 
 
 def _moments(influence: NDArray[np.float64]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Figures as PNG bytes: drawn with the Agg canvas alone, no pyplot, no global state, the same bytes again.
+"""Figures as PNG bytes: drawn without pyplot or any global state, the same bytes again.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in dash as well.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +23,10 @@ from stage1_pro.metrics.probabilistic import calibration_bins
 from stage1_pro.metrics.selective import relative_cost, risk_coverage
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
+COLORS = (BLUE, VERMILION, GREEN, ORANGE)
+# Of lines that marks in vermilion stand out from.
+QUIET = (BLUE, GREEN, ORANGE, GREY)
+DASHES = ("-", "--", "-.", ":")
 SIZE = (5.4, 3.5)
 # More points than a printed line can show only make the drawing slow.
 CURVE_POINTS = 2000
@@ -61,31 +66,21 @@ def risk_coverage_png(
             top = max(float(risk[coverage >= 0.1].max()), float(np.quantile(high[kept], 0.9)))
     shown = np.unique(np.linspace(0, coverage.size - 1, CURVE_POINTS).round().astype(int))
     # A tie group enters whole, so between two achievable points there is nothing: dots when there are few.
-    axes.plot(
-        coverage[shown],
-        risk[shown],
-        color=BLUE,
-        linewidth=2,
-        marker="o" if coverage.size <= 30 else None,
-        label="all thresholds",
-    )
+    marker = "o" if coverage.size <= 30 else None
+    axes.plot(coverage[shown], risk[shown], color=BLUE, linewidth=2, marker=marker, label="all thresholds")
     if point is not None:
-        axes.plot(
-            *point, "D", color=VERMILION, markersize=8, label=f"policy: {point[0]:.1%} answered, {point[1]:.2%} wrong"
-        )
+        label = f"policy: {point[0]:.1%} answered, {point[1]:.2%} wrong"
+        axes.plot(*point, "D", color=VERMILION, markersize=8, label=label)
         top = max(top, point[1])
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, max(top * 1.15, 0.01))
-    _percent(axes, x=True, y=True)
-    _legend(axes, title)
-    return _png(figure)
+    return _finish(figure, axes, percent="xy", title=title)
 
 
 def risk_band(intervals: Mapping[str, Interval]) -> NDArray[np.float64]:
     """Coverage, low and high risk [3, M] for ``risk_coverage_png``, from intervals of ``BAND_METRICS``."""
-    return np.array(
-        [(float(name.rpartition("_")[2]), intervals[name].low, intervals[name].high) for name in BAND_METRICS]
-    ).T
+    measured = [(float(name.rpartition("_")[2]), intervals[name]) for name in BAND_METRICS]
+    return np.array([(coverage, one.low, one.high) for coverage, one in measured]).T
 
 
 def distribution_png(
@@ -115,8 +110,8 @@ def distribution_png(
         return f"{100 * number:.3g}%" if percent else f"{number:.3g}"
 
     if math.isfinite(low) and math.isfinite(high):
-        axes.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0,
-                     label=f"{100 * one.level:.4g}% interval {text(low)} to {text(high)}")  # fmt: skip
+        span = f"{100 * one.level:.4g}% interval {text(low)} to {text(high)}"
+        axes.axvspan(low, high, color=BLUE, alpha=0.15, linewidth=0, label=span)
     marks = [number for number in (value, low, high, target, bound) if number is not None and math.isfinite(number)]
     if drawn.size:
         spread = float(drawn.max() - drawn.min())
@@ -145,8 +140,7 @@ def distribution_png(
     axes.xaxis.set_major_locator(MaxNLocator(6))
     if percent:
         axes.xaxis.set_major_formatter(FuncFormatter(_in_percent))
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes)
 
 
 def reliability_png(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15, error: float | None = None) -> bytes:
@@ -163,8 +157,8 @@ def reliability_png(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15
     count, sure, right, start = count[kept], sure[kept], right[kept], kept[0] / bins
     figure, axes = _canvas("confidence of the answer", "share of right answers")
     axes.plot([start, 1], [start, 1], color=GREY, linestyle="--", linewidth=1, label="as sure as right")
-    axes.vlines(sure, np.minimum(sure, right), np.maximum(sure, right), color=ORANGE, linewidth=3,
-                label="gap" if error is None else f"gap (ECE {error:.2%})")  # fmt: skip
+    gap = "gap" if error is None else f"gap (ECE {error:.2%})"
+    axes.vlines(sure, np.minimum(sure, right), np.maximum(sure, right), color=ORANGE, linewidth=3, label=gap)
     axes.plot(sure, right, color=BLUE, linewidth=1)
     axes.scatter(sure, right, s=20 + 300 * count / count.sum(), color=BLUE, zorder=3, label="measured, with rows")
     bottom = min(start, float(right.min())) - 0.02
@@ -173,9 +167,7 @@ def reliability_png(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15
     # In a row of their own, the counts cannot run into points or lines.
     for x, n in zip(sure, count, strict=True):
         axes.annotate(f"{n}", (x, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=7, color=GREY)
-    _percent(axes, x=True, y=True)
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes, percent="xy")
 
 
 def confidence_png(confidence: ArrayLike, correct: ArrayLike, *, threshold: float | None = None) -> bytes:
@@ -190,23 +182,14 @@ def confidence_png(confidence: ArrayLike, correct: ArrayLike, *, threshold: floa
     edges = np.linspace(min(np.floor(float(sure.min()) * 20) / 20, 0.95), 1, 26).tolist()
     figure, axes = _canvas("confidence of the answer", "answers (log scale)")
     axes.hist(sure[right], edges, color=BLUE, alpha=0.35, label=f"right ({int(right.sum())})")
-    axes.hist(
-        sure[~right],
-        edges,
-        histtype="step",
-        color=VERMILION,
-        linewidth=2,
-        hatch="///",
-        label=f"wrong ({int((~right).sum())})",
-    )
+    wrong = f"wrong ({int((~right).sum())})"
+    axes.hist(sure[~right], edges, histtype="step", color=VERMILION, linewidth=2, hatch="///", label=wrong)
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.5, label=f"threshold {threshold:.4g}")
     axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.set_ylim(bottom=0)
-    _percent(axes, x=True)
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes, percent="x")
 
 
 def speedup_png(
@@ -221,21 +204,16 @@ def speedup_png(
     """
     figure, axes = _canvas("exit rate: share of rows answered by Stage A", "speed-up over one full pass")
     rates = np.linspace(0, 1, 101)
-    axes.plot(
-        rates, 1 / relative_cost(rates, tap, n_blocks), color=GREY, linestyle="--", linewidth=1.5,
-        label=f"ideal: blocks only, tap {tap} of {n_blocks}",
-    )  # fmt: skip
+    ideal, label = 1 / relative_cost(rates, tap, n_blocks), f"ideal: blocks only, tap {tap} of {n_blocks}"
+    axes.plot(rates, ideal, color=GREY, linestyle="--", linewidth=1.5, label=label)
     axes.axhline(1, color=GREY, linewidth=0.8)
-    styles = zip((BLUE, VERMILION, GREEN, ORANGE), ("o", "s", "^", "D"), strict=True)
-    for (name, points), (color, marker) in zip(measured.items(), list(styles) * len(measured), strict=False):
+    for (name, points), color, marker in zip(measured.items(), cycle(COLORS), cycle("os^D"), strict=False):
         x, middle, low, high = np.array(sorted(points), np.float64).T
         axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
         axes.plot(x, middle, color=color, marker=marker, markersize=4, linewidth=1.5, label=name)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(bottom=0)
-    _percent(axes, x=True)
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes, percent="x")
 
 
 def latency_png(measured: Mapping[str, Sequence[tuple[float, float, float, float, float | None]]]) -> bytes:
@@ -245,8 +223,7 @@ def latency_png(measured: Mapping[str, Sequence[tuple[float, float, float, float
         measured: name of a line to its points: deferral rate, p50, its lower and upper end, and p99 or None.
     """
     figure, axes = _canvas("deferral rate: share of rows that Stage B answers", "milliseconds of a batch")
-    styles = zip((BLUE, VERMILION, GREEN, ORANGE), ("o", "s", "^", "D"), strict=True)
-    for (name, points), (color, marker) in zip(measured.items(), list(styles) * len(measured), strict=False):
+    for (name, points), color, marker in zip(measured.items(), cycle(COLORS), cycle("os^D"), strict=False):
         ordered = sorted(points, key=lambda point: point[0])
         x, middle, low, high = np.array([point[:4] for point in ordered], np.float64).T
         axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
@@ -258,9 +235,7 @@ def latency_png(measured: Mapping[str, Sequence[tuple[float, float, float, float
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda _, __: ""))
-    _percent(axes, x=True)
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes, percent="x")
 
 
 def exit_rate_png(
@@ -292,9 +267,7 @@ def exit_rate_png(
     names = [f"{sure[place == one].min():.3f}\n{sure[place == one].max():.3f}" for one in shown]
     axes.set_xticks(x, [f"{name}\n({n})" for name, n in zip(names, count, strict=True)], fontsize=7)
     axes.set_ylim(0, 1.04)
-    _percent(axes, y=True)
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes, percent="y")
 
 
 def cost_risk_png(
@@ -311,9 +284,8 @@ def cost_risk_png(
         stage_b: (cost, risk) of Stage B answering everything.
     """
     figure, axes = _canvas("blocks run, as a share of a full pass", "share of wrong answers")
-    styles = zip((BLUE, GREEN, ORANGE, GREY), ("-", "--", "-.", ":"), strict=True)
     top = 0.0
-    for (name, (cost, risk)), (color, dash) in zip(curves.items(), list(styles) * len(curves), strict=False):
+    for (name, (cost, risk)), color, dash in zip(curves.items(), cycle(QUIET), cycle(DASHES), strict=False):
         x, y = np.asarray(cost, np.float64), np.asarray(risk, np.float64)
         shown = np.unique(np.linspace(0, x.size - 1, CURVE_POINTS).round().astype(int))
         axes.plot(x[shown], y[shown], color=color, linestyle=dash, linewidth=2, label=name)
@@ -325,9 +297,7 @@ def cost_risk_png(
             top = max(top, mark[1])
     axes.set_xlim(right=1.03)
     axes.set_ylim(0, max(top * 1.15, 0.01))
-    _percent(axes, x=True, y=True)
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes, percent="xy")
 
 
 def training_png(epochs: Sequence[float], series: Mapping[str, Sequence[float]]) -> bytes:
@@ -337,17 +307,11 @@ def training_png(epochs: Sequence[float], series: Mapping[str, Sequence[float]])
         epochs: [E], one number an epoch.
         series: title to values [E].
     """
-    figure = Figure(figsize=(SIZE[0], 1.75 * len(series)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = np.atleast_1d(figure.subplots(len(series), 1, sharex=True))
-    for axes, (title, values), color in zip(
-        panels, series.items(), [BLUE, VERMILION, GREEN, ORANGE] * len(series), strict=False
-    ):
+    figure, panels = _panels(list(series), 1.75, sharex=True)
+    for axes, values, color in zip(panels, series.values(), cycle(COLORS), strict=False):
         axes.plot(epochs, values, color=color, marker="o", markersize=4, linewidth=1.5)
-        axes.set_title(title, loc="left", fontsize=10)
-        _clean(axes)
     panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    panels[-1].locator_params("x", integer=True)
     return _png(figure)
 
 
@@ -361,10 +325,8 @@ def differences_png(
         baseline: name of what is subtracted.
         level: of the intervals.
     """
-    rows = max(len(points) for points in panels.values())
-    figure = Figure(figsize=(SIZE[0], (0.9 + 0.28 * rows) * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, points) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels.items(), strict=True):
+    figure, all_axes = _panels(list(panels), 0.9 + 0.28 * max(map(len, panels.values())))
+    for axes, points in zip(all_axes, panels.values(), strict=True):
         names, values, low, high = zip(*points, strict=True)
         place = np.arange(len(names))[::-1]
         axes.axvline(0, color=GREY, linewidth=1)
@@ -372,8 +334,6 @@ def differences_png(
         axes.plot(values, place, "o", color=BLUE, markersize=5)
         axes.set_yticks(place, names)
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.set_title(title, loc="left", fontsize=10)
-        _clean(axes)
     axes.set_xlabel(f"minus {baseline}, {100 * level:.4g}% interval by group")
     return _png(figure)
 
@@ -419,20 +379,13 @@ def power_png(
     axes.axhline(wished, color=GREY, linestyle="--", linewidth=1.2, label=f"wished: {wished:.4g}")
     axes.plot(needed, np.interp(needed, n, power), "o", color=GREEN, markersize=8, label=f"needed: {needed:,}")
     if given is not None:
-        axes.plot(
-            *given,
-            "D",
-            color=VERMILION,
-            markersize=7,
-            clip_on=False,
-            label=f"given: {given[0]:,}, power {given[1]:.2f}",
-        )
+        label = f"given: {given[0]:,}, power {given[1]:.2f}"
+        axes.plot(*given, "D", color=VERMILION, markersize=7, clip_on=False, label=label)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes)
 
 
 def timeline_png(
@@ -463,62 +416,55 @@ def timeline_png(
     if band is not None:
         low, high = (np.asarray(end, np.float64) for end in band)
         axes.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0)
-    styles = zip((BLUE, GREEN, ORANGE, GREY), ("-", "--", "-.", ":"), strict=True)
-    for (name, values), (color, dash) in zip(series.items(), styles, strict=False):
-        axes.plot(
-            x, np.asarray(values, np.float64), color=color, linestyle=dash, linewidth=1.6, label=name,
-            drawstyle="steps-post" if steps else "default", marker="o" if x.size <= 60 and not steps else "",
-            markersize=3,
-        )  # fmt: skip
+    drawn: dict[str, Any] = {"drawstyle": "steps-post"} if steps else {"marker": "o" if x.size <= 60 else ""}
+    for (name, values), color, dash in zip(series.items(), QUIET, DASHES, strict=False):
+        y_values = np.asarray(values, np.float64)
+        axes.plot(x, y_values, color=color, linestyle=dash, linewidth=1.6, label=name, markersize=3, **drawn)
     for (name, value), dash in zip(limits.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color=VERMILION, linestyle=dash, linewidth=1.2, label=name)
-    lines = zip((VERMILION, GREY, GREEN), ("-", "--", "-."), strict=True)
-    for (name, moments), (color, dash) in zip(marks.items(), lines, strict=False):
+    for (name, moments), color, dash in zip(marks.items(), (VERMILION, GREY, GREEN), DASHES, strict=False):
         for place, moment in enumerate(moments):
             label = name if place == 0 else None
             axes.axvline(moment, color=color, linestyle=dash, linewidth=1.4, alpha=0.8, label=label)
-    if percent:
-        _percent(axes, y=True)
-    _legend(axes)
-    return _png(figure)
+    return _finish(figure, axes, percent="y" if percent else "")
+
+
+def _panels(titles: Sequence[str], height: float, *, sharex: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(SIZE[0], height * len(titles)), layout="constrained")
+    panels = list(np.atleast_1d(figure.subplots(len(titles), 1, sharex=sharex)))
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def _canvas(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = _panels([""], SIZE[1])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    _clean(axes)
     return figure, axes
-
-
-def _legend(axes: Axes, title: str = "") -> None:
-    if not axes.get_legend_handles_labels()[0]:
-        return
-    # Above the axes, where no line of anybody's data runs through it; two columns are as wide as a phone shows.
-    axes.legend(
-        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2,
-        fontsize=9, title=title or None, alignment="left", title_fontproperties={"weight": "bold", "size": 10},
-    )  # fmt: skip
-
-
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _in_percent(value: float, _: object = None) -> str:
     return f"{100 * value:.4g}%"
 
 
-def _percent(axes: Axes, *, x: bool = False, y: bool = False) -> None:
-    for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
-        if wanted:
-            # A formatter belongs to one axis.
-            axis.set_major_formatter(FuncFormatter(_in_percent))
-            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+def _finish(figure: Figure, axes: Axes, *, percent: str = "", title: str = "") -> bytes:
+    """Write the axes named in ``percent`` (x, y, xy) in per cent, put the legend above, and give the PNG."""
+    for name in percent:
+        # A formatter belongs to one axis.
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_formatter(FuncFormatter(_in_percent))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    if axes.get_legend_handles_labels()[0]:
+        # Above the axes, where no line of anybody's data runs through it; two columns are as wide as a phone shows.
+        axes.legend(
+            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2,
+            fontsize=9, title=title or None, alignment="left", title_fontproperties={"weight": "bold", "size": 10},
+        )  # fmt: skip
+    return _png(figure)
 
 
 def _png(figure: Figure) -> bytes:

@@ -17,8 +17,7 @@ from stage1_pro import native
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.binomial import check_level
 from stage1_pro.metrics.estimate import Estimate, Events, Interval
-from stage1_pro.metrics.probabilistic import brier_rows, check_probabilities, largest, nll_rows
-from stage1_pro.metrics.resampled import AnswerRows, Resampled
+from stage1_pro.metrics.probabilistic import AnswerRows, Resampled, brier_rows, check_probabilities, largest, nll_rows
 from stage1_pro.metrics.table import METRICS, Need, lookup, means, names
 
 Method = Literal["bca", "percentile", "logit"]
@@ -78,13 +77,11 @@ class Intervals(Mapping[str, Interval]):
         return len(self._intervals)
 
     def __repr__(self) -> str:
-        lines = [
-            "; ".join(
-                filter(None, [f"  {name:<24}{one.value:>10.5f} [{one.low:.5f}, {one.high:.5f}] {one.method}", one.note])
-            )
-            for name, one in self.items()
-        ]
-        return "\n".join([f"Intervals of {self.n_rows} rows, {self.n_units} {self.unit}", *lines])
+        lines = [f"Intervals of {self.n_rows} rows, {self.n_units} {self.unit}"]
+        for name, one in self.items():
+            ends = f"[{one.low:.5f}, {one.high:.5f}] {one.method}{'; ' if one.note else ''}{one.note}"
+            lines.append(f"  {name:<24}{one.value:>10.5f} {ends}")
+        return "\n".join(lines)
 
 
 def bootstrap(
@@ -252,28 +249,15 @@ def bootstrap_answers(
         times = native.resample_counts([n_units], 1, first=replicate, seed=seed)[0]
         replicates[replicate] = measure(times if unit is None else times[unit])
     kind = "rows" if groups is None else "groups"
-    estimates = [
-        Estimate(spec, value, drawn, None, None, n_units, scale=max(abs(value), 1e-3))
-        for spec, value, drawn in zip(specs, found, replicates.T, strict=True)
-    ]
-    return Intervals(
-        {one.spec.name: one.interval(level, "percentile", kind) for one in estimates},
-        n_rows=n,
-        n_units=n_units,
-        unit=kind,
-    )
+    measured = {}
+    for spec, value, drawn in zip(specs, found, replicates.T, strict=True):
+        estimate = Estimate(spec, value, drawn, n_units=n_units, scale=max(abs(value), 1e-3))
+        measured[spec.name] = estimate.interval(level, "percentile", kind)
+    return Intervals(measured, n_rows=n, n_units=n_units, unit=kind)
 
 
 def bootstrap_augrc(
-    confidence: ArrayLike,
-    error: ArrayLike,
-    *,
-    groups: ArrayLike | None = None,
-    n_replicates: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-    threads: int = 0,
-    method: Method = "bca",
+    confidence: ArrayLike, error: ArrayLike, *, groups: ArrayLike | None = None, **how: Unpack[HowOptions]
 ) -> Interval:
     """AUGRC with its interval: ``bootstrap_errors`` for this metric alone, the fastest there is.
 
@@ -284,47 +268,12 @@ def bootstrap_augrc(
         confidence: [N], higher is surer.
         error: [N], 0/1 or a loss in [0, 1].
         groups: [N] names or numbers of the independent units; None = every row is one.
-        n_replicates: resamples.
-        level: nominal coverage, in (0, 1).
-        seed: of the resamples.
-        threads: 0 = one per processor.
-        method: "bca", "percentile" or "logit".
+        **how: fields of ``How``: ``n_replicates``, ``level``, ``method``, ``seed``, ``threads``.
 
     Raises:
         InputError: as ``augrc``, and for arguments out of range.
     """
-    return bootstrap_errors(
-        confidence,
-        error,
-        groups=groups,
-        metrics=["augrc"],
-        n_replicates=n_replicates,
-        level=level,
-        seed=seed,
-        threads=threads,
-        method=method,
-    )["augrc"]
-
-
-def percentile_interval(
-    value: float, replicates: NDArray[np.float64], *, level: float = 0.95, n_units: int, unit: str = "groups"
-) -> Interval:
-    """The percentile interval of any statistic from its own resamples [B]; those that are NaN are left out and counted.
-
-    No ends where there is one unit only or all resamples are equal, as everywhere in this module.
-
-    Args:
-        value: the statistic of the rows themselves.
-        replicates: [B] of the resamples.
-        level: nominal coverage, in (0, 1).
-        n_units: how many independent units were resampled.
-        unit: what they are, ``rows`` or ``groups``.
-    """
-    check_level(level)
-    scale = max(abs(value), float(np.nanmax(np.abs(replicates), initial=0.0)))
-    # Its name is only shown where the value is NaN.
-    estimate = Estimate(METRICS["mcc"], value, replicates, None, None, n_units, difference=True, scale=scale)
-    return estimate.interval(level, "percentile", unit)
+    return bootstrap_errors(confidence, error, groups=groups, metrics=["augrc"], **how)["augrc"]
 
 
 def _n_classes(probs: ArrayLike) -> int:
@@ -375,10 +324,9 @@ def _threshold(threshold: float | None) -> float | None:
     return float(threshold)
 
 
-def metric_names(*, probabilities: bool = True, exits: bool = True, fnr: bool = True) -> list[str]:
-    """Names of all metrics of ``bootstrap``; without probabilities, exits or a positive class some are left out."""
-    there: dict[Need, bool] = {"probabilities": probabilities, "threshold": exits, "positive": fnr}
-    return names("rows", without=[need for need, given in there.items() if not given])
+def metric_names(*, exits: bool = True) -> list[str]:
+    """Names of all metrics of ``bootstrap``, those that need a threshold among them or not."""
+    return names("rows", without=() if exits else ("threshold",))
 
 
 def _wanted(metrics: str | Sequence[str], columns: native.Columns) -> list[str]:
@@ -418,6 +366,8 @@ def _intervals(
     if wanted == ["augrc"] and len(models) == 1 and strata is None:
         return _augrc_interval(models[0], groups, how)
     found = {name: lookup(name) for name in wanted}
+    if "brier" in found:
+        found["brier"] = replace(METRICS["brier"], top=models[0].brier_top), None
     targets = {
         family: [target for spec, target in found.values() if spec.name == family and target is not None]
         for family in ("risk_at_coverage_", "coverage_at_risk_")
@@ -445,8 +395,6 @@ def _intervals(
             Estimate.of(spec, target or 0.0, ranked, value, replicates, suite.sizes)
             for ranked, (value, replicates) in zip(suite.models, each, strict=True)
         ]
-        if name == "brier":
-            estimates = [replace(one, top=models[0].brier_top) for one in estimates]
         one = estimates[0] if len(estimates) == 1 else estimates[0].minus(estimates[1])
         result[name] = one.interval(how.level, "percentile" if spec.stepwise else how.method, unit)
     return Intervals(result, n_rows=n, n_units=suite.n_units, unit=unit)
@@ -454,28 +402,16 @@ def _intervals(
 
 def _augrc_interval(columns: native.Columns, groups: ArrayLike | None, how: How) -> Intervals:
     """AUGRC alone: the kernel sorts packed keys and brings value and moments along."""
-    losses = columns.error
+    losses, replicates = columns.error, 1 if how.method == "logit" else how.n_replicates
     drawn = native.bootstrap_augrc(
-        columns.confidence,
-        losses,
-        groups,
-        n_replicates=1 if how.method == "logit" else how.n_replicates,
-        seed=how.seed,
-        threads=how.threads,
+        columns.confidence, losses, groups, n_replicates=replicates, seed=how.seed, threads=how.threads
     )
     cluster = None if groups is None else native.cluster_numbers(groups, losses.size)
     n_units = losses.size if cluster is None else int(cluster.max()) + 1
     unit = "rows" if groups is None else "groups"
     estimate = Estimate(
-        METRICS["augrc"],
-        drawn.value,
-        drawn.replicates if how.method != "logit" else np.empty(0),
-        (drawn.second, drawn.third),
-        Events.among(losses, cluster, None),
-        n_units,
-        top=METRICS["augrc"].top,
-        scale=drawn.value,
-    )
-    return Intervals(
-        {"augrc": estimate.interval(how.level, how.method, unit)}, n_rows=losses.size, n_units=n_units, unit=unit
-    )
+        METRICS["augrc"], drawn.value, drawn.replicates if how.method != "logit" else np.empty(0), n_units,
+        (drawn.second, drawn.third), Events.among(losses, cluster), scale=drawn.value,
+    )  # fmt: skip
+    found = {"augrc": estimate.interval(how.level, how.method, unit)}
+    return Intervals(found, n_rows=losses.size, n_units=n_units, unit=unit)

@@ -8,17 +8,18 @@ differences, and overlapping splits are not taken for new data.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from stage1_pro import native
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.estimate import Interval
-from stage1_pro.metrics.intervals import percentile_interval
-from stage1_pro.metrics.probabilistic import check_probabilities, largest
+from stage1_pro.metrics.binomial import check_level
+from stage1_pro.metrics.estimate import Estimate, Interval
+from stage1_pro.metrics.probabilistic import check_probabilities, largest, mcc_of_counts
+from stage1_pro.metrics.table import METRICS
 
 # The measures of an arm.
 ARM_METRICS = ("accuracy", "mcc", "augrc", "gate_augrc")
@@ -47,10 +48,10 @@ class ArmIntervals:
     first arm itself.
     """
 
-    means: Mapping[str, Interval]
-    values: Mapping[str, NDArray[np.float64]]
-    differences: Mapping[str, Interval]
-    seed_differences: Mapping[str, NDArray[np.float64]]
+    means: dict[str, Interval] = field(default_factory=dict)
+    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    differences: dict[str, Interval] = field(default_factory=dict)
+    seed_differences: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def compare_seeds(
@@ -71,6 +72,7 @@ def compare_seeds(
     Raises:
         InputError: no arm or seed, rows that differ between arms, or values that are no probabilities.
     """
+    check_level(level)
     if not arms or not all(arms.values()):
         raise InputError(f"arms must hold one arm with one seed or more, got {len(arms)} arms; name what to compare")
     first_name, first = next(iter(arms.items()))
@@ -99,36 +101,30 @@ def compare_seeds(
 
     plain = {name: found[:, :, 0] for name, found in measure(np.ones((1, n_units))).items()}
     parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in arms}
-    for weights in _resamples(n_units, max(np.diff(sizes)), n_replicates, seed):
+    size = max(1, _CHUNK // max(*np.diff(sizes), n_units))
+    for start in range(0, n_replicates, size):
+        count = min(size, n_replicates - start)
+        weights = native.resample_counts([n_units], count, first=start, seed=seed).astype(np.float64)
         for name, found in measure(weights).items():
             parts[name].append(found.mean(axis=0))
     drawn = {name: np.concatenate(found, axis=1) for name, found in parts.items()}
 
     def interval(value: float, replicates: NDArray[np.float64]) -> Interval:
-        return percentile_interval(value, replicates, level=level, n_units=n_units, unit="groups")
+        scale = max(abs(value), float(np.nanmax(np.abs(replicates), initial=0.0)))
+        # The name of the metric is only shown where the value is NaN.
+        return Estimate(METRICS["mcc"], value, replicates, n_units, scale=scale).interval(level, "percentile", "groups")
 
     result = {}
-    for name in arms:
-        own, base = plain[name], plain[first_name]
-        metrics = list(enumerate(ARM_METRICS))
-        others = [] if name == first_name else metrics
-        result[name] = ArmIntervals(
-            means={m: interval(float(own[:, i].mean()), drawn[name][i]) for i, m in metrics},
-            values={m: own[:, i] for i, m in metrics},
-            differences={
-                m: interval(float((own[:, i] - base[:, i]).mean()), drawn[name][i] - drawn[first_name][i])
-                for i, m in others
-            },
-            seed_differences={m: own[:, i] - base[:, i] for i, m in others},
-        )
+    for name, own in plain.items():
+        result[name] = arm = ArmIntervals()
+        apart, drawn_apart = own - plain[first_name], drawn[name] - drawn[first_name]
+        for i, metric in enumerate(ARM_METRICS):
+            arm.values[metric] = own[:, i]
+            arm.means[metric] = interval(float(own[:, i].mean()), drawn[name][i])
+            if name != first_name:
+                arm.seed_differences[metric] = apart[:, i]
+                arm.differences[metric] = interval(float(apart[:, i].mean()), drawn_apart[i])
     return result
-
-
-def _resamples(n_units: int, rows: int, n_replicates: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    size = max(1, _CHUNK // max(rows, n_units))
-    for first in range(0, n_replicates, size):
-        count = min(size, n_replicates - first)
-        yield native.resample_counts([n_units], count, first=first, seed=seed).astype(np.float64)
 
 
 class _Ranked:
@@ -140,18 +136,19 @@ class _Ranked:
         self._wrong = (answered != truth).astype(np.float64)
         classes = np.eye(probs.shape[1])
         self._true, self._given = classes[truth], classes[answered]
-        self._orders = [native.order(score, answered != truth) for score in (sure, _scores(rows.gate, truth))]
+        gate = np.asarray(rows.gate, dtype=np.float64)
+        if gate.shape != truth.shape or np.isnan(gate).any():
+            raise InputError(f"gate must be numbers of shape [{truth.size}], got shape {list(gate.shape)} or NaN in it")
+        self._orders = [native.order(score, answered != truth) for score in (sure, gate)]
 
     def measure(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Metrics [4, B] in the order of ``ARM_METRICS`` under weights [B, N]; NaN where no row counts."""
         total = weights.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             right = total - weights @ self._wrong
-            return np.stack([
-                right / total,
-                _mcc(right, total, weights @ self._true, weights @ self._given),
-                *(self._augrc(weights, *order) for order in self._orders),
-            ])  # fmt: skip
+            mcc = np.where(total > 0, mcc_of_counts(right, weights @ self._true, weights @ self._given), np.nan)
+            areas = [self._augrc(weights, *order) for order in self._orders]
+            return np.stack([right / total, mcc, *areas])
 
     def _augrc(
         self, weights: NDArray[np.float64], order: NDArray[np.uint32], ends: NDArray[np.uint32]
@@ -165,20 +162,3 @@ class _Ranked:
         both[:, 1:] += errors[:, :-1]
         area: NDArray[np.float64] = (np.diff(rows, prepend=0, axis=1) * both).sum(axis=1) / (2 * rows[:, -1] ** 2)
         return area
-
-
-def _mcc(
-    right: NDArray[np.float64], total: NDArray[np.float64], true: NDArray[np.float64], given: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """``metrics.mcc`` of resamples [B], from their right answers, rows, and rows and answers of each class [B, K]."""
-    spread = (total**2 - (true**2).sum(axis=1)) * (total**2 - (given**2).sum(axis=1))
-    found = (right * total - (true * given).sum(axis=1)) / np.sqrt(np.maximum(spread, 0))
-    # As for whole rows: 0 when all answers or all labels are of one class.
-    return np.where(total > 0, np.where(spread > 0, found, 0.0), np.nan)
-
-
-def _scores(gate: ArrayLike, truth: NDArray[np.int64]) -> NDArray[np.float64]:
-    scores = np.asarray(gate, dtype=np.float64)
-    if scores.shape != truth.shape or np.isnan(scores).any():
-        raise InputError(f"gate must be numbers of shape [{truth.size}], got shape {list(scores.shape)} or NaN in it")
-    return scores

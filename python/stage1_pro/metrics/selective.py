@@ -138,7 +138,8 @@ def aurc(confidence: ArrayLike, error: ArrayLike, *, nan_policy: NanPolicy = "ra
 
 def risk_coverage(confidence: ArrayLike, error: ArrayLike) -> RiskCoverage:
     """Coverage and both risks at every distinct confidence; arguments and errors as in ``augrc``."""
-    threshold, accepted, wrong, n = _cumulate(confidence, error)
+    threshold, accepted, wrong, *_ = native.sweep(confidence, error)
+    n = accepted[-1]
     return RiskCoverage(threshold, accepted / n, wrong / accepted, wrong / n)
 
 
@@ -149,9 +150,9 @@ def risk_at_coverage(confidence: ArrayLike, error: ArrayLike, coverage: float) -
     """
     if not 0 < coverage <= 1:
         raise InputError(f"coverage must be in (0, 1], got {coverage}; it is a share of the rows")
-    threshold, accepted, wrong, n = _cumulate(confidence, error)
-    point = int(np.argmax(accepted >= coverage * n * (1 - _ROUNDING)))
-    return _point(threshold, accepted, wrong, n, point)
+    curve = native.sweep(confidence, error)
+    accepted = curve[1]
+    return _point(curve, int(np.argmax(accepted >= coverage * int(accepted[-1]) * (1 - _ROUNDING))))
 
 
 def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> OperatingPoint:
@@ -161,11 +162,12 @@ def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> Op
     """
     if not 0 <= risk <= 1:
         raise InputError(f"risk must be in [0, 1], got {risk}; it is a mean error")
-    threshold, accepted, wrong, n = _cumulate(confidence, error)
+    curve = native.sweep(confidence, error)
+    _, accepted, wrong, *_ = curve
     met = np.flatnonzero(wrong <= risk * accepted * (1 + _ROUNDING))
     if met.size == 0:
         return OperatingPoint(float("inf"), 0.0, float("nan"))
-    return _point(threshold, accepted, wrong, n, int(met[-1]))
+    return _point(curve, int(met[-1]))
 
 
 def fnr_on_exited(positive: ArrayLike, predicted_positive: ArrayLike, exited: ArrayLike) -> float:
@@ -192,14 +194,6 @@ def _propagates(confidence: ArrayLike, error: ArrayLike, nan_policy: NanPolicy) 
     )
 
 
-def _cumulate(
-    confidence: ArrayLike, error: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[Any], int]:
-    """Distinct confidences from the highest down, rows accepted and errors accepted at each, and the row count."""
-    threshold, accepted, errors, *_ = native.sweep(*native.rows(confidence, error), None, None)
-    return threshold, accepted, errors, int(accepted[-1])
-
-
 def _weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
     values = np.asarray(weights, dtype=np.float64)
     if values.shape != (n,):
@@ -215,7 +209,6 @@ def _weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
     return values
 
 
-def _point(
-    threshold: NDArray[np.float64], accepted: NDArray[np.int64], wrong: NDArray[Any], n: int, at: int
-) -> OperatingPoint:
-    return OperatingPoint(float(threshold[at]), float(accepted[at] / n), float(wrong[at] / accepted[at]))
+def _point(curve: tuple[NDArray[Any], ...], at: int) -> OperatingPoint:
+    threshold, accepted, wrong, *_ = curve
+    return OperatingPoint(float(threshold[at]), float(accepted[at] / accepted[-1]), float(wrong[at] / accepted[at]))

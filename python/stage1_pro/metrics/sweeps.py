@@ -93,15 +93,18 @@ def sweep(
         raise InputError("labels must be given with predicted, got None; FNR and FPR compare the two")
     threshold, accepted, errors, *of_classes = native.sweep(scores, losses, truth, answer)
     positives, missed, negatives, alarms = of_classes
-    n, nan = scores.size, np.full(accepted.size, np.nan)
-    known = truth is not None
+    n, known, fnr = scores.size, truth is not None, np.full(accepted.size, np.nan)
+    fpr = fnr
+    if known:
+        with np.errstate(invalid="ignore"):
+            fnr, fpr = missed / positives, alarms / negatives
     return Sweep(
         threshold=threshold,
         coverage=accepted / n,
         selective_risk=errors / accepted,
         generalized_risk=errors / n,
-        fnr=_rate(missed, positives) if known else nan,
-        fpr=_rate(alarms, negatives) if known else nan,
+        fnr=fnr,
+        fpr=fpr,
         n_accepted=accepted,
         n_errors=errors,
         n_positive=positives if known else None,
@@ -138,16 +141,22 @@ def dual_threshold(
         InputError: an argument is not what it must be; NaN names its row.
         NotReachableError: no pair meets both limits; the message names the nearest.
     """
-    truth = _mask("positive", positive)
+    given = np.asarray(positive)
+    wrong = np.flatnonzero(~np.isin(given, (0, 1)))
+    if wrong.size:
+        raise InputError(
+            f"positive must be booleans or 0/1, got {given.flat[wrong[0]]!s} at row {wrong[0]}; compare with the class"
+        )
+    truth = given.astype(np.bool_)
     scores, found = native.rows(score, truth)
     outside = (scores < 0) | (scores > 1)
     if outside.any():
         row = int(outside.argmax())
         raise InputError(f"score must be in [0, 1], got {scores[row]:g} at row {row}; pass the positive's probability")
     if (max_fpr is None) == (max_exit_error is None):
-        given = "neither" if max_fpr is None else "both"
+        both = "neither" if max_fpr is None else "both"
         raise InputError(
-            f"max_fpr or max_exit_error must be given, one of the two, got {given}; max_fnr alone is met by answering "
+            f"max_fpr or max_exit_error must be given, one of the two, got {both}; max_fnr alone is met by answering "
             "positive everywhere"
         )
     name, limit = ("max_fpr", max_fpr) if max_exit_error is None else ("max_exit_error", max_exit_error)
@@ -157,8 +166,7 @@ def dual_threshold(
         if not 0 <= value < 1:
             raise InputError(f"{target} must be in [0, 1), got {value}; 0.02 is usual")
     values, accepted, positives, *_ = native.sweep(scores, found)
-    none = np.zeros(1, np.int64)
-    accepted, positives = np.concatenate([none, accepted]), np.concatenate([none, positives])
+    accepted, positives = np.append(0, accepted), np.append(0, positives)
     upper, lower, *nearest = native.search_dual(
         accepted,
         positives,
@@ -172,26 +180,6 @@ def dual_threshold(
     if chosen.n_exited != accepted[upper] + accepted[-1] - accepted[lower]:
         raise AssertionError("the thresholds do not decide as the search did")
     return chosen
-
-
-def _rate(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Part over whole, NaN where there is nothing."""
-    with np.errstate(invalid="ignore"):
-        rate: NDArray[np.float64] = part / whole
-    return rate
-
-
-def _mask(name: str, values: ArrayLike) -> NDArray[np.bool_]:
-    given = np.asarray(values)
-    if given.dtype == np.bool_:
-        return np.ascontiguousarray(given)
-    wrong = ~np.isin(given, (0, 1))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise InputError(
-            f"{name} must be booleans or 0/1, got {given.flat[row]!s} at row {row}; compare with the class"
-        )
-    return np.ascontiguousarray(given, dtype=np.bool_)
 
 
 def _answers(

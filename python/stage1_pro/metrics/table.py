@@ -19,7 +19,7 @@ from stage1_pro import native
 from stage1_pro.errors import InputError
 
 if TYPE_CHECKING:
-    from stage1_pro.metrics.resampled import Resampled
+    from stage1_pro.metrics.probabilistic import Resampled
 
 Need = Literal["probabilities", "threshold", "positive"]
 Floats = NDArray[np.float64]
@@ -31,11 +31,11 @@ class Influence(NamedTuple):
     """How a metric depends on its rows, in sorted order.
 
     ``slope`` [N]: derivative along each row's weight, None for stepwise metrics. ``rows``: those that the metric speaks
-    of, None for all. ``hits`` [N]: the events it counts, None for means of other things.
+    of. ``hits`` [N]: the events it counts, None for means of other things.
     """
 
     slope: Floats | None
-    rows: NDArray[np.bool_] | slice | None = None
+    rows: NDArray[np.bool_] | slice = slice(None)
     hits: NDArray[Any] | None = None
 
 
@@ -46,9 +46,10 @@ class MetricSpec:
     ``name``: of a family it ends in "_" and the target follows. ``kind``: "rows" is sorted or averaged over rows and
     measured by ``bootstrap``; "answers" is measured by ``bootstrap_answers``; "figure" is made of others.
     ``better``: "higher" or "lower". The metric lies in [0, ``top``]. ``share``: shown in per cent, others with
-    ``digits``. ``events``: what it counts, in words. ``undefined``: when it is NaN. ``bound``: its ends where the share
-    of events lies between two bounds, for any order of the rows; None where that says nothing.
-    ``values(probs, labels)`` gives what it is the mean of, [N]; ``of(resampled)`` the metric of a resample.
+    ``digits``. ``target_zero``: 0 is a target. ``events``: what it counts, in words. ``undefined``: when it is NaN.
+    ``bound``: its ends where the share of events lies between two bounds, for any order of the rows; None where that
+    says nothing. ``values(probs, labels)`` gives what it is the mean of, [N]; ``of(resampled)`` the metric of a
+    resample.
     """
 
     name: str
@@ -60,7 +61,7 @@ class MetricSpec:
     digits: int = 3
     needs: tuple[Need, ...] = ()
     targets: tuple[float, ...] = ()
-    target_zero: bool = field(default=False, metadata={"about": "whether 0 is a target"})
+    target_zero: bool = False
     events: str = "errors"
     undefined: str = "no row defines it"
     influence: Callable[[native.Ranked, float, float], Influence] = field(default=lambda *_: Influence(None))
@@ -140,7 +141,7 @@ def means(metrics: str | Sequence[str]) -> Iterator[tuple[str, Callable[[Floats,
 
 
 def _of_errors(slope: Callable[[native.Ranked, float], Floats]) -> Callable[[native.Ranked, float, float], Influence]:
-    return lambda ranked, value, _: Influence(slope(ranked, value), None, ranked.error)
+    return lambda ranked, value, _: Influence(slope(ranked, value), hits=ranked.error)
 
 
 def _of_mean(values: Floats, value: float) -> Influence:
@@ -190,7 +191,7 @@ def _coverage(ranked: native.Ranked, value: float, _: float) -> Influence:
     slope = np.zeros(n)
     slope[:exits] = 1 / n
     slope -= value / n
-    return Influence(slope, None, np.arange(n) < exits)
+    return Influence(slope, hits=np.arange(n) < exits)
 
 
 def _exit_error(ranked: native.Ranked, value: float, _: float) -> Influence:
@@ -233,7 +234,7 @@ for _spec in (
     ),
     MetricSpec(
         "coverage_at_risk_", "Coverage at risk", "rows", "higher", share=True, targets=RISKS, target_zero=True,
-        influence=lambda ranked, _value, _target: Influence(None, None, ranked.error), bound=_limit_bound,
+        influence=lambda ranked, _value, _target: Influence(None, hits=ranked.error), bound=_limit_bound,
     ),
     MetricSpec(
         "accuracy", "Accuracy", "rows", "higher", share=True,

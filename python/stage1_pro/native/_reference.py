@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 Confidence = NDArray[np.float32] | NDArray[np.float64]
 Error = NDArray[np.uint8] | NDArray[np.float64]
+Counts = NDArray[np.int64]
+# At every threshold: itself, then rows, errors, positives, false negatives, negatives and false positives.
+Swept = tuple[NDArray[np.float64], Counts, NDArray[Any], Counts, Counts, Counts, Counts]
 
 # Columns of a replicate of ``bootstrap_suite``; Risk@Coverage and Coverage@Risk follow.
 COLUMNS = ("augrc", "aurc", "accuracy", "nll", "brier", "coverage", "exit_error", "fnr_on_exited")
@@ -380,24 +383,12 @@ def measure(
 
 def order(confidence: Confidence, error: Error) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Rows [N] by descending confidence, then error, then index, and where tie groups end [M]."""
-    places = np.lexsort((error, -confidence))
-    ranked = confidence[places]
-    ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, ranked.size)
+    places, ends = _sort(confidence, error)
     return places.astype(np.uint32), ends.astype(np.uint32)
 
 
-def sweep(
-    confidence: Confidence, error: Error, answer: NDArray[np.uint8]
-) -> tuple[
-    NDArray[np.float64],
-    NDArray[np.int64],
-    NDArray[Any],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-]:
-    """At every distinct threshold [M]: itself, then rows, errors and what is known of answers; see ``sweep.hpp``."""
+def sweep(confidence: Confidence, error: Error, answer: NDArray[np.uint8]) -> Swept:
+    """What is accepted at every distinct threshold [M]; see ``sweep.hpp``."""
     places, ends = order(confidence, error)
     last = ends.astype(np.int64) - 1
     accepted = last + 1

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import InputError
+from stage1_pro.native._reference import Swept
 from stage1_pro.native.backend import kernels
 
 MAX_ROWS = 2**31 - 1
@@ -95,15 +96,7 @@ def sweep(
     error: ArrayLike,
     positive: NDArray[np.bool_] | None = None,
     predicted_positive: NDArray[np.bool_] | None = None,
-) -> tuple[
-    NDArray[np.float64],
-    NDArray[np.int64],
-    NDArray[Any],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-]:
+) -> Swept:
     """Count what is accepted at every distinct threshold, from the highest down, [M] each.
 
     The threshold, then rows, errors (a float sum for losses), positives, false negatives, negatives and false

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
@@ -67,33 +67,58 @@ class Measurement(Record):
         raise KeyError(name)
 
 
-METRIC_COLUMNS = ["metric", "value", "std", "low", "high", "method", "note"]
 WAYS = "label and prob, label and prob_<class> of every class, or error and confidence"
 ARRAYS = "labels and probs, labels and logits, or error and confidence"
 # What four decimals of K probabilities may lack.
 SUM_TOLERANCE = 1e-3
+# Labels as spreadsheets and data frames give them.
+PLAIN = {"0.0": "0", "1.0": "1"}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Probabilities [N, K] of ``classes`` and labels [N]."""
+
+    probs: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    classes: list[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Predictions of one file: ``probs`` [N, K] and ``labels`` [N] with ``classes``, or ``error`` and ``confidence``.
+    """Predictions of one file: labelled probabilities, or an error [N] for every row beside its confidence.
 
     ``confidence`` [N] beside probabilities replaces the largest one. ``groups`` and ``ids`` [N] if the file has them.
     """
 
     path: Path
-    probs: NDArray[np.float64] | None
-    labels: NDArray[np.int64] | None
-    classes: list[str] | None
+    answers: Labelled | NDArray[np.float64]
     positive: str | None
-    error: NDArray[np.float64] | None
     confidence: NDArray[np.float64] | None
     groups: NDArray[Any] | None
     ids: NDArray[Any] | None
 
-    def row(self, index: int) -> str:
-        """How messages call a row."""
-        return _row_name(self.path, index)
+    @property
+    def index(self) -> int | None:
+        """Index of the positive class, where there is one."""
+        if self.positive is None or not isinstance(self.answers, Labelled):
+            return None
+        return self.answers.classes.index(self.positive)
+
+    @property
+    def error(self) -> NDArray[np.float64]:
+        """Error of each row [N]; 0 or 1 beside labels."""
+        if isinstance(self.answers, Labelled):
+            return np.asarray(self.answers.probs.argmax(axis=1) != self.answers.labels, dtype=np.float64)
+        return self.answers
+
+    @property
+    def sure(self) -> NDArray[np.float64]:
+        """What ranks the rows [N]."""
+        if isinstance(self.answers, Labelled) and self.confidence is None:
+            return np.asarray(self.answers.probs.max(axis=1))
+        assert self.confidence is not None
+        return self.confidence
 
 
 def measure(asked: Metrics) -> Measurement:
@@ -109,20 +134,19 @@ def measure(asked: Metrics) -> Measurement:
     """
     if not asked.metrics:
         raise InputError("metrics must name at least one metric, got none; leave it out to measure every one")
-    threshold = asked.threshold
     table = read_predictions(asked.path, positive=asked.positive)
     other = None if asked.compare_with is None else _paired(table, asked.compare_with, asked.positive)
     chosen = "all" if asked.metrics == ("all",) else list(asked.metrics)
-    how: dict[str, Any] = asked.model_dump(include={"level", "method", "seed", "n_replicates"})
+    how: dict[str, Any] = asked.model_dump(include={"threshold", "level", "method", "seed", "n_replicates"})
     points, values = {}, {}
     if other is None:
         points = _points(table, chosen, how)
         wanted = "all" if chosen == "all" else [name for name in chosen if name not in points]
-        intervals = _bootstrap(table, threshold, wanted, how) if wanted else _no_intervals(table)
+        intervals = _bootstrap(table, wanted, how)
     else:
-        intervals = _difference(table, other, threshold, chosen, how)
+        intervals = _difference(table, other, chosen, how)
         exact = {**how, "n_replicates": 1, "method": "percentile"}
-        alone = [_bootstrap(one, threshold, list(intervals), exact) for one in (table, other)]
+        alone = [_bootstrap(one, list(intervals), exact) for one in (table, other)]
         values = {name: (known(alone[0][name].value), known(alone[1][name].value)) for name in intervals}
     found = Measurement(
         file=table.path.name,
@@ -130,15 +154,15 @@ def measure(asked: Metrics) -> Measurement:
         n_rows=intervals.n_rows,
         n_units=intervals.n_units,
         unit=cast("Literal['rows', 'groups']", intervals.unit),
-        classes=table.classes,
+        classes=table.answers.classes if isinstance(table.answers, Labelled) else None,
         positive=table.positive,
-        threshold=threshold,
         **how,
         metrics=[*(Metric.of(name, one) for name, one in intervals.items()), *points.values()],
         values=values,
     )
     if asked.out is not None:
-        _write(asked.out, found, table, other, threshold, intervals, how)
+        pictures = _pictures(table, how) if other is None else _difference_pictures(intervals)
+        _write(asked.out, found, pictures)
     return found
 
 
@@ -186,204 +210,138 @@ def render(found: Measurement) -> str:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def _bootstrap(table: Table, threshold: float | None, metrics: str | Sequence[str], asked: dict[str, Any]) -> Intervals:
-    if table.probs is None or table.labels is None:
-        assert table.confidence is not None
-        assert table.error is not None
-        return bootstrap_errors(
-            table.confidence, table.error, threshold=threshold, groups=table.groups, metrics=metrics, **asked
-        )
-    return bootstrap(
-        table.probs, table.labels, confidence=table.confidence, threshold=threshold, groups=table.groups,
-        metrics=metrics, positive=_index(table), **asked,
-    )  # fmt: skip
+def _bootstrap(table: Table, metrics: str | Sequence[str], how: dict[str, Any]) -> Intervals:
+    answers, groups = table.answers, table.groups
+    if not metrics:
+        n_units = len(table.error) if groups is None else np.unique(groups).size
+        return Intervals({}, n_rows=len(table.error), n_units=n_units, unit="rows" if groups is None else "groups")
+    if isinstance(answers, Labelled):
+        how = {**how, "confidence": table.confidence, "positive": table.index}
+        return bootstrap(answers.probs, answers.labels, groups=groups, metrics=metrics, **how)
+    return bootstrap_errors(table.sure, answers, groups=groups, metrics=metrics, **how)
 
 
-def _difference(
-    table: Table, other: Table, threshold: float | None, metrics: str | Sequence[str], asked: dict[str, Any]
-) -> Intervals:
-    assert table.probs is not None
-    assert other.probs is not None
-    assert table.labels is not None
+def _difference(table: Table, other: Table, metrics: str | Sequence[str], how: dict[str, Any]) -> Intervals:
+    mine, its = _labelled(table), _labelled(other)
     return compare(
-        table.probs, other.probs, table.labels, confidence=(table.confidence, other.confidence), threshold=threshold,
-        groups=other.groups if table.groups is None else table.groups, metrics=metrics, positive=_index(table), **asked,
+        mine.probs, its.probs, mine.labels, confidence=(table.confidence, other.confidence),
+        groups=other.groups if table.groups is None else table.groups, metrics=metrics, positive=table.index, **how,
     )  # fmt: skip
 
 
-def _index(table: Table) -> int | None:
-    if table.classes is None or table.positive is None:
-        return None
-    return table.classes.index(table.positive)
-
-
-def _points(table: Table, metrics: str | Sequence[str], asked: dict[str, Any]) -> dict[str, Metric]:
+def _points(table: Table, metrics: str | Sequence[str], how: dict[str, Any]) -> dict[str, Metric]:
     """Metrics of answers and probabilities, of those asked for; always with percentile intervals."""
     wanted = [name for name in names("answers") if metrics == "all" or name in metrics]
-    if table.probs is None or table.labels is None or not wanted:
+    answers = table.answers
+    if not isinstance(answers, Labelled) or not wanted:
         return {}
-    found = bootstrap_answers(
-        table.probs, table.labels, groups=table.groups, n_replicates=asked["n_replicates"], level=asked["level"],
-        seed=asked["seed"], positive=_index(table),
-    )  # fmt: skip
+    how = {name: how[name] for name in ("n_replicates", "level", "seed")}
+    found = bootstrap_answers(answers.probs, answers.labels, groups=table.groups, positive=table.index, **how)
     return {name: Metric.of(name, found[name]) for name in wanted if name in found}
 
 
-def _no_intervals(table: Table) -> Intervals:
-    assert table.labels is not None
-    n_units = table.labels.size if table.groups is None else np.unique(table.groups).size
-    unit = "rows" if table.groups is None else "groups"
-    return Intervals({}, n_rows=table.labels.size, n_units=n_units, unit=unit)
+def _labelled(table: Table) -> Labelled:
+    if not isinstance(table.answers, Labelled):
+        raise InputError(
+            f"{table.path} must hold labels and probabilities to be compared, got error and confidence; "
+            "add the columns label and prob"
+        )
+    return table.answers
 
 
 def _paired(table: Table, path: Path, positive: str | None) -> Table:
-    """The other file, checked to hold the same rows in the same order."""
+    """The other file, checked to hold the same rows in the same order, with its classes in this one's order."""
     other = read_predictions(path, positive=positive)
-    for one in (table, other):
-        if one.labels is None:
-            raise InputError(
-                f"{one.path} must hold labels and probabilities to be compared, got error and confidence; "
-                "add the columns label and prob"
-            )
-    assert table.labels is not None
-    assert other.labels is not None
-    assert table.classes is not None
-    if other.labels.size != table.labels.size:
+    mine, its = _labelled(table), _labelled(other)
+    if its.labels.size != mine.labels.size:
         raise InputError(
-            f"{path} must hold the rows of {table.path}, got {other.labels.size} rows instead of {table.labels.size}; "
+            f"{path} must hold the rows of {table.path}, got {its.labels.size} rows instead of {mine.labels.size}; "
             "compare predictions on the same rows"
         )
-    other = _reordered(other, table)
-    assert other.labels is not None
+    if sorted(its.classes) != sorted(mine.classes):
+        raise InputError(
+            f"{path} must have the classes of {table.path} ({', '.join(mine.classes)}), got "
+            f"{', '.join(its.classes)}; name classes alike in both files"
+        )
     pairs: list[tuple[str, Any, Any]] = [("id", table.ids, other.ids), ("group", table.groups, other.groups)]
-    pairs.append(("label", np.asarray(table.classes)[table.labels], np.asarray(table.classes)[other.labels]))
-    for name, mine, its in pairs:
-        if mine is None or its is None:
+    pairs.append(("label", np.asarray(mine.classes)[mine.labels], np.asarray(its.classes)[its.labels]))
+    for name, ours, theirs in pairs:
+        if ours is None or theirs is None:
             continue
-        differs = np.flatnonzero(mine.astype(str) != its.astype(str))
+        differs = np.flatnonzero(ours.astype(str) != theirs.astype(str))
         if differs.size:
             at = int(differs[0])
             raise InputError(
-                f"{path} must hold the rows of {table.path} in its order, got {name} '{its[at]}' instead of "
-                f"'{mine[at]}' in {other.row(at)}; sort both files by the same key"
+                f"{path} must hold the rows of {table.path} in its order, got {name} '{theirs[at]}' instead of "
+                f"'{ours[at]}' in {_row_name(path, at)}; sort both files by the same key"
             )
-    return other
-
-
-def _reordered(other: Table, table: Table) -> Table:
-    """The other file with its classes in this one's order."""
-    assert other.classes is not None
-    assert table.classes is not None
-    if other.classes == table.classes:
+    if its.classes == mine.classes:
         return other
-    if sorted(other.classes) != sorted(table.classes):
-        raise InputError(
-            f"{other.path} must have the classes of {table.path} ({', '.join(table.classes)}), got "
-            f"{', '.join(other.classes)}; name classes alike in both files"
-        )
-    assert other.probs is not None
-    assert other.labels is not None
-    order = [other.classes.index(name) for name in table.classes]
-    place = np.argsort(order)
-    return Table(
-        other.path, other.probs[:, order], place[other.labels], table.classes, table.positive, None, other.confidence,
-        other.groups, other.ids,
-    )  # fmt: skip
+    order = [its.classes.index(name) for name in mine.classes]
+    turned = Labelled(its.probs[:, order], np.argsort(order)[its.labels], mine.classes)
+    return replace(other, answers=turned, positive=table.positive)
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _write(
-    out: Path,
-    found: Measurement,
-    table: Table,
-    other: Table | None,
-    threshold: float | None,
-    intervals: Intervals,
-    asked: dict[str, Any],
-) -> None:
-    rows = [{**one.model_dump(), **_both(found, one.metric)} for one in found.metrics]
-    write_csv(out / "metrics.csv", rows, METRIC_COLUMNS + (["value_a", "value_b"] if other is not None else []))
+def _write(out: Path, found: Measurement, pictures: list[Picture]) -> None:
+    both = ["value_a", "value_b"] if found.compared_with is not None else []
+    rows = [one.model_dump() | dict(zip(both, found.values.get(one.metric, ()), strict=False)) for one in found.metrics]
+    write_csv(out / "metrics.csv", rows, [*Metric.model_fields, *both])
     found.write(out / "metrics.json")
-    pictures = _difference_pictures(intervals) if other is not None else _pictures(table, threshold, asked)
     for picture in pictures:
         write_bytes(out / f"{picture.name}.png", picture.png)
     write_measurement(out / "report.html", found, pictures)
     say(f"wrote {out}/metrics.csv, metrics.json, {len(pictures)} figures and report.html")
 
 
-def _both(found: Measurement, name: str) -> dict[str, float | None]:
-    return dict(zip(("value_a", "value_b"), found.values.get(name, ()), strict=False))
-
-
 def _difference_pictures(intervals: Intervals) -> list[Picture]:
     """How the difference varies, of the three metrics that say most, where they were measured."""
-    titles = {"augrc": "AUGRC", "accuracy": "accuracy", "nll": "NLL"}
     pictures = []
-    for name, title in titles.items():
+    for name, title in {"augrc": "AUGRC", "accuracy": "accuracy", "nll": "NLL"}.items():
         if name in intervals:
-            png = distribution_png(
-                intervals[name], f"{title} of A minus that of B", target=0.0, target_label="no difference:"
-            )
+            label, target = f"{title} of A minus that of B", "no difference:"
+            png = distribution_png(intervals[name], label, target=0.0, target_label=target)
             caption = "The difference on each resample, both files on the same one."
             pictures.append(Picture(f"difference_{name}", f"Difference in {title}", caption, png))
     return pictures
 
 
-def _pictures(table: Table, threshold: float | None, asked: dict[str, Any]) -> list[Picture]:
-    # The same seed and number of replicates: the resamples of the figures in the table.
+def _pictures(table: Table, how: dict[str, Any]) -> list[Picture]:
+    threshold, level, answers = how["threshold"], how["level"], table.answers
     exits = [] if threshold is None else ["coverage"]
-    if threshold is not None and (_index(table) is not None):
+    if threshold is not None and table.index is not None:
         exits.append("fnr_on_exited")
-    intervals = _bootstrap(table, threshold, ["augrc", *exits, *BAND_METRICS], asked)
-    error = table.error
-    if table.probs is not None and table.labels is not None:
-        error = (table.probs.argmax(axis=1) != table.labels).astype(np.float64)
-    assert error is not None
-    sure = table.confidence
-    if sure is None:
-        assert table.probs is not None
-        sure = table.probs.max(axis=1)
+    # The same seed and number of replicates: the resamples of the figures in the table.
+    intervals = _bootstrap(table, ["augrc", *exits, *BAND_METRICS], how)
+    error, sure = table.error, table.sure
     point = None
     if threshold is not None and (sure >= threshold).any():
         point = (float((sure >= threshold).mean()), float(error[sure >= threshold].mean()))
-    level = float(asked["level"])
+    caption = (
+        "Answering only the surest rows (left), how many answers are wrong? Good confidence keeps the line low on "
+        f"the left. Shaded: {100 * level:.4g}% interval at each coverage."
+    )
     curve = risk_coverage_png(sure, error, point=point, band=risk_band(intervals), level=level)
-    pictures = [
-        Picture.of(
-            "risk_coverage_curve",
-            "Answering only the surest rows (left), how many answers are wrong? Good confidence keeps the line low on "
-            f"the left. Shaded: {100 * level:.4g}% interval at each coverage.",
-            curve,
-        ),
-        Picture.of(
-            "augrc",
-            f"AUGRC on each resample of {intervals.unit}.",
-            distribution_png(intervals["augrc"], "AUGRC (lower is better)"),
-        ),
-    ]
-    if table.probs is not None and table.labels is not None:
-        largest, right = np.minimum(table.probs.max(axis=1), 1.0), error == 0
-        pictures += [
-            Picture.of(
-                "reliability",
-                "Points below the dashed line: surer than it should be. ECE is the mean length of the bars, weighted "
-                "by rows, over 15 bins of equal width.",
-                reliability_png(largest, right, error=ece(table.probs, table.labels)),
-            ),
-            Picture.of(
-                "confidence",
-                "Wrong answers far right are the costly ones.",
-                confidence_png(largest, right, threshold=threshold if table.confidence is None else None),
-            ),
-        ]
-    names = {"coverage": "coverage: share at or above the threshold", "fnr_on_exited": "FNR on exits"}
+    pictures = [Picture.of("risk_coverage_curve", caption, curve)]
+    png = distribution_png(intervals["augrc"], "AUGRC (lower is better)")
+    pictures.append(Picture.of("augrc", f"AUGRC on each resample of {intervals.unit}.", png))
+    if isinstance(answers, Labelled):
+        largest, right = np.minimum(answers.probs.max(axis=1), 1.0), error == 0
+        caption = (
+            "Points below the dashed line: surer than it should be. ECE is the mean length of the bars, weighted "
+            "by rows, over 15 bins of equal width."
+        )
+        png = reliability_png(largest, right, error=ece(answers.probs, answers.labels))
+        pictures.append(Picture.of("reliability", caption, png))
+        png = confidence_png(largest, right, threshold=threshold if table.confidence is None else None)
+        pictures.append(Picture.of("confidence", "Wrong answers far right are the costly ones.", png))
+    labels = {"coverage": "coverage: share at or above the threshold", "fnr_on_exited": "FNR on exits"}
     for name in exits:
         if not math.isnan(intervals[name].value):
-            caption = f"On each resample of {intervals.unit}."
-            png = distribution_png(intervals[name], names[name], percent=True)
-            pictures.append(Picture.of(name, caption, png))
+            png = distribution_png(intervals[name], labels[name], percent=True)
+            pictures.append(Picture.of(name, f"On each resample of {intervals.unit}.", png))
     return pictures
 
 
@@ -400,15 +358,13 @@ def _read_csv(path: Path, positive: str | None) -> Table:
             f"{path} must hold at least one row below its header, got none; a metric of no rows is undefined"
         )
     by_class = [name for name in columns if name.startswith("prob_")]
-    has_labels = "label" in columns and ("prob" in columns or by_class)
     confidence = _numbers(path, "confidence", columns["confidence"]) if "confidence" in columns else None
-    probs = labels = error = None
-    classes: list[str] | None = None
-    if has_labels:
+    answers: Labelled | NDArray[np.float64]
+    if "label" in columns and ("prob" in columns or by_class):
         if "prob" in columns and by_class:
             raise InputError(f"{path} must have either prob or prob_<class> columns, got both; drop one of them")
         if by_class:
-            classes = [name.removeprefix("prob_") for name in by_class]
+            labels, classes = columns["label"], [name.removeprefix("prob_") for name in by_class]
             if len(classes) < 2:
                 raise InputError(
                     f"{path} must have a prob_<class> column of every class, got {by_class[0]} alone; name it prob for "
@@ -416,15 +372,15 @@ def _read_csv(path: Path, positive: str | None) -> Table:
                 )
             probs = np.stack([_shares(path, name, _numbers(path, name, columns[name])) for name in by_class], axis=1)
             _check_sums(path, probs)
-            labels = _indices(path, columns["label"], classes)
-            positive = _positive_of(classes, positive)
         else:
+            labels = [PLAIN.get(text, text) for text in columns["label"]]
             share = _shares(path, "prob", _numbers(path, "prob", columns["prob"]))
             probs = np.stack([1 - share, share], axis=1)
-            classes, positive = _two_classes(path, columns["label"], positive)
-            labels = _indices(path, [_plain_label(text) for text in columns["label"]], classes)
+            classes, positive = _two_classes(path, labels, positive)
+        answers = Labelled(probs, _indices(path, labels, classes), classes)
+        positive = _positive_of(classes, positive)
     elif "error" in columns and confidence is not None:
-        error = _shares(path, "error", _numbers(path, "error", columns["error"]))
+        answers = _shares(path, "error", _numbers(path, "error", columns["error"]))
         if positive is not None:
             raise InputError("--positive must go with labels, got it with error and confidence; leave it out")
     else:
@@ -433,7 +389,7 @@ def _read_csv(path: Path, positive: str | None) -> Table:
     if groups is not None and (groups == "").any():
         _wrong(path, "group", "a name in every row", "an empty cell", int((groups == "").argmax()))
     ids = np.asarray(columns["id"]) if "id" in columns else None
-    return Table(path, probs, labels, classes, positive, error, confidence, groups, ids)
+    return Table(path, answers, positive, confidence, groups, ids)
 
 
 def _refuse_columns(path: Path, columns: list[str]) -> NoReturn:
@@ -455,8 +411,7 @@ def _read_npz(path: Path, positive: str | None) -> Table:
             arrays[plural] = arrays.pop(single)
     given = [name for name in ("probs", "logits") if name in arrays]
     confidence = _array(path, "confidence", arrays["confidence"]) if "confidence" in arrays else None
-    probs = labels = error = None
-    classes: list[str] | None = None
+    answers: Labelled | NDArray[np.float64]
     if "labels" in arrays and given:
         if len(given) == 2:
             raise InputError(f"{path} must hold exactly one of probs and logits, got both; drop one of them")
@@ -467,25 +422,26 @@ def _read_npz(path: Path, positive: str | None) -> Table:
         if positive is None and "positive" in arrays:
             positive = str(arrays["positive"])
         positive = _positive_of(classes, positive)
-        labels = _npz_labels(path, arrays["labels"], classes)
-        if labels.size != len(probs):
-            raise InputError(f"labels must be one per row of {given[0]}, got {labels.size} for {len(probs)} rows")
+        answers = Labelled(probs, _npz_labels(path, arrays["labels"], classes), classes)
+        n = len(probs)
+        if answers.labels.size != n:
+            raise InputError(f"labels must be one per row of {given[0]}, got {answers.labels.size} for {n} rows")
     elif "error" in arrays and confidence is not None:
-        error = _shares(path, "error", _array(path, "error", arrays["error"]))
+        answers = _shares(path, "error", _array(path, "error", arrays["error"]))
+        n = answers.size
     else:
         wanted = "probs" if "labels" in arrays else "labels" if given or nearest("labels", names) else "error"
         found = ", ".join(sorted(names)) or "nothing"
         others = [name for name in names if name not in ("labels", "probs", "logits", "error", "confidence")]
         hint = nearest(wanted, others) or (nearest("logits", others) if wanted == "probs" else "")
         raise InputError(f"{path} must hold {ARRAYS}, got {found}{hint}")
-    n = len(probs) if probs is not None else cast("NDArray[np.float64]", error).size
     if n == 0:
         raise InputError(f"{path} must hold at least one row, got none; a metric of no rows is undefined")
     optional = {name: arrays.get(name) for name in ("groups", "ids")}
     for name, values in {**optional, "confidence": confidence}.items():
         if values is not None and values.shape != (n,):
             raise InputError(f"{name} must have one value per row, got shape {list(values.shape)} for {n} rows")
-    return Table(path, probs, labels, classes, positive, error, confidence, optional["groups"], optional["ids"])
+    return Table(path, answers, positive, confidence, optional["groups"], optional["ids"])
 
 
 def _npz_probs(path: Path, name: str, values: NDArray[Any]) -> NDArray[np.float64]:
@@ -567,14 +523,8 @@ def _indices(path: Path, names: Sequence[str], classes: list[str]) -> NDArray[np
     return np.asarray([place[name] for name in names], dtype=np.int64)
 
 
-def _plain_label(text: str) -> str:
-    """0 and 1 in the forms that spreadsheets and data frames give them."""
-    return {"0.0": "0", "1.0": "1"}.get(text, text)
-
-
-def _two_classes(path: Path, cells: list[str], positive: str | None) -> tuple[list[str], str]:
+def _two_classes(path: Path, labels: list[str], positive: str | None) -> tuple[list[str], str]:
     """Classes with the negative one first, and the positive, of labels beside one column of probabilities."""
-    labels = [_plain_label(text) for text in cells]
     names = list(dict.fromkeys(labels))
     if "" in names:
         _wrong(path, "label", "0, 1 or a name", "an empty cell", labels.index(""))
@@ -582,13 +532,12 @@ def _two_classes(path: Path, cells: list[str], positive: str | None) -> tuple[li
         return ["0", "1"], "1"
     if positive is None and names[0] in ("0", "1"):
         at = next(i for i, name in enumerate(labels) if name not in ("0", "1"))
-        _wrong(
-            path, "label", "0 or 1", f"'{labels[at]}'", at, "names need --positive, more classes prob_<class> columns"
-        )
+        advice = "names need --positive, more classes prob_<class> columns"
+        _wrong(path, "label", "0 or 1", f"'{labels[at]}'", at, advice)
     if len(names) > 2:
         at = labels.index(names[2])
-        _wrong(path, "label", f"one of {names[0]}, {names[1]} beside one column prob", f"'{names[2]}'", at,
-               "more classes need prob_<class> columns")  # fmt: skip
+        expected = f"one of {names[0]}, {names[1]} beside one column prob"
+        _wrong(path, "label", expected, f"'{names[2]}'", at, "more classes need prob_<class> columns")
     if positive is not None and len(names) == 1 and positive != names[0] and names[0].casefold() in NEGATIVE_NAMES:
         return [names[0], positive], positive
     positive = choose_positive(names, positive)
