@@ -249,7 +249,6 @@ def propose_run(
     spec: RewardSpec | None = None,
     options: ProposalOptions | None = None,
     reservoir: Path | str | None = None,
-    source: str = "owner",
 ) -> ProposalRecord:
     """Train new heads for a run and write them as a new run, to be calibrated and certified again.
 
@@ -267,7 +266,6 @@ def propose_run(
         spec: what actions earn.
         options: how.
         reservoir: of the parent's; one is made of the known rows where there is none or its features are others.
-        source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
 
     Raises:
         InputError: the folder is there, labels that may not be rewarded, or no anchor or no recent image.
@@ -278,7 +276,7 @@ def propose_run(
     run, out, options = Path(run), Path(out), options or ProposalOptions()
     if out.exists():
         raise InputError(f"out must be a new folder, got {out}, which is there")
-    parent = _Parent.load(run, spec, source)
+    parent = _Parent.load(run, spec)
     model, splits, device, before = parent.model, parent.splits, parent.device, parent.model.fingerprint()
     learned = splits.of("train")
     new = [row for row in learned if row.sha256 not in known]
@@ -295,7 +293,7 @@ def propose_run(
     lately, _ = parent.inputs([Path(path) for path in recent], description="recent")
     remembered = _remember(parent, [row for row in learned if row.sha256 in known], path=reservoir)
     columns = remembered.columns
-    replayed = _Cached(columns["a"], columns["b"], columns["label"], [source] * len(remembered)) if columns else None
+    replayed = _Cached(columns["a"], columns["b"], columns["label"], ["owner"] * len(remembered)) if columns else None
 
     def ask(policy: HeadsPolicy | _AnswersB, options: ProposalOptions, width: int, *learns: str) -> Proposal:
         return propose(

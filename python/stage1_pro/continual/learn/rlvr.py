@@ -291,23 +291,19 @@ def _judge(log_probs: Tensor, rows: BanditRows, reward: SetReward | None) -> tup
 
 @dataclass(frozen=True)
 class Origin:
-    """A trained run that tuning starts from: its model in evaluation mode on a device, its rows, what they earn.
-
-    ``source`` says where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
-    """
+    """A trained run that tuning starts from: its model in evaluation mode on a device, its rows, what they earn."""
 
     model: Stage1Model
     splits: Splits
     config: Config
     spec: RewardSpec
-    source: str
 
     @classmethod
-    def load(cls, run: Path, spec: RewardSpec | None, source: str) -> Self:
+    def load(cls, run: Path, spec: RewardSpec | None) -> Self:
         """A run from its folder; raises ArtifactError where it is not trained, or was changed."""
         model, run_config = checkpoint.load_run_model(run)
         splits = Splits.read(run / "splits.json").verify()
-        return cls(model.to(pick_device()).eval(), splits, run_config.config, spec or RewardSpec(), source)
+        return cls(model.to(pick_device()).eval(), splits, run_config.config, spec or RewardSpec())
 
     @property
     def device(self) -> torch.device:
@@ -317,13 +313,13 @@ class Origin:
     def labels(self, rows: Sequence[Row]) -> tuple[NDArray[np.int64], list[str]]:
         """Class indices and label sources of rows that may be rewarded.
 
-        A list that says of a row that a model or a mere match labelled it is believed, whatever ``source`` says of all.
+        They are the owner's, but for those of which the list says that a model or a mere match labelled them.
 
         Raises:
             InputError: a source whose labels may not be rewarded.
         """
         labels = self.splits.indices(rows)
-        sources = [row.source if row.source in UNPAID else self.source for row in rows]
+        sources = [row.source if row.source in UNPAID else "owner" for row in rows]
         verified(labels, sources, classes=self.splits.classes, positive=self.splits.positive)
         return labels, sources
 
@@ -416,7 +412,6 @@ def tune(
     spec: RewardSpec | None = None,
     options: TuneOptions | None = None,
     through: Literal["heads", "adapter"] = "heads",
-    source: str = "owner",
 ) -> TuningRecord:
     """Tune a trained run for a reward and write it as a new run, which must be calibrated and certified again.
 
@@ -433,7 +428,6 @@ def tune(
         spec: what actions earn.
         options: how.
         through: what learns.
-        source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
 
     Raises:
         InputError: the folder is there, or labels that may not be rewarded.
@@ -445,7 +439,7 @@ def tune(
         raise InputError(f"out must be another folder than the run, got {out}; the run stays as it is")
     if out.exists():
         raise InputError(f"out must be a new folder, got {out}, which is there")
-    origin = Origin.load(run, spec, source)
+    origin = Origin.load(run, spec)
     model, config, before = origin.model, origin.config, origin.model.fingerprint()
     adaptation = adapt(model, "lora", config.adapter, options.seed) if through == "adapter" else None
     model.to(origin.device).eval()
