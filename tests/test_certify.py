@@ -27,7 +27,7 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.metrics.measured import Metric
-from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, fixed_sequence, risk_p_value, trials_needed
+from stage1_pro.policies.bounds import binomial_cdf, coverage_p_value, errors_allowed, fixed_sequence, trials_needed
 from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certify import certify, certify_threshold, plan_calibration
 from stage1_pro.policies.claims import Claims
@@ -57,7 +57,7 @@ def test_p_values_of_all_small_counts_are_exact(alpha: str) -> None:
     pairs = [(k, m) for m in range(41) for k in range(m + 1)]
     k, m = np.array(pairs).T
     share = Fraction(alpha)
-    risk, coverage = risk_p_value(k, m, float(alpha)), coverage_p_value(k, m, float(alpha))
+    risk, coverage = binomial_cdf(k, m, float(alpha)), coverage_p_value(k, m, float(alpha))
     for i, (errors, trials) in enumerate(pairs):
         below = exact_cdf(errors, trials, share)
         above = 1 - below + math.comb(trials, errors) * share**errors * (1 - share) ** (trials - errors)
@@ -72,11 +72,11 @@ def test_p_values_of_all_small_counts_are_exact(alpha: str) -> None:
 
 def test_counts_must_be_counts() -> None:
     with pytest.raises(InputError, match="integers, got float64 and int64; count, never"):
-        risk_p_value([0.5], [3], 0.1)
-    with pytest.raises(InputError, match="errors must .*0.*got 4 of 3"):
-        risk_p_value([4], [3], 0.1)
-    with pytest.raises(InputError, match="alpha must .*0.*1.*got 1.0"):
-        risk_p_value([1], [3], 1.0)
+        coverage_p_value([0.5], [3], 0.1)
+    with pytest.raises(InputError, match="accepted must .*0.*got 4 of 3"):
+        coverage_p_value([4], [3], 0.1)
+    with pytest.raises(InputError, match="min_coverage must .*0.*1.*got 1.0"):
+        coverage_p_value([1], [3], 1.0)
 
 
 def test_a_sequence_stops_at_its_first_failure() -> None:
@@ -101,7 +101,7 @@ def test_plans_have_the_power_they_promise() -> None:
     for power, n in ((0.8, 2945), (0.9, 3825)):
         assert plan_calibration(0.01, 0.05, 0.7, 0.005, power) == n
         m = rng.binomial(n, 0.7, 20_000)
-        passed = risk_p_value(rng.binomial(m, 0.005), m, 0.01) <= 0.05
+        passed = binomial_cdf(rng.binomial(m, 0.005), m, 0.01) <= 0.05
         assert passed.mean() == pytest.approx(power, abs=0.012)
     assert plan_calibration(0.01, 0.05, None, 0.0) == 299
     assert plan_calibration(0.02, 0.05, 1.0, 0.0) == 149

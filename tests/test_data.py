@@ -22,15 +22,7 @@ from PIL import Image, ImageEnhance, ImageFile
 import stage1_pro
 from stage1_pro.config import AugmentConfig
 from stage1_pro.data.duplicates import WHOLE, near_duplicates, read_pictures
-from stage1_pro.data.images import (
-    ImageError,
-    PreprocessSpec,
-    crop_geometry,
-    preprocess,
-    preprocess_many,
-    read_image,
-    read_opened,
-)
+from stage1_pro.data.images import ImageError, PreprocessSpec, crop_geometry, preprocess, read_image, read_opened
 from stage1_pro.data.photos import Folder
 from stage1_pro.data.splits import Splits, assign, make_splits
 from stage1_pro.data.synthetic import render_pool
@@ -328,15 +320,6 @@ def test_a_strip_is_cropped_without_blowing_it_up() -> None:
     image = picture(5, (2, 1500))
     whole = preprocess(image.crop((0, 700, 2, 800)), spec)
     np.testing.assert_allclose(preprocess(image, spec), whole, atol=0.3)
-
-
-def test_preprocess_many() -> None:
-    spec = PreprocessSpec(height=16, width=24)
-    images = [picture(k) for k in range(3)]
-    batch = preprocess_many(images, spec)
-    assert batch.shape == (3, 3, 16, 24)
-    np.testing.assert_array_equal(batch[1], preprocess(images[1], spec))
-    assert preprocess_many([], spec).shape == (0, 3, 16, 24)
 
 
 # --------------------------------------------------------------------------------------------
@@ -972,7 +955,7 @@ def test_never_upside_down() -> None:
 
 
 def test_iterate_is_in_order_and_plain(files: list[Path]) -> None:
-    expected = preprocess_many([read_image(path) for path in files], SPEC)
+    expected = np.stack([preprocess(read_image(path), SPEC) for path in files])
     for workers in (0, 2):
         batches = list(iterate(files, SPEC, 32, workers))
         assert [len(batch) for batch in batches] == [32, 32, 26]

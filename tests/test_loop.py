@@ -120,7 +120,7 @@ def outcome(loop: Loop) -> dict[str, Any]:
         "pointer": read_pointer(loop.registry.root),
         "edges": [(one["from"], one["to"]) for one in edges],
         "proposals": row.round.proposals,
-        "looks": loop.parts.vault.looks_left("one"),  # type: ignore[attr-defined]
+        "looks": loop.parts.vault.looks_taken("one"),  # type: ignore[attr-defined]
         "aliases": [loop.registry.alias(name).bundle for name in ("champion", "shadow", "canary")],
     }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from stage1_pro.continual.watch.alerts import Alert, Program, Webhook, send_alert
+from stage1_pro.continual.watch.alerts import Alert, Program, Webhook
 from stage1_pro.continual.watch.monitor import (
     Cbpe,
     DriftConfig,
@@ -596,7 +596,7 @@ ALERT = Alert(time=1.0, kind="alarm", title="harm", text="exits are wrong", figu
 def test_a_webhook_tries_again_where_that_can_help(hook, given, delivered, tries) -> None:
     url, got, answers = hook
     answers += given
-    (found,) = send_alert(ALERT, [Webhook(url, wait=0.01)])
+    found = Webhook(url, wait=0.01).send(ALERT)
     assert (found.delivered, found.tries) == (delivered, tries)
     assert found.hook == "127.0.0.1"
     assert "s3cret" not in found.model_dump_json()
@@ -608,9 +608,8 @@ def test_a_webhook_tries_again_where_that_can_help(hook, given, delivered, tries
 def test_a_webhook_that_hangs_or_is_not_there_raises_nothing(hook) -> None:
     url, _, answers = hook
     answers.append(0)
-    slow, gone = send_alert(
-        ALERT, [Webhook(url, timeout=0.2, tries=1), Webhook("http://127.0.0.1:9/x", tries=2, wait=0.01)]
-    )
+    slow = Webhook(url, timeout=0.2, tries=1).send(ALERT)
+    gone = Webhook("http://127.0.0.1:9/x", tries=2, wait=0.01).send(ALERT)
     assert not slow.delivered
     assert "timed out" in slow.reason
     assert (gone.delivered, gone.tries) == (False, 2)
@@ -620,7 +619,7 @@ def test_a_webhook_that_hangs_or_is_not_there_raises_nothing(hook) -> None:
 def test_a_command_gets_the_alert_and_no_shell_reads_it(tmp_path) -> None:
     keep = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.stdin.read())"
     target = tmp_path / "got; touch evil"
-    (found,) = send_alert(ALERT, [Program((sys.executable, "-c", keep, str(target)))])
+    found = Program((sys.executable, "-c", keep, str(target))).send(ALERT)
     assert found.delivered
     assert Alert.parse(target.read_text(), "alert") == ALERT
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
@@ -630,15 +629,9 @@ def test_commands_that_fail_hang_or_do_not_exist_raise_nothing(tmp_path) -> None
     mark = tmp_path / "grandchild"
     hang = f"import subprocess, time; subprocess.Popen(['sh', '-c', 'sleep 2; touch {mark}']); time.sleep(60)"
     began = time.monotonic()
-    failed, hung, missing, deaf = send_alert(
-        ALERT,
-        [
-            Program((sys.executable, "-c", "import sys; sys.exit('no mail today')")),
-            Program((sys.executable, "-c", hang), timeout=0.7),
-            Program(("no-such-program",)),
-            Program(("true",)),
-        ],
-    )
+    failed = Program((sys.executable, "-c", "import sys; sys.exit('no mail today')")).send(ALERT)
+    hung = Program((sys.executable, "-c", hang), timeout=0.7).send(ALERT)
+    missing, deaf = (Program((name,)).send(ALERT) for name in ("no-such-program", "true"))
     assert time.monotonic() - began < 30
     assert (failed.delivered, failed.reason) == (False, "exit code 1: no mail today")
     assert (hung.delivered, hung.reason) == (False, "killed after 0.7 s")
@@ -650,7 +643,7 @@ def test_commands_that_fail_hang_or_do_not_exist_raise_nothing(tmp_path) -> None
 
 
 def test_an_address_that_cannot_be_one_is_reported_without_its_secret() -> None:
-    (found,) = send_alert(ALERT, [Webhook("http://127.0.0.1:9/T0P SECRET", tries=1)])
+    found = Webhook("http://127.0.0.1:9/T0P SECRET", tries=1).send(ALERT)
     assert not found.delivered and "SECRET" not in found.reason and "T0P" not in found.reason
 
 

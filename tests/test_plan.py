@@ -13,7 +13,7 @@ import pytest
 import stage1_pro
 from stage1_pro import cli
 from stage1_pro.errors import InputError
-from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, risk_p_value, selection_rank, trials_needed
+from stage1_pro.policies.bounds import binomial_cdf, coverage_p_value, errors_allowed, selection_rank, trials_needed
 from stage1_pro.policies.planning import certify_power, plan_calibration, scrc_power, smallest_alpha
 from stage1_pro.policies.scrc import SCRC
 from stage1_pro.studies.planning import CalibrationPlan, render
@@ -27,7 +27,7 @@ def test_power_of_a_risk_is_the_share_of_simulated_calibrations_that_certify(n, 
     rng = np.random.default_rng(1)
     trials = rng.binomial(n, share, DRAWS)
     errors = rng.binomial(trials, error)
-    certified = risk_p_value(errors, trials, 0.05) <= 0.05
+    certified = binomial_cdf(errors, trials, 0.05) <= 0.05
     assert certify_power(n, 0.05, 0.05, share, error) == pytest.approx(certified.mean(), abs=NOISE)
 
 
@@ -35,7 +35,7 @@ def test_power_of_the_gate_counts_the_test_of_its_coverage() -> None:
     rng = np.random.default_rng(2)
     trials = rng.binomial(600, 0.74, DRAWS)
     errors = rng.binomial(trials, 0.025)
-    both = (risk_p_value(errors, trials, 0.05) <= 0.05) & (coverage_p_value(trials, np.full(DRAWS, 600), 0.7) <= 0.05)
+    both = (binomial_cdf(errors, trials, 0.05) <= 0.05) & (coverage_p_value(trials, np.full(DRAWS, 600), 0.7) <= 0.05)
     found = certify_power(600, 0.05, 0.05, 0.74, 0.025, min_coverage=0.7)
     assert found == pytest.approx(both.mean(), abs=NOISE)
     assert found < certify_power(600, 0.05, 0.05, 0.74, 0.025) - 0.1

@@ -25,8 +25,8 @@ from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.counts import SWEEP_ROWS, gaps
 from stage1_pro.policies.policy import read_policy
+from stage1_pro.policies.rows import groups_in_error
 from stage1_pro.policies.softmax import GRID, Thresholds, confidence, softmax
-from stage1_pro.policies.units import groups_in_error
 from stage1_pro.training.calibration import render
 
 BINARY = {"classes": ["none", "roadwork"], "positive": "roadwork"}

@@ -98,7 +98,7 @@ def test_the_eleventh_look_raises_and_the_same_question_is_no_new_look(vault):
     given = list(itertools.islice(candidates(), 11))
     for number, candidate in enumerate(given[:10], 1):
         assert ask(vault, candidate, now=float(number)).number == number
-    assert vault.looks_left("one") == 0
+    assert vault.looks_taken("one") == 10
     with pytest.raises(LooksSpentError, match="looks must be at most 10 in guard epoch 'one'"):
         ask(vault, given[10])
     again = ask(vault, given[3], now=99.0)
@@ -111,16 +111,16 @@ def test_the_eleventh_look_raises_and_the_same_question_is_no_new_look(vault):
 
 def test_a_look_is_committed_before_a_label_is_read_and_stays_when_the_question_dies(vault, tmp_path, monkeypatch):
     open_epoch(vault, [0, 1, 0])
-    left = []
+    taken = []
 
     def die(look, *_):
-        left.append(GuardVault(Store(tmp_path / "loop.db")).looks_left("one"))
+        taken.append(GuardVault(Store(tmp_path / "loop.db")).looks_taken("one"))
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
         ask(vault, acts([1, 0, 0]), question=die)
-    assert left == [9]
-    assert vault.looks_left("one") == 9
+    assert taken == [1]
+    assert vault.looks_taken("one") == 1
     # Without the row no label is read: the write fails, and so does the question.
     monkeypatch.setattr(guard, "_looks", guard._looks.to_metadata(type(guard.metadata)(), name="gone"))
     with pytest.raises(Exception, match="gone"):
@@ -168,7 +168,7 @@ def test_only_trusted_labels_that_do_not_change(vault):
     with pytest.raises(InputError, match="epoch must be a new name"):
         vault.open("one", ["a"], ["a"], now=0.0)
     with pytest.raises(InputError, match="epoch must be one of this store"):
-        vault.looks_left("two")
+        vault.looks_taken("two")
     with pytest.raises(InputError, match="some twice"):
         vault.open("two", ["a", "a"], ["a", "a"], now=0.0)
 
@@ -201,7 +201,7 @@ def test_a_look_and_a_label_stay_whoever_writes_to_the_database(store_url):
             connection.execute(text(statement))
     vault.close(open_look, promoted=False)
     vault.label("one", {"b": "roadwork"}, "review")
-    assert vault.looks_left("one") == 8
+    assert vault.looks_taken("one") == 2
     store.close()
 
 
@@ -212,7 +212,7 @@ def test_rows_that_differ_need_labels_and_asking_for_them_takes_no_look(vault):
     assert vault.unlabelled("one", acts([0, 0, 0]), acts([1, 0, 1])) == ["c"]
     with pytest.raises(InputError, match="got 1 without a label, such as 'c'"):
         ask(vault, acts([1, 0, 1]))
-    assert vault.looks_left("one") == 10
+    assert vault.looks_taken("one") == 0
     vault.label("one", {"c": "roadwork"}, "review")
 
     def question(look, truth, differ, clusters):
@@ -248,7 +248,7 @@ def test_a_better_candidate_is_promoted_and_the_verdict_says_by_what(vault, tmp_
     # Killed and resumed: the same look, the same bytes.
     again = judge(vault, champion, candidate, anchor, now=77.0, measured=measured)
     assert again.fingerprint() == verdict.fingerprint()
-    assert vault.looks_left("one") == 9
+    assert vault.looks_taken("one") == 1
 
 
 def test_a_worse_an_equal_and_a_lucky_candidate_are_not(vault):
@@ -289,7 +289,7 @@ def test_what_fails_before_the_guard_takes_no_look(vault, measured, note):
     verdict = judge(vault, champion, candidate, anchor, measured=[measured])
     assert not verdict.promoted
     assert verdict.look is None
-    assert vault.looks_left("one") == 10
+    assert vault.looks_taken("one") == 0
     assert verdict.test(measured.name).note.startswith(note)
     assert "no look was taken" in verdict.test("guard reward").note
 

@@ -26,8 +26,7 @@ from sqlalchemy import text
 
 from stage1_pro.continual.ledger.labels import Label, add_labels, disagreement, ingest, read_labels, resolve
 from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue
-from stage1_pro.continual.ledger.review_page import ReviewServer
-from stage1_pro.continual.ledger.reviewing import review
+from stage1_pro.continual.ledger.reviewing import ReviewServer, review
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, uniform
 from stage1_pro.errors import InputError
@@ -609,7 +608,7 @@ def test_the_command_serves_ingests_and_ends(tmp_path: Path, log: EventLog) -> N
     assert result["purged"] == 1 and result["ingested"] == 2
     assert result["progress"]["answered_here"] == 1 and token in errors
     store = Store(tmp_path)
-    assert resolve(store)["e00000"].annotator == "ada"
+    assert [(one.event_id, one.annotator) for one in read_labels(store)] == [("e00000", "ada")]
     store.close()
 
 

@@ -261,7 +261,7 @@ def test_a_label_dated_back_while_collecting_was_killed_stops_nothing(tmp_path: 
     answer(rounds, event, "roadwork", at=600.0)
     again = rounds.collect(work)
     assert again["guard"] != first["guard"] and again["n_guard"] == first["n_guard"]
-    assert rounds.vault.looks_left(again["guard"]) == 10
+    assert rounds.vault.looks_taken(again["guard"]) == 0
 
 
 def test_guard_rows_that_judged_nobody_go_on_to_the_next_round_and_what_certified_does_not(
@@ -289,7 +289,7 @@ def test_guard_rows_that_judged_nobody_go_on_to_the_next_round_and_what_certifie
     decided = Actions(np.zeros(len(more), dtype=np.int64), np.zeros(len(more), dtype=bool))
     classes = {"classes": ("none", "roadwork"), "positive": "roadwork"}
     rounds.vault.judge(second, nobody, decided, lambda *_: None, terms="", name="c", now=1.0, **classes)
-    assert rounds.vault.looked(second) and not rounds.vault.looked(first)
+    assert rounds.vault.looks_taken(second) and not rounds.vault.looks_taken(first)
     deal(rounds, 60, first=2100)
     _, last, _ = collected(3, 3000.0)
     assert last and not last & more
@@ -602,7 +602,7 @@ def test_a_slow_candidate_is_refused_without_a_look(tmp_path: Path, bundle: Path
     rounds, work = to_judge(tmp_path, bundle, rival, largest_slowdown=0.01)
     verdict = rounds.evaluate(work)
     assert verdict.reason == "no promotion: latency over the champion's"
-    assert verdict.look is None and rounds.vault.looks_left("one") == 10
+    assert verdict.look is None and rounds.vault.looks_taken("one") == 0
     assert names(verdict).keys().isdisjoint({"anchor reward"})  # nothing was decided for it
 
 
@@ -643,7 +643,7 @@ def test_a_graph_that_is_not_the_certified_one_is_refused(tmp_path: Path, bundle
     parity = verdict.test("parity with its reference")
     assert not parity.passed and (parity.estimate or 0) > 1e-2
     assert verdict.test("latency over the champion's").note.startswith("not measured: not timed")
-    assert verdict.look is None and rounds.vault.looks_left("one") == 10
+    assert verdict.look is None and rounds.vault.looks_taken("one") == 0
 
 
 def aged(bundle: Path, out: Path) -> Path:
@@ -714,7 +714,7 @@ def test_killed_while_it_judges_it_comes_back_to_the_same_verdict(
         measured.result["latency"]["high"],
     )
     assert rounds.evaluate(work).fingerprint() == verdict.fingerprint()
-    assert rounds.vault.looks_left("one") == 9
+    assert rounds.vault.looks_taken("one") == 1
 
 
 # --------------------------------------------------------------------------------------------

@@ -959,5 +959,5 @@ def test_evaluate_exits_with_7_where_a_promise_fails(tmp_path: Path, capsys: pyt
 def test_the_statistics_behind_a_record_are_those_it_came_from() -> None:
     policy = fit(made(), cells="class", score="aps")
     found = policy.statistics
-    assert [cell.name for cell in found.cells] == ["0", "1"] and found.threshold == policy.lambda_1
+    assert [cell.name for cell in found.cells] == policy.classes and found.threshold == policy.lambda_1
     assert found.coverage == policy.coverage and found.rank == policy.rank

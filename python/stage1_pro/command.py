@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -126,20 +127,16 @@ class Command(BaseModel):
             made = cls(**given)
         except ValidationError as error:
             raise InputError(refusal(error, cls, spelled)) from None
-        for names in cls._alternatives().values():
+        alternatives: dict[str, list[str]] = defaultdict(list)
+        for name, field in cls.model_fields.items():
+            alternatives[_flag(field).one_of].append(name)
+        alternatives.pop("", None)
+        for names in alternatives.values():
             found = [spelled(name) for name in names if getattr(made, name) is not None]
             if len(found) != 1:
                 wish = " or ".join(spelled(name) for name in names)
                 raise InputError(f"exactly one of {wish} must be given, got {' and '.join(found) or 'none'}")
         return made
-
-    @classmethod
-    def _alternatives(cls) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name, field in cls.model_fields.items():
-            if _flag(field).one_of:
-                found.setdefault(_flag(field).one_of, []).append(name)
-        return found
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
@@ -154,7 +151,8 @@ class Command(BaseModel):
                 where = groups[flag.one_of] = parser.add_mutually_exclusive_group(required=True)
             elif where is None:
                 where = groups[flag.group] = parser.add_argument_group(flag.group)
-            where.add_argument(*_names(name, flag), help=_help(field), **_how(name, field, flag))
+            words = filter(None, (flag.spelled(name), flag.also))
+            where.add_argument(*words, help=_help(field), **_how(name, field, flag))
 
     @classmethod
     def more_help(cls) -> str:
@@ -208,12 +206,6 @@ def _default(field: FieldInfo) -> Any:
 
 def _flag(field: FieldInfo) -> Flag:
     return next((one for one in field.metadata if isinstance(one, Flag)), Flag())
-
-
-def _names(name: str, flag: Flag) -> list[str]:
-    if flag.positional:
-        return [name]
-    return [one for one in (flag.spelled(name), flag.also) if one]
 
 
 def _help(field: FieldInfo) -> str:

@@ -9,18 +9,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage1_pro.errors import Stage1Error
 from stage1_pro.files import write_text
 from stage1_pro.metrics import table
-from stage1_pro.metrics.answers import FnrCheck, Measure
+from stage1_pro.metrics.answers import Measure
 from stage1_pro.metrics.estimate import FEW_ERRORS
 from stage1_pro.metrics.figures import training_png
 from stage1_pro.metrics.selective import relative_cost
-from stage1_pro.policies.certificate import SetCheck
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX
 from stage1_pro.policies.sets import percent
@@ -133,12 +131,9 @@ def write_report(
         "report.html.j2",
         evaluation=evaluation,
         policy=policy,
-        story=_story(evaluation),
         check=evaluation.fnr_check,
-        verdict=None if evaluation.fnr_check is None else _verdict(evaluation.fnr_check, evaluation.positive),
         sets=evaluation.verification,
         promised=[] if policy is None else policy.story(),
-        settled=[] if evaluation.verification is None else _settled(evaluation.verification),
         quality=_table(evaluation),
         quality_names=[table.title(name) for name in QUALITY],
         suite=_suite(evaluation, notes),
@@ -148,9 +143,9 @@ def write_report(
         exits=_exit_table(evaluation) if policy else [],
         exit_names=[table.title(name) for name in EXITS],
         effects=evaluation.effects,
-        apart=_apart(evaluation) if policy else "",
+        apart=evaluation.measure("accuracy_minus_stage_b") if policy else None,
         examples=examples,
-        saved=_saved(evaluation),
+        cost=_cost(evaluation),
         grid=_grid(policy) if policy else [],
         pictures=pictures,
         # Where every row is a group of its own the table would be the mistakes again.
@@ -187,129 +182,37 @@ def short_note(note: str) -> str:
 
 def page(template: str, **values: object) -> str:
     """Fill one of the package's HTML templates; every value is escaped, a missing one is an error."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    def read(name: str) -> str:
-        return files("stage1_pro").joinpath("templates", name).read_text(encoding="utf-8")
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=PackageLoader("stage1_pro"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters["png"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "many": _many, "wrong": _wrong, "points": _points, "short": short_note}
     environment.filters["stage"] = lambda name: {"stage_a": "Stage A", "stage_b": "Stage B"}[name]
     return environment.get_template(template).render(**values)
 
 
-def _story(evaluation: Evaluation) -> list[str]:
-    """The opening: what happened to the photos, as sentences anybody can read."""
-    n, positive, wrong = evaluation.n_rows, evaluation.positive, evaluation.n_mistakes
-    groups = f" from {evaluation.n_groups} separate groups (clips, tracks or places)" if evaluation.n_groups < n else ""
-    kept = (
-        f"{_photos(n)}{groups} were kept aside and shown to the model only for this page. It sorts them into "
-        f"{len(evaluation.classes)} classes; the one that must not be missed is “{positive}”."
-    )
-    if evaluation.n_exited is None:
-        answered = (
-            f"Stage A answered all of them and was wrong on {wrong} ({percent(wrong / n)}). "
-            "There is no exit policy yet, so nothing says when its answer is good enough."
-        )
-        return [kept, answered]
-    exited, deferred = evaluation.n_exited, n - evaluation.n_exited
-    answered = f"Stage A was sure enough to answer {_photos(exited)} ({percent(exited / n)})"
-    answered += f" and was wrong on {_wrong(evaluation.measure('exit_accuracy', 'stage_a'))}. " if exited else ". "
-    if deferred:
-        rest = _wrong(evaluation.measure("deferred_accuracy", "stage_b"))
-        answered += f"The other {deferred} went to Stage B, which was wrong on {rest}. "
-    answered += f"Together: {wrong} wrong answers in {_photos(n)} ({percent(wrong / n)})."
-    return [kept, answered, _missed(evaluation)]
+def _cost(evaluation: Evaluation) -> float | None:
+    """Share of a full pass's blocks that the cascade ran; None where the tap is not known."""
+    if evaluation.tap is None or evaluation.n_blocks is None or evaluation.n_exited is None:
+        return None
+    return float(relative_cost(evaluation.n_exited / evaluation.n_rows, evaluation.tap, evaluation.n_blocks))
 
 
-def _missed(evaluation: Evaluation) -> str:
-    """The sentence on positives that Stage A let go as something else."""
-    measure, positive = evaluation.measure("fnr_on_exited", "stage_a"), evaluation.positive
-    if measure.value is None:
-        return f"No “{positive}” photo was answered by Stage A, so its rate of misses there is unknown."
-    count = round(measure.value * measure.n)
-    return (
-        f"Of the {measure.n} “{positive}” photos that Stage A answered, {count} "
-        f"{'was' if count == 1 else 'were'} called something else ({percent(measure.value)})."
-    )
-
-
-def _verdict(check: FnrCheck, positive: str) -> str:
-    """What was measured of the target on missed positives, for anybody."""
-    if check.value is None:
-        return f"No “{positive}” photo was answered by Stage A, so nothing is known about its misses there."
-    if check.n_groups == check.n_positives:
-        unit, bound = _photos(check.n_positives), "of that rate"
-    else:
-        unit = f"{check.n_groups} group" + ("" if check.n_groups == 1 else "s")
-        bound = "of the rate, by whole groups,"
-    end = {
-        "holds": "Even that bound meets the aim.",
-        "not shown": "The rate meets the aim, that bound does not: it takes more test photos to tell.",
-        "exceeded": "The measured rate itself is above the aim.",
-    }[check.outcome]
-    return (
-        f"The aim, set on the calibration photos, was to miss at most {percent(check.target)} of the “{positive}” "
-        f"photos that Stage A answers. Here it missed {check.n_missed} of {check.n_positives} "
-        f"({percent(check.value)}). That rests on {unit}: the {check.level:.0%} upper bound {bound} is "
-        f"{percent(check.upper_bound)}. {end}"
-    )
-
-
-def _settled(check: SetCheck) -> list[str]:
-    """How many rows would settle each promise that is open, for anybody."""
-    unit = "photos" if check.unit == "rows" else "groups"
-    return [
-        f"{one.name[0].upper()}{one.name[1:]}: about {one.n_to_settle} test {unit} in all would settle it, if rates "
-        f"stay as seen (there are {check.n})."
-        if one.n_to_settle is not None
-        else f"{one.name[0].upper()}{one.name[1:]}: at the rate seen no number of test {unit} is known to settle it."
-        for one in check.promises
-        if one.source is None and one.outcome == "INCONCLUSIVE"
-    ]
-
-
-def _apart(evaluation: Evaluation) -> str:
-    """The sentence on the cascade's accuracy against Stage B answering everything."""
-    found = evaluation.measure("accuracy_minus_stage_b")
-    if found.value is None:
-        return ""
-
-    def points(value: float) -> str:
-        return f"{100 * value:+.2f}".replace("-", "−")
-
-    text = (
-        f"The cascade's accuracy minus that of Stage B answering every photo: {points(found.value)} percentage points"
-    )
-    if found.low is None or found.high is None:
-        return f"{text}; {short_note(found.note) or 'no interval'}."
-    return f"{text} ({evaluation.level:.0%} interval {points(found.low)} to {points(found.high)}, paired, by group)."
-
-
-def _saved(evaluation: Evaluation) -> str:
-    """The sentence on what exits save, by blocks alone; empty where the tap is not known."""
-    tap, n_blocks = evaluation.tap, evaluation.n_blocks
-    if tap is None or n_blocks is None or evaluation.n_exited is None:
-        return ""
-    if tap == n_blocks:
-        return "Stage A reads the last block: an exit saves nothing but Stage B's head."
-    cost = float(relative_cost(evaluation.n_exited / evaluation.n_rows, tap, n_blocks))
-    return (
-        f"Stage A ends after {tap} of {n_blocks} blocks, so the cascade ran {percent(cost)} of the blocks of a full "
-        f"pass: {1 / cost:.2f} times faster at best."
-    )
-
-
-def _photos(n: int) -> str:
-    return f"{n} photo" + ("" if n == 1 else "s")
+def _many(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def _wrong(accuracy: Measure) -> str:
+    """How many answers were wrong, and their share."""
     value = accuracy.value or 0.0
     return f"{accuracy.n - round(value * accuracy.n)} ({percent(1 - value)})"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}".replace("-", "−")
 
 
 def _sources(evaluation: Evaluation) -> list[str | None]:

@@ -16,7 +16,7 @@ GROUP = "stage1_pro.commands"
 # Name on the command line: home and summary, in the order of root help.
 COMMANDS: dict[str, tuple[str, str]] = {
     "split": (".split:Split", "cut labelled images into train, val_select, val_calib and val_test"),
-    "explora": (".explora:Explora", "adapt the backbone to unlabelled images, and keep it where that helps"),
+    "explora": (".train:Explora", "adapt the backbone to unlabelled images, and keep it where that helps"),
     "train": (".train:Train", "train both stages on the splits of a run"),
     "compare": (".compare:Compare", "train configurations alike but for their keys, over seeds, and compare them"),
     "merge": (".merge:Merge", "write the plain backbone that an adapter makes of its base"),

@@ -34,12 +34,8 @@ def doctor() -> dict[str, Any]:
     from stage1_pro.deploy.engine import BUILDERS
     from stage1_pro.deploy.runtime import RUNTIMES
 
-    missing: dict[str, str] = {}
-    base = {name: _version(name) for name in BASE}
-    train = {name: _version(name) for name in TRAIN}
-    for name, found in base.items():
-        if found is None:
-            missing[name] = "pip install -c constraints.txt stage1_pro"
+    base, train = ({name: _version(name) for name in names} for names in (BASE, TRAIN))
+    missing = {name: "pip install -c constraints.txt stage1_pro" for name, found in base.items() if found is None}
     if None in train.values():
         names = ", ".join(name for name, found in train.items() if found is None)
         missing[f"training and export ({names})"] = _command("train")
@@ -96,12 +92,8 @@ def render(facts: dict[str, Any]) -> str:
         f"runtimes    {', '.join(facts['runtimes'])}",
         f"builders    {listing(facts['builders'])}",
     ]
-    if facts["missing"]:
-        lines.append("missing")
-        lines += [f"  {name}\n    {command}" for name, command in facts["missing"].items()]
-    else:
-        lines.append("nothing is missing")
-    return "\n".join(lines)
+    lines.append("missing" if facts["missing"] else "nothing is missing")
+    return "\n".join([*lines, *(f"  {name}\n    {command}" for name, command in facts["missing"].items())])
 
 
 def _command(extra: str) -> str:

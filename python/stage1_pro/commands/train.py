@@ -1,4 +1,4 @@
-"""``stage1 train``."""
+"""``stage1 train`` and ``stage1 explora``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from stage1_pro.command import Command, Flag, Result, option
+from stage1_pro.command import Command, Flag, Place, Result, option
 from stage1_pro.config import Config, Mode, describe, load_config
 
 Overrides = Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE", repeated=True)]
@@ -59,3 +59,21 @@ class Train(Configured, topic="train"):
             f"wrote {result.run}/model_best.pth; next: stage1 calibrate --run {result.run}"
         )
         return Result(text, {**asdict(result), "run": str(result.run)})
+
+
+class Explora(Configured, topic="explora"):
+    """Adapt the backbone to unlabelled images, and keep it where that helps."""
+
+    images: Place = option(..., "the pool: a folder or tar, or a CSV with file[,group]")
+    run: Path = option(..., "run folder with splits.json")
+    base: Place | None = option(None, "backbone to adapt: preset, folder or hub id; model.backbone otherwise")
+    overwrite: bool = option(False, "forget an earlier adaptation of this run")
+
+    def execute(self) -> Result:
+        """Print what the judges said and which backbone was kept."""
+        from stage1_pro.training.exploration import explora, render
+
+        record = explora(
+            self.images, self.run, self.given(), base=self.base, resume=self.resume, overwrite=self.overwrite
+        )
+        return Result(render(record, self.run), record.model_dump(mode="json"))

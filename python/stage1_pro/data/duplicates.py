@@ -168,18 +168,13 @@ def cluster_copies(photos: Photos, files: Sequence[str]) -> list[str]:
 
 def _components(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     """The smallest of those that pairs tie to each of 0 .. n - 1."""
-    parent = list(range(n))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root_of(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, j in pairs:
-        a, b = sorted((root_of(i), root_of(j)))
-        parent[b] = a
-    return [root_of(i) for i in range(n)]
+    i, j = np.asarray(list(pairs), dtype=np.int64).reshape(-1, 2).T
+    _, component = connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(n, n)), directed=False)
+    first = np.unique(component, return_index=True)[1]
+    return cast("list[int]", first[component].tolist())
 
 
 def join_groups(

@@ -9,7 +9,7 @@ import contextlib
 import io
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -119,14 +119,9 @@ def read_image(source: ImageFile | BinaryIO | bytes, max_pixels: float = MAX_PIX
 
 
 def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
-    try:
-        with _QUIET, Image.open(file, formats=FORMATS) as image:
-            _check_size(image.size, name, max_pixels)
-            return upright_rgb(image, name)
-    except ImageError:
-        raise
-    except Exception as error:  # noqa: BLE001  Pillow lets a dozen kinds out, of its parsers as of its decoders
-        raise ImageError(name, *_explain(error, file)) from None
+    with _explained(name, file), Image.open(file, formats=FORMATS) as image:
+        _check_size(image.size, name, max_pixels)
+        return upright_rgb(image, name)
 
 
 def read_opened(image: Image.Image, name: str = "image", max_pixels: float = MAX_PIXELS) -> Image.Image:
@@ -143,14 +138,9 @@ def read_opened(image: Image.Image, name: str = "image", max_pixels: float = MAX
     # MPO: how a JPEG plugin calls a JPEG with several pictures.
     if image.format not in (None, "MPO", *FORMATS):
         raise ImageError(name, "unsupported", f"the format {image.format}")
-    try:
-        with _QUIET:
-            _check_size(image.size, name, max_pixels)
-            return upright_rgb(image, name)
-    except ImageError:
-        raise
-    except Exception as error:  # noqa: BLE001  as in read_image
-        raise ImageError(name, *_explain(error, io.BytesIO(b"opened"))) from None
+    with _explained(name, io.BytesIO(b"opened")):
+        _check_size(image.size, name, max_pixels)
+        return upright_rgb(image, name)
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: float) -> None:
@@ -161,6 +151,18 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: float) -> None:
         raise ImageError(name, "damaged", "no pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(name, "unsupported", f"{width} x {height} pixels, a strip and no picture")
+
+
+@contextlib.contextmanager
+def _explained(name: str, file: BinaryIO) -> Iterator[None]:
+    """Silence Pillow's warnings, and say what was wrong with the file where it fails."""
+    try:
+        with _QUIET:
+            yield
+    except ImageError:
+        raise
+    except Exception as error:  # noqa: BLE001  Pillow lets a dozen kinds out, of its parsers as of its decoders
+        raise ImageError(name, *_explain(error, file)) from None
 
 
 def _explain(error: Exception, file: BinaryIO) -> tuple[Reason, str]:
@@ -267,12 +269,6 @@ def normalise(pixels: NDArray[np.float32], spec: PreprocessSpec) -> NDArray[np.f
     pixels -= np.asarray(spec.mean, dtype=np.float32)[:, None, None]
     pixels /= np.asarray(spec.std, dtype=np.float32)[:, None, None]
     return pixels
-
-
-def preprocess_many(images: Iterable[Image.Image], spec: PreprocessSpec) -> NDArray[np.float32]:
-    """Preprocess images to one batch [N, 3, H, W] float32; N may be 0."""
-    batch = [preprocess(image, spec) for image in images]
-    return np.stack(batch) if batch else np.empty((0, 3, spec.height, spec.width), dtype=np.float32)
 
 
 def _resize(channel: Image.Image, spec: PreprocessSpec) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ processes decide nothing.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import shutil
@@ -45,16 +46,17 @@ class PixelBatch:
     files: list[str]
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The permutation of ``n`` rows that an epoch goes through."""
-    return np.random.Generator(np.random.Philox(key=_key(seed, epoch, _ORDER))).permutation(n)
-
-
 _ORDER = (1 << 32) - 1
 
 
-def _key(seed: int, epoch: int, row: int) -> NDArray[np.uint64]:
-    return np.asarray([seed & (2**64 - 1), (epoch << 32) | row], dtype=np.uint64)
+def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The permutation of ``n`` rows that an epoch goes through."""
+    return _generator(seed, epoch, _ORDER).permutation(n)
+
+
+def _generator(seed: int, epoch: int, row: int) -> np.random.Generator:
+    key = np.asarray([seed & (2**64 - 1), (epoch << 32) | row], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 class TrainLoader:
@@ -208,14 +210,9 @@ class _Images(Dataset[Any]):
         return image
 
 
-class _ToTensor:
+def _sent(shared: bool, batch: Any) -> Any:
     """What a worker sends: a tensor in shared memory, or an array through the pipe where that is too small."""
-
-    def __init__(self, shared: bool) -> None:
-        self._shared = shared
-
-    def __call__(self, batch: Any) -> Any:
-        return torch.from_numpy(batch) if self._shared and not isinstance(batch, str) else batch
+    return torch.from_numpy(batch) if shared and not isinstance(batch, str) else batch
 
 
 def _loader(images: _Images, plan: _Plan, workers: int, size: int, *, persistent: bool = True) -> DataLoader[Any]:
@@ -225,7 +222,7 @@ def _loader(images: _Images, plan: _Plan, workers: int, size: int, *, persistent
             images,
             batch_sampler=plan,
             num_workers=workers,
-            collate_fn=_ToTensor(_shared_memory() > 4 * workers * size),
+            collate_fn=functools.partial(_sent, _shared_memory() > 4 * workers * size),
             persistent_workers=persistent and workers > 0,
             # Linux: workers start at once, with what is loaded already.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -283,9 +280,8 @@ def augmented(
     is black), mirrored, blurred and recoloured. The part's area and aspect ratio are relative to what evaluation
     sees: the whole picture for ``stretch``, the largest part of the target's shape for ``crop``.
     """
-    rng = np.random.Generator(np.random.Philox(key=_key(seed, epoch, row)))
     # All draws in a fixed order, used or not: switching one step off leaves the others as they are.
-    u = rng.random(13)
+    u = _generator(seed, epoch, row).random(13)
 
     def between(k: int, low: float, high: float) -> float:
         return low + (high - low) * float(u[k])
@@ -306,18 +302,16 @@ def augmented(
         sigma = between(8, *augment.blur_sigma)
         for axis in (1, 2):
             pixels = gaussian_filter1d(pixels, sigma, axis=axis, mode="nearest")
-    pixels = _recolour(
-        pixels,
-        brightness=between(9, 1 - augment.brightness, 1 + augment.brightness),
-        contrast=between(10, 1 - augment.contrast, 1 + augment.contrast),
-        saturation=between(11, 1 - augment.saturation, 1 + augment.saturation),
-        hue=between(12, -augment.hue, augment.hue),
+    brightness, contrast, saturation = (
+        between(9 + k, 1 - most, 1 + most)
+        for k, most in enumerate((augment.brightness, augment.contrast, augment.saturation))
     )
-    return normalise(pixels, spec)
+    hue = between(12, -augment.hue, augment.hue)
+    return normalise(_recolour(pixels, brightness, contrast, saturation, hue), spec)
 
 
 def _recolour(
-    pixels: NDArray[np.float32], *, brightness: float, contrast: float, saturation: float, hue: float
+    pixels: NDArray[np.float32], brightness: float, contrast: float, saturation: float, hue: float
 ) -> NDArray[np.float32]:
     """Brightness, contrast around the mean grey, saturation and hue (in turns) as one affine map of colours."""
     cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
@@ -346,20 +340,16 @@ def _region(
     cos, sin = math.cos(angle), math.sin(angle)
     # The upright box around the turned one, as far as there is picture, at the target's scale; then one small turn.
     reach_x, reach_y = (w * abs(cos) + h * abs(sin)) / 2, (w * abs(sin) + h * abs(cos)) / 2
-    outer = (
-        max(0.0, x - reach_x),
-        max(0.0, y - reach_y),
-        min(float(image.width), x + reach_x),
-        min(float(image.height), y + reach_y),
-    )
-    outer_w, outer_h = outer[2] - outer[0], outer[3] - outer[1]
+    near_x, near_y = max(0.0, x - reach_x), max(0.0, y - reach_y)
+    far_x, far_y = min(float(image.width), x + reach_x), min(float(image.height), y + reach_y)
+    outer_w, outer_h = far_x - near_x, far_y - near_y
     size = (max(1, round(outer_w * target[0] / w)), max(1, round(outer_h * target[1] / h)))
-    upright = _part(image, outer, size, resample)
+    upright = _part(image, (near_x, near_y, far_x, far_y), size, resample)
     # From target coordinates to the picture, then to the upright part.
     to_x, to_y, step_x, step_y = size[0] / outer_w, size[1] / outer_h, w / target[0], h / target[1]
     a, b, d, e = cos * step_x * to_x, -sin * step_y * to_x, sin * step_x * to_y, cos * step_y * to_y
-    c = (x - outer[0]) * to_x - a * target[0] / 2 - b * target[1] / 2
-    f = (y - outer[1]) * to_y - d * target[0] / 2 - e * target[1] / 2
+    c = (x - near_x) * to_x - a * target[0] / 2 - b * target[1] / 2
+    f = (y - near_y) * to_y - d * target[0] / 2 - e * target[1] / 2
     turn = (a, b, c, d, e, f)
     return _floats(upright.transform(target, Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR, fillcolor=0))
 

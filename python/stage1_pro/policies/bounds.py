@@ -7,32 +7,17 @@ NumPy and SciPy only. Each says which hypothesis it speaks of and where it comes
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betainc, betaincinv, ndtri, xlogy
+from scipy.special import betainc, ndtri
 
 from stage1_pro.errors import InputError
 
 # -------------------------------------------------------------------------------- 0/1 losses: exact binomial
-
-
-def risk_p_value(errors: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
-    """P(Bin(m, alpha) <= k): the exact p-value of "the risk is above alpha", in [0, 1]; small is evidence against.
-
-    Super-uniform under that hypothesis given m, so a random number of accepted rows is fine (Learn then Test,
-    2110.01052, on 0/1 losses). No trial gives 1. Counts are integers: k from a float mean is off by one often.
-
-    Args:
-        errors: k, integers of any shape.
-        trials: m, integers of the same shape.
-        alpha: inside (0, 1).
-    """
-    k, m = _counts("errors", errors, "trials", trials)
-    check_share("alpha", alpha)
-    return binomial_cdf(k, m, alpha)
 
 
 def coverage_p_value(accepted: ArrayLike, n: ArrayLike, min_coverage: float) -> NDArray[np.float64]:
@@ -43,13 +28,24 @@ def coverage_p_value(accepted: ArrayLike, n: ArrayLike, min_coverage: float) -> 
         n: all rows or groups, integers of the same shape.
         min_coverage: c0, inside (0, 1).
     """
-    count, total = _counts("accepted", accepted, "n", n)
+    count, total = np.asarray(accepted), np.asarray(n)
+    if count.dtype.kind not in "iu" or total.dtype.kind not in "iu":
+        raise InputError(f"accepted and n must be integers, got {count.dtype} and {total.dtype}; count, never average")
+    count, total = np.broadcast_arrays(count, total)
+    bad = np.flatnonzero((count < 0) | (count > total))
+    if bad.size:
+        raise InputError(f"accepted must be from 0 to n, got {count.flat[bad[0]]} of {total.flat[bad[0]]}")
     check_share("min_coverage", min_coverage)
     return np.where(count > 0, betainc(np.maximum(count, 1), total - count + 1.0, min_coverage), 1.0)
 
 
 def binomial_cdf(k: NDArray[np.float64], m: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """P(Bin(m, alpha) <= k), also between integers; the regularised beta function, exact to rounding."""
+    """P(Bin(m, alpha) <= k), also between integers; the regularised beta function, exact to rounding.
+
+    For k errors of m trials it is the exact p-value of "the risk is above alpha", super-uniform under it given m, so a
+    random number of accepted rows is fine (Learn then Test, 2110.01052, on 0/1 losses). No trial gives 1. Counts are
+    integers: k from a float mean is off by one often.
+    """
     inside = k < m
     return np.asarray(
         np.where(inside, betainc(np.where(inside, m - k, 1.0), k + 1.0, 1 - alpha), 1.0), dtype=np.float64
@@ -82,12 +78,21 @@ def trials_needed(errors: int, alpha: float, delta: float) -> int:
     """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
     check_share("alpha", alpha)
     check_share("delta", delta)
-    low, high = errors, max(errors, 1)
-    while int(errors_allowed(high, alpha, delta)) < errors:
+    found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, 1))
+    assert found is not None
+    return found
+
+
+def first_enough(enough: Callable[[int], bool], start: int, most: float = math.inf) -> int | None:
+    """The smallest number from ``start`` that is enough, when more is never less; None beyond ``most``."""
+    low, high = start - 1, start
+    while not enough(high):
         low, high = high, 2 * high
+        if high > most:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if int(errors_allowed(middle, alpha, delta)) >= errors else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
 
@@ -108,62 +113,11 @@ def selection_rank(n: int, xi: float, delta: float) -> int | None:
     """
     check_share("xi", xi)
     check_share("delta", delta)
-    low, high = 0, n + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if betainc(middle, n + 1 - middle, xi) <= delta else (middle, high)
-    return high if high <= n else None
-
-
-def selection_bounds(rank: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided bounds of the coverage strictly above the ``rank``-th largest of n scores, from its law Beta(M, n+1-M).
-
-    Args:
-        rank: M, from 1 to n.
-        n: calibration rows or groups.
-        level: chance that the coverage lies between, inside (0, 1).
-    """
-    check_share("level", level)
-    if not 1 <= rank <= n:
-        raise InputError(f"rank must be from 1 to n = {n}, got {rank}; the largest score has rank 1")
-    low, high = betaincinv(rank, n + 1 - rank, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    rank = 1 + bisect_left(range(1, n + 1), True, key=lambda m: bool(betainc(m, n + 1 - m, xi) <= delta))
+    return rank if rank <= n else None
 
 
 # -------------------------------------------------------------------------------- losses in [0, 1]
-
-
-def hoeffding_bentkus_p_value(total: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
-    """p-value of "the mean loss is above alpha" for independent losses in [0, 1]; small is evidence against.
-
-    min(exp(-m h1(min(S/m, alpha), alpha)), e P(Bin(m, alpha) <= ceil(S))): Hoeffding 1963 and Bentkus 2004, joined as
-    in Learn then Test (2110.01052, prop. 1). For 0/1 losses ``risk_p_value`` is exact and never larger.
-
-    Args:
-        total: S, the sum of the losses, in [0, m], any shape.
-        trials: m, integers of the same shape.
-        alpha: inside (0, 1).
-    """
-    check_share("alpha", alpha)
-    s, m = np.broadcast_arrays(np.asarray(total, dtype=np.float64), np.asarray(trials, dtype=np.float64))
-    if not ((s >= 0) & (s <= m)).all():
-        raise InputError("total must be from 0 to trials; losses must be in [0, 1]")
-    mean = np.minimum(s / np.maximum(m, 1), alpha)
-    h1 = xlogy(mean, mean / alpha) + xlogy(1 - mean, (1 - mean) / (1 - alpha))
-    bentkus = np.minimum(math.e * binomial_cdf(np.ceil(s), m, alpha), 1.0)
-    return np.asarray(np.minimum(np.exp(-m * h1), bentkus), dtype=np.float64)
-
-
-def hoeffding_bentkus_upper(total: float, trials: int, delta: float) -> float:
-    """Upper bound of a mean loss at level 1 - delta, in [0, 1]: ``hoeffding_bentkus_p_value`` rejects what is above it.
-
-    Args:
-        total: sum of the losses.
-        trials: how many; 0 gives 1.
-        delta: inside (0, 1).
-    """
-    check_share("delta", delta)
-    return _smallest(lambda alpha: float(hoeffding_bentkus_p_value(total, trials, alpha)) <= delta)
 
 
 def betting_p_value(
@@ -355,19 +309,6 @@ def _losses(losses: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray[np.fl
         if not ((values >= 0) & (values <= 1)).all():
             raise InputError(f"{name} must be in [0, 1], got others; scale them")
     return loss, weight
-
-
-def _counts(name: str, part: ArrayLike, of: str, whole: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    counted, total = np.asarray(part), np.asarray(whole)
-    if counted.dtype.kind not in "iu" or total.dtype.kind not in "iu":
-        raise InputError(
-            f"{name} and {of} must be integers, got {counted.dtype} and {total.dtype}; count, never average"
-        )
-    counted, total = np.broadcast_arrays(counted, total)
-    bad = np.flatnonzero((counted < 0) | (counted > total))
-    if bad.size:
-        raise InputError(f"{name} must be from 0 to {of}, got {counted.flat[bad[0]]} of {total.flat[bad[0]]}")
-    return counted.astype(np.float64), total.astype(np.float64)
 
 
 def check_share(name: str, value: float) -> None:

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.metrics.binomial import clopper_pearson_upper
-from stage1_pro.policies.bounds import (
-    betting_p_value,
-    betting_upper,
-    binary_search,
-    binomial_cdf,
-    bonferroni,
-    coverage_p_value,
-    crc_budget,
-    exact,
-    fixed_sequence,
-    holm,
-)
-from stage1_pro.policies.certificate import RiskCounts
+from stage1_pro.policies import bounds
+from stage1_pro.policies.certificate import Method, RiskCounts
 
-Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
-Unit = Literal["rows", "groups", "group_means"]
 # These speak of the joint share P(error and accepted), which cannot fall as the threshold gets laxer.
 JOINT = ("rcps", "crc")
 
@@ -72,12 +58,12 @@ class Counts:
         """Of "the coverage is below its limit" at candidates [T]; 0 where there is no limit."""
         if self.min_coverage is None:
             return np.zeros(at.size)
-        return coverage_p_value(self.accepted[at], self.n, self.min_coverage)
+        return bounds.coverage_p_value(self.accepted[at], self.n, self.min_coverage)
 
     def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of "a risk is above its limit": the largest of the risks' at candidates [T]."""
         found = [
-            binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), risk.alpha)
+            bounds.binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), risk.alpha)
             for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
         ]
         return np.asarray(np.max(found, axis=0), dtype=np.float64)
@@ -88,7 +74,7 @@ class Counts:
         return tuple(
             RiskCounts(
                 name=risk.name, alpha=risk.alpha, trials=m, errors=k, bound=clopper_pearson_upper(k, m, 1 - level),
-                p_value=float(binomial_cdf(np.array(float(k)), np.array(float(m)), risk.alpha)),
+                p_value=float(bounds.binomial_cdf(np.array(float(k)), np.array(float(m)), risk.alpha)),
             )
             for risk, (k, m) in zip(self.risks, counts, strict=True)
         )  # fmt: skip
@@ -108,7 +94,7 @@ class Counts:
     def within_crc(self, i: int) -> bool:
         """Whether that is within every limit, in exact integers."""
         return all(
-            int(k[i]) <= crc_budget(risk.alpha, int(m[i]))
+            int(k[i]) <= bounds.crc_budget(risk.alpha, int(m[i]))
             for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
         )
 
@@ -159,7 +145,7 @@ class Means:
         if self.min_coverage is None:
             return np.zeros(at.size)
         wish = 1 - self.min_coverage
-        return np.array([betting_p_value(1 - self._means(int(i), self.everyone), wish, self.delta) for i in at])
+        return np.array([bounds.betting_p_value(1 - self._means(int(i), self.everyone), wish, self.delta) for i in at])
 
     def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of "a risk is above its limit", from the pairs of each risk."""
@@ -167,14 +153,14 @@ class Means:
 
     def _p_one(self, risk: int, i: int) -> float:
         loss, weights = self._pairs(risk, i)
-        return betting_p_value(loss, self.risks[risk].alpha, self.delta, weights=weights)
+        return bounds.betting_p_value(loss, self.risks[risk].alpha, self.delta, weights=weights)
 
     def risks_at(self, i: int, level: float) -> tuple[RiskCounts, ...]:
         """Counts of groups at candidate ``i``; bounds at 1 - level and p-values from the means."""
         found = []
         for number, risk in enumerate(self.risks):
             loss, weights = self._pairs(number, i)
-            bound = betting_upper(loss, level, weights=weights, alpha=risk.alpha)
+            bound = bounds.betting_upper(loss, level, weights=weights, alpha=risk.alpha)
             trials, errors = int(np.count_nonzero(weights)), int(np.count_nonzero(loss))
             found.append(RiskCounts(
                 name=risk.name, alpha=risk.alpha, trials=trials, errors=errors, bound=bound,
@@ -197,7 +183,7 @@ class Means:
 
     def within_crc(self, i: int) -> bool:
         """Whether that is within every limit."""
-        return all(self.crc_risk(number, i) <= exact(risk.alpha) for number, risk in enumerate(self.risks))
+        return all(self.crc_risk(number, i) <= bounds.exact(risk.alpha) for number, risk in enumerate(self.risks))
 
 
 @dataclass(frozen=True)
@@ -236,8 +222,8 @@ def choose(tests: Counts | Means, method: Method, delta: float) -> Choice:
             passed += 1
         found = prefix(passed, np.empty(0), delta)
     elif method in ("bonferroni", "holm"):
-        p_values = both(everything)
-        good = np.flatnonzero(bonferroni(p_values, delta) if method == "bonferroni" else holm(p_values, delta))
+        p_values, reject = both(everything), bounds.holm if method == "holm" else bounds.bonferroni
+        good = np.flatnonzero(reject(p_values, delta))
         laxest = int(good[tests.order[good].argmin()]) if good.size else None
         shown = int(p_values.argmin()) if laxest is None else laxest
         level = delta / (size - (int((p_values < p_values[shown]).sum()) if method == "holm" else 0))
@@ -248,7 +234,7 @@ def choose(tests: Counts | Means, method: Method, delta: float) -> Choice:
         if method == "rcps":
             found = prefix(*_walk(tests, tests.p_risk, half), half)
         else:
-            last, path = binary_search(lambda i: float(tests.p_risk(np.array([i]))[0]), size, half)
+            last, path = bounds.binary_search(lambda i: float(tests.p_risk(np.array([i]))[0]), size, half)
             tested = np.array(path)
             level = half / max(size.bit_length(), 1)
             found = Choice(last, path[-1] if last is None else last, tested, tests.p_risk(tested), level, half)
@@ -265,9 +251,9 @@ def _walk(
     found = np.empty(0)
     for start in range(0, tests.order.size, tests.chunk):
         found = np.append(found, p_value(np.arange(start, min(start + tests.chunk, tests.order.size))))
-        if fixed_sequence(found, level) < found.size:
+        if bounds.fixed_sequence(found, level) < found.size:
             break
-    passed = fixed_sequence(found, level)
+    passed = bounds.fixed_sequence(found, level)
     return passed, found[: passed + 1]
 
 

@@ -1,12 +1,26 @@
-"""Records of evidence: sweeps over thresholds, certificates, and promises held against rows."""
+"""Records of evidence: sweeps over thresholds, certificates, and promises held against rows that calibrated nothing."""
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
+from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.policies.bounds import betting_upper, first_enough
 from stage1_pro.record import Record
+
+Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
+Unit = Literal["rows", "groups", "group_means"]
+Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
+PASS_LEVEL, FAIL_LEVEL = 0.95, 0.99
+# Where no smaller number of rows settles a question, none is named.
+_MOST_ROWS = 10**9
 
 
 class SweepRow(Record):
@@ -36,13 +50,13 @@ class RiskCounts(Record):
 class CertificateRecord(Record):
     """What a policy promises, from which counts, by which method; accepted means score >= threshold."""
 
-    method: Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
+    method: Method
     delta: float = Field(gt=0, lt=1, description="of this claim: what was declared, divided by claims")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     use: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
     min_coverage: float | None
     risks: list[RiskCounts] = Field(min_length=1)
-    unit: Literal["rows", "groups", "group_means"]
+    unit: Unit
     n: int = Field(description="units of the certify half")
     accepted: int
     coverage: float = Field(ge=0, le=1, description="accepted / n")
@@ -69,7 +83,7 @@ class PromiseCheck(Record):
     trials: int
     lower: float = Field(description="Clopper-Pearson, one-sided 99%; above the limit: FAIL")
     upper: float = Field(description="Clopper-Pearson, one-sided 95%; at or below the limit: PASS")
-    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+    outcome: Outcome
     n_to_settle: int | None = Field(description="units in all that would settle it if rates stay as seen")
 
 
@@ -79,6 +93,22 @@ class ShareOf(Record):
     value: float | None
     low: float
     high: float
+
+
+class Cell(Record):
+    """A limit on nonconformity and the counts it comes from; a class is in the set iff it is at or below it."""
+
+    name: str = Field(description="all, a stage (A or B), or a class")
+    limit: float | None = Field(ge=0, description="null: none keeps the promise; stored a hair above the certified one")
+    trials: int = Field(ge=0, description="accepted units of the cell")
+    errors: int = Field(ge=0, description="of them, sets at the certified limit that miss the label")
+    budget: int = Field(ge=-1, description="the most that could be certified; -1: none is few enough")
+    delta: float | None = Field(gt=0, lt=1, description="of this cell; null where risk is an expectation or nothing")
+    bound: float = Field(
+        ge=0,
+        le=1,
+        description="Clopper-Pearson at 1 - delta (pac), (errors + 1) / (trials + 1) (I, T), as seen (naive)",
+    )
 
 
 class SetRates(Record):
@@ -94,16 +124,63 @@ class SetRates(Record):
 
 
 class SetCheck(Record):
-    """Promises and rates of sets on ``val_test``. Shares of sets are of the accepted, the rejection rate of all."""
+    """Promises and rates of sets on rows that calibrated nothing, such as ``val_test``; intervals are 95%.
 
-    outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"] = Field(description="FAIL when any promise fails; sources aside")
+    Shares of sets are of the accepted, the rejection rate of all, by Clopper and Pearson. The interval of the mean set
+    size follows from them for two classes that never give an empty set, and otherwise from betting on size / K.
+    """
+
+    outcome: Outcome = Field(description="FAIL when any promise fails; sources aside")
     statement: str = Field(description="the outcome in words")
     promises: list[PromiseCheck]
     n: int
-    unit: Literal["rows", "groups", "group_means"]
+    unit: Unit
     accepted: int
     average_set_size: ShareOf
     ambiguous_rate: ShareOf
     empty_rate: ShareOf
     rejection_rate: ShareOf
     parts: list[SetRates] = Field(default=[], description="the same per stage that answered, and per source")
+
+
+def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> PromiseCheck:
+    """Hold a promise of at most ``limit`` against counts; ``n`` units in all, for the number that would settle it."""
+    lower = clopper_pearson_lower(errors, trials, FAIL_LEVEL)
+    upper = clopper_pearson_upper(errors, trials, PASS_LEVEL)
+    outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
+    needed = None
+    if outcome == "INCONCLUSIVE" and trials and errors / trials != limit:
+        rate = Fraction(errors, trials)
+
+        def settles(m: int) -> bool:
+            if rate < limit:
+                return clopper_pearson_upper(math.ceil(rate * m), m, PASS_LEVEL) <= limit
+            return clopper_pearson_lower(math.floor(rate * m), m, FAIL_LEVEL) > limit
+
+        more = first_enough(settles, trials, _MOST_ROWS)
+        needed = None if more is None else math.ceil(more * n / trials)
+    return PromiseCheck(
+        name=name, limit=limit, errors=errors, trials=trials, lower=lower, upper=upper, outcome=outcome,
+        n_to_settle=needed,
+    )  # fmt: skip
+
+
+def share_of(count: int, of: int) -> ShareOf:
+    """A share with Clopper and Pearson's two-sided 95% interval; null of nothing."""
+    if not of:
+        return ShareOf(value=None, low=0.0, high=1.0)
+    low, high = clopper_pearson(count, of)
+    return ShareOf(value=count / of, low=low, high=high)
+
+
+def mean_size(sizes: NDArray[np.int64], n_classes: int, rng: np.random.Generator) -> ShareOf:
+    """The mean number of classes in sets of these sizes [M], with its two-sided 95% interval; null of no sets."""
+    if sizes.size == 0:
+        return ShareOf(value=None, low=0.0, high=float(n_classes))
+    if n_classes == 2 and sizes.min() > 0:
+        both = share_of(int((sizes == 2).sum()), sizes.size)
+        return ShareOf(value=1 + (both.value or 0.0), low=1 + both.low, high=1 + both.high)
+    # Betting needs an order that no value decides.
+    shares = sizes[rng.permutation(sizes.size)] / n_classes
+    low, high = 1 - betting_upper(1 - shares, 0.025), betting_upper(shares, 0.025)
+    return ShareOf(value=float(sizes.mean()), low=n_classes * low, high=n_classes * high)

@@ -12,34 +12,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.policies.bounds import check_share, coverage_p_value, errors_allowed, trials_needed
-from stage1_pro.policies.candidates import (
-    JOINT,
-    Counts,
-    Means,
-    Method,
-    Risk,
-    Unit,
-    choose,
-    count_at_least,
-    group_weights,
-)
-from stage1_pro.policies.certificate import RiskCounts
+from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, group_weights
+from stage1_pro.policies.certificate import Method, RiskCounts, Unit
 from stage1_pro.policies.planning import plan_calibration
-from stage1_pro.policies.units import counting_unit, one_each
+from stage1_pro.policies.rows import counting_unit, one_each
 
-Condition = Literal["exit", "exit&y=1"]
+CountedAs = Literal["auto", "rows", "groups", "group_means"]
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
-
-
-# -------------------------------------------------------------------------------- the certificate
 
 
 @dataclass(frozen=True)
@@ -95,64 +82,55 @@ class Certificate:
         return self.risks[0].errors
 
 
+class Options(TypedDict, total=False):
+    """What ``certify_threshold`` hands on to ``certify``, which says what each is."""
+
+    min_coverage: float | None
+    candidates: ArrayLike | None
+    method: Method
+    groups: ArrayLike | None
+    unit: CountedAs
+    seed: int
+    rows_independent: bool
+
+
 def certify_threshold(
     scores: ArrayLike,
     errors: ArrayLike,
     *,
     alpha: float,
     delta: float,
-    min_coverage: float | None = None,
-    candidates: ArrayLike | None = None,
-    method: Method = "ltt_fst",
-    condition: Condition = "exit",
+    condition: Literal["exit", "exit&y=1"] = "exit",
     labels: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
-    unit: Literal["auto", "rows", "groups", "group_means"] = "auto",
-    seed: int = 0,
-    rows_independent: bool = False,
+    **options: Unpack[Options],
 ) -> Certificate:
     """Find the laxest threshold whose risk is at most ``alpha`` with probability 1 - ``delta``, or why there is none.
 
-    See ``certify`` for how; this is its form for one risk.
+    The form of ``certify`` for one risk.
 
     Args:
         scores: [N], higher is surer; NaN is never accepted.
         errors: [N] of 0 and 1.
         alpha: largest risk, inside (0, 1).
         delta: largest chance that the certificate is false, inside (0, 1).
-        min_coverage: least coverage that is certified along with the risk, inside (0, 1).
-        candidates: [T] thresholds in the order of testing, from other rows (``order_candidates``); ranks when None.
-        method: ``ltt_fst``, fixed-sequence testing, or another that ``certify`` lists.
         condition: ``exit``: risk = P(error | accept); ``exit&y=1``: P(error | accept, y = 1), from positives alone.
         labels: [N] of 0 and 1, for ``exit&y=1``.
-        groups: [N] clip or track of every row.
-        unit: what is counted: groups where rows share one (``auto``), by one row each or by their means
-            (``group_means``), or rows, which needs ``rows_independent``.
-        seed: of the row that speaks for its group.
-        rows_independent: the caller states that rows of one group are independent.
+        **options: see ``certify``.
 
     Raises:
         InputError: an argument is not what it must be.
     """
-    trials = None
+    trials, name = None, "error on accepted rows"
     if condition == "exit&y=1":
         if labels is None:
             raise InputError(
                 "labels must be given for condition 'exit&y=1', got None; they say which rows are positive"
             )
-        trials = _zero_one("labels", labels, np.size(scores))
+        trials, name = _zero_one("labels", labels, np.size(scores)), "error on accepted positives"
     elif condition != "exit":
         raise InputError(f"condition must be 'exit' or 'exit&y=1', got '{condition}'")
-    risk = Risk(
-        "error on accepted rows" if trials is None else "error on accepted positives",
-        alpha,
-        _zero_one("errors", errors, np.size(scores)),
-        trials,
-    )
-    return certify(
-        scores, [risk], delta=delta, min_coverage=min_coverage, candidates=candidates, method=method, groups=groups,
-        unit=unit, seed=seed, rows_independent=rows_independent,
-    )  # fmt: skip
+    risk = Risk(name, alpha, _zero_one("errors", errors, np.size(scores)), trials)
+    return certify(scores, [risk], delta=delta, **options)
 
 
 def certify(
@@ -164,7 +142,7 @@ def certify(
     candidates: ArrayLike | None = None,
     method: Method = "ltt_fst",
     groups: ArrayLike | None = None,
-    unit: Literal["auto", "rows", "groups", "group_means"] = "auto",
+    unit: CountedAs = "auto",
     seed: int = 0,
     rows_independent: bool = False,
 ) -> Certificate:
@@ -206,7 +184,8 @@ def certify(
         candidates: [T] thresholds in the order of testing; ranks when None, which ``group_means`` has not.
         method: see above; ``bonferroni`` and ``holm`` take 20 ranks where no candidates are given.
         groups: [N] clip or track of every row.
-        unit: ``auto``, ``rows``, ``groups`` or ``group_means``; see ``certify_threshold``.
+        unit: what is counted: groups where rows share one (``auto``), by one row each or by their means
+            (``group_means``), or rows, which needs ``rows_independent``.
         seed: of the row that speaks for its group.
         rows_independent: the caller states that rows of one group are independent.
 
@@ -276,9 +255,6 @@ def certify(
         if joint
         else partial(_needed, values, risks, names, order, delta, min_coverage),
     )
-
-
-# -------------------------------------------------------------------------------- helpers
 
 
 def _check(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import SweepRow
 from stage1_pro.policies.rows import Rows
 
@@ -119,7 +119,7 @@ def count_exits(rows: Rows, score: NDArray[np.float64], at: ArrayLike | None = N
 
 def meets(part: NDArray[np.int64], whole: NDArray[np.int64], most: float) -> NDArray[np.bool_]:
     """Part / whole <= most, in integers: the float .02 is a little more than 2%, a product rounds. 0 / 0 is not met."""
-    target = Fraction(repr(float(most)))
+    target = exact(most)
     kind = np.int64 if target.denominator * int(whole.max(initial=1)) < 2**62 else object
     counted = part.astype(kind) * target.denominator
     allowed = whole.astype(kind) * target.numerator

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
-from stage1_pro.policies.bounds import exact
-from stage1_pro.policies.candidates import Risk
-from stage1_pro.policies.certificate import CertificateRecord, PromiseCheck, SweepRow
+from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
-from stage1_pro.policies.checks import check_claim
 from stage1_pro.policies.counts import ExitCounts, count_exits, sweep_table
 from stage1_pro.policies.ordering import certify_halves, infeasible, record
-from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.rows import Rows
-from stage1_pro.policies.target import Promise, Target
-from stage1_pro.policies.units import counting_unit, groups_in_error, one_each
+from stage1_pro.policies.policy import Origin, Policy, risk_of
+from stage1_pro.policies.rows import Rows, groups_in_error
+from stage1_pro.policies.target import Target
 
 BOUND_LEVEL = 0.95
 
@@ -52,6 +47,17 @@ class Chosen:
         """The certificate as it is stored."""
         return None if self.certificate is None else record(self.certificate, claims=claims, use=use)
 
+    def fields(self, target: Target, use: int | None, origin: Origin | None) -> dict[str, Any]:
+        """What every policy of this package stores of it."""
+        rows, row = self.rows, self.row
+        return {
+            "classes": rows.classes, "positive": rows.positive, "coverage": row.coverage,
+            "fnr_on_exited": row.fnr_on_exited, "guarantee": target.guarantee,
+            "certificate": self.record(target.claims, use), "n_rows": rows.labels.size, "n_exited": row.n_exited,
+            "n_positive_exited": row.n_positive_exited, "n_false_negative": row.n_false_negative,
+            "grouped": rows.groups is not None, "sweep_results": self.sweep, **(origin or Origin()).fields(),
+        }  # fmt: skip
+
 
 def choose_exits(
     target: Target,
@@ -81,7 +87,13 @@ def choose_exits(
     certificate, n_tried = None, 0
     if target.guarantee == "ltt":
         fit = rows.fit_half()
-        certificate = _certify(target, rows, score, lowest)
+        asked = target.promises(rows.positive)
+        assert rows.halves is not None
+        certificate = certify_halves(
+            score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
+            delta=target.delta / target.claims, groups=rows.groups, lowest=lowest,
+            min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
+        )  # fmt: skip
         if not certificate.feasible:
             raise infeasible(certificate, called or target.words())
         assert certificate.threshold is not None
@@ -96,59 +108,6 @@ def choose_exits(
         raise AssertionError("the stored threshold does not decide as the sweep did")
     sweep = sweep_table(counts, count_exits(rows, score, grid, lowest=lowest), row, rows.labels.size)
     return Chosen(rows, row, sweep, exited, certificate, n_tried)
-
-
-def _certify(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float) -> Certificate:
-    asked = target.promises(rows.positive)
-    coverage = next((one.limit for one in asked if one.quantity == "coverage"), None)
-    risks = [risk_of(one, rows) for one in asked if one.quantity != "coverage"]
-    assert rows.halves is not None
-    return certify_halves(
-        score, risks, rows.halves, delta=target.delta / target.claims, min_coverage=coverage, groups=rows.groups,
-        lowest=lowest,
-    )  # fmt: skip
-
-
-def risk_of(asked: Promise, rows: Rows) -> Risk:
-    """What is counted for a limit on exits.
-
-    Raises:
-        InputError: no such quantity of exits.
-    """
-    if asked.quantity == "exit error":
-        return Risk(asked.quantity, asked.limit, rows.wrong)
-    if asked.quantity == "FNR on exits" and asked.label is not None:
-        return Risk(asked.quantity, asked.limit, rows.missed(asked.label), rows.is_class(asked.label))
-    raise InputError(f"a promise of exits must be of coverage, exit error or FNR on exits, got {asked.quantity}")
-
-
-def check_exits(asked: Sequence[Promise], rows: Rows, exited: NDArray[np.bool_], seed: int = 0) -> list[PromiseCheck]:
-    """Hold limits on exits against rows; the coverage as the share deferred. See ``Policy.check``.
-
-    Args:
-        asked: limits on coverage, exit error and FNR on exits.
-        rows: that calibrated nothing.
-        exited: bool [N].
-        seed: of the row that speaks for its group.
-
-    Raises:
-        InputError: no such quantity of exits.
-    """
-    _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
-    everyone = np.ones(rows.labels.size, dtype=bool)
-    n = one_each(names, everyone, seed).size
-    found = []
-    for one in asked:
-        if one.quantity == "coverage":
-            drawn = one_each(names, everyone, seed)
-            deferred = int((~exited[drawn]).sum())
-            found.append(check_claim("share deferred", deferred, drawn.size, float(1 - exact(one.limit)), n))
-            continue
-        risk = risk_of(one, rows)
-        drawn = one_each(names, everyone if risk.trials is None else risk.trials, seed)
-        drawn = drawn[exited[drawn]]
-        found.append(check_claim(risk.name, int(risk.errors[drawn].sum()), drawn.size, one.limit, n))
-    return found
 
 
 def assumed(certificate: Certificate) -> str:

@@ -7,9 +7,9 @@ calibration, evaluation and the cascade. ``a`` and ``b`` are Platt's, from the f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,14 +17,19 @@ from pydantic import Field
 
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.native import sweep
+from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.planning import Planned, certify_power
 from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Gate
 from stage1_pro.record import Record
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.plan import Plan
 
 GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
@@ -37,7 +42,37 @@ class GateConstraints(Record):
     target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
 
 
-class GateParams(ExitPolicy):
+class ByGate(Policy):
+    """A policy whose score is the gate's P(Stage A is correct) = ``sigmoid(a * gate_logit + b)``, in float64."""
+
+    a: float
+    b: float
+    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
+    platt: str = Field(description="how a and b came about")
+
+    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
+        """The gate's calibrated P(Stage A is correct); NaN where Stage A gave no numbers. See ``Policy.scores``."""
+        values = self.check_probs(probs)
+        if gate_logits is None or np.shape(gate_logits) != values.shape[:1]:
+            got = "None" if gate_logits is None else list(np.shape(gate_logits))
+            raise InputError(f"gate_logits must have shape [{len(values)}] for the {self.policy} policy, got {got}")
+        known = np.isfinite(values).all(axis=1)
+        scores: NDArray[np.float64] = np.where(known, score(gate_logits, self.a, self.b), np.nan)
+        return scores
+
+    def compiled(self) -> tuple[float, float]:
+        """Scale and offset of the gate's logit, whose sigmoid is the score."""
+        return self.a, self.b
+
+    def rule(self) -> str:
+        """The rule of exits in words."""
+        return (
+            f"exit when the gate's P(Stage A is correct) = sigmoid({self.a:.6g} * gate logit + {self.b:.6g}) "
+            f"is at or above {self.exit_threshold:.6g}"
+        )
+
+
+class GateParams(ByGate, ExitPolicy):
     """``gateparams.json``: the gate exit policy.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
@@ -49,14 +84,7 @@ class GateParams(ExitPolicy):
     asks: ClassVar[type[Gate]] = Gate
     threshold_field: ClassVar[str] = "threshold"
 
-    format_version: Literal[1] = 1
     policy: Literal["gate"] = "gate"
-    classes: list[str] = Field(min_length=2)
-    positive: str
-    a: float
-    b: float
-    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
-    platt: str = Field(description="how a and b came about")
     threshold: float = Field(ge=0, le=1)
     coverage: float = Field(ge=0, le=1)
     exit_error: float = Field(ge=0, le=1)
@@ -105,37 +133,16 @@ class GateParams(ExitPolicy):
                 "may exit; train again. No policy was written"
             )
         found = choose_exits(target, rows, sure, grid=GRID, best=lambda counts: _best(counts, target, rows.labels.size))
-        row, n_errors, over = found.row, found.n_errors, _over(found)
         return cls(
-            classes=rows.classes,
-            positive=rows.positive,
-            a=platt.a,
-            b=platt.b,
-            fitted=platt.fitted,
-            platt=platt.reason,
-            threshold=row.threshold,
-            coverage=row.coverage,
-            exit_error=n_errors / row.n_exited,
-            fnr_on_exited=row.fnr_on_exited,
+            **found.fields(target, use, origin),
+            **_said(found),
+            a=platt.a, b=platt.b, fitted=platt.fitted, platt=platt.reason, n_fit_rows=platt.n,
+            threshold=found.row.threshold, exit_error=found.n_errors / found.row.n_exited,
             constraints=GateConstraints(
                 min_coverage=target.min_coverage, max_exit_error=target.max_exit_error,
                 target_fnr_exit=target.target_fnr,
             ),
-            guarantee=target.guarantee,
-            certificate=found.record(target.claims, use),
             certify_uses=use if found.certificate is not None else None,
-            **_said(found),
-            n_rows=found.rows.labels.size,
-            n_exited=row.n_exited,
-            n_errors=n_errors,
-            n_positive_exited=row.n_positive_exited,
-            n_false_negative=row.n_false_negative,
-            n_exited_groups=over["error"][1],
-            n_positive_groups=over["fnr"][1],
-            n_fit_rows=platt.n,
-            grouped=rows.groups is not None,
-            sweep_results=found.sweep,
-            **(origin or Origin()).fields(),
         )  # fmt: skip
 
     @classmethod
@@ -147,17 +154,28 @@ class GateParams(ExitPolicy):
                 "again. No policy was written, and no claim was made"
             )
 
-    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
-        """The gate's calibrated P(Stage A is correct) where the row has an answer; see ``Policy.scores``."""
-        return gate_scores(self, probs, gate_logits, self.a, self.b)
-
-    def compiled(self) -> tuple[float, float]:
-        """Scale and offset of the gate's logit, whose sigmoid is the score."""
-        return self.a, self.b
-
-    def rule(self) -> str:
-        """The rule in words."""
-        return gate_rule(self.a, self.b, self.threshold)
+    @classmethod
+    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+        """The power of the test of the exit error, and of the coverage if one is expected; see ``Policy.planned``."""
+        del cells
+        least, expected = asked.min_coverage, asked.expected_coverage
+        if expected is not None and not least < expected <= 1:
+            raise InputError(
+                f"expected_coverage must be in (min_coverage = {least:g}, 1], got {expected:g}; no number of rows "
+                "certifies a coverage that is not exceeded"
+            )
+        share, promised = (least, None) if expected is None else (expected, least)
+        test = (
+            f"the coverage there is {least:g} and its test is taken for granted; --expected-coverage counts it"
+            if expected is None
+            else f"the coverage there is {expected:g}; the exact test of at least {least:g} is counted"
+        )
+        return Planned(
+            share, delta[0],
+            power=lambda n, limit, true: certify_power(n, limit, delta[0], share, true, min_coverage=promised),
+            wish=f"coverage at least {100 * least:g}% and exit error at most {100 * alpha:g}% (gate)",
+            assumptions=[test],
+        )  # fmt: skip
 
     @property
     def exit_threshold(self) -> float:
@@ -176,27 +194,6 @@ class GateParams(ExitPolicy):
     def found(self) -> list[str]:
         """The scaling, and what exits."""
         return [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"]
-
-
-def gate_scores(
-    policy: Policy, probs: ArrayLike, gate_logits: ArrayLike | None, a: float, b: float
-) -> NDArray[np.float64]:
-    """P(Stage A is correct) [N] of a policy by the gate; NaN where Stage A gave no numbers. See ``Policy.scores``."""
-    values = policy.check_probs(probs)
-    if gate_logits is None or np.shape(gate_logits) != values.shape[:1]:
-        got = "None" if gate_logits is None else list(np.shape(gate_logits))
-        raise InputError(f"gate_logits must have shape [{len(values)}] for the {policy.policy} policy, got {got}")
-    known = np.isfinite(values).all(axis=1)
-    scores: NDArray[np.float64] = np.where(known, score(gate_logits, a, b), np.nan)
-    return scores
-
-
-def gate_rule(a: float, b: float, threshold: float) -> str:
-    """The rule of a policy by the gate in words."""
-    return (
-        f"exit when the gate's P(Stage A is correct) = sigmoid({a:.6g} * gate logit + {b:.6g}) "
-        f"is at or above {threshold:.6g}"
-    )
 
 
 @dataclass(frozen=True)
@@ -237,7 +234,7 @@ def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max
     if not known.any():
         return Reach(False, math.nan, 0.0)
     _, exited, errors, *_ = sweep(values[known], failed[known])
-    covered = exited >= _least(min_coverage, values.size)
+    covered = exited >= math.ceil(exact(min_coverage) * values.size)
     good = meets(errors.astype(np.int64), exited, max_exit_error)
     return Reach(
         feasible=bool((covered & good).any()),
@@ -246,23 +243,15 @@ def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max
     )
 
 
-def _least(share: float, n: int) -> int:
-    """Fewest of n rows that are this share, in the decimals that it is written in: .7 * 10 is 6.999... in floats."""
-    return math.ceil(Fraction(repr(float(share))) * n)
-
-
-def _over(found: Chosen) -> dict[str, tuple[int, int, float]]:
-    """Groups in error, all groups and the bound: of exits, and of positives among them."""
-    rows, positive = found.rows, found.rows.is_class(found.rows.positive)
-    return {"error": found.groups(rows.wrong, found.exited), "fnr": found.groups(rows.wrong, found.exited & positive)}
-
-
 def _said(found: Chosen) -> dict[str, Any]:
-    """The statement of a threshold, and its bounds with how they came about."""
-    row, unit, certificate, over = found.row, found.rows.unit, found.certificate, _over(found)
+    """The statement of a threshold, and its bounds and groups with how they came about."""
+    rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
+    wrong, n, bound = found.groups(rows.wrong, found.exited)
+    _, n_positive, fnr_bound = found.groups(rows.wrong, found.exited & rows.is_class(rows.positive))
+    counts = {"n_errors": found.n_errors, "n_exited_groups": n, "n_positive_groups": n_positive}
     if certificate is not None:
         fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
-        return {
+        return counts | {
             "statement": (
                 f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} exited on the certify half, "
                 f"{certificate.errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
@@ -272,17 +261,16 @@ def _said(found: Chosen) -> dict[str, Any]:
             "bound_level": 1 - certificate.delta,
             "bound_method": certified_bound(certificate),
         }
-    wrong, n, bound = over["error"]
-    groups = "" if found.rows.groups is None else "; a group is an error when any of its exited rows is wrong"
-    return {
+    groups = "" if rows.groups is None else "; a group is an error when any of its exited rows is wrong"
+    return counts | {
         "statement": (
-            f"Empirical choice, no guarantee: nothing is promised for new images. Of {found.rows.labels.size} "
+            f"Empirical choice, no guarantee: nothing is promised for new images. Of {rows.labels.size} "
             f"calibration rows {row.n_exited} exit ({n} {unit}, taken as independent) and {found.n_errors} of those "
             "are wrong. The threshold was chosen on the same rows, so this looks better than it is. 95% upper bound of "
             f"the exit error with {n} {unit}: {100 * bound:.1f}%, not corrected for that search."
         ),
         "exit_error_upper_bound": bound,
-        "fnr_upper_bound": over["fnr"][2] if row.n_positive_exited else None,
+        "fnr_upper_bound": fnr_bound if row.n_positive_exited else None,
         "bound_level": BOUND_LEVEL,
         "bound_method": (
             f"Clopper-Pearson, one-sided, on exited {unit}{groups} ({wrong} of {n}); not corrected for the choice on "
@@ -295,7 +283,7 @@ def _best(counts: ExitCounts, target: Gate, n: int) -> int:
     """The laxest threshold that meets every constraint on n rows, in exact integers."""
     wish = f"{target.words()} must be reachable on the calibration rows, but"
     wrong = counts.n_exited - counts.n_correct
-    covered = counts.n_exited >= _least(target.min_coverage, n)
+    covered = counts.n_exited >= math.ceil(exact(target.min_coverage) * n)
     good = covered & meets(wrong, counts.n_exited, target.max_exit_error)
     if target.target_fnr is not None:
         good &= meets(counts.n_false_negative, counts.n_positive, target.target_fnr)

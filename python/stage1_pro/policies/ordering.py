@@ -13,10 +13,9 @@ from scipy.special import betainc
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import binomial_cdf
 from stage1_pro.policies.candidates import Risk, group_weights
-from stage1_pro.policies.certificate import CertificateRecord
+from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify
 from stage1_pro.policies.counts import gaps
-from stage1_pro.policies.policy import NOT_COUNTED
 from stage1_pro.policies.rows import check_halves
 
 
@@ -166,31 +165,15 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
         claims: how many claims its delta was divided for.
         use: which of them this is; None when nobody counted.
     """
-    assert certificate.threshold is not None
-    assert certificate.coverage is not None
+    same = {name: getattr(certificate, name) for name in CertificateRecord.model_fields if hasattr(certificate, name)}
     (place,) = np.flatnonzero(certificate.candidates == certificate.threshold)[:1]
-    assumptions = list(certificate.assumptions)
-    if use is None:
-        assumptions.append(NOT_COUNTED)
-    return CertificateRecord(
-        method=certificate.method,
-        delta=certificate.delta,
-        claims=claims,
-        use=use,
-        min_coverage=certificate.min_coverage,
-        risks=list(certificate.risks),
-        unit=certificate.unit,
-        n=certificate.n,
-        accepted=certificate.accepted,
-        coverage=certificate.coverage,
-        threshold=certificate.threshold,
-        first_candidate=float(certificate.candidates[0]),
-        n_tested=certificate.candidates.size,
-        p_value=None if certificate.method == "crc" else float(certificate.p_values[place]),
-        seed=certificate.seed,
-        guarantee=certificate.guarantee,
-        assumptions=assumptions,
-    )
+    more = {
+        "first_candidate": float(certificate.candidates[0]),
+        "n_tested": certificate.candidates.size,
+        "p_value": None if certificate.method == "crc" else float(certificate.p_values[place]),
+        "assumptions": [*certificate.assumptions, *([NOT_COUNTED] if use is None else [])],
+    }
+    return CertificateRecord(**{**same, **more, "claims": claims, "use": use})
 
 
 def infeasible(certificate: Certificate, wish: str) -> NotReachableError:

@@ -6,7 +6,9 @@ Power is the chance that calibration rows certify the wish when the true risk is
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,18 @@ _EXACT_TRIALS = 200_000
 # Standard deviations around a mean that exact sums run over.
 _REACH = 8.0
 _MOST_CELLS = 100
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a policy would certify a wish, for a plan."""
+
+    share: float  # of units that are trials of the risk
+    level: float  # at which the risk is tested
+    power: Callable[[int, float, float], float]  # with so many units, of a limit, at a true risk
+    wish: str
+    assumptions: list[str]
+    positives: float | None = None  # share of units that are, where it matters
 
 
 def certify_power(
@@ -197,11 +211,8 @@ def smallest_alpha(power_at: Callable[[float], float], power: float) -> float | 
         power: wished, inside (0, 1).
     """
     check_share("power", power)
-    low, high = 0, 10_000
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power_at(middle / 10_000) >= power else (middle, high)
-    return high / 10_000 if high < 10_000 else None
+    steps = bisect_left(range(1, 10_000), True, key=lambda step: power_at(step / 10_000) >= power) + 1
+    return steps / 10_000 if steps < 10_000 else None
 
 
 def binomial_power(trials: NDArray[np.float64], alpha: float, delta: float, true: float) -> NDArray[np.float64]:

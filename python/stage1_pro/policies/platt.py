@@ -78,14 +78,10 @@ def fit_platt(logit: ArrayLike, correct: ArrayLike) -> Platt:
             break
     a = slope / spread
     if not a > 0:
-        return Platt(
-            1.0, 0.0, False,
-            f"the gate's logit does not rise with being right on the fit half (slope {a:.3g}), so its own sigmoid "
-            "stands", n,
-        )  # fmt: skip
-    return Platt(
-        a, offset - a * center, True, f"Platt scaling on {n} rows of the fit half, {n_right} answered rightly", n
-    )
+        why = f"the gate's logit does not rise with being right on the fit half (slope {a:.3g})"
+        return Platt(1.0, 0.0, False, f"{why}, so its own sigmoid stands", n)
+    said = f"Platt scaling on {n} rows of the fit half, {n_right} answered rightly"
+    return Platt(a, offset - a * center, True, said, n)
 
 
 def score(gate_logits: ArrayLike, a: float, b: float) -> NDArray[np.float64]:

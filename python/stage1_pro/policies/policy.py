@@ -7,22 +7,27 @@ entry point of the group ``stage1_pro.policies``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
-from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow, check_claim
+from stage1_pro.policies.planning import Planned
+from stage1_pro.policies.rows import Rows, counting_unit, one_each
 from stage1_pro.policies.target import Promise, Target
 from stage1_pro.record import Record
 from stage1_pro.registry import Registry
 
-NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
+if TYPE_CHECKING:
+    from stage1_pro.commands.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -46,26 +51,36 @@ class Checked:
     sets: SetCheck | None = None
 
 
+def risk_of(asked: Promise, rows: Rows) -> Risk:
+    """What is counted for a limit on exits.
+
+    Raises:
+        InputError: no such quantity of exits.
+    """
+    if asked.quantity == "exit error":
+        return Risk(asked.quantity, asked.limit, rows.wrong)
+    if asked.quantity == "FNR on exits" and asked.label is not None:
+        return Risk(asked.quantity, asked.limit, rows.missed(asked.label), rows.is_class(asked.label))
+    raise InputError(f"a promise of exits must be of coverage, exit error or FNR on exits, got {asked.quantity}")
+
+
 class Policy(Record):
     """An exit policy: an image exits at Stage A iff its score is at or above ``exit_threshold``."""
 
-    file: ClassVar[str]
-    """Name of its file in a run or bundle."""
-    asks: ClassVar[type[Target]]
-    """What it is asked for."""
-    needs_gate: ClassVar[bool] = True
-    """Whether scores come from the gate's logits."""
+    file: ClassVar[str]  # its name in a run or bundle
+    asks: ClassVar[type[Target]]  # what it is asked for
+    needs_gate: ClassVar[bool] = True  # scores come from the gate's logits
     score_title: ClassVar[str] = "the gate's P(Stage A is correct)"
-    abstains: ClassVar[bool] = False
-    """Whether there are images that nobody answers, and sets of several classes."""
-    steerable: ClassVar[bool] = True
-    """Whether a loop may tighten the threshold by what audits of exits say."""
+    abstains: ClassVar[bool] = False  # there are images that nobody answers, and sets of several classes
+    steerable: ClassVar[bool] = True  # a loop may tighten the threshold by what audits of exits say
+
+    format_version: Literal[1] = 1
+    policy: str
+    classes: list[str] = Field(min_length=2)
+    positive: str
 
     if TYPE_CHECKING:
-        # Fields of every policy, each where its file has it.
-        policy: str
-        classes: list[str]
-        positive: str
+        # Fields of every policy too, each where its file has it.
         guarantee: str
         statement: str
         split_hashes: dict[str, str]
@@ -85,7 +100,7 @@ class Policy(Record):
 
         Args:
             target: of the kind ``asks``; its delta is divided by its claims.
-            rows: calibration rows, with halves where something is certified.
+            rows: with halves where something is certified.
             use: which of the claims this is, for the record; None when nobody counts.
             origin: of the rows, for the record.
 
@@ -98,6 +113,22 @@ class Policy(Record):
     def check_fit_half(cls, rows: Rows) -> None:
         """Raise NotReachableError where the fit half alone shows that no target can be met: no claim is spent on it."""
         del rows
+
+    @classmethod
+    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+        """How it would certify a wish: its power and what that rests on, for ``stage1 plan``.
+
+        Args:
+            asked: coverages and the share of positives.
+            alpha: largest risk.
+            delta: chance of failure; of a policy that abstains of the selection and of the risk.
+            cells: share of each cell among the accepted.
+
+        Raises:
+            InputError: the policy cannot be planned, or not with these coverages.
+        """
+        del alpha, delta, cells
+        raise InputError(f"policy must be one that plan knows, got {asked.policy}")
 
     @abstractmethod
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
@@ -205,9 +236,20 @@ class Policy(Record):
         FAIL: the 99% lower bound is beyond the limit; PASS: the 95% upper bound is within it. A rate below the limit is
         no PASS, one above it no FAIL. One seeded row speaks for its group, as in a certificate.
         """
-        from stage1_pro.policies.exiting import check_exits
-
-        return Checked(check_exits(self.target.promises(self.positive), rows, self.exits(rows.probs, rows.gate)))
+        exited, everyone = self.exits(rows.probs, rows.gate), np.ones(rows.labels.size, dtype=bool)
+        _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
+        drawn = one_each(names, everyone, 0)
+        n, found = drawn.size, []
+        for one in self.target.promises(self.positive):
+            if one.quantity == "coverage":
+                deferred = int((~exited[drawn]).sum())
+                found.append(check_claim("share deferred", deferred, n, float(1 - exact(one.limit)), n))
+                continue
+            risk = risk_of(one, rows)
+            trials = one_each(names, everyone if risk.trials is None else risk.trials, 0)
+            trials = trials[exited[trials]]
+            found.append(check_claim(risk.name, int(risk.errors[trials].sum()), trials.size, one.limit, n))
+        return Checked(found)
 
     def at(self, threshold: float) -> Self:
         """The policy with a stricter exit threshold; itself at its own threshold or below, where nothing is certified.

@@ -1,15 +1,16 @@
-"""Labelled rows of both stages, checked once, when made. NumPy only."""
+"""Labelled rows of both stages, checked once, when made; their halves, and the unit that is counted. NumPy only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import InputError, nearest
+from stage1_pro.policies.certificate import Unit
 
 # Rows of probabilities may carry the rounding of float16 or of a CSV with four decimals.
 SUM_TOLERANCE = 1e-3
@@ -17,12 +18,7 @@ SUM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Rows:
-    """What a policy is fitted on or held against; ``Rows.of`` checks it.
-
-    ``probs`` [N, K] of Stage A, N >= 1; ``labels`` [N] class indices; ``classes`` K names; ``positive`` one of them;
-    ``gate`` [N] logits or None; ``probs_b`` [N, K] of Stage B or None; ``halves`` [N] of ``fit`` and ``certify`` or
-    None; ``groups`` [N] clip or track, None where each row is its own; ``sources`` [N] names or None.
-    """
+    """What a policy is fitted on or held against; ``Rows.of`` checks it and says what each field is."""
 
     probs: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -69,24 +65,19 @@ class Rows:
         second = None if probs_b is None else check_rows(probs_b, labels, groups, names)[0]
         if positive not in names:
             raise InputError(f"positive must be one of {', '.join(names)}, got '{positive}'{nearest(positive, names)}")
-        logits = None
-        if gate is not None:
-            logits = np.asarray(gate, dtype=np.float64)
-            if logits.shape != truth.shape:
-                raise InputError(
-                    f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}"
-                )
-        parts = None
+        logits = None if gate is None else np.asarray(gate, dtype=np.float64)
+        if logits is not None and logits.shape != truth.shape:
+            raise InputError(f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}")
         if halves is not None:
             check_halves(halves, truth.size, units)
-            parts = np.asarray(halves)
+        parts = None if halves is None else np.asarray(halves)
         known = None if sources is None else np.asarray(sources)
         return cls(values, truth, names, positive, logits, second, parts, units, known)
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
-        kept = {one.name: getattr(self, one.name) for one in fields(self)}
-        cut: dict[str, Any] = {n: v[mask] if isinstance(v, np.ndarray) else v for n, v in kept.items()}
+        cut = {one.name: getattr(self, one.name) for one in fields(self)}
+        cut = {name: value[mask] if isinstance(value, np.ndarray) else value for name, value in cut.items()}
         return Rows(**{**cut, "halves": None})
 
     def is_class(self, name: str) -> NDArray[np.bool_]:
@@ -206,6 +197,60 @@ def cut_halves(n: int, groups: ArrayLike | None = None, seed: int = 0) -> NDArra
     names, member = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
     place = np.random.default_rng(seed).permutation(names.size)
     return np.where(place[member] % 2 == 0, "fit", "certify")
+
+
+def groups_in_error(errors: ArrayLike, groups: ArrayLike | None = None) -> tuple[int, int]:
+    """Count the groups with at least one error, and all groups: ``(errors, trials)`` for a bound.
+
+    Rows of one clip or track are no independent trials, so the group is the unit. One error in a
+    group makes the whole group an error: never less than the mean of the groups' error rates.
+
+    Args:
+        errors: bool [M], one per row.
+        groups: [M] group names; ``None`` makes every row its own group.
+    """
+    wrong = np.asarray(errors, dtype=bool)
+    if groups is None:
+        return int(wrong.sum()), wrong.size
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    hit: NDArray[np.bool_] = np.zeros(int(member.max(initial=-1)) + 1, dtype=bool)
+    hit[member[wrong]] = True
+    return int(hit.sum()), hit.size
+
+
+def counting_unit(
+    groups: ArrayLike | None, n: int, unit: str, rows_independent: bool
+) -> tuple[Unit, NDArray[np.generic] | None]:
+    """What is counted, and the group of every row (None when rows are)."""
+    if unit not in ("auto", *get_args(Unit)):
+        raise InputError(f"unit must be auto, rows, groups or group_means, got '{unit}'")
+    names = None if groups is None else np.asarray(groups)
+    if names is not None and names.shape != (n,):
+        raise InputError(f"groups must have shape [{n}] as scores, got {list(names.shape)}; give one per row")
+    if unit in ("groups", "group_means") and names is None:
+        raise InputError("groups must be given where the unit is groups, got None")
+    if unit == "group_means":
+        if rows_independent:
+            raise InputError("rows_independent must be False where the unit is group_means, got True; choose one")
+        return "group_means", names
+    if names is None or rows_independent or (unit != "groups" and np.unique(names).size == n):
+        return "rows", None
+    if unit == "rows":
+        raise InputError(
+            f"unit must be groups where rows share one ({np.unique(names).size} groups of {n} rows), got rows; rows of "
+            "one clip are near-copies and a bound on them is false: pass rows_independent=True only if they are not"
+        )
+    return "groups", names
+
+
+def one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+    """One eligible row of every group that has one, [U] indices; drawn without a look at scores or errors."""
+    rows = np.flatnonzero(eligible)
+    if groups is None:
+        return rows
+    shuffled = rows[np.random.default_rng(seed).permutation(rows.size)]
+    _, first = np.unique(groups[shuffled], return_index=True)
+    return np.sort(shuffled[first])
 
 
 def _first(mask: ArrayLike) -> int | None:

@@ -9,9 +9,9 @@ risk among the accepted (alpha): that the set misses the label. Xu, Guo & Wei (S
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,12 +19,10 @@ from scipy.special import betaincinv
 
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.binomial import clopper_pearson_upper
-from stage1_pro.policies.bounds import check_share, crc_budget, errors_allowed, exact, selection_rank, trials_needed
-from stage1_pro.policies.candidates import Unit
-from stage1_pro.policies.certificate import PromiseCheck, ShareOf
-from stage1_pro.policies.checks import Outcome, check_claim, first_enough, mean_size, share_of
+from stage1_pro.policies import bounds
+from stage1_pro.policies.certificate import Cell, SetCheck, Unit, check_claim, mean_size, share_of
+from stage1_pro.policies.rows import counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
-from stage1_pro.policies.units import counting_unit, one_each
 
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)
@@ -73,14 +71,14 @@ class SCRC:
     raps: tuple[float, int] = (0.01, 2)
 
     def __post_init__(self) -> None:
-        check_share("xi", self.xi)
-        check_share("alpha", self.alpha)
+        bounds.check_share("xi", self.xi)
+        bounds.check_share("alpha", self.alpha)
         if len(self.delta) != 2:
             raise InputError(f"delta must be two shares, of the selection and of the risk, got {self.delta}")
         object.__setattr__(self, "delta", tuple(self.delta))
         object.__setattr__(self, "raps", (float(self.raps[0]), int(self.raps[1])))
         for share in (*self.delta, sum(self.delta)):
-            check_share("delta", share)
+            bounds.check_share("delta", share)
         for name, options in (("variant", Variant), ("loss", Loss), ("score", Score)):
             given = getattr(self, name)
             if given not in get_args(options):
@@ -130,7 +128,6 @@ class SCRC:
         values, scores = _rows(probs, gate)
         truth = _labels(labels, *values.shape)
         stages = _stages(stage, truth.size, wanted=self.groups == "stage")
-        positive = self._positive(values.shape[1])
         unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
         drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
         values, scores, truth = values[drawn], scores[drawn], truth[drawn]
@@ -140,12 +137,21 @@ class SCRC:
         threshold, above, tied = _selection(scores, rank, n, self.variant)
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
-        named = self._cells(stages, truth, values.shape[1])
-        cells = []
-        for name, member in named:
-            trials = above & member if positive is None else above & member & (truth == positive)
-            cells.append(self._limit(name, losses[trials], len(named)))
-        return self._fitted(values.shape[1], n, unit, seed, rank, threshold, tied, accepted, tuple(cells))
+        named = self._cells(stages, truth, values.shape[1], None)
+        cells = [self._limit(name, losses[above & member], len(named)) for name, member in named]
+        feasible = threshold is not None and all(cell.limit is not None for cell in cells)
+        reason, needed, smallest = "", None, None
+        if not feasible:
+            reason, smallest = self._why_not(n, unit, threshold, cells)
+            needed = self._needed(n, accepted, cells)
+        return FittedSCRC(
+            scrc=self, n_classes=values.shape[1], n=n, unit=unit, seed=seed, rank=rank, accepted=accepted,
+            threshold=threshold if feasible else None, cells=tuple(cells),
+            coverage_bound=None if threshold is None else self._coverage_bound(n, rank, accepted),
+            reason=reason, n_needed=needed, min_certifiable_alpha=smallest,
+            guarantee=self._sentence(n, unit, len(cells)) if feasible else "none: infeasible",
+            assumptions=self._assumptions(unit, tied),
+        )  # fmt: skip
 
     def _positive(self, n_classes: int) -> int | None:
         """The class that the risk speaks of; None: all."""
@@ -158,13 +164,13 @@ class SCRC:
 
     def _rank(self, n: int) -> int | None:
         """M: rows above the M-th largest score are accepted (pac, naive: the M-th too); None where n is too small."""
-        xi = exact(self.xi)
+        xi = bounds.exact(self.xi)
         if self.variant == "naive":
             return math.ceil(xi * n) if n else None
         if self.variant == "T":
             return math.ceil(xi * (n + 1))
         if self.variant == "pac":
-            return selection_rank(n, self.xi, self.delta[0])
+            return bounds.selection_rank(n, self.xi, self.delta[0])
         if n == 0:
             return None
         # Dvoretzky, Kiefer & Wolfowitz with Massart's constant, for every threshold at once.
@@ -174,20 +180,23 @@ class SCRC:
     def _budget(self, trials: int, n_cells: int) -> int:
         """The most losses among the accepted rows of a cell; -1: none is few enough."""
         if self.variant == "naive":
-            return math.floor(exact(self.alpha) * trials) if trials else -1
+            return math.floor(bounds.exact(self.alpha) * trials) if trials else -1
         if self.variant == "pac":
-            return int(errors_allowed(trials, self.alpha, self.delta[1] / n_cells))
-        return crc_budget(self.alpha, trials)
+            return int(bounds.errors_allowed(trials, self.alpha, self.delta[1] / n_cells))
+        return bounds.crc_budget(self.alpha, trials)
 
     def _cells(
-        self, stages: NDArray[np.str_] | None, truth: NDArray[np.int64], n_classes: int
+        self, stages: NDArray[np.str_] | None, truth: NDArray[np.int64], n_classes: int, names: Sequence[str] | None
     ) -> list[tuple[str, NDArray[np.bool_]]]:
-        """Names of the cells and their rows [N]."""
+        """Names of the cells, those of stages as given or seen, and which rows [N] their risk is counted on."""
         if self.groups == "class":
             return [(str(k), truth == k) for k in range(n_classes)]
+        positive = self._positive(n_classes)
+        counted = np.ones(truth.size, dtype=bool) if positive is None else truth == positive
         if self.groups == "stage" and stages is not None:
-            return [(str(name), stages == name) for name in np.unique(stages)] or [("all", truth < 0)]
-        return [("all", np.ones(truth.size, dtype=bool))]
+            seen = np.unique(stages).tolist() if names is None else names
+            return [(name, counted & (stages == name)) for name in seen] or [("all", counted)]
+        return [("all", counted)]
 
     def _limit(self, name: str, losses: NDArray[np.float64], n_cells: int) -> Cell:
         """The smallest limit that leaves no more losses above it than the budget."""
@@ -202,50 +211,28 @@ class SCRC:
             bound = errors / trials if trials else 1.0
         else:
             bound = (errors + 1) / (trials + 1)
-        return Cell(name, limit, trials, errors, budget, delta, bound)
+        return Cell(name=name, limit=limit, trials=trials, errors=errors, budget=budget, delta=delta, bound=bound)
 
-    def _fitted(
-        self,
-        n_classes: int,
-        n: int,
-        unit: Unit,
-        seed: int,
-        rank: int | None,
-        threshold: float | None,
-        tied: bool,
-        accepted: int,
-        cells: tuple[Cell, ...],
-    ) -> FittedSCRC:
-        failed = [cell for cell in cells if cell.limit is None]
-        feasible = threshold is not None and not failed
-        reason, needed, smallest = "", None, None
-        if not feasible:
-            needed = self._needed(n, accepted, cells)
+    def _why_not(self, n: int, unit: Unit, threshold: float | None, cells: list[Cell]) -> tuple[str, float | None]:
+        """Why there are no thresholds, and the smallest risk that these counts could certify."""
         if threshold is None:
-            reason = f"too few of {n} {unit} have a gate score to accept a share of {self.xi:g} ({self._selecting()})"
-        elif failed:
-            parts = []
-            for cell in failed:
-                least = self._least_trials(len(cells))
-                of = "" if len(cells) == 1 else f" of {self.groups} {cell.name}"
-                what = "accepted positives" if self.loss == "fnr" else "accepted " + unit
-                parts.append(f"{cell.trials} {what}{of}, where even no loss at all needs {least}")
-            reason = f"risk {self.alpha:g} cannot be certified by {' and '.join(parts)}"
-            if all(cell.trials for cell in cells) and self.variant != "naive":
-                smallest = max(
-                    1 / (cell.trials + 1)
-                    if cell.delta is None
-                    else clopper_pearson_upper(0, cell.trials, 1 - cell.delta)
-                    for cell in cells
-                )
-        return FittedSCRC(
-            scrc=self, n_classes=n_classes, n=n, unit=unit, seed=seed, rank=rank, accepted=accepted,
-            threshold=threshold if feasible else None,
-            coverage_bound=self._coverage_bound(n, rank, accepted) if threshold is not None else None,
-            cells=cells, reason=reason, n_needed=needed, min_certifiable_alpha=smallest,
-            guarantee=self._sentence(n, unit, cells) if feasible else "none: infeasible",
-            assumptions=self._assumptions(unit, tied),
-        )  # fmt: skip
+            how = {"T": "on average", "naive": "as seen"}.get(self.variant, f"delta {self.delta[0]:g}")
+            return f"too few of {n} {unit} have a gate score to accept a share of {self.xi:g} ({how})", None
+        what = "accepted positives" if self.loss == "fnr" else f"accepted {unit}"
+        least = self._least_trials(len(cells))
+        parts = [
+            f"{cell.trials} {what}{'' if len(cells) == 1 else f' of {self.groups} {cell.name}'}, where even no loss at "
+            f"all needs {least}"
+            for cell in cells
+            if cell.limit is None
+        ]
+        smallest = None
+        if all(cell.trials for cell in cells) and self.variant != "naive":
+            smallest = max(
+                1 / (cell.trials + 1) if cell.delta is None else clopper_pearson_upper(0, cell.trials, 1 - cell.delta)
+                for cell in cells
+            )
+        return f"risk {self.alpha:g} cannot be certified by {' and '.join(parts)}", smallest
 
     def _coverage_bound(self, n: int, rank: int | None, accepted: int) -> float | None:
         """The lower bound of the share accepted at 1 - delta[0]; None where it is no more than expected."""
@@ -256,18 +243,13 @@ class SCRC:
         # Ties and atoms only add to what is accepted.
         return float(betaincinv(rank, n + 1 - rank, self.delta[0]))
 
-    def _selecting(self) -> str:
-        return {
-            "pac": f"delta {self.delta[0]:g}", "I": f"delta {self.delta[0]:g}", "T": "on average", "naive": "as seen",
-        }[self.variant]  # fmt: skip
-
     def _least_trials(self, n_cells: int) -> int:
         """Accepted units of a cell with which no loss at all is enough."""
         if self.variant == "pac":
-            return trials_needed(0, self.alpha, self.delta[1] / n_cells)
-        return 1 if self.variant == "naive" else math.ceil(1 / exact(self.alpha)) - 1
+            return bounds.trials_needed(0, self.alpha, self.delta[1] / n_cells)
+        return 1 if self.variant == "naive" else math.ceil(1 / bounds.exact(self.alpha)) - 1
 
-    def _needed(self, n: int, accepted: int, cells: tuple[Cell, ...]) -> int | None:
+    def _needed(self, n: int, accepted: int, cells: list[Cell]) -> int | None:
         """The fewest units that would do, with cells in the shares seen; None when a cell never is accepted."""
         least = self._least_trials(len(cells))
         shares = [cell.trials / accepted for cell in cells] if accepted else [1.0]
@@ -278,30 +260,33 @@ class SCRC:
             rank = self._rank(units)
             return rank is not None and math.floor((rank - (self.variant != "pac")) * min(shares)) >= least
 
-        found = first_enough(enough, max(1, least), 10**7)
+        found = bounds.first_enough(enough, max(1, least), 10**7)
         # Enough rows alone do not mend scores that are missing.
         return found if found is None or found > n else None
 
-    def _sentence(self, n: int, unit: Unit, cells: tuple[Cell, ...]) -> str:
+    def _sentence(self, n: int, unit: Unit, n_cells: int) -> str:
+        if self.variant == "naive":
+            return (
+                f"none: thresholds that met coverage {self.xi:g} and risk {self.alpha:g} on the {n} calibration "
+                f"{unit}; nothing is promised of new images"
+            )
         image = "a new image" if unit == "rows" else "one image drawn from a new group"
         label = "the label is not in the set" if self.loss == "miscoverage" else "a positive's set lacks the positive"
-        each = "" if len(cells) == 1 else f", in each of the {len(cells)} cells by {self.groups} together"
         risk = f"among those accepted {label} at most {100 * self.alpha:g}% of the time"
+        if n_cells > 1:
+            how = "together" if self.variant == "pac" else "separately"
+            risk += f", in each of the {n_cells} cells by {self.groups} {how}"
         share = f"at least {100 * self.xi:g}% are accepted"
         over = f"over the draw of the {n} calibration {unit}"
         if self.variant == "pac":
             sure = f"With probability at least {100 * (1 - sum(self.delta)):g}% {over}"
-            return f"{sure}, of {image}: {share}, and {risk}{each}."
-        each = "" if len(cells) == 1 else f", in each of the {len(cells)} cells by {self.groups} separately"
-        average = f"on average over draws of the {n} calibration {unit} and of {image} (an expectation, nothing about "
-        average += f"these thresholds alone), {risk}{each}."
+            return f"{sure}, of {image}: {share}, and {risk}."
+        sure = "On average"
         if self.variant == "I":
-            return f"With probability at least {100 * (1 - self.delta[0]):g}% {over}, of {image}: {share}; {average}"
-        if self.variant == "T":
-            return f"On average {over}, of {image}: {share}; {average}"
+            sure = f"With probability at least {100 * (1 - self.delta[0]):g}%"
         return (
-            f"none: thresholds that met coverage {self.xi:g} and risk {self.alpha:g} on the {n} calibration {unit}; "
-            "nothing is promised of new images"
+            f"{sure} {over}, of {image}: {share}; on average over draws of the {n} calibration {unit} and of {image} "
+            f"(an expectation, nothing about these thresholds alone), {risk}."
         )
 
     def _assumptions(self, unit: Unit, tied: bool) -> tuple[str, ...]:
@@ -322,24 +307,8 @@ class SCRC:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A limit on nonconformity and the counts it comes from; ``limit`` None: there is none that keeps the promise.
-
-    ``bound``: Clopper and Pearson's at 1 - ``delta`` (pac), (errors + 1) / (trials + 1) (I, T), the rate seen (naive).
-    """
-
-    name: str
-    limit: float | None  # a class is in the set iff its nonconformity is at or below it
-    trials: int
-    errors: int
-    budget: int
-    delta: float | None
-    bound: float
-
-
-@dataclass(frozen=True)
 class FittedSCRC:
-    """Thresholds that keep the wish, with what they come from, or why there are none. Plain numbers: ``to_dict``.
+    """Thresholds that keep the wish, with what they come from, or why there are none.
 
     ``threshold`` is None when infeasible. ``min_certifiable_alpha`` is the smallest risk these counts could certify;
     ``n_needed`` the units that would do, None where no number would (or none is needed).
@@ -353,13 +322,13 @@ class FittedSCRC:
     rank: int | None
     accepted: int
     threshold: float | None  # accept iff gate >= it
-    coverage_bound: float | None
-    cells: tuple[Cell, ...]
-    reason: str
-    n_needed: int | None
-    min_certifiable_alpha: float | None
-    guarantee: str
-    assumptions: tuple[str, ...] = field(default_factory=tuple)
+    cells: tuple[Cell, ...]  # one for all, one for each stage, or one for each class in their order
+    coverage_bound: float | None = None
+    reason: str = ""
+    n_needed: int | None = None
+    min_certifiable_alpha: float | None = None
+    guarantee: str = ""
+    assumptions: tuple[str, ...] = ()
 
     @property
     def feasible(self) -> bool:
@@ -371,31 +340,10 @@ class FittedSCRC:
         """Share of the calibration units that is accepted."""
         return self.accepted / max(self.n, 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give numbers, texts, lists and dicts alone, as JSON writes them; ``from_dict`` rebuilds the same."""
-        values = asdict(self)
-        values["scrc"]["delta"], values["scrc"]["raps"] = list(self.scrc.delta), list(self.scrc.raps)
-        values["cells"], values["assumptions"] = list(values["cells"]), list(self.assumptions)
-        return values
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> FittedSCRC:
-        """Rebuild from ``to_dict``.
-
-        Raises:
-            InputError: other keys than those of ``to_dict``.
-        """
-        known = {one.name for one in fields(FittedSCRC)}
-        if set(values) != known:
-            odd = ", ".join(sorted(set(values) ^ known))
-            raise InputError(f"values must have the keys of FittedSCRC.to_dict, got others or too few: {odd}")
-        try:
-            wish, cells = SCRC(**values["scrc"]), tuple(Cell(**cell) for cell in values["cells"])
-        except TypeError as error:
-            raise InputError(
-                f"values must have the keys of FittedSCRC.to_dict, got others or too few: {error}"
-            ) from None
-        return FittedSCRC(**{**values, "scrc": wish, "cells": cells, "assumptions": tuple(values["assumptions"])})
+    @property
+    def limits(self) -> NDArray[np.float64]:
+        """The limit of each cell, NaN where there is none."""
+        return np.array([np.nan if cell.limit is None else cell.limit for cell in self.cells])
 
     def infeasible(self) -> NotReachableError:
         """Build the error of a wish that cannot be certified: why, what could be, and how many units it takes."""
@@ -430,7 +378,6 @@ class FittedSCRC:
             raise self.infeasible()
         values, scores = _rows(probs, gate, self.n_classes)
         accepted = scores >= self.threshold
-        limits = np.array([np.nan if cell.limit is None else cell.limit for cell in self.cells])
         if self.scrc.groups == "stage":
             stages = _stages(stage, len(values), wanted=True)
             assert stages is not None
@@ -441,9 +388,9 @@ class FittedSCRC:
                     f"stage must be one of {', '.join(names)}, got '{stages[other[0]]}' in row {other[0]}; calibrate "
                     "on rows of every stage"
                 )
-            limit = limits[(stages[:, None] == names).argmax(axis=1)][:, None]
+            limit = self.limits[(stages[:, None] == names).argmax(axis=1)][:, None]
         else:
-            limit = limits[None, :]  # one for all, or one a class
+            limit = self.limits[None, :]  # one for all, or one a class
         return (nonconformity(self.scrc, values) <= limit) & accepted[:, None], accepted
 
     def verify(
@@ -456,7 +403,7 @@ class FittedSCRC:
         groups: ArrayLike | None = None,
         rows_independent: bool = False,
         seed: int = 0,
-    ) -> Verification:
+    ) -> SetCheck:
         """Hold each promise against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
 
         FAIL: Clopper and Pearson's 99% bound breaks the promise; PASS: their 95% bound keeps it; else INCONCLUSIVE,
@@ -484,53 +431,22 @@ class FittedSCRC:
         sets, accepted, truth = sets[drawn], accepted[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n, missed = truth.size, ~sets[np.arange(truth.size), truth]
-        positive = self.scrc._positive(self.n_classes)
-        claims = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - exact(self.scrc.xi)), n)]
-        calibrated = dict(self.scrc._cells(stages, truth, self.n_classes))
-        for cell in self.cells:
-            member = calibrated.get(cell.name, np.zeros(n, dtype=bool))
-            trials = accepted & member if positive is None else accepted & member & (truth == positive)
+        found = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - bounds.exact(self.scrc.xi)), n)]
+        members = self.scrc._cells(stages, truth, self.n_classes, [cell.name for cell in self.cells])
+        for cell, (_, member) in zip(self.cells, members, strict=True):
+            trials = accepted & member
             name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
-            claims.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
+            found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
+        outcomes = {one.outcome for one in found}
         sizes = sets[accepted].sum(axis=1)
-        return Verification(
-            claims=tuple(claims),
-            n=n,
-            unit=unit,
-            accepted=sizes.size,
+        return SetCheck(
+            outcome="FAIL" if "FAIL" in outcomes else "INCONCLUSIVE" if "INCONCLUSIVE" in outcomes else "PASS",
+            statement="", promises=found, n=n, unit=unit, accepted=sizes.size,
             average_set_size=mean_size(sizes, self.n_classes, np.random.default_rng(seed)),
             ambiguous_rate=share_of(int((sizes > 1).sum()), sizes.size),
             empty_rate=share_of(int((sizes == 0).sum()), sizes.size),
             rejection_rate=share_of(n - sizes.size, n),
-        )
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Promises and rates of a fitted SCRC on rows that calibrated nothing.
-
-    ``ambiguous_rate`` and ``empty_rate`` are of the accepted, ``rejection_rate`` of all; intervals are Clopper and
-    Pearson's. That of the mean set size follows from them for two classes that never give an empty set, and otherwise
-    from betting on size / K.
-    """
-
-    claims: tuple[PromiseCheck, ...]
-    n: int
-    unit: Unit
-    accepted: int
-    average_set_size: ShareOf
-    ambiguous_rate: ShareOf
-    empty_rate: ShareOf
-    rejection_rate: ShareOf
-
-    @property
-    def outcome(self) -> Outcome:
-        """FAIL when any promise fails, PASS when all pass."""
-        found = {claim.outcome for claim in self.claims}
-        return "FAIL" if "FAIL" in found else "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
-
-
-# -------------------------------------------------------------------------------- helpers
+        )  # fmt: skip
 
 
 def _selection(

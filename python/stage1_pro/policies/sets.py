@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,31 +18,19 @@ from scipy.special import logit
 
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
-from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SetRates
+from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
 from stage1_pro.policies.counts import count_exits, meets
-from stage1_pro.policies.gate import gate_rule, gate_scores
+from stage1_pro.policies.gate import ByGate
+from stage1_pro.policies.planning import Planned, scrc_power
 from stage1_pro.policies.platt import Platt, fit_platt, score
-from stage1_pro.policies.policy import NOT_COUNTED, Checked, Origin, Policy
+from stage1_pro.policies.policy import Checked, Origin
 from stage1_pro.policies.rows import Rows
-from stage1_pro.policies.scrc import SCRC, Cell, FittedSCRC, Verification, nonconformity
+from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
 from stage1_pro.policies.softmax import confidence
-from stage1_pro.policies.target import Loss, Scrc, Variant
-from stage1_pro.record import Record
+from stage1_pro.policies.target import Scrc, Variant
 
-
-class ScrcCell(Record):
-    """A limit on nonconformity, and the certify rows it comes from; a class is in the set iff it is at or below it."""
-
-    name: str = Field(description="all, a stage (A or B), or a class")
-    limit: float = Field(ge=0, description="a hair above the one certified, against rounding; that only enlarges sets")
-    trials: int = Field(ge=0, description="accepted units of the cell")
-    errors: int = Field(ge=0, description="of them, sets at the certified limit that miss the label")
-    budget: int = Field(ge=0, description="the most that could be certified")
-    delta: float | None = Field(gt=0, lt=1, description="of this cell; null where risk is an expectation or nothing")
-    bound: float = Field(
-        ge=0, le=1, description="Clopper-Pearson at 1 - delta (pac), (errors + 1) / (trials + 1) (I, T)"
-    )
-
+if TYPE_CHECKING:
+    from stage1_pro.commands.plan import Plan
 
 # Above every P(correct): a threshold here lets nobody exit.
 NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
@@ -55,9 +44,13 @@ _CLIP = 1e-12
 # Far above the rounding between batch shapes (1e-7), far below what anybody calibrates to.
 _NEAR, _NEAR_LOGIT = 1e-5, 1e-3
 _STAGES = ("A", "B")
+# What a target and its policy have under the same name.
+_ASKED = ("alpha", "variant", "loss", "score", "cells", "allow_empty", "raps", "max_exit_error")
+# What a policy has of the statistics.
+_CERTIFIED = ("rank", "n", "unit", "seed", "accepted", "coverage", "coverage_bound")
 
 
-class ScrcParams(Policy):
+class ScrcParams(ByGate):
     """``scrcparams.json``: selective conformal risk control after the cascade.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``exit_threshold``; else
@@ -75,14 +68,7 @@ class ScrcParams(Policy):
     # What was certified is the whole cascade behind this very exit rule; of exits alone nothing was.
     steerable: ClassVar[bool] = False
 
-    format_version: Literal[1] = 1
     policy: Literal["scrc"] = "scrc"
-    classes: list[str] = Field(min_length=2)
-    positive: str
-    a: float
-    b: float
-    fitted: bool = Field(description="false: Platt scaling was impossible, a = 1 and b = 0 stand in; see platt")
-    platt: str = Field(description="how a and b came about")
     exit_threshold: float = Field(ge=0, le=NOBODY_EXITS, description="just above 1: nobody exits")
     max_exit_error: float = Field(gt=0, lt=1, description="what the exit rule was asked for, on the fit half")
     exit_error: float | None = Field(ge=0, le=1, description="of the fit half; null when nobody exits")
@@ -100,7 +86,7 @@ class ScrcParams(Policy):
     allow_empty: bool
     raps: tuple[float, int] = Field(description="penalty for each rank beyond the second number")
     lambda_1: float = Field(description="accepted iff P(answer correct) is at or above it")
-    lambda_2: list[ScrcCell] = Field(min_length=1)
+    lambda_2: list[Cell] = Field(min_length=1)
     rank: int = Field(
         ge=1, description="of the certify units' scores: the last one accepted (pac), or the first one that is not"
     )
@@ -140,12 +126,8 @@ class ScrcParams(Policy):
         """
         fit = rows.fit_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
-        wish = SCRC(
-            xi=target.min_coverage, alpha=target.alpha,
-            delta=(target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims), variant=target.variant,
-            loss=target.loss, score=target.score, groups=target.cells, allow_empty=target.allow_empty,
-            positive=rows.classes.index(rows.positive), raps=target.raps,
-        )  # fmt: skip
+        delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
+        wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
         found = wish.calibrate(
             first.probs[~fit], first.correct[~fit], rows.labels[~fit],
             first.stage[~fit] if target.cells == "stage" else None,
@@ -154,35 +136,26 @@ class ScrcParams(Policy):
         if not found.feasible:
             raise found.infeasible()
         _check_stages(found, first.threshold)
-        limits = [_record(cell, rows.classes if target.cells == "class" else None) for cell in found.cells]
+        limits = [cell.model_copy(update={"limit": (cell.limit or 0.0) + LIMIT_SLACK}) for cell in found.cells]
+        if target.cells == "class":
+            limits = [one.model_copy(update={"name": name}) for one, name in zip(limits, rows.classes, strict=True)]
+        bound = max(cell.bound for cell in limits)
+        fnr = next((cell.bound for cell in limits if target.cells == "class" and cell.name == rows.positive), None)
         return cls.seal(
             classes=rows.classes,
             positive=rows.positive,
             **first.fields(rows, fit),
-            max_exit_error=target.max_exit_error,
-            alpha=target.alpha,
+            **{name: getattr(target, name) for name in _ASKED},
+            **{name: getattr(found, name) for name in _CERTIFIED},
             xi=target.min_coverage,
-            delta=wish.delta,
-            variant=target.variant,
-            loss=target.loss,
-            score=target.score,
-            cells=target.cells,
-            allow_empty=target.allow_empty,
-            raps=wish.raps,
+            delta=delta,
             lambda_1=found.threshold,
             lambda_2=limits,
-            rank=found.rank,
-            n=found.n,
-            unit=found.unit,
-            seed=found.seed,
-            accepted=found.accepted,
-            coverage=found.coverage,
-            coverage_bound=found.coverage_bound,
-            risk_bound=max(cell.bound for cell in limits),
-            fnr_bound=_fnr_bound(limits, target.loss, target.cells, rows.positive),
+            risk_bound=bound,
+            fnr_bound=bound if target.loss == "fnr" else fnr,
             guarantee=GUARANTEES[target.variant],
             statement=_statement(found, limits),
-            assumptions=_assumptions(found, use),
+            assumptions=[*found.assumptions, *([NOT_COUNTED] if use is None and target.variant != "naive" else [])],
             claims=target.claims,
             certify_uses=use if target.variant != "naive" else None,
             n_fit_rows=int(fit.sum()),
@@ -190,15 +163,28 @@ class ScrcParams(Policy):
             **(origin or Origin()).fields(),
         )
 
+    @classmethod
+    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+        """The power of the budgets at the rank that selects; see ``Policy.planned``."""
+        least = asked.min_coverage
+        if asked.expected_coverage is not None:
+            raise InputError(
+                f"expected_coverage must be left out for policy scrc, got {asked.expected_coverage}; the rank that "
+                "selects depends on n and min_coverage alone"
+            )
+        found = ["power is the chance that the certified limit, and so the sets, are no larger than those in mind"]
+        if len(cells) > 1:
+            found.append(f"cells hold shares of {', '.join(f'{share:.3g}' for share in cells)} of the accepted")
+        each = "" if len(cells) == 1 else f", in each of {len(cells)} cells"
+        return Planned(
+            least * min(cells), delta[1] / len(cells),
+            power=lambda n, limit, true: scrc_power(n, least, limit, (delta[0], delta[1]), true, cells),
+            wish=f"at least {100 * least:g}% accepted and the label outside the set in at most {100 * alpha:g}% of "
+            f"those{each} (scrc, pac)",
+            assumptions=found,
+        )  # fmt: skip
+
     # ------------------------------------------------------------------------ what it decides
-
-    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
-        """The gate's calibrated P(Stage A is correct) where the row has an answer; see ``Policy.scores``."""
-        return gate_scores(self, probs, gate_logits, self.a, self.b)
-
-    def compiled(self) -> tuple[float, float]:
-        """Scale and offset of the gate's logit, whose sigmoid is the score."""
-        return self.a, self.b
 
     def answer(
         self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
@@ -237,32 +223,18 @@ class ScrcParams(Policy):
         if not self.allow_empty:
             # The most probable class is in whatever its limit.
             scores[values[known] == values[known].max(axis=1, keepdims=True)] = np.nan
-        for k, cell in enumerate(self.lambda_2):
+        for k, limit in enumerate(self.statistics.limits.tolist()):
             # Near the limit of another stage only costs time.
             column = slice(k, k + 1) if self.cells == "class" else slice(None)
-            found[known] |= close(scores[:, column], cell.limit).any(axis=1)
+            found[known] |= close(scores[:, column], limit).any(axis=1)
         return found
 
     @property
     def statistics(self) -> FittedSCRC:
         """The statistics behind the record, ready to predict and to verify."""
-        wish = SCRC(
-            xi=self.xi, alpha=self.alpha, delta=self.delta, variant=self.variant, loss=self.loss, score=self.score,
-            groups=self.cells, allow_empty=self.allow_empty, positive=self.classes.index(self.positive), raps=self.raps,
-        )  # fmt: skip
-        cells = tuple(
-            Cell(
-                # Classes by number.
-                str(self.classes.index(cell.name)) if self.cells == "class" else cell.name,
-                cell.limit, cell.trials, cell.errors, cell.budget, cell.delta, cell.bound,
-            )
-            for cell in self.lambda_2
-        )  # fmt: skip
         return FittedSCRC(
-            scrc=wish, n_classes=len(self.classes), n=self.n, unit=self.unit, seed=self.seed, rank=self.rank,
-            accepted=self.accepted, threshold=self.lambda_1, coverage_bound=self.coverage_bound, cells=cells,
-            reason="", n_needed=None, min_certifiable_alpha=None, guarantee=self.statement,
-            assumptions=tuple(self.assumptions),
+            _wish(self, self.xi, self.delta, self.classes.index(self.positive)), len(self.classes), self.n, self.unit,
+            self.seed, self.rank, self.accepted, self.lambda_1, tuple(self.lambda_2),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------ what it promises
@@ -270,11 +242,9 @@ class ScrcParams(Policy):
     @property
     def target(self) -> Scrc:
         """What it was asked for; delta is that of its own claim."""
-        return Scrc(
-            alpha=self.alpha, min_coverage=self.xi, variant=self.variant, loss=self.loss, score=self.score,
-            cells=self.cells, allow_empty=self.allow_empty, raps=self.raps, max_exit_error=self.max_exit_error,
-            guarantee="none" if self.variant == "naive" else "ltt", delta=math.fsum(self.delta),
-        )  # fmt: skip
+        guarantee = "none" if self.variant == "naive" else "ltt"
+        asked = {name: getattr(self, name) for name in _ASKED}
+        return Scrc(min_coverage=self.xi, guarantee=guarantee, delta=math.fsum(self.delta), **asked)
 
     @property
     def claims_made(self) -> tuple[int, int | None]:
@@ -287,8 +257,34 @@ class ScrcParams(Policy):
         return self.n
 
     def check(self, rows: Rows) -> Checked:
-        """Hold its promises against rows that calibrated nothing: ``FittedSCRC.verify`` on what the cascade answers."""
-        return Checked(sets=_check_sets(self, rows))
+        """Hold its promises against rows that calibrated nothing: ``FittedSCRC.verify`` on what the cascade answers.
+
+        Rates are given per stage too, and promises and rates per source where there are several.
+        """
+        exited = self.exits(rows.probs, rows.gate)
+        values = np.where(exited[:, None], rows.probs, rows.probs if rows.probs_b is None else rows.probs_b)
+        correct, stage = self.p_correct(values, exited, rows.gate), np.where(exited, *_STAGES)
+
+        def verified(part: NDArray[np.bool_]) -> SetCheck:
+            return self.statistics.verify(
+                values[part], correct[part], rows.labels[part], stage[part],
+                groups=None if rows.groups is None else rows.groups[part], seed=self.seed,
+            )  # fmt: skip
+
+        def rates(part: str, name: str, seen: SetCheck) -> SetRates:
+            same = {field: getattr(seen, field) for field in SetRates.model_fields if hasattr(seen, field)}
+            return SetRates(part=part, name=name, **same)
+
+        whole = verified(np.ones(rows.labels.size, dtype=bool))
+        promises = list(whole.promises)
+        parts = [rates("stage", name, verified(stage == name)) for name in np.unique(stage).tolist()]
+        sources = [] if rows.sources is None else np.unique(rows.sources).tolist()
+        for source in sources if len(sources) > 1 else []:
+            seen = verified(rows.sources == source)
+            parts.append(rates("source", source or "(no source)", seen))
+            promises += [one.model_copy(update={"source": source or "(no source)"}) for one in seen.promises]
+        more = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
+        return Checked(sets=whole.model_copy(update=more))
 
     def assuming(self, *assumptions: str) -> Self:
         """The policy with what else its certificate takes for granted."""
@@ -319,7 +315,7 @@ class ScrcParams(Policy):
             for cell in self.lambda_2
         )
         nobody = self.exit_threshold == NOBODY_EXITS
-        out = "nobody exits" if nobody else gate_rule(self.a, self.b, self.exit_threshold)
+        out = "nobody exits" if nobody else super().rule()
         return (
             f"{out}; accept when P(answer correct) is at or above {self.lambda_1:.6g}, with the set of classes whose "
             f"{self.score} nonconformity is at or below {limits}; nobody answers the rest"
@@ -413,6 +409,8 @@ class ScrcParams(Policy):
 
     @model_validator(mode="after")
     def _sealed(self) -> Self:
+        if any(cell.limit is None for cell in self.lambda_2):
+            raise ValueError("lambda_2 must have a limit in each cell, got null")
         found = self.fingerprint_numbers()
         if self.calibrator_fingerprint != found:
             raise ValueError(
@@ -448,6 +446,13 @@ def close(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
 
 
 # -------------------------------------------------------------------------------- fitting
+
+
+def _wish(of: Scrc | ScrcParams, xi: float, delta: tuple[float, float], positive: int) -> SCRC:
+    return SCRC(
+        xi=xi, alpha=of.alpha, delta=delta, variant=of.variant, loss=of.loss, score=of.score, groups=of.cells,
+        allow_empty=of.allow_empty, positive=positive, raps=of.raps,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -518,21 +523,7 @@ def _check_stages(found: FittedSCRC, threshold: float) -> None:
         )
 
 
-def _record(cell: Cell, classes: list[str] | None) -> ScrcCell:
-    assert cell.limit is not None
-    return ScrcCell(
-        name=cell.name if classes is None else classes[int(cell.name)], limit=cell.limit + LIMIT_SLACK,
-        trials=cell.trials, errors=cell.errors, budget=cell.budget, delta=cell.delta, bound=cell.bound,
-    )  # fmt: skip
-
-
-def _fnr_bound(cells: list[ScrcCell], loss: Loss, by: str | None, positive: str) -> float | None:
-    if loss == "fnr":
-        return max(cell.bound for cell in cells)
-    return next((cell.bound for cell in cells if by == "class" and cell.name == positive), None)
-
-
-def _statement(found: FittedSCRC, cells: list[ScrcCell]) -> str:
+def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
     missed = " and ".join(
         f"{cell.errors} of {cell.trials}" + ("" if len(cells) == 1 else f" ({found.scrc.groups} {cell.name})")
         for cell in cells
@@ -549,90 +540,30 @@ def _statement(found: FittedSCRC, cells: list[ScrcCell]) -> str:
     return f"{found.guarantee} {counted} Provided that {'; '.join(found.assumptions)}."
 
 
-def _assumptions(found: FittedSCRC, use: int | None) -> list[str]:
-    return [*found.assumptions, *([NOT_COUNTED] if use is None and found.scrc.variant != "naive" else [])]
-
-
-def _outcome(policy: ScrcParams, promises: list[PromiseCheck], outcome: str, unit: str) -> str:
+def _outcome(guarantee: str, seen: SetCheck) -> str:
     """The outcome as a sentence."""
-    own = [one for one in promises if one.source is None]
-    asked = "what was promised" if policy.guarantee != "none" else "what was asked for (nothing was promised)"
+    asked = "what was promised" if guarantee != "none" else "what was asked for (nothing was promised)"
 
     def listed(kind: str) -> str:
         return ", ".join(
             f"{one.name} {one.errors} of {one.trials} (at most {one.limit:.4g}; 99% lower bound {one.lower:.4g}, "
             f"95% upper bound {one.upper:.4g})"
-            for one in own
+            for one in seen.promises
             if one.outcome == kind
         )
 
-    if outcome == "PASS":
+    if seen.outcome == "PASS":
         return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"
-    if outcome == "FAIL":
-        if policy.guarantee == "expectation":
+    if seen.outcome == "FAIL":
+        if guarantee == "expectation":
             return (
                 f"FAIL: these thresholds are beyond their limits on val_test, by 99% bounds: {listed('FAIL')}; what "
                 "was promised is an average over many calibrations, which one of them does not refute"
             )
         return f"FAIL: {asked} does not hold on val_test, by its 99% bounds: {listed('FAIL')}"
-    needed = [one.n_to_settle for one in own if one.outcome == "INCONCLUSIVE"]
+    needed = [one.n_to_settle for one in seen.promises if one.outcome == "INCONCLUSIVE"]
     settled = [number for number in needed if number is not None]
     words = f"INCONCLUSIVE: these rows neither show {asked} nor break it: {listed('INCONCLUSIVE')}"
     if settled and len(settled) == len(needed):
-        return f"{words}; about {max(settled)} {unit} in all would settle it if rates stay as seen"
-    return f"{words}; no number of {unit} is known to settle it at the rates seen"
-
-
-def _check_sets(policy: ScrcParams, rows: Rows) -> SetCheck:
-    """One seeded row speaks for its group, as in calibration; parts are per stage, and per source where several are."""
-    exited = policy.exits(rows.probs, rows.gate)
-    values = np.where(exited[:, None], rows.probs, rows.probs if rows.probs_b is None else rows.probs_b)
-    correct, stage = policy.p_correct(values, exited, rows.gate), np.where(exited, *_STAGES)
-    scopes: list[tuple[str | None, NDArray[np.bool_]]] = [(None, np.ones(rows.labels.size, dtype=bool))]
-    if rows.sources is not None:
-        names = np.unique(rows.sources)
-        scopes += [(str(name) or "(no source)", rows.sources == name) for name in names] if names.size > 1 else []
-    titles = ["rejection rate"]
-    titles += [
-        "risk" if len(policy.lambda_2) == 1 else f"risk of {policy.cells} {cell.name}" for cell in policy.lambda_2
-    ]
-
-    def verified(part: NDArray[np.bool_]) -> Verification:
-        return policy.statistics.verify(
-            values[part], correct[part], rows.labels[part], stage[part],
-            groups=None if rows.groups is None else rows.groups[part], seed=policy.seed,
-        )  # fmt: skip
-
-    promises: list[PromiseCheck] = []
-    parts = [_rates("stage", name, verified(stage == name)) for name in np.unique(stage).tolist()]
-    whole: Verification | None = None
-    for source, part in scopes:
-        seen = verified(part)
-        whole = whole or seen
-        if source is not None:
-            parts.append(_rates("source", source, seen))
-        promises += [
-            one.model_copy(update={"name": title, "source": source})
-            for title, one in zip(titles, seen.claims, strict=True)
-        ]
-    assert whole is not None
-    return SetCheck(
-        outcome=whole.outcome,
-        statement=_outcome(policy, promises, whole.outcome, whole.unit),
-        promises=promises,
-        n=whole.n,
-        unit=whole.unit,
-        accepted=whole.accepted,
-        average_set_size=whole.average_set_size,
-        ambiguous_rate=whole.ambiguous_rate,
-        empty_rate=whole.empty_rate,
-        rejection_rate=whole.rejection_rate,
-        parts=parts,
-    )
-
-
-def _rates(part: Literal["stage", "source"], name: str, seen: Verification) -> SetRates:
-    return SetRates(
-        part=part, name=name, n=seen.n, accepted=seen.accepted, average_set_size=seen.average_set_size,
-        ambiguous_rate=seen.ambiguous_rate, rejection_rate=seen.rejection_rate,
-    )  # fmt: skip
+        return f"{words}; about {max(settled)} {seen.unit} in all would settle it if rates stay as seen"
+    return f"{words}; no number of {seen.unit} is known to settle it at the rates seen"

@@ -6,7 +6,8 @@ probability, computed in float64; the answer is the most probable class (the fir
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,9 +17,13 @@ from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.planning import Planned, certify_power
 from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Softmax
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.plan import Plan
 
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)
 
@@ -57,10 +62,7 @@ class Thresholds(ExitPolicy):
     needs_gate: ClassVar[bool] = False
     score_title: ClassVar[str] = "Stage A's confidence"
 
-    format_version: Literal[1] = 1
     policy: Literal["softmax"] = "softmax"
-    classes: list[str] = Field(min_length=2)
-    positive: str
     exit_threshold: float = Field(ge=0, le=1)
     exit_lower_threshold: float | None = Field(default=None, ge=0, le=1)
     exit_upper_threshold: float = Field(ge=0, le=1)
@@ -108,31 +110,37 @@ class Thresholds(ExitPolicy):
             target, rows, confidence(rows.probs), best=best, lowest=1 / len(rows.classes), grid=GRID,
             called=f"target_fnr {target.target_fnr:g}",
         )  # fmt: skip
-        row = found.row
-        assert row.fnr_on_exited is not None
+        threshold = found.row.threshold
         return cls(
-            classes=rows.classes,
-            positive=rows.positive,
-            exit_threshold=row.threshold,
-            # Derived and rounded, for readers of the two-sided form; confidence >= exit_threshold decides.
-            exit_lower_threshold=1 - row.threshold if len(rows.classes) == 2 else None,
-            exit_upper_threshold=row.threshold,
-            fnr_on_exited=row.fnr_on_exited,
-            coverage=row.coverage,
-            exit_accuracy=row.exit_accuracy,
-            target_fnr=target.target_fnr,
-            guarantee=target.guarantee,
-            certificate=found.record(target.claims, use),
+            **found.fields(target, use, origin),
             **_said(found),
-            n_rows=found.rows.labels.size,
-            n_exited=row.n_exited,
-            n_positive_exited=row.n_positive_exited,
-            n_false_negative=row.n_false_negative,
-            n_positive_groups=_groups(found)[1],
-            grouped=rows.groups is not None,
-            sweep_results=found.sweep,
-            **(origin or Origin()).fields(),
+            exit_threshold=threshold,
+            # Derived and rounded, for readers of the two-sided form; confidence >= exit_threshold decides.
+            exit_lower_threshold=1 - threshold if len(rows.classes) == 2 else None,
+            exit_upper_threshold=threshold,
+            exit_accuracy=found.row.exit_accuracy,
+            target_fnr=target.target_fnr,
         )
+
+    @classmethod
+    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+        """The power of the test of FNR on exits, whose trials are the positives that exit; see ``Policy.planned``."""
+        del cells
+        coverage = asked.min_coverage if asked.expected_coverage is None else asked.expected_coverage
+        if not 0 < coverage <= 1:
+            raise InputError(f"expected_coverage must be in (0, 1], got {coverage}; it is the share that exits")
+        share = coverage * asked.positives
+        trials = (
+            f"{100 * asked.positives:g}% are positive (--positives) and {100 * coverage:g}% of those exit, so a share "
+            f"of {share:.4g} are trials of the FNR"
+        )
+        return Planned(
+            share, delta[0],
+            power=lambda n, limit, true: certify_power(n, limit, delta[0], share, true),
+            wish=f"FNR on exits at most {100 * alpha:g}% (softmax)",
+            assumptions=[trials],
+            positives=asked.positives,
+        )  # fmt: skip
 
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
         """The largest probability; see ``Policy.scores``."""
@@ -152,16 +160,10 @@ class Thresholds(ExitPolicy):
         return Softmax(target_fnr=self.target_fnr, guarantee=self.guarantee, **self.own_delta)
 
 
-def _groups(found: Chosen) -> tuple[int, int, float]:
-    """Groups in error and all groups among exited positives, with the upper bound."""
-    rows = found.rows
-    return found.groups(rows.missed(rows.positive), found.exited & rows.is_class(rows.positive))
-
-
 def _said(found: Chosen) -> dict[str, Any]:
-    """The statement of a threshold, and its bound of FNR on exits with how that came about."""
-    row, unit, n = found.row, found.rows.unit, found.rows.labels.size
-    certificate = found.certificate
+    """The statement of a threshold, its bound of FNR on exits with how that came about, and groups of positives."""
+    rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
+    wrong, n, bound = found.groups(rows.missed(rows.positive), found.exited & rows.is_class(rows.positive))
     if certificate is not None:
         return {
             "statement": (
@@ -171,27 +173,28 @@ def _said(found: Chosen) -> dict[str, Any]:
             "fnr_upper_bound": certificate.risks[0].bound,
             "bound_level": 1 - certificate.delta,
             "bound_method": certified_bound(certificate),
+            "n_positive_groups": n,
         }
-    wrong, n_groups, bound = _groups(found)
-    how = "Clopper-Pearson, one-sided, on exited positives as independent rows"
-    if found.rows.groups is not None:
+    how = "exited positives as independent rows"
+    if rows.groups is not None:
         how = (
-            "Clopper-Pearson, one-sided, on groups with an exited positive; a group is an error when any of its "
-            "exited positives is answered negative"
+            "groups with an exited positive; a group is an error when any of its exited positives is answered negative"
         )
     return {
         "statement": (
-            f"Empirical choice, no guarantee: nothing is promised for new images. Of {n} calibration rows "
-            f"{row.n_exited} exit, {row.n_positive_exited} of them positive ({n_groups} {unit}, taken as independent), "
+            f"Empirical choice, no guarantee: nothing is promised for new images. Of {rows.labels.size} calibration "
+            f"rows {row.n_exited} exit, {row.n_positive_exited} of them positive ({n} {unit}, taken as independent), "
             f"and {row.n_false_negative} of those positives are answered negative. The threshold was chosen on the "
-            f"same rows as the best of {found.n_tried}, so this looks better than it is. 95% upper bound with "
-            f"{n_groups} {unit}: {100 * bound:.1f}%, not corrected for that search."
+            f"same rows as the best of {found.n_tried}, so this looks better than it is. 95% upper bound with {n} "
+            f"{unit}: {100 * bound:.1f}%, not corrected for that search."
         ),
         "fnr_upper_bound": bound,
         "bound_level": BOUND_LEVEL,
         "bound_method": (
-            f"{how} ({wrong} of {n_groups}); not corrected for the choice of the threshold on the same rows"
+            f"Clopper-Pearson, one-sided, on {how} ({wrong} of {n}); not corrected for the choice of the threshold on "
+            "the same rows"
         ),
+        "n_positive_groups": n,
     }
 
 

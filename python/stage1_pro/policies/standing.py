@@ -46,29 +46,30 @@ def standing(policy: Policy, splits: SplitsSummary, prior: float | None = None) 
     asked = policy.target.promises(policy.positive)
     within_class = tuple(one.name for one in asked if one.within_class)
     overall = tuple(one.name for one in asked if not one.within_class)
+    stands: tuple[str, ...] = (*overall, *within_class)
+    void: tuple[str, ...] = ()
     if policy.guarantee == "none":
+        stands = ()
         note = "nothing is promised" if prior is None else "nothing is promised, so no prior can void it"
-        return Standing(policy.guarantee, policy.statement, prior, share, (), (), note)
-    if prior is None:
-        return Standing(
-            policy.guarantee, policy.statement, prior, share, (*overall, *within_class), (), "as calibrated"
-        )
-    low, high = clopper_pearson(round(share * n_groups), n_groups)
-    calibrated = f"share of '{policy.positive}' {share:.3g} (95% interval {low:.3g} to {high:.3g})"
-    if low <= prior <= high:
-        note = f"prior {prior:g} is inside what was calibrated on: {calibrated}"
-        return Standing(policy.guarantee, policy.statement, prior, share, (*overall, *within_class), (), note)
-    note = f"prior {prior:g} is not what was calibrated on: {calibrated}. Void: {', '.join(overall) or 'nothing'}. "
-    if within_class:
-        note += (
-            f"Stands: {', '.join(within_class)}, provided that images of each class are drawn as before and only the "
-            "mix of classes changed (label shift)"
-        )
+    elif prior is None:
+        note = "as calibrated"
     else:
-        note += "Nothing stands; calibrate on rows of the new mix, or by class (policy scrc, cells class)"
-    return Standing(
-        policy.guarantee, policy.statement, prior, share, within_class, overall, f"{note}. Answers do not change"
-    )
+        low, high = clopper_pearson(round(share * n_groups), n_groups)
+        calibrated = f"share of '{policy.positive}' {share:.3g} (95% interval {low:.3g} to {high:.3g})"
+        note = f"prior {prior:g} is inside what was calibrated on: {calibrated}"
+        if not low <= prior <= high:
+            stands, void = within_class, overall
+            left = "Nothing stands; calibrate on rows of the new mix, or by class (policy scrc, cells class)"
+            if within_class:
+                left = (
+                    f"Stands: {', '.join(within_class)}, provided that images of each class are drawn as before and "
+                    "only the mix of classes changed (label shift)"
+                )
+            note = (
+                f"prior {prior:g} is not what was calibrated on: {calibrated}. Void: "
+                f"{', '.join(overall) or 'nothing'}. {left}. Answers do not change"
+            )
+    return Standing(policy.guarantee, policy.statement, prior, share, stands, void, note)
 
 
 def check_prior(prior: float | None) -> None:

@@ -74,10 +74,8 @@ class Target(Record):
 
     model_config = ConfigDict(allow_inf_nan=True)  # ranges refuse it, in their own words
 
-    aliases: ClassVar[Mapping[str, str]] = {}
-    """Other names of its fields on the command line."""
-    configured: ClassVar[Mapping[str, str]] = {}
-    """Fields that the configuration's ``calibrate`` section calls otherwise."""
+    aliases: ClassVar[Mapping[str, str]] = {}  # other names of its fields on the command line
+    configured: ClassVar[Mapping[str, str]] = {}  # fields that the configuration's ``calibrate`` calls otherwise
 
     policy: str
     guarantee: Guarantee = Field(

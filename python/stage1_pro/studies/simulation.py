@@ -9,16 +9,14 @@ the folder's labels and answers late and within a budget.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from numpy.typing import NDArray
 
-from stage1_pro.commands.simulate import LEAST_PER_DAY, Simulate, SimulationConfig
 from stage1_pro.continual.learn.rewards import NOBODY, Actions, RewardSpec, earned, verified
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
@@ -28,11 +26,15 @@ from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.world import World
 from stage1_pro.continual.serving.events import EventLog, uniform
 from stage1_pro.continual.serving.live import LiveCascade, tightened
+from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, write_bytes
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.studies.simulated import LEAST_PER_DAY, Alarm, Check, Day, RoundResult, Simulation, SimulationConfig
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.simulate import Simulate
 
 DAY = 86400.0
 # The simulated clock begins here: 1 January 2026, UTC.
@@ -63,89 +65,10 @@ LIMITS = (
 )
 
 
-class Day(Record):
-    """One day as it was, by labels of all photos and not of reviewed ones alone."""
-
-    day: int
-    shifted: bool
-    served: int
-    exits: int
-    wrong_exits: int
-    wrong: int = Field(description="of all that was answered, by Stage A or B")
-    static_exits: int = Field(description="the first champion at its own threshold on the same photos")
-    static_wrong_exits: int
-    answered: int = Field(description="reviews that came in")
-    waiting: int = Field(description="reviews that wait for time or budget at the day's end")
-    threshold: float = Field(description="in force at the day's end; above 1: nobody exits")
-    certified: float
-    champion: str
-
-
-class RoundResult(Record):
-    """One round: why, how it went, and what a promotion was worth on photos that nobody had seen."""
-
-    number: int
-    began: float = Field(description="day")
-    reasons: list[str]
-    outcome: Literal["promoted", "held", "rolled back", "open"]
-    ended: float | None = Field(description="day; null while it is open")
-    note: str
-    candidate: str | None
-    verdict: str | None = Field(description="fingerprint of verdict.json")
-    gate: bool | None = Field(description="what the verdict said; null where it did not come to one")
-    gain: float | None = Field(
-        None, description="mean reward over the champion before it, on judged photos of that day's world; as the gate "
-        "compares, each at the threshold of its certificate"
-    )  # fmt: skip
-    gain_as_served: float | None = Field(None, description="the same, the old one at the threshold then in force")
-
-
-class Alarm(Record):
-    """A step that first saw an alarm of the risk, and what the threshold did in it."""
-
-    day: float
-    at: float = Field(description="when the label became known that set it off; seconds since the epoch")
-    before: float
-    after: float
-
-
-class Check(Record):
-    """Something that was to be shown; passed or not, with its figure."""
-
-    name: str
-    passed: bool
-    value: float | None
-    limit: float | None
-    note: str
-
-
-class Simulation(Record):
-    """``simulation.json``: every figure of one simulated stretch; nothing in it depends on clocks or databases."""
-
-    format_version: Literal[1] = 1
-    config: SimulationConfig
-    real: list[str]
-    simulated: list[str]
-    limits: list[str]
-    past: dict[str, int] = Field(description="photos by split of the first champion's run")
-    stream: int = Field(description="photos that the stream is made of")
-    first_champion: str
-    days: list[Day]
-    alarms: list[Alarm]
-    rounds: list[RoundResult]
-    checks: list[Check]
-    audit_rows: int
-    audit_whole: bool
-
-
 def simulate(asked: Simulate) -> Simulation:
-    """Let the loop live through a stretch of days, and write what came of it.
+    """What ``commands.simulate.simulate`` does.
 
-    Writes ``OUT/run`` (unless ``run`` is given), ``OUT/loop`` (the loop's folder), ``simulation.json`` and figures.
-
-    Raises:
-        InputError: an option out of range, a folder that is there, a store that is not empty, or a run of other photos.
-        NotReachableError: the first champion cannot be certified at alpha.
+    It writes ``OUT/run`` (unless ``run`` is given), ``OUT/loop`` (the loop's folder), ``simulation.json`` and figures.
     """
     data, out = asked.data, asked.out
     config = SimulationConfig(**asked.model_dump(include=set(SimulationConfig.model_fields)))
@@ -165,7 +88,8 @@ def simulate(asked: Simulate) -> Simulation:
             "days; name --per-day, and photos come again"
         )
     trained = _train(world, out / "run", config, asked.backbone, asked.image_size) if asked.run is None else asked.run
-    _check_run(world, trained)
+    if Splits.read(trained / "splits.json").hashes != world.past.hashes:
+        raise InputError(f"run must be of the same photos and seed, got {trained}; leave it out to train one")
     root = out / "loop"
     first = init(
         root, trained, alpha=config.alpha, store=asked.store, config=_loop_config(config), by="simulation", now=START
@@ -221,13 +145,6 @@ def _train(world: World, run: Path, config: SimulationConfig, backbone: str, ima
     )
     export(run, target="onnx")
     return run
-
-
-def _check_run(world: World, run: Path) -> None:
-    from stage1_pro.data.splits import Splits
-
-    if Splits.read(run / "splits.json").hashes != world.past.hashes:
-        raise InputError(f"run must be of the same photos and seed, got {run}; leave it out to train one")
 
 
 def _loop_config(config: SimulationConfig) -> dict[str, Any]:
@@ -357,14 +274,15 @@ def _day(time: float) -> float:
 
 def _rounds(world: World, config: SimulationConfig, registry: Registry) -> list[RoundResult]:
     """The rounds as the audit tells them, and what promotions were worth on photos that nobody has seen."""
-    edges = [(row.time, json.loads(row.body)) for row in chain.read(registry.store, kind="edge")]
-    thresholds: list[tuple[float, str, float]] = []
+    edges, thresholds = list[tuple[float, dict[str, Any]]](), list[tuple[float, str, float]]()
     for row in chain.read(registry.store):
         body = json.loads(row.body)
         if row.kind == "threshold" and body["threshold"] is not None:
             thresholds.append((row.time, body["bundle"], body["threshold"]))
-        elif row.kind == "edge" and body["from"] == "MONITOR" and body.get("threshold") is not None:
-            thresholds.append((row.time, body["round"]["champion"], body["threshold"]))
+        elif row.kind == "edge":
+            edges.append((row.time, body))
+            if body["from"] == "MONITOR" and body.get("threshold") is not None:
+                thresholds.append((row.time, body["round"]["champion"], body["threshold"]))
     found = []
     for number in sorted({body["round"]["number"] for _, body in edges}):
         mine = [(time, body) for time, body in edges if body["round"]["number"] == number]
@@ -427,47 +345,40 @@ def _checks(
     rounds: Sequence[RoundResult],
 ) -> list[Check]:  # fmt: skip
     """What was to be shown."""
+    checks: list[Check] = []
+
+    def note(name: str, passed: bool, value: float | None, limit: float | None, text: str) -> None:
+        checks.append(Check(name=name, passed=passed, value=value, limit=limit, note=text))
+
     shift = config.shift_day
-    after = [one for one in alarms if one.day >= shift]
-    early = len(alarms) - len(after)
-    first = after[0] if after else None
-    checks = [
-        Check(name="alarm after the shift", passed=first is not None,
-              value=None if first is None else first.day - shift, limit=None,
-              note="days from the shift to the first alarm, labels' delay included"),
-        Check(name="no alarm before it", passed=early == 0, value=early, limit=0, note="alarms"),
-        Check(name="safe threshold at once", passed=first is not None and first.after > first.before,
-              value=None if first is None else first.after, limit=None if first is None else first.before,
-              note="threshold after and before the step that saw the first alarm"),
-    ]  # fmt: skip
+    early = sum(one.day < shift for one in alarms)
+    first = next((one for one in alarms if one.day >= shift), None)
+    delay, before, after = (None,) * 3 if first is None else (first.day - shift, first.before, first.after)
+    text = "days from the shift to the first alarm, labels' delay included"
+    note("alarm after the shift", delay is not None, delay, None, text)
+    note("no alarm before it", early == 0, early, 0, "alarms")
+    text = "threshold after and before the step that saw the first alarm"
+    note("safe threshold at once", first is not None and first.after > first.before, after, before, text)
     own = {name: registry.load(name).policy.exit_threshold for name in registry.bundles()}
     low = sum(event.threshold < own[event.bundle] for event in read_events(registry.store))
-    checks.append(
-        Check(name="never past the certificate", passed=low == 0, value=low, limit=0,
-              note="decisions at a threshold below their bundle's certified one")
-    )  # fmt: skip
+    text = "decisions at a threshold below their bundle's certified one"
+    note("never past the certificate", low == 0, low, 0, text)
     if first is not None:
-        checks.append(_risk("risk from the alarm on", config, [one for one in days if one.day > first.day]))
-        checks.append(_risk("risk without the loop", config, [one for one in days if one.day > first.day], static=True))
+        later = [one for one in days if one.day > first.day]
+        checks.append(_risk("risk from the alarm on", config, later))
+        checks.append(_risk("risk without the loop", config, later, static=True))
     promoted = [one for one in rounds if one.outcome == "promoted"]
     since = next((one.ended for one in promoted if one.ended is not None and one.ended >= shift), None)
-    checks.append(
-        Check(name="promotion after the shift", passed=since is not None,
-              value=None if since is None else since - shift, limit=None,
-              note="days from the shift to the promotion")
-    )  # fmt: skip
+    delay = None if since is None else since - shift
+    note("promotion after the shift", since is not None, delay, None, "days from the shift to the promotion")
     if since is not None:
         checks.append(_risk("risk after the promotion", config, [one for one in days if one.day > since]))
     worst = min((one.gain for one in promoted if one.gain is not None), default=None)
-    checks.append(
-        Check(name="no harmful promotion", passed=worst is None or worst >= 0, value=worst, limit=0.0,
-              note=f"least gain in mean reward of {len(promoted)} promotions, on {config.judged} photos never served")
-    )  # fmt: skip
+    text = f"least gain in mean reward of {len(promoted)} promotions, on {config.judged} photos never served"
+    note("no harmful promotion", worst is None or worst >= 0, worst, 0.0, text)
     served = min((one.gain_as_served for one in promoted if one.gain_as_served is not None), default=None)
-    checks.append(
-        Check(name="nor beside what was served", passed=served is None or served >= 0, value=served, limit=0.0,
-              note="the same, the champion before at the threshold it had been tightened to")
-    )  # fmt: skip
+    text = "the same, the champion before at the threshold it had been tightened to"
+    note("nor beside what was served", served is None or served >= 0, served, 0.0, text)
     return checks
 
 
@@ -491,50 +402,23 @@ def _figures(found: Simulation) -> dict[str, bytes]:
     from stage1_pro.metrics.figures import timeline_png
 
     days, config = found.days, found.config
-    x = [one.day + 0.5 for one in days]
     marks = {
         "alarm": [one.day for one in found.alarms],
         "shift": [float(config.shift_day)],
         "promotion": [one.ended for one in found.rounds if one.outcome == "promoted" and one.ended is not None],
     }
 
-    def share(top: Sequence[int], under: Sequence[int]) -> list[float]:
-        return [a / b if b else math.nan for a, b in zip(top, under, strict=True)]
+    def daily(name: str) -> NDArray[np.float64]:
+        return np.array([getattr(one, name) for one in days], dtype=np.float64)
 
-    exits, served = [one.exits for one in days], [one.served for one in days]
-    static = [one.static_exits for one in days]
+    x, exits, static, served = daily("day") + 0.5, daily("exits"), daily("static_exits"), daily("served")
+    with np.errstate(invalid="ignore"):
+        risk = {"with the loop": daily("wrong_exits") / exits, "without": daily("static_wrong_exits") / static}
+    coverage = {"with the loop": exits / served, "without": static / served}
+    threshold = {"in force": np.minimum(daily("threshold"), 1.0), "certified": daily("certified")}
+    limits = {"alpha": config.alpha, f"{SLACK:g} alpha": SLACK * config.alpha}
     return {
-        "risk": timeline_png(
-            x,
-            {"with the loop": share([one.wrong_exits for one in days], exits),
-             "without": share([one.static_wrong_exits for one in days], static)},
-            y="share of exits that are wrong", limits={"alpha": config.alpha, f"{SLACK:g} alpha": SLACK * config.alpha},
-            marks=marks,
-        ),
-        "coverage": timeline_png(
-            x, {"with the loop": share(exits, served), "without": share(static, served)}, y="share of photos that exit",
-            marks=marks,
-        ),
-        "threshold": timeline_png(
-            x, {"in force": [min(one.threshold, 1.0) for one in days], "certified": [one.certified for one in days]},
-            y="threshold", marks=marks, steps=True, percent=False,
-        ),
-    }  # fmt: skip
-
-
-def render(found: Simulation) -> str:
-    """Lines for people."""
-    photos, config = sum(one.served for one in found.days), found.config
-    lines = [f"{len(found.days)} days, {photos} photos, shift on day {config.shift_day}, alpha {config.alpha:g}"]
-    lines += [f"  alarm on day {one.day:g}: threshold {one.before:.4f} -> {one.after:.4f}" for one in found.alarms]
-    for one in found.rounds:
-        gain = "" if one.gain is None else f"; gain {one.gain:+.3f}"
-        served = "" if one.gain_as_served is None else f", {one.gain_as_served:+.3f} over the tightened one"
-        lines.append(f"  round {one.number}, day {one.began:g}, {', '.join(one.reasons)}: {one.outcome}"
-                     f"{'' if one.ended is None else f' on day {one.ended:g}'} ({one.note}){gain}{served}")  # fmt: skip
-    for check in found.checks:
-        value = "" if check.value is None else f" {check.value:.4g}"
-        limit = "" if check.limit is None else f" (limit {check.limit:.4g})"
-        lines.append(f"{'ok  ' if check.passed else 'FAIL'} {check.name}:{value}{limit} {check.note}")
-    lines.append(f"audit: {found.audit_rows} rows, {'whole' if found.audit_whole else 'BROKEN'}")
-    return "\n".join(lines)
+        "risk": timeline_png(x, risk, y="share of exits that are wrong", limits=limits, marks=marks),
+        "coverage": timeline_png(x, coverage, y="share of photos that exit", marks=marks),
+        "threshold": timeline_png(x, threshold, y="threshold", marks=marks, steps=True, percent=False),
+    }

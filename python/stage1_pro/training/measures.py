@@ -15,7 +15,7 @@ from stage1_pro.metrics.answers import Answered, Measure, Stage, measure_fnr
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.intervals import Intervals, bootstrap, bootstrap_answers, compare, metric_names
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.units import groups_in_error
+from stage1_pro.policies.rows import groups_in_error
 
 LEVEL = 0.95
 # Accuracy of the cascade minus that of Stage B answering everything, on the same rows.

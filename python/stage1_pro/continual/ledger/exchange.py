@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -127,19 +127,6 @@ def _time(where: str, value: Any) -> float:
 # --------------------------------------------------------------------------------------------
 # Label Studio
 
-_FROM, _TO = "label", "image"
-
-
-def label_config(classes: Iterable[str]) -> str:
-    """The labelling interface to paste into a Label Studio project that takes ``export_label_studio``'s tasks."""
-    from xml.sax.saxutils import quoteattr
-
-    choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in classes)
-    return (
-        f'<View>\n  <Image name="{_TO}" value="$image"/>\n'
-        f'  <Choices name="{_FROM}" toName="{_TO}" choice="single" required="true">\n{choices}\n  </Choices>\n</View>\n'
-    )
-
 
 def export_label_studio(
     store: Store,
@@ -185,7 +172,7 @@ def export_label_studio(
 
 
 def _choice(label: str, **more: Any) -> dict[str, Any]:
-    return {"from_name": _FROM, "to_name": _TO, "type": "choices", "value": {"choices": [label]}, **more}
+    return {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [label]}, **more}
 
 
 def import_label_studio(
@@ -231,13 +218,17 @@ def import_label_studio(
             if one.get("was_cancelled"):
                 continue
             label, meta = _chosen(where, one.get("result"))
+            # A number, or an object with an email and an id.
+            by = one.get("completed_by")
+            by = by.get("email") or by.get("id") if isinstance(by, Mapping) else by
+            who = None if by is None else str(by)
             given.append(
                 _label(
                     where,
                     event_id=data["event_id"],
                     label=label,
                     source=_believed(meta.get("source"), source),
-                    annotator=_annotator(one.get("completed_by")) or annotator,
+                    annotator=who or annotator,
                     # Text times are rounded to microseconds; ours came with the number.
                     time=_time(where, meta.get("time") or one.get("created_at") or now),
                 )
@@ -258,13 +249,6 @@ def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:
         got = ", ".join(str(name) for name, _ in found) or "none"
         raise InputError(f"{where} must have exactly one choice in each annotation, got {got}; answer it or cancel it")
     return found[0]
-
-
-def _annotator(who: Any) -> str | None:
-    """A name from ``completed_by``: a number, or an object with an email and an id."""
-    if isinstance(who, Mapping):
-        who = who.get("email") or who.get("id")
-    return None if who is None else str(who)
 
 
 # --------------------------------------------------------------------------------------------
@@ -288,7 +272,11 @@ def export_parquet(store: Store, folder: Path | str) -> dict[str, int]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = resolve(store)
-    schema = _event_schema(pa)
+    kinds = {"sketch": pa.list_(pa.float32(), SKETCH_SIZE), "selected": pa.bool_(), "held_trust": pa.int32(),
+             "answers": pa.int32()}  # fmt: skip
+    kinds |= {column.name: pa.float64() for column in events.columns if column.type.python_type is float}
+    names = [*Event.model_fields, "held_label", "held_source", "held_trust", "answers"]
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
     counts = {"events": 0, "labels": 0}
     with atomic_path(folder / "events.parquet") as path, pq.ParquetWriter(path, schema) as writer:
         part: list[dict[str, Any]] = []
@@ -312,12 +300,3 @@ def export_parquet(store: Store, folder: Path | str) -> dict[str, int]:
         pq.write_table(pa.Table.from_pylist(rows, form), path)
     counts["labels"] = len(rows)
     return counts
-
-
-def _event_schema(pa: Any) -> Any:
-    kinds: dict[str, Any] = {"sketch": pa.list_(pa.float32(), SKETCH_SIZE), "selected": pa.bool_()}
-    numbers = {c.name for c in events.columns if c.type.python_type is float}
-    columns = [(name, kinds.get(name, pa.float64() if name in numbers else pa.string())) for name in Event.model_fields]
-    held = [("held_label", pa.string()), ("held_source", pa.string()), ("held_trust", pa.int32()),
-            ("answers", pa.int32())]  # fmt: skip
-    return pa.schema(columns + held)

@@ -1,9 +1,8 @@
 """The vault of guard labels: it alone reads them, answers one question about a candidate, and counts the looks.
 
-A guard set tells whether a candidate earns more than the champion. Every answer leaks a little of the set: proposals
-that are chosen by such answers are trained on the guard. So a guard epoch has ten looks, each at level 1%; a look is a
-row that is committed before the labels are read; after the last look the guard must be refreshed. No label leaves the
-vault, only the result of a test.
+A guard set tells whether a candidate earns more than the champion, and every answer leaks a little of the set. So a
+guard epoch has ten looks, each at level 1%; a look is a row that is committed before the labels are read; after the
+last one the guard must be refreshed. No label leaves the vault, only the result of a test.
 
 The promise, by the union bound: until an epoch's first promotion every look has answered "no", so no candidate before
 it can depend on the labels, and the chance that the first promotion is harmful is at most looks times level. This holds
@@ -137,10 +136,8 @@ class GuardVault:
             raise InputError(f"clusters must be one for each of 1 or more rows, got {len(clusters)} for {len(row_ids)}")
         if len(set(row_ids)) != len(row_ids):
             raise InputError("row_ids must be there once each, got some twice; a guard counts an image once")
-        values = [
-            {"epoch": epoch, "place": place, "row_id": one, "cluster": cluster}
-            for place, (one, cluster) in enumerate(zip(row_ids, clusters, strict=True))
-        ]
+        numbered = enumerate(zip(row_ids, clusters, strict=True))
+        values = [{"epoch": epoch, "place": at, "row_id": one, "cluster": cluster} for at, (one, cluster) in numbered]
         try:
             with self._store.write() as connection:
                 connection.execute(insert(_epochs), {"epoch": epoch, "looks": looks, "level": level, "time": now})
@@ -187,20 +184,18 @@ class GuardVault:
             self._epoch(connection, epoch)
             given = select(_rows.c.row_id, _rows.c.label.is_not(None).label("there"))
             rows = connection.execute(given.where(_rows.c.epoch == epoch).order_by(_rows.c.place)).all()
-        differ = self._differ(len(rows), champion, candidate)
+        for name, one in (("champion", champion), ("candidate", candidate)):
+            if (n := one.answers.size) != len(rows):
+                raise InputError(f"{name} must have decisions on the {len(rows)} guard rows, got {n}; run all")
+        differ = champion.differ(candidate)
         return [row.row_id for row, other in zip(rows, differ, strict=True) if other and not row.there]
 
-    def looks_left(self, epoch: str) -> int:
-        """How many candidates this epoch can still judge."""
-        with self._store.read() as connection:
-            of = self._epoch(connection, epoch).looks
-            return int(of) - self._taken(connection, epoch)
-
-    def looked(self, epoch: str) -> bool:
-        """Whether any candidate was judged by this epoch; rows that judged none may be another epoch's."""
+    def looks_taken(self, epoch: str) -> int:
+        """How many candidates this epoch has judged; rows that judged none may be another epoch's."""
         with self._store.read() as connection:
             self._epoch(connection, epoch)
-            return self._taken(connection, epoch) > 0
+            counted = select(func.count()).select_from(_looks).where(_looks.c.epoch == epoch)
+            return connection.execute(counted).scalar_one()
 
     def judge(
         self,
@@ -242,10 +237,14 @@ class GuardVault:
                 f"guard rows must be labelled where champion and candidate differ, got {len(missing)} without a label, "
                 f"such as '{missing[0]}'; have them reviewed (no look was taken)"
             )
-        look = self._take(epoch, _asked(champion, candidate, [*classes, positive, terms]), name, now)
+        sides = (
+            part for one in (champion, candidate) for part in (one.answers.astype("<i8"), one.deferred.astype("u1"))
+        )
+        words = "\n".join([*classes, positive, terms]).encode()
+        look = self._take(epoch, sha256_bytes(b"".join([*(side.tobytes() for side in sides), words])), name, now)
         with self._store.read() as connection:
             rows = connection.execute(select(_rows).where(_rows.c.epoch == epoch).order_by(_rows.c.place)).all()
-        differ = self._differ(len(rows), champion, candidate)
+        differ = champion.differ(candidate)
         read = [row for row, other in zip(rows, differ, strict=True) if other]
         names = list(classes)
         unknown = sorted({row.label for row in read} - set(names))
@@ -265,10 +264,8 @@ class GuardVault:
         """
         mine = (_looks.c.epoch == look.epoch, _looks.c.number == look.number)
         with self._store.write() as connection:
-            noted = connection.execute(
-                update(_looks).where(*mine, _looks.c.promoted.is_(None)).values(promoted=promoted)
-            )
-            if not noted.rowcount:
+            note = update(_looks).where(*mine, _looks.c.promoted.is_(None)).values(promoted=promoted)
+            if not connection.execute(note).rowcount:
                 before = connection.execute(select(_looks.c.promoted).where(*mine)).scalar_one_or_none()
                 if before != promoted:
                     raise InputError(
@@ -282,9 +279,8 @@ class GuardVault:
             try:
                 with self._store.write() as connection:
                     of = self._epoch(connection, epoch)
-                    taken = connection.execute(
-                        select(_looks).where(_looks.c.epoch == epoch).order_by(_looks.c.number)
-                    ).all()
+                    of_epoch = select(_looks).where(_looks.c.epoch == epoch).order_by(_looks.c.number)
+                    taken = connection.execute(of_epoch).all()
                     (mine,) = [row for row in taken if row.asked == asked] or (None,)
                     number = len(taken) + 1 if mine is None else int(mine.number)
                     if number > of.looks:
@@ -306,19 +302,3 @@ class GuardVault:
         if found is None:
             raise InputError(f"epoch must be one of this store, got '{epoch}', which is not there; open it first")
         return found
-
-    def _taken(self, connection: Connection, epoch: str) -> int:
-        counted = connection.execute(select(func.count()).select_from(_looks).where(_looks.c.epoch == epoch))
-        return int(counted.scalar_one())
-
-    @staticmethod
-    def _differ(n: int, champion: Actions, candidate: Actions) -> NDArray[np.bool_]:
-        for name, one in (("champion", champion), ("candidate", candidate)):
-            if one.answers.size != n:
-                raise InputError(f"{name} must have decisions on the {n} guard rows, got {one.answers.size}; run all")
-        return champion.differ(candidate)
-
-
-def _asked(champion: Actions, candidate: Actions, words: Sequence[str]) -> str:
-    parts = [part for one in (champion, candidate) for part in (one.answers.astype("<i8"), one.deferred.astype("u1"))]
-    return sha256_bytes(b"".join([*(part.tobytes() for part in parts), "\n".join(words).encode()]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -40,7 +41,6 @@ SOURCES: tuple[Source, ...] = tuple(TRUST)
 # The only sources that may guard a promotion.
 GUARD_SOURCES: tuple[Source, ...] = ("owner", "review")
 DOUBLE_SHARE = 0.05
-
 
 events = Table(
     "events",
@@ -165,12 +165,8 @@ def _place(store: Store, connection: Connection, log: EventLog) -> Position:
     """Where ingestion of a log goes on; holds its row until the transaction ends."""
     first = {"log": log.info.id, "segment": 0, "position": 0}
     connection.execute(insert(store, log_positions).values(first).on_conflict_do_nothing())
-    found = connection.execute(
-        select(log_positions.c.segment, log_positions.c.position)
-        .where(log_positions.c.log == log.info.id)
-        .with_for_update()
-    ).one()
-    return Position(*found)
+    place = select(log_positions.c.segment, log_positions.c.position).where(log_positions.c.log == log.info.id)
+    return Position(*connection.execute(place.with_for_update()).one())
 
 
 def _row(one: Event, double_share: float, seed: int) -> dict[str, Any]:
@@ -198,13 +194,13 @@ def _insert_events(store: Store, connection: Connection, rows: list[dict[str, An
 
 
 def add_events(store: Store, new: Sequence[Event], *, double_share: float = DOUBLE_SHARE, seed: int = 0) -> int:
-    """Put events into a store without a log, such as a simulation's; give how many were new.
+    """Put events into a store without a log; give how many were new.
 
     Args:
         store: where to.
         new: the events; known ids are left out.
-        double_share: share of selected events that two people are asked about.
-        seed: of that draw.
+        double_share: as ``ingest`` takes it.
+        seed: the same.
     """
     with store.write() as connection:
         return _insert_events(store, connection, [_row(one, double_share, seed) for one in new])
@@ -231,9 +227,8 @@ def read_events(
         query = query.where(events.c.bundle == bundle)
     with store.read() as connection:
         for row in connection.execute(query, execution_options={"yield_per": 5000}).mappings():
-            values = dict(row)
-            values["sketch"] = np.frombuffer(row["sketch"], dtype="<f4")
-            yield Event.model_construct(**{**values, "sketch": tuple(values["sketch"].tolist())})
+            sketch = tuple(np.frombuffer(row["sketch"], dtype="<f4").tolist())
+            yield Event.model_construct(**{**row, "sketch": sketch})
 
 
 def read_bundles(store: Store) -> dict[str, BundleFacts]:
@@ -254,11 +249,6 @@ class Label(Record):
     source: Source
     annotator: str = Field(min_length=1)
     time: float = Field(description="seconds since the epoch, UTC")
-
-    @property
-    def trust(self) -> int:
-        """How much its source is believed: owner 3, review 2, match 1, model 0."""
-        return TRUST[self.source]
 
 
 @dataclass(frozen=True)
@@ -286,15 +276,15 @@ def add_labels(store: Store, new: Iterable[Label]) -> Added:
             query = select(events.c.id, events.c.bundle).where(events.c.id.in_(wanted))
             served = {row.id: row.bundle for row in connection.execute(query)}
             _check_labels(part, served, facts)
-            columns = (labels.c.event_id, labels.c.label, labels.c.source, labels.c.annotator, labels.c.time)
+            columns = (labels.c[name] for name in Label.model_fields)
             answers = select(*columns).where(labels.c.event_id.in_(wanted), labels.c.kind == "answer")
             known = {tuple(row) for row in connection.execute(answers)}
             rows = []
             for one in part:
-                key = (one.event_id, one.label, one.source, one.annotator, one.time)
+                key = tuple(dict(one).values())
                 if key not in known:
                     known.add(key)
-                    rows.append({**dict(one), "kind": "answer", "trust": one.trust})
+                    rows.append({**dict(one), "kind": "answer", "trust": TRUST[one.source]})
             if rows:
                 connection.execute(labels.insert(), rows)
             added += len(rows)
@@ -319,14 +309,11 @@ def _check_labels(part: Sequence[Label], served: Mapping[str, str], facts: Mappi
 class Resolved:
     """The label that holds for an event, whose it is, and how many answers there are in all."""
 
-    event_id: str
     label: str
     source: Source
     trust: int
-    annotator: str
     time: float
     answers: int
-    agree: bool
 
 
 def read_labels(store: Store, *, sources: Collection[Source] = SOURCES) -> list[Label]:
@@ -362,12 +349,9 @@ def resolve(store: Store, *, sources: Collection[Source] = SOURCES, until: float
         for row in connection.execute(query):
             found.setdefault(row.event_id, []).append(row)
     return {
-        name: Resolved(
-            name, rows[0].label, rows[0].source, rows[0].trust, rows[0].annotator, rows[0].time, len(rows),
-            len({row.label for row in rows}) == 1,
-        )
+        name: Resolved(rows[0].label, rows[0].source, rows[0].trust, rows[0].time, len(rows))
         for name, rows in found.items()
-    }  # fmt: skip
+    }
 
 
 def _sources(sources: Collection[Source]) -> list[Source]:
@@ -397,14 +381,11 @@ class Disagreement(Record):
         """From the labels that each event got, of two or more different reviewers each."""
         wrong = tuple(sorted(name for name, given in answers.items() if len(set(given)) > 1))
         n, k = len(answers), len(wrong)
-        pairs = [(given[0], given[1]) for given in answers.values()]
         kappa = None
-        if pairs:
-            names = sorted({name for pair in pairs for name in pair})
-            chance = sum(
-                sum(a == name for a, _ in pairs) * sum(b == name for _, b in pairs) for name in names
-            ) / len(pairs) ** 2  # fmt: skip
-            seen = sum(a == b for a, b in pairs) / len(pairs)
+        if n:
+            first, second = (Counter(given[place] for given in answers.values()) for place in (0, 1))
+            chance = sum(first[name] * second[name] for name in first) / n**2
+            seen = sum(given[0] == given[1] for given in answers.values()) / n
             kappa = (seen - chance) / (1 - chance) if chance < 1 else None
         return cls(
             doubled=n,

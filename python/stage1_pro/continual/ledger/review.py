@@ -122,21 +122,16 @@ class ReviewQueue:
         Where somebody else holds the event meanwhile the undo stands, and None is given.
         """
         with self._serial() as connection:
-            last = connection.execute(
-                select(labels)
-                .where(labels.c.annotator == reviewer, labels.c.source == "review", labels.c.kind != "undo", standing())
-                .order_by(labels.c.id.desc())
-                .limit(1)
-            ).mappings().one_or_none()  # fmt: skip
+            found = select(labels).where(*self._by(reviewer), labels.c.kind != "undo", standing())
+            last = connection.execute(found.order_by(labels.c.id.desc()).limit(1)).mappings().one_or_none()
             if last is None:
                 return None
             kept = {name: value for name, value in last.items() if name != "id"}
             row = {**kept, "kind": "undo", "label": None, "time": now, "supersedes": last["id"]}
             connection.execute(labels.insert(), row)
-            held = connection.execute(
-                select(events.c.id).where(events.c.id == last["event_id"], self._lent(reviewer, now))
-            ).first()
-            return None if held is not None else self._lend(connection, last["event_id"], reviewer, now)
+            lent = select(events.c.id).where(events.c.id == last["event_id"], self._lent(reviewer, now))
+            held = connection.execute(lent).first() is not None
+            return None if held else self._lend(connection, last["event_id"], reviewer, now)
 
     def progress(self, reviewer: str, now: float) -> Progress:
         """How far the queue is, as this reviewer sees it."""
@@ -145,12 +140,8 @@ class ReviewQueue:
             def count(*conditions: Any) -> int:
                 return connection.execute(select(func.count()).select_from(events).where(*conditions)).scalar_one()
 
-            kinds = (
-                select(labels.c.kind, func.count().label("rows"))
-                .where(labels.c.annotator == reviewer, labels.c.source == "review", standing())
-                .group_by(labels.c.kind)
-            )
-            mine = {row.kind: row.rows for row in connection.execute(kinds)}
+            kinds = select(labels.c.kind, func.count().label("rows")).where(*self._by(reviewer), standing())
+            mine = {row.kind: row.rows for row in connection.execute(kinds.group_by(labels.c.kind))}
             return Progress(
                 selected=count(events.c.reviews > 0),
                 finished=count(events.c.reviews > 0, self._finished()),
@@ -174,23 +165,22 @@ class ReviewQueue:
             yield connection
 
     @staticmethod
+    def _by(reviewer: str) -> tuple[Any, ...]:
+        """That a row of ``labels`` is a reviewer's."""
+        return labels.c.annotator == reviewer, labels.c.source == "review"
+
+    @staticmethod
     def _answers(*conditions: Any) -> Any:
         return select(labels.c.id).where(labels.c.event_id == events.c.id, standing(), *conditions)
 
     def _finished(self) -> Any:
-        reviewers = (
-            select(func.count(labels.c.annotator.distinct()))
-            .where(labels.c.event_id == events.c.id, labels.c.kind == "answer", labels.c.source == "review", standing())
-            .scalar_subquery()
-        )
-        return or_(
-            reviewers >= events.c.reviews, self._answers(labels.c.kind == "answer", labels.c.source == "owner").exists()
-        )
+        answers = self._answers(labels.c.kind == "answer", labels.c.source == "review")
+        reviewers = answers.with_only_columns(func.count(labels.c.annotator.distinct())).scalar_subquery()
+        owned = self._answers(labels.c.kind == "answer", labels.c.source == "owner").exists()
+        return or_(reviewers >= events.c.reviews, owned)
 
     def _open(self, reviewer: str, now: float) -> Any:
-        done = self._answers(
-            labels.c.annotator == reviewer, labels.c.source == "review", labels.c.kind != "undo"
-        ).exists()
+        done = self._answers(*self._by(reviewer), labels.c.kind != "undo").exists()
         # Images are gone after their time, and what nobody can see needs no look at the disk.
         return and_(events.c.reviews > 0, events.c.time > now - self.images.ttl, ~self._finished(), ~done)
 
@@ -208,10 +198,9 @@ class ReviewQueue:
         row = {"event_id": event_id, "reviewer": reviewer, "expires": now + self.lease}
         statement = insert(self.store, leases).values(row)
         connection.execute(statement.on_conflict_do_update(index_elements=["event_id"], set_=row))
-        one = connection.execute(select(events).where(events.c.id == event_id)).one()
-        facts = self._facts(connection, event_id)
         others = self._answers(labels.c.kind == "answer", labels.c.annotator != reviewer).exists()
-        second = connection.execute(select(events.c.id).where(events.c.id == event_id, others)).first() is not None
+        one = connection.execute(select(events, others.label("second")).where(events.c.id == event_id)).one()
+        facts = self._facts(connection, event_id)
         exited = one.action == "exit"
         return Item(
             event_id=event_id,
@@ -224,7 +213,7 @@ class ReviewQueue:
             answer_b=None if exited else one.label or _answer(one.prob_b, facts),
             prob_a=one.prob_a,
             prob_b=one.prob_b,
-            second=second,
+            second=bool(one.second),
             served=one.time,
             expires=row["expires"],
         )
@@ -240,10 +229,10 @@ class ReviewQueue:
     def _append(
         self, connection: Connection, event_id: str, reviewer: str, now: float, *, kind: str, label: str | None
     ) -> int:
-        allowed = connection.execute(
-            select(events.c.id).where(events.c.id == event_id, self._open(reviewer, now), ~self._lent(reviewer, now))
-        ).first()
-        if allowed is None:
+        allowed = select(events.c.id).where(
+            events.c.id == event_id, self._open(reviewer, now), ~self._lent(reviewer, now)
+        )
+        if connection.execute(allowed).first() is None:
             raise LeaseLostError(f"event_id must be one that {reviewer} may answer, got {event_id}; take another one")
         row = {"kind": kind, "event_id": event_id, "label": label, "source": "review", "trust": TRUST["review"],
                "annotator": reviewer, "time": now}  # fmt: skip

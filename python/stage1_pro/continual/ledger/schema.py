@@ -8,7 +8,6 @@ counts as the first. A table is created when a store is opened by a process that
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,11 @@ def append_only(table: Table, *, ignores: bool = False, once: Collection[str] = 
         f"{name}_no_{moment.lower()}": f"BEFORE {moment} ON {name} FOR EACH {unit} {when}EXECUTE FUNCTION {refuse}"
         for moment, unit, when in (("UPDATE", "ROW", changes), ("DELETE", "ROW", ""), ("TRUNCATE", "STATEMENT", ""))
     }
-    table.info["functions"] = {"sqlite": (), "postgresql": (f"CREATE OR REPLACE FUNCTION {refuse} {body}",)}
-    table.info["triggers"] = {"sqlite": sqlite, "postgresql": postgresql}
+    # Before its triggers what they call, of each kind of database.
+    table.info["guards"] = {
+        "sqlite": ([], sqlite),
+        "postgresql": ([f"CREATE OR REPLACE FUNCTION {refuse} {body}"], postgresql),
+    }
 
     def guard(_: Table, connection: Connection, **__: Any) -> None:
         _guard(connection, table, set())
@@ -83,50 +85,36 @@ def append_only(table: Table, *, ignores: bool = False, once: Collection[str] = 
 
 def _guard(connection: Connection, table: Table, there: Collection[str]) -> None:
     """Create the triggers of a table that are not there."""
-    dialect = connection.dialect.name
-    missing = {name: rule for name, rule in _of(table, "triggers", dialect, {}).items() if name not in there}
-    if missing:
-        statements = [*_of(table, "functions", dialect, ()), *(f"CREATE TRIGGER {n} {r}" for n, r in missing.items())]
-        for statement in statements:
-            connection.execute(DDL(statement.replace("%", "%%")))  # type: ignore[no-untyped-call]
-
-
-def _of(table: Table, kind: str, dialect: str, default: Any) -> Any:
-    return table.info.get(kind, {}).get(dialect, default)
+    functions, triggers = table.info.get("guards", {}).get(connection.dialect.name, ([], {}))
+    missing = [f"CREATE TRIGGER {name} {rule}" for name, rule in triggers.items() if name not in there]
+    for statement in [*functions, *missing] if missing else []:
+        connection.execute(DDL(statement.replace("%", "%%")))  # type: ignore[no-untyped-call]
 
 
 # -------------------------------------------------------------------------------- versions
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What a database holds: columns by table, and the version; None where none was written."""
+def _read(connection: Connection, name: str) -> tuple[dict[str, set[str]], str | None]:
+    """What a database holds: columns by table, and its version, if one was written; it must be known to this code."""
+    columns: dict[str, set[str]] = {}
+    for table, column in connection.execute(text(_CATALOGUE[connection.dialect.name])):
+        columns.setdefault(table, set()).add(column)
+    version = connection.execute(VERSION.select()).scalar() if VERSION.name in columns else None
+    known = {path.stem.split("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*.py")}
+    if version is not None and version not in known:
+        raise ArtifactError(
+            f"{name} must be a store of schema version {HEAD} or older, got version {version}; open it with the newer "
+            "stage1_pro that made it, or update this one"
+        )
+    return columns, version
 
-    columns: Mapping[str, frozenset[str]]
-    version: str | None
 
-    @classmethod
-    def of(cls, connection: Connection) -> _Found:
-        columns: dict[str, set[str]] = {}
-        for table, column in connection.execute(text(_CATALOGUE[connection.dialect.name])):
-            columns.setdefault(table, set()).add(column)
-        version = None
-        if VERSION.name in columns:
-            version = connection.execute(VERSION.select()).scalar()
-        return cls({name: frozenset(found) for name, found in columns.items()}, version)
-
-    @property
-    def known(self) -> list[str]:
-        """Tables of the package that are there."""
-        return [name for name in metadata.tables if name in self.columns and name != VERSION.name]
-
-    def problem(self) -> str:
-        """The first column that code would ask for in vain; empty where all are there."""
-        for name in self.known:
-            lacking = [one.name for one in metadata.tables[name].columns if one.name not in self.columns[name]]
-            if lacking:
-                return f"table {name} has no column {lacking[0]}"
-        return ""
+def _check_columns(columns: Mapping[str, set[str]], name: str) -> None:
+    """Refuse a store that lacks a column which code would ask for."""
+    for table in metadata.tables.values():
+        lacking = [one.name for one in table.columns if one.name not in columns.get(table.name, ())]
+        if lacking and table.name in columns and table is not VERSION:
+            raise _unusable(name, f"table {table.name} has no column {lacking[0]}")
 
 
 def is_current(connection: Connection, name: str) -> bool:
@@ -139,12 +127,10 @@ def is_current(connection: Connection, name: str) -> bool:
     Raises:
         ArtifactError: a version that this code does not know, or a table that lacks a column.
     """
-    found = _Found.of(connection)
-    if found.version is not None:
-        _check_version(found.version, name)
-    if found.version != HEAD or any(one not in found.columns for one in metadata.tables):
+    columns, version = _read(connection, name)
+    if version != HEAD or any(table not in columns for table in metadata.tables):
         return False
-    _check_whole(found, name)
+    _check_columns(columns, name)
     return True
 
 
@@ -159,11 +145,9 @@ def bring_up(connection: Connection, name: str) -> None:
         ArtifactError: a version that this code does not know, a migration that failed, or a table that lacks a column.
         DependencyError: the store is older, and alembic is not installed.
     """
-    found = _Found.of(connection)
-    if found.version is not None:
-        _check_version(found.version, name)
-    new = not found.known and found.version is None
-    if not new and found.version != HEAD:
+    columns, version = _read(connection, name)
+    new = version is None and not any(name in columns for name in metadata.tables if name != VERSION.name)
+    if not new and version != HEAD:
         _migrate(connection, name)
     try:
         metadata.create_all(connection)
@@ -172,8 +156,8 @@ def bring_up(connection: Connection, name: str) -> None:
         else:
             _complete(connection)
     except DatabaseError as error:
-        raise _unusable(name, _reason(error)) from None
-    _check_whole(_Found.of(connection), name)
+        raise _unusable(name, error) from None
+    _check_columns(_read(connection, name)[0], name)
 
 
 def _migrate(connection: Connection, name: str) -> None:
@@ -189,7 +173,7 @@ def _migrate(connection: Connection, name: str) -> None:
     try:
         command.upgrade(config, HEAD)
     except DatabaseError as error:
-        raise _unusable(name, _reason(error)) from None
+        raise _unusable(name, error) from None
 
 
 def _complete(connection: Connection) -> None:
@@ -201,27 +185,9 @@ def _complete(connection: Connection) -> None:
             index.create(connection, checkfirst=True)
 
 
-def _check_version(version: str, name: str) -> None:
-    known = {path.stem.split("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*.py")}
-    if version not in known:
-        raise ArtifactError(
-            f"{name} must be a store of schema version {HEAD} or older, got version {version}; open it with the newer "
-            "stage1_pro that made it, or update this one"
-        )
-
-
-def _check_whole(found: _Found, name: str) -> None:
-    problem = found.problem()
-    if problem:
-        raise _unusable(name, problem)
-
-
-def _unusable(name: str, problem: str) -> ArtifactError:
+def _unusable(name: str, problem: str | DatabaseError) -> ArtifactError:
+    said = problem if isinstance(problem, str) else str(problem.orig).splitlines()[0]
     return ArtifactError(
-        f"{name} must be a store as stage1_pro made it, got one that was changed: {problem}; restore it from a copy, "
+        f"{name} must be a store as stage1_pro made it, got one that was changed: {said}; restore it from a copy, "
         "or begin a new loop with `stage1 continual init`"
     )
-
-
-def _reason(error: DatabaseError) -> str:
-    return str(error.orig).splitlines()[0]

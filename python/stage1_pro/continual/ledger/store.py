@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 
@@ -85,48 +85,29 @@ class Store:
 
         On SQLite it waits for the one writer's lock at its start, so that what it reads is what it decides on.
         """
-        with self.engine.connect() as connection:
-            if self.is_sqlite:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            with connection.begin() if not self.is_sqlite else _driven(connection):
-                yield connection
+        with self.engine.connect().execution_options(begin="BEGIN IMMEDIATE") as connection, connection.begin():
+            yield connection
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection for reading one consistent state."""
-        with self.engine.connect() as connection:
-            if self.is_sqlite:
-                connection.exec_driver_sql("BEGIN")
-                with _driven(connection):
-                    yield connection
-            else:
-                connection = connection.execution_options(isolation_level="REPEATABLE READ")  # noqa: PLW2901
-                with connection.begin():
-                    yield connection
+        options = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
 
     def close(self) -> None:
         """Give back every connection."""
         self.engine.dispose()
 
 
-def _prepare_sqlite(engine: Any) -> None:
+def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: Any) -> None:
-        # The driver would begin transactions by its own rules; here `write` and `read` do.
+        # The driver would begin transactions by its own rules; here `begun` does.
         connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA foreign_keys=ON")
-        cursor.close()
+        for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {setting}").close()
 
-
-@contextlib.contextmanager
-def _driven(connection: Connection) -> Iterator[None]:
-    """A transaction begun by hand."""
-    try:
-        yield
-    except BaseException:
-        connection.exec_driver_sql("ROLLBACK")
-        raise
-    connection.exec_driver_sql("COMMIT")
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))

@@ -30,7 +30,7 @@ from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import PLAN
-from stage1_pro.continual.watch.alerts import Alert, send_alert
+from stage1_pro.continual.watch.alerts import Alert
 from stage1_pro.continual.watch.outbox import AlertsConfig, deliver
 from stage1_pro.continual.watch.status import dashboard, write_textfile
 from stage1_pro.deploy.bundle import load_bundle
@@ -194,7 +194,7 @@ def status(
         if grafana is not None:
             write_text(grafana, json.dumps(dashboard(), indent=2) + "\n")
         test = Alert(time=now, kind="test", title="Test of alerts", text="Nothing happened.", bundle=seen.bundle)
-        sent = send_alert(test, config.alerts.hooks) if test_alert else ()
+        sent = [hook.send(test) for hook in config.alerts.hooks] if test_alert else []
         return {
             "deliveries": [one.model_dump(mode="json") for one in sent],
             "state": row.state,

@@ -346,7 +346,7 @@ class Rounds:
             earlier, frozen = body["round"]["number"], body["round"]["snapshot"]
             if number is None or earlier < number:
                 used["certify"] = max(used["certify"], frozen["until"])
-                if frozen["until"] < began or self.vault.looked(frozen["guard"]):
+                if frozen["until"] < began or self.vault.looks_taken(frozen["guard"]):
                     used["guard"] = max(used["guard"], frozen["until"])
         return used
 

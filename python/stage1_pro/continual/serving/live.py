@@ -128,20 +128,19 @@ class _Serving:
 class LiveCascade(Answering):
     """A cascade that follows ``champion.json`` of a registry's folder, for any number of threads.
 
-    Before every batch the file is read (some bytes). When it names something else, one thread loads and verifies it
-    while the others go on with what they have; then one assignment changes them all over. What was loaded for the
-    pointer before is kept, so a rollback costs no loading.
+    Before every batch the file is read. When it names something else, one thread loads and verifies it while the others
+    go on with what they have. What was loaded for the pointer before is kept, so a rollback costs no loading.
 
     Args:
         root: the registry's folder.
         runtime: as ``Cascade.load`` takes it.
         threads: as ``Cascade.load`` takes it.
         log: where decisions go, and pairs of champion and candidate; without it nothing is logged and shadows rest.
-        plan: how events are drawn for review; the loop's own (``plan.json``) by default, which deals labels by it.
-            While the file asks for more audits, every event's chance is raised to that.
-        on_failure: as ``Served`` takes it: who is told of what could not be logged, where answers leave all the same.
+        plan: how events are drawn for review; the loop's own (``plan.json``) by default. While the file asks for more
+            audits, every event's chance is raised to that.
+        on_failure: as ``Served`` takes it.
         retry_seconds: how long a bundle that could not be loaded is left alone.
-        writer: as ``Served`` takes it; give one to get the same event ids from a replay.
+        writer: as ``Served`` takes it.
 
     Raises:
         ArtifactError: no champion yet, or its bundle is damaged.
@@ -280,9 +279,8 @@ class LiveCascade(Answering):
         try:
             return (self.root / POINTER).read_bytes()
         except OSError as error:
-            raise ArtifactError(
-                f"{self.root} must hold {POINTER}, got: {error.strerror}; `stage1 continual init` makes it"
-            ) from None
+            said = f"{self.root} must hold {POINTER}, got: {error.strerror}; `stage1 continual init` makes it"
+            raise ArtifactError(said) from None
 
     def _follow(self, raw: bytes) -> _Serving:
         pointer = Pointer.parse(raw.decode("utf-8", "replace"), POINTER)
@@ -300,11 +298,9 @@ class LiveCascade(Answering):
         if (known := self._loaded.get(key)) is not None:
             return known
         same = next((loaded for key, loaded in self._loaded.items() if key[0] == sha256), None)
-        base = self._open(load_content(self.root, sha256)) if same is None else same.cascade
-        assert isinstance(base.bundle, Bundle)
-        bundle = load_content(self.root, sha256, verify=False) if same is not None else base.bundle
-        policy = tightened(bundle.policy, threshold)
-        cascade = Cascade(dataclasses.replace(bundle, policy=policy), base.runtime)
+        bundle = load_content(self.root, sha256, verify=same is None)
+        runtime = (self._open(bundle) if same is None else same.cascade).runtime
+        cascade = Cascade(dataclasses.replace(bundle, policy=tightened(bundle.policy, threshold)), runtime)
         # Each counts its own events.
         writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
         served = None

@@ -10,7 +10,6 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -106,8 +105,7 @@ class Webhook:
             except Exception as error:  # noqa: BLE001 - sockets, TLS and HTTP each raise kinds of their own
                 cause = getattr(error, "reason", error)
                 # What is said of an address that cannot be one quotes parts of it.
-                quotes = isinstance(cause, http.client.InvalidURL)
-                said = "" if quotes else str(cause)
+                said = "" if isinstance(cause, http.client.InvalidURL) else str(cause)
                 reason = (said or type(cause).__name__).replace(self.url, "the URL")[:_LONGEST_REASON]
         return Delivery(hook=host, delivered=False, tries=self.tries, reason=reason)
 
@@ -169,11 +167,6 @@ class Program:
 
 
 Hook = Webhook | Program
-
-
-def send_alert(alert: Alert, hooks: Sequence[Hook]) -> tuple[Delivery, ...]:
-    """Give an alert to every hook, one after the other; what became of it at each. A failure stops nobody."""
-    return tuple(hook.send(alert) for hook in hooks)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -1,12 +1,11 @@
 """Monitors of a served cascade: evidence of harm on audited exits, risk from biased labels, drift, triggers.
 
-NumPy columns and frozen records in, records out: no database, no torch, no clock. Only labels show harm (an e-process,
-weighted estimates). Scores show covariate shift (CBPE, river's detectors) and are blind to a concept shift.
+No database, no torch, no clock. Only labels show harm (an e-process, weighted estimates). Scores show covariate shift
+(CBPE, river's detectors) and are blind to a concept shift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -33,6 +32,7 @@ _MOST_CAPITAL = 1e100
 # A bet never risks more than this share of the capital on one audit.
 _MOST_RISKED = 0.9
 MCC_ROWS, ACCURACY_ROWS = 100, 10
+Detector = Literal["adwin", "page_hinkley", "kswin"]
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, 
     values, chance = _labelled(wrong, propensity)
     check_share("level", level)
     if values.size == 0 or np.ptp(chance) == 0:
-        return _equal(values, level, "")
+        return _equal(values, level)
     order, tail = _shuffled(values.size), (1 - level) / 2
     values, chance = values[order], chance[order]
     weight = chance.min() / chance
     high = betting_upper(weight * values, tail, weights=weight, alpha=alpha)
     low = 1 - betting_upper(weight * (1 - values), tail, weights=weight)
-    return _weighted(values, weight, float(weight @ values / weight.sum()), low, high, level, "")
+    return _weighted(values, weight, float(weight @ values / weight.sum()), (low, high), level)
 
 
 def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95) -> Estimate:
@@ -175,7 +175,7 @@ def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: flo
     values, chance = _labelled(every[known], chances[known])
     check_share("level", level)
     if values.size == 0:
-        return _equal(values, level, "")
+        return _equal(values, level)
     scale, tail = float(chances.min()), (1 - level) / 2
     losses = np.zeros(every.size)
     losses[known] = scale * values / chance
@@ -183,8 +183,8 @@ def horvitz_thompson_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: flo
     high = betting_upper(losses, tail) / scale
     low = (1 - betting_upper(1 - losses, tail)) / scale
     value = float((values / chance).sum() / every.size)
-    note = "above 1: weights are large and few" if value > 1 else ""
-    return _weighted(values, scale / chance, value, low, high, level, note)
+    found = _weighted(values, scale / chance, value, (low, high), level)
+    return found.model_copy(update={"note": "above 1: weights are large and few"}) if value > 1 else found
 
 
 # -------------------------------------------------------------------------------- evidence
@@ -356,8 +356,8 @@ class DriftConfig(Record):
 class Drift(Record):
     """Changes of the confidences that river's detectors saw; rows are counted from the first one given."""
 
-    changes: dict[Literal["adwin", "page_hinkley", "kswin"], list[int]]
-    last: dict[Literal["adwin", "page_hinkley", "kswin"], bool] = Field(description="seen in the last rows")
+    changes: dict[Detector, list[int]]
+    last: dict[Detector, bool] = Field(description="seen in the last rows")
     drifting: bool = Field(description="enough detectors saw one in the last rows")
     n: int
 
@@ -387,24 +387,34 @@ def drift(confidence: ArrayLike, config: DriftConfig | None = None) -> Drift:
         raise need("continual", error.name or "river") from error
     first = values[: config.reference]
     centre, spread = (float(first.mean()), float(first.std())) if first.size else (0.0, 1.0)
-    standard = (values - centre) / max(spread, 1e-6)
+    # Beyond ten standard deviations a value says no more of a change that lasts.
+    standard = np.clip((values - centre) / max(spread, 1e-6), -10, 10)
+    adwin = ADWIN(delta=config.adwin_delta)  # type: ignore[no-untyped-call]
     page_hinkley = PageHinkley(delta=config.page_hinkley_delta, threshold=config.page_hinkley_threshold)
     kswin = KSWIN(
         alpha=config.kswin_alpha, window_size=config.kswin_window, stat_size=config.kswin_stat, seed=config.seed
     )
-    adwin = ADWIN(delta=config.adwin_delta)  # type: ignore[no-untyped-call]
-    changes: dict[Literal["adwin", "page_hinkley", "kswin"], list[int]] = {
-        "adwin": _detected(adwin, enumerate(values.tolist())),
-        # Beyond ten standard deviations a value says no more of a change that lasts.
-        "page_hinkley": _detected(page_hinkley, enumerate(np.clip(standard, -10, 10).tolist())),
-        "kswin": _detected(kswin, list(enumerate(values.tolist()))[:: config.kswin_every]),
+
+    def seen(detector: Any, watched: NDArray[np.float64], every: int = 1) -> list[int]:
+        """Places at which a detector of river saw a change."""
+        found = []
+        for place in range(0, watched.size, every):
+            detector.update(float(watched[place]))
+            if detector.drift_detected:
+                found.append(place)
+        return found
+
+    changes: dict[Detector, list[int]] = {
+        "adwin": seen(adwin, values),
+        "page_hinkley": seen(page_hinkley, standard),
+        "kswin": seen(kswin, values, config.kswin_every),
     }
     last = {name: bool(places) and places[-1] >= values.size - config.recent for name, places in changes.items()}
     return Drift(changes=changes, last=last, drifting=sum(last.values()) >= config.votes, n=int(values.size))
 
 
 class Rolling(Record):
-    """Figures of the last labelled answers, as a validator keeps them; null until there are so many."""
+    """Figures of the last labelled answers; null until there are so many."""
 
     mcc_100: float | None = Field(description="Matthews correlation of the last 100, in [-1, 1]")
     accuracy_10: float | None = Field(description="of the last 10, in [0, 1]")
@@ -497,13 +507,10 @@ def triggers(
 ) -> tuple[TriggerState, Advice]:
     """Decide whether to train, and at which rate to audit; harm trains, drift alone only raises the audit rate.
 
-    With hysteresis:
-
-    - an alarm asks once, and again with every ``again_labels`` new labels while its champion stays: a candidate that
-      was refused on few rows may pass on more;
-    - CBPE above alpha together with drift asks once, and again only after CBPE was below ``rearm`` times alpha;
-    - trainings are a cooldown apart, and the audit rate falls ``hold`` seconds after the last drift;
-    - a training waits for labels that it needs, and no reason is forgotten meanwhile; a request by hand does not wait.
+    An alarm asks once, and again with every ``again_labels`` new labels while its champion stays. CBPE above alpha
+    together with drift asks once, and again only after CBPE was below ``rearm`` times alpha. Trainings are a cooldown
+    apart, and the audit rate falls ``hold`` seconds after the last drift. A training waits for labels that it needs,
+    and no reason is forgotten meanwhile; a request by hand does not wait.
 
     Args:
         state: what the last call gave.
@@ -556,16 +563,6 @@ def triggers(
 # -------------------------------------------------------------------------------- helpers
 
 
-def _detected(detector: Any, values: Iterable[tuple[int, float]]) -> list[int]:
-    """Places at which a detector of river saw a change."""
-    found = []
-    for place, value in values:
-        detector.update(value)
-        if detector.drift_detected:
-            found.append(place)
-    return found
-
-
 def _between(name: str, values: NDArray[np.float64], *, strictly: bool = False) -> None:
     bad = np.flatnonzero(~((values > 0 if strictly else values >= 0) & (values <= 1)))
     if bad.size:
@@ -586,7 +583,7 @@ def _shuffled(n: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).permutation(n)
 
 
-def _equal(values: NDArray[np.float64], level: float, note: str) -> Estimate:
+def _equal(values: NDArray[np.float64], level: float, note: str = "") -> Estimate:
     """The share of rows that all had one chance of review, if there are any."""
     check_share("level", level)
     n, k = int(values.size), int(values.sum())
@@ -598,22 +595,9 @@ def _equal(values: NDArray[np.float64], level: float, note: str) -> Estimate:
 
 
 def _weighted(
-    values: NDArray[np.float64],
-    weight: NDArray[np.float64],
-    value: float,
-    low: float,
-    high: float,
-    level: float,
-    note: str,
+    values: NDArray[np.float64], weight: NDArray[np.float64], value: float, ends: tuple[float, float], level: float
 ) -> Estimate:
-    return Estimate(
-        value=value,
-        low=min(max(low, 0.0), value),
-        high=max(min(high, 1.0), min(value, 1.0)),
-        level=level,
-        n=int(values.size),
-        n_wrong=int(values.sum()),
-        n_effective=float(weight.sum() ** 2 / (weight @ weight)),
-        method="betting",
-        note=note,
-    )
+    low, high = min(max(ends[0], 0.0), value), max(min(ends[1], 1.0), min(value, 1.0))
+    counts = {"n": int(values.size), "n_wrong": int(values.sum())}
+    effective = float(weight.sum() ** 2 / (weight @ weight))
+    return Estimate(value=value, low=low, high=high, level=level, **counts, n_effective=effective, method="betting")

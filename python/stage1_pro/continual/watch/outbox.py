@@ -1,8 +1,7 @@
 """Alerts to people: written in the transaction that they tell of, sent afterwards, and noted as sent.
 
-No alert is lost, and none tells of a transaction that was undone. The note follows the delivery: a process killed
-between the two sends the alert again (at-least-once delivery). Later looks retry failed deliveries until an alert is a
-day old.
+None tells of a transaction that was undone. A process killed between a delivery and its note sends the alert again.
+Later looks retry failed deliveries until an alert is a day old.
 """
 
 from __future__ import annotations
@@ -79,11 +78,8 @@ def post(connection: Connection, store: Store, alerts: Mapping[str, Alert]) -> N
 
 def unknown(store: Store, alerts: Mapping[str, Alert]) -> dict[str, Alert]:
     """Those that nobody has written down yet."""
-    if not alerts:
-        return {}
     with store.read() as connection:
-        query = select(_alerts.c.key).where(_alerts.c.key.in_(list(alerts)))
-        known = set(connection.execute(query).scalars())
+        known = set(connection.execute(select(_alerts.c.key).where(_alerts.c.key.in_(list(alerts)))).scalars())
     return {key: alert for key, alert in alerts.items() if key not in known}
 
 

@@ -62,8 +62,8 @@ def plan_audits(
     """Say how many audited exits tell each harm from alpha, with a wished power; fewer is a larger harm.
 
     ``n_normal`` and ``n_exact`` are for a test of "risk <= alpha" at level delta that looks once, at the end.
-    ``n_anytime`` is for the e-process of the monitor, which looks after each audit and keeps delta over all of them; it
-    begins with the harm. Its figures are quantiles over simulated runs, with a noise of a few percent.
+    ``n_anytime`` is for the e-process of the monitor, which looks after each audit and begins with the harm: quantiles
+    over simulated runs, with a noise of a few percent.
 
     Args:
         alpha: risk that was promised, inside (0, 1).
@@ -78,7 +78,8 @@ def plan_audits(
     Raises:
         InputError: an argument outside its range.
     """
-    for name, value in (("alpha", alpha), ("delta", delta), ("power", power)):
+    wished = {"alpha": alpha, "delta": delta, "power": power}
+    for name, value in wished.items():
         check_share(name, value)
     if not 0 < exit_rate <= 1:
         raise InputError(f"exit_rate must be in (0, 1], got {exit_rate}; it is the share of decisions that exit")
@@ -88,13 +89,13 @@ def plan_audits(
         )
     if runs < 100:
         raise InputError(f"runs must be 100 or more, got {runs}; fewer say little of a quantile")
-    given = [alpha * multiple for multiple in DEFAULT_MULTIPLES] if harms is None else list(harms)
-    given = [risk for risk in given if risk < 1] if harms is None else given
-    for risk in given:
+    found = []
+    if harms is None:
+        harms = [alpha * multiple for multiple in DEFAULT_MULTIPLES if alpha * multiple < 1]
+    for risk in harms:
         if not alpha < risk < 1:
             raise InputError(f"harms must be inside (alpha = {alpha:g}, 1), got {risk:g}; what is below is no harm")
-    found = []
-    for risk in given:
+    for risk in harms:
         took = _anytime(alpha, risk, delta, runs, seed, power)
         anytime = _quantile(took, power)
         found.append(
@@ -107,10 +108,7 @@ def plan_audits(
                 decisions=None if anytime is None else math.ceil(anytime / (exit_rate * audit_rate)),
             )
         )
-    return AuditPlan(
-        alpha=alpha, delta=delta, power=power, exit_rate=exit_rate, audit_rate=audit_rate, harms=found, runs=runs,
-        seed=seed,
-    )  # fmt: skip
+    return AuditPlan(**wished, exit_rate=exit_rate, audit_rate=audit_rate, harms=found, runs=runs, seed=seed)
 
 
 def normal_audits(alpha: float, risk: float, delta: float, power: float) -> int:

@@ -2,8 +2,8 @@
 
 Three parts move u = logit(threshold): selective adaptive conformal inference at every label (Gibbs & Candès 2021, on
 items that would exit at the current threshold), a slow pull to a rolling centre (weighted risk control over recent
-labels), and a jump when an e-process on audited exits finds the risk above alpha. Replaying the same feedback gives the
-same state byte for byte, whatever order it is given in. NumPy and records; no database, no torch, no clock.
+labels), and a jump when an e-process on audited exits finds the risk above alpha. The same feedback gives the same
+state byte for byte, in whatever order. No database, no torch, no clock.
 """
 
 from __future__ import annotations

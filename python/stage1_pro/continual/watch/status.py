@@ -380,14 +380,9 @@ def _health(
 
 
 def _sentences(
-    alpha: float,
-    risk: Estimate,
-    estimated: Cbpe,
-    seen: Drift | None,
-    evidence: Evidence,
-    controller: ControllerState | None,
-    verdict: Advice,
-) -> list[str]:
+    alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence,
+    controller: ControllerState | None, verdict: Advice,
+) -> list[str]:  # fmt: skip
     """What a person should know, in plain words."""
     said = []
     if risk.value is None or risk.low is None or risk.high is None:
@@ -418,10 +413,10 @@ def _sentences(
             said.append("The threshold is the certified one.")
     if verdict.train:
         said.append(f"Training is asked for: {', '.join(verdict.reasons)}.")
-    elif verdict.waiting and verdict.missing:
-        said.append(f"Training ({', '.join(verdict.waiting)}) waits for labels: {verdict.missing}.")
     elif verdict.waiting:
-        said.append(f"Training waits until the last one is old enough: {', '.join(verdict.waiting)}.")
+        why = ", ".join(verdict.waiting)
+        labels = f"Training ({why}) waits for labels: {verdict.missing}."
+        said.append(labels if verdict.missing else f"Training waits until the last one is old enough: {why}.")
     return said
 
 
