@@ -191,7 +191,7 @@ def follow(
     controller and its log.
     """
     controller = ThresholdController(config)
-    threshold, log, waiting = controller.threshold, list[Feedback](), list[Feedback]()
+    threshold, log, waiting = controller.state.threshold, list[Feedback](), list[Feedback]()
     out, inforce = np.zeros(one.score.size, dtype=bool), np.empty(one.score.size)
     late = rng.exponential(delay, one.score.size) if delay else np.zeros(one.score.size)
     chosen = rng.random(one.score.size)
@@ -202,7 +202,7 @@ def follow(
         if ready:
             controller.update(ready)
             log += ready
-            threshold = controller.threshold
+            threshold = controller.state.threshold
         out[place], inforce[place] = score >= threshold, threshold
         chance = exits if out[place] else deferred
         if chosen[place] < chance:

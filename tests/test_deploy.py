@@ -39,7 +39,6 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.deploy import engine as engine_module
 from stage1_pro.deploy import onnx as onnx_module
 from stage1_pro.deploy.bench import bench_cascade, draw_cascade
-from stage1_pro.deploy.building import build
 from stage1_pro.deploy.bundle import LICENCE, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.engine import (
@@ -51,9 +50,8 @@ from stage1_pro.deploy.engine import (
     read_engine,
     sanitise,
 )
-from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.inspection import inspect
-from stage1_pro.deploy.inspection import render as render_inspection
+from stage1_pro.deploy.exporting import build, export
+from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.manifest import BundleManifest
 from stage1_pro.deploy.onnx import export_onnx
 from stage1_pro.deploy.onnxruntime import OnnxRuntime
@@ -105,8 +103,8 @@ def narrow(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds of tracing: the exporter's writer gives the graphs it wrote for the bundle."""
 
-    def write(module: Any, stage: str, name: str, example: Any, folder: Path, opset: int) -> None:
-        shutil.copy(bundle / f"{stage}.onnx", folder)
+    def write(module: Any, name: str, example: Any, path: Path, opset: int) -> None:
+        shutil.copy(bundle / path.name, path)
 
     monkeypatch.setattr(onnx_module, "_write", write)
 
@@ -925,7 +923,8 @@ class TestForcedDeferral:
         for one in found.batches:
             named = {t.contestant: t for t in one.timings}
             assert named["full_pass"].speedup == 1 and named["stage_a"].ideal == named["stage_b"].ideal == 2
-            assert one.cascade(0).ideal == 2 and one.cascade(one.batch).ideal == 1
+            by_deferred = {t.n_deferred: t for t in one.timings}
+            assert by_deferred[0].ideal == 2 and by_deferred[one.batch].ideal == 1
             assert sum(one.shares[part] for part in ("embedding", "blocks", "heads")) == pytest.approx(1)
             # Differences of two rounds' times: beside other work they may be anything but missing.
             assert set(one.shares) >= {"embedding", "blocks", "heads", "python"}
@@ -933,7 +932,8 @@ class TestForcedDeferral:
             for t in one.timings:
                 assert 0 < t.milliseconds_low <= t.milliseconds <= t.milliseconds_high
                 assert t.images_per_second == pytest.approx(1000 * one.batch / t.milliseconds)
-        assert found.batches[1].cascade(2).ideal == pytest.approx(1 / (0.5 + 2 / 6 * 0.5))
+        half = next(t for t in found.batches[1].timings if t.n_deferred == 2)
+        assert half.ideal == pytest.approx(1 / (0.5 + 2 / 6 * 0.5))
         assert type(found).read(tmp_path / "out" / "cascade.json") == found
         assert (tmp_path / "out" / "cascade.png").read_bytes() == draw_cascade(found)
         text = render_cascade(found)
@@ -963,7 +963,7 @@ class TestInfer:
         splits = Splits.read(run / "splits.json")
         paths = [splits.path(row) for row in splits.of("val_test")]
         assert [row["file"] for row in rows] == [row.file for row in splits.of("val_test")]
-        expected, _ = predict(bundle, paths)
+        expected, _ = predict(Cascade.load(bundle), paths)
         for mine, theirs in zip(rows, expected, strict=True):
             for name in ("label", "decision", "stage", "error"):
                 assert mine[name] == theirs[name]
@@ -991,7 +991,7 @@ class TestPredict:
         (tmp_path / "list.csv").write_text("\n".join(lines))
         out = tmp_path / "answers.csv"
         inputs = [paths[0], tmp_path / "photos", tmp_path / "list.csv"]
-        rows, failures = predict(bundle, inputs, out=out, batch_size=2)
+        rows, failures = predict(Cascade.load(bundle), inputs, out=out, batch_size=2)
         assert [Path(row["file"]).name for row in rows] == [
             "00.png", "bad.jpg", "00.png", "01.png", "02.png", "00.png", "01.png", "02.png", "nowhere.png",
         ]  # fmt: skip
@@ -1012,6 +1012,7 @@ class TestPredict:
         (tmp_path / "empty").mkdir()
         (tmp_path / "a.csv").write_text("path\nx.jpg\n")
         (tmp_path / "b.csv").write_text("file\n")
+        cascade = Cascade.load(bundle)
         for inputs, message in (
             ([tmp_path / "nowhere"], "inputs must exist"),
             ([tmp_path / "empty"], "inputs must hold images"),
@@ -1020,7 +1021,7 @@ class TestPredict:
             ([], "at least one image"),
         ):
             with pytest.raises(InputError, match=message):
-                predict(bundle, inputs)
+                predict(cascade, inputs)
 
 
 class TestInspectAndDoctor:
@@ -1057,9 +1058,9 @@ from stage1_pro import Cascade
 from stage1_pro.commands import doctor
 from stage1_pro.deploy import inspection
 from stage1_pro.deploy import prediction
-rows, failures = prediction.predict(sys.argv[1], [sys.argv[2]])
+rows, failures = prediction.predict(prediction.load(sys.argv[1], "onnxruntime"), [sys.argv[2]])
 print(prediction.render(rows))
-print(inspection.render(inspection.inspect(sys.argv[1])))
+print(inspection.render_inspection(inspection.inspect(sys.argv[1])))
 print(doctor.render(doctor.doctor()))
 assert failures == 0 and len(rows) == 16
 assert not BLOCKED & set(sys.modules)

@@ -140,13 +140,12 @@ def test_evidence_refuses_a_propensity_that_its_bets_cannot_bear() -> None:
     assert min(right.capital) > 0
 
 
-def test_an_alarm_is_kept_and_a_restart_begins_anew() -> None:
+def test_an_alarm_is_kept() -> None:
     evidence = feed(Evidence(alpha=ALPHA, reference=0.5), rows_of(40, wrong=np.ones(40)))
     assert evidence.alarm
     assert evidence.alarm_n is not None
     assert evidence.alarm_at == evidence.alarm_n - 1
     assert evidence.after([False] * 50, propensity=[0.5] * 50, time=range(50)).alarm_at == evidence.alarm_at
-    assert evidence.restarted() == Evidence(alpha=ALPHA, reference=0.5)
     many = evidence.after(np.ones(500), propensity=np.full(500, 0.5), time=np.arange(500))
     assert np.isfinite(many.value)
     assert Evidence.parse(many.model_dump_json(), "evidence") == many

@@ -19,7 +19,7 @@ from scipy.stats import ks_2samp
 
 from stage1_pro import metrics, native
 from stage1_pro.errors import InputError
-from stage1_pro.native.suite import _cell_laws
+from stage1_pro.native.suite import _cell_laws, count_tables
 
 COMPILED = importlib.util.find_spec("stage1_pro._core") is not None
 needs_core = pytest.mark.skipif(not COMPILED, reason="stage1_pro._core is not built (STAGE1_PURE, or no compiler)")
@@ -167,7 +167,7 @@ def test_the_table_is_the_poisson_law():
     import decimal
 
     for n in (17, 200, 100_000, 2**31 - 1):
-        table = native.count_tables([n])[0].astype(object)
+        table = count_tables([n])[0].astype(object)
         cuts, rest = table[:6], table[6:]
         with decimal.localcontext() as context:
             context.prec = 60

@@ -19,8 +19,7 @@ from stage1_pro.continual.loop.promotion import check_certificate
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.inspection import inspect
-from stage1_pro.deploy.inspection import render as render_inspection
+from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.prediction import predict, promised
 from stage1_pro.errors import InputError
 from stage1_pro.policies.policy import POLICIES, Origin, read_policy, register, withdraw_policies
@@ -71,7 +70,7 @@ def test_it_is_calibrated_evaluated_exported_served_and_shown(run: Path, tempere
     facts = inspect(bundle)
     assert facts["policy"]["name"] == "tempered" and policy.rule() in render_inspection(facts)
     photos = sorted((run / "images").iterdir())
-    rows, _ = predict(bundle, photos)
+    rows, _ = predict(Cascade.load(bundle), photos)
     served = Cascade.load(bundle)
     probs, gates = [], []
     served.decide(

@@ -28,13 +28,17 @@ from stage1_pro.deploy import trust
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.graphs import check_graph
+from stage1_pro.deploy.inspection import migrate, render_findings, verify
 from stage1_pro.deploy.manifest import BundleManifest
-from stage1_pro.deploy.receiving import migrate, render, sign, verify
 from stage1_pro.deploy.trust import engine_trust, remember_built, signature_status
 from stage1_pro.errors import ArtifactError, DependencyError, InputError, Stage1Error
 from stage1_pro.files import save_npz, sha256_file
 
 IMAGES = [np.full((5, 7, 3), shade, np.uint8) for shade in (0, 128, 255)]
+
+
+def sign(bundle: Path, key: Path) -> trust.Signature:
+    return trust.sign(load_bundle(bundle), key)
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +399,7 @@ class TestFormats:
         assert loaded.manifest.reference is None and not loaded.manifest.stages["stage_a"].variants
         assert answers(old) == answers(rich)
         assert load_bundle(rich).notes == ()
-        assert "format      1, read as format 2" in render(verify(old))
+        assert "format      1, read as format 2" in render_findings(verify(old))
 
     def test_migrate_writes_todays(self, old, tmp_path, capsys):
         before = (old / "bundle.json").read_bytes()
@@ -653,7 +657,8 @@ class TestCommands:
         code = (
             "import sys\n"
             "sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime', 'transformers', 'cryptography')))\n"
-            f"from stage1_pro.deploy.receiving import render, verify\nprint(render(verify({str(rich)!r})))"
+            "from stage1_pro.deploy.inspection import render_findings, verify\n"
+            f"print(render_findings(verify({str(rich)!r})))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -690,8 +690,7 @@ from stage1_pro.data.images import preprocess, read_image
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade, Decisions
 from stage1_pro.deploy.exporting import export
-from stage1_pro.deploy.inspection import inspect
-from stage1_pro.deploy.inspection import render as render_inspection
+from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.prediction import COLUMNS, count, infer, predict, promised
 from stage1_pro.models.model import create_model
 from stage1_pro.training.checkpoint import save_model
@@ -877,7 +876,7 @@ def test_an_edge_row_runs_twice_and_others_once(run: Path) -> None:
 
 def test_predict_gives_sets_abstentions_and_the_promise(run: Path, tmp_path: Path, capsys: Any) -> None:
     images = run / "images"
-    rows, failures = predict(run / "bundle", [images], out=tmp_path / "out.csv")
+    rows, failures = predict(Cascade.load(run / "bundle"), [images], out=tmp_path / "out.csv")
     assert failures == 0
     decided = Cascade.load(run / "bundle").predict(sorted(images.iterdir()))
     classes = load_bundle(run / "bundle").classes

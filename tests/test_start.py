@@ -297,7 +297,7 @@ class TestLadder:
         loaded = load_bundle(engines)
         path = engines / "engines/rtx/stage_a.engine"
         path.write_bytes(path.read_bytes()[:-1] + b"!")
-        first, last = start(loaded, "auto", trust_engines=True).steps
+        _, (first, last) = start(loaded, "auto", trust_engines=True)
         assert "it was changed" in first.reason and last.ready
 
     @pytest.mark.gpu

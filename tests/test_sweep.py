@@ -14,6 +14,7 @@ from sklearn.metrics import roc_curve
 
 from stage1_pro import metrics, native
 from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.native.rows import floor_fraction
 
 COMPILED = importlib.util.find_spec("stage1_pro._core") is not None
 needs_core = pytest.mark.skipif(not COMPILED, reason="stage1_pro._core is not built (STAGE1_PURE, or no compiler)")
@@ -340,7 +341,7 @@ def test_what_two_thresholds_refuse(score, positive, limits, error, message):
 @given(numerator=st.integers(0, 10**17), denominator=st.integers(1, 10**17), limit=st.integers(1, 60))
 def test_the_floor_of_a_fraction_is_the_largest_below_it(numerator, denominator, limit):
     value = Fraction(numerator, denominator)
-    assert native.floor_fraction(value, limit) == max(Fraction(value * q // 1, q) for q in range(1, limit + 1))
+    assert floor_fraction(value, limit) == max(Fraction(value * q // 1, q) for q in range(1, limit + 1))
 
 
 @needs_core

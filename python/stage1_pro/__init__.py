@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from stage1_pro.commands.metrics import measure as measure
     from stage1_pro.commands.plan import plan as plan
     from stage1_pro.commands.split import split as split
-    from stage1_pro.deploy.building import build as build
     from stage1_pro.deploy.cascade import Cascade as Cascade
+    from stage1_pro.deploy.exporting import build as build
     from stage1_pro.deploy.exporting import export as export
     from stage1_pro.training.evaluation import evaluate as evaluate
     from stage1_pro.training.exploration import explora as explora
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "Cascade": "deploy.cascade",
-    "build": "deploy.building",
+    "build": "deploy.exporting",
     "calibrate": "commands.calibrate",
     "compare": "commands.compare",
     "evaluate": "training.evaluation",

@@ -41,7 +41,6 @@ Rate = Annotated[float, within(lambda x: 0 < x <= 1, "in (0, 1]")]
 Part = Annotated[float, within(lambda x: 0 <= x <= 1, "from 0 to 1")]
 Positive = Annotated[float, within(lambda x: 0 < x < float("inf"), "above 0")]
 Count = Annotated[int, within(lambda x: x >= 1, "1 or more")]
-Whole = Annotated[int, within(lambda x: x >= 0, "0 or more")]
 Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_commas)]
 

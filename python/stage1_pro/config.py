@@ -368,26 +368,18 @@ def build_config(values: dict[str, Any]) -> Config:
         raise InputError(f"configuration key {wrong(error)}") from None
 
 
-def describe() -> list[tuple[str, str, str]]:
+def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
     """Every key as (dotted name, default, description), for ``--help``."""
     rows: list[tuple[str, str, str]] = []
-
-    def walk(prefix: str, section: type[BaseModel]) -> None:
-        for name, field in section.model_fields.items():
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                walk(f"{prefix}{name}.", annotation)
-                continue
-            options = [str(o) for o in get_args(annotation) if isinstance(o, str)]
-            text = field.description or ""
-            if options:
-                text = f"{' | '.join(options)}{'; ' + text if text else ''}"
-            default = yaml.safe_dump(
-                list(field.default) if isinstance(field.default, tuple) else field.default, default_flow_style=True
-            )
-            rows.append((f"{prefix}{name}", default.splitlines()[0], text))
-
-    walk("", Config)
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            rows += describe(annotation, f"{prefix}{name}.")
+            continue
+        options = " | ".join(str(o) for o in get_args(annotation) if isinstance(o, str))
+        value = list(field.default) if isinstance(field.default, tuple) else field.default
+        default = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+        rows.append((f"{prefix}{name}", default, "; ".join(filter(None, (options, field.description)))))
     return rows
 
 

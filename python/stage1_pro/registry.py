@@ -42,30 +42,14 @@ class Registry(Generic[T]):
         yield from dict.fromkeys([*self._known, *_brought(self._group, tuple(sys.path))])
 
     def check(self, name: str, *, also: Sequence[str] = ()) -> None:
-        """Check a name without importing anything.
-
-        Args:
-            name: in the registry, or one of
-            also: other words that the argument takes.
-
-        Raises:
-            InputError: nothing of this name; names the nearest.
-        """
+        """Check a name, which may be one of ``also``, without importing anything; InputError names the nearest."""
         if name not in self._known and name not in also:
             names = [*also, *self]
             if name not in names:
                 raise InputError(f"{self._key} must be one of {', '.join(names)}, got '{name}'{nearest(name, names)}")
 
     def find(self, name: str, *, also: Sequence[str] = ()) -> T:
-        """What a name stands for.
-
-        Args:
-            name: in the registry.
-            also: other words that the argument takes, for the message.
-
-        Raises:
-            InputError: nothing of this name.
-        """
+        """What a name stands for; InputError where it is none, naming the ``also`` words of the argument too."""
         self.check(name, also=also)
         if name not in self._known:
             self._known[name] = cast("T", _brought(self._group, tuple(sys.path))[name].load())

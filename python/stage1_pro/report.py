@@ -109,15 +109,8 @@ def write_report(
 ) -> None:
     """Write the report atomically; it refers to no other file and no network.
 
-    Args:
-        path: HTML file to write.
-        evaluation: the figures.
-        policy: the policy they were measured under.
-        pictures: in the order to show.
-        mistakes: rows of ``mistakes.csv``, the most confident first; the first ones are shown as thumbnails.
-        changes: rows of ``changes.csv``; the first of each effect are shown as thumbnails.
-        groups: rows of ``groups.csv``, the most errors first; the first ones with any are shown.
-        image_root: folder that their ``file`` is relative to.
+    ``mistakes``, ``changes`` and ``groups`` are rows of the CSV files of these names, the worst first, of which the
+    first are shown, with thumbnails of photos under ``image_root``.
     """
     shown = [{**row, "image": _thumbnail(image_root / str(row["file"]))} for row in mistakes[:THUMBNAILS]]
     examples = [
@@ -127,6 +120,8 @@ def write_report(
     ]
     bad = [row for row in groups if row["errors"] or row["missed_positives"]]
     notes: list[str] = []
+    measured = {(m.source, m.stage, m.metric): m for m in evaluation.measures}
+    suite_stages = [stage for stage in STAGE_NAMES if any(m[1:] == (stage, "augrc") for m in measured)]
     html = page(
         "report.html.j2",
         evaluation=evaluation,
@@ -134,14 +129,19 @@ def write_report(
         check=evaluation.fnr_check,
         sets=evaluation.verification,
         promised=[] if policy is None else policy.story(),
-        quality=_table(evaluation),
-        quality_names=[table.title(name) for name in QUALITY],
-        suite=_suite(evaluation, notes),
-        suite_stages=[name for stage, name in STAGE_NAMES.items() if _measured(evaluation, stage)],
+        measured=measured,
+        sources=[None, *sorted({m.source for m in evaluation.measures if m.source is not None})],
+        stages=STAGE_NAMES,
+        quality=QUALITY,
+        suite=_suite(evaluation, suite_stages, notes),
+        suite_stages=[STAGE_NAMES[stage] for stage in suite_stages],
         suite_notes=notes,
-        rankings=_rankings(evaluation),
-        exits=_exit_table(evaluation) if policy else [],
-        exit_names=[table.title(name) for name in EXITS],
+        rankings=[
+            (title, measured[None, "stage_a", name])
+            for name, title in RANKINGS.items()
+            if (None, "stage_a", name) in measured
+        ],
+        exits=EXITS if policy else (),
         effects=evaluation.effects,
         apart=evaluation.measure("accuracy_minus_stage_b") if policy else None,
         examples=examples,
@@ -190,6 +190,7 @@ def page(template: str, **values: object) -> str:
     )  # fmt: skip
     environment.filters["png"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
     environment.filters |= {"percent": percent, "many": _many, "wrong": _wrong, "points": _points, "short": short_note}
+    environment.filters |= {"cell": _cell, "metric": table.title}
     environment.filters["stage"] = lambda name: {"stage_a": "Stage A", "stage_b": "Stage B"}[name]
     return environment.get_template(template).render(**values)
 
@@ -215,34 +216,8 @@ def _points(share: float) -> str:
     return f"{100 * share:+.2f}".replace("-", "−")
 
 
-def _sources(evaluation: Evaluation) -> list[str | None]:
-    return [None, *sorted({m.source for m in evaluation.measures if m.source is not None})]
-
-
-def _table(evaluation: Evaluation) -> list[dict[str, object]]:
-    """Per source its rows: a stage's name and a cell per metric of ``QUALITY``."""
-    found: dict[tuple[str | None, str, str], Measure] = {(m.source, m.stage, m.metric): m for m in evaluation.measures}
-    return [
-        {
-            "source": source or "All photos",
-            "n": found[source, "stage_a", "accuracy"].n,
-            "lines": [
-                {"stage": name, "cells": [_cell(found[source, stage, metric]) for metric in QUALITY]}
-                for stage, name in STAGE_NAMES.items()
-                if (source, stage, "accuracy") in found
-            ],
-        }
-        for source in _sources(evaluation)
-    ]
-
-
-def _measured(evaluation: Evaluation, stage: str) -> bool:
-    return any(found.stage == stage and found.metric == "augrc" for found in evaluation.measures)
-
-
-def _suite(evaluation: Evaluation, notes: list[str]) -> list[dict[str, object]]:
+def _suite(evaluation: Evaluation, stages: Sequence[str], notes: list[str]) -> list[dict[str, object]]:
     """A row a metric over all photos, a cell a stage; cautions are collected in ``notes`` and marked by number."""
-    stages = [stage for stage in STAGE_NAMES if _measured(evaluation, stage)]
     names = [m.metric for m in evaluation.measures if m.source is None and m.stage == stages[0] and m.n]
     lines: list[dict[str, object]] = []
     for name in names:
@@ -260,28 +235,6 @@ def _suite(evaluation: Evaluation, notes: list[str]) -> list[dict[str, object]]:
             cells.append({**_cell(measure), "mark": mark})
         lines.append({"name": table.title(name), "cells": cells})
     return lines
-
-
-def _rankings(evaluation: Evaluation) -> list[dict[str, object]]:
-    """A row for each of what can rank Stage A's answers; none in evaluations that did not measure it."""
-    found = {m.metric: m for m in evaluation.measures if m.source is None and m.stage == "stage_a"}
-    return [
-        {"name": title[0].upper() + title[1:], "cell": _cell(found[name]), "note": found[name].note}
-        for name, title in RANKINGS.items()
-        if name in found
-    ]
-
-
-def _exit_table(evaluation: Evaluation) -> list[dict[str, object]]:
-    wanted = [(name, "stage_b" if name == "deferred_accuracy" else "stage_a") for name in EXITS]
-    return [
-        {
-            "source": source or "All photos",
-            "cells": [_cell(evaluation.measure(metric, stage, source)) for metric, stage in wanted],
-            "positives": evaluation.measure("fnr_on_exited", "stage_a", source).n,
-        }
-        for source in _sources(evaluation)
-    ]
 
 
 def _grid(policy: Policy) -> list[dict[str, object]]:

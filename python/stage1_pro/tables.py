@@ -55,13 +55,9 @@ def grid(
     no_wrap: Collection[str] | None = None,
     title: str | None = None,
 ) -> Table:
-    """A table without lines between its rows.
+    """A table without lines between its rows; columns stand on the right unless ``left`` names them.
 
-    Args:
-        names: of the columns.
-        left: those that stand on the left; numbers stand on the right.
-        no_wrap: those that are never wrapped; None = all.
-        title: above it.
+    Those of ``no_wrap`` are never wrapped; None = all.
     """
     from rich import box
     from rich.table import Table

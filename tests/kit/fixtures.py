@@ -46,7 +46,7 @@ def tiny(once: Callable[[str, Make], Path]) -> Path:
 def tiny_engines(once: Callable[[str, Make], Path], tiny: Path) -> Path:
     """The bundle of ``tiny`` with engines; skipped where their builder is not installed."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx cannot be imported: no engine can be built here")
-    from stage1_pro.deploy.building import build
+    from stage1_pro.deploy.exporting import build
 
     return once("tiny_engines", lambda folder: build(tiny / "bundle", folder))
 

@@ -37,7 +37,7 @@ from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.deploy.bundle import load_bundle, write_bundle
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.deploy.inspection import inspect, render
+from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.manifest import EngineEntry, GraphVariant, Provenance, StageEntry
 from stage1_pro.deploy.reference import write_reference
 from stage1_pro.deploy.trust import engine_trust, new_key, sign, signature_status
@@ -713,7 +713,7 @@ def judge(folder, watch):
     try:
         bundle = load_bundle(folder)
         # The same without running anything, as verify and inspect do.
-        render(inspect(bundle))
+        render_inspection(inspect(bundle))
         signature_status(bundle)
         allowed = [entry.path for entry in bundle.manifest.engines if engine_trust(bundle, entry).allowed]
         assert not allowed, f"engines of a stranger would run: {allowed}"

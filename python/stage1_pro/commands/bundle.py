@@ -20,10 +20,10 @@ class Verify(Command, topic="receiving"):
 
     def execute(self) -> Result:
         """Print whom it comes from and which engines would run here."""
-        from stage1_pro.deploy.receiving import render, verify
+        from stage1_pro.deploy.inspection import render_findings, verify
 
         facts = verify(**dict(self))
-        return Result(render(facts), facts)
+        return Result(render_findings(facts), facts)
 
 
 class Sign(Command, topic="receiving"):
@@ -34,10 +34,13 @@ class Sign(Command, topic="receiving"):
 
     def execute(self) -> Result:
         """Print the signature's file and key."""
-        from stage1_pro.deploy.receiving import sign
+        from stage1_pro.deploy.bundle import SIGNATURE, load_bundle
+        from stage1_pro.deploy.trust import sign
 
-        done = sign(self.bundle, self.key)
-        return Result(f"wrote {done['path']}/{done['file']}, signed by key {done['key_id']}", done)
+        loaded = load_bundle(self.bundle)
+        key_id = sign(loaded, self.key).key_id
+        record = {"path": str(loaded.path), "file": SIGNATURE, "key_id": key_id}
+        return Result(f"wrote {loaded.path}/{SIGNATURE}, signed by key {key_id}", record)
 
 
 class Keys(Command, topic="receiving"):
@@ -82,7 +85,7 @@ class Migrate(Command, topic="receiving"):
 
     def execute(self) -> Result:
         """Print what was written, and what the bundle still lacks."""
-        from stage1_pro.deploy.receiving import migrate
+        from stage1_pro.deploy.inspection import migrate
 
         done = migrate(self.bundle, self.out)
         lines = [f"wrote {done['out']}, format {done['format_version']}", *done["notes"]]
@@ -98,7 +101,7 @@ class Inspect(Command, topic="engines"):
 
     def execute(self) -> Result:
         """Print contents, policy, promise and engines."""
-        from stage1_pro.deploy.inspection import inspect, render
+        from stage1_pro.deploy.inspection import inspect, render_inspection
 
         facts = inspect(self.bundle)
-        return Result(render(facts), facts)
+        return Result(render_inspection(facts), facts)

@@ -60,16 +60,12 @@ class Calibration(Command, topic="certificates"):
         return Result(render(policy), policy.model_dump(mode="json"))
 
 
-def _targets() -> dict[str, type[Target]]:
-    """What the policies here are asked for, and those that other packages bring."""
-    from importlib.metadata import entry_points
-
-    return {**KNOWN, **{point.name: point.load().asks for point in entry_points(group="stage1_pro.policies")}}
-
-
 def _options() -> dict[str, Any]:
     """Every field of the targets, left out by default, in a group of the policies that have it."""
-    kinds = _targets()
+    from importlib.metadata import entry_points
+
+    brought = {point.name: point.load().asks for point in entry_points(group="stage1_pro.policies")}
+    kinds: dict[str, type[Target]] = {**KNOWN, **brought}
     owners: dict[str, dict[str, FieldInfo]] = {}
     for policy, kind in kinds.items():
         for name, field in kind.model_fields.items():
@@ -78,7 +74,9 @@ def _options() -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, fields in owners.items():
         texts = {
-            policy: _text(fields[policy]) if policy in fields else f"the same as --{_dashed(kind.aliases[name])}"
+            policy: _text(fields[policy])
+            if policy in fields
+            else f"the same as --{kind.aliases[name].replace('_', '-')}"
             for policy, kind in kinds.items()
             if policy in fields or name in kind.aliases
         }
@@ -88,10 +86,6 @@ def _options() -> dict[str, Any]:
         group = Flag(group=f"polic{'y' if len(texts) == 1 else 'ies'} {', '.join(texts)}")
         made[name] = (Annotated[Optional[checked], group], Field(None, description=text))  # noqa: UP045
     return made
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _text(field: FieldInfo) -> str:

@@ -33,14 +33,8 @@ class Demo(Command):
 def demo(out: Path | str, *, seed: int = 0, scenes: int = SCENES, overrides: list[str] | None = None) -> dict[str, Any]:
     """Render scenes, then split, train, calibrate, evaluate, export and predict.
 
-    Args:
-        out: folder to write; it must not exist, be empty, or be an earlier demo's (which is replaced).
-        seed: seed of scenes, splits and training.
-        scenes: how many images to render.
-        overrides: configuration overrides on top of the demo's own.
-
-    Returns:
-        Paths (``run, bundle, report``), ``seconds`` and the main figures on ``val_test``.
+    ``out`` must not exist, be empty, or be an earlier demo's, which is replaced; ``overrides`` of the configuration
+    come on top of the demo's own. Gives paths, seconds and the main figures on ``val_test``.
     """
     from stage1_pro.commands.calibrate import calibrate
     from stage1_pro.commands.split import split

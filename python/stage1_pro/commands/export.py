@@ -57,7 +57,7 @@ class Build(Engines, topic="engines"):
 
     def execute(self) -> Result:
         """Print where the new bundle is."""
-        from stage1_pro.deploy.building import build
+        from stage1_pro.deploy.exporting import build
 
         bundle = build(**dict(self))
         return self._told(bundle, f"stage1 inspect {bundle}")

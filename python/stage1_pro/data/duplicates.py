@@ -101,11 +101,8 @@ def perceptual_hashes(small: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def near_duplicates(small: NDArray[np.uint8], groups: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Pairs (i < j) of different groups that show the same picture.
 
-    A perceptual hash gives the candidates and pixels decide: signs of one kind are alike to any such hash.
-
-    Args:
-        small: pictures at 32 x 32 [N, 32, 32, 3].
-        groups: group number of each [N]; pairs within a group are not looked for.
+    A perceptual hash of the pictures [N, 32, 32, 3] gives the candidates and pixels decide: signs of one kind are
+    alike to any such hash. Pairs within one of the numbered groups [N] are not looked for.
     """
     hashes = perceptual_hashes(small)
     coarse = small.reshape(-1, 8, _SIDE // 8, 8, _SIDE // 8, 3).mean((2, 4), dtype=np.float32)
@@ -182,14 +179,8 @@ def join_groups(
 ) -> tuple[list[str], Merging]:
     """The unit each file belongs to: its group, or the first name of the groups that near-duplicates join.
 
-    Args:
-        files: names [N], for messages and to find their pictures.
-        groups: the group of each [N].
-        pictures: of every file.
-        max_component: largest share of the files that near-duplicates may tie together across groups.
-
     Raises:
-        InputError: more than that are tied together.
+        InputError: more than ``max_component`` of the files are tied together across groups.
     """
     names = sorted(set(groups))
     number = {name: i for i, name in enumerate(names)}

@@ -127,11 +127,6 @@ def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
 def read_opened(image: Image.Image, name: str = "image", max_pixels: float = MAX_PIXELS) -> Image.Image:
     """Read an image that somebody else has opened, as ``read_image`` would; nothing is decoded before it is checked.
 
-    Args:
-        image: any PIL image, decoded or not.
-        name: what errors call it.
-        max_pixels: width x height above which it is refused.
-
     Raises:
         ImageError: it does not give a whole picture, or is of a format that ``read_image`` does not open.
     """
@@ -310,10 +305,6 @@ def crop_geometry(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int
         return new, max(spec.height, int(new * height / width))
     new = round(spec.height * spec.crop_ratio)
     return max(spec.width, int(new * width / height)), new
-
-
-# --------------------------------------------------------------------------------------------
-# Quarantine
 
 
 def write_quarantine(path: Path | str, rows: Sequence[Quarantined]) -> None:

@@ -98,7 +98,16 @@ def _read_csv(table: ImageFile, root: str) -> list[Labelled]:
     for entry in entries:
         if not entry.name:
             raise InputError(f"label_name must be given in every row or in none, got an empty one in {entry.where}")
-    _refuse_double_names(entries)
+    by_label: dict[str, Labelled] = {}
+    by_name: dict[str, Labelled] = {}
+    for entry in entries:
+        for known, key in ((by_label, entry.label), (by_name, entry.name)):
+            other = known.setdefault(key, entry)
+            if (other.label, other.name) != (entry.label, entry.name):
+                raise InputError(
+                    f"label and label_name must be one to one, got {other.label} = '{other.name}' in {other.where} "
+                    f"and {entry.label} = '{entry.name}' in {entry.where}"
+                )
     return entries
 
 
@@ -120,19 +129,6 @@ def _relative(text: str, where: str, root: str) -> str:
             f"file must be inside {root}, got {text!r} in {where}; name the folder that holds all images with --images"
         )
     return Path(inside).as_posix()
-
-
-def _refuse_double_names(entries: Sequence[Labelled]) -> None:
-    by_label: dict[str, Labelled] = {}
-    by_name: dict[str, Labelled] = {}
-    for entry in entries:
-        for known, key in ((by_label, entry.label), (by_name, entry.name)):
-            other = known.setdefault(key, entry)
-            if (other.label, other.name) != (entry.label, entry.name):
-                raise InputError(
-                    f"label and label_name must be one to one, got {other.label} = '{other.name}' in {other.where} "
-                    f"and {entry.label} = '{entry.name}' in {entry.where}"
-                )
 
 
 def classes_of(entries: Sequence[Labelled], given: Sequence[str] | None) -> list[str]:
@@ -168,16 +164,7 @@ def positive_of(given: str | None, names: Sequence[str], entries: Sequence[Label
 
 
 def check_contents(entries: Sequence[Labelled], contents: Mapping[str, str], names: Sequence[str]) -> None:
-    """Refuse one content under two labels, and classes without a readable image.
-
-    Args:
-        entries: files that can be read.
-        contents: sha256 of each.
-        names: all classes.
-
-    Raises:
-        InputError: either is the case.
-    """
+    """Refuse one content (sha256 of each file) under two labels, and classes without a readable image: InputError."""
     seen: dict[str, Labelled] = {}
     for entry in entries:
         other = seen.setdefault(contents[entry.file], entry)

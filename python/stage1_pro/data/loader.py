@@ -65,16 +65,8 @@ class TrainLoader:
     The last rows of an epoch that make no full batch are dropped (other ones each epoch); with fewer rows than
     ``batch_size`` an epoch is one batch of all.
 
-    Args:
-        photos: the images [N]: photos of a source, or files.
-        labels: class index of each [N].
-        spec: what the model takes.
-        augment: training augmentation.
-        seed: seed of order and augmentation.
-        batch_size: rows of a batch over all processes.
-        rank: number of this process, 0 .. world - 1; it gets every ``world``-th row of a batch.
-        world: how many processes there are.
-        workers: processes that decode; 0 = none but this one.
+    Of ``photos`` [N] with class indices ``labels`` [N], process ``rank`` of ``world`` gets every ``world``-th row of a
+    batch; ``batch_size`` counts the rows of all processes. ``workers`` decode; 0 = none but this process.
     """
 
     def __init__(
@@ -138,13 +130,8 @@ def iterate(
 ) -> Iterator[torch.Tensor]:
     """Yield images [B, 3, H, W] float32 in order; with a description, behind a progress bar.
 
-    Args:
-        photos: [N].
-        spec: how they become pixels.
-        batch_size: B; the last batch may be smaller.
-        workers: processes that decode; 0 = none but this one.
-        description: of the progress bar; none without.
-        draw: (augmentation, seed, epoch): the images as that epoch of training draws them, not as evaluation sees them.
+    The last batch may be smaller. With ``draw`` (augmentation, seed, epoch) images are as that epoch of training draws
+    them, not as evaluation sees them.
 
     Raises:
         InputError: an image cannot be read.

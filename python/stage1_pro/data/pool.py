@@ -39,11 +39,7 @@ def read_pool(images: Path | str, unseen: Sequence[Row], shown_in: Photos) -> Po
     names groups, files of a group that has such a file or a row's group's name (a clip's other frames are near-copies
     of it; two sets that merely use the same names, such as "1", want the folder instead of the CSV).
 
-    Args:
-        images: the pool.
-        unseen: rows that must stay unseen.
-        shown_in: where their photos lie. Rows that cannot be read there are told by content and group alone;
-            ``n_not_compared`` counts them.
+    Unseen rows that cannot be read in ``shown_in`` are told by content and group alone; ``n_not_compared`` counts them.
 
     Raises:
         InputError: no such pool, or nothing in it that can be used.

@@ -254,7 +254,16 @@ def facts_of(rows: Sequence[Row], names: Sequence[str]) -> _Facts:
     counts = {split: dict.fromkeys(names, 0) for split in SPLITS}
     for row in rows:
         counts[row.split][row.label] += 1
-    _refuse_lacking(counts, rows, names)
+    for split in SPLITS:
+        if not any(counts[split].values()):
+            raise InputError(f"{split} must not be empty, got no rows; add groups of images or raise its fraction")
+        for name in names:
+            if not counts[split][name]:
+                holding = len({row.group for row in rows if row.label == name})
+                raise InputError(
+                    f"{split} must have every class, got none of '{name}', which is in {holding} groups; "
+                    "try another --seed, add groups of it, or cut its groups into finer ones if they are independent"
+                )
     groups = {split: len({row.group for row in rows if row.split == split}) for split in SPLITS}
     return {"counts": counts, "groups": groups, "hashes": hash_splits(rows)}
 
@@ -264,10 +273,6 @@ def resplit(splits: Splits, seed: int) -> Splits:
 
     ``val_test`` keeps its rows, so that a choice on the ``val_select`` of many seeds has seen none of them. No image is
     read: near-duplicates were joined into groups when the data was split first.
-
-    Args:
-        splits: of ``make_splits``.
-        seed: another seed, other splits.
 
     Raises:
         InputError: a class that cannot be in every split.
@@ -423,16 +428,3 @@ def _repair(
             return
         _, unit, to = min(moves)
         placed[unit] = to
-
-
-def _refuse_lacking(counts: Mapping[SplitName, Mapping[str, int]], rows: Sequence[Row], names: Sequence[str]) -> None:
-    for split in SPLITS:
-        if not any(counts[split].values()):
-            raise InputError(f"{split} must not be empty, got no rows; add groups of images or raise its fraction")
-        for name in names:
-            if not counts[split][name]:
-                holding = len({row.group for row in rows if row.label == name})
-                raise InputError(
-                    f"{split} must have every class, got none of '{name}', which is in {holding} groups; "
-                    "try another --seed, add groups of it, or cut its groups into finer ones if they are independent"
-                )

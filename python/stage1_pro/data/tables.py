@@ -42,11 +42,7 @@ def read_table(file: ImageFile, names: Collection[str], *, required: Collection[
 
     The delimiter is the one by which the header has most of the names. Blank lines do not count, and a row that ends
     early has empty cells, as spreadsheets write them; the last one, in a file that does not end its line, was cut off.
-
-    Args:
-        file: where it lies.
-        names: columns that are looked for; there may be others.
-        required: columns that must be there.
+    There may be other columns than ``names``.
 
     Raises:
         InputError: the file cannot be read, is no such text, lacks a column or has one twice, a row has more cells than

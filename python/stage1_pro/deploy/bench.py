@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,32 +17,10 @@ from pydantic import Field
 from stage1_pro.data.listing import gather
 from stage1_pro.data.photos import read_file
 from stage1_pro.data.splits import Splits
+from stage1_pro.deploy import timing
 from stage1_pro.deploy.bundle import MANIFEST
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.runtime import OF_RUNS, RUNTIMES, Arrays, FullPass, How, Runtime
-from stage1_pro.deploy.timing import (
-    ENOUGH,
-    WARMUP_CALLS,
-    ColdStart,
-    Contestant,
-    LatencyQuantile,
-    LatencyRatio,
-    Sampling,
-    Seconds,
-    Subject,
-    answers,
-    clocks,
-    cold_starts,
-    decides,
-    draw_photos,
-    machine,
-    median_seconds,
-    passes,
-    quantiles,
-    ratios,
-    runs_stage_a,
-    sample,
-)
 from stage1_pro.errors import InputError, Stage1Error, nearest
 from stage1_pro.files import write_bytes
 from stage1_pro.metrics.figures import latency_png, speedup_png
@@ -93,13 +73,6 @@ class BenchBatch(Record):
         "with half its rows deferred, which comes on top"
     )
 
-    def cascade(self, n_deferred: int) -> BenchTiming:
-        """The cascade with so many rows deferred; KeyError when it was not measured."""
-        for found in self.timings:
-            if found.n_deferred == n_deferred:
-                return found
-        raise KeyError(n_deferred)
-
 
 class CascadeBench(Record):
     """What ``stage1 bench cascade`` found: latency and throughput over batch sizes and deferral rates."""
@@ -120,29 +93,31 @@ class CascadeBench(Record):
     batches: list[BenchBatch]
 
 
-class LatencySeries(Record):
-    """Single calls of one contestant, one part of them, at one batch size."""
+class LatencyPart(Record):
+    """One part of one contestant's calls at one batch size."""
 
     contestant: str
     part: str = Field(description="host, device (between events), decode, resize, model or total")
     batch: int
     deferral_rate: float | None = Field(description="share of rows that Stage B was made to answer; of a cascade alone")
+
+    def key(self) -> tuple[str, str, int, float | None]:
+        """What it is of, to find it in another result."""
+        return self.contestant, self.part, self.batch, self.deferral_rate
+
+
+class LatencySeries(LatencyPart):
+    """Its single calls."""
+
     n: int
     enough: bool = Field(description="1,000 samples or more, which a p99 takes")
     mean: float = Field(description="milliseconds")
-    quantiles: list[LatencyQuantile]
+    quantiles: list[timing.LatencyQuantile]
     milliseconds: list[float] = Field(description="every sample, in the order it was taken")
 
-    def key(self) -> tuple[str, str, int, float | None]:
-        """What it is a series of."""
-        return self.contestant, self.part, self.batch, self.deferral_rate
-
-    def quantile(self, q: float) -> LatencyQuantile:
+    def quantile(self, q: float) -> timing.LatencyQuantile:
         """One quantile; KeyError when it is not there."""
-        for found in self.quantiles:
-            if found.q == q:
-                return found
-        raise KeyError(q)
+        return {one.q: one for one in self.quantiles}[q]
 
 
 class LatencyPeer(Record):
@@ -154,8 +129,8 @@ class LatencyPeer(Record):
     logit: float | None = Field(None, description="largest difference from the cascade's own Stage B")
     prob: float | None = None
     flips: int | None = Field(None, description="rows it labels otherwise")
-    to_cascade: list[LatencyRatio] = Field([])
-    to_full_pass: list[LatencyRatio] = Field([], description="over this runtime's own full pass")
+    to_cascade: list[timing.LatencyRatio] = Field([])
+    to_full_pass: list[timing.LatencyRatio] = Field([], description="over this runtime's own full pass")
 
 
 class LatencyThroughput(Record):
@@ -190,20 +165,16 @@ class LatencyBench(Record):
     seed: int
     machine: dict[str, str | int | float | None]
     series: list[LatencySeries]
-    cold: list[ColdStart]
+    cold: list[timing.ColdStart]
     throughput: list[LatencyThroughput]
     peers: list[LatencyPeer]
 
 
-class LatencyDifference(Record):
+class LatencyDifference(LatencyPart):
     """One series of two results: the second over the first."""
 
-    contestant: str
-    part: str
-    batch: int
-    deferral_rate: float | None
     n: tuple[int, int]
-    ratios: list[LatencyRatio]
+    ratios: list[timing.LatencyRatio]
 
 
 class LatencyComparison(Record):
@@ -235,17 +206,16 @@ def bench_cascade(asked: BenchCascade) -> CascadeBench:
     """
     if asked.bundle is not None and asked.run is not None:
         raise InputError("bench must get --bundle or --run, got both; name one")
-    _check(asked.batch, asked.rates, asked.out, rounds=(asked.rounds, 1), threads=(asked.threads, 0))
-    subject = _subject(asked.bundle, asked.run, asked.runtime, asked.threads)
-    cascade = subject.load()
+    _check(asked, rounds=(asked.rounds, 1), threads=(asked.threads, 0))
+    cascade = _subject(asked).load()
     pixels, inputs = _pixels(cascade, asked.run, max(asked.batch), asked.seed)
-    facts = machine(cascade.runtime.name, asked.threads)
+    facts = timing.machine(cascade.runtime.name, asked.threads)
     batches = []
     for size in dict.fromkeys(asked.batch):
         say(f"batch {size}: {asked.rounds} rounds")
         batches.append(bench_batch(cascade, pixels[:size], asked.rates, rounds=asked.rounds, seed=asked.seed))
     found = CascadeBench(
-        **_what(asked, cascade), inputs=inputs, rounds=asked.rounds, warmup=WARMUP_CALLS, seed=asked.seed,
+        **_what(asked, cascade), inputs=inputs, rounds=asked.rounds, warmup=timing.WARMUP_CALLS, seed=asked.seed,
         machine=facts, batches=batches,
     )  # fmt: skip
     if asked.out is not None:
@@ -259,57 +229,40 @@ def bench_batch(
     """Time the stages, always both, a full pass and the cascade at forced deferral rates on one batch.
 
     The full pass is one graph from pixels to Stage B's answer; the cascade is ``Cascade.decide`` with the rows that
-    exit forced upon it: exactly ``round(rate * N)`` others are deferred, drawn once by seed.
-
-    Args:
-        cascade: what is measured.
-        pixels: [N, 3, H, W] preprocessed.
-        rates: deferral rates in [0, 1]; those that defer as many rows are measured once.
-        rounds: samples of each contestant.
-        seed: of deferred rows and of orders.
+    exit forced upon it: exactly ``round(rate * N)`` others of pixels [N, 3, H, W] are deferred, drawn once by seed.
+    Rates that defer as many rows are measured once.
     """
     runtime, n = cascade.runtime, len(pixels)
     first = runtime.run("stage_a", {"pixels": pixels})
     rng = np.random.default_rng([seed, n])
-    exited = {count: _all_but(count, n, rng) for count in sorted({math.floor(rate * n + 0.5) for rate in rates})}
+    exited = {count: timing.all_but(count, n, rng) for count in sorted({math.floor(rate * n + 0.5) for rate in rates})}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         full = runtime.full_pass(folder)
-        calls = {
-            "stage_a": lambda: runtime.run("stage_a", {"pixels": pixels}),
-            "stage_b": lambda: runtime.run("stage_b", {"hidden": first["hidden"]}),
+        calls: dict[str, Callable[[], object]] = {
+            "stage_a": partial(runtime.run, "stage_a", {"pixels": pixels}),
+            "stage_b": partial(runtime.run, "stage_b", {"hidden": first["hidden"]}),
             "always_both": lambda: runtime.run(
                 "stage_b", {"hidden": runtime.run("stage_a", {"pixels": pixels})["hidden"]}
             ),
-            "full_pass": lambda: full(pixels),
-            **{f"cascade {count}": _forced(cascade, pixels, rows) for count, rows in exited.items()},
+            "full_pass": partial(full, pixels),
+            **{f"cascade {count}": partial(cascade.decide, pixels, exited=rows) for count, rows in exited.items()},
         }
-        how = Sampling(rounds, visit=VISIT_SECONDS, seed=seed)
-        seconds = sample({name: clocks(call) for name, call in calls.items()}, how, f"batch {n}")
+        how = timing.Sampling(rounds, visit=VISIT_SECONDS, seed=seed)
+        seconds = timing.sample({name: timing.clocks(call) for name, call in calls.items()}, how, f"batch {n}")
         whole = float(np.median(seconds["full_pass"]["wall"]))
         shares = runtime.shares(pixels, folder, whole)
     if shares:
         shares["blocks"] = 1 - shares["embedding"] - shares["heads"]
     replayed = Cascade(cascade.bundle, _Replay(first, runtime.run("stage_b", {"hidden": first["hidden"]})["logits"]))
-    shares["python"] = median_seconds(_forced(replayed, pixels, np.arange(n) % 2 == 1), 50) / whole
+    shares["python"] = timing.median_seconds(partial(replayed.decide, pixels, exited=np.arange(n) % 2 == 1), 50) / whole
     tap, n_blocks = cascade.bundle.tap, cascade.bundle.backbone.n_blocks
     timings = [_timing(name, n, parts, seconds["full_pass"], tap, n_blocks) for name, parts in seconds.items()]
     return BenchBatch(batch=n, timings=timings, shares=shares)
 
 
-def _all_but(count: int, n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """All of n rows but ``count`` that are drawn."""
-    exited = np.ones(n, dtype=bool)
-    exited[rng.permutation(n)[:count]] = False
-    return exited
-
-
-def _forced(cascade: Cascade, pixels: NDArray[np.float32], exited: NDArray[np.bool_]) -> Any:
-    return lambda: cascade.decide(pixels, exited=exited)
-
-
 def _timing(
-    label: str, n: int, own: Mapping[str, Seconds], base: Mapping[str, Seconds], tap: int, n_blocks: int
+    label: str, n: int, own: Mapping[str, timing.Seconds], base: Mapping[str, timing.Seconds], tap: int, n_blocks: int
 ) -> BenchTiming:
     """One contestant's medians and quartiles, and what blocks alone would allow it."""
     name, _, number = label.partition(" ")
@@ -378,10 +331,10 @@ def bench_latency(asked: BenchLatency) -> LatencyBench:
     """
     samples = min(asked.samples, QUICK) if asked.quick else asked.samples
     _check_latency(asked, samples)
-    subject = _subject(asked.bundle, asked.run, asked.runtime, asked.threads, asked.trust_engines, asked.device)
+    subject = _subject(asked, asked.trust_engines, asked.device)
     from stage1_pro.commands.doctor import gpus
 
-    facts = machine(subject.runtime, asked.threads) | {"gpu": ", ".join(gpus()) or None}
+    facts = timing.machine(subject.runtime, asked.threads) | {"gpu": ", ".join(gpus()) or None}
     cascade = subject.load()
     spec = cascade.bundle.preprocessing
     # Twice the largest batch: what a call reads is not what the last one left in the caches.
@@ -389,19 +342,17 @@ def bench_latency(asked: BenchLatency) -> LatencyBench:
     pool = np.random.default_rng(asked.seed).normal(size=shape).astype(np.float32)
     encoded, photos = _photos(asked.photos, asked.seed)
     say(f"cold start with {cascade.runtime.name}")
-    cold = cold_starts(
-        Subject(subject.source, cascade.runtime.name, asked.threads, asked.trust_engines, asked.device),
-        repeats=1 if asked.quick else 3,
-    )
-    how = Sampling(samples, asked.warmup / 1e3, asked.limit, seed=asked.seed)
+    cold = timing.cold_starts(replace(subject, runtime=cascade.runtime.name), repeats=1 if asked.quick else 3)
+    how = timing.Sampling(samples, asked.warmup / 1e3, asked.limit, seed=asked.seed)
     found: list[LatencySeries] = []
     peers: list[LatencyPeer] = []
     for size in dict.fromkeys(asked.batch):
         found += _of_batch(cascade, pool, size, asked.rates, how)
         peers += _against(cascade, asked, pool, size, how)
     say("bytes to decision")
-    request = sample({"request": answers(cascade, encoded, asked.deferral, asked.seed)}, how, "requests")["request"]
-    found += [_series("request", part, 1, asked.deferral, values, how.seed) for part, values in request.items()]
+    requests = {"request": timing.answers(cascade, encoded, asked.deferral, asked.seed)}
+    for part, values in timing.sample(requests, how, "requests")["request"].items():
+        found.append(_series("request", part, 1, asked.deferral, values, how.seed))
     result = LatencyBench(
         **_what(asked, cascade), steps=[str(step) for step in cascade.steps], quick=asked.quick, samples=samples,
         limit=asked.limit, warmup=asked.warmup, deferral=asked.deferral, budget=asked.budget,
@@ -414,34 +365,31 @@ def bench_latency(asked: BenchLatency) -> LatencyBench:
 
 
 def _of_batch(
-    cascade: Cascade, pool: NDArray[np.float32], size: int, rates: Sequence[float], how: Sampling
+    cascade: Cascade, pool: NDArray[np.float32], size: int, rates: Sequence[float], how: timing.Sampling
 ) -> list[LatencySeries]:
     """Stage A and the cascade at every deferral rate, called turn about at one batch size."""
     say(f"batch {size}")
-    contestants: dict[tuple[str, float | None], Contestant] = {("stage_a", None): runs_stage_a(cascade, pool, size)}
-    contestants |= {("cascade", rate): decides(cascade, pool, size, rate, how.seed) for rate in dict.fromkeys(rates)}
-    # Sampled under names, which orders are drawn over.
-    names = {f"{kind} {rate}": (kind, rate) for kind, rate in contestants}
-    measured = sample({label: contestants[key] for label, key in names.items()}, how, f"batch {size}")
+    runtime = cascade.runtime
+    contestants = {"stage_a": timing.passes(lambda rows: runtime.run("stage_a", {"pixels": rows}), pool, size, runtime)}
+    rate_of = {f"cascade {rate}": rate for rate in rates}
+    for label, rate in rate_of.items():
+        contestants[label] = timing.decides(cascade, pool, size, rate, how.seed)
     return [
-        _series(kind, part, size, rate, values, how.seed)
-        for label, (kind, rate) in names.items()
-        for part, values in measured[label].items()
+        _series(label.split()[0], part, size, rate_of.get(label), values, how.seed)
+        for label, parts in timing.sample(contestants, how, f"batch {size}").items()
+        for part, values in parts.items()
     ]
 
 
-def _series(contestant: str, part: str, batch: int, rate: float | None, seconds: Seconds, seed: int) -> LatencySeries:
+def _series(
+    contestant: str, part: str, batch: int, rate: float | None, seconds: timing.Seconds, seed: int
+) -> LatencySeries:
     return LatencySeries(
-        contestant=contestant,
-        part=part,
-        batch=batch,
-        deferral_rate=rate,
-        n=len(seconds),
-        enough=len(seconds) >= ENOUGH,
-        mean=1e3 * float(seconds.mean()),
-        quantiles=quantiles(seconds, seed=seed),
+        contestant=contestant, part=part, batch=batch, deferral_rate=rate, n=len(seconds),
+        enough=len(seconds) >= timing.ENOUGH, mean=1e3 * float(seconds.mean()),
+        quantiles=timing.quantiles(seconds, seed=seed),
         milliseconds=[round(1e3 * float(value), 4) for value in seconds],
-    )
+    )  # fmt: skip
 
 
 def _throughput(found: Sequence[LatencySeries], deferral: float, budget: float) -> list[LatencyThroughput]:
@@ -452,12 +400,8 @@ def _throughput(found: Sequence[LatencySeries], deferral: float, budget: float) 
     for one in hosts:
         if one.deferral_rate == nearest_rate:
             p99 = one.quantile(0.99).milliseconds if one.enough else None
-            result.append(
-                LatencyThroughput(
-                    batch=one.batch, images_per_second=1e3 * one.batch / one.mean, p99=p99,
-                    within=None if p99 is None else p99 <= budget,
-                )
-            )  # fmt: skip
+            within, rate = None if p99 is None else p99 <= budget, 1e3 * one.batch / one.mean
+            result.append(LatencyThroughput(batch=one.batch, images_per_second=rate, p99=p99, within=within))
     return result
 
 
@@ -467,7 +411,7 @@ def peers() -> list[str]:
 
 
 def _against(
-    cascade: Cascade, asked: BenchLatency, pool: NDArray[np.float32], size: int, how: Sampling
+    cascade: Cascade, asked: BenchLatency, pool: NDArray[np.float32], size: int, how: timing.Sampling
 ) -> Iterator[LatencyPeer]:
     """Peers on the same rotated inputs, called turn about with the cascade and its own full pass."""
     if not asked.against:
@@ -484,10 +428,12 @@ def _against(
                 calls.pop(peer, None)
                 yield LatencyPeer(name=peer, batch=None, skipped=lines[0][:200])
         ours = cascade.runtime.full_pass(folder)
-        contestants = {name: passes(call, pool, size) for name, call in calls.items()}
-        contestants["full_pass"] = passes(ours, pool, size)
-        contestants["cascade"] = decides(cascade, pool, size, asked.deferral, how.seed)
-        measured = {name: parts["host"] for name, parts in sample(contestants, how, f"peers, batch {size}").items()}
+        contestants = {name: timing.passes(call, pool, size) for name, call in calls.items()}
+        contestants["full_pass"] = timing.passes(ours, pool, size)
+        contestants["cascade"] = timing.decides(cascade, pool, size, asked.deferral, how.seed)
+        measured = {
+            name: parts["host"] for name, parts in timing.sample(contestants, how, f"peers, batch {size}").items()
+        }
         expected = np.asarray(ours(pool[:size]))
         for peer, call in calls.items():
             logits = np.asarray(call(pool[:size]))
@@ -496,8 +442,8 @@ def _against(
                 logit=float(np.abs(logits - expected).max()),
                 prob=float(np.abs(softmax(logits) - softmax(expected)).max()),
                 flips=int((logits.argmax(1) != expected.argmax(1)).sum()),
-                to_cascade=ratios(measured[peer], measured["cascade"], paired=True),
-                to_full_pass=ratios(measured[peer], measured["full_pass"], paired=True),
+                to_cascade=timing.ratios(measured[peer], measured["cascade"], paired=True),
+                to_full_pass=timing.ratios(measured[peer], measured["full_pass"], paired=True),
             )  # fmt: skip
 
 
@@ -509,11 +455,11 @@ def _peer(name: str, cascade: Cascade, asked: BenchLatency, folder: Path) -> Ful
         if cascade.runtime.name != name:
             own = cascade.bundle.path
             path = own if (own / MANIFEST).is_file() else Path(str(asked.run)) / "bundle"
-            here = Subject(path, name, asked.threads, asked.trust_engines).load()
+            here = timing.Subject(path, name, asked.threads, asked.trust_engines).load()
         return here.runtime.full_pass(folder)
     if asked.run is None:
         raise InputError("a bundle holds no weights torch could load; name --run as well")
-    trained = Subject(Path(asked.run), OF_RUNS, asked.threads, device=asked.device).load()
+    trained = timing.Subject(Path(asked.run), OF_RUNS, asked.threads, device=asked.device).load()
     from stage1_pro.deploy.trained import TorchRuntime
 
     assert isinstance(trained.runtime, TorchRuntime)
@@ -543,12 +489,7 @@ def compare_latency(
 ) -> LatencyComparison:
     """Say how many times the time of one result another takes: quantiles and means, with bootstrap intervals.
 
-    Args:
-        first: ``latency.json`` of what is compared with.
-        second: ``latency.json`` that is judged; below 1 it is faster.
-        level: of the intervals, in (0, 1).
-        seed: of the resamples.
-        out: JSON file to write.
+    ``first`` and ``second`` are ``latency.json`` files; below 1 the second is faster. ``out`` is a JSON file to write.
 
     Raises:
         InputError: nothing was measured in both, or ``level`` is outside (0, 1).
@@ -562,7 +503,7 @@ def compare_latency(
         LatencyDifference(
             contestant=one.contestant, part=one.part, batch=one.batch, deferral_rate=one.deferral_rate,
             n=(one.n, theirs[one.key()].n),
-            ratios=ratios(
+            ratios=timing.ratios(
                 np.array(theirs[one.key()].milliseconds), np.array(one.milliseconds),
                 paired=False, level=level, seed=seed,
             ),
@@ -584,10 +525,8 @@ def compare_latency(
         if ours != others
     ]
     cautions.append("measured one after the other: intervals know nothing of a machine that was busier the second time")
-    names = (f"{Path(path).name}: {one.source}, {one.runtime}" for path, one in ((first, a), (second, b)))
-    found = LatencyComparison(
-        first=next(names), second=next(names), level=level, differences=differences, cautions=cautions
-    )
+    names = [f"{Path(path).name}: {one.source}, {one.runtime}" for path, one in ((first, a), (second, b))]
+    found = LatencyComparison(first=names[0], second=names[1], level=level, differences=differences, cautions=cautions)
     if out is not None:
         found.write(out)
         say(f"wrote {out}")
@@ -598,18 +537,12 @@ def compare_latency(
 # Shared
 
 
-def _subject(
-    bundle: Path | str | None,
-    run: Path | str | None,
-    runtime: str | None,
-    threads: int,
-    trust_engines: bool = False,
-    device: str = "cpu",
-) -> Subject:
+def _subject(asked: BenchCascade | BenchLatency, trust_engines: bool = False, device: str = "cpu") -> timing.Subject:
     """What is measured: the bundle, or the run in torch, or the run's bundle in the runtime that is named."""
+    bundle, run = asked.bundle, asked.run
     if bundle is None and run is None:
         raise InputError("bench must get --bundle or --run, got neither; name one")
-    name = runtime or (OF_RUNS if bundle is None else "onnxruntime")
+    name = asked.runtime or (OF_RUNS if bundle is None else "onnxruntime")
     RUNTIMES.check(name, also=("auto",))
     if name == OF_RUNS and run is None:
         raise InputError("runtime must not be torch for a bundle, which holds no weights torch could load; name --run")
@@ -623,7 +556,7 @@ def _subject(
                 f"runtime must be torch for the run {run}, got '{name}', which needs its bundle; "
                 f"run `stage1 export --run {run}` first"
             )
-    return Subject(source, name, threads, trust_engines, device)
+    return timing.Subject(source, name, asked.threads, trust_engines, device)
 
 
 def _what(asked: BenchCascade | BenchLatency, cascade: Cascade) -> dict[str, Any]:
@@ -640,8 +573,9 @@ def _what(asked: BenchCascade | BenchLatency, cascade: Cascade) -> dict[str, Any
     }
 
 
-def _check(batch: Sequence[int], rates: Sequence[float], out: Path | str | None, **least: tuple[float, float]) -> None:
+def _check(asked: BenchCascade | BenchLatency, **least: tuple[float, float]) -> None:
     """Check batch sizes, rates, the folder to write, and numbers by name with the least each may be."""
+    batch, rates, out = asked.batch, asked.rates, asked.out
     if not batch or min(batch) < 1:
         raise InputError(f"batch must be one or more sizes of 1 or more, got {list(batch)}; 1 8 64 is usual")
     if not rates or not all(0 <= rate <= 1 for rate in rates):
@@ -649,13 +583,12 @@ def _check(batch: Sequence[int], rates: Sequence[float], out: Path | str | None,
     for name, (value, smallest) in least.items():
         if not value >= smallest:
             raise InputError(f"{name} must be {smallest} or more, got {value}")
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
+    if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder to write into, got the file {out}")
 
 
 def _check_latency(asked: BenchLatency, samples: int) -> None:
-    least = {"samples": (samples, 10), "warmup": (asked.warmup, 0), "threads": (asked.threads, 0)}
-    _check(asked.batch, asked.rates, asked.out, **least)
+    _check(asked, samples=(samples, 10), warmup=(asked.warmup, 0), threads=(asked.threads, 0))
     if not 0 <= asked.deferral <= 1:
         raise InputError(f"deferral must be a share in [0, 1], got {asked.deferral}; .3 is usual")
     for name, number in (("limit", asked.limit), ("budget", asked.budget)):
@@ -687,7 +620,7 @@ def _photos(source: Path | str | None, seed: int) -> tuple[list[bytes], str]:
     """Encoded photos and what they are."""
     if source is None:
         width, height = PHOTO_SIZE
-        return draw_photos(8, PHOTO_SIZE, seed), f"8 drawn JPEGs of {width} x {height}, quality 90, seed {seed}"
+        return timing.draw_photos(8, PHOTO_SIZE, seed), f"8 drawn JPEGs of {width} x {height}, quality 90, seed {seed}"
     files = [file for _, file in gather([source])][:64]
     return [read_file(file) for file in files], f"{len(files)} of {Path(source).resolve().name}"
 

@@ -9,9 +9,11 @@ import math
 import mmap
 import os
 import re
+import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,8 +23,7 @@ import numpy as np
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.deploy.graphs import check_graph
-from stage1_pro.deploy.manifest import BundleManifest, EngineEntry, Provenance, StageEntry
-from stage1_pro.deploy.migrate import FORMAT, upgrade
+from stage1_pro.deploy.manifest import FORMAT, BundleManifest, EngineEntry, Provenance, StageEntry, upgrade
 from stage1_pro.errors import ArtifactError, InputError, printable
 from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, sha256_file, write_text
 from stage1_pro.models.architecture import BackboneInfo
@@ -33,6 +34,7 @@ from stage1_pro.words import StageName
 if TYPE_CHECKING:
     from stage1_pro.config import Config
     from stage1_pro.data.splits import Splits
+    from stage1_pro.models.model import Architecture
 
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.sig"
@@ -58,8 +60,42 @@ _ARRAYS = 64
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
 
 
+class Described:
+    """What serves, a bundle or the model of a run, and what it says about itself."""
+
+    @property
+    @abstractmethod
+    def about(self) -> BundleManifest | Architecture:
+        """Where the facts are."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return self.about.classes
+
+    @property
+    def positive(self) -> str:
+        """The class that must not be missed."""
+        return self.about.positive
+
+    @property
+    def preprocessing(self) -> PreprocessSpec:
+        """What turns an image into pixels for Stage A."""
+        return self.about.preprocessing
+
+    @property
+    def backbone(self) -> BackboneInfo:
+        """Facts about the backbone."""
+        return self.about.backbone
+
+    @property
+    def tap(self) -> int:
+        """Block whose tokens Stage A reads."""
+        return self.about.tap
+
+
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Described):
     """A verified bundle: where it is, what it says about itself, and its policy."""
 
     path: Path
@@ -88,38 +124,26 @@ class Bundle:
             raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
         return data
 
-    def check(self, name: str) -> None:
-        """Hash one file again; raise ArtifactError when it is not what was exported."""
-        _check_hash(self.path, name, self.manifest.files[name].sha256)
+    def copy_to(self, folder: Path, names: Iterable[str]) -> None:
+        """Copy files, and check the copies: the originals could have been changed since they were verified."""
+        wanted = {name: self.manifest.files[name] for name in names}
+        for name in wanted:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path / name, target, follow_symlinks=False)
+        copied = list_files(folder)
+        changed = [name for name, entry in wanted.items() if copied.get(name) != entry]
+        if changed:
+            raise ArtifactError(f"bundle must stay as it was verified, got changes in {', '.join(changed)} meanwhile")
 
     def graph(self, stage: StageName) -> Path:
         """The ONNX file of one stage."""
         return self.path / self.manifest.stages[stage].onnx
 
     @property
-    def classes(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
-        return self.manifest.classes
-
-    @property
-    def positive(self) -> str:
-        """The class that must not be missed."""
-        return self.manifest.positive
-
-    @property
-    def preprocessing(self) -> PreprocessSpec:
-        """What turns an image into the graphs' input."""
-        return self.manifest.preprocessing
-
-    @property
-    def backbone(self) -> BackboneInfo:
-        """Facts about the backbone."""
-        return self.manifest.backbone
-
-    @property
-    def tap(self) -> int:
-        """Block whose tokens Stage A reads."""
-        return self.manifest.tap
+    def about(self) -> BundleManifest:
+        """The manifest."""
+        return self.manifest
 
 
 def write_bundle(
@@ -137,17 +161,9 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle all or nothing, and verify it before it takes its place.
 
-    Args:
-        out: the bundle's folder: new, empty, or an older bundle, which is replaced.
-        graphs: given the folder to fill, writes both ONNX graphs (engines, reference outputs) and describes them.
-        policy: the one exit policy.
-        splits: the run's splits; only hashes and counts are written.
-        config: the run's configuration; a local backbone folder is reduced to its last name.
-        metrics: the run's ``metrics.csv``, copied.
-        preprocessing: what turns an image into the graphs' input.
-        backbone: facts about the backbone; its licence is written beside the weights.
-        tap: block whose tokens Stage A reads.
-        provenance: versions and fingerprints.
+    Given the folder to fill, ``graphs`` writes both ONNX graphs (engines, reference outputs) and describes them. Of the
+    splits only hashes and counts are written; of the configuration a local backbone folder is reduced to its last name;
+    the backbone's licence is written beside the weights.
 
     Raises:
         InputError: ``out`` holds something that is no bundle.
@@ -164,7 +180,10 @@ def write_bundle(
         policy.write(folder / policy.file)
         splits.summary().write(folder / "splits.json")
         write_text(folder / "config.json", json.dumps(_portable(config), indent=2) + "\n")
-        write_text(folder / "metrics.csv", _read_metrics(metrics))
+        try:
+            write_text(folder / "metrics.csv", metrics.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(f"run must hold metrics.csv, but there is no {metrics}; train it again") from None
         licence = licence_note(config.model.backbone, backbone)
         if licence:
             write_text(folder / LICENCE, licence)
@@ -217,12 +236,8 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     if not path.is_dir():
         raise ArtifactError(f"bundle must be a folder that holds {MANIFEST}, got {printable(str(path))}")
     raw = read_plain(path, MANIFEST)
-    values = _parse_json(raw, MANIFEST)
-    text = _decode(raw, MANIFEST)
-    found, current, notes = upgrade(values)
-    if found != FORMAT:
-        text = json.dumps(current)
-    manifest = BundleManifest.parse(text, MANIFEST)
+    found, current, notes = upgrade(_parse_json(raw, MANIFEST))
+    manifest = BundleManifest.parse(json.dumps(current), MANIFEST)
     _check_names(manifest)
     present = _scan(path)
     _check_policy_files(manifest, present)
@@ -231,25 +246,30 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     _check_contents(path, manifest)
     policy = _policy_kind(manifest).parse(_read_record(path, manifest, manifest.policy_file), manifest.policy_file)
     splits = SplitsSummary.parse(_read_record(path, manifest, "splits.json"), "splits.json")
-    _check_policy(manifest, policy, splits)
+    check_policy_belongs(policy, manifest, manifest.provenance.model_fingerprint)
+    if splits.hashes != manifest.provenance.split_hashes:
+        raise ArtifactError(f"splits.json must have the hashes of {MANIFEST}, got others")
+    for name, digest in policy.split_hashes.items():
+        if splits.hashes.get(name) != digest:
+            raise ArtifactError(
+                f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows"
+                f"{policy.void()}; run `stage1 calibrate` again and export once more"
+            )
     return Bundle(path, manifest, policy, splits, raw, notes, found)
 
 
-def check_policy_belongs(
-    policy: Policy, *, classes: Sequence[str], positive: str, model_fingerprint: str, preprocessing: PreprocessSpec
-) -> None:
+def check_policy_belongs(policy: Policy, about: BundleManifest | Architecture, model_fingerprint: str) -> None:
     """Raise ArtifactError when a policy was calibrated for other classes, weights or preprocessing."""
-    name = policy.file
     for what, ours, theirs in (
-        ("classes", list(classes), policy.classes),
-        ("positive class", positive, policy.positive),
+        ("classes", about.classes, policy.classes),
+        ("positive class", about.positive, policy.positive),
         ("model fingerprint", model_fingerprint, policy.model_fingerprint),
-        ("preprocessing fingerprint", preprocessing.fingerprint(), policy.preprocessing_fingerprint),
+        ("preprocessing fingerprint", about.preprocessing.fingerprint(), policy.preprocessing_fingerprint),
     ):
         if ours != theirs:
             raise ArtifactError(
-                f"{name} must belong to this model, got another {what}: {_short(theirs)} instead of {_short(ours)}"
-                f"{policy.void()}; run `stage1 calibrate` again and export once more"
+                f"{policy.file} must belong to this model, got another {what}: {_short(theirs)} instead of "
+                f"{_short(ours)}{policy.void()}; run `stage1 calibrate` again and export once more"
             )
 
 
@@ -350,8 +370,7 @@ def _check_names(manifest: BundleManifest) -> None:
     if len(manifest.files) > FILES:
         raise ArtifactError(f"{MANIFEST} must list at most {FILES} files, got {len(manifest.files)}")
     parts = [manifest.policy_file, *_graphs(manifest), *(engine.path for engine in manifest.engines)]
-    if manifest.reference is not None:
-        parts.append(manifest.reference)
+    parts += [] if manifest.reference is None else [manifest.reference]
     for name in (*manifest.files, *parts):
         if not _safe(name) or name in (MANIFEST, SIGNATURE):
             raise ArtifactError(f"{MANIFEST} must name files inside the bundle, got {printable(repr(name))}")
@@ -423,25 +442,21 @@ def _check_policy_files(manifest: BundleManifest, present: Mapping[str, int]) ->
 
 
 def _check_files(folder: Path, manifest: BundleManifest, present: Mapping[str, int], verify: bool) -> None:
-    missing = sorted(set(manifest.files) - set(present))
-    if missing:
+    if missing := sorted(set(manifest.files) - set(present)):
         raise ArtifactError(f"bundle must hold every file of {MANIFEST}, missing: {printable(', '.join(missing))}")
-    extra = sorted(set(present) - set(manifest.files))
-    if extra:
+    if extra := sorted(set(present) - set(manifest.files)):
         raise ArtifactError(f"bundle must hold only the files of {MANIFEST}, extra: {printable(', '.join(extra))}")
     for name, entry in manifest.files.items():
         if present[name] != entry.size:
             raise ArtifactError(f"{name} must have {entry.size} bytes as exported, got {present[name]}; it was changed")
-    if not verify:
-        return
-    for name, entry in manifest.files.items():
-        _check_hash(folder, name, entry.sha256)
+    for name, entry in manifest.files.items() if verify else ():
+        _check_hash(folder, name, entry)
 
 
-def _check_hash(folder: Path, name: str, expected: str) -> None:
+def _check_hash(folder: Path, name: str, entry: FileEntry) -> None:
     with _open_plain(folder, name) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected:
+    if digest != entry.sha256:
         raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
 
 
@@ -555,37 +570,12 @@ def _check_arrays(file: io.BufferedReader, name: str) -> None:
         ) from None
 
 
-def _check_policy(manifest: BundleManifest, policy: Policy, splits: SplitsSummary) -> None:
-    check_policy_belongs(
-        policy,
-        classes=manifest.classes,
-        positive=manifest.positive,
-        model_fingerprint=manifest.provenance.model_fingerprint,
-        preprocessing=manifest.preprocessing,
-    )
-    if splits.hashes != manifest.provenance.split_hashes:
-        raise ArtifactError(f"splits.json must have the hashes of {MANIFEST}, got others")
-    for name, digest in policy.split_hashes.items():
-        if splits.hashes.get(name) != digest:
-            raise ArtifactError(
-                f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows"
-                f"{policy.void()}; run `stage1 calibrate` again and export once more"
-            )
-
-
 def _portable(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = config.model_dump(mode="json")
     source = str(values["model"]["backbone"])
     if Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         values["model"]["backbone"] = Path(source).expanduser().resolve().name
     return values
-
-
-def _read_metrics(path: Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ArtifactError(f"run must hold metrics.csv, but there is no {path}; train it again") from None
 
 
 def licence_note(base: str, backbone: BackboneInfo) -> str | None:

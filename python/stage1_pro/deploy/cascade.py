@@ -53,9 +53,9 @@ class Decisions:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """A mapping of plain Python values per image."""
-        names = [field.name for field in fields(self)]
-        for values in zip(*(getattr(self, name).tolist() for name in names), strict=True):
-            yield dict(zip(names, values, strict=True))
+        columns = self.to_dict()
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Columns as plain lists."""
@@ -80,9 +80,7 @@ class Trace:
 class Prepared:
     """One image on its way to a decision; its pixels are prepared once for each specification that asks.
 
-    Args:
-        image: path, encoded bytes, PIL image, or array [H, W, 3] (or [H, W] grey) of uint8.
-        opened: the same as an 8-bit RGB image, where it has been decoded already.
+    Where it has been decoded already, ``opened`` is the same as an 8-bit RGB image.
     """
 
     def __init__(self, image: ImageLike, opened: Image.Image | None = None) -> None:
@@ -111,24 +109,14 @@ class Answering(ABC):
     bundle: Bundle | Trained
 
     def read(self, image: ImageLike) -> Prepared:
-        """An image ready for ``answer``.
-
-        Raises:
-            ImageError: it cannot be read as an image.
-            InputError: it is no kind of image.
-        """
+        """An image ready for ``answer``; raises as ``Prepared.pixels`` does."""
         prepared = Prepared(image)
         prepared.pixels(self.bundle.preprocessing)
         return prepared
 
     @abstractmethod
     def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
-        """Decide for photos as one batch.
-
-        Args:
-            photos: of ``read``; there may be none.
-            now: seconds since the epoch, of what is logged; the clock's by default.
-        """
+        """Decide for photos of ``read``, or none, as one batch; what is logged is of the time ``now``."""
 
     def predict(self, images: Iterable[ImageLike], batch_size: int = 32, *, now: float | None = None) -> Decisions:
         """Decide for images in order, ``batch_size`` at a time; any batch size gives the same decisions.
@@ -165,9 +153,7 @@ class Cascade(Answering):
     """
 
     def __init__(self, bundle: Bundle | Trained, runtime: Runtime, steps: Sequence[Step] = ()) -> None:
-        self.bundle = bundle
-        self.runtime = runtime
-        self.steps = tuple(steps)
+        self.bundle, self.runtime, self.steps = bundle, runtime, tuple(steps)
 
     @classmethod
     def load(
@@ -188,8 +174,7 @@ class Cascade(Answering):
             DependencyError: the named runtime lacks a library, a driver or a GPU.
         """
         loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        started = start(loaded, runtime, threads=threads, trust_engines=trust_engines)
-        return cls(loaded, started.runtime, started.steps)
+        return cls(loaded, *start(loaded, runtime, threads=threads, trust_engines=trust_engines))
 
     @classmethod
     def from_run(cls, run: Path | str, *, threads: int = 0, device: str = "cpu") -> Cascade:
@@ -213,12 +198,7 @@ class Cascade(Answering):
         return cls(trained, TorchRuntime.open(trained, How(threads, device)))
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
-        """One image as the model's input [3, H, W].
-
-        Raises:
-            ImageError: it cannot be read as an image.
-            InputError: it is no kind of image.
-        """
+        """One image as the model's input [3, H, W]; raises as ``Prepared.pixels`` does."""
         return Prepared(image).pixels(self.bundle.preprocessing)
 
     def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:

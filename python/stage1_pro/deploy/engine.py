@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ class BuilderInfo(NamedTuple):
     title: str
 
 
-BUILDERS: dict[EngineTarget, BuilderInfo] = {
+BUILDERS: dict[str, BuilderInfo] = {
     "rtx": BuilderInfo("tensorrt_rtx", "rtx", "TensorRT for RTX"),
     "tensorrt": BuilderInfo("tensorrt", "tensorrt", "classic TensorRT"),
 }
@@ -76,9 +77,7 @@ class EngineRecipe(Record):
 
     @field_validator("batch")
     @classmethod
-    def _ordered(
-        cls, batch: BatchProfile | dict[StageName, BatchProfile]
-    ) -> BatchProfile | dict[StageName, BatchProfile]:
+    def _ordered(cls, batch: Batch) -> Batch:
         profiles = batch if isinstance(batch, dict) else {"stage_a": batch, "stage_b": batch}
         if set(profiles) != {"stage_a", "stage_b"}:
             raise ValueError(f"batch by stage must have stage_a and stage_b, got {', '.join(profiles) or 'none'}")
@@ -168,22 +167,17 @@ def choose_recipe(
 
 def import_builder(target: str) -> Any:
     """The builder's module; DependencyError names the extra that brings it."""
-    info = _info(target)
+    if target not in BUILDERS:
+        raise InputError(f"target must be one of {', '.join(BUILDERS)}, got '{target}'{nearest(target, BUILDERS)}")
+    name, extra, _ = BUILDERS[target]
     try:
-        module = importlib.import_module(info.module)
+        module = importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise need(info.extra, info.module) from error
+        raise need(extra, name) from error
     # Stubs without the library leave a folder of the module's name, which imports as an empty package.
     if not hasattr(module, "Builder"):
-        raise need(info.extra, info.module)
+        raise need(extra, name)
     return module
-
-
-def _info(target: str) -> BuilderInfo:
-    for name, info in BUILDERS.items():
-        if name == target:
-            return info
-    raise InputError(f"target must be one of {', '.join(BUILDERS)}, got '{target}'{nearest(target, BUILDERS)}")
 
 
 def engine_path(recipe: EngineRecipe, stage: StageName, precision: Precision | None = None) -> str:
@@ -223,7 +217,7 @@ def check_recipe(recipe: EngineRecipe) -> list[str]:
 
 
 def _check_card(recipe: EngineRecipe, name: str) -> None:
-    title = _info(recipe.target).title
+    title = BUILDERS[recipe.target].title
     if recipe.target == "rtx" and name in _DATA_CENTRE:
         raise InputError(
             f"compute_capabilities must be of RTX cards for target rtx, got '{name}', a data-centre card that {title} "
@@ -239,24 +233,20 @@ def _check_card(recipe: EngineRecipe, name: str) -> None:
             )
 
 
-def build_engines(
-    stages: Mapping[StageName, StageEntry], folder: Path, recipe: EngineRecipe, out: Path | None = None
-) -> list[EngineEntry]:
-    """Compile every stage in the recipe's precision and its fallbacks, from the graphs in a folder.
-
-    Args:
-        stages: the graphs by stage and precision.
-        folder: where the graphs lie.
-        recipe: what to build.
-        out: bundle folder to write engines to; ``folder`` when None.
+def build_engines(stages: Mapping[StageName, StageEntry], folder: Path, recipe: EngineRecipe) -> list[EngineEntry]:
+    """Compile every stage in the recipe's precision and its fallbacks, from the graphs of a bundle's folder into it.
 
     Raises:
         InputError: a precision that was not exported; names those that were, and how to get it.
         ArtifactError, DependencyError: as ``build_engine``.
     """
     check_recipe(recipe)
-    for stage, entry in stages.items():
-        there = _graphs(entry)
+    # fp32 is there whatever else is.
+    graphs: dict[StageName, dict[Precision, str]] = {
+        stage: {"fp32": entry.onnx, **{precision: variant.onnx for precision, variant in entry.variants.items()}}
+        for stage, entry in stages.items()
+    }
+    for stage, there in graphs.items():
         for precision in recipe.ladder:
             if precision not in there:
                 raise InputError(
@@ -265,9 +255,8 @@ def build_engines(
                 )
     engines = []
     for precision in recipe.ladder:
-        for stage, entry in stages.items():
-            graph = folder / _graphs(entry)[precision]
-            engine = build_engine(graph, folder if out is None else out, recipe, stage, precision)
+        for stage, there in graphs.items():
+            engine = build_engine(folder / there[precision], folder, recipe, stage, precision)
             say(
                 f"{stage} in {precision}: {engine.build_seconds:.1f} s, {engine.layers} fused layers, "
                 f"{engine.attention_layers} fused attentions; {engine.validated}"
@@ -276,19 +265,14 @@ def build_engines(
     return engines
 
 
-def _graphs(entry: StageEntry) -> dict[Precision, str]:
-    """A stage's graphs by precision; fp32 is there whatever else is."""
-    return {"fp32": entry.onnx, **{precision: variant.onnx for precision, variant in entry.variants.items()}}
-
-
 def build_engine(
     onnx: Path, out: Path, recipe: EngineRecipe, stage: StageName, precision: Precision | None = None
 ) -> EngineEntry:
-    """Compile one stage's graph for the recipe's cards.
+    """Compile one stage's graph for the recipe's cards, into ``engine_path`` of a bundle's folder.
 
     Args:
         onnx: the graph; its external data, if any, is found beside it.
-        out: bundle folder; the engine is written to its ``engine_path`` there, with its ``BuildRecord`` beside it.
+        out: bundle folder; the engine's ``BuildRecord`` is written beside it.
         recipe: cards and batch profile.
         stage: which stage the graph is.
         precision: of the graph, one of the recipe's ladder; the recipe's own when None.
@@ -315,53 +299,35 @@ def build_engine(
     layers = parse_layers(logger.lines) or _inspect(trt, plan, logger)
     if not layers:
         raise ArtifactError(f"the builder's log of {stage} must end with its layer list, got none")
-    attention = sum("mha" in layer.name.lower() for layer in layers)
     validated = check_header(bytes(memoryview(plan)[:HEADER_SIZE]), recipe.target)
     relative = engine_path(recipe, stage, precision)
     engine = Path(out) / relative
     with atomic_path(engine) as temporary:
         temporary.write_bytes(memoryview(plan))
     built = remember_built(engine)
+    # From INFO up; driver complaints say only that no GPU is here.
+    told = [
+        f"{severity}: {sanitise(message)}"
+        for severity, message in logger.lines
+        if severity in ("INFO", "WARNING", "ERROR") and "CUDA" not in message
+    ]
+    # What the engine's own record and the manifest both say.
+    facts: dict[str, Any] = {
+        "stage": stage, "precision": precision, "builder": trt.__name__, "builder_version": trt.__version__,
+        "onnx_sha256": digest, "attention_layers": sum("mha" in layer.name.lower() for layer in layers),
+    }  # fmt: skip
     BuildRecord(
-        stage=stage,
-        precision=precision,
-        recipe=recipe,
-        builder=trt.__name__,
-        builder_version=trt.__version__,
-        onnx_sha256=digest,
-        engine_sha256=built,
-        engine_size=engine.stat().st_size,
-        layers=layers,
-        attention_layers=attention,
-        log=_audit(logger.lines),
-    ).write(engine.with_suffix(".build.json"))
+        **facts, recipe=recipe, engine_sha256=built, engine_size=engine.stat().st_size, layers=layers,
+        log=told[-_AUDIT_LINES:],
+    ).write(engine.with_suffix(".build.json"))  # fmt: skip
     return EngineEntry(
-        stage=stage,
-        path=relative,
-        target=recipe.target,
-        builder=trt.__name__,
-        builder_version=trt.__version__,
-        compute_capabilities=capabilities,
-        precision=precision,
-        batch=recipe.profile(stage),
-        onnx_sha256=digest,
-        layers=len(layers),
-        attention_layers=attention,
-        build_seconds=round(seconds, 3),
-        validated=validated,
-    )
+        **facts, path=relative, target=recipe.target, compute_capabilities=capabilities, batch=recipe.profile(stage),
+        layers=len(layers), build_seconds=round(seconds, 3), validated=validated,
+    )  # fmt: skip
 
 
 def read_engine(bundle: Bundle, entry: EngineEntry) -> bytes:
-    """An engine's bytes, ready to be deserialised: they are the manifest's, and the header is well formed.
-
-    The very bytes that were hashed are given, so that nobody can exchange the file in between. Whether they may
-    run at all is another question, which comes first.
-
-    Raises:
-        ArtifactError: the file was changed, or is no engine.
-        DependencyError: the engine's runtime is not installed.
-    """
+    """An engine's bytes, which are the manifest's and have a well-formed header; raises as ``check_header`` does."""
     data = bundle.read(entry.path)
     check_header(data[:HEADER_SIZE], entry.target)
     return data
@@ -440,10 +406,7 @@ def sanitise(message: str) -> str:
 
 
 def _inspect(module: Any, plan: Any, logger: Any) -> list[LayerRecord]:
-    """The fused layers of an engine that was built a moment ago, for a builder whose log does not list them.
-
-    Needs a GPU; empty where there is none.
-    """
+    """The fused layers of a new engine, where the log does not list them; none without a GPU."""
     if TYPE_CHECKING:
         trt = tensorrt
     else:
@@ -508,7 +471,10 @@ def _build(module: Any, onnx: Path, recipe: EngineRecipe, stage: StageName, logg
             f"batch {list(recipe.profile(stage))} must fit the graph of {stage}, got a profile it refuses"
         )
     if hasattr(module, "ComputeCapability") and recipe.compute_capabilities:
-        _set_cards(module, config, recipe)
+        # TensorRT for RTX alone can name the cards to build for.
+        config.num_compute_capabilities = len(recipe.compute_capabilities)
+        for index, name in enumerate(recipe.compute_capabilities):
+            config.set_compute_capability(getattr(module.ComputeCapability, name), index)
     with _progress(module, config, stage):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -517,32 +483,13 @@ def _build(module: Any, onnx: Path, recipe: EngineRecipe, stage: StageName, logg
     return plan
 
 
-def _set_cards(module: Any, config: Any, recipe: EngineRecipe) -> None:
-    """Name the cards to build for, which TensorRT for RTX alone can do."""
-    config.num_compute_capabilities = len(recipe.compute_capabilities)
-    for index, name in enumerate(recipe.compute_capabilities):
-        config.set_compute_capability(getattr(module.ComputeCapability, name), index)
-
-
 def _first(reasons: list[str]) -> str:
     return sanitise(reasons[0].splitlines()[0])[:400] if reasons else "no reason given"
-
-
-def _audit(lines: list[tuple[str, str]]) -> list[str]:
-    """The last messages from INFO up. Driver complaints are left out: they say only that no GPU is here."""
-    kept = [
-        f"{severity}: {sanitise(message)}"
-        for severity, message in lines
-        if severity in ("INFO", "WARNING", "ERROR") and "CUDA" not in message
-    ]
-    return kept[-_AUDIT_LINES:]
 
 
 @contextlib.contextmanager
 def _progress(module: Any, config: Any, stage: str) -> Iterator[None]:
     """Show the builder's phases on a terminal."""
-    import sys
-
     if TYPE_CHECKING:
         trt = tensorrt
     else:

@@ -1,20 +1,29 @@
-"""export: from a calibrated run to a bundle."""
+"""export and build: a bundle from a calibrated run, and one with engines of this machine from a received bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from stage1_pro import __version__
 from stage1_pro.data.splits import Splits
-from stage1_pro.deploy.bundle import MANIFEST, Graphs, check_policy_belongs, write_bundle
-from stage1_pro.deploy.engine import EngineRecipe, build_engines, choose_recipe
+from stage1_pro.deploy.bundle import (
+    MANIFEST,
+    REFERENCE,
+    Graphs,
+    check_policy_belongs,
+    list_files,
+    load_bundle,
+    write_bundle,
+)
+from stage1_pro.deploy.engine import EngineRecipe, EngineTarget, build_engines, choose_recipe
 from stage1_pro.deploy.manifest import Provenance
 from stage1_pro.deploy.reference import write_reference
 from stage1_pro.errors import InputError, need
+from stage1_pro.files import atomic_directory
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.progress import say
 from stage1_pro.words import Precision, SplitName
@@ -38,11 +47,9 @@ def export(
     precisions: Sequence[Precision] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Write a run's best model and its one active policy as a bundle.
+    """Write a run's best model and its one active policy as a bundle, all or nothing.
 
     Reads ``val_select`` images to compare precisions and runtimes, and ``train`` images to measure the blocks.
-
-    All or nothing: an older bundle stays as it is until the new one stands.
 
     Args:
         run: trained and calibrated run folder.
@@ -90,13 +97,7 @@ def export(
     architecture = model.architecture
     spec, fingerprint = architecture.preprocessing, model.fingerprint()
     # Before anything slow: a policy of other weights would decide on logits it has never seen.
-    check_policy_belongs(
-        policy,
-        classes=architecture.classes,
-        positive=architecture.positive,
-        model_fingerprint=fingerprint,
-        preprocessing=spec,
-    )
+    check_policy_belongs(policy, architecture, fingerprint)
 
     def graphs(folder: Path) -> Graphs:
         say(f"exporting ONNX, opset {config.export.opset}")
@@ -120,24 +121,72 @@ def export(
         return stages, [] if engine_recipe is None else build_engines(stages, folder, engine_recipe)
 
     write_bundle(
-        out,
-        graphs,
-        policy=policy,
-        splits=splits,
-        config=config,
-        metrics=run / "metrics.csv",
-        preprocessing=spec,
-        backbone=architecture.backbone,
-        tap=architecture.tap,
+        out, graphs, policy=policy, splits=splits, config=config, metrics=run / "metrics.csv",
+        preprocessing=spec, backbone=architecture.backbone, tap=architecture.tap,
         provenance=Provenance(
-            stage1_pro=__version__,
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            checkpoint_sha256=checkpoint_hash(run),
-            model_fingerprint=fingerprint,
-            split_hashes=splits.hashes,
+            stage1_pro=__version__, torch=torch.__version__, transformers=transformers.__version__,
+            checkpoint_sha256=checkpoint_hash(run), model_fingerprint=fingerprint, split_hashes=splits.hashes,
         ),
-    )
+    )  # fmt: skip
+    say(f"wrote {out}")
+    return out
+
+
+def build(
+    bundle: Path | str,
+    out: Path | str | None = None,
+    *,
+    target: EngineTarget | None = None,
+    recipe: Path | str | EngineRecipe | None = None,
+    precisions: Sequence[Precision] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Compile a received bundle's graphs on this machine into a new bundle; needs no torch and no run.
+
+    The given bundle stays as it is; all but its engines is copied. One without reference outputs (format 1) gets those
+    of its own fp32 graphs, or no engine could ever be held against them.
+
+    Args:
+        bundle: bundle folder; verified first.
+        out: folder of the new bundle; ``BUNDLE-built`` when None.
+        target: ``rtx`` (the default) or ``tensorrt``, which needs the GPU it builds for.
+        recipe: engine recipe or its YAML file; the default one when None.
+        precisions: the engines' precision and its fallbacks, in place of the recipe's; their graphs must be there.
+        overwrite: replace an existing bundle at ``out``.
+
+    Returns:
+        The new bundle's folder.
+
+    Raises:
+        InputError: ``out`` is taken or the bundle itself; a precision the bundle has no graph of; a refused card.
+        ArtifactError: the bundle is damaged, or a graph cannot be built.
+        DependencyError: the engine builder is missing.
+    """
+    bundle = Path(bundle)
+    out = bundle.with_name(f"{bundle.resolve().name}-built") if out is None else Path(out)
+    if out.resolve() == bundle.resolve() or bundle.resolve() in out.resolve().parents:
+        raise InputError(f"out must lie outside the bundle it is built from, got {out}; choose another folder")
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+        raise InputError(f"out must be a new folder or an older bundle, got {out}, which holds something else")
+    if (out / MANIFEST).is_file() and not overwrite:
+        raise InputError(f"out must be new, got {out}, which holds a bundle; replace it with --overwrite")
+    chosen = choose_recipe(target, recipe, precisions)
+    loaded = load_bundle(bundle)
+    with atomic_directory(out) as folder:
+        built = {entry.path for entry in loaded.manifest.engines}
+        built |= {str(PurePosixPath(name).with_suffix(".build.json")) for name in built}
+        loaded.copy_to(folder, (name for name in loaded.manifest.files if name not in built))
+        engines = build_engines(loaded.manifest.stages, folder, chosen)
+        reference = loaded.manifest.reference
+        if reference is None:
+            write_reference(folder, loaded.manifest.stages, loaded.preprocessing)
+            reference = REFERENCE
+            say(f"wrote {REFERENCE}, which the bundle lacked: what its fp32 graphs give here")
+        changed = {"engines": engines, "reference": reference, "files": list_files(folder)}
+        manifest = loaded.manifest.model_copy(update=changed)
+        manifest.write(folder / MANIFEST)
+        # Sizes and relations are checked here; the hashes were taken from these very files.
+        load_bundle(folder, verify=False)
     say(f"wrote {out}")
     return out
 

@@ -21,7 +21,8 @@ _ELEMENTS_PER_BYTE = 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1
 
-Part = tuple[int, int, int, int]
+# Wire type, start and end of a field's value.
+Part = tuple[int, int, int]
 
 
 class _GraphError(Exception):
@@ -31,13 +32,8 @@ class _GraphError(Exception):
 def check_graph(data: memoryview, name: str, files: Mapping[str, int]) -> list[str]:
     """Refuse a graph that reads outside its bundle, calls foreign operators, loops, or claims impossible sizes.
 
-    Args:
-        data: bytes of the ONNX file.
-        name: its name in the bundle.
-        files: the bundle's files and their sizes.
-
-    Returns:
-        Names of the files that hold its external weights.
+    ``name`` is the graph's in its bundle, ``files`` are the bundle's with their sizes; gives the names of those that
+    hold its external weights.
 
     Raises:
         ArtifactError: it is no ONNX graph, or one of the above.
@@ -56,10 +52,10 @@ class _Walk:
 
     def model(self) -> list[str]:
         graphs = 0
-        for number, wire, start, end in self._fields(0, len(self.data)):
+        for number, part in self._fields((_BYTES, 0, len(self.data))):
             if number == 7:  # graph
                 graphs += 1
-                self._graph(*self._message(wire, start, end))
+                self._graph(part)
             elif number == 20:  # training_info
                 raise _GraphError("got one with training steps")
             elif number == 25:  # functions
@@ -68,49 +64,50 @@ class _Walk:
             raise _GraphError(f"got {graphs} graphs in one file")
         return sorted(self.external)
 
-    def _graph(self, start: int, end: int) -> None:
-        for number, wire, first, last in self._fields(start, end):
+    def _graph(self, whole: Part) -> None:
+        for number, part in self._fields(whole):
             if number == 1:  # node
-                self._node(*self._message(wire, first, last))
+                self._node(part)
             elif number == 5:  # initializer
-                self._tensor(*self._message(wire, first, last))
+                self._tensor(part)
             elif number == 15:  # sparse_initializer: dense when loaded, of any size
                 raise _GraphError("got sparse weights")
 
-    def _node(self, start: int, end: int) -> None:
-        for number, wire, first, last in self._fields(start, end):
+    def _node(self, whole: Part) -> None:
+        for number, part in self._fields(whole):
             if number == 7:  # domain
-                domain = self._text(wire, first, last)
+                domain = self._text(part)
                 if domain not in OPERATOR_DOMAINS:
                     raise _GraphError(f"got an operator of the domain {domain[:80]!r}")
             elif number == 5:  # attribute
-                self._attribute(*self._message(wire, first, last))
+                self._attribute(part)
 
-    def _attribute(self, start: int, end: int) -> None:
-        for number, wire, first, last in self._fields(start, end):
+    def _attribute(self, whole: Part) -> None:
+        for number, part in self._fields(whole):
             if number in (5, 10):  # t, tensors
-                self._tensor(*self._message(wire, first, last))
+                self._tensor(part)
             elif number in (6, 11):  # g, graphs
                 raise _GraphError("got a graph within the graph (If, Loop, Scan)")
             elif number in (22, 23):  # sparse_tensor(s)
                 raise _GraphError("got sparse weights")
 
-    def _tensor(self, start: int, end: int) -> None:
+    def _tensor(self, whole: Part) -> None:
         elements, external = 1, False
         places: dict[str, str] = {}
-        for number, wire, first, last in self._fields(start, end):
+        for number, part in self._fields(whole):
             if number == 1:  # dims, packed or one by one
-                for dim in self._integers(wire, first, last):
+                for dim in self._integers(part):
                     elements *= dim
                     if dim < 0 or elements > _ELEMENTS_LIMIT:
                         raise _GraphError("got weights of an impossible shape")
             elif number == 13:  # external_data
                 external = True
-                key, value = self._pair(*self._message(wire, first, last))
-                places[key] = value
+                pair = {1: "", 2: ""}
+                pair |= {place: self._text(inner) for place, inner in self._fields(part) if place in pair}
+                places[pair[1]] = pair[2]
             elif number == 14:  # data_location
-                external = external or self._integer(wire, first) == _EXTERNAL
-        payload = self._external(places) if external else end - start
+                external = external or self._integer(part) == _EXTERNAL
+        payload = self._external(places) if external else whole[2] - whole[1]
         if elements > payload * _ELEMENTS_PER_BYTE:
             raise _GraphError(f"got weights of {elements} numbers in {payload} bytes")
 
@@ -133,18 +130,11 @@ class _Walk:
         self.external.add(name)
         return length
 
-    def _pair(self, start: int, end: int) -> tuple[str, str]:
-        found = {1: "", 2: ""}
-        for number, wire, first, last in self._fields(start, end):
-            if number in found:
-                found[number] = self._text(wire, first, last)
-        return found[1], found[2]
-
     # Protobuf's wire format (protobuf.dev/programming-guides/encoding).
 
-    def _fields(self, start: int, end: int) -> Iterator[Part]:
-        """(number, wire type, start, end) of every field; a varint's value is read by who wants it."""
-        data, place = self.data, start
+    def _fields(self, whole: Part) -> Iterator[tuple[int, Part]]:
+        """Number and value of every field of a message; a varint is read by who wants it."""
+        data, (place, end) = self.data, self._span(whole)
         while place < end:
             self.parts += 1
             if self.parts > _PARTS_LIMIT:
@@ -165,7 +155,7 @@ class _Walk:
                 raise _GraphError("got damaged bytes")
             if place > end or place > len(data):
                 raise _GraphError("got a truncated one")
-            yield number, wire, first, place
+            yield number, (wire, first, place)
 
     def _varint(self, place: int, end: int) -> tuple[int, int]:
         value = 0
@@ -179,25 +169,26 @@ class _Walk:
                 return value & (2**64 - 1), place
         raise _GraphError("got damaged bytes")
 
-    def _message(self, wire: int, start: int, end: int) -> tuple[int, int]:
+    def _span(self, part: Part) -> tuple[int, int]:
+        wire, start, end = part
         if wire != _BYTES:
             raise _GraphError("got damaged bytes")
         return start, end
 
-    def _text(self, wire: int, start: int, end: int) -> str:
-        start, end = self._message(wire, start, end)
+    def _text(self, part: Part) -> str:
+        start, end = self._span(part)
         return bytes(self.data[start:end]).decode("utf-8", "backslashreplace")
 
-    def _integer(self, wire: int, start: int) -> int:
-        if wire != _VARINT:
+    def _integer(self, part: Part) -> int:
+        if part[0] != _VARINT:
             raise _GraphError("got damaged bytes")
-        return _signed(self._varint(start, len(self.data))[0])
+        return _signed(self._varint(part[1], len(self.data))[0])
 
-    def _integers(self, wire: int, start: int, end: int) -> Iterator[int]:
-        if wire == _VARINT:
-            yield self._integer(wire, start)
+    def _integers(self, part: Part) -> Iterator[int]:
+        if part[0] == _VARINT:
+            yield self._integer(part)
             return
-        place, end = self._message(wire, start, end)
+        place, end = self._span(part)
         while place < end:
             value, place = self._varint(place, end)
             yield _signed(value)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy.manifest import GraphVariant, StageEntry
-from stage1_pro.deploy.onnxruntime import shapes
+from stage1_pro.deploy.onnxruntime import open_session, shapes
 from stage1_pro.deploy.precision import HALF_LIMIT, HALF_MARGIN, Peaks, in_precision, measure_peaks
 from stage1_pro.errors import ArtifactError, InputError, need
 from stage1_pro.models.model import Stage1Model
@@ -43,6 +42,9 @@ class Answers(NamedTuple):
     logits_b: NDArray[np.float32]
 
 
+Stages = Callable[[NDArray[np.float32]], Answers]
+
+
 class TwoStages(Protocol):
     """What a model must offer to be exported; ``Stage1Model`` does, and it is an ``nn.Module``."""
 
@@ -53,22 +55,15 @@ class TwoStages(Protocol):
         """Logits [N, K]."""
 
 
-class _StageA(nn.Module):
-    def __init__(self, model: TwoStages) -> None:
+class _Stage(nn.Module):
+    """One stage as a module of its own, which the exporter asks for."""
+
+    def __init__(self, model: TwoStages, stage: StageName) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.stage = model, stage
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.model.stage_a(pixels)
-
-
-class _StageB(nn.Module):
-    def __init__(self, model: TwoStages) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.model.stage_b(hidden)
+    def forward(self, rows: Tensor) -> Any:
+        return getattr(self.model, self.stage)(rows)
 
 
 def export_onnx(
@@ -107,19 +102,9 @@ def export_onnx(
         pixels = _noise(shape)
     if pixels.ndim != 4 or pixels.shape[1:] != shape or len(pixels) == 0:
         raise InputError(f"pixels must be [M, 3, {spec.height}, {spec.width}] with M >= 1, got {list(pixels.shape)}")
-    folder = Path(folder)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            reference = torch.from_numpy(_rows(pixels, 2)).to(device)
-            hidden = model.stage_a(reference)[2]
-            _write(_StageA(model), "stage_a", "pixels", reference, folder, opset)
-            _write(_StageB(model), "stage_b", "hidden", hidden, folder, opset)
-            parity = _parity(model, folder, pixels, device)
-    finally:
-        model.train(was_training)
+    with _evaluating(model) as device:
+        _write_stages(model, "fp32", pixels, device, folder, opset)
+        parity = _parity(_torch_stages(model, device), _onnx_stages(folder, "fp32"), pixels)
     for stage, difference in parity.items():
         # Written so that NaN fails too.
         if not difference <= tolerance:
@@ -127,7 +112,14 @@ def export_onnx(
                 f"{stage}.onnx must agree with torch within {tolerance:g}, got a difference of {difference:.3g}; "
                 "nothing was exported"
             )
-    return {stage: _entry(folder, stage, parity[stage]) for stage in OUTPUTS}
+    entries: dict[StageName, StageEntry] = {}
+    for stage, difference in parity.items():
+        session = open_session(folder / f"{stage}.onnx")
+        inputs, outputs = shapes(session.get_inputs()), shapes(session.get_outputs())
+        if any(shape[0] != -1 for shape in (*inputs.values(), *outputs.values())):
+            raise ArtifactError(f"{stage}.onnx must have a dynamic batch, got {inputs} -> {outputs}")
+        entries[stage] = StageEntry(onnx=f"{stage}.onnx", inputs=inputs, outputs=outputs, parity=difference)
+    return entries
 
 
 def graph_name(stage: StageName, precision: Precision) -> str:
@@ -170,54 +162,52 @@ def export_variants(
         ArtifactError: an output is not finite or a value passes fp16's limit; names the precision that would hold.
         DependencyError: onnx or onnxscript are missing.
     """
-    device = next(p.device for p in model.parameters())
     images, calibrated = (0 if given is None else len(given) for given in (pixels, calibration))
     noise = _noise((3, model.backbone.image_size, model.backbone.image_size))
     pixels, calibration = (noise if given is None else given for given in (pixels, calibration))
     wanted: tuple[Precision, ...] = ("fp32", *(p for p in dict.fromkeys(precisions) if p != "fp32"))
+    with _evaluating(model) as device:
+        # Refused precisions first: nothing slow has happened yet.
+        modules = {precision: in_precision(model, precision).eval() for precision in wanted}
+        reference = answer(_torch_stages(model, device), pixels)
+        peaks = measure_peaks(model, (torch.from_numpy(part).to(device) for part in _parts(calibration)))
+        for precision in wanted:
+            _check_peaks(precision, peaks)
+        found: dict[StageName, dict[Precision, GraphVariant]] = {stage: {} for stage in OUTPUTS}
+        for precision, module in modules.items():
+            in_torch = precision == "bf16"
+            if precision != "fp32":
+                say(f"exporting {precision}")
+                # Judged before a graph is written; torch rounds to the type after every operation.
+                answers = answer(_torch_stages(module, device), pixels if in_torch else pixels[:_BATCH])
+                _check_finite(precision, peaks, answers)
+                _write_stages(module, precision, pixels, device, folder, opset)
+            if not in_torch:
+                answers = answer(_onnx_stages(folder, precision), pixels)
+                _check_finite(precision, peaks, answers)
+            flips, near = count_flips(reference, answers, policy)
+            for stage, parity in _differences(reference, answers).items():
+                found[stage][precision] = GraphVariant(
+                    onnx=graph_name(stage, precision), parity=parity, judged_by="torch" if in_torch else "onnxruntime",
+                    images=images, flips=flips, near_threshold=near,
+                    block_maxima=[peak.of(precision) for peak in peaks[stage]], calibration_images=calibrated,
+                )  # fmt: skip
+    return {stage: entry.model_copy(update={"variants": found[stage]}) for stage, entry in stages.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """The model's device, while it is in evaluation mode and gathers no gradients."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            # Refused precisions first: nothing slow has happened yet.
-            modules = {precision: in_precision(model, precision).eval() for precision in wanted}
-            reference = answer(_torch_stages(model, device), pixels)
-            peaks = measure_peaks(model, (torch.from_numpy(part).to(device) for part in _parts(calibration)))
-            for precision in wanted:
-                _check_peaks(precision, peaks)
-            found: dict[StageName, dict[Precision, GraphVariant]] = {stage: {} for stage in OUTPUTS}
-            for precision, module in modules.items():
-                if precision != "fp32":
-                    say(f"exporting {precision}")
-                    example = torch.from_numpy(_rows(pixels, 2)).to(device)
-                    # Judged before a graph is written; torch rounds to the type after every operation.
-                    own = _torch_stages(module, device)
-                    _check_finite(precision, peaks, answer(own, pixels if precision == "bf16" else pixels[:_BATCH]))
-                    hidden = module.stage_a(example)[2]
-                    names = {stage: graph_name(stage, precision) for stage in OUTPUTS}
-                    _write(_StageA(module), "stage_a", "pixels", example, folder, opset, names["stage_a"])
-                    _write(_StageB(module), "stage_b", "hidden", hidden, folder, opset, names["stage_b"])
-                judged = own if precision == "bf16" else _onnx_stages(folder, precision)
-                answers = answer(judged, pixels)
-                _check_finite(precision, peaks, answers)
-                flips, near = count_flips(reference, answers, policy)
-                for stage, parity in _differences(reference, answers).items():
-                    found[stage][precision] = GraphVariant(
-                        onnx=graph_name(stage, precision),
-                        parity=parity,
-                        judged_by="torch" if precision == "bf16" else "onnxruntime",
-                        images=images,
-                        flips=flips,
-                        near_threshold=near,
-                        block_maxima=[peak.of(precision) for peak in peaks[stage]],
-                        calibration_images=calibrated,
-                    )
+            yield next((p.device for p in model.parameters()), torch.device("cpu"))
     finally:
         model.train(was_training)
-    return {stage: entry.model_copy(update={"variants": found[stage]}) for stage, entry in stages.items()}
 
 
-def answer(stages: Callable[[NDArray[np.float32]], Answers], pixels: NDArray[np.float32]) -> Answers:
+def answer(stages: Stages, pixels: NDArray[np.float32]) -> Answers:
     """Both stages' answers for all rows of pixels [M, 3, H, W], a few at a time."""
     parts = [stages(part) for part in _parts(pixels)]
     return Answers(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -255,7 +245,7 @@ def _tied(probs: NDArray[np.float64]) -> NDArray[np.bool_]:
     return tied
 
 
-def _torch_stages(model: Any, device: torch.device) -> Callable[[NDArray[np.float32]], Answers]:
+def _torch_stages(model: TwoStages, device: torch.device) -> Stages:
     def run(pixels: NDArray[np.float32]) -> Answers:
         logits, gate, hidden = model.stage_a(torch.from_numpy(pixels).to(device))
         return Answers(*(t.float().cpu().numpy() for t in (logits, gate, model.stage_b(hidden))))
@@ -263,8 +253,8 @@ def _torch_stages(model: Any, device: torch.device) -> Callable[[NDArray[np.floa
     return run
 
 
-def _onnx_stages(folder: Path, precision: Precision) -> Callable[[NDArray[np.float32]], Answers]:
-    first, second = (_session(folder / graph_name(stage, precision)) for stage in OUTPUTS)
+def _onnx_stages(folder: Path, precision: Precision) -> Stages:
+    first, second = (open_session(folder / graph_name(stage, precision)) for stage in OUTPUTS)
 
     def run(pixels: NDArray[np.float32]) -> Answers:
         logits, gate, hidden = first.run(list(OUTPUTS["stage_a"]), {"pixels": pixels})
@@ -279,8 +269,9 @@ def _parts(pixels: NDArray[np.float32]) -> list[NDArray[np.float32]]:
 
 def _differences(reference: Answers, found: Answers) -> dict[StageName, float]:
     """Largest absolute difference of a stage's logits, the gate's among Stage A's."""
-    apart = [float(np.abs(a.astype(np.float64) - b).max()) for a, b in zip(reference, found, strict=True)]
-    return {"stage_a": max(apart[:2]), "stage_b": apart[2]}
+    apart = [np.abs(a.astype(np.float64) - b).max() for a, b in zip(reference, found, strict=True)]
+    # np.maximum keeps NaN, max() would lose it.
+    return {"stage_a": float(np.maximum(*apart[:2])), "stage_b": float(apart[2])}
 
 
 def _check_peaks(precision: Precision, peaks: dict[StageName, list[Peaks]]) -> None:
@@ -329,23 +320,25 @@ def _rows(pixels: NDArray[np.float32], n: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(pixels[np.arange(n) % len(pixels)], dtype=np.float32)
 
 
-def _write(
-    module: nn.Module, stage: StageName, name: str, example: Tensor, folder: Path, opset: int, file: str | None = None
+def _write_stages(
+    model: TwoStages, precision: Precision, pixels: NDArray[np.float32], device: torch.device, folder: Path, opset: int
 ) -> None:
-    path = folder / (file or f"{stage}.onnx")
+    """Trace both stages on two rows and write their graphs."""
+    rows = torch.from_numpy(_rows(pixels, 2)).to(device)
+    hidden = model.stage_a(rows)[2]
+    _write(_Stage(model, "stage_a"), "pixels", rows, folder / graph_name("stage_a", precision), opset)
+    _write(_Stage(model, "stage_b"), "hidden", hidden, folder / graph_name("stage_b", precision), opset)
+
+
+def _write(module: _Stage, name: str, example: Tensor, path: Path, opset: int) -> None:
     size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     with _quiet():
         try:
             program = torch.onnx.export(
-                module.eval(),
-                (example,),
-                dynamo=True,
-                opset_version=opset,
-                input_names=[name],
-                output_names=list(OUTPUTS[stage]),
-                dynamic_shapes={name: {0: torch.export.Dim("batch")}},
+                module.eval(), (example,), dynamo=True, opset_version=opset, input_names=[name],
+                output_names=list(OUTPUTS[module.stage]), dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
-            )
+            )  # fmt: skip
         except ImportError as error:
             raise need("train", "onnxscript") from error
         assert program is not None
@@ -384,40 +377,15 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _parity(
-    model: TwoStages, folder: Path, pixels: NDArray[np.float32], device: torch.device
-) -> dict[StageName, float]:
-    session_a, session_b = (_session(folder / f"{stage}.onnx") for stage in OUTPUTS)
-    worst: dict[StageName, float] = {"stage_a": 0.0, "stage_b": 0.0}
+def _parity(ours: Stages, theirs: Stages, pixels: NDArray[np.float32]) -> dict[StageName, float]:
+    """Largest differences of logits by stage, over several sizes of batch."""
+    worst: dict[StageName, float] = dict.fromkeys(OUTPUTS, 0.0)
     for batch in PARITY_BATCHES:
         rows = _rows(pixels, batch)
-        logits, gate, hidden = model.stage_a(torch.from_numpy(rows).to(device))
-        expected_b = model.stage_b(hidden)
-        onnx_logits, onnx_gate, onnx_hidden = session_a.run(list(OUTPUTS["stage_a"]), {"pixels": rows})
-        onnx_b = session_b.run(["logits"], {"hidden": onnx_hidden})[0]
-        pairs: tuple[tuple[StageName, Tensor, Any], ...] = (
-            ("stage_a", logits, onnx_logits),
-            ("stage_a", gate, onnx_gate),
-            ("stage_b", expected_b, onnx_b),
-        )
-        for stage, ours, theirs in pairs:
-            if tuple(ours.shape) != theirs.shape:
-                raise ArtifactError(f"{stage}.onnx must give shape {tuple(ours.shape)}, got {theirs.shape}")
-            # np.maximum keeps NaN, max() would lose it.
-            difference = np.abs(ours.cpu().numpy().astype(np.float64) - theirs).max()
+        expected, found = ours(rows), theirs(rows)
+        for stage, one, other in zip(("stage_a", "stage_a", "stage_b"), expected, found, strict=True):
+            if one.shape != other.shape:
+                raise ArtifactError(f"{stage}.onnx must give shape {one.shape}, got {other.shape}")
+        for stage, difference in _differences(expected, found).items():
             worst[stage] = float(np.maximum(worst[stage], difference))
     return worst
-
-
-def _entry(folder: Path, stage: StageName, parity: float) -> StageEntry:
-    session = _session(folder / f"{stage}.onnx")
-    inputs, outputs = shapes(session.get_inputs()), shapes(session.get_outputs())
-    if any(shape[0] != -1 for shape in (*inputs.values(), *outputs.values())):
-        raise ArtifactError(f"{stage}.onnx must have a dynamic batch, got {inputs} -> {outputs}")
-    return StageEntry(onnx=f"{stage}.onnx", inputs=inputs, outputs=outputs, parity=parity)

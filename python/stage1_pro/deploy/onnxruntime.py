@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,11 +24,7 @@ _JOINED = "full.onnx"
 
 
 class OnnxRuntime(Runtime):
-    """The CPU default: both graphs on onnxruntime.
-
-    Args:
-        bundle: a verified bundle.
-        threads: threads inside an operator; 0 = as many as there are cores.
+    """The CPU default: both graphs of a verified bundle on onnxruntime; 0 threads: as many as there are cores.
 
     Raises:
         InputError: ``threads`` is negative.
@@ -66,7 +63,15 @@ class OnnxRuntime(Runtime):
         Raises:
             DependencyError: onnx, which joins graphs, is not installed.
         """
-        join_graphs(self.bundle, folder / _JOINED)
+        try:
+            import onnx
+            from onnx import compose
+        except ImportError as error:
+            raise need("train", "onnx") from error
+        a = compose.add_prefix(onnx.load(str(self.bundle.graph("stage_a"))), "a/")
+        b = compose.add_prefix(onnx.load(str(self.bundle.graph("stage_b"))), "b/")
+        both = compose.merge_models(a, b, io_map=[("a/hidden", "b/hidden")], outputs=["b/logits"])
+        onnx.save(both, str(folder / _JOINED))
         session = open_session(folder / _JOINED, self.threads)
 
         def joined(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -86,38 +91,18 @@ class OnnxRuntime(Runtime):
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
         kernels.sort(key=lambda event: event["ts"])
-        norms = [i for i, event in enumerate(kernels) if "LayerNorm" in event["args"]["op_name"]]
-        # Parts by the node that opens them; the last LayerNorm still belongs to the blocks.
-        opens = {kernels[0]["name"]: "embedding", kernels[norms[0]]["name"]: "blocks"}
-        last = kernels[norms[-1]]["name"]
-        passes: list[dict[str, float]] = []
-        part = "embedding"
-        for event in kernels:
-            part = opens.get(event["name"], part)
-            if event["name"] == kernels[0]["name"]:
-                passes.append({"embedding": 0.0, "blocks": 0.0, "heads": 0.0})
-            passes[-1][part] += event["dur"]
-            part = "heads" if event["name"] == last else part
+        names, spent = [event["name"] for event in kernels], np.array([event["dur"] for event in kernels], np.float64)
+        norms = [name for name, event in zip(names, kernels, strict=True) if "LayerNorm" in event["args"]["op_name"]]
+        starts = [place for place, name in enumerate(names) if name == names[0]]
+        shares = []
+        for start, end in pairwise([*starts, len(names)]):
+            # The last LayerNorm still belongs to the blocks.
+            opens, closes = names.index(norms[0], start), names.index(norms[-1], start) + 1
+            whole = spent[start:end].sum() or 1.0
+            shares.append((spent[start:opens].sum() / whole, spent[closes:end].sum() / whole))
         # Medians: the first pass is cold, and any may be interrupted.
-        shares = [{name: spent / (sum(one.values()) or 1.0) for name, spent in one.items()} for one in passes]
-        return {name: float(np.median([one[name] for one in shares])) for name in ("embedding", "heads")}
-
-
-def join_graphs(bundle: Bundle, out: Path) -> None:
-    """Write one ONNX graph from pixels to Stage B's logits, without Stage A's heads.
-
-    Raises:
-        DependencyError: onnx is not installed.
-    """
-    try:
-        import onnx
-        from onnx import compose
-    except ImportError as error:
-        raise need("train", "onnx") from error
-    a = compose.add_prefix(onnx.load(str(bundle.graph("stage_a"))), "a/")
-    b = compose.add_prefix(onnx.load(str(bundle.graph("stage_b"))), "b/")
-    joined = compose.merge_models(a, b, io_map=[("a/hidden", "b/hidden")], outputs=["b/logits"])
-    onnx.save(joined, str(out))
+        embedding, heads = np.median(shares, axis=0)
+        return {"embedding": float(embedding), "heads": float(heads)}
 
 
 def open_session(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.runtime import Arrays, How, Runtime, bundle_of, check_outputs
-from stage1_pro.errors import ArtifactError, InputError, need, printable
+from stage1_pro.errors import ArtifactError, need, printable
 from stage1_pro.words import StageName
 
 if TYPE_CHECKING:
@@ -20,14 +20,9 @@ if TYPE_CHECKING:
 
 
 class OpenVinoRuntime(Runtime):
-    """Both graphs compiled by OpenVINO for this machine's CPU when the bundle is loaded.
-
-    Args:
-        bundle: a verified bundle; weights beside its graphs are found.
-        threads: threads of inference; 0 = as many as OpenVINO takes.
+    """Both graphs of a verified bundle compiled by OpenVINO for this machine's CPU; 0 threads: as many as it takes.
 
     Raises:
-        InputError: ``threads`` is negative.
         ArtifactError: a graph cannot be compiled.
         DependencyError: OpenVINO is not installed.
     """
@@ -35,8 +30,6 @@ class OpenVinoRuntime(Runtime):
     name = "openvino"
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        if threads < 0:
-            raise InputError(f"threads must be 0 (as OpenVINO has them) or more, got {threads}")
         core = _library().Core()
         # By itself OpenVINO computes in bf16 where the CPU can, which is further from the reference than it may be.
         options: dict[str, Any] = {
@@ -47,10 +40,14 @@ class OpenVinoRuntime(Runtime):
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         self._stages, self._requests = bundle.manifest.stages, {}
+        sizes = {file: entry.size for file, entry in bundle.manifest.files.items()}
         for stage, entry in self._stages.items():
+            # The very bytes that were hashed, unless weights lie beside the graph, which a path alone tells of.
+            data = bundle.read(entry.onnx)
+            source = bundle.graph(stage) if check_graph(memoryview(data), entry.onnx, sizes) else data
             try:
-                model = _read(core, bundle, stage)
-                self._requests[stage] = core.compile_model(model, "CPU", options).create_infer_request()
+                model = core.compile_model(core.read_model(source), "CPU", options)
+                self._requests[stage] = model.create_infer_request()
             except RuntimeError as error:
                 raise ArtifactError(
                     f"{entry.onnx} must be a graph OpenVINO can compile, got: {_first(error)}"
@@ -72,14 +69,6 @@ class OpenVinoRuntime(Runtime):
         found = {name: np.array(request.get_tensor(name).data) for name in expected}
         check_outputs(found, stage, expected, len(next(iter(inputs.values()))))
         return found
-
-
-def _read(core: Any, bundle: Bundle, stage: StageName) -> Any:
-    """A stage's graph: the very bytes that were hashed, unless weights lie beside it, which a path alone tells of."""
-    name = bundle.manifest.stages[stage].onnx
-    data = bundle.read(name)
-    sizes = {file: entry.size for file, entry in bundle.manifest.files.items()}
-    return core.read_model(bundle.graph(stage) if check_graph(memoryview(data), name, sizes) else data)
 
 
 def _library() -> Any:

@@ -99,9 +99,8 @@ class Rewritten(nn.Module):
     tokens too (by one and zero), position and prefix tokens are one constant. Where nothing reads the last block's
     patch tokens, because every weight on them in the heads is exactly zero, that block computes the CLS token alone.
 
-    Args:
-        model: in fp32; its weights are copied where they change and shared where they do not.
-        half: type of the products; ``torch.float32`` gives the model itself up to rounding.
+    Weights are copied where they change and shared where they do not. In ``torch.float32`` it gives what the model
+    gives, up to rounding.
     """
 
     base: Tensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,21 @@ SEPARATOR = "|"
 
 
 def predict(
-    bundle: Path | str | Cascade,
+    cascade: Cascade,
     inputs: Sequence[Path | str],
     *,
     out: Path | str | None = None,
     batch_size: int = 32,
-    runtime: str = "onnxruntime",
-    trust_engines: bool = False,
     log: Path | str | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Answer for every image of the inputs, in order; an unreadable one gets an error and the others go on.
 
     Args:
-        bundle: bundle folder, or a cascade that has been loaded.
+        cascade: what answers.
         inputs: images, folders (searched through, in name order) and CSV files with a ``file`` column
             (relative to the CSV's folder).
         out: CSV to write, atomically.
         batch_size: images per batch.
-        runtime: what executes the stages, as ``Cascade.load`` takes it; one that steps down says so.
-        trust_engines: run engines that were neither built here nor signed by a trusted key.
         log: folder to log every decision to (``continual.events.EventLog``).
 
     Returns:
@@ -54,11 +51,9 @@ def predict(
 
     Raises:
         InputError: an input does not exist, is of no known kind, or nothing is in it.
-        ArtifactError: the bundle is damaged.
     """
     _check(batch_size, out)
     files = gather(inputs)
-    cascade = bundle if isinstance(bundle, Cascade) else load(bundle, runtime, trust_engines=trust_engines)
     if log is None:
         return _answer_all(cascade, files, out, batch_size, "predict")
     from stage1_pro.continual.serving.events import EventLog
@@ -89,15 +84,8 @@ def infer(
 
     Reads pixels alone, of the one split that is named; no label, and nothing is measured or chosen.
 
-    Args:
-        run: trained and calibrated run folder.
-        inputs: as ``predict`` takes them.
-        split: rows of the run's ``splits.json`` instead of inputs.
-        out: CSV to write, atomically.
-        batch_size: images per batch.
-
-    Returns:
-        What ``predict`` gives; it decides the same on the run's bundle.
+    Takes and gives what ``predict`` does, or rows of the run's ``splits.json`` instead of inputs; it decides the same
+    as the run's bundle.
 
     Raises:
         InputError: both inputs and a split or neither, no such input, or no policy in the run.
@@ -150,7 +138,8 @@ def _answer_all(
     answering: Answering, files: list[tuple[str, ImageFile]], out: Path | str | None, batch_size: int, description: str
 ) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
-    for chunk in _chunks(files, batch_size, description):
+    remaining = iter(track(files, description, len(files)))
+    while chunk := list(islice(remaining, batch_size)):
         rows += _answer(answering, chunk)
     failures = sum(row["error"] is not None for row in rows)
     if out is not None:
@@ -203,44 +192,24 @@ def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promis
     return "\n".join([*lines, summary]) + end
 
 
-def _chunks(files: list[tuple[str, ImageFile]], size: int, description: str) -> Iterator[list[tuple[str, ImageFile]]]:
-    """Parts of the list behind a progress bar that counts images."""
-    chunk: list[tuple[str, ImageFile]] = []
-    for item in track(files, description, len(files)):
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
 def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [dict.fromkeys(COLUMNS) | {"file": name} for name, _ in chunk]
     photos: list[Prepared] = []
-    for name, path in chunk:
-        row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row["file"] = name
-        rows.append(row)
+    readable: list[dict[str, Any]] = []
+    for row, (_, file) in zip(rows, chunk, strict=True):
         try:
-            photos.append(answering.read(path))
+            photos.append(answering.read(file))
+            readable.append(row)
         except ImageError as error:
             row["error"] = f"{error.reason}: {error.detail}"
     if not photos:
         return rows
-    answers = iter(answering.answer(photos))
-    for row in rows:
-        if row["error"] is not None:
-            continue
-        answer = next(answers)
+    for row, answer in zip(readable, answering.answer(photos), strict=True):
+        row["decision"] = "abstained"
         if math.isnan(answer["prob"]):
-            row["decision"] = "abstained"
             row["error"] = "the model gave no number for this image"
             continue
-        row["probability"] = answer["prob"]
-        row["confidence"] = answer["confidence"]
-        row["stage"] = answer["stage"]
-        row["decision"] = "abstained"
+        row |= {"probability": answer["prob"], "confidence": answer["confidence"], "stage": answer["stage"]}
         if answer["accepted"]:
             row["label"] = answer["label"]
             row["decision"] = "exited" if answer["exited"] else "deferred"

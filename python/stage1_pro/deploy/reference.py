@@ -68,14 +68,8 @@ def write_reference(folder: Path, stages: Mapping[StageName, StageEntry], spec: 
     names = list(stages["stage_a"].outputs)
     first = dict(zip(names, sessions["stage_a"].run(names, {"pixels": _input(pixels, spec)}), strict=True))
     second = sessions["stage_b"].run(["logits"], {"hidden": first["hidden"]})[0]
-    save_npz(
-        folder / REFERENCE,
-        {
-            "pixels": pixels,
-            **{f"stage_a.{name}": value for name, value in first.items() if name != "hidden"},
-            "stage_b.logits": second,
-        },
-    )
+    outputs = {f"stage_a.{name}": value for name, value in first.items() if name != "hidden"}
+    save_npz(folder / REFERENCE, {"pixels": pixels, **outputs, "stage_b.logits": second})
 
 
 def read_reference(bundle: Bundle) -> Reference | None:
@@ -92,13 +86,10 @@ def read_reference(bundle: Bundle) -> Reference | None:
     except InputError as error:
         raise ArtifactError(str(error)) from None
     spec, k = bundle.preprocessing, len(bundle.classes)
-    gate = {"stage_a.gate_logit": ()} if "gate_logit" in bundle.manifest.stages["stage_a"].outputs else {}
-    wanted: dict[str, tuple[int, ...]] = {
-        "pixels": (3, spec.height, spec.width),
-        "stage_a.logits": (k,),
-        **gate,
-        "stage_b.logits": (k,),
-    }
+    wanted: dict[str, tuple[int, ...]] = {"pixels": (3, spec.height, spec.width), "stage_a.logits": (k,)}
+    if "gate_logit" in bundle.manifest.stages["stage_a"].outputs:
+        wanted["stage_a.gate_logit"] = ()
+    wanted["stage_b.logits"] = (k,)
     rows = len(arrays["pixels"]) if "pixels" in arrays and arrays["pixels"].ndim else 0
     for name, shape in wanted.items():
         array = arrays.get(name)
@@ -112,18 +103,12 @@ def read_reference(bundle: Bundle) -> Reference | None:
             raise ArtifactError(f"{name} of {REFERENCE} must be finite, got NaN or infinity")
     if rows > ROWS_LIMIT:
         raise ArtifactError(f"{REFERENCE} must have at most {ROWS_LIMIT} rows, got {rows}; export the bundle anew")
-    first = {name.removeprefix("stage_a."): arrays[name] for name in ("stage_a.logits", *gate)}
+    first = {name.removeprefix("stage_a."): arrays[name] for name in wanted if name.startswith("stage_a.")}
     return Reference(arrays["pixels"], first, {"logits": arrays["stage_b.logits"]})
 
 
 def check_parity(runtime: Runtime, bundle: Bundle, reference: Reference, precision: str) -> Parity:
-    """Run the reference through both stages as they are served, and compare.
-
-    Args:
-        runtime: what is to be trusted.
-        bundle: whose policy says what a flip is.
-        reference: inputs and what is expected.
-        precision: a key of ``TOLERANCES``.
+    """Run the reference through both stages as they are served, and compare; ``precision`` is of ``TOLERANCES``.
 
     Raises:
         ArtifactError: outputs are not numbers, further off than the precision explains, or decide differently.

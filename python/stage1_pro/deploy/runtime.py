@@ -95,9 +95,12 @@ class Runtime(ABC):
             folder: for files of its own, as long as the pass is used.
         """
         del folder
-        return lambda pixels: self.run("stage_b", {"hidden": self.run("stage_a", {"pixels": pixels})["hidden"]})[
-            "logits"
-        ]
+
+        def both(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+            hidden = self.run("stage_a", {"pixels": pixels})["hidden"]
+            return self.run("stage_b", {"hidden": hidden})["logits"]
+
+        return both
 
     def shares(self, pixels: NDArray[np.float32], folder: Path, seconds: float) -> dict[str, float]:
         """Shares of ``embedding`` and ``heads`` in a full pass on these pixels; empty where they are not known.
@@ -112,11 +115,7 @@ class Runtime(ABC):
 
 
 def bundle_of(model: Bundle | Trained, name: str) -> Bundle:
-    """The bundle whose files a runtime executes.
-
-    Raises:
-        InputError: it is a run's model, which has no such files yet.
-    """
+    """The bundle whose files a runtime executes; InputError for a run's model, which has no such files yet."""
     from stage1_pro.deploy.bundle import Bundle
 
     if not isinstance(model, Bundle):
@@ -125,17 +124,7 @@ def bundle_of(model: Bundle | Trained, name: str) -> Bundle:
 
 
 def check_outputs(found: Arrays, stage: StageName, expected: Mapping[str, Sequence[int]], rows: int) -> None:
-    """Check that a stage gave what the manifest says.
-
-    Args:
-        found: outputs by name.
-        stage: whose they are.
-        expected: shapes by name; the first axis is the batch.
-        rows: of the batch.
-
-    Raises:
-        ArtifactError: an output has another type or shape.
-    """
+    """Raise ArtifactError when a stage's outputs, by name, are not float32 of the manifest's shapes after the batch."""
     for name, shape in expected.items():
         value = found[name]
         if value.dtype != "float32" or list(value.shape) != [rows, *shape[1:]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stage1_pro.deploy.bundle import REFERENCE, STAGES, Bundle
-from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.deploy.reference import Reference, check_parity, read_reference
 from stage1_pro.deploy.runtime import AUTO, OF_RUNS, RUNTIMES, How, Runtime
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, InputError, Stage1Error, printable
@@ -26,16 +25,10 @@ class Step:
         return f"{self.runtime} on {self.source} ({self.precision}): {self.reason}"
 
 
-@dataclass(frozen=True)
-class Started:
-    """A runtime that gave the bundle's reference outputs, and every step on the way to it; the last is its own."""
-
-    runtime: Runtime
-    steps: tuple[Step, ...]
-
-
-def start(bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, trust_engines: bool = False) -> Started:
-    """Start a runtime on a verified bundle.
+def start(
+    bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, trust_engines: bool = False
+) -> tuple[Runtime, tuple[Step, ...]]:
+    """Start a runtime that gives a verified bundle's reference outputs; gives it, and every step up to its own.
 
     ``auto`` tries the bundle's engines, each target's own precision first and then its fallbacks, and onnxruntime
     last. A named runtime goes through its own engines and never becomes another runtime.
@@ -71,7 +64,7 @@ def start(bundle: Bundle, runtime: str = "onnxruntime", *, threads: int = 0, tru
             steps.append(Step(kind.name, source.place, source.precision, ready=False, reason=str(error)))
         else:
             ready = Step(kind.name, source.place, source.precision, ready=True, reason=reason)
-            return Started(found, (*steps, ready))
+            return found, (*steps, ready)
     if not ladder:
         here = sorted({entry.target for entry in bundle.manifest.engines}) or ["none"]
         raise InputError(
@@ -100,7 +93,14 @@ def _open(
             f"{'engines' if source.engines else kind.name} must be held against {REFERENCE}, which this bundle lacks; "
             "`stage1 build` makes one that has it"
         )
-    why = sorted({_trust(bundle, entry, trust_engines) for entry in source.engines.values()})
+    from stage1_pro.deploy.trust import engine_trust
+
+    why: set[str] = set()
+    for entry in source.engines.values():
+        trust = engine_trust(bundle, entry, trust_engines=trust_engines)
+        if not trust.allowed:
+            raise ArtifactError(f"{entry.path} must be trusted before it runs, got: {trust.reason}")
+        why.add(trust.reason)
     try:
         runtime = kind.open(bundle, how)
         if reference is None:
@@ -113,14 +113,4 @@ def _open(
         # Bindings raise kinds of their own where library and driver do not fit.
         got = f"{type(error).__name__}: {printable(str(error))}"
         raise DeviceError(f"{source.place} must start in {kind.name} here, got {got}; see `stage1 doctor`") from error
-    return runtime, "; ".join([*([" and ".join(why)] if why else []), str(parity)])
-
-
-def _trust(bundle: Bundle, entry: EngineEntry, trust_engines: bool) -> str:
-    """Why an engine may run; ArtifactError says why it may not."""
-    from stage1_pro.deploy.trust import engine_trust
-
-    trust = engine_trust(bundle, entry, trust_engines=trust_engines)
-    if not trust.allowed:
-        raise ArtifactError(f"{entry.path} must be trusted before it runs, got: {trust.reason}")
-    return trust.reason
+    return runtime, "; ".join([*([" and ".join(sorted(why))] if why else []), str(parity)])

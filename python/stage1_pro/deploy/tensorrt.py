@@ -108,9 +108,7 @@ class TensorRtRuntime(Runtime):
     Every bucket is one shape, so that kernels are specialised and CUDA graphs captured a handful of times; buffers on
     both sides are allocated once, for the largest bucket seen.
 
-    Args:
-        bundle: a verified bundle.
-        engines: the entry of each stage, of one target; whoever starts this has asked whether they are trusted.
+    Whoever starts it with a verified bundle and an engine of each stage has asked whether these are trusted.
 
     Raises:
         ArtifactError: an engine was changed since the bundle was verified, is malformed, does not load on this

@@ -5,6 +5,7 @@ What is called, what a service sees from bytes on, and the start of a fresh proc
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,15 +104,10 @@ class Sampling:
 def sample(
     contestants: Mapping[str, Contestant], how: Sampling, description: str = ""
 ) -> dict[str, dict[str, Seconds]]:
-    """Seconds of calls: contestant, then part, to [n].
+    """Seconds of calls: contestant, then part, to [n]; ``description`` is the progress bar's.
 
     Contestants are called in rounds, each round in another order: a machine that slows down slows all of them, and
     the n-th samples of two contestants are neighbours in time.
-
-    Args:
-        contestants: name to call.
-        how: how many, and the seed of the orders.
-        description: for the progress bar.
     """
     repeats = {name: _warm_up(call, how) for name, call in contestants.items()}
     names, rng = list(contestants), np.random.default_rng(how.seed)
@@ -123,7 +119,7 @@ def sample(
         for index in rng.permutation(len(names)):
             name = names[index]
             calls = [contestants[name](number) for _ in range(repeats[name])]
-            found[name].append(calls[0] if len(calls) == 1 else _mean(calls))
+            found[name].append({part: sum(one[part] for one in calls) / len(calls) for part in calls[0]})
     return {name: {part: np.array([one[part] for one in calls]) for part in calls[0]} for name, calls in found.items()}
 
 
@@ -136,10 +132,6 @@ def _warm_up(call: Contestant, how: Sampling) -> int:
         fastest = min(fastest, time.perf_counter() - started)
         calls += 1
     return max(1, round(how.visit / max(fastest, 1e-9)))
-
-
-def _mean(calls: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    return {part: sum(one[part] for one in calls) / len(calls) for part in calls[0]}
 
 
 def quantiles(seconds: Seconds, *, level: float = 0.95, seed: int = 0) -> list[LatencyQuantile]:
@@ -155,26 +147,15 @@ def quantiles(seconds: Seconds, *, level: float = 0.95, seed: int = 0) -> list[L
     for q, replicates in zip(QUANTILES, drawn, strict=True):
         known = len(values) * (1 - q) >= 1
         low, high = np.percentile(replicates, tails)
-        found.append(
-            LatencyQuantile(
-                q=q,
-                milliseconds=float(np.quantile(values, q)) if known else None,
-                low=float(low) if known else None,
-                high=float(high) if known else None,
-            )
-        )
+        told = {"milliseconds": np.quantile(values, q), "low": low, "high": high}
+        found.append(LatencyQuantile(q=q, **{name: float(x) if known else None for name, x in told.items()}))
     return found
 
 
 def ratios(above: Seconds, below: Seconds, *, paired: bool, level: float = 0.95, seed: int = 0) -> list[LatencyRatio]:
-    """Quantiles of one series over those of another, and the ratio of means (``q`` null), with intervals.
+    """Quantiles of seconds [N] over those of seconds [M], and the ratio of means (``q`` null), with intervals.
 
-    Args:
-        above: seconds [N].
-        below: seconds [M].
-        paired: the n-th samples are neighbours in time (of one ``sample``), and are resampled together.
-        level: of the intervals, in (0, 1).
-        seed: of the resamples.
+    Paired, the n-th samples are neighbours in time (of one ``sample``), and are resampled together.
     """
     if paired:
         above, below = above[: len(below)], below[: len(above)]
@@ -228,42 +209,36 @@ def clocks(call: Callable[[], object]) -> Contestant:
     return one
 
 
-def timed(runtime: Runtime, call: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a call on the host, and between events on the device where the runtime has one."""
-    before = runtime.device_seconds
+def timed(runtime: Runtime | None, call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a call on the host, and between events on the device where there is a runtime that has one."""
+    before = None if runtime is None else runtime.device_seconds
     began = time.perf_counter()
     call()
     seconds = {"host": time.perf_counter() - began}
-    if before is not None and runtime.device_seconds is not None:
+    if before is not None and runtime is not None and runtime.device_seconds is not None:
         seconds["device"] = runtime.device_seconds - before
     return seconds
 
 
 def deferrals(batch: int, rate: float, number: int, seed: int) -> NDArray[np.bool_]:
-    """Which rows [batch] of the n-th batch exit: over the calls so far as many have been deferred as the rate says.
+    """Which rows [batch] of the n-th batch exit, drawn by seed and number.
 
-    Args:
-        batch: rows.
-        rate: deferral rate in [0, 1]; the count is rounded down over all calls, not in each.
-        number: of the call.
-        seed: with the number, of the rows that are drawn.
+    Over the calls so far as many have been deferred as the rate, in [0, 1], says; it is rounded down over all calls,
+    not in each.
     """
     count = math.floor((number + 1) * rate * batch + 1e-9) - math.floor(number * rate * batch + 1e-9)
-    exited = np.ones(batch, dtype=bool)
-    exited[np.random.default_rng([seed, number]).permutation(batch)[:count]] = False
-    return exited
+    return all_but(count, batch, np.random.default_rng([seed, number]))
+
+
+def all_but(count: int, n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """All of n rows but ``count`` that are drawn."""
+    chosen = np.ones(n, dtype=bool)
+    chosen[rng.permutation(n)[:count]] = False
+    return chosen
 
 
 def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float, seed: int) -> Contestant:
-    """The cascade on rotated rows of a pool, with forced deferrals.
-
-    Args:
-        cascade: what is timed.
-        pool: pixels [M, 3, H, W].
-        batch: rows of a call.
-        rate: deferral rate in [0, 1].
-        seed: of the rows that are deferred.
-    """
+    """The cascade on rotated rows of a pool of pixels [M, 3, H, W], with deferrals forced as ``deferrals`` says."""
 
     def call(number: int) -> Mapping[str, float]:
         pixels, exited = _rotated(pool, batch, number), deferrals(batch, rate, number, seed)
@@ -272,37 +247,20 @@ def decides(cascade: Cascade, pool: NDArray[np.float32], batch: int, rate: float
     return call
 
 
-def runs_stage_a(cascade: Cascade, pool: NDArray[np.float32], batch: int) -> Contestant:
-    """Stage A alone on rotated rows of a pool [M, 3, H, W]."""
+def passes(
+    run: Callable[[NDArray[np.float32]], object], pool: NDArray[np.float32], batch: int, runtime: Runtime | None = None
+) -> Contestant:
+    """Anybody's pass on rotated rows of a pool [M, 3, H, W], timed as by ``timed``; the host waits for the answer."""
 
     def call(number: int) -> Mapping[str, float]:
         pixels = _rotated(pool, batch, number)
-        return timed(cascade.runtime, lambda: cascade.runtime.run("stage_a", {"pixels": pixels}))
-
-    return call
-
-
-def passes(run: Callable[[NDArray[np.float32]], object], pool: NDArray[np.float32], batch: int) -> Contestant:
-    """Anybody's full pass on rotated rows of a pool [M, 3, H, W]; the host waits for the answer."""
-
-    def call(number: int) -> Mapping[str, float]:
-        pixels = _rotated(pool, batch, number)
-        began = time.perf_counter()
-        run(pixels)
-        return {"host": time.perf_counter() - began}
+        return timed(runtime, lambda: run(pixels))
 
     return call
 
 
 def answers(cascade: Cascade, photos: Sequence[bytes], rate: float, seed: int) -> Contestant:
-    """One request a call: encoded bytes to a decision, with decoding, resizing and the model apart.
-
-    Args:
-        cascade: what is timed.
-        photos: encoded, taken in turns.
-        rate: deferral rate in [0, 1].
-        seed: of the requests that are deferred.
-    """
+    """One request a call, deferred at a rate: encoded bytes to a decision; decoding, resizing and the model apart."""
     spec = cascade.bundle.preprocessing
 
     def call(number: int) -> Mapping[str, float]:
@@ -324,13 +282,7 @@ def _rotated(pool: NDArray[np.float32], batch: int, number: int) -> NDArray[np.f
 
 
 def draw_photos(n: int, size: tuple[int, int], seed: int) -> list[bytes]:
-    """JPEG bytes of coloured surfaces with grain: they cost a decoder about what a photo of their size does.
-
-    Args:
-        n: photos.
-        size: width and height in pixels.
-        seed: the same seed draws the same bytes.
-    """
+    """Some JPEGs of coloured surfaces with grain, width and height in pixels: they cost a decoder what a photo does."""
     rng = np.random.default_rng(seed)
     photos = []
     for _ in range(n):
@@ -362,12 +314,11 @@ def machine(runtime: str, threads: int) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -381,7 +332,7 @@ def _version(package: str) -> str | None:
 class Subject:
     """What a bench measures: a bundle or run folder in a runtime, with how many threads, on which device."""
 
-    source: Path
+    source: Path | str
     runtime: str
     threads: int = 0
     trust_engines: bool = False
@@ -405,9 +356,7 @@ def cold_starts(subject: Subject, *, repeats: int) -> list[ColdStart]:
     Raises:
         ArtifactError: the process could not answer; its last line says why.
     """
-    arguments = json.dumps(
-        [str(subject.source), subject.runtime, subject.threads, subject.trust_engines, subject.device]
-    )
+    arguments = json.dumps(asdict(subject), default=str)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("empty", "kept") if subject.runtime == "tensorrt_rtx" else ("none",):
@@ -431,9 +380,9 @@ def cold_starts(subject: Subject, *, repeats: int) -> list[ColdStart]:
 
 def answer_once() -> None:
     """Be the process of ``cold_starts``: load, answer one batch of noise, print both times as JSON."""
-    source, *rest = json.loads(sys.argv[1])
+    subject = Subject(**json.loads(sys.argv[1]))
     began = time.perf_counter()
-    cascade = Subject(Path(source), *rest).load()
+    cascade = subject.load()
     loaded = time.perf_counter()
     spec = cascade.bundle.preprocessing
     pixels = np.random.default_rng(0).normal(size=(1, 3, spec.height, spec.width)).astype(np.float32)

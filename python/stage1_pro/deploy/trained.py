@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stage1_pro.data.images import PreprocessSpec
-from stage1_pro.deploy.bundle import Bundle, check_policy_belongs
+from stage1_pro.deploy.bundle import Bundle, Described, check_policy_belongs
 from stage1_pro.deploy.runtime import Arrays, FullPass, How, Runtime, Source
 from stage1_pro.deploy.timing import median_seconds
 from stage1_pro.errors import DependencyError, InputError
-from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.models.model import Stage1Model
+from stage1_pro.models.model import Architecture, Stage1Model
 from stage1_pro.policies.policy import Policy, read_policy
 from stage1_pro.training.checkpoint import load_run_model
 from stage1_pro.words import StageName
@@ -27,7 +25,7 @@ LARGEST = 64
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Described):
     """The best model of a run with its active policy; what ``Bundle`` is after export."""
 
     path: Path
@@ -35,29 +33,9 @@ class Trained:
     policy: Policy
 
     @property
-    def classes(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
-        return self.model.architecture.classes
-
-    @property
-    def positive(self) -> str:
-        """The class that must not be missed."""
-        return self.model.architecture.positive
-
-    @property
-    def preprocessing(self) -> PreprocessSpec:
-        """What turns an image into the model's input."""
-        return self.model.architecture.preprocessing
-
-    @property
-    def backbone(self) -> BackboneInfo:
-        """Facts about the backbone."""
-        return self.model.architecture.backbone
-
-    @property
-    def tap(self) -> int:
-        """Block whose tokens Stage A reads."""
-        return self.model.architecture.tap
+    def about(self) -> Architecture:
+        """The model's."""
+        return self.model.architecture
 
 
 def load_trained(run: Path | str) -> Trained:
@@ -74,13 +52,7 @@ def load_trained(run: Path | str) -> Trained:
     policy = read_policy(run)
     if policy is None:
         raise InputError(f"run must hold a policy, got none in {run}; run `stage1 calibrate --run {run}` first")
-    check_policy_belongs(
-        policy,
-        classes=model.architecture.classes,
-        positive=model.architecture.positive,
-        model_fingerprint=model.fingerprint(),
-        preprocessing=model.architecture.preprocessing,
-    )
+    check_policy_belongs(policy, model.architecture, model.fingerprint())
     return Trained(run, model, policy)
 
 
@@ -91,9 +63,7 @@ class TorchRuntime(Runtime):
     the same buffers; ``device_seconds`` is what events measured around all replays so far. It is PyTorch, never
     called TensorRT.
 
-    Args:
-        model: is put into evaluation mode.
-        threads: torch's threads in this process; 0 leaves them as they are.
+    The model is put into evaluation mode; 0 threads leave torch's in this process as they are.
 
     Raises:
         InputError: ``threads`` is negative.

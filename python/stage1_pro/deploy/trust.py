@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -126,13 +125,11 @@ def _load(kind: type[T], name: str) -> T:
     return kind.read(path)
 
 
-@contextlib.contextmanager
-def _changing() -> Iterator[None]:
+def _changing() -> AbstractContextManager[int]:
     """One writer at a time, in a folder of one's own."""
     folder = config_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with locked(folder / ".lock"):
-        yield
+    return locked(folder / ".lock")
 
 
 # --------------------------------------------------------------------------------------------
@@ -140,11 +137,7 @@ def _changing() -> Iterator[None]:
 
 
 def remember_built(path: Path | str) -> str:
-    """Note that an engine was built here, so that it may run here; gives its sha256.
-
-    Args:
-        path: the engine's file; wherever it is moved or copied, its hash stays.
-    """
+    """Note the hash of an engine that was built here, so that it may run here; gives it."""
     digest = sha256_file(path)
     with _changing():
         known = _load(BuiltEngines, _ENGINES)
@@ -154,15 +147,7 @@ def remember_built(path: Path | str) -> str:
 
 
 def engine_trust(bundle: Bundle, entry: EngineEntry, *, trust_engines: bool = False) -> Trust:
-    """Say whether an engine may be deserialised here; its file is hashed first.
-
-    Deserialise the bytes of ``bundle.read(entry.path)``: they are hashed again as they are read, so the file cannot
-    change in between.
-
-    Args:
-        bundle: a loaded bundle.
-        entry: one of its engines.
-        trust_engines: the caller vouches for it.
+    """Say whether an engine may be deserialised here; deserialise the bytes of ``bundle.read``, which cannot change.
 
     Raises:
         ArtifactError: the engine is none of the bundle's, or changed since it was exported; keys or ledger could have
@@ -172,9 +157,8 @@ def engine_trust(bundle: Bundle, entry: EngineEntry, *, trust_engines: bool = Fa
         raise ArtifactError(
             f"{printable(entry.path)} must be an engine of the bundle, but {bundle.path} lists no such one"
         )
-    digest = bundle.manifest.files[entry.path].sha256
-    bundle.check(entry.path)
-    if digest in _load(BuiltEngines, _ENGINES).sha256:
+    bundle.read(entry.path)
+    if bundle.manifest.files[entry.path].sha256 in _load(BuiltEngines, _ENGINES).sha256:
         return Trust("built_here", "it was built here")
     signed = signature_status(bundle)
     if signed.status == "trusted":
@@ -230,9 +214,7 @@ def signature_status(bundle: Bundle) -> SignatureStatus:
 def sign(bundle: Bundle, key: Path | str) -> Signature:
     """Sign a loaded bundle and write ``bundle.sig`` into it, atomically.
 
-    Args:
-        bundle: verified by ``load_bundle``.
-        key: PEM file of an Ed25519 private key (``new_key``, or ``openssl genpkey -algorithm ed25519``).
+    The key is a PEM file of an Ed25519 private key (``new_key``, or ``openssl genpkey -algorithm ed25519``).
 
     Raises:
         InputError: the key cannot be read, is no such key, or others may read it.
@@ -273,25 +255,19 @@ def new_key(path: Path | str) -> str:
     for taken in (path, public_path):
         if os.path.lexists(taken):
             raise InputError(f"key must be a new file, got {taken}, which is there; a key is never replaced")
+    pem = serialization.Encoding.PEM
     private = ed25519.Ed25519PrivateKey.generate()
-    pem = private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
     public = private.public_key()
-    write_text(path, pem.decode(), mode=0o600)
-    write_text(
-        public_path,
-        public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode(),
-    )
+    secret = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    write_text(path, secret.decode(), mode=0o600)
+    write_text(public_path, public.public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo).decode())
     return key_id(public.public_bytes_raw())
 
 
 def trust_key(path: Path | str, name: str | None = None) -> TrustedKey:
-    """Trust a public key: engines of bundles that it signed run here.
+    """Trust the public key of a PEM file: engines of bundles that it signed run here.
 
-    Args:
-        path: PEM file of the public key.
-        name: what messages call it; the file's name by default.
+    Messages call it ``name``, or as the file is called.
 
     Raises:
         InputError: no such file, or another kind of key.

@@ -161,17 +161,8 @@ def compare(
     Both models are measured on the same resamples, so what the rows have in common cancels. Of AUGRC, AURC, risks, NLL
     and Brier a negative difference speaks for ``a``; of accuracy and coverages a positive one.
 
-    Args:
-        a: probabilities [N, K] or [N] of one model.
-        b: of the other one.
-        labels: [N] class indices.
-        confidence: [N] of each model, where it is not the largest probability.
-        threshold: of both models, or of each.
-        groups: [N] names or numbers of the independent units; None = every row is one.
-        metrics: "all", or names.
-        positive: index of the positive class, for FNR; of two classes the second one by default.
-        stratify: resample within each class, whose size it keeps; not together with groups.
-        **how: fields of ``How``, but no method "logit".
+    ``a`` and ``b`` are probabilities [N, K] or [N]; ``confidence`` is a pair and ``threshold`` may be one, where models
+    have their own. All else is as in ``bootstrap``, but for the method "logit", which no difference has.
 
     Raises:
         InputError: as ``bootstrap``.
@@ -216,15 +207,8 @@ def bootstrap_answers(
     undefined on the rows (AUROC and MCC where only one class is there) is NaN; resamples in which a metric is undefined
     are left out, and the note counts them.
 
-    Args:
-        probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
-        labels: [N] class indices 0..K-1.
-        groups: [N] names or numbers of the independent units; None = every row is one.
-        n_replicates: resamples.
-        level: nominal coverage, in (0, 1).
-        seed: of the resamples.
-        positive: index of the class that AUROC holds against the others; of two classes the second one by default,
-            and without one AUROC is left out.
+    Arguments are as in ``bootstrap``; ``positive`` is the class that AUROC holds against the others, of two classes the
+    second one by default, and without one AUROC is left out.
 
     Raises:
         InputError: as ``bootstrap``.
@@ -263,12 +247,6 @@ def bootstrap_augrc(
 
     Where fewer than one row in 256 is wrong and there are no groups, runs of right and wrong rows are resampled as
     cells: other resamples than those of the whole suite, from the same law.
-
-    Args:
-        confidence: [N], higher is surer.
-        error: [N], 0/1 or a loss in [0, 1].
-        groups: [N] names or numbers of the independent units; None = every row is one.
-        **how: fields of ``How``: ``n_replicates``, ``level``, ``method``, ``seed``, ``threads``.
 
     Raises:
         InputError: as ``augrc``, and for arguments out of range.

@@ -142,10 +142,10 @@ def dual_threshold(
         NotReachableError: no pair meets both limits; the message names the nearest.
     """
     given = np.asarray(positive)
-    wrong = np.flatnonzero(~np.isin(given, (0, 1)))
-    if wrong.size:
+    if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
+        row = int(np.isin(given, (0, 1)).argmin())
         raise InputError(
-            f"positive must be booleans or 0/1, got {given.flat[wrong[0]]!s} at row {wrong[0]}; compare with the class"
+            f"positive must be booleans or 0/1, got {given.flat[row]!s} at row {row}; compare with the class"
         )
     truth = given.astype(np.bool_)
     scores, found = native.rows(score, truth)

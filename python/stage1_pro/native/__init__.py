@@ -1,27 +1,23 @@
 """The one door to compiled code: it picks the backend once, checks shapes and dtypes, and names what is wrong."""
 
-from stage1_pro.native.backend import Backend, backend, use, why
+from stage1_pro.native.backend import backend, use, why
 from stage1_pro.native.cuda import BucketSwitch, CudaRouted, CudaRouter, DeviceArray, cuda_why
 from stage1_pro.native.router import Routed, Router
-from stage1_pro.native.rows import MAX_ROWS, cluster_numbers, floor_fraction, order, rows, search_dual, sweep
+from stage1_pro.native.rows import MAX_ROWS, cluster_numbers, order, rows, search_dual, sweep
 from stage1_pro.native.suite import (
     SUITE,
-    AugrcReplicates,
     Columns,
     Ranked,
     Suite,
     augrc,
     augrc_influence,
     bootstrap_augrc,
-    count_tables,
     resample_counts,
 )
 
 __all__ = [
     "MAX_ROWS",
     "SUITE",
-    "AugrcReplicates",
-    "Backend",
     "BucketSwitch",
     "Columns",
     "CudaRouted",
@@ -36,9 +32,7 @@ __all__ = [
     "backend",
     "bootstrap_augrc",
     "cluster_numbers",
-    "count_tables",
     "cuda_why",
-    "floor_fraction",
     "order",
     "resample_counts",
     "rows",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,21 +54,10 @@ def bootstrap_augrc(
 ) -> tuple[NDArray[np.float64], float, float, float]:
     """AUGRC of [n_replicates] resamples of the units, AUGRC itself, and two sums over the units' influences on it.
 
-    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows.
-
-    Args:
-        confidence: [N], no NaN.
-        error: [N], 0/1 as uint8 or in [0, 1].
-        unit: [N], which unit a row is drawn with; [0] where every row is one.
-        n_units: how many units are drawn.
-        table: [1, 32], what their counts are drawn from.
-        reach: cumulated Poisson laws, one behind the other; with any, runs of right and of wrong rows are drawn as
-            cells.
-        starts: [laws + 1], where each law begins.
-        lowest: [laws], the first count of each; [0] draws units.
-        n_replicates: resamples.
-        seed: of the resamples.
-        threads: without effect here.
+    These are of squares and of cubes; an influence is the derivative along the weights of a unit's rows. ``unit`` [N]
+    says which unit a row is drawn with, [0] where every row is one; ``table`` [1, 32] what their counts are drawn from.
+    With laws (``reach`` one behind the other, ``starts`` of each, its first count in ``lowest``) runs of right and of
+    wrong rows are drawn as cells. ``threads`` is without effect here.
     """
     ranked, ends = _sort(confidence, error, unit)
     loss, owner = error[ranked], unit[ranked] if unit.size else None
@@ -101,11 +91,9 @@ class _Cells:
     ) -> None:
         begins = np.append(0, ends[:-1])
         mixed = loss[begins] != loss[ends - 1]
-        cut = np.zeros(loss.size + 1, dtype=bool)
-        cut[0] = True
-        cut[1:-1] = loss[1:] != loss[:-1]
-        cut[begins[mixed]] = cut[ends[mixed]] = True
-        self.first = np.flatnonzero(cut[:-1])
+        turns = np.flatnonzero(loss[1:] != loss[:-1]) + 1
+        first = np.unique(np.concatenate([[0], turns, begins[mixed], ends[mixed]]))
+        self.first = first[first < loss.size]
         self.n = loss.size
         self.sizes = np.diff(np.append(self.first, self.n))
         self.wrong = loss[self.first] == 1
@@ -115,14 +103,10 @@ class _Cells:
 
     def draw(self, seed: int, replicate: int) -> NDArray[np.int64]:
         """How many of n uniform draws fall into each cell: Multinomial(n, sizes / n)."""
-        key = _mix(_mix(seed + _GOLDEN) + _GOLDEN * (replicate + 1))
-        gamma = _mix(key ^ _GOLDEN) | 1
-        base = _mix(key + _GOLDEN)
         cell = np.arange(self.sizes.size, dtype=np.uint64)
-        attempt = 0
+        keys = _keys(seed, replicate, 0)
         while True:
-            attempt += 1
-            sub = _mix(base + _GOLDEN * attempt)
+            sub, gamma = next(keys)
             counts = np.zeros(self.sizes.size, dtype=np.int64)
             for law, (reach, lowest) in enumerate(zip(*self.laws, strict=True)):
                 have = np.flatnonzero((self.sizes >> law) & 1)
@@ -181,21 +165,8 @@ def bootstrap_suite(
 ) -> NDArray[np.float64]:
     """Every metric of [n_replicates] resamples of sorted rows, [n_replicates, 8 + coverages + risks].
 
-    Args:
-        error: [N], surest row first.
-        tie_ends: [M], one past the last row of each tie group.
-        unit: [N], which unit a row is drawn with; [0] where row i is unit i.
-        sizes: [S], units of each stratum.
-        tables: [S, 32], what the counts of each stratum are drawn from.
-        kind: [N], 1 for a positive row, plus 2 when it is answered otherwise; [0] without a positive class.
-        n_exit: rows at or above the threshold; None without one.
-        nll: [N] or [0].
-        brier: [N] or [0].
-        coverages: targets of Risk@Coverage, in (0, 1].
-        risks: targets of Coverage@Risk, in [0, 1].
-        n_replicates: resamples.
-        seed: of the resamples.
-        threads: without effect here.
+    Rows are as ``Ranked`` has them, surest first. ``sizes`` [S] are the units of each stratum, ``tables`` [S, 32] what
+    their counts are drawn from; ``coverages`` and ``risks`` the targets. ``threads`` is without effect here.
     """
     replicates = np.empty((n_replicates, len(COLUMNS) + coverages.size + risks.size))
     ends = tie_ends.astype(np.int64)
@@ -229,34 +200,28 @@ def resample_counts(
     Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n). Poisson counts of a mean a
     little below one (16 bits a unit; what these leave open is settled by 48 more), then uniform draws for what is
     missing. Given their sum Poisson counts are multinomial, and so is the result.
-
-    Args:
-        sizes: [S], units of each stratum.
-        tables: [S, 32], what the counts of each stratum are drawn from.
-        first: number of the first replicate.
-        n_replicates: how many.
-        seed: of the resamples.
     """
+    strata = list(enumerate(zip(sizes.tolist(), tables, strict=True)))
     counts = [
-        np.concatenate(
-            [
-                _stratum_counts(int(n), seed, replicate, table, stratum)
-                for stratum, (n, table) in enumerate(zip(sizes, tables, strict=True))
-            ]
-        )
+        np.concatenate([_stratum_counts(n, seed, replicate, table, stratum) for stratum, (n, table) in strata])
         for replicate in range(first, first + n_replicates)
     ]
     return np.stack(counts).astype(np.uint8)
 
 
-def _stratum_counts(n: int, seed: int, replicate: int, table: NDArray[np.uint64], stratum: int) -> NDArray[np.int64]:
+def _keys(seed: int, replicate: int, stratum: int) -> Iterator[tuple[int, int]]:
+    """Key and step of the hashes that a stratum's counts are drawn from, one pair an attempt."""
     key = _mix(_mix(seed + _GOLDEN) + _GOLDEN * (replicate + 1))
     gamma = _mix(key ^ _GOLDEN) | 1
     base = _mix(key + _GOLDEN * (stratum + 1))
-    attempt = 0
+    for attempt in itertools.count(1):
+        yield _mix(base + _GOLDEN * attempt), gamma
+
+
+def _stratum_counts(n: int, seed: int, replicate: int, table: NDArray[np.uint64], stratum: int) -> NDArray[np.int64]:
+    keys = _keys(seed, replicate, stratum)
     while True:
-        attempt += 1
-        sub = _mix(base + _GOLDEN * attempt)
+        sub, gamma = next(keys)
         counts = np.zeros(n, np.int64) if n < SMALLEST_POISSON else _poisson_counts(n, sub, gamma, table)
         missing = n - int(counts.sum())
         if missing >= 0:
@@ -341,16 +306,7 @@ def measure(
 ) -> NDArray[np.float64]:
     """The suite of sorted rows under counts [N], [8 + coverages + risks]: ``COLUMNS``, Risk@Coverage, Coverage@Risk.
 
-    Args:
-        counts: [N], how often each row counts.
-        loss: [N], its error.
-        ends: [M], one past the last row of each tie group; groups that nobody drew are no thresholds.
-        kind: as in ``bootstrap_suite``, like all that follows.
-        n_exit: rows at or above the threshold, or None.
-        nll: [N] or [0].
-        brier: [N] or [0].
-        coverages: targets of Risk@Coverage.
-        risks: targets of Coverage@Risk.
+    Tie groups end at ``ends`` [M]; those that nobody drew are no thresholds. The rest as in ``bootstrap_suite``.
     """
     nan = float("nan")
     rows, wrong = np.cumsum(counts), np.cumsum(counts * loss)
@@ -419,14 +375,8 @@ def search_dual(
 ) -> tuple[int, int, int, int]:
     """Tie groups above the upper and before the lower threshold, of the best pair and the nearest (``sweep.hpp``).
 
-    Args:
-        rows: [M + 1], rows in the first 0..M tie groups.
-        positives: [M + 1], positives among them.
-        exit_error: the second constraint is on exit error, not on FPR.
-        fnr_numerator: FNR must be at most this
-        fnr_denominator: over this.
-        second_numerator: the second rate must be at most this
-        second_denominator: over this.
+    ``rows`` and ``positives`` [M + 1] are counts in the first 0..M tie groups. FNR must be at most one fraction, the
+    second rate (exit error or FPR) at most the other.
     """
     accepted, found = rows.tolist(), positives.tolist()
     n, all_positive = accepted[-1], found[-1]
@@ -471,13 +421,9 @@ def route(
     rule: tuple[float, float, float],
     out: tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]],
 ) -> int:
-    """Decide rows [N, K] by (scale, offset, threshold) into five arrays [N]; return how many are deferred.
+    """Decide rows [N, K] (by ``gate`` [N] where there is one) into five arrays [N]; return how many are deferred.
 
-    Args:
-        logits: [N, K]; K = 1 is the logit of the second of two classes.
-        gate: [N], or None to decide by probability.
-        rule: (scale, offset, threshold) of ``route.hpp``.
-        out: exited, score, label, probability and deferred, [N] each.
+    ``rule`` is (scale, offset, threshold) of ``route.hpp``; ``out`` exited, score, label, probability and deferred.
     """
     exited, score, label, probability, deferred = out
     scale, offset, threshold = rule

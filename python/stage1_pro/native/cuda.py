@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stage1_pro.errors import DependencyError, InputError
-from stage1_pro.native.router import check_rule, gate_error
+from stage1_pro.native.router import check_batch, check_rule
 
 
 def cuda_why() -> str | None:
@@ -122,25 +122,15 @@ class CudaRouter:
         self._router = module.Router(max_rows, self.uses_gate, scale, offset, self.threshold, device)
         self.device = device
         dtypes = {"exited": "u1", "score": "f4", "label": "i4", "probability": "f4", "deferred": "i4"}
-        self.routed = CudaRouted(
-            **{
-                name: DeviceArray(getattr(self._router, name), (max_rows,), dtype, self._router)
-                for name, dtype in dtypes.items()
-            },
-            count=DeviceArray(self._router.count_address, (1,), "i4", self._router),
-        )
+        made = self._router
+        arrays = {name: DeviceArray(getattr(made, name), (max_rows,), dtype, made) for name, dtype in dtypes.items()}
+        self.routed = CudaRouted(**arrays, count=DeviceArray(made.count_address, (1,), "i4", made))
         self._rows = 0
 
     def route(self, logits: Any, gate: Any = None, *, stream: Any = 0) -> CudaRouted:
         """Decide rows: logits [N, K] float32 (K = 1: the logit of the second of two classes), gate [N] float32."""
         address, shape = _on_device("logits", logits, ("float32",), 2)
-        if shape[0] > self.max_rows or shape[1] == 0:
-            raise InputError(
-                f"logits must have at most {self.max_rows} rows and at least one class, got shape {list(shape)}; "
-                "make a router for the largest batch"
-            )
-        if (gate is not None) != self.uses_gate:
-            raise gate_error(self.uses_gate, gate)
+        check_batch(shape, self.max_rows, self.uses_gate, gate)
         at = 0
         if gate is not None:
             at, rows = _on_device("gate", gate, ("float32",), 1)

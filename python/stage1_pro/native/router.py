@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,13 +47,8 @@ class Router:
         self.uses_gate = platt is not None
         self.threshold = check_rule(max_rows, threshold, platt)
         self._rule = (*(platt or (0.0, 0.0)), self.threshold)
-        self._buffers = Routed(
-            np.empty(max_rows, np.uint8),
-            np.empty(max_rows, np.float32),
-            np.empty(max_rows, np.int32),
-            np.empty(max_rows, np.float32),
-            np.empty(max_rows, np.int32),
-        )
+        floats, integers = np.empty((2, max_rows), np.float32), np.empty((2, max_rows), np.int32)
+        self._buffers = Routed(np.empty(max_rows, np.uint8), floats[0], integers[0], floats[1], integers[1])
         self._views = self._buffers
         self._gathered = np.zeros(0, np.float32)
 
@@ -64,13 +60,7 @@ class Router:
         """
         _check_floats("logits", logits, 2)
         n = logits.shape[0]
-        if n > self.max_rows or logits.shape[1] == 0:
-            raise InputError(
-                f"logits must have at most {self.max_rows} rows and at least one class, got shape "
-                f"{list(logits.shape)}; make a router for the largest batch"
-            )
-        if (gate is not None) != self.uses_gate:
-            raise gate_error(self.uses_gate, gate)
+        check_batch(logits.shape, self.max_rows, self.uses_gate, gate)
         if gate is not None:
             _check_floats("gate", gate, 1)
             if gate.size != n:
@@ -92,9 +82,7 @@ class Router:
         flat = source.reshape(source.shape[0], -1)
         size = index.size * flat.shape[1]
         if self._gathered.size < size:
-            self._gathered = np.empty(
-                self.max_rows * flat.shape[1] if index.size <= self.max_rows else size, np.float32
-            )
+            self._gathered = np.empty(max(self.max_rows, index.size) * flat.shape[1], np.float32)
         out = self._gathered[:size].reshape(index.size, flat.shape[1])
         try:
             kernels().gather(flat, index, out)
@@ -108,11 +96,9 @@ class Router:
         """Write Stage B's answers [M] into ``routed`` at its deferred rows; ``exited`` still tells whose they are."""
         index = routed.deferred
         _check_index(index)
-        for name, values, dtype in (
-            ("label", label, np.int32),
-            ("probability", probability, np.float32),
-            ("score", score, np.float32),
-        ):
+        answers = {"label": label, "probability": probability, "score": score}
+        for name, values in answers.items():
+            dtype = np.int32 if name == "label" else np.float32
             if values.dtype != dtype or values.shape != index.shape or not values.flags.c_contiguous:
                 raise InputError(
                     f"{name} must be contiguous {np.dtype(dtype)} [{index.size}], one per deferred row, got "
@@ -136,12 +122,18 @@ def check_rule(max_rows: int, threshold: float, platt: tuple[float, float] | Non
         return float(np.float32(threshold))
 
 
-def gate_error(uses_gate: bool, gate: object) -> InputError:
-    """What to raise where a gate is given and not used, or the other way round."""
-    return InputError(
-        f"gate must be {'given' if uses_gate else 'None'}, got {'None' if gate is None else 'values'}; "
-        "a router with platt decides by gate, one without by probability"
-    )
+def check_batch(shape: Sequence[int], max_rows: int, uses_gate: bool, gate: object) -> None:
+    """Raise InputError for logits of a wrong shape, and a gate that is not used or is missing."""
+    if shape[0] > max_rows or shape[1] == 0:
+        raise InputError(
+            f"logits must have at most {max_rows} rows and at least one class, got shape {list(shape)}; "
+            "make a router for the largest batch"
+        )
+    if (gate is not None) != uses_gate:
+        raise InputError(
+            f"gate must be {'given' if uses_gate else 'None'}, got {'None' if gate is None else 'values'}; "
+            "a router with platt decides by gate, one without by probability"
+        )
 
 
 def _check_floats(name: str, values: NDArray[np.float32], ndim: int) -> None:

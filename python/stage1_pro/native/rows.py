@@ -145,16 +145,10 @@ def search_dual(
 
 def floor_fraction(value: Fraction, limit: int) -> Fraction:
     """The largest fraction at most ``value`` whose denominator is at most ``limit``; 0 <= value, 1 <= limit."""
-    if value.denominator <= limit:
-        return value
-    # Continued fraction: the last convergent that fits and the last semiconvergent stand on either side of the value.
-    (p, q), (next_p, next_q) = (0, 1), (1, 0)
-    numerator, denominator = value.numerator, value.denominator
-    while True:
-        step, rest = divmod(numerator, denominator)
-        if q + step * next_q > limit:
-            break
-        (p, q), (next_p, next_q) = (next_p, next_q), (p + step * next_p, q + step * next_q)
-        numerator, denominator = denominator, rest
-    steps = (limit - q) // next_q
-    return min(Fraction(next_p, next_q), Fraction(p + steps * next_p, q + steps * next_q))
+    near = value.limit_denominator(limit)
+    if near <= value:
+        return near
+    # The next smaller fraction p / q: near.numerator * q - p * near.denominator = 1 with the largest q that is allowed.
+    inverse = pow(near.numerator, -1, near.denominator)
+    q = limit - (limit - inverse) % near.denominator
+    return Fraction(near.numerator * q - 1, near.denominator * q)

@@ -57,13 +57,7 @@ def bootstrap_augrc(
     rows are drawn as cells: other numbers than ``Suite`` draws, from the same law, with the work of the errors and not
     of the rows.
 
-    Args:
-        confidence: [N], higher is surer.
-        error: [N], 0/1 or a loss in [0, 1].
-        groups: [N] names or numbers; None resamples rows.
-        n_replicates: at least 1.
-        seed: 0 to 2**64 - 1.
-        threads: 0 = one per processor this process may use.
+    ``groups`` [N] are names or numbers; ``threads`` 0 is one per processor this process may use.
     """
     _check_resampling(n_replicates, seed, threads)
     scores, losses = rows(confidence, error)
@@ -71,19 +65,10 @@ def bootstrap_augrc(
     n_units = int(unit.max()) + 1 if unit.size else scores.size
     few = groups is None and losses.dtype == np.uint8
     few = few and losses.size > ROWS_PER_ERROR * max(1, int(losses.sum(dtype=np.int64)))
-    return AugrcReplicates(
-        *kernels().bootstrap_augrc(
-            scores,
-            losses,
-            unit,
-            n_units,
-            count_tables([n_units]),
-            *_cell_laws(n_units if few else 0),
-            n_replicates,
-            seed,
-            _workers(threads, n_replicates),
-        )
-    )
+    laws = _cell_laws(n_units if few else 0)
+    resamples = n_replicates, seed, _workers(threads, n_replicates)
+    found = kernels().bootstrap_augrc(scores, losses, unit, n_units, count_tables([n_units]), *laws, *resamples)
+    return AugrcReplicates(*found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +105,11 @@ class Ranked:
         if columns.positive is not None and columns.missed is not None:
             kind = (columns.positive + 2 * (columns.missed & columns.positive)).astype(np.uint8)
         nll, brier = (np.zeros(0) if values is None else values for values in (columns.nll, columns.brier))
-        place, ends = order(columns.confidence, columns.error)
+        place, self.ends = order(columns.confidence, columns.error)
         # Rows that are tied in all that was sorted by are told apart by the rest, so that row order never matters.
         keys = (kind, nll, brier, *columns.means.values(), unit)
         minor = [values for values in keys if values is not None and values.size]
-        place = _settle(place, columns.confidence, columns.error, minor)
-        self.order = place
-        self.ends = ends
+        self.order = place = _settle(place, columns.confidence, columns.error, minor)
         self.error: NDArray[Any] = columns.error[place]
         self.kind: NDArray[np.uint8] = kind[place] if kind.size else kind
         self.nll: NDArray[np.float64] = nll[place] if nll.size else nll
@@ -184,39 +167,20 @@ class Suite:
 
     def values(self) -> list[NDArray[np.float64]]:
         """The metrics of the rows themselves, [8 + coverages + risks] for each model; columns: ``SUITE``, targets."""
-        return [
-            kernels().measure_suite(one.error, one.ends, one.kind, one.n_exit, one.nll, one.brier, *self._targets)
-            for one in self.models
-        ]
+        return [kernels().measure_suite(one.error, one.ends, *self._measured(one)) for one in self.models]
 
     def resample(self, n_replicates: int, *, seed: int = 0, threads: int = 0) -> list[NDArray[np.float64]]:
-        """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model.
-
-        Args:
-            n_replicates: at least 1.
-            seed: 0 to 2**64 - 1.
-            threads: 0 = one per processor this process may use.
-        """
+        """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model."""
         _check_resampling(n_replicates, seed, threads)
-        sizes, tables = np.asarray(self.sizes, dtype=np.uint32), count_tables(self.sizes)
+        drawn = np.asarray(self.sizes, dtype=np.uint32), count_tables(self.sizes)
+        resamples = n_replicates, seed, _workers(threads, n_replicates)
         return [
-            kernels().bootstrap_suite(
-                one.error,
-                one.ends,
-                one.unit,
-                sizes,
-                tables,
-                one.kind,
-                one.n_exit,
-                one.nll,
-                one.brier,
-                *self._targets,
-                n_replicates,
-                seed,
-                _workers(threads, n_replicates),
-            )
+            kernels().bootstrap_suite(one.error, one.ends, one.unit, *drawn, *self._measured(one), *resamples)
             for one in self.models
         ]
+
+    def _measured(self, one: Ranked) -> tuple[Any, ...]:
+        return one.kind, one.n_exit, one.nll, one.brier, *self._targets
 
     def mean_of(self, name: str, n_replicates: int, *, seed: int = 0) -> list[tuple[float, NDArray[np.float64]]]:
         """The mean of ``Columns.means[name]`` for each model, and of the resamples that ``resample`` draws [B]."""
@@ -263,13 +227,7 @@ def _settle(
 def resample_counts(sizes: Sequence[int], n_replicates: int, *, first: int = 0, seed: int = 0) -> NDArray[np.uint8]:
     """How often each unit is in each resample [n_replicates, units]; what ``Suite.resample`` draws.
 
-    Within each stratum of n units n are drawn with replacement: exactly Multinomial(n, 1/n).
-
-    Args:
-        sizes: units of each stratum, at least 1.
-        n_replicates: at least 1.
-        first: number of the first replicate.
-        seed: 0 to 2**64 - 1.
+    Of each stratum's n units n are drawn with replacement, exactly Multinomial(n, 1/n), from replicate ``first`` on.
     """
     _check_resampling(n_replicates, seed, 0)
     counts: NDArray[np.uint8] = kernels().resample_counts(
@@ -343,10 +301,5 @@ def _check_resampling(n_replicates: int, seed: int, threads: int) -> None:
 
 
 def _workers(threads: int, n_replicates: int) -> int:
-    return min(threads or _processors(), n_replicates)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(threads or available, n_replicates)

@@ -120,8 +120,7 @@ class Means:
         self.order, self.risks, self.delta, self.min_coverage, self.joint = order, risks, delta, min_coverage, joint
         # An order of betting that no value decides.
         self.member = np.random.default_rng(seed).permutation(self.n)[member]
-        known = np.flatnonzero(~np.isnan(values))
-        self.ranked = known[np.argsort(-values[known], kind="stable")]
+        self.ranked = ranked(values)
         self.ends = count_at_least(values, order)
         everyone = np.ones(values.size, dtype=bool)
         self.everyone = group_weights(self.member, everyone)
@@ -264,6 +263,12 @@ def group_weights(groups: ArrayLike | None, eligible: NDArray[np.bool_]) -> NDAr
         _, member = np.unique(np.asarray(groups), return_inverse=True)
         weights /= np.maximum(np.bincount(member, weights), 1)[member]
     return weights
+
+
+def ranked(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows whose score is a number, surest first; ties as they come."""
+    known = np.flatnonzero(~np.isnan(scores))
+    return known[np.argsort(-scores[known], kind="stable")]
 
 
 def count_at_least(scores: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.int64]:

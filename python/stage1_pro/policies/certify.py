@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.policies.bounds import check_share, coverage_p_value, errors_allowed, trials_needed
-from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, group_weights
+from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, group_weights, ranked
 from stage1_pro.policies.certificate import Method, RiskCounts, Unit
 from stage1_pro.policies.planning import plan_calibration
 from stage1_pro.policies.rows import counting_unit, one_each
@@ -343,10 +343,9 @@ def _needed(
         return None
     thresholds = order
     if min_coverage is not None:
-        known = np.flatnonzero(~np.isnan(values))
-        ranked = known[np.argsort(-values[known], kind="stable")]
-        reached = np.flatnonzero(np.cumsum(weights[ranked]) / total >= min_coverage)
-        thresholds = values[ranked[reached[:1]]]
+        surest = ranked(values)
+        reached = np.flatnonzero(np.cumsum(weights[surest]) / total >= min_coverage)
+        thresholds = values[surest[reached[:1]]]
     # Without a coverage: at the candidate that needs least.
     best: int | None = None
     for threshold in np.unique(thresholds[np.linspace(0, thresholds.size - 1, min(thresholds.size, 9)).astype(int)]):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.candidates import ranked
 from stage1_pro.policies.certificate import SweepRow
 from stage1_pro.policies.rows import Rows
 
@@ -94,8 +95,7 @@ def count_exits(rows: Rows, score: NDArray[np.float64], at: ArrayLike | None = N
         at: thresholds [T] to count at instead.
         lowest: lower end of the score's range, closes the last gap.
     """
-    known = np.flatnonzero(~np.isnan(score))
-    order = known[np.argsort(-score[known], kind="stable")]
+    order = ranked(score)
     descending, missed = score[order], rows.missed(rows.positive)[order]
     if at is None:
         last, threshold = gaps(descending, lowest)

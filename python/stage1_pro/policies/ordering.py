@@ -12,7 +12,7 @@ from scipy.special import betainc
 
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import binomial_cdf
-from stage1_pro.policies.candidates import Risk, group_weights
+from stage1_pro.policies.candidates import Risk, group_weights, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify
 from stage1_pro.policies.counts import gaps
@@ -49,12 +49,11 @@ def order_candidates(
     """
     values = np.asarray(scores, dtype=np.float64)
     weights = group_weights(groups, np.ones(values.size, dtype=bool))
-    known = np.flatnonzero(~np.isnan(values))
-    if known.size == 0:
+    order = ranked(values)
+    if order.size == 0:
         raise InputError(
             "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
         )
-    order = known[np.argsort(-values[known], kind="stable")]
     last, thresholds = gaps(values[order], lowest)
     n_fit = weights.sum()
     scale = n_certify / n_fit

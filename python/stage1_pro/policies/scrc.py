@@ -153,15 +153,6 @@ class SCRC:
             assumptions=self._assumptions(unit, tied),
         )  # fmt: skip
 
-    def _positive(self, n_classes: int) -> int | None:
-        """The class that the risk speaks of; None: all."""
-        if self.loss != "fnr":
-            return None
-        positive = 1 if self.positive is None and n_classes == 2 else self.positive
-        if positive is None or not 0 <= positive < n_classes:
-            raise InputError(f"positive must be a class index 0 to {n_classes - 1} for loss fnr, got {positive}")
-        return positive
-
     def _rank(self, n: int) -> int | None:
         """M: rows above the M-th largest score are accepted (pac, naive: the M-th too); None where n is too small."""
         xi = bounds.exact(self.xi)
@@ -191,8 +182,12 @@ class SCRC:
         """Names of the cells, those of stages as given or seen, and which rows [N] their risk is counted on."""
         if self.groups == "class":
             return [(str(k), truth == k) for k in range(n_classes)]
-        positive = self._positive(n_classes)
-        counted = np.ones(truth.size, dtype=bool) if positive is None else truth == positive
+        counted = np.ones(truth.size, dtype=bool)
+        if self.loss == "fnr":
+            positive = 1 if self.positive is None and n_classes == 2 else self.positive
+            if positive is None or not 0 <= positive < n_classes:
+                raise InputError(f"positive must be a class index 0 to {n_classes - 1} for loss fnr, got {positive}")
+            counted = truth == positive
         if self.groups == "stage" and stages is not None:
             seen = np.unique(stages).tolist() if names is None else names
             return [(name, counted & (stages == name)) for name in seen] or [("all", counted)]

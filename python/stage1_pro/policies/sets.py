@@ -22,7 +22,7 @@ from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRate
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import ByGate
 from stage1_pro.policies.planning import Planned, scrc_power
-from stage1_pro.policies.platt import Platt, fit_platt, score
+from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Checked, Origin
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
@@ -135,7 +135,8 @@ class ScrcParams(ByGate):
         )  # fmt: skip
         if not found.feasible:
             raise found.infeasible()
-        _check_stages(found, first.threshold)
+        nobody_exits = first.fields["exit_threshold"] == NOBODY_EXITS
+        _check_stages(found, {"B"} if nobody_exits else {*_STAGES})
         limits = [cell.model_copy(update={"limit": (cell.limit or 0.0) + LIMIT_SLACK}) for cell in found.cells]
         if target.cells == "class":
             limits = [one.model_copy(update={"name": name}) for one, name in zip(limits, rows.classes, strict=True)]
@@ -144,7 +145,7 @@ class ScrcParams(ByGate):
         return cls.seal(
             classes=rows.classes,
             positive=rows.positive,
-            **first.fields(rows, fit),
+            **first.fields,
             **{name: getattr(target, name) for name in _ASKED},
             **{name: getattr(found, name) for name in _CERTIFIED},
             xi=target.min_coverage,
@@ -457,30 +458,12 @@ def _wish(of: Scrc | ScrcParams, xi: float, delta: tuple[float, float], positive
 
 @dataclass(frozen=True)
 class _Cascade:
-    """What the fit half decided, and how all rows [N] are answered by it."""
+    """What the fit half decided, as fields of the record, and how all rows [N] are answered by it."""
 
-    platt: Platt
-    platt_b: Platt
-    seen: str
-    threshold: float
-    exited: NDArray[np.bool_]
+    fields: dict[str, Any]
+    stage: NDArray[np.str_]
     probs: NDArray[np.float64]
     correct: NDArray[np.float64]
-
-    @property
-    def stage(self) -> NDArray[np.str_]:
-        return np.where(self.exited, *_STAGES)
-
-    def fields(self, rows: Rows, fit: NDArray[np.bool_]) -> dict[str, Any]:
-        """The same as fields of the record, with rates of the fit half."""
-        n_exited = int(self.exited[fit].sum())
-        right = int((self.exited & ~rows.wrong)[fit].sum())
-        return {
-            "a": self.platt.a, "b": self.platt.b, "fitted": self.platt.fitted, "platt": self.platt.reason,
-            "exit_threshold": self.threshold, "exit_error": 1 - right / n_exited if n_exited else None,
-            "exit_rate": n_exited / int(fit.sum()), "a_b": self.platt_b.a, "b_b": self.platt_b.b,
-            "platt_b": f"{self.platt_b.reason} (of Stage B, {self.seen})",
-        }  # fmt: skip
 
 
 def _answer_fit_half(rows: Rows, fit: NDArray[np.bool_], max_exit_error: float) -> _Cascade:
@@ -494,8 +477,16 @@ def _answer_fit_half(rows: Rows, fit: NDArray[np.bool_], max_exit_error: float) 
     platt_b, seen = fit_platt(b_logit[fit & ~exited], b_right[fit & ~exited]), "deferred rows"
     if not platt_b.fitted:
         platt_b, seen = fit_platt(b_logit[fit], b_right[fit]), "all rows"
+    n_exited, right = int(exited[fit].sum()), int((exited & ~rows.wrong)[fit].sum())
     return _Cascade(
-        platt, platt_b, seen, threshold, exited, probs=np.where(exited[:, None], rows.probs, second),
+        {
+            "a": platt.a, "b": platt.b, "fitted": platt.fitted, "platt": platt.reason,
+            "exit_threshold": threshold, "exit_error": 1 - right / n_exited if n_exited else None,
+            "exit_rate": n_exited / int(fit.sum()), "a_b": platt_b.a, "b_b": platt_b.b,
+            "platt_b": f"{platt_b.reason} (of Stage B, {seen})",
+        },
+        stage=np.where(exited, *_STAGES),
+        probs=np.where(exited[:, None], rows.probs, second),
         correct=np.where(exited, sure, score(b_logit, platt_b.a, platt_b.b)),
     )  # fmt: skip
 
@@ -509,13 +500,10 @@ def _exit_threshold(rows: Rows, sure: NDArray[np.float64], most: float) -> float
     return float(counts.threshold[reached[-1]]) if reached.size else NOBODY_EXITS
 
 
-def _check_stages(found: FittedSCRC, threshold: float) -> None:
+def _check_stages(found: FittedSCRC, answering: set[str]) -> None:
     """Raise NotReachableError where a stage that may answer answered nothing of the certify half."""
-    if found.scrc.groups != "stage":
-        return
-    missing = {"B"} if threshold == NOBODY_EXITS else {*_STAGES}
-    missing -= {cell.name for cell in found.cells}
-    if missing:
+    missing = answering - {cell.name for cell in found.cells}
+    if found.scrc.groups == "stage" and missing:
         raise NotReachableError(
             f"risk {found.scrc.alpha:g} must be certifiable for each stage, but it is INFEASIBLE: Stage "
             f"{missing.pop()} answered none of {found.n} {found.unit} of the certify half; bring more, or "

@@ -134,24 +134,26 @@ def compare(asked: Compare, configs: Mapping[str, Config]) -> tuple[Comparison, 
     """Train every arm in every seed, compare them on ``val_select``, choose one, and look at ``val_test`` once.
 
     Arms of a seed have the same splits byte for byte, and the same starting heads, row order and batches: the hashes
-    that every training records are compared, and a comparison that is not fair is refused. ``val_test`` is the same
-    rows in every seed, so that the choice has seen none of them; the other splits are cut anew in each. Runs are
-    ``OUT/<arm>/seed<s>``, each trained by ``stage1 train`` in a process of its own; finished ones are skipped, killed
-    ones resumed. Writes ``compare.json``, ``compare.csv``, ``compare.md`` and ``figures/``, and after the choice
-    ``test.json`` with the chosen arm and the baseline on ``val_test``, which is never computed a second time unasked.
+    that every training records are compared. ``val_test`` is the same rows in every seed, so that the choice has seen
+    none of them; the other splits are cut anew in each. Runs are ``OUT/<arm>/seed<s>``, each trained in a process of
+    its own; finished ones are skipped, killed ones resumed. After the choice ``test.json`` holds the chosen arm and the
+    baseline on ``val_test``, which is never computed a second time unasked.
 
     Raises:
-        InputError: arms, seeds or names that make no comparison, a folder of another comparison, or a second look.
-        ArtifactError: arms that did not start alike, or a damaged run.
-        TrainingError: a training that failed; the others were finished and are kept.
+        Stage1Error: as ``stage1_pro.compare``.
     """
     out, numbers = asked.out, list(range(asked.seeds))
     _check(out, configs, asked.seeds, asked.metric)
     plan = _plan(asked)
     arms = [[name, _without_seed(config)] for name, config in configs.items()]
     chosen_from = sha256_bytes(json.dumps([arms, asked.seeds, asked.metric, plan.fingerprint()]).encode())
-    if asked.test:
-        _check_look(out, chosen_from, second_look=asked.second_look)
+    earlier = _earlier(out) if asked.test else None
+    if earlier is not None and earlier.chosen_from != chosen_from and not asked.second_look:
+        raise InputError(
+            f"val_test must be read once, after the choice, but {out}/test.json holds the choice of {earlier.chosen} "
+            "from other arms, seeds or by another metric; leave val_test alone with --no-test, or look a second time "
+            "with --second-look, which is recorded"
+        )
     for name, config in configs.items():
         _keep_config(out / name, name, config)
     _split_all(asked, configs, numbers)
@@ -325,16 +327,6 @@ def _earlier(out: Path) -> Comparison | None:
     return Comparison.read(out / "test.json") if (out / "test.json").is_file() else None
 
 
-def _check_look(out: Path, chosen_from: str, *, second_look: bool) -> None:
-    earlier = _earlier(out)
-    if earlier is not None and earlier.chosen_from != chosen_from and not second_look:
-        raise InputError(
-            f"val_test must be read once, after the choice, but {out}/test.json holds the choice of {earlier.chosen} "
-            "from other arms, seeds or by another metric; leave val_test alone with --no-test, or look a second time "
-            "with --second-look, which is recorded"
-        )
-
-
 def _keep_config(folder: Path, name: str, config: Config) -> None:
     """Write an arm's whole configuration, or check that it is the one its runs were trained with."""
     path, text = folder / "arm.json", json.dumps(config.model_dump(mode="json", exclude={"seed"}), indent=2) + "\n"
@@ -448,11 +440,7 @@ def _train(run: Path, config: Path, seed: int, log: Path) -> str:
 
 
 def _check_bases(out: Path, configs: Mapping[str, Config], seeds: Sequence[int]) -> list[str]:
-    """Refuse an arm whose backbone changed between its seeds; say where a backbone may have seen rows it is judged on.
-
-    Raises:
-        ArtifactError: naming the arm.
-    """
+    """Refuse an arm whose backbone changed between its seeds; note one that may have seen rows it is judged on."""
     notes = []
     for name, config in configs.items():
         folder = Path(config.model.backbone).expanduser()
@@ -483,7 +471,12 @@ def check_fairness(starts: Mapping[str, Start], seed: int) -> list[str]:
     """
     exceptions: list[str] = []
 
-    def same(what: str, value: Callable[[Start], Hashable], key: Callable[[Start], Hashable], unlike: str) -> None:
+    def same(
+        what: str,
+        value: Callable[[Start], Hashable],
+        key: Callable[[Start], Hashable] = lambda _: None,
+        unlike: str = "",
+    ) -> None:
         first: dict[Hashable, str] = {}
         for name, start in starts.items():
             other = first.setdefault(key(start), name)
@@ -495,12 +488,9 @@ def check_fairness(starts: Mapping[str, Start], seed: int) -> list[str]:
         if len(first) > 1:
             exceptions.append(f"{unlike}: {' | '.join(first.values())}")
 
-    def always(_: Start) -> Hashable:
-        return None
-
-    same("seed", lambda s: s.seed, always, "")
-    same("splits", lambda s: json.dumps(s.split_hashes, sort_keys=True), always, "")
-    same("row order", lambda s: s.order, always, "")
+    same("seed", lambda s: s.seed)
+    same("splits", lambda s: json.dumps(s.split_hashes, sort_keys=True))
+    same("row order", lambda s: s.order)
     same("starting heads", lambda s: s.heads, lambda s: json.dumps(s.head_shapes, sort_keys=True),
          "heads of other shapes cannot be the same")  # fmt: skip
     same("rows in the first batches", lambda s: s.batch_rows, lambda s: s.batch_size,
@@ -526,24 +516,27 @@ def _measure(
     read: Callable[[Path], Predictions],
     chosen: str | None = None,
 ) -> Comparison:
-    """Compare arms on one split.
+    """Compare arms, the baseline first, on the answers to one split that ``read`` gives of a run.
 
-    Args:
-        trained: the runs.
-        split_name: what they are measured on.
-        names: arms, the baseline first.
-        read: a run to its answers there.
-        chosen: the arm that was chosen before; the best of these otherwise.
+    Without an arm that was ``chosen`` before, the best of these is.
     """
     asked = trained.asked
     runs, seeds = {name: trained.runs[name] for name in names}, list(range(asked.seeds))
-    predictions = {name: [_checked(run, read(run), split_name) for run in paths] for name, paths in runs.items()}
-    rows = {name: [_rows(one) for one in found] for name, found in predictions.items()}
+    rows: dict[str, list[SeedRows]] = {name: [] for name in names}
+    for name, paths in runs.items():
+        for run in paths:
+            got = read(run)
+            if got.split != split_name or got.split_hash != Splits.read(run / "splits.json").hashes[split_name]:
+                raise ArtifactError(
+                    f"{run} must hold answers on its own {split_name}, got others; remove that run's folder"
+                )
+            gate = got.gate_logits.astype(np.float64)
+            rows[name].append(SeedRows(softmax(got.logits_a), gate, got.labels, got.groups))
     compared = compare_seeds(rows, n_replicates=asked.n_replicates, level=asked.level)
     sign = -1 if METRICS[asked.metric].better == "higher" else 1
     best = min(compared, key=lambda name: sign * compared[name].means[asked.metric].value)
     baseline = names[0]
-    arms = [_arm(name, runs[name], seeds, rows[name], compared[name], trained.plan) for name in runs]
+    arms = [_arm(name, runs[name], rows[name], found, trained.plan) for name, found in compared.items()]
     differences = [
         _difference(name, baseline, metric_name, one, found.seed_differences[metric_name])
         for name, found in compared.items()
@@ -557,38 +550,21 @@ def _measure(
     )  # fmt: skip
 
 
-def _checked(run: Path, found: Predictions, split_name: str) -> Predictions:
-    if found.split != split_name or found.split_hash != Splits.read(run / "splits.json").hashes[split_name]:
-        raise ArtifactError(f"{run} must hold answers on its own {split_name}, got others; remove that run's folder")
-    return found
-
-
-def _rows(found: Predictions) -> SeedRows:
-    return SeedRows(softmax(found.logits_a), found.gate_logits.astype(np.float64), found.labels, found.groups)
-
-
 def _arm(
-    name: str,
-    paths: Sequence[Path],
-    seeds: Sequence[int],
-    rows: Sequence[SeedRows],
-    found: ArmIntervals,
-    plan: ComparisonPlan,
+    name: str, paths: Sequence[Path], rows: Sequence[SeedRows], found: ArmIntervals, plan: ComparisonPlan
 ) -> ArmFigures:
     start = Start.read(paths[0] / "start.json")
     costs = [Cost.read(run / "cost.json") for run in paths if (run / "cost.json").is_file()]
     timed = [cost.seconds for cost in costs if cost.seconds is not None]
     figures = []
-    for k, (seed, one) in enumerate(zip(seeds, rows, strict=True)):
-        reached = reach(
-            one.gate, one.probs.argmax(1) != one.labels, min_coverage=plan.min_coverage,
-            max_exit_error=plan.max_exit_error,
-        )  # fmt: skip
+    limits = {"min_coverage": plan.min_coverage, "max_exit_error": plan.max_exit_error}
+    for seed, one in enumerate(rows):
+        reached = reach(one.gate, one.probs.argmax(1) != one.labels, **limits)
+        metrics = {metric: float(values[seed]) for metric, values in found.values.items()}
         figures.append(
             SeedFigures(
                 seed=seed, n=len(one.labels), n_groups=len(set(one.groups.tolist())), feasible=reached.feasible,
-                exit_error=known(reached.exit_error), coverage=reached.coverage,
-                **{metric: float(values[k]) for metric, values in found.values.items()},
+                exit_error=known(reached.exit_error), coverage=reached.coverage, **metrics,
             )
         )  # fmt: skip
     errors = [one.exit_error for one in figures if one.exit_error is not None]
@@ -668,9 +644,7 @@ def markdown(found: Comparison) -> str:
 def render(found: Comparison, tested: Comparison | None) -> str:
     """Show a comparison as text: arms, differences, the choice, and ``val_test`` when it was read."""
     sheet = Sheet(120)
-    for one in (found, tested):
-        if one is None:
-            continue
+    for one in filter(None, (found, tested)):
         rows = rows_of(one)
         table = grid(("", *(row["arm"] for row in rows)), left=("",), no_wrap=(), title=f"Stage A on {one.split}")
         for name in list(rows[0])[1:]:
@@ -681,30 +655,27 @@ def render(found: Comparison, tested: Comparison | None) -> str:
 
 def _remarks(found: Comparison) -> list[str]:
     seeds = len(found.seeds)
-    what = (
-        f"{found.split}, {seeds} seed{'s' if seeds > 1 else ''}: means over seeds, {100 * found.level:g}% intervals by "
-        f"group ({found.n_groups} groups, each with one weight in all seeds and arms) for models like these"
-    )
     spread = "; how much another seed changes a model is not known from one"
     if seeds > 1:
         spread = ", and ± the standard deviation over seeds, which no interval contains"
-    lines = [f"{what}{spread}."]
+    what = (
+        f"{found.split}, {seeds} seed{'s' if seeds > 1 else ''}: means over seeds, {100 * found.level:g}% intervals by "
+        f"group ({found.n_groups} groups, each with one weight in all seeds and arms) for models like these{spread}."
+    )
+    lines = [what]
+    chosen = f"* chosen by {found.metric} on val_select"
     if found.split == "val_select":
-        lines.append(
-            f"* chosen by {found.metric} on val_select, which also chose each arm's epoch, so figures lean to the good."
-        )
+        lines.append(f"{chosen}, which also chose each arm's epoch, so figures lean to the good.")
     else:
-        lines.append(f"* chosen by {found.metric} on val_select before val_test was read.")
-        if found.looks:
-            lines.append(f"val_test had been read before, for: {', '.join(found.looks)}; this is no first look.")
+        lines.append(f"{chosen} before val_test was read.")
+    if found.looks:
+        lines.append(f"val_test had been read before, for: {', '.join(found.looks)}; this is no first look.")
     lines += [f"Not the same in all arms: {one}." for one in found.exceptions]
     untimed = [f"{arm.name} ({arm.n_timed} of {seeds})" for arm in found.arms if arm.n_timed < seeds]
     if untimed:
         lines.append(f"Seconds are of the runs that were not resumed: {', '.join(untimed)}.")
-    notes = dict.fromkeys(
-        one.note for one in [*found.differences, *(m for a in found.arms for m in a.metrics)] if one.note
-    )
-    return lines + [f"{note}." for note in notes]
+    measured: list[Metric] = [*found.differences, *(one for arm in found.arms for one in arm.metrics)]
+    return lines + [f"{note}." for note in dict.fromkeys(one.note for one in measured) if note]
 
 
 def _with_ends(one: Metric, sd: float | None, digits: int, *, sign: str = "") -> str:
@@ -721,36 +692,31 @@ def _write_tables(out: Path, found: Comparison) -> None:
     """``compare.csv`` (a row an arm and seed), ``compare.md`` and the figures."""
     rows: list[dict[str, object]] = []
     for arm in found.arms:
-        fixed = {
-            "arm": arm.name, "mode": arm.mode, "n_trainable": arm.n_trainable, "n_parameters": arm.n_parameters,
-        }  # fmt: skip
+        fixed = arm.model_dump(include={"mode", "n_trainable", "n_parameters"})
         for one in arm.seeds:
             path = out / arm.name / f"seed{one.seed}" / "cost.json"
             cost = Cost.read(path).model_dump() if path.is_file() else {}
-            rows.append({**fixed, **one.model_dump(), **cost})
+            rows.append({"arm": arm.name, **fixed, **one.model_dump(), **cost})
     columns = ["arm", "mode", *SeedFigures.model_fields, "n_trainable", "n_parameters", *Cost.model_fields]
     write_csv(out / "compare.csv", rows, columns)
     write_text(out / "compare.md", markdown(found))
     panels: dict[str, list[tuple[str, float, float, float]]] = {_axis(name): [] for name in ARM_METRICS}
     for difference in found.differences:
         panels[_axis(difference.metric)].append((difference.arm, *_numbers(difference)))
-    write_bytes(
-        out / "figures" / "differences.png", differences_png(panels, baseline=found.baseline, level=found.level)
-    )
+    png = differences_png(panels, baseline=found.baseline, level=found.level)
+    write_bytes(out / "figures" / "differences.png", png)
     for metric in ("accuracy", "augrc"):
         shares, times = [], []
         for arm in found.arms:
-            value, low, high = _numbers(next(one for one in arm.metrics if one.metric == metric))
-            shares.append((arm.name, 100 * arm.trainable_share, value, low, high))
+            ends = _numbers(next(one for one in arm.metrics if one.metric == metric))
+            shares.append((arm.name, 100 * arm.trainable_share, *ends))
             if arm.seconds is not None:
-                times.append((arm.name, arm.seconds, value, low, high))
-        for name, drawn, x in (
-            ("trained", shares, "parameters trained, % of all"),
-            ("seconds", times, "seconds a run"),
-        ):
-            if drawn:
-                png = tradeoff_png(drawn, x=x, y=_axis(metric), log=name == "trained")
-                write_bytes(out / "figures" / f"{metric}_{name}.png", png)
+                times.append((arm.name, arm.seconds, *ends))
+        png = tradeoff_png(shares, x="parameters trained, % of all", y=_axis(metric), log=True)
+        write_bytes(out / "figures" / f"{metric}_trained.png", png)
+        if times:
+            png = tradeoff_png(times, x="seconds a run", y=_axis(metric))
+            write_bytes(out / "figures" / f"{metric}_seconds.png", png)
 
 
 def _numbers(one: Metric) -> tuple[float, float, float]:

@@ -124,11 +124,6 @@ class Table:
 def measure(asked: Metrics) -> Measurement:
     """Measure a file of predictions, every metric with its interval; or its difference from another file.
 
-    A CSV has the columns ``label`` and ``prob`` (of the positive class), ``label`` and ``prob_<class>`` of every class,
-    or ``error`` and ``confidence``; an ``.npz`` has ``labels`` [N] with ``probs`` or ``logits`` ([N, K], or [N] of the
-    positive class), or ``error`` and ``confidence``. Optional in both: ``group`` (whole groups are resampled),
-    ``confidence`` (instead of the largest probability) and ``id`` (checked when two files are compared).
-
     Raises:
         InputError: a file or argument is not what it must be; wrong cells name their row.
     """
@@ -167,7 +162,7 @@ def measure(asked: Metrics) -> Measurement:
 
 
 def read_predictions(path: Path, *, positive: str | None = None) -> Table:
-    """Read a file of predictions; ``measure`` says which columns or arrays it must have.
+    """Read a file of predictions; the manual's page on metrics says which columns or arrays it must have.
 
     Raises:
         InputError: the file or one of its cells is not what it must be.

@@ -65,24 +65,23 @@ def import_csv(
             store does not have, or a label that is no class.
     """
     path = Path(path)
-    given: list[Label] = []
     table = read_table(path, COLUMNS, required=("event_id", "label"))
     for name in table.columns:
         if name not in COLUMNS:
             raise InputError(
                 f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{name}'{nearest(name, COLUMNS)}"
             )
-    for where, cells in table:
-        given.append(
-            _label(
-                where,
-                event_id=cells["event_id"],
-                label=cells["label"],
-                source=_believed(cells.get("source"), source),
-                annotator=cells.get("annotator") or annotator,
-                time=_time(where, cells.get("time") or now),
-            )
+    given = [
+        _label(
+            where,
+            event_id=cells["event_id"],
+            label=cells["label"],
+            source=_believed(cells.get("source"), source),
+            annotator=cells.get("annotator") or annotator,
+            time=_time(where, cells.get("time") or now),
         )
+        for where, cells in table
+    ]
     return add_labels(store, given)
 
 
@@ -178,16 +177,13 @@ def _choice(label: str, **more: Any) -> dict[str, Any]:
 def import_label_studio(
     store: Store, path: Path | str, *, now: float, source: Source = "review", annotator: str | None = None
 ) -> Added:
-    """Add the annotations of a Label Studio export (JSON, not JSON-MIN), all or none, each once.
-
-    Cancelled annotations (skipped tasks) and predictions are no labels and are passed over.
+    """Add the annotations of a Label Studio export (JSON, not JSON-MIN), all or none, each once; not cancelled ones.
 
     Args:
         store: where to.
         path: a list of tasks whose ``data`` has the ``event_id`` they were exported with.
         now: time of annotations without ``created_at``.
-        source: the most that the file's labels are believed; an annotation may say less, never more: anybody can
-            write ``owner`` into a file.
+        source: the most that the file's labels are believed; an annotation may say less.
         annotator: of annotations without ``completed_by``.
 
     Raises:
@@ -258,8 +254,8 @@ def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:
 def export_parquet(store: Store, folder: Path | str) -> dict[str, int]:
     """Write ``events.parquet`` and ``labels.parquet``, each atomically; give the number of rows of each.
 
-    Events have their columns, ``sketch`` as a list of 64 float32, and the label that holds with its source and trust
-    (null where nobody answered). Labels are the table as it is: answers, skips and undos, and what superseded what.
+    Events have the label that holds with its source and trust (null where nobody answered). Labels are the table as it
+    is: answers, skips and undos, and what superseded what.
 
     Raises:
         DependencyError: pyarrow is not installed.

@@ -36,7 +36,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.exc import IntegrityError
 
-from stage1_pro.continual.learn.rewards import PAID, Actions, Verified
+from stage1_pro.continual.learn.rewards import PAID, Actions, Verified, verified
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.errors import InputError, NotReachableError
@@ -213,14 +213,14 @@ class GuardVault:
         """Take a look and answer one question about two cascades' decisions on the rows of an epoch, in their order.
 
         The look is committed before a label is read. The same decisions again, by a process that was killed and came
-        back, are the same look: they learn nothing new. Anything else is another one.
+        back, are the same look; anything else is another one.
 
         Args:
             epoch: which guard.
             champion: decisions of what serves now.
             candidate: decisions of what would replace it.
             question: gets the look, the truth of the rows on which the two differ, which rows [N] those are, and all
-                rows' clusters [N]; its result is returned. It is the promotion test's, and hands on no label.
+                rows' clusters [N]; its result is returned, and hands on no label.
             terms: hash of all else that the answer depends on; the same decisions under other terms are another look.
             name: of the candidate, for the record.
             classes: names, in the order of the decisions' indices.
@@ -250,10 +250,8 @@ class GuardVault:
         unknown = sorted({row.label for row in read} - set(names))
         if unknown:
             raise InputError(f"guard labels must be of {', '.join(names)}, got '{unknown[0]}'; classes have changed")
-        truth = Verified(
-            np.asarray([names.index(row.label) for row in read], dtype=np.int64),
-            np.asarray([row.source for row in read], dtype=np.str_), tuple(names), positive,
-        )  # fmt: skip
+        indices = [names.index(row.label) for row in read]
+        truth = verified(indices, [row.source for row in read], classes=names, positive=positive)
         return question(look, truth, differ, np.asarray([row.cluster for row in rows], dtype=np.str_))
 
     def close(self, look: Look, *, promoted: bool) -> None:

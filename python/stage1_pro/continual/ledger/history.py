@@ -33,9 +33,8 @@ class ServedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """Everything served before ``until`` by time and id, and the labels known by then that may guard a promotion."""
+    """Everything served before a moment by time and id, and the labels known by then that may guard a promotion."""
 
-    until: float
     served: Sequence[ServedRow]
     held: Mapping[str, Resolved]
     bundles: Mapping[str, BundleFacts]
@@ -50,7 +49,7 @@ class History:
             rows = connection.execute(query, execution_options={"yield_per": 5000})
             # Each of the few bundles' hashes is one string in memory.
             served = [ServedRow._make((*row[:2], sys.intern(row[2]), *row[3:])) for row in rows]
-        return cls(until, served, resolve(store, sources=GUARD_SOURCES, until=until), read_bundles(store))
+        return cls(served, resolve(store, sources=GUARD_SOURCES, until=until), read_bundles(store))
 
     def of(self, bundle: str, since: float = -math.inf) -> list[ServedRow]:
         """What one bundle served from a time on."""

@@ -14,6 +14,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -118,9 +119,8 @@ class ReviewServer:
                 before = self.queue.progress(self.reviewer, now)
                 item = self.queue.undo(self.reviewer, now)
                 undone = before.answered_here + before.skipped_here > 0
-                note = "Undone; answer again." if item else "Undone; somebody else has it now." if undone else (
-                    "There is nothing to undo."
-                )  # fmt: skip
+                other = "Undone; somebody else has it now." if undone else "There is nothing to undo."
+                note = "Undone; answer again." if item else other
         except LeaseLostError:
             note = "That one has been answered by somebody else; nothing was changed."
         item = item or self.queue.take(self.reviewer, now)
@@ -163,13 +163,21 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Say nothing: the address of a request may hold the token."""
 
-    def do_GET(self) -> None:
-        target = self._target()
-        if target is None:
+    def parse_request(self) -> bool:
+        """Take path and query of what is asked for; refuse what is no address, such as ``http://[``."""
+        if not super().parse_request():
+            return False
+        try:
+            parts = urlsplit(self.path)
+            self.query = {name: given[0] for name, given in parse_qs(parts.query, max_num_fields=10).items()}
+        except ValueError:
             self._refuse(HTTPStatus.BAD_REQUEST)
-            return
-        path, query = target
-        given = query.get("token", "")
+            return False
+        self.path = parts.path
+        return True
+
+    def do_GET(self) -> None:
+        path, given = self.path, self.query.get("token", "")
         if not self._is_local():
             self._refuse(HTTPStatus.FORBIDDEN)
         elif path == "/" and given:
@@ -185,17 +193,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, f"{_TYPES[name]}; charset=utf-8", data)
         elif path == "/favicon.ico":
             self._send(HTTPStatus.NO_CONTENT, "image/x-icon", b"")
-        elif path == "/image" and (found := self.server.page.image(query.get("event", ""))):
+        elif path == "/image" and (found := self.server.page.image(self.query.get("event", ""))):
             self._send(HTTPStatus.OK, *found)
         else:
             self._refuse(HTTPStatus.NOT_FOUND)
 
     def do_POST(self) -> None:
-        target = self._target()
-        if target is None:
-            self._refuse(HTTPStatus.BAD_REQUEST)
-            return
-        what = target[0].lstrip("/")
+        what = self.path.lstrip("/")
         size = self.headers.get("Content-Length", "")
         # Other pages of this browser cannot send JSON here without being asked for leave, which is never given.
         if not self._is_local() or not self._is_known() or self.headers.get_content_type() != "application/json":
@@ -212,14 +216,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(HTTPStatus.BAD_REQUEST, {"error": "the request is not what this page sends"})
             except InputError as error:
                 self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-
-    def _target(self) -> tuple[str, dict[str, str]] | None:
-        """Path and query of what is asked for; None where that is no address, such as ``http://[``."""
-        try:
-            parts = urlsplit(self.path)
-            return parts.path, {name: given[0] for name, given in parse_qs(parts.query, max_num_fields=10).items()}
-        except ValueError:
-            return None
 
     @property
     def _cookie_name(self) -> str:
@@ -299,17 +295,15 @@ def review(
     result: dict[str, Any] = {"purged": events.images.purge(time.time())}
     if purge:
         return result
-    kept = Store(store)
-    try:
+    with contextlib.closing(Store(store)) as kept:
         found = ingest(kept, events)
         result["ingested"] = found.events
         for line in found.torn:
             say(f"{log}: a line is no event and was passed over, {line}")
         name = reviewer or getpass.getuser()
         queue = ReviewQueue(kept, events.images, lease=lease)
-        with ReviewServer(
-            queue, name, clock=time.time, port=port, blind=blind, refresh=lambda: ingest(kept, events)
-        ) as page:
+        more = partial(ingest, kept, events)
+        with ReviewServer(queue, name, clock=time.time, port=port, blind=blind, refresh=more) as page:
             say(f"review as {name}: {page.url}   (Ctrl-C ends)")
             if ready is not None:
                 ready(page.url)
@@ -322,8 +316,6 @@ def review(
                     say("ended; every answer is kept")
         result["progress"] = queue.progress(name, time.time()).model_dump()
         result["disagreement"] = disagreement(kept).model_dump()
-    finally:
-        kept.close()
     return result
 
 

@@ -1,8 +1,8 @@
 """The tables of a store, the triggers that keep their rows, and the version that says which code they are of.
 
 A new store gets every table as it is declared now, and the newest version. A store of an older version is migrated by
-alembic (``migrations/``) within the transaction that opens it; one made before versions were written has none and
-counts as the first. A table is created when a store is opened by a process that declares it.
+alembic (``migrations/``) within the transaction that opens it; one without a version counts as the first. A table is
+created when a store is opened by a process that declares it.
 """
 
 from __future__ import annotations

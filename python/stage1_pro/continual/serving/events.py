@@ -96,12 +96,9 @@ def uniform(seed: int, salt: str, event_id: str) -> float:
 class ReviewPlan(Record):
     """How events are drawn for review: independently (Poisson sampling), each with a chance that is logged.
 
-    Every rate is the chance that its reason alone selects an event; the reasons act independently, so the chance is
-    1 - (1 - floor) * prod(1 - rate * signal), never below ``floor`` and never above 1. An estimate over all that was
-    served weighs a reviewed event by 1 / chance.
-
-    ``least`` lifts every chance to itself, as long as the loop asks for more audits. It is apart from ``floor``: draws
-    below the floor are a plain random sample of all that was served, at whatever time, and stay it.
+    Every rate is the chance that its reason alone selects an event; together they select it with chance
+    1 - (1 - floor) * prod(1 - rate * signal). ``least`` lifts every chance to itself, as long as the loop asks for more
+    audits. It is apart from ``floor``: draws below the floor stay a plain random sample of all that was served.
     """
 
     floor: float = Field(default=LEAST_FLOOR, ge=LEAST_FLOOR, le=1, description="chance of every event, exits too")
@@ -159,8 +156,8 @@ def entropy(probs: ArrayLike) -> NDArray[np.float64]:
 def sketch(hidden: ArrayLike) -> NDArray[np.float32]:
     """Project what Stage A hands on to [N, 64]; distances are kept to about an eighth (Johnson–Lindenstrauss).
 
-    Of tokens [N, T, D] the first (CLS), of pooled features [N, D] all. The signs are the bits of SHAKE-256, so that no
-    release of a library changes them (Achlioptas 2003). Rows that are not finite give zeros.
+    Of tokens [N, T, D] the first (CLS), of pooled features [N, D] all. The signs (Achlioptas 2003) are the bits of
+    SHAKE-256. Rows that are not finite give zeros.
 
     Raises:
         InputError: another shape.
@@ -199,7 +196,7 @@ class Novelty(Record):
 
     @classmethod
     def fit(cls, sketches: ArrayLike) -> Self:
-        """Learn what is known from sketches [N, 64], such as those of calibration images or of the first days.
+        """Learn what is known from sketches [N, 64], such as those of the first days.
 
         The covariance is shrunk towards a multiple of the identity by 64 / (64 + N), so that few rows are enough.
 
@@ -309,21 +306,18 @@ class EventLog:
             raise InputError(f"image_ttl must be a positive number of seconds, got {image_ttl}")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.info = self._open_info(image_ttl)
-        self.images = ImageStore(self.folder / "images", self.info.image_ttl)
-        self._sync_seconds, self._segment_bytes = sync_seconds, segment_bytes
-        self._synced = time.monotonic()
-        self._dirty = False
-
-    def _open_info(self, image_ttl: float | None) -> LogInfo:
         path = self.folder / "log.json"
         with _locked(self.folder / ".lock"):
             if not path.is_file():
                 LogInfo(id=uuid.uuid4().hex, image_ttl=30 * 86400.0 if image_ttl is None else image_ttl).write(path)
-            info = LogInfo.read(path)
-        if image_ttl is not None and image_ttl != info.image_ttl:
-            raise InputError(f"image_ttl must be the log's own, {info.image_ttl:g} s, got {image_ttl:g}; leave it out")
-        return info
+            self.info = LogInfo.read(path)
+        own = self.info.image_ttl
+        if image_ttl is not None and image_ttl != own:
+            raise InputError(f"image_ttl must be the log's own, {own:g} s, got {image_ttl:g}; leave it out")
+        self.images = ImageStore(self.folder / "images", own)
+        self._sync_seconds, self._segment_bytes = sync_seconds, segment_bytes
+        self._synced = time.monotonic()
+        self._dirty = False
 
     def _segments(self) -> dict[int, Path]:
         named = ((_SEGMENT.fullmatch(path.name), path) for path in self.folder.iterdir())

@@ -101,18 +101,15 @@ def takes_canary(image_sha256: str, share: float, candidate: str) -> bool:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A loaded bundle under its hash, and what logs its decisions."""
+    """A loaded bundle under its hash, at a threshold and an audit rate, and what logs its decisions."""
 
     sha256: str
+    at: tuple[float | None, float | None]
     cascade: Cascade
     served: Served | None
 
     def answer(self, photos: Sequence[Prepared], now: float) -> Decisions:
         return (self.served or self.cascade).answer(photos, now=now)
-
-
-# A bundle's sha256, its threshold, the audit rate.
-_Key = tuple[str, float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ class LiveCascade(Answering):
         self._on_failure = on_failure
         self._open: Callable[[Bundle], Cascade] = lambda bundle: Cascade.load(bundle, runtime, threads=threads)
         self._loading = threading.Lock()
-        self._loaded: dict[_Key, _Loaded] = {}
+        self._loaded: dict[str, _Loaded] = {}
         self._known: dict[str, Novelty | None] = {}
         self._failed: tuple[bytes, float] = (b"", 0.0)
         self._serving = self._follow(self._raw())
@@ -217,9 +214,9 @@ class LiveCascade(Answering):
             OSError: the log cannot be written.
         """
         self.refresh()
-        return self._decide(self._serving, photos, time.time() if now is None else now)
-
-    def _decide(self, serving: _Serving, photos: Sequence[Prepared], now: float) -> Decisions:
+        now = time.time() if now is None else now
+        # Another thread may change it meanwhile; a batch is of one champion.
+        serving = self._serving
         champion, candidate, pointer = serving.champion, serving.candidate, serving.pointer
         if candidate is None or not photos:
             return champion.answer(photos, now)
@@ -228,41 +225,42 @@ class LiveCascade(Answering):
         by_canary = np.array([takes_canary(name, share, candidate.sha256) for name in names])
         parts: list[tuple[NDArray[np.intp], Decisions]] = []
 
-        def answer(by: _Loaded, other: _Loaded, rows: NDArray[np.intp]) -> None:
+        def answer(by: _Loaded, rows: NDArray[np.intp]) -> None:
             asked = [photos[row] for row in rows]
             found = by.answer(asked, now)
             parts.append((rows, found))
-            self._pair(by, other, found, asked, [names[row] for row in rows], now, by_candidate=by is candidate)
+            mine = [names[row] for row in rows]
+            self._pair(champion, candidate, found, asked, mine, now, by_candidate=by is candidate)
 
         if by_canary.any():
             try:
-                answer(candidate, champion, np.flatnonzero(by_canary))
+                answer(candidate, np.flatnonzero(by_canary))
             except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
                 self._note(candidate, error)
                 by_canary[:] = False
         if not by_canary.all():
-            answer(champion, candidate, np.flatnonzero(~by_canary))
+            answer(champion, np.flatnonzero(~by_canary))
         joined = concatenate([found for _, found in parts])
         order = np.argsort(np.concatenate([rows for rows, _ in parts]))
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})
 
     def _pair(
-        self, loaded: _Loaded, other: _Loaded, found: Decisions, photos: Sequence[Prepared], names: list[str],
+        self, champion: _Loaded, candidate: _Loaded, found: Decisions, photos: Sequence[Prepared], names: list[str],
         now: float, *, by_candidate: bool,
     ) -> None:  # fmt: skip
         """Ask the other side as well and write both answers down; whatever goes wrong there stays there."""
         if self.log is None:
             return
+        other = champion if by_candidate else candidate
         try:
             second = other.cascade.answer(photos)
-            champion, candidate = (second, found) if by_candidate else (found, second)
-            bundles = (other, loaded) if by_candidate else (loaded, other)
-            served: Literal["champion", "candidate"] = "candidate" if by_candidate else "champion"
+            first, tried = (second, found) if by_candidate else (found, second)
             pairs = [
                 Pair(
-                    time=now, image_sha256=name, champion=bundles[0].sha256, candidate=bundles[1].sha256, served=served,
-                    champion_label=str(champion.label[row]), candidate_label=str(candidate.label[row]),
-                    champion_exited=bool(champion.exited[row]), candidate_exited=bool(candidate.exited[row]),
+                    time=now, image_sha256=name, champion=champion.sha256, candidate=candidate.sha256,
+                    served="candidate" if by_candidate else "champion",
+                    champion_label=str(first.label[row]), candidate_label=str(tried.label[row]),
+                    champion_exited=bool(first.exited[row]), candidate_exited=bool(tried.exited[row]),
                 )
                 for row, name in enumerate(names)
             ]  # fmt: skip
@@ -290,16 +288,15 @@ class LiveCascade(Answering):
         if trying is not None and (pointer.canary is not None or self.log is not None):
             candidate = self._take(trying, None, pointer.audit_rate)
         named = {pointer.champion, pointer.previous, trying}
-        self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] in named}
+        self._loaded = {name: loaded for name, loaded in self._loaded.items() if name in named}
         return _Serving(raw, pointer, champion, candidate)
 
     def _take(self, sha256: str, threshold: float | None, audit_rate: float | None) -> _Loaded:
-        key = sha256, threshold, audit_rate
-        if (known := self._loaded.get(key)) is not None:
+        known = self._loaded.get(sha256)
+        if known is not None and known.at == (threshold, audit_rate):
             return known
-        same = next((loaded for key, loaded in self._loaded.items() if key[0] == sha256), None)
-        bundle = load_content(self.root, sha256, verify=same is None)
-        runtime = (self._open(bundle) if same is None else same.cascade).runtime
+        bundle = load_content(self.root, sha256, verify=known is None)
+        runtime = (self._open(bundle) if known is None else known.cascade).runtime
         cascade = Cascade(dataclasses.replace(bundle, policy=tightened(bundle.policy, threshold)), runtime)
         # Each counts its own events.
         writer = None if self._writer is None else f"{self._writer}/{threshold}" + f"/{audit_rate}" * bool(audit_rate)
@@ -310,8 +307,7 @@ class LiveCascade(Answering):
                 on_failure=self._on_failure, writer=writer,
             )  # fmt: skip
         # One threshold of each bundle: a threshold that follows labels moves thousands of times.
-        self._loaded = {key: kept for key, kept in self._loaded.items() if key[0] != sha256}
-        self._loaded[key] = loaded = _Loaded(sha256, cascade, served)
+        self._loaded[sha256] = loaded = _Loaded(sha256, (threshold, audit_rate), cascade, served)
         return loaded
 
     def _novelty(self, sha256: str) -> Novelty | None:

@@ -33,8 +33,7 @@ class Served(Answering):
         novelty: what is known; without it nothing is novel.
         on_failure: is told of what could not be logged, and the answer is given all the same; by default that is
             raised, and no answer leaves without its event.
-        writer: name of this process in event ids, which are a hash of it, a count, the time, bundle and image: give one
-            to get the same ids from a replay. Random otherwise.
+        writer: name of this process in event ids: give one to get the same ids from a replay. Random otherwise.
 
     Raises:
         InputError: the cascade is a run's.

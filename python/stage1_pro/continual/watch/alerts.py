@@ -49,7 +49,7 @@ class Webhook:
     """Posts the alert as JSON to a URL.
 
     Tried again after a network error, a timeout, 429 or 5xx, waiting ``wait`` seconds, then twice that, and so on.
-    Redirects are not followed: they would lose the alert, or bring it to somebody else.
+    Redirects are not followed.
 
     Args:
         url: http or https; whatever secret it holds is in no report.
@@ -140,30 +140,28 @@ class Program:
     def send(self, alert: Alert) -> Delivery:
         """Run it; never raises for what the program does."""
         name = os.path.basename(self.words[0])  # noqa: PTH119 - a word, not a path of ours
-
-        def failed(reason: str) -> Delivery:
-            return Delivery(hook=name, delivered=False, tries=1, reason=reason[:_LONGEST_REASON])
-
         try:
-            process = subprocess.Popen(
-                self.words,
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
+            reason = self._run(alert.model_dump_json().encode())
         except (OSError, ValueError) as error:
-            return failed(str(error))
-        with process:
+            reason = str(error) or type(error).__name__
+        return Delivery(hook=name, delivered=not reason, tries=1, reason=reason[:_LONGEST_REASON])
+
+    def _run(self, data: bytes) -> str:
+        """Why the program did not take it; empty where it did."""
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            self.words, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, start_new_session=True
+        ) as process:
             try:
-                _, said = process.communicate(alert.model_dump_json().encode(), timeout=self.timeout)
+                _, said = process.communicate(data, timeout=self.timeout)
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                return failed(f"killed after {self.timeout:g} s")
-            except OSError as error:
-                return failed(str(error))
+                return f"killed after {self.timeout:g} s"
         if process.returncode == 0:
-            return Delivery(hook=name, delivered=True, tries=1)
+            return ""
         lines = said.decode(errors="replace").strip().splitlines()
-        return failed(f"exit code {process.returncode}" + (f": {lines[-1]}" if lines else ""))
+        return f"exit code {process.returncode}" + (f": {lines[-1]}" if lines else "")
 
 
 Hook = Webhook | Program

@@ -259,10 +259,6 @@ class Evidence(Record):
         worths = {"capital": tuple(capital.tolist()), "value": value, "peak": peak}
         return self.model_copy(update={**counts, **worths, "alarm_at": alarm_at, "alarm_n": alarm_n})
 
-    def restarted(self) -> Evidence:
-        """The same test from its beginning, for a new threshold or model."""
-        return Evidence(alpha=self.alpha, delta=self.delta, reference=self.reference, floor=self.floor)
-
     @property
     def bets(self) -> NDArray[np.float64]:
         """Share of the capital per unit of gain that each alternative bets [5]; never ruinous at the floor."""

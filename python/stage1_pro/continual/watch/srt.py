@@ -13,13 +13,12 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from stage1_pro.continual.watch.monitor import LEAST_AUDIT_RATE, Evidence
-from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.errors import InputError
 from stage1_pro.record import Record
 
 # Scores of exactly 0 and 1 have no logit.
@@ -85,22 +84,13 @@ class ControllerConfig(Record):
         return self
 
 
-class WindowRow(Record):
-    """One recent label, as the centre needs it."""
-
-    u: float = Field(description="logit of the score")
-    wrong: bool
-    weight: float = Field(description="audit_rate / propensity")
-
-
 class ControllerState(Record):
-    """Everything a controller is; equal feedback gives equal bytes.
+    """Where a controller stands; equal feedback gives equal bytes.
 
     ``u - logit(certified) = from_feedback + from_centre + from_alarms + from_clips`` and ``from_feedback = step *
     (weight_wrong - alpha * weight_trials)``, to rounding.
     """
 
-    format_version: Literal[1] = 1
     config: ControllerConfig
     u: float = Field(description="logit of the threshold")
     centre: float | None = Field(None, description="logit; null until recent labels name one")
@@ -115,7 +105,6 @@ class ControllerState(Record):
     alarms: int = 0
     alarm_at: float | None = Field(None, description="last alarm")
     evidence: Evidence
-    window: tuple[WindowRow, ...] = ()
     last: tuple[float, str] | None = Field(None, description="known and event of the last label taken")
 
     @property
@@ -157,26 +146,16 @@ class ThresholdController:
     >>> round(controller.state.threshold, 3)
     0.927
 
-    Args:
-        config: how it follows.
-        state: of another controller, to go on from.
-
-    Raises:
-        ArtifactError: the state is of another configuration.
+    ``state`` is a frozen record of it; ``fingerprint()`` is its hash.
     """
 
-    def __init__(self, config: ControllerConfig, state: ControllerState | None = None) -> None:
-        if state is None:
-            evidence = Evidence(alpha=config.alpha, delta=config.delta, reference=config.audit_rate, floor=config.floor)
-            state = ControllerState(config=config, u=to_logit(config.certified), evidence=evidence)
-        elif state.config != config:
-            raise ArtifactError(
-                "state must be of the given configuration, got another one; begin a new controller and replay the log"
-            )
+    def __init__(self, config: ControllerConfig) -> None:
         self.config = config
+        self._fresh = Evidence(alpha=config.alpha, delta=config.delta, reference=config.audit_rate, floor=config.floor)
         self._lowest = to_logit(config.certified)
-        self._scalars = state.model_copy(update={"window": ()})
-        self._window = deque(state.window, maxlen=config.window)
+        self.state = ControllerState(config=config, u=self._lowest, evidence=self._fresh)
+        # Of each recent label the logit of its score, audit_rate / propensity, and whether the answer was wrong.
+        self._window: deque[tuple[float, float, bool]] = deque(maxlen=config.window)
 
     @classmethod
     def replay(cls, config: ControllerConfig, feedback: Iterable[Feedback]) -> ThresholdController:
@@ -184,16 +163,6 @@ class ThresholdController:
         controller = cls(config)
         controller.update(feedback)
         return controller
-
-    @property
-    def state(self) -> ControllerState:
-        """A frozen record of it; ``fingerprint()`` is its hash."""
-        return self._scalars.model_copy(update={"window": tuple(self._window)})
-
-    @property
-    def threshold(self) -> float:
-        """A row exits iff its score is at or above it; above 1 where nobody exits."""
-        return self._scalars.threshold
 
     def update(self, feedback: Iterable[Feedback]) -> None:
         """Take labels that became known since the last call, in the order of ``known`` and ``event``.
@@ -209,8 +178,8 @@ class ThresholdController:
         """
         batch = sorted(feedback)
         keys = [(item.known, item.event) for item in batch]
-        if self._scalars.last is not None:
-            keys.insert(0, self._scalars.last)
+        if self.state.last is not None:
+            keys.insert(0, self.state.last)
         for before, after in itertools.pairwise(keys):
             if after <= before:
                 raise InputError(
@@ -227,11 +196,11 @@ class ThresholdController:
             self._take(item)
 
     def _take(self, item: Feedback) -> None:
-        config, now = self.config, self._scalars
+        config, now = self.config, self.state
         u = start = now.u
         score = to_logit(item.score)
         weight = config.audit_rate / item.propensity
-        self._window.append(WindowRow.model_construct(u=score, wrong=item.wrong, weight=weight))
+        self._window.append((score, weight, item.wrong))
         change: dict[str, object] = {"n": now.n + 1, "last": (item.known, item.event)}
 
         # At the highest threshold nobody exits, so there is nothing to learn from but the window.
@@ -267,9 +236,9 @@ class ThresholdController:
                 }
                 u = jumped
                 # What comes now is of another threshold.
-                evidence = evidence.restarted()
+                evidence = self._fresh
             change["evidence"] = evidence
-        self._scalars = now.model_copy(update={**change, "u": u})
+        self.state = now.model_copy(update={**change, "u": u})
 
     def _clip(self, u: float) -> float:
         return min(max(u, self._lowest), self.config.highest)
@@ -280,7 +249,7 @@ class ThresholdController:
         One more wrong item of the largest weight is counted, as in conformal risk control. Where no recent score lies
         between it and the certificate, nothing speaks against the certificate, and it is the centre.
         """
-        rows = np.array([(row.u, row.weight, row.wrong) for row in self._window], dtype=np.float64)
+        rows = np.array(self._window, dtype=np.float64)
         u, weight, wrong = rows[np.argsort(-rows[:, 0], kind="stable")].T
         more = float(weight.max())
         risk = (np.cumsum(weight * wrong) + more) / (np.cumsum(weight) + more)

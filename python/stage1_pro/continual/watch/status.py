@@ -61,9 +61,7 @@ class Status(Record):
     format_version: Literal[1] = 1
     time: float = Field(description="seconds since the epoch")
     bundle: str = Field("", description="sha256 of its manifest")
-    health: Health = Field(
-        description="alarm: harm is shown; watch: a sign of it; holds: the interval lies below alpha"
-    )
+    health: Health = Field(description="alarm: harm is shown; watch: a sign of it; holds: interval below alpha")
     headline: str
     sentences: list[str]
     alpha: float
@@ -107,8 +105,7 @@ def assess(
         config: what is watched.
         now: seconds since the epoch.
         triggers_before: what the last look gave.
-        evidence: the e-process so far. Its promise holds over all looks only where one process is kept from the day a
-            model or threshold began to serve.
+        evidence: the e-process, kept from the day a model or threshold began to serve.
         new_labels: since the last training.
         manual: somebody asks for a training.
         missing: what a training still needs, as ``Signals`` has it.
@@ -369,9 +366,8 @@ _HEADLINES: dict[Health, str] = {
 def _health(
     alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence, verdict: Advice
 ) -> Health:
-    if evidence.alarm or "risk alarm" in (*verdict.reasons, *verdict.waiting):
-        return "alarm"
-    if risk.low is not None and risk.low > alpha:
+    alarmed = evidence.alarm or "risk alarm" in (*verdict.reasons, *verdict.waiting)
+    if alarmed or (risk.low is not None and risk.low > alpha):
         return "alarm"
     shifted = estimated.low is not None and estimated.low > alpha
     if shifted or (seen is not None and seen.drifting) or (risk.value is not None and risk.value > alpha):
