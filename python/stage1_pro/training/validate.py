@@ -16,12 +16,11 @@ from stage1_pro.errors import TrainingError
 from stage1_pro.files import write_bytes
 from stage1_pro.metrics.figures import BAND_METRICS, risk_band, risk_coverage_png
 from stage1_pro.metrics.intervals import Intervals, bootstrap, metric_names
-from stage1_pro.metrics.measured import Metric
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.models.adapters import merged_state, replace_trained, save_adapter
 from stage1_pro.models.model import Stage1Model, fingerprint
-from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, GateChoice, rank_answers
+from stage1_pro.policies.ranking import DIFFERENCE, GATE, SOFTMAX, GateChoice, rank_answers
 from stage1_pro.policies.softmax import confidence, softmax
 from stage1_pro.training import checkpoint
 from stage1_pro.training.gate_head import fit_gate
@@ -246,24 +245,10 @@ def _views(session: Session, model: Stage1Model) -> list[np.ndarray[Any, Any]]:
 def _choose_confidence(session: Session, predictions: Predictions) -> None:
     """Write ``gate.json``: what ranks answers better on ``val_select``."""
     found, options = rank_answers(predictions, seed=session.config.seed), session.config.gate
-    gate, sure, difference = found[GATE], found[SOFTMAX], found[DIFFERENCE]
-    better = "gate" if gate.value < sure.value else "softmax"
     facts = checkpoint.load(session.run / "model_best.pth").get("gate_fit", {"form": "joint"})
-    record = GateChoice.model_validate(
-        {
-            "fit": options.fit,
-            **facts,
-            "split_hash": predictions.split_hash,
-            "model_fingerprint": predictions.model_fingerprint,
-            "gate_augrc": Metric.of(GATE, gate),
-            "softmax_augrc": Metric.of(SOFTMAX, sure),
-            "joint_gate_augrc": Metric.of(JOINT, found[JOINT]) if JOINT in found else None,
-            "difference": Metric.of(DIFFERENCE, difference),
-            "asked": options.confidence,
-            "confidence": better if options.confidence == "auto" else options.confidence,
-        }
-    )
+    record = GateChoice.of(found, predictions, options.confidence, **{"fit": options.fit, **facts})
     record.write(session.run / "gate.json")
+    gate, sure, difference = found[GATE], found[SOFTMAX], found[DIFFERENCE]
     session.say(
         f"AUGRC on val_select: gate {gate.value:.5f}, max softmax {sure.value:.5f}, difference "
         f"{difference.value:+.5f} [{difference.low:+.5f}, {difference.high:+.5f}]; confidence: {record.confidence}"
