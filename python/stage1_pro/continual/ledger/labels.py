@@ -142,31 +142,28 @@ def ingest(store: Store, log: EventLog, *, double_share: float = DOUBLE_SHARE, s
         raise InputError(f"double_share must be in [0, 1], got {double_share}")
     new = known = 0
     torn: tuple[str, ...] = ()
+    mine = log_positions.c.log == log.info.id
     with store.write() as connection:
         for name, facts in log.bundles().items():
             row = {"bundle": name, "facts": facts.model_dump_json()}
             connection.execute(insert(store, bundles).values(row).on_conflict_do_nothing())
     while True:
         with store.write() as connection:
-            start = _place(store, connection, log)
+            # Where it goes on; the row is held until the transaction ends.
+            first = {"log": log.info.id, "segment": 0, "position": 0}
+            connection.execute(insert(store, log_positions).values(first).on_conflict_do_nothing())
+            place = select(log_positions.c.segment, log_positions.c.position).where(mine).with_for_update()
+            start = Position(*connection.execute(place).one())
             tail = log.read(start)
             if tail.position != start:
                 where = {"segment": tail.position.segment, "position": tail.position.offset}
-                connection.execute(log_positions.update().where(log_positions.c.log == log.info.id).values(where))
+                connection.execute(log_positions.update().where(mine).values(where))
             rows = [_row(one, double_share, seed) for one in tail.events]
             added = _insert_events(store, connection, rows)
         new, known = new + added, known + len(rows) - added
         torn += tail.torn
         if tail.position == start:
             return Ingested(events=new, known=known, torn=torn, pending=tail.pending)
-
-
-def _place(store: Store, connection: Connection, log: EventLog) -> Position:
-    """Where ingestion of a log goes on; holds its row until the transaction ends."""
-    first = {"log": log.info.id, "segment": 0, "position": 0}
-    connection.execute(insert(store, log_positions).values(first).on_conflict_do_nothing())
-    place = select(log_positions.c.segment, log_positions.c.position).where(log_positions.c.log == log.info.id)
-    return Position(*connection.execute(place.with_for_update()).one())
 
 
 def _row(one: Event, double_share: float, seed: int) -> dict[str, Any]:

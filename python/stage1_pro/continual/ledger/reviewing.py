@@ -163,13 +163,21 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Say nothing: the address of a request may hold the token."""
 
-    def do_GET(self) -> None:
-        target = self._target()
-        if target is None:
+    def parse_request(self) -> bool:
+        """Take path and query of what is asked for; refuse what is no address, such as ``http://[``."""
+        if not super().parse_request():
+            return False
+        try:
+            parts = urlsplit(self.path)
+            self.query = {name: given[0] for name, given in parse_qs(parts.query, max_num_fields=10).items()}
+        except ValueError:
             self._refuse(HTTPStatus.BAD_REQUEST)
-            return
-        path, query = target
-        given = query.get("token", "")
+            return False
+        self.path = parts.path
+        return True
+
+    def do_GET(self) -> None:
+        path, given = self.path, self.query.get("token", "")
         if not self._is_local():
             self._refuse(HTTPStatus.FORBIDDEN)
         elif path == "/" and given:
@@ -185,17 +193,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, f"{_TYPES[name]}; charset=utf-8", data)
         elif path == "/favicon.ico":
             self._send(HTTPStatus.NO_CONTENT, "image/x-icon", b"")
-        elif path == "/image" and (found := self.server.page.image(query.get("event", ""))):
+        elif path == "/image" and (found := self.server.page.image(self.query.get("event", ""))):
             self._send(HTTPStatus.OK, *found)
         else:
             self._refuse(HTTPStatus.NOT_FOUND)
 
     def do_POST(self) -> None:
-        target = self._target()
-        if target is None:
-            self._refuse(HTTPStatus.BAD_REQUEST)
-            return
-        what = target[0].lstrip("/")
+        what = self.path.lstrip("/")
         size = self.headers.get("Content-Length", "")
         # Other pages of this browser cannot send JSON here without being asked for leave, which is never given.
         if not self._is_local() or not self._is_known() or self.headers.get_content_type() != "application/json":
@@ -212,14 +216,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(HTTPStatus.BAD_REQUEST, {"error": "the request is not what this page sends"})
             except InputError as error:
                 self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-
-    def _target(self) -> tuple[str, dict[str, str]] | None:
-        """Path and query of what is asked for; None where that is no address, such as ``http://[``."""
-        try:
-            parts = urlsplit(self.path)
-            return parts.path, {name: given[0] for name, given in parse_qs(parts.query, max_num_fields=10).items()}
-        except ValueError:
-            return None
 
     @property
     def _cookie_name(self) -> str:

@@ -306,21 +306,18 @@ class EventLog:
             raise InputError(f"image_ttl must be a positive number of seconds, got {image_ttl}")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.info = self._open_info(image_ttl)
-        self.images = ImageStore(self.folder / "images", self.info.image_ttl)
-        self._sync_seconds, self._segment_bytes = sync_seconds, segment_bytes
-        self._synced = time.monotonic()
-        self._dirty = False
-
-    def _open_info(self, image_ttl: float | None) -> LogInfo:
         path = self.folder / "log.json"
         with _locked(self.folder / ".lock"):
             if not path.is_file():
                 LogInfo(id=uuid.uuid4().hex, image_ttl=30 * 86400.0 if image_ttl is None else image_ttl).write(path)
-            info = LogInfo.read(path)
-        if image_ttl is not None and image_ttl != info.image_ttl:
-            raise InputError(f"image_ttl must be the log's own, {info.image_ttl:g} s, got {image_ttl:g}; leave it out")
-        return info
+            self.info = LogInfo.read(path)
+        own = self.info.image_ttl
+        if image_ttl is not None and image_ttl != own:
+            raise InputError(f"image_ttl must be the log's own, {own:g} s, got {image_ttl:g}; leave it out")
+        self.images = ImageStore(self.folder / "images", own)
+        self._sync_seconds, self._segment_bytes = sync_seconds, segment_bytes
+        self._synced = time.monotonic()
+        self._dirty = False
 
     def _segments(self) -> dict[int, Path]:
         named = ((_SEGMENT.fullmatch(path.name), path) for path in self.folder.iterdir())

@@ -214,9 +214,9 @@ class LiveCascade(Answering):
             OSError: the log cannot be written.
         """
         self.refresh()
-        return self._decide(self._serving, photos, time.time() if now is None else now)
-
-    def _decide(self, serving: _Serving, photos: Sequence[Prepared], now: float) -> Decisions:
+        now = time.time() if now is None else now
+        # Another thread may change it meanwhile; a batch is of one champion.
+        serving = self._serving
         champion, candidate, pointer = serving.champion, serving.candidate, serving.pointer
         if candidate is None or not photos:
             return champion.answer(photos, now)

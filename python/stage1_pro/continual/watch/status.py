@@ -366,9 +366,8 @@ _HEADLINES: dict[Health, str] = {
 def _health(
     alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence, verdict: Advice
 ) -> Health:
-    if evidence.alarm or "risk alarm" in (*verdict.reasons, *verdict.waiting):
-        return "alarm"
-    if risk.low is not None and risk.low > alpha:
+    alarmed = evidence.alarm or "risk alarm" in (*verdict.reasons, *verdict.waiting)
+    if alarmed or (risk.low is not None and risk.low > alpha):
         return "alarm"
     shifted = estimated.low is not None and estimated.low > alpha
     if shifted or (seen is not None and seen.drifting) or (risk.value is not None and risk.value > alpha):

@@ -14,7 +14,7 @@ from pydantic import Field
 from scipy.special import expit, logit
 
 from stage1_pro.data.images import ImageError
-from stage1_pro.data.listing import read_list
+from stage1_pro.data.labels import read_list
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST
 from stage1_pro.deploy.cascade import Cascade
