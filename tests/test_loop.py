@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
-from kit.loop_parts import Parts
+from kit.loop_parts import Parts, promote
 from kit.tiny import CLASSES, copy_run, make_images, make_model, make_policy
 from PIL import Image
 
@@ -278,7 +278,7 @@ def test_a_champion_that_moved_meanwhile_holds_the_round(tmp_path: Path, bundle:
         now += 10.0
         loop.step(now=now)
     champion = loop.registry.alias("champion")
-    loop.registry.promote(champion.bundle or "", expected=champion.version, now=now, by="somebody")
+    promote(loop.registry, champion.bundle or "", expected=champion.version, now=now, by="somebody")
     assert loop.step(now=now + 1).row.state == "HOLD"
     assert "champion must still be at version 1" in loop.row().round.note
     assert loop.registry.alias("shadow").bundle is None

@@ -108,7 +108,7 @@ def test_records_of_training_keep_every_value(files: Path) -> None:
 
 def test_records_of_a_loop_keep_every_value(files: Path) -> None:
     pytest.importorskip("sqlalchemy")
-    from stage1_pro.continual.learn.proposing import ProposalRecord
+    from stage1_pro.continual.learn.mgrpo import ProposalRecord
     from stage1_pro.continual.learn.rlvr import TuningRecord
     from stage1_pro.continual.loop.executors import Work
     from stage1_pro.continual.loop.folder import LoopFile

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from stage1_pro.data.images import ImageError, PreprocessSpec, read_image
-from stage1_pro.data.listing import gather
+from stage1_pro.data.labels import gather
 from stage1_pro.data.photos import Folder, Photo, Photos, Tar, open_photos
 from stage1_pro.data.pool import read_pool
 from stage1_pro.data.splits import Splits, make_splits

@@ -41,7 +41,7 @@ from stage1_pro.policies.softmax import Thresholds
 
 CLASSES = ("none", "roadwork")
 FREE = Terms(require_certificate=False)
-PROPOSING = ("learn.rewards", "learn.replay", "learn.rlvr", "learn.mgrpo", "learn.proposing", "loop.tasks")
+PROPOSING = ("learn.rewards", "learn.replay", "learn.rlvr", "learn.mgrpo", "loop.tasks")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
+from kit.loop_parts import promote
 from kit.tiny import copy_run, rehash
 from sqlalchemy import text
 
@@ -134,14 +135,14 @@ def test_moves_swaps_and_steps_back(registry: Registry, bundle: Path, strict: Pa
     one, two = registry.add(bundle), registry.add(strict)
     with pytest.raises(InputError, match="champion must .*got none"):
         registry.sync()
-    assert registry.promote(one, expected=0, now=1.0, by="ada").previous is None
+    assert promote(registry, one, expected=0, now=1.0, by="ada").previous is None
     with pytest.raises(InputError, match="champion must have been something before"):
         back(registry)
-    registry.promote(two, expected=1, now=2.0, by="ada")
-    found = registry.promote(one, expected=2, now=3.0, by="ada")
+    promote(registry, two, expected=1, now=2.0, by="ada")
+    found = promote(registry, one, expected=2, now=3.0, by="ada")
     assert (found.champion, found.previous, found.version) == (one, two, 3)
     with pytest.raises(LostRaceError, match="champion must .*2.*got 3"):
-        registry.promote(two, expected=2, now=4.0, by="bob")
+        promote(registry, two, expected=2, now=4.0, by="bob")
     # Twice is two steps back, not to and fro.
     assert (back(registry).champion, back(registry).champion) == (two, one)
     with pytest.raises(InputError, match="champion must have been something"):
@@ -151,7 +152,7 @@ def test_moves_swaps_and_steps_back(registry: Registry, bundle: Path, strict: Pa
         back(registry, to="0" * 64)
     assert [alias.bundle for alias in registry.history("champion")] == [one, two, one, two, one, two]
     with pytest.raises(InputError, match="bundle must be one of the registry"):
-        registry.promote("1" * 64, expected=6, now=5.0, by="ada")
+        promote(registry, "1" * 64, expected=6, now=5.0, by="ada")
     with registry.store.read() as connection:
         assert connection.execute(text("SELECT count(*) FROM audit")).scalar() == 3
 
@@ -160,7 +161,7 @@ def _race(root: Path, url: str, bundle: str, start: Any, results: Any) -> None:
     registry = Registry(root, Store(url))
     start.wait()
     try:
-        registry.promote(bundle, expected=1, now=2.0, by=str(multiprocessing.current_process().pid))
+        promote(registry, bundle, expected=1, now=2.0, by=str(multiprocessing.current_process().pid))
     except LostRaceError:
         results.put(False)
     else:
@@ -169,7 +170,7 @@ def _race(root: Path, url: str, bundle: str, start: Any, results: Any) -> None:
 
 def test_of_eight_racing_promoters_one_wins(registry: Registry, store_url: str, bundle: Path, strict: Path) -> None:
     one, two = registry.add(bundle), registry.add(strict)
-    registry.promote(one, expected=0, now=1.0, by="ada")
+    promote(registry, one, expected=0, now=1.0, by="ada")
     registry.store.close()
     start, results = FORK.Barrier(8), FORK.Queue()
     racers = [FORK.Process(target=_race, args=(registry.root, store_url, two, start, results)) for _ in range(8)]
@@ -203,14 +204,14 @@ def _read(root: Path, names: list[str], stop: Any, results: Any) -> None:
 
 def _swap(registry: Registry, bundle: Path, strict: Path, swaps: int) -> int:
     names = [registry.add(bundle), registry.add(strict)]
-    registry.promote(names[0], expected=0, now=0.0, by="test")
+    promote(registry, names[0], expected=0, now=0.0, by="test")
     registry.store.close()
     stop, results = FORK.Event(), FORK.Queue()
     readers = [FORK.Process(target=_read, args=(registry.root, names, stop, results)) for _ in range(3)]
     for reader in readers:
         reader.start()
     for version in range(1, swaps + 1):
-        registry.promote(names[version % 2], expected=version, now=float(version), by="test")
+        promote(registry, names[version % 2], expected=version, now=float(version), by="test")
     stop.set()
     found = [results.get(timeout=60) for _ in readers]
     for reader in readers:
@@ -231,7 +232,7 @@ def test_no_reader_sees_a_torn_pointer_in_2000_swaps(local: Registry, bundle: Pa
 
 def test_the_pointer_is_brought_up_after_a_crash(local: Registry, bundle: Path, strict: Path) -> None:
     one, two = local.add(bundle), local.add(strict)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     with local.store.write() as connection:
         local.move(connection, "champion", two, expected=1, now=2.0, by="ada")
     # Killed here: the store knows, the file does not.
@@ -251,12 +252,12 @@ def test_serving_follows_the_champion_and_a_rollback_within_a_second(
     local: Registry, bundle: Path, strict: Path, photos: list[Path]
 ) -> None:
     one, two = local.add(bundle), local.add(strict)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     bytes_before = (local.path(one) / "stage_a.onnx").read_bytes()
     live = LiveCascade(local.root, threads=1)
     first, alone = live.predict(photos), live.predict(photos[:1])
     assert same(first, Cascade.load(bundle).predict(photos)) and first.exited.any()
-    local.promote(two, expected=1, now=2.0, by="ada")
+    promote(local, two, expected=1, now=2.0, by="ada")
     assert same(live.predict(photos), Cascade.load(strict).predict(photos))
     assert live.pointer.champion == two
     took = time.perf_counter()
@@ -272,13 +273,13 @@ def test_a_bad_bundle_or_file_leaves_the_old_one_serving(
     local: Registry, bundle: Path, strict: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = local.add(bundle), local.add(strict)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     live = LiveCascade(local.root, threads=1, retry_seconds=0.0)
     first = live.predict(photos[:2])
     graph = local.path(two) / "stage_b.onnx"
     whole = graph.read_bytes()
     graph.write_bytes(whole[:-1] + b"\0")
-    local.promote(two, expected=1, now=2.0, by="ada")
+    promote(local, two, expected=1, now=2.0, by="ada")
     assert same(live.predict(photos[:2]), first)
     assert live.pointer.champion == one and "it was changed" in str(live.failure)
     assert "goes on serving" in capsys.readouterr().err
@@ -298,7 +299,7 @@ def test_answers_of_a_batch_are_of_one_champion_while_it_changes(
     local: Registry, bundle: Path, strict: Path, photos: list[Path]
 ) -> None:
     one, two = local.add(bundle), local.add(strict)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     live = LiveCascade(local.root, threads=1)
     wanted = [Cascade.load(path, threads=1).predict(photos[:4]) for path in (bundle, strict)]
     assert not same(*wanted)
@@ -316,7 +317,7 @@ def test_answers_of_a_batch_are_of_one_champion_while_it_changes(
     for thread in threads:
         thread.start()
     for version in range(1, 9):
-        local.promote((one, two)[version % 2], expected=version, now=float(version), by="test")
+        promote(local, (one, two)[version % 2], expected=version, now=float(version), by="test")
         time.sleep(0.1)
     stop.set()
     for thread in threads:
@@ -328,7 +329,7 @@ def test_a_shadow_decides_and_its_answers_do_not_leave(
     local: Registry, bundle: Path, strict: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     one, two = local.add(bundle), local.add(strict)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     move(local, "shadow", two)
     log = EventLog(tmp_path / "log")
     live = LiveCascade(local.root, threads=1, log=log)
@@ -349,7 +350,7 @@ def test_a_canary_answers_its_share_always_of_the_same_images(
     local: Registry, bundle: Path, strict: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     one, two = local.add(bundle), local.add(strict)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     move(local, "canary", two, share=0.5)
     log = EventLog(tmp_path / "log")
     live = LiveCascade(local.root, threads=1, log=log, plan=ReviewPlan(seed=1))
@@ -373,7 +374,7 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
     local: Registry, bundle: Path, strict: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = local.add(bundle), local.add(strict)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     move(local, "canary", two, share=1.0)
     live = LiveCascade(local.root, threads=1, log=EventLog(tmp_path / "log"))
     seat = live._serving.candidate
@@ -389,7 +390,7 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
 
 def test_thresholds_that_served_once_are_not_kept(local: Registry, bundle: Path, photos: list[Path]) -> None:
     name = local.add(bundle)
-    local.promote(name, expected=0, now=1.0, by="ada")
+    promote(local, name, expected=0, now=1.0, by="ada")
     live = LiveCascade(local.root, threads=1)
     for k in range(5):
         with local.store.write() as connection:
@@ -401,7 +402,7 @@ def test_thresholds_that_served_once_are_not_kept(local: Registry, bundle: Path,
 
 def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, photos: list[Path]) -> None:
     one = local.add(bundle)
-    local.promote(one, expected=0, now=1.0, by="ada")
+    promote(local, one, expected=0, now=1.0, by="ada")
     policy = local.load(one).policy
     live = LiveCascade(local.root, threads=1)
     assert live.predict(photos).exited.any()
@@ -416,7 +417,7 @@ def test_a_threshold_tightens_and_never_loosens(local: Registry, bundle: Path, p
 def test_serving_audits_more_while_it_is_asked_to(
     local: Registry, bundle: Path, photos: list[Path], tmp_path: Path
 ) -> None:
-    local.promote(local.add(bundle), expected=0, now=1.0, by="ada")
+    promote(local, local.add(bundle), expected=0, now=1.0, by="ada")
     plan = ReviewPlan(floor=0.02, deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0, seed=5)
     log = EventLog(tmp_path / "log")
     live = LiveCascade(local.root, threads=1, log=log, plan=plan, writer="w")
@@ -439,7 +440,7 @@ def test_serving_picks_up_what_is_known_without_a_restart(
     local: Registry, bundle: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = local.add(bundle)
-    local.promote(name, expected=0, now=1.0, by="ada")
+    promote(local, name, expected=0, now=1.0, by="ada")
     plan = ReviewPlan(deferral=0, abstention=0, disagreement=0, entropy=0, novelty=0.5)
     log = EventLog(tmp_path / "log")
 
@@ -467,7 +468,7 @@ def test_serving_picks_up_what_is_known_without_a_restart(
 
 
 def test_what_was_written_before_there_was_an_audit_rate_is_read(local: Registry, bundle: Path) -> None:
-    local.promote(local.add(bundle), expected=0, now=1.0, by="ada")
+    promote(local, local.add(bundle), expected=0, now=1.0, by="ada")
     with local.store.write() as connection:
         connection.execute(text("DROP TABLE audit_rates"))
     old = json.loads((local.root / POINTER).read_text())

@@ -15,7 +15,7 @@ from torch import nn
 
 import stage1_pro
 from stage1_pro.config import Config, load_config
-from stage1_pro.continual.learn import proposing, rlvr
+from stage1_pro.continual.learn import mgrpo, rlvr
 from stage1_pro.continual.learn import rewards as r
 from stage1_pro.continual.learn.mgrpo import ProposalOptions, likelihood_loss, propose
 from stage1_pro.continual.learn.replay import Reservoir
@@ -44,6 +44,20 @@ def bench(repository, monkeypatch):
 
 def truth_of(labels, source="owner"):
     return r.verified(labels, source, classes=CLASSES, positive="roadwork")
+
+
+def expected_set_reward(positive, is_positive, reward):
+    """Expected reward of a set whose rows are answered positive independently, exactly: by the laws of both counts."""
+    truth = torch.as_tensor(is_positive)
+    laws = []
+    for rows in (positive[truth], positive[~truth]):
+        law = positive.new_ones(1)
+        for p in rows:
+            law = torch.cat([law * (1 - p), law.new_zeros(1)]) + torch.cat([law.new_zeros(1), law * p])
+        laws.append(law)
+    tp, fp = np.meshgrid(*(np.arange(len(law), dtype=np.float64) for law in laws), indexing="ij")
+    table = reward(tp, fp, len(laws[0]) - 1 - tp, len(laws[1]) - 1 - fp)
+    return laws[0] @ torch.as_tensor(table, dtype=positive.dtype) @ laws[1]
 
 
 # -------------------------------------------------------------------------------- rewards
@@ -138,7 +152,7 @@ def test_set_gradient_equals_enumeration_at_eight_rows(reward):
     p = logit.sigmoid()
     mean = chance(p.detach()) @ torch.from_numpy(r.difference_rewards(joint, y, reward))
     (own,) = torch.autograd.grad(p @ mean, logit)
-    (exact,) = torch.autograd.grad(rlvr.expected_set_reward(logit.sigmoid(), y, reward), logit)
+    (exact,) = torch.autograd.grad(expected_set_reward(logit.sigmoid(), y, reward), logit)
     assert (own - brute).abs().max() < 1e-6
     assert (exact - brute).abs().max() < 1e-6
     assert brute.abs().max() > 1e-2
@@ -148,7 +162,7 @@ def test_set_loss_is_unbiased():
     rng = np.random.default_rng(3)
     y = rng.random(40) < 0.4
     logit = torch.tensor(rng.normal(size=40), requires_grad=True)
-    (exact,) = torch.autograd.grad(-rlvr.expected_set_reward(logit.sigmoid(), y, r.mcc_reward), logit)
+    (exact,) = torch.autograd.grad(-expected_set_reward(logit.sigmoid(), y, r.mcc_reward), logit)
     draws = []
     for _ in range(200):
         loss = rlvr.set_loss(logit.sigmoid(), y, r.mcc_reward, 100, rng)
@@ -307,8 +321,7 @@ def test_a_tuned_run_is_a_run_without_policy_that_calibrates_again(trained, tmp_
     record = rlvr.tune(trained, out, spec=spec, options=options, through=through)
     assert record.reward_after > record.reward_before
     assert "certify again" in record.statement
-    assert rlvr.read_tuning(out) == record
-    assert rlvr.read_tuning(trained) is None
+    assert rlvr.TuningRecord.read(out / "tuning.json") == record
     assert read_policy(out) is None
     calib = Predictions.load(out / "val_calib.npz")
     assert calib.model_fingerprint == record.model_fingerprint != record.parent_fingerprint
@@ -319,10 +332,6 @@ def test_a_tuned_run_is_a_run_without_policy_that_calibrates_again(trained, tmp_
         again = tmp_path / "again"
         rlvr.tune(trained, again, spec=spec, options=options)
         assert (again / "model_best.pth").read_bytes() == (out / "model_best.pth").read_bytes()
-        stored = rlvr.TuningRecord.read(out / "tuning.json").model_copy(update={"model_fingerprint": "0"})
-        stored.write(out / "tuning.json")
-        with pytest.raises(ArtifactError, match="of one of another|of another"):
-            rlvr.read_tuning(out)
 
 
 def test_a_row_whose_list_says_a_model_labelled_it_earns_nothing(tmp_path):
@@ -331,15 +340,13 @@ def test_a_row_whose_list_says_a_model_labelled_it_earns_nothing(tmp_path):
     rows = [row.model_copy(update={"source": "model" if row == first else "camera 3"}) for row in splits.rows]
     splits = splits.model_copy(update={"rows": rows})
     with pytest.raises(InputError, match="got 'model' at row 0"):
-        rlvr._rows_of(make_model(), splits, "train", r.RewardSpec(), "owner", Config(), [None], cached=True)
+        rlvr.Origin(make_model(), splits, Config(), r.RewardSpec()).rows("train", cached=True)
 
 
 @pytest.mark.slow
 def test_tuning_a_run_refuses_and_takes_uses_along(trained, tmp_path):
     with pytest.raises(InputError, match="another folder"):
         rlvr.tune(trained, trained)
-    with pytest.raises(InputError, match="got 'model' at row 0"):
-        rlvr.tune(trained, tmp_path / "pseudo", source="model")
     with pytest.raises(NotReachableError, match="nothing was written"):
         rlvr.tune(trained, tmp_path / "none", options=rlvr.TuneOptions(lr=1e-12, epochs=1))
     assert not list(tmp_path.iterdir())
@@ -503,47 +510,43 @@ def to_propose(trained, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_proposed_run_earns_more_remembers_and_calibrates_again(trained, to_propose, tmp_path):
-    record = proposing.propose_run(trained, tmp_path / "one", **to_propose)
+    record = mgrpo.propose_run(trained, tmp_path / "one", **to_propose)
     assert record.reward_after > record.reward_before
     n = len(Splits.read(trained / "splits.json").of("train"))
     assert sum(record.replayed.values()) + record.n_new == n and record.n_new > 0
-    assert proposing.ProposalRecord.read(tmp_path / "one/proposal.json") == record
+    assert mgrpo.ProposalRecord.read(tmp_path / "one/proposal.json") == record
     assert read_policy(tmp_path / "one") is None
     assert stage1_pro.calibrate(tmp_path / "one", guarantee="none", target_fnr=0.99).model_fingerprint == (
         record.model_fingerprint
     )
-    remembered = Reservoir.load(tmp_path / "one" / proposing.RESERVOIR)
+    remembered = Reservoir.load(tmp_path / "one" / mgrpo.RESERVOIR)
     assert len(remembered) == n
     # Same inputs, same bytes; and a reservoir of these features is taken, not made again.
-    again = proposing.propose_run(trained, tmp_path / "two", **to_propose)
+    again = mgrpo.propose_run(trained, tmp_path / "two", **to_propose)
     assert again == record
     assert (tmp_path / "one/model_best.pth").read_bytes() == (tmp_path / "two/model_best.pth").read_bytes()
     small = Reservoir(10, 0)
     keep = remembered.ids[:10]
     small.add(keep, remembered.strata[:10], {name: column[:10] for name, column in remembered.columns.items()})
     small.save(tmp_path / "small.npz")
-    taken = proposing.propose_run(trained, tmp_path / "three", reservoir=tmp_path / "small.npz", **to_propose)
+    taken = mgrpo.propose_run(trained, tmp_path / "three", reservoir=tmp_path / "small.npz", **to_propose)
     assert sum(taken.replayed.values()) == 10
     columns = {**small.columns, "features": np.full(10, "0" * 64)}
     other = Reservoir(10, 0)
     other.add(keep, remembered.strata[:10], columns)
     other.save(tmp_path / "other.npz")
-    made = proposing.propose_run(trained, tmp_path / "four", reservoir=tmp_path / "other.npz", **to_propose)
+    made = mgrpo.propose_run(trained, tmp_path / "four", reservoir=tmp_path / "other.npz", **to_propose)
     assert made.replayed == record.replayed
 
 
 @pytest.mark.slow
 def test_proposing_a_run_refuses(trained, to_propose, tmp_path):
     with pytest.raises(NotReachableError, match="nothing was written"):
-        proposing.propose_run(
-            trained, tmp_path / "none", **{**to_propose, "options": ProposalOptions(lr=1e-12, steps=1)}
-        )
-    with pytest.raises(InputError, match="got 'model' at row 0"):
-        proposing.propose_run(trained, tmp_path / "pseudo", source="model", **to_propose)
+        mgrpo.propose_run(trained, tmp_path / "none", **{**to_propose, "options": ProposalOptions(lr=1e-12, steps=1)})
     everything = {row.sha256 for row in Splits.read(trained / "splits.json").rows}
     with pytest.raises(NotReachableError, match="rows that are not known"):
-        proposing.propose_run(trained, tmp_path / "few", **{**to_propose, "known": everything})
+        mgrpo.propose_run(trained, tmp_path / "few", **{**to_propose, "known": everything})
     for change, name in (({"anchor": set()}, "anchor"), ({"recent": []}, "recent")):
         with pytest.raises(InputError, match=f"{name}.* must be 1 or more"):
-            proposing.propose_run(trained, tmp_path / "few", **{**to_propose, **change})
+            mgrpo.propose_run(trained, tmp_path / "few", **{**to_propose, **change})
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ from sklearn.metrics import matthews_corrcoef
 
 import stage1_pro
 from stage1_pro import cli
+from stage1_pro.commands.streetvision import Tune
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan
 from stage1_pro.continual.serving.served import identify
 from stage1_pro.data import protocols
@@ -37,7 +38,7 @@ from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.files import sha256_file
-from stage1_pro.integrations.streetvision import Settings, StreetVision, register
+from stage1_pro.integrations.streetvision import Settings, StreetVision, register, tuning
 from stage1_pro.integrations.streetvision.answering import guard
 from stage1_pro.integrations.streetvision.reward import (
     Rates,
@@ -50,7 +51,7 @@ from stage1_pro.integrations.streetvision.reward import (
     rates_of,
     shifted,
 )
-from stage1_pro.integrations.streetvision.tuning import MinerTuning, tune, yaml_of
+from stage1_pro.integrations.streetvision.tuning import MinerTuning, yaml_of
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.training.robustness import ProtocolEvaluation, evaluate_protocol
 
@@ -282,13 +283,15 @@ def test_a_log_that_cannot_be_written_costs_no_answer(
 
 def test_a_loops_champion_mines(bundle: Path, photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
+    from kit.loop_parts import promote
+
     from stage1_pro.continual.ledger.store import Store
     from stage1_pro.continual.loop.registry import Registry
 
     root = tmp_path / "loop"
     registry = Registry(root, Store(root / "loop.db"))
     name = registry.add(bundle)
-    registry.promote(name, expected=0, now=1.0, by="ada")
+    promote(registry, name, expected=0, now=1.0, by="ada")
     ReviewPlan(floor=0.5).write(root / "plan.json")
     file = tmp_path / "miner.yaml"
     file.write_text("loop: loop\nlog: loop/log\ntrain_prior: 0.8\nserve_prior: 0.5\n")
@@ -309,7 +312,7 @@ def test_a_loops_champion_mines(bundle: Path, photo: bytes, tmp_path: Path, monk
     other = registry.add(copy)
     with registry.store.write() as connection:
         registry.audit_at(connection, 0.9, now=2.0)
-    registry.promote(other, expected=1, now=2.0, by="ada")
+    promote(registry, other, expected=1, now=2.0, by="ada")
     assert miner.answer(photo) > 0
     last = list(EventLog(root / "log"))[-1]
     assert last.bundle == other and last.propensity >= 0.9 and last.action != "exit"
@@ -798,7 +801,7 @@ def test_abstaining_pays_what_was_reported(accuracy: float, above: float, everyt
     accepted = np.ones(probs.size, dtype=bool)
 
     def reward(band: float) -> float:
-        setting = Setting(answer_above=band, abstains=True)
+        setting = Setting(answer_above=band, on_abstain="minus_one")
         return simulator.run(rates_of(outcomes(probs, positive, accepted, setting), positive)).mean
 
     plain, better = reward(0.5), reward(above)
@@ -810,7 +813,7 @@ def test_abstaining_pays_what_was_reported(accuracy: float, above: float, everyt
     # Over-abstaining loses, and fast.
     assert reward(0.99) < plain
     found = best_setting(probs, positive, accepted, simulator, thresholds=[0.4, 0.6], bands=[0.5, 0.7, 0.8, 0.99])
-    assert found.abstains and found.answer_above in (0.7, 0.8)
+    assert found.on_abstain == "minus_one" and found.answer_above in (0.7, 0.8)
 
 
 def test_simulated_scores_are_a_moving_average() -> None:
@@ -826,13 +829,18 @@ def test_outcomes_and_shifts_have_stated_answers() -> None:
     positive = np.array([True, True, False, True, True, True, True])
     accepted = np.array([True, True, True, True, False, True, True])
     assert outcomes(probs, positive, accepted, Setting()).tolist() == [1, -1, -1, 0, 1, -1, -1]
-    assert outcomes(probs, positive, accepted, Setting(0.5, 0.8, True)).tolist() == [1, -1, 0, 0, 0, -1, 0]
+    banded = Setting(answer_above=0.8, on_abstain="minus_one")
+    assert outcomes(probs, positive, accepted, banded).tolist() == [1, -1, 0, 0, 0, -1, 0]
     assert shifted([0.0, 0.3, 1.0, np.nan], 0.3).tolist()[:3] == [0.0, 0.5, 1.0]
     assert rates_of(np.array([1, -1, 0, 1], np.int8), np.array([1, 1, 0, 0], bool)) == Rates((0.5, 0.5), (0.5, 0.0))
 
 
 # --------------------------------------------------------------------------------------------
 # Tuner
+
+
+def tune(**options: Any) -> MinerTuning:
+    return tuning.tune(Tune.of(**options))
 
 
 def make_tunable(folder: Path, n: int, strength: float, seed: int = 0, bias: float = 0.0) -> Path:
@@ -899,13 +907,13 @@ def test_tuning_finds_the_band_and_prints_a_yaml_that_works(tmp_path: Path, caps
 
 
 def test_a_gain_that_is_not_shown_is_not_taken(tmp_path: Path) -> None:
-    record = tune(make_tunable(tmp_path / "run", 120, 2.5), n_replicates=40)
+    record = tune(run=make_tunable(tmp_path / "run", 120, 2.5), n_replicates=40)
     assert record.chosen == "plain" and "not shown" in record.reason
     assert yaml.safe_load(yaml_of(record))["on_abstain"] == "answer"
 
 
 def test_a_model_that_leans_gets_its_threshold(tmp_path: Path) -> None:
-    record = tune(make_tunable(tmp_path / "run", 4000, 1.113, bias=1.5), n_replicates=40)
+    record = tune(run=make_tunable(tmp_path / "run", 4000, 1.113, bias=1.5), n_replicates=40)
     assert record.chosen == "tuned"
     assert logit(record.tuned.setting.threshold) == pytest.approx(1.5, abs=0.5)
 
@@ -913,22 +921,22 @@ def test_a_model_that_leans_gets_its_threshold(tmp_path: Path) -> None:
 def test_tuning_refuses_what_it_cannot_use(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_tunable(tmp_path / "run", 400, 1.0)
     with pytest.raises(InputError, match="serve_prior must .*0.*1.*got 1"):
-        tune(run, serve_prior=1.0)
+        tune(run=run, serve_prior=1.0)
     with pytest.raises(InputError, match="n_replicates must be at least 20"):
-        tune(run, n_replicates=3)
-    with pytest.raises(InputError, match="a run or a bundle"):
+        tune(run=run, n_replicates=3)
+    with pytest.raises(InputError, match="exactly one of run or bundle"):
         tune()
     with pytest.raises(InputError, match="labels and out"):
         tune(bundle=bundle)
     with pytest.raises(InputError, match="rows of its own"):
-        tune(run, labels=tmp_path / "labels.csv")
+        tune(run=run, labels=tmp_path / "labels.csv")
     with pytest.raises(InputError, match="run must be a run folder"):
-        tune(tmp_path / "none")
+        tune(run=tmp_path / "none")
     with pytest.raises(InputError, match="both labels in every four"):
-        tune(make_tunable(tmp_path / "small", 16, 1.0))
+        tune(run=make_tunable(tmp_path / "small", 16, 1.0))
     (run / "thresholds.json").unlink()
     with pytest.raises(InputError, match="run `stage1 calibrate"):
-        tune(run)
+        tune(run=run)
     assert cli.main(["streetvision", "tune", "--run", str(run), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["kind"] == "InputError"
 

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stage1_pro.data.labels import read_labels
-from stage1_pro.data.listing import read_list
+from stage1_pro.data.labels import read_labels, read_list
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError
 from stage1_pro.studies.measuring import Labelled, read_predictions

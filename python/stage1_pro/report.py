@@ -112,12 +112,7 @@ def write_report(
     ``mistakes``, ``changes`` and ``groups`` are rows of the CSV files of these names, the worst first, of which the
     first are shown, with thumbnails of photos under ``image_root``.
     """
-    shown = [{**row, "image": _thumbnail(image_root / str(row["file"]))} for row in mistakes[:THUMBNAILS]]
-    examples = [
-        {**row, "image": _thumbnail(image_root / str(row["file"]))}
-        for effect in ("fixed", "broken")
-        for row in [row for row in changes if row["effect"] == effect][:EXAMPLES]
-    ]
+    fixed, broken = ([row for row in changes if row["effect"] == effect] for effect in ("fixed", "broken"))
     bad = [row for row in groups if row["errors"] or row["missed_positives"]]
     notes: list[str] = []
     measured = {(m.source, m.stage, m.metric): m for m in evaluation.measures}
@@ -144,7 +139,7 @@ def write_report(
         exits=EXITS if policy else (),
         effects=evaluation.effects,
         apart=evaluation.measure("accuracy_minus_stage_b") if policy else None,
-        examples=examples,
+        examples=[*fixed[:EXAMPLES], *broken[:EXAMPLES]],
         cost=_cost(evaluation),
         grid=_grid(policy) if policy else [],
         pictures=pictures,
@@ -152,7 +147,8 @@ def write_report(
         groups=bad[:WORST_GROUPS] if evaluation.n_groups < evaluation.n_rows else [],
         n_bad_groups=len(bad),
         named_sources=any(row["source"] for row in groups),
-        mistakes=shown,
+        mistakes=mistakes[:THUMBNAILS],
+        thumbnail=lambda file: _thumbnail(image_root / file),
     )
     write_text(path, html)
 
@@ -162,16 +158,7 @@ def write_measurement(path: Path | str, found: Measurement, pictures: Sequence[P
     columns = ["Value", "Std", "Interval", "Method", "Note"]
     if found.compared_with is not None:
         columns = ["A", "B", "A − B", *columns[1:]]
-    lines = []
-    for one in found.metrics:
-        known = one.low is not None and one.high is not None
-        interval = f"{_plain(one.low)} to {_plain(one.high)}" if known else "–"
-        cells = [_plain(one.value), _plain(one.std), interval]
-        if found.compared_with is not None:
-            cells = [*map(_plain, found.values[one.metric]), *cells]
-        method = "–" if one.method == "none" else one.method
-        lines.append({"name": table.title(one.metric), "cells": [*cells, method, one.note]})
-    write_text(path, page("metrics.html.j2", found=found, columns=columns, lines=lines, pictures=pictures))
+    write_text(path, page("metrics.html.j2", found=found, columns=columns, pictures=pictures))
 
 
 def short_note(note: str) -> str:
@@ -190,7 +177,7 @@ def page(template: str, **values: object) -> str:
     )  # fmt: skip
     environment.filters["png"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
     environment.filters |= {"percent": percent, "many": _many, "wrong": _wrong, "points": _points, "short": short_note}
-    environment.filters |= {"cell": _cell, "metric": table.title}
+    environment.filters |= {"cell": _cell, "metric": table.title, "plain": _plain}
     environment.filters["stage"] = lambda name: {"stage_a": "Stage A", "stage_b": "Stage B"}[name]
     return environment.get_template(template).render(**values)
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from stage1_pro.continual.learn.rewards import Actions, RewardSpec, verified
+from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.guard import GuardVault
 from stage1_pro.continual.loop.executors import Work
 from stage1_pro.continual.loop.machine import Compared, Job, Round, Watched
 from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, evaluate
 from stage1_pro.continual.loop.registry import Alias, Registry
+from stage1_pro.continual.serving.live import Pointer
 from stage1_pro.continual.watch.monitor import Evidence
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_file
@@ -60,6 +62,14 @@ def refuse(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if inputs["kind"] == "input":
         raise InputError("rows must be 1 or more, got 0")
     raise ZeroDivisionError("a bug")
+
+
+def promote(registry: Registry, bundle: str, *, expected: int, now: float, by: str) -> Pointer:
+    """Make a bundle the champion, with a row in the audit, if it is still at version ``expected``; serving follows."""
+    with registry.store.write() as connection:
+        alias = registry.move(connection, "champion", bundle, expected=expected, now=now, by=by)
+        audit.append(connection, registry.store, "champion", alias.model_dump(), now)
+    return registry.sync()
 
 
 class Parts:

@@ -27,7 +27,7 @@ class Tune(Command, topic="streetvision"):
         """Print what the settings earn in simulation, and the miner's YAML."""
         from stage1_pro.integrations.streetvision.tuning import render, tune, yaml_of
 
-        found = tune(**dict(self))
+        found = tune(self)
         return Result(render(found), {**found.model_dump(mode="json"), "yaml": yaml_of(found)})
 
 

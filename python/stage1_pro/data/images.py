@@ -59,15 +59,9 @@ SUFFIXES = frozenset({
 })
 # fmt: on
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What EXIF says of how a picture lies; 1, the first of its orientations, is upright.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_ORIENTATION = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
 
 
 class ImageError(InputError):
@@ -180,8 +174,11 @@ def _explain(error: Exception, file: BinaryIO) -> tuple[Reason, str]:
 def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """Decode an opened image and give it as 8-bit RGB, the right way up; ``name`` is what errors call it."""
     image.load()
-    # Read after decoding: some formats keep it behind the pixels, and TIFF is turned by Pillow itself.
-    transpose = _orientation(image)
+    transpose = None
+    # Read after decoding: some formats keep it behind the pixels, and TIFF is turned by Pillow itself. A damaged EXIF
+    # block is no reason to refuse the picture.
+    with contextlib.suppress(Exception):
+        transpose = _ORIENTATION.get(image.getexif().get(0x0112, 1))
     picture = _to_rgb(image, name)
     if transpose is None:
         return picture
@@ -189,14 +186,6 @@ def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     # What it is told about itself is about the picture as it lay: read again, it must not be turned again.
     turned.info = {}
     return turned
-
-
-def _orientation(image: Image.Image) -> Image.Transpose | None:
-    # A damaged EXIF block is no reason to refuse the picture.
-    try:
-        return _ORIENTATION.get(image.getexif().get(0x0112, 1))
-    except Exception:  # noqa: BLE001
-        return None
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -10,8 +10,7 @@ import numpy as np
 
 from stage1_pro.data.duplicates import near_duplicates, read_pictures
 from stage1_pro.data.images import Quarantined
-from stage1_pro.data.labels import TABLE
-from stage1_pro.data.listing import gather, read_list
+from stage1_pro.data.labels import TABLE, gather, read_list
 from stage1_pro.data.photos import Photo, Photos, is_source, open_photos
 from stage1_pro.data.splits import Row
 from stage1_pro.errors import InputError

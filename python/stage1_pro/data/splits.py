@@ -233,7 +233,7 @@ def make_splits(
         fractions=shares,
         folds=folds,
         fold=fold,
-        **_facts(rows, names),
+        **facts_of(rows, names),
         quarantined=len(quarantined),
         merging=merging,
         rows=rows,
@@ -249,7 +249,7 @@ class _Facts(TypedDict):
     hashes: dict[str, str]
 
 
-def _facts(rows: Sequence[Row], names: Sequence[str]) -> _Facts:
+def facts_of(rows: Sequence[Row], names: Sequence[str]) -> _Facts:
     """Counts, groups and hashes of every split; raises InputError where a split lacks a class."""
     counts = {split: dict.fromkeys(names, 0) for split in SPLITS}
     for row in rows:
@@ -291,7 +291,7 @@ def resplit(splits: Splits, seed: int) -> Splits:
         else row.model_copy(update={"split": split_of[row.group], "half": half_of.get(row.group)})
         for row in splits.rows
     ]
-    return splits.model_copy(update={**_facts(rows, splits.classes), "rows": rows, "seed": seed}).apart()
+    return splits.model_copy(update={**facts_of(rows, splits.classes), "rows": rows, "seed": seed}).apart()
 
 
 # --------------------------------------------------------------------------------------------

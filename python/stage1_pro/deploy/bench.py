@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stage1_pro.data.listing import gather
+from stage1_pro.data.labels import gather
 from stage1_pro.data.photos import read_file
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy import timing

@@ -27,7 +27,7 @@ from stage1_pro.deploy.manifest import FORMAT, BundleManifest, EngineEntry, Prov
 from stage1_pro.errors import ArtifactError, InputError, printable
 from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, sha256_file, write_text
 from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.policies.policy import POLICIES, Policy, policy_named
+from stage1_pro.policies.policy import POLICIES, Policy
 from stage1_pro.record import FileEntry
 from stage1_pro.words import StageName
 
@@ -414,7 +414,7 @@ def _scan(folder: Path) -> dict[str, int]:
 
 def _policy_kind(manifest: BundleManifest) -> type[Policy]:
     try:
-        return policy_named(manifest.active_exit_policy)
+        return POLICIES.find(manifest.active_exit_policy)
     except InputError:
         raise ArtifactError(
             "active_exit_policy must be a policy that is installed here, got "
@@ -430,7 +430,7 @@ def _check_policy_files(manifest: BundleManifest, present: Mapping[str, int]) ->
             f"got {printable(manifest.policy_file)}"
         )
     # Of policies from elsewhere only the active one is looked for: others are not read.
-    names = {expected, *(policy_named(name).file for name in POLICIES.built_in)}
+    names = {expected, *(POLICIES.find(name).file for name in POLICIES.built_in)}
     policies = sorted(n for n in {*present, *manifest.files} if PurePosixPath(n).name.lower() in names)
     if not policies:
         raise ArtifactError(f"bundle must hold exactly one policy file, got none; {expected} is missing")
@@ -503,7 +503,7 @@ def _check_relations(manifest: BundleManifest) -> None:
     shape = hidden["hidden"]
     if len(shape) < 2 or shape[0] != -1 or min(shape[1:]) < 1 or math.prod(shape[1:]) > _TENSOR_NUMBERS:
         raise ArtifactError(f"hidden must have a shape of -1 and sizes from 1 on, got {printable(str(shape))}")
-    if policy_named(manifest.active_exit_policy).needs_gate and not gate:
+    if POLICIES.find(manifest.active_exit_policy).needs_gate and not gate:
         raise ArtifactError(
             f"stage_a must give gate_logit for the policy {manifest.active_exit_policy}, but it does not"
         )

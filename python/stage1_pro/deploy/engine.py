@@ -471,16 +471,20 @@ def _build(module: Any, onnx: Path, recipe: EngineRecipe, stage: StageName, logg
             f"batch {list(recipe.profile(stage))} must fit the graph of {stage}, got a profile it refuses"
         )
     if hasattr(module, "ComputeCapability") and recipe.compute_capabilities:
-        # TensorRT for RTX alone can name the cards to build for.
-        config.num_compute_capabilities = len(recipe.compute_capabilities)
-        for index, name in enumerate(recipe.compute_capabilities):
-            config.set_compute_capability(getattr(module.ComputeCapability, name), index)
+        _set_cards(module, config, recipe)
     with _progress(module, config, stage):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         reasons = [message for severity, message in logger.lines if severity == "ERROR"]
         raise ArtifactError(f"{stage} could not be built by {trt.__name__}: {_first(reasons)}")
     return plan
+
+
+def _set_cards(module: Any, config: Any, recipe: EngineRecipe) -> None:
+    """Name the cards to build for; apart, since TensorRT for RTX alone can, and the classic stubs know no such thing."""
+    config.num_compute_capabilities = len(recipe.compute_capabilities)
+    for index, name in enumerate(recipe.compute_capabilities):
+        config.set_compute_capability(getattr(module.ComputeCapability, name), index)
 
 
 def _first(reasons: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.data.images import ImageError
-from stage1_pro.data.listing import gather
+from stage1_pro.data.labels import gather
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle

@@ -11,7 +11,6 @@ Everything lies in the user's configuration folder (``STAGE1_CONFIG``, else ``XD
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 import stat
@@ -349,7 +348,7 @@ def _read_key(path: Path) -> bytes:
 def _unbase64(text: str, size: int) -> bytes:
     try:
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise ArtifactError("it must be base64") from None
     if len(data) != size:
         raise ArtifactError(f"it must be {size} bytes, got {len(data)}")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, Unpack, get_args
 
@@ -57,24 +57,15 @@ class How:
             raise InputError(f"method must be bca, percentile or logit, got '{self.method}'; bca is the usual one")
 
 
-class Intervals(Mapping[str, Interval]):
+class Intervals(dict[str, Interval]):
     """Metrics by name, in a fixed order: ``intervals["augrc"].low``; ``unit`` is what was resampled, rows or groups."""
 
     def __init__(self, intervals: Mapping[str, Interval], *, n_rows: int, n_units: int, unit: str) -> None:
-        self._intervals = dict(intervals)
+        super().__init__(intervals)
         self.n_rows, self.n_units, self.unit = n_rows, n_units, unit
 
-    def __getitem__(self, name: str) -> Interval:
-        try:
-            return self._intervals[name]
-        except KeyError:
-            raise KeyError(f"{name!r} was not measured{nearest(name, self._intervals)}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._intervals)
-
-    def __len__(self) -> int:
-        return len(self._intervals)
+    def __missing__(self, name: str) -> Interval:
+        raise KeyError(f"{name!r} was not measured{nearest(name, self)}")
 
     def __repr__(self) -> str:
         lines = [f"Intervals of {self.n_rows} rows, {self.n_units} {self.unit}"]

@@ -19,6 +19,7 @@ from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import check_level
 from stage1_pro.metrics.estimate import Estimate, Interval
 from stage1_pro.metrics.probabilistic import check_probabilities, largest, mcc_of_counts
+from stage1_pro.metrics.selective import weighted_augrc
 from stage1_pro.metrics.table import METRICS
 
 # The measures of an arm.
@@ -147,18 +148,5 @@ class _Ranked:
         with np.errstate(invalid="ignore", divide="ignore"):
             right = total - weights @ self._wrong
             mcc = np.where(total > 0, mcc_of_counts(right, weights @ self._true, weights @ self._given), np.nan)
-            areas = [self._augrc(weights, *order) for order in self._orders]
+            areas = [weighted_augrc(weights, self._wrong, *order) for order in self._orders]
             return np.stack([right / total, mcc, *areas])
-
-    def _augrc(
-        self, weights: NDArray[np.float64], order: NDArray[np.uint32], ends: NDArray[np.uint32]
-    ) -> NDArray[np.float64]:
-        """``metrics.augrc`` with many weights at once, [B]: a sum over tie groups."""
-        at = ends.astype(np.int64) - 1
-        ranked = weights[:, order]
-        rows = np.cumsum(ranked, axis=1)[:, at]
-        errors = np.cumsum(ranked * self._wrong[order], axis=1)[:, at]
-        both = errors.copy()
-        both[:, 1:] += errors[:, :-1]
-        area: NDArray[np.float64] = (np.diff(rows, prepend=0, axis=1) * both).sum(axis=1) / (2 * rows[:, -1] ** 2)
-        return area

@@ -116,11 +116,21 @@ def augrc(
         return native.augrc(confidence, error)
     _, losses = native.rows(confidence, error)
     shares = _weights(weights, losses.size)
-    order, ends = native.order(confidence, error)
-    rows = np.cumsum(shares[order])[ends.astype(np.int64) - 1]
-    errors = np.cumsum((shares * losses)[order])[ends.astype(np.int64) - 1]
-    before = np.concatenate([[0.0], errors[:-1]])
-    return float((np.diff(rows, prepend=0) * (before + errors)).sum() / (2 * rows[-1] ** 2))
+    return float(weighted_augrc(shares, losses, *native.order(confidence, error)))
+
+
+def weighted_augrc(
+    weights: NDArray[np.float64], error: NDArray[Any], order: NDArray[np.uint32], ends: NDArray[np.uint32]
+) -> NDArray[np.float64]:
+    """``augrc`` of checked rows under many weights [..., N] at once, [...]; ``order`` and ``ends`` as of ``native``."""
+    at = ends.astype(np.int64) - 1
+    ranked = weights[..., order]
+    rows = np.cumsum(ranked, axis=-1)[..., at]
+    errors = np.cumsum(ranked * error[order], axis=-1)[..., at]
+    both = errors.copy()
+    both[..., 1:] += errors[..., :-1]
+    area: NDArray[np.float64] = (np.diff(rows, prepend=0, axis=-1) * both).sum(axis=-1) / (2 * rows[..., -1] ** 2)
+    return area
 
 
 def aurc(confidence: ArrayLike, error: ArrayLike, *, nan_policy: NanPolicy = "raise") -> float:

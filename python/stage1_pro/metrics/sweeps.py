@@ -216,23 +216,22 @@ def _place(values: NDArray[np.float64], upper: int, lower: int, dtype: np.dtype[
     Both are numbers of the scores' dtype: comparing with such scores rounds nothing. The caller's ``lower`` is not 0.
     """
 
-    def between(low: float, high: float, share: float) -> float:
-        return float(dtype.type(low + share * (high - low)))
+    def between(low: float, high: float, share: float, otherwise: float) -> float:
+        number = float(dtype.type(low + share * (high - low)))
+        return number if low < number < high else otherwise
 
     if upper == lower < values.size:
         high, low = float(values[upper - 1]), float(values[upper])
-        below, above = between(low, high, 1 / 3), between(low, high, 2 / 3)
+        below, above = between(low, high, 1 / 3, low), between(low, high, 2 / 3, high)
         # Neighbouring floats have no numbers between them; the thresholds are then the scores themselves.
         return (below, above) if low < below < above < high else (low, high)
     below, above = -math.inf, math.inf
     if lower < values.size:
-        high, low = float(values[lower - 1]), float(values[lower])
-        middle = between(low, high, 1 / 2)
-        below = middle if low < middle < high else low
+        low = float(values[lower])
+        below = between(low, float(values[lower - 1]), 1 / 2, low)
     if upper > 0:
-        high, low = float(values[upper - 1]), float(values[upper]) if upper < values.size else 0.0
-        middle = between(low, high, 1 / 2)
-        above = middle if low < middle < high else high
+        high = float(values[upper - 1])
+        above = between(float(values[upper]) if upper < values.size else 0.0, high, 1 / 2, high)
     return below, above
 
 

@@ -70,7 +70,7 @@ def stake_claim(
     """Write down in ``RUN/claims.json`` that a certify half is about to be used, before anybody looks at it.
 
     The very same claim (model, preprocessing, policy and wish) is no new use. The first claim fixes delta and the
-    number of claims it is divided by. The file outlives policies and trainings; another certify half starts anew.
+    number of claims it is divided by; another certify half starts anew.
 
     Args:
         run: run folder.

@@ -124,9 +124,7 @@ def plan_calibration(
 ) -> int:
     """How many rows the certify half needs (groups, where rows share one) to certify risk <= alpha; fewer is cheaper.
 
-    The smallest n from which ``certify_power`` stays at ``power``: exact, for a threshold that is taken as given. The
-    walk over thresholds and the test of the coverage itself cost a little more. Beyond 200,000 trials a normal
-    approximation takes over. ``val_calib`` is halved, so it needs twice as many.
+    The smallest n from which ``certify_power`` stays at ``power``. ``val_calib`` is halved, so it needs twice as many.
 
     Args:
         alpha: largest risk, inside (0, 1).

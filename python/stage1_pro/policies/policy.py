@@ -344,15 +344,6 @@ def policies() -> Mapping[str, type[Policy]]:
     return {name: POLICIES.find(name) for name in POLICIES}
 
 
-def policy_named(name: str) -> type[Policy]:
-    """The policy of a name.
-
-    Raises:
-        InputError: there is none.
-    """
-    return POLICIES.find(name)
-
-
 def policy_files() -> list[str]:
     """Names of all policy files; a folder holds one of them at most."""
     return [kind.file for kind in policies().values()]

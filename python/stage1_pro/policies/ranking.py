@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -38,6 +39,17 @@ class GateChoice(Record):
     difference: Metric = Field(description="AUGRC of the gate minus that of max softmax, paired, by group")
     asked: Literal["auto", "softmax", "gate"]
     confidence: Literal["softmax", "gate"] = Field(description="which one says how sure an answer is")
+
+    @classmethod
+    def of(cls, found: Mapping[str, Interval], predictions: Predictions, asked: str, **facts: Any) -> Self:
+        """The record of what ``rank_answers`` found, as it was asked for; ``facts`` say how the gate was fitted."""
+        better = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
+        figures = {name: Metric.of(name, found[name]) for name in (GATE, SOFTMAX, JOINT) if name in found}
+        difference = Metric.of(DIFFERENCE, found[DIFFERENCE])
+        return cls.model_validate({
+            **facts, **figures, "difference": difference, "split_hash": predictions.split_hash, "asked": asked,
+            "model_fingerprint": predictions.model_fingerprint, "confidence": better if asked == "auto" else asked,
+        })  # fmt: skip
 
 
 GATE, SOFTMAX, JOINT, DIFFERENCE = "gate_augrc", "softmax_augrc", "joint_gate_augrc", "gate_minus_softmax_augrc"

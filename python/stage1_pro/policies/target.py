@@ -268,7 +268,7 @@ def parse_target(values: Mapping[str, Any]) -> Target:
     """
     kind = KNOWN.get(values.get("policy", ""))
     if kind is None:
-        from stage1_pro.policies.policy import policy_named
+        from stage1_pro.policies.policy import POLICIES
 
-        kind = policy_named(str(values.get("policy"))).asks
+        kind = POLICIES.find(str(values.get("policy"))).asks
     return kind.of(**values)

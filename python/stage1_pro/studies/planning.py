@@ -13,7 +13,7 @@ from stage1_pro.files import write_bytes
 from stage1_pro.metrics.figures import power_png
 from stage1_pro.policies.bounds import check_share
 from stage1_pro.policies.planning import smallest_alpha, smallest_n
-from stage1_pro.policies.policy import policy_named
+from stage1_pro.policies.policy import POLICIES
 from stage1_pro.record import Record
 from stage1_pro.words import PolicyName
 
@@ -61,7 +61,7 @@ def plan(asked: Plan) -> CalibrationPlan:
     """What ``commands.plan.plan`` does, by the exact binomials of the policies."""
     if asked.out is not None and asked.out.exists() and not asked.out.is_dir():
         raise InputError(f"--out must be a folder to write into, got the file {asked.out}")
-    kind, power, n = policy_named(asked.policy), asked.power, asked.n
+    kind, power, n = POLICIES.find(asked.policy), asked.power, asked.n
     # The last promise of a target is its risk.
     risk = kind.asks.of().promises("")[-1].limit if asked.alpha is None else asked.alpha
     error = risk / 2 if asked.expected_error is None else asked.expected_error

@@ -20,7 +20,7 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.files import load_npz, sha256_file
 from stage1_pro.policies.claims import Stake, close_claim, note_look, stake_claim
-from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, policy_named, withdraw_policies
+from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, withdraw_policies
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
@@ -123,7 +123,7 @@ def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     """What is asked for: the given values over the configuration's, checked before any row is looked at."""
     policy, guarantee = given.get("policy", base.policy), given.get("guarantee", base.guarantee)
     _one_of("policy", policy, [*POLICIES, "auto"])
-    kind = policy_named(policy).asks
+    kind = POLICIES.find(policy).asks
     named: dict[str, Any] = {"policy": policy}
     for name, value in given.items():
         if name == "policy":
@@ -170,7 +170,7 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
     if wish.guarantee == "ltt":
         if not half:
             raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
-        policy_named(wish.policy).check_fit_half(rows)
+        POLICIES.find(wish.policy).check_fit_half(rows)
     from stage1_pro.training.run import exclusive
 
     # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
@@ -210,9 +210,9 @@ def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origi
 def _fit(target: Target, rows: Rows, stake: Stake | None, origin: Origin) -> Policy:
     """The policy that is registered for a target; where claims are counted, by delta and claims as first declared."""
     if stake is None:
-        return policy_named(target.policy).fit(target, rows, origin=origin)
+        return POLICIES.find(target.policy).fit(target, rows, origin=origin)
     declared = target.model_copy(update={"delta": stake.delta, "claims": stake.claims})
-    return policy_named(target.policy).fit(declared, rows, use=stake.use, origin=origin)
+    return POLICIES.find(target.policy).fit(declared, rows, use=stake.use, origin=origin)
 
 
 def _with_history(policy: Policy, stake: Stake) -> Policy:
@@ -308,7 +308,7 @@ def _calibrate_logits(
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
     halves = arrays.get("half")
-    target = None if out is None else (out if out.suffix == ".json" else out / policy_named(wish.policy).file)
+    target = None if out is None else (out if out.suffix == ".json" else out / POLICIES.find(wish.policy).file)
     if target is not None and target != out and (target.parent / "splits.json").is_file():
         raise InputError(
             f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from stage1_pro.data.predictions import Predictions
-from stage1_pro.metrics.measured import Metric
 from stage1_pro.models.adapters import replace_trained
 from stage1_pro.models.model import Stage1Model, fingerprint
-from stage1_pro.policies.ranking import DIFFERENCE, GATE, JOINT, SOFTMAX, GateChoice, rank_answers
+from stage1_pro.policies.ranking import DIFFERENCE, GATE, SOFTMAX, GateChoice, rank_answers
 from stage1_pro.training import checkpoint
 from stage1_pro.training.gate_head import fit_gate
 from stage1_pro.training.inference import infer, save_calibration
@@ -108,23 +107,9 @@ def _views(session: Session, model: Stage1Model) -> list[np.ndarray[Any, Any]]:
 def _choose_confidence(session: Session, predictions: Predictions) -> None:
     """Write ``gate.json``: what ranks answers better on ``val_select``."""
     found = rank_answers(predictions, seed=session.config.seed)
-    better = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
-    options = session.config.gate
     facts = checkpoint.load(session.run / "model_best.pth").get("gate_fit", {"form": "joint"})
-    record = GateChoice.model_validate(
-        {
-            "fit": options.fit,
-            **facts,
-            "split_hash": predictions.split_hash,
-            "model_fingerprint": predictions.model_fingerprint,
-            "gate_augrc": Metric.of(GATE, found[GATE]),
-            "softmax_augrc": Metric.of(SOFTMAX, found[SOFTMAX]),
-            "joint_gate_augrc": Metric.of(JOINT, found[JOINT]) if JOINT in found else None,
-            "difference": Metric.of(DIFFERENCE, found[DIFFERENCE]),
-            "asked": options.confidence,
-            "confidence": better if options.confidence == "auto" else options.confidence,
-        }
-    )
+    options = session.config.gate
+    record = GateChoice.of(found, predictions, options.confidence, **{"fit": options.fit, **facts})
     record.write(session.run / "gate.json")
     gate, sure, difference = found[GATE], found[SOFTMAX], found[DIFFERENCE]
     session.say(

@@ -173,29 +173,16 @@ def _check_answers(name: str, answers: NDArray[np.int64], truth: Verified) -> No
 
 
 def mcc_reward(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike, tn: ArrayLike) -> NDArray[np.float64]:
-    """Matthews' correlation of a set, in [-1, 1]; 0 where it is undefined.
-
-    Args:
-        tp: true positives, of any shape.
-        fp: false positives, of that shape.
-        fn: false negatives, of that shape.
-        tn: true negatives, of that shape.
-    """
+    """Matthews' correlation of sets from their counts, in [-1, 1], higher is better; 0 where it is undefined."""
     a, b, c, d = (np.asarray(count, dtype=np.float64) for count in (tp, fp, fn, tn))
     spread = (a + b) * (a + c) * (d + b) * (d + c)
     return np.where(spread > 0, (a * d - b * c) / np.sqrt(np.where(spread > 0, spread, 1.0)), 0.0)
 
 
 def validator_reward(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike, tn: ArrayLike) -> NDArray[np.float64]:
-    """StreetVision's score of a set, in [0, 1]: (max(0, MCC) / 2 + accuracy / 2) cubed.
+    """StreetVision's score of sets from their counts, in [0, 1]: (max(0, MCC) / 2 + accuracy / 2) cubed.
 
     The subnet takes MCC over the last 100 rounds and accuracy over the last 10; a set stands for both here.
-
-    Args:
-        tp: true positives, of any shape.
-        fp: false positives, of that shape.
-        fn: false negatives, of that shape.
-        tn: true negatives, of that shape.
     """
     a, b, c, d = (np.asarray(count, dtype=np.float64) for count in (tp, fp, fn, tn))
     n = a + b + c + d

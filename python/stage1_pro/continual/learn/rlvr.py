@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -38,13 +38,12 @@ from stage1_pro.continual.learn.rewards import (
 )
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.splits import Row, Splits
-from stage1_pro.errors import ArtifactError, InputError, NotReachableError
-from stage1_pro.files import atomic_directory, load_npz, write_csv
-from stage1_pro.metrics.measured import Metric
+from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.files import atomic_directory, write_csv
 from stage1_pro.models.adapters import adapt, merged_state
 from stage1_pro.models.model import Outputs, Stage1Model, fingerprint
 from stage1_pro.policies.claims import CLAIMS_FILE
-from stage1_pro.policies.ranking import DIFFERENCE, GATE, SOFTMAX, GateChoice, rank_answers
+from stage1_pro.policies.ranking import GateChoice, rank_answers
 from stage1_pro.progress import say
 from stage1_pro.record import Record  # fmt: skip
 from stage1_pro.training import checkpoint
@@ -129,29 +128,6 @@ def set_loss(positive: Tensor, is_positive: NDArray[np.bool_], reward: SetReward
     return -(positive * torch.as_tensor(worth, dtype=positive.dtype, device=positive.device)).sum()
 
 
-def expected_set_reward(positive: Tensor, is_positive: NDArray[np.bool_], reward: SetReward) -> Tensor:
-    """Expected reward of a set whose rows are answered positive independently, exactly and with its gradient, a scalar.
-
-    From the laws of both counts (Poisson binomial, by convolution), O(N^2): for small sets, and the judge of
-    ``set_loss``.
-
-    Args:
-        positive: [N] probability that the row is answered positive.
-        is_positive: [N] truth.
-        reward: of a set from its counts.
-    """
-    truth = torch.as_tensor(is_positive, device=positive.device)
-    laws = []
-    for rows in (positive[truth], positive[~truth]):
-        law = positive.new_ones(1)
-        for p in rows:
-            law = torch.cat([law * (1 - p), law.new_zeros(1)]) + torch.cat([law.new_zeros(1), law * p])
-        laws.append(law)
-    tp, fp = np.meshgrid(*(np.arange(len(law), dtype=np.float64) for law in laws), indexing="ij")
-    table = reward(tp, fp, len(laws[0]) - 1 - tp, len(laws[1]) - 1 - fp)
-    return laws[0] @ torch.as_tensor(table, dtype=positive.dtype, device=positive.device) @ laws[1]
-
-
 def kl(log_probs: Tensor, reference: Tensor) -> Tensor:
     """Mean KL(policy || reference) over rows, a scalar >= 0; both are log-probabilities [N, A]."""
     return (log_probs.exp() * (log_probs - reference)).sum(1).mean()
@@ -231,13 +207,7 @@ def mean_reward(log_probs: Tensor, rewards: Tensor) -> float:
 
 
 def fit_policy(
-    policy: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    rows: BanditRows,
-    select: BanditRows,
-    options: TuneOptions,
-    *,
-    note: Callable[[dict[str, float]], None] | None = None,
+    policy: nn.Module, parameters: Sequence[nn.Parameter], rows: BanditRows, select: BanditRows, options: TuneOptions
 ) -> Tuned:
     """Tune some parameters of a policy in place; it ends at its best epoch on ``select``, or where it started.
 
@@ -250,7 +220,6 @@ def fit_policy(
         rows: to learn from.
         select: to stop by.
         options: how.
-        note: called with every epoch's figures.
 
     Raises:
         InputError: no parameters, or no answers and truth for a set-level method.
@@ -294,8 +263,6 @@ def fit_policy(
                 optimizer.step()
         found = _judge(log_probs_of(policy, select.inputs), select, reward)
         history.append({"epoch": float(epoch), "select_reward": found[0], "select_expected": found[1]})
-        if note is not None:
-            note(history[-1])
         if found > best:
             best, best_epoch = found, epoch
             kept = copy.deepcopy([p.data for p in parameters])
@@ -320,6 +287,104 @@ def _judge(log_probs: Tensor, rows: BanditRows, reward: SetReward | None) -> tup
 
 
 # -------------------------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A trained run that tuning starts from: its model in evaluation mode on a device, its rows, what they earn."""
+
+    model: Stage1Model
+    splits: Splits
+    config: Config
+    spec: RewardSpec
+
+    @classmethod
+    def load(cls, run: Path, spec: RewardSpec | None) -> Self:
+        """A run from its folder; raises ArtifactError where it is not trained, or was changed."""
+        model, run_config = checkpoint.load_run_model(run)
+        splits = Splits.read(run / "splits.json").verify()
+        return cls(model.to(pick_device()).eval(), splits, run_config.config, spec or RewardSpec())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def labels(self, rows: Sequence[Row]) -> tuple[NDArray[np.int64], list[str]]:
+        """Class indices and label sources of rows that may be rewarded.
+
+        They are the owner's, but for those of which the list says that a model or a mere match labelled them.
+
+        Raises:
+            InputError: a source whose labels may not be rewarded.
+        """
+        labels = self.splits.indices(rows)
+        sources = [row.source if row.source in UNPAID else "owner" for row in rows]
+        verified(labels, sources, classes=self.splits.classes, positive=self.splits.positive)
+        return labels, sources
+
+    def inputs(
+        self,
+        photos: Sequence[ImageFile],
+        draw: tuple[AugmentConfig, int, int] | None = None,
+        *,
+        cached: bool = True,
+        description: str = "",
+    ) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.int64]]:
+        """Inputs of ``HeadsPolicy`` for N images, and what Stage B answers on them [N].
+
+        Inputs are both stages' features, each [N, 2D], where ``cached``; else the pixels [N, 3, H, W]. ``draw`` is an
+        augmentation, as ``run_over`` takes it.
+        """
+
+        def forward(pixels: Tensor) -> dict[str, Tensor]:
+            features_a, features_b = self.model.features(pixels)
+            own = {"a": features_a, "b": features_b} if cached else {"pixels": pixels}
+            return {**own, "logits_b": self.model.heads.auxiliary(features_b)}
+
+        found = run_over(
+            forward, photos, self.model.architecture.preprocessing, device=self.device,
+            workers=self.config.train.workers, draw=draw, description=description,
+        )  # fmt: skip
+        answers_b = found.pop("logits_b").argmax(1).astype(np.int64)
+        return tuple(found.values()), answers_b
+
+    def pay(
+        self,
+        inputs: Sequence[NDArray[np.float32]],
+        answers_b: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        sources: Sequence[str],
+    ) -> BanditRows:
+        """What every action earns where Stage B answers ``answers_b`` [N] and the truth is ``labels`` [N]."""
+        splits, device = self.splits, self.device
+        truth = verified(labels, sources, classes=splits.classes, positive=splits.positive)
+        positive = splits.classes.index(splits.positive)
+        says = np.zeros((answers_b.size, len(splits.classes) + 2))
+        says[:, positive] = 1.0
+        says[:, len(splits.classes)] = answers_b == positive
+        return BanditRows(
+            tuple(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in inputs),
+            torch.from_numpy(action_rewards(self.spec, truth, answers_b).astype(np.float32)).to(device),
+            torch.from_numpy(says.astype(np.float32)).to(device),
+            truth.is_positive,
+        )
+
+    def rows(
+        self,
+        name: Literal["train", "val_select"],
+        draws: Sequence[tuple[AugmentConfig, int, int] | None] = (None,),
+        *,
+        cached: bool,
+    ) -> BanditRows:
+        """Rows of one split, each draw after the other: features or images, and what every action earns on them."""
+        rows = self.splits.of(name)
+        labels, sources = self.labels(rows)  # Before an hour of features.
+        photos, what = self.splits.photos_of(rows), f"{name} rows for tuning"
+        found = [self.inputs(photos, draw, cached=cached, description=what) for draw in draws]
+        inputs = [np.concatenate(parts) for parts in zip(*(inputs for inputs, _ in found), strict=True)]
+        answers = np.concatenate([answers for _, answers in found])
+        return self.pay(inputs, answers, np.tile(labels, len(draws)), sources * len(draws))
 
 
 class TuningRecord(Record):
@@ -347,8 +412,6 @@ def tune(
     spec: RewardSpec | None = None,
     options: TuneOptions | None = None,
     through: Literal["heads", "adapter"] = "heads",
-    source: str = "owner",
-    overwrite: bool = False,
 ) -> TuningRecord:
     """Tune a trained run for a reward and write it as a new run, which must be calibrated and certified again.
 
@@ -365,29 +428,24 @@ def tune(
         spec: what actions earn.
         options: how.
         through: what learns.
-        source: where the labels of ``splits.json`` come from; only ``owner`` or ``review`` may be rewarded.
-        overwrite: replace a folder at ``out``.
 
     Raises:
         InputError: the folder is there, or labels that may not be rewarded.
         ArtifactError: a run that is not trained, or was changed.
         NotReachableError: no epoch was better on ``val_select`` than the start; nothing was written.
     """
-    run, out = Path(run), Path(out)
-    spec, options = spec or RewardSpec(), options or TuneOptions()
+    run, out, options = Path(run), Path(out), options or TuneOptions()
     if out.resolve() == run.resolve():
         raise InputError(f"out must be another folder than the run, got {out}; the run stays as it is")
-    if out.exists() and not overwrite:
-        raise InputError(f"out must be a new folder, got {out}, which is there; add overwrite to replace it")
-    model, run_config = checkpoint.load_run_model(run)
-    splits, config = Splits.read(run / "splits.json").verify(), run_config.config
-    before = model.fingerprint()
-    device = pick_device()
-    model = model.to(device).eval()
+    if out.exists():
+        raise InputError(f"out must be a new folder, got {out}, which is there")
+    origin = Origin.load(run, spec)
+    model, config, before = origin.model, origin.config, origin.model.fingerprint()
     adaptation = adapt(model, "lora", config.adapter, options.seed) if through == "adapter" else None
-    model.to(device).eval()
-    learns = [*model.heads.classifier.parameters(), *model.heads.gate.parameters()]
-    if adaptation is not None:
+    model.to(origin.device).eval()
+    if adaptation is None:
+        learns = [*model.heads.classifier.parameters(), *model.heads.gate.parameters()]
+    else:
         model.heads.auxiliary.requires_grad_(False)
         learns = [p for p in model.parameters() if p.requires_grad]
     for parameter in learns:
@@ -396,17 +454,14 @@ def tune(
     draws: list[tuple[AugmentConfig, int, int] | None] = [
         (config.augment, config.seed, config.train.epochs + view) for view in range(views)
     ] or [None]
-    parts = {name: _rows_of(model, splits, name, spec, source, config, draws if name == "train" else [None],
-                            cached=through == "heads") for name in ("train", "val_select")}  # fmt: skip
+    train = origin.rows("train", draws, cached=through == "heads")
+    select = origin.rows("val_select", cached=through == "heads")
     policy = HeadsPolicy(model.heads if through == "heads" else model)
-    tuned = fit_policy(policy, learns, parts["train"], parts["val_select"], options)
+    tuned = fit_policy(policy, learns, train, select, options)
     model.eval()
-    after_rows = (
-        parts["val_select"]
-        if adaptation is None
-        else _rows_of(model, splits, "val_select", spec, source, config, [None], cached=False)
-    )
-    reward_after, _ = _judge(log_probs_of(policy, after_rows.inputs), after_rows, _SETS.get(options.method))
+    if adaptation is not None:
+        select = origin.rows("val_select", cached=False)
+    reward_after, _ = _judge(log_probs_of(policy, select.inputs), select, _SETS.get(options.method))
     if tuned.best_epoch == 0 or reward_after <= tuned.start:
         raise NotReachableError(
             f"the reward on val_select must rise above {tuned.start:.4f}, got {reward_after:.4f} as the best of "
@@ -415,9 +470,9 @@ def tune(
     state = model.state_dict() if adaptation is None else merged_state(model)
     after = fingerprint(model.architecture, state)
     record = TuningRecord(
-        parent_fingerprint=before, model_fingerprint=after, through=through, spec=spec, options=options, views=views,
-        n_rows=len(parts["train"].rewards), best_epoch=tuned.best_epoch, reward_before=tuned.start,
-        reward_after=reward_after, split_hashes=splits.hashes,
+        parent_fingerprint=before, model_fingerprint=after, through=through, spec=origin.spec, options=options,
+        views=views, n_rows=len(train.rewards), best_epoch=tuned.best_epoch, reward_before=tuned.start,
+        reward_after=reward_after, split_hashes=origin.splits.hashes,
     )  # fmt: skip
     with atomic_directory(out) as staging:
         write_run(staging, run, state)
@@ -430,31 +485,11 @@ def tune(
     return record
 
 
-def read_tuning(run: Path | str) -> TuningRecord | None:
-    """What a run was tuned from; None where it was only trained.
-
-    Raises:
-        ArtifactError: the record is of another model than the run's.
-    """
-    run = Path(run)
-    if not (run / "tuning.json").is_file():
-        return None
-    record = TuningRecord.read(run / "tuning.json")
-    stored = str(load_npz(run / "val_calib.npz")["model_fingerprint"])
-    if record.model_fingerprint != stored:
-        raise ArtifactError(f"{run}/tuning.json must be of this run's model, got one of another; tune again")
-    return record
-
-
 def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
-    """Into a new folder: a run with these weights, of another's splits and configuration, and without a policy.
+    """Into an empty folder: a run with these weights (of the model in its plain form) in place of another run's.
 
-    Answers on ``val_select`` and ``val_calib`` are those of the new weights; the certify half's uses come along.
-
-    Args:
-        staging: an empty folder.
-        run: trained run whose model these weights are of.
-        state: of the model in its plain form.
+    It has the splits and configuration of that run, and no policy. Answers on ``val_select`` and ``val_calib`` are of
+    the new weights; the certify half's uses come along.
     """
     for name in ("splits.json", "config.json", "metrics.csv", CLAIMS_FILE):
         if (run / name).is_file():
@@ -467,115 +502,6 @@ def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
     predictions = infer(plain, splits, "val_select", workers=config.train.workers)
     predictions.save(staging / "val_select.npz")
     save_calibration(staging, infer(plain, splits, "val_calib", workers=config.train.workers))
-    _choice(predictions, config).write(staging / "gate.json")
-
-
-def read_rows(
-    model: Stage1Model,
-    photos: Sequence[ImageFile],
-    config: Config,
-    draw: tuple[AugmentConfig, int, int] | None = None,
-    *,
-    cached: bool = True,
-    description: str = "",
-) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.int64]]:
-    """Inputs of ``HeadsPolicy`` for images, and what Stage B answers on them [N].
-
-    Args:
-        model: of a run.
-        photos: N images.
-        config: of the run.
-        draw: augmentation, as ``run_over`` takes it.
-        cached: both stages' features, each [N, 2D]; else the pixels [N, 3, H, W].
-        description: of the progress.
-    """
-
-    def forward(pixels: Tensor) -> dict[str, Tensor]:
-        features_a, features_b = model.features(pixels)
-        own = {"a": features_a, "b": features_b} if cached else {"pixels": pixels}
-        return {**own, "logits_b": model.heads.auxiliary(features_b)}
-
-    found = run_over(
-        forward, photos, model.architecture.preprocessing, device=next(model.parameters()).device,
-        workers=config.train.workers, draw=draw, description=description,
-    )  # fmt: skip
-    answers_b = found.pop("logits_b").argmax(1).astype(np.int64)
-    return tuple(found.values()), answers_b
-
-
-def pay_rows(
-    inputs: Sequence[NDArray[np.float32]],
-    answers_b: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    sources: Sequence[str],
-    spec: RewardSpec,
-    splits: Splits,
-    device: torch.device,
-) -> BanditRows:
-    """Rows for tuning: what every action earns where Stage B answers ``answers_b`` [N] and the truth is ``labels`` [N].
-
-    Raises:
-        InputError: a source whose labels may not be rewarded.
-    """
-    truth = verified(labels, sources, classes=splits.classes, positive=splits.positive)
-    positive = splits.classes.index(splits.positive)
-    says = np.zeros((answers_b.size, len(splits.classes) + 2))
-    says[:, positive] = 1.0
-    says[:, len(splits.classes)] = answers_b == positive
-    return BanditRows(
-        tuple(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in inputs),
-        torch.from_numpy(action_rewards(spec, truth, answers_b).astype(np.float32)).to(device),
-        torch.from_numpy(says.astype(np.float32)).to(device),
-        truth.is_positive,
-    )
-
-
-def labels_of(rows: Sequence[Row], splits: Splits, source: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Class indices and label sources of rows.
-
-    A list that says of a row that a model or a mere match labelled it is believed, whatever ``source`` says of all.
-    """
-    labels = splits.indices(rows)
-    return labels, [row.source if row.source in UNPAID else source for row in rows]
-
-
-def _rows_of(
-    model: Stage1Model,
-    splits: Splits,
-    name: Literal["train", "val_select"],
-    spec: RewardSpec,
-    source: str,
-    config: Config,
-    draws: Sequence[tuple[AugmentConfig, int, int] | None],
-    *,
-    cached: bool,
-) -> BanditRows:
-    """Rows of one split, each draw after the other: features or images, and what every action earns on them."""
-    rows = splits.of(name)
-    labels, sources = labels_of(rows, splits, source)
-    verified(labels, sources, classes=splits.classes, positive=splits.positive)  # Before an hour of features.
-    photos = splits.photos_of(rows)
-    found = [
-        read_rows(model, photos, config, draw, cached=cached, description=f"{name} rows for tuning") for draw in draws
-    ]
-    inputs = [np.concatenate(parts) for parts in zip(*(inputs for inputs, _ in found), strict=True)]
-    return pay_rows(
-        inputs, np.concatenate([answers for _, answers in found]), np.tile(labels, len(draws)), sources * len(draws),
-        spec, splits, next(model.parameters()).device,
-    )  # fmt: skip
-
-
-def _choice(predictions: Any, config: Config) -> GateChoice:
-    """``gate.json`` of a tuned run: what ranks its answers better on ``val_select``."""
     found = rank_answers(predictions, seed=config.seed)
-
-    def metric(name: str) -> Metric:
-        return Metric.of(name, found[name])
-
-    better: Literal["gate", "softmax"] = "gate" if found[GATE].value < found[SOFTMAX].value else "softmax"
-    asked = config.gate.confidence
-    return GateChoice(
-        fit="joint", form="joint: tuned for a reward", split_hash=predictions.split_hash,
-        model_fingerprint=predictions.model_fingerprint, gate_augrc=metric(GATE), softmax_augrc=metric(SOFTMAX),
-        difference=metric(DIFFERENCE), asked=asked, confidence=better if asked == "auto" else asked,
-    )  # fmt: skip
+    choice = GateChoice.of(found, predictions, config.gate.confidence, fit="joint", form="joint: tuned for a reward")
+    choice.write(staging / "gate.json")

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from stage1_pro.errors import DependencyError, InputError, Stage1Error, need
-from stage1_pro.files import locked, sha256_bytes, sha256_file
+from stage1_pro.files import locked, sha256_bytes, sha256_file, write_text
 from stage1_pro.record import FileEntry, Record
 
 RESULT = "result.json"
@@ -34,7 +34,10 @@ _REQUEST = "request.json"
 _LOG = "log.txt"
 _OUTCOME = "outcome.json"
 
-Kind = Literal["inline", "subprocess", "torchrun", "accelerate", "ray"]
+# Package and module of a launcher.
+_LAUNCHERS = {
+    "torchrun": ("torch", "torch.distributed.run"), "accelerate": ("accelerate", "accelerate.commands.launch"),
+}  # fmt: skip
 
 
 class WorkError(Stage1Error):
@@ -55,7 +58,7 @@ class Work(Record):
 class ExecutorConfig(Record):
     """Where work runs."""
 
-    kind: Kind = "subprocess"
+    kind: Literal["inline", "subprocess", "torchrun", "accelerate", "ray"] = "subprocess"
     timeout: float = Field(24 * 3600.0, gt=0, description="seconds for one piece; inline work has none")
     arguments: list[str] = Field([], description="for torchrun or accelerate launch, such as --nproc-per-node=4")
     address: str | None = Field(None, description="of a Ray cluster; null: one is started here")
@@ -66,14 +69,7 @@ class Executor(Protocol):
     """Runs a function with inputs and a folder somewhere, and gives its result."""
 
     def run(self, function: str, inputs: Mapping[str, Any], folder: Path, lock: int) -> dict[str, Any]:
-        """The result.
-
-        Args:
-            function: ``module:name``.
-            inputs: JSON.
-            folder: for files.
-            lock: descriptor of the work's lock, which a child process holds while it works.
-        """
+        """The result; ``lock`` is the descriptor of the work's lock, which a child process holds while it works."""
 
 
 def make_executor(config: ExecutorConfig) -> Executor:
@@ -88,12 +84,9 @@ def make_executor(config: ExecutorConfig) -> Executor:
         return RayExecutor(config.address, dict(config.resources), config.timeout)
     if config.kind == "subprocess":
         return Launched((sys.executable, "-m"), config.timeout)
-    module = "torch.distributed.run" if config.kind == "torchrun" else "accelerate.commands.launch"
-    try:
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(name=module)
-    except ModuleNotFoundError:
-        raise need("train", "torch" if config.kind == "torchrun" else "accelerate") from None
+    package, module = _LAUNCHERS[config.kind]
+    if importlib.util.find_spec(package) is None:
+        raise need("train", package)
     return Launched((sys.executable, "-m", module, *config.arguments, "-m"), config.timeout)
 
 
@@ -124,10 +117,12 @@ def do_work(root: Path | str, function: str, inputs: Mapping[str, Any], executor
         if found is not None:
             return found
         # The process that waited for this work may have been killed after the work ended well.
-        result = None if (folder / RESULT).is_file() else _left(folder)
+        result = None if (folder / RESULT).is_file() else _outcome(folder).get("result")
         if result is None:
-            for name in (FILES, RESULT, _OUTCOME):
-                _remove(folder / name)
+            for name in (RESULT, _OUTCOME):
+                (folder / name).unlink(missing_ok=True)
+            if (folder / FILES).is_dir():
+                shutil.rmtree(folder / FILES)
             (folder / FILES).mkdir()
             result = executor.run(function, inputs, folder / FILES, lock)
         work = Work(key=key, function=function, inputs=dict(inputs), result=result, files=_entries(folder / FILES))
@@ -162,9 +157,7 @@ class Inline:
 class Launched:
     """In a fresh interpreter, or in those that a launcher such as torchrun starts; all are killed in the end.
 
-    Args:
-        launcher: words before the module's name; the last is ``-m``.
-        timeout: seconds.
+    ``launcher`` holds the words before the module's name; the last is ``-m``.
     """
 
     launcher: Sequence[str]
@@ -195,18 +188,21 @@ class Launched:
                 process.wait()
         if code is None:
             raise WorkError(f"{function} must be done in {self.timeout:g} s, got no result; see {home / _LOG}")
-        return _outcome(home, f"{function} ({shlex.join(self.launcher)}) ended with code {code}")
+        outcome = _outcome(home)
+        if "result" in outcome:
+            result: dict[str, Any] = outcome["result"]
+            return result
+        if outcome:
+            kinds = {kind.__name__: kind for kind in _kinds(Stage1Error)}
+            raise kinds.get(outcome["kind"], WorkError)(outcome["error"])
+        last = (home / _LOG).read_text("utf-8", "replace").strip().rpartition("\n")[2] or "it said nothing"
+        ended = f"{function} ({shlex.join(self.launcher)}) ended with code {code}"
+        raise WorkError(f"{ended}: {last}; see {home / _LOG}")
 
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """On a Ray cluster whose machines see the same folder.
-
-    Args:
-        address: of the cluster; None starts one here.
-        resources: options of the task: num_cpus, num_gpus.
-        timeout: seconds.
-    """
+    """On a Ray cluster whose machines see the same folder; see ``ExecutorConfig``."""
 
     address: str | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
@@ -250,25 +246,13 @@ def _call(function: str, inputs: Mapping[str, Any], folder: Path) -> dict[str, A
     return result
 
 
-def _left(home: Path) -> dict[str, Any] | None:
-    try:
-        result: dict[str, Any] | None = json.loads((home / _OUTCOME).read_text()).get("result")
-    except (OSError, ValueError):
-        return None
-    return result
-
-
-def _outcome(home: Path, what: str) -> dict[str, Any]:
+def _outcome(home: Path) -> dict[str, Any]:
+    """What a process of rank 0 wrote of its work; empty where it did not come to that."""
     try:
         outcome: dict[str, Any] = json.loads((home / _OUTCOME).read_text())
     except (OSError, ValueError):
-        lines = (home / _LOG).read_text("utf-8", "replace").strip().splitlines()
-        raise WorkError(f"{what}: {lines[-1] if lines else 'it said nothing'}; see {home / _LOG}") from None
-    if "result" in outcome:
-        result: dict[str, Any] = outcome["result"]
-        return result
-    kinds = {kind.__name__: kind for kind in _kinds(Stage1Error)}
-    raise kinds.get(outcome["kind"], WorkError)(outcome["error"])
+        return {}
+    return outcome
 
 
 def _kinds(kind: type[Stage1Error]) -> Iterator[type[Stage1Error]]:
@@ -285,13 +269,6 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
     }
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run one request in this process, of any rank; rank 0 writes the outcome."""
     request_path = Path(arguments[0])
@@ -304,9 +281,7 @@ def main(arguments: Sequence[str]) -> int:
     except Stage1Error as error:
         outcome = {"error": str(error), "kind": type(error).__name__}
     if os.environ.get("RANK", "0") == "0":
-        temporary = request_path.with_name(f".{_OUTCOME}.tmp")
-        temporary.write_text(json.dumps(outcome))
-        temporary.replace(request_path.with_name(_OUTCOME))
+        write_text(request_path.with_name(_OUTCOME), json.dumps(outcome))
     return 0 if "result" in outcome else 1
 
 

@@ -26,7 +26,7 @@ from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
 from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
-from stage1_pro.continual.loop.registry import LostRaceError, Registry
+from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import PLAN
@@ -96,17 +96,16 @@ def init(
     by: str,
     now: float | None = None,
 ) -> dict[str, Any]:
-    """Begin a loop: the run's bundle is the first champion.
+    """Begin a loop: the run's bundle is the first champion. Options are those of ``stage1 continual init``.
 
     Args:
         root: a new folder.
         run: trained and calibrated run, which proposals start from.
         bundle: of that run; ``RUN/bundle`` by default.
-        alpha: error of exits that is watched; by default what the policy was asked for, where it was asked for any.
+        alpha: error of exits that is watched; by default what the policy was asked for.
         store: ``ROOT`` (SQLite) by default.
         log: what serving writes; ``ROOT/log`` by default.
-        config: YAML with ``loop``, ``rounds``, ``alerts`` and ``metrics`` of ``loop.json``, as far as they differ from
-            the defaults; or those.
+        config: YAML of what in ``loop.json`` differs from the defaults, or its keys and values.
         by: who does it.
         now: seconds since the epoch; the clock's by default.
 
@@ -134,20 +133,15 @@ def init(
     if not isinstance(monitor, Mapping):
         raise InputError(f"rounds.monitor must hold keys and values, got {monitor!r}")
     rounds["monitor"] = {"alpha": alpha, **monitor}
-    values = {
-        "store": store or str(root.absolute()),
-        "log": str((log or root / "log").absolute()),
-        "rounds": rounds,
-        **given,
-    }
+    where = {"store": store or str(root.absolute()), "log": str((log or root / "log").absolute())}
     try:
-        file = LoopFile.model_validate(values)
+        file = LoopFile.model_validate({**where, "rounds": rounds, **given})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         # URLs of hooks are secrets.
-        got = "another value" if where.startswith("alerts") else repr(first["input"])
-        raise InputError(f"{where} must be valid, got {got}: {first['msg']}") from None
+        got = "another value" if key.startswith("alerts") else repr(first["input"])
+        raise InputError(f"{key} must be valid, got {got}: {first['msg']}") from None
     kept = Store(file.store)
     try:
         registry = Registry(root, kept)
@@ -160,8 +154,8 @@ def init(
         kept.close()
     # A database's URL or a hook may hold a secret.
     file.write(root / CONFIG, mode=0o600)
-    where = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
-    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": where, "log": file.log}
+    shown = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
+    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": shown, "log": file.log}
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -186,13 +180,6 @@ def status(
     test_alert: bool = False,
 ) -> dict[str, Any]:
     """Where the loop is, what serves, and how it is doing.
-
-    Args:
-        root: the loop's folder.
-        page: HTML page for people to write.
-        metrics: file for Prometheus' textfile collector to write; its name ends in .prom.
-        grafana: dashboard to import into Grafana to write.
-        test_alert: send one to every hook of ``loop.json``; what became of it is under ``deliveries``.
 
     Raises:
         InputError: a test alert without hooks, or another ending than .prom.
@@ -227,25 +214,17 @@ def labels(
     source: Source | None = None,
     annotator: str | None = None,
 ) -> dict[str, Any]:
-    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet.
-
-    Args:
-        root: the loop's folder.
-        imported: file to read.
-        exported: file or folder to write.
-        source: of imported labels.
-        annotator: of imported labels without one.
-    """
+    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet."""
     with opened(root) as (_, registry, parts, _loop):
         store = registry.store
         ingest(store, parts.log)
+        now = time.time()
         if imported is not None:
             if imported.suffix == ".json":
-                found = import_label_studio(
-                    store, imported, now=time.time(), source=source or "review", annotator=annotator
-                )
+                source = source or "review"
+                found = import_label_studio(store, imported, now=now, source=source, annotator=annotator)
             else:
-                found = import_csv(store, imported, now=time.time(), source=source, annotator=annotator)
+                found = import_csv(store, imported, now=now, source=source, annotator=annotator)
             return {"added": found.added, "known": found.known}
         assert exported is not None
         if exported.suffix not in (".csv", ".json"):
@@ -255,13 +234,9 @@ def labels(
 
 
 def run(root: Path, *, manual: bool = False, every: float | None = None, until: str | None = None) -> dict[str, Any]:
-    """Take steps until one waits; with ``every`` look again after so many seconds, for good.
+    """Take steps until one waits, or up to the work of state ``until``; ``manual`` asks for a round now.
 
-    Args:
-        root: the loop's folder.
-        manual: ask for a round now.
-        every: seconds between looks; an error is said and tried again.
-        until: stop before this state's work.
+    With ``every`` look again after so many seconds, for good; an error is said and tried again.
     """
     with opened(root) as (config, _registry, parts, loop):
         while True:
@@ -291,22 +266,15 @@ def _report(config: LoopFile, parts: Rounds) -> None:
 
 
 def _steps(loop: Loop, manual: bool, until: str | None, report: Callable[[], None]) -> dict[str, Any]:
-    row, taken, note = loop.resume(), [], ""
-    while row.state != until:
-        try:
-            step = loop.step(now=time.time(), manual=manual and row.state in ("MONITOR", "HOLD"))
-        except LostRaceError:
-            row = loop.row()
-            continue
+    taken, note = [], ""
+    for state, step in loop.steps(time.time, manual=manual, until=until):
         # Before the next state's work, which may take hours.
         report()
         note = step.note
-        if not step.moved:
-            break
-        manual = manual and step.row.state == "MONITOR"
-        taken.append({"from": row.state, "to": step.row.state, "why": note})
-        say(f"{row.state} -> {step.row.state}: {note}")
-        row = step.row
+        if step.moved:
+            taken.append({"from": state, "to": step.row.state, "why": note})
+            say(f"{state} -> {step.row.state}: {note}")
+    row = loop.row()
     return {"state": row.state, "steps": taken, "note": note, "round": row.round.model_dump(mode="json")}
 
 

@@ -10,8 +10,10 @@ of its inputs, and times are those of the row, so a process that was killed and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -138,14 +140,29 @@ class Compared:
     disagreements: int
     evidence: Evidence
 
+    def facts(self) -> dict[str, Any]:
+        """For the audit."""
+        return {"pairs": self.pairs, "disagreements": self.disagreements, "evidence": self.evidence.value}
+
+    def against(self) -> str:
+        """Why the candidate goes."""
+        e = self.evidence
+        wrong = f"the candidate was wrong in {e.n_wrong} of {e.n} audited disagreements"
+        return f"{wrong}, evidence {e.peak:.3g} reached {1 / e.delta:g}"
+
+    def short(self, left: float, pairs: int) -> str:
+        """What the candidate waits for: seconds, and images of ``pairs``."""
+        wait = f"{left:.0f} s" if left > 0 else ""
+        more = f"{pairs - self.pairs} more images" if self.pairs < pairs else ""
+        return f"waits for {' and '.join(filter(None, (wait, more)))}; {self.disagreements} disagreements so far"
+
 
 @dataclass(frozen=True)
 class _Changes:
-    """What a look changes of what is in force: kind and body of its audit row, the rate in it, how it is written."""
+    """What a look changes of what is in force: kind and body of its audit row, and how it is written."""
 
     kind: str | None
     body: Mapping[str, Any]
-    rate: Mapping[str, Any]
     write: Callable[[Connection], None]
 
 
@@ -157,14 +174,7 @@ class Parts(Protocol):
     """
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
-        """Look at what was served; called in MONITOR, and for the threshold where a round waits.
-
-        Args:
-            memory: what the last look left.
-            champion: who serves.
-            now: seconds since the epoch.
-            manual: a person asks for a round.
-        """
+        """Look at what was served since ``memory``; called in MONITOR, and for the threshold where a round waits."""
 
     def collect(self, current: Round) -> Mapping[str, Any]:
         """Freeze the labels that a proposal may learn from, known before the round's ``entered``; never guard rows."""
@@ -222,13 +232,7 @@ class Loop:
 
     @staticmethod
     def begin(registry: Registry, bundle: str, *, now: float, by: str) -> Pointer:
-        """Make the first champion and the row of the loop.
-
-        Args:
-            registry: that holds the bundle.
-            bundle: sha256 of the first champion.
-            now: seconds since the epoch.
-            by: who begins the loop.
+        """Make a bundle of the registry the first champion, and the row of the loop.
 
         Raises:
             InputError: the loop has begun.
@@ -246,16 +250,14 @@ class Loop:
             audit.append(connection, store, "begin", {"champion": bundle, "by": by}, now)
         return registry.sync()
 
-    def row(self, connection: Connection | None = None) -> LoopRow:
+    def row(self) -> LoopRow:
         """Where the loop is.
 
         Raises:
             InputError: it has not begun.
         """
-        if connection is None:
-            with self.store.read() as opened:
-                return self.row(opened)
-        found = connection.execute(select(_row).where(_row.c.id == 1)).first()
+        with self.store.read() as connection:
+            found = connection.execute(select(_row).where(_row.c.id == 1)).first()
         if found is None:
             raise InputError("the loop must have begun, got an empty store; run `stage1 continual init` first")
         return LoopRow.parse(found.body, "the loop's row")
@@ -265,23 +267,34 @@ class Loop:
         self.registry.sync()
         return self.row()
 
-    def run(self, *, now: float, manual: bool = False, most: int = 100) -> list[LoopStep]:
-        """Take steps until one waits; ``manual`` asks for a round as a person would."""
-        self.resume()
-        steps = []
-        for _ in range(most):
-            steps.append(self.step(now=now, manual=manual))
-            if not steps[-1].moved:
+    def run(self, *, now: float, manual: bool = False) -> list[LoopStep]:
+        """The steps that can be taken at one time, a hundred at most."""
+        return [step for _, step in islice(self.steps(lambda: now, manual=manual), 100)]
+
+    def steps(
+        self, clock: Callable[[], float], *, manual: bool = False, until: str | None = None
+    ) -> Iterator[tuple[State, LoopStep]]:
+        """Steps, each with the state before it, until one waits or the work of state ``until`` is next.
+
+        ``manual`` asks for a round as a person would. Where another process moves the loop, this one follows.
+        """
+        row = self.resume()
+        while row.state != until:
+            try:
+                step = self.step(now=clock(), manual=manual)
+            except LostRaceError:
+                row = self.row()
+                continue
+            yield row.state, step
+            if not step.moved:
                 break
-            manual = manual and steps[-1].row.state == "MONITOR"
-        return steps
+            manual = manual and step.row.state == "MONITOR"
+            row = step.row
 
     def step(self, *, now: float, manual: bool = False) -> LoopStep:
-        """Do what the present state does, and take one edge where it can be taken.
+        """Do what the present state does, and take one edge where it can be taken; ``now`` is not before the row's.
 
-        Args:
-            now: seconds since the epoch, not before the row's.
-            manual: somebody asks for a round; heard in MONITOR, and in HOLD, which then ends.
+        ``manual`` asks for a round: heard in MONITOR, and in HOLD, which then ends.
 
         Raises:
             LostRaceError: another process moved the loop meanwhile.
@@ -319,18 +332,10 @@ class Loop:
         if candidate is not None and not current.candidate.startswith(candidate):
             raise InputError(f"candidate must be the one in the shadow, {current.candidate[:12]}, got {candidate}")
         body = {"candidate": current.candidate, "verdict": current.verdict, "by": by}
-        return self._write(
-            row, row.state, current.model_copy(update={"approved_by": by}), row.memory, now, "approval", body
-        )
+        return self._write(row, now, "approval", body, round=current.model_copy(update={"approved_by": by}))
 
-    def rollback(self, *, now: float, by: str, to: str | None = None, reason: str = "by hand") -> Pointer:
-        """Bring back the champion before this one, at once, and end the present round.
-
-        Args:
-            now: seconds since the epoch.
-            by: who rolls back.
-            to: sha256 of an earlier champion; the one before by default.
-            reason: for the audit.
+    def rollback(self, *, now: float, by: str, to: str | None = None) -> Pointer:
+        """Bring back the champion before this one (or an earlier one, ``to``) at once, and end the present round.
 
         Raises:
             InputError: there was none before.
@@ -341,41 +346,29 @@ class Loop:
             self.registry.rollback(connection, now=now, by=by, to=to)
             self._clear(connection, now, by)
 
-        self._edge(row, "ROLLBACK", now, f"{reason} ({by})", move=back)
+        self._edge(row, "ROLLBACK", now, f"by hand ({by})", move=back)
         return self.registry.sync()
 
     # ---------------------------------------------------------------------------- states
 
     def _monitor(self, row: LoopRow, now: float, manual: bool) -> LoopStep:
-        champion = self.registry.alias("champion")
-        seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
-        changes = self._changes(champion, seen, now)
+        champion, seen, changes = self._look(row, now, manual)
         # What is in force changes first, in the same transaction that asks for a training.
         if seen.train:
             current = Round(
                 number=row.round.number + 1, reasons=tuple(seen.reasons), champion=champion.bundle or "",
                 champion_version=champion.version,
             )  # fmt: skip
-            facts = {"threshold": seen.threshold, **changes.rate, **seen.facts}
+            facts = {key: value for key, value in changes.body.items() if key not in ("bundle", "before")}
             return self._edge(row, "COLLECT", now, ", ".join(seen.reasons), current=current, memory=seen.memory,
                               move=changes.write, facts=facts, alerts=seen.alerts)  # fmt: skip
-        after = row
-        if dict(seen.memory) != row.memory or changes.kind is not None:
-            after = self._write(
-                row,
-                "MONITOR",
-                row.round,
-                seen.memory,
-                now,
-                changes.kind,
-                changes.body,
-                move=changes.write,
-                alerts=seen.alerts,
-            )
+        memory = dict(seen.memory)
+        if memory != row.memory or changes.kind is not None:
+            row = self._write(row, now, changes.kind, changes.body, changes.write, seen.alerts, memory=memory)
             self._observe("MONITOR committed")
             self.registry.sync()
         self._tell(seen.alerts)
-        return LoopStep(after, moved=False, note="nothing asks for a training")
+        return LoopStep(row, moved=False, note="nothing asks for a training")
 
     def _steer(self, row: LoopRow, now: float) -> LoopRow:
         """Where a round waits, for days perhaps, the champion's threshold goes on following labels.
@@ -383,18 +376,18 @@ class Loop:
         Nothing else of the look is remembered, so an alarm asks for its training in MONITOR. The audit rate only rises
         meanwhile, since the time of the last drift is not remembered either.
         """
-        champion = self.registry.alias("champion")
-        seen = self.parts.watch(row.memory, champion, now=now, manual=False)
-        changes = self._changes(champion, seen, now, falls=False)
+        _, seen, changes = self._look(row, now, manual=False, falls=False)
         self._tell(seen.alerts)
         if changes.kind is None:
             return row
-        row = self._write(row, row.state, row.round, row.memory, now, changes.kind, changes.body, move=changes.write)
+        row = self._write(row, now, changes.kind, changes.body, changes.write)
         self.registry.sync()
         return row
 
-    def _changes(self, champion: Alias, seen: Watched, now: float, *, falls: bool = True) -> _Changes:
-        """What has to change for what was seen to be in force."""
+    def _look(self, row: LoopRow, now: float, manual: bool, *, falls: bool = True) -> tuple[Alias, Watched, _Changes]:
+        """The champion, what was seen of it, and what has to change for that to be in force."""
+        champion = self.registry.alias("champion")
+        seen = self.parts.watch(row.memory, champion, now=now, manual=manual)
         said, bundle, threshold, rate = self.registry.sync(), champion.bundle, seen.threshold, seen.audit_rate
         tightens = bundle is not None and threshold is not None and threshold != said.threshold
         audits = rate != said.audit_rate and (falls or (rate or 0.0) > (said.audit_rate or 0.0))
@@ -409,7 +402,7 @@ class Loop:
 
         changed = {"audit_rate_before": said.audit_rate, "audit_rate": rate} if audits else {}
         body = {"bundle": bundle, "before": said.threshold, "threshold": threshold, **changed, **seen.facts}
-        return _Changes("threshold" if tightens else "audit rate" if audits else None, body, changed, write)
+        return champion, seen, _Changes("threshold" if tightens else "audit rate" if audits else None, body, write)
 
     def _collect(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         snapshot = dict(self.parts.collect(row.round))
@@ -439,61 +432,45 @@ class Loop:
         if not verdict.promoted:
             return self._edge(row, "HOLD", now, verdict.reason, verdict=name, clear=True)
 
-        def to_shadow(connection: Connection) -> None:
-            self._point(connection, "shadow", row.round.candidate, now)
-
-        return self._edge(row, "SHADOW", now, verdict.reason, verdict=name, shadow_since=now, move=to_shadow)
+        move = partial(self._point, name="shadow", bundle=row.round.candidate, now=now)
+        return self._edge(row, "SHADOW", now, verdict.reason, verdict=name, shadow_since=now, move=move)
 
     def _shadow(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         config, current = self.config, row.round
         found = self.parts.compare(current, delta=config.rollback_delta)
         if found.evidence.alarm:
-            return self._edge(row, "HOLD", now, _against(found), clear=True)
+            return self._edge(row, "HOLD", now, found.against(), clear=True)
         left = current.entered + config.shadow_seconds - now
         if left > 0 or found.pairs < config.shadow_pairs:
-            return LoopStep(row, moved=False, note=_short(found, left, config.shadow_pairs))
+            return LoopStep(row, moved=False, note=found.short(left, config.shadow_pairs))
         if not config.auto_promote and current.approved_by is None:
             note = f"round {current.number} has a candidate, {current.candidate}, that passed the promotion test"
-            self._tell(
-                {f"approval/{current.number}": Alert(
-                    time=now, kind="approval", title="A candidate waits for approval", bundle=current.candidate or "",
-                    text=f"{note}; stage1 continual promote lets it answer",
-                )}
-            )  # fmt: skip
+            text, bundle = f"{note}; stage1 continual promote lets it answer", current.candidate or ""
+            alert = Alert(time=now, kind="approval", title="A candidate waits for approval", text=text, bundle=bundle)
+            self._tell({f"approval/{current.number}": alert})
             return LoopStep(row, moved=False, note="waits for approval: stage1 continual promote")
-
-        def to_canary(connection: Connection) -> None:
-            self._point(connection, "canary", current.candidate, now, share=config.canary_share)
-
         who = current.approved_by or "auto_promote"
-        return self._edge(row, "CANARY", now, f"approved by {who}", move=to_canary, facts=_facts(found))
+        move = partial(self._point, name="canary", bundle=current.candidate, now=now, share=config.canary_share)
+        return self._edge(row, "CANARY", now, f"approved by {who}", move=move, facts=found.facts())
 
     def _canary(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         config = self.config
         found = self.parts.compare(row.round, delta=config.rollback_delta)
         if found.evidence.alarm:
-            return self._edge(row, "ROLLBACK", now, _against(found), clear=True, facts=_facts(found))
+            return self._edge(row, "ROLLBACK", now, found.against(), clear=True, facts=found.facts())
         left = row.round.entered + config.canary_seconds - now
         if left > 0 or found.pairs < config.canary_pairs:
-            return LoopStep(row, moved=False, note=_short(found, left, config.canary_pairs))
-        return self._edge(row, "CHAMPION", now, "the canary lives", facts=_facts(found))
+            return LoopStep(row, moved=False, note=found.short(left, config.canary_pairs))
+        return self._edge(row, "CHAMPION", now, "the canary lives", facts=found.facts())
 
     def _champion(self, row: LoopRow, now: float, _manual: bool) -> LoopStep:
         current = row.round
-
-        def crown(connection: Connection) -> None:
-            self.registry.move(
-                connection,
-                "champion",
-                current.candidate,
-                expected=current.champion_version,
-                now=now,
-                by=f"round {current.number}",
-            )
-            self._clear(connection, now, f"round {current.number}")
-
+        crown = partial(
+            self.registry.move, name="champion", bundle=current.candidate, expected=current.champion_version, now=now,
+            by=f"round {current.number}",
+        )  # fmt: skip
         try:
-            return self._edge(row, "MONITOR", now, "a new champion", memory={}, move=crown)
+            return self._edge(row, "MONITOR", now, "a new champion", memory={}, move=crown, clear=True)
         except LostRaceError as error:
             if self.row().version != row.version:
                 raise
@@ -540,7 +517,7 @@ class Loop:
         *,
         current: Round | None = None,
         memory: Mapping[str, Any] | None = None,
-        move: Callable[[Connection], None] | None = None,
+        move: Callable[[Connection], object] | None = None,
         clear: bool = False,
         facts: Mapping[str, Any] | None = None,
         alerts: Mapping[str, Alert] | None = None,
@@ -555,13 +532,11 @@ class Loop:
             if clear:
                 self._clear(connection, now, f"round {row.round.number}")
 
-        body = {"from": row.state, "to": to, "why": why, **(facts or {})}
         current = (current or row.round).model_copy(update={**changes, "entered": now, "note": why})
-        kept = row.memory if memory is None else memory
+        body = {"from": row.state, "to": to, "why": why, **(facts or {}), "round": current.model_dump()}
         told = {**(alerts or {}), **_alerts_of(row.state, to, why, current, row.version + 1, now)}
-        after = self._write(
-            row, to, current, kept, now, "edge", {**body, "round": current.model_dump()}, move=moves, alerts=told
-        )
+        kept = row.memory if memory is None else dict(memory)
+        after = self._write(row, now, "edge", body, moves, told, state=to, round=current, memory=kept)
         self._observe(f"{row.state} committed")
         self.registry.sync()
         return LoopStep(after, moved=True, note=why)
@@ -569,18 +544,15 @@ class Loop:
     def _write(
         self,
         row: LoopRow,
-        state: State,
-        current: Round,
-        memory: Mapping[str, Any],
         now: float,
         kind: str | None,
         body: Mapping[str, Any],
-        *,
-        move: Callable[[Connection], None] | None = None,
+        move: Callable[[Connection], object] | None = None,
         alerts: Mapping[str, Alert] | None = None,
+        **changes: Any,
     ) -> LoopRow:
         """The one place that changes the row: only if it is still the one that was read."""
-        after = LoopRow(version=row.version + 1, state=state, time=now, round=current, memory=dict(memory))
+        after = row.model_copy(update={**changes, "version": row.version + 1, "time": now})
         with self.store.write() as connection:
             self.store.serialise(connection)
             changed = connection.execute(
@@ -605,25 +577,25 @@ class Loop:
                 outbox.post(connection, self.store, new)
 
     def _point(
-        self, connection: Connection, name: AliasName, bundle: str | None, now: float, *, share: float | None = None
+        self,
+        connection: Connection,
+        name: AliasName,
+        bundle: str | None,
+        now: float,
+        by: str = "loop",
+        share: float | None = None,
     ) -> None:
         at = self.registry.alias(name, connection)
         if at.bundle != bundle:
-            by = "loop"
             self.registry.move(connection, name, bundle, expected=at.version, now=now, by=by, share=share)
 
     def _clear(self, connection: Connection, now: float, by: str) -> None:
-        for name in _TRYING:
-            at = self.registry.alias(name, connection)
-            if at.bundle is not None:
-                self.registry.move(connection, name, None, expected=at.version, now=now, by=by)
+        self._point(connection, "shadow", None, now, by)
+        self._point(connection, "canary", None, now, by)
 
 
-_TRYING: tuple[AliasName, ...] = ("shadow", "canary")
 # States in which a round waits for time, images or a person, or for work that may fail again and again.
-_WAITING: tuple[State, ...] = (
-    "COLLECT", "PROPOSE", "SELECT", "RECALIBRATE", "EVALUATE", "SHADOW", "CANARY", "HOLD",
-)  # fmt: skip
+_WAITING = set(EDGES) - {"MONITOR", "CHAMPION", "ROLLBACK"}
 
 
 def read_verdict(root: Path | str, fingerprint: str) -> Verdict:
@@ -655,21 +627,3 @@ def _alerts_of(state: State, to: State, why: str, current: Round, version: int, 
 
 def _columns(row: LoopRow) -> dict[str, Any]:
     return {"version": row.version, "state": row.state, "body": row.model_dump_json(), "time": row.time}
-
-
-def _facts(found: Compared) -> dict[str, Any]:
-    return {"pairs": found.pairs, "disagreements": found.disagreements, "evidence": found.evidence.value}
-
-
-def _against(found: Compared) -> str:
-    e = found.evidence
-    return (
-        f"the candidate was wrong in {e.n_wrong} of {e.n} audited disagreements, evidence {e.peak:.3g} reached "
-        f"{1 / e.delta:g}"
-    )
-
-
-def _short(found: Compared, left: float, pairs: int) -> str:
-    wait = f"{left:.0f} s" if left > 0 else ""
-    more = f"{pairs - found.pairs} more images" if found.pairs < pairs else ""
-    return f"waits for {' and '.join(filter(None, (wait, more)))}; {found.disagreements} disagreements so far"

@@ -175,21 +175,17 @@ def evaluate(
     if terms.require_certificate:
         tests.append(check_certificate(champion.policy, candidate.policy, candidate.fingerprint))
     tests += judge_anchor(anchor, anchor.origin or champion.anchor, candidate.anchor, spec, terms)
-    failed = [test.name for test in tests if not test.passed]
     look: Look | None = None
-    if failed:
-        tests.append(_unseen(failed[0]))
-    else:
-        asked = RewardSpec.fingerprint(spec) + terms.fingerprint()
+    if all(test.passed for test in tests):
         look, test = vault.judge(
             epoch, champion.guard, candidate.guard,
             partial(_test_guard, champion=champion.guard, candidate=candidate.guard, spec=spec, terms=terms),
-            terms=asked, name=candidate.name, classes=anchor.truth.classes, positive=anchor.truth.positive, now=now,
+            terms=spec.fingerprint() + terms.fingerprint(), name=candidate.name, classes=anchor.truth.classes,
+            positive=anchor.truth.positive, now=now,
         )  # fmt: skip
         tests.append(test)
-        failed = [] if test.passed else [test.name]
-        vault.close(look, promoted=not failed)
-    return _verdict(champion.name, candidate.name, epoch, tests, failed, look, spec=spec, terms=terms, now=now)
+        vault.close(look, promoted=test.passed)
+    return _verdict(champion.name, candidate.name, epoch, tests, look, spec=spec, terms=terms, now=now)
 
 
 def refuse(
@@ -204,56 +200,36 @@ def refuse(
 ) -> Verdict | None:
     """The verdict on a candidate whose bundle fails what was measured of it, without a decision of it; else None.
 
-    A bundle that does not give its own reference outputs is not run on anything.
-
-    Args:
-        champion: name of what serves.
-        candidate: name of what would replace it.
-        epoch: the guard that is not looked at.
-        measured: as ``evaluate`` takes it, and so the rest.
-        spec: what decisions earn.
-        now: seconds since 1970.
-        terms: what is asked.
+    A bundle that does not give its own reference outputs is not run on anything. Arguments are those of ``evaluate``,
+    the two sides by name.
     """
     tests = [_held(one) for one in measured]
-    failed = [test.name for test in tests if not test.passed]
-    if not failed:
+    if all(test.passed for test in tests):
         return None
-    tests.append(_unseen(failed[0]))
-    return _verdict(champion, candidate, epoch, tests, failed, None, spec=spec, terms=terms or Terms(), now=now)
-
-
-def _unseen(failed: str) -> PromotionTest:
-    note = f"not looked at, no look was taken: {failed} failed before"
-    return PromotionTest(name="guard reward", passed=False, note=note)
+    return _verdict(champion, candidate, epoch, tests, None, spec=spec, terms=terms or Terms(), now=now)
 
 
 def _verdict(
     champion: str,
     candidate: str,
     epoch: str,
-    tests: list[PromotionTest],
-    failed: Sequence[str],
+    tests: Sequence[PromotionTest],
     look: Look | None,
     *,
     spec: RewardSpec,
     terms: Terms,
     now: float,
 ) -> Verdict:
+    failed = [test.name for test in tests if not test.passed]
+    if look is None:
+        note = f"not looked at, no look was taken: {failed[0]} failed before"
+        tests = [*tests, PromotionTest(name="guard reward", passed=False, note=note)]
     return Verdict(
-        promoted=not failed,
-        reason="every test passed" if not failed else f"no promotion: {', '.join(failed)}",
-        champion=champion,
-        candidate=candidate,
-        epoch=epoch,
-        look=None if look is None else look.number,
-        looks=None if look is None else look.of,
-        earlier_promotions=None if look is None else look.earlier_promotions,
-        time=now if look is None else look.time,
-        spec=spec,
-        terms=terms,
-        tests=tests,
-    )
+        promoted=not failed, reason=f"no promotion: {', '.join(failed)}" if failed else "every test passed",
+        champion=champion, candidate=candidate, epoch=epoch, look=look and look.number, looks=look and look.of,
+        earlier_promotions=look and look.earlier_promotions, time=look.time if look else now, spec=spec, terms=terms,
+        tests=list(tests),
+    )  # fmt: skip
 
 
 def lower_bound(
@@ -265,11 +241,24 @@ def lower_bound(
         differences: [N] candidate minus champion.
         clusters: [N] the independent unit of every row; None = every row is one.
         level: inside (0, 1).
-        n_replicates: resamples, enough for the level.
+        n_replicates: resamples.
         seed: of the resamples.
+
+    Raises:
+        InputError: too few resamples for the level.
     """
     values = np.asarray(differences, dtype=np.float64)
-    return _low(_replicates(values, clusters, n_replicates, seed), level)
+    place = math.floor(level * (n_replicates + 1)) - 1
+    if place < 0:
+        raise InputError(f"n_replicates must be {math.ceil(1 / level)} or more for level {level:g}, got {n_replicates}")
+    number = np.arange(values.size) if clusters is None else native.cluster_numbers(clusters, values.size)
+    sums, rows = np.bincount(number, values), np.bincount(number)
+    means = []
+    for first in range(0, n_replicates, _CHUNK):
+        count = min(_CHUNK, n_replicates - first)
+        times = native.resample_counts([rows.size], count, first=first, seed=seed).astype(np.float64)
+        means.append((times @ sums) / (times @ rows))
+    return float(np.sort(np.concatenate(means))[place])
 
 
 def _test_guard(
@@ -292,21 +281,13 @@ def _test_guard(
     difference[differ] = of(candidate) - of(champion)
     bound = lower_bound(difference, clusters, level=look.level, n_replicates=terms.n_replicates, seed=terms.seed)
     p = _betting_on_means(difference, clusters, largest_difference(spec), look.level, terms.seed)
+    earlier = f", {look.earlier_promotions} promoted before in this epoch" if look.earlier_promotions else ""
     return look, PromotionTest(
-        name="guard reward",
-        passed=bound > 0 and p <= look.level,
-        n=np.unique(clusters).size,
-        unit="clusters",
-        n_differ=int(differ.sum()),
-        estimate=float(difference.mean()),
-        bound=bound,
-        p_value=p,
-        limit=0.0,
-        level=look.level,
+        name="guard reward", passed=bound > 0 and p <= look.level, n=np.unique(clusters).size, unit="clusters",
+        n_differ=int(differ.sum()), estimate=float(difference.mean()), bound=bound, p_value=p, limit=0.0,
+        level=look.level, note=f"look {look.number} of {look.of}{earlier}",
         method="bound: cluster bootstrap of rows, percentile; p-value: betting on clusters' means, exact",
-        note=f"look {look.number} of {look.of}"
-        + (f", {look.earlier_promotions} promoted before in this epoch" if look.earlier_promotions else ""),
-    )
+    )  # fmt: skip
 
 
 def _betting(
@@ -315,8 +296,7 @@ def _betting(
     reach: float,
     level: float,
     seed: int,
-    *,
-    margin: float = 0.0,
+    margin: float = 0,
 ) -> float:
     """p-value of "the rows' mean difference is at most -margin", for any number of clusters, of these sizes.
 
@@ -355,9 +335,8 @@ def _bet(
     # In units of twice the reach and of the largest cluster.
     variance = _DIFFER * float(rows.mean()) / (4 * most) ** 2
     # A cluster's v is at most its a.
-    return betting_p_value(
-        losses[order], alpha, level, weights=(rows / most)[order], variance=variance, worst=1 - alpha
-    )
+    weights = (rows / most)[order]
+    return betting_p_value(losses[order], alpha, level, weights=weights, variance=variance, worst=1 - alpha)
 
 
 def largest_difference(spec: RewardSpec) -> float:
@@ -394,6 +373,7 @@ class AnchorQuestion:
         """Number of clusters."""
         return int(np.unique(self.clusters).size)
 
+    @property
     def share(self) -> float:
         """Smallest share of clusters with a loss if the mean loss is the margin: the largest lose the most."""
         rows = np.bincount(native.cluster_numbers(self.clusters, self.difference.size))
@@ -401,13 +381,25 @@ class AnchorQuestion:
 
     def p_value(self, level: float, seed: int) -> float:
         """Of "a loss of the margin or more", exact for any number of clusters of the sizes seen."""
-        share = self.share()
         if self.margin >= self.reach:
             return 0.0
         losing = np.unique(self.clusters[self.difference < 0]).size
-        counted = float(binomial_cdf(np.array([float(losing)]), np.array([float(self.n)]), share)[0])
-        bet = _betting(self.difference, self.clusters, self.reach, level / 2, seed, margin=self.margin)
+        counted = float(binomial_cdf(np.array([float(losing)]), np.array([float(self.n)]), self.share)[0])
+        bet = _betting(self.difference, self.clusters, self.reach, level / 2, seed, self.margin)
         return min(1.0, 2 * min(counted, bet))
+
+    def tested(
+        self, terms: Terms, *, passed: bool, p_value: float, level: float, note: str, method: str
+    ) -> PromotionTest:
+        """The question with its answer, and the bound of a bootstrap for information."""
+        bound = lower_bound(
+            self.difference, self.clusters, level=terms.anchor_level, n_replicates=terms.n_replicates, seed=terms.seed
+        )
+        return PromotionTest(
+            name=self.name, passed=passed, n=self.n, unit="clusters", n_differ=self.n_differ,
+            estimate=self.sign * float(self.difference.mean()), bound=self.sign * bound, p_value=p_value,
+            limit=-self.sign * self.margin, level=level, note=note, method=f"{method}; bound: cluster bootstrap",
+        )  # fmt: skip
 
 
 def _enough(share: float, level: float) -> int:
@@ -468,7 +460,7 @@ def judge_anchor(
     ]
     whole = ask("anchor reward", difference, np.ones(n, dtype=bool), terms.margin, reach)
     level, most = terms.anchor_level, 1 + len(slices) + len(classes)
-    least = {one.name: terms.least_slice or _enough(one.share(), level / most) for one in slices}
+    least = {one.name: terms.least_slice or _enough(one.share, level / most) for one in slices}
     small = [one for one in slices if one.n < least[one.name]]
     asked = [whole, *(one for one in slices if one not in small), *classes]
     p_values = np.array([one.p_value(level / len(asked), terms.seed) for one in asked])
@@ -481,43 +473,27 @@ def judge_anchor(
 
 def _keeps(one: AnchorQuestion, p: float, number: int, terms: Terms, *, passed: bool) -> PromotionTest:
     # Holm's last step asks for the whole level, its first for this share of it.
-    enough = _enough(one.share(), terms.anchor_level / number)
-    note = "" if passed or one.n >= enough else (
-        f"too few clusters to rule a loss of {one.margin:g} out, whatever they show: {enough} would do"
-    )  # fmt: skip
-    return PromotionTest(
-        name=one.name, passed=passed, n=one.n, unit="clusters", n_differ=one.n_differ,
-        estimate=one.sign * float(one.difference.mean()), bound=one.sign * _bound(one, terms), p_value=p,
-        limit=-one.sign * one.margin, level=terms.anchor_level, note=note,
-        method=f"p-value: losing clusters counted, or a bet; Holm over {number}; bound: cluster bootstrap",
-    )  # fmt: skip
+    enough = _enough(one.share, terms.anchor_level / number)
+    method = f"p-value: losing clusters counted, or a bet; Holm over {number}"
+    note = f"too few clusters to rule a loss of {one.margin:g} out, whatever they show: {enough} would do"
+    if passed or one.n >= enough:
+        note = ""
+    return one.tested(terms, passed=passed, p_value=p, level=terms.anchor_level, note=note, method=method)
 
 
 def _shows_no_loss(one: AnchorQuestion, least: int, number: int, terms: Terms) -> PromotionTest:
     """Test a slice too small to prove non-inferiority: fail it only if a loss beyond the margin is significant."""
     level = terms.anchor_level / number
     p = _betting(-one.difference - one.margin, one.clusters, one.reach + one.margin, level, terms.seed)
-    return PromotionTest(
-        name=one.name, passed=p > level, n=one.n, unit="clusters", n_differ=one.n_differ,
-        estimate=float(one.difference.mean()), bound=_bound(one, terms), p_value=p, limit=-one.margin, level=level,
-        note=f"too small to rule a loss of {one.margin:g} out ({least} clusters would do): refuses what it shows alone",
-        method=f"p-value of no such loss: betting, exact; Bonferroni over {number}; bound: cluster bootstrap",
-    )  # fmt: skip
-
-
-def _bound(one: AnchorQuestion, terms: Terms) -> float:
-    return lower_bound(
-        one.difference, one.clusters, level=terms.anchor_level, n_replicates=terms.n_replicates, seed=terms.seed
-    )
+    method = f"p-value of no such loss: betting, exact; Bonferroni over {number}"
+    note = f"too small to rule a loss of {one.margin:g} out ({least} clusters would do): refuses what it shows alone"
+    return one.tested(terms, passed=p > level, p_value=p, level=level, note=note, method=method)
 
 
 def check_certificate(champion: Policy | None, candidate: Policy | None, fingerprint: str | None) -> PromotionTest:
-    """Test that the candidate's own certificate promises no less than the champion's.
+    """Test that the candidate's own certificate, of the model of that fingerprint, promises what the champion's does.
 
-    Args:
-        champion: policy that serves now; None or one without a guarantee promises nothing to keep.
-        candidate: policy calibrated on the candidate; None where that was refused.
-        fingerprint: of the candidate's model.
+    A champion that is None or has no guarantee promises nothing to keep; a candidate is None where that was refused.
     """
     problem = ""
     if candidate is None:
@@ -539,11 +515,9 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
                 "the candidate was certified on the rows that certified the champion with delta undivided: they served "
                 "their one claim; certify on fresh rows, or declare claims before the first"
             )
-    note = problem or "; ".join(map(str, () if candidate is None else candidate.promises))
-    n = 0 if candidate is None else candidate.n_certified
-    return PromotionTest(
-        name="certificate", passed=not problem, n=n, note=note, method="of the candidate's own policy file"
-    )
+    promises, n = ((), 0) if candidate is None else (candidate.promises, candidate.n_certified)
+    note, method = problem or "; ".join(map(str, promises)), "of the candidate's own policy file"
+    return PromotionTest(name="certificate", passed=not problem, n=n, note=note, method=method)
 
 
 def _held(one: Measured) -> PromotionTest:
@@ -555,26 +529,3 @@ def _held(one: Measured) -> PromotionTest:
         name=one.name, passed=held <= one.limit, n=one.n, unit="rows" if one.n else "", estimate=one.value,
         bound=one.bound, limit=one.limit, note=one.note, method="measured",
     )  # fmt: skip
-
-
-def _replicates(
-    values: NDArray[np.float64], clusters: ArrayLike | None, n_replicates: int, seed: int
-) -> NDArray[np.float64]:
-    """Means [B] of values [N] over resampled clusters."""
-    number = np.arange(values.size) if clusters is None else native.cluster_numbers(clusters, values.size)
-    sums, rows = np.bincount(number, values), np.bincount(number)
-    parts = []
-    for first in range(0, n_replicates, _CHUNK):
-        count = min(_CHUNK, n_replicates - first)
-        times = native.resample_counts([rows.size], count, first=first, seed=seed).astype(np.float64)
-        parts.append((times @ sums) / (times @ rows))
-    return np.concatenate(parts)
-
-
-def _low(replicates: NDArray[np.float64], level: float) -> float:
-    """The level's quantile of resamples, from below."""
-    place = math.floor(level * (replicates.size + 1)) - 1
-    if place < 0:
-        few = replicates.size
-        raise InputError(f"n_replicates must be {math.ceil(1 / level)} or more for level {level:g}, got {few}")
-    return float(np.sort(replicates)[place])

@@ -7,13 +7,13 @@ state in whatever order writers come. Serving reads that file alone (``live``).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
-from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select
+from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, func, select
 
-from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import insert
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
@@ -73,12 +73,7 @@ class Alias(Record):
 
 
 class Registry:
-    """Bundles and aliases of one folder and one store.
-
-    Args:
-        root: folder for bundles and ``champion.json``.
-        store: where aliases are.
-    """
+    """Bundles and ``champion.json`` in a folder, aliases in a store."""
 
     def __init__(self, root: Path | str, store: Store) -> None:
         self.root, self.store = Path(root), store
@@ -128,8 +123,10 @@ class Registry:
         """Where an alias points now, or within a transaction."""
         if connection is None:
             with self.store.read() as opened:
-                return self._alias(opened, name)
-        return self._alias(connection, name)
+                return self.alias(name, opened)
+        query = select(_aliases).where(_aliases.c.name == name).order_by(_aliases.c.version.desc()).limit(1)
+        row = connection.execute(query).mappings().first()
+        return Alias(name=name, version=0, bundle=None) if row is None else Alias(**row)
 
     def history(self, name: AliasName) -> list[Alias]:
         """Everything that an alias pointed at, the first one first."""
@@ -152,17 +149,8 @@ class Registry:
         """Point an alias elsewhere within a transaction of the store, if it is still at version ``expected``.
 
         Compare-and-swap: of several writers that expect one version, one adds the next, at any isolation level.
-        Call ``sync`` when the transaction is over.
-
-        Args:
-            connection: of the transaction.
-            name: of the alias.
-            bundle: sha256 of where it points; None: nowhere.
-            expected: version that the alias is taken to be at.
-            now: seconds since the epoch.
-            by: who moves it.
-            share: of images, for the canary.
-            parent: version that a rollback goes back to; ``expected`` by default.
+        Call ``sync`` when the transaction is over. ``parent`` is the version that a rollback goes back to, ``expected``
+        by default; ``share`` is the canary's, of images.
 
         Raises:
             InputError: no such bundle in the registry.
@@ -174,7 +162,7 @@ class Registry:
             "name": name, "version": expected + 1, "bundle": bundle, "share": share, "time": now, "by": by,
             "parent": parent if parent is not None else expected or None,
         }  # fmt: skip
-        current = self._alias(connection, name).version
+        current = self.alias(name, connection).version
         statement = insert(self.store, _aliases).on_conflict_do_nothing().returning(_aliases.c.version)
         if current != expected or not connection.execute(statement, [row]).all():
             raise LostRaceError(
@@ -183,38 +171,15 @@ class Registry:
             )
         return Alias(**row)
 
-    def promote(self, bundle: str, *, expected: int, now: float, by: str) -> Pointer:
-        """Make a bundle the champion, with a row in the audit, and have those who serve follow.
-
-        Args:
-            bundle: its sha256.
-            expected: version that the champion is taken to be at.
-            now: seconds since the epoch.
-            by: who promotes it.
-
-        Raises:
-            LostRaceError: the champion is not at version ``expected`` any more.
-        """
-        with self.store.write() as connection:
-            alias = self.move(connection, "champion", bundle, expected=expected, now=now, by=by)
-            audit.append(connection, self.store, "champion", alias.model_dump(), now)
-        return self.sync()
-
     def rollback(self, connection: Connection, *, now: float, by: str, to: str | None = None) -> Alias:
         """Point champion back within a transaction: at what it was before, or at an earlier one named ``to``.
 
         Rolling back twice goes back two steps. Those who serve follow after ``sync``.
 
-        Args:
-            connection: of the transaction.
-            now: seconds since the epoch.
-            by: who rolls back.
-            to: sha256 of an earlier champion; the one before by default.
-
         Raises:
             InputError: there was none before, or ``to`` never was champion.
         """
-        current = self._alias(connection, "champion")
+        current = self.alias("champion", connection)
         query = select(_aliases).where(_aliases.c.name == "champion", _aliases.c.version < current.version)
         if to is None:
             query = query.where(_aliases.c.version == (current.parent or 0))
@@ -232,31 +197,24 @@ class Registry:
         )
 
     def tighten(self, connection: Connection, bundle: str, threshold: float, *, now: float) -> None:
-        """Have a bundle exit at this threshold while it is above its policy's own, from the next ``sync`` on.
-
-        Args:
-            connection: of a transaction.
-            bundle: its sha256.
-            threshold: of exit scores.
-            now: seconds since the epoch.
-        """
-        self.store.serialise(connection)
-        row = {"version": _newest(connection, _thresholds) + 1, "bundle": bundle, "threshold": threshold, "time": now}
-        connection.execute(_thresholds.insert(), row)
+        """Have a bundle exit at this threshold while it is above its policy's own, from the next ``sync`` on."""
+        self._append(connection, _thresholds, {"bundle": bundle, "threshold": threshold, "time": now})
 
     def audit_at(self, connection: Connection, rate: float | None, *, now: float) -> None:
         """Have every served event reviewed with at least this chance, from the next ``sync`` on; None: as planned.
 
         It holds for every bundle: photos changed, no bundle did.
         """
-        self.store.serialise(connection)
-        row = {"version": _newest(connection, _audit_rates) + 1, "rate": rate, "time": now}
-        connection.execute(_audit_rates.insert(), row)
+        self._append(connection, _audit_rates, {"rate": rate, "time": now})
 
-    def audit_rate(self) -> float | None:
-        """The least chance of review in force; None: the plan's."""
+    def pointer(self) -> Pointer:
+        """What ``champion.json`` should say.
+
+        Raises:
+            InputError: there is no champion yet.
+        """
         with self.store.read() as connection:
-            return _audit_rate(connection)
+            return self._pointer(connection)
 
     def sync(self) -> Pointer:
         """Write ``champion.json`` as the database says; after every transaction that moved anything, and on a start.
@@ -265,8 +223,7 @@ class Registry:
             InputError: there is no champion yet.
         """
         with locked(self.root / ".lock"):
-            with self.store.read() as connection:
-                pointer = self._pointer(connection)
+            pointer = self.pointer()
             data = (pointer.model_dump_json(indent=2) + "\n").encode()
             path = self.root / POINTER
             if not path.is_file() or path.read_bytes() != data:
@@ -274,42 +231,32 @@ class Registry:
         return pointer
 
     def _pointer(self, connection: Connection) -> Pointer:
-        champion, shadow, canary = (self._alias(connection, name) for name in ("champion", "shadow", "canary"))
+        champion, shadow, canary = (self.alias(name, connection) for name in get_args(AliasName))
         if champion.bundle is None:
             raise InputError("champion must be set, got none; `stage1 continual init --bundle` sets the first")
+        before = select(_aliases.c.bundle).where(
+            _aliases.c.name == "champion", _aliases.c.version == (champion.parent or 0)
+        )
         mine = select(_thresholds.c.threshold).where(_thresholds.c.bundle == champion.bundle)
-        previous = connection.execute(
-            select(_aliases.c.bundle).where(_aliases.c.name == "champion", _aliases.c.version == (champion.parent or 0))
-        ).scalar()
+        rates = select(_audit_rates.c.rate).order_by(_audit_rates.c.version.desc())
+        changes = _newest(connection, _thresholds) + _newest(connection, _audit_rates)
         return Pointer(
-            serial=champion.version
-            + shadow.version
-            + canary.version
-            + _newest(connection, _thresholds)
-            + _newest(connection, _audit_rates),
+            serial=champion.version + shadow.version + canary.version + changes,
             champion=champion.bundle,
             version=champion.version,
-            previous=previous,
+            previous=connection.execute(before).scalar(),
             threshold=connection.execute(mine.order_by(_thresholds.c.version.desc()).limit(1)).scalar(),
-            audit_rate=_audit_rate(connection),
+            audit_rate=connection.execute(rates.limit(1)).scalar(),
             shadow=shadow.bundle,
             canary=canary.bundle,
             canary_share=canary.share or 0.0,
         )
 
-    @staticmethod
-    def _alias(connection: Connection, name: AliasName) -> Alias:
-        query = select(_aliases).where(_aliases.c.name == name).order_by(_aliases.c.version.desc()).limit(1)
-        row = connection.execute(query).mappings().first()
-        return Alias(name=name, version=0, bundle=None) if row is None else Alias(**row)
+    def _append(self, connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
+        self.store.serialise(connection)
+        connection.execute(table.insert(), {"version": _newest(connection, table) + 1, **values})
 
 
 def _newest(connection: Connection, table: Table) -> int:
     """The last version in a table; 0 in an empty one."""
-    version = table.c.version
-    return connection.execute(select(version).order_by(version.desc()).limit(1)).scalar() or 0
-
-
-def _audit_rate(connection: Connection) -> float | None:
-    query = select(_audit_rates.c.rate).order_by(_audit_rates.c.version.desc()).limit(1)
-    return connection.execute(query).scalar()
+    return connection.execute(select(func.max(table.c.version))).scalar() or 0

@@ -50,14 +50,7 @@ class RunOf(Record):
 
 
 class Rounds:
-    """The parts of a loop.
-
-    Args:
-        registry: bundles, aliases and the folder of everything.
-        log: what serving writes.
-        executor: where decisions on guard and anchor are made.
-        config: how.
-    """
+    """The parts of a loop; the executor is where decisions on guard and anchor are made."""
 
     def __init__(self, registry: Registry, log: EventLog, executor: Executor, config: RoundsConfig) -> None:
         self.registry, self.log, self.executor, self.config = registry, log, executor, config
@@ -70,19 +63,13 @@ class Rounds:
     # ---------------------------------------------------------------------------- monitor
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
-        """Ingest what was served, and look at the champion's decisions since it began to serve.
-
-        Args:
-            memory: what the last look left.
-            champion: who serves.
-            now: seconds since the epoch.
-            manual: a person asks for a round.
-        """
+        """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, view = self._look(memory, champion, now, manual)
         self.seen = status
         self._learn_known(champion, len(view.decisions))
         before = memory.get("health") or {"is": None, "since": champion.time}
         health = before if before["is"] == status.health else {"is": status.health, "since": now}
+        rate = status.verdict.audit_rate
         kept = {"triggers": triggers.model_dump(), "health": health, "alarm_at": view.alarm_at}
         return Watched(
             train=status.verdict.train,
@@ -90,7 +77,7 @@ class Rounds:
             # As it comes back from the store, or a look that changed nothing would look like one that did.
             memory=json.loads(json.dumps(kept)),
             threshold=None if view.controller is None else view.controller.threshold,
-            audit_rate=self._audit_rate(status),
+            audit_rate=rate if rate > self.config.plan.floor else None,
             alerts=alerts_of(status, view.alarm_at, champion, before),
             facts={"health": status.health, "exit_risk": status.exit_risk.value, "n_labelled": status.n_labelled},
         )
@@ -107,20 +94,8 @@ class Rounds:
         if len(first) == least:
             Novelty.fit(first).write(path)
 
-    def _audit_rate(self, status: Status) -> float | None:
-        """What the triggers ask for, where that is more than the plan's floor."""
-        rate = status.verdict.audit_rate
-        return rate if rate > self.config.plan.floor else None
-
     def status(self, memory: Mapping[str, Any], champion: Alias, *, now: float, page: Path | None = None) -> Status:
-        """The status that ``watch`` would see; nothing is changed.
-
-        Args:
-            memory: what the last look left.
-            champion: who serves.
-            now: seconds since the epoch.
-            page: HTML page to write for people.
-        """
+        """The status that ``watch`` would see, and its page for people; nothing is changed."""
         status, _, view = self._look(memory, champion, now, manual=False)
         if page is not None:
             write_page(page, status, view.decisions)
@@ -145,7 +120,7 @@ class Rounds:
         )  # fmt: skip
         floor = self.config.plan.floor
         advice = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
-        in_force = max(self.registry.audit_rate() or 0.0, floor)
+        in_force = max(self.registry.pointer().audit_rate or 0.0, floor)
         return status.model_copy(update={"verdict": advice, "audit_rate": in_force}), after, view
 
     def _view(self, history: History, bundle: str, since: float) -> ChampionView:
@@ -206,7 +181,9 @@ class Rounds:
             return ""  # The round itself says it, once.
         except ArtifactError as error:
             return str(error)  # Watching and the threshold need no run.
-        return shortfall(available(dealt, self._there), self.config)
+        images = self.root / "images"
+        there = available(dealt, lambda image: (images / image).is_file() or image in self.log.images)
+        return shortfall(there, self.config)
 
     def proposals(self, current: Round) -> Sequence[Job]:
         """A proposal from the champion's run for every set of options.
@@ -330,10 +307,6 @@ class Rounds:
 
     # ---------------------------------------------------------------------------- helpers
 
-    def _there(self, image: str) -> bool:
-        """Whether ``_keep`` would find it."""
-        return (self.root / "images" / image).is_file() or image in self.log.images
-
     def _keep(self, image: str) -> bool:
         """Copy an image of the log to the loop's own; whether it is there."""
         path = self.root / "images" / image
@@ -411,13 +384,15 @@ class Rounds:
             "passes": 0 if self.config.largest_slowdown is None else self.config.timed_passes,
             "seconds": self.config.timed_seconds,
         }  # fmt: skip
-        found = do_work(self.root / WORK, f"{tasks.__name__}:measure", inputs, self.executor).result
         sizes = [sum(one.size for one in bundle.manifest.files.values()) for bundle in (candidate, champion)]
-        return _figures(found, sizes[0] / sizes[1], self.config)
+        return _figures(self._work("measure", inputs), sizes[0] / sizes[1], self.config)
+
+    def _work(self, task: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return do_work(self.root / WORK, f"{tasks.__name__}:{task}", inputs, self.executor).result
 
     def _decide(self, bundle: str, files: Sequence[str], threshold: float | None = None) -> Actions:
         inputs = {"bundle": bundle, "root": str(self.root), "files": _hashed(files), "threshold": threshold}
-        found = do_work(self.root / WORK, f"{tasks.__name__}:decide", inputs, self.executor).result
+        found = self._work("decide", inputs)
         return Actions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
 
 
@@ -459,13 +434,6 @@ def _figures(found: Mapping[str, Any], growth: float, config: RoundsConfig) -> l
 
 
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:
-    """Note which run a bundle came from; proposals for it start there.
-
-    Args:
-        root: the loop's folder.
-        bundle: sha256 of its manifest.
-        run: folder of the run.
-        model_fingerprint: of the run's model.
-    """
+    """Note which run a bundle came from, and the run's model; proposals for it start there."""
     record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
     record.write(Path(root) / "runs" / f"{bundle}.json")

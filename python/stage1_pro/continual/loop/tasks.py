@@ -100,20 +100,20 @@ def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     By ``mgrpo`` (new rows, replay, held near the champion) or by reward tuning alone (``tune``, on all rows).
     """
-    from stage1_pro.continual.learn import mgrpo, proposing, rlvr
+    from stage1_pro.continual.learn import mgrpo, rlvr
 
     parent, base, out = Path(inputs["run"]), extend_run(inputs, folder / "base"), folder / "run"
     spec = RewardSpec.model_validate(inputs["spec"])
-    record: proposing.ProposalRecord | rlvr.TuningRecord
+    record: mgrpo.ProposalRecord | rlvr.TuningRecord
     try:
         if inputs["method"] == "mgrpo":
-            record = proposing.propose_run(
+            record = mgrpo.propose_run(
                 base, out,
                 known={row.sha256 for row in Splits.read(parent / "splits.json").rows if row.split != "val_calib"},
                 anchor=inputs["anchor"],
                 recent=[Path(inputs["images"]) / name for name in inputs["recent"]],
                 spec=spec, options=mgrpo.ProposalOptions.model_validate(inputs["options"]),
-                reservoir=parent / proposing.RESERVOIR,
+                reservoir=parent / mgrpo.RESERVOIR,
             )  # fmt: skip
         else:
             options = rlvr.TuneOptions.model_validate(inputs["options"])

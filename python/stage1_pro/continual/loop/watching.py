@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -43,7 +43,7 @@ class ChampionView:
     decisions: ServedColumns
     evidence: Evidence
     controller: ControllerState | None
-    newest_harm: float
+    newest_harm: float = -math.inf
 
     @property
     def alarm_at(self) -> float | None:
@@ -57,13 +57,7 @@ def view_champion(
 ) -> ChampionView:
     """What a bundle served since it is champion, and what the labels say of it.
 
-    Args:
-        history: what was served and labelled.
-        bundle: sha256 of the champion's manifest.
-        since: when it became champion.
-        config: what is watched, and how.
-        certified: threshold of its certificate.
-        steer: the threshold may follow labels.
+    ``certified`` is the threshold of its certificate, which labels may tighten where it may ``steer``.
     """
     served = [one for one in history.of(bundle, since) if one.exit_score is not None]
     wrong = history.errors_of_a(served)
@@ -78,7 +72,9 @@ def view_champion(
     # Nothing is stricter than a threshold at which nobody exits.
     controller = None
     if steer and to_logit(min(certified, 1.0)) < HIGHEST:
-        controller = _follow(feedback, min(certified, 1.0), config)
+        floor = _floor(config)
+        how = ControllerConfig(alpha=config.monitor.alpha, certified=min(certified, 1.0), audit_rate=floor, floor=floor)
+        controller = ThresholdController.replay(how, feedback).state
     # What a tightened threshold defers would exit at the certified one. Its labels count for the promise as well:
     # without them tightening would hide that the promise is broken.
     promised = [one for one in feedback if one.score >= certified]
@@ -87,13 +83,13 @@ def view_champion(
         # Until the next champion: a promise that is known to be broken stays broken, however few errors came of late.
         jumped = to_logit(controller.config.certified) + controller.config.jump
         controller = controller.at_least(max(jumped, -math.inf if controller.centre is None else controller.centre))
-    view = ChampionView(decisions, evidence, controller, -math.inf)
+    view = ChampionView(decisions, evidence, controller)
     # Rows served before the alarm may be of the world before it; the rows that made it were picked by their errors.
     # Neither is a random sample of the world as it is.
     alarm = -math.inf if view.alarm_at is None else view.alarm_at
     times = {one.id: one.time for one in served}
     newest = max((times[one.event] for one in promised if one.known <= alarm), default=-math.inf)
-    return ChampionView(decisions, evidence, controller, newest)
+    return replace(view, newest_harm=newest)
 
 
 def _columns(history: History, bundle: str, served: Sequence[ServedRow], wrong: Mapping[str, bool]) -> ServedColumns:
@@ -115,21 +111,10 @@ def _columns(history: History, bundle: str, served: Sequence[ServedRow], wrong: 
     )
 
 
-def _follow(feedback: Sequence[Feedback], certified: float, config: RoundsConfig) -> ControllerState:
-    floor = _floor(config)
-    controller = ControllerConfig(alpha=config.monitor.alpha, certified=certified, audit_rate=floor, floor=floor)
-    return ThresholdController.replay(controller, feedback).state
-
-
 def _evidence(decisions: ServedColumns, promised: Sequence[Feedback], config: RoundsConfig) -> Evidence:
     """One e-process from the champion's first day on, in the order in which labels became known.
 
     A process of the recent rows alone would begin anew at every look, and its false alarms would add up.
-
-    Args:
-        decisions: what was served.
-        promised: labels of what exits at the certified threshold.
-        config: what is watched.
     """
     monitor, floor = config.monitor, _floor(config)
     usual = decisions.propensity[decisions.exited][:_USUAL]  # The first ones, so that later looks bet as earlier ones.
@@ -149,22 +134,19 @@ def _floor(config: RoundsConfig) -> float:
 def alerts_of(status: Status, alarm_at: float | None, champion: Alias, before: Mapping[str, Any]) -> dict[str, Alert]:
     """Alerts of a look, keyed so that one alarm or one change of health is told once.
 
-    Args:
-        status: what the look saw.
-        alarm_at: when the last alarm began, if there is one.
-        champion: who serves.
-        before: health that is remembered (``is``) and since when.
+    ``alarm_at`` is when the last alarm began, ``before`` the health that is remembered (``is``) and since when.
     """
     figures = {"exit_risk": status.exit_risk.value, "exit_risk_low": status.exit_risk.low, "alpha": status.alpha}
 
-    def alert(kind: Literal["alarm", "watch"]) -> Alert:
-        text = " ".join(status.sentences)
-        return Alert(time=status.time, kind=kind, title=status.headline, text=text, bundle=status.bundle,
-                     figures=figures)  # fmt: skip
-
-    found = {} if alarm_at is None else {f"alarm/{champion.version}/{alarm_at!r}": alert("alarm")}
+    told: list[tuple[Literal["alarm", "watch"], str]] = [] if alarm_at is None else [("alarm", repr(alarm_at))]
     if status.health == "alarm" and alarm_at is None and before["is"] != "alarm":
-        found[f"alarm/{champion.version}/after {before['since']!r}"] = alert("alarm")
+        told.append(("alarm", f"after {before['since']!r}"))
     if status.health == "watch" and before["is"] not in ("watch", "alarm"):
-        found[f"watch/{champion.version}/after {before['since']!r}"] = alert("watch")
-    return found
+        told.append(("watch", f"after {before['since']!r}"))
+    text = " ".join(status.sentences)
+    return {
+        f"{kind}/{champion.version}/{when}": Alert(
+            time=status.time, kind=kind, title=status.headline, text=text, bundle=status.bundle, figures=figures
+        )
+        for kind, when in told
+    }

@@ -6,13 +6,14 @@ day. Results hold for this stream and say nothing of new places.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from PIL import Image
 
 from stage1_pro.continual.serving.events import uniform
 from stage1_pro.data.protocols import challenge
-from stage1_pro.data.splits import Row, Splits, hash_splits, make_splits
+from stage1_pro.data.splits import Row, Splits, facts_of, make_splits
 from stage1_pro.errors import InputError
 from stage1_pro.words import HALVES, SPLITS, ProtocolName, SplitName
 
@@ -25,14 +26,8 @@ _JUDGED = 1 << 31
 class World:
     """Photos of a labelled folder: of the past, of a stream that changes on one day, and some to judge by afterwards.
 
-    Args:
-        data: CSV or folder as ``make_splits`` takes it.
-        positive: name of the positive class; found where it can be.
-        past_share: of the photos that belong to the past.
-        judged: how many are never served, but judge what came of it.
-        protocol: of ``data.protocols``: what is done to photos once the world has shifted.
-        level: of it.
-        seed: of all that is drawn.
+    ``past_share`` of the photos belong to the past, ``judged`` ones are never served. Once the world has shifted photos
+    are changed by ``protocol`` at ``level``. Options are those of ``stage1 continual simulate``.
 
     Raises:
         InputError: labels that cannot be used, or a class without photos on a side.
@@ -67,12 +62,9 @@ class World:
         self._orders: dict[str, list[Row]] = {}
 
     def photo(self, number: int, *, shifted: bool, judged: bool = False) -> tuple[bytes, str]:
-        """Bytes and label of photo ``number``, from 0; a photo comes again only after all others have.
+        """Bytes and label of photo ``number``, from 0, of those that are served or of those that judge.
 
-        Args:
-            number: of the photos that are served, or of those that judge.
-            shifted: changed by the protocol; else the file's own bytes.
-            judged: of those that judge and are never served.
+        A photo comes again only after all others have. A ``shifted`` one is changed; else these are its own bytes.
         """
         rows = self.judged if judged else self.stream
         turn, place = divmod(number, len(rows))
@@ -100,17 +92,12 @@ def _split(found: Splits, old: list[Row], seed: int) -> Splits:
                 break
         half = HALVES[uniform(seed, "half", row.id) < 0.5] if split == "val_calib" else None
         rows.append(row.model_copy(update={"group": row.id, "split": split, "half": half}))
-    counts = {
-        split: {name: sum(r.split == split and r.label == name for r in rows) for name in found.classes}
-        for split in SPLITS
-    }
-    empty = next((f"'{name}' in {split}" for split in SPLITS for name, n in counts[split].items() if not n), None)
-    if empty is not None:
-        raise InputError(f"data must have photos of every class for every split of the past, got no {empty}; add some")
-    splits = found.model_copy(
-        update={
-            "rows": rows, "seed": seed, "fractions": _SHARES, "counts": counts, "hashes": hash_splits(rows),
-            "groups": {split: sum(counts[split].values()) for split in SPLITS},
-        }
-    )  # fmt: skip
-    return splits.verify()
+    there = {(row.label, row.split) for row in rows}
+    for part, label in itertools.product(SPLITS, found.classes):
+        if (label, part) not in there:
+            absent = f"'{label}' in {part}"
+            raise InputError(
+                f"data must have photos of every class for every split of the past, got no {absent}; add some"
+            )
+    facts = facts_of(rows, found.classes)
+    return found.model_copy(update={**facts, "rows": rows, "seed": seed, "fractions": _SHARES}).apart()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import logging
 import math
 from collections.abc import Mapping
@@ -98,14 +97,6 @@ class Settings(Record):
         return cls.of(read_yaml(path), str(path), path.resolve().parent)
 
 
-def misspelt(key: str) -> str | None:
-    """The key of ``Settings`` that an unknown one was surely meant to be; None: it is somebody else's."""
-    if key in Settings.model_fields:
-        return None
-    close = difflib.get_close_matches(key, Settings.model_fields, n=1, cutoff=0.8)
-    return close[0] if close else None
-
-
 class StreetVision:
     """A bundle that answers as the subnet asks: above .5 is roadwork, -1 is no answer, nothing is ever raised.
 
@@ -141,12 +132,9 @@ class StreetVision:
         else:
             self._shift = _shift(self.settings)
             self._answering = LiveCascade(
-                self.settings.loop,
-                self.settings.runtime,
-                threads=self.settings.threads,
-                log=log,
+                self.settings.loop, self.settings.runtime, threads=self.settings.threads, log=log,
                 on_failure=_not_logged,
-            )
+            )  # fmt: skip
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="streetvision")
 
     def answer(self, image: bytes | bytearray | memoryview | str | Image.Image) -> float:

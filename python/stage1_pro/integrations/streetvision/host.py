@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import runpy
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from stage1_pro.errors import DependencyError, InputError
-from stage1_pro.integrations.streetvision.answering import Settings, StreetVision, misspelt
+from stage1_pro.integrations.streetvision.answering import Settings, StreetVision
 from stage1_pro.progress import say
 
 Layout = Literal["auto", "base_miner", "natix"]
@@ -57,20 +58,21 @@ def register(layout: Layout = "auto", repo: Path | str | None = None, *, name: s
             f"no miner code is on Python's path (neither {' nor '.join(m[0] for m in _MODULES.values())}); "
             "give its checkout with --repo"
         )
-    return [_register(_import(_MODULES[one][0]), _import(_MODULES[one][1]), name) for one in wanted]
+    return [_register(one, name) for one in wanted]
 
 
-def _register(registry: ModuleType, detectors: ModuleType, name: str) -> type:
+def _register(layout: str, name: str) -> type:
+    registry, detectors = (_import(module) for module in _MODULES[layout])
     try:
         registered, base = registry.DETECTOR_REGISTRY, detectors.FeatureDetector
     except AttributeError as error:
         raise DependencyError(f"the miner's code is of no layout known here: {error}") from None
-    made = make_detector(base, name)
+    made = _make_detector(base, name)
     registered.register_module(module_name=name)(made)
     return made
 
 
-def make_detector(base: Any, name: str = NAME) -> type:
+def _make_detector(base: Any, name: str) -> type:
     """A subclass of the miner's ``FeatureDetector`` that answers with the bundle its YAML names."""
 
     class Stage1Detector(base):  # type: ignore[misc]
@@ -87,10 +89,12 @@ def make_detector(base: Any, name: str = NAME) -> type:
         def load_model(self) -> None:
             """Start the bundle."""
             given = vars(self)
+            known = list(Settings.model_fields)
             for key in given:
-                meant = misspelt(key)
-                if meant is not None:
-                    raise InputError(f"{self._yaml} must have keys that exist, got '{key}'; did you mean '{meant}'?")
+                # Other keys are somebody else's, but not one that was surely meant to be ours.
+                meant = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+                if meant and key not in known:
+                    raise InputError(f"{self._yaml} must have keys that exist, got '{key}'; did you mean '{meant[0]}'?")
             values = {key: given[key] for key in Settings.model_fields if key in given}
             file = Path(self._yaml) if self._yaml else None
             folder = file.resolve().parent if file is not None and file.exists() else None

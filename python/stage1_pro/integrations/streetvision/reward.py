@@ -15,14 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 from scipy.signal import lfilter
 from scipy.special import expit, logit
 
+from stage1_pro.continual.learn.rewards import mcc_reward
 from stage1_pro.errors import InputError
+from stage1_pro.record import Record
 
 MCC_WINDOW = 100
 ACCURACY_WINDOW = 10
@@ -99,11 +102,9 @@ def _rewards(right: NDArray[np.bool_], wrong: NDArray[np.bool_], positive: NDArr
     tp, tn, fp, fn = (
         last(MCC_WINDOW, part) for part in (right & positive, right & ~positive, wrong & ~positive, wrong & positive)
     )
-    scale = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    mcc = np.divide(tp * tn - fp * fn, scale, out=np.zeros_like(scale), where=scale > 0)
     correct, answered = last(ACCURACY_WINDOW, right), last(ACCURACY_WINDOW, right | wrong)
     accuracy = np.divide(correct, answered, out=np.zeros_like(answered), where=answered > 0)
-    rewards: Floats = (0.5 * np.maximum(mcc, 0) + 0.5 * accuracy) ** POWER
+    rewards: Floats = (0.5 * np.maximum(mcc_reward(tp, fp, fn, tn), 0) + 0.5 * accuracy) ** POWER
     return rewards
 
 
@@ -111,18 +112,17 @@ def _rewards(right: NDArray[np.bool_], wrong: NDArray[np.bool_], positive: NDArr
 # Settings
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(Record):
     """When a miner says what: ``threshold`` on P(positive), and the confidence from which on it answers.
 
-    P(positive) is that of the serving prior. It is shifted on the logit scale so that the threshold lands on .5, to r;
-    above .5 the answer is positive. ``answer_above`` is compared with max(r, 1 - r); .5 answers everything.
-    ``abstains`` says whether -1 is given at all, also where the bundle's own policy does not accept an image.
+    P(positive) is shifted on the logit scale so that the threshold lands on .5, to r; above .5 the answer is positive.
+    ``answer_above`` is compared with max(r, 1 - r); .5 answers everything. ``on_abstain`` says whether -1 is given at
+    all, also where the bundle's own policy does not accept an image.
     """
 
-    threshold: float = 0.5
-    answer_above: float = 0.5
-    abstains: bool = False
+    threshold: float = Field(0.5, gt=0, lt=1, description="on P(positive) at the serving prior")
+    answer_above: float = Field(0.5, ge=0.5, lt=1)
+    on_abstain: Literal["answer", "minus_one"] = "answer"
 
 
 def shifted(probs: ArrayLike, threshold: float, shift: float = 0.0) -> Floats:
@@ -147,7 +147,7 @@ def outcomes(probs: ArrayLike, positive: ArrayLike, accepted: ArrayLike, setting
     """
     r = shifted(probs, setting.threshold)
     known = ~np.isnan(r)
-    if setting.abstains:
+    if setting.on_abstain == "minus_one":
         known &= np.asarray(accepted, dtype=bool) & (np.fmax(r, 1 - r) >= setting.answer_above)
     right = (r > 0.5) == np.asarray(positive, dtype=bool)
     return np.where(known, np.where(right, 1, -1), 0).astype(np.int8)
@@ -178,6 +178,8 @@ def best_setting(
     def worth(setting: Setting) -> float:
         return simulator.run(rates_of(outcomes(probs, positive, accepted, setting), positive)).mean
 
-    plain = [Setting(), *(Setting(threshold) for threshold in thresholds)]
-    banded = [Setting(one.threshold, band, abstains=True) for one in plain for band in bands]
+    plain = [Setting(), *(Setting(threshold=threshold) for threshold in thresholds)]
+    banded = [
+        Setting(threshold=one.threshold, answer_above=band, on_abstain="minus_one") for one in plain for band in bands
+    ]
     return max([*plain, *banded], key=worth)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import expit, logit
 
+from stage1_pro.commands.streetvision import Tune
 from stage1_pro.data.images import ImageError
-from stage1_pro.data.listing import read_list
+from stage1_pro.data.labels import read_list
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST
 from stage1_pro.deploy.cascade import Cascade
@@ -22,6 +23,7 @@ from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import write_text
 from stage1_pro.integrations.streetvision.answering import Settings
 from stage1_pro.integrations.streetvision.reward import (
+    Rates,
     Setting,
     Simulator,
     best_setting,
@@ -37,18 +39,10 @@ from stage1_pro.training.answers import answer, policy_of
 from stage1_pro.training.calibration import read_calibration
 
 
-class MinerSetting(Record):
-    """When a StreetVision miner says what; see ``Settings`` of the integration."""
-
-    threshold: float = Field(gt=0, lt=1, description="on P(positive) at the serving prior")
-    answer_above: float = Field(ge=0.5, lt=1)
-    on_abstain: Literal["answer", "minus_one"]
-
-
 class SimulatedReward(Record):
     """Steady state of StreetVision's reward under one setting, simulated on held-out rows."""
 
-    setting: MinerSetting
+    setting: Setting
     mean: float = Field(description="of a round's reward, in [0, 1]; also of the score, its moving average")
     low: float = Field(description="over resamples of groups")
     high: float
@@ -105,18 +99,7 @@ class _HeldOut:
         return self.probs[rows], self.positive[rows], self.accepted[rows]
 
 
-def tune(
-    run: Path | str | None = None,
-    *,
-    bundle: Path | str | None = None,
-    labels: Path | str | None = None,
-    train_prior: float | None = None,
-    serve_prior: float = 0.5,
-    out: Path | str | None = None,
-    settings: Path | str | None = None,
-    n_replicates: int = 300,
-    seed: int = 0,
-) -> MinerTuning:
+def tune(asked: Tune) -> MinerTuning:
     """Pick threshold and abstain band by the simulated steady state of the reward; keep the plain ones unless it shows.
 
     Rows are those of the fit half of a run's ``val_calib`` (``val_calib.npz``; its exit policy has seen them, the
@@ -126,44 +109,29 @@ def tune(
     The gain is measured on groups that the choice had not seen (five folds), its interval by resampling groups; the
     tuned setting is chosen when that interval lies above 0.
 
-    Args:
-        run: calibrated run folder.
-        bundle: bundle folder, instead of a run.
-        labels: with a bundle: CSV with ``file,label[,group]``; labels are names of classes.
-        train_prior: share of positives in training; the run's or bundle's own when None.
-        serve_prior: share of positives that is asked; the validator's is .5.
-        out: record to write; ``RUN/streetvision.json`` for a run when None.
-        settings: YAML for the miner to write.
-        n_replicates: resamples of groups.
-        seed: of folds, resamples and simulated rounds.
-
     Raises:
-        InputError: neither run nor bundle, rows of one label alone, or too few groups.
+        InputError: an option out of range, rows of one label alone, or too few groups.
         ArtifactError: the run is not calibrated, or its parts are of different trainings.
     """
-    for name, value in (("train_prior", train_prior), ("serve_prior", serve_prior)):
+    for name, value in (("train_prior", asked.train_prior), ("serve_prior", asked.serve_prior)):
         if value is not None and not 0 < value < 1:
             raise InputError(f"{name} must be in (0, 1), got {value}")
-    if n_replicates < 20:
-        raise InputError(f"n_replicates must be at least 20, got {n_replicates}; 300 is usual")
-    if (run is None) == (bundle is None):
-        raise InputError("tune must get a run or a bundle, got both or neither; name one with --run or --bundle")
-    if run is not None:
-        if labels is not None:
+    if asked.n_replicates < 20:
+        raise InputError(f"n_replicates must be at least 20, got {asked.n_replicates}; 300 is usual")
+    if asked.run is not None:
+        if asked.labels is not None:
             raise InputError("labels must stand beside a bundle, got a run, which has rows of its own")
-        source, rows = Path(run), _of_run(Path(run))
-        out = source / RECORD if out is None else out
+        source, rows, out = asked.run, _of_run(asked.run), asked.out or asked.run / RECORD
     else:
-        assert bundle is not None
-        if labels is None or out is None:
+        if asked.bundle is None or asked.labels is None or asked.out is None:
             raise InputError("a bundle must come with labels and out, got one missing: it holds no rows of its own")
-        source, rows = Path(bundle), _of_bundle(Path(bundle), Path(labels))
-    record = _search(rows, str(source), train_prior or rows.train_prior, serve_prior, n_replicates, seed)
+        source, rows, out = asked.bundle, _of_bundle(asked.bundle, asked.labels), asked.out
+    record = _search(rows, str(source), asked)
     record.write(out)
     say(f"wrote {out}")
-    if settings is not None:
-        write_text(settings, yaml_of(record))
-        say(f"wrote {settings}")
+    if asked.settings is not None:
+        write_text(asked.settings, yaml_of(record))
+        say(f"wrote {asked.settings}")
     served = Path(yaml.safe_load(yaml_of(record))["bundle"])
     if not (served / MANIFEST).is_file():
         say(f"the YAML's bundle {served} is not there yet: stage1 export --run {record.source}")
@@ -221,10 +189,9 @@ def _share(counts: Mapping[str, int], positive: str) -> float:
     return counts[positive] / sum(counts.values())
 
 
-def _search(
-    raw: _HeldOut, source: str, train_prior: float, serve_prior: float, n_replicates: int, seed: int
-) -> MinerTuning:
-    rows = _HeldOut(**{**vars(raw), "probs": shifted(raw.probs, 0.5, prior_shift(train_prior, serve_prior))})
+def _search(raw: _HeldOut, source: str, asked: Tune) -> MinerTuning:
+    train_prior, serve_prior, seed = asked.train_prior or raw.train_prior, asked.serve_prior, asked.seed
+    rows = replace(raw, probs=shifted(raw.probs, 0.5, prior_shift(train_prior, serve_prior)))
     groups, member = np.unique(rows.groups, return_inverse=True)
     if not 0 < rows.positive.sum() < rows.positive.size:
         raise InputError(
@@ -249,49 +216,33 @@ def _search(
         unseen[inside] = outcomes(*rows.part(inside), best(rest))
     everything = np.ones(rows.probs.size, dtype=bool)
     plain, tuned = Setting(), best(everything)
-    found = [outcomes(rows.probs, rows.positive, rows.accepted, one) for one in (plain, tuned)]
+    found = [outcomes(*rows.part(everything), one) for one in (plain, tuned)]
 
     rewards: list[list[float]] = []
-    for _ in range(n_replicates):
+    for _ in range(asked.n_replicates):
         weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)))[member]
         if weights[rows.positive].any() and weights[~rows.positive].any():
             rewards.append([simulator.run(rates_of(one, rows.positive, weights)).mean for one in (*found, unseen)])
     drawn = np.asarray(rewards)
-    if len(drawn) < n_replicates // 2:
+    if len(drawn) < asked.n_replicates // 2:
         raise InputError(f"held-out rows must have both labels in more than a few groups, got {len(groups)} groups")
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(np.column_stack([drawn, drawn[:, 2] - drawn[:, 0]]), [tail, 1 - tail], axis=0).tolist()
     first, second = (
-        _reward(simulator, outcome, rows.positive, setting, serve_prior, low[i], high[i])
+        _reward(simulator, rates_of(outcome, rows.positive), setting, serve_prior, low[i], high[i])
         for i, (outcome, setting) in enumerate(zip(found, (plain, tuned), strict=True))
     )
     gain = simulator.run(rates_of(unseen, rows.positive)).mean - first.mean
     shown = tuned != plain and low[3] > 0
+    earns = f"on groups that the choice had not seen the tuned setting earns {gain:+.4f}"
+    doubt = "" if shown else ": not shown to be more than chance, so everything is answered above .5"
     return MinerTuning(
-        source=source,
-        rows=rows.name,
-        n_rows=rows.probs.size,
-        n_groups=len(groups),
-        n_positives=int(rows.positive.sum()),
-        model_fingerprint=rows.model_fingerprint,
-        train_prior=train_prior,
-        serve_prior=serve_prior,
-        plain=first,
-        tuned=second,
-        gain=gain,
-        gain_low=low[3],
-        gain_high=high[3],
-        chosen="tuned" if shown else "plain",
-        reason=(
-            f"on groups that the choice had not seen the tuned setting earns {gain:+.4f} "
-            f"[{low[3]:+.4f}, {high[3]:+.4f}]"
-            + ("" if shown else ": not shown to be more than chance, so everything is answered above .5")
-        ),
-        level=LEVEL,
-        folds=FOLDS,
-        n_replicates=len(drawn),
-        seed=seed,
-    )
+        source=source, rows=rows.name, n_rows=rows.probs.size, n_groups=len(groups),
+        n_positives=int(rows.positive.sum()), model_fingerprint=rows.model_fingerprint, train_prior=train_prior,
+        serve_prior=serve_prior, plain=first, tuned=second, gain=gain, gain_low=low[3], gain_high=high[3],
+        chosen="tuned" if shown else "plain", reason=f"{earns} [{low[3]:+.4f}, {high[3]:+.4f}]{doubt}", level=LEVEL,
+        folds=FOLDS, n_replicates=len(drawn), seed=seed,
+    )  # fmt: skip
 
 
 def _even_threshold(probs: NDArray[np.float64], positive: NDArray[np.bool_], prior: float) -> float:
@@ -309,32 +260,16 @@ def _even_threshold(probs: NDArray[np.float64], positive: NDArray[np.bool_], pri
 
 
 def _reward(
-    simulator: Simulator,
-    outcome: NDArray[np.int8],
-    positive: NDArray[np.bool_],
-    setting: Setting,
-    prior: float,
-    low: float,
-    high: float,
+    simulator: Simulator, rates: Rates, setting: Setting, prior: float, low: float, high: float
 ) -> SimulatedReward:
-    rates = rates_of(outcome, positive)
     reward = simulator.run(rates)
     shares = np.asarray([1 - prior, prior])
     answered = float(shares @ (1 - np.asarray(rates.abstained)))
+    accuracy = float(shares @ np.asarray(rates.right)) / answered if answered > 0 else None
     return SimulatedReward(
-        setting=MinerSetting(
-            threshold=setting.threshold,
-            answer_above=setting.answer_above,
-            on_abstain="minus_one" if setting.abstains else "answer",
-        ),
-        mean=reward.mean,
-        low=low,
-        high=high,
-        simulation_error=reward.error,
-        spread=reward.spread,
-        answered=answered,
-        accuracy=float(shares @ np.asarray(rates.right)) / answered if answered > 0 else None,
-    )
+        setting=setting, mean=reward.mean, low=low, high=high, simulation_error=reward.error, spread=reward.spread,
+        answered=answered, accuracy=accuracy,
+    )  # fmt: skip
 
 
 def yaml_of(record: MinerTuning) -> str:
