@@ -481,7 +481,7 @@ def _build(module: Any, onnx: Path, recipe: EngineRecipe, stage: StageName, logg
 
 
 def _set_cards(module: Any, config: Any, recipe: EngineRecipe) -> None:
-    """Name the cards to build for; apart, since TensorRT for RTX alone can, and the classic stubs know no such thing."""
+    """Name the cards to build for, which TensorRT for RTX alone can do: the classic stubs know no such thing."""
     config.num_compute_capabilities = len(recipe.compute_capabilities)
     for index, name in enumerate(recipe.compute_capabilities):
         config.set_compute_capability(getattr(module.ComputeCapability, name), index)
