@@ -6,12 +6,14 @@ import csv
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from kit.fixtures import Make
 from PIL import Image
 
 import stage1_pro
@@ -35,9 +37,12 @@ def draw(rng: np.random.Generator, positive: bool) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(once: Callable[[str, Make], Path]) -> Path:
     """What the pages speak of: labelled photos, new ones, a calibrated run and its bundle, two models' predictions."""
-    root = tmp_path_factory.mktemp("world")
+    return once("world", make_world)
+
+
+def make_world(root: Path) -> None:
     photos = root / "photos"
     for folder in ("new", "unlabelled"):
         (photos / folder).mkdir(parents=True)
@@ -64,7 +69,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage1_pro.train(run, load_config(None, ["train.epochs=2", "train.workers=0", "model.tap=2"]))
     stage1_pro.calibrate(run, guarantee="none", target_fnr=0.5)
     stage1_pro.export(run)
-    return root
 
 
 def test_the_pages_are_there_and_the_index_names_each():
