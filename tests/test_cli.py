@@ -203,7 +203,7 @@ def cpu_seconds(*command: str) -> float:
     [
         (("-c", "import stage1_pro"), 0.055),
         (("-m", "stage1_pro.cli", "--help"), 0.1),
-        (("-m", "stage1_pro.cli", "split", "--help"), 0.4),
+        (("-m", "stage1_pro.cli", "split", "--help"), 0.5),
         (("-m", "stage1_pro.cli", "train", "--help"), 0.5),
     ],
 )
