@@ -192,6 +192,9 @@ def test_infeasible_says_why_and_what_would_do() -> None:
     assert not certify_threshold(scores, errors, alpha=found.min_certifiable_alpha - 1e-9, **kwargs).feasible
     hopeless = certify_threshold(scores, ~errors, alpha=0.01, delta=0.05, candidates=[0.2])
     assert (hopeless.n_needed, hopeless.min_certifiable_alpha) == (None, 1.0)
+    # Its p-value is .95**52 = .069: named, though no error was seen and delta is nearly met.
+    nearly = certify_threshold([1.0] * 52, [False] * 52, alpha=0.05, delta=0.05, candidates=[0.5])
+    assert not nearly.feasible and "error on accepted rows is 0 of 52" in nearly.reason
     uncovered = certify_threshold(scores, errors, alpha=0.5, delta=0.05, min_coverage=0.7, candidates=[0.3])
     assert "too few to certify a coverage of 0.7" in uncovered.reason
     assert uncovered.min_certifiable_alpha is None
