@@ -15,7 +15,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from stage1_pro.commands.bench import RATES, BenchCascade, render_cascade
+from stage1_pro.commands.bench import BenchCascade, render_cascade
 from stage1_pro.commands.split import split
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.data.splits import Splits
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="measure in torch as well")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="+", default=BenchCascade.model_fields["rates"].default)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stage1_pro import metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ["plain", "blocked", "poisson"]
 
 
@@ -187,3 +190,16 @@ def test_the_gpu_script_runs_on_a_cpu_and_says_so(repository, tmp_path):
 def test_the_gpu_script_names_a_wrong_option(repository):
     done = subprocess.run([repository / "benchmarks/gpu.sh", "--fast"], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: benchmarks/gpu.sh" in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_what_a_script_takes_from_the_package_is_there(script):
+    """A benchmark that nobody ran since a name moved would fail when its figure is asked for."""
+    pytest.importorskip("torch", reason="some of what they measure trains")
+    tree = ast.parse((ROOT / "benchmarks" / script).read_text(encoding="utf-8"))
+    taken = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    for node in taken:
+        if node.module.split(".")[0] == "stage1_pro":
+            home = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(home, name) or importlib.util.find_spec(f"{node.module}.{name}"), (node.module, name)
