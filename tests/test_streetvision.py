@@ -831,6 +831,9 @@ def test_outcomes_and_shifts_have_stated_answers() -> None:
     assert outcomes(probs, positive, accepted, Setting()).tolist() == [1, -1, -1, 0, 1, -1, -1]
     banded = Setting(answer_above=0.8, on_abstain="minus_one")
     assert outcomes(probs, positive, accepted, banded).tolist() == [1, -1, 0, 0, 0, -1, 0]
+    # .5 answers everything, also what is exactly as sure.
+    everything = Setting(answer_above=0.5, on_abstain="minus_one")
+    assert outcomes([0.5], [False], [True], everything).tolist() == [1]
     assert shifted([0.0, 0.3, 1.0, np.nan], 0.3).tolist()[:3] == [0.0, 0.5, 1.0]
     assert rates_of(np.array([1, -1, 0, 1], np.int8), np.array([1, 1, 0, 0], bool)) == Rates((0.5, 0.5), (0.5, 0.0))
 
