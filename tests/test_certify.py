@@ -200,6 +200,14 @@ def test_infeasible_says_why_and_what_would_do() -> None:
     assert uncovered.min_certifiable_alpha is None
 
 
+@pytest.mark.parametrize("method", ["rcps", "sgr"])
+def test_a_coverage_beside_a_risk_takes_half_of_delta(method: str) -> None:
+    """No error in 65 has a p-value of .95**65 = .036: below delta, above half of it."""
+    ask = {"alpha": 0.05, "delta": 0.05, "candidates": [0.5], "method": method}
+    assert certify_threshold([1.0] * 65, [False] * 65, **ask).feasible
+    assert not certify_threshold([1.0] * 65, [False] * 65, min_coverage=0.1, **ask).feasible
+
+
 def test_no_rows_ties_and_nan_have_answers() -> None:
     none = certify_threshold([], [], alpha=0.1, delta=0.05, min_coverage=0.5)
     assert (none.feasible, none.n, none.coverage, none.reason) == (False, 0, None, "there are no certify rows")

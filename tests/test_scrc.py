@@ -121,6 +121,14 @@ def test_scrc_i_budgets_are_floors_of_exact_integers(m: int, expected: float | N
     assert (published + 1) / (m + 1) > 0.01 or budget == published
 
 
+@pytest.mark.parametrize("n", [100, 500, 2001])
+def test_scrc_i_accepts_the_fewest_that_its_bound_allows(n: int) -> None:
+    """The share above every threshold at once is seen within sqrt(log(2 / delta) / 2n) (Massart 1990)."""
+    accepted = SCRC(0.5, 0.3, variant="I").calibrate(*easy(n)).accepted
+    slack = math.sqrt(math.log(2 / 0.01) / (2 * n))
+    assert (accepted - 1) / n - slack < 0.5 <= accepted / n - slack
+
+
 def test_shares_are_taken_by_their_decimal_text() -> None:
     assert math.ceil(100 * 0.55) == 56
     assert SCRC(0.55, 0.1, variant="T")._rank(99) == 55
