@@ -116,6 +116,7 @@ def test_the_expected_coverage_costs_rows_and_positives_are_a_share() -> None:
         ({"cells": 2}, r"cells must be 1 for policy gate, got 2"),
         ({"cells": 1.5}, r"cells must be 1 for policy gate, got 1.5"),
         ({"policy": "scrc", "cells": (0.5, float("nan"))}, r"cells must be 1 to 100 positive shares that sum to 1"),
+        ({"policy": "scrc", "cells": ()}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"policy": "scrc", "cells": (0.5, 0.2)}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"power": 1.0}, r"power must be inside \(0, 1\), got 1.0"),
         ({"min_coverage": 1.5}, r"min_coverage must be inside \(0, 1\), got 1.5"),

@@ -153,7 +153,7 @@ def _cells(asked: Plan, *, several: bool) -> list[float]:
     """The share of each cell."""
     cells = asked.cells
     given = [float(value) for value in (cells if isinstance(cells, tuple) else (cells,))]
-    if not all(math.isfinite(value) and 0 < value <= 100 for value in given):
+    if not given or not all(math.isfinite(value) and 0 < value <= 100 for value in given):
         raise InputError(f"cells must be 1 to 100 positive shares that sum to 1, or their number, got {cells}")
     if len(given) == 1 and given[0] >= 1 and given[0] == math.floor(given[0]):
         given = [1 / given[0]] * min(int(given[0]), 1000)
