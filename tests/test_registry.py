@@ -368,6 +368,8 @@ def test_a_canary_answers_its_share_always_of_the_same_images(
     images = [f"{i:064x}" for i in range(2000)]
     few, more = ({i for i in images if takes_canary(i, share, two)} for share in (0.1, 0.3))
     assert few < more and abs(len(few) / 2000 - 0.1) < 0.03
+    # Another candidate tries itself on other photos.
+    assert len(few & {i for i in images if takes_canary(i, 0.1, "another")}) < 0.3 * len(few)
 
 
 def test_a_canary_that_fails_takes_no_answer_with_it(

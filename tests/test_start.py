@@ -131,9 +131,11 @@ class TestReference:
         assert "off the reference, 0 flips" in cascade.steps[0].reason
 
     @pytest.mark.parametrize("stage", ["stage_a", "stage_b"])
-    @pytest.mark.parametrize("runtime", ["onnxruntime", "auto"])
-    def test_changed_graph_with_right_hashes_does_not_start(self, copy: Path, stage: str, runtime: str) -> None:
-        tamper(copy, stage, by=0.1)
+    @pytest.mark.parametrize(("runtime", "by"), [("onnxruntime", 0.1), ("auto", -0.1)])
+    def test_changed_graph_with_right_hashes_does_not_start(
+        self, copy: Path, stage: str, runtime: str, by: float
+    ) -> None:
+        tamper(copy, stage, by=by)
         load_bundle(copy)
         with pytest.raises(ArtifactError, match="onnxruntime must give the reference outputs of the bundle within"):
             Cascade.load(copy, runtime, trust_engines=True)
