@@ -564,6 +564,13 @@ def test_rows_cut_off_are_found_by_the_head(store: Store, tmp_path: Path) -> Non
     assert audit.verify_file(tmp_path / "hole.jsonl").broken_at == 5
     with pytest.raises(ArtifactError, match="must be an exported audit"):
         audit.verify_file(tmp_path / "none.jsonl")
+    # Row 6 written anew, with a hash of its own that is right: row 7 follows another.
+    sixth = audit.AuditRow.model_validate_json(lines[5]).model_copy(update={"time": 7e9})
+    sixth = sixth.model_copy(update={"hash": sixth.expected_hash()})
+    anew = [*lines[:5], audit.canonical(sixth.model_dump()) + "\n", *lines[6:]]
+    (tmp_path / "anew.jsonl").write_text("".join(anew))
+    found = audit.verify_file(tmp_path / "anew.jsonl")
+    assert (found.ok, found.broken_at, found.reason) == (False, 7, "it does not follow the row before")
 
 
 def test_a_row_stands_only_with_its_transaction(store: Store) -> None:
