@@ -158,12 +158,12 @@ def test_functions_show_the_options_of_their_command() -> None:
 
 def test_calibrate_groups_its_options_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
     """Options, ranges and defaults are those of the policies' targets."""
-    from stage1_pro.policies.target import KNOWN, Target
+    from stage1_pro.policies.target import POLICIES, Target, kind_of_target
 
     text = " ".join(help_of("calibrate", capsys=capsys).split())
     assert "policies softmax, gate:" in text and "policies gate, scrc:" in text and "policy scrc:" in text
     command = load(COMMANDS["calibrate"][0])
-    for kind in KNOWN.values():
+    for kind in map(kind_of_target, POLICIES):
         assert set(kind.model_fields) - set(Target.model_fields) <= set(command.model_fields)
     assert "gate: the same as --max-exit-error" in text and "scrc: largest risk" in text
     with pytest.raises(InputError, match=r"alpha must be inside \(0, 1\), got 2.0"):

@@ -22,10 +22,10 @@ from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.prediction import predict, promised
 from stage1_pro.errors import InputError
-from stage1_pro.policies.policy import POLICIES, Origin, read_policy, register, withdraw_policies
+from stage1_pro.policies.policy import Origin, read_policy, register, withdraw_policies
 from stage1_pro.policies.routing import make_router
 from stage1_pro.policies.rows import Rows
-from stage1_pro.policies.target import parse_target
+from stage1_pro.policies.target import POLICIES, parse_target
 from stage1_pro.training.calibration import render
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.evaluation import evaluate

@@ -9,7 +9,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from stage1_pro.command import Command, Count, Flag, Result, Share, Words, keywords, option
-from stage1_pro.policies.target import KNOWN, Target
+from stage1_pro.policies.target import POLICIES, Target, kind_of_target
 
 if TYPE_CHECKING:
     from stage1_pro.policies.policy import Policy
@@ -62,10 +62,7 @@ class Calibration(Command, topic="certificates"):
 
 def _options() -> dict[str, Any]:
     """Every field of the targets, left out by default, in a group of the policies that have it."""
-    from importlib.metadata import entry_points
-
-    brought = {point.name: point.load().asks for point in entry_points(group="stage1_pro.policies")}
-    kinds: dict[str, type[Target]] = {**KNOWN, **brought}
+    kinds = {policy: kind_of_target(policy) for policy in POLICIES}
     owners: dict[str, dict[str, FieldInfo]] = {}
     for policy, kind in kinds.items():
         for name, field in kind.model_fields.items():

@@ -27,7 +27,8 @@ from stage1_pro.deploy.manifest import FORMAT, BundleManifest, EngineEntry, Prov
 from stage1_pro.errors import ArtifactError, InputError, printable
 from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, write_text
 from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.policies.policy import POLICIES, Policy
+from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.target import POLICIES
 from stage1_pro.record import FileEntry, list_files
 from stage1_pro.words import StageName
 

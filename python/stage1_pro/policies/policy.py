@@ -22,9 +22,8 @@ from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow, check_claim
 from stage1_pro.policies.planning import Planned
 from stage1_pro.policies.rows import Rows, counting_unit, one_each
-from stage1_pro.policies.target import Promise, Target
+from stage1_pro.policies.target import POLICIES, Promise, Target
 from stage1_pro.record import Record
-from stage1_pro.registry import Registry
 
 if TYPE_CHECKING:
     from stage1_pro.commands.plan import Plan
@@ -313,17 +312,7 @@ class Policy(Record):
         return "" if self.usual_exit_rate is None else f"coverage {self.usual_exit_rate:.1%}"
 
 
-# -------------------------------------------------------------------------------- the registry
-
-POLICIES: Registry[type[Policy]] = Registry(
-    "policy",
-    "stage1_pro.policies",
-    {
-        "softmax": "stage1_pro.policies.softmax:Thresholds",
-        "gate": "stage1_pro.policies.gate:GateParams",
-        "scrc": "stage1_pro.policies.sets:ScrcParams",
-    },
-)
+# -------------------------------------------------------------------------------- those that are known
 
 
 def register(kind: type[Policy]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from stage1_pro.command import Count, Share, refusal
 from stage1_pro.errors import InputError
 from stage1_pro.record import Record
+from stage1_pro.registry import Registry
+
+if TYPE_CHECKING:
+    from stage1_pro.policies.policy import Policy
 
 Guarantee = Literal["none", "ltt"]
 Variant = Literal["pac", "I", "T", "naive"]
@@ -257,7 +261,26 @@ class Scrc(Target):
         return f"accepted >= {self.min_coverage:g} with {risk} <= {self.alpha:g}{each}"
 
 
-KNOWN: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
+POLICIES: Registry[type[Policy]] = Registry(
+    "policy",
+    "stage1_pro.policies",
+    {
+        "softmax": "stage1_pro.policies.softmax:Thresholds",
+        "gate": "stage1_pro.policies.gate:GateParams",
+        "scrc": "stage1_pro.policies.sets:ScrcParams",
+    },
+)
+# What is asked of those that are defined here, known without importing the policies and NumPy.
+_HERE: dict[str, type[Target]] = {"softmax": Softmax, "gate": Gate, "scrc": Scrc}
+
+
+def kind_of_target(policy: str) -> type[Target]:
+    """What a policy is asked for.
+
+    Raises:
+        InputError: no such policy.
+    """
+    return _HERE.get(policy) or POLICIES.find(policy).asks
 
 
 def parse_target(values: Mapping[str, Any]) -> Target:
@@ -266,9 +289,4 @@ def parse_target(values: Mapping[str, Any]) -> Target:
     Raises:
         InputError: a field is missing, unknown, or outside its range, or no such policy.
     """
-    kind = KNOWN.get(values.get("policy", ""))
-    if kind is None:
-        from stage1_pro.policies.policy import POLICIES
-
-        kind = POLICIES.find(str(values.get("policy"))).asks
-    return kind.of(**values)
+    return kind_of_target(str(values.get("policy"))).of(**values)

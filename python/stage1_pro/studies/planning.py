@@ -13,7 +13,7 @@ from stage1_pro.files import write_bytes
 from stage1_pro.metrics.figures import power_png
 from stage1_pro.policies.bounds import check_share
 from stage1_pro.policies.planning import smallest_alpha, smallest_n
-from stage1_pro.policies.policy import POLICIES
+from stage1_pro.policies.target import POLICIES
 from stage1_pro.record import Record
 from stage1_pro.words import PolicyName
 

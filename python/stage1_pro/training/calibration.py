@@ -19,11 +19,11 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.files import load_npz, sha256_file
 from stage1_pro.policies.claims import close_claim, note_look, stake_claim
-from stage1_pro.policies.policy import POLICIES, Origin, Policy, policies, withdraw_policies
+from stage1_pro.policies.policy import Origin, Policy, policies, withdraw_policies
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.policies.target import Target, parse_target
+from stage1_pro.policies.target import POLICIES, Target, parse_target
 from stage1_pro.progress import say
 from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, exclusive
