@@ -36,8 +36,8 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.files import write_text
 from stage1_pro.metrics.binomial import clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.bounds import selection_rank
-from stage1_pro.policies.certificate import FAIL_LEVEL, PASS_LEVEL
 from stage1_pro.policies.certify import certify_threshold
+from stage1_pro.policies.checks import FAIL_LEVEL, PASS_LEVEL
 from stage1_pro.policies.scrc import SCRC
 from stage1_pro.policies.softmax import softmax
 

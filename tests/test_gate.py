@@ -216,9 +216,11 @@ def test_the_gate_is_the_regression_sklearn_finds() -> None:
     from stage1_pro.training.gate_head import _logistic
 
     x, y, _ = learned(400)
-    mine = _logistic(x, y.astype(float), 1.0)
-    judge = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(x, y)
-    np.testing.assert_allclose(mine[:-1], judge.coef_[0], atol=5e-3)
+    # A penalty of 4 on a feature is one of 1 on half of it; the last column is the margin, whose own is 1.
+    scale = np.append(np.full(x.shape[1] - 1, 2.0), 1.0)
+    mine = _logistic(x, y.astype(float), 4.0)
+    judge = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(x / scale, y)
+    np.testing.assert_allclose(mine[:-1], judge.coef_[0] / scale, atol=5e-3)
     assert mine[-1] == pytest.approx(judge.intercept_[0], abs=5e-3)
 
 

@@ -121,6 +121,17 @@ def test_scrc_i_budgets_are_floors_of_exact_integers(m: int, expected: float | N
     assert (published + 1) / (m + 1) > 0.01 or budget == published
 
 
+def test_a_probability_a_hair_above_one_conforms_fully() -> None:
+    """A float32 softmax gives 1 + 1e-7; a limit below 0 is none."""
+    probs, gate, labels = easy(400)
+    rounded = probs / probs.max(axis=1, keepdims=True) * (1 + 1e-7)
+    rounded[:, 0], rounded[:, 1] = np.where(labels == 0, 1 + 1e-7, 0), np.where(labels == 1, 1 + 1e-7, 0)
+    fitted = SCRC(0.5, 0.3, allow_empty=True).calibrate(rounded, gate, labels)
+    assert fitted.feasible and fitted.cells[0].limit == 0
+    sets, accepted = fitted.predict_sets(rounded, gate)
+    assert (sets[accepted].sum(axis=1) == 1).all()
+
+
 @pytest.mark.parametrize("n", [100, 500, 2001])
 def test_scrc_i_accepts_the_fewest_that_its_bound_allows(n: int) -> None:
     """The share above every threshold at once is seen within sqrt(log(2 / delta) / 2n) (Massart 1990)."""

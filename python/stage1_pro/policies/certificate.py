@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
-from stage1_pro.policies.bounds import betting_upper, first_enough
+from stage1_pro.policies.rows import Unit
 from stage1_pro.record import Record
 
 Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
-Unit = Literal["rows", "groups", "group_means"]
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
-PASS_LEVEL, FAIL_LEVEL = 0.95, 0.99
-# Where no smaller number of rows settles a question, none is named.
-_MOST_ROWS = 10**9
 
 
 class SweepRow(Record):
@@ -141,46 +132,3 @@ class SetCheck(Record):
     empty_rate: ShareOf
     rejection_rate: ShareOf
     parts: list[SetRates] = Field(default=[], description="the same per stage that answered, and per source")
-
-
-def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> PromiseCheck:
-    """Hold a promise of at most ``limit`` against counts; ``n`` units in all, for the number that would settle it."""
-    lower = clopper_pearson_lower(errors, trials, FAIL_LEVEL)
-    upper = clopper_pearson_upper(errors, trials, PASS_LEVEL)
-    outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
-    needed = None
-    if outcome == "INCONCLUSIVE" and trials and errors / trials != limit:
-        rate = Fraction(errors, trials)
-
-        def settles(m: int) -> bool:
-            if rate < limit:
-                return clopper_pearson_upper(math.ceil(rate * m), m, PASS_LEVEL) <= limit
-            return clopper_pearson_lower(math.floor(rate * m), m, FAIL_LEVEL) > limit
-
-        more = first_enough(settles, trials, _MOST_ROWS)
-        needed = None if more is None else math.ceil(more * n / trials)
-    return PromiseCheck(
-        name=name, limit=limit, errors=errors, trials=trials, lower=lower, upper=upper, outcome=outcome,
-        n_to_settle=needed,
-    )  # fmt: skip
-
-
-def share_of(count: int, of: int) -> ShareOf:
-    """A share with Clopper and Pearson's two-sided 95% interval; null of nothing."""
-    if not of:
-        return ShareOf(value=None, low=0.0, high=1.0)
-    low, high = clopper_pearson(count, of)
-    return ShareOf(value=count / of, low=low, high=high)
-
-
-def mean_size(sizes: NDArray[np.int64], n_classes: int, rng: np.random.Generator) -> ShareOf:
-    """The mean number of classes in sets of these sizes [M], with its two-sided 95% interval; null of no sets."""
-    if sizes.size == 0:
-        return ShareOf(value=None, low=0.0, high=float(n_classes))
-    if n_classes == 2 and sizes.min() > 0:
-        both = share_of(int((sizes == 2).sum()), sizes.size)
-        return ShareOf(value=1 + (both.value or 0.0), low=1 + both.low, high=1 + both.high)
-    # Betting needs an order that no value decides.
-    shares = sizes[rng.permutation(sizes.size)] / n_classes
-    low, high = 1 - betting_upper(1 - shares, 0.025), betting_upper(shares, 0.025)
-    return ShareOf(value=float(sizes.mean()), low=n_classes * low, high=n_classes * high)

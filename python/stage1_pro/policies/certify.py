@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.policies.bounds import check_share, coverage_p_value, errors_allowed, trials_needed
 from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, group_weights, ranked
-from stage1_pro.policies.certificate import Method, RiskCounts, Unit
+from stage1_pro.policies.certificate import Method, RiskCounts
 from stage1_pro.policies.planning import plan_calibration
-from stage1_pro.policies.rows import counting_unit, one_each
+from stage1_pro.policies.rows import Unit, counting_unit, one_each
 
 CountedAs = Literal["auto", "rows", "groups", "group_means"]
 # Without candidates, so many ranks share delta.

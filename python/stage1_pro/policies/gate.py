@@ -7,9 +7,8 @@ calibration, evaluation and the cascade. ``a`` and ``b`` are Platt's, from the f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,15 +20,12 @@ from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
-from stage1_pro.policies.planning import Planned, certify_power
+from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
 from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Gate
 from stage1_pro.record import Record
-
-if TYPE_CHECKING:
-    from stage1_pro.commands.plan import Plan
 
 GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
@@ -155,10 +151,9 @@ class GateParams(ByGate, ExitPolicy):
             )
 
     @classmethod
-    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+    def planned(cls, terms: PlanTerms) -> Planned:
         """The power of the test of the exit error, and of the coverage if one is expected; see ``Policy.planned``."""
-        del cells
-        least, expected = asked.min_coverage, asked.expected_coverage
+        least, expected = terms.min_coverage, terms.expected_coverage
         if expected is not None and not least < expected <= 1:
             raise InputError(
                 f"expected_coverage must be in (min_coverage = {least:g}, 1], got {expected:g}; no number of rows "
@@ -171,9 +166,9 @@ class GateParams(ByGate, ExitPolicy):
             else f"the coverage there is {expected:g}; the exact test of at least {least:g} is counted"
         )
         return Planned(
-            share, delta[0],
-            power=lambda n, limit, true: certify_power(n, limit, delta[0], share, true, min_coverage=promised),
-            wish=f"coverage at least {100 * least:g}% and exit error at most {100 * alpha:g}% (gate)",
+            share, terms.delta[0],
+            power=lambda n, limit, true: certify_power(n, limit, terms.delta[0], share, true, min_coverage=promised),
+            wish=f"coverage at least {100 * least:g}% and exit error at most {100 * terms.alpha:g}% (gate)",
             assumptions=[test],
         )  # fmt: skip
 

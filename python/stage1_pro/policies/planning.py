@@ -25,8 +25,20 @@ _MOST_CELLS = 100
 
 
 @dataclass(frozen=True)
+class PlanTerms:
+    """What a plan takes for given: what is asked for, and what is hoped for."""
+
+    alpha: float  # largest risk
+    delta: Sequence[float]  # chance of failure; of a policy that abstains of the selection and of the risk
+    min_coverage: float
+    expected_coverage: float | None
+    positives: float  # share of units that are
+    cells: Sequence[float]  # share of each cell among the accepted
+
+
+@dataclass(frozen=True)
 class Planned:
-    """How a policy would certify a wish, for a plan."""
+    """How a policy would certify a target, for a plan."""
 
     share: float  # of units that are trials of the risk
     level: float  # at which the risk is tested

@@ -7,7 +7,7 @@ entry point of the group ``stage1_pro.policies``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -17,16 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.policies.bounds import exact
-from stage1_pro.policies.candidates import Risk
-from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow, check_claim
-from stage1_pro.policies.planning import Planned
+from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
 from stage1_pro.policies.rows import Rows, counting_unit, one_each
 from stage1_pro.policies.target import POLICIES, Promise, Target
 from stage1_pro.record import Record
 
 if TYPE_CHECKING:
-    from stage1_pro.commands.plan import Plan
+    from stage1_pro.policies.candidates import Risk
+    from stage1_pro.policies.planning import Planned, PlanTerms
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ def risk_of(asked: Promise, rows: Rows) -> Risk:
     Raises:
         InputError: no such quantity of exits.
     """
+    from stage1_pro.policies.candidates import Risk
+
     if asked.quantity == "exit error":
         return Risk(asked.quantity, asked.limit, rows.wrong)
     if asked.quantity == "FNR on exits" and asked.label is not None:
@@ -114,20 +114,15 @@ class Policy(Record):
         del rows
 
     @classmethod
-    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
-        """How it would certify a wish: its power and what that rests on, for ``stage1 plan``.
-
-        Args:
-            asked: coverages and the share of positives.
-            alpha: largest risk.
-            delta: chance of failure; of a policy that abstains of the selection and of the risk.
-            cells: share of each cell among the accepted.
+    def planned(cls, terms: PlanTerms) -> Planned:
+        """How it would certify a target: its power and what that rests on, for ``stage1 plan``.
 
         Raises:
             InputError: the policy cannot be planned, or not with these coverages.
         """
-        del alpha, delta, cells
-        raise InputError(f"policy must be one that plan knows, got {asked.policy}")
+        del terms
+        name = cls.asks.model_fields["policy"].default
+        raise InputError(f"policy must be one that can be planned, got {name}; its class has no method `planned`")
 
     @abstractmethod
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
@@ -235,6 +230,9 @@ class Policy(Record):
         FAIL: the 99% lower bound is beyond the limit; PASS: the 95% upper bound is within it. A rate below the limit is
         no PASS, one above it no FAIL. One seeded row speaks for its group, as in a certificate.
         """
+        from stage1_pro.policies.bounds import exact
+        from stage1_pro.policies.checks import check_claim
+
         exited, everyone = self.exits(rows.probs, rows.gate), np.ones(rows.labels.size, dtype=bool)
         _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
         drawn = one_each(names, everyone, 0)

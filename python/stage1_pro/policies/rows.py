@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import InputError, nearest
-from stage1_pro.policies.certificate import Unit
 
+Unit = Literal["rows", "groups", "group_means"]
 # Rows of probabilities may carry the rounding of float16 or of a CSV with four decimals.
 SUM_TOLERANCE = 1e-3
 

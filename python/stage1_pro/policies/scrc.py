@@ -20,8 +20,9 @@ from scipy.special import betaincinv
 from stage1_pro.errors import InputError, NotReachableError, nearest
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
-from stage1_pro.policies.certificate import Cell, SetCheck, Unit, check_claim, mean_size, share_of
-from stage1_pro.policies.rows import counting_unit, one_each
+from stage1_pro.policies.certificate import Cell, SetCheck
+from stage1_pro.policies.checks import check_claim, mean_size, share_of
+from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
 
 # Accepts every row that has a score, and is a number that JSON can write.
@@ -475,7 +476,7 @@ def _selection(
 def nonconformity(scrc: SCRC, probs: NDArray[np.float64]) -> NDArray[np.float64]:
     """How ill each class fits each image, [N, K] for probs [N, K]; 0 for the most probable unless sets may be empty."""
     if scrc.score == "lac":
-        scores = 1 - probs
+        scores = np.maximum(1 - probs, 0.0)  # rows sum to 1 but for rounding
     else:
         order = np.argsort(-probs, axis=1, kind="stable")
         ranked = np.take_along_axis(probs, order, axis=1)

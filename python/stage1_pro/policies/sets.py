@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,16 +20,13 @@ from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import ByGate
-from stage1_pro.policies.planning import Planned, scrc_power
+from stage1_pro.policies.planning import Planned, PlanTerms, scrc_power
 from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Checked, Origin
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
 from stage1_pro.policies.softmax import confidence
 from stage1_pro.policies.target import Scrc, Variant
-
-if TYPE_CHECKING:
-    from stage1_pro.commands.plan import Plan
 
 # Above every P(correct): a threshold here lets nobody exit.
 NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
@@ -165,23 +161,23 @@ class ScrcParams(ByGate):
         )
 
     @classmethod
-    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+    def planned(cls, terms: PlanTerms) -> Planned:
         """The power of the budgets at the rank that selects; see ``Policy.planned``."""
-        least = asked.min_coverage
-        if asked.expected_coverage is not None:
+        least, (selection, risk) = terms.min_coverage, terms.delta
+        if terms.expected_coverage is not None:
             raise InputError(
-                f"expected_coverage must be left out for policy scrc, got {asked.expected_coverage}; the rank that "
+                f"expected_coverage must be left out for policy scrc, got {terms.expected_coverage}; the rank that "
                 "selects depends on n and min_coverage alone"
             )
         found = ["power is the chance that the certified limit, and so the sets, are no larger than those in mind"]
-        if len(cells) > 1:
-            found.append(f"cells hold shares of {', '.join(f'{share:.3g}' for share in cells)} of the accepted")
-        each = "" if len(cells) == 1 else f", in each of {len(cells)} cells"
+        if len(terms.cells) > 1:
+            found.append(f"cells hold shares of {', '.join(f'{share:.3g}' for share in terms.cells)} of the accepted")
+        each = "" if len(terms.cells) == 1 else f", in each of {len(terms.cells)} cells"
         return Planned(
-            least * min(cells), delta[1] / len(cells),
-            power=lambda n, limit, true: scrc_power(n, least, limit, (delta[0], delta[1]), true, cells),
-            wish=f"at least {100 * least:g}% accepted and the label outside the set in at most {100 * alpha:g}% of "
-            f"those{each} (scrc, pac)",
+            least * min(terms.cells), risk / len(terms.cells),
+            power=lambda n, limit, true: scrc_power(n, least, limit, (selection, risk), true, terms.cells),
+            wish=f"at least {100 * least:g}% accepted and the label outside the set in at most "
+            f"{100 * terms.alpha:g}% of those{each} (scrc, pac)",
             assumptions=found,
         )  # fmt: skip
 
@@ -282,8 +278,9 @@ class ScrcParams(ByGate):
         sources = [] if rows.sources is None else np.unique(rows.sources).tolist()
         for source in sources if len(sources) > 1 else []:
             seen = verified(rows.sources == source)
-            parts.append(rates("source", source or "(no source)", seen))
-            promises += [one.model_copy(update={"source": source or "(no source)"}) for one in seen.promises]
+            name = str(source) or "(no source)"
+            parts.append(rates("source", name, seen))
+            promises += [one.model_copy(update={"source": name}) for one in seen.promises]
         more = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
         return Checked(sets=whole.model_copy(update=more))
 
@@ -410,8 +407,8 @@ class ScrcParams(ByGate):
 
     @model_validator(mode="after")
     def _sealed(self) -> Self:
-        if any(cell.limit is None for cell in self.lambda_2):
-            raise ValueError("lambda_2 must have a limit in each cell, got null")
+        if any(cell.limit is None or cell.budget < 0 for cell in self.lambda_2):
+            raise ValueError("lambda_2 must have a limit and a budget of 0 or more in each cell, got none")
         found = self.fingerprint_numbers()
         if self.calibrator_fingerprint != found:
             raise ValueError(

@@ -6,8 +6,7 @@ probability, computed in float64; the answer is the most probable class (the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,13 +16,10 @@ from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
 from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
-from stage1_pro.policies.planning import Planned, certify_power
+from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
 from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Softmax
-
-if TYPE_CHECKING:
-    from stage1_pro.commands.plan import Plan
 
 GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)
 
@@ -123,23 +119,22 @@ class Thresholds(ExitPolicy):
         )
 
     @classmethod
-    def planned(cls, asked: Plan, alpha: float, delta: Sequence[float], cells: Sequence[float]) -> Planned:
+    def planned(cls, terms: PlanTerms) -> Planned:
         """The power of the test of FNR on exits, whose trials are the positives that exit; see ``Policy.planned``."""
-        del cells
-        coverage = asked.min_coverage if asked.expected_coverage is None else asked.expected_coverage
+        coverage = terms.min_coverage if terms.expected_coverage is None else terms.expected_coverage
         if not 0 < coverage <= 1:
             raise InputError(f"expected_coverage must be in (0, 1], got {coverage}; it is the share that exits")
-        share = coverage * asked.positives
+        share = coverage * terms.positives
         trials = (
-            f"{100 * asked.positives:g}% are positive (--positives) and {100 * coverage:g}% of those exit, so a share "
+            f"{100 * terms.positives:g}% are positive (--positives) and {100 * coverage:g}% of those exit, so a share "
             f"of {share:.4g} are trials of the FNR"
         )
         return Planned(
-            share, delta[0],
-            power=lambda n, limit, true: certify_power(n, limit, delta[0], share, true),
-            wish=f"FNR on exits at most {100 * alpha:g}% (softmax)",
+            share, terms.delta[0],
+            power=lambda n, limit, true: certify_power(n, limit, terms.delta[0], share, true),
+            wish=f"FNR on exits at most {100 * terms.alpha:g}% (softmax)",
             assumptions=[trials],
-            positives=asked.positives,
+            positives=terms.positives,
         )  # fmt: skip
 
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from stage1_pro.errors import InputError
 from stage1_pro.files import write_bytes
 from stage1_pro.metrics.figures import power_png
 from stage1_pro.policies.bounds import check_share
-from stage1_pro.policies.planning import smallest_alpha, smallest_n
+from stage1_pro.policies.planning import PlanTerms, smallest_alpha, smallest_n
 from stage1_pro.policies.target import POLICIES
 from stage1_pro.record import Record
 from stage1_pro.words import PolicyName
@@ -66,7 +66,7 @@ def plan(asked: Plan) -> CalibrationPlan:
     risk = kind.asks.of().promises("")[-1].limit if asked.alpha is None else asked.alpha
     error = risk / 2 if asked.expected_error is None else asked.expected_error
     delta, cells = _delta(asked, parts=kind.abstains), _cells(asked, several=kind.abstains)
-    planned = kind.planned(asked, risk, delta, cells)
+    planned = kind.planned(PlanTerms(risk, delta, asked.min_coverage, asked.expected_coverage, asked.positives, cells))
 
     def power_at(units: int) -> float:
         return planned.power(units, risk, error)
