@@ -132,7 +132,8 @@ def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
 
 
 def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Policy:
-    predictions, path = read_calibration(run), run / "config.json"
+    predictions = read_calibration(run)
+    path = run / "config.json"
     splits = Splits.read(run / "splits.json")
     if wish is None:
         base = RunConfig.read(path).config.calibrate if path.is_file() else CalibrateConfig()
@@ -183,11 +184,13 @@ def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origi
     if stake is not None:
         close_claim(run, half, stake, "certified")
         # What else is assumed of the certify half, which this run's files alone cannot show.
-        copy = "a copy of splits.json counts its own claims"
-        more = [f"these certify rows certified nothing in another run folder ({copy})"]
+        more = [
+            "these certify rows certified nothing in another run folder (a copy of splits.json counts its own claims)"
+        ]
         if stake.looks:
-            looks = f"the {stake.looks} empirical choice(s) that saw these rows before it"
-            more.append(f"the wish does not come from {looks}")
+            more.append(
+                f"the wish does not come from the {stake.looks} empirical choice(s) that saw these rows before it"
+            )
             say(
                 f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if "
                 "this wish was not chosen by what it showed"
@@ -256,7 +259,8 @@ def _better(run: Path, predictions: Predictions) -> str:
 
 
 def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
-    arrays, out, positive = load_npz(path), asked.out, asked.positive
+    arrays = load_npz(path)
+    out, positive = asked.out, asked.positive
     probs = _file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")

@@ -237,13 +237,15 @@ def evaluate(
     for name, table in lists.items():
         write_csv(folder / f"{name}.csv", table, COLUMNS[name])
     evaluation.write(folder / "evaluation.json")
-    pictures = _draw(predictions, answers, policy, evaluation, found)
+    # Before anything is drawn: a process killed in those seconds leaves no curve of another policy.
     curve = _cost_curve(predictions, answers, policy, blocks)
     if curve is None:
         (folder / "cost_risk.csv").unlink(missing_ok=True)
     else:
         points = [dict(zip(COST_COLUMNS, map(float, row), strict=True)) for row in zip(*curve, strict=True)]
         write_csv(folder / "cost_risk.csv", points, COST_COLUMNS)
+    pictures = _draw(predictions, answers, policy, evaluation, found)
+    if curve is not None:
         pictures.append(_draw_cost(answers, evaluation, curve, others))
     for picture in pictures:
         write_bytes(folder / f"{picture.name}.png", picture.png)

@@ -122,8 +122,11 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         write_quarantine(folder / "quarantine.csv", pool.quarantined)
         adapted = explorer.run()
     whole, history = explorer.trainable, explorer.at.history
+    n_trained, n_held_out = len(explorer.trained_on), len(explorer.held_out)
+    del explorer  # its decoder, teacher and moments would stay on the device beside the probe
     try:
-        after, positive = probed(adapted, "adapted"), splits.classes.index(splits.positive)
+        after = probed(adapted, "adapted")
+        positive = splits.classes.index(splits.positive)
         figures = judge(before, after, labels, groups, positive=positive, seed=config.seed)
         better, reason = verdict(figures)
     except InputError as error:
@@ -137,7 +140,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         written = info.model_copy(update={"source": f"{info.source} + {how}"}) if kept else info
         save_backbone(staging, chosen, written, spec)
     used = PoolInfo(
-        contents_sha256=pool.fingerprint, n_trained=len(explorer.trained_on), n_held_out=len(explorer.held_out),
+        contents_sha256=pool.fingerprint, n_trained=n_trained, n_held_out=n_held_out,
         n_quarantined=len(pool.quarantined), n_copies=pool.n_copies, n_left_out=pool.n_left_out,
         n_not_compared=pool.n_not_compared,
     )  # fmt: skip

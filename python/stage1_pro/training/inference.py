@@ -109,6 +109,6 @@ def infer_split(run: Path, split: SplitName) -> Predictions:
 def save_calibration(run: Path, predictions: Predictions) -> None:
     """Write ``val_calib.npz`` and the plain tensors other tools read."""
     predictions.save(run / "val_calib.npz")
-    save(run / "val_calib_logits.pt", torch.from_numpy(predictions.logits_a))
-    save(run / "val_calib_labels.pt", torch.from_numpy(predictions.labels))
-    save(run / "val_calib_gate_logits.pt", torch.from_numpy(predictions.gate_logits))
+    save(run / "val_calib_logits.pt", torch.tensor(predictions.logits_a))
+    save(run / "val_calib_labels.pt", torch.tensor(predictions.labels))
+    save(run / "val_calib_gate_logits.pt", torch.tensor(predictions.gate_logits))

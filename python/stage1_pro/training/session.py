@@ -203,7 +203,7 @@ class Session:
         read, pixels = [], hashlib.sha256()
         for batch in itertools.islice(batches, START_BATCHES):
             read += [f"{ids[file]} {y}" for file, y in zip(batch.files, batch.labels.tolist(), strict=True)]
-            pixels.update(batch.pixels.numpy().tobytes())
+            pixels.update(batch.inputs[0].numpy().tobytes())
         source.close()
         heads = {k: v.detach().cpu().contiguous() for k, v in sorted(self.model.heads.state_dict().items())}
         return Start(
@@ -241,11 +241,13 @@ class Session:
         self.log = Log(self.run / "train.log", self.main)
 
     def _build_model(self) -> None:
-        asked, what = self.config.model, (self.splits.classes, self.splits.positive, self.config.seed)
-        self.model, self.tap_choice = create_model(asked, *what), None
+        asked = self.config.model
+        of = (self.splits.classes, self.splits.positive, self.config.seed)
+        self.model = create_model(asked, *of)
+        self.tap_choice = None
         if asked.tap == "auto":
             self.tap_choice = self._measure_taps()
-            self.model = create_model(asked.model_copy(update={"tap": self.tap_choice.tap}), *what)
+            self.model = create_model(asked.model_copy(update={"tap": self.tap_choice.tap}), *of)
         resolved = {"image_size": self.architecture.image_size, "tap": self.architecture.tap}
         self.config = self.config.model_copy(update={"model": asked.model_copy(update=resolved)})
 

@@ -244,7 +244,8 @@ def _views(session: Session, model: Stage1Model) -> list[np.ndarray[Any, Any]]:
 
 def _choose_confidence(session: Session, predictions: Predictions) -> None:
     """Write ``gate.json``: what ranks answers better on ``val_select``."""
-    found, options = rank_answers(predictions, seed=session.config.seed), session.config.gate
+    found = rank_answers(predictions, seed=session.config.seed)
+    options = session.config.gate
     facts = checkpoint.load(session.run / "model_best.pth").get("gate_fit", {"form": "joint"})
     record = GateChoice.of(found, predictions, options.confidence, **{"fit": options.fit, **facts})
     record.write(session.run / "gate.json")
