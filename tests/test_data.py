@@ -620,6 +620,9 @@ def test_broken_files_are_listed_and_skipped(pool, tmp_path: Path) -> None:
     assert "p005.png" in (tmp_path / "other" / "quarantine.csv").read_text()
     assert not (tmp_path / "other" / "splits.json").exists()
     assert stage1_pro.split(labels, tmp_path / "other", max_quarantine=0.03).quarantined == 2
+    for wrong in ({"max_quarantine": float("nan")}, {"max_quarantine": 2.0}, {"max_component": -1.0}):
+        with pytest.raises(InputError, match="must be a share from 0 to 1"):
+            make_splits(labels, **wrong)
 
 
 def test_splits_of_a_trained_run_stay(pool, tmp_path: Path) -> None:
@@ -836,6 +839,15 @@ def test_processes_share_a_batch(files: list[Path]) -> None:
     for batch, first, second in zip(whole, *shares, strict=True):
         assert torch.equal(batch.pixels[0::2], first.pixels)
         assert torch.equal(batch.pixels[1::2], second.pixels)
+
+
+def test_two_epochs_at_once_keep_their_own_order(files: list[Path]) -> None:
+    loader = TrainLoader(files, np.arange(90), SPEC, AugmentConfig(), seed=5, batch_size=16, workers=0)
+    alone = [[batch.index.tolist() for batch in loader.epoch(epoch)] for epoch in (0, 1)]
+    pixels = [[batch.pixels for batch in loader.epoch(epoch)] for epoch in (0, 1)]
+    for step, both in enumerate(zip(loader.epoch(0), loader.epoch(1), strict=True)):
+        for epoch, batch in enumerate(both):
+            assert batch.index.tolist() == alone[epoch][step] and torch.equal(batch.pixels, pixels[epoch][step])
 
 
 def test_an_abandoned_epoch_leaves_the_workers_usable(files: list[Path]) -> None:

@@ -460,6 +460,16 @@ class TestEngines:
         # Who receives a bundle has no run to export.
         assert "build it here with `stage1 build`" in found.reason
 
+    def test_it_is_hashed_piece_by_piece(self, rich_copy, monkeypatch):
+        """An engine of any size must not fill memory before anybody trusts it."""
+        loaded = load_bundle(rich_copy)
+        monkeypatch.setattr(type(loaded), "read", lambda *_: pytest.fail("it was read whole"))
+        assert engine_trust(loaded, self.entry(loaded)).status == "refused"
+        path = rich_copy / self.entry(loaded).path
+        path.write_bytes(path.read_bytes()[::-1])
+        with pytest.raises(ArtifactError, match="sha256"):
+            engine_trust(loaded, self.entry(loaded))
+
     def test_the_flag(self, rich):
         loaded = load_bundle(rich)
         found = engine_trust(loaded, self.entry(loaded), trust_engines=True)

@@ -586,6 +586,11 @@ class TestOpenVino:
         with pytest.raises(DependencyError, match=r"stage1_pro\[openvino\]"):
             Cascade.load(bundle, "openvino")
 
+    @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+    def test_negative_threads_are_no_fault_of_the_graph(self, bundle: Path, runtime: str) -> None:
+        with pytest.raises(InputError, match="threads must be 0"):
+            RUNTIMES.find(runtime)(load_bundle(bundle), -1)  # type: ignore[call-arg]
+
     def test_it_answers_as_onnxruntime_does(self, run: Path, bundle: Path, copy: Path) -> None:
         if importlib.util.find_spec("openvino") is None:
             pytest.skip("openvino is not installed: the runtime cannot be run here")

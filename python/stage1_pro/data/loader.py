@@ -100,7 +100,7 @@ class TrainLoader:
         self._seed, self._rank, self._world = seed, rank, world
         self._batch = min(batch_size, self._n)
         self.steps_per_epoch = self._n // self._batch
-        self._plan: list[list[tuple[int, int]]] = []
+        self._plan = _Plan()
         images = _Images(self._photos, spec, augment if augment.enabled else None, seed, max(1, workers))
         self._loader = _loader(images, self._plan, workers, math.ceil(self._batch / world) * _bytes(spec))
 
@@ -113,8 +113,7 @@ class TrainLoader:
         order = epoch_order(self._n, self._seed, epoch)
         steps = range(start_step, self.steps_per_epoch)
         shares = [order[step * self._batch : (step + 1) * self._batch][self._rank :: self._world] for step in steps]
-        # In place: the loader and its workers outlive an epoch, and go through this list in each.
-        self._plan[:] = [[(epoch, int(i)) for i in share] for share in shares]
+        self._plan.keys = [[(epoch, int(i)) for i in share] for share in shares]
         with _no_loader_warnings():
             batches = iter(self._loader)
         for share, pixels in zip(shares, batches, strict=True):
@@ -148,7 +147,7 @@ def iterate(
     augment, seed, epoch = draw or (None, 0, 0)
     keys = [[(epoch, i) for i in range(k, min(k + batch_size, len(photos)))] for k in range(0, len(photos), batch_size)]
     images = _Images(list(photos), spec, augment, seed, 0)
-    loader = _loader(images, keys, min(workers, len(keys) - 1), batch_size * _bytes(spec), persistent=False)
+    loader = _loader(images, _Plan(keys), min(workers, len(keys) - 1), batch_size * _bytes(spec), persistent=False)
     with _no_loader_warnings():
         batches = iter(loader)
     for pixels in track(batches, description, total=len(keys)) if description else batches:
@@ -193,14 +192,25 @@ class _Images(Dataset[Any]):
         return image
 
 
+class _Plan:
+    """Batches of (epoch, row) still to be made; replaced before each pass, which the loader and its workers outlive."""
+
+    def __init__(self, keys: list[list[tuple[int, int]]] | None = None) -> None:
+        self.keys = keys or []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
 def _sent(shared: bool, batch: Any) -> Any:
     """What a worker sends: a tensor in shared memory, or an array through the pipe where that is too small."""
     return torch.from_numpy(batch) if shared and not isinstance(batch, str) else batch
 
 
-def _loader(
-    images: _Images, plan: list[list[tuple[int, int]]], workers: int, size: int, *, persistent: bool = True
-) -> DataLoader[Any]:
+def _loader(images: _Images, plan: _Plan, workers: int, size: int, *, persistent: bool = True) -> DataLoader[Any]:
     """Batches of the (epoch, row) that ``plan`` lists, each of so many bytes."""
     workers = max(0, workers)
     with _no_loader_warnings():

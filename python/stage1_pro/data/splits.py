@@ -180,7 +180,7 @@ def make_splits(
 
     A row's ``group`` in the result is the unit of splits, certificates and intervals: the group given (the file
     itself when none is), or, where near-duplicates join several, the first of their names. Options are those of
-    ``stage1 split``, which checks their ranges.
+    ``stage1 split``.
 
     Returns:
         The splits, and the files left out with their reasons.
@@ -189,6 +189,9 @@ def make_splits(
         QuarantineError: too many files cannot be read as images.
         InputError: anything wrong with the labels, or splits that cannot hold every class.
     """
+    for name, limit in (("max_component", max_component), ("max_quarantine", max_quarantine)):
+        if not 0 <= limit <= 1:  # written so that NaN fails too
+            raise InputError(f"--{name.replace('_', '-')} must be a share from 0 to 1, got {limit}")
     shares = _shares(fractions, folds, fold)
     photos, entries = read_labels(labels, images)
     names = classes_of(entries, classes)

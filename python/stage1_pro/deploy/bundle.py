@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import zipfile
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -61,7 +61,7 @@ _ARRAYS = 64
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
 
 
-class Described:
+class Described(ABC):
     """What serves, a bundle or the model of a run, and what it says about itself."""
 
     @property
@@ -442,10 +442,11 @@ def _check_files(folder: Path, manifest: BundleManifest, present: Mapping[str, i
         if present[name] != entry.size:
             raise ArtifactError(f"{name} must have {entry.size} bytes as exported, got {present[name]}; it was changed")
     for name, entry in manifest.files.items() if verify else ():
-        _check_hash(folder, name, entry)
+        check_hash(folder, name, entry)
 
 
-def _check_hash(folder: Path, name: str, entry: FileEntry) -> None:
+def check_hash(folder: Path, name: str, entry: FileEntry) -> None:
+    """Hash a file piece by piece; raises ArtifactError when it is not what the manifest says."""
     with _open_plain(folder, name) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != entry.sha256:

@@ -327,7 +327,14 @@ def build_engine(
 
 
 def read_engine(bundle: Bundle, entry: EngineEntry) -> bytes:
-    """An engine's bytes, which are the manifest's and have a well-formed header; raises as ``check_header`` does."""
+    """An engine's bytes, which are the manifest's and have a well-formed header.
+
+    Whether they may run at all is another question, which comes first: ``engine_trust``.
+
+    Raises:
+        ArtifactError: the file was changed, or is no engine.
+        DependencyError: the engine's runtime is not installed.
+    """
     data = bundle.read(entry.path)
     check_header(data[:HEADER_SIZE], entry.target)
     return data

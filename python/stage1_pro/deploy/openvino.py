@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.runtime import Arrays, How, Runtime, bundle_of, check_outputs
-from stage1_pro.errors import ArtifactError, need, printable
+from stage1_pro.errors import ArtifactError, InputError, need, printable
 from stage1_pro.words import StageName
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class OpenVinoRuntime(Runtime):
     """Both graphs of a verified bundle compiled by OpenVINO for this machine's CPU; 0 threads: as many as it takes.
 
     Raises:
+        InputError: ``threads`` is negative.
         ArtifactError: a graph cannot be compiled.
         DependencyError: OpenVINO is not installed.
     """
@@ -30,6 +31,8 @@ class OpenVinoRuntime(Runtime):
     name = "openvino"
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        if threads < 0:
+            raise InputError(f"threads must be 0 (as OpenVINO has them) or more, got {threads}")
         core = _library().Core()
         # By itself OpenVINO computes in bf16 where the CPU can, which is further from the reference than it may be.
         options: dict[str, Any] = {

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
 
-from stage1_pro.deploy.bundle import SIGNATURE, Bundle, read_plain
+from stage1_pro.deploy.bundle import SIGNATURE, Bundle, check_hash, read_plain
 from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.errors import ArtifactError, InputError, need, printable
 from stage1_pro.files import locked, sha256_bytes, sha256_file, write_text
@@ -146,7 +146,10 @@ def remember_built(path: Path | str) -> str:
 
 
 def engine_trust(bundle: Bundle, entry: EngineEntry, *, trust_engines: bool = False) -> Trust:
-    """Say whether an engine may be deserialised here; deserialise the bytes of ``bundle.read``, which cannot change.
+    """Say whether an engine may be deserialised here; its file is hashed first, in pieces: no size can fill memory.
+
+    Deserialise the bytes of ``bundle.read(entry.path)``: they are hashed again as they are read, so the file cannot
+    change in between.
 
     Raises:
         ArtifactError: the engine is none of the bundle's, or changed since it was exported; keys or ledger could have
@@ -156,7 +159,7 @@ def engine_trust(bundle: Bundle, entry: EngineEntry, *, trust_engines: bool = Fa
         raise ArtifactError(
             f"{printable(entry.path)} must be an engine of the bundle, but {bundle.path} lists no such one"
         )
-    bundle.read(entry.path)
+    check_hash(bundle.path, entry.path, bundle.manifest.files[entry.path])
     if bundle.manifest.files[entry.path].sha256 in _load(BuiltEngines, _ENGINES).sha256:
         return Trust("built_here", "it was built here")
     signed = signature_status(bundle)
