@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
-from kit.loop_parts import Parts, promote
+from kit.loop_parts import Parts, promote, read_pointer
 from kit.tiny import CLASSES, copy_run, make_images, make_model, make_policy
 from PIL import Image
 
@@ -41,7 +41,7 @@ from stage1_pro.continual.loop.folder import LoopFile, opened
 from stage1_pro.continual.loop.machine import EDGES, Loop, LoopConfig, Watched, read_verdict
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan, uniform
-from stage1_pro.continual.serving.live import POINTER, LiveCascade, Pointer
+from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.continual.watch.alerts import Alert, Delivery
 from stage1_pro.continual.watch.outbox import OLDEST, deliver
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
@@ -59,10 +59,6 @@ QUICK = LoopConfig(auto_promote=True, shadow_seconds=5.0, canary_seconds=5.0, ho
 @pytest.fixture(scope="module")
 def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_run(tiny, tmp_path_factory.mktemp("loop") / "run") / "bundle"
-
-
-def read_pointer(root: Path) -> Pointer:
-    return Pointer.read(root / POINTER)
 
 
 def begin(root: Path, url: str, bundle: Path) -> None:

@@ -454,7 +454,7 @@ def test_bad_plans_are_refused(change, said) -> None:
 
 
 @pytest.fixture(scope="module")
-def harmed() -> tuple[ServedColumns, Status, ThresholdController]:
+def harmed() -> tuple[ServedColumns, Status]:
     """A watched stream that goes wrong, with everything that a status can show."""
     rng = np.random.default_rng(2)
     n = 1500
@@ -503,9 +503,9 @@ def test_health_is_what_the_interval_shows(n, wrong, health) -> None:
     def seen(rows: ServedColumns) -> Status:
         evidence = feed(Evidence(alpha=ALPHA, reference=0.5, floor=0.5), rows)
         before = TriggerState(since=0.0)
-        return assess(rows, MonitorConfig(alpha=ALPHA, floor=0.5), now=1e3, triggers_before=before, evidence=evidence)[
-            0
-        ]
+        config = MonitorConfig(alpha=ALPHA, floor=0.5)
+        status, _ = assess(rows, config, now=1e3, triggers_before=before, evidence=evidence)
+        return status
 
     assert seen(rows_of(n, wrong=np.arange(n) < wrong, score=np.full(n, 0.995))).health == health
     drifting = seen(rows_of(n, score=np.full(n, 0.9)))
@@ -556,10 +556,9 @@ def test_prometheus_reads_every_metric_and_unknown_figures_are_left_out(harmed, 
     assert {name: family.samples[0].value for name, family in found.items()} == dict(samples(status))
     assert found["stage1_alarm"].samples[0].labels == {"bundle": "ab" * 6}
     assert all(family.documentation == METRICS[name][0] for name, family in found.items())
-    fewer, _ = assess(
-        rows_of(0), MonitorConfig(alpha=ALPHA), now=0.0, triggers_before=TriggerState(since=0.0),
-        evidence=Evidence(alpha=ALPHA),
-    )  # fmt: skip  # nothing served
+    nothing, fresh = rows_of(0), TriggerState(since=0.0)
+    evidence = Evidence(alpha=ALPHA)
+    fewer, _ = assess(nothing, MonitorConfig(alpha=ALPHA), now=0.0, triggers_before=fresh, evidence=evidence)
     assert "stage1_exit_risk " not in exposition(fewer).decode()
     assert set(dict(samples(fewer))) < set(METRICS)
     write_textfile(tmp_path / "stage1.prom", status)

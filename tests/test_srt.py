@@ -159,6 +159,7 @@ def test_what_would_not_exit_now_moves_nothing_but_the_window() -> None:
     controller.update([Feedback(0.0, "a", 0.8, True, True, 0.1)])
     state = controller.state
     assert (state.u, state.n, state.n_trials, state.evidence.n) == (to_logit(0.9), 1, 0, 0)
+    assert len(controller._window) == 1
 
 
 def test_right_answers_never_loosen_it_past_the_certificate() -> None:

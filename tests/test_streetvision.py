@@ -41,6 +41,7 @@ from stage1_pro.files import sha256_file
 from stage1_pro.integrations.streetvision import Settings, StreetVision, register, tuning
 from stage1_pro.integrations.streetvision.answering import guard
 from stage1_pro.integrations.streetvision.reward import (
+    PLAIN,
     Rates,
     Setting,
     Simulator,
@@ -801,7 +802,7 @@ def test_abstaining_pays_what_was_reported(accuracy: float, above: float, everyt
     accepted = np.ones(probs.size, dtype=bool)
 
     def reward(band: float) -> float:
-        setting = Setting(answer_above=band, on_abstain="minus_one")
+        setting = Setting(threshold=0.5, answer_above=band, on_abstain="minus_one")
         return simulator.run(rates_of(outcomes(probs, positive, accepted, setting), positive)).mean
 
     plain, better = reward(0.5), reward(above)
@@ -828,11 +829,11 @@ def test_outcomes_and_shifts_have_stated_answers() -> None:
     probs = np.array([0.9, 0.1, 0.6, np.nan, 1.0, 0.0, 0.5])
     positive = np.array([True, True, False, True, True, True, True])
     accepted = np.array([True, True, True, True, False, True, True])
-    assert outcomes(probs, positive, accepted, Setting()).tolist() == [1, -1, -1, 0, 1, -1, -1]
-    banded = Setting(answer_above=0.8, on_abstain="minus_one")
+    assert outcomes(probs, positive, accepted, PLAIN).tolist() == [1, -1, -1, 0, 1, -1, -1]
+    banded = Setting(threshold=0.5, answer_above=0.8, on_abstain="minus_one")
     assert outcomes(probs, positive, accepted, banded).tolist() == [1, -1, 0, 0, 0, -1, 0]
     # .5 answers everything, also what is exactly as sure.
-    everything = Setting(answer_above=0.5, on_abstain="minus_one")
+    everything = Setting(threshold=0.5, answer_above=0.5, on_abstain="minus_one")
     assert outcomes([0.5], [False], [True], everything).tolist() == [1]
     assert shifted([0.0, 0.3, 1.0, np.nan], 0.3).tolist()[:3] == [0.0, 0.5, 1.0]
     assert rates_of(np.array([1, -1, 0, 1], np.int8), np.array([1, 1, 0, 0], bool)) == Rates((0.5, 0.5), (0.5, 0.0))

@@ -19,7 +19,7 @@ from stage1_pro.continual.loop.executors import Work
 from stage1_pro.continual.loop.machine import Compared, Job, Round, Watched
 from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, evaluate
 from stage1_pro.continual.loop.registry import Alias, Registry
-from stage1_pro.continual.serving.live import Pointer
+from stage1_pro.continual.serving.live import POINTER, Pointer
 from stage1_pro.continual.watch.monitor import Evidence
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_file
@@ -27,6 +27,11 @@ from stage1_pro.record import FileEntry
 
 CLASSES = ("none", "roadwork")
 N = 400
+
+
+def read_pointer(root: Path) -> Pointer:
+    """What serves, as serving reads it."""
+    return Pointer.read(root / POINTER)
 
 
 def propose(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Loop(Command, topic="loop"):
 
     def __init_subclass__(cls, does: str = "", **more: Any) -> None:
         super().__init_subclass__(**more)
-        cls.does = does
+        cls.does = does or cls.does
 
     def execute(self) -> Result:
         """Print what was done or found."""

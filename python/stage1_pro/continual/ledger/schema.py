@@ -146,7 +146,7 @@ def bring_up(connection: Connection, name: str) -> None:
         DependencyError: the store is older, and alembic is not installed.
     """
     columns, version = _read(connection, name)
-    new = version is None and not any(name in columns for name in metadata.tables if name != VERSION.name)
+    new = version is None and not any(table in columns for table in metadata.tables if table != VERSION.name)
     if not new and version != HEAD:
         _migrate(connection, name)
     try:

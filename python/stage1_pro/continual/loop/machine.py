@@ -148,7 +148,7 @@ class Compared:
         """Why the candidate goes."""
         e = self.evidence
         wrong = f"the candidate was wrong in {e.n_wrong} of {e.n} audited disagreements"
-        return f"{wrong}, evidence {e.peak:.3g} reached {1 / e.delta:g}"
+        return f"{wrong}, evidence {e.peak:.3g} reached {e.limit:g}"
 
     def short(self, left: float, pairs: int) -> str:
         """What the candidate waits for: seconds, and images of ``pairs``."""
@@ -268,7 +268,7 @@ class Loop:
         return self.row()
 
     def run(self, *, now: float, manual: bool = False) -> list[LoopStep]:
-        """The steps that can be taken at one time, a hundred at most."""
+        """The steps that can be taken at one time, a hundred at most; a step lost to another process is followed."""
         return [step for _, step in islice(self.steps(lambda: now, manual=manual), 100)]
 
     def steps(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field
 from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, func, select
@@ -231,7 +231,7 @@ class Registry:
         return pointer
 
     def _pointer(self, connection: Connection) -> Pointer:
-        champion, shadow, canary = (self.alias(name, connection) for name in get_args(AliasName))
+        champion, shadow, canary = (self.alias(name, connection) for name in ("champion", "shadow", "canary"))
         if champion.bundle is None:
             raise InputError("champion must be set, got none; `stage1 continual init --bundle` sets the first")
         before = select(_aliases.c.bundle).where(

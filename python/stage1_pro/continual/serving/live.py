@@ -225,21 +225,20 @@ class LiveCascade(Answering):
         by_canary = np.array([takes_canary(name, share, candidate.sha256) for name in names])
         parts: list[tuple[NDArray[np.intp], Decisions]] = []
 
-        def answer(by: _Loaded, rows: NDArray[np.intp]) -> None:
-            asked = [photos[row] for row in rows]
+        def answer(by: _Loaded, rows: NDArray[np.intp], *, by_candidate: bool) -> None:
+            asked, mine = [photos[row] for row in rows], [names[row] for row in rows]
             found = by.answer(asked, now)
-            parts.append((rows, found))
-            mine = [names[row] for row in rows]
-            self._pair(champion, candidate, found, asked, mine, now, by_candidate=by is candidate)
+            self._pair(champion, candidate, found, asked, mine, now, by_candidate=by_candidate)
+            parts.append((rows, found))  # last: what failed on the way has answered nothing
 
         if by_canary.any():
             try:
-                answer(candidate, np.flatnonzero(by_canary))
+                answer(candidate, np.flatnonzero(by_canary), by_candidate=True)
             except Exception as error:  # noqa: BLE001  a candidate that fails must not take an answer with it
                 self._note(candidate, error)
                 by_canary[:] = False
         if not by_canary.all():
-            answer(champion, np.flatnonzero(~by_canary))
+            answer(champion, np.flatnonzero(~by_canary), by_candidate=False)
         joined = concatenate([found for _, found in parts])
         order = np.argsort(np.concatenate([rows for rows, _ in parts]))
         return Decisions(**{f.name: getattr(joined, f.name)[order] for f in dataclasses.fields(Decisions)})

@@ -78,6 +78,8 @@ def post(connection: Connection, store: Store, alerts: Mapping[str, Alert]) -> N
 
 def unknown(store: Store, alerts: Mapping[str, Alert]) -> dict[str, Alert]:
     """Those that nobody has written down yet."""
+    if not alerts:
+        return {}
     with store.read() as connection:
         known = set(connection.execute(select(_alerts.c.key).where(_alerts.c.key.in_(list(alerts)))).scalars())
     return {key: alert for key, alert in alerts.items() if key not in known}

@@ -30,12 +30,13 @@ ENTRY = "neurons/miner.py"
 _DETECTOR, _CONFIG = "--neuron.image_detector", "--neuron.image_detector_config"
 
 
-def register(layout: Layout = "auto", repo: Path | str | None = None) -> list[type]:
+def register(layout: Layout = "auto", repo: Path | str | None = None, *, name: str = NAME) -> list[type]:
     """Put a detector that answers with a bundle into the miner's registry.
 
     Args:
         layout: whose modules to import; auto: every one that ``repo``, or Python's path, has.
         repo: checkout of the miner, put first on Python's path; None: it can be imported already.
+        name: what ``--neuron.image_detector`` calls it.
 
     Returns:
         The classes, one a layout; built as ``cls(config_name=YAML, device=…)``, called with a PIL image.
@@ -57,27 +58,27 @@ def register(layout: Layout = "auto", repo: Path | str | None = None) -> list[ty
             f"no miner code is on Python's path (neither {' nor '.join(m[0] for m in _MODULES.values())}); "
             "give its checkout with --repo"
         )
-    return [_register(one) for one in wanted]
+    return [_register(one, name) for one in wanted]
 
 
-def _register(layout: str) -> type:
+def _register(layout: str, name: str) -> type:
     registry, detectors = (_import(module) for module in _MODULES[layout])
     try:
         registered, base = registry.DETECTOR_REGISTRY, detectors.FeatureDetector
     except AttributeError as error:
         raise DependencyError(f"the miner's code is of no layout known here: {error}") from None
-    made = _make_detector(base)
-    registered.register_module(module_name=NAME)(made)
+    made = _make_detector(base, name)
+    registered.register_module(module_name=name)(made)
     return made
 
 
-def _make_detector(base: Any) -> type:
+def _make_detector(base: Any, name: str) -> type:
     """A subclass of the miner's ``FeatureDetector`` that answers with the bundle its YAML names."""
 
     class Stage1Detector(base):  # type: ignore[misc]
         """Answers with a stage1_pro bundle; every key of ``Settings`` becomes an attribute, as the base reads YAML."""
 
-        def __init__(self, model_name: str = NAME, config_name: str | None = None, device: str = "cpu") -> None:
+        def __init__(self, model_name: str = name, config_name: str | None = None, device: str = "cpu") -> None:
             # Known before the base reads the file: a relative bundle is relative to it.
             self._yaml = config_name
             super().__init__(model_name, config_name, device)
@@ -112,6 +113,7 @@ def launch(
     layout: Layout = "auto",
     settings: Path | str | None = None,
     entry: str = ENTRY,
+    name: str = NAME,
 ) -> None:
     """Register, then run the miner's own entry point in this process; returns when it does.
 
@@ -121,6 +123,7 @@ def launch(
         layout: as for ``register``.
         settings: YAML for the detector, checked first; adds ``--neuron.image_detector`` and its ``_config``.
         entry: the miner's script, within ``repo``.
+        name: what the detector is registered as.
 
     Raises:
         InputError: no such checkout or entry, or settings that are wrong or given twice.
@@ -138,9 +141,9 @@ def launch(
             raise InputError(f"the detector must be named once, got --settings and {twice[0]}; leave one out")
         path = Path(settings).resolve()
         Settings.read(path)
-        given += [_DETECTOR, NAME, _CONFIG, str(path)]
-    register(layout, repo)
-    say(f"registered {NAME}; starting {script}")
+        given += [_DETECTOR, name, _CONFIG, str(path)]
+    register(layout, repo, name=name)
+    say(f"registered {name}; starting {script}")
     # As `python neurons/miner.py` has it, with the checkout itself beside it.
     _put_first(script.parent)
     _put_first(Path(repo).resolve())

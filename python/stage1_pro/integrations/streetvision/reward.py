@@ -120,9 +120,12 @@ class Setting(Record):
     all, also where the bundle's own policy does not accept an image.
     """
 
-    threshold: float = Field(0.5, gt=0, lt=1, description="on P(positive) at the serving prior")
-    answer_above: float = Field(0.5, ge=0.5, lt=1)
-    on_abstain: Literal["answer", "minus_one"] = "answer"
+    threshold: float = Field(gt=0, lt=1, description="on P(positive) at the serving prior")
+    answer_above: float = Field(ge=0.5, lt=1)
+    on_abstain: Literal["answer", "minus_one"]
+
+
+PLAIN = Setting(threshold=0.5, answer_above=0.5, on_abstain="answer")
 
 
 def shifted(probs: ArrayLike, threshold: float, shift: float = 0.0) -> Floats:
@@ -178,7 +181,7 @@ def best_setting(
     def worth(setting: Setting) -> float:
         return simulator.run(rates_of(outcomes(probs, positive, accepted, setting), positive)).mean
 
-    plain = [Setting(), *(Setting(threshold=threshold) for threshold in thresholds)]
+    plain = [PLAIN, *(PLAIN.model_copy(update={"threshold": threshold}) for threshold in thresholds)]
     banded = [
         Setting(threshold=one.threshold, answer_above=band, on_abstain="minus_one") for one in plain for band in bands
     ]

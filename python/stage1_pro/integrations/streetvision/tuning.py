@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import expit, logit
 
-from stage1_pro.commands.streetvision import Tune
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.labels import read_list
 from stage1_pro.data.splits import Splits
@@ -23,6 +22,7 @@ from stage1_pro.errors import InputError, nearest
 from stage1_pro.files import write_text
 from stage1_pro.integrations.streetvision.answering import Settings
 from stage1_pro.integrations.streetvision.reward import (
+    PLAIN,
     Rates,
     Setting,
     Simulator,
@@ -37,6 +37,9 @@ from stage1_pro.progress import say, track
 from stage1_pro.record import Record
 from stage1_pro.training.answers import answer, policy_of
 from stage1_pro.training.calibration import read_calibration
+
+if TYPE_CHECKING:
+    from stage1_pro.commands.streetvision import Tune
 
 
 class SimulatedReward(Record):
@@ -215,7 +218,7 @@ def _search(raw: _HeldOut, source: str, asked: Tune) -> MinerTuning:
             )
         unseen[inside] = outcomes(*rows.part(inside), best(rest))
     everything = np.ones(rows.probs.size, dtype=bool)
-    plain, tuned = Setting(), best(everything)
+    plain, tuned = PLAIN, best(everything)
     found = [outcomes(*rows.part(everything), one) for one in (plain, tuned)]
 
     rewards: list[list[float]] = []
