@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc, ndtri
 
+from stage1_pro.arguments import array, check_share, floats, number, whole
 from stage1_pro.errors import InputError
 
 # -------------------------------------------------------------------------------- 0/1 losses: exact binomial
@@ -28,13 +29,7 @@ def coverage_p_value(accepted: ArrayLike, n: ArrayLike, min_coverage: float) -> 
         n: all rows or groups, integers of the same shape.
         min_coverage: c0, inside (0, 1).
     """
-    count, total = np.asarray(accepted), np.asarray(n)
-    if count.dtype.kind not in "iu" or total.dtype.kind not in "iu":
-        raise InputError(f"accepted and n must be integers, got {count.dtype} and {total.dtype}; count, never average")
-    count, total = np.broadcast_arrays(count, total)
-    bad = np.flatnonzero((count < 0) | (count > total))
-    if bad.size:
-        raise InputError(f"accepted must be from 0 to n, got {count.flat[bad[0]]} of {total.flat[bad[0]]}")
+    count, total = _counts("accepted", accepted, "n", n)
     check_share("min_coverage", min_coverage)
     return np.where(count > 0, betainc(np.maximum(count, 1), total - count + 1.0, min_coverage), 1.0)
 
@@ -52,6 +47,24 @@ def binomial_cdf(k: NDArray[np.float64], m: NDArray[np.float64], alpha: float) -
     )
 
 
+def risk_p_value(errors: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    """P(Bin(m, alpha) <= k): the exact p-value of "the risk is above alpha", in [0, 1]; small is evidence against.
+
+    See ``binomial_cdf``. No trial gives 1.
+
+    Args:
+        errors: k, integers of any shape.
+        trials: m, integers of the same shape.
+        alpha: inside (0, 1).
+
+    Raises:
+        InputError: counts that are no integers, or more errors than trials.
+    """
+    k, m = _counts("errors", errors, "trials", trials)
+    check_share("alpha", alpha)
+    return binomial_cdf(k.astype(np.float64), m.astype(np.float64), alpha)
+
+
 def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.int64]:
     """The most errors among ``trials`` with which risk <= alpha is still certified at delta; -1 where none is enough.
 
@@ -60,7 +73,11 @@ def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.
         alpha: inside (0, 1).
         delta: inside (0, 1).
     """
-    m = np.asarray(trials, dtype=np.float64)
+    m = floats("trials", trials)
+    check_share("alpha", alpha)
+    check_share("delta", delta)
+    if not ((m >= 0) & (m == np.floor(m)) & np.isfinite(m)).all():
+        raise InputError("trials must be whole numbers, 0 or more, got others; count, never average")
     k = np.floor(np.clip(m * alpha + ndtri(delta) * np.sqrt(m * alpha * (1 - alpha)), -1, m))
 
     def passes(errors: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -76,6 +93,7 @@ def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.
 
 def trials_needed(errors: int, alpha: float, delta: float) -> int:
     """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
+    whole("errors", errors)
     check_share("alpha", alpha)
     check_share("delta", delta)
     found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, 1))
@@ -154,7 +172,7 @@ def betting_p_value(
     check_share("delta", delta)
     loss, weight = _losses(losses, weights)
     gains, spread = alpha * weight - loss, alpha * (1 - alpha) if variance is None else variance
-    if not 0 < spread <= 1 or not 0 < worst <= 1:
+    if not 0 < number("variance", spread) <= 1 or not 0 < number("worst", worst) <= 1:
         raise InputError(f"variance and worst must be in (0, 1], got {spread} and {worst}")
     if -gains.min(initial=0.0) > worst * (1 + 1e-9):
         raise InputError(f"worst must be the most that any pair can lose, got {worst}, and one lost {-gains.min()}")
@@ -300,18 +318,33 @@ def _log_capital(gains: NDArray[np.float64], bets: NDArray[np.float64]) -> float
     return max(float(np.cumsum(np.log1p(bets * gains)).max(initial=0.0)), 0.0)
 
 
+def _counts(
+    part: str, of_part: ArrayLike, whole_name: str, of_whole: ArrayLike
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Integers of one shape, the first no more than the second."""
+    count, total = array(part, of_part), array(whole_name, of_whole)
+    if count.dtype.kind not in "iu" or total.dtype.kind not in "iu":
+        raise InputError(
+            f"{part} and {whole_name} must be integers, got {count.dtype} and {total.dtype}; count, never average"
+        )
+    try:
+        count, total = np.broadcast_arrays(count, total)
+    except ValueError:
+        raise InputError(
+            f"{part} and {whole_name} must have one shape, got {list(count.shape)} and {list(total.shape)}; pair them"
+        ) from None
+    bad = np.flatnonzero((count < 0) | (count > total))
+    if bad.size:
+        raise InputError(f"{part} must be from 0 to {whole_name}, got {count.flat[bad[0]]} of {total.flat[bad[0]]}")
+    return count, total
+
+
 def _losses(losses: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    loss = np.asarray(losses, dtype=np.float64)
-    weight = np.ones(loss.shape) if weights is None else np.asarray(weights, dtype=np.float64)
+    loss = floats("losses", losses)
+    weight = np.ones(loss.shape) if weights is None else floats("weights", weights)
     if loss.ndim != 1 or weight.shape != loss.shape:
         raise InputError(f"losses and weights must have shape [G], got {list(loss.shape)} and {list(weight.shape)}")
     for name, values in (("losses", loss), ("weights", weight)):
         if not ((values >= 0) & (values <= 1)).all():
             raise InputError(f"{name} must be in [0, 1], got others; scale them")
     return loss, weight
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise InputError unless ``value`` is inside (0, 1)."""
-    if not 0 < value < 1:
-        raise InputError(f"{name} must be inside (0, 1), got {value}; it is a share")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.arguments import binary, check_share
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
 from stage1_pro.policies.certificate import Method, RiskCounts
@@ -20,13 +21,23 @@ JOINT = ("rcps", "crc")
 class Risk:
     """A risk to hold below ``alpha``: the share of errors among the accepted rows that are trials.
 
-    ``errors`` and ``trials`` are bool [N]; an error that is no trial does not count. ``trials`` None: every row is one.
+    ``errors`` and ``trials`` are 0/1 or bool [N]; an error that is no trial does not count. ``trials`` None: every row
+    is one.
+
+    Raises:
+        InputError: alpha is outside (0, 1), or errors or trials are not what they must be.
     """
 
     name: str
     alpha: float
     errors: NDArray[np.bool_]
     trials: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        check_share(f"alpha of {self.name}", self.alpha)
+        object.__setattr__(self, "errors", binary(f"errors of {self.name}", self.errors))
+        if self.trials is not None:
+            object.__setattr__(self, "trials", binary(f"trials of {self.name}", self.trials))
 
 
 class Counts:
@@ -35,7 +46,7 @@ class Counts:
     ``joint``: trials count whether accepted or not.
     """
 
-    chunk = 1 << 62  # all at once
+    chunk = 4096
 
     def __init__(
         self,
@@ -60,11 +71,12 @@ class Counts:
             return np.zeros(at.size)
         return bounds.coverage_p_value(self.accepted[at], self.n, self.min_coverage)
 
-    def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of "a risk is above its limit": the largest of the risks' at candidates [T]."""
+    def p_risk(self, at: NDArray[np.int64], alphas: Sequence[float] | None = None) -> NDArray[np.float64]:
+        """Of "a risk is above its limit": the largest of the risks' at candidates [T]; ``alphas``: other limits."""
+        limits = [risk.alpha for risk in self.risks] if alphas is None else alphas
         found = [
-            bounds.binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), risk.alpha)
-            for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
+            bounds.binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), alpha)
+            for alpha, k, m in zip(limits, self.k, self.m, strict=True)
         ]
         return np.asarray(np.max(found, axis=0), dtype=np.float64)
 

@@ -17,8 +17,9 @@ from typing import Literal, TypedDict, Unpack, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.errors import InputError, nearest
-from stage1_pro.policies.bounds import check_share, coverage_p_value, errors_allowed, trials_needed
+from stage1_pro.arguments import array, at_or_above, check_share, choice, floats, grid_of, on_grid, shown
+from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
 from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, group_weights, ranked
 from stage1_pro.policies.certificate import Method, RiskCounts
 from stage1_pro.policies.planning import plan_calibration
@@ -37,10 +38,15 @@ class Certificate:
     the first one (of ``bonferroni`` and ``holm`` the one with the smallest p-value). ``alpha``, ``errors``, ``trials``
     and ``risk_bound`` are of the first risk; ``risks`` has all. With ``group_means`` counts are of groups: those with
     an accepted trial, those with an error among them; bounds and p-values come from the means.
+
+    ``accepts`` is how to apply it. ``threshold`` is a number of the dtype that scores were certified in (float16,
+    bfloat16, float32, whole numbers), so that ``scores >= threshold`` accepts the same rows in that dtype. Scores that
+    were certified in a wider dtype and rounded since are other scores: nobody can tell what they were, and they are
+    compared as they are. Certify in the dtype that will be served.
     """
 
     feasible: bool
-    threshold: float | None  # accept iff score >= it
+    threshold: float | None  # accept iff score >= it; see ``accepts``
     coverage: float | None  # accepted units / units
     risk_bound: float | None
     min_certifiable_alpha: float | None  # the smallest one that would have passed; None when the coverage failed
@@ -60,6 +66,17 @@ class Certificate:
     min_coverage: float | None
     seed: int
     plan: Callable[[], int | None] = field(repr=False, compare=False)
+
+    def accepts(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """Say which scores are accepted, of their shape: compared as float64, whatever their dtype; NaN never is.
+
+        Raises:
+            InputError: scores that are no numbers.
+            NotReachableError: infeasible: there is no threshold.
+        """
+        if self.threshold is None:
+            raise NotReachableError(f"the certificate must be feasible to accept anything, got: {self.reason}")
+        return at_or_above("scores", scores, self.threshold)
 
     @cached_property
     def n_needed(self) -> int | None:
@@ -109,7 +126,7 @@ def certify_threshold(
     The form of ``certify`` for one risk.
 
     Args:
-        scores: [N], higher is surer; NaN is never accepted.
+        scores: [N], higher is surer, in the dtype that will be served; NaN is never accepted.
         errors: [N] of 0 and 1.
         alpha: largest risk, inside (0, 1).
         delta: largest chance that the certificate is false, inside (0, 1).
@@ -120,16 +137,16 @@ def certify_threshold(
     Raises:
         InputError: an argument is not what it must be.
     """
-    trials, name = None, "error on accepted rows"
-    if condition == "exit&y=1":
+    trials, name, values = None, "error on accepted rows", floats("scores", scores)
+    if isinstance(condition, str) and condition == "exit&y=1":
         if labels is None:
             raise InputError(
                 "labels must be given for condition 'exit&y=1', got None; they say which rows are positive"
             )
-        trials, name = _zero_one("labels", labels, np.size(scores)), "error on accepted positives"
-    elif condition != "exit":
-        raise InputError(f"condition must be 'exit' or 'exit&y=1', got '{condition}'")
-    risk = Risk(name, alpha, _zero_one("errors", errors, np.size(scores)), trials)
+        trials, name = _zero_one("labels", labels, values), "error on accepted positives"
+    elif not isinstance(condition, str) or condition != "exit":
+        raise InputError(f"condition must be 'exit' or 'exit&y=1', got {shown(condition)}; choose one")
+    risk = Risk(name, alpha, _zero_one("errors", errors, values), trials)
     return certify(scores, [risk], delta=delta, **options)
 
 
@@ -192,7 +209,8 @@ def certify(
     Raises:
         InputError: an argument is not what it must be; grouped rows are to count as rows without that statement.
     """
-    values = _check(scores, risks, delta, min_coverage, method)
+    values = check_rows(scores, risks, delta, min_coverage)
+    _check_method(method, min_coverage)
     counted, names = counting_unit(groups, values.size, unit, rows_independent)
     everyone = np.ones(values.size, dtype=bool)
     drawn = one_each(names, everyone, seed)
@@ -207,6 +225,8 @@ def certify(
         order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage, method)
     else:
         order = _given_order(candidates, method)
+    # What a narrower dtype rounds in a comparison must be on its grid: scores of that dtype are then decided alike.
+    order = on_grid(order, grid_of(scores))
     joint = method in JOINT
     tests = (
         Means(values, risks, names, order, delta, min_coverage, joint, seed)
@@ -257,37 +277,36 @@ def certify(
     )
 
 
-def _check(
-    scores: ArrayLike, risks: Sequence[Risk], delta: float, min_coverage: float | None, method: Method
+def check_rows(
+    scores: ArrayLike, risks: Sequence[Risk], delta: float, min_coverage: float | None
 ) -> NDArray[np.float64]:
     """Scores [N] in float64; raises InputError as ``certify`` says."""
-    values = np.asarray(scores, dtype=np.float64)
+    values = floats("scores", scores)
     if values.ndim != 1:
         raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
     check_share("delta", delta)
     if min_coverage is not None:
         check_share("min_coverage", min_coverage)
-    if method not in get_args(Method):
-        raise InputError(
-            f"method must be one of {', '.join(get_args(Method))}, got '{method}'{nearest(method, get_args(Method))}"
-        )
-    if method == "crc" and min_coverage is not None:
-        raise InputError(
-            f"min_coverage must be None for crc, got {min_coverage}; it promises an expectation of one risk, nothing "
-            "about the coverage: use ltt_fst"
-        )
-    if not risks:
-        raise InputError("risks must name at least one risk, got none")
+    if not isinstance(risks, list | tuple) or not risks or not all(isinstance(risk, Risk) for risk in risks):
+        raise InputError("risks must name at least one risk, got none; give a list of Risk")
     for risk in risks:
-        check_share(f"alpha of {risk.name}", risk.alpha)
         if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
             raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
     return values
 
 
+def _check_method(method: Method, min_coverage: float | None) -> None:
+    choice("method", method, get_args(Method))
+    if method == "crc" and min_coverage is not None:
+        raise InputError(
+            f"min_coverage must be None for crc, got {min_coverage}; it promises an expectation of one risk, nothing "
+            "about the coverage: use ltt_fst"
+        )
+
+
 def _given_order(candidates: ArrayLike, method: Method) -> NDArray[np.float64]:
     """Candidates [T] in the order of testing: as given, or strict to lax where the method needs that."""
-    order = np.asarray(candidates, dtype=np.float64)
+    order = floats("candidates", candidates)
     if order.ndim != 1 or order.size == 0 or np.isnan(order).any():
         raise InputError(
             f"candidates must be at least one threshold [T] without NaN, got shape {list(order.shape)}; "
@@ -311,7 +330,8 @@ def _ranks(
     """
     rows = drawn if min_coverage is not None else trials
     known = np.unique(values[rows][~np.isnan(values[rows])])
-    # Just above a score: what is accepted lies strictly above it. Above -inf lies everything.
+    # Just above a score: what is accepted lies strictly above it (the next number of its dtype, once on its grid).
+    # Above -inf lies everything.
     order = np.append(np.nextafter(known[::-1], np.inf), -np.inf)
     if method in JOINT:
         return order[min(1, order.size - 1) :]
@@ -464,10 +484,10 @@ def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method) -> tuple
     return tuple(found)
 
 
-def _zero_one(name: str, given: ArrayLike, n: int) -> NDArray[np.bool_]:
-    values = np.asarray(given)
-    if values.shape != (n,):
-        raise InputError(f"{name} must have shape [{n}] as scores, got {list(values.shape)}; give one per row")
-    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+def _zero_one(name: str, given: ArrayLike, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+    values = array(name, given)
+    if values.shape != (scores.size,):
+        raise InputError(f"{name} must have shape [{scores.size}] as scores, got {list(values.shape)}; one per row")
+    if not np.isin(values, (0, 1)).all():
         raise InputError(f"{name} must be 0 or 1, got other values; exact binomial bounds need 0/1 losses")
     return values.astype(bool)

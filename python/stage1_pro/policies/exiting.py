@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.arguments import Grid
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
@@ -66,8 +67,9 @@ def choose_exits(
     *,
     best: Callable[[ExitCounts], int],
     lowest: float = 0.0,
-    grid: ArrayLike = (),
+    shown: ArrayLike = (),
     called: str = "",
+    grid: Grid = "float64",
 ) -> Chosen:
     """Choose the threshold for a target: certified on the half that chose nothing, or the best on all rows.
 
@@ -77,8 +79,9 @@ def choose_exits(
         score: [N] what decides, higher is surer.
         best: the index to take where nothing is certified; raises NotReachableError where none will do.
         lowest: lower end of the scores' range.
-        grid: thresholds to show beside those of the rows.
+        shown: thresholds to show beside those of the rows.
         called: the target in messages.
+        grid: dtype that scores came in.
 
     Raises:
         InputError: no halves where something is to be certified.
@@ -91,22 +94,22 @@ def choose_exits(
         assert rows.halves is not None
         certificate = certify_halves(
             score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
-            delta=target.delta / target.claims, groups=rows.groups, lowest=lowest,
+            delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, grid=grid,
             min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
         )  # fmt: skip
         if not certificate.feasible:
             raise infeasible(certificate, called or target.words())
         assert certificate.threshold is not None
         rows, score = rows.where(~fit), score[~fit]
-        counts = count_exits(rows, score, lowest=lowest)
+        counts = count_exits(rows, score, lowest=lowest, grid=grid)
         row = count_exits(rows, score, [certificate.threshold], lowest=lowest).row(0, rows.labels.size, grid=False)
     else:
-        counts = count_exits(rows, score, lowest=lowest)
+        counts = count_exits(rows, score, lowest=lowest, grid=grid)
         row, n_tried = counts.row(best(counts), rows.labels.size, grid=False), counts.threshold.size
     exited = score >= row.threshold
     if int(exited.sum()) != row.n_exited:
         raise AssertionError("the stored threshold does not decide as the sweep did")
-    sweep = sweep_table(counts, count_exits(rows, score, grid, lowest=lowest), row, rows.labels.size)
+    sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
     return Chosen(rows, row, sweep, exited, certificate, n_tried)
 
 

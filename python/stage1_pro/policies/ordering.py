@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc
 
+from stage1_pro.arguments import Grid, check_share, floats, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import binomial_cdf
-from stage1_pro.policies.candidates import Risk, group_weights, ranked
+from stage1_pro.policies.candidates import Counts, Risk, group_weights, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
-from stage1_pro.policies.certify import Certificate, certify
+from stage1_pro.policies.certify import Certificate, certify, check_rows
 from stage1_pro.policies.counts import gaps
-from stage1_pro.policies.rows import check_halves
+from stage1_pro.policies.rows import check_halves, counting_unit, one_each
 
 
 def order_candidates(
@@ -27,6 +28,7 @@ def order_candidates(
     min_coverage: float | None = None,
     groups: ArrayLike | None = None,
     lowest: float = -math.inf,
+    grid: Grid | None = None,
 ) -> NDArray[np.float64]:
     """Give thresholds [T] from the fit half, in the order in which the certify half will test them.
 
@@ -43,34 +45,75 @@ def order_candidates(
         min_coverage: the least coverage that will be certified.
         groups: [N] of the fit half.
         lowest: lower end of the scores' range, closes the last gap.
+        grid: dtype that scores came in, which thresholds are numbers of; that of ``scores`` by default.
 
     Raises:
-        InputError: no row of the fit half has a score.
+        InputError: no row of the fit half has a score, or another argument is not what it must be.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    weights = group_weights(groups, np.ones(values.size, dtype=bool))
-    order = ranked(values)
-    if order.size == 0:
-        raise InputError(
-            "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
-        )
-    last, thresholds = gaps(values[order], lowest)
-    n_fit = weights.sum()
-    scale = n_certify / n_fit
-    expected = np.zeros(last.size)
+    values = floats("scores", scores)
+    whole("n_certify", n_certify)
+    if min_coverage is not None:
+        check_share("min_coverage", min_coverage)
     for risk in risks:
-        share = group_weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
-        m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
-        expected = np.maximum(expected, binomial_cdf(k, m, risk.alpha))
-    if min_coverage is None:
-        return thresholds[int(expected.argmin()) :]
-    covered = np.cumsum(weights[order])[last]
-    margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
-    reached = np.flatnonzero(covered / n_fit >= min_coverage + margin)
-    accepted = np.minimum(covered * scale, n_certify)
-    expected = np.maximum(expected, betainc(accepted, n_certify - accepted + 1.0, min_coverage))
-    start = max(int(reached[0]) if reached.size else last.size - 1, int(expected.argmin()))
-    return thresholds[start:]
+        if values.ndim != 1 or risk.errors.shape != values.shape:
+            raise InputError(f"{risk.name} must have shape [N] as scores {list(values.shape)}; give one error per row")
+    number("lowest", lowest)
+    units = None if groups is None else names("groups", groups, values.size)
+    found = _Expected(values, risks, n_certify, min_coverage, units, lowest, grid or grid_of(scores))
+    return found.thresholds[found.start([risk.alpha for risk in risks]) :]
+
+
+class _Expected:
+    """All thresholds of the fit half, strict to lax, with the counts to expect on the certify half at each."""
+
+    def __init__(
+        self,
+        values: NDArray[np.float64],
+        risks: Sequence[Risk],
+        n_certify: int,
+        min_coverage: float | None,
+        groups: NDArray[np.generic] | None,
+        lowest: float,
+        grid: Grid,
+    ) -> None:
+        everyone = np.ones(values.size, dtype=bool)
+        weights, order = group_weights(groups, everyone), ranked(values)
+        if order.size == 0:
+            raise InputError(
+                "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
+            )
+        last, self.thresholds = gaps(values[order], lowest, grid)
+        n_fit = weights.sum()
+        scale, changes = n_certify / n_fit, np.zeros(last.size, dtype=bool)
+        self.counts, self.first = [], 0
+        for risk in risks:
+            share = weights if risk.trials is None else group_weights(groups, risk.trials)
+            m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
+            self.counts.append((k, m))
+            changes[:-1] |= k[1:] != k[:-1]
+        self.coverage = np.zeros(last.size)
+        if min_coverage is not None:
+            covered = np.cumsum(weights[order])[last]
+            margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
+            reached = np.flatnonzero(covered / n_fit >= min_coverage + margin)
+            self.first = int(reached[0]) if reached.size else last.size - 1
+            accepted = np.minimum(covered * scale, n_certify)
+            self.coverage = betainc(accepted, n_certify - accepted + 1.0, min_coverage)
+        # While errors stay the same, every p-value falls with the trials: only where they end can one be smallest.
+        changes[-1] = True
+        self.ends = np.flatnonzero(changes)
+
+    def start(self, alphas: Sequence[float]) -> int:
+        """Where the walk starts for these limits of the risks: at the smallest of the largest p-values to expect."""
+        best = int(self._largest(self.ends, alphas).argmin())
+        stretch = np.arange(self.ends[best - 1] + 1 if best else 0, self.ends[best] + 1)
+        return max(self.first, int(stretch[self._largest(stretch, alphas).argmin()]))
+
+    def _largest(self, at: NDArray[np.int64], alphas: Sequence[float]) -> NDArray[np.float64]:
+        found = self.coverage[at]
+        for (k, m), alpha in zip(self.counts, alphas, strict=True):
+            found = np.maximum(found, binomial_cdf(k[at], m[at], alpha))
+        return found
 
 
 def certify_halves(
@@ -83,6 +126,7 @@ def certify_halves(
     groups: ArrayLike | None = None,
     lowest: float = -math.inf,
     seed: int = 0,
+    grid: Grid | None = None,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
 
@@ -95,38 +139,59 @@ def certify_halves(
         groups: [N] clip or track of every row.
         lowest: lower end of the scores' range.
         seed: of the row that speaks for its group.
+        grid: dtype that scores came in; that of ``scores`` by default.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    names = None if groups is None else np.asarray(groups)
-    fit = check_halves(halves, values.size, names)
+    values = check_rows(scores, risks, delta, min_coverage)
+    units = None if groups is None else names("groups", groups, values.size)
+    fit = check_halves(halves, values.size, units)
 
-    def part(rows: NDArray[np.bool_], wished: Sequence[Risk]) -> list[Risk]:
+    def part(rows: NDArray[np.bool_]) -> list[Risk]:
         return [
             replace(risk, errors=risk.errors[rows], trials=None if risk.trials is None else risk.trials[rows])
-            for risk in wished
+            for risk in risks
         ]
 
-    n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
+    n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
+    expected = _Expected(
+        values[fit], part(fit), n_certify, min_coverage, None if units is None else units[fit],
+        number("lowest", lowest), grid or grid_of(scores),
+    )  # fmt: skip
+    rest, others = values[~fit], None if units is None else units[~fit]
+    certain = part(~fit)
 
-    def attempt(wished: Sequence[Risk]) -> Certificate:
-        candidates = order_candidates(
-            values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
-            groups=None if names is None else names[fit], lowest=lowest,
-        )  # fmt: skip
+    def attempt(alphas: Sequence[float]) -> Certificate:
+        wished = [replace(risk, alpha=alpha) for risk, alpha in zip(certain, alphas, strict=True)]
+        candidates = expected.thresholds[expected.start(alphas) :]
         return certify(
-            values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
-            groups=None if names is None else names[~fit], seed=seed,
-        )  # fmt: skip
+            rest, wished, delta=delta, min_coverage=min_coverage, candidates=candidates, groups=others, seed=seed
+        )
 
-    found = attempt(risks)
-    return found if found.feasible else _with_smallest(found, risks, attempt)
+    alphas = [risk.alpha for risk in risks]
+    found = attempt(alphas)
+    if found.feasible:
+        return found
+    _, names_of = counting_unit(others, rest.size, "auto", False)
+    everyone = np.ones(rest.size, dtype=bool)
+    drawn = one_each(names_of, everyone, seed)
+    among = [drawn if risk.trials is None else one_each(names_of, risk.trials, seed) for risk in certain]
+    tests = Counts(rest, certain, drawn, among, expected.thresholds, min_coverage, joint=False)
+
+    def passes(alphas: Sequence[float]) -> bool:
+        """Whether the walk's first candidate does, which is what feasible means."""
+        at = np.array([expected.start(alphas)])
+        return bool(tests.accepted[at] > 0 and max(tests.p_coverage(at), tests.p_risk(at, alphas)) <= delta)
+
+    return _with_smallest(found, alphas, passes, attempt)
 
 
 def _with_smallest(
-    found: Certificate, risks: Sequence[Risk], attempt: Callable[[Sequence[Risk]], Certificate]
+    found: Certificate,
+    alphas: list[float],
+    passes: Callable[[Sequence[float]], bool],
+    attempt: Callable[[Sequence[float]], Certificate],
 ) -> Certificate:
     """An infeasible certificate with the smallest alpha of the risk that failed at which the same walk succeeds.
 
@@ -135,23 +200,24 @@ def _with_smallest(
     """
     place = next((i for i, risk in enumerate(found.risks) if risk.p_value > found.delta), 0)
 
-    def tried(alpha: float) -> Certificate:
-        return attempt([replace(risk, alpha=alpha) if i == place else risk for i, risk in enumerate(risks)])
+    def with_alpha(alpha: float) -> list[float]:
+        return [*alphas[:place], alpha, *alphas[place + 1 :]]
 
-    nothing = replace(found, min_certifiable_alpha=None, coverage_there=None, smallest_of=risks[place].name)
-    low, high = risks[place].alpha, risks[place].alpha
-    while not tried(high).feasible:
+    nothing = replace(found, min_certifiable_alpha=None, coverage_there=None, smallest_of=found.risks[place].name)
+    low, high = alphas[place], alphas[place]
+    while not passes(with_alpha(high)):
         if high >= 0.999:
             return nothing
         low, high = high, min(0.999, 2 * high)
     while high > low * 1.0005:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if tried(middle).feasible else (middle, high)
+        low, high = (low, middle) if passes(with_alpha(middle)) else (middle, high)
     # Upwards in the fourth digit; the walk may fail at a number between, so what is said is tried.
     digit = 10.0 ** (math.floor(math.log10(high)) - 3)
     for step in range(20):
         said = round((math.ceil(high / digit) + step) * digit, 12)
-        if said < 1 and (there := tried(said)).feasible:
+        if said < 1 and passes(with_alpha(said)):
+            there = attempt(with_alpha(said))
             return replace(nothing, min_certifiable_alpha=said, coverage_there=there.coverage)
     return nothing
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, ndtri
 
+from stage1_pro.arguments import check_share, number
 from stage1_pro.errors import InputError
-from stage1_pro.policies.bounds import binomial_cdf, check_share, coverage_p_value, errors_allowed, selection_rank
+from stage1_pro.policies.bounds import binomial_cdf, coverage_p_value, errors_allowed, selection_rank
 
 # Beyond this many trials the normal approximation plans as well as the exact sum, to a fraction of a percent.
 _EXACT_TRIALS = 200_000
@@ -176,7 +177,7 @@ def smallest_n(
         InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
     """
     check_share("power", power)
-    if not 0 <= expected_error < alpha:
+    if not 0 <= number("expected_error", expected_error) < alpha:
         raise InputError(
             f"expected_error must be in [0, alpha = {alpha:g}), got {expected_error:g}; no number of rows certifies a "
             "risk that is not below alpha"
@@ -248,5 +249,5 @@ def _reach(n: int, share: float) -> tuple[int, int]:
 def _check(alpha: float, delta: float, share: float) -> None:
     check_share("alpha", alpha)
     check_share("delta", delta)
-    if not 0 < share <= 1:
+    if not 0 < number("min_coverage", share) <= 1:
         raise InputError(f"min_coverage must be in (0, 1], got {share}; it is the share of rows that are trials")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from stage1_pro.arguments import at_or_above, floats
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
 from stage1_pro.policies.rows import Rows, counting_unit, one_each
@@ -141,8 +142,15 @@ class Policy(Record):
 
         The one rule of calibration, evaluation, cascade and reports. Arguments and errors as of ``scores``.
         """
-        exited: NDArray[np.bool_] = self.scores(probs, gate_logits) >= self.exit_threshold
-        return exited
+        return self.accepts(self.scores(probs, gate_logits))
+
+    def accepts(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """Say which scores, of what ``scores`` gives, exit: compared as float64, whatever their dtype; NaN never does.
+
+        Raises:
+            InputError: scores that are no numbers.
+        """
+        return at_or_above("scores", scores, self.exit_threshold)
 
     def answer(
         self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
@@ -180,7 +188,7 @@ class Policy(Record):
         Raises:
             InputError: another shape.
         """
-        values = np.asarray(probs, dtype=np.float64)
+        values = floats("probs", probs)
         if values.ndim != 2 or values.shape[1] != len(self.classes):
             raise InputError(
                 f"probs must have shape [N, {len(self.classes)}] as the policy's classes, got {list(values.shape)}; "

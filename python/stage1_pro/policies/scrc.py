@@ -17,7 +17,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
-from stage1_pro.errors import InputError, NotReachableError, nearest
+from stage1_pro.arguments import (
+    Grid,
+    at_or_above,
+    check_share,
+    choice,
+    flag,
+    floats,
+    grid_of,
+    indices,
+    names,
+    number,
+    on_grid,
+    shown,
+    whole,
+)
+from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
 from stage1_pro.policies.certificate import Cell, SetCheck
@@ -72,27 +87,31 @@ class SCRC:
     raps: tuple[float, int] = (0.01, 2)
 
     def __post_init__(self) -> None:
-        bounds.check_share("xi", self.xi)
-        bounds.check_share("alpha", self.alpha)
-        if len(self.delta) != 2:
-            raise InputError(f"delta must be two shares, of the selection and of the risk, got {self.delta}")
+        check_share("xi", self.xi)
+        check_share("alpha", self.alpha)
+        for name, parts in (
+            ("delta", "two shares, of the selection and of the risk"),
+            ("raps", "a penalty and a rank"),
+        ):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InputError(f"{name} must be {parts}, got {shown(pair)}; give a pair")
+        for share in self.delta:
+            check_share("delta", share)
+        check_share("delta", sum(self.delta))
+        if number("raps", self.raps[0]) < 0 or whole("raps", self.raps[1], -(2**62)) < 0:
+            raise InputError(f"raps must be a penalty and a rank, both at least 0, got {self.raps}")
         object.__setattr__(self, "delta", tuple(self.delta))
         object.__setattr__(self, "raps", (float(self.raps[0]), int(self.raps[1])))
-        for share in (*self.delta, sum(self.delta)):
-            bounds.check_share("delta", share)
         for name, options in (("variant", Variant), ("loss", Loss), ("score", Score)):
-            given = getattr(self, name)
-            if given not in get_args(options):
-                raise InputError(
-                    f"{name} must be one of {', '.join(get_args(options))}, got '{given}'"
-                    f"{nearest(str(given), get_args(options))}"
-                )
-        if self.groups not in (None, "stage", "class"):
-            raise InputError(f"groups must be None, 'stage' or 'class', got {self.groups!r}")
+            choice(name, getattr(self, name), get_args(options))
+        if self.groups is not None and (not isinstance(self.groups, str) or self.groups not in ("stage", "class")):
+            raise InputError(f"groups must be None, 'stage' or 'class', got {shown(self.groups)}")
+        flag("allow_empty", self.allow_empty)
+        if self.positive is not None:
+            whole("positive", self.positive, what="a class index", most=2**31)
         if self.loss == "fnr" and self.groups == "class":
             raise InputError("groups must not be 'class' with loss fnr, which speaks of one class; use miscoverage")
-        if self.raps[0] < 0 or self.raps[1] < 0:
-            raise InputError(f"raps must be a penalty and a rank, both at least 0, got {self.raps}")
 
     def calibrate(
         self,
@@ -127,15 +146,15 @@ class SCRC:
             InputError: an argument is not what it must be.
         """
         values, scores = _rows(probs, gate)
-        truth = _labels(labels, *values.shape)
+        truth = indices("labels", labels, *values.shape, like="probs has rows")
         stages = _stages(stage, truth.size, wanted=self.groups == "stage")
-        unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
-        drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
+        unit, units = counting_unit(groups, truth.size, "auto", rows_independent)
+        drawn = one_each(units, np.ones(truth.size, dtype=bool), seed)
         values, scores, truth = values[drawn], scores[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n = truth.size
         rank = self._rank(n)
-        threshold, above, tied = _selection(scores, rank, n, self.variant)
+        threshold, above, tied = _selection(scores, rank, n, self.variant, grid_of(gate))
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
         named = self._cells(stages, truth, values.shape[1], None)
@@ -306,8 +325,10 @@ class SCRC:
 class FittedSCRC:
     """Thresholds that keep the wish, with what they come from, or why there are none.
 
-    ``threshold`` is None when infeasible. ``min_certifiable_alpha`` is the smallest risk these counts could certify;
-    ``n_needed`` the units that would do, None where no number would (or none is needed).
+    ``accepts`` and ``predict_sets`` are how to apply them. ``threshold`` is None when infeasible, and otherwise a
+    number of the dtype that the gate came in, so that ``gate >= threshold`` accepts the same rows in it; a gate that
+    was rounded to a narrower dtype since is another gate. ``min_certifiable_alpha`` is the smallest risk these counts
+    could certify; ``n_needed`` the units that would do, None where no number would (or none is needed).
     """
 
     scrc: SCRC
@@ -317,7 +338,7 @@ class FittedSCRC:
     seed: int
     rank: int | None
     accepted: int
-    threshold: float | None  # accept iff gate >= it
+    threshold: float | None  # accept iff gate >= it; see ``accepts``
     cells: tuple[Cell, ...]  # one for all, one for each stage, or one for each class in their order
     coverage_bound: float | None = None
     reason: str = ""
@@ -353,6 +374,18 @@ class FittedSCRC:
             said += f". About {self.n_needed} {self.unit} would do (there are {self.n})"
         return NotReachableError(f"{said}. Bring more, ask for less, or choose variant naive, which promises nothing")
 
+    def accepts(self, gate: ArrayLike) -> NDArray[np.bool_]:
+        """Say which gate scores [N] are accepted: compared as float64, whatever their dtype; only finite ones are.
+
+        Raises:
+            InputError: scores that are no numbers.
+            NotReachableError: infeasible: there is no threshold.
+        """
+        if self.threshold is None:
+            raise self.infeasible()
+        scores = floats("gate", gate)
+        return at_or_above("gate", scores, self.threshold) & np.isfinite(scores)
+
     def predict_sets(
         self, probs: ArrayLike, gate: ArrayLike, stage: ArrayLike | None = None
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -373,18 +406,18 @@ class FittedSCRC:
         if self.threshold is None:
             raise self.infeasible()
         values, scores = _rows(probs, gate, self.n_classes)
-        accepted = scores >= self.threshold
+        accepted = self.accepts(scores)
         if self.scrc.groups == "stage":
             stages = _stages(stage, len(values), wanted=True)
             assert stages is not None
-            names = np.array([cell.name for cell in self.cells])
-            other = np.flatnonzero(~np.isin(stages, names))
+            known = np.array([cell.name for cell in self.cells])
+            other = np.flatnonzero(~np.isin(stages, known))
             if other.size:
                 raise InputError(
-                    f"stage must be one of {', '.join(names)}, got '{stages[other[0]]}' in row {other[0]}; calibrate "
+                    f"stage must be one of {', '.join(known)}, got '{stages[other[0]]}' in row {other[0]}; calibrate "
                     "on rows of every stage"
                 )
-            limit = self.limits[(stages[:, None] == names).argmax(axis=1)][:, None]
+            limit = self.limits[(stages[:, None] == known).argmax(axis=1)][:, None]
         else:
             limit = self.limits[None, :]  # one for all, or one a class
         return (nonconformity(self.scrc, values) <= limit) & accepted[:, None], accepted
@@ -420,9 +453,9 @@ class FittedSCRC:
             NotReachableError: infeasible.
         """
         sets, accepted = self.predict_sets(probs, gate, stage)
-        truth = _labels(labels, *sets.shape)
-        unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
-        drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
+        truth = indices("labels", labels, *sets.shape, like="probs has rows")
+        unit, units = counting_unit(groups, truth.size, "auto", rows_independent)
+        drawn = one_each(units, np.ones(truth.size, dtype=bool), seed)
         stages = _stages(stage, truth.size, wanted=False)
         sets, accepted, truth = sets[drawn], accepted[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
@@ -446,21 +479,27 @@ class FittedSCRC:
 
 
 def _selection(
-    scores: NDArray[np.float64], rank: int | None, n: int, variant: Variant
+    scores: NDArray[np.float64], rank: int | None, n: int, variant: Variant, grid: Grid
 ) -> tuple[float | None, NDArray[np.bool_], bool]:
     """The selection threshold (None: there is none), which rows [N] calibrate the risk, and whether scores tie there.
 
     What lies strictly above an order statistic are independent draws, so the risk is calibrated on those. ``pac``
     accepts the ``rank``-th largest score too, by a threshold just above the next lower one: where that score is an atom
     of the law, also one that was drawn once, a threshold above it would lose all of it, and the coverage with it. So do
-    the others in a tie group. ``T`` accepts a new image at the score itself, and calibrates on what is above.
+    the others in a tie group. ``T`` accepts a new image at the score itself, and calibrates on what is above. The
+    threshold is a number of the dtype that scores came in.
     """
+
+    def above(score: float) -> float:
+        return float(on_grid(np.nextafter(score, np.inf), grid))
+
+    accept_all = float(on_grid(ACCEPT_ALL, grid))
     known = np.sort(scores[~np.isnan(scores)])[::-1]
     nothing = np.zeros(scores.size, dtype=bool)
     if rank is None:
         return None, nothing, False
     if rank > n:
-        return (ACCEPT_ALL, ~nothing, False) if known.size == n else (None, nothing, False)
+        return (accept_all, ~nothing, False) if known.size == n else (None, nothing, False)
     if rank > known.size:
         return None, nothing, False
     value = known[rank - 1]
@@ -469,8 +508,8 @@ def _selection(
         return float(value), scores >= value, False
     if variant == "pac" or tied:
         lower = known[known < value]
-        return float(np.nextafter(lower[0], np.inf)) if lower.size else ACCEPT_ALL, scores >= value, tied
-    return float(value if variant == "T" else np.nextafter(value, np.inf)), scores > value, False
+        return above(lower[0]) if lower.size else accept_all, scores >= value, tied
+    return float(value if variant == "T" else above(value)), scores > value, False
 
 
 def nonconformity(scrc: SCRC, probs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -497,7 +536,7 @@ def _rows(
     probs: ArrayLike, gate: ArrayLike, n_classes: int | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Probabilities [N, K] and gate scores [N], NaN where a row cannot be accepted."""
-    values, scores = np.array(probs, dtype=np.float64), np.array(gate, dtype=np.float64)
+    values, scores = floats("probs", probs).copy(), floats("gate", gate).copy()
     if values.ndim != 2 or values.shape[1] < 2 or (n_classes is not None and values.shape[1] != n_classes):
         wanted = "K >= 2" if n_classes is None else str(n_classes)
         raise InputError(f"probs must have shape [N, {wanted}], got {list(values.shape)}; give a column for each class")
@@ -512,21 +551,9 @@ def _rows(
     return values, scores
 
 
-def _labels(labels: ArrayLike, n: int, n_classes: int) -> NDArray[np.int64]:
-    truth = np.asarray(labels)
-    if truth.shape != (n,):
-        raise InputError(f"labels must have shape [{n}] as probs has rows, got {list(truth.shape)}")
-    if n and (truth.dtype.kind not in "biu" or truth.min() < 0 or truth.max() >= n_classes):
-        raise InputError(f"labels must be class indices 0 to {n_classes - 1}, got others")
-    return truth.astype(np.int64)
-
-
 def _stages(stage: ArrayLike | None, n: int, *, wanted: bool) -> NDArray[np.str_] | None:
     if stage is None:
         if wanted:
             raise InputError("stage must be given where groups is 'stage', got None; name the stage of every row")
         return None
-    names = np.asarray(stage).astype(np.str_)
-    if names.shape != (n,):
-        raise InputError(f"stage must have shape [{n}] as probs has rows, got {list(names.shape)}")
-    return names
+    return names("stage", stage, n, like="probs has rows").astype(np.str_)

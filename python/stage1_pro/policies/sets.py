@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 from scipy.special import logit
 
+from stage1_pro.arguments import binary, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
@@ -187,11 +188,11 @@ class ScrcParams(ByGate):
         self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Give sets, empty where nobody answers, and what is accepted; see ``Policy.answer``."""
-        values = np.asarray(probs, dtype=np.float64)
+        values = floats("probs", probs)
         correct = self.p_correct(values, exited, gate_logits)
         if self.cells != "stage":
             return self.statistics.predict_sets(values, correct)
-        stage = np.where(np.asarray(exited, dtype=bool), *_STAGES)
+        stage = np.where(binary("exited", exited), *_STAGES)
         # Only who is made to exit can be of a stage that never answered: nobody knows its risk.
         unknown = ~np.isin(stage, [cell.name for cell in self.lambda_2])
         correct[unknown], stage[unknown] = np.nan, self.lambda_2[0].name
@@ -199,9 +200,10 @@ class ScrcParams(ByGate):
 
     def p_correct(self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.float64]:
         """Give P(answer correct) [N] of the stage that answered; NaN where it gave no number; see ``Policy.answer``."""
-        values, out = self.check_probs(probs), np.asarray(exited, dtype=bool)
-        if gate_logits is None or np.shape(gate_logits) != values.shape[:1] or out.shape != values.shape[:1]:
-            got = "None" if gate_logits is None else list(np.shape(gate_logits))
+        values, out = self.check_probs(probs), binary("exited", exited)
+        gate_logits = None if gate_logits is None else floats("gate_logits", gate_logits)
+        if gate_logits is None or gate_logits.shape != values.shape[:1] or out.shape != values.shape[:1]:
+            got = "None" if gate_logits is None else list(gate_logits.shape)
             raise InputError(
                 f"exited and gate_logits must have shape [{len(values)}] for the scrc policy, got {list(out.shape)} "
                 f"and {got}; give one of each per row"
@@ -213,7 +215,7 @@ class ScrcParams(ByGate):
 
     def near(self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.bool_]:
         """Say which rows [N] lie so near the selection threshold or a limit that rounding could decide; ``close``."""
-        values = np.asarray(probs, dtype=np.float64)
+        values = floats("probs", probs)
         found = close(self.p_correct(values, exited, gate_logits), self.lambda_1)
         known = np.flatnonzero(np.isfinite(values).all(axis=1))
         scores = nonconformity(self.statistics.scrc, values[known])

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from stage1_pro.arguments import floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
@@ -26,7 +27,7 @@ GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)
 
 def softmax(logits: ArrayLike) -> NDArray[np.float64]:
     """Give probabilities [N, K] in float64 for logits [N, K]; a row with NaN or +inf becomes all NaN."""
-    values = np.asarray(logits, dtype=np.float64)
+    values = floats("logits", logits)
     if values.ndim != 2:
         raise InputError(f"logits must have shape [N, K], got {list(values.shape)}; add the missing axis")
     # inf - inf is NaN on purpose: such a row has no confidence and never exits.
@@ -38,7 +39,7 @@ def softmax(logits: ArrayLike) -> NDArray[np.float64]:
 
 def confidence(probs: ArrayLike) -> NDArray[np.float64]:
     """Give the largest probability of every row [N], in [1/K, 1]; NaN where the row holds NaN."""
-    values = np.asarray(probs, dtype=np.float64)
+    values = floats("probs", probs)
     if values.ndim != 2 or values.shape[1] == 0:
         raise InputError(f"probs must have shape [N, K], got {list(values.shape)}; add the missing axis")
     largest: NDArray[np.float64] = np.minimum(values.max(axis=1), 1.0)
@@ -103,8 +104,8 @@ class Thresholds(ExitPolicy):
             return int(reached[-1])
 
         found = choose_exits(
-            target, rows, confidence(rows.probs), best=best, lowest=1 / len(rows.classes), grid=GRID,
-            called=f"target_fnr {target.target_fnr:g}",
+            target, rows, confidence(rows.probs), best=best, lowest=1 / len(rows.classes), shown=GRID,
+            called=f"target_fnr {target.target_fnr:g}", grid=rows.grid,
         )  # fmt: skip
         threshold = found.row.threshold
         return cls(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
+from stage1_pro.arguments import check_share
 from stage1_pro.errors import InputError
 from stage1_pro.files import write_bytes
 from stage1_pro.metrics.figures import power_png
-from stage1_pro.policies.bounds import check_share
 from stage1_pro.policies.planning import PlanTerms, smallest_alpha, smallest_n
 from stage1_pro.policies.target import POLICIES
 from stage1_pro.record import Record

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import ndtri
 
+from stage1_pro.arguments import check_share
 from stage1_pro.continual.watch.monitor import LEAST_AUDIT_RATE, Evidence, grow
 from stage1_pro.errors import InputError
-from stage1_pro.policies.bounds import check_share
 from stage1_pro.policies.planning import binomial_power
 from stage1_pro.record import Record
 
