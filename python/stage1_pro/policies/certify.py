@@ -26,6 +26,8 @@ from stage1_pro.policies.planning import plan_calibration
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 
 CountedAs = Literal["auto", "rows", "groups", "group_means"]
+# Beyond so many trials a refusal says how many it takes by the normal approximation, a few percent off.
+_EXACTLY = 2000
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
 
@@ -366,19 +368,22 @@ def _needed(
         surest = ranked(values)
         reached = np.flatnonzero(np.cumsum(weights[surest]) / total >= min_coverage)
         thresholds = values[surest[reached[:1]]]
-    # Without a coverage: at the candidate that needs least.
-    best: int | None = None
+    # Without a coverage: at the candidate that seems to need least. Exact plans of all would cost more than the walk.
+    shares = [group_weights(groups, everyone if risk.trials is None else risk.trials) for risk in risks]
+    plans: list[tuple[float, list[tuple[float, float, float]]]] = []
     for threshold in np.unique(thresholds[np.linspace(0, thresholds.size - 1, min(thresholds.size, 9)).astype(int)]):
-        taken, found = values >= threshold, 0
-        for risk in risks:
-            share = group_weights(groups, everyone if risk.trials is None else risk.trials)
-            m, k = share[taken].sum(), share[taken & risk.errors].sum()
+        taken, seen = values >= threshold, []
+        for risk, share in zip(risks, shares, strict=True):
+            m, k = float(share[taken].sum()), float(share[taken & risk.errors].sum())
             if m == 0 or k / m >= risk.alpha:
                 break
-            found = max(found, plan_calibration(risk.alpha, delta, min(m / total, 1.0), k / m))
+            seen.append((risk.alpha, min(m / total, 1.0), k / m))
         else:
-            best = found if best is None else min(best, found)
-    return best
+            roughly = max(alpha * (1 - alpha) / (alpha - error) ** 2 / part for alpha, part, error in seen)
+            plans.append((roughly, seen))
+    if not plans:
+        return None
+    return max(plan_calibration(*one[:1], delta, *one[1:], exact_to=_EXACTLY) for one in min(plans)[1])
 
 
 def _needed_jointly(risk: RiskCounts, n: int, delta: float, method: Method) -> int | None:

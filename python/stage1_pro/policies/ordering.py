@@ -126,6 +126,7 @@ def certify_halves(
     groups: ArrayLike | None = None,
     lowest: float = -math.inf,
     seed: int = 0,
+    smallest: bool = True,
     grid: Grid | None = None,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
@@ -139,6 +140,7 @@ def certify_halves(
         groups: [N] clip or track of every row.
         lowest: lower end of the scores' range.
         seed: of the row that speaks for its group.
+        smallest: search for the smallest risk that can be certified, where the one wished cannot.
         grid: dtype that scores came in; that of ``scores`` by default.
 
     Raises:
@@ -171,7 +173,7 @@ def certify_halves(
 
     alphas = [risk.alpha for risk in risks]
     found = attempt(alphas)
-    if found.feasible:
+    if found.feasible or not smallest:
         return found
     _, names_of = counting_unit(others, rest.size, "auto", False)
     everyone = np.ones(rest.size, dtype=bool)

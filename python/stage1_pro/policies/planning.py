@@ -133,7 +133,13 @@ def scrc_power(
 
 
 def plan_calibration(
-    alpha: float, delta: float, min_coverage: float | None, expected_error: float, power: float = 0.9
+    alpha: float,
+    delta: float,
+    min_coverage: float | None,
+    expected_error: float,
+    power: float = 0.9,
+    *,
+    exact_to: int = _EXACT_TRIALS,
 ) -> int:
     """How many rows the certify half needs (groups, where rows share one) to certify risk <= alpha; fewer is cheaper.
 
@@ -145,6 +151,7 @@ def plan_calibration(
         min_coverage: share of rows that are trials, in (0, 1]: the coverage, or the share of exited positives. None: 1.
         expected_error: the true risk that is hoped for, in [0, alpha).
         power: wished chance to succeed, inside (0, 1).
+        exact_to: trials beyond which the normal approximation's answer stands.
 
     Raises:
         InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
@@ -153,12 +160,19 @@ def plan_calibration(
     _check(alpha, delta, share)
     return smallest_n(
         lambda n: certify_power(n, alpha, delta, share, expected_error), power,
-        alpha=alpha, delta=delta, share=share, expected_error=expected_error,
+        alpha=alpha, delta=delta, share=share, expected_error=expected_error, exact_to=exact_to,
     )  # fmt: skip
 
 
 def smallest_n(
-    power_at: Callable[[int], float], power: float, *, alpha: float, delta: float, share: float, expected_error: float
+    power_at: Callable[[int], float],
+    power: float,
+    *,
+    alpha: float,
+    delta: float,
+    share: float,
+    expected_error: float,
+    exact_to: int = _EXACT_TRIALS,
 ) -> int:
     """The smallest number of units from which a power stays at ``power``.
 
@@ -172,6 +186,7 @@ def smallest_n(
         delta: chance of a false certificate of that risk.
         share: share of units that are trials of it, in (0, 1].
         expected_error: the true risk, in [0, alpha).
+        exact_to: trials beyond which the normal approximation's answer stands.
 
     Raises:
         InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
@@ -185,7 +200,7 @@ def smallest_n(
     spread = -ndtri(delta) * math.sqrt(alpha * (1 - alpha))
     spread += ndtri(power) * math.sqrt(expected_error * (1 - expected_error))
     rough = float(max((spread / (alpha - expected_error)) ** 2, 1))
-    if rough > _EXACT_TRIALS:
+    if rough > exact_to:
         return math.ceil(rough / share)
 
     def enough(n: int) -> bool:
