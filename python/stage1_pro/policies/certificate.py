@@ -11,6 +11,7 @@ from stage1_pro.record import Record
 
 Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+LABELS_RIGHT = "the labels are right; labels that follow the model's own answers hide its errors"
 NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
 
 
@@ -58,6 +59,7 @@ class CertificateRecord(Record):
         ge=0, le=1, description="the largest of all constraints, at the threshold; null for crc"
     )
     seed: int = Field(description="of the row that speaks for its group")
+    largest_group: int | None = Field(None, description="with unit photos: rows of the largest group there is")
     guarantee: str
     assumptions: list[str]
 

@@ -246,10 +246,13 @@ def _said(found: Chosen) -> dict[str, Any]:
     counts = {"n_errors": found.n_errors, "n_exited_groups": n, "n_positive_groups": n_positive}
     if certificate is not None:
         fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
+        out, n_all, errors = certificate.accepted, certificate.n, certificate.errors
+        if certificate.unit == "photos":
+            out, n_all, errors, unit = row.n_exited, rows.labels.size, found.n_errors, "photos"
         return counts | {
             "statement": (
-                f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} exited on the certify half, "
-                f"{certificate.errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
+                f"{certificate.guarantee} {out} of {n_all} {unit} exited on the certify half, "
+                f"{errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
             ),
             "exit_error_upper_bound": certificate.risks[0].bound,
             "fnr_upper_bound": fnr if row.n_positive_exited else None,

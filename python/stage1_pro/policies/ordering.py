@@ -12,7 +12,7 @@ from scipy.special import betainc
 
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import binomial_cdf
-from stage1_pro.policies.candidates import Risk, group_weights, ranked
+from stage1_pro.policies.candidates import Risk, group_weights, photo_shares, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify
 from stage1_pro.policies.counts import gaps
@@ -83,6 +83,7 @@ def certify_halves(
     groups: ArrayLike | None = None,
     lowest: float = -math.inf,
     seed: int = 0,
+    largest_group: int | None = None,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
 
@@ -95,6 +96,7 @@ def certify_halves(
         groups: [N] clip or track of every row.
         lowest: lower end of the scores' range.
         seed: of the row that speaks for its group.
+        largest_group: promise shares of photos, in groups of at most so many; None: of groups.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
@@ -110,19 +112,30 @@ def certify_halves(
         ]
 
     n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
+    photos = largest_group is not None and names is not None
+    squares = None
+    if largest_group is not None and names is not None:
+        squares = mean_squares(names[fit], [None, *(risk.trials for risk in part(fit, risks))], largest_group)
 
     def attempt(wished: Sequence[Risk]) -> Certificate:
         candidates = order_candidates(
             values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
-            groups=None if names is None else names[fit], lowest=lowest,
+            groups=None if names is None or photos else names[fit], lowest=lowest,
         )  # fmt: skip
         return certify(
             values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
-            groups=None if names is None else names[~fit], seed=seed,
+            groups=None if names is None else names[~fit], seed=seed, unit="photos" if photos else "auto",
+            largest_group=largest_group, squares=squares,
         )  # fmt: skip
 
     found = attempt(risks)
     return found if found.feasible else _with_smallest(found, risks, attempt)
+
+
+def mean_squares(groups: NDArray[np.generic], trials: Sequence[NDArray[np.bool_] | None], largest: int) -> list[float]:
+    """Mean squares of groups' trials as shares of the largest group, for ``certify``; 1 where there is no trial."""
+    shares = [photo_shares(groups, one, largest) for one in trials]
+    return [float((one**2).mean()) if one.size else 1.0 for one in shares]
 
 
 def _with_smallest(
@@ -156,13 +169,16 @@ def _with_smallest(
     return nothing
 
 
-def record(certificate: Certificate, *, claims: int, use: int | None) -> CertificateRecord:
+def record(
+    certificate: Certificate, *, claims: int, use: int | None, largest_group: int | None = None
+) -> CertificateRecord:
     """Write a feasible certificate as what is stored: counts, p-values and the promise in words.
 
     Args:
         certificate: a feasible one.
         claims: how many claims its delta was divided for.
         use: which of them this is; None when nobody counted.
+        largest_group: that a promise of photos was asked for with.
     """
     same = {name: getattr(certificate, name) for name in CertificateRecord.model_fields if hasattr(certificate, name)}
     (place,) = np.flatnonzero(certificate.candidates == certificate.threshold)[:1]
@@ -172,7 +188,7 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
         "p_value": None if certificate.method == "crc" else float(certificate.p_values[place]),
         "assumptions": [*certificate.assumptions, *([NOT_COUNTED] if use is None else [])],
     }
-    return CertificateRecord(**{**same, **more, "claims": claims, "use": use})
+    return CertificateRecord(**{**same, **more, "claims": claims, "use": use, "largest_group": largest_group})
 
 
 def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
@@ -182,7 +198,7 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
         certificate: an infeasible one.
         wish: what was asked for, in words.
     """
-    said = f"{wish} must be certifiable on the certify half, but it is INFEASIBLE: {certificate.reason}. "
+    said = f"{wish} must be certifiable on the second half of val_calib, but it is INFEASIBLE: {certificate.reason}. "
     what, unit = certificate.smallest_of, certificate.unit
     if certificate.min_certifiable_alpha is None:
         said += f"No {what} at all could be certified there"
@@ -191,19 +207,18 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    needed, more = certificate.n_needed, "Bring more, or choose"
+    needed = certificate.n_needed
     untried = [risk.name for risk in certificate.risks if risk.trials == 0]
+    unit = "rows" if unit == "rows" else "groups"
     if untried:
-        said += f". No {unit} of the certify half that may exit tell anything of {' or '.join(untried)}"
-        more = f"Bring {unit} of which it can be told, or choose"
+        said += f". No {unit} kept for it that may exit tell anything of {' or '.join(untried)}: bring some that do"
     elif needed is None:
-        said += f". No number of {unit} would do while so many answers are wrong"
-        more = "Train a better Stage A, ask for less, or choose"
+        said += f". No number of {unit} would do while so many answers are wrong: train a better Stage A"
     elif needed <= certificate.n:
-        said += f". About {needed} {unit} in the certify half succeed 9 times in 10; these {certificate.n} did not"
+        said += f". About {needed} {unit} kept for it succeed 9 times in 10; these {certificate.n} did not: bring more"
     else:
         said += (
-            f". With answers as good as these about {needed} {unit} in the certify half would do (it has "
-            f"{certificate.n}; val_calib is cut in two, so twice that there)"
+            f". With answers as good as these about {needed} {unit} kept for it would do (there are {certificate.n}; "
+            "val_calib is cut in two, so twice that there)"
         )
-    return NotReachableError(f"{said}. {more} with --guarantee none, which promises nothing. No policy was written")
+    return NotReachableError(f"{said}. No policy was written")

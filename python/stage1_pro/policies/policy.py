@@ -336,12 +336,20 @@ def policy_files() -> list[str]:
     return [kind.file for kind in policies().values()]
 
 
+def coming_files() -> list[str]:
+    """Names of policies that are on their way to take the place of another; see ``replace_policy``."""
+    return [_COMING + name for name in policy_files()]
+
+
 def read_policy(folder: Path | str) -> Policy | None:
     """Read the active policy of a run or bundle; None when there is none.
 
     Raises:
         ArtifactError: more than one policy file, or a damaged one.
     """
+    coming = _coming(Path(folder))
+    if coming is not None:
+        return coming[0].read(coming[1])
     found = [kind for kind in policies().values() if (Path(folder) / kind.file).is_file()]
     if len(found) > 1:
         names = ", ".join(kind.file for kind in found)
@@ -349,9 +357,21 @@ def read_policy(folder: Path | str) -> Policy | None:
     return found[0].read(Path(folder) / found[0].file) if found else None
 
 
-def withdraw_policies(folder: Path | str) -> list[str]:
-    """Remove every policy file of a folder; give the names of those that were there."""
-    found = [name for name in policy_files() if (Path(folder) / name).is_file()]
-    for name in found:
-        (Path(folder) / name).unlink()
-    return found
+def replace_policy(folder: Path, policy: Policy) -> None:
+    """Make a policy the active one of a folder, all or nothing: one rename decides, wherever it is killed."""
+    policy.write(folder / f"{_COMING}{policy.file}")
+    for name in policy_files():
+        if name != policy.file:
+            (folder / name).unlink(missing_ok=True)
+            (folder / f"{_COMING}{name}").unlink(missing_ok=True)
+    (folder / f"{_COMING}{policy.file}").replace(folder / policy.file)
+
+
+# Stands before the name of a policy that takes the place of another, which may still be there.
+_COMING = "new-"
+
+
+def _coming(folder: Path) -> tuple[type[Policy], Path] | None:
+    """The kind and file of a policy whose writer was killed before it took the others away."""
+    paths = ((kind, folder / f"{_COMING}{kind.file}") for kind in policies().values())
+    return next(((kind, path) for kind, path in paths if path.is_file()), None)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.errors import InputError, nearest
 
-Unit = Literal["rows", "groups", "group_means"]
+Unit = Literal["rows", "groups", "group_means", "photos"]
 # Rows of probabilities may carry the rounding of float16 or of a CSV with four decimals.
 SUM_TOLERANCE = 1e-3
 
@@ -29,6 +29,7 @@ class Rows:
     halves: NDArray[np.str_] | None = None
     groups: NDArray[np.str_] | None = None
     sources: NDArray[np.str_] | None = None
+    units_known: bool = False
 
     @classmethod
     def of(
@@ -43,8 +44,12 @@ class Rows:
         halves: ArrayLike | None = None,
         groups: ArrayLike | None = None,
         sources: ArrayLike | None = None,
+        rows_independent: bool = False,
     ) -> Rows:
         """Check and convert; a group that has one row in every case is as good as none.
+
+        Bit-identical rows are never independent: without groups, those of which the models say the very same and that
+        have one label count as one group. Only where some of them have different labels are scores taken for rounded.
 
         Args:
             probs: [N, K] probabilities of Stage A.
@@ -54,8 +59,9 @@ class Rows:
             gate: [N] logits; one that is not finite has no score.
             probs_b: [N, K] probabilities of Stage B.
             halves: [N] of ``fit`` and ``certify``.
-            groups: [N] clip or track of every row. None: rows are independent.
+            groups: [N] clip or track of every row; nothing is certified without them or ``rows_independent``.
             sources: [N] names.
+            rows_independent: the caller states that every row is a photo of its own, independent of the others.
 
         Raises:
             InputError: an argument is not what it must be; NaN names its row.
@@ -68,11 +74,15 @@ class Rows:
         logits = None if gate is None else np.asarray(gate, dtype=np.float64)
         if logits is not None and logits.shape != truth.shape:
             raise InputError(f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}")
+        if rows_independent and groups is None:
+            twins = copies_of(truth, values, logits, second)
+            units = None if twins is None else twins.astype(np.str_)
         if halves is not None:
             check_halves(halves, truth.size, units)
         parts = None if halves is None else np.asarray(halves)
         known = None if sources is None else np.asarray(sources)
-        return cls(values, truth, names, positive, logits, second, parts, units, known)
+        stated = groups is not None or rows_independent
+        return cls(values, truth, names, positive, logits, second, parts, units, known, stated)
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
@@ -107,6 +117,42 @@ class Rows:
         if self.halves is None:
             raise InputError("halves must be given with guarantee ltt, got None; one half cannot choose and certify")
         return np.asarray(self.halves == "fit")
+
+    def kept_half(self) -> NDArray[np.bool_]:
+        """Which rows [N] are kept for a certificate.
+
+        Raises:
+            InputError: there are no halves, nobody said which rows are independent, or both halves hold bit-identical
+                rows.
+        """
+        kept = ~self.fit_half()
+        if not self.units_known:
+            raise InputError(
+                "groups must be given where something is certified, got None; name the clip, track or place of every "
+                "row, or state that each is a photo of its own with rows_independent=True (--rows-independent)"
+            )
+        twins = copies_of(self.labels, self.probs, self.gate, self.probs_b)
+        both = np.empty(0) if twins is None else np.intersect1d(twins[kept], twins[~kept])
+        if both.size:
+            first, other = (np.flatnonzero(half & (twins == both[0]))[0] for half in (~kept, kept))
+            raise InputError(
+                f"halves must not share bit-identical rows, got rows {first} and {other}, of which the models say the "
+                f"very same ({both.size} such); put copies into one group, or give logits that are not rounded"
+            )
+        return kept
+
+
+def copies_of(labels: NDArray[np.int64], *said: NDArray[np.float64] | None) -> NDArray[np.int64] | None:
+    """A number for every row [N] that bit-identical rows share; None where none are, or where they are no copies.
+
+    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies.
+    """
+    columns = [one.reshape(labels.size, -1) for one in said if one is not None]
+    table = np.ascontiguousarray(np.concatenate(columns, axis=1))
+    rows = table.view(np.dtype((np.void, table.itemsize * table.shape[1]))).ravel()
+    _, first, number = np.unique(rows, return_index=True, return_inverse=True)
+    same = first.size == labels.size or bool((labels != labels[first[number]]).any())
+    return None if same else number
 
 
 def check_rows(
@@ -229,10 +275,10 @@ def counting_unit(
         raise InputError(f"groups must have shape [{n}] as scores, got {list(names.shape)}; give one per row")
     if unit in ("groups", "group_means") and names is None:
         raise InputError("groups must be given where the unit is groups, got None")
-    if unit == "group_means":
+    if unit in ("group_means", "photos") and names is not None:
         if rows_independent:
-            raise InputError("rows_independent must be False where the unit is group_means, got True; choose one")
-        return "group_means", names
+            raise InputError(f"rows_independent must be False where the unit is {unit}, got True; choose one")
+        return ("photos" if unit == "photos" else "group_means"), names
     if names is None or rows_independent or (unit != "groups" and np.unique(names).size == n):
         return "rows", None
     if unit == "rows":

@@ -120,22 +120,20 @@ class ScrcParams(ByGate):
 
         A fifth of delta is for the selection, the rest for the risk. See ``Policy.fit``.
         """
-        fit = rows.fit_half()
+        fit = rows.fit_half() if target.variant == "naive" else ~rows.kept_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
         wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
         found = wish.calibrate(
             first.probs[~fit], first.correct[~fit], rows.labels[~fit],
             first.stage[~fit] if target.cells == "stage" else None,
-            groups=None if rows.groups is None else rows.groups[~fit],
+            groups=None if rows.groups is None else rows.groups[~fit], classes=rows.classes,
         )  # fmt: skip
         if not found.feasible:
             raise found.infeasible()
         nobody_exits = first.fields["exit_threshold"] == NOBODY_EXITS
         _check_stages(found, {"B"} if nobody_exits else {*_STAGES})
         limits = [cell.model_copy(update={"limit": (cell.limit or 0.0) + LIMIT_SLACK}) for cell in found.cells]
-        if target.cells == "class":
-            limits = [one.model_copy(update={"name": name}) for one, name in zip(limits, rows.classes, strict=True)]
         bound = max(cell.bound for cell in limits)
         fnr = next((cell.bound for cell in limits if target.cells == "class" and cell.name == rows.positive), None)
         return cls.seal(

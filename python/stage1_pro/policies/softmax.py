@@ -160,9 +160,12 @@ def _said(found: Chosen) -> dict[str, Any]:
     rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
     wrong, n, bound = found.groups(rows.missed(rows.positive), found.exited & rows.is_class(rows.positive))
     if certificate is not None:
+        missed, trials = certificate.errors, certificate.trials
+        if certificate.unit == "photos":
+            missed, trials, unit = row.n_false_negative, row.n_positive_exited, "photos"
         return {
             "statement": (
-                f"{certificate.guarantee} {certificate.errors} of {certificate.trials} exited positive {unit} were "
+                f"{certificate.guarantee} {missed} of {trials} exited positive {unit} were "
                 f"answered negative on the certify half, whose rows chose nothing. {assumed(certificate)}"
             ),
             "fnr_upper_bound": certificate.risks[0].bound,
