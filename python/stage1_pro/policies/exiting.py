@@ -119,6 +119,16 @@ def assumed(certificate: Certificate) -> str:
     return f"Provided that {'; '.join(certificate.assumptions)}."
 
 
+def beside_groups(certificate: CertificateRecord | None, what: str, wrong: int, n: int) -> list[str]:
+    """A line on the rate of photos beside a promise that is of groups; none where it is of photos or there is none."""
+    if certificate is None or certificate.unit not in ("groups", "group_means") or n == 0:
+        return []
+    return [
+        f"promised of one photo drawn from a new group; of all photos kept for the certificate {wrong} of {n} {what} "
+        f"({wrong / n:.2%}), where large groups count more: --unit photo promises that"
+    ]
+
+
 def certified_bound(certificate: Certificate) -> str:
     """How the bounds of a certified policy came about, in words."""
     if certificate.unit == "photos":

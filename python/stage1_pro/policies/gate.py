@@ -19,7 +19,15 @@ from stage1_pro.native import sweep
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
-from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.exiting import (
+    BOUND_LEVEL,
+    Chosen,
+    ExitPolicy,
+    assumed,
+    beside_groups,
+    certified_bound,
+    choose_exits,
+)
 from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
 from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
@@ -188,7 +196,10 @@ class GateParams(ByGate, ExitPolicy):
 
     def found(self) -> list[str]:
         """The scaling, and what exits."""
-        return [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"]
+        return [
+            f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}",
+            *beside_groups(self.certificate, "exits are wrong", self.n_errors, self.n_exited),
+        ]
 
 
 @dataclass(frozen=True)

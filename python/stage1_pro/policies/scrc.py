@@ -435,12 +435,14 @@ class FittedSCRC:
         sets, accepted, truth = sets[drawn], accepted[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n, missed = truth.size, ~sets[np.arange(truth.size), truth]
-        found = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - bounds.exact(self.scrc.xi)), n)]
+        of = 1 + len(self.cells)
+        most = float(1 - bounds.exact(self.scrc.xi))
+        found = [check_claim("rejection rate", int((~accepted).sum()), n, most, n, of)]
         members = self.scrc._cells(stages, truth, self.n_classes, [cell.name for cell in self.cells])
         for cell, (_, member) in zip(self.cells, members, strict=True):
             trials = accepted & member
             name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
-            found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
+            found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n, of))
         outcomes = {one.outcome for one in found}
         sizes = sets[accepted].sum(axis=1)
         return SetCheck(

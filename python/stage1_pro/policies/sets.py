@@ -17,7 +17,8 @@ from scipy.special import logit
 
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
-from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
+from stage1_pro.policies.certificate import NOT_COUNTED, Cell, Outcome, SetCheck, SetRates
+from stage1_pro.policies.checks import unjudged
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import ByGate
 from stage1_pro.policies.planning import Planned, PlanTerms, scrc_power
@@ -278,8 +279,10 @@ class ScrcParams(ByGate):
             seen = verified(rows.sources == source)
             name = str(source) or "(no source)"
             parts.append(rates("source", name, seen))
-            promises += [one.model_copy(update={"source": name}) for one in seen.promises]
-        more = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
+            promises += [one.model_copy(update={"source": name}) for one in unjudged(seen.promises)]
+        more: dict[str, Any] = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
+        if not self.promises:
+            more |= {"outcome": None, "promises": unjudged(promises)}
         return Checked(sets=whole.model_copy(update=more))
 
     def assuming(self, *assumptions: str) -> Self:
@@ -525,15 +528,18 @@ def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
 
 def _outcome(guarantee: str, seen: SetCheck) -> str:
     """The outcome as a sentence."""
-    asked = "what was promised" if guarantee != "none" else "what was asked for (nothing was promised)"
+    asked = "what was promised"
 
-    def listed(kind: str) -> str:
+    def listed(*kinds: Outcome | None) -> str:
         return ", ".join(
             f"{one.name} {one.errors} of {one.trials} (at most {one.limit:.4g}; 99% lower bound {one.lower:.4g}, "
             f"95% upper bound {one.upper:.4g})"
             for one in seen.promises
-            if one.outcome == kind
+            if one.outcome in kinds
         )
+
+    if guarantee == "none":
+        return f"nothing was promised; seen beside what was asked for: {listed('PASS', 'FAIL', 'INCONCLUSIVE')}"
 
     if seen.outcome == "PASS":
         return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"

@@ -15,7 +15,15 @@ from pydantic import Field
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
-from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.exiting import (
+    BOUND_LEVEL,
+    Chosen,
+    ExitPolicy,
+    assumed,
+    beside_groups,
+    certified_bound,
+    choose_exits,
+)
 from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
 from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
@@ -148,6 +156,11 @@ class Thresholds(ExitPolicy):
     def rule(self) -> str:
         """The rule in words."""
         return f"exit when the largest probability of Stage A is at or above {self.exit_threshold:.6g}"
+
+    def found(self) -> list[str]:
+        """What is seen of photos where groups are promised."""
+        what = "exited positives are missed"
+        return beside_groups(self.certificate, what, self.n_false_negative, self.n_positive_exited)
 
     @property
     def target(self) -> Softmax:
