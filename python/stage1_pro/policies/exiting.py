@@ -123,10 +123,9 @@ def beside_groups(certificate: CertificateRecord | None, what: str, wrong: int, 
     """A line on the rate of photos beside a promise that is of groups; none where it is of photos or there is none."""
     if certificate is None or certificate.unit not in ("groups", "group_means") or n == 0:
         return []
-    return [
-        f"promised of one photo drawn from a new group; of all photos kept for the certificate {wrong} of {n} {what} "
-        f"({wrong / n:.2%}), where large groups count more: --unit photo promises that"
-    ]
+    seen = f"{wrong} of {n} {what} ({wrong / n:.2%})"
+    promise = "promised of one photo drawn from a new group; of all photos kept for the certificate"
+    return [f"{promise} {seen}, where large groups count more: --unit photo promises that"]
 
 
 def certified_bound(certificate: Certificate) -> str:

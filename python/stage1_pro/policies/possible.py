@@ -135,14 +135,16 @@ def _covers(target: Target, n: int, share: float, level: float, shares: NDArray[
 def _strictest(possible: Callable[[float], bool], smallest: bool) -> float | None:
     """The strictest limit of four digits that is possible, the smallest or the largest; None where none is."""
 
-    def at(step: int) -> float:
-        # From lax to strict, in steps of a tenth of a percent of what is left.
-        return _MOST * math.exp(-step / 1000) if smallest else 1 - _MOST * math.exp(-step / 1000)
+    def limit(share: float) -> float:
+        return share if smallest else 1 - share
 
-    if not possible(at(0)):
+    strict, lax = 0.0, _MOST
+    if not possible(limit(lax)):
         return None
-    strict = first_enough(lambda step: not possible(at(step)), 1, 1 << 14)
-    value = at((1 << 14) if strict is None else strict - 1)
+    while lax - strict > 1e-5 * lax:
+        middle = (strict + lax) / 2
+        strict, lax = (strict, middle) if possible(limit(middle)) else (middle, lax)
+    value = limit(lax)
     digit = 10.0 ** (math.floor(math.log10(value)) - 3)
     said = round((math.ceil(value / digit) if smallest else math.floor(value / digit)) * digit, 12)
     return said if possible(said) else value

@@ -539,7 +539,7 @@ def _outcome(guarantee: str, seen: SetCheck) -> str:
         )
 
     if guarantee == "none":
-        return f"nothing was promised; seen beside what was asked for: {listed('PASS', 'FAIL', 'INCONCLUSIVE')}"
+        return f"what was asked for (nothing was promised) and what is seen: {listed('PASS', 'FAIL', 'INCONCLUSIVE')}"
 
     if seen.outcome == "PASS":
         return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"

@@ -307,8 +307,8 @@ def render(evaluation: Evaluation) -> str:
     if evaluation.n_answered is not None:
         sheet.add(
             f"deployed: {evaluation.n_answered} of {evaluation.n_rows} rows are answered and nobody answers the "
-            f"others; {evaluation.n_missed} answers lack the label, {evaluation.n_several} name several classes. Figures below "
-            "take the most probable class for the answer to every row"
+            f"others; {evaluation.n_missed} answers lack the label, {evaluation.n_several} name several classes. "
+            "Figures below take the most probable class for the answer to every row"
         )
     sources = sorted({m.source for m in evaluation.measures if m.source is not None})
     stages = [stage for stage in STAGES if any(m.stage == stage for m in evaluation.measures)]
