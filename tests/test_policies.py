@@ -397,18 +397,17 @@ def test_calibrate_writes_the_only_policy_of_a_run(tmp_path: Path) -> None:
     assert policy.exit_threshold == expected.exit_threshold
 
 
-def test_a_withdrawn_policy_is_gone(tmp_path: Path) -> None:
+def test_a_refusal_leaves_the_policy_that_stands(tmp_path: Path) -> None:
     predictions = make_run(tmp_path)
-    calibrate(tmp_path, guarantee="none", target_fnr=0.1)
+    policy = calibrate(tmp_path, guarantee="none", target_fnr=0.1)
     # A worse model: every positive is answered negative, most surely.
     spoiled = predictions.logits_a.copy()
     spoiled[predictions.labels == 1] = [9, -9]
     Predictions(**{**predictions.__dict__, "logits_a": spoiled}).save(tmp_path / "val_calib.npz")
-    with pytest.raises(
-        NotReachableError, match=r"No policy was written, and the old one \(thresholds.json\) was withdrawn"
-    ):
+    with pytest.raises(NotReachableError, match=r"No policy was written.*thresholds.json stands") as refused:
         calibrate(tmp_path, guarantee="none", target_fnr=0.1)
-    assert read_policy(tmp_path) is None
+    assert "--guarantee none" not in str(refused.value), "that was asked for"
+    assert read_policy(tmp_path) == policy
 
 
 def test_foreign_calibration_rows_are_refused(tmp_path: Path) -> None:
@@ -456,14 +455,14 @@ def test_anybodys_logits(tmp_path: Path) -> None:
     assert calibrate(logits=file, guarantee="none", target_fnr=0.1).exit_threshold == policy.exit_threshold
 
 
-def test_logits_not_reachable_withdraws_what_stood_there(tmp_path: Path) -> None:
+def test_logits_not_reachable_leaves_what_stood_there(tmp_path: Path) -> None:
     file, out = tmp_path / "theirs.npz", tmp_path / "thresholds.json"
     np.savez(file, logits=[[0.0, 3.0], [3.0, 0.0]], labels=[1, 0])
     calibrate(logits=file, guarantee="none", out=out)
     np.savez(file, logits=[[0.0, 3.0], [3.0, 0.0]], labels=[0, 1])
     with pytest.raises(NotReachableError):
         calibrate(logits=file, guarantee="none", out=out)
-    assert not out.exists()
+    assert Thresholds.read(out).guarantee == "none"
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,11 @@ def grid_of(given: object) -> Grid:
     return found.get(dtype.name, "float64")
 
 
+def sum_slack(probs: object) -> float:
+    """How far rows of probabilities may sum from 1 by rounding: of float16, of four decimals, or of bfloat16."""
+    return 4e-3 if grid_of(probs) == "bfloat16" else 1e-3
+
+
 def on_grid(thresholds: ArrayLike, grid: Grid) -> NDArray[np.float64]:
     """The smallest numbers of a dtype that are at or above thresholds, of the same shape.
 

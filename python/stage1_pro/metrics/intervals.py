@@ -261,10 +261,9 @@ def _columns(
     metrics: str | Sequence[str] = (),
 ) -> tuple[native.Columns, NDArray[np.int64]]:
     """Rows of one model from probabilities, and the labels."""
-    values = array("probs", probs)
-    if values.ndim == 1:
-        values = np.stack([1 - values, values], axis=1)
-    values, truth = check_probabilities(values, labels)
+    column = array("probs", probs)
+    both = np.stack([1 - column, column], axis=1) if column.ndim == 1 else probs
+    values, truth = check_probabilities(both, labels)
     n_classes = values.shape[1]
     if positive is not None:
         whole("positive", positive, most=n_classes - 1, what="a class index")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.arguments import binary, floats, indices, whole
+from stage1_pro.arguments import binary, floats, indices, sum_slack, whole
 from stage1_pro.errors import InputError
 
 # -log of it is 708.4: a certain and wrong answer costs much, but the mean stays a number.
@@ -262,7 +262,7 @@ def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np
     truth = indices("labels", labels, n_classes=values.shape[1])
     _one_shape("probs", values[:, 0], "labels", truth)
     with np.errstate(invalid="ignore"):
-        off = (_across(np.minimum, values) < 0) | ~(np.abs(_across(np.add, values) - 1) <= 1e-3)
+        off = (_across(np.minimum, values) < 0) | ~(np.abs(_across(np.add, values) - 1) <= sum_slack(probs))
     if off.any():
         # A NaN is off as well.
         _no_nan("probs", values)

@@ -188,7 +188,12 @@ def betting_p_value(
 
 
 def betting_upper(
-    losses: ArrayLike, delta: float, *, weights: ArrayLike | None = None, alpha: float | None = None
+    losses: ArrayLike,
+    delta: float,
+    *,
+    weights: ArrayLike | None = None,
+    alpha: float | None = None,
+    variance: float | None = None,
 ) -> float:
     """Upper bound of a mean loss, or of E[loss] / E[weight], at level 1 - delta, in [0, 1]; no loss gives 1.
 
@@ -199,6 +204,7 @@ def betting_upper(
         delta: inside (0, 1).
         weights: [G] in [0, 1]; 1 by default.
         alpha: the ratio that the bets aim at; without one they learn the spread from nothing.
+        variance: with alpha: that alpha a - v is expected to have, as in ``betting_p_value``.
     """
     check_share("delta", delta)
     loss, weight = _losses(losses, weights)
@@ -206,7 +212,7 @@ def betting_upper(
         bets = _bets(loss, 0.25, 1, delta)
     else:
         check_share("alpha", alpha)
-        bets = _bets(alpha * weight - loss, alpha * (1 - alpha), 20, delta)
+        bets = _bets(alpha * weight - loss, alpha * (1 - alpha) if variance is None else variance, 20, delta)
     return _smallest(lambda ratio: _log_capital(ratio * weight - loss, bets) >= -math.log(delta))
 
 

@@ -20,12 +20,22 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.arguments import array, at_or_above, check_share, choice, floats, grid_of, on_grid, shown
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
-from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, group_weights, ranked
-from stage1_pro.policies.certificate import Method, RiskCounts
+from stage1_pro.policies.candidates import (
+    JOINT,
+    Counts,
+    Means,
+    Risk,
+    choose,
+    count_at_least,
+    group_weights,
+    photo_shares,
+    ranked,
+)
+from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts
 from stage1_pro.policies.planning import plan_calibration
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 
-CountedAs = Literal["auto", "rows", "groups", "group_means"]
+CountedAs = Literal["auto", "rows", "groups", "group_means", "photos"]
 # Beyond so many trials a refusal says how many it takes by the normal approximation, a few percent off.
 _EXACTLY = 2000
 # Without candidates, so many ranks share delta.
@@ -111,6 +121,8 @@ class Options(TypedDict, total=False):
     unit: CountedAs
     seed: int
     rows_independent: bool
+    largest_group: int | None
+    squares: Sequence[float] | None
 
 
 def certify_threshold(
@@ -164,6 +176,8 @@ def certify(
     unit: CountedAs = "auto",
     seed: int = 0,
     rows_independent: bool = False,
+    largest_group: int | None = None,
+    squares: Sequence[float] | None = None,
 ) -> Certificate:
     """Find the last threshold that passes every constraint, walking a frozen order until one fails.
 
@@ -182,6 +196,10 @@ def certify(
     E[v] >= alpha E[a] is tested by betting on the pairs (``betting_p_value``), and the coverage on the groups' accepted
     shares. It is worth it where groups differ within; where a group's rows are all alike, one row each is exact and
     takes fewer groups.
+
+    ``photos`` promises shares of photos instead: v_i and a_i are sums over the rows of group i, as shares of the
+    largest group that can ever come, which the caller states; E[v] / E[a] is then the share of all accepted photos
+    that are wrong, and large groups count as much as they hold.
 
     Methods (``delta`` is the chance of a false certificate, ``crc`` apart):
 
@@ -204,9 +222,12 @@ def certify(
         method: see above; ``bonferroni`` and ``holm`` take 20 ranks where no candidates are given.
         groups: [N] clip or track of every row.
         unit: what is counted: groups where rows share one (``auto``), by one row each or by their means
-            (``group_means``), or rows, which needs ``rows_independent``.
+            (``group_means``), by their sums (``photos``), or rows, which needs ``rows_independent``.
         seed: of the row that speaks for its group.
         rows_independent: the caller states that rows of one group are independent.
+        largest_group: with ``photos``: rows of the largest group that can ever come.
+        squares: with ``photos``: mean square of groups' trials as shares of the largest, of the coverage and of each
+            risk, which bets begin with; from other rows than these.
 
     Raises:
         InputError: an argument is not what it must be; grouped rows are to count as rows without that statement.
@@ -218,9 +239,16 @@ def certify(
     drawn = one_each(names, everyone, seed)
     among = [drawn if risk.trials is None else one_each(names, risk.trials, seed) for risk in risks]
     n = drawn.size
-    if candidates is None and counted == "group_means":
+    if counted == "photos":
+        if largest_group is None or names is None or method in JOINT:
+            raise InputError(
+                f"largest_group must be given where the unit is photos, with a method other than "
+                f"{' and '.join(JOINT)}, got {largest_group} with {method}"
+            )
+        photo_shares(names, None, largest_group)
+    if candidates is None and counted in ("group_means", "photos"):
         raise InputError(
-            "candidates must be given where the unit is group_means, got None; rows above a rank of one row each are "
+            f"candidates must be given where the unit is {counted}, got None; rows above a rank of one row each are "
             "independent, whole groups are not: take them from the fit half with order_candidates"
         )
     if candidates is None:
@@ -231,8 +259,19 @@ def certify(
     order = on_grid(order, grid_of(scores))
     joint = method in JOINT
     tests = (
-        Means(values, risks, names, order, delta, min_coverage, joint, seed)
-        if counted == "group_means" and names is not None
+        Means(
+            values,
+            risks,
+            names,
+            order,
+            delta,
+            min_coverage,
+            joint,
+            seed,
+            largest_group if counted == "photos" else None,
+            squares if counted == "photos" else None,
+        )
+        if counted in ("group_means", "photos") and names is not None
         else Counts(values, risks, drawn, among, order, min_coverage, joint)
     )
     choice = choose(tests, method, delta)
@@ -245,7 +284,7 @@ def certify(
     covered = bool(n) and float(tests.p_coverage(np.array([shown]))[0]) <= choice.coverage_level
     reason, smallest, there = "", None, None
     if chosen is None:
-        where = f"at the {'first' if method == 'ltt_fst' else 'nearest'} candidate, {order[shown]:.6g}"
+        where = f"at threshold {order[shown]:.3g}"
         reason = _reason(
             found, where, tests.accepted_at(shown), n, counted, choice.level, min_coverage, covered,
             expectation=method == "crc",
@@ -264,7 +303,9 @@ def certify(
         candidates=order[choice.tested],
         p_values=choice.p_values,
         guarantee="none: infeasible" if chosen is None else _sentence(risks, n, counted, delta, min_coverage, method),
-        assumptions=_assumptions(counted, names is None and groups is not None, candidates is None, method),
+        assumptions=_assumptions(
+            counted, names is None and groups is not None, candidates is None, method, largest_group
+        ),
         n=n,
         accepted=tests.accepted_at(shown),
         risks=found,
@@ -408,7 +449,7 @@ def _reason(
     *,
     expectation: bool,
 ) -> str:
-    unit = "groups" if unit == "group_means" else unit
+    unit = "rows" if unit == "rows" else "groups"
     if n == 0:
         return f"there are no certify {unit}"
     where = f"{at}, {accepted} of {n} {unit} are accepted"
@@ -440,10 +481,12 @@ _HOW: dict[Method, str] = {
 def _sentence(
     risks: Sequence[Risk], n: int, unit: Unit, delta: float, min_coverage: float | None, method: Method
 ) -> str:
-    image = "a new image" if unit == "rows" else "one image drawn from a new group"
-    if unit != "rows" and any(risk.trials is not None for risk in risks):
+    image = {"rows": "a new image", "photos": "all images to come, large groups with all of theirs"}.get(
+        unit, "one image drawn from a new group"
+    )
+    if unit in ("groups", "group_means") and any(risk.trials is not None for risk in risks):
         image += " (a rate of positives: one positive drawn from a new group that has any; such groups count alike)"
-    units = "groups" if unit == "group_means" else unit
+    units = "rows" if unit == "rows" else "groups"
     names = [
         risk.name
         if method not in JOINT
@@ -459,21 +502,27 @@ def _sentence(
         )
     if min_coverage is not None:
         wishes.insert(0, f"coverage at least {100 * min_coverage:g}%")
-    tests = "betting on group means" if unit == "group_means" else "exact binomial tests"
+    tests = {"group_means": "betting on group means", "photos": "betting on sums over groups"}.get(
+        unit, "exact binomial tests"
+    )
     return (
         f"With probability at least {100 * (1 - delta):g}% over the draw of the {n} certify {units}, this holds of "
         f"{image}: {' and '.join(wishes)} ({tests} {_HOW[method]})."
     )
 
 
-def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method) -> tuple[str, ...]:
-    units = "groups" if unit == "group_means" else unit
+def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method, largest: int | None = None) -> tuple[str, ...]:
+    units = "rows" if unit == "rows" else "groups"
     found = [
         f"certify {units} are independent draws of what will be seen later, and nothing shifts",
+        LABELS_RIGHT,
         "model, wish and order of testing were fixed before anybody looked at the certify rows",
     ]
-    if stated:
-        found.append("rows of one group are independent, as the caller states")
+    if unit == "rows":
+        of = "rows of one group are independent" if stated else "every row is independent of the others"
+        found.append(f"{of}, as the caller states")
+    if unit == "photos":
+        found.append(f"no group holds more than {largest} images")
     if unit == "groups":
         found.append(
             "one row speaks for its group, drawn without a look at scores or errors; large groups count no more"

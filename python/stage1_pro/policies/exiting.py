@@ -44,9 +44,11 @@ class Chosen:
         wrong, n = groups_in_error(errors[among], names)
         return wrong, n, clopper_pearson_upper(wrong, n, level=BOUND_LEVEL)
 
-    def record(self, claims: int, use: int | None) -> CertificateRecord | None:
+    def record(self, claims: int, use: int | None, largest_group: int | None = None) -> CertificateRecord | None:
         """The certificate as it is stored."""
-        return None if self.certificate is None else record(self.certificate, claims=claims, use=use)
+        if self.certificate is None:
+            return None
+        return record(self.certificate, claims=claims, use=use, largest_group=largest_group)
 
     def fields(self, target: Target, use: int | None, origin: Origin | None) -> dict[str, Any]:
         """What every policy of this package stores of it."""
@@ -54,9 +56,10 @@ class Chosen:
         return {
             "classes": rows.classes, "positive": rows.positive, "coverage": row.coverage,
             "fnr_on_exited": row.fnr_on_exited, "guarantee": target.guarantee,
-            "certificate": self.record(target.claims, use), "n_rows": rows.labels.size, "n_exited": row.n_exited,
-            "n_positive_exited": row.n_positive_exited, "n_false_negative": row.n_false_negative,
-            "grouped": rows.groups is not None, "sweep_results": self.sweep, **(origin or Origin()).fields(),
+            "certificate": self.record(target.claims, use, target.largest), "n_rows": rows.labels.size,
+            "n_exited": row.n_exited, "n_positive_exited": row.n_positive_exited,
+            "n_false_negative": row.n_false_negative, "grouped": rows.groups is not None,
+            "sweep_results": self.sweep, **(origin or Origin()).fields(),
         }  # fmt: skip
 
 
@@ -89,12 +92,13 @@ def choose_exits(
     """
     certificate, n_tried = None, 0
     if target.guarantee == "ltt":
-        fit = rows.fit_half()
+        fit = ~rows.kept_half()
         asked = target.promises(rows.positive)
         assert rows.halves is not None
         certificate = certify_halves(
             score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
             delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, grid=grid,
+            largest_group=target.largest,
             min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
         )  # fmt: skip
         if not certificate.feasible:
@@ -118,8 +122,19 @@ def assumed(certificate: Certificate) -> str:
     return f"Provided that {'; '.join(certificate.assumptions)}."
 
 
+def beside_groups(certificate: CertificateRecord | None, what: str, wrong: int, n: int) -> list[str]:
+    """A line on the rate of photos beside a promise that is of groups; none where it is of photos or there is none."""
+    if certificate is None or certificate.unit not in ("groups", "group_means") or n == 0:
+        return []
+    seen = f"{wrong} of {n} {what} ({wrong / n:.2%})"
+    promise = "promised of one photo drawn from a new group; of all photos kept for the certificate"
+    return [f"{promise} {seen}, where large groups count more: --unit photo promises that"]
+
+
 def certified_bound(certificate: Certificate) -> str:
     """How the bounds of a certified policy came about, in words."""
+    if certificate.unit == "photos":
+        return f"betting on sums over groups, one-sided at level {1 - certificate.delta:g}, on the certify half"
     drawn = ", one row drawn from each group" if certificate.unit == "groups" else ""
     counts = ", ".join(f"{risk.name} {risk.errors} of {risk.trials}" for risk in certificate.risks)
     return (
@@ -146,9 +161,13 @@ class ExitPolicy(Policy):
         sweep_results: list[SweepRow]
 
     @property
-    def own_delta(self) -> dict[str, float]:
-        """Delta of the claim that was certified, as a field of the target."""
-        return {} if self.certificate is None else {"delta": self.certificate.delta}
+    def own_delta(self) -> dict[str, Any]:
+        """Delta of the claim that was certified, and what it is of, as fields of the target."""
+        if self.certificate is None:
+            return {}
+        largest = self.certificate.largest_group
+        of = {} if largest is None else {"unit": "photo", "largest_group": largest}
+        return {"delta": self.certificate.delta, **of}
 
     @property
     def claims_made(self) -> tuple[int, int | None]:

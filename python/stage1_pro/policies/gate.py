@@ -20,7 +20,15 @@ from stage1_pro.native import sweep
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
-from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.exiting import (
+    BOUND_LEVEL,
+    Chosen,
+    ExitPolicy,
+    assumed,
+    beside_groups,
+    certified_bound,
+    choose_exits,
+)
 from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
 from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
@@ -192,7 +200,10 @@ class GateParams(ByGate, ExitPolicy):
 
     def found(self) -> list[str]:
         """The scaling, and what exits."""
-        return [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"]
+        return [
+            f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}",
+            *beside_groups(self.certificate, "exits are wrong", self.n_errors, self.n_exited),
+        ]
 
 
 @dataclass(frozen=True)
@@ -250,10 +261,13 @@ def _said(found: Chosen) -> dict[str, Any]:
     counts = {"n_errors": found.n_errors, "n_exited_groups": n, "n_positive_groups": n_positive}
     if certificate is not None:
         fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
+        out, n_all, errors = certificate.accepted, certificate.n, certificate.errors
+        if certificate.unit == "photos":
+            out, n_all, errors, unit = row.n_exited, rows.labels.size, found.n_errors, "photos"
         return counts | {
             "statement": (
-                f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} exited on the certify half, "
-                f"{certificate.errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
+                f"{certificate.guarantee} {out} of {n_all} {unit} exited on the certify half, "
+                f"{errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
             ),
             "exit_error_upper_bound": certificate.risks[0].bound,
             "fnr_upper_bound": fnr if row.n_positive_exited else None,

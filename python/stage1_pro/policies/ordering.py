@@ -13,7 +13,7 @@ from scipy.special import betainc
 from stage1_pro.arguments import Grid, check_share, floats, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import binomial_cdf
-from stage1_pro.policies.candidates import Counts, Risk, group_weights, ranked
+from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify, check_rows
 from stage1_pro.policies.counts import gaps
@@ -128,6 +128,7 @@ def certify_halves(
     seed: int = 0,
     smallest: bool = True,
     grid: Grid | None = None,
+    largest_group: int | None = None,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
 
@@ -142,6 +143,7 @@ def certify_halves(
         seed: of the row that speaks for its group.
         smallest: search for the smallest risk that can be certified, where the one wished cannot.
         grid: dtype that scores came in; that of ``scores`` by default.
+        largest_group: promise shares of photos, in groups of at most so many; None: of groups.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
@@ -157,19 +159,23 @@ def certify_halves(
         ]
 
     n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
+    photos = largest_group is not None and units is not None
+    squares = None
+    if largest_group is not None and units is not None:
+        squares = mean_squares(units[fit], [None, *(risk.trials for risk in part(fit))], largest_group)
     expected = _Expected(
-        values[fit], part(fit), n_certify, min_coverage, None if units is None else units[fit],
+        values[fit], part(fit), n_certify, min_coverage, None if units is None or photos else units[fit],
         number("lowest", lowest), grid or grid_of(scores),
     )  # fmt: skip
-    rest, others = values[~fit], None if units is None else units[~fit]
-    certain = part(~fit)
+    rest, others, certain = values[~fit], None if units is None else units[~fit], part(~fit)
 
     def attempt(alphas: Sequence[float]) -> Certificate:
         wished = [replace(risk, alpha=alpha) for risk, alpha in zip(certain, alphas, strict=True)]
         candidates = expected.thresholds[expected.start(alphas) :]
         return certify(
-            rest, wished, delta=delta, min_coverage=min_coverage, candidates=candidates, groups=others, seed=seed
-        )
+            rest, wished, delta=delta, min_coverage=min_coverage, candidates=candidates, groups=others, seed=seed,
+            unit="photos" if photos else "auto", largest_group=largest_group, squares=squares,
+        )  # fmt: skip
 
     alphas = [risk.alpha for risk in risks]
     found = attempt(alphas)
@@ -183,10 +189,18 @@ def certify_halves(
 
     def passes(alphas: Sequence[float]) -> bool:
         """Whether the walk's first candidate does, which is what feasible means."""
+        if photos:
+            return attempt(alphas).feasible
         at = np.array([expected.start(alphas)])
         return bool(tests.accepted[at] > 0 and max(tests.p_coverage(at), tests.p_risk(at, alphas)) <= delta)
 
     return _with_smallest(found, alphas, passes, attempt)
+
+
+def mean_squares(groups: NDArray[np.generic], trials: Sequence[NDArray[np.bool_] | None], largest: int) -> list[float]:
+    """Mean squares of groups' trials as shares of the largest group, for ``certify``; 1 where there is no trial."""
+    shares = [photo_shares(groups, one, largest) for one in trials]
+    return [float((one**2).mean()) if one.size else 1.0 for one in shares]
 
 
 def _with_smallest(
@@ -224,13 +238,16 @@ def _with_smallest(
     return nothing
 
 
-def record(certificate: Certificate, *, claims: int, use: int | None) -> CertificateRecord:
+def record(
+    certificate: Certificate, *, claims: int, use: int | None, largest_group: int | None = None
+) -> CertificateRecord:
     """Write a feasible certificate as what is stored: counts, p-values and the promise in words.
 
     Args:
         certificate: a feasible one.
         claims: how many claims its delta was divided for.
         use: which of them this is; None when nobody counted.
+        largest_group: that a promise of photos was asked for with.
     """
     same = {name: getattr(certificate, name) for name in CertificateRecord.model_fields if hasattr(certificate, name)}
     (place,) = np.flatnonzero(certificate.candidates == certificate.threshold)[:1]
@@ -240,7 +257,7 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
         "p_value": None if certificate.method == "crc" else float(certificate.p_values[place]),
         "assumptions": [*certificate.assumptions, *([NOT_COUNTED] if use is None else [])],
     }
-    return CertificateRecord(**{**same, **more, "claims": claims, "use": use})
+    return CertificateRecord(**{**same, **more, "claims": claims, "use": use, "largest_group": largest_group})
 
 
 def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
@@ -250,7 +267,7 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
         certificate: an infeasible one.
         wish: what was asked for, in words.
     """
-    said = f"{wish} must be certifiable on the certify half, but it is INFEASIBLE: {certificate.reason}. "
+    said = f"{wish} must be certifiable on the second half of val_calib, but it is INFEASIBLE: {certificate.reason}. "
     what, unit = certificate.smallest_of, certificate.unit
     if certificate.min_certifiable_alpha is None:
         said += f"No {what} at all could be certified there"
@@ -259,19 +276,18 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    needed, more = certificate.n_needed, "Bring more, or choose"
+    needed = certificate.n_needed
     untried = [risk.name for risk in certificate.risks if risk.trials == 0]
+    unit = "rows" if unit == "rows" else "groups"
     if untried:
-        said += f". No {unit} of the certify half that may exit tell anything of {' or '.join(untried)}"
-        more = f"Bring {unit} of which it can be told, or choose"
+        said += f". No {unit} kept for it that may exit tell anything of {' or '.join(untried)}: bring some that do"
     elif needed is None:
-        said += f". No number of {unit} would do while so many answers are wrong"
-        more = "Train a better Stage A, ask for less, or choose"
+        said += f". No number of {unit} would do while so many answers are wrong: train a better Stage A"
     elif needed <= certificate.n:
-        said += f". About {needed} {unit} in the certify half succeed 9 times in 10; these {certificate.n} did not"
+        said += f". About {needed} {unit} kept for it succeed 9 times in 10; these {certificate.n} did not: bring more"
     else:
         said += (
-            f". With answers as good as these about {needed} {unit} in the certify half would do (it has "
-            f"{certificate.n}; val_calib is cut in two, so twice that there)"
+            f". With answers as good as these about {needed} {unit} kept for it would do (there are {certificate.n}; "
+            "val_calib is cut in two, so twice that there)"
         )
-    return NotReachableError(f"{said}. {more} with --guarantee none, which promises nothing. No policy was written")
+    return NotReachableError(f"{said}. No policy was written")

@@ -9,12 +9,12 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.arguments import Grid, choice, flag, floats, grid_of, indices, names, whole
+from stage1_pro.arguments import Grid, choice, flag, floats, grid_of, indices, names, sum_slack, whole
 from stage1_pro.errors import InputError
 
-Unit = Literal["rows", "groups", "group_means"]
-# Rows of probabilities may carry the rounding of float16 or of a CSV with four decimals.
-SUM_TOLERANCE = 1e-3
+Unit = Literal["rows", "groups", "group_means", "photos"]
+# Among n different photos so many pairs (n^2 / this) may have one answer by the rounding of float32 alone.
+_CHANCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Rows:
     groups: NDArray[np.str_] | None = None
     sources: NDArray[np.str_] | None = None
     grid: Grid = "float64"  # dtype that the probabilities came in
+    units_known: bool = False
 
     @classmethod
     def of(
@@ -45,8 +46,12 @@ class Rows:
         halves: ArrayLike | None = None,
         groups: ArrayLike | None = None,
         sources: ArrayLike | None = None,
+        rows_independent: bool = False,
     ) -> Rows:
         """Check and convert; a group that has one row in every case is as good as none.
+
+        Bit-identical rows are never independent: without groups, those of which the models say the very same and that
+        have one label count as one group. Only where some of them have different labels are scores taken for rounded.
 
         Args:
             probs: [N, K] probabilities of Stage A.
@@ -56,8 +61,9 @@ class Rows:
             gate: [N] logits; one that is not finite has no score.
             probs_b: [N, K] probabilities of Stage B.
             halves: [N] of ``fit`` and ``certify``.
-            groups: [N] clip or track of every row. None: rows are independent.
+            groups: [N] clip or track of every row; nothing is certified without them or ``rows_independent``.
             sources: [N] names.
+            rows_independent: the caller states that every row is a photo of its own, independent of the others.
 
         Raises:
             InputError: an argument is not what it must be; NaN names its row.
@@ -69,11 +75,15 @@ class Rows:
         logits = None if gate is None else floats("gate", gate)
         if logits is not None and logits.shape != truth.shape:
             raise InputError(f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}")
+        if rows_independent and groups is None:
+            twins = copies_of(truth, values, logits, second)
+            units = None if twins is None else twins.astype(np.str_)
         if halves is not None:
             check_halves(halves, truth.size, units)
         parts = None if halves is None else names("halves", halves, truth.size)
         known = None if sources is None else names("sources", sources, truth.size)
-        return cls(values, truth, called, positive, logits, second, parts, units, known, grid_of(probs))
+        stated = groups is not None or rows_independent
+        return cls(values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated)
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
@@ -109,6 +119,42 @@ class Rows:
             raise InputError("halves must be given with guarantee ltt, got None; one half cannot choose and certify")
         return np.asarray(self.halves == "fit")
 
+    def kept_half(self) -> NDArray[np.bool_]:
+        """Which rows [N] are kept for a certificate.
+
+        Raises:
+            InputError: there are no halves, nobody said which rows are independent, or both halves hold bit-identical
+                rows.
+        """
+        kept = ~self.fit_half()
+        if not self.units_known:
+            raise InputError(
+                "groups must be given where something is certified, got None; name the clip, track or place of every "
+                "row, or state that each is a photo of its own with rows_independent=True (--rows-independent)"
+            )
+        twins = copies_of(self.labels, self.probs, self.gate, self.probs_b)
+        both = np.empty(0) if twins is None else np.intersect1d(twins[kept], twins[~kept])
+        if both.size > self.labels.size**2 // _CHANCE:
+            first, other = (np.flatnonzero(half & (twins == both[0]))[0] for half in (~kept, kept))
+            raise InputError(
+                f"halves must not share bit-identical rows, got rows {first} and {other}, of which the models say the "
+                f"very same ({both.size} such); put copies into one group, or give logits that are not rounded"
+            )
+        return kept
+
+
+def copies_of(labels: NDArray[np.int64], *said: NDArray[np.float64] | None) -> NDArray[np.int64] | None:
+    """A number for every row [N] that bit-identical rows share; None where none are, or where they are no copies.
+
+    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies.
+    """
+    columns = [one.reshape(labels.size, -1) for one in said if one is not None]
+    table = np.ascontiguousarray(np.concatenate(columns, axis=1))
+    rows = table.view(np.dtype((np.void, table.itemsize * table.shape[1]))).ravel()
+    _, first, number = np.unique(rows, return_index=True, return_inverse=True)
+    same = first.size == labels.size or bool((labels != labels[first[number]]).any())
+    return None if same else number
+
 
 def check_rows(
     probs: ArrayLike, labels: ArrayLike, groups: ArrayLike | None, classes: list[str]
@@ -125,13 +171,14 @@ def check_rows(
     row = _first(np.isnan(values).any(axis=1))
     if row is not None:
         raise InputError(f"probs must be free of NaN, got NaN in row {row}; leave such rows out or mend the model")
-    row = _first(((values < 0) | (values > 1 + SUM_TOLERANCE)).any(axis=1))
+    slack = sum_slack(probs)
+    row = _first(((values < 0) | (values > 1 + slack)).any(axis=1))
     if row is not None:
         raise InputError(
             f"probs must be in [0, 1], got {values[row].tolist()} in row {row}; pass logits through softmax"
         )
     total = values.sum(axis=1)
-    row = _first(np.abs(total - 1) > SUM_TOLERANCE)
+    row = _first(np.abs(total - 1) > slack)
     if row is not None:
         raise InputError(
             f"probs must sum to 1 in each row, got {total[row]:.6g} in row {row}; pass logits through softmax"
@@ -214,10 +261,10 @@ def counting_unit(
     units = None if groups is None else names("groups", groups, n)
     if unit in ("groups", "group_means") and units is None:
         raise InputError("groups must be given where the unit is groups, got None")
-    if unit == "group_means":
+    if unit in ("group_means", "photos") and units is not None:
         if rows_independent:
-            raise InputError("rows_independent must be False where the unit is group_means, got True; choose one")
-        return "group_means", units
+            raise InputError(f"rows_independent must be False where the unit is {unit}, got True; choose one")
+        return ("photos" if unit == "photos" else "group_means"), units
     if units is None or rows_independent or (unit != "groups" and np.unique(units).size == n):
         return "rows", None
     if unit == "rows":

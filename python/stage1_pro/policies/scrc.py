@@ -30,12 +30,13 @@ from stage1_pro.arguments import (
     number,
     on_grid,
     shown,
+    sum_slack,
     whole,
 )
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
-from stage1_pro.policies.certificate import Cell, SetCheck
+from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
@@ -123,6 +124,7 @@ class SCRC:
         groups: ArrayLike | None = None,
         rows_independent: bool = False,
         seed: int = 0,
+        classes: Sequence[str] = (),
     ) -> FittedSCRC:
         """Find both thresholds on calibration rows, or say why there are none: INFEASIBLE is a result.
 
@@ -141,6 +143,7 @@ class SCRC:
             groups: [N] clip or track of every row.
             rows_independent: the caller states that rows of one group are independent.
             seed: of the row that speaks for its group.
+            classes: K names, which class cells and messages have; indices without them.
 
         Raises:
             InputError: an argument is not what it must be.
@@ -157,7 +160,7 @@ class SCRC:
         threshold, above, tied = _selection(scores, rank, n, self.variant, grid_of(gate))
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
-        named = self._cells(stages, truth, values.shape[1], None)
+        named = self._cells(stages, truth, values.shape[1], None if self.groups != "class" else list(classes) or None)
         cells = [self._limit(name, losses[above & member], len(named)) for name, member in named]
         feasible = threshold is not None and all(cell.limit is not None for cell in cells)
         reason, needed, smallest = "", None, None
@@ -201,7 +204,7 @@ class SCRC:
     ) -> list[tuple[str, NDArray[np.bool_]]]:
         """Names of the cells, those of stages as given or seen, and which rows [N] their risk is counted on."""
         if self.groups == "class":
-            return [(str(k), truth == k) for k in range(n_classes)]
+            return [(str(k) if names is None else names[k], truth == k) for k in range(n_classes)]
         counted = np.ones(truth.size, dtype=bool)
         if self.loss == "fnr":
             positive = 1 if self.positive is None and n_classes == 2 else self.positive
@@ -234,6 +237,9 @@ class SCRC:
             how = {"T": "on average", "naive": "as seen"}.get(self.variant, f"delta {self.delta[0]:g}")
             return f"too few of {n} {unit} have a gate score to accept a share of {self.xi:g} ({how})", None
         what = "accepted positives" if self.loss == "fnr" else f"accepted {unit}"
+        if self.variant == "naive":
+            empty = [cell.name for cell in cells if cell.limit is None]
+            return f"there are no {what}{'' if len(cells) == 1 else f' of {self.groups} ' + ' or '.join(empty)}", None
         least = self._least_trials(len(cells))
         parts = [
             f"{cell.trials} {what}{'' if len(cells) == 1 else f' of {self.groups} {cell.name}'}, where even no loss at "
@@ -242,7 +248,7 @@ class SCRC:
             if cell.limit is None
         ]
         smallest = None
-        if all(cell.trials for cell in cells) and self.variant != "naive":
+        if all(cell.trials for cell in cells):
             smallest = max(
                 1 / (cell.trials + 1) if cell.delta is None else clopper_pearson_upper(0, cell.trials, 1 - cell.delta)
                 for cell in cells
@@ -309,8 +315,11 @@ class SCRC:
             return ()
         found = [
             f"calibration {unit} are independent draws of what will be seen later, and nothing shifts",
+            LABELS_RIGHT,
             "model, gate and wish were fixed before anybody looked at the calibration rows",
         ]
+        if unit == "rows":
+            found.append("every row is independent of the others, as the caller states")
         if unit == "groups":
             found.append("one row speaks for its group, drawn without a look at anything; large groups count no more")
         if tied:
@@ -364,15 +373,15 @@ class FittedSCRC:
 
     def infeasible(self) -> NotReachableError:
         """Build the error of a wish that cannot be certified: why, what could be, and how many units it takes."""
-        said = (
-            f"coverage >= {self.scrc.xi:g} with risk <= {self.scrc.alpha:g} must be certifiable on the calibration "
-            f"{self.unit}, but it is INFEASIBLE: {self.reason}"
-        )
+        must = f"certifiable on the calibration {self.unit}, but it is INFEASIBLE:"
+        if self.scrc.variant == "naive":
+            must = f"reachable on the calibration {self.unit}, but"
+        said = f"coverage >= {self.scrc.xi:g} with risk <= {self.scrc.alpha:g} must be {must} {self.reason}"
         if self.min_certifiable_alpha is not None:
             said += f". The smallest risk that could be certified is {self.min_certifiable_alpha:.4g}"
         if self.n_needed is not None:
             said += f". About {self.n_needed} {self.unit} would do (there are {self.n})"
-        return NotReachableError(f"{said}. Bring more, ask for less, or choose variant naive, which promises nothing")
+        return NotReachableError(f"{said}. Bring more of them. No policy was written")
 
     def accepts(self, gate: ArrayLike) -> NDArray[np.bool_]:
         """Say which gate scores [N] are accepted: compared as float64, whatever their dtype; only finite ones are.
@@ -460,12 +469,14 @@ class FittedSCRC:
         sets, accepted, truth = sets[drawn], accepted[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n, missed = truth.size, ~sets[np.arange(truth.size), truth]
-        found = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - bounds.exact(self.scrc.xi)), n)]
+        of = 1 + len(self.cells)
+        most = float(1 - bounds.exact(self.scrc.xi))
+        found = [check_claim("rejection rate", int((~accepted).sum()), n, most, n, of)]
         members = self.scrc._cells(stages, truth, self.n_classes, [cell.name for cell in self.cells])
         for cell, (_, member) in zip(self.cells, members, strict=True):
             trials = accepted & member
             name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
-            found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
+            found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n, of))
         outcomes = {one.outcome for one in found}
         sizes = sets[accepted].sum(axis=1)
         return SetCheck(
@@ -543,7 +554,7 @@ def _rows(
     if scores.shape != values.shape[:1]:
         raise InputError(f"gate must have shape [{len(values)}] as probs has rows, got {list(scores.shape)}")
     finite = np.isfinite(values).all(axis=1)
-    bad = np.flatnonzero(finite & ((values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > 1e-3)))
+    bad = np.flatnonzero(finite & ((values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > sum_slack(probs))))
     if bad.size:
         raise InputError(f"probs must be probabilities whose rows sum to 1, got others in row {bad[0]}; take softmax")
     scores[~finite | ~np.isfinite(scores)] = np.nan

@@ -18,7 +18,8 @@ from scipy.special import logit
 from stage1_pro.arguments import binary, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
-from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
+from stage1_pro.policies.certificate import NOT_COUNTED, Cell, Outcome, SetCheck, SetRates
+from stage1_pro.policies.checks import unjudged
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import ByGate
 from stage1_pro.policies.planning import Planned, PlanTerms, scrc_power
@@ -121,22 +122,20 @@ class ScrcParams(ByGate):
 
         A fifth of delta is for the selection, the rest for the risk. See ``Policy.fit``.
         """
-        fit = rows.fit_half()
+        fit = rows.fit_half() if target.variant == "naive" else ~rows.kept_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
         wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
         found = wish.calibrate(
             first.probs[~fit], first.correct[~fit], rows.labels[~fit],
             first.stage[~fit] if target.cells == "stage" else None,
-            groups=None if rows.groups is None else rows.groups[~fit],
+            groups=None if rows.groups is None else rows.groups[~fit], classes=rows.classes,
         )  # fmt: skip
         if not found.feasible:
             raise found.infeasible()
         nobody_exits = first.fields["exit_threshold"] == NOBODY_EXITS
         _check_stages(found, {"B"} if nobody_exits else {*_STAGES})
         limits = [cell.model_copy(update={"limit": (cell.limit or 0.0) + LIMIT_SLACK}) for cell in found.cells]
-        if target.cells == "class":
-            limits = [one.model_copy(update={"name": name}) for one, name in zip(limits, rows.classes, strict=True)]
         bound = max(cell.bound for cell in limits)
         fnr = next((cell.bound for cell in limits if target.cells == "class" and cell.name == rows.positive), None)
         return cls.seal(
@@ -282,8 +281,10 @@ class ScrcParams(ByGate):
             seen = verified(rows.sources == source)
             name = str(source) or "(no source)"
             parts.append(rates("source", name, seen))
-            promises += [one.model_copy(update={"source": name}) for one in seen.promises]
-        more = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
+            promises += [one.model_copy(update={"source": name}) for one in unjudged(seen.promises)]
+        more: dict[str, Any] = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
+        if not self.promises:
+            more |= {"outcome": None, "promises": unjudged(promises)}
         return Checked(sets=whole.model_copy(update=more))
 
     def assuming(self, *assumptions: str) -> Self:
@@ -529,15 +530,18 @@ def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
 
 def _outcome(guarantee: str, seen: SetCheck) -> str:
     """The outcome as a sentence."""
-    asked = "what was promised" if guarantee != "none" else "what was asked for (nothing was promised)"
+    asked = "what was promised"
 
-    def listed(kind: str) -> str:
+    def listed(*kinds: Outcome | None) -> str:
         return ", ".join(
             f"{one.name} {one.errors} of {one.trials} (at most {one.limit:.4g}; 99% lower bound {one.lower:.4g}, "
             f"95% upper bound {one.upper:.4g})"
             for one in seen.promises
-            if one.outcome == kind
+            if one.outcome in kinds
         )
+
+    if guarantee == "none":
+        return f"what was asked for (nothing was promised) and what is seen: {listed('PASS', 'FAIL', 'INCONCLUSIVE')}"
 
     if seen.outcome == "PASS":
         return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"

@@ -16,7 +16,15 @@ from stage1_pro.arguments import floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
-from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits
+from stage1_pro.policies.exiting import (
+    BOUND_LEVEL,
+    Chosen,
+    ExitPolicy,
+    assumed,
+    beside_groups,
+    certified_bound,
+    choose_exits,
+)
 from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
 from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
@@ -150,6 +158,11 @@ class Thresholds(ExitPolicy):
         """The rule in words."""
         return f"exit when the largest probability of Stage A is at or above {self.exit_threshold:.6g}"
 
+    def found(self) -> list[str]:
+        """What is seen of photos where groups are promised."""
+        what = "exited positives are missed"
+        return beside_groups(self.certificate, what, self.n_false_negative, self.n_positive_exited)
+
     @property
     def target(self) -> Softmax:
         """What it was asked for; delta is that of its own claim."""
@@ -161,9 +174,12 @@ def _said(found: Chosen) -> dict[str, Any]:
     rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
     wrong, n, bound = found.groups(rows.missed(rows.positive), found.exited & rows.is_class(rows.positive))
     if certificate is not None:
+        missed, trials = certificate.errors, certificate.trials
+        if certificate.unit == "photos":
+            missed, trials, unit = row.n_false_negative, row.n_positive_exited, "photos"
         return {
             "statement": (
-                f"{certificate.guarantee} {certificate.errors} of {certificate.trials} exited positive {unit} were "
+                f"{certificate.guarantee} {missed} of {trials} exited positive {unit} were "
                 f"answered negative on the certify half, whose rows chose nothing. {assumed(certificate)}"
             ),
             "fnr_upper_bound": certificate.risks[0].bound,

@@ -512,7 +512,7 @@ def triggers(
     Args:
         state: what the last call gave.
         signals: as they are now.
-        alpha: the risk that was promised.
+        alpha: the limit of the risk.
         now: seconds since the epoch, not before the state's own times.
         config: limits.
 
