@@ -40,6 +40,9 @@ class Calibration(Command, topic="certificates"):
     delta: Share | None = option(
         None, "ltt: largest chance of a false certificate, all claims together; .05 by default"
     )
+    allow_useless: bool | None = option(
+        None, "certify also what is no better than always answering the commonest class; put on record"
+    )
     claims: Count | None = option(None, "ltt: claims that delta is divided for, fixed by the first; 1 by default")
     out: Annotated[Path | None, _OWN] = option(None, "where to write the policy, a folder or a .json file")
     positive: Annotated[str | None, _OWN] = option(None, "name of the positive class")

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from stage1_pro.arguments import Grid
+from stage1_pro.errors import NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
@@ -18,6 +20,7 @@ from stage1_pro.policies.ordering import certify_halves, infeasible, record
 from stage1_pro.policies.policy import Origin, Policy, risk_of
 from stage1_pro.policies.rows import Rows, groups_in_error
 from stage1_pro.policies.target import Target
+from stage1_pro.policies.useful import OVERRIDE, Exits, weigh_exits
 
 BOUND_LEVEL = 0.95
 
@@ -32,6 +35,13 @@ class Chosen:
     exited: NDArray[np.bool_]
     certificate: Certificate | None
     n_tried: int
+    weighed: Exits
+
+    @property
+    def caution(self) -> str:
+        """A sentence on a promise that says nothing and was wanted all the same; empty otherwise."""
+        useless = self.weighed.useless if self.certificate is not None else ""
+        return f" This promise was wanted although it says nothing (allow_useless): {useless}." if useless else ""
 
     @property
     def n_errors(self) -> int:
@@ -60,6 +70,8 @@ class Chosen:
             "n_exited": row.n_exited, "n_positive_exited": row.n_positive_exited,
             "n_false_negative": row.n_false_negative, "grouped": rows.groups is not None,
             "sweep_results": self.sweep, **(origin or Origin()).fields(),
+            "useless": "" if self.certificate is None else self.weighed.useless,
+            "commonest": self.weighed.commonest, "commonest_rate": self.weighed.rate, "exits_right": self.weighed.right,
         }  # fmt: skip
 
 
@@ -90,10 +102,9 @@ def choose_exits(
         InputError: no halves where something is to be certified.
         NotReachableError: the target cannot be met or certified.
     """
-    certificate, n_tried = None, 0
+    certificate, n_tried, asked = None, 0, target.promises(rows.positive)
     if target.guarantee == "ltt":
         fit = ~rows.kept_half()
-        asked = target.promises(rows.positive)
         assert rows.halves is not None
         certificate = certify_halves(
             score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
@@ -113,8 +124,17 @@ def choose_exits(
     exited = score >= row.threshold
     if int(exited.sum()) != row.n_exited:
         raise AssertionError("the stored threshold does not decide as the sweep did")
+    of_one_class = all(one.label is not None for one in asked)
+    weighed = weigh_exits(
+        rows, exited, "groups" if certificate is None else certificate.unit, asked[0].limit if of_one_class else None
+    )
+    if weighed.useless and certificate is not None and not target.allow_useless:
+        raise NotReachableError(
+            f"{called or target.words()} must be a promise that says something, but it is INFEASIBLE: "
+            f"{weighed.useless}. Train a better Stage A, or {OVERRIDE}. No policy was written"
+        )
     sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
-    return Chosen(rows, row, sweep, exited, certificate, n_tried)
+    return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed)
 
 
 def assumed(certificate: Certificate) -> str:
@@ -145,8 +165,8 @@ def certified_bound(certificate: Certificate) -> str:
 
 # What ``inspect`` shows of a policy of exits; null where it has none.
 _FACTS = (
-    "certificate", "coverage", "fnr_on_exited", "fnr_upper_bound", "bound_level", "bound_method", "n_positive_groups",
-    "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt",
+    "certificate", "useless", "coverage", "fnr_on_exited", "fnr_upper_bound", "bound_level", "bound_method",
+    "n_positive_groups", "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt",
 )  # fmt: skip
 
 
@@ -154,6 +174,11 @@ class ExitPolicy(Policy):
     """A policy whose promises are of exits alone, with a certificate; what ``choose_exits`` chose."""
 
     threshold_field: ClassVar[str] = "exit_threshold"
+
+    useless: str = Field("", description="why the promise says nothing, where it was wanted all the same")
+    commonest: str | None = Field(None, description="the class of most units that the figures are of")
+    commonest_rate: float | None = Field(None, description="its share: how often always answering it would be right")
+    exits_right: float | None = Field(None, description="share of exits among these units that are answered rightly")
 
     if TYPE_CHECKING:
         certificate: CertificateRecord | None
@@ -165,9 +190,10 @@ class ExitPolicy(Policy):
         """Delta of the claim that was certified, and what it is of, as fields of the target."""
         if self.certificate is None:
             return {}
+        useless = {"allow_useless": True} if self.useless else {}
         largest = self.certificate.largest_group
         of = {} if largest is None else {"unit": "photo", "largest_group": largest}
-        return {"delta": self.certificate.delta, **of}
+        return {"delta": self.certificate.delta, **of, **useless}
 
     @property
     def claims_made(self) -> tuple[int, int | None]:

@@ -268,6 +268,7 @@ def _said(found: Chosen) -> dict[str, Any]:
             "statement": (
                 f"{certificate.guarantee} {out} of {n_all} {unit} exited on the certify half, "
                 f"{errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
+                f"{found.caution}"
             ),
             "exit_error_upper_bound": certificate.risks[0].bound,
             "fnr_upper_bound": fnr if row.n_positive_exited else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -40,6 +40,7 @@ from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
+from stage1_pro.policies.useful import OVERRIDE, weigh_sets
 
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)
@@ -71,6 +72,7 @@ class SCRC:
         allow_empty: let sets be empty; otherwise the most probable class (or classes) are always in.
         positive: index of the positive class, for ``fnr``; of two classes the second one by default.
         raps: penalty and the rank from which it counts.
+        allow_useless: certify also sets that tell nothing, see ``useful``; they are infeasible otherwise.
 
     Raises:
         InputError: an argument is not what it must be.
@@ -86,6 +88,7 @@ class SCRC:
     allow_empty: bool = False
     positive: int | None = None
     raps: tuple[float, int] = (0.01, 2)
+    allow_useless: bool = False
 
     def __post_init__(self) -> None:
         check_share("xi", self.xi)
@@ -109,6 +112,7 @@ class SCRC:
         if self.groups is not None and (not isinstance(self.groups, str) or self.groups not in ("stage", "class")):
             raise InputError(f"groups must be None, 'stage' or 'class', got {shown(self.groups)}")
         flag("allow_empty", self.allow_empty)
+        flag("allow_useless", self.allow_useless)
         if self.positive is not None:
             whole("positive", self.positive, what="a class index", most=2**31)
         if self.loss == "fnr" and self.groups == "class":
@@ -167,7 +171,7 @@ class SCRC:
         if not feasible:
             reason, smallest = self._why_not(n, unit, threshold, cells)
             needed = self._needed(n, accepted, cells)
-        return FittedSCRC(
+        fitted = FittedSCRC(
             scrc=self, n_classes=values.shape[1], n=n, unit=unit, seed=seed, rank=rank, accepted=accepted,
             threshold=threshold if feasible else None, cells=tuple(cells),
             coverage_bound=None if threshold is None else self._coverage_bound(n, rank, accepted),
@@ -175,6 +179,13 @@ class SCRC:
             guarantee=self._sentence(n, unit, len(cells)) if feasible else "none: infeasible",
             assumptions=self._assumptions(unit, tied),
         )  # fmt: skip
+        if not feasible or self.variant == "naive":
+            return fitted
+        by_class = self.groups == "class" or self.loss == "fnr"
+        useless = weigh_sets(*fitted.predict_sets(values, scores, stages), truth, by_class=by_class)
+        if not useless or self.allow_useless:
+            return replace(fitted, useless=useless)
+        return replace(fitted, useless=useless, threshold=None, reason=useless, guarantee="none: infeasible")
 
     def _rank(self, n: int) -> int | None:
         """M: rows above the M-th largest score are accepted (pac, naive: the M-th too); None where n is too small."""
@@ -355,6 +366,7 @@ class FittedSCRC:
     min_certifiable_alpha: float | None = None
     guarantee: str = ""
     assumptions: tuple[str, ...] = ()
+    useless: str = ""  # why the sets tell nothing; empty: they do
 
     @property
     def feasible(self) -> bool:
@@ -377,6 +389,8 @@ class FittedSCRC:
         if self.scrc.variant == "naive":
             must = f"reachable on the calibration {self.unit}, but"
         said = f"coverage >= {self.scrc.xi:g} with risk <= {self.scrc.alpha:g} must be {must} {self.reason}"
+        if self.useless:
+            return NotReachableError(f"{said}. Train a better model, accept fewer, or {OVERRIDE}")
         if self.min_certifiable_alpha is not None:
             said += f". The smallest risk that could be certified is {self.min_certifiable_alpha:.4g}"
         if self.n_needed is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -101,6 +101,7 @@ class ScrcParams(ByGate):
     guarantee: Literal["none", "pac", "expectation"]
     statement: str
     assumptions: list[str]
+    useless: str = Field("", description="why the sets tell nothing, where they were wanted all the same")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     certify_uses: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
     n_fit_rows: int
@@ -125,7 +126,10 @@ class ScrcParams(ByGate):
         fit = rows.fit_half() if target.variant == "naive" else ~rows.kept_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
-        wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
+        wish = replace(
+            _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive)),
+            allow_useless=target.allow_useless,
+        )
         found = wish.calibrate(
             first.probs[~fit], first.correct[~fit], rows.labels[~fit],
             first.stage[~fit] if target.cells == "stage" else None,
@@ -152,6 +156,7 @@ class ScrcParams(ByGate):
             fnr_bound=bound if target.loss == "fnr" else fnr,
             guarantee=GUARANTEES[target.variant],
             statement=_statement(found, limits),
+            useless=found.useless,
             assumptions=[*found.assumptions, *([NOT_COUNTED] if use is None and target.variant != "naive" else [])],
             claims=target.claims,
             certify_uses=use if target.variant != "naive" else None,
@@ -242,7 +247,10 @@ class ScrcParams(ByGate):
         """What it was asked for; delta is that of its own claim."""
         guarantee = "none" if self.variant == "naive" else "ltt"
         asked = {name: getattr(self, name) for name in _ASKED}
-        return Scrc(min_coverage=self.xi, guarantee=guarantee, delta=math.fsum(self.delta), **asked)
+        return Scrc(
+            min_coverage=self.xi, guarantee=guarantee, delta=math.fsum(self.delta),
+            allow_useless=bool(self.useless), **asked,
+        )  # fmt: skip
 
     @property
     def claims_made(self) -> tuple[int, int | None]:
@@ -384,7 +392,8 @@ class ScrcParams(ByGate):
                 else "Where that mix is another, all of it is void."
             )
         )
-        return [sets, f"{wish}. {end}", source]
+        useless = [f"This was wanted although it says nothing: {self.useless}."] if self.useless else []
+        return [sets, f"{wish}. {end}", *useless, source]
 
     def measured(self) -> str:
         """Figures on the calibration rows with their bounds, in a line."""
@@ -405,6 +414,9 @@ class ScrcParams(ByGate):
     def fingerprint_numbers(self) -> str:
         """Hex sha256 over all else: what decides, what is promised and assumed, and of which model."""
         content = self.model_dump(mode="json", exclude={"calibrator_fingerprint"})
+        if not content.get("useless"):
+            # Files of older versions do not have it.
+            content.pop("useless", None)
         data = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
 
@@ -525,7 +537,8 @@ def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
             f"Empirical choice, no guarantee: nothing is promised for new images. {counted} Both thresholds were "
             "chosen on these same rows, so this looks better than it is."
         )
-    return f"{found.guarantee} {counted} Provided that {'; '.join(found.assumptions)}."
+    useless = f" They were wanted although they say nothing (allow_useless): {found.useless}." if found.useless else ""
+    return f"{found.guarantee} {counted} Provided that {'; '.join(found.assumptions)}.{useless}"
 
 
 def _outcome(guarantee: str, seen: SetCheck) -> str:

@@ -159,9 +159,16 @@ class Thresholds(ExitPolicy):
         return f"exit when the largest probability of Stage A is at or above {self.exit_threshold:.6g}"
 
     def found(self) -> list[str]:
-        """What is seen of photos where groups are promised."""
+        """What is seen of photos where groups are promised, and what the promise does not bound."""
         what = "exited positives are missed"
-        return beside_groups(self.certificate, what, self.n_false_negative, self.n_positive_exited)
+        said = beside_groups(self.certificate, what, self.n_false_negative, self.n_positive_exited)
+        if self.commonest is not None and self.exits_right is not None and self.commonest_rate is not None:
+            said.append(
+                f"nothing is promised of exits that are wrong in another way than missing '{self.positive}': "
+                f"{self.exits_right:.1%} of the exits are right; always answering '{self.commonest}' would be right in "
+                f"{self.commonest_rate:.1%}"
+            )
+        return said
 
     @property
     def target(self) -> Softmax:
@@ -181,6 +188,7 @@ def _said(found: Chosen) -> dict[str, Any]:
             "statement": (
                 f"{certificate.guarantee} {missed} of {trials} exited positive {unit} were "
                 f"answered negative on the certify half, whose rows chose nothing. {assumed(certificate)}"
+                f"{found.caution}"
             ),
             "fnr_upper_bound": certificate.risks[0].bound,
             "bound_level": 1 - certificate.delta,

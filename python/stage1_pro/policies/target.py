@@ -87,6 +87,9 @@ class Target(Record):
     )
     delta: Share = Field(0.05, description="largest chance of a false certificate, all claims together")
     claims: Count = Field(1, description="claims that delta is divided for, before the first")
+    allow_useless: bool = Field(
+        False, description="certify also what is no better than always answering the commonest class; put on record"
+    )
 
     @classmethod
     def of(cls, **values: Any) -> Self:
