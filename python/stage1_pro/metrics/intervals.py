@@ -206,7 +206,7 @@ def bootstrap_answers(
         InputError: as ``bootstrap``.
     """
     check_level(level)
-    whole("n_replicates", n_replicates, 1)
+    whole("n_replicates", n_replicates, 1, 10**9)
     _, truth = _columns(probs, labels, None, None, positive)
     values = floats("probs", probs)
     values = np.stack([1 - values, values], axis=1) if values.ndim == 1 else values

@@ -290,7 +290,7 @@ def _cell_laws(n: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[
 
 
 def _check_resampling(n_replicates: int, seed: int, threads: int) -> None:
-    whole("n_replicates", n_replicates, 1)
+    whole("n_replicates", n_replicates, 1, 10**9)
     whole("seed", seed, most=2**64 - 1)
     whole("threads", threads)
 

@@ -18,6 +18,7 @@ from scipy.special import betainc, ndtri
 from stage1_pro.arguments import array, check_share, floats, number, whole
 from stage1_pro.errors import InputError
 
+MOST_UNITS = 10**12
 # -------------------------------------------------------------------------------- 0/1 losses: exact binomial
 
 
@@ -76,8 +77,8 @@ def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.
     m = floats("trials", trials)
     check_share("alpha", alpha)
     check_share("delta", delta)
-    if not ((m >= 0) & (m == np.floor(m)) & np.isfinite(m)).all():
-        raise InputError("trials must be whole numbers, 0 or more, got others; count, never average")
+    if not ((m >= 0) & (m <= MOST_UNITS) & (m == np.floor(m))).all():
+        raise InputError(f"trials must be whole numbers from 0 to {MOST_UNITS:.0e}, got others; count, never average")
     # Cornish and Fisher's quantile is seldom more than one away.
     z = float(ndtri(delta))
     guess = m * alpha + z * np.sqrt(m * alpha * (1 - alpha)) + (z * z - 1) * (1 - 2 * alpha) / 6 - 0.5
@@ -101,7 +102,7 @@ def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.
 
 def trials_needed(errors: int, alpha: float, delta: float) -> int:
     """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
-    whole("errors", errors)
+    whole("errors", errors, most=MOST_UNITS // 1000)
     check_share("alpha", alpha)
     check_share("delta", delta)
     found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, 1))

@@ -90,6 +90,5 @@ def _target(policy: str | Target, fields: dict[str, Any]) -> Target:
     kind = kind_of_target(choice("policy", policy, list(POLICIES)))
     plain: dict[str, Any] = {"policy": policy}
     for name, value in fields.items():
-        given = tuple(value) if isinstance(value, list) else value
-        plain[kind.aliases.get(name, name)] = given.item() if isinstance(given, np.generic) else given
+        plain[kind.aliases.get(name, name)] = value.item() if isinstance(value, np.generic) else value
     return parse_target(kind.settle(plain, {}))

@@ -40,7 +40,7 @@ from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
-from stage1_pro.policies.useful import OVERRIDE, weigh_sets
+from stage1_pro.policies.useful import weigh_sets
 
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)
@@ -72,7 +72,6 @@ class SCRC:
         allow_empty: let sets be empty; otherwise the most probable class (or classes) are always in.
         positive: index of the positive class, for ``fnr``; of two classes the second one by default.
         raps: penalty and the rank from which it counts.
-        allow_useless: certify also sets that tell nothing, see ``useful``; they are infeasible otherwise.
 
     Raises:
         InputError: an argument is not what it must be.
@@ -88,7 +87,6 @@ class SCRC:
     allow_empty: bool = False
     positive: int | None = None
     raps: tuple[float, int] = (0.01, 2)
-    allow_useless: bool = False
 
     def __post_init__(self) -> None:
         check_share("xi", self.xi)
@@ -112,7 +110,6 @@ class SCRC:
         if self.groups is not None and (not isinstance(self.groups, str) or self.groups not in ("stage", "class")):
             raise InputError(f"groups must be None, 'stage' or 'class', got {shown(self.groups)}")
         flag("allow_empty", self.allow_empty)
-        flag("allow_useless", self.allow_useless)
         if self.positive is not None:
             whole("positive", self.positive, what="a class index", most=2**31)
         if self.loss == "fnr" and self.groups == "class":
@@ -183,9 +180,7 @@ class SCRC:
             return fitted
         by_class = self.groups == "class" or self.loss == "fnr"
         useless = weigh_sets(*fitted.predict_sets(values, scores, stages), truth, by_class=by_class)
-        if not useless or self.allow_useless:
-            return replace(fitted, useless=useless)
-        return replace(fitted, useless=useless, threshold=None, reason=useless, guarantee="none: infeasible")
+        return replace(fitted, useless=useless)
 
     def _rank(self, n: int) -> int | None:
         """M: rows above the M-th largest score are accepted (pac, naive: the M-th too); None where n is too small."""
@@ -366,7 +361,7 @@ class FittedSCRC:
     min_certifiable_alpha: float | None = None
     guarantee: str = ""
     assumptions: tuple[str, ...] = ()
-    useless: str = ""  # why the sets tell nothing; empty: they do
+    useless: str = ""  # why the sets tell nothing, however true they are; empty: they do. ``fit_policy`` refuses those
 
     @property
     def feasible(self) -> bool:
@@ -389,8 +384,6 @@ class FittedSCRC:
         if self.scrc.variant == "naive":
             must = f"reachable on the calibration {self.unit}, but"
         said = f"coverage >= {self.scrc.xi:g} with risk <= {self.scrc.alpha:g} must be {must} {self.reason}"
-        if self.useless:
-            return NotReachableError(f"{said}. Train a better model, accept fewer, or {OVERRIDE}")
         if self.min_certifiable_alpha is not None:
             said += f". The smallest risk that could be certified is {self.min_certifiable_alpha:.4g}"
         if self.n_needed is not None:

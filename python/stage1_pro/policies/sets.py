@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -29,6 +29,7 @@ from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
 from stage1_pro.policies.softmax import confidence
 from stage1_pro.policies.target import Scrc, Variant
+from stage1_pro.policies.useful import OVERRIDE
 
 # Above every P(correct): a threshold here lets nobody exit.
 NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
@@ -126,10 +127,7 @@ class ScrcParams(ByGate):
         fit = rows.fit_half() if target.variant == "naive" else ~rows.kept_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
-        wish = replace(
-            _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive)),
-            allow_useless=target.allow_useless,
-        )
+        wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
         found = wish.calibrate(
             first.probs[~fit], first.correct[~fit], rows.labels[~fit],
             first.stage[~fit] if target.cells == "stage" else None,
@@ -137,6 +135,11 @@ class ScrcParams(ByGate):
         )  # fmt: skip
         if not found.feasible:
             raise found.infeasible()
+        if found.useless and not target.allow_useless:
+            raise NotReachableError(
+                f"{target.words()} must be a promise that says something, but it is INFEASIBLE: {found.useless}. Train "
+                f"a better model, or {OVERRIDE}. No policy was written"
+            )
         nobody_exits = first.fields["exit_threshold"] == NOBODY_EXITS
         _check_stages(found, {"B"} if nobody_exits else {*_STAGES})
         limits = [cell.model_copy(update={"limit": (cell.limit or 0.0) + LIMIT_SLACK}) for cell in found.cells]

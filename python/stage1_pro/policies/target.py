@@ -99,7 +99,8 @@ class Target(Record):
             InputError: a field is missing, unknown, of another type, or outside its range.
         """
         try:
-            return cls.model_validate(values, strict=True)
+            plain = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+            return cls.model_validate(plain, strict=True)
         except ValidationError as error:
             raise InputError(refusal(error, cls)) from None
 
