@@ -134,6 +134,8 @@ def number(name: str, value: object) -> float:
     """
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise InputError(f"{name} must be one number, got {shown(value)}; give a plain number")
+    if isinstance(value, int) and abs(value) > 2**1000:
+        raise InputError(f"{name} must be a number that float64 can hold, got a larger one")
     return value  # type: ignore[return-value]
 
 
@@ -288,10 +290,10 @@ def _of_objects(name: str, values: NDArray[Any]) -> NDArray[Any]:
             raise InputError(f"{name} must be numbers, got {shown(one)} at place {row}; convert it first")
     try:
         whole_ones = all(isinstance(one, int | np.integer | np.bool_) for one in found)
-        made = np.array(found) if whole_ones else np.array([float(one) for one in found])
+        made = np.array(found if whole_ones else [float(one) for one in found])
+        return (made if made.dtype.kind in "biuf" else made.astype(np.float64)).reshape(values.shape)
     except OverflowError:
         raise InputError(f"{name} must be numbers that float64 can hold, got a larger one; scale them") from None
-    return made.reshape(values.shape) if made.dtype.kind in "biuf" else made.astype(np.float64).reshape(values.shape)
 
 
 def _missing(one: Any) -> bool:

@@ -35,5 +35,5 @@ def check_level(level: float) -> None:
 
 def _check_counts(k: int, n: int, level: float) -> None:
     check_level(level)
-    if whole("k", k) > whole("n", n):
+    if whole("k", k) > whole("n", n, most=2**62):
         raise InputError(f"k must be from 0 to n, got k = {k}, n = {n}; k counts among the n trials")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, Unpack, get_args
 
@@ -249,7 +249,7 @@ def bootstrap_augrc(
 
 def _n_classes(probs: ArrayLike) -> int:
     values = array("probs", probs)
-    return 2 if values.ndim == 1 else values.shape[-1]
+    return values.shape[1] if values.ndim == 2 else 2
 
 
 def _columns(
@@ -307,7 +307,7 @@ def _wanted(metrics: str | Sequence[str], columns: native.Columns) -> list[str]:
         if metrics == "all":
             return known
         metrics = [metrics]
-    metrics = [str(name) for name in metrics] if isinstance(metrics, Iterable) else []
+    metrics = [str(name)[:40] for name in metrics] if isinstance(metrics, list | tuple | set) else []
     if not metrics:
         raise InputError('metrics must name at least one metric, got none; "all" measures every one')
     for name in metrics:
@@ -318,7 +318,7 @@ def _wanted(metrics: str | Sequence[str], columns: native.Columns) -> list[str]:
         missing = [] if spec is None else [need for need in spec.needs if need in absent]
         if spec is None or spec.kind != "rows" or missing:
             hint = f"; it needs {_NEEDED[missing[0]]}" if missing else nearest(name, known)
-            raise InputError(f"metrics must be all or names such as augrc, got '{name}'{hint}")
+            raise InputError(f"metrics must be all or names such as augrc, got {shown(name)}{hint}")
     return list(dict.fromkeys(metrics))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc
 
-from stage1_pro.arguments import Grid, check_share, floats, grid_of, names, number, whole
+from stage1_pro.arguments import Grid, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
-from stage1_pro.policies.bounds import binomial_cdf
+from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf
 from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify, check_rows
@@ -50,13 +50,8 @@ def order_candidates(
     Raises:
         InputError: no row of the fit half has a score, or another argument is not what it must be.
     """
-    values = floats("scores", scores)
-    whole("n_certify", n_certify)
-    if min_coverage is not None:
-        check_share("min_coverage", min_coverage)
-    for risk in risks:
-        if values.ndim != 1 or risk.errors.shape != values.shape:
-            raise InputError(f"{risk.name} must have shape [N] as scores {list(values.shape)}; give one error per row")
+    values = check_rows(scores, risks, 0.5, min_coverage)
+    whole("n_certify", n_certify, most=MOST_UNITS)
     number("lowest", lowest)
     units = None if groups is None else names("groups", groups, values.size)
     found = _Expected(values, risks, n_certify, min_coverage, units, lowest, grid or grid_of(scores))

@@ -86,7 +86,7 @@ class Target(Record):
         "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
     )
     delta: Share = Field(0.05, description="largest chance of a false certificate, all claims together")
-    claims: Count = Field(1, description="claims that delta is divided for, before the first")
+    claims: Count = Field(1, le=10**6, description="claims that delta is divided for, before the first")
     allow_useless: bool = Field(
         False, description="certify also what is no better than always answering the commonest class; put on record"
     )
