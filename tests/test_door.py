@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from decimal import Decimal
@@ -15,10 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage1_pro import metrics, native, policies
+from stage1_pro import cli, metrics, native, policies
 from stage1_pro.arguments import at_or_above, grid_of, on_grid
 from stage1_pro.errors import InputError, NotReachableError, Stage1Error
-from stage1_pro.policies import SCRC, Risk, certify_halves, certify_threshold, fit_policy
+from stage1_pro.policies import SCRC, Risk, certify_halves, certify_threshold, fit_policy, read_policy, risk_p_value
+from stage1_pro.policies.bounds import binomial_cdf
+from stage1_pro.policies.candidates import group_weights, ranked
+from stage1_pro.policies.counts import gaps
+from stage1_pro.policies.ordering import _Expected
+from stage1_pro.policies.softmax import softmax
 
 # What makes scores of a dtype, as somebody would have them, from float64.
 MAKERS: dict[str, Callable[[np.ndarray], Any]] = {
@@ -91,7 +99,7 @@ def test_a_certificate_accepts_what_it_counted_in_every_dtype(seed: int, name: s
     if name in HAVE_HAND:
         assert by_hand(scores, found.threshold).tolist() == taken.tolist()
     # A tie is never cut, in the dtype that the scores have.
-    plain = torch.as_tensor(scores).double().numpy()
+    plain = torch.as_tensor(scores).detach().double().numpy()
     assert all(len({bool(one) for one in taken[plain == level]}) == 1 for level in np.unique(plain))
 
 
@@ -130,8 +138,8 @@ def test_a_policy_exits_what_it_counted_in_every_dtype(seed: int, name: str) -> 
     rng = np.random.default_rng(seed)
     n = 800
     labels = rng.integers(0, 2, n)
-    right = np.where(rng.random(n) < 0.97, levels(rng, n, 30) / 2 + 0.5, 0.35)
-    second = np.where(labels == 1, right, 1 - right)
+    sure, answer = levels(rng, n, 30) / 2 + 0.5, np.where(rng.random(n) < 0.97, labels, 1 - labels)
+    second = np.where(answer == 1, sure, 1 - sure)
     probs = MAKERS[name](np.stack([1 - second, second], axis=1))
     halves = np.where(np.arange(n) % 2, "fit", "certify")
     try:
@@ -141,7 +149,7 @@ def test_a_policy_exits_what_it_counted_in_every_dtype(seed: int, name: str) -> 
     kept = halves == "certify"
     assert found.exits(probs)[kept].sum() == found.n_exited
     scores = probs.max(axis=1)
-    scores = scores.values if isinstance(scores, torch.return_types.max) else scores
+    scores = scores if isinstance(probs, np.ndarray) else scores.values.detach()
     assert by_hand(scores, found.exit_threshold).tolist() == found.accepts(scores).tolist()
     assert found.accepts(scores).tolist() == found.exits(probs).tolist()
 
@@ -443,3 +451,174 @@ def test_hostile_values_get_one_line(name: str) -> None:
             except Exception as error:  # noqa: BLE001
                 raw.append((argument, repr(value)[:60], f"{type(error).__name__}: {error}"[:120]))
     assert not raw, raw[:12]
+
+
+def test_p_values_of_risks_are_those_of_counts_in_any_shape() -> None:
+    from scipy.stats import binom
+
+    errors, trials = np.array([[0, 1, 5], [2, 0, 7]]), np.array([[10, 20, 30], [2, 0, 100]])
+    assert np.allclose(risk_p_value(errors, trials, 0.1), binom.cdf(errors, trials, 0.1))
+    assert np.array_equal(risk_p_value(errors, trials, 0.1), binomial_cdf(errors * 1.0, trials * 1.0, 0.1))
+    with pytest.raises(InputError, match="integers"):
+        risk_p_value(0.5, 10, 0.1)
+    with pytest.raises(InputError, match="integer"):
+        metrics.clopper_pearson(3.5, 10)
+
+
+def test_the_front_door_is_light_and_lists_what_it_has() -> None:
+    code = (
+        "import sys, stage1_pro.policies as p; assert 'numpy' not in sys.modules and 'fit_policy' in dir(p); "
+        "[getattr(p, name) for name in p.__all__]; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError):
+        _ = policies.certify_thresholds  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------------------- a refusal is no slower
+
+
+def slow_start(found: _Expected, alphas: list[float]) -> int:
+    """The first of the smallest of all largest p-values."""
+    every = np.arange(found.thresholds.size)
+    return max(found.first, int(found._largest(every, alphas).argmin()))
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=80)
+def test_the_start_of_a_walk_is_the_smallest_of_all(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(5, 400))
+    scores = rng.choice(rng.random(int(rng.integers(1, n + 1))), n)
+    groups = rng.integers(0, max(n // 3, 1), n) if rng.random() < 0.5 else None
+    risks = [
+        Risk(f"risk {i}", 0.1, rng.random(n) < rng.random() * (1 - scores), rng.random(n) < 0.5 if i else None)
+        for i in range(int(rng.integers(1, 3)))
+    ]
+    least = float(rng.uniform(0.1, 0.9)) if rng.random() < 0.5 else None
+    found = _Expected(scores, risks, int(rng.integers(1, 1000)), least, groups, 0.0, "float64")
+    for alpha in (0.001, 0.05, 0.3, 0.9):
+        alphas = [alpha] * len(risks)
+        best, all_ = found.start(alphas), slow_start(found, alphas)
+        every = found._largest(np.array([best, all_]), alphas)
+        assert best == all_ or every[0] == pytest.approx(every[1], rel=1e-9)
+    assert np.array_equal(found.thresholds, gaps(scores[ranked(scores)], 0.0)[1])
+    assert group_weights(groups, np.ones(n, bool)).sum() == pytest.approx(
+        n if groups is None else np.unique(groups).size
+    )
+
+
+@pytest.mark.parametrize(("policy", "wish"), [("softmax", "target_fnr"), ("gate", "max_exit_error")])
+def test_a_refusal_takes_no_longer_than_three_successes(policy: str, wish: str) -> None:
+    rng = np.random.default_rng(0)
+    n = 40_000
+    labels = (rng.random(n) < 0.02).astype(np.int64)
+    second = 1 / (1 + np.exp(-rng.normal(size=n) - 3 * (2 * labels - 1)))
+    probs, halves = np.stack([1 - second, second], axis=1), np.where(np.arange(n) % 2, "fit", "certify")
+    gate = np.abs(second - 0.5)
+
+    def took(limit: float) -> float:
+        start = time.perf_counter()
+        asked: dict[str, Any] = {wish: limit, "groups": np.arange(n), "halves": halves}
+        try:
+            fit_policy(policy, probs, labels, gate=gate, **asked)
+        except NotReachableError:
+            assert limit < 0.01
+        else:
+            assert limit > 0.01
+        return time.perf_counter() - start
+
+    pairs = [(took(0.1), took(0.00005)) for _ in range(7)]
+    success, refusal = (min(times) for times in zip(*pairs, strict=True))
+    assert refusal <= 3 * success + 0.02
+
+
+# -------------------------------------------------------------------------------- promises that say nothing
+
+
+def always(n: int = 3000) -> dict[str, Any]:
+    """A model that answers "defect" to everything, 90 to 99% sure; 30% are."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(n) < 0.3).astype(int)
+    return {
+        "logits": np.stack([np.zeros(n), rng.uniform(2.2, 4.6, n)], axis=1), "labels": labels,
+        "classes": np.array(["ok", "defect"]), "positive": "defect",
+    }  # fmt: skip
+
+
+def confused(n: int = 3000) -> dict[str, Any]:
+    """A model that confuses cats and dogs in 40%, at high confidence, and knows foxes."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 3, n)
+    logits = rng.normal(size=(n, 3)) * 0.1
+    logits[labels == 2] += [0, 0, 8]
+    others = labels < 2
+    logits[others, 2] -= 8
+    answer = np.where(rng.random(n) < 0.4, 1 - np.clip(labels, 0, 1), np.clip(labels, 0, 1))
+    logits[np.flatnonzero(others), answer[others]] += 4
+    return {"logits": logits, "labels": labels, "classes": np.array(["cat", "dog", "fox"]), "positive": "fox"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (always, [], ["28.6%", "71.4%", "'ok'"]),
+        (confused, [], ["'fox' alone", "59.4%", "50.9%"]),
+        (always, ["--policy", "scrc", "--alpha", "0.01"], ["every class", "99.5%"]),
+        (always, ["--policy", "scrc", "--alpha", "0.02", "--loss", "fnr"], ["right class"]),
+    ],
+)
+def test_a_useless_model_is_refused_with_what_a_constant_answer_would_do(
+    model: Callable[[], dict[str, Any]], options: list[str], said: list[str], tmp_path: Any, capsys: Any
+) -> None:
+    np.savez(tmp_path / "model.npz", **model())
+    out = tmp_path / "p"
+    call = ["calibrate", "--logits", str(tmp_path / "model.npz"), "--rows-independent", "--out", str(out), *options]
+    out.mkdir()
+    standing = fit_policy("softmax", *problem()[:2], rows_independent=True, target_fnr=0.05)
+    standing.write(out / standing.file)
+    before = (out / standing.file).read_bytes()
+    assert cli.main(call) == 3
+    printed = capsys.readouterr()
+    assert all(word in printed.err for word in [*said, "INFEASIBLE", "--allow-useless"])
+    # A refusal changes nothing.
+    assert (out / standing.file).read_bytes() == before and [one.name for one in out.iterdir()] == [standing.file]
+    assert cli.main([*call, "--allow-useless"]) == 0
+    policy = read_policy(out)
+    assert policy is not None and policy.useless and policy.target.allow_useless
+    shown = capsys.readouterr().out
+    assert said[0] in " ".join(shown.split()) and "allow_useless" in shown
+    assert said[0] in policy.statement and policy.promises
+
+
+def test_a_model_that_says_something_is_not_refused_and_the_line_of_what_is_not_bound_is_shown() -> None:
+    probs, labels, _ = problem()
+    found = fit_policy("softmax", probs, labels, rows_independent=True, target_fnr=0.05)
+    assert not found.useless and found.commonest == "0"
+    kept = found.exits_right
+    assert kept is not None and kept > found.commonest_rate
+    assert any("nothing is promised" in line and f"{kept:.1%}" in line for line in found.found())
+    assert not fit_policy("scrc", probs, labels, rows_independent=True, alpha=0.05).useless
+    # Groups speak once each: a clip of 500 copies of a wrong answer is one unit.
+    groups = np.r_[np.arange(len(labels)), np.full(500, 10**6)]
+    more = np.r_[probs, np.tile([[0.001, 0.999]], (500, 1))]
+    again = fit_policy(
+        "gate", more, np.r_[labels, np.zeros(500, int)], gate=np.log(more.max(1)), groups=groups, alpha=0.05
+    )
+    assert not again.useless and again.exits_right > 0.9
+
+
+def test_without_a_guarantee_nothing_is_refused_and_the_line_is_shown() -> None:
+    model = always()
+    found = fit_policy("softmax", softmax(model["logits"]), model["labels"], guarantee="none", target_fnr=0.02)
+    assert not found.useless and any("70.2%" in line for line in found.found())
+
+
+def test_collapsed_models_name_every_class() -> None:
+    n = 3000
+    labels = np.random.default_rng(0).integers(0, 2, n)
+    probs = np.full((n, 2), 0.5)
+    with pytest.raises(NotReachableError, match="every class"):
+        fit_policy("scrc", probs, labels, rows_independent=True, alpha=0.05)
+    plain = SCRC(xi=0.7, alpha=0.05).calibrate(probs, probs.max(1), labels)
+    assert plain.feasible and "every class" in plain.useless

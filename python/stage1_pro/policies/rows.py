@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.arguments import Grid, choice, flag, floats, grid_of, indices, names, sum_slack, whole
+from stage1_pro.arguments import Grid, choice, flag, floats, grid_of, indices, names, shown, sum_slack, whole
 from stage1_pro.errors import InputError
 
 Unit = Literal["rows", "groups", "group_means", "photos"]
@@ -161,7 +161,7 @@ def check_rows(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.str_] | None]:
     """Probabilities, class indices and groups (None when each row is its own) that can be trusted."""
     if len(classes) < 2 or len(set(classes)) != len(classes):
-        raise InputError(f"classes must be at least two different names, got {classes}")
+        raise InputError(f"classes must be at least two different names, got {shown(classes)}")
     values = floats("probs", probs)
     if values.ndim != 2 or values.shape[0] == 0 or values.shape[1] != len(classes):
         raise InputError(
