@@ -27,6 +27,7 @@ TRAIN_ONLY = [
 ]
 BASE_MODULES = [
     "cli", "config", "errors", "files", "record", "words", "metrics", "metrics.figures", "metrics.measured",
+    "arguments", "policies", "policies.fitting",
     "policies.softmax", "policies.gate", "policies.claims", "continual.serving.events", "continual.serving.served",
     "data.images", "data.predictions", "data.protocols", "data.splits", "integrations.streetvision",
     "deploy.bundle", "deploy.manifest", "deploy.runtime", "deploy.cascade", "deploy.bench", "report", "deploy.timing",
