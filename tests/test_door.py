@@ -622,3 +622,17 @@ def test_collapsed_models_name_every_class() -> None:
         fit_policy("scrc", probs, labels, rows_independent=True, alpha=0.05)
     plain = SCRC(xi=0.7, alpha=0.05).calibrate(probs, probs.max(1), labels)
     assert plain.feasible and "every class" in plain.useless
+
+
+def test_a_column_with_gaps_and_two_thresholds_keep_the_dtype_of_their_scores() -> None:
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(3)
+    values = rng.choice(np.linspace(0.6, 0.95, 8), 2000)
+    column = pandas.Series(values, dtype="Float32").mask(np.arange(2000) == 5)
+    errors = (values < 0.7) & (rng.random(2000) < 0.3)
+    found = certify_threshold(column, errors, alpha=0.02, delta=0.05)
+    assert found.feasible and (column >= found.threshold).fillna(False).sum() == found.accepted
+    score = rng.choice(np.linspace(0, 1, 40), 500).astype(np.float16)
+    positive = rng.random(500) < score.astype(float)
+    pair = metrics.dual_threshold(score, positive, max_fnr=0.2, max_exit_error=0.2)
+    assert (score >= pair.upper).sum() + (score <= pair.lower).sum() == pair.n_exited

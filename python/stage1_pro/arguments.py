@@ -204,14 +204,14 @@ def shown(value: object) -> str:
 
 def grid_of(given: object) -> Grid:
     """The dtype that scores came in: what lies on it is compared by hand in it without rounding."""
+    narrow: dict[str, Grid] = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
     first = given[0] if isinstance(given, list | tuple) and given else given
-    if "bfloat16" in str(getattr(first, "dtype", "")):
-        return "bfloat16"
+    # Also "torch.float32", and "Float32" of a table, which has gaps and becomes float64 here.
+    name = str(getattr(first, "dtype", "")).rpartition(".")[2].lower()
+    if name in narrow:
+        return narrow[name]
     dtype = array("scores", given).dtype
-    if dtype.kind in "biu":
-        return "integer"
-    found: dict[str, Grid] = {"float16": "float16", "float32": "float32"}
-    return found.get(dtype.name, "float64")
+    return "integer" if dtype.kind in "biu" else narrow.get(dtype.name, "float64")
 
 
 def sum_slack(probs: object) -> float:
