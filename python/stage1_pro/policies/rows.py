@@ -14,7 +14,7 @@ from stage1_pro.errors import InputError, nearest
 Unit = Literal["rows", "groups", "group_means", "photos"]
 # Rows of probabilities may carry the rounding of float16 or of a CSV with four decimals.
 SUM_TOLERANCE = 1e-3
-# Among n different photos so many pairs (n^2 / this) may have one answer by the rounding of float32 alone.
+# Of n different photos so many (n^2 / this) may have another's answer by the rounding of float32 alone.
 _CHANCE = 1 << 22
 
 
@@ -135,7 +135,7 @@ class Rows:
             )
         twins = copies_of(self.labels, self.probs, self.gate, self.probs_b)
         both = np.empty(0) if twins is None else np.intersect1d(twins[kept], twins[~kept])
-        if both.size > self.labels.size**2 // _CHANCE:
+        if both.size:
             first, other = (np.flatnonzero(half & (twins == both[0]))[0] for half in (~kept, kept))
             raise InputError(
                 f"halves must not share bit-identical rows, got rows {first} and {other}, of which the models say the "
@@ -147,14 +147,15 @@ class Rows:
 def copies_of(labels: NDArray[np.int64], *said: NDArray[np.float64] | None) -> NDArray[np.int64] | None:
     """A number for every row [N] that bit-identical rows share; None where none are, or where they are no copies.
 
-    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies.
+    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies. Nor
+    do a few rows whose answers agree by the rounding of float32.
     """
     columns = [one.reshape(labels.size, -1) for one in said if one is not None]
     table = np.ascontiguousarray(np.concatenate(columns, axis=1))
     rows = table.view(np.dtype((np.void, table.itemsize * table.shape[1]))).ravel()
     _, first, number = np.unique(rows, return_index=True, return_inverse=True)
-    same = first.size == labels.size or bool((labels != labels[first[number]]).any())
-    return None if same else number
+    by_chance = labels.size - first.size <= labels.size**2 // _CHANCE
+    return None if by_chance or (labels != labels[first[number]]).any() else number
 
 
 def check_rows(
