@@ -148,7 +148,7 @@ def test_a_dry_run_shows_what_counts_allow_and_spends_nothing(
 def test_the_fewest_that_can_certify(target: Any, n: int, first: bool) -> None:
     labels = np.array([1] * (n + 1))
     rows = Rows.of(
-        np.full((n + 1, 2), 0.5), labels, classes=["a", "b"], positive="b", groups=np.arange(n + 1),
+        softmax(np.random.default_rng(0).normal(size=(n + 1, 2))), labels, classes=["a", "b"], positive="b", groups=np.arange(n + 1),
         halves=["fit"] + ["certify"] * n,
     )  # fmt: skip
     found = foresee(target, rows)
@@ -411,6 +411,22 @@ def test_a_promise_of_photos_is_true_or_refused(law: str) -> None:
     )
     assert false <= 0.05 + 3 * noise
     assert law != "well within" or made > 0.5 * draws
+
+
+@pytest.mark.parametrize("unit", ["photo", "group"])
+def test_the_best_that_counts_allow_is_what_perfect_answers_certify(unit: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([1, 4, 12], 1500, p=[0.6, 0.3, 0.1])
+    rows = of_groups(rng, sizes, np.zeros(sizes.size))
+    of = {"unit": unit, "largest_group": 12} if unit == "photo" else {}
+    wish = {"min_coverage": 0.3, **of}
+    given = Rows.of(
+        rows["probs"], rows["labels"], **BINARY, gate=rows["gate_logits"], groups=rows["groups"], halves=rows["halves"]
+    )
+    _, risk = foresee(Gate(max_exit_error=0.2, **wish), given)
+    assert risk.best is not None and 0.001 < risk.best < 0.05
+    assert not foresee(Gate(max_exit_error=risk.best * 0.99, **wish), given)[1].possible
+    assert fit_gate_policy(**rows, **BINARY, **wish, max_exit_error=risk.best * 1.01).coverage > 0.9
 
 
 def test_a_promise_of_photos_is_another_promise() -> None:
