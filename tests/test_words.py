@@ -14,7 +14,7 @@ from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
 from test_certify import BINARY, make_run
 
 from stage1_pro.continual.watch.monitor import Evidence, ServedColumns, TriggerState
-from stage1_pro.continual.watch.srt import ControllerConfig, ThresholdController
+from stage1_pro.continual.watch.srt import ControllerConfig, ThresholdController, to_logit
 from stage1_pro.continual.watch.status import MonitorConfig, Status, assess, dashboard, exposition, write_page
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.inspection import inspect, render_inspection
@@ -103,13 +103,15 @@ def texts(policy: Policy, run: Path, test: Any, folder: Path) -> dict[str, str]:
     return {name: html.unescape(re.sub(r"data:image/png;base64,[^\"]*", "", text)) for name, text in found.items()}
 
 
-def looked(policy: Policy | None, wrong: int, n: int = 400) -> tuple[Status, ServedColumns]:
+def looked(policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0) -> tuple[Status, ServedColumns]:
     rows = ServedColumns(
         time=np.arange(n) * 10.0, exited=np.ones(n, bool), wrong=(np.arange(n) < wrong).astype(float),
         propensity=np.ones(n), score=np.full(n, 0.99),
     )  # fmt: skip
-    start = 0.5 if policy is None else min(policy.exit_threshold, 0.99)
+    start = min(policy.exit_threshold, 0.99)
     controller = ThresholdController(ControllerConfig(alpha=ALPHA, certified=start, audit_rate=0.3, floor=0.3)).state
+    if tighter:
+        controller = controller.at_least(to_logit(start) + tighter)
     status, _ = assess(
         rows, MonitorConfig(alpha=ALPHA), now=1e5, triggers_before=TriggerState(since=0.0), policy=policy,
         evidence=Evidence(alpha=ALPHA).after(rows.wrong, propensity=rows.propensity, time=rows.time),
@@ -152,6 +154,17 @@ def test_sets_are_headlined_by_what_is_answered(shown: Any) -> None:
     assert ("left" in lead and "to a person" in lead) == kind.startswith("scrc")
     assert ("Together:" in lead) != kind.startswith("scrc")
     assert ("deployed:" in said["evaluate"]) == kind.startswith("scrc")
+
+
+def test_a_tightened_threshold_is_shown_without_the_promises_it_gives_up(shown: Any) -> None:
+    kind, policy, _ = shown
+    loose, _ = looked(policy, 0)
+    tight, _ = looked(policy, 0, tighter=1.0)
+    assert tight.threshold > loose.threshold == loose.calibrated == tight.calibrated
+    assert bool(loose.promises) == bool(policy.promises) == (loose.certified is not None)
+    if policy.steerable:
+        assert (tight.promises, tight.certified) == ([], None) and tight.limit != "promised"
+        assert not CLAIMS.search(" ".join([tight.headline, *tight.sentences])), kind
 
 
 def test_before_any_audit_there_is_no_harm_to_count(tmp_path: Path) -> None:
