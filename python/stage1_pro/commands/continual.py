@@ -149,6 +149,7 @@ class Labels(Loop, does="labels"):
         ".json, and what each row says for .csv",
     )
     annotator: str | None = option(None, "of rows without one")
+    blind: Blind = option(True, f"with --export to .json: {ANSWERS}")
 
 
 class Run(Loop, does="run"):
