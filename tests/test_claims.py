@@ -16,6 +16,7 @@ from test_certify import BINARY, files_of, gated, make_run
 
 from stage1_pro import cli
 from stage1_pro.commands.calibrate import calibrate
+from stage1_pro.commands.split import split
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.errors import InputError, NotReachableError, Stage1Error
@@ -211,6 +212,19 @@ def test_another_cut_of_the_same_photos_is_another_claim(tmp_path: Path, change:
     make_run(tmp_path, n=4000, seed=7)
     policy = calibrate(tmp_path, **wish)
     assert not any("cut 2" in one for one in policy.certificate.assumptions)
+
+
+def test_new_splits_in_the_same_folder_remember_what_photos_certified(streets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = split(streets / "labels.csv", run)
+    Claims().seen("half", [row.sha256 for row in first.of("val_calib", "certify")]).write(run / "claims.json")
+    (run / "last.pth").write_bytes(b"trained")
+    before = (run / "claims.json").read_bytes()
+    again = split(streets / "labels.csv", run, seed=1, overwrite=True)
+    assert not (run / "last.pth").exists() and (run / "claims.json").read_bytes() == before
+    photos = [row.sha256 for row in again.of("val_calib", "certify")]
+    shared = {row.sha256 for row in first.of("val_calib", "certify")} & set(photos)
+    assert Claims.of(run).seen("other", photos).cuts("other") == (["half", "other"] if shared else ["other"])
 
 
 def test_cuts_share_the_delta_that_was_declared(tmp_path: Path) -> None:
