@@ -32,6 +32,7 @@ class Rows:
     groups: NDArray[np.str_] | None = None
     sources: NDArray[np.str_] | None = None
     units_known: bool = False
+    told_apart: bool = False
 
     @classmethod
     def of(
@@ -47,6 +48,7 @@ class Rows:
         groups: ArrayLike | None = None,
         sources: ArrayLike | None = None,
         rows_independent: bool = False,
+        told_apart: bool = False,
     ) -> Rows:
         """Check and convert; a group that has one row in every case is as good as none.
 
@@ -64,6 +66,7 @@ class Rows:
             groups: [N] clip or track of every row; nothing is certified without them or ``rows_independent``.
             sources: [N] names.
             rows_independent: the caller states that every row is a photo of its own, independent of the others.
+            told_apart: no photo is in both halves, by the contents of the photos; answers need not tell.
 
         Raises:
             InputError: an argument is not what it must be; NaN names its row.
@@ -84,7 +87,7 @@ class Rows:
         parts = None if halves is None else np.asarray(halves)
         known = None if sources is None else np.asarray(sources)
         stated = groups is not None or rows_independent
-        return cls(values, truth, names, positive, logits, second, parts, units, known, stated)
+        return cls(values, truth, names, positive, logits, second, parts, units, known, stated, told_apart)
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
@@ -133,7 +136,7 @@ class Rows:
                 "groups must be given where something is certified, got None; name the clip, track or place of every "
                 "row, or state that each is a photo of its own with rows_independent=True (--rows-independent)"
             )
-        twins = copies_of(self.labels, self.probs, self.gate, self.probs_b)
+        twins = None if self.told_apart else copies_of(self.labels, self.probs, self.gate, self.probs_b)
         both = np.empty(0) if twins is None else np.intersect1d(twins[kept], twins[~kept])
         if both.size:
             first, other = (np.flatnonzero(half & (twins == both[0]))[0] for half in (~kept, kept))
