@@ -18,7 +18,7 @@ from stage1_pro.policies.certify import Certificate, certify
 from stage1_pro.policies.counts import gaps
 from stage1_pro.policies.rows import check_halves
 
-_PHOTO_STEPS = 200
+_PHOTO_STEPS = 100
 
 
 def order_candidates(
@@ -125,7 +125,7 @@ def certify_halves(
             groups=None if names is None or photos else names[fit], lowest=lowest,
         )  # fmt: skip
         if photos:
-            # Every test looks at all groups: as many thresholds as tell coverages half a percent apart.
+            # Every test looks at all groups: as many thresholds as tell coverages a percent apart.
             steps = np.linspace(0, candidates.size - 1, min(candidates.size, _PHOTO_STEPS))
             candidates = candidates[steps.astype(np.int64)]
         return certify(
