@@ -224,7 +224,7 @@ def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
     rows = Rows.of(
         softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
         gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
-        halves=predictions.halves if (predictions.halves != "").all() else None,
+        halves=predictions.halves if (predictions.halves != "").all() else None, told_apart=True,
     )  # fmt: skip
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
     work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin)
