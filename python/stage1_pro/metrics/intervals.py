@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro import native
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.binomial import check_level
-from stage1_pro.metrics.estimate import Estimate, Events, Interval
+from stage1_pro.metrics.estimate import Estimate, Events, Interval, Sizes
 from stage1_pro.metrics.probabilistic import AnswerRows, Resampled, brier_rows, check_probabilities, largest, nll_rows
 from stage1_pro.metrics.table import METRICS, Need, lookup, means, names
+from stage1_pro.metrics.thresholds import Walk
 
 Method = Literal["bca", "percentile", "logit"]
 _NEEDED = {"probabilities": "probabilities", "threshold": "a threshold", "positive": "the positive class"}
@@ -214,19 +215,24 @@ def bootstrap_answers(
     n_units = n if unit is None else int(unit.max()) + 1
     specs = [METRICS[name] for name in names("answers", without=("positive",) if rows.positive is None else ())]
 
-    def measure(times: NDArray[np.uint8]) -> list[float]:
-        resampled = Resampled(rows, times)
-        return [spec.of(resampled) for spec in specs if spec.of is not None]
-
-    found = measure(np.ones(n, dtype=np.uint8))
+    whole = Resampled(rows, np.ones(n, dtype=np.uint8))
     replicates = np.empty((n_replicates, len(specs)))
+    strays = {spec.name: np.empty(n_replicates) for spec in specs if spec.strays is not None}
     for replicate in range(n_replicates):
         times = native.resample_counts([n_units], 1, first=replicate, seed=seed)[0]
-        replicates[replicate] = measure(times if unit is None else times[unit])
+        resampled = Resampled(rows, times if unit is None else times[unit])
+        for i, spec in enumerate(specs):
+            replicates[replicate, i] = spec.of(resampled) if spec.of is not None else math.nan
+            if spec.strays is not None:
+                strays[spec.name][replicate] = spec.strays(resampled, whole)
     kind = "rows" if groups is None else "groups"
     measured = {}
-    for spec, value, drawn in zip(specs, found, replicates.T, strict=True):
-        estimate = Estimate(spec, value, drawn, n_units=n_units, scale=max(abs(value), 1e-3))
+    sizes = Sizes(n_units, n_units) if unit is None else Sizes.of(unit)
+    for spec, drawn in zip(specs, replicates.T, strict=True):
+        value = math.nan if spec.of is None else spec.of(whole)
+        estimate = Estimate(
+            spec, value, drawn, n_units, scale=max(abs(value), 1e-3), sizes=sizes, strays=strays.get(spec.name)
+        )
         measured[spec.name] = estimate.interval(level, "percentile", kind)
     return Intervals(measured, n_rows=n, n_units=n_units, unit=kind)
 
@@ -352,7 +358,8 @@ def _intervals(
     if how.method != "logit" or stepwise:
         drawn = suite.resample(how.n_replicates, seed=how.seed, threads=how.threads)
     unit = "rows" if groups is None else "groups"
-    result = {}
+    result: dict[str, Interval] = {}
+    walk: Walk | None = None
     for name, (spec, target) in found.items():
         if spec.values is not None:
             n_replicates = 0 if how.method == "logit" else how.n_replicates
@@ -365,7 +372,11 @@ def _intervals(
             for ranked, (value, replicates) in zip(suite.models, each, strict=True)
         ]
         one = estimates[0] if len(estimates) == 1 else estimates[0].minus(estimates[1])
-        result[name] = one.interval(how.level, "percentile" if spec.stepwise else how.method, unit)
+        if spec.exact is not None and len(models) == 1:
+            walk = walk or Walk(suite.models[0], suite.n_units)
+            result[name] = one.exactly(spec.exact(walk, target or 0.0, how.level), how.level, unit)
+        else:
+            result[name] = one.interval(how.level, "percentile" if spec.stepwise else how.method, unit)
     return Intervals(result, n_rows=n, n_units=suite.n_units, unit=unit)
 
 
@@ -380,7 +391,8 @@ def _augrc_interval(columns: native.Columns, groups: ArrayLike | None, how: How)
     unit = "rows" if groups is None else "groups"
     estimate = Estimate(
         METRICS["augrc"], drawn.value, drawn.replicates if how.method != "logit" else np.empty(0), n_units,
-        (drawn.second, drawn.third), Events.among(losses, cluster), scale=drawn.value,
+        Sizes(n_units, n_units) if cluster is None else Sizes.of(cluster), (drawn.second, drawn.third),
+        Events.among(losses, cluster), scale=drawn.value,
     )  # fmt: skip
     found = {"augrc": estimate.interval(how.level, how.method, unit)}
     return Intervals(found, n_rows=losses.size, n_units=n_units, unit=unit)
