@@ -16,7 +16,11 @@ from kit.rates import show
 from numpy.typing import NDArray
 from scipy.stats import beta, binom
 
+from stage1_pro.continual.watch.monitor import cbpe, hajek_risk, horvitz_thompson_risk, naive_risk
 from stage1_pro.metrics import bootstrap, bootstrap_answers, bootstrap_errors, compare
+from stage1_pro.metrics.intervals import metric_names
+from stage1_pro.metrics.table import lookup
+from stage1_pro.policies.checks import check_claim, mean_size, share_of
 
 Floats = NDArray[np.float64]
 NAN = math.nan
@@ -304,3 +308,91 @@ def test_the_calibration_error_of_a_calibrated_model_reaches_zero() -> None:
     assert found.value < found.high
     over = bootstrap_answers(np.full(2000, 0.99), np.arange(2000) % 10 < 7)["ece"]
     assert over.low > 0.2
+
+
+# ---------------------------------------------------------------------------- ranges
+
+
+def tiny_rows(draw: st.DrawFn, n: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Probabilities [N, K] with ties and certainties, labels and groups, some of one kind only."""
+    classes = draw(st.integers(2, 4))
+    shares = st.lists(st.sampled_from([0.0, 1e-300, 0.1, 0.5, 1.0]), min_size=classes, max_size=classes)
+    probs = np.array([draw(shares.filter(any)) for _ in range(n)])
+    labels = np.array([draw(st.integers(0, draw(st.integers(0, classes - 1)))) for _ in range(n)])
+    return probs / probs.sum(1, keepdims=True), labels, np.array([draw(st.integers(0, 3)) for _ in range(n)])
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_every_interval_is_inside_its_range_and_holds_its_value(data: st.DataObject) -> None:
+    """Of every metric and difference, by rows and groups: or there is none, and a note says why."""
+    probs, labels, groups = tiny_rows(data.draw, data.draw(st.integers(1, 12)))
+    groups = data.draw(st.sampled_from([None, groups]))
+    how = {
+        "n_replicates": data.draw(st.sampled_from([1, 2, 40])), "level": data.draw(st.sampled_from([0.5, 0.95, 0.999])),
+    }  # fmt: skip
+    threshold, method = (
+        data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])),
+        data.draw(st.sampled_from(["bca", "percentile"])),
+    )
+    other = np.roll(probs, 1, axis=0)
+    risks = ["coverage_at_risk_0", "coverage_at_risk_1", "risk_at_coverage_1", "risk_at_coverage_1e-9"]
+    names = [*metric_names(), *risks]
+    found = bootstrap(
+        probs, labels, groups=groups, threshold=threshold, positive=1, metrics=names,
+        method=data.draw(st.sampled_from([method, "logit"])), **how,
+    )  # fmt: skip
+    found |= bootstrap_answers(probs, labels, groups=groups, positive=1, **how)
+    apart = compare(
+        probs, other, labels, groups=groups, threshold=threshold, positive=1, metrics=names, method=method, **how
+    )
+    for name, one in [*found.items(), *apart.items()]:
+        spec = lookup(name)[0]
+        top = 2.0 if name == "brier" and probs.shape[1] > 2 else spec.top
+        low, high = (spec.bottom - top, top - spec.bottom) if one is apart.get(name) else (spec.bottom, top)
+        if math.isnan(one.value):
+            assert math.isnan(one.low) and math.isnan(one.high) and one.note, name
+            continue
+        assert low - 1e-12 <= one.value <= high + 1e-12, name
+        if math.isnan(one.low) or math.isnan(one.high):
+            assert math.isnan(one.low) and math.isnan(one.high) and one.note and one.method == "none", name
+        else:
+            assert low - 1e-12 <= one.low <= one.value <= one.high <= high + 1e-12, (name, one)
+
+
+@given(st.lists(st.booleans(), max_size=12), st.floats(0.05, 1), st.sampled_from([1e-6, 0.3, 1.0]))
+def test_risks_of_audits_are_shares(wrong: list[bool], e: float, floor: float) -> None:
+    chance = np.maximum(np.linspace(e, 1, len(wrong)), floor)
+    for one in (
+        hajek_risk(np.array(wrong, float), chance, floor=floor), naive_risk(np.array(wrong, float)),
+        cbpe(chance, np.array(wrong, bool)),
+    ):  # fmt: skip
+        assert one.value is None or 0 <= one.low <= one.value <= one.high <= 1
+    one = horvitz_thompson_risk(np.array(wrong, float), chance)
+    assert one.value is None or (0 <= one.low <= one.value and (one.value > 1 or one.value <= one.high <= 1))
+
+
+@settings(deadline=None)
+@given(st.integers(2, 5), st.booleans(), st.data())
+def test_mean_set_sizes_stay_where_sets_can_be(classes: int, empty: bool, data: st.DataObject) -> None:
+    smallest = 0 if empty else 1
+    sizes = np.array(data.draw(st.lists(st.integers(smallest, classes), max_size=200)), np.int64)
+    one = mean_size(sizes, classes, np.random.default_rng(0), smallest=smallest)
+    if one.value is None:
+        assert (one.low, one.high) == (smallest, classes)
+    else:
+        assert smallest <= one.low <= one.value <= one.high <= classes
+
+
+def test_sets_of_one_class_are_one_class_on_average() -> None:
+    one = mean_size(np.ones(147, np.int64), 4, np.random.default_rng(0), smallest=1)
+    assert (one.value, one.low) == (1, 1)
+    assert mean_size(np.ones(147, np.int64), 2, np.random.default_rng(0), smallest=0).low < 1
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.floats(1e-4, 0.9999))
+def test_promises_held_against_counts_are_shares(errors: int, more: int, limit: float) -> None:
+    one = check_claim("risk", errors, errors + more, limit, 2 * (errors + more))
+    assert 0 <= one.lower <= one.upper <= 1
+    share = share_of(errors, errors + more)
+    assert share.value is None or 0 <= share.low <= share.value <= share.high <= 1

@@ -7,7 +7,7 @@ Constructions, by what they are good for:
 - ``t``, of differences by group in place of ``bca``: few groups differ, and a resample of them knows no tails;
 - ``exact``, always used for Risk@Coverage and Coverage@Risk: binomial tests that hold for every threshold at once;
 - ``percentile``, for differences of those two and for what is no sum over rows;
-- ``by bin``, of the ECE, whose resamples are all further from calibrated than the rows;
+- ``by bin``, of the ECE, which chance makes larger, never smaller, and resampling once more;
 - ``logit``, the closed-form standard error on the logit scale (the log scale for NLL), without any resample.
 
 Where no resample can help (no error at all, nobody exits) the interval is Clopper and Pearson's.
@@ -95,7 +95,7 @@ class Sizes(NamedTuple):
     spread: float
 
     @classmethod
-    def of(cls, unit: NDArray[np.uint32], rows: NDArray[np.bool_] | slice = slice(None)) -> Sizes:
+    def of(cls, unit: NDArray[np.integer], rows: NDArray[np.bool_] | slice = slice(None)) -> Sizes:
         """Of the units of some rows, by each row's unit [N]."""
         sizes = np.bincount(unit[rows]).astype(np.float64)
         return cls(worth(sizes), worth(sizes**2))
@@ -215,6 +215,8 @@ class Estimate:
             # Replicates differ, but most pile up on one value, such as a coverage of 1.
             share = np.count_nonzero(np.abs(defined - low) <= close) / defined.size
             note = "; ".join(filter(None, [note, f"no width: {share:.1%} of the resamples give this value"]))
+        if method == "by bin" and low <= self.spec.bottom:
+            note = "; ".join(filter(None, [note, "a calibrated model can give as much on so few rows"]))
         low, high = min(low, self.value), max(high, self.value)
         return Interval(self.value, std, low, high, level, method, note, self.replicates)
 
@@ -232,8 +234,8 @@ class Estimate:
                 return "t", (max(low, -most), min(high, most))
             if unit == "groups":
                 # Percentiles take the spread of the units for known; few units tell it badly (Hesterberg 2015).
-                reach = _reach(level, self.sizes.spread)
-                tails = max(float(ndtr(-reach)), 1e-9), min(float(ndtr(reach)), 1 - 1e-9)
+                far = reach(level, self.sizes.spread)
+                tails = max(float(ndtr(-far)), 1e-9), min(float(ndtr(far)), 1 - 1e-9)
             tails = _bca_tails(self.value, defined, self.moments, tails, close)
         else:
             method = "percentile"
@@ -247,9 +249,9 @@ class Estimate:
         average.
         """
         assert self.strays is not None
-        reach = _reach(level, self.sizes.spread)
-        stray = float(np.quantile(self.strays, (1 + level) / 2)) * reach / float(ndtri((1 + level) / 2))
-        low, high = self.value - stray, self.value + reach * float(self.replicates.std(ddof=1))
+        far = reach(level, self.sizes.spread)
+        stray = float(np.quantile(self.strays, (1 + level) / 2)) * far / float(ndtri((1 + level) / 2))
+        low, high = self.value - stray, self.value + far * float(self.replicates.std(ddof=1))
         return max(low, self.spec.bottom), min(high, self.spec.top)
 
     def _std(self) -> float:
@@ -290,11 +292,11 @@ def cluster_t(value: float, influence: NDArray[np.float64], level: float) -> tup
     """
     squares = influence**2
     error = math.sqrt(float(squares.sum()) * influence.size / (influence.size - 1))
-    reach = float(stdtrit(max(worth(squares) - 1, 1.0), (1 + level) / 2)) * error
-    return value - reach, value + reach
+    width = float(stdtrit(max(worth(squares) - 1, 1.0), (1 + level) / 2)) * error
+    return value - width, value + width
 
 
-def _reach(level: float, n: float) -> float:
+def reach(level: float, n: float) -> float:
     """How many standard errors of ``n`` units an interval reaches, by Student's t."""
     n = max(n, 2.0)
     return float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(n / (n - 1))

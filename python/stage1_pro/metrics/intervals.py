@@ -40,7 +40,8 @@ class How:
     """How intervals are made.
 
     ``n_replicates`` resamples; ``level``, the nominal coverage, in (0, 1); ``method`` "bca", "percentile" or "logit"
-    (stepwise metrics take percentiles all the same); ``seed`` of the resamples; ``threads``, 0 = one per processor.
+    (risk at coverage and coverage at risk are "exact" all the same); ``seed`` of the resamples; ``threads``, 0 = one
+    per processor.
 
     Raises:
         InputError: a level or method that is none.
@@ -100,7 +101,9 @@ def bootstrap(
     Stated answers: a metric that is undefined on the rows is NaN and its note says why. No error among the rows that a
     metric speaks of (or nothing but errors, or nobody or everybody exits): Clopper and Pearson's bound over rows, also
     for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size that bounds
-    the share of groups, which the share of rows can exceed (the note says so). Otherwise one row or group, replicates
+    the share of groups, which the share of rows can exceed (the note says so). Risk at coverage and coverage at risk
+    have exact ends that hold for all thresholds at once, 0 where too few rows are accepted to certify any coverage; by
+    groups they count groups by their effective number. Otherwise one row or group, replicates
     that are all equal, or no variance: NaN ends. An interval without width says so.
 
     Args:
@@ -151,7 +154,8 @@ def compare(
     """Each metric of model ``a`` minus that of model ``b`` on the same rows, with its paired interval.
 
     Both models are measured on the same resamples, so what the rows have in common cancels. Of AUGRC, AURC, risks, NLL
-    and Brier a negative difference speaks for ``a``; of accuracy and coverages a positive one.
+    and Brier a negative difference speaks for ``a``; of accuracy and coverages a positive one. By groups the default is
+    Student's t: a resample of the few groups in which two models differ knows no tails. The note counts these.
 
     ``a`` and ``b`` are probabilities [N, K] or [N]; ``confidence`` is a pair and ``threshold`` may be one, where models
     have their own. All else is as in ``bootstrap``, but for the method "logit", which no difference has.
@@ -192,12 +196,12 @@ def bootstrap_answers(
     seed: int = 0,
     positive: int | None = None,
 ) -> Intervals:
-    """``balanced_accuracy``, ``mcc``, ``auroc`` and ``ece`` with percentile intervals: every metric of kind "answers".
+    """``balanced_accuracy``, ``mcc``, ``auroc`` (percentiles) and ``ece`` (by bin): every metric of kind "answers".
 
-    They are no sums over sorted rows, so they are measured on resampled confusion counts, bins and ranks. The ECE of a
-    resample is larger than that of the rows on average, so its interval leans to larger values. What is
-    undefined on the rows (AUROC and MCC where only one class is there) is NaN; resamples in which a metric is undefined
-    are left out, and the note counts them.
+    They are no sums over sorted rows, so they are measured on resampled confusion counts, bins and ranks. Chance makes
+    an ECE larger, never smaller: its lower end is the value less what the bins of resamples stray by in all, 0 for
+    nearly every calibrated model. What is undefined on the rows (AUROC and MCC where only one class is there) is NaN;
+    resamples in which a metric is undefined are left out, and the note counts them.
 
     Arguments are as in ``bootstrap``; ``positive`` is the class that AUROC holds against the others, of two classes the
     second one by default, and without one AUROC is left out.
