@@ -43,16 +43,21 @@ class Walk:
         if ranked.unit.size and n_units < self.n:
             self.trials = self.accepted**2 / np.cumsum(2 * earlier_of_unit(ranked.unit) + 1)[last]
         self.counts = ranked.error.dtype == np.uint8
+        # Of rows with 0/1 errors only those thresholds decide that an error begins or ends at.
+        self.rises = np.append(True, self.wrong[1:] > self.wrong[:-1])
+        if self.trials is not self.accepted or not self.counts:
+            self.rises[:] = True
 
     def coverage_at_risk(self, risk: float, level: float) -> tuple[float, float]:
         """Two-sided ends of the largest coverage whose selective risk is at most ``risk``."""
         tail = (1 - level) / 2
-        refuted = self._above(risk, (1 - _PLACE) * tail)
-        laxest = int(np.flatnonzero(~refuted)[-1]) if not refuted.all() else -1
+        before = np.flatnonzero(np.append(self.rises[1:], True))
+        open_ = before[~self._rejects(before, risk, (1 - _PLACE) * tail, above=True)]
+        laxest = int(open_[-1]) if open_.size else -1
         # All that is laxer has too large a risk.
-        high = 1.0 if laxest == refuted.size - 1 else self._share(laxest, upper=True, tail=_PLACE * tail)
+        high = 1.0 if laxest == self.risk.size - 1 else self._share(laxest, upper=True, tail=_PLACE * tail)
         certified = self._certified(risk, (1 - _PLACE) * tail)
-        if certified == refuted.size - 1:
+        if certified == self.risk.size - 1:
             return 1.0, high
         return (self._share(certified, upper=False, tail=_PLACE * tail) if certified >= 0 else 0.0), high
 
@@ -89,33 +94,29 @@ class Walk:
             return self.risk.size - 1 if risk else -1
         per_error = -math.log1p(-risk)
         most = self.trials.max()
-        walks = max(1, 1 + math.floor(math.log2(max(most * per_error / -math.log(tail), 1))))
-        least = math.log(walks / tail) / per_error
-        passes = self._below(risk, tail / walks)
-        fails = np.append(np.flatnonzero(~passes), passes.size)
-        best = -1
-        for walk in range(walks):
-            if most >= least * 2**walk:
-                start = int(np.argmax(self.trials >= least * 2**walk))
-                best = max(best, int(fails[np.searchsorted(fails, start)]) - 1 if passes[start] else -1)
-        return best
+        none = self._tail(tail)
+        walks = max(1, 1 + math.floor(math.log2(max(most * per_error / -math.log(none), 1))))
+        least = math.log(walks / none) / per_error
+        starts = [int(np.argmax(self.trials >= least * 2**walk)) for walk in range(walks) if most >= least * 2**walk]
+        tested = self.rises.copy()
+        tested[starts] = True
+        places = np.flatnonzero(tested)
+        passes = self._rejects(places, risk, tail / walks, above=False)
+        stops = np.append(places[~passes], self.risk.size)
+        return max(
+            (int(stops[np.searchsorted(stops, start)]) - 1 for start in starts if start not in stops), default=-1
+        )
 
-    def _above(self, risk: float, tail: float) -> NDArray[np.bool_]:
-        """Where "the risk is at most ``risk``" is rejected [M]."""
-        return self._decide(risk, self.risk > risk, tail, up=True)
-
-    def _below(self, risk: float, tail: float) -> NDArray[np.bool_]:
-        """Where "the risk is at least ``risk``" is rejected [M]."""
-        return self._decide(risk, self.risk < risk, tail, up=False)
-
-    def _decide(self, risk: float, open_: NDArray[np.bool_], tail: float, *, up: bool) -> NDArray[np.bool_]:
-        tail = self._tail(tail)
-        # Hoeffding's bound spares most of the exact tails.
-        clear = open_ & (2 * self.trials * (self.risk - risk) ** 2 >= -math.log(tail))
-        rest = np.flatnonzero(open_ & ~clear)
-        hits, trials = self._hits(self.risk[rest], self.trials[rest], up=up), self.trials[rest]
-        clear[rest] = (_at_least if up else _at_most)(hits, trials, risk) <= tail
-        return clear
+    def _rejects(self, at: NDArray[np.int64], risk: float, tail: float, *, above: bool) -> NDArray[np.bool_]:
+        """At which thresholds "the risk is at most ``risk``" is rejected since it is ``above``, or the reverse."""
+        tail, seen, trials = self._tail(tail), self.risk[at], self.trials[at]
+        open_ = seen > risk if above else seen < risk
+        # Hoeffding's bound spares many of the exact tails.
+        rejected: NDArray[np.bool_] = open_ & (2 * trials * (seen - risk) ** 2 >= -math.log(tail))
+        rest = np.flatnonzero(open_ & ~rejected)
+        hits = self._hits(seen[rest], trials[rest], up=above)
+        rejected[rest] = (_at_least if above else _at_most)(hits, trials[rest], risk) <= tail
+        return rejected
 
     def _hits(self, risk: Floats, trials: Floats, *, up: bool) -> Floats:
         """Errors among the trials; a sum of losses is rounded to the safe side."""
