@@ -268,6 +268,19 @@ def test_cautions_count_effective_groups() -> None:
     assert not bootstrap(p, labels, groups=clip, metrics="nll", n_replicates=30)["nll"].note
 
 
+def test_without_an_error_uneven_groups_count_by_their_effective_number() -> None:
+    """Three bursts of 100 photos beside 57 single ones are no sixty groups."""
+    clip = np.repeat(np.arange(60), np.r_[np.full(57, 1), np.full(3, 100)])
+    p = np.full(clip.size, 0.9)
+    one = bootstrap(p, np.ones(clip.size, int), groups=clip, metrics="accuracy", n_replicates=20)["accuracy"]
+    worth = clip.size**2 / (57 + 3 * 100**2)
+    assert one.low == pytest.approx(0.025 ** (1 / worth))
+    assert "count as 4" in one.note
+    even = bootstrap(p[:57], np.ones(57, int), groups=clip[:57] // 3, metrics="accuracy", n_replicates=20)["accuracy"]
+    assert even.low == pytest.approx(0.025 ** (1 / 19))
+    assert "unlike" not in even.note
+
+
 # ---------------------------------------------------------------------------- calibration error
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit, ndtr, ndtri, stdtrit
 
 from stage1_pro import native
-from stage1_pro.metrics.binomial import clopper_pearson
+from stage1_pro.metrics.binomial import binomial_ends
 from stage1_pro.metrics.table import MetricSpec
 
 # Below this the bootstrap's coverage falls under its level whatever the construction (BCa: .79 at two errors of 200).
@@ -56,14 +56,14 @@ class Interval:
 class Events:
     """How many independent units hold an event that a metric counts, of how many it speaks of.
 
-    ``only`` says that no row is one ("no") or every row ("nothing but"), for a bound from one side; ``uneven`` that
-    units hold unlike numbers of the rows that the metric speaks of.
+    ``only`` says that no row is one ("no") or every row ("nothing but"), for a bound from one side; ``worth``, how many
+    units of one size are worth as much, by the rows of each that the metric speaks of.
     """
 
     wrong: int
     units: int
     only: Literal["no", "nothing but"] | None
-    uneven: bool = False
+    worth: float
 
     @classmethod
     def among(
@@ -75,9 +75,9 @@ class Events:
         if not hit.any():
             only = "no"
         if unit is None:
-            return cls(int(np.count_nonzero(hit)), hit.size, only)
+            return cls(int(np.count_nonzero(hit)), hit.size, only, hit.size)
         wrong, (names, rows_of) = np.unique(unit[hit > 0]).size, np.unique(unit, return_counts=True)
-        return cls(wrong, names.size, only, bool(names.size and rows_of.min() != rows_of.max()))
+        return cls(wrong, names.size, only, worth(rows_of.astype(np.float64)))
 
 
 def worth(weights: NDArray[np.float64]) -> float:
@@ -263,11 +263,12 @@ class Estimate:
         events = self.events
         if events is None or events.only is None or events.units == 0:
             return None
-        ends = self.spec.bound(*clopper_pearson(0 if events.only == "no" else events.units, events.units, level))
+        share, tail = 0.0 if events.only == "no" else events.worth, (1 - level) / 2
+        ends = self.spec.bound(*(float(binomial_ends(share, events.worth, tail, upper=end)) for end in (False, True)))
         units = unit[:-1] if events.units == 1 else unit
         note = f"{events.only} {self.spec.events} in {events.units} {units}: Clopper-Pearson, not a bootstrap"
-        if events.uneven:
-            note += "; groups of unlike size, so it bounds the share of groups"
+        if events.worth < events.units - 0.5:
+            note += f"; by their unlike sizes they count as {events.worth:.0f}, and larger ones could hold more"
         return Interval(self.value, math.nan, *ends, level, "clopper-pearson", note, self.replicates)
 
     def _caution(self, unit: str, *, counts: bool = True) -> str:

@@ -100,11 +100,11 @@ def bootstrap(
 
     Stated answers: a metric that is undefined on the rows is NaN and its note says why. No error among the rows that a
     metric speaks of (or nothing but errors, or nobody or everybody exits): Clopper and Pearson's bound over rows, also
-    for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size that bounds
-    the share of groups, which the share of rows can exceed (the note says so). Risk at coverage and coverage at risk
-    have exact ends that hold for all thresholds at once, 0 where too few rows are accepted to certify any coverage; by
-    groups they count groups by their effective number. Otherwise one row or group, replicates
-    that are all equal, or no variance: NaN ends. An interval without width says so.
+    for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size by their
+    effective number: larger groups that were not drawn could hold more (the note says so). Risk at coverage and
+    coverage at risk have exact ends that hold for all thresholds at once, 0 where too few rows are accepted to certify
+    any coverage; by groups they count groups by their effective number. Otherwise one row or group, replicates that are
+    all equal, or no variance: NaN ends. An interval without width says so.
 
     Args:
         probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
