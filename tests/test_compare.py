@@ -30,7 +30,7 @@ from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, TrainingError
 from stage1_pro.metrics import augrc, mcc
 from stage1_pro.metrics import compare as compare_rows
-from stage1_pro.metrics.seeds import ARM_METRICS, SeedRows, compare_seeds
+from stage1_pro.metrics.seeds import ARM_METRICS, SeedRows, _Ranked, compare_seeds
 from stage1_pro.policies.gate import reach
 from stage1_pro.studies import comparing
 from stage1_pro.studies.comparing import Comparison, check_fairness, markdown, read_arms
@@ -229,26 +229,32 @@ def test_weights_are_shared_by_seeds_and_arms(classes: int) -> None:
         np.testing.assert_allclose(found["other"].means[metric].replicates, twins["other"], atol=1e-12)
         difference = found["other"].differences[metric]
         np.testing.assert_allclose(difference.replicates, twins["other"] - twins["base"], atol=1e-12)
-        assert (difference.low, difference.high) == pytest.approx(
-            tuple(np.quantile(twins["other"] - twins["base"], [0.025, 0.975]))
-        )
+        assert difference.method == "t"
+        assert difference.low < difference.value < difference.high
         values = [by_hand(one, np.ones(len(one.labels), int))[k] for one in arms["other"]]
         assert found["other"].values[metric].tolist() == pytest.approx(values)
         assert found["other"].means[metric].value == pytest.approx(np.mean(values))
     assert found["base"].differences == {}
 
 
-def test_one_seed_is_the_plain_paired_bootstrap() -> None:
+def test_one_seed_is_the_plain_paired_difference() -> None:
     arms = simulated(np.random.default_rng(0), seeds=1)
     (a,), (b,) = arms["other"], arms["base"]
-    plain = compare_rows(
-        a.probs, b.probs, a.labels, groups=a.groups, metrics=["augrc", "accuracy"], method="percentile", seed=2
-    )
+    plain = compare_rows(a.probs, b.probs, a.labels, groups=a.groups, metrics=["augrc", "accuracy"], seed=2)
     found = compare_seeds(arms, n_replicates=1000, seed=2)["other"].differences
     for name in ("augrc", "accuracy"):
         assert (found[name].value, found[name].low, found[name].high) == pytest.approx(
             (plain[name].value, plain[name].low, plain[name].high)
         )
+
+
+def test_the_influence_of_seeds_is_the_derivative() -> None:
+    """Of every metric along the weight of each row, by central differences."""
+    rows = simulated(np.random.default_rng(4), n_groups=12, seeds=1, classes=3)["other"][0]
+    ranked, n, step = _Ranked(rows), len(rows.labels), 1e-6
+    moved = np.eye(n) * step
+    slopes = (ranked.measure(1 + moved) - ranked.measure(1 - moved)) / (2 * step)
+    np.testing.assert_allclose(ranked.influence(), slopes, atol=1e-7)
 
 
 def test_row_order_does_not_matter_and_chunks_neither(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
+from kit.rates import show
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as judge
@@ -29,6 +30,7 @@ from stage1_pro.data.splits import Merging, Row, Splits
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.metrics import bootstrap, bootstrap_errors, compare, ece
 from stage1_pro.metrics import figures as plots
+from stage1_pro.metrics.answers import FnrCheck
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.probabilistic import Resampled
 from stage1_pro.metrics.selective import augrc
@@ -264,6 +266,73 @@ def test_a_large_missed_group_is_not_hidden_by_many_small_ones() -> None:
     assert check.value == 0.025
     assert check.upper_bound > 0.05 > stats.beta.ppf(0.95, 2, 390)
     assert check.outcome == "not shown"
+
+
+def check_of(sizes: np.ndarray, missed: np.ndarray, target: float) -> FnrCheck:
+    """Everybody exits and is positive; groups of these sizes, and which rows are missed."""
+    n = int(sizes.sum())
+    predictions = make_predictions(n)
+    policy = make_policy(predictions).model_copy(update={"exit_threshold": 0.5, "target_fnr": target})
+    mine = changed(
+        predictions,
+        labels=np.ones(n, np.int64),
+        logits_a=np.where(missed[:, None], [4.0, 0.0], [0.0, 4.0]).astype(np.float32),
+        groups=np.repeat(np.array([f"g{i}" for i in range(sizes.size)]), sizes),
+    )
+    check = evaluate_predictions(mine, policy, n_replicates=20).fnr_check
+    assert check is not None
+    return check
+
+
+def test_what_holds_of_groups_is_not_said_of_photos() -> None:
+    """Neither where every group is one photo nor where large groups without a miss were drawn."""
+    single = check_of(np.ones(60, int), np.zeros(60, bool), 0.05)
+    assert single.outcome == "holds"
+    assert "of groups" in single.statement
+    assert "of photos nothing is shown" in single.statement
+    assert single.photos in single.statement
+    bursts = check_of(np.r_[np.ones(57, int), np.full(3, 100)], np.zeros(357, bool), 0.05)
+    assert bursts.upper_bound > 0.3, "57 photos and three bursts are worth three or four groups"
+    assert bursts.outcome == "not shown"
+    assert single.model_validate(single.model_dump(exclude={"photos"})).photos == ""
+
+
+# Clips of one photo, but for bursts: clips, share of bursts, their size, share of them that is missed.
+BURSTS = {"60 clips": (60, 0.03, 100, 0.5), "200 clips": (200, 0.03, 100, 0.1), "120 clips": (120, 0.01, 50, 0.5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", BURSTS)
+def test_holds_is_true_of_what_it_is_said_of(law: str) -> None:
+    """The share of groups is within the target, the rate of photos far above: .378 of 60 clips, target .05."""
+    n, burst, size, share = BURSTS[law]
+    rng, held, of_photos = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        bursts = rng.random(n) < burst
+        sizes = np.where(bursts, size, 1)
+        check = check_of(sizes, np.repeat(bursts & (rng.random(n) < share), sizes), 0.05)
+        held += check.outcome == "holds"
+        of_photos += check.outcome == "holds" and "of photos nothing is shown" not in check.statement
+    show(
+        "FNR on exits holds of groups, rightly; of photos, wrongly",
+        law,
+        "at most .05",
+        (held / 300, of_photos / 300),
+        300,
+    )
+    assert of_photos / 300 <= 0.05
+
+
+@pytest.mark.slow
+def test_holds_of_groups_is_wrong_in_few_test_sets() -> None:
+    """The share of groups with a miss stands a hair above the target."""
+    rng, said = np.random.default_rng(1), 0
+    for _ in range(300):
+        sizes = rng.integers(1, 11, 100)
+        missed = np.repeat(rng.random(100) < 0.0501, sizes)
+        said += check_of(sizes, missed, 0.05).outcome == "holds"
+    show("FNR on exits holds, wrongly of groups", "100 clips of 1 to 10, at the target", "at most .05", said / 300, 300)
+    assert said / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
 
 def test_no_exited_positive_shows_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from kit.rates import show
 from scipy.stats import binom
 
 from stage1_pro.continual.watch.alerts import Alert, Program, Webhook
@@ -179,12 +181,65 @@ def test_weighted_intervals_cover_for_few_rows(n: int) -> None:
     assert covered / 300 >= 0.9 - 3 * (0.09 / 300) ** 0.5
 
 
-def test_equal_propensities_give_the_plain_share_and_the_exact_interval() -> None:
-    wrong = np.array([1, 0, 0, 0, 1, 0, 0, 0])
-    found = hajek_risk(wrong, np.full(8, 0.1))
+def test_only_a_design_of_one_chance_gives_the_exact_interval() -> None:
+    """Equal chances of the rows that were drawn say nothing of rows that were not."""
+    wrong, equal = np.array([1, 0, 0, 0, 1, 0, 0, 0]), np.full(8, 0.1)
+    found = hajek_risk(wrong, equal, floor=0.1, ceiling=0.1)
     assert (found.value, found.method, found.n_effective) == (0.25, "clopper-pearson", 8)
     assert (found.low, found.high) == clopper_pearson(2, 8)
     assert naive_risk(wrong).value == 0.25
+    rarer = [hajek_risk(wrong, equal, floor=floor) for floor in (0.1, 0.05, 0.02)]
+    assert all(one.method == "betting" and one.value == 0.25 for one in rarer)
+    assert found.high < rarer[0].high < rarer[1].high <= rarer[2].high
+    for design in ({"floor": 0.2}, {"ceiling": 0.05}, {"floor": 0.5, "ceiling": 0.2}, {"floor": 0.0}):
+        with pytest.raises(InputError):
+            hajek_risk(wrong, equal, **design)
+
+
+# Share, chance of review and risk of every kind of row, and how many are served.
+DESIGNS = {
+    "a rare kind of 100": (100, [(0.2, 1, 0), (0.8, 0.02, 1)]),
+    "a rare kind of 150": (150, [(0.3, 1, 0.01), (0.7, 0.02, 0.3)]),
+    "2% of 1,000": (1000, [(0.98, 0.5, 0.01), (0.02, 0.02, 0.9)]),
+    "2% of 1,000, three chances": (1000, [(0.49, 0.5, 0.01), (0.49, 0.25, 0.01), (0.02, 0.02, 0.9)]),
+    "2% of 3,000, three chances": (3000, [(0.49, 0.5, 0.01), (0.49, 0.25, 0.01), (0.02, 0.02, 0.9)]),
+    "most at the floor": (400, [(0.6, 0.02, 0.05), (0.4, 1, 0.4)]),
+    "3% of 2,000": (2000, [(0.9, 0.1, 0.02), (0.07, 0.5, 0.2), (0.03, 0.02, 0.5)]),
+    "deferred more often": (5000, [(0.95, 0.02, 0.01), (0.05, 0.6, 0.5)]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DESIGNS)
+def test_hajek_holds_for_rows_that_were_not_drawn(name: str) -> None:
+    """Missed in at most 5% of 300 draws, with the floor of the plan and with that of the rows served."""
+    n, kinds = DESIGNS[name]
+    share, chance, risk = np.array(kinds).T
+    truth, rng, missed = float(share @ risk), np.random.default_rng(0), np.zeros(2)
+    for _ in range(300):
+        kind = rng.choice(share.size, n, p=share)
+        drawn, wrong = rng.random(n) < chance[kind], rng.random(n) < risk[kind]
+        e = chance[kind]
+        for i, design in enumerate(({"floor": 0.02}, {"floor": e.min(), "ceiling": e.max()})):
+            found = hajek_risk(wrong[drawn], e[drawn], **design)
+            missed[i] += found.value is not None and not found.low <= truth <= found.high
+    show("Hájek's risk", name, "missed in at most .05", missed / 300, 300)
+    assert (missed / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5).all()
+
+
+def test_the_status_knows_the_chances_of_rows_that_were_not_drawn() -> None:
+    """Ten audited exits of one chance among exits of a rarer one: no plain share of ten."""
+    n = 400
+    rare = np.arange(n) >= 200
+    wrong = np.where(np.arange(n) < 10, 0.0, np.nan)
+    rows = rows_of(n, wrong=wrong, exited=np.ones(n, bool), propensity=np.where(rare, 0.02, 0.5))
+    evidence, before = Evidence(alpha=ALPHA), TriggerState(since=0.0)
+    found, _ = assess(rows, MonitorConfig(alpha=ALPHA), now=1e3, triggers_before=before, evidence=evidence)
+    assert found.exit_risk.method == found.stage_a_error.method == "betting"
+    assert found.exit_risk.high > clopper_pearson(0, 10)[1]
+    same = dataclasses.replace(rows, propensity=np.full(n, 0.5))
+    found, _ = assess(same, MonitorConfig(alpha=ALPHA), now=1e3, triggers_before=before, evidence=evidence)
+    assert found.exit_risk.method == "clopper-pearson"
 
 
 def test_estimates_are_the_sums_they_are_named_for() -> None:

@@ -16,7 +16,7 @@ from stage1_pro.errors import Stage1Error
 from stage1_pro.files import write_text
 from stage1_pro.metrics import table
 from stage1_pro.metrics.answers import Measure
-from stage1_pro.metrics.estimate import FEW_ERRORS
+from stage1_pro.metrics.estimate import FEW_ERRORS, FEW_GROUPS
 from stage1_pro.metrics.figures import training_png
 from stage1_pro.metrics.selective import relative_cost
 from stage1_pro.policies.policy import Policy
@@ -167,7 +167,9 @@ def write_measurement(path: Path | str, found: Measurement, pictures: Sequence[P
 
 def short_note(note: str) -> str:
     """A note without its counts, so that one line serves many figures; the files have them."""
-    note = re.sub(r"only \d+ (row|group)s?( with)?", rf"fewer than {FEW_ERRORS} \1s\2", note)
+    note = re.sub(r"only (?:about )?\d+ (row|group)s?( with| in which)", rf"fewer than {FEW_ERRORS} \1s\2", note)
+    note = re.sub(r"they count as \d+", "they count as fewer", note)
+    note = re.sub(r"only \d+ groups( by their sizes)?", f"fewer than {FEW_GROUPS} groups", note)
     return re.sub(r"(errors|exits|positives) in \d+ (row|group)s", r"\1 in any \2", note)
 
 

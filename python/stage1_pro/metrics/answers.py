@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stage1_pro.metrics.binomial import clopper_pearson_upper
-from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.binomial import binomial_ends, clopper_pearson_upper
+from stage1_pro.metrics.estimate import Interval, worth
 from stage1_pro.metrics.measured import Metric, known
 from stage1_pro.record import Record
 
@@ -34,16 +34,17 @@ class Measure(Metric):
 
 
 class FnrCheck(Record):
-    """Whether FNR on exits keeps the policy's target on these rows, by its upper bound.
+    """Whether FNR on exits keeps the policy's target on these rows, by an upper bound on the share of groups.
 
     ``holds``: the bound is at or below the target; ``not shown``: the value is, the bound is not (or no positive
-    exited); ``exceeded``: the value itself is above the target.
+    exited); ``exceeded``: the value itself is above the target. No bound is on the rate of photos: a large group that
+    was not drawn could hold any number of misses.
     """
 
     outcome: Literal["holds", "not shown", "exceeded"]
     value: float | None = Field(description="null when no positive exited")
     upper_bound: float | None = Field(
-        description="the larger of Clopper-Pearson on groups with a miss and the bootstrap by group"
+        description="on the share of groups that hold a miss; higher where few large groups hold most exited positives"
     )
     target: float
     level: float = Field(gt=0, lt=1)
@@ -51,7 +52,29 @@ class FnrCheck(Record):
     n_positives: int = Field(description="exited positives")
     n_groups_missed: int
     n_groups: int = Field(description="groups of the exited positives")
+    photos: str = Field(default="", description="what is shown of photos, in words")
     statement: str = Field(description="the outcome in words")
+
+
+class FnrCounts(NamedTuple):
+    """Exited positives: missed and all; groups that hold a missed one and all; what these are worth by their sizes, and
+    how many exited positives the largest holds.
+    """
+
+    missed: int
+    n: int
+    groups_missed: int
+    n_groups: int
+    effective: float
+    largest: int
+
+    @classmethod
+    def of(cls, missed: NDArray[np.bool_], groups: NDArray[Any]) -> Self:
+        """Count exited positives [M], missed or not, and their groups [M]."""
+        _, unit, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        held = int(np.unique(unit[missed]).size)
+        largest = int(sizes.max(initial=0))
+        return cls(int(missed.sum()), missed.size, held, sizes.size, worth(sizes.astype(np.float64)), largest)
 
 
 class StageEffect(Record):
@@ -99,52 +122,68 @@ def count_effects(answers: Answered) -> list[StageEffect]:
     ]
 
 
-def measure_fnr(source: str | None, counts: tuple[int, int, int, int], interval: Interval, level: float) -> Measure:
-    """FNR on exits with an upper bound on the rate of rows, whatever the sizes of their groups.
+def measure_fnr(source: str | None, counts: FnrCounts, interval: Interval, level: float) -> Measure:
+    """FNR on exits with an upper bound on the share of groups that hold a missed positive.
 
-    Clopper and Pearson's bound is on the share of groups that hold a miss. Where a large group is missed the share of
-    rows is more than that, which the bootstrap by group sees; the larger of the two is the bound.
+    It is Clopper and Pearson's of whole groups, which is never less than one on the mean of their rates. Where groups
+    differ in size it is raised to the bounds on the rate of rows that the effective number of groups and the bootstrap
+    give; neither knows of larger groups that were not drawn, so it is none on photos.
 
     Args:
         source: of the rows; None = all.
-        counts: missed exited positives, exited positives, groups that hold a missed one, groups.
+        counts: of exited positives.
         interval: of the bootstrap by group.
         level: of the bound.
     """
-    missed, n, groups_missed, n_groups = counts
-    if n == 0:
+    if counts.n == 0:
         note = "undefined: no positive row exits"
         return Measure(source=source, stage="stage_a", metric="fnr_on_exited", note=note, n=0, n_groups=0)
-    high, method = clopper_pearson_upper(groups_missed, n_groups, level=level), "clopper-pearson"
-    note = f"one-sided upper bound: {groups_missed} of {n_groups} groups hold a missed positive"
-    if n_groups < n and interval.method in ("bca", "percentile") and interval.high > high:
-        high, method = interval.high, interval.method
-        note += "; the bootstrap by group goes higher, since the groups' sizes differ"
+    value = counts.missed / counts.n
+    high, method = clopper_pearson_upper(counts.groups_missed, counts.n_groups, level=level), "clopper-pearson"
+    note = (
+        f"one-sided upper bound on groups, not on photos: {counts.groups_missed} of {counts.n_groups} groups hold a "
+        "missed positive"
+    )
+    raised = {method: high}
+    if counts.n_groups < counts.n:
+        raised["clopper-pearson"] = max(
+            high, float(binomial_ends(value * counts.effective, counts.effective, 1 - level, upper=True))
+        )
+        if interval.method in ("bca", "percentile"):
+            raised[interval.method] = interval.high
+    if max(raised.values()) > high:
+        high, method = max((end, name) for name, end in raised.items())
+        note += "; raised, since the groups' sizes differ"
     return Measure(
-        source=source, stage="stage_a", metric="fnr_on_exited", value=missed / n, std=known(interval.std), high=high,
-        method=method, note=note, n=n, n_groups=n_groups,
+        source=source, stage="stage_a", metric="fnr_on_exited", value=value, std=known(interval.std), high=high,
+        method=method, note=note, n=counts.n, n_groups=counts.n_groups,
     )  # fmt: skip
 
 
-def check_fnr(measure: Measure, counts: tuple[int, int, int, int], target: float, level: float) -> FnrCheck:
-    """Hold FNR on exits against the policy's target, by its upper bound; arguments as in ``measure_fnr``."""
-    missed, n, groups_missed, n_groups = counts
+def check_fnr(measure: Measure, counts: FnrCounts, target: float, level: float) -> FnrCheck:
+    """Hold FNR on exits against the policy's target, by its upper bound on groups; arguments as in ``measure_fnr``."""
     outcome: Literal["holds", "not shown", "exceeded"]
+    photos = ""
     if measure.value is None or measure.high is None:
         outcome, words = "not shown", "not shown: no positive row exits, so nothing is known"
     else:
+        photos = (
+            f"of photos nothing is shown: a group larger than those here (at most {counts.largest} exited "
+            f"positive{'s' if counts.largest > 1 else ''} each) could hold any number of misses"
+        )
         figures = (
-            f"{missed} of {n} exited positives missed ({measure.value:.2%}), {level:.0%} upper bound "
-            f"{measure.high:.2%} from {n_groups} groups, target {target:.2%}"
+            f"{counts.missed} of {counts.n} exited positives missed ({measure.value:.2%}), in {counts.groups_missed} "
+            f"of {counts.n_groups} groups, {level:.0%} upper bound on groups {measure.high:.2%}, target {target:.2%}"
         )
         if measure.value > target:
             outcome, words = "exceeded", f"exceeded: the measured rate itself is above the target; {figures}"
         elif measure.high <= target:
-            outcome, words = "holds", f"holds by its bound: even the upper bound meets the target; {figures}"
+            outcome, words = "holds", f"holds by its bound, of groups: even that meets the target; {figures}; {photos}"
         else:
             outcome = "not shown"
             words = f"not shown: the measured rate meets the target, its upper bound does not; {figures}"
     return FnrCheck(
-        outcome=outcome, value=measure.value, upper_bound=measure.high, target=target, level=level, n_missed=missed,
-        n_positives=n, n_groups_missed=groups_missed, n_groups=n_groups, statement=words,
+        outcome=outcome, value=measure.value, upper_bound=measure.high, target=target, level=level,
+        n_missed=counts.missed, n_positives=counts.n, n_groups_missed=counts.groups_missed, n_groups=counts.n_groups,
+        photos=photos, statement=words,
     )  # fmt: skip

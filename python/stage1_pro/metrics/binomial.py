@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
 from stage1_pro.arguments import number, whole
@@ -25,6 +27,16 @@ def clopper_pearson_lower(k: int, n: int, level: float = 0.95) -> float:
     """The exact one-sided lower bound of a share of ``k`` in ``n`` independent trials, in [0, 1]; n = 0 gives 0."""
     _check_counts(k, n, level)
     return 0.0 if k == 0 else float(betaincinv(k, n - k + 1, 1 - level))
+
+
+def binomial_ends(hits: ArrayLike, trials: ArrayLike, tail: float, *, upper: bool) -> NDArray[np.float64]:
+    """Clopper and Pearson's one-sided ends at level 1 - ``tail``, also between integers; arguments of one shape."""
+    k, n = np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
+    if upper:
+        inside = k < n
+        return np.where(inside, betaincinv(k + 1, np.where(inside, n - k, 1.0), 1 - tail), 1.0)
+    some = k > 0
+    return np.where(some, betaincinv(np.where(some, k, 1.0), np.maximum(n - k, 0.0) + 1, tail), 0.0)
 
 
 def check_level(level: float) -> None:

@@ -1,10 +1,13 @@
 """From a metric's value and its resamples to an interval.
 
-Three constructions, by what they are good for:
+Constructions, by what they are good for:
 
 - ``bca`` (Efron 1987), the default for metrics that are smooth in the weights of the rows; its acceleration comes from
   the influence of every row (or group), in closed form, so no jackknife is run;
-- ``percentile``, always used for the stepwise ones (Risk@Coverage, Coverage@Risk);
+- ``t``, of differences by group in place of ``bca``: few groups differ, and a resample of them knows no tails;
+- ``exact``, always used for Risk@Coverage and Coverage@Risk: binomial tests that hold for every threshold at once;
+- ``percentile``, for differences of those two and for what is no sum over rows;
+- ``by bin``, of the ECE, which chance makes larger, never smaller, and resampling once more;
 - ``logit``, the closed-form standard error on the logit scale (the log scale for NLL), without any resample.
 
 Where no resample can help (no error at all, nobody exits) the interval is Clopper and Pearson's.
@@ -15,27 +18,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit, ndtr, ndtri
+from scipy.special import expit, logit, ndtr, ndtri, stdtrit
 
 from stage1_pro import native
-from stage1_pro.metrics.binomial import clopper_pearson
+from stage1_pro.metrics.binomial import binomial_ends
 from stage1_pro.metrics.table import MetricSpec
 
 # Below this the bootstrap's coverage falls under its level whatever the construction (BCa: .79 at two errors of 200).
 FEW_ERRORS = 10
-FEW_GROUPS = 10
+# By their effective number (NLL of 20 even groups: .89).
+FEW_GROUPS = 30
 
 
 @dataclass(frozen=True)
 class Interval:
     """A value with its standard error and interval; NaN where there is none, and then ``note`` says why.
 
-    ``method`` is "bca", "percentile", "logit", "clopper-pearson" or "none". ``note`` is empty or a caution to show with
-    the interval. ``replicates`` [B] is what the interval was cut from.
+    ``method`` is "bca", "t", "exact", "percentile", "by bin", "logit", "clopper-pearson" or "none". ``note`` is empty
+    or a caution to show with the interval. ``replicates`` [B] are the metric of resamples.
     """
 
     value: float
@@ -52,14 +56,14 @@ class Interval:
 class Events:
     """How many independent units hold an event that a metric counts, of how many it speaks of.
 
-    ``only`` says that no row is one ("no") or every row ("nothing but"), for a bound from one side; ``uneven`` that
-    units hold unlike numbers of the rows that the metric speaks of.
+    ``only`` says that no row is one ("no") or every row ("nothing but"), for a bound from one side; ``worth``, how many
+    units of one size are worth as much, by the rows of each that the metric speaks of.
     """
 
     wrong: int
     units: int
     only: Literal["no", "nothing but"] | None
-    uneven: bool = False
+    worth: float
 
     @classmethod
     def among(
@@ -71,9 +75,30 @@ class Events:
         if not hit.any():
             only = "no"
         if unit is None:
-            return cls(int(np.count_nonzero(hit)), hit.size, only)
+            return cls(int(np.count_nonzero(hit)), hit.size, only, hit.size)
         wrong, (names, rows_of) = np.unique(unit[hit > 0]).size, np.unique(unit, return_counts=True)
-        return cls(wrong, names.size, only, bool(names.size and rows_of.min() != rows_of.max()))
+        return cls(wrong, names.size, only, worth(rows_of.astype(np.float64)))
+
+
+def worth(weights: NDArray[np.float64]) -> float:
+    """How many equal weights are worth as much as these, (sum w)^2 / sum w^2 (Kish); 0 of none."""
+    total = float(np.einsum("i,i->", weights, weights))
+    return float(weights.sum()) ** 2 / total if total > 0 else 0.0
+
+
+class Sizes(NamedTuple):
+    """How many units of one size are worth as much as units of their sizes s: for a ``mean`` by s, for its ``spread``
+    by s squared.
+    """
+
+    mean: float
+    spread: float
+
+    @classmethod
+    def of(cls, unit: NDArray[np.integer], rows: NDArray[np.bool_] | slice = slice(None)) -> Sizes:
+        """Of the units of some rows, by each row's unit [N]."""
+        sizes = np.bincount(unit[rows]).astype(np.float64)
+        return cls(worth(sizes), worth(sizes**2))
 
 
 @dataclass(frozen=True)
@@ -82,18 +107,22 @@ class Estimate:
 
     ``moments``: sums of squares and cubes of the units' influences; None for stepwise metrics. ``events``: what it
     counts; None for means of other things. ``influence`` [units], for differences. ``scale`` is what the value's
-    rounding is relative to; ``target`` stands in the metric's name.
+    rounding is relative to. ``sizes``: what the sizes of the units leave of their number. ``differing``: of a
+    difference, the effective number of units in which the two differ. ``strays`` [B]: how far each resample is from the
+    rows, in the distance that the metric is a length of.
     """
 
     spec: MetricSpec
     value: float
     replicates: NDArray[np.float64]
     n_units: int
+    sizes: Sizes
     moments: tuple[float, float] | None = None
     events: Events | None = None
     influence: NDArray[np.float64] | None = None
     scale: float = 0.0
-    target: float = 0.0
+    differing: float | None = None
+    strays: NDArray[np.float64] | None = None
 
     @classmethod
     def of(
@@ -105,7 +134,9 @@ class Estimate:
         replicates: NDArray[np.float64],
         sizes: Sequence[int],
     ) -> Estimate:
-        """Make one of sorted rows: ``replicates`` [B] of it, ``sizes`` the units of each stratum."""
+        """Make one of sorted rows: ``replicates`` [B] of it, ``sizes`` the units of each stratum, ``target`` of its
+        name.
+        """
         n_units = sum(sizes)
         unit = ranked.unit if ranked.unit.size else None
         influence, rows, hit = spec.influence_on(ranked, value, target)
@@ -118,19 +149,34 @@ class Estimate:
         moments = None if influence is None else _moments(influence)
         grouped = unit if unit is not None and n_units < unit.size else None
         events = None if hit is None else Events.among(hit, grouped, rows)
-        return cls(spec, float(value), replicates, n_units, moments, events, influence, abs(value), target)
+        worths = Sizes(n_units, n_units) if grouped is None else Sizes.of(grouped, rows)
+        return cls(spec, float(value), replicates, n_units, worths, moments, events, influence, abs(value))
 
     def minus(self, other: Estimate) -> Estimate:
         """The difference of two models' metric, from their resamples in pairs."""
         value, replicates = self.value - other.value, self.replicates - other.replicates
-        moments = events = None
-        if self.influence is not None and other.influence is not None:
-            moments = _moments(self.influence - other.influence)
+        events = None
         if self.events is not None and other.events is not None:
             # No bound of one model is one of the difference.
             events = replace(min(self.events, other.events, key=lambda one: one.wrong), only=None)
-        scale = self.scale + other.scale
-        return Estimate(self.spec, value, replicates, self.n_units, moments, events, scale=scale)
+        both = replace(
+            self, value=value, replicates=replicates, moments=None, events=events, influence=None,
+            scale=self.scale + other.scale, sizes=min(self.sizes, other.sizes),
+        )  # fmt: skip
+        if self.influence is None or other.influence is None:
+            return both
+        return both.with_influence(self.influence - other.influence)
+
+    def with_influence(self, influence: NDArray[np.float64]) -> Estimate:
+        """The same difference with the influence of every unit [units] on it."""
+        return replace(self, influence=influence, moments=_moments(influence), differing=worth(influence**2))
+
+    def exactly(self, ends: tuple[float, float], level: float, unit: str) -> Interval:
+        """The interval with ends that no resample made."""
+        std = self._std()
+        note = "" if unit == "rows" else self._caution(unit, counts=False)
+        low, high = min(ends[0], self.value), max(ends[1], self.value)
+        return Interval(self.value, std, low, high, level, "exact", note, self.replicates)
 
     def interval(self, level: float, method: str, unit: str) -> Interval:
         """Cut the interval, or say why there is none; ``unit``: rows or groups."""
@@ -141,7 +187,7 @@ class Estimate:
         if bound is not None:
             return bound
         defined = self.replicates[~np.isnan(self.replicates)]
-        std = float(defined.std(ddof=1)) if defined.size > 1 else nan
+        std = self._std()
         # Sums in another order differ by so much; what is closer is the same number.
         close = 1e-11 * self.scale
         reason = ""
@@ -164,42 +210,97 @@ class Estimate:
             error = math.sqrt(self.moments[0] * self.n_units / (self.n_units - 1))
             low, high = _on_logit_scale(self.value, error, level, self.spec.top)
             return Interval(self.value, error, low, high, level, method, note, self.replicates)
-        tails = (1 - level) / 2, (1 + level) / 2
-        if method == "bca" and self.moments is not None:
-            tails = _bca_tails(self.value, defined, self.moments, tails, close)
-        else:
-            method = "percentile"
-        low, high = np.quantile(defined, tails)
+        method, (low, high) = self._ends(level, method, unit, defined, close)
         if high - low <= close:
             # Replicates differ, but most pile up on one value, such as a coverage of 1.
             share = np.count_nonzero(np.abs(defined - low) <= close) / defined.size
             note = "; ".join(filter(None, [note, f"no width: {share:.1%} of the resamples give this value"]))
-        return Interval(self.value, std, float(low), float(high), level, method, note, self.replicates)
+        if method == "by bin" and low <= self.spec.bottom:
+            note = "; ".join(filter(None, [note, "a calibrated model can give as much on so few rows"]))
+        low, high = min(low, self.value), max(high, self.value)
+        return Interval(self.value, std, low, high, level, method, note, self.replicates)
+
+    def _ends(
+        self, level: float, method: str, unit: str, defined: NDArray[np.float64], close: float
+    ) -> tuple[str, tuple[float, float]]:
+        """The method that serves, and its ends."""
+        tails = (1 - level) / 2, (1 + level) / 2
+        if self.strays is not None:
+            return "by bin", self._by_bin(level)
+        if method == "bca" and self.moments is not None:
+            if self.influence is not None and self.differing and unit == "groups":
+                most = self.spec.top - self.spec.bottom
+                low, high = cluster_t(self.value, self.influence, level)
+                return "t", (max(low, -most), min(high, most))
+            if unit == "groups":
+                # Percentiles take the spread of the units for known; few units tell it badly (Hesterberg 2015).
+                far = reach(level, self.sizes.spread)
+                tails = max(float(ndtr(-far)), 1e-9), min(float(ndtr(far)), 1 - 1e-9)
+            tails = _bca_tails(self.value, defined, self.moments, tails, close)
+        else:
+            method = "percentile"
+        low, high = np.quantile(defined, tails)
+        return method, (float(low), float(high))
+
+    def _by_bin(self, level: float) -> tuple[float, float]:
+        """Ends of a sum of absolute values, which noise makes larger, never smaller.
+
+        The truth is no smaller than the value less what the bins stray in all, and no larger than what the value is on
+        average.
+        """
+        assert self.strays is not None
+        far = reach(level, self.sizes.spread)
+        stray = float(np.quantile(self.strays, (1 + level) / 2)) * far / float(ndtri((1 + level) / 2))
+        low, high = self.value - stray, self.value + far * float(self.replicates.std(ddof=1))
+        return max(low, self.spec.bottom), min(high, self.spec.top)
+
+    def _std(self) -> float:
+        defined = self.replicates[~np.isnan(self.replicates)]
+        return float(defined.std(ddof=1)) if defined.size > 1 else math.nan
 
     def _bound(self, level: float, unit: str) -> Interval | None:
         """From Clopper and Pearson's interval of the share that the absence (or ubiquity) of events allows."""
         events = self.events
         if events is None or events.only is None or events.units == 0:
             return None
-        ends = self.spec.bound(
-            *clopper_pearson(0 if events.only == "no" else events.units, events.units, level), self.target
-        )
-        if ends is None:
-            return None
+        share, tail = 0.0 if events.only == "no" else events.worth, (1 - level) / 2
+        ends = self.spec.bound(*(float(binomial_ends(share, events.worth, tail, upper=end)) for end in (False, True)))
         units = unit[:-1] if events.units == 1 else unit
         note = f"{events.only} {self.spec.events} in {events.units} {units}: Clopper-Pearson, not a bootstrap"
-        if events.uneven:
-            note += "; groups of unlike size, so it bounds the share of groups"
+        if events.worth < events.units - 0.5:
+            note += f"; by their unlike sizes they count as {events.worth:.0f}, and larger ones could hold more"
         return Interval(self.value, math.nan, *ends, level, "clopper-pearson", note, self.replicates)
 
-    def _caution(self, unit: str) -> str:
+    def _caution(self, unit: str, *, counts: bool = True) -> str:
         notes = []
-        if self.events is not None and self.events.wrong < FEW_ERRORS:
+        if self.differing is not None:
+            if self.differing < FEW_ERRORS - 0.5:
+                notes.append(f"only about {self.differing:.0f} {unit} in which the two differ")
+        elif counts and self.events is not None and self.events.wrong < FEW_ERRORS:
             one = self.events.wrong == 1
             notes.append(f"only {self.events.wrong} {unit[:-1] if one else unit} with {self.spec.events}")
-        if unit == "groups" and self.n_units < FEW_GROUPS:
-            notes.append(f"only {self.n_units} groups")
+        if unit == "groups" and self.sizes.mean < FEW_GROUPS:
+            even = self.sizes.mean > self.n_units - 0.5
+            notes.append(f"only {self.n_units} groups" if even else f"only {self.sizes.mean:.0f} groups by their sizes")
         return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
+
+
+def cluster_t(value: float, influence: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """Ends by Student's t from the influence of every unit [G].
+
+    Degrees of freedom count the units that the spread rests on: many that do not differ at all tell nothing of how much
+    those vary that do.
+    """
+    squares = influence**2
+    error = math.sqrt(float(squares.sum()) * influence.size / (influence.size - 1))
+    width = float(stdtrit(max(worth(squares) - 1, 1.0), (1 + level) / 2)) * error
+    return value - width, value + width
+
+
+def reach(level: float, n: float) -> float:
+    """How many standard errors of ``n`` units an interval reaches, by Student's t."""
+    n = max(n, 2.0)
+    return float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(n / (n - 1))
 
 
 def _moments(influence: NDArray[np.float64]) -> tuple[float, float]:

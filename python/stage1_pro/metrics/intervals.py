@@ -17,9 +17,10 @@ from stage1_pro import native
 from stage1_pro.arguments import array, flag, floats, number, shown, whole
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.binomial import check_level
-from stage1_pro.metrics.estimate import Estimate, Events, Interval
+from stage1_pro.metrics.estimate import Estimate, Events, Interval, Sizes
 from stage1_pro.metrics.probabilistic import AnswerRows, Resampled, brier_rows, check_probabilities, largest, nll_rows
 from stage1_pro.metrics.table import METRICS, Need, lookup, means, names
+from stage1_pro.metrics.thresholds import Walk
 
 Method = Literal["bca", "percentile", "logit"]
 _NEEDED = {"probabilities": "probabilities", "threshold": "a threshold", "positive": "the positive class"}
@@ -40,7 +41,8 @@ class How:
     """How intervals are made.
 
     ``n_replicates`` resamples; ``level``, the nominal coverage, in (0, 1); ``method`` "bca", "percentile" or "logit"
-    (stepwise metrics take percentiles all the same); ``seed`` of the resamples; ``threads``, 0 = one per processor.
+    (risk at coverage and coverage at risk are "exact" all the same); ``seed`` of the resamples; ``threads``, 0 = one
+    per processor.
 
     Raises:
         InputError: a level or method that is none.
@@ -99,9 +101,11 @@ def bootstrap(
 
     Stated answers: a metric that is undefined on the rows is NaN and its note says why. No error among the rows that a
     metric speaks of (or nothing but errors, or nobody or everybody exits): Clopper and Pearson's bound over rows, also
-    for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size that bounds
-    the share of groups, which the share of rows can exceed (the note says so). Otherwise one row or group, replicates
-    that are all equal, or no variance: NaN ends. An interval without width says so.
+    for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size by their
+    effective number: larger groups that were not drawn could hold more (the note says so). Risk at coverage and
+    coverage at risk have exact ends that hold for all thresholds at once, 0 where too few rows are accepted to certify
+    any coverage; by groups they count groups by their effective number. Otherwise one row or group, replicates that are
+    all equal, or no variance: NaN ends. An interval without width says so.
 
     Args:
         probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
@@ -151,7 +155,8 @@ def compare(
     """Each metric of model ``a`` minus that of model ``b`` on the same rows, with its paired interval.
 
     Both models are measured on the same resamples, so what the rows have in common cancels. Of AUGRC, AURC, risks, NLL
-    and Brier a negative difference speaks for ``a``; of accuracy and coverages a positive one.
+    and Brier a negative difference speaks for ``a``; of accuracy and coverages a positive one. By groups the default is
+    Student's t: a resample of the few groups in which two models differ knows no tails. The note counts these.
 
     ``a`` and ``b`` are probabilities [N, K] or [N]; ``confidence`` is a pair and ``threshold`` may be one, where models
     have their own. All else is as in ``bootstrap``, but for the method "logit", which no difference has.
@@ -192,12 +197,12 @@ def bootstrap_answers(
     seed: int = 0,
     positive: int | None = None,
 ) -> Intervals:
-    """``balanced_accuracy``, ``mcc``, ``auroc`` and ``ece`` with percentile intervals: every metric of kind "answers".
+    """``balanced_accuracy``, ``mcc``, ``auroc`` (percentiles) and ``ece`` (by bin): every metric of kind "answers".
 
-    They are no sums over sorted rows, so they are measured on resampled confusion counts, bins and ranks. The ECE of a
-    resample is larger than that of the rows on average, so its interval leans to larger values. What is
-    undefined on the rows (AUROC and MCC where only one class is there) is NaN; resamples in which a metric is undefined
-    are left out, and the note counts them.
+    They are no sums over sorted rows, so they are measured on resampled confusion counts, bins and ranks. Chance makes
+    an ECE larger, never smaller: its lower end is the value less what the bins of resamples stray by in all, 0 for
+    nearly every calibrated model. What is undefined on the rows (AUROC and MCC where only one class is there) is NaN;
+    resamples in which a metric is undefined are left out, and the note counts them.
 
     Arguments are as in ``bootstrap``; ``positive`` is the class that AUROC holds against the others, of two classes the
     second one by default, and without one AUROC is left out.
@@ -216,19 +221,24 @@ def bootstrap_answers(
     n_units = n if unit is None else int(unit.max()) + 1
     specs = [METRICS[name] for name in names("answers", without=("positive",) if rows.positive is None else ())]
 
-    def measure(times: NDArray[np.uint8]) -> list[float]:
-        resampled = Resampled(rows, times)
-        return [spec.of(resampled) for spec in specs if spec.of is not None]
-
-    found = measure(np.ones(n, dtype=np.uint8))
+    unchanged = Resampled(rows, np.ones(n, dtype=np.uint8))
     replicates = np.empty((n_replicates, len(specs)))
+    strays = {spec.name: np.empty(n_replicates) for spec in specs if spec.strays is not None}
     for replicate in range(n_replicates):
         times = native.resample_counts([n_units], 1, first=replicate, seed=seed)[0]
-        replicates[replicate] = measure(times if unit is None else times[unit])
+        resampled = Resampled(rows, times if unit is None else times[unit])
+        for i, spec in enumerate(specs):
+            replicates[replicate, i] = spec.of(resampled) if spec.of is not None else math.nan
+            if spec.strays is not None:
+                strays[spec.name][replicate] = spec.strays(resampled, unchanged)
     kind = "rows" if groups is None else "groups"
     measured = {}
-    for spec, value, drawn in zip(specs, found, replicates.T, strict=True):
-        estimate = Estimate(spec, value, drawn, n_units=n_units, scale=max(abs(value), 1e-3))
+    sizes = Sizes(n_units, n_units) if unit is None else Sizes.of(unit)
+    for spec, drawn in zip(specs, replicates.T, strict=True):
+        value = math.nan if spec.of is None else spec.of(unchanged)
+        estimate = Estimate(
+            spec, value, drawn, n_units, scale=max(abs(value), 1e-3), sizes=sizes, strays=strays.get(spec.name)
+        )
         measured[spec.name] = estimate.interval(level, "percentile", kind)
     return Intervals(measured, n_rows=n, n_units=n_units, unit=kind)
 
@@ -352,7 +362,8 @@ def _intervals(
     if how.method != "logit" or stepwise:
         drawn = suite.resample(how.n_replicates, seed=how.seed, threads=how.threads)
     unit = "rows" if groups is None else "groups"
-    result = {}
+    result: dict[str, Interval] = {}
+    walk: Walk | None = None
     for name, (spec, target) in found.items():
         if spec.values is not None:
             n_replicates = 0 if how.method == "logit" else how.n_replicates
@@ -365,7 +376,11 @@ def _intervals(
             for ranked, (value, replicates) in zip(suite.models, each, strict=True)
         ]
         one = estimates[0] if len(estimates) == 1 else estimates[0].minus(estimates[1])
-        result[name] = one.interval(how.level, "percentile" if spec.stepwise else how.method, unit)
+        if spec.exact is not None and len(models) == 1:
+            walk = walk or Walk(suite.models[0], suite.n_units)
+            result[name] = one.exactly(spec.exact(walk, target or 0.0, how.level), how.level, unit)
+        else:
+            result[name] = one.interval(how.level, "percentile" if spec.stepwise else how.method, unit)
     return Intervals(result, n_rows=n, n_units=suite.n_units, unit=unit)
 
 
@@ -380,7 +395,8 @@ def _augrc_interval(columns: native.Columns, groups: ArrayLike | None, how: How)
     unit = "rows" if groups is None else "groups"
     estimate = Estimate(
         METRICS["augrc"], drawn.value, drawn.replicates if how.method != "logit" else np.empty(0), n_units,
-        (drawn.second, drawn.third), Events.among(losses, cluster), scale=drawn.value,
+        Sizes(n_units, n_units) if cluster is None else Sizes.of(cluster), (drawn.second, drawn.third),
+        Events.among(losses, cluster), scale=drawn.value,
     )  # fmt: skip
     found = {"augrc": estimate.interval(how.level, how.method, unit)}
     return Intervals(found, n_rows=losses.size, n_units=n_units, unit=unit)

@@ -19,7 +19,7 @@ class Metric(Record):
     std: float | None = None
     low: float | None = None
     high: float | None = Field(default=None, description="an upper bound alone when low is null")
-    method: str = Field(default="none", description="of the interval: bca, percentile, logit, clopper-pearson or none")
+    method: str = Field(default="none", description="of the interval: one of those in the manual's page on metrics")
     note: str = Field(default="", description="why there is no value or interval, or a caution to show with it")
 
     @classmethod

@@ -228,8 +228,15 @@ class Resampled:
 
     def ece(self) -> float:
         """Expected calibration error over bins of equal width, in [0, 1]; lower is better."""
-        apart = np.bincount(self.rows.place, self.weights * self.rows.sure, ECE_BINS) - self._right @ self.rows.bins
-        return float(np.abs(apart).sum() / self._counts.sum())
+        return float(np.abs(self._apart()).sum() / self._counts.sum())
+
+    def bins_apart(self) -> NDArray[np.float64]:
+        """What each bin adds to the ECE, with its sign: confidence less right answers, over all rows [bins]."""
+        return np.asarray(self._apart() / self._counts.sum(), dtype=np.float64)
+
+    def _apart(self) -> NDArray[np.float64]:
+        sure = np.bincount(self.rows.place, self.weights * self.rows.sure, ECE_BINS)
+        return np.asarray(sure - self._right @ self.rows.bins, dtype=np.float64)
 
     def auroc(self) -> float:
         """P(a positive scores above another row), ties counted half, in [0, 1]; NaN where one of both is missing."""

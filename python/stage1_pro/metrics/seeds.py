@@ -8,6 +8,7 @@ differences, and overlapping splits are not taken for new data.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from stage1_pro import native
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import check_level
-from stage1_pro.metrics.estimate import Estimate, Interval
+from stage1_pro.metrics.estimate import Estimate, Interval, Sizes
 from stage1_pro.metrics.probabilistic import check_probabilities, largest, mcc_of_counts
 from stage1_pro.metrics.selective import weighted_augrc
 from stage1_pro.metrics.table import METRICS
@@ -25,6 +26,7 @@ from stage1_pro.metrics.table import METRICS
 # The measures of an arm.
 ARM_METRICS = ("accuracy", "mcc", "augrc", "gate_augrc")
 _CHUNK = 1 << 21
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ def compare_seeds(
 ) -> dict[str, ArmIntervals]:
     """Accuracy, MCC, AUGRC by max softmax and by the gate of every arm, and of every arm minus the first.
 
-    Percentile intervals of means over seeds, from resamples of whole groups that all seeds and arms share. They speak
-    of other groups, for models like these: how much another training seed changes a model is the spread over seeds,
-    which is beside them and not in them.
+    Percentile intervals of means over seeds, from resamples of whole groups that all seeds and arms share; differences
+    by Student's t over groups, as in ``compare``. They speak of other groups, for models like these: how much another
+    training seed changes a model is the spread over seeds, which is beside them and not in them.
 
     Args:
         arms: name to the rows of every seed; the same seeds, rows and labels in the same order in every arm.
@@ -110,10 +112,15 @@ def compare_seeds(
             parts[name].append(found.mean(axis=0))
     drawn = {name: np.concatenate(found, axis=1) for name, found in parts.items()}
 
-    def interval(value: float, replicates: NDArray[np.float64]) -> Interval:
+    influence = {name: [one.influence() for one in seeds] for name, seeds in ranked.items()}
+    worth = Sizes.of(units)
+
+    def interval(metric: str, value: float, replicates: NDArray[np.float64], apart: Floats | None = None) -> Interval:
         scale = max(abs(value), float(np.nanmax(np.abs(replicates), initial=0.0)))
-        # The name of the metric is only shown where the value is NaN.
-        return Estimate(METRICS["mcc"], value, replicates, n_units, scale=scale).interval(level, "percentile", "groups")
+        one = Estimate(METRICS[metric], value, replicates, n_units, scale=scale, sizes=worth)
+        if apart is None:
+            return one.interval(level, "percentile", "groups")
+        return one.with_influence(apart).interval(level, "bca", "groups")
 
     result = {}
     for name, own in plain.items():
@@ -121,10 +128,16 @@ def compare_seeds(
         apart, drawn_apart = own - plain[first_name], drawn[name] - drawn[first_name]
         for i, metric in enumerate(ARM_METRICS):
             arm.values[metric] = own[:, i]
-            arm.means[metric] = interval(float(own[:, i].mean()), drawn[name][i])
+            arm.means[metric] = interval(metric, float(own[:, i].mean()), drawn[name][i])
             if name != first_name:
+                by_unit = sum(
+                    np.bincount(unit, mine[i] - its[i], n_units)
+                    for unit, mine, its in zip(unit_of, influence[name], influence[first_name], strict=True)
+                )
                 arm.seed_differences[metric] = apart[:, i]
-                arm.differences[metric] = interval(float(apart[:, i].mean()), drawn_apart[i])
+                arm.differences[metric] = interval(
+                    metric, float(apart[:, i].mean()), drawn_apart[i], np.asarray(by_unit) / len(first)
+                )
     return result
 
 
@@ -140,6 +153,7 @@ class _Ranked:
         gate = np.asarray(rows.gate, dtype=np.float64)
         if gate.shape != truth.shape or np.isnan(gate).any():
             raise InputError(f"gate must be numbers of shape [{truth.size}], got shape {list(gate.shape)} or NaN in it")
+        self._truth, self._answered = truth, answered
         self._orders = [native.order(score, answered != truth) for score in (sure, gate)]
 
     def measure(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -150,3 +164,23 @@ class _Ranked:
             mcc = np.where(total > 0, mcc_of_counts(right, weights @ self._true, weights @ self._given), np.nan)
             areas = [weighted_augrc(weights, self._wrong, *order) for order in self._orders]
             return np.stack([right / total, mcc, *areas])
+
+    def influence(self) -> Floats:
+        """Derivative of each metric along the weight of every row [4, N]."""
+        n = self._wrong.size
+        right = (1 - self._wrong).sum()
+        areas = []
+        for order, ends in self._orders:
+            area = np.empty(n)
+            area[order] = native.augrc_influence(self._wrong[order], ends)
+            areas.append(area)
+        true, given = self._true.sum(axis=0), self._given.sum(axis=0)
+        true_apart, given_apart = n * n - true @ true, n * n - given @ given
+        spread = math.sqrt(true_apart * given_apart)
+        mcc = np.zeros(n)
+        if spread > 0:
+            value = (right * n - true @ given) / spread
+            of_true, of_given = true[self._truth], given[self._answered]
+            mcc = ((1 - self._wrong) * n + right - given[self._truth] - true[self._answered]) / spread
+            mcc -= value * ((n - of_true) / true_apart + (n - of_given) / given_apart)
+        return np.stack([(1 - self._wrong - right / n) / n, mcc, *areas])

@@ -20,6 +20,7 @@ from stage1_pro.errors import InputError
 
 if TYPE_CHECKING:
     from stage1_pro.metrics.probabilistic import Resampled
+    from stage1_pro.metrics.thresholds import Walk
 
 Need = Literal["probabilities", "threshold", "positive"]
 Floats = NDArray[np.float64]
@@ -45,11 +46,12 @@ class MetricSpec:
 
     ``name``: of a family it ends in "_" and the target follows. ``kind``: "rows" is sorted or averaged over rows and
     measured by ``bootstrap``; "answers" is measured by ``bootstrap_answers``; "figure" is made of others.
-    ``better``: "higher" or "lower". The metric lies in [0, ``top``]. ``share``: shown in per cent, others with
+    ``better``: "higher" or "lower". The metric lies in [``bottom``, ``top``]. ``share``: shown in per cent, others with
     ``digits``. ``target_zero``: 0 is a target. ``events``: what it counts, in words. ``undefined``: when it is NaN.
-    ``bound``: its ends where the share of events lies between two bounds, for any order of the rows; None where that
-    says nothing. ``values(probs, labels)`` gives what it is the mean of, [N]; ``of(resampled)`` the metric of a
-    resample.
+    ``bound``: its ends where the share of events lies between two bounds, for any order of the rows.
+    ``exact(walk, target, level)``: its ends without a resample, for what is the best of all thresholds.
+    ``values(probs, labels)`` gives what it is the mean of, [N]; ``of(resampled)`` the metric of a resample;
+    ``strays(resampled, rows)``: a distance that the metric of a resample can have come closer or gone further by.
     """
 
     name: str
@@ -57,6 +59,7 @@ class MetricSpec:
     kind: Literal["rows", "answers", "figure"]
     better: Literal["higher", "lower"]
     top: float = 1.0
+    bottom: float = 0.0
     share: bool = False
     digits: int = 3
     needs: tuple[Need, ...] = ()
@@ -65,9 +68,11 @@ class MetricSpec:
     events: str = "errors"
     undefined: str = "no row defines it"
     influence: Callable[[native.Ranked, float, float], Influence] = field(default=lambda *_: Influence(None))
-    bound: Callable[[float, float, float], tuple[float, float] | None] = field(default=lambda low, high, _: (low, high))
+    bound: Callable[[float, float], tuple[float, float]] = field(default=lambda low, high: (low, high))
+    exact: Callable[[Walk, float, float], tuple[float, float]] | None = None
     values: Callable[[Floats, NDArray[np.int64]], Floats] | None = None
     of: Callable[[Resampled], float] | None = None
+    strays: Callable[[Resampled, Resampled], float] | None = None
 
     def influence_on(self, ranked: native.Ranked, value: float, target: float) -> Influence:
         """How the metric's ``value`` on sorted rows depends on each of them."""
@@ -75,7 +80,7 @@ class MetricSpec:
 
     @property
     def stepwise(self) -> bool:
-        """Whether it jumps with the weights of rows, so that only percentiles of resamples serve."""
+        """Whether it jumps with the weights of rows, so that of resamples only percentiles serve."""
         return bool(self.targets)
 
     def target(self, name: str) -> float | None:
@@ -210,13 +215,13 @@ def _fnr(ranked: native.Ranked, value: float, _: float) -> Influence:
     return Influence(slope, among, missed)
 
 
-def _aurc_bound(low: float, high: float, _: float) -> tuple[float, float]:
+def _aurc_bound(low: float, high: float) -> tuple[float, float]:
     return (low + (1 - low) * math.log1p(-low) if low < 1 else 1.0, high * (1 - math.log(high)) if high > 0 else 0.0)
 
 
-def _limit_bound(low: float, high: float, limit: float) -> tuple[float, float] | None:
-    """Coverage@Risk without an error: all could be at the top, and only a share below the limit is met there too."""
-    return (1.0 if high <= limit else 0.0, 1.0) if low == 0 else None
+def _accepted_within(ranked: native.Ranked, value: float, _: float) -> Influence:
+    """Of Coverage@Risk: the rows accepted at the point that is reported."""
+    return Influence(None, slice(0, round(value * ranked.error.size)), ranked.error)
 
 
 # ---------------------------------------------------------------------------------------------- the rows
@@ -225,21 +230,22 @@ _ONE_CLASS = "only one class is there"
 for _spec in (
     MetricSpec(
         "augrc", "AUGRC", "rows", "lower", top=0.5, digits=4,
-        influence=_of_errors(lambda ranked, _: native.augrc_influence(ranked)),
-        bound=lambda low, high, _: (low**2 / 2, high - high**2 / 2),
+        influence=_of_errors(lambda ranked, _: native.augrc_influence(ranked.error, ranked.ends)),
+        bound=lambda low, high: (low**2 / 2, high - high**2 / 2),
     ),
     MetricSpec("aurc", "AURC", "rows", "lower", digits=4, influence=_of_errors(_aurc_slope), bound=_aurc_bound),
     MetricSpec(
-        "risk_at_coverage_", "Risk at coverage", "rows", "lower", share=True, targets=COVERAGES, influence=_accepted
+        "risk_at_coverage_", "Risk at coverage", "rows", "lower", share=True, targets=COVERAGES, influence=_accepted,
+        exact=lambda walk, target, level: walk.risk_at_coverage(target, level),
     ),
     MetricSpec(
         "coverage_at_risk_", "Coverage at risk", "rows", "higher", share=True, targets=RISKS, target_zero=True,
-        influence=lambda ranked, _value, _target: Influence(None, hits=ranked.error), bound=_limit_bound,
+        influence=_accepted_within, exact=lambda walk, target, level: walk.coverage_at_risk(target, level),
     ),
     MetricSpec(
         "accuracy", "Accuracy", "rows", "higher", share=True,
         influence=_of_errors(lambda ranked, value: (1 - ranked.error - value) / ranked.error.size),
-        bound=lambda low, high, _: (1 - high, 1 - low),
+        bound=lambda low, high: (1 - high, 1 - low),
     ),
     MetricSpec(
         "nll", "NLL", "rows", "lower", top=math.inf, digits=4, needs=("probabilities",),
@@ -264,12 +270,17 @@ for _spec in (
         "balanced_accuracy", "Balanced accuracy", "answers", "higher", share=True,
         of=lambda resampled: resampled.balanced_accuracy(),
     ),
-    MetricSpec("mcc", "MCC", "answers", "higher", undefined=_ONE_CLASS, of=lambda resampled: resampled.mcc()),
+    MetricSpec(
+        "mcc", "MCC", "answers", "higher", bottom=-1.0, undefined=_ONE_CLASS, of=lambda resampled: resampled.mcc()
+    ),
     MetricSpec(
         "auroc", "AUROC", "answers", "higher", needs=("positive",), undefined=_ONE_CLASS,
         of=lambda resampled: resampled.auroc(),
     ),
-    MetricSpec("ece", "ECE (calibration)", "answers", "lower", share=True, of=lambda resampled: resampled.ece()),
+    MetricSpec(
+        "ece", "ECE (calibration)", "answers", "lower", share=True, of=lambda resampled: resampled.ece(),
+        strays=lambda resampled, rows: float(np.abs(resampled.bins_apart() - rows.bins_apart()).sum()),
+    ),
     MetricSpec("exit_accuracy", "Exit accuracy", "figure", "higher", share=True),
     MetricSpec("deferred_accuracy", "Deferred accuracy", "figure", "higher", share=True),
     MetricSpec("accuracy_minus_stage_b", "Accuracy minus Stage B's", "figure", "higher"),

@@ -197,9 +197,9 @@ class Suite:
         ]
 
 
-def augrc_influence(ranked: Ranked) -> NDArray[np.float64]:
-    """Derivative of AUGRC along the weight of each sorted row [N]."""
-    return _reference.augrc_influence(ranked.error, ranked.ends.astype(np.int64))
+def augrc_influence(error: NDArray[Any], ends: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Derivative of AUGRC along the weight of each sorted row [N]; ``ends`` as ``Ranked`` has them."""
+    return _reference.augrc_influence(error, ends.astype(np.int64))
 
 
 def _keys(model: Columns) -> list[NDArray[Any]]:

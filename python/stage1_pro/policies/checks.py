@@ -85,14 +85,19 @@ def share_of(count: int, of: int) -> ShareOf:
     return ShareOf(value=count / of, low=low, high=high)
 
 
-def mean_size(sizes: NDArray[np.int64], n_classes: int, rng: np.random.Generator) -> ShareOf:
-    """The mean number of classes in sets of these sizes [M], with its two-sided 95% interval; null of no sets."""
+def mean_size(sizes: NDArray[np.int64], n_classes: int, rng: np.random.Generator, *, smallest: int) -> ShareOf:
+    """The mean number of classes in sets of these sizes [M], with its two-sided 95% interval; null of no sets.
+
+    ``smallest`` is the size that no set can be below by design: 1 where sets are never empty.
+    """
     if sizes.size == 0:
-        return ShareOf(value=None, low=0.0, high=float(n_classes))
-    if n_classes == 2 and sizes.min() > 0:
-        both = share_of(int((sizes == 2).sum()), sizes.size)
-        return ShareOf(value=1 + (both.value or 0.0), low=1 + both.low, high=1 + both.high)
+        return ShareOf(value=None, low=float(smallest), high=float(n_classes))
+    if n_classes == smallest + 1:
+        both = share_of(int((sizes > smallest).sum()), sizes.size)
+        return ShareOf(value=smallest + (both.value or 0.0), low=smallest + both.low, high=smallest + both.high)
     # Betting needs an order that no value decides.
-    shares = sizes[rng.permutation(sizes.size)] / n_classes
-    low, high = 1 - betting_upper(1 - shares, 0.025), betting_upper(shares, 0.025)
-    return ShareOf(value=float(sizes.mean()), low=n_classes * low, high=n_classes * high)
+    room = n_classes - smallest
+    shares = (sizes[rng.permutation(sizes.size)] - smallest) / room
+    low, high = (smallest + room * end for end in (1 - betting_upper(1 - shares, 0.025), betting_upper(shares, 0.025)))
+    value = float(sizes.mean())
+    return ShareOf(value=value, low=min(low, value), high=max(high, value))

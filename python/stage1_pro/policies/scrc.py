@@ -489,7 +489,9 @@ class FittedSCRC:
         return SetCheck(
             outcome="FAIL" if "FAIL" in outcomes else "INCONCLUSIVE" if "INCONCLUSIVE" in outcomes else "PASS",
             statement="", promises=found, n=n, unit=unit, accepted=sizes.size,
-            average_set_size=mean_size(sizes, self.n_classes, np.random.default_rng(seed)),
+            average_set_size=mean_size(
+                sizes, self.n_classes, np.random.default_rng(seed), smallest=0 if self.scrc.allow_empty else 1
+            ),
             ambiguous_rate=share_of(int((sizes > 1).sum()), sizes.size),
             empty_rate=share_of(int((sizes == 0).sum()), sizes.size),
             rejection_rate=share_of(n - sizes.size, n),

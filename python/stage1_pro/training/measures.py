@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stage1_pro.data.predictions import Predictions
-from stage1_pro.metrics.answers import Answered, Measure, Stage, measure_fnr
+from stage1_pro.metrics.answers import Answered, FnrCounts, Measure, Stage, measure_fnr
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.intervals import Intervals, bootstrap, bootstrap_answers, compare, metric_names
 from stage1_pro.policies.policy import Policy
-from stage1_pro.policies.rows import groups_in_error
 
 LEVEL = 0.95
 # Accuracy of the cascade minus that of Stage B answering everything, on the same rows.
@@ -99,12 +98,12 @@ def measure_scope(scope: Scope, extra: Sequence[str] = ()) -> Measured:
     return Measured(measures, of_stage["stage_a"], exits)
 
 
-def fnr_counts(scope: Scope) -> tuple[int, int, int, int]:
-    """Missed and all exited positives, then the groups that hold any of them."""
+def fnr_counts(scope: Scope) -> FnrCounts:
+    """Missed and all exited positives, and the groups that hold any of them."""
     predictions = scope.predictions
     among = scope.rows & scope.answers["cascade"].exited & (predictions.labels == scope.positive)
     missed = scope.answers["stage_a"].prediction[among] != scope.positive
-    return int(missed.sum()), int(among.sum()), *groups_in_error(missed, predictions.groups[among])
+    return FnrCounts.of(missed, predictions.groups[among])
 
 
 def _unknown_exits(source: str | None) -> list[Measure]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.estimate import Interval, Sizes, reach
 from stage1_pro.metrics.intervals import bootstrap_answers, compare
 from stage1_pro.metrics.measured import known
 from stage1_pro.metrics.probabilistic import accuracy
@@ -86,13 +86,14 @@ def judge(
     options: dict[str, Any] = {
         "groups": np.asarray(groups), "n_replicates": n_replicates, "seed": seed, "positive": positive,
     }  # fmt: skip
+    worth = Sizes.of(np.unique(options["groups"], return_inverse=True)[1]).spread
     found = []
     for name in PROBES:
         a, b = after[name], before[name]
         ours, theirs = (bootstrap_answers(probs, labels, **options) for probs in (a, b))
         apart = {"accuracy": compare(a, b, labels, metrics=["accuracy"], **options)["accuracy"]}
         # The same seed draws the same groups for both, so replicates are paired.
-        apart |= {metric: _difference(ours[metric], theirs[metric]) for metric in ("balanced_accuracy", "auroc")}
+        apart |= {metric: _difference(ours[metric], theirs[metric], worth) for metric in ("balanced_accuracy", "auroc")}
         start = {"accuracy": accuracy(b.argmax(1), labels), **{m: theirs[m].value for m in apart if m in theirs}}
         found += [_figure(name, metric, start[metric], difference) for metric, difference in apart.items()]
     return found
@@ -123,13 +124,14 @@ def _vote(cosine: Array, labels: NDArray[np.int64], weights: Array, classes: int
     return out
 
 
-def _difference(a: Interval, b: Interval) -> Interval:
+def _difference(a: Interval, b: Interval, n_groups: float) -> Interval:
     replicates = a.replicates - b.replicates
-    defined = replicates[np.isfinite(replicates)]
-    if defined.size < 2 or math.isnan(a.value - b.value):
-        return Interval(a.value - b.value, math.nan, math.nan, math.nan, method="none", note="no resample has it")
-    low, high = np.quantile(defined, (0.025, 0.975))
-    return Interval(a.value - b.value, float(defined.std(ddof=1)), float(low), float(high), method="percentile")
+    defined, apart = replicates[np.isfinite(replicates)], a.value - b.value
+    if defined.size < 2 or math.isnan(apart):
+        return Interval(apart, math.nan, math.nan, math.nan, method="none", note="no resample has it")
+    std = float(defined.std(ddof=1))
+    width = reach(a.level, n_groups) * std
+    return Interval(apart, std, max(apart - width, -1.0), min(apart + width, 1.0), a.level, "t")
 
 
 def _figure(name: Probe, metric: str, before: float, apart: Interval) -> ProbeFigure:

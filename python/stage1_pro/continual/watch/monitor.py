@@ -125,17 +125,28 @@ def naive_risk(wrong: ArrayLike, *, level: float = 0.95) -> Estimate:
     return _equal(values, level, "every labelled row counts alike, whatever its chance of being chosen")
 
 
-def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, alpha: float | None = None) -> Estimate:
+def hajek_risk(
+    wrong: ArrayLike,
+    propensity: ArrayLike,
+    *,
+    floor: float = LEAST_AUDIT_RATE,
+    ceiling: float = 1.0,
+    level: float = 0.95,
+    alpha: float | None = None,
+) -> Estimate:
     """Risk among all rows, from labelled rows weighted by 1 / propensity; in [0, 1], lower is better.
 
     The Hájek estimate, sum(wrong / e) / sum(1 / e). Late labels cost precision and add no bias, provided that their
-    delay does not depend on being wrong. Its interval holds for any n and any propensities: Clopper and Pearson's if
-    all are equal, else by betting on E[(e0 / e) wrong] against r E[e0 / e] (Waudby-Smith & Ramdas 2010.09686), in an
-    order shuffled with a fixed seed: if the risk changed over time, the interval is of its average.
+    delay does not depend on being wrong. Its interval holds for any n and any propensities that the design allows, also
+    those of rows that happened not to be drawn: by betting on E[(floor / e) wrong] against r E[floor / e] (Waudby-Smith
+    & Ramdas 2010.09686), in an order shuffled with a fixed seed: if the risk changed over time, the interval is of its
+    average. Where the design gives every row one chance (floor = ceiling) it is Clopper and Pearson's.
 
     Args:
         wrong: 0 or 1 [n].
-        propensity: chance of each of having been chosen [n], in (0, 1].
+        propensity: chance of each of having been chosen [n], in [floor, ceiling].
+        floor: smallest chance of any row, drawn or not, in (0, 1].
+        ceiling: largest chance of any row, drawn or not, in [floor, 1].
         level: two-sided, inside (0, 1).
         alpha: the risk in question, which the bets aim at; the interval holds for any.
 
@@ -144,11 +155,19 @@ def hajek_risk(wrong: ArrayLike, propensity: ArrayLike, *, level: float = 0.95, 
     """
     values, chance = _labelled(wrong, propensity)
     check_share("level", level)
-    if values.size == 0 or np.ptp(chance) == 0:
+    if not 0 < floor <= ceiling <= 1:
+        raise InputError(f"floor and ceiling must be in (0, 1] in this order, got {floor} and {ceiling}; swap or mend")
+    outside = np.flatnonzero((chance < floor) | (chance > ceiling))
+    if outside.size:
+        raise InputError(
+            f"propensity must be in [{floor:g}, {ceiling:g}], got {chance[outside[0]]:g} in row {outside[0]}; give the "
+            "smallest and largest chance that any row had as floor and ceiling"
+        )
+    if values.size == 0 or floor == ceiling:
         return _equal(values, level)
     order, tail = _shuffled(values.size), (1 - level) / 2
     values, chance = values[order], chance[order]
-    weight = chance.min() / chance
+    weight = floor / chance
     high = betting_upper(weight * values, tail, weights=weight, alpha=alpha)
     low = 1 - betting_upper(weight * (1 - values), tail, weights=weight)
     return _weighted(values, weight, float(weight @ values / weight.sum()), (low, high), level)

@@ -139,7 +139,7 @@ def assess(
     if recent.predicted is not None and recent.label is not None:
         has = recent.label >= 0
         answered = rolling(recent.predicted[has], recent.label[has])
-    exit_risk = hajek_risk(recent.wrong[audited], recent.propensity[audited], level=config.level, alpha=config.alpha)
+    exit_risk = _risk(recent, audited, out, level=config.level, alpha=config.alpha)
     health = _health(config.alpha, exit_risk, estimated, seen, evidence, verdict)
     if policy is not None and controller is not None:
         policy = policy.at(controller.threshold)  # what a tightened threshold gives up is promised no more
@@ -166,7 +166,7 @@ def assess(
         calibrated=start,
         exit_risk=exit_risk,
         exit_risk_horvitz_thompson=horvitz_thompson_risk(recent.wrong[out], recent.propensity[out], level=config.level),
-        stage_a_error=hajek_risk(recent.wrong[known], recent.propensity[known], level=config.level),
+        stage_a_error=_risk(recent, known, np.ones_like(known), level=config.level),
         stage_a_error_naive=naive_risk(recent.wrong[known], level=config.level),
         evidence=evidence,
         cbpe=estimated,
@@ -175,6 +175,13 @@ def assess(
         verdict=verdict,
     )
     return status, after
+
+
+def _risk(rows: ServedColumns, labelled: NDArray[Any], among: NDArray[np.bool_], **how: float) -> Estimate:
+    """Hájek's risk from labelled rows; the chances of all rows ``among`` which they were drawn are the design."""
+    chances = rows.propensity[among]
+    design = {"floor": float(chances.min()), "ceiling": float(chances.max())} if chances.size else {}
+    return hajek_risk(rows.wrong[labelled], rows.propensity[labelled], **design, **how)
 
 
 # -------------------------------------------------------------------------------- the page
@@ -227,7 +234,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
     blocks = np.array_split(np.arange(len(rows)), n)
     fine = np.array_split(np.arange(len(rows)), min(_BLOCKS[1], len(rows)))
     audited = [part[rows.audited[part]] for part in blocks]
-    risks = [hajek_risk(rows.wrong[part], rows.propensity[part]) for part in audited]
+    risks = [_risk(rows, part, rows.exited) for part in audited]
     value, low, high = np.array([(one.value, one.low, one.high) for one in risks], dtype=np.float64).T
     expected = np.array([cbpe(rows.score[part], rows.exited[part]).value for part in blocks], dtype=np.float64)
     alarm_at = status.evidence.alarm_at

@@ -1,0 +1,154 @@
+"""Ends of Risk@Coverage and Coverage@Risk that hold at once for every threshold of the same rows.
+
+A bootstrap takes the best of all thresholds for given. Here each threshold is a hypothesis, tested by exact binomial
+tails, and thresholds are walked in an order that no error decides (fixed-sequence testing, as in Learn then Test,
+2110.01052): a walk passes the true threshold only if the one test there errs. The sample's coverage is not the
+population's, which costs a fifth of the tails.
+
+Losses between 0 and 1 take e times the binomial tail (Bentkus 2004). With groups the share of rows is tested as if it
+were of so many independent units as the accepted rows are worth, (sum s)^2 / sum s^2 for s rows of each group (Kish):
+right for near-copies, and on the safe side for groups whose rows differ.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import betainc
+
+from stage1_pro import native
+from stage1_pro.metrics.binomial import binomial_ends
+
+Floats = NDArray[np.float64]
+# Of each tail, for where the threshold lies in the population; the rest is for the risk.
+_PLACE = 0.2
+
+
+class Walk:
+    """What is accepted at every threshold of sorted rows, from the strictest to the laxest; arrays [M].
+
+    ``accepted`` rows, ``risk`` among them, and the independent ``trials`` that they are worth.
+    """
+
+    def __init__(self, ranked: native.Ranked, n_units: int) -> None:
+        last = ranked.ends.astype(np.int64) - 1
+        self.n = ranked.error.size
+        self.accepted: Floats = ranked.ends.astype(np.float64)
+        self.wrong: Floats = np.asarray(np.cumsum(ranked.error, dtype=np.float64)[last])
+        self.risk: Floats = self.wrong / self.accepted
+        self.trials: Floats = self.accepted
+        if ranked.unit.size and n_units < self.n:
+            self.trials = self.accepted**2 / np.cumsum(2 * earlier_of_unit(ranked.unit) + 1)[last]
+        self.counts = ranked.error.dtype == np.uint8
+        # Of rows with 0/1 errors only those thresholds decide that an error begins or ends at.
+        self.rises = np.append(True, self.wrong[1:] > self.wrong[:-1])
+        if self.trials is not self.accepted or not self.counts:
+            self.rises[:] = True
+
+    def coverage_at_risk(self, risk: float, level: float) -> tuple[float, float]:
+        """Two-sided ends of the largest coverage whose selective risk is at most ``risk``."""
+        tail = (1 - level) / 2
+        before = np.flatnonzero(np.append(self.rises[1:], True))
+        open_ = before[~self._rejects(before, risk, (1 - _PLACE) * tail, above=True)]
+        laxest = int(open_[-1]) if open_.size else -1
+        # All that is laxer has too large a risk.
+        high = 1.0 if laxest == self.risk.size - 1 else self._share(laxest, upper=True, tail=_PLACE * tail)
+        certified = self._certified(risk, (1 - _PLACE) * tail)
+        if certified == self.risk.size - 1:
+            return 1.0, high
+        return (self._share(certified, upper=False, tail=_PLACE * tail) if certified >= 0 else 0.0), high
+
+    def risk_at_coverage(self, coverage: float, level: float) -> tuple[float, float]:
+        """Two-sided ends of the selective risk at the smallest coverage that is at least ``coverage``."""
+        tail, n = (1 - level) / 2, float(self.trials[-1])
+        share = self.accepted / self.n
+
+        def reached(j: int) -> bool:
+            return bool(_at_most(share[j] * n, n, coverage) > _PLACE * tail)
+
+        def passed(j: int) -> bool:
+            return bool(_at_least(share[j] * n, n, coverage) <= _PLACE * tail)
+
+        # The threshold is one of those whose share may be as large, up to the first before which it is surely larger.
+        places = range(share.size)
+        first, last = bisect_left(places, True, key=reached), bisect_left(places, True, key=passed)
+        wrong, rows, trials = (all_[first : last + 1] for all_ in (self.wrong, self.accepted, self.trials))
+        # Of thresholds with the same errors the first has the highest upper end, the last the lowest lower one.
+        new = np.append(True, wrong[1:] != wrong[:-1])
+        ends = []
+        for at, upper in ((new, True), (np.append(new[1:], True), False)):
+            hits = self._hits(wrong[at] / rows[at], trials[at], up=upper)
+            ends.append(binomial_ends(hits, trials[at], self._tail((1 - _PLACE) * tail), upper=upper))
+        return float(ends[1].min()), float(ends[0].max())
+
+    def _certified(self, risk: float, tail: float) -> int:
+        """The laxest threshold to which a walk from a start gets while "the risk is above" is rejected; -1: none.
+
+        Walks start where so many trials are accepted that no error among them is enough, and where twice, four times as
+        many are; they share the tail.
+        """
+        if risk in (0, 1):
+            return self.risk.size - 1 if risk else -1
+        per_error = -math.log1p(-risk)
+        most = self.trials.max()
+        none = self._tail(tail)
+        walks = max(1, 1 + math.floor(math.log2(max(most * per_error / -math.log(none), 1))))
+        least = math.log(walks / none) / per_error
+        starts = [int(np.argmax(self.trials >= least * 2**walk)) for walk in range(walks) if most >= least * 2**walk]
+        tested = self.rises.copy()
+        tested[starts] = True
+        places = np.flatnonzero(tested)
+        passes = self._rejects(places, risk, tail / walks, above=False)
+        stops = np.append(places[~passes], self.risk.size)
+        return max(
+            (int(stops[np.searchsorted(stops, start)]) - 1 for start in starts if start not in stops), default=-1
+        )
+
+    def _rejects(self, at: NDArray[np.int64], risk: float, tail: float, *, above: bool) -> NDArray[np.bool_]:
+        """At which thresholds "the risk is at most ``risk``" is rejected since it is ``above``, or the reverse."""
+        tail, seen, trials = self._tail(tail), self.risk[at], self.trials[at]
+        open_ = seen > risk if above else seen < risk
+        # Hoeffding's bound spares many of the exact tails.
+        rejected: NDArray[np.bool_] = open_ & (2 * trials * (seen - risk) ** 2 >= -math.log(tail))
+        rest = np.flatnonzero(open_ & ~rejected)
+        hits = self._hits(seen[rest], trials[rest], up=above)
+        rejected[rest] = (_at_least if above else _at_most)(hits, trials[rest], risk) <= tail
+        return rejected
+
+    def _hits(self, risk: Floats, trials: Floats, *, up: bool) -> Floats:
+        """Errors among the trials; a sum of losses is rounded to the safe side."""
+        hits = risk * trials
+        return np.round(hits, 9) if self.counts else np.floor(hits) if up else np.ceil(hits)
+
+    def _tail(self, tail: float) -> float:
+        return tail if self.counts else tail / math.e
+
+    def _share(self, at: int, *, upper: bool, tail: float) -> float:
+        """An end of the coverage of the threshold ``at``; -1 is stricter than all."""
+        n = float(self.trials[-1])
+        hits = 0.0 if at < 0 else float(self.accepted[at]) / self.n * n
+        return float(binomial_ends(hits, n, tail, upper=upper))
+
+
+def earlier_of_unit(unit: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """How many earlier rows are of each row's unit [N]."""
+    place = np.argsort(unit, kind="stable")
+    sizes = np.bincount(unit)
+    earlier = np.empty(unit.size, dtype=np.int64)
+    earlier[place] = np.arange(unit.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return earlier
+
+
+def _at_most(hits: Floats, trials: Floats | float, share: float) -> Floats:
+    """P(Bin(trials, share) <= hits), also between integers."""
+    inside = hits < trials
+    return np.where(inside, betainc(np.where(inside, trials - hits, 1.0), hits + 1, 1 - share), 1.0)
+
+
+def _at_least(hits: Floats, trials: Floats | float, share: float) -> Floats:
+    """P(Bin(trials, share) >= hits), also between integers."""
+    some = hits > 0
+    return np.where(some, betainc(np.where(some, hits, 1.0), np.maximum(trials - hits, 0) + 1, share), 1.0)
