@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Required, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,16 @@ from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify
 from stage1_pro.policies.counts import gaps
 from stage1_pro.policies.rows import check_halves
+
+
+class HalvesOptions(TypedDict, total=False):
+    """What ``certify_halves`` hands on to ``walk_halves``."""
+
+    delta: Required[float]
+    min_coverage: float | None
+    groups: ArrayLike | None
+    lowest: float
+    seed: int
 
 
 def order_candidates(
@@ -73,7 +84,7 @@ def order_candidates(
     return thresholds[start:]
 
 
-def certify_halves(
+def walk_halves(
     scores: ArrayLike,
     risks: Sequence[Risk],
     halves: ArrayLike,
@@ -85,6 +96,8 @@ def certify_halves(
     seed: int = 0,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
+
+    A refusal names no smallest risk; ``certify_halves`` searches for it.
 
     Args:
         scores: [N] of both halves.
@@ -110,16 +123,23 @@ def certify_halves(
         ]
 
     n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
+    candidates = order_candidates(
+        values[fit], part(fit, risks), n_certify=n_certify, min_coverage=min_coverage,
+        groups=None if names is None else names[fit], lowest=lowest,
+    )  # fmt: skip
+    return certify(
+        values[~fit], part(~fit, risks), delta=delta, min_coverage=min_coverage, candidates=candidates,
+        groups=None if names is None else names[~fit], seed=seed,
+    )  # fmt: skip
+
+
+def certify_halves(
+    scores: ArrayLike, risks: Sequence[Risk], halves: ArrayLike, **options: Unpack[HalvesOptions]
+) -> Certificate:
+    """``walk_halves``, which says what each argument is; a refusal names the smallest risk that can be certified."""
 
     def attempt(wished: Sequence[Risk]) -> Certificate:
-        candidates = order_candidates(
-            values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
-            groups=None if names is None else names[fit], lowest=lowest,
-        )  # fmt: skip
-        return certify(
-            values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
-            groups=None if names is None else names[~fit], seed=seed,
-        )  # fmt: skip
+        return walk_halves(scores, wished, halves, **options)
 
     found = attempt(risks)
     return found if found.feasible else _with_smallest(found, risks, attempt)

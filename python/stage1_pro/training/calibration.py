@@ -143,11 +143,7 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
     else:
         given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
-    rows = Rows.of(
-        softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
-        gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
-        halves=predictions.halves if (predictions.halves != "").all() else None,
-    )  # fmt: skip
+    rows = run_rows(predictions)
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
     half = splits.hashes.get("val_calib.certify", "")
     if wish.guarantee == "ltt":
@@ -157,6 +153,15 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
     # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
     with exclusive(run):
         return _choose(run, wish, given, rows, origin, half)
+
+
+def run_rows(predictions: Predictions) -> Rows:
+    """Rows of a run's predictions, with halves where all have one."""
+    return Rows.of(
+        softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
+        gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
+        halves=predictions.halves if (predictions.halves != "").all() else None,
+    )  # fmt: skip
 
 
 def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origin: Origin, half: str) -> Policy:
@@ -261,7 +266,7 @@ def _better(run: Path, predictions: Predictions) -> str:
 def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
     arrays = load_npz(path)
     out, positive = asked.out, asked.positive
-    probs = _file_probs(path, arrays)
+    probs = file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
     if wish.policy == "gate" and "gate_logits" not in arrays:
@@ -288,7 +293,7 @@ def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
         rows = Rows.of(
             probs, arrays["labels"], classes=names, positive=choose_positive(names, positive),
             gate=arrays.get("gate_logits"),
-            probs_b=_file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
+            probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
             halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
         )  # fmt: skip
         policy = POLICIES.find(wish.policy).fit(wish, rows, origin=Origin({"logits": sha256_file(path)}))
@@ -318,7 +323,7 @@ def _withdraw(target: Path, out: Path | None) -> None:
         withdraw_policies(target.parent)
 
 
-def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:
+def file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:
     """Probabilities [N, K] from ``logits`` or ``probs``; one column stands for the second of two classes."""
     given = [name for name in (f"logits{end}", f"probs{end}") if name in arrays]
     if len(given) != 1:
