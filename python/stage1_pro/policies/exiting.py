@@ -13,7 +13,7 @@ from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
 from stage1_pro.policies.counts import ExitCounts, count_exits, sweep_table
-from stage1_pro.policies.ordering import certify_halves, infeasible, record, walk_halves
+from stage1_pro.policies.ordering import certify_halves, infeasible, record
 from stage1_pro.policies.policy import Origin, Policy, risk_of
 from stage1_pro.policies.rows import Rows, groups_in_error
 from stage1_pro.policies.target import Target
@@ -87,7 +87,7 @@ def choose_exits(
     certificate, n_tried = None, 0
     if target.guarantee == "ltt":
         fit = rows.fit_half()
-        certificate = _certified(target, rows, score, lowest, certify_halves)
+        certificate = _certified(target, rows, score, lowest)
         if not certificate.feasible:
             raise infeasible(certificate, called or target.words())
         assert certificate.threshold is not None
@@ -106,17 +106,18 @@ def choose_exits(
 
 def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float = 0.0) -> float | None:
     """The coverage that ``choose_exits`` would certify for a target; None where it would refuse."""
-    certificate = _certified(target, rows, score, lowest, walk_halves)
+    certificate = _certified(target, rows, score, lowest, smallest=False)
     return certificate.coverage if certificate.feasible else None
 
 
 def _certified(
-    target: Target, rows: Rows, score: NDArray[np.float64], lowest: float, how: Callable[..., Certificate]
+    target: Target, rows: Rows, score: NDArray[np.float64], lowest: float, *, smallest: bool = True
 ) -> Certificate:
     asked = target.promises(rows.positive)
-    return how(
+    assert rows.halves is not None
+    return certify_halves(
         score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
-        delta=target.delta / target.claims, groups=rows.groups, lowest=lowest,
+        delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, smallest=smallest,
         min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Required, TypedDict, Unpack
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,17 +17,8 @@ from stage1_pro.policies.candidates import Risk, group_weights, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify
 from stage1_pro.policies.counts import gaps
+from stage1_pro.policies.needed import units_needed
 from stage1_pro.policies.rows import check_halves
-
-
-class HalvesOptions(TypedDict, total=False):
-    """What ``certify_halves`` hands on to ``walk_halves``."""
-
-    delta: Required[float]
-    min_coverage: float | None
-    groups: ArrayLike | None
-    lowest: float
-    seed: int
 
 
 def order_candidates(
@@ -84,7 +75,7 @@ def order_candidates(
     return thresholds[start:]
 
 
-def walk_halves(
+def certify_halves(
     scores: ArrayLike,
     risks: Sequence[Risk],
     halves: ArrayLike,
@@ -94,10 +85,9 @@ def walk_halves(
     groups: ArrayLike | None = None,
     lowest: float = -math.inf,
     seed: int = 0,
+    smallest: bool = True,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
-
-    A refusal names no smallest risk; ``certify_halves`` searches for it.
 
     Args:
         scores: [N] of both halves.
@@ -108,6 +98,7 @@ def walk_halves(
         groups: [N] clip or track of every row.
         lowest: lower end of the scores' range.
         seed: of the row that speaks for its group.
+        smallest: search for the smallest risk that can be certified, where the one wished cannot.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
@@ -123,26 +114,24 @@ def walk_halves(
         ]
 
     n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
-    candidates = order_candidates(
-        values[fit], part(fit, risks), n_certify=n_certify, min_coverage=min_coverage,
-        groups=None if names is None else names[fit], lowest=lowest,
-    )  # fmt: skip
-    return certify(
-        values[~fit], part(~fit, risks), delta=delta, min_coverage=min_coverage, candidates=candidates,
-        groups=None if names is None else names[~fit], seed=seed,
-    )  # fmt: skip
-
-
-def certify_halves(
-    scores: ArrayLike, risks: Sequence[Risk], halves: ArrayLike, **options: Unpack[HalvesOptions]
-) -> Certificate:
-    """``walk_halves``, which says what each argument is; a refusal names the smallest risk that can be certified."""
 
     def attempt(wished: Sequence[Risk]) -> Certificate:
-        return walk_halves(scores, wished, halves, **options)
+        candidates = order_candidates(
+            values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
+            groups=None if names is None else names[fit], lowest=lowest,
+        )  # fmt: skip
+        return certify(
+            values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
+            groups=None if names is None else names[~fit], seed=seed,
+        )  # fmt: skip
 
     found = attempt(risks)
-    return found if found.feasible else _with_smallest(found, risks, attempt)
+    if found.feasible or not smallest:
+        return found
+    # Both halves say how good answers are, and the walk of more units would start elsewhere.
+    plan = partial(units_needed, values, risks, names, delta=delta, min_coverage=min_coverage, start="halves")
+    found = replace(found, plan=plan)
+    return _with_smallest(found, risks, attempt)
 
 
 def _with_smallest(
@@ -211,7 +200,7 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    needed, more = certificate.n_needed, "Bring more, or choose"
+    needed, more = certificate.needed, "Bring more, or choose"
     untried = [risk.name for risk in certificate.risks if risk.trials == 0]
     if untried:
         said += f". No {unit} of the certify half that may exit tell anything of {' or '.join(untried)}"
@@ -219,7 +208,7 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
     elif needed is None:
         said += f". No number of {unit} would do while so many answers are wrong"
         more = "Train a better Stage A, ask for less, or choose"
-    elif needed <= certificate.n:
+    elif needed.n <= certificate.n:
         said += f". About {needed} {unit} in the certify half succeed 9 times in 10; these {certificate.n} did not"
     else:
         said += (
