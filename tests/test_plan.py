@@ -12,9 +12,13 @@ import pytest
 
 import stage1_pro
 from stage1_pro import cli
+from stage1_pro.data.splits import Splits
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import binomial_cdf, trials_needed
+from stage1_pro.policies.certify import Certificate
+from stage1_pro.policies.ordering import certify_halves, infeasible
 from stage1_pro.policies.planning import certify_power, plan_calibration
+from stage1_pro.policies.policy import risk_of
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.policies.target import POLICIES, Gate, Scrc, Softmax, Target
@@ -109,6 +113,55 @@ def test_whole_calibrations_reach_the_planned_power(target, options, of, capsys)
     assert share == pytest.approx(0.9, abs=0.05 + error * (not options))
 
 
+def refusals(target: Target, n: int, want: int, **of: float) -> list[Certificate]:
+    """Certificates of whole calibrations that are refused."""
+    found = []
+    for seed in range(5 * want):
+        rows = law(n, np.random.default_rng([7, seed]), **of)
+        asked = target.promises("yes")
+        one = certify_halves(
+            rows.gate, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
+            delta=target.delta, groups=rows.groups, smallest=False,
+            min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
+        )  # fmt: skip
+        found += [] if one.feasible or len(found) == want else [one]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "n", "of"),
+    [
+        (Gate(), 2000, {"e": 0.005, "at": 0.7, "growth": 2}),
+        (Gate(), 1000, {"e": 0.003, "at": 0.7, "growth": 5}),
+        (Gate(max_exit_error=0.05, min_coverage=0.6), 400, {"e": 0.02, "at": 0.6, "growth": 2}),
+        (Softmax(target_fnr=0.05), 400, {"e": 0.02, "at": 0.7, "growth": 4, "positives": 0.3}),
+    ],
+)
+def test_the_units_that_refusals_name_certify_as_often_as_said(target, n, of, capsys) -> None:
+    """The median of many refusals; each names an interval, and most hold the number that is right."""
+    found = [one.needed for one in refusals(target, n, 40, **of)]
+    middle = int(np.median([np.inf if one is None else one.n for one in found]))
+    draws = 200
+    share = certified(target, middle, draws, **of)
+    right = stage1_pro.plan(
+        target.policy, alpha=target.promises("")[-1].limit, min_coverage=getattr(target, "min_coverage", 0.7),
+        expected_error=of["e"], expected_coverage=of["at"], growth=of["growth"], positives=of.get("positives", 0.5),
+    ).n_certify  # fmt: skip
+    held = np.mean([one is not None and one.low <= right <= (one.high or np.inf) for one in found])
+    with capsys.disabled():
+        error = (0.9 * 0.1 / draws) ** 0.5
+        print(f"\n{target.policy} {n} {of}: {middle} certifies {share:.3f} +- {error:.3f}, .9; {held:.2f} hold {right}")
+    assert share == pytest.approx(0.9, abs=0.08)
+    assert held >= 0.6
+
+
+def test_a_refusal_names_an_interval_of_units() -> None:
+    (one,) = refusals(Gate(max_exit_error=0.2, min_coverage=0.5), 40, 1, e=0.05, at=0.5, growth=2)
+    assert 40 < one.n_needed == one.needed.n and one.needed.low < one.needed.n < one.needed.high
+    assert str(one.needed) in str(infeasible(one, "this"))
+
+
 def test_rows_that_a_model_answered_are_the_world(tmp_path: Path) -> None:
     """A model that is never wrong needs what the coverage and no error take; groups are what is drawn."""
     rows = law(150, np.random.default_rng(0), 0.0, 0.5, 1, sizes=4)
@@ -201,3 +254,13 @@ def test_the_command_prints_the_answer_and_refuses_in_one_line(capsys: pytest.Ca
     assert "smallest alpha certifiable with them" in text and "<- given" in text
     assert cli.main(["plan", "--alpha", "2"]) == 2
     assert "alpha must be inside (0, 1), got 2.0" in capsys.readouterr().err
+
+
+def test_splits_say_what_they_could_promise(streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["split", "--labels", str(streets / "labels.csv"), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    splits = Splits.read(tmp_path / "run" / "splits.json")
+    kept = splits.of("val_calib", "certify")
+    for rows in (kept, [row for row in kept if row.label == splits.positive]):
+        n = len({row.group for row in rows})
+        assert f"{100 * (1 - 0.05 ** (1 / n)):.1f}% at best" in said and f"{n} groups" in said

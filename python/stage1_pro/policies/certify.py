@@ -266,7 +266,7 @@ def certify(
             names,
             delta=delta,
             min_coverage=min_coverage,
-            start="ranks" if candidates is None else float(order[0]),
+            start="ranks" if candidates is None or method != "ltt_fst" else float(order[0]),
         ),
     )
 

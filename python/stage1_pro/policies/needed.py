@@ -15,19 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betainc, ndtri, xlogy
 
-from stage1_pro.policies.bounds import binomial_cdf, errors_allowed, selection_rank, trials_needed
+from stage1_pro.policies.bounds import errors_allowed, selection_rank, trials_needed
 from stage1_pro.policies.candidates import Risk, group_weights, ranked
 
 POWER = 0.9
+Rates = tuple[NDArray[np.float64], NDArray[np.float64]]
 # Thresholds, numbers of units that are tried, fit halves drawn for each, and draws of the rows.
-_THRESHOLDS, _SIZES, _FITS, _AGAIN = 30, 20, 8, 60
+_THRESHOLDS, _SIZES, _FITS, _AGAIN = 30, 12, 3, 24
 
 
 @dataclass(frozen=True)
 class Needed:
     """Units for a power of .9 if answers are as good as those seen, and the 5% and 95% ends over rows drawn again.
 
-    ``high`` None: that many draws or more have no number that would do.
+    ``high`` None: no number would do there.
     """
 
     n: int
@@ -78,7 +79,9 @@ def units_needed(
         ends = np.array([max(int((values[order] >= start).sum()) - 1, 0)])
     rng = np.random.default_rng(0)
     # Of each threshold: the share accepted, and of each risk that of trials and of errors among all units.
-    shares, seen, again = covered[ends], [], []
+    shares = covered[ends]
+    seen: list[Rates] = []
+    again: list[Rates] = []
     for risk in risks:
         share = group_weights(groups, everyone if risk.trials is None else risk.trials)[order]
         wrong = share * risk.errors[order]
@@ -89,25 +92,32 @@ def units_needed(
         drawn = rng.multinomial(units, chance / chance.sum(), _AGAIN) if units else np.zeros((_AGAIN, chance.size))
         for found, counts in ((seen, chance[None]), (again, drawn)):
             right, bad = np.moveaxis(counts[:, :-1].reshape(len(counts), 2, -1).cumsum(axis=2) / total, 1, 0)
+            if start == "halves" and min_coverage is None:
+                # The best of many thresholds looks better than it is: one error more, where that leaves room.
+                bad = bad + np.minimum(shares / total, risk.alpha * (right + bad) / 2)
             found.append((right + bad, bad))
     alphas = [risk.alpha for risk in risks]
     sizes = trials_needed(0, max(alphas), delta) * np.geomspace(1, 2000, _SIZES)
 
-    def crossing(rates: list[tuple[NDArray[np.float64], NDArray[np.float64]]], fits: int) -> NDArray[np.float64]:
+    def crossing(rates: list[Rates], fits: int, sizes: NDArray[np.float64] = sizes) -> NDArray[np.float64]:
         powers = [_power(n, shares, rates, alphas, delta, min_coverage, start, fits, rng) for n in sizes]
         return _reached(np.array(powers), sizes)
 
-    n = float(crossing(seen, _FITS * _AGAIN)[0])
+    n = float(crossing(seen, 40)[0])
     if not math.isfinite(n):
         return None
-    low, high = np.quantile(crossing(again, _FITS), [0.05, 0.95], method="nearest")
-    return Needed(_two_digits(n), _two_digits(min(low, n)), _two_digits(max(high, n)) if math.isfinite(high) else None)
+    # Where no error was seen power jumps; look closer.
+    near = n * np.geomspace(sizes[0] / sizes[1], sizes[1] / sizes[0], 15)
+    n = min(float(crossing(seen, 40, near)[0]), float(near[-1]))
+    others = np.sort(crossing(again, _FITS))
+    low, high = min(float(others[_AGAIN // 20]), n), max(float(others[-1 - _AGAIN // 20]), n)
+    return Needed(_two_digits(n), _two_digits(low), _two_digits(high) if math.isfinite(high) else None)
 
 
 def _power(
     n: float,
     shares: NDArray[np.float64],
-    rates: list[tuple[NDArray[np.float64], NDArray[np.float64]]],
+    rates: list[Rates],
     alphas: Sequence[float],
     delta: float,
     min_coverage: float | None,
@@ -144,7 +154,8 @@ def _power(
         count = np.floor(m * n)
         allowed = errors_allowed(count, alpha, delta)
         error = k / np.maximum(m, 1e-300)
-        passed = binomial_cdf(np.maximum(allowed, 0).astype(np.float64), count, np.clip(error, 0, 1))
+        most = np.clip(allowed, 0, np.maximum(count - 1, 0))
+        passed = betainc(np.maximum(count - most, 1), most + 1.0, 1 - np.clip(error, 0, 1))
         chance = chance * np.where(allowed >= 0, passed, 0.0)
     if min_coverage is not None and not isinstance(start, str):
         # A threshold that stays: its coverage is tested there.

@@ -126,12 +126,12 @@ def certify_halves(
         )  # fmt: skip
 
     found = attempt(risks)
-    if found.feasible or not smallest:
+    if found.feasible:
         return found
     # Both halves say how good answers are, and the walk of more units would start elsewhere.
     plan = partial(units_needed, values, risks, names, delta=delta, min_coverage=min_coverage, start="halves")
     found = replace(found, plan=plan)
-    return _with_smallest(found, risks, attempt)
+    return found if not smallest else _with_smallest(found, risks, attempt)
 
 
 def _with_smallest(
