@@ -18,13 +18,16 @@ _ROWS = ("halves", "groups", "classes", "positive")
 def _parts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the rows, and keywords of ``fit``; what is left is of the target."""
     rows = {name: options.pop(name) for name in _ROWS if name in options}
+    certifies = options.get("guarantee", "ltt") == "ltt" and options.get("variant") != "naive"
+    rows["rows_independent"] = certifies and rows.get("groups") is None
     origin = Origin(**{name: options.pop(name) for name in _ORIGIN if name in options})
     return rows, {"use": options.pop("use", None), "origin": origin}
 
 
 def fit_softmax_policy(probs: Any, labels: Any, **options: Any) -> Thresholds:
+    options = {"guarantee": "none", **options}
     rows, keywords = _parts(options)
-    target = Softmax.of(**{"guarantee": "none", **options})
+    target = Softmax.of(**options)
     return Thresholds.fit(target, Rows.of(probs, labels, **rows), **keywords)
 
 

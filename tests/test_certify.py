@@ -845,6 +845,12 @@ def make_run(run: Path, n: int = 12_000, seed: int = 0, **changes: object) -> Pr
     return predictions
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock."""
+    files = [one for one in folder.rglob("*") if one.is_file() and one.name != ".lock"]
+    return {str(one.relative_to(folder)): one.read_bytes() for one in files}
+
+
 def test_the_first_claim_is_certified_and_the_same_one_is_no_second(tmp_path: Path) -> None:
     make_run(tmp_path)
     wish = {"policy": "gate", "max_exit_error": 0.02}
@@ -866,7 +872,7 @@ def test_a_second_claim_is_refused_and_the_message_teaches(tmp_path: Path, capsy
     make_run(tmp_path)
     arguments = ["calibrate", "--run", str(tmp_path), "--policy", "gate"]
     assert cli.main([*arguments, "--alpha", "0.02"]) == 0
-    assert "claim 1 of 1 on this certify half; it certifies nothing else" in capsys.readouterr().out
+    assert "claim 1 of 1 on these photos; it certifies nothing else" in capsys.readouterr().out
     before = (tmp_path / "gateparams.json").read_bytes()
     for other in (["--max-exit-error", "0.03"], ["--alpha", "0.02", "--min-coverage", "0.6"]):
         assert cli.main([*arguments, *other]) == 2
@@ -875,7 +881,7 @@ def test_a_second_claim_is_refused_and_the_message_teaches(tmp_path: Path, capsy
             "must serve one claim, which was made (1. gate: coverage >= 0.7, exit error <= 0.02, model mmmmmmmm" in said
         )
         assert "certified)" in said
-        for way in ("--guarantee none", "stage1 split --seed N --overwrite", "--claims K"):
+        for way in ("--guarantee none", "another folder", "--claims K"):
             assert way in said
     assert (tmp_path / "gateparams.json").read_bytes() == before, "a refusal leaves the policy that stands"
     # Neither deleting the policy nor another model resets the count.
@@ -916,18 +922,20 @@ def test_infeasible_is_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert cli.main(["calibrate", "--run", str(tmp_path), "--policy", "gate"]) == 3
     said = capsys.readouterr().err
-    assert (
-        "coverage >= 0.7 with exit error <= 0.01 must be certifiable on the certify half, but it is INFEASIBLE" in said
-    )
-    assert "The smallest exit error that could be certified is 0." in said
-    assert ", at coverage 0." in said
-    assert "rows in the certify half would do (it has 200" in said or "No number of rows would do" in said
-    assert "the old one (thresholds.json) was withdrawn" in said
-    assert read_policy(tmp_path) is None
+    assert "INFEASIBLE" in said and "unspent" in said and "200 rows, of at least 299" in said
+    before = files_of(tmp_path)
+    wish = ["calibrate", "--run", str(tmp_path), "--policy", "gate", "--alpha", ".02", "--min-coverage", ".9"]
+    assert cli.main(wish) == 3
+    said = capsys.readouterr().err
+    assert "INFEASIBLE" in said and "The smallest exit error that could be certified is 0." in said
+    assert "rows kept for it would do (there are 200" in said or "No number of rows would do" in said
+    assert "--guarantee none" in said and "ask for less" not in said and "thresholds.json stands" in said
+    after = files_of(tmp_path)
+    assert after.pop("claims.json") != before.pop("claims.json") and after == before
     half = Splits.read(tmp_path / "splits.json").hashes["val_calib.certify"]
     assert Claims.read(tmp_path / "claims.json").halves[half].uses[0].outcome == "infeasible"
-    assert cli.main(["calibrate", "--run", str(tmp_path), "--policy", "gate"]) == 3, "the same wish, the same answer"
-    assert cli.main(["calibrate", "--run", str(tmp_path), "--policy", "gate", "--alpha", ".05"]) == 2
+    assert cli.main(wish) == 3, "the same wish, the same answer"
+    assert cli.main([*wish[:-3], ".05"]) == 2
 
 
 def test_wrong_wishes_cost_no_claim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -975,7 +983,7 @@ def test_an_empirical_look_is_counted_and_the_certificate_says_so(
     assert policy.certificate is not None
     assert any("2 empirical choice(s)" in text for text in policy.certificate.assumptions)
     assert any("another run folder" in text for text in policy.certificate.assumptions)
-    assert "saw the certify half 2 time(s) before" in capsys.readouterr().err
+    assert "saw these photos 2 time(s) before" in capsys.readouterr().err
     fresh = tmp_path / "fresh"
     make_run(fresh)
     policy = calibrate(fresh, policy="gate", max_exit_error=0.02)
@@ -1101,7 +1109,8 @@ def test_anybodys_logits_for_the_gate(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = gated(12_000)
     file = tmp_path / "mine.npz"
     np.savez(file, probs=rows["probs"], labels=rows["labels"], gate_logits=rows["gate_logits"], half=rows["halves"])
-    arguments = ["calibrate", "--logits", str(file), "--policy", "gate", "--alpha", ".02", "--out", str(tmp_path / "o")]
+    arguments = ["calibrate", "--logits", str(file), "--policy", "gate", "--alpha", ".02", "--out", str(tmp_path / "o"),
+                 "--rows-independent"]  # fmt: skip
     assert cli.main([*arguments, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     policy = GateParams.read(tmp_path / "o" / "gateparams.json")
@@ -1111,7 +1120,7 @@ def test_anybodys_logits_for_the_gate(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (policy.certificate.use, policy.certify_uses) == (None, None)
     # Without halves they are cut here; without gate logits there is no gate.
     np.savez(file, probs=rows["probs"], labels=rows["labels"], gate_logits=rows["gate_logits"])
-    assert calibrate(logits=file, policy="gate", max_exit_error=0.02).n_fit_rows == 6000
+    assert calibrate(logits=file, policy="gate", max_exit_error=0.02, rows_independent=True).n_fit_rows == 6000
     np.savez(file, probs=rows["probs"], labels=rows["labels"])
     with pytest.raises(InputError, match="must hold gate_logits"):
         calibrate(logits=file, policy="gate")

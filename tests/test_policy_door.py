@@ -22,7 +22,7 @@ from stage1_pro.deploy.exporting import export
 from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.prediction import predict, promised
 from stage1_pro.errors import InputError
-from stage1_pro.policies.policy import Origin, read_policy, register, withdraw_policies
+from stage1_pro.policies.policy import Origin, policy_files, read_policy, register
 from stage1_pro.policies.routing import make_router
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import POLICIES, parse_target
@@ -46,7 +46,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run with both halves of val_calib, not calibrated."""
     model = make_model()
     folder = make_run(tmp_path_factory.mktemp("door") / "run", model)
-    withdraw_policies(folder)
+    for name in policy_files():
+        (folder / name).unlink(missing_ok=True)
     splits = Splits.read(folder / "splits.json")
     halves = iter(("fit", "certify", "fit", "certify"))
     rows = [row.model_copy(update={"half": next(halves)}) if row.split == "val_calib" else row for row in splits.rows]
@@ -91,7 +92,7 @@ def test_it_promises_and_the_gate_of_the_loop_holds_it_to_that(tempered: None) -
     p = 1 / (1 + np.exp(-margin))
     rows = Rows.of(
         np.stack([1 - p, p], 1), labels, classes=["none", "roadwork"], positive="roadwork",
-        halves=np.where(np.arange(8000) % 2, "fit", "certify"),
+        halves=np.where(np.arange(8000) % 2, "fit", "certify"), rows_independent=True,
     )  # fmt: skip
     champion = Tempered.fit(Calm(), rows, origin=Origin(model_fingerprint="old"))
     assert champion.guarantee == "ltt" and champion.target.watched() == 0.05

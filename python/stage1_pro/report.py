@@ -114,14 +114,18 @@ def write_report(
     """
     fixed, broken = ([row for row in changes if row["effect"] == effect] for effect in ("fixed", "broken"))
     bad = [row for row in groups if row["errors"] or row["missed_positives"]]
+    from stage1_pro.training.evaluation import one_verdict
+
     notes: list[str] = []
+    check, promises = one_verdict(evaluation)
     measured = {(m.source, m.stage, m.metric): m for m in evaluation.measures}
     suite_stages = [stage for stage in STAGE_NAMES if any(m[1:] == (stage, "augrc") for m in measured)]
     html = page(
         "report.html.j2",
         evaluation=evaluation,
         policy=policy,
-        check=evaluation.fnr_check,
+        check=check,
+        promises=promises,
         sets=evaluation.verification,
         promised=[] if policy is None else policy.story(),
         measured=measured,

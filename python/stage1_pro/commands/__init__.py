@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench cascade": (".bench:BenchCascade", "time both stages, a full pass and the cascade, by deferral rate"),
     "bench latency": (".bench:BenchLatency", "time single calls, p50 to p99: bytes to decision, cold start, peers"),
     "bench compare": (".bench:CompareLatency", "compare two results of bench latency by ratios of quantiles"),
-    "continual plan": (".continual:PlanAudits", "say how many audited exits tell which risk from the promised one"),
+    "continual plan": (".continual:PlanAudits", "say how many audited exits tell which risk from the limit"),
     "continual init": (".continual:Init", "begin a loop with the bundle of a run as its first champion"),
     "continual ingest": (".continual:Ingest", "put what serving logged into the store"),
     "continual status": (".continual:Status", "say where the loop is, what serves, and whether the risk is kept"),

@@ -40,6 +40,9 @@ class Calibration(Command, topic="certificates"):
     delta: Share | None = option(
         None, "ltt: largest chance of a false certificate, all claims together; .05 by default"
     )
+    allow_useless: bool | None = option(
+        None, "certify also what is no better than always answering the commonest class; put on record"
+    )
     claims: Count | None = option(None, "ltt: claims that delta is divided for, fixed by the first; 1 by default")
     out: Annotated[Path | None, _OWN] = option(None, "where to write the policy, a folder or a .json file")
     positive: Annotated[str | None, _OWN] = option(None, "name of the positive class")
@@ -47,15 +50,25 @@ class Calibration(Command, topic="certificates"):
         None, "comma-separated names of the classes; the file's own, else 0, 1, … by default"
     )
 
+    rows_independent: Annotated[bool, _OWN] = option(
+        False, "state that every row is a photo of its own, independent of the others, where the file has no groups"
+    )
+    dry_run: bool = option(
+        False, "say what could be certified by the number of photos alone; nothing is looked at, spent or written"
+    )
+
     def asked_for(self) -> dict[str, Any]:
         """Options of targets that were given."""
-        own = {"run", "logits", "out", "positive", "classes"}
+        own = {"run", "logits", "out", "positive", "classes", "rows_independent", "dry_run"}
         return {name: value for name, value in self if name not in own and value is not None}
 
     def execute(self) -> Result:
         """Print the grid with the chosen threshold in its place, and what it means."""
-        from stage1_pro.training.calibration import calibrate, render
+        from stage1_pro.training.calibration import calibrate, foresee_calibration, render
 
+        if self.dry_run:
+            found = foresee_calibration(self)
+            return Result(found.render(), found.model_dump(mode="json"))
         policy = calibrate(self)
         return Result(render(policy), policy.model_dump(mode="json"))
 
@@ -94,7 +107,7 @@ Calibrate: type[Calibration] = create_model(
 )
 
 
-@keywords(Calibrate)
+@keywords(Calibrate, without=("dry_run",))
 def calibrate(run: Path | str | None = None, *, target: Target | None = None, **options: Any) -> Policy:
     """Choose when Stage A may answer, and write the policy file.
 

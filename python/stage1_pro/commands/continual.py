@@ -38,9 +38,9 @@ class Loop(Command, topic="loop"):
 
 
 class PlanAudits(Command, topic="loop"):
-    """Say how many audited exits tell which risk from the promised one."""
+    """Say how many audited exits tell which risk from the limit."""
 
-    alpha: Share = option(..., "risk of exits that was promised")
+    alpha: Share = option(..., "limit of the risk of exits")
     harms: tuple[float, ...] | None = option(
         None, "true risks to see; 1.5, 2, 3, 5 times alpha by default", name="--harm"
     )
@@ -62,7 +62,7 @@ class Init(Loop, does="init"):
 
     run: Path = option(..., "trained and calibrated run; proposals start from it")
     bundle: Path | None = option(None, "what the run was exported to; RUN/bundle by default")
-    alpha: Share | None = option(None, "risk of exits that is watched; what the policy promises by default")
+    alpha: Share | None = option(None, "limit of the risk of exits; what the policy was asked for by default")
     store: Place | None = option(None, "postgresql://…, or a folder or file for SQLite; ROOT by default")
     log: Path | None = option(None, "folder that serving logs to; ROOT/log by default")
     config: Path | None = option(None, "YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
@@ -95,7 +95,9 @@ class Review(Command, topic="loop"):
     reviewer: str | None = option(None, REVIEWER)
     port: int = option(0, PORT)
     lease: float = option(300.0, "seconds that an image is this reviewer's alone")
-    blind: bool = option(False, "do not show what the cascade said, so that it sways nobody")
+    blind: Annotated[bool, Flag("--show-answers")] = option(
+        True, "show what the cascade said; labels that follow it hide its errors from certificates"
+    )
     browser: Browser = option(True, BROWSER)
     purge: bool = option(False, "remove images whose time is over, and stop")
     as_json: Annotated[bool, Flag(hidden=True)] = False

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 from scipy.special import betaincinv
 
+from stage1_pro.arguments import number, whole
 from stage1_pro.errors import InputError
 
 
@@ -31,11 +29,11 @@ def clopper_pearson_lower(k: int, n: int, level: float = 0.95) -> float:
 
 def check_level(level: float) -> None:
     """Raise InputError unless the level is inside (0, 1)."""
-    if not isinstance(level, int | float | np.number) or not 0 < level < 1:
+    if not 0 < number("level", level) < 1:
         raise InputError(f"level must be in (0, 1), got {level}; 0.95 is usual")
 
 
 def _check_counts(k: int, n: int, level: float) -> None:
     check_level(level)
-    if not 0 <= k <= n or math.isnan(k):
+    if whole("k", k) > whole("n", n, most=2**62):
         raise InputError(f"k must be from 0 to n, got k = {k}, n = {n}; k counts among the n trials")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro import native
+from stage1_pro.arguments import array, flag, floats, number, shown, whole
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.binomial import check_level
 from stage1_pro.metrics.estimate import Estimate, Events, Interval
@@ -53,8 +54,8 @@ class How:
 
     def __post_init__(self) -> None:
         check_level(self.level)
-        if self.method not in ("bca", "percentile", "logit"):
-            raise InputError(f"method must be bca, percentile or logit, got '{self.method}'; bca is the usual one")
+        if not isinstance(self.method, str) or self.method not in get_args(Method):
+            raise InputError(f"method must be bca, percentile or logit, got {shown(self.method)}; bca is the usual one")
 
 
 class Intervals(dict[str, Interval]):
@@ -117,7 +118,7 @@ def bootstrap(
         InputError: an argument is not what it must be; NaN names its row.
     """
     columns, truth = _columns(probs, labels, confidence, threshold, positive, metrics)
-    return _intervals([columns], groups, truth if stratify else None, metrics, How(**how))
+    return _intervals([columns], groups, truth if flag("stratify", stratify) else None, metrics, How(**how))
 
 
 def bootstrap_errors(
@@ -177,7 +178,7 @@ def compare(
     if pairs[0][0].confidence.size != pairs[1][0].confidence.size:
         raise InputError("a and b must be of the same rows, got other numbers of them; compare row by row")
     models = [columns for columns, _ in pairs]
-    strata = pairs[0][1] if stratify else None
+    strata = pairs[0][1] if flag("stratify", stratify) else None
     return _intervals(models, groups, strata, metrics, done)
 
 
@@ -205,8 +206,9 @@ def bootstrap_answers(
         InputError: as ``bootstrap``.
     """
     check_level(level)
+    whole("n_replicates", n_replicates, 1, 10**9)
     _, truth = _columns(probs, labels, None, None, positive)
-    values = np.asarray(probs, dtype=np.float64)
+    values = floats("probs", probs)
     values = np.stack([1 - values, values], axis=1) if values.ndim == 1 else values
     n, n_classes = values.shape
     rows = AnswerRows(values, truth, 1 if positive is None and n_classes == 2 else positive)
@@ -246,8 +248,8 @@ def bootstrap_augrc(
 
 
 def _n_classes(probs: ArrayLike) -> int:
-    values = np.asarray(probs)
-    return 2 if values.ndim == 1 else values.shape[-1]
+    values = array("probs", probs)
+    return values.shape[1] if values.ndim == 2 else 2
 
 
 def _columns(
@@ -259,13 +261,12 @@ def _columns(
     metrics: str | Sequence[str] = (),
 ) -> tuple[native.Columns, NDArray[np.int64]]:
     """Rows of one model from probabilities, and the labels."""
-    values = np.asarray(probs)
-    if values.ndim == 1 and values.dtype.kind in "biuf":
-        values = np.stack([1 - values, values], axis=1)
-    values, truth = check_probabilities(values, labels)
+    column = array("probs", probs)
+    both = np.stack([1 - column, column], axis=1) if column.ndim == 1 else probs
+    values, truth = check_probabilities(both, labels)
     n_classes = values.shape[1]
-    if positive is not None and (not isinstance(positive, int | np.integer) or not 0 <= positive < n_classes):
-        raise InputError(f"positive must be a class index 0 to {n_classes - 1}, got {positive}; number it by columns")
+    if positive is not None:
+        whole("positive", positive, most=n_classes - 1, what="a class index")
     answered, highest = largest(values)
     sure = highest if confidence is None else confidence
     scores, errors = native.rows(sure, answered != truth)
@@ -287,9 +288,8 @@ def _columns(
 def _threshold(threshold: float | None) -> float | None:
     if threshold is None:
         return None
-    if not isinstance(threshold, int | float | np.number) or math.isnan(float(threshold)):
-        shown = "NaN" if isinstance(threshold, float) else repr(threshold)
-        raise InputError(f"threshold must be a number, got {shown}; leave it out to measure no exits")
+    if math.isnan(number("threshold", threshold)):
+        raise InputError("threshold must be a number, got NaN; leave it out to measure no exits")
     return float(threshold)
 
 
@@ -307,7 +307,7 @@ def _wanted(metrics: str | Sequence[str], columns: native.Columns) -> list[str]:
         if metrics == "all":
             return known
         metrics = [metrics]
-    metrics = [str(name) for name in metrics]
+    metrics = [str(name)[:40] for name in metrics] if isinstance(metrics, list | tuple | set) else []
     if not metrics:
         raise InputError('metrics must name at least one metric, got none; "all" measures every one')
     for name in metrics:
@@ -318,7 +318,7 @@ def _wanted(metrics: str | Sequence[str], columns: native.Columns) -> list[str]:
         missing = [] if spec is None else [need for need in spec.needs if need in absent]
         if spec is None or spec.kind != "rows" or missing:
             hint = f"; it needs {_NEEDED[missing[0]]}" if missing else nearest(name, known)
-            raise InputError(f"metrics must be all or names such as augrc, got '{name}'{hint}")
+            raise InputError(f"metrics must be all or names such as augrc, got {shown(name)}{hint}")
     return list(dict.fromkeys(metrics))
 
 

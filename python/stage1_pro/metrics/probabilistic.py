@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.arguments import binary, floats, indices, sum_slack, whole
 from stage1_pro.errors import InputError
 
 # -log of it is 708.4: a certain and wrong answer costs much, but the mean stays a number.
@@ -58,10 +59,7 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float:
         score: [N], higher is more positive.
         positive: [N] booleans.
     """
-    scores, truth = np.asarray(score, dtype=np.float64), np.asarray(positive)
-    if truth.dtype != np.bool_ and not np.isin(truth, (0, 1)).all():
-        raise InputError("positive must be booleans, got other values; compare labels with the positive class first")
-    truth = truth.astype(bool)
+    scores, truth = floats("score", score), binary("positive", positive)
     _one_shape("score", scores, "positive", truth)
     _no_nan("score", scores)
     n_positive, n_negative = int(truth.sum()), int((~truth).sum())
@@ -145,6 +143,7 @@ def ece(probs: ArrayLike, labels: ArrayLike, *, bins: int = ECE_BINS) -> float:
     rows. Other arguments as in ``nll``.
     """
     values, truth = check_probabilities(probs, labels)
+    whole("bins", bins, 1, 10**6)
     count, sure, right = calibration_bins(values.max(axis=1), values.argmax(axis=1) == truth, bins=bins)
     kept = count > 0
     return float(np.sum(count[kept] * np.abs(sure[kept] - right[kept])) / truth.size)
@@ -169,8 +168,6 @@ def calibration_bins(
     sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     _one_shape("confidence", sure, "correct", right)
     _no_nan("confidence", sure)
-    if bins < 1:
-        raise InputError(f"bins must be at least 1, got {bins}; 15 is usual")
     place = calibration_places(sure, bins=bins)
     count = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
@@ -250,35 +247,22 @@ class Resampled:
 
 
 def _answers(predicted: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    answers, truth = np.asarray(predicted), np.asarray(labels)
+    answers, truth = indices("predicted", predicted), indices("labels", labels)
     _one_shape("predicted", answers, "labels", truth)
     return answers, truth
 
 
 def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Give probabilities [N, K] and labels [N] that can be trusted; raise InputError naming the first wrong row."""
-    try:
-        values, truth = np.asarray(probs, dtype=np.float64), np.asarray(labels)
-    except (ValueError, TypeError):
-        raise InputError("probs must be numbers [N, K] in rows of one length, got something else") from None
+    values = floats("probs", probs)
     if values.ndim != 2 or values.shape[1] < 2:
         raise InputError(
             f"probs must have shape [N, K] with K at least 2, got {list(values.shape)}; one column per class"
         )
+    truth = indices("labels", labels, n_classes=values.shape[1])
     _one_shape("probs", values[:, 0], "labels", truth)
-    if truth.dtype.kind not in "biuf":
-        raise InputError(f"labels must be class indices, got an array of {truth.dtype}; number the classes by columns")
-    wrong = (truth < 0) | (truth >= values.shape[1])
-    if truth.dtype.kind == "f":
-        wrong |= truth != np.floor(truth)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise InputError(
-            f"labels must be class indices 0 to {values.shape[1] - 1}, got {truth[row]} at row {row}; "
-            "number the classes in the order of the columns"
-        )
     with np.errstate(invalid="ignore"):
-        off = (_across(np.minimum, values) < 0) | ~(np.abs(_across(np.add, values) - 1) <= 1e-3)
+        off = (_across(np.minimum, values) < 0) | ~(np.abs(_across(np.add, values) - 1) <= sum_slack(probs))
     if off.any():
         # A NaN is off as well.
         _no_nan("probs", values)
@@ -287,7 +271,7 @@ def check_probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np
             f"probs must be non-negative rows that sum to 1, got {values[row].tolist()} at row {row}; "
             "logits need a softmax first"
         )
-    return values, truth.astype(np.int64)
+    return values, truth
 
 
 def _one_shape(first_name: str, first: NDArray[Any], second_name: str, second: NDArray[Any]) -> None:

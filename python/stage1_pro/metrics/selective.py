@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro import native
+from stage1_pro.arguments import binary, check_share, choice, floats, number, whole
 from stage1_pro.errors import InputError
 
 NanPolicy = Literal["raise", "propagate"]
@@ -55,12 +56,14 @@ def relative_cost(exit_rate: ArrayLike, tap: int, n_blocks: int) -> NDArray[np.f
         n_blocks: L.
 
     Raises:
-        InputError: a tap that is none of the blocks.
+        InputError: a tap that is none of the blocks, or rates outside [0, 1].
     """
-    if not 1 <= tap <= n_blocks:
+    if not 1 <= whole("tap", tap, -(2**62)) <= whole("n_blocks", n_blocks):
         raise InputError(f"tap must be a block from 1 to {n_blocks}, got {tap}; count from 1")
-    share = tap / n_blocks
-    cost: NDArray[np.float64] = share + (1 - np.asarray(exit_rate, np.float64)) * (1 - share)
+    share, rates = tap / n_blocks, floats("exit_rate", exit_rate)
+    if not ((rates >= 0) & (rates <= 1)).all():
+        raise InputError("exit_rate must be in [0, 1], got others; it is a share of the rows")
+    cost: NDArray[np.float64] = share + (1 - rates) * (1 - share)
     return cost
 
 
@@ -158,8 +161,7 @@ def risk_at_coverage(confidence: ArrayLike, error: ArrayLike, coverage: float) -
 
     The returned point carries the coverage achieved: ties may force it above the one asked for.
     """
-    if not 0 < coverage <= 1:
-        raise InputError(f"coverage must be in (0, 1], got {coverage}; it is a share of the rows")
+    check_share("coverage", coverage, most=True)
     curve = native.sweep(confidence, error)
     accepted = curve[1]
     return _point(curve, int(np.argmax(accepted >= coverage * int(accepted[-1]) * (1 - _ROUNDING))))
@@ -170,7 +172,7 @@ def coverage_at_risk(confidence: ArrayLike, error: ArrayLike, risk: float) -> Op
 
     Only achievable thresholds count; where none meets the risk, nothing is accepted (coverage 0).
     """
-    if not 0 <= risk <= 1:
+    if not 0 <= number("risk", risk) <= 1:
         raise InputError(f"risk must be in [0, 1], got {risk}; it is a mean error")
     curve = native.sweep(confidence, error)
     _, accepted, wrong, *_ = curve
@@ -185,7 +187,8 @@ def fnr_on_exited(positive: ArrayLike, predicted_positive: ArrayLike, exited: Ar
 
     All three are booleans [N]: the row is positive, Stage A answers positive, the row exits.
     """
-    truth, answer, gone = (np.asarray(values, dtype=bool) for values in (positive, predicted_positive, exited))
+    given = {"positive": positive, "predicted_positive": predicted_positive, "exited": exited}
+    truth, answer, gone = (binary(name, values) for name, values in given.items())
     if truth.ndim != 1 or answer.shape != truth.shape or gone.shape != truth.shape:
         raise InputError(
             "positive, predicted_positive and exited must have one shape [N], got "
@@ -197,15 +200,13 @@ def fnr_on_exited(positive: ArrayLike, predicted_positive: ArrayLike, exited: Ar
 
 
 def _propagates(confidence: ArrayLike, error: ArrayLike, nan_policy: NanPolicy) -> bool:
-    if nan_policy not in ("raise", "propagate"):
-        raise InputError(f"nan_policy must be raise or propagate, got '{nan_policy}'; raise names the row")
-    return nan_policy == "propagate" and any(
-        bool(np.isnan(np.asarray(values, dtype=np.float64)).any()) for values in (confidence, error)
-    )
+    choice("nan_policy", nan_policy, ("raise", "propagate"))
+    given = {"confidence": confidence, "error": error}
+    return nan_policy == "propagate" and any(bool(np.isnan(floats(*one)).any()) for one in given.items())
 
 
 def _weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
-    values = np.asarray(weights, dtype=np.float64)
+    values = floats("weights", weights)
     if values.shape != (n,):
         raise InputError(f"weights must have shape [{n}], one per row, got {list(values.shape)}; give each row its own")
     wrong = ~np.isfinite(values) | (values < 0)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro import native
+from stage1_pro.arguments import Grid, binary, grid_of, indices, number, on_grid, whole
 from stage1_pro.errors import InputError, NotReachableError
 
 
@@ -141,13 +142,7 @@ def dual_threshold(
         InputError: an argument is not what it must be; NaN names its row.
         NotReachableError: no pair meets both limits; the message names the nearest.
     """
-    given = np.asarray(positive)
-    if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
-        row = int(np.isin(given, (0, 1)).argmin())
-        raise InputError(
-            f"positive must be booleans or 0/1, got {given.flat[row]!s} at row {row}; compare with the class"
-        )
-    truth = given.astype(np.bool_)
+    truth = binary("positive", positive)
     scores, found = native.rows(score, truth)
     outside = (scores < 0) | (scores > 1)
     if outside.any():
@@ -163,7 +158,7 @@ def dual_threshold(
     assert limit is not None
     targets = {"max_fnr": max_fnr, name: limit}
     for target, value in targets.items():
-        if not 0 <= value < 1:
+        if not 0 <= number(target, value) < 1:
             raise InputError(f"{target} must be in [0, 1), got {value}; 0.02 is usual")
     values, accepted, positives, *_ = native.sweep(scores, found)
     accepted, positives = np.append(0, accepted), np.append(0, positives)
@@ -176,7 +171,7 @@ def dual_threshold(
     )
     if upper < 0:
         raise NotReachableError(_why_not(targets, accepted, positives, *nearest))
-    chosen = _count(scores, truth, *_place(values, upper, lower, scores.dtype))
+    chosen = _count(scores, truth, *_place(values, upper, lower, grid_of(score)))
     if chosen.n_exited != accepted[upper] + accepted[-1] - accepted[lower]:
         raise AssertionError("the thresholds do not decide as the search did")
     return chosen
@@ -186,10 +181,12 @@ def _answers(
     labels: ArrayLike, predicted: ArrayLike | None, losses: NDArray[Any], positive: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which rows are positive and which are answered positive, [N] each."""
-    truth = _classes("labels", labels, losses.shape)
+    truth = indices("labels", labels, losses.size, like="confidence")
+    whole("positive", positive, -(2**62))
     is_positive = np.ascontiguousarray(truth == positive)
     if predicted is not None:
-        return is_positive, np.ascontiguousarray(_classes("predicted", predicted, losses.shape) == positive)
+        answered = indices("predicted", predicted, losses.size, like="confidence")
+        return is_positive, np.ascontiguousarray(answered == positive)
     if losses.dtype != np.uint8:
         raise InputError("predicted must be given when error holds losses, got None; a loss does not tell the answer")
     other = (truth < 0) | (truth > 1)
@@ -201,24 +198,15 @@ def _answers(
     return is_positive, is_positive ^ losses.view(np.bool_)
 
 
-def _classes(name: str, values: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
-    given = np.asarray(values)
-    if given.shape != shape:
-        raise InputError(f"{name} must have shape {list(shape)} as confidence, got {list(given.shape)}; one per row")
-    if given.dtype.kind not in "biu":
-        raise InputError(f"{name} must be class indices, got an array of {given.dtype}; map names to indices")
-    return given.astype(np.uint8) if given.dtype == np.bool_ else given
-
-
-def _place(values: NDArray[np.float64], upper: int, lower: int, dtype: np.dtype[Any]) -> tuple[float, float]:
+def _place(values: NDArray[np.float64], upper: int, lower: int, grid: Grid) -> tuple[float, float]:
     """Thresholds (lower, upper) that exit the first ``upper`` groups as positive and those from ``lower`` as negative.
 
     Both are numbers of the scores' dtype: comparing with such scores rounds nothing. The caller's ``lower`` is not 0.
     """
 
     def between(low: float, high: float, share: float, otherwise: float) -> float:
-        number = float(dtype.type(low + share * (high - low)))
-        return number if low < number < high else otherwise
+        found = float(on_grid(low + share * (high - low), grid))
+        return found if low < found < high else otherwise
 
     if upper == lower < values.size:
         high, low = float(values[upper - 1]), float(values[upper])

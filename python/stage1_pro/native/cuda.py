@@ -102,7 +102,7 @@ class CudaRouter:
 
     Args:
         max_rows: the largest batch; nothing is allocated after this.
-        threshold: rounded to float32; no NaN.
+        threshold: rounded up to float32, so that nothing exits below it; no NaN.
         platt: None decides by probability, (scale, offset) by sigmoid(scale * gate + offset).
         device: number of the device.
 

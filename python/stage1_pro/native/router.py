@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stage1_pro.arguments import on_grid
 from stage1_pro.errors import InputError
 from stage1_pro.native.backend import kernels
 from stage1_pro.native.rows import MAX_ROWS
@@ -38,7 +39,7 @@ class Router:
 
     Args:
         max_rows: the largest batch; nothing is allocated after this.
-        threshold: rounded to float32; no NaN.
+        threshold: rounded up to float32, so that nothing exits below it; no NaN.
         platt: None decides by probability.
     """
 
@@ -111,15 +112,14 @@ class Router:
 
 
 def check_rule(max_rows: int, threshold: float, platt: tuple[float, float] | None) -> float:
-    """The threshold as float32."""
+    """The smallest float32 at or above the threshold: a float32 score reaches both or neither."""
     if not 1 <= max_rows <= MAX_ROWS:
         raise InputError(f"max_rows must be 1 to {MAX_ROWS}, got {max_rows}; take the largest batch")
     if math.isnan(threshold):
         raise InputError("threshold must be a number, got NaN; take it from a policy")
     if platt is not None and not all(map(math.isfinite, platt)):
         raise InputError(f"platt must be two finite numbers, got {platt}; fit the gate again")
-    with np.errstate(over="ignore"):
-        return float(np.float32(threshold))
+    return float(on_grid(threshold, "float32"))
 
 
 def check_batch(shape: Sequence[int], max_rows: int, uses_gate: bool, gate: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.arguments import array, names
 from stage1_pro.errors import InputError
 from stage1_pro.native._reference import Swept
 from stage1_pro.native.backend import kernels
@@ -24,12 +25,12 @@ def rows(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[Any], NDArray
     other shapes, no rows, NaN (naming the row), and errors outside [0, 1].
     """
     # Aligned as well: an array may look into somebody's buffer at any byte.
-    scores = np.require(confidence, requirements=["C", "A"])
+    scores = np.require(array("confidence", confidence), requirements=["C", "A"])
     if scores.dtype != np.float32:
-        scores = _floats("confidence", scores)
-    losses = np.require(error, requirements=["C", "A"])
+        scores = np.require(scores, dtype=np.float64, requirements=["C", "A"])
+    losses = np.require(array("error", error), requirements=["C", "A"])
     if losses.dtype != np.bool_:
-        losses = _floats("error", losses)
+        losses = np.require(losses, dtype=np.float64, requirements=["C", "A"])
     if scores.ndim != 1 or losses.shape != scores.shape:
         raise InputError(
             f"confidence and error must have one shape [N], got {list(scores.shape)} and {list(losses.shape)}; "
@@ -53,31 +54,9 @@ def rows(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[Any], NDArray
     return scores, binary if np.array_equal(binary, losses) else losses
 
 
-def _floats(name: str, values: NDArray[Any]) -> NDArray[np.float64]:
-    if values.dtype.kind not in "biuf":
-        raise InputError(f"{name} must be numbers, got an array of {values.dtype}; convert it first")
-    return np.require(values, dtype=np.float64, requirements=["C", "A"])
-
-
 def cluster_numbers(groups: ArrayLike, n: int) -> NDArray[np.uint32]:
     """Number groups 0..G-1 in sorted order of their names, [N], so that row order does not matter."""
-    names = np.asarray(groups)
-    if names.shape != (n,):
-        raise InputError(
-            f"groups must have shape [{n}], one group per row, got {list(names.shape)}; pass one name per row"
-        )
-    if names.dtype.kind in "fO":
-        # NaN, None and the gaps of tables are no group of their own.
-        missing = np.fromiter((name is None or name != name for name in names.tolist()), dtype=bool, count=n)  # noqa: PLR0124
-        if missing.any():
-            row = int(missing.argmax())
-            raise InputError(
-                f"groups must name a group for every row, got {names[row]} at row {row}; name it or drop it"
-            )
-    try:
-        return np.unique(names, return_inverse=True)[1].astype(np.uint32)
-    except TypeError:
-        raise InputError("groups must be all names or all numbers, got a mix; convert them to strings") from None
+    return np.unique(names("groups", groups, n), return_inverse=True)[1].astype(np.uint32)
 
 
 def order(confidence: ArrayLike, error: ArrayLike) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

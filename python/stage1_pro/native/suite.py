@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.arguments import whole
 from stage1_pro.errors import InputError
 from stage1_pro.native import _reference
 from stage1_pro.native.backend import kernels
@@ -289,15 +290,9 @@ def _cell_laws(n: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[
 
 
 def _check_resampling(n_replicates: int, seed: int, threads: int) -> None:
-    for name, value in (("n_replicates", n_replicates), ("seed", seed), ("threads", threads)):
-        if not isinstance(value, int | np.integer):
-            raise InputError(f"{name} must be an integer, got {value!r}; give a whole number")
-    if n_replicates < 1:
-        raise InputError(f"n_replicates must be at least 1, got {n_replicates}; 1000 is usual")
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed must be from 0 to 2**64 - 1, got {seed}; choose a non-negative number")
-    if threads < 0:
-        raise InputError(f"threads must be 0 or more, got {threads}; 0 takes every processor")
+    whole("n_replicates", n_replicates, 1, 10**9)
+    whole("seed", seed, most=2**64 - 1)
+    whole("threads", threads)
 
 
 def _workers(threads: int, n_replicates: int) -> int:

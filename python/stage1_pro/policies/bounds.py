@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc, ndtri
 
+from stage1_pro.arguments import array, check_share, floats, number, whole
 from stage1_pro.errors import InputError
 
+MOST_UNITS = 10**12
 # -------------------------------------------------------------------------------- 0/1 losses: exact binomial
 
 
@@ -28,13 +30,7 @@ def coverage_p_value(accepted: ArrayLike, n: ArrayLike, min_coverage: float) -> 
         n: all rows or groups, integers of the same shape.
         min_coverage: c0, inside (0, 1).
     """
-    count, total = np.asarray(accepted), np.asarray(n)
-    if count.dtype.kind not in "iu" or total.dtype.kind not in "iu":
-        raise InputError(f"accepted and n must be integers, got {count.dtype} and {total.dtype}; count, never average")
-    count, total = np.broadcast_arrays(count, total)
-    bad = np.flatnonzero((count < 0) | (count > total))
-    if bad.size:
-        raise InputError(f"accepted must be from 0 to n, got {count.flat[bad[0]]} of {total.flat[bad[0]]}")
+    count, total = _counts("accepted", accepted, "n", n)
     check_share("min_coverage", min_coverage)
     return np.where(count > 0, betainc(np.maximum(count, 1), total - count + 1.0, min_coverage), 1.0)
 
@@ -52,6 +48,24 @@ def binomial_cdf(k: NDArray[np.float64], m: NDArray[np.float64], alpha: float) -
     )
 
 
+def risk_p_value(errors: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    """P(Bin(m, alpha) <= k): the exact p-value of "the risk is above alpha", in [0, 1]; small is evidence against.
+
+    See ``binomial_cdf``. No trial gives 1.
+
+    Args:
+        errors: k, integers of any shape.
+        trials: m, integers of the same shape.
+        alpha: inside (0, 1).
+
+    Raises:
+        InputError: counts that are no integers, or more errors than trials.
+    """
+    k, m = _counts("errors", errors, "trials", trials)
+    check_share("alpha", alpha)
+    return binomial_cdf(k.astype(np.float64), m.astype(np.float64), alpha)
+
+
 def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.int64]:
     """The most errors among ``trials`` with which risk <= alpha is still certified at delta; -1 where none is enough.
 
@@ -60,22 +74,35 @@ def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.
         alpha: inside (0, 1).
         delta: inside (0, 1).
     """
-    m = np.asarray(trials, dtype=np.float64)
-    k = np.floor(np.clip(m * alpha + ndtri(delta) * np.sqrt(m * alpha * (1 - alpha)), -1, m))
+    m = floats("trials", trials)
+    check_share("alpha", alpha)
+    check_share("delta", delta)
+    if not ((m >= 0) & (m <= MOST_UNITS) & (m == np.floor(m))).all():
+        raise InputError(f"trials must be whole numbers from 0 to {MOST_UNITS:.0e}, got others; count, never average")
+    # Cornish and Fisher's quantile is seldom more than one away.
+    z = float(ndtri(delta))
+    guess = m * alpha + z * np.sqrt(m * alpha * (1 - alpha)) + (z * z - 1) * (1 - 2 * alpha) / 6 - 0.5
+    k = np.floor(np.clip(guess, -1, m)).ravel()
+    trials_of, unsettled = m.ravel(), np.arange(k.size)
 
-    def passes(errors: NDArray[np.float64]) -> NDArray[np.bool_]:
-        enough = (errors < m) & (binomial_cdf(np.maximum(errors, 0.0), m, alpha) <= delta)
+    def passes(at: NDArray[np.int64], errors: NDArray[np.float64]) -> NDArray[np.bool_]:
+        of = trials_of[at]
+        enough = (errors < of) & (binomial_cdf(np.maximum(errors, 0.0), of, alpha) <= delta)
         return np.asarray((errors < 0) | enough, dtype=bool)
 
-    while not passes(k).all():
-        k = np.where(passes(k), k, k - 1)
-    while (grows := passes(k + 1)).any():
-        k = np.where(grows, k + 1, k)
-    return np.asarray(k, dtype=np.int64)
+    while unsettled.size:
+        unsettled = unsettled[~passes(unsettled, k[unsettled])]
+        k[unsettled] -= 1
+    unsettled = np.arange(k.size)
+    while unsettled.size:
+        unsettled = unsettled[passes(unsettled, k[unsettled] + 1)]
+        k[unsettled] += 1
+    return np.asarray(k, dtype=np.int64).reshape(m.shape)
 
 
 def trials_needed(errors: int, alpha: float, delta: float) -> int:
     """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
+    whole("errors", errors, most=MOST_UNITS // 1000)
     check_share("alpha", alpha)
     check_share("delta", delta)
     found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, 1))
@@ -154,7 +181,7 @@ def betting_p_value(
     check_share("delta", delta)
     loss, weight = _losses(losses, weights)
     gains, spread = alpha * weight - loss, alpha * (1 - alpha) if variance is None else variance
-    if not 0 < spread <= 1 or not 0 < worst <= 1:
+    if not 0 < number("variance", spread) <= 1 or not 0 < number("worst", worst) <= 1:
         raise InputError(f"variance and worst must be in (0, 1], got {spread} and {worst}")
     if -gains.min(initial=0.0) > worst * (1 + 1e-9):
         raise InputError(f"worst must be the most that any pair can lose, got {worst}, and one lost {-gains.min()}")
@@ -162,7 +189,12 @@ def betting_p_value(
 
 
 def betting_upper(
-    losses: ArrayLike, delta: float, *, weights: ArrayLike | None = None, alpha: float | None = None
+    losses: ArrayLike,
+    delta: float,
+    *,
+    weights: ArrayLike | None = None,
+    alpha: float | None = None,
+    variance: float | None = None,
 ) -> float:
     """Upper bound of a mean loss, or of E[loss] / E[weight], at level 1 - delta, in [0, 1]; no loss gives 1.
 
@@ -173,6 +205,7 @@ def betting_upper(
         delta: inside (0, 1).
         weights: [G] in [0, 1]; 1 by default.
         alpha: the ratio that the bets aim at; without one they learn the spread from nothing.
+        variance: with alpha: that alpha a - v is expected to have, as in ``betting_p_value``.
     """
     check_share("delta", delta)
     loss, weight = _losses(losses, weights)
@@ -180,7 +213,7 @@ def betting_upper(
         bets = _bets(loss, 0.25, 1, delta)
     else:
         check_share("alpha", alpha)
-        bets = _bets(alpha * weight - loss, alpha * (1 - alpha), 20, delta)
+        bets = _bets(alpha * weight - loss, alpha * (1 - alpha) if variance is None else variance, 20, delta)
     return _smallest(lambda ratio: _log_capital(ratio * weight - loss, bets) >= -math.log(delta))
 
 
@@ -300,18 +333,33 @@ def _log_capital(gains: NDArray[np.float64], bets: NDArray[np.float64]) -> float
     return max(float(np.cumsum(np.log1p(bets * gains)).max(initial=0.0)), 0.0)
 
 
+def _counts(
+    part: str, of_part: ArrayLike, whole_name: str, of_whole: ArrayLike
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Integers of one shape, the first no more than the second."""
+    count, total = array(part, of_part), array(whole_name, of_whole)
+    if count.dtype.kind not in "iu" or total.dtype.kind not in "iu":
+        raise InputError(
+            f"{part} and {whole_name} must be integers, got {count.dtype} and {total.dtype}; count, never average"
+        )
+    try:
+        count, total = np.broadcast_arrays(count, total)
+    except ValueError:
+        raise InputError(
+            f"{part} and {whole_name} must have one shape, got {list(count.shape)} and {list(total.shape)}; pair them"
+        ) from None
+    bad = np.flatnonzero((count < 0) | (count > total))
+    if bad.size:
+        raise InputError(f"{part} must be from 0 to {whole_name}, got {count.flat[bad[0]]} of {total.flat[bad[0]]}")
+    return count, total
+
+
 def _losses(losses: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    loss = np.asarray(losses, dtype=np.float64)
-    weight = np.ones(loss.shape) if weights is None else np.asarray(weights, dtype=np.float64)
+    loss = floats("losses", losses)
+    weight = np.ones(loss.shape) if weights is None else floats("weights", weights)
     if loss.ndim != 1 or weight.shape != loss.shape:
         raise InputError(f"losses and weights must have shape [G], got {list(loss.shape)} and {list(weight.shape)}")
     for name, values in (("losses", loss), ("weights", weight)):
         if not ((values >= 0) & (values <= 1)).all():
             raise InputError(f"{name} must be in [0, 1], got others; scale them")
     return loss, weight
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise InputError unless ``value`` is inside (0, 1)."""
-    if not 0 < value < 1:
-        raise InputError(f"{name} must be inside (0, 1), got {value}; it is a share")

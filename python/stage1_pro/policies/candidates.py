@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.arguments import binary, check_share
+from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
 from stage1_pro.policies.certificate import Method, RiskCounts
@@ -20,13 +22,23 @@ JOINT = ("rcps", "crc")
 class Risk:
     """A risk to hold below ``alpha``: the share of errors among the accepted rows that are trials.
 
-    ``errors`` and ``trials`` are bool [N]; an error that is no trial does not count. ``trials`` None: every row is one.
+    ``errors`` and ``trials`` are 0/1 or bool [N]; an error that is no trial does not count. ``trials`` None: every row
+    is one.
+
+    Raises:
+        InputError: alpha is outside (0, 1), or errors or trials are not what they must be.
     """
 
     name: str
     alpha: float
     errors: NDArray[np.bool_]
     trials: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        check_share(f"alpha of {self.name}", self.alpha)
+        object.__setattr__(self, "errors", binary(f"errors of {self.name}", self.errors))
+        if self.trials is not None:
+            object.__setattr__(self, "trials", binary(f"trials of {self.name}", self.trials))
 
 
 class Counts:
@@ -35,7 +47,7 @@ class Counts:
     ``joint``: trials count whether accepted or not.
     """
 
-    chunk = 1 << 62  # all at once
+    chunk = 4096
 
     def __init__(
         self,
@@ -60,11 +72,12 @@ class Counts:
             return np.zeros(at.size)
         return bounds.coverage_p_value(self.accepted[at], self.n, self.min_coverage)
 
-    def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of "a risk is above its limit": the largest of the risks' at candidates [T]."""
+    def p_risk(self, at: NDArray[np.int64], alphas: Sequence[float] | None = None) -> NDArray[np.float64]:
+        """Of "a risk is above its limit": the largest of the risks' at candidates [T]; ``alphas``: other limits."""
+        limits = [risk.alpha for risk in self.risks] if alphas is None else alphas
         found = [
-            bounds.binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), risk.alpha)
-            for risk, k, m in zip(self.risks, self.k, self.m, strict=True)
+            bounds.binomial_cdf(k[at].astype(np.float64), m[at].astype(np.float64), alpha)
+            for alpha, k, m in zip(limits, self.k, self.m, strict=True)
         ]
         return np.asarray(np.max(found, axis=0), dtype=np.float64)
 
@@ -114,6 +127,8 @@ class Means:
         min_coverage: float | None,
         joint: bool,
         seed: int,
+        largest: int | None = None,
+        squares: Sequence[float] | None = None,
     ) -> None:
         _, member = np.unique(names, return_inverse=True)
         self.n = int(member.max(initial=-1)) + 1
@@ -123,9 +138,16 @@ class Means:
         self.ranked = ranked(values)
         self.ends = count_at_least(values, order)
         everyone = np.ones(values.size, dtype=bool)
-        self.everyone = group_weights(self.member, everyone)
+
+        def weights(trials: NDArray[np.bool_]) -> NDArray[np.float64]:
+            # Of photos: sums over a group as shares of the largest. Else means: a group's rows share one.
+            return group_weights(self.member, trials) if largest is None else trials / largest
+
+        self.everyone = weights(everyone)
+        self.whole = np.ones(self.n) if largest is None else np.bincount(self.member, self.everyone, self.n)
         self.trials = [everyone if risk.trials is None else risk.trials for risk in risks]
-        self.shares = [group_weights(self.member, trials) for trials in self.trials]
+        self.shares = [weights(trials) for trials in self.trials]
+        self.squares = squares
 
     def _means(self, i: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Each group's sum of the weights of accepted rows [G]: a mean, as they sum to 1 over all its trials."""
@@ -144,22 +166,32 @@ class Means:
         if self.min_coverage is None:
             return np.zeros(at.size)
         wish = 1 - self.min_coverage
-        return np.array([bounds.betting_p_value(1 - self._means(int(i), self.everyone), wish, self.delta) for i in at])
+        deferred = [np.maximum(self.whole - self._means(int(i), self.everyone), 0.0) for i in at]
+        return np.array([
+            bounds.betting_p_value(one, wish, self.delta, weights=self.whole, variance=self._variance(0, wish))
+            for one in deferred
+        ])  # fmt: skip
+
+    def _variance(self, place: int, alpha: float) -> float | None:
+        """What bets begin with: that of errors at the limit; place 0 is the coverage's, then come the risks'."""
+        return None if self.squares is None else alpha * (1 - alpha) * self.squares[place]
 
     def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of "a risk is above its limit", from the pairs of each risk."""
         return np.array([max(self._p_one(risk, int(i)) for risk in range(len(self.risks))) for i in at])
 
     def _p_one(self, risk: int, i: int) -> float:
-        loss, weights = self._pairs(risk, i)
-        return bounds.betting_p_value(loss, self.risks[risk].alpha, self.delta, weights=weights)
+        (loss, weights), alpha = self._pairs(risk, i), self.risks[risk].alpha
+        variance = self._variance(1 + risk, alpha)
+        return bounds.betting_p_value(loss, alpha, self.delta, weights=weights, variance=variance)
 
     def risks_at(self, i: int, level: float) -> tuple[RiskCounts, ...]:
         """Counts of groups at candidate ``i``; bounds at 1 - level and p-values from the means."""
         found = []
         for number, risk in enumerate(self.risks):
             loss, weights = self._pairs(number, i)
-            bound = bounds.betting_upper(loss, level, weights=weights, alpha=risk.alpha)
+            variance = self._variance(1 + number, risk.alpha)
+            bound = bounds.betting_upper(loss, level, weights=weights, alpha=risk.alpha, variance=variance)
             trials, errors = int(np.count_nonzero(weights)), int(np.count_nonzero(loss))
             found.append(RiskCounts(
                 name=risk.name, alpha=risk.alpha, trials=trials, errors=errors, bound=bound,
@@ -173,7 +205,7 @@ class Means:
 
     def coverage_at(self, i: int) -> float:
         """The mean of their accepted shares."""
-        return float(self._means(i, self.everyone).sum()) / max(self.n, 1)
+        return float(self._means(i, self.everyone).sum()) / max(float(self.whole.sum()), 1e-300)
 
     def crc_risk(self, risk: int, i: int) -> float:
         """(sum of losses + 1) / (groups + 1)."""
@@ -263,6 +295,25 @@ def group_weights(groups: ArrayLike | None, eligible: NDArray[np.bool_]) -> NDAr
         _, member = np.unique(np.asarray(groups), return_inverse=True)
         weights /= np.maximum(np.bincount(member, weights), 1)[member]
     return weights
+
+
+def photo_shares(
+    groups: NDArray[np.generic], trials: NDArray[np.bool_] | None, largest: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """Photos of each group that are trials [G], as shares of the largest group, in the order of betting; none is 0.
+
+    Raises:
+        InputError: a group is larger than was stated.
+    """
+    names, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if sizes.max(initial=0) > largest:
+        raise InputError(
+            f"largest_group must be at least the number of photos of every group, got {largest} and group "
+            f"'{names[sizes.argmax()]}' with {sizes.max()}; state the largest group that can ever come"
+        )
+    order = np.random.default_rng(seed).permutation(names.size)
+    counts = np.bincount(order[member], None if trials is None else trials, names.size)
+    return counts[counts > 0] / largest
 
 
 def ranked(scores: NDArray[np.float64]) -> NDArray[np.int64]:

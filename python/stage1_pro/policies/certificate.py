@@ -11,6 +11,7 @@ from stage1_pro.record import Record
 
 Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+LABELS_RIGHT = "the labels are right; labels that follow the model's own answers hide its errors"
 NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
 
 
@@ -58,6 +59,7 @@ class CertificateRecord(Record):
         ge=0, le=1, description="the largest of all constraints, at the threshold; null for crc"
     )
     seed: int = Field(description="of the row that speaks for its group")
+    largest_group: int | None = Field(None, description="with unit photos: rows of the largest group there is")
     guarantee: str
     assumptions: list[str]
 
@@ -72,9 +74,13 @@ class PromiseCheck(Record):
     limit: float
     errors: int
     trials: int
-    lower: float = Field(description="Clopper-Pearson, one-sided 99%; above the limit: FAIL")
-    upper: float = Field(description="Clopper-Pearson, one-sided 95%; at or below the limit: PASS")
-    outcome: Outcome
+    lower: float = Field(description="one-sided 99%, shared by the policy's own promises; above the limit: FAIL")
+    upper: float = Field(description="one-sided 95%; at or below the limit: PASS")
+    outcome: Outcome | None = Field(description="null: nobody promised it, so nothing is judged")
+    photo_errors: int | None = Field(
+        None, description="the same of all photos, where a group counts once; null elsewhere"
+    )
+    photo_trials: int | None = None
     n_to_settle: int | None = Field(description="units in all that would settle it if rates stay as seen")
 
 
@@ -121,7 +127,7 @@ class SetCheck(Record):
     size follows from them for two classes that never give an empty set, and otherwise from betting on size / K.
     """
 
-    outcome: Outcome = Field(description="FAIL when any promise fails; sources aside")
+    outcome: Outcome | None = Field(description="FAIL when any promise fails, sources aside; null: nothing is promised")
     statement: str = Field(description="the outcome in words")
     promises: list[PromiseCheck]
     n: int

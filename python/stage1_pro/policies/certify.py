@@ -17,15 +17,16 @@ from typing import Literal, TypedDict, Unpack, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.errors import InputError, nearest
-from stage1_pro.policies.bounds import check_share, coverage_p_value, errors_allowed, trials_needed
-from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least
-from stage1_pro.policies.certificate import Method, RiskCounts
+from stage1_pro.arguments import array, at_or_above, check_share, choice, floats, grid_of, on_grid, shown
+from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
+from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, photo_shares
+from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts
 from stage1_pro.policies.needed import Needed, units_needed
 from stage1_pro.policies.planning import plan_calibration
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 
-CountedAs = Literal["auto", "rows", "groups", "group_means"]
+CountedAs = Literal["auto", "rows", "groups", "group_means", "photos"]
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
 
@@ -38,10 +39,15 @@ class Certificate:
     the first one (of ``bonferroni`` and ``holm`` the one with the smallest p-value). ``alpha``, ``errors``, ``trials``
     and ``risk_bound`` are of the first risk; ``risks`` has all. With ``group_means`` counts are of groups: those with
     an accepted trial, those with an error among them; bounds and p-values come from the means.
+
+    ``accepts`` is how to apply it. ``threshold`` is a number of the dtype that scores were certified in (float16,
+    bfloat16, float32, whole numbers), so that ``scores >= threshold`` accepts the same rows in that dtype. Scores that
+    were certified in a wider dtype and rounded since are other scores: nobody can tell what they were, and they are
+    compared as they are. Certify in the dtype that will be served.
     """
 
     feasible: bool
-    threshold: float | None  # accept iff score >= it
+    threshold: float | None  # accept iff score >= it; see ``accepts``
     coverage: float | None  # accepted units / units
     risk_bound: float | None
     min_certifiable_alpha: float | None  # the smallest one that would have passed; None when the coverage failed
@@ -61,6 +67,17 @@ class Certificate:
     min_coverage: float | None
     seed: int
     plan: Callable[[], Needed | None] = field(repr=False, compare=False)
+
+    def accepts(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """Say which scores are accepted, of their shape: compared as float64, whatever their dtype; NaN never is.
+
+        Raises:
+            InputError: scores that are no numbers.
+            NotReachableError: infeasible: there is no threshold.
+        """
+        if self.threshold is None:
+            raise NotReachableError(f"the certificate must be feasible to accept anything, got: {self.reason}")
+        return at_or_above("scores", scores, self.threshold)
 
     @cached_property
     def needed(self) -> Needed | None:
@@ -98,6 +115,8 @@ class Options(TypedDict, total=False):
     unit: CountedAs
     seed: int
     rows_independent: bool
+    largest_group: int | None
+    squares: Sequence[float] | None
 
 
 def certify_threshold(
@@ -115,7 +134,7 @@ def certify_threshold(
     The form of ``certify`` for one risk.
 
     Args:
-        scores: [N], higher is surer; NaN is never accepted.
+        scores: [N], higher is surer, in the dtype that will be served; NaN is never accepted.
         errors: [N] of 0 and 1.
         alpha: largest risk, inside (0, 1).
         delta: largest chance that the certificate is false, inside (0, 1).
@@ -126,16 +145,16 @@ def certify_threshold(
     Raises:
         InputError: an argument is not what it must be.
     """
-    trials, name = None, "error on accepted rows"
-    if condition == "exit&y=1":
+    trials, name, values = None, "error on accepted rows", floats("scores", scores)
+    if isinstance(condition, str) and condition == "exit&y=1":
         if labels is None:
             raise InputError(
                 "labels must be given for condition 'exit&y=1', got None; they say which rows are positive"
             )
-        trials, name = _zero_one("labels", labels, np.size(scores)), "error on accepted positives"
-    elif condition != "exit":
-        raise InputError(f"condition must be 'exit' or 'exit&y=1', got '{condition}'")
-    risk = Risk(name, alpha, _zero_one("errors", errors, np.size(scores)), trials)
+        trials, name = _zero_one("labels", labels, values), "error on accepted positives"
+    elif not isinstance(condition, str) or condition != "exit":
+        raise InputError(f"condition must be 'exit' or 'exit&y=1', got {shown(condition)}; choose one")
+    risk = Risk(name, alpha, _zero_one("errors", errors, values), trials)
     return certify(scores, [risk], delta=delta, **options)
 
 
@@ -151,6 +170,8 @@ def certify(
     unit: CountedAs = "auto",
     seed: int = 0,
     rows_independent: bool = False,
+    largest_group: int | None = None,
+    squares: Sequence[float] | None = None,
 ) -> Certificate:
     """Find the last threshold that passes every constraint, walking a frozen order until one fails.
 
@@ -169,6 +190,10 @@ def certify(
     E[v] >= alpha E[a] is tested by betting on the pairs (``betting_p_value``), and the coverage on the groups' accepted
     shares. It is worth it where groups differ within; where a group's rows are all alike, one row each is exact and
     takes fewer groups.
+
+    ``photos`` promises shares of photos instead: v_i and a_i are sums over the rows of group i, as shares of the
+    largest group that can ever come, which the caller states; E[v] / E[a] is then the share of all accepted photos
+    that are wrong, and large groups count as much as they hold.
 
     Methods (``delta`` is the chance of a false certificate, ``crc`` apart):
 
@@ -191,32 +216,56 @@ def certify(
         method: see above; ``bonferroni`` and ``holm`` take 20 ranks where no candidates are given.
         groups: [N] clip or track of every row.
         unit: what is counted: groups where rows share one (``auto``), by one row each or by their means
-            (``group_means``), or rows, which needs ``rows_independent``.
+            (``group_means``), by their sums (``photos``), or rows, which needs ``rows_independent``.
         seed: of the row that speaks for its group.
         rows_independent: the caller states that rows of one group are independent.
+        largest_group: with ``photos``: rows of the largest group that can ever come.
+        squares: with ``photos``: mean square of groups' trials as shares of the largest, of the coverage and of each
+            risk, which bets begin with; from other rows than these.
 
     Raises:
         InputError: an argument is not what it must be; grouped rows are to count as rows without that statement.
     """
-    values = _check(scores, risks, delta, min_coverage, method)
+    values = check_rows(scores, risks, delta, min_coverage)
+    _check_method(method, min_coverage)
     counted, names = counting_unit(groups, values.size, unit, rows_independent)
     everyone = np.ones(values.size, dtype=bool)
     drawn = one_each(names, everyone, seed)
     among = [drawn if risk.trials is None else one_each(names, risk.trials, seed) for risk in risks]
     n = drawn.size
-    if candidates is None and counted == "group_means":
+    if counted == "photos":
+        if largest_group is None or names is None or method in JOINT:
+            raise InputError(
+                f"largest_group must be given where the unit is photos, with a method other than "
+                f"{' and '.join(JOINT)}, got {largest_group} with {method}"
+            )
+        photo_shares(names, None, largest_group)
+    if candidates is None and counted in ("group_means", "photos"):
         raise InputError(
-            "candidates must be given where the unit is group_means, got None; rows above a rank of one row each are "
+            f"candidates must be given where the unit is {counted}, got None; rows above a rank of one row each are "
             "independent, whole groups are not: take them from the fit half with order_candidates"
         )
     if candidates is None:
         order = _ranks(values, drawn, among[0], risks[0].alpha, delta, min_coverage, method)
     else:
         order = _given_order(candidates, method)
+    # What a narrower dtype rounds in a comparison must be on its grid: scores of that dtype are then decided alike.
+    order = on_grid(order, grid_of(scores))
     joint = method in JOINT
     tests = (
-        Means(values, risks, names, order, delta, min_coverage, joint, seed)
-        if counted == "group_means" and names is not None
+        Means(
+            values,
+            risks,
+            names,
+            order,
+            delta,
+            min_coverage,
+            joint,
+            seed,
+            largest_group if counted == "photos" else None,
+            squares if counted == "photos" else None,
+        )
+        if counted in ("group_means", "photos") and names is not None
         else Counts(values, risks, drawn, among, order, min_coverage, joint)
     )
     choice = choose(tests, method, delta)
@@ -229,7 +278,7 @@ def certify(
     covered = bool(n) and float(tests.p_coverage(np.array([shown]))[0]) <= choice.coverage_level
     reason, smallest, there = "", None, None
     if chosen is None:
-        where = f"at the {'first' if method == 'ltt_fst' else 'nearest'} candidate, {order[shown]:.6g}"
+        where = f"at threshold {order[shown]:.3g}"
         reason = _reason(
             found, where, tests.accepted_at(shown), n, counted, choice.level, min_coverage, covered,
             expectation=method == "crc",
@@ -248,7 +297,9 @@ def certify(
         candidates=order[choice.tested],
         p_values=choice.p_values,
         guarantee="none: infeasible" if chosen is None else _sentence(risks, n, counted, delta, min_coverage, method),
-        assumptions=_assumptions(counted, names is None and groups is not None, candidates is None, method),
+        assumptions=_assumptions(
+            counted, names is None and groups is not None, candidates is None, method, largest_group
+        ),
         n=n,
         accepted=tests.accepted_at(shown),
         risks=found,
@@ -271,37 +322,36 @@ def certify(
     )
 
 
-def _check(
-    scores: ArrayLike, risks: Sequence[Risk], delta: float, min_coverage: float | None, method: Method
+def check_rows(
+    scores: ArrayLike, risks: Sequence[Risk], delta: float, min_coverage: float | None
 ) -> NDArray[np.float64]:
     """Scores [N] in float64; raises InputError as ``certify`` says."""
-    values = np.asarray(scores, dtype=np.float64)
+    values = floats("scores", scores)
     if values.ndim != 1:
         raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
     check_share("delta", delta)
     if min_coverage is not None:
         check_share("min_coverage", min_coverage)
-    if method not in get_args(Method):
-        raise InputError(
-            f"method must be one of {', '.join(get_args(Method))}, got '{method}'{nearest(method, get_args(Method))}"
-        )
-    if method == "crc" and min_coverage is not None:
-        raise InputError(
-            f"min_coverage must be None for crc, got {min_coverage}; it promises an expectation of one risk, nothing "
-            "about the coverage: use ltt_fst"
-        )
-    if not risks:
-        raise InputError("risks must name at least one risk, got none")
+    if not isinstance(risks, list | tuple) or not risks or not all(isinstance(risk, Risk) for risk in risks):
+        raise InputError("risks must name at least one risk, got none; give a list of Risk")
     for risk in risks:
-        check_share(f"alpha of {risk.name}", risk.alpha)
         if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
             raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
     return values
 
 
+def _check_method(method: Method, min_coverage: float | None) -> None:
+    choice("method", method, get_args(Method))
+    if method == "crc" and min_coverage is not None:
+        raise InputError(
+            f"min_coverage must be None for crc, got {min_coverage}; it promises an expectation of one risk, nothing "
+            "about the coverage: use ltt_fst"
+        )
+
+
 def _given_order(candidates: ArrayLike, method: Method) -> NDArray[np.float64]:
     """Candidates [T] in the order of testing: as given, or strict to lax where the method needs that."""
-    order = np.asarray(candidates, dtype=np.float64)
+    order = floats("candidates", candidates)
     if order.ndim != 1 or order.size == 0 or np.isnan(order).any():
         raise InputError(
             f"candidates must be at least one threshold [T] without NaN, got shape {list(order.shape)}; "
@@ -325,7 +375,8 @@ def _ranks(
     """
     rows = drawn if min_coverage is not None else trials
     known = np.unique(values[rows][~np.isnan(values[rows])])
-    # Just above a score: what is accepted lies strictly above it. Above -inf lies everything.
+    # Just above a score: what is accepted lies strictly above it (the next number of its dtype, once on its grid).
+    # Above -inf lies everything.
     order = np.append(np.nextafter(known[::-1], np.inf), -np.inf)
     if method in JOINT:
         return order[min(1, order.size - 1) :]
@@ -363,7 +414,7 @@ def _reason(
     *,
     expectation: bool,
 ) -> str:
-    unit = "groups" if unit == "group_means" else unit
+    unit = "rows" if unit == "rows" else "groups"
     if n == 0:
         return f"there are no certify {unit}"
     where = f"{at}, {accepted} of {n} {unit} are accepted"
@@ -395,10 +446,12 @@ _HOW: dict[Method, str] = {
 def _sentence(
     risks: Sequence[Risk], n: int, unit: Unit, delta: float, min_coverage: float | None, method: Method
 ) -> str:
-    image = "a new image" if unit == "rows" else "one image drawn from a new group"
-    if unit != "rows" and any(risk.trials is not None for risk in risks):
+    image = {"rows": "a new image", "photos": "all images to come, large groups with all of theirs"}.get(
+        unit, "one image drawn from a new group"
+    )
+    if unit in ("groups", "group_means") and any(risk.trials is not None for risk in risks):
         image += " (a rate of positives: one positive drawn from a new group that has any; such groups count alike)"
-    units = "groups" if unit == "group_means" else unit
+    units = "rows" if unit == "rows" else "groups"
     names = [
         risk.name
         if method not in JOINT
@@ -414,21 +467,27 @@ def _sentence(
         )
     if min_coverage is not None:
         wishes.insert(0, f"coverage at least {100 * min_coverage:g}%")
-    tests = "betting on group means" if unit == "group_means" else "exact binomial tests"
+    tests = {"group_means": "betting on group means", "photos": "betting on sums over groups"}.get(
+        unit, "exact binomial tests"
+    )
     return (
         f"With probability at least {100 * (1 - delta):g}% over the draw of the {n} certify {units}, this holds of "
         f"{image}: {' and '.join(wishes)} ({tests} {_HOW[method]})."
     )
 
 
-def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method) -> tuple[str, ...]:
-    units = "groups" if unit == "group_means" else unit
+def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method, largest: int | None = None) -> tuple[str, ...]:
+    units = "rows" if unit == "rows" else "groups"
     found = [
         f"certify {units} are independent draws of what will be seen later, and nothing shifts",
+        LABELS_RIGHT,
         "model, wish and order of testing were fixed before anybody looked at the certify rows",
     ]
-    if stated:
-        found.append("rows of one group are independent, as the caller states")
+    if unit == "rows":
+        of = "rows of one group are independent" if stated else "every row is independent of the others"
+        found.append(f"{of}, as the caller states")
+    if unit == "photos":
+        found.append(f"no group holds more than {largest} images")
     if unit == "groups":
         found.append(
             "one row speaks for its group, drawn without a look at scores or errors; large groups count no more"
@@ -444,10 +503,10 @@ def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method) -> tuple
     return tuple(found)
 
 
-def _zero_one(name: str, given: ArrayLike, n: int) -> NDArray[np.bool_]:
-    values = np.asarray(given)
-    if values.shape != (n,):
-        raise InputError(f"{name} must have shape [{n}] as scores, got {list(values.shape)}; give one per row")
-    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+def _zero_one(name: str, given: ArrayLike, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+    values = array(name, given)
+    if values.shape != (scores.size,):
+        raise InputError(f"{name} must have shape [{scores.size}] as scores, got {list(values.shape)}; one per row")
+    if not np.isin(values, (0, 1)).all():
         raise InputError(f"{name} must be 0 or 1, got other values; exact binomial bounds need 0/1 losses")
     return values.astype(bool)

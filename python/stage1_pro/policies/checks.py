@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -17,9 +18,14 @@ PASS_LEVEL, FAIL_LEVEL = 0.95, 0.99
 _MOST_ROWS = 10**9
 
 
-def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> PromiseCheck:
-    """Hold a promise of at most ``limit`` against counts; ``n`` units in all, for the number that would settle it."""
-    lower = clopper_pearson_lower(errors, trials, FAIL_LEVEL)
+def check_claim(name: str, errors: int, trials: int, limit: float, n: int, of: int = 1) -> PromiseCheck:
+    """Hold a promise of at most ``limit`` against counts; ``n`` units in all, for the number that would settle it.
+
+    ``of`` so many promises of one policy that are checked together, any fails by chance in at most 1% of cases: they
+    share that level (Bonferroni). To pass together each must pass, so that level is not shared.
+    """
+    fail_level = 1 - (1 - FAIL_LEVEL) / of
+    lower = clopper_pearson_lower(errors, trials, fail_level)
     upper = clopper_pearson_upper(errors, trials, PASS_LEVEL)
     outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
     needed = None
@@ -29,7 +35,7 @@ def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> Pr
         def settles(m: int) -> bool:
             if rate < limit:
                 return clopper_pearson_upper(math.ceil(rate * m), m, PASS_LEVEL) <= limit
-            return clopper_pearson_lower(math.floor(rate * m), m, FAIL_LEVEL) > limit
+            return clopper_pearson_lower(math.floor(rate * m), m, fail_level) > limit
 
         more = first_enough(settles, trials, _MOST_ROWS)
         needed = None if more is None else math.ceil(more * n / trials)
@@ -37,6 +43,38 @@ def check_claim(name: str, errors: int, trials: int, limit: float, n: int) -> Pr
         name=name, limit=limit, errors=errors, trials=trials, lower=lower, upper=upper, outcome=outcome,
         n_to_settle=needed,
     )  # fmt: skip
+
+
+def check_photos(
+    name: str,
+    errors: NDArray[np.bool_],
+    trials: NDArray[np.bool_],
+    groups: NDArray[np.generic],
+    limit: float,
+    largest: int,
+    of: int = 1,
+) -> PromiseCheck:
+    """Hold a promise of at most ``limit`` of photos, in groups of at most ``largest``, against rows [N]: by betting.
+
+    Errors that are no trials do not count. Where a group is larger than was stated its own size is taken, so that the
+    bounds hold for rows like these.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(0).permutation(names.size)[member]
+    scale = max(largest, int(np.bincount(member).max()))
+    of_each, wrong = (np.bincount(order, one, names.size) / scale for one in (trials, errors & trials))
+    upper = betting_upper(wrong, 1 - PASS_LEVEL, weights=of_each, alpha=limit)
+    lower = 1 - betting_upper(of_each - wrong, (1 - FAIL_LEVEL) / of, weights=of_each, alpha=1 - limit)
+    outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
+    return PromiseCheck(
+        name=name, limit=limit, errors=int((errors & trials).sum()), trials=int(trials.sum()), lower=lower, upper=upper,
+        outcome=outcome, n_to_settle=None,
+    )  # fmt: skip
+
+
+def unjudged(found: Sequence[PromiseCheck]) -> list[PromiseCheck]:
+    """The same of what nobody promised: counts and bounds without an outcome."""
+    return [one.model_copy(update={"outcome": None, "n_to_settle": None}) for one in found]
 
 
 def share_of(count: int, of: int) -> ShareOf:

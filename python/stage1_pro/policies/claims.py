@@ -1,7 +1,12 @@
-"""Uses of a certify half, counted: one claim is a promise, the best of several is a selection."""
+"""Uses of the rows kept for certificates, counted: one claim is a promise, the best of several is a selection.
+
+Claims follow the photos. A certify half that shares a photo with an earlier one of the same run, whatever the seed of
+the split, a row that was dropped or a label that was mended, is another cut of the same photos: all cuts share delta.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +18,10 @@ from stage1_pro.files import sha256_bytes
 from stage1_pro.record import Record
 
 CLAIMS_FILE = "claims.json"
+# Digits of a content hash that tell photos apart: a million of them collide with chance 3e-8.
+_DIGITS = 16
+# Shares of delta add up to it but for rounding.
+_ROUNDING = 1 + 1e-9
 
 
 class Claim(Record):
@@ -23,6 +32,7 @@ class Claim(Record):
     wish: str
     model_fingerprint: str
     outcome: Literal["open", "certified", "infeasible"] = "open"
+    number: int | None = Field(None, description="among the claims on all cuts of its photos; null: its place")
 
 
 class HalfClaims(Record):
@@ -36,12 +46,42 @@ class HalfClaims(Record):
 class Claims(Record):
     """``claims.json``: every use of every certify half of a run, by the half's hash.
 
-    It outlives policies and trainings: a certify half that was looked at stays looked at.
+    It outlives policies, trainings and splits: photos that were looked at stay looked at.
     """
 
     format_version: Literal[1] = 1
     halves: dict[str, HalfClaims] = Field({})
     looks: dict[str, int] = Field({}, description="empirical choices that saw a certify half, which promise nothing")
+    rows: dict[str, list[str]] = Field(
+        {},
+        description="photos of each half that was used, in the order of first use, by the first digits of their "
+        "content hash; a half that is not here is of an older version and taken to share photos with all others",
+    )
+
+    @classmethod
+    def of(cls, run: Path) -> Claims:
+        """Those of a run, none where it has no file; raises ArtifactError where the file is damaged."""
+        return cls.read(run / CLAIMS_FILE) if (run / CLAIMS_FILE).is_file() else cls()
+
+    def seen(self, half: str, rows: Iterable[str]) -> Claims:
+        """The same with a half's photos, by their content hashes."""
+        found = sorted({one[:_DIGITS] for one in rows})
+        return self.model_copy(update={"rows": {**self.rows, half: found}})
+
+    def cuts(self, half: str) -> list[str]:
+        """Halves that share photos with this one, also by way of others, it among them, in the order of first use."""
+        known = list(dict.fromkeys([*(one for one in (*self.halves, *self.looks) if one not in self.rows), *self.rows]))
+        photos = {one: set(self.rows[one]) if one in self.rows else None for one in known}
+        found, waiting = {half}, [half]
+        while waiting:
+            mine = photos.get(waiting.pop())
+            near = [
+                one for one in known
+                if one not in found and (mine is None or (yours := photos[one]) is None or not mine.isdisjoint(yours))
+            ]  # fmt: skip
+            found.update(near)
+            waiting += near
+        return [one for one in known if one in found]
 
 
 @dataclass(frozen=True)
@@ -52,12 +92,31 @@ class Stake:
     claims: int
     use: int
     key: str
-    looks: int = 0  # empirical choices that had seen the half before
+    looks: int = 0  # empirical choices that had seen photos of the half before
+    cut: int = 1  # which cut of these photos the half is, from 1
+    left: int = 0  # claims that may be made after this one
+    made: bool = False  # it was made before
+
+    def assumptions(self) -> tuple[str, ...]:
+        """What a certificate takes for granted of the photos that made it, which the run's files cannot show."""
+        found = "these photos certified nothing in another run folder, whose claims nobody counts here"
+        if self.cut > 1:
+            found += (
+                f"; this is cut {self.cut} of these photos here, and delta is shared by the {self.claims} claims on "
+                "all of them"
+            )
+        more = [found]
+        if self.looks:
+            more.append(
+                f"the wish does not come from the {self.looks} empirical choice(s) that saw these rows before it"
+            )
+        return tuple(more)
 
 
-def stake_claim(
+def weigh_claim(
     run: Path,
     half: str,
+    rows: Iterable[str],
     *,
     policy: str,
     wish: str,
@@ -66,15 +125,16 @@ def stake_claim(
     delta: float | None,
     claims: int | None,
     defaults: tuple[float, int],
-) -> Stake:
-    """Write down in ``RUN/claims.json`` that a certify half is about to be used, before anybody looks at it.
+) -> tuple[Stake, Claims]:
+    """Say which claim this would be, and what ``RUN/claims.json`` would then hold; nothing is written.
 
-    The very same claim (model, preprocessing, policy and wish) is no new use. The first claim fixes delta and the
-    number of claims it is divided by; another certify half starts anew.
+    The very same claim (model, preprocessing, policy and wish on the same half) is no new use. The first claim on any
+    cut of these photos fixes delta and the number of claims it is divided by.
 
     Args:
         run: run folder.
         half: hash of the certify half.
+        rows: content hash of each of its photos.
         policy: what will be certified.
         wish: its constraints in words.
         model_fingerprint: of the weights.
@@ -87,58 +147,69 @@ def stake_claim(
         InputError: all declared claims have been made, or delta or their number differ from what was declared.
         ArtifactError: ``claims.json`` is damaged.
     """
-    path = run / CLAIMS_FILE
-    known = Claims.read(path) if path.is_file() else Claims()
-    counted = known.halves.get(half) or HalfClaims(delta=delta or defaults[0], claims=claims or defaults[1], uses=[])
-    key = sha256_bytes(f"{model_fingerprint}\n{preprocessing_fingerprint}\n{policy}\n{wish}".encode())
-    for name, given, declared in (
-        ("claims", claims or counted.claims, counted.claims),
-        ("delta", delta or counted.delta, counted.delta),
-    ):
-        if given != declared:
+    known = Claims.of(run).seen(half, rows)
+    cuts = known.cuts(half)
+    kin = [known.halves[one] for one in cuts if one in known.halves]
+    own = known.halves.get(half)
+    # Where cuts that were declared apart turn out to share photos, the stricter declaration holds.
+    declared = own or HalfClaims(
+        delta=min((one.delta for one in kin), default=delta or defaults[0]),
+        claims=max((one.claims for one in kin), default=claims or defaults[1]),
+        uses=[],
+    )
+    for name, given, before in (("claims", claims, declared.claims), ("delta", delta, declared.delta)):
+        if given is not None and given != before:
             raise InputError(
-                f"--{name} must be {declared:g}, as declared at the first claim on this run's certify half, got "
-                f"{given:g}; dividing delta after looking would promise nothing"
+                f"--{name} must be {before:g}, as declared at the first claim on these photos, got {given:g}; dividing "
+                "delta after looking would promise nothing"
             )
-    place = next((i for i, use in enumerate(counted.uses) if use.key == key), None)
+    key = sha256_bytes(f"{model_fingerprint}\n{preprocessing_fingerprint}\n{policy}\n{wish}".encode())
+    level, n_made = declared.delta / declared.claims, sum(len(one.uses) for one in kin)
+    left = (declared.delta * _ROUNDING - sum(len(one.uses) * one.delta / one.claims for one in kin)) // level
+    place = next((i for i, use in enumerate(declared.uses) if use.key == key), None)
     if place is None:
-        if len(counted.uses) >= counted.claims:
-            raise _refused(run, counted, policy, wish)
-        place = len(counted.uses)
-        claim = Claim(key=key, policy=policy, wish=wish, model_fingerprint=model_fingerprint)
-        _put(path, known, half, counted.model_copy(update={"uses": [*counted.uses, claim]}))
-    return Stake(counted.delta, counted.claims, place + 1, key, known.looks.get(half, 0))
+        if left < 1:
+            raise _refused(run, declared, kin, policy, wish, len(cuts))
+        use, left = n_made + 1, left - 1
+        claim = Claim(key=key, policy=policy, wish=wish, model_fingerprint=model_fingerprint, number=use)
+        declared = declared.model_copy(update={"uses": [*declared.uses, claim]})
+        known = known.model_copy(update={"halves": {**known.halves, half: declared}})
+    else:
+        use = declared.uses[place].number or place + 1
+    looks, cut = sum(known.looks.get(one, 0) for one in cuts), cuts.index(half) + 1
+    stake = Stake(declared.delta, declared.claims, use, key, looks, cut, max(int(left), 0), made=place is not None)
+    return stake, known
 
 
-def note_look(run: Path, half: str) -> None:
+def note_look(run: Path, half: str, rows: Iterable[str]) -> None:
     """Count that an empirical choice, which promises nothing, saw a certify half; a later certificate says so."""
-    path = run / CLAIMS_FILE
-    known = Claims.read(path) if path.is_file() else Claims()
-    known.model_copy(update={"looks": {**known.looks, half: known.looks.get(half, 0) + 1}}).write(path)
+    known = Claims.of(run).seen(half, rows)
+    looks = {**known.looks, half: known.looks.get(half, 0) + 1}
+    known.model_copy(update={"looks": looks}).write(run / CLAIMS_FILE)
 
 
 def close_claim(run: Path, half: str, stake: Stake, outcome: Literal["certified", "infeasible"]) -> None:
     """Note how a claim ended, for the message that refuses the next one."""
-    known = Claims.read(run / CLAIMS_FILE)
+    known = Claims.of(run)
     counted = known.halves[half]
     uses = [use.model_copy(update={"outcome": outcome}) if use.key == stake.key else use for use in counted.uses]
-    _put(run / CLAIMS_FILE, known, half, counted.model_copy(update={"uses": uses}))
+    counted = counted.model_copy(update={"uses": uses})
+    known.model_copy(update={"halves": {**known.halves, half: counted}}).write(run / CLAIMS_FILE)
 
 
-def _put(path: Path, known: Claims, half: str, counted: HalfClaims) -> None:
-    known.model_copy(update={"halves": {**known.halves, half: counted}}).write(path)
-
-
-def _refused(run: Path, counted: HalfClaims, policy: str, wish: str) -> InputError:
+def _refused(run: Path, declared: HalfClaims, kin: list[HalfClaims], policy: str, wish: str, n_cuts: int) -> InputError:
+    uses = [use for one in kin for use in one.uses]
     made = "; ".join(
         f"{i}. {use.policy}: {use.wish}, model {use.model_fingerprint[:8]}: {use.outcome}"
-        for i, use in enumerate(counted.uses, 1)
+        for i, use in enumerate(uses, 1)
     )
-    one = counted.claims == 1
+    must = "one claim" if declared.claims == 1 else f"the {declared.claims} claims declared"
+    cuts = f", in {n_cuts} cuts that share photos" if n_cuts > 1 else ""
     return InputError(
-        f"the certify half of {run} must serve {'one claim' if one else f'the {counted.claims} claims declared'}, "
-        f"which {'was' if one else 'were'} made ({made}), got another ({policy}: {wish}). Rows that were looked at "
-        "certify nothing more: the best of 5 tries is certified falsely in 19% of cases at delta 5%. Keep what stands; "
-        "or choose with --guarantee none, which promises nothing; or cut new splits (stage1 split --seed N "
-        "--overwrite, train again), and where several wishes are foreseen divide delta before the first: --claims K"
+        f"the photos of {run} kept for the certificate{cuts} must serve {must}, which "
+        f"{'was' if len(uses) == 1 else 'were'} made ({made}), got another ({policy}: {wish}). Photos that were looked "
+        "at certify nothing more, however they are cut: the best of 5 tries is certified falsely in 19% of cases at "
+        "delta 5%. Keep what stands; or choose with --guarantee none, which promises nothing; or label photos that "
+        "were never used here and split them into another folder, and where several targets are "
+        "foreseen divide delta before the first: --claims K"
     )

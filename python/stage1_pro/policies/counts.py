@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stage1_pro.arguments import Grid, on_grid
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.candidates import ranked
 from stage1_pro.policies.certificate import SweepRow
@@ -18,13 +19,16 @@ SWEEP_ROWS = 512
 NOISE = 4e-6
 
 
-def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def gaps(
+    descending: NDArray[np.float64], lowest: float, grid: Grid = "float64"
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Where equal scores end, [T] indices, and thresholds [T] in the middle of the gap below each.
 
     As far as can be from every row, so that a runtime's rounding flips none. Neighbouring floats have no number between
     them; the threshold is then the score itself. Probabilities (a finite ``lowest``) that differ by no more than
     rounding count as equal: one photo twice in a batch can get two scores, and no threshold may part them. Where scores
-    lie so dense that a run of such differences is longer than rounding, each stands for itself.
+    lie so dense that a run of such differences is longer than rounding, each stands for itself. Thresholds are numbers
+    of the dtype that scores came in, ``grid``, which decides alike when it compares in itself.
     """
     ends = descending[1:] < descending[:-1]
     if math.isfinite(lowest):
@@ -34,7 +38,7 @@ def gaps(descending: NDArray[np.float64], lowest: float) -> tuple[NDArray[np.int
     first = np.append(0, last[:-1] + 1)
     low = np.append(descending[first][1:], min(lowest, high[-1]))
     with np.errstate(invalid="ignore"):
-        middle = low + (high - low) / 2
+        middle = on_grid(low + (high - low) / 2, grid)
     return last, np.where((middle > low) & (middle <= high), middle, high)
 
 
@@ -82,7 +86,9 @@ class ExitCounts:
         )
 
 
-def count_exits(rows: Rows, score: NDArray[np.float64], at: ArrayLike | None = None, *, lowest: float) -> ExitCounts:
+def count_exits(
+    rows: Rows, score: NDArray[np.float64], at: ArrayLike | None = None, *, lowest: float, grid: Grid = "float64"
+) -> ExitCounts:
     """Count exits of rows whose score is at or above each threshold, strictest first; NaN never exits.
 
     One sort and cumulative sums; rows of equal score exit together. Without ``at`` there is one
@@ -94,11 +100,12 @@ def count_exits(rows: Rows, score: NDArray[np.float64], at: ArrayLike | None = N
         score: [N] what decides, higher is surer; at least one is not NaN.
         at: thresholds [T] to count at instead.
         lowest: lower end of the score's range, closes the last gap.
+        grid: dtype that scores came in, which thresholds are numbers of.
     """
     order = ranked(score)
     descending, missed = score[order], rows.missed(rows.positive)[order]
     if at is None:
-        last, threshold = gaps(descending, lowest)
+        last, threshold = gaps(descending, lowest, grid)
         n_exited = last + 1
     else:
         threshold = np.asarray(at, dtype=np.float64)

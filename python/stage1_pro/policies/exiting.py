@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
+from stage1_pro.arguments import Grid
+from stage1_pro.errors import NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
@@ -17,6 +20,7 @@ from stage1_pro.policies.ordering import certify_halves, infeasible, record
 from stage1_pro.policies.policy import Origin, Policy, risk_of
 from stage1_pro.policies.rows import Rows, groups_in_error
 from stage1_pro.policies.target import Target
+from stage1_pro.policies.useful import OVERRIDE, Exits, weigh_exits
 
 BOUND_LEVEL = 0.95
 
@@ -31,6 +35,13 @@ class Chosen:
     exited: NDArray[np.bool_]
     certificate: Certificate | None
     n_tried: int
+    weighed: Exits
+
+    @property
+    def caution(self) -> str:
+        """A sentence on a promise that says nothing and was wanted all the same; empty otherwise."""
+        useless = self.weighed.useless if self.certificate is not None else ""
+        return f" This promise was wanted although it says nothing (allow_useless): {useless}." if useless else ""
 
     @property
     def n_errors(self) -> int:
@@ -43,9 +54,11 @@ class Chosen:
         wrong, n = groups_in_error(errors[among], names)
         return wrong, n, clopper_pearson_upper(wrong, n, level=BOUND_LEVEL)
 
-    def record(self, claims: int, use: int | None) -> CertificateRecord | None:
+    def record(self, claims: int, use: int | None, largest_group: int | None = None) -> CertificateRecord | None:
         """The certificate as it is stored."""
-        return None if self.certificate is None else record(self.certificate, claims=claims, use=use)
+        if self.certificate is None:
+            return None
+        return record(self.certificate, claims=claims, use=use, largest_group=largest_group)
 
     def fields(self, target: Target, use: int | None, origin: Origin | None) -> dict[str, Any]:
         """What every policy of this package stores of it."""
@@ -53,9 +66,12 @@ class Chosen:
         return {
             "classes": rows.classes, "positive": rows.positive, "coverage": row.coverage,
             "fnr_on_exited": row.fnr_on_exited, "guarantee": target.guarantee,
-            "certificate": self.record(target.claims, use), "n_rows": rows.labels.size, "n_exited": row.n_exited,
-            "n_positive_exited": row.n_positive_exited, "n_false_negative": row.n_false_negative,
-            "grouped": rows.groups is not None, "sweep_results": self.sweep, **(origin or Origin()).fields(),
+            "certificate": self.record(target.claims, use, target.largest), "n_rows": rows.labels.size,
+            "n_exited": row.n_exited, "n_positive_exited": row.n_positive_exited,
+            "n_false_negative": row.n_false_negative, "grouped": rows.groups is not None,
+            "sweep_results": self.sweep, **(origin or Origin()).fields(),
+            "useless": "" if self.certificate is None else self.weighed.useless,
+            "commonest": self.weighed.commonest, "commonest_rate": self.weighed.rate, "exits_right": self.weighed.right,
         }  # fmt: skip
 
 
@@ -66,8 +82,9 @@ def choose_exits(
     *,
     best: Callable[[ExitCounts], int],
     lowest: float = 0.0,
-    grid: ArrayLike = (),
+    shown: ArrayLike = (),
     called: str = "",
+    grid: Grid = "float64",
 ) -> Chosen:
     """Choose the threshold for a target: certified on the half that chose nothing, or the best on all rows.
 
@@ -77,47 +94,58 @@ def choose_exits(
         score: [N] what decides, higher is surer.
         best: the index to take where nothing is certified; raises NotReachableError where none will do.
         lowest: lower end of the scores' range.
-        grid: thresholds to show beside those of the rows.
+        shown: thresholds to show beside those of the rows.
         called: the target in messages.
+        grid: dtype that scores came in.
 
     Raises:
         InputError: no halves where something is to be certified.
         NotReachableError: the target cannot be met or certified.
     """
-    certificate, n_tried = None, 0
+    certificate, n_tried, asked = None, 0, target.promises(rows.positive)
     if target.guarantee == "ltt":
-        fit = rows.fit_half()
-        certificate = _certified(target, rows, score, lowest)
+        fit = ~rows.kept_half()
+        certificate = _certified(target, rows, score, lowest, grid)
         if not certificate.feasible:
             raise infeasible(certificate, called or target.words())
         assert certificate.threshold is not None
         rows, score = rows.where(~fit), score[~fit]
-        counts = count_exits(rows, score, lowest=lowest)
+        counts = count_exits(rows, score, lowest=lowest, grid=grid)
         row = count_exits(rows, score, [certificate.threshold], lowest=lowest).row(0, rows.labels.size, grid=False)
     else:
-        counts = count_exits(rows, score, lowest=lowest)
+        counts = count_exits(rows, score, lowest=lowest, grid=grid)
         row, n_tried = counts.row(best(counts), rows.labels.size, grid=False), counts.threshold.size
     exited = score >= row.threshold
     if int(exited.sum()) != row.n_exited:
         raise AssertionError("the stored threshold does not decide as the sweep did")
-    sweep = sweep_table(counts, count_exits(rows, score, grid, lowest=lowest), row, rows.labels.size)
-    return Chosen(rows, row, sweep, exited, certificate, n_tried)
+    of_one_class = all(one.label is not None for one in asked)
+    weighed = weigh_exits(
+        rows, exited, "groups" if certificate is None else certificate.unit, asked[0].limit if of_one_class else None
+    )
+    if weighed.useless and certificate is not None and not target.allow_useless:
+        raise NotReachableError(
+            f"{called or target.words()} must be a promise that says something, but it is INFEASIBLE: "
+            f"{weighed.useless}. Train a better Stage A, or {OVERRIDE}. No policy was written"
+        )
+    sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
+    return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed)
 
 
 def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float = 0.0) -> float | None:
     """The coverage that ``choose_exits`` would certify for a target; None where it would refuse."""
-    certificate = _certified(target, rows, score, lowest, smallest=False)
+    certificate = _certified(target, rows, score, lowest, "float64", smallest=False)
     return certificate.coverage if certificate.feasible else None
 
 
 def _certified(
-    target: Target, rows: Rows, score: NDArray[np.float64], lowest: float, *, smallest: bool = True
+    target: Target, rows: Rows, score: NDArray[np.float64], lowest: float, grid: Grid, *, smallest: bool = True
 ) -> Certificate:
     asked = target.promises(rows.positive)
     assert rows.halves is not None
     return certify_halves(
         score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
-        delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, smallest=smallest,
+        delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, smallest=smallest, grid=grid,
+        largest_group=target.largest,
         min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
     )  # fmt: skip
 
@@ -127,8 +155,19 @@ def assumed(certificate: Certificate) -> str:
     return f"Provided that {'; '.join(certificate.assumptions)}."
 
 
+def beside_groups(certificate: CertificateRecord | None, what: str, wrong: int, n: int) -> list[str]:
+    """A line on the rate of photos beside a promise that is of groups; none where it is of photos or there is none."""
+    if certificate is None or certificate.unit not in ("groups", "group_means") or n == 0:
+        return []
+    seen = f"{wrong} of {n} {what} ({wrong / n:.2%})"
+    promise = "promised of one photo drawn from a new group; of all photos kept for the certificate"
+    return [f"{promise} {seen}, where large groups count more: --unit photo promises that"]
+
+
 def certified_bound(certificate: Certificate) -> str:
     """How the bounds of a certified policy came about, in words."""
+    if certificate.unit == "photos":
+        return f"betting on sums over groups, one-sided at level {1 - certificate.delta:g}, on the certify half"
     drawn = ", one row drawn from each group" if certificate.unit == "groups" else ""
     counts = ", ".join(f"{risk.name} {risk.errors} of {risk.trials}" for risk in certificate.risks)
     return (
@@ -139,8 +178,8 @@ def certified_bound(certificate: Certificate) -> str:
 
 # What ``inspect`` shows of a policy of exits; null where it has none.
 _FACTS = (
-    "certificate", "coverage", "fnr_on_exited", "fnr_upper_bound", "bound_level", "bound_method", "n_positive_groups",
-    "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt",
+    "certificate", "useless", "coverage", "fnr_on_exited", "fnr_upper_bound", "bound_level", "bound_method",
+    "n_positive_groups", "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt",
 )  # fmt: skip
 
 
@@ -149,15 +188,25 @@ class ExitPolicy(Policy):
 
     threshold_field: ClassVar[str] = "exit_threshold"
 
+    useless: str = Field("", description="why the promise says nothing, where it was wanted all the same")
+    commonest: str | None = Field(None, description="the class of most units that the figures are of")
+    commonest_rate: float | None = Field(None, description="its share: how often always answering it would be right")
+    exits_right: float | None = Field(None, description="share of exits among these units that are answered rightly")
+
     if TYPE_CHECKING:
         certificate: CertificateRecord | None
         coverage: float
         sweep_results: list[SweepRow]
 
     @property
-    def own_delta(self) -> dict[str, float]:
-        """Delta of the claim that was certified, as a field of the target."""
-        return {} if self.certificate is None else {"delta": self.certificate.delta}
+    def own_delta(self) -> dict[str, Any]:
+        """Delta of the claim that was certified, and what it is of, as fields of the target."""
+        if self.certificate is None:
+            return {}
+        useless = {"allow_useless": True} if self.useless else {}
+        largest = self.certificate.largest_group
+        of = {} if largest is None else {"unit": "photo", "largest_group": largest}
+        return {"delta": self.certificate.delta, **of, **useless}
 
     @property
     def claims_made(self) -> tuple[int, int | None]:

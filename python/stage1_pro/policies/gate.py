@@ -14,12 +14,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from stage1_pro.arguments import array, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.native import sweep
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
-from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits, walked
+from stage1_pro.policies.exiting import (
+    BOUND_LEVEL,
+    Chosen,
+    ExitPolicy,
+    assumed,
+    beside_groups,
+    certified_bound,
+    choose_exits,
+    walked,
+)
 from stage1_pro.policies.planning import Planned, PlanTerms
 from stage1_pro.policies.platt import Platt, fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
@@ -49,8 +59,9 @@ class ByGate(Policy):
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
         """The gate's calibrated P(Stage A is correct); NaN where Stage A gave no numbers. See ``Policy.scores``."""
         values = self.check_probs(probs)
-        if gate_logits is None or np.shape(gate_logits) != values.shape[:1]:
-            got = "None" if gate_logits is None else list(np.shape(gate_logits))
+        gate_logits = None if gate_logits is None else floats("gate_logits", gate_logits)
+        if gate_logits is None or gate_logits.shape != values.shape[:1]:
+            got = "None" if gate_logits is None else list(gate_logits.shape)
             raise InputError(f"gate_logits must have shape [{len(values)}] for the {self.policy} policy, got {got}")
         known = np.isfinite(values).all(axis=1)
         scores: NDArray[np.float64] = np.where(known, score(gate_logits, self.a, self.b), np.nan)
@@ -124,7 +135,9 @@ class GateParams(ByGate, ExitPolicy):
                 f"{target.words()} must be reachable on the calibration rows, but no gate logit is finite, so nothing "
                 "may exit; train again. No policy was written"
             )
-        found = choose_exits(target, rows, sure, grid=GRID, best=lambda counts: _best(counts, target, rows.labels.size))
+        found = choose_exits(
+            target, rows, sure, shown=GRID, best=lambda counts: _best(counts, target, rows.labels.size)
+        )
         return cls(
             **found.fields(target, use, origin),
             **_said(found),
@@ -177,7 +190,10 @@ class GateParams(ByGate, ExitPolicy):
 
     def found(self) -> list[str]:
         """The scaling, and what exits."""
-        return [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"]
+        return [
+            f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}",
+            *beside_groups(self.certificate, "exits are wrong", self.n_errors, self.n_exited),
+        ]
 
 
 @dataclass(frozen=True)
@@ -208,7 +224,7 @@ def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max
     for name, value in (("min_coverage", min_coverage), ("max_exit_error", max_exit_error)):
         if not 0 < value < 1:
             raise InputError(f"{name} must be inside (0, 1), got {value}")
-    values, failed = np.asarray(score, dtype=np.float64), np.asarray(wrong)
+    values, failed = floats("score", score), array("wrong", wrong)
     if values.ndim != 1 or values.size == 0 or failed.shape != values.shape:
         raise InputError(
             f"score and wrong must both have shape [N], got {list(values.shape)} and {list(failed.shape)}; "
@@ -244,10 +260,14 @@ def _said(found: Chosen) -> dict[str, Any]:
     counts = {"n_errors": found.n_errors, "n_exited_groups": n, "n_positive_groups": n_positive}
     if certificate is not None:
         fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
+        out, n_all, errors = certificate.accepted, certificate.n, certificate.errors
+        if certificate.unit == "photos":
+            out, n_all, errors, unit = row.n_exited, rows.labels.size, found.n_errors, "photos"
         return counts | {
             "statement": (
-                f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} exited on the certify half, "
-                f"{certificate.errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
+                f"{certificate.guarantee} {out} of {n_all} {unit} exited on the certify half, "
+                f"{errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
+                f"{found.caution}"
             ),
             "exit_error_upper_bound": certificate.risks[0].bound,
             "fnr_upper_bound": fnr if row.n_positive_exited else None,

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc
 
+from stage1_pro.arguments import Grid, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
-from stage1_pro.policies.bounds import binomial_cdf
-from stage1_pro.policies.candidates import Risk, group_weights, ranked
+from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf
+from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
-from stage1_pro.policies.certify import Certificate, certify
+from stage1_pro.policies.certify import Certificate, certify, check_rows
 from stage1_pro.policies.counts import gaps
 from stage1_pro.policies.needed import units_needed
-from stage1_pro.policies.rows import check_halves
+from stage1_pro.policies.rows import check_halves, counting_unit, one_each
 
 
 def order_candidates(
@@ -29,6 +30,7 @@ def order_candidates(
     min_coverage: float | None = None,
     groups: ArrayLike | None = None,
     lowest: float = -math.inf,
+    grid: Grid | None = None,
 ) -> NDArray[np.float64]:
     """Give thresholds [T] from the fit half, in the order in which the certify half will test them.
 
@@ -45,34 +47,70 @@ def order_candidates(
         min_coverage: the least coverage that will be certified.
         groups: [N] of the fit half.
         lowest: lower end of the scores' range, closes the last gap.
+        grid: dtype that scores came in, which thresholds are numbers of; that of ``scores`` by default.
 
     Raises:
-        InputError: no row of the fit half has a score.
+        InputError: no row of the fit half has a score, or another argument is not what it must be.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    weights = group_weights(groups, np.ones(values.size, dtype=bool))
-    order = ranked(values)
-    if order.size == 0:
-        raise InputError(
-            "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
-        )
-    last, thresholds = gaps(values[order], lowest)
-    n_fit = weights.sum()
-    scale = n_certify / n_fit
-    expected = np.zeros(last.size)
-    for risk in risks:
-        share = group_weights(groups, np.ones(values.size, dtype=bool) if risk.trials is None else risk.trials)
-        m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
-        expected = np.maximum(expected, binomial_cdf(k, m, risk.alpha))
-    if min_coverage is None:
-        return thresholds[int(expected.argmin()) :]
-    covered = np.cumsum(weights[order])[last]
-    margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
-    reached = np.flatnonzero(covered / n_fit >= min_coverage + margin)
-    accepted = np.minimum(covered * scale, n_certify)
-    expected = np.maximum(expected, betainc(accepted, n_certify - accepted + 1.0, min_coverage))
-    start = max(int(reached[0]) if reached.size else last.size - 1, int(expected.argmin()))
-    return thresholds[start:]
+    values = check_rows(scores, risks, 0.5, min_coverage)
+    whole("n_certify", n_certify, most=MOST_UNITS)
+    number("lowest", lowest)
+    units = None if groups is None else names("groups", groups, values.size)
+    found = _Expected(values, risks, n_certify, min_coverage, units, lowest, grid or grid_of(scores))
+    return found.thresholds[found.start([risk.alpha for risk in risks]) :]
+
+
+class _Expected:
+    """All thresholds of the fit half, strict to lax, with the counts to expect on the certify half at each."""
+
+    def __init__(
+        self,
+        values: NDArray[np.float64],
+        risks: Sequence[Risk],
+        n_certify: int,
+        min_coverage: float | None,
+        groups: NDArray[np.generic] | None,
+        lowest: float,
+        grid: Grid,
+    ) -> None:
+        everyone = np.ones(values.size, dtype=bool)
+        weights, order = group_weights(groups, everyone), ranked(values)
+        if order.size == 0:
+            raise InputError(
+                "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
+            )
+        last, self.thresholds = gaps(values[order], lowest, grid)
+        n_fit = weights.sum()
+        scale, changes = n_certify / n_fit, np.zeros(last.size, dtype=bool)
+        self.counts, self.first = [], 0
+        for risk in risks:
+            share = weights if risk.trials is None else group_weights(groups, risk.trials)
+            m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
+            self.counts.append((k, m))
+            changes[:-1] |= k[1:] != k[:-1]
+        self.coverage = np.zeros(last.size)
+        if min_coverage is not None:
+            covered = np.cumsum(weights[order])[last]
+            margin = 3 * math.sqrt(min_coverage * (1 - min_coverage) * (1 / n_fit + 1 / max(n_certify, 1)))
+            reached = np.flatnonzero(covered / n_fit >= min_coverage + margin)
+            self.first = int(reached[0]) if reached.size else last.size - 1
+            accepted = np.minimum(covered * scale, n_certify)
+            self.coverage = betainc(accepted, n_certify - accepted + 1.0, min_coverage)
+        # While errors stay the same, every p-value falls with the trials: only where they end can one be smallest.
+        changes[-1] = True
+        self.ends = np.flatnonzero(changes)
+
+    def start(self, alphas: Sequence[float]) -> int:
+        """Where the walk starts for these limits of the risks: at the smallest of the largest p-values to expect."""
+        best = int(self._largest(self.ends, alphas).argmin())
+        stretch = np.arange(self.ends[best - 1] + 1 if best else 0, self.ends[best] + 1)
+        return max(self.first, int(stretch[self._largest(stretch, alphas).argmin()]))
+
+    def _largest(self, at: NDArray[np.int64], alphas: Sequence[float]) -> NDArray[np.float64]:
+        found = self.coverage[at]
+        for (k, m), alpha in zip(self.counts, alphas, strict=True):
+            found = np.maximum(found, binomial_cdf(k[at], m[at], alpha))
+        return found
 
 
 def certify_halves(
@@ -86,6 +124,8 @@ def certify_halves(
     lowest: float = -math.inf,
     seed: int = 0,
     smallest: bool = True,
+    grid: Grid | None = None,
+    largest_group: int | None = None,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
 
@@ -99,43 +139,78 @@ def certify_halves(
         lowest: lower end of the scores' range.
         seed: of the row that speaks for its group.
         smallest: search for the smallest risk that can be certified, where the one wished cannot.
+        grid: dtype that scores came in; that of ``scores`` by default.
+        largest_group: promise shares of photos, in groups of at most so many; None: of groups.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    names = None if groups is None else np.asarray(groups)
-    fit = check_halves(halves, values.size, names)
+    values = check_rows(scores, risks, delta, min_coverage)
+    units = None if groups is None else names("groups", groups, values.size)
+    fit = check_halves(halves, values.size, units)
 
-    def part(rows: NDArray[np.bool_], wished: Sequence[Risk]) -> list[Risk]:
+    def part(rows: NDArray[np.bool_]) -> list[Risk]:
         return [
             replace(risk, errors=risk.errors[rows], trials=None if risk.trials is None else risk.trials[rows])
-            for risk in wished
+            for risk in risks
         ]
 
-    n_certify = int((~fit).sum()) if names is None else np.unique(names[~fit]).size
+    n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
+    photos = largest_group is not None and units is not None
+    squares = None
+    if largest_group is not None and units is not None:
+        squares = mean_squares(units[fit], [None, *(risk.trials for risk in part(fit))], largest_group)
+    expected = _Expected(
+        values[fit], part(fit), n_certify, min_coverage, None if units is None or photos else units[fit],
+        number("lowest", lowest), grid or grid_of(scores),
+    )  # fmt: skip
+    rest, others, certain = values[~fit], None if units is None else units[~fit], part(~fit)
 
-    def attempt(wished: Sequence[Risk]) -> Certificate:
-        candidates = order_candidates(
-            values[fit], part(fit, wished), n_certify=n_certify, min_coverage=min_coverage,
-            groups=None if names is None else names[fit], lowest=lowest,
-        )  # fmt: skip
+    def attempt(alphas: Sequence[float]) -> Certificate:
+        wished = [replace(risk, alpha=alpha) for risk, alpha in zip(certain, alphas, strict=True)]
+        candidates = expected.thresholds[expected.start(alphas) :]
         return certify(
-            values[~fit], part(~fit, wished), delta=delta, min_coverage=min_coverage, candidates=candidates,
-            groups=None if names is None else names[~fit], seed=seed,
+            rest, wished, delta=delta, min_coverage=min_coverage, candidates=candidates, groups=others, seed=seed,
+            unit="photos" if photos else "auto", largest_group=largest_group, squares=squares,
         )  # fmt: skip
 
-    found = attempt(risks)
+    alphas = [risk.alpha for risk in risks]
+    found = attempt(alphas)
     if found.feasible:
         return found
-    # Both halves say how good answers are, and the walk of more units would start elsewhere.
-    plan = partial(units_needed, values, risks, names, delta=delta, min_coverage=min_coverage, start="halves")
-    found = replace(found, plan=plan)
-    return found if not smallest else _with_smallest(found, risks, attempt)
+    if not photos:
+        # Both halves say how good answers are, and the walk of more units would start elsewhere.
+        plan = partial(units_needed, values, risks, units, delta=delta, min_coverage=min_coverage, start="halves")
+        found = replace(found, plan=plan)
+    if not smallest:
+        return found
+    _, names_of = counting_unit(others, rest.size, "auto", False)
+    everyone = np.ones(rest.size, dtype=bool)
+    drawn = one_each(names_of, everyone, seed)
+    among = [drawn if risk.trials is None else one_each(names_of, risk.trials, seed) for risk in certain]
+    tests = Counts(rest, certain, drawn, among, expected.thresholds, min_coverage, joint=False)
+
+    def passes(alphas: Sequence[float]) -> bool:
+        """Whether the walk's first candidate does, which is what feasible means."""
+        if photos:
+            return attempt(alphas).feasible
+        at = np.array([expected.start(alphas)])
+        return bool(tests.accepted[at] > 0 and max(tests.p_coverage(at), tests.p_risk(at, alphas)) <= delta)
+
+    return _with_smallest(found, alphas, passes, attempt)
+
+
+def mean_squares(groups: NDArray[np.generic], trials: Sequence[NDArray[np.bool_] | None], largest: int) -> list[float]:
+    """Mean squares of groups' trials as shares of the largest group, for ``certify``; 1 where there is no trial."""
+    shares = [photo_shares(groups, one, largest) for one in trials]
+    return [float((one**2).mean()) if one.size else 1.0 for one in shares]
 
 
 def _with_smallest(
-    found: Certificate, risks: Sequence[Risk], attempt: Callable[[Sequence[Risk]], Certificate]
+    found: Certificate,
+    alphas: list[float],
+    passes: Callable[[Sequence[float]], bool],
+    attempt: Callable[[Sequence[float]], Certificate],
 ) -> Certificate:
     """An infeasible certificate with the smallest alpha of the risk that failed at which the same walk succeeds.
 
@@ -144,34 +219,38 @@ def _with_smallest(
     """
     place = next((i for i, risk in enumerate(found.risks) if risk.p_value > found.delta), 0)
 
-    def tried(alpha: float) -> Certificate:
-        return attempt([replace(risk, alpha=alpha) if i == place else risk for i, risk in enumerate(risks)])
+    def with_alpha(alpha: float) -> list[float]:
+        return [*alphas[:place], alpha, *alphas[place + 1 :]]
 
-    nothing = replace(found, min_certifiable_alpha=None, coverage_there=None, smallest_of=risks[place].name)
-    low, high = risks[place].alpha, risks[place].alpha
-    while not tried(high).feasible:
+    nothing = replace(found, min_certifiable_alpha=None, coverage_there=None, smallest_of=found.risks[place].name)
+    low, high = alphas[place], alphas[place]
+    while not passes(with_alpha(high)):
         if high >= 0.999:
             return nothing
         low, high = high, min(0.999, 2 * high)
     while high > low * 1.0005:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if tried(middle).feasible else (middle, high)
+        low, high = (low, middle) if passes(with_alpha(middle)) else (middle, high)
     # Upwards in the fourth digit; the walk may fail at a number between, so what is said is tried.
     digit = 10.0 ** (math.floor(math.log10(high)) - 3)
     for step in range(20):
         said = round((math.ceil(high / digit) + step) * digit, 12)
-        if said < 1 and (there := tried(said)).feasible:
+        if said < 1 and passes(with_alpha(said)):
+            there = attempt(with_alpha(said))
             return replace(nothing, min_certifiable_alpha=said, coverage_there=there.coverage)
     return nothing
 
 
-def record(certificate: Certificate, *, claims: int, use: int | None) -> CertificateRecord:
+def record(
+    certificate: Certificate, *, claims: int, use: int | None, largest_group: int | None = None
+) -> CertificateRecord:
     """Write a feasible certificate as what is stored: counts, p-values and the promise in words.
 
     Args:
         certificate: a feasible one.
         claims: how many claims its delta was divided for.
         use: which of them this is; None when nobody counted.
+        largest_group: that a promise of photos was asked for with.
     """
     same = {name: getattr(certificate, name) for name in CertificateRecord.model_fields if hasattr(certificate, name)}
     (place,) = np.flatnonzero(certificate.candidates == certificate.threshold)[:1]
@@ -181,7 +260,7 @@ def record(certificate: Certificate, *, claims: int, use: int | None) -> Certifi
         "p_value": None if certificate.method == "crc" else float(certificate.p_values[place]),
         "assumptions": [*certificate.assumptions, *([NOT_COUNTED] if use is None else [])],
     }
-    return CertificateRecord(**{**same, **more, "claims": claims, "use": use})
+    return CertificateRecord(**{**same, **more, "claims": claims, "use": use, "largest_group": largest_group})
 
 
 def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
@@ -191,7 +270,7 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
         certificate: an infeasible one.
         wish: what was asked for, in words.
     """
-    said = f"{wish} must be certifiable on the certify half, but it is INFEASIBLE: {certificate.reason}. "
+    said = f"{wish} must be certifiable on the second half of val_calib, but it is INFEASIBLE: {certificate.reason}. "
     what, unit = certificate.smallest_of, certificate.unit
     if certificate.min_certifiable_alpha is None:
         said += f"No {what} at all could be certified there"
@@ -200,19 +279,18 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    needed, more = certificate.needed, "Bring more, or choose"
+    needed = certificate.needed
     untried = [risk.name for risk in certificate.risks if risk.trials == 0]
+    unit = "rows" if unit == "rows" else "groups"
     if untried:
-        said += f". No {unit} of the certify half that may exit tell anything of {' or '.join(untried)}"
-        more = f"Bring {unit} of which it can be told, or choose"
+        said += f". No {unit} kept for it that may exit tell anything of {' or '.join(untried)}: bring some that do"
     elif needed is None:
-        said += f". No number of {unit} would do while so many answers are wrong"
-        more = "Train a better Stage A, ask for less, or choose"
+        said += f". No number of {unit} would do while so many answers are wrong: train a better Stage A"
     elif needed.n <= certificate.n:
-        said += f". About {needed} {unit} in the certify half succeed 9 times in 10; these {certificate.n} did not"
+        said += f". About {needed} {unit} kept for it succeed 9 times in 10; these {certificate.n} did not: bring more"
     else:
         said += (
-            f". With answers as good as these about {needed} {unit} in the certify half would do (it has "
-            f"{certificate.n}; val_calib is cut in two, so twice that there)"
+            f". With answers as good as these about {needed} {unit} kept for it would do (there are {certificate.n}; "
+            "val_calib is cut in two, so twice that there)"
         )
-    return NotReachableError(f"{said}. {more} with --guarantee none, which promises nothing. No policy was written")
+    return NotReachableError(f"{said}. No policy was written")

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, ndtri
 
+from stage1_pro.arguments import check_share, number
 from stage1_pro.errors import InputError
-from stage1_pro.policies.bounds import binomial_cdf, check_share, errors_allowed
+from stage1_pro.policies.bounds import binomial_cdf, errors_allowed
 
 if TYPE_CHECKING:
     from stage1_pro.policies.rows import Rows
@@ -106,7 +107,7 @@ def plan_calibration(
     share = 1.0 if min_coverage is None else min_coverage
     _check(alpha, delta, share)
     check_share("power", power)
-    if not 0 <= expected_error < alpha:
+    if not 0 <= number("expected_error", expected_error) < alpha:
         raise InputError(
             f"expected_error must be in [0, alpha = {alpha:g}), got {expected_error:g}; no number of rows certifies a "
             "risk that is not below alpha"
@@ -161,5 +162,5 @@ def _reach(n: int, share: float) -> tuple[int, int]:
 def _check(alpha: float, delta: float, share: float) -> None:
     check_share("alpha", alpha)
     check_share("delta", delta)
-    if not 0 < share <= 1:
+    if not 0 < number("min_coverage", share) <= 1:
         raise InputError(f"min_coverage must be in (0, 1], got {share}; it is the share of rows that are trials")

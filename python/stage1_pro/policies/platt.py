@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_expit
 
+from stage1_pro.arguments import array, floats
 from stage1_pro.errors import InputError
 
 
@@ -36,7 +37,7 @@ def fit_platt(logit: ArrayLike, correct: ArrayLike) -> Platt:
     Raises:
         InputError: another shape, or other values than 0 and 1.
     """
-    values, right = np.asarray(logit, dtype=np.float64), np.asarray(correct)
+    values, right = floats("logit", logit), array("correct", correct)
     if values.ndim != 1 or right.shape != values.shape:
         raise InputError(
             f"logit and correct must both have shape [N], got {list(values.shape)} and {list(right.shape)}; "
@@ -86,7 +87,7 @@ def fit_platt(logit: ArrayLike, correct: ArrayLike) -> Platt:
 
 def score(gate_logits: ArrayLike, a: float, b: float) -> NDArray[np.float64]:
     """Give P(Stage A is correct) = sigmoid(a * gate_logit + b), [N] in [0, 1], float64; NaN where it is not finite."""
-    values = np.asarray(gate_logits, dtype=np.float64)
+    values = floats("gate_logits", gate_logits)
     if values.ndim != 1:
         raise InputError(f"gate_logits must have shape [N], got {list(values.shape)}; give one per row")
     with np.errstate(invalid="ignore", over="ignore"):

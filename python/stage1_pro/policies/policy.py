@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from stage1_pro.arguments import at_or_above, floats
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.policies.certificate import PromiseCheck, SetCheck, SweepRow
 from stage1_pro.policies.rows import Rows, counting_unit, one_each
@@ -25,6 +26,9 @@ from stage1_pro.record import Record
 if TYPE_CHECKING:
     from stage1_pro.policies.candidates import Risk
     from stage1_pro.policies.planning import Planned, PlanTerms
+
+
+Said = Literal["promised", "asked for", "watched"]
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,15 @@ class Policy(Record):
 
         The one rule of calibration, evaluation, cascade and reports. Arguments and errors as of ``scores``.
         """
-        exited: NDArray[np.bool_] = self.scores(probs, gate_logits) >= self.exit_threshold
-        return exited
+        return self.accepts(self.scores(probs, gate_logits))
+
+    def accepts(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """Say which scores, of what ``scores`` gives, exit: compared as float64, whatever their dtype; NaN never does.
+
+        Raises:
+            InputError: scores that are no numbers.
+        """
+        return at_or_above("scores", scores, self.exit_threshold)
 
     def answer(
         self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
@@ -180,7 +191,7 @@ class Policy(Record):
         Raises:
             InputError: another shape.
         """
-        values = np.asarray(probs, dtype=np.float64)
+        values = floats("probs", probs)
         if values.ndim != 2 or values.shape[1] != len(self.classes):
             raise InputError(
                 f"probs must have shape [N, {len(self.classes)}] as the policy's classes, got {list(values.shape)}; "
@@ -205,8 +216,17 @@ class Policy(Record):
 
     @property
     def promises(self) -> tuple[Promise, ...]:
-        """What it guarantees; nothing without a guarantee."""
+        """All that it may be said to promise, wherever it is shown; nothing without a guarantee."""
         return () if self.guarantee == "none" else self.target.promises(self.positive)
+
+    def says_of_exits(self, limit: float) -> Said:
+        """What a limit on the exit error is to it: promised by its certificate, only asked for, or neither."""
+        kinds: tuple[tuple[Said, tuple[Promise, ...]], ...] = (
+            ("promised", self.promises),
+            ("asked for", self.target.promises(self.positive)),
+        )
+        exits = ("exit error", limit)
+        return next((said for said, found in kinds if exits in [(one.quantity, one.limit) for one in found]), "watched")
 
     @property
     def fnr_target(self) -> float | None:
@@ -225,28 +245,37 @@ class Policy(Record):
         return 0
 
     def check(self, rows: Rows) -> Checked:
-        """Hold what was asked for against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
+        """Hold what was promised against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
 
-        FAIL: the 99% lower bound is beyond the limit; PASS: the 95% upper bound is within it. A rate below the limit is
-        no PASS, one above it no FAIL. One seeded row speaks for its group, as in a certificate.
+        FAIL: the 99% lower bound, shared by all promises, is beyond the limit; PASS: the 95% upper bound is within it.
+        A rate below the limit is no PASS, one above it no FAIL. One seeded row speaks for its group, as in a
+        certificate, with the counts of all photos beside it; where photos are promised they are what is held. What was
+        only asked for has no outcome.
         """
         from stage1_pro.policies.bounds import exact
-        from stage1_pro.policies.checks import check_claim
+        from stage1_pro.policies.checks import check_claim, check_photos, unjudged
 
         exited, everyone = self.exits(rows.probs, rows.gate), np.ones(rows.labels.size, dtype=bool)
         _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
-        drawn = one_each(names, everyone, 0)
-        n, found = drawn.size, []
-        for one in self.target.promises(self.positive):
+        n, found = one_each(names, everyone, 0).size, []
+        asked = self.target.promises(self.positive)
+        for one in asked:
+            name, limit, errors, trials, among = "share deferred", one.limit, ~exited, everyone, everyone
             if one.quantity == "coverage":
-                deferred = int((~exited[drawn]).sum())
-                found.append(check_claim("share deferred", deferred, n, float(1 - exact(one.limit)), n))
+                limit = float(1 - exact(one.limit))
+            else:
+                risk = risk_of(one, rows)
+                name, errors, among = risk.name, risk.errors, everyone if risk.trials is None else risk.trials
+                trials = among & exited
+            if self.target.largest is not None and names is not None:
+                found.append(check_photos(name, errors, trials, names, limit, self.target.largest, len(asked)))
                 continue
-            risk = risk_of(one, rows)
-            trials = one_each(names, everyone if risk.trials is None else risk.trials, 0)
-            trials = trials[exited[trials]]
-            found.append(check_claim(risk.name, int(risk.errors[trials].sum()), trials.size, one.limit, n))
-        return Checked(found)
+            drawn = one_each(names, among, 0)
+            drawn = drawn[trials[drawn]]
+            check = check_claim(name, int(errors[drawn].sum()), drawn.size, limit, n, len(asked))
+            photos = {"photo_errors": int((errors & trials).sum()), "photo_trials": int(trials.sum())}
+            found.append(check if names is None else check.model_copy(update=photos))
+        return Checked(found if self.promises else unjudged(found))
 
     def at(self, threshold: float) -> Self:
         """The policy with a stricter exit threshold; itself at its own threshold or below, where nothing is certified.
@@ -336,12 +365,20 @@ def policy_files() -> list[str]:
     return [kind.file for kind in policies().values()]
 
 
+def coming_files() -> list[str]:
+    """Names of policies that are on their way to take the place of another; see ``replace_policy``."""
+    return [_COMING + name for name in policy_files()]
+
+
 def read_policy(folder: Path | str) -> Policy | None:
     """Read the active policy of a run or bundle; None when there is none.
 
     Raises:
         ArtifactError: more than one policy file, or a damaged one.
     """
+    coming = _coming(Path(folder))
+    if coming is not None:
+        return coming[0].read(coming[1])
     found = [kind for kind in policies().values() if (Path(folder) / kind.file).is_file()]
     if len(found) > 1:
         names = ", ".join(kind.file for kind in found)
@@ -349,9 +386,21 @@ def read_policy(folder: Path | str) -> Policy | None:
     return found[0].read(Path(folder) / found[0].file) if found else None
 
 
-def withdraw_policies(folder: Path | str) -> list[str]:
-    """Remove every policy file of a folder; give the names of those that were there."""
-    found = [name for name in policy_files() if (Path(folder) / name).is_file()]
-    for name in found:
-        (Path(folder) / name).unlink()
-    return found
+def replace_policy(folder: Path, policy: Policy) -> None:
+    """Make a policy the active one of a folder, all or nothing: one rename decides, wherever it is killed."""
+    policy.write(folder / f"{_COMING}{policy.file}")
+    for name in policy_files():
+        if name != policy.file:
+            (folder / name).unlink(missing_ok=True)
+            (folder / f"{_COMING}{name}").unlink(missing_ok=True)
+    (folder / f"{_COMING}{policy.file}").replace(folder / policy.file)
+
+
+# Stands before the name of a policy that takes the place of another, which may still be there.
+_COMING = "new-"
+
+
+def _coming(folder: Path) -> tuple[type[Policy], Path] | None:
+    """The kind and file of a policy whose writer was killed before it took the others away."""
+    paths = ((kind, folder / f"{_COMING}{kind.file}") for kind in policies().values())
+    return next(((kind, path) for kind, path in paths if path.is_file()), None)

@@ -9,11 +9,12 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.arguments import Grid, choice, flag, floats, grid_of, indices, names, shown, sum_slack, whole
+from stage1_pro.errors import InputError
 
-Unit = Literal["rows", "groups", "group_means"]
-# Rows of probabilities may carry the rounding of float16 or of a CSV with four decimals.
-SUM_TOLERANCE = 1e-3
+Unit = Literal["rows", "groups", "group_means", "photos"]
+# Among n different photos so many pairs (n^2 / this) may have one answer by the rounding of float32 alone.
+_CHANCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Rows:
     halves: NDArray[np.str_] | None = None
     groups: NDArray[np.str_] | None = None
     sources: NDArray[np.str_] | None = None
+    grid: Grid = "float64"  # dtype that the probabilities came in
+    units_known: bool = False
 
     @classmethod
     def of(
@@ -43,8 +46,12 @@ class Rows:
         halves: ArrayLike | None = None,
         groups: ArrayLike | None = None,
         sources: ArrayLike | None = None,
+        rows_independent: bool = False,
     ) -> Rows:
         """Check and convert; a group that has one row in every case is as good as none.
+
+        Bit-identical rows are never independent: without groups, those of which the models say the very same and that
+        have one label count as one group. Only where some of them have different labels are scores taken for rounded.
 
         Args:
             probs: [N, K] probabilities of Stage A.
@@ -54,25 +61,29 @@ class Rows:
             gate: [N] logits; one that is not finite has no score.
             probs_b: [N, K] probabilities of Stage B.
             halves: [N] of ``fit`` and ``certify``.
-            groups: [N] clip or track of every row. None: rows are independent.
+            groups: [N] clip or track of every row; nothing is certified without them or ``rows_independent``.
             sources: [N] names.
+            rows_independent: the caller states that every row is a photo of its own, independent of the others.
 
         Raises:
             InputError: an argument is not what it must be; NaN names its row.
         """
-        names = [str(name) for name in classes]
-        values, truth, units = check_rows(probs, labels, groups, names)
-        second = None if probs_b is None else check_rows(probs_b, labels, groups, names)[0]
-        if positive not in names:
-            raise InputError(f"positive must be one of {', '.join(names)}, got '{positive}'{nearest(positive, names)}")
-        logits = None if gate is None else np.asarray(gate, dtype=np.float64)
+        called = [str(name) for name in classes]
+        values, truth, units = check_rows(probs, labels, groups, called)
+        second = None if probs_b is None else check_rows(probs_b, labels, groups, called)[0]
+        choice("positive", positive, called)
+        logits = None if gate is None else floats("gate", gate)
         if logits is not None and logits.shape != truth.shape:
             raise InputError(f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}")
+        if rows_independent and groups is None:
+            twins = copies_of(truth, values, logits, second)
+            units = None if twins is None else twins.astype(np.str_)
         if halves is not None:
             check_halves(halves, truth.size, units)
-        parts = None if halves is None else np.asarray(halves)
-        known = None if sources is None else np.asarray(sources)
-        return cls(values, truth, names, positive, logits, second, parts, units, known)
+        parts = None if halves is None else names("halves", halves, truth.size)
+        known = None if sources is None else names("sources", sources, truth.size)
+        stated = groups is not None or rows_independent
+        return cls(values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated)
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
@@ -108,14 +119,50 @@ class Rows:
             raise InputError("halves must be given with guarantee ltt, got None; one half cannot choose and certify")
         return np.asarray(self.halves == "fit")
 
+    def kept_half(self) -> NDArray[np.bool_]:
+        """Which rows [N] are kept for a certificate.
+
+        Raises:
+            InputError: there are no halves, nobody said which rows are independent, or both halves hold bit-identical
+                rows.
+        """
+        kept = ~self.fit_half()
+        if not self.units_known:
+            raise InputError(
+                "groups must be given where something is certified, got None; name the clip, track or place of every "
+                "row, or state that each is a photo of its own with rows_independent=True (--rows-independent)"
+            )
+        twins = copies_of(self.labels, self.probs, self.gate, self.probs_b)
+        both = np.empty(0) if twins is None else np.intersect1d(twins[kept], twins[~kept])
+        if both.size > self.labels.size**2 // _CHANCE:
+            first, other = (np.flatnonzero(half & (twins == both[0]))[0] for half in (~kept, kept))
+            raise InputError(
+                f"halves must not share bit-identical rows, got rows {first} and {other}, of which the models say the "
+                f"very same ({both.size} such); put copies into one group, or give logits that are not rounded"
+            )
+        return kept
+
+
+def copies_of(labels: NDArray[np.int64], *said: NDArray[np.float64] | None) -> NDArray[np.int64] | None:
+    """A number for every row [N] that bit-identical rows share; None where none are, or where they are no copies.
+
+    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies.
+    """
+    columns = [one.reshape(labels.size, -1) for one in said if one is not None]
+    table = np.ascontiguousarray(np.concatenate(columns, axis=1))
+    rows = table.view(np.dtype((np.void, table.itemsize * table.shape[1]))).ravel()
+    _, first, number = np.unique(rows, return_index=True, return_inverse=True)
+    same = first.size == labels.size or bool((labels != labels[first[number]]).any())
+    return None if same else number
+
 
 def check_rows(
     probs: ArrayLike, labels: ArrayLike, groups: ArrayLike | None, classes: list[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.str_] | None]:
     """Probabilities, class indices and groups (None when each row is its own) that can be trusted."""
     if len(classes) < 2 or len(set(classes)) != len(classes):
-        raise InputError(f"classes must be at least two different names, got {classes}")
-    values = np.asarray(probs, dtype=np.float64)
+        raise InputError(f"classes must be at least two different names, got {shown(classes)}")
+    values = floats("probs", probs)
     if values.ndim != 2 or values.shape[0] == 0 or values.shape[1] != len(classes):
         raise InputError(
             f"probs must have shape [N, {len(classes)}] with at least one row, got {list(values.shape)}; "
@@ -124,38 +171,26 @@ def check_rows(
     row = _first(np.isnan(values).any(axis=1))
     if row is not None:
         raise InputError(f"probs must be free of NaN, got NaN in row {row}; leave such rows out or mend the model")
-    row = _first(((values < 0) | (values > 1 + SUM_TOLERANCE)).any(axis=1))
+    slack = sum_slack(probs)
+    row = _first(((values < 0) | (values > 1 + slack)).any(axis=1))
     if row is not None:
         raise InputError(
             f"probs must be in [0, 1], got {values[row].tolist()} in row {row}; pass logits through softmax"
         )
     total = values.sum(axis=1)
-    row = _first(np.abs(total - 1) > SUM_TOLERANCE)
+    row = _first(np.abs(total - 1) > slack)
     if row is not None:
         raise InputError(
             f"probs must sum to 1 in each row, got {total[row]:.6g} in row {row}; pass logits through softmax"
         )
-    return values, _check_labels(labels, total.size, len(classes)), _check_groups(groups, total.size)
-
-
-def _check_labels(labels: ArrayLike, n: int, n_classes: int) -> NDArray[np.int64]:
-    truth = np.asarray(labels)
-    if truth.shape != (n,):
-        raise InputError(f"labels must have shape [{n}] as probs has rows, got {list(truth.shape)}")
-    if truth.dtype.kind not in "biuf":
-        raise InputError(f"labels must be class indices 0..{n_classes - 1}, got {truth.dtype}; map names to indices")
-    row = _first(~np.isin(truth, np.arange(n_classes)))
-    if row is not None:
-        raise InputError(f"labels must be class indices 0..{n_classes - 1}, got {truth[row]} in row {row}")
-    return truth.astype(np.int64)
+    truth = indices("labels", labels, total.size, len(classes), like="probs has rows")
+    return values, truth, _check_groups(groups, total.size)
 
 
 def _check_groups(groups: ArrayLike | None, n: int) -> NDArray[np.str_] | None:
     if groups is None:
         return None
-    units = np.asarray(groups).astype(np.str_)
-    if units.shape != (n,):
-        raise InputError(f"groups must have shape [{n}] as probs has rows, got {list(units.shape)}")
+    units = names("groups", groups, n, like="probs has rows").astype(np.str_)
     return None if np.unique(units).size == units.size else units
 
 
@@ -165,9 +200,7 @@ def check_halves(halves: ArrayLike, n: int, groups: ArrayLike | None = None) -> 
     Raises:
         InputError: another shape, another word than ``fit`` and ``certify``, an empty half, or a group in both.
     """
-    given = np.asarray(halves)
-    if given.shape != (n,):
-        raise InputError(f"halves must have shape [{n}] as scores, got {list(given.shape)}; give one per row")
+    given = names("halves", halves, n)
     fit: NDArray[np.bool_] = given == "fit"
     other = np.flatnonzero(~fit & (given != "certify"))
     if other.size:
@@ -176,8 +209,8 @@ def check_halves(halves: ArrayLike, n: int, groups: ArrayLike | None = None) -> 
         if not rows.any():
             raise InputError(f"halves must both hold rows, got none of '{name}'; calibrate on more groups")
     if groups is not None:
-        names = np.asarray(groups)
-        both = np.intersect1d(names[fit], names[~fit])
+        units = names("groups", groups, n)
+        both = np.intersect1d(units[fit], units[~fit])
         if both.size:
             raise InputError(
                 f"halves must not share a group, got '{both[0]}' in both ({both.size} such); near-copies of a row that "
@@ -194,8 +227,9 @@ def cut_halves(n: int, groups: ArrayLike | None = None, seed: int = 0) -> NDArra
         groups: [N] clip or track of every row; None = every row is its own.
         seed: of the order.
     """
-    names, member = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
-    place = np.random.default_rng(seed).permutation(names.size)
+    whole("n", n)
+    units, member = np.unique(np.arange(n) if groups is None else names("groups", groups, n), return_inverse=True)
+    place = np.random.default_rng(whole("seed", seed)).permutation(units.size)
     return np.where(place[member] % 2 == 0, "fit", "certify")
 
 
@@ -222,30 +256,29 @@ def counting_unit(
     groups: ArrayLike | None, n: int, unit: str, rows_independent: bool
 ) -> tuple[Unit, NDArray[np.generic] | None]:
     """What is counted, and the group of every row (None when rows are)."""
-    if unit not in ("auto", *get_args(Unit)):
-        raise InputError(f"unit must be auto, rows, groups or group_means, got '{unit}'")
-    names = None if groups is None else np.asarray(groups)
-    if names is not None and names.shape != (n,):
-        raise InputError(f"groups must have shape [{n}] as scores, got {list(names.shape)}; give one per row")
-    if unit in ("groups", "group_means") and names is None:
+    choice("unit", unit, ("auto", *get_args(Unit)))
+    flag("rows_independent", rows_independent)
+    units = None if groups is None else names("groups", groups, n)
+    if unit in ("groups", "group_means") and units is None:
         raise InputError("groups must be given where the unit is groups, got None")
-    if unit == "group_means":
+    if unit in ("group_means", "photos") and units is not None:
         if rows_independent:
-            raise InputError("rows_independent must be False where the unit is group_means, got True; choose one")
-        return "group_means", names
-    if names is None or rows_independent or (unit != "groups" and np.unique(names).size == n):
+            raise InputError(f"rows_independent must be False where the unit is {unit}, got True; choose one")
+        return ("photos" if unit == "photos" else "group_means"), units
+    if units is None or rows_independent or (unit != "groups" and np.unique(units).size == n):
         return "rows", None
     if unit == "rows":
         raise InputError(
-            f"unit must be groups where rows share one ({np.unique(names).size} groups of {n} rows), got rows; rows of "
+            f"unit must be groups where rows share one ({np.unique(units).size} groups of {n} rows), got rows; rows of "
             "one clip are near-copies and a bound on them is false: pass rows_independent=True only if they are not"
         )
-    return "groups", names
+    return "groups", units
 
 
 def one_each(groups: NDArray[np.generic] | None, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
     """One eligible row of every group that has one, [U] indices; drawn without a look at scores or errors."""
     rows = np.flatnonzero(eligible)
+    whole("seed", seed)
     if groups is None:
         return rows
     shuffled = rows[np.random.default_rng(seed).permutation(rows.size)]

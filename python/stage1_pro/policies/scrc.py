@@ -10,20 +10,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
-from stage1_pro.errors import InputError, NotReachableError, nearest
+from stage1_pro.arguments import (
+    Grid,
+    at_or_above,
+    check_share,
+    choice,
+    flag,
+    floats,
+    grid_of,
+    indices,
+    names,
+    number,
+    on_grid,
+    shown,
+    sum_slack,
+    whole,
+)
+from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
-from stage1_pro.policies.certificate import Cell, SetCheck
+from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
+from stage1_pro.policies.useful import weigh_sets
 
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)
@@ -72,27 +89,31 @@ class SCRC:
     raps: tuple[float, int] = (0.01, 2)
 
     def __post_init__(self) -> None:
-        bounds.check_share("xi", self.xi)
-        bounds.check_share("alpha", self.alpha)
-        if len(self.delta) != 2:
-            raise InputError(f"delta must be two shares, of the selection and of the risk, got {self.delta}")
+        check_share("xi", self.xi)
+        check_share("alpha", self.alpha)
+        for name, parts in (
+            ("delta", "two shares, of the selection and of the risk"),
+            ("raps", "a penalty and a rank"),
+        ):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InputError(f"{name} must be {parts}, got {shown(pair)}; give a pair")
+        for share in self.delta:
+            check_share("delta", share)
+        check_share("delta", sum(self.delta))
+        if number("raps", self.raps[0]) < 0 or whole("raps", self.raps[1], -(2**62)) < 0:
+            raise InputError(f"raps must be a penalty and a rank, both at least 0, got {self.raps}")
         object.__setattr__(self, "delta", tuple(self.delta))
         object.__setattr__(self, "raps", (float(self.raps[0]), int(self.raps[1])))
-        for share in (*self.delta, sum(self.delta)):
-            bounds.check_share("delta", share)
         for name, options in (("variant", Variant), ("loss", Loss), ("score", Score)):
-            given = getattr(self, name)
-            if given not in get_args(options):
-                raise InputError(
-                    f"{name} must be one of {', '.join(get_args(options))}, got '{given}'"
-                    f"{nearest(str(given), get_args(options))}"
-                )
-        if self.groups not in (None, "stage", "class"):
-            raise InputError(f"groups must be None, 'stage' or 'class', got {self.groups!r}")
+            choice(name, getattr(self, name), get_args(options))
+        if self.groups is not None and (not isinstance(self.groups, str) or self.groups not in ("stage", "class")):
+            raise InputError(f"groups must be None, 'stage' or 'class', got {shown(self.groups)}")
+        flag("allow_empty", self.allow_empty)
+        if self.positive is not None:
+            whole("positive", self.positive, what="a class index", most=2**31)
         if self.loss == "fnr" and self.groups == "class":
             raise InputError("groups must not be 'class' with loss fnr, which speaks of one class; use miscoverage")
-        if self.raps[0] < 0 or self.raps[1] < 0:
-            raise InputError(f"raps must be a penalty and a rank, both at least 0, got {self.raps}")
 
     def calibrate(
         self,
@@ -104,6 +125,7 @@ class SCRC:
         groups: ArrayLike | None = None,
         rows_independent: bool = False,
         seed: int = 0,
+        classes: Sequence[str] = (),
     ) -> FittedSCRC:
         """Find both thresholds on calibration rows, or say why there are none: INFEASIBLE is a result.
 
@@ -122,30 +144,31 @@ class SCRC:
             groups: [N] clip or track of every row.
             rows_independent: the caller states that rows of one group are independent.
             seed: of the row that speaks for its group.
+            classes: K names, which class cells and messages have; indices without them.
 
         Raises:
             InputError: an argument is not what it must be.
         """
         values, scores = _rows(probs, gate)
-        truth = _labels(labels, *values.shape)
+        truth = indices("labels", labels, *values.shape, like="probs has rows")
         stages = _stages(stage, truth.size, wanted=self.groups == "stage")
-        unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
-        drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
+        unit, units = counting_unit(groups, truth.size, "auto", rows_independent)
+        drawn = one_each(units, np.ones(truth.size, dtype=bool), seed)
         values, scores, truth = values[drawn], scores[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n = truth.size
         rank = self._rank(n)
-        threshold, above, tied = _selection(scores, rank, n, self.variant)
+        threshold, above, tied = _selection(scores, rank, n, self.variant, grid_of(gate))
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
-        named = self._cells(stages, truth, values.shape[1], None)
+        named = self._cells(stages, truth, values.shape[1], None if self.groups != "class" else list(classes) or None)
         cells = [self._limit(name, losses[above & member], len(named)) for name, member in named]
         feasible = threshold is not None and all(cell.limit is not None for cell in cells)
         reason, needed, smallest = "", None, None
         if not feasible:
             reason, smallest = self._why_not(n, unit, threshold, cells)
             needed = self._needed(n, accepted, cells)
-        return FittedSCRC(
+        fitted = FittedSCRC(
             scrc=self, n_classes=values.shape[1], n=n, unit=unit, seed=seed, rank=rank, accepted=accepted,
             threshold=threshold if feasible else None, cells=tuple(cells),
             coverage_bound=None if threshold is None else self._coverage_bound(n, rank, accepted),
@@ -153,6 +176,11 @@ class SCRC:
             guarantee=self._sentence(n, unit, len(cells)) if feasible else "none: infeasible",
             assumptions=self._assumptions(unit, tied),
         )  # fmt: skip
+        if not feasible or self.variant == "naive":
+            return fitted
+        by_class = self.groups == "class" or self.loss == "fnr"
+        useless = weigh_sets(*fitted.predict_sets(values, scores, stages), truth, by_class=by_class)
+        return replace(fitted, useless=useless)
 
     def _rank(self, n: int) -> int | None:
         """M: rows above the M-th largest score are accepted (pac, naive: the M-th too); None where n is too small."""
@@ -182,7 +210,7 @@ class SCRC:
     ) -> list[tuple[str, NDArray[np.bool_]]]:
         """Names of the cells, those of stages as given or seen, and which rows [N] their risk is counted on."""
         if self.groups == "class":
-            return [(str(k), truth == k) for k in range(n_classes)]
+            return [(str(k) if names is None else names[k], truth == k) for k in range(n_classes)]
         counted = np.ones(truth.size, dtype=bool)
         if self.loss == "fnr":
             positive = 1 if self.positive is None and n_classes == 2 else self.positive
@@ -215,6 +243,9 @@ class SCRC:
             how = {"T": "on average", "naive": "as seen"}.get(self.variant, f"delta {self.delta[0]:g}")
             return f"too few of {n} {unit} have a gate score to accept a share of {self.xi:g} ({how})", None
         what = "accepted positives" if self.loss == "fnr" else f"accepted {unit}"
+        if self.variant == "naive":
+            empty = [cell.name for cell in cells if cell.limit is None]
+            return f"there are no {what}{'' if len(cells) == 1 else f' of {self.groups} ' + ' or '.join(empty)}", None
         least = self._least_trials(len(cells))
         parts = [
             f"{cell.trials} {what}{'' if len(cells) == 1 else f' of {self.groups} {cell.name}'}, where even no loss at "
@@ -223,7 +254,7 @@ class SCRC:
             if cell.limit is None
         ]
         smallest = None
-        if all(cell.trials for cell in cells) and self.variant != "naive":
+        if all(cell.trials for cell in cells):
             smallest = max(
                 1 / (cell.trials + 1) if cell.delta is None else clopper_pearson_upper(0, cell.trials, 1 - cell.delta)
                 for cell in cells
@@ -290,8 +321,11 @@ class SCRC:
             return ()
         found = [
             f"calibration {unit} are independent draws of what will be seen later, and nothing shifts",
+            LABELS_RIGHT,
             "model, gate and wish were fixed before anybody looked at the calibration rows",
         ]
+        if unit == "rows":
+            found.append("every row is independent of the others, as the caller states")
         if unit == "groups":
             found.append("one row speaks for its group, drawn without a look at anything; large groups count no more")
         if tied:
@@ -306,8 +340,10 @@ class SCRC:
 class FittedSCRC:
     """Thresholds that keep the wish, with what they come from, or why there are none.
 
-    ``threshold`` is None when infeasible. ``min_certifiable_alpha`` is the smallest risk these counts could certify;
-    ``n_needed`` the units that would do, None where no number would (or none is needed).
+    ``accepts`` and ``predict_sets`` are how to apply them. ``threshold`` is None when infeasible, and otherwise a
+    number of the dtype that the gate came in, so that ``gate >= threshold`` accepts the same rows in it; a gate that
+    was rounded to a narrower dtype since is another gate. ``min_certifiable_alpha`` is the smallest risk these counts
+    could certify; ``n_needed`` the units that would do, None where no number would (or none is needed).
     """
 
     scrc: SCRC
@@ -317,7 +353,7 @@ class FittedSCRC:
     seed: int
     rank: int | None
     accepted: int
-    threshold: float | None  # accept iff gate >= it
+    threshold: float | None  # accept iff gate >= it; see ``accepts``
     cells: tuple[Cell, ...]  # one for all, one for each stage, or one for each class in their order
     coverage_bound: float | None = None
     reason: str = ""
@@ -325,6 +361,7 @@ class FittedSCRC:
     min_certifiable_alpha: float | None = None
     guarantee: str = ""
     assumptions: tuple[str, ...] = ()
+    useless: str = ""  # why the sets tell nothing, however true they are; empty: they do. ``fit_policy`` refuses those
 
     @property
     def feasible(self) -> bool:
@@ -343,15 +380,27 @@ class FittedSCRC:
 
     def infeasible(self) -> NotReachableError:
         """Build the error of a wish that cannot be certified: why, what could be, and how many units it takes."""
-        said = (
-            f"coverage >= {self.scrc.xi:g} with risk <= {self.scrc.alpha:g} must be certifiable on the calibration "
-            f"{self.unit}, but it is INFEASIBLE: {self.reason}"
-        )
+        must = f"certifiable on the calibration {self.unit}, but it is INFEASIBLE:"
+        if self.scrc.variant == "naive":
+            must = f"reachable on the calibration {self.unit}, but"
+        said = f"coverage >= {self.scrc.xi:g} with risk <= {self.scrc.alpha:g} must be {must} {self.reason}"
         if self.min_certifiable_alpha is not None:
             said += f". The smallest risk that could be certified is {self.min_certifiable_alpha:.4g}"
         if self.n_needed is not None:
             said += f". About {self.n_needed} {self.unit} would do (there are {self.n})"
-        return NotReachableError(f"{said}. Bring more, ask for less, or choose variant naive, which promises nothing")
+        return NotReachableError(f"{said}. Bring more of them. No policy was written")
+
+    def accepts(self, gate: ArrayLike) -> NDArray[np.bool_]:
+        """Say which gate scores [N] are accepted: compared as float64, whatever their dtype; only finite ones are.
+
+        Raises:
+            InputError: scores that are no numbers.
+            NotReachableError: infeasible: there is no threshold.
+        """
+        if self.threshold is None:
+            raise self.infeasible()
+        scores = floats("gate", gate)
+        return at_or_above("gate", scores, self.threshold) & np.isfinite(scores)
 
     def predict_sets(
         self, probs: ArrayLike, gate: ArrayLike, stage: ArrayLike | None = None
@@ -373,18 +422,18 @@ class FittedSCRC:
         if self.threshold is None:
             raise self.infeasible()
         values, scores = _rows(probs, gate, self.n_classes)
-        accepted = scores >= self.threshold
+        accepted = self.accepts(scores)
         if self.scrc.groups == "stage":
             stages = _stages(stage, len(values), wanted=True)
             assert stages is not None
-            names = np.array([cell.name for cell in self.cells])
-            other = np.flatnonzero(~np.isin(stages, names))
+            known = np.array([cell.name for cell in self.cells])
+            other = np.flatnonzero(~np.isin(stages, known))
             if other.size:
                 raise InputError(
-                    f"stage must be one of {', '.join(names)}, got '{stages[other[0]]}' in row {other[0]}; calibrate "
+                    f"stage must be one of {', '.join(known)}, got '{stages[other[0]]}' in row {other[0]}; calibrate "
                     "on rows of every stage"
                 )
-            limit = self.limits[(stages[:, None] == names).argmax(axis=1)][:, None]
+            limit = self.limits[(stages[:, None] == known).argmax(axis=1)][:, None]
         else:
             limit = self.limits[None, :]  # one for all, or one a class
         return (nonconformity(self.scrc, values) <= limit) & accepted[:, None], accepted
@@ -420,19 +469,21 @@ class FittedSCRC:
             NotReachableError: infeasible.
         """
         sets, accepted = self.predict_sets(probs, gate, stage)
-        truth = _labels(labels, *sets.shape)
-        unit, names = counting_unit(groups, truth.size, "auto", rows_independent)
-        drawn = one_each(names, np.ones(truth.size, dtype=bool), seed)
+        truth = indices("labels", labels, *sets.shape, like="probs has rows")
+        unit, units = counting_unit(groups, truth.size, "auto", rows_independent)
+        drawn = one_each(units, np.ones(truth.size, dtype=bool), seed)
         stages = _stages(stage, truth.size, wanted=False)
         sets, accepted, truth = sets[drawn], accepted[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n, missed = truth.size, ~sets[np.arange(truth.size), truth]
-        found = [check_claim("rejection rate", int((~accepted).sum()), n, float(1 - bounds.exact(self.scrc.xi)), n)]
+        of = 1 + len(self.cells)
+        most = float(1 - bounds.exact(self.scrc.xi))
+        found = [check_claim("rejection rate", int((~accepted).sum()), n, most, n, of)]
         members = self.scrc._cells(stages, truth, self.n_classes, [cell.name for cell in self.cells])
         for cell, (_, member) in zip(self.cells, members, strict=True):
             trials = accepted & member
             name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
-            found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n))
+            found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n, of))
         outcomes = {one.outcome for one in found}
         sizes = sets[accepted].sum(axis=1)
         return SetCheck(
@@ -446,21 +497,27 @@ class FittedSCRC:
 
 
 def _selection(
-    scores: NDArray[np.float64], rank: int | None, n: int, variant: Variant
+    scores: NDArray[np.float64], rank: int | None, n: int, variant: Variant, grid: Grid
 ) -> tuple[float | None, NDArray[np.bool_], bool]:
     """The selection threshold (None: there is none), which rows [N] calibrate the risk, and whether scores tie there.
 
     What lies strictly above an order statistic are independent draws, so the risk is calibrated on those. ``pac``
     accepts the ``rank``-th largest score too, by a threshold just above the next lower one: where that score is an atom
     of the law, also one that was drawn once, a threshold above it would lose all of it, and the coverage with it. So do
-    the others in a tie group. ``T`` accepts a new image at the score itself, and calibrates on what is above.
+    the others in a tie group. ``T`` accepts a new image at the score itself, and calibrates on what is above. The
+    threshold is a number of the dtype that scores came in.
     """
+
+    def above(score: float) -> float:
+        return float(on_grid(np.nextafter(score, np.inf), grid))
+
+    accept_all = float(on_grid(ACCEPT_ALL, grid))
     known = np.sort(scores[~np.isnan(scores)])[::-1]
     nothing = np.zeros(scores.size, dtype=bool)
     if rank is None:
         return None, nothing, False
     if rank > n:
-        return (ACCEPT_ALL, ~nothing, False) if known.size == n else (None, nothing, False)
+        return (accept_all, ~nothing, False) if known.size == n else (None, nothing, False)
     if rank > known.size:
         return None, nothing, False
     value = known[rank - 1]
@@ -469,8 +526,8 @@ def _selection(
         return float(value), scores >= value, False
     if variant == "pac" or tied:
         lower = known[known < value]
-        return float(np.nextafter(lower[0], np.inf)) if lower.size else ACCEPT_ALL, scores >= value, tied
-    return float(value if variant == "T" else np.nextafter(value, np.inf)), scores > value, False
+        return above(lower[0]) if lower.size else accept_all, scores >= value, tied
+    return float(value if variant == "T" else above(value)), scores > value, False
 
 
 def nonconformity(scrc: SCRC, probs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -497,14 +554,14 @@ def _rows(
     probs: ArrayLike, gate: ArrayLike, n_classes: int | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Probabilities [N, K] and gate scores [N], NaN where a row cannot be accepted."""
-    values, scores = np.array(probs, dtype=np.float64), np.array(gate, dtype=np.float64)
+    values, scores = floats("probs", probs).copy(), floats("gate", gate).copy()
     if values.ndim != 2 or values.shape[1] < 2 or (n_classes is not None and values.shape[1] != n_classes):
         wanted = "K >= 2" if n_classes is None else str(n_classes)
         raise InputError(f"probs must have shape [N, {wanted}], got {list(values.shape)}; give a column for each class")
     if scores.shape != values.shape[:1]:
         raise InputError(f"gate must have shape [{len(values)}] as probs has rows, got {list(scores.shape)}")
     finite = np.isfinite(values).all(axis=1)
-    bad = np.flatnonzero(finite & ((values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > 1e-3)))
+    bad = np.flatnonzero(finite & ((values < 0).any(axis=1) | (np.abs(values.sum(axis=1) - 1) > sum_slack(probs))))
     if bad.size:
         raise InputError(f"probs must be probabilities whose rows sum to 1, got others in row {bad[0]}; take softmax")
     scores[~finite | ~np.isfinite(scores)] = np.nan
@@ -512,21 +569,9 @@ def _rows(
     return values, scores
 
 
-def _labels(labels: ArrayLike, n: int, n_classes: int) -> NDArray[np.int64]:
-    truth = np.asarray(labels)
-    if truth.shape != (n,):
-        raise InputError(f"labels must have shape [{n}] as probs has rows, got {list(truth.shape)}")
-    if n and (truth.dtype.kind not in "biu" or truth.min() < 0 or truth.max() >= n_classes):
-        raise InputError(f"labels must be class indices 0 to {n_classes - 1}, got others")
-    return truth.astype(np.int64)
-
-
 def _stages(stage: ArrayLike | None, n: int, *, wanted: bool) -> NDArray[np.str_] | None:
     if stage is None:
         if wanted:
             raise InputError("stage must be given where groups is 'stage', got None; name the stage of every row")
         return None
-    names = np.asarray(stage).astype(np.str_)
-    if names.shape != (n,):
-        raise InputError(f"stage must have shape [{n}] as probs has rows, got {list(names.shape)}")
-    return names
+    return names("stage", stage, n, like="probs has rows").astype(np.str_)

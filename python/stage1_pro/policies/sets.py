@@ -15,10 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 from scipy.special import logit
 
+from stage1_pro.arguments import binary, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.bounds import selection_rank
-from stage1_pro.policies.certificate import NOT_COUNTED, Cell, SetCheck, SetRates
+from stage1_pro.policies.certificate import NOT_COUNTED, Cell, Outcome, SetCheck, SetRates
+from stage1_pro.policies.checks import unjudged
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import ByGate
 from stage1_pro.policies.planning import Planned, PlanTerms
@@ -28,6 +30,7 @@ from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC, FittedSCRC, nonconformity
 from stage1_pro.policies.softmax import confidence
 from stage1_pro.policies.target import Scrc, Variant
+from stage1_pro.policies.useful import OVERRIDE
 
 # Above every P(correct): a threshold here lets nobody exit.
 NOBODY_EXITS = float(np.nextafter(1.0, 2.0))
@@ -100,6 +103,7 @@ class ScrcParams(ByGate):
     guarantee: Literal["none", "pac", "expectation"]
     statement: str
     assumptions: list[str]
+    useless: str = Field("", description="why the sets tell nothing, where they were wanted all the same")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     certify_uses: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
     n_fit_rows: int
@@ -121,22 +125,25 @@ class ScrcParams(ByGate):
 
         A fifth of delta is for the selection, the rest for the risk. See ``Policy.fit``.
         """
-        fit = rows.fit_half()
+        fit = rows.fit_half() if target.variant == "naive" else ~rows.kept_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
         wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
         found = wish.calibrate(
             first.probs[~fit], first.correct[~fit], rows.labels[~fit],
             first.stage[~fit] if target.cells == "stage" else None,
-            groups=None if rows.groups is None else rows.groups[~fit],
+            groups=None if rows.groups is None else rows.groups[~fit], classes=rows.classes,
         )  # fmt: skip
         if not found.feasible:
             raise found.infeasible()
+        if found.useless and not target.allow_useless:
+            raise NotReachableError(
+                f"{target.words()} must be a promise that says something, but it is INFEASIBLE: {found.useless}. Train "
+                f"a better model, or {OVERRIDE}. No policy was written"
+            )
         nobody_exits = first.fields["exit_threshold"] == NOBODY_EXITS
         _check_stages(found, {"B"} if nobody_exits else {*_STAGES})
         limits = [cell.model_copy(update={"limit": (cell.limit or 0.0) + LIMIT_SLACK}) for cell in found.cells]
-        if target.cells == "class":
-            limits = [one.model_copy(update={"name": name}) for one, name in zip(limits, rows.classes, strict=True)]
         bound = max(cell.bound for cell in limits)
         fnr = next((cell.bound for cell in limits if target.cells == "class" and cell.name == rows.positive), None)
         return cls.seal(
@@ -153,6 +160,7 @@ class ScrcParams(ByGate):
             fnr_bound=bound if target.loss == "fnr" else fnr,
             guarantee=GUARANTEES[target.variant],
             statement=_statement(found, limits),
+            useless=found.useless,
             assumptions=[*found.assumptions, *([NOT_COUNTED] if use is None and target.variant != "naive" else [])],
             claims=target.claims,
             certify_uses=use if target.variant != "naive" else None,
@@ -198,11 +206,11 @@ class ScrcParams(ByGate):
         self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Give sets, empty where nobody answers, and what is accepted; see ``Policy.answer``."""
-        values = np.asarray(probs, dtype=np.float64)
+        values = floats("probs", probs)
         correct = self.p_correct(values, exited, gate_logits)
         if self.cells != "stage":
             return self.statistics.predict_sets(values, correct)
-        stage = np.where(np.asarray(exited, dtype=bool), *_STAGES)
+        stage = np.where(binary("exited", exited), *_STAGES)
         # Only who is made to exit can be of a stage that never answered: nobody knows its risk.
         unknown = ~np.isin(stage, [cell.name for cell in self.lambda_2])
         correct[unknown], stage[unknown] = np.nan, self.lambda_2[0].name
@@ -210,9 +218,10 @@ class ScrcParams(ByGate):
 
     def p_correct(self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None) -> NDArray[np.float64]:
         """Give P(answer correct) [N] of the stage that answered; NaN where it gave no number; see ``Policy.answer``."""
-        values, out = self.check_probs(probs), np.asarray(exited, dtype=bool)
-        if gate_logits is None or np.shape(gate_logits) != values.shape[:1] or out.shape != values.shape[:1]:
-            got = "None" if gate_logits is None else list(np.shape(gate_logits))
+        values, out = self.check_probs(probs), binary("exited", exited)
+        gate_logits = None if gate_logits is None else floats("gate_logits", gate_logits)
+        if gate_logits is None or gate_logits.shape != values.shape[:1] or out.shape != values.shape[:1]:
+            got = "None" if gate_logits is None else list(gate_logits.shape)
             raise InputError(
                 f"exited and gate_logits must have shape [{len(values)}] for the scrc policy, got {list(out.shape)} "
                 f"and {got}; give one of each per row"
@@ -224,7 +233,7 @@ class ScrcParams(ByGate):
 
     def near(self, probs: ArrayLike, exited: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.bool_]:
         """Say which rows [N] lie so near the selection threshold or a limit that rounding could decide; ``close``."""
-        values = np.asarray(probs, dtype=np.float64)
+        values = floats("probs", probs)
         found = close(self.p_correct(values, exited, gate_logits), self.lambda_1)
         known = np.flatnonzero(np.isfinite(values).all(axis=1))
         scores = nonconformity(self.statistics.scrc, values[known])
@@ -252,7 +261,10 @@ class ScrcParams(ByGate):
         """What it was asked for; delta is that of its own claim."""
         guarantee = "none" if self.variant == "naive" else "ltt"
         asked = {name: getattr(self, name) for name in _ASKED}
-        return Scrc(min_coverage=self.xi, guarantee=guarantee, delta=math.fsum(self.delta), **asked)
+        return Scrc(
+            min_coverage=self.xi, guarantee=guarantee, delta=math.fsum(self.delta),
+            allow_useless=bool(self.useless), **asked,
+        )  # fmt: skip
 
     @property
     def claims_made(self) -> tuple[int, int | None]:
@@ -291,8 +303,10 @@ class ScrcParams(ByGate):
             seen = verified(rows.sources == source)
             name = str(source) or "(no source)"
             parts.append(rates("source", name, seen))
-            promises += [one.model_copy(update={"source": name}) for one in seen.promises]
-        more = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
+            promises += [one.model_copy(update={"source": name}) for one in unjudged(seen.promises)]
+        more: dict[str, Any] = {"statement": _outcome(self.guarantee, whole), "promises": promises, "parts": parts}
+        if not self.promises:
+            more |= {"outcome": None, "promises": unjudged(promises)}
         return Checked(sets=whole.model_copy(update=more))
 
     def assuming(self, *assumptions: str) -> Self:
@@ -392,7 +406,8 @@ class ScrcParams(ByGate):
                 else "Where that mix is another, all of it is void."
             )
         )
-        return [sets, f"{wish}. {end}", source]
+        useless = [f"This was wanted although it says nothing: {self.useless}."] if self.useless else []
+        return [sets, f"{wish}. {end}", *useless, source]
 
     def measured(self) -> str:
         """Figures on the calibration rows with their bounds, in a line."""
@@ -413,6 +428,9 @@ class ScrcParams(ByGate):
     def fingerprint_numbers(self) -> str:
         """Hex sha256 over all else: what decides, what is promised and assumed, and of which model."""
         content = self.model_dump(mode="json", exclude={"calibrator_fingerprint"})
+        if not content.get("useless"):
+            # Files of older versions do not have it.
+            content.pop("useless", None)
         data = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
 
@@ -533,20 +551,24 @@ def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
             f"Empirical choice, no guarantee: nothing is promised for new images. {counted} Both thresholds were "
             "chosen on these same rows, so this looks better than it is."
         )
-    return f"{found.guarantee} {counted} Provided that {'; '.join(found.assumptions)}."
+    useless = f" They were wanted although they say nothing (allow_useless): {found.useless}." if found.useless else ""
+    return f"{found.guarantee} {counted} Provided that {'; '.join(found.assumptions)}.{useless}"
 
 
 def _outcome(guarantee: str, seen: SetCheck) -> str:
     """The outcome as a sentence."""
-    asked = "what was promised" if guarantee != "none" else "what was asked for (nothing was promised)"
+    asked = "what was promised"
 
-    def listed(kind: str) -> str:
+    def listed(*kinds: Outcome | None) -> str:
         return ", ".join(
             f"{one.name} {one.errors} of {one.trials} (at most {one.limit:.4g}; 99% lower bound {one.lower:.4g}, "
             f"95% upper bound {one.upper:.4g})"
             for one in seen.promises
-            if one.outcome == kind
+            if one.outcome in kinds
         )
+
+    if guarantee == "none":
+        return f"what was asked for (nothing was promised) and what is seen: {listed('PASS', 'FAIL', 'INCONCLUSIVE')}"
 
     if seen.outcome == "PASS":
         return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"

@@ -13,10 +13,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from stage1_pro.arguments import floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.counts import ExitCounts, meets
-from stage1_pro.policies.exiting import BOUND_LEVEL, Chosen, ExitPolicy, assumed, certified_bound, choose_exits, walked
+from stage1_pro.policies.exiting import (
+    BOUND_LEVEL,
+    Chosen,
+    ExitPolicy,
+    assumed,
+    beside_groups,
+    certified_bound,
+    choose_exits,
+    walked,
+)
 from stage1_pro.policies.planning import Planned, PlanTerms
 from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
@@ -27,7 +37,7 @@ GRID = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.95)
 
 def softmax(logits: ArrayLike) -> NDArray[np.float64]:
     """Give probabilities [N, K] in float64 for logits [N, K]; a row with NaN or +inf becomes all NaN."""
-    values = np.asarray(logits, dtype=np.float64)
+    values = floats("logits", logits)
     if values.ndim != 2:
         raise InputError(f"logits must have shape [N, K], got {list(values.shape)}; add the missing axis")
     # inf - inf is NaN on purpose: such a row has no confidence and never exits.
@@ -39,7 +49,7 @@ def softmax(logits: ArrayLike) -> NDArray[np.float64]:
 
 def confidence(probs: ArrayLike) -> NDArray[np.float64]:
     """Give the largest probability of every row [N], in [1/K, 1]; NaN where the row holds NaN."""
-    values = np.asarray(probs, dtype=np.float64)
+    values = floats("probs", probs)
     if values.ndim != 2 or values.shape[1] == 0:
         raise InputError(f"probs must have shape [N, K], got {list(values.shape)}; add the missing axis")
     largest: NDArray[np.float64] = np.minimum(values.max(axis=1), 1.0)
@@ -104,8 +114,8 @@ class Thresholds(ExitPolicy):
             return int(reached[-1])
 
         found = choose_exits(
-            target, rows, confidence(rows.probs), best=best, lowest=1 / len(rows.classes), grid=GRID,
-            called=f"target_fnr {target.target_fnr:g}",
+            target, rows, confidence(rows.probs), best=best, lowest=1 / len(rows.classes), shown=GRID,
+            called=f"target_fnr {target.target_fnr:g}", grid=rows.grid,
         )  # fmt: skip
         threshold = found.row.threshold
         return cls(
@@ -147,6 +157,18 @@ class Thresholds(ExitPolicy):
         """The rule in words."""
         return f"exit when the largest probability of Stage A is at or above {self.exit_threshold:.6g}"
 
+    def found(self) -> list[str]:
+        """What is seen of photos where groups are promised, and what the promise does not bound."""
+        what = "exited positives are missed"
+        said = beside_groups(self.certificate, what, self.n_false_negative, self.n_positive_exited)
+        if self.commonest is not None and self.exits_right is not None and self.commonest_rate is not None:
+            said.append(
+                f"nothing is promised of exits that are wrong in another way than missing '{self.positive}': "
+                f"{self.exits_right:.1%} of the exits are right; always answering '{self.commonest}' would be right in "
+                f"{self.commonest_rate:.1%}"
+            )
+        return said
+
     @property
     def target(self) -> Softmax:
         """What it was asked for; delta is that of its own claim."""
@@ -158,10 +180,14 @@ def _said(found: Chosen) -> dict[str, Any]:
     rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
     wrong, n, bound = found.groups(rows.missed(rows.positive), found.exited & rows.is_class(rows.positive))
     if certificate is not None:
+        missed, trials = certificate.errors, certificate.trials
+        if certificate.unit == "photos":
+            missed, trials, unit = row.n_false_negative, row.n_positive_exited, "photos"
         return {
             "statement": (
-                f"{certificate.guarantee} {certificate.errors} of {certificate.trials} exited positive {unit} were "
+                f"{certificate.guarantee} {missed} of {trials} exited positive {unit} were "
                 f"answered negative on the certify half, whose rows chose nothing. {assumed(certificate)}"
+                f"{found.caution}"
             ),
             "fnr_upper_bound": certificate.risks[0].bound,
             "bound_level": 1 - certificate.delta,

@@ -86,17 +86,21 @@ class Target(Record):
         "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
     )
     delta: Share = Field(0.05, description="largest chance of a false certificate, all claims together")
-    claims: Count = Field(1, description="claims that delta is divided for, before the first")
+    claims: Count = Field(1, le=10**6, description="claims that delta is divided for, before the first")
+    allow_useless: bool = Field(
+        False, description="certify also what is no better than always answering the commonest class; put on record"
+    )
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Make one from its fields.
+        """Make one from its fields, each of its own type: text is no number.
 
         Raises:
-            InputError: a field is missing, unknown, or outside its range.
+            InputError: a field is missing, unknown, of another type, or outside its range.
         """
         try:
-            return cls.model_validate(values)
+            plain = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+            return cls.model_validate(plain, strict=True)
         except ValidationError as error:
             raise InputError(refusal(error, cls)) from None
 
@@ -125,15 +129,56 @@ class Target(Record):
         """The target in words, for messages."""
         return self.key()
 
+    def level(self, one: Promise, n_classes: int) -> float:
+        """The share of delta that the test of one of its promises has, with this number of classes."""
+        del one, n_classes
+        return self.delta / self.claims
+
+    @property
+    def largest(self) -> int | None:
+        """Photos of the largest group where the promise is of photos; None where it is of groups."""
+        return None
+
     def _promise(
         self, quantity: str, limit: float, bound: Literal["at most", "at least"] = "at most", label: str | None = None
     ) -> Promise:
-        if self.guarantee == "none":
-            return Promise(quantity=quantity, limit=limit, bound=bound, label=label, strength="none")
-        return Promise(quantity=quantity, limit=limit, bound=bound, label=label, delta=self.delta / self.claims)
+        unit: Literal["group", "photo"] = "group" if self.largest is None else "photo"
+        strength: Strength = "none" if self.guarantee == "none" else "certified"
+        delta = None if self.guarantee == "none" else self.delta / self.claims
+        return Promise(
+            quantity=quantity, limit=limit, bound=bound, label=label, strength=strength, delta=delta, unit=unit
+        )
 
 
-class Softmax(Target):
+class OfExits(Target):
+    """What is asked of exits: of groups, one photo drawn from each, or of photos, of which large groups hold more."""
+
+    unit: Literal["group", "photo"] = Field(
+        "group", description="what a rate is of: one photo drawn from a new group, or any photo (needs largest_group)"
+    )
+    largest_group: Count | None = Field(
+        None, description="with unit photo: photos of the largest group that can ever come; larger ones are refused"
+    )
+
+    @model_validator(mode="after")
+    def _stated(self) -> Self:
+        if (self.unit == "photo") != (self.largest_group is not None):
+            raise ValueError(
+                f"largest_group must go with unit photo, got {self.largest_group} with unit {self.unit}; a promise of "
+                "photos needs the size of the largest group that can ever come"
+            )
+        return self
+
+    @property
+    def largest(self) -> int | None:
+        """Photos of the largest group where the promise is of photos."""
+        return self.largest_group
+
+    def _of_photos(self) -> str:
+        return "" if self.largest is None else f", of photos in groups of at most {self.largest}"
+
+
+class Softmax(OfExits):
     """Exit by the largest probability of Stage A, with few false negatives among exits."""
 
     policy: Literal["softmax"] = "softmax"
@@ -145,14 +190,14 @@ class Softmax(Target):
 
     def key(self) -> str:
         """The target as ``claims.json`` names it."""
-        return f"FNR on exits <= {self.target_fnr!r}"
+        return f"FNR on exits <= {self.target_fnr!r}{self._of_photos()}"
 
     def words(self) -> str:
         """The target in words."""
-        return f"target FNR on exits {self.target_fnr:.4g}"
+        return f"target FNR on exits {self.target_fnr:.4g}{self._of_photos()}"
 
 
-class Gate(Target):
+class Gate(OfExits):
     """Exit by the gate's P(Stage A is correct), with few wrong answers among many exits."""
 
     aliases: ClassVar[Mapping[str, str]] = {"alpha": "max_exit_error"}
@@ -180,12 +225,12 @@ class Gate(Target):
     def key(self) -> str:
         """The target as ``claims.json`` names it."""
         fnr = "" if self.target_fnr is None else f", FNR on exits <= {self.target_fnr!r}"
-        return f"coverage >= {self.min_coverage!r}, exit error <= {self.max_exit_error!r}{fnr}"
+        return f"coverage >= {self.min_coverage!r}, exit error <= {self.max_exit_error!r}{fnr}{self._of_photos()}"
 
     def words(self) -> str:
         """The target in words."""
         fnr = "" if self.target_fnr is None else f" and FNR on exits <= {self.target_fnr:g}"
-        return f"coverage >= {self.min_coverage:g} with exit error <= {self.max_exit_error:g}{fnr}"
+        return f"coverage >= {self.min_coverage:g} with exit error <= {self.max_exit_error:g}{fnr}{self._of_photos()}"
 
 
 class Scrc(Target):
@@ -246,6 +291,11 @@ class Scrc(Target):
         if self.variant in ("I", "T"):
             risk = risk.model_copy(update=average)
         return share.model_copy(update=average) if self.variant == "T" else share, risk
+
+    def level(self, one: Promise, n_classes: int) -> float:
+        """A fifth of delta for the selection, the rest for the risk, divided by classes where each has a limit."""
+        share, cells = (1, 1) if one.quantity == "share accepted" else (4, n_classes if self.cells == "class" else 1)
+        return share * self.delta / 5 / self.claims / cells
 
     def key(self) -> str:
         """The target as ``claims.json`` names it."""

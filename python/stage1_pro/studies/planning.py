@@ -16,12 +16,13 @@ import numpy as np
 from pydantic import Field
 from scipy.special import ndtri
 
+from stage1_pro.arguments import check_share
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import load_npz, write_bytes
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.metrics.figures import power_png
-from stage1_pro.policies.bounds import check_share, trials_needed
+from stage1_pro.policies.bounds import trials_needed
 from stage1_pro.policies.planning import Planned, PlanTerms, plan_calibration
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import POLICIES

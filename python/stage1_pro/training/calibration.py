@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
+from pydantic import Field
 
 from stage1_pro.classes import choose_positive
 from stage1_pro.config import CalibrateConfig
@@ -18,13 +20,15 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
 from stage1_pro.files import load_npz, sha256_file
-from stage1_pro.policies.claims import close_claim, note_look, stake_claim
-from stage1_pro.policies.policy import Origin, Policy, policies, withdraw_policies
+from stage1_pro.policies.claims import CLAIMS_FILE, Claims, Stake, close_claim, note_look, weigh_claim
+from stage1_pro.policies.policy import Origin, Policy, policies, read_policy, replace_policy
+from stage1_pro.policies.possible import check_possible, foresee, told
 from stage1_pro.policies.ranking import GateChoice
-from stage1_pro.policies.rows import Rows, cut_halves
+from stage1_pro.policies.rows import Rows, copies_of, cut_halves
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.target import POLICIES, Target, parse_target
 from stage1_pro.progress import say
+from stage1_pro.record import Record
 from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, exclusive
 from stage1_pro.words import HALVES
@@ -48,7 +52,7 @@ def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
     Raises:
         InputError: an option or array is not what it must be, or the certify half has been used up.
         ArtifactError: ``val_calib.npz`` is missing, damaged, or of other splits.
-        NotReachableError: the target cannot be met or certified; the old policy is withdrawn, none is written.
+        NotReachableError: the target cannot be met or certified; the policy that stands stays.
     """
     given = asked.asked_for()
     if target is not None and given:
@@ -56,11 +60,58 @@ def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
     if asked.run is not None:
         if asked.out is not None or asked.positive is not None or asked.classes is not None:
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
-        return _calibrate_run(asked.run, given, target)
-    assert asked.logits is not None
-    if asked.policy == "auto":
-        raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
-    return _calibrate_logits(asked, asked.logits, target or _target(CalibrateConfig(), given))
+        if asked.rows_independent:
+            raise InputError("rows_independent must go with --logits, got it with --run; a run's splits have groups")
+        work = _prepare(asked.run, given, target)
+        # One lock from the stake to the policy: two calibrations at once would lose a claim.
+        with exclusive(asked.run):
+            return _choose(work)
+    wish = _target_of_logits(asked, given, target)
+    place = _place(asked.out, wish)
+    rows, hashes = _read_logits(asked, wish)
+    check_possible(wish, rows)
+    policy = checked(POLICIES.find(wish.policy).fit(wish, rows, origin=Origin(hashes)))
+    if place is not None:
+        if place == asked.out:
+            policy.write(place)
+        else:
+            replace_policy(place.parent, policy)
+        say(f"wrote {place}")
+    return policy
+
+
+def foresee_calibration(asked: Calibration, target: Target | None = None) -> Foreseen:
+    """Say what a calibration could certify by the number of its rows alone; nothing is looked at, spent or written.
+
+    Raises:
+        InputError, ArtifactError: as ``calibrate``.
+    """
+    given = asked.asked_for()
+    if asked.run is None:
+        wish = _target_of_logits(asked, given, target)
+        rows, _ = _read_logits(asked, wish)
+        return Foreseen(target=wish.words(), claim="nobody counts claims on a file", told=told(foresee(wish, rows)))
+    work = _prepare(asked.run, given, target)
+    wish, claim = work.wish, "nothing is promised, so no claim is needed"
+    if wish.guarantee == "ltt":
+        stake, _ = work.weigh([row.sha256 for row in work.splits.of("val_calib", "certify")])
+        wish = wish.model_copy(update={"delta": stake.delta, "claims": stake.claims})
+        claim = f"this would be claim {stake.use} of {stake.claims} on these photos; your claim is unspent"
+        if stake.made:
+            claim = f"claim {stake.use} of {stake.claims} on these photos was made for this very target"
+    return Foreseen(target=wish.words(), claim=claim, told=told(foresee(wish, work.rows)))
+
+
+class Foreseen(Record):
+    """What ``calibrate --dry-run`` found, by counts alone."""
+
+    target: str
+    claim: str
+    told: list[str] = Field(description="a line for each promise: what is there, and what could be asked for")
+
+    def render(self) -> str:
+        """The same as text."""
+        return "\n".join(map(_wrap, [f"target: {self.target}", *self.told, f"nothing was looked at; {self.claim}"]))
 
 
 def render(policy: Policy) -> str:
@@ -69,7 +120,7 @@ def render(policy: Policy) -> str:
     claims, use = policy.claims_made
     if use is not None:
         end = "" if use < claims else "; it certifies nothing else"
-        said.append(f"claim {use} of {claims} on this certify half{end}")
+        said.append(f"claim {use} of {claims} on these photos{end}")
     table = [_grid(policy)] if policy.sweep else []
     return "\n".join([_wrap(policy.headline()), *table, *map(_wrap, said)])
 
@@ -131,7 +182,34 @@ def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
     return found
 
 
-def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Policy:
+@dataclass(frozen=True)
+class _Work:
+    """What a calibration of a run works on: what is asked for, the rows, and where they come from."""
+
+    run: Path
+    wish: Target
+    declared: tuple[float | None, int | None]  # delta and claims, where they were given
+    rows: Rows
+    splits: Splits
+    origin: Origin
+
+    @property
+    def half(self) -> str:
+        """Hash of the half that certifies; empty where the splits have none."""
+        return self.splits.hashes.get("val_calib.certify", "")
+
+    def weigh(self, photos: Sequence[str]) -> tuple[Stake, Claims]:
+        """The claim that this would be, as ``weigh_claim`` says."""
+        delta, claims = self.declared
+        return weigh_claim(
+            self.run, self.half, photos, policy=self.wish.policy, wish=self.wish.key(),
+            model_fingerprint=self.origin.model_fingerprint or "",
+            preprocessing_fingerprint=self.origin.preprocessing_fingerprint or "", delta=delta, claims=claims,
+            defaults=(self.wish.delta, self.wish.claims),
+        )  # fmt: skip
+
+
+def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
     predictions = read_calibration(run)
     path = run / "config.json"
     splits = Splits.read(run / "splits.json")
@@ -145,14 +223,12 @@ def _calibrate_run(run: Path, given: dict[str, Any], wish: Target | None) -> Pol
     _check_halves(predictions, splits)
     rows = run_rows(predictions)
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
-    half = splits.hashes.get("val_calib.certify", "")
+    work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin)
     if wish.guarantee == "ltt":
-        if not half:
+        if not work.half:
             raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
         POLICIES.find(wish.policy).check_fit_half(rows)
-    # One lock from the stake to the policy: two calibrations at once would lose a claim, or leave two policies.
-    with exclusive(run):
-        return _choose(run, wish, given, rows, origin, half)
+    return work
 
 
 def run_rows(predictions: Predictions) -> Rows:
@@ -164,47 +240,50 @@ def run_rows(predictions: Predictions) -> Rows:
     )  # fmt: skip
 
 
-def _choose(run: Path, wish: Target, given: Mapping[str, Any], rows: Rows, origin: Origin, half: str) -> Policy:
-    stake = None
+def _choose(work: _Work) -> Policy:
+    """Certify or choose, and replace the policy of the run; whatever goes wrong, the one that stands stays."""
+    run, wish, stake = work.run, work.wish, None
+    photos = [row.sha256 for row in work.splits.of("val_calib", "certify")]
     if wish.guarantee == "ltt":
-        stake = stake_claim(
-            run, half, policy=wish.policy, wish=wish.key(), model_fingerprint=origin.model_fingerprint or "",
-            preprocessing_fingerprint=origin.preprocessing_fingerprint or "", delta=given.get("delta"),
-            claims=given.get("claims"), defaults=(wish.delta, wish.claims),
-        )  # fmt: skip
+        stake, claims = work.weigh(photos)
         # Delta and claims as they were first declared.
         wish = wish.model_copy(update={"delta": stake.delta, "claims": stake.claims})
-    elif half:
-        note_look(run, half)
+        check_possible(wish, work.rows)
+        # Written down before anybody looks.
+        claims.write(run / CLAIMS_FILE)
+    elif work.half:
+        note_look(run, work.half, photos)
     try:
-        policy = POLICIES.find(wish.policy).fit(wish, rows, use=None if stake is None else stake.use, origin=origin)
+        policy = POLICIES.find(wish.policy).fit(
+            wish, work.rows, use=None if stake is None else stake.use, origin=work.origin
+        )
     except NotReachableError as error:
         if stake is not None:
-            close_claim(run, half, stake, "infeasible")
-        # A policy of an earlier, easier wish must not be what export finds.
-        withdrawn = withdraw_policies(run)
-        if withdrawn:
-            raise NotReachableError(f"{error}, and the old one ({', '.join(withdrawn)}) was withdrawn") from None
-        raise
+            close_claim(run, work.half, stake, "infeasible")
+        raise NotReachableError(f"{error}. {_advice(stake, read_policy(run))}") from None
     if stake is not None:
-        close_claim(run, half, stake, "certified")
-        # What else is assumed of the certify half, which this run's files alone cannot show.
-        more = [
-            "these certify rows certified nothing in another run folder (a copy of splits.json counts its own claims)"
-        ]
+        close_claim(run, work.half, stake, "certified")
+        policy = policy.assuming(*stake.assumptions())
         if stake.looks:
-            more.append(
-                f"the wish does not come from the {stake.looks} empirical choice(s) that saw these rows before it"
-            )
             say(
-                f"--guarantee none saw the certify half {stake.looks} time(s) before; the certificate holds only if "
-                "this wish was not chosen by what it showed"
+                f"--guarantee none saw these photos {stake.looks} time(s) before; the certificate holds only if this "
+                "target was not chosen by what it showed"
             )
-        policy = policy.assuming(*more)
-    # Killed in between, the run has no policy rather than two.
-    withdraw_policies(run)
-    _write(policy, run / policy.file)
+    replace_policy(run, checked(policy))
+    say(f"wrote {run / policy.file}")
     return policy
+
+
+def _advice(stake: Stake | None, standing: Policy | None) -> str:
+    """What can be done after a refusal, and what it left as it was."""
+    stands = "nothing was changed" if standing is None else f"{standing.file} stands as it was"
+    if stake is None:
+        return f"Ask for less; {stands}"
+    ways = ["choose with --guarantee none, which promises nothing"]
+    if stake.left:
+        ways.insert(0, f"ask for less with one of the {stake.left} claims that are left")
+    spent = "" if stake.left else "The claim on these photos is spent, since they were looked at. "
+    return f"{spent}You can {', or '.join(ways)}; {stands}"
 
 
 def _check_halves(predictions: Predictions, splits: Splits) -> None:
@@ -263,9 +342,17 @@ def _better(run: Path, predictions: Predictions) -> str:
     return choice.confidence
 
 
-def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
+def _target_of_logits(asked: Calibration, given: Mapping[str, Any], target: Target | None) -> Target:
+    if asked.policy == "auto":
+        raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
+    return target or _target(CalibrateConfig(), given)
+
+
+def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]]:
+    """The rows of a file of logits, and the hash that the policy remembers it by."""
+    path, positive = asked.logits, asked.positive
+    assert path is not None
     arrays = load_npz(path)
-    out, positive = asked.out, asked.positive
     probs = file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
@@ -278,33 +365,51 @@ def _calibrate_logits(asked: Calibration, path: Path, wish: Target) -> Policy:
     groups = arrays.get("groups")
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
-    halves = arrays.get("half")
-    target = None if out is None else (out if out.suffix == ".json" else out / POLICIES.find(wish.policy).file)
-    if target is not None and target != out and (target.parent / "splits.json").is_file():
-        raise InputError(
-            f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"
-        )
     for name in ("gate_logits", "labels"):
         if name in arrays and arrays[name].dtype.kind not in "biuf":
             raise InputError(f"{name} must be numbers, got {arrays[name].dtype}")
-    if target is not None and target == out and out.is_file() and not _is_policy(out):
+    stated = asked.rows_independent
+    units = _identical(path, arrays, len(probs)) if stated and groups is None else groups
+    halves = arrays.get("half")
+    rows = Rows.of(
+        probs, arrays["labels"], classes=names, positive=choose_positive(names, positive),
+        gate=arrays.get("gate_logits"),
+        probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
+        halves=cut_halves(len(probs), units) if halves is None else halves, groups=units,
+        rows_independent=stated,
+    )  # fmt: skip
+    if wish.guarantee == "ltt" and (groups is None) != stated:
+        raise InputError(
+            f"{path} must hold groups [N], the clip, track or place of every row, or --rows-independent must state "
+            f"that each row is a photo of its own, got {'both' if stated else 'neither'}; rows of one clip are "
+            "near-copies and certify nothing of each other"
+        )
+    return rows, {"logits": sha256_file(path)}
+
+
+def _identical(path: Path, arrays: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.int64] | None:
+    """A number for every row [N] that bit-identical rows share, which are never independent; None where none are."""
+    names = ("logits", "probs", "gate_logits", "logits_b", "probs_b")
+    said = [arrays[name].astype(np.float64) for name in names if name in arrays]
+    found = copies_of(np.zeros(n, dtype=np.int64), *said)
+    if found is not None:
+        say(
+            f"{n - np.unique(found).size} of {n} rows of {path} are bit-identical to another, so each set of them "
+            "counts as one group; different photos have different logits where these are not rounded"
+        )
+    return found
+
+
+def _place(out: Path | None, wish: Target) -> Path | None:
+    """The file that the policy is written to; None: to none."""
+    place = None if out is None else (out if out.suffix == ".json" else out / POLICIES.find(wish.policy).file)
+    if place is not None and place != out and (place.parent / "splits.json").is_file():
+        raise InputError(
+            f"--out must not be a run or a bundle, got {out}, whose policy is its own; name another folder"
+        )
+    if place is not None and place == out and out.is_file() and not _is_policy(out):
         raise InputError(f"--out must be a new file or a policy to replace, got {out}, which is neither; name another")
-    try:
-        rows = Rows.of(
-            probs, arrays["labels"], classes=names, positive=choose_positive(names, positive),
-            gate=arrays.get("gate_logits"),
-            probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
-            halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
-        )  # fmt: skip
-        policy = POLICIES.find(wish.policy).fit(wish, rows, origin=Origin({"logits": sha256_file(path)}))
-    except NotReachableError:
-        if target is not None:
-            _withdraw(target, out)
-        raise
-    if target is not None:
-        _withdraw(target, out)
-        _write(policy, target)
-    return policy
+    return place
 
 
 def _is_policy(path: Path) -> bool:
@@ -313,14 +418,6 @@ def _is_policy(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("policy") in policies()
-
-
-def _withdraw(target: Path, out: Path | None) -> None:
-    """Take away the policy that this one replaces: the file named, or all of a folder, which holds one."""
-    if target == out:
-        target.unlink(missing_ok=True)
-    else:
-        withdraw_policies(target.parent)
 
 
 def file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:
@@ -345,13 +442,13 @@ def file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") ->
     return softmax(values) if given[0].startswith("logits") else cast("NDArray[np.float64]", values)
 
 
-def _write(policy: Policy, path: Path) -> None:
+def checked(policy: Policy) -> Policy:
+    """The same; raises ArtifactError where it does not fit its own JSON Schema."""
     problem = next(
         Draft202012Validator(type(policy).model_json_schema()).iter_errors(policy.model_dump(mode="json")), None
     )
     if problem is not None:
         raise ArtifactError(
-            f"{path.name} must fit its JSON Schema, but {problem.json_path}: {problem.message}; not written"
+            f"{policy.file} must fit its JSON Schema, but {problem.json_path}: {problem.message}; not written"
         )
-    policy.write(path)
-    say(f"wrote {path}")
+    return policy

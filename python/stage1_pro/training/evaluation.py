@@ -60,6 +60,11 @@ class Evaluation(Record):
     n_groups: int
     n_exited: int | None = Field(default=None, description="null without a policy")
     n_mistakes: int = Field(description="wrong answers of the cascade; of Stage A without a policy")
+    n_answered: int | None = Field(
+        default=None, description="rows that the policy answers; null: it abstains from none"
+    )
+    n_missed: int | None = Field(default=None, description="of them, those whose set of classes lacks the label")
+    n_several: int | None = Field(default=None, description="of them, those whose set has several classes")
     policy: str | None = None
     guarantee: str | None = None
     exit_threshold: float | None = None
@@ -164,8 +169,18 @@ def _under_policy(whole: Scope, policy: Policy, measures: Sequence[Measure]) -> 
             sources=predictions.sources,
         )
     )  # fmt: skip
+    deployed, counts = answers["cascade"], {}
+    if policy.abstains:
+        sets, accepted = policy.answer(deployed.probs, deployed.exited, predictions.gate_logits)
+        holds = sets[np.arange(accepted.size), predictions.labels]
+        counts = {
+            "n_answered": int(accepted.sum()),
+            "n_missed": int((accepted & ~holds).sum()),
+            "n_several": int((accepted & (sets.sum(axis=1) > 1)).sum()),
+        }
     return {
-        "n_exited": int(answers["cascade"].exited.sum()),
+        **counts,
+        "n_exited": int(deployed.exited.sum()),
         "policy": policy.policy,
         "guarantee": policy.guarantee,
         "exit_threshold": policy.exit_threshold,
@@ -289,6 +304,12 @@ def render(evaluation: Evaluation) -> str:
     sheet.add(
         f"val_test: {evaluation.n_rows} rows, {evaluation.n_groups} groups, positive class '{evaluation.positive}'"
     )
+    if evaluation.n_answered is not None:
+        sheet.add(
+            f"deployed: {evaluation.n_answered} of {evaluation.n_rows} rows are answered and nobody answers the "
+            f"others; {evaluation.n_missed} answers lack the label, {evaluation.n_several} name several classes. "
+            "Figures below take the most probable class for the answer to every row"
+        )
     sources = sorted({m.source for m in evaluation.measures if m.source is not None})
     stages = [stage for stage in STAGES if any(m.stage == stage for m in evaluation.measures)]
     whole = grid(("all rows", *stages), left=("all rows", *stages), no_wrap=("all rows",))
@@ -310,14 +331,25 @@ def render(evaluation: Evaluation) -> str:
     if ranked[GATE]:
         words = [f"{RANKINGS[name]} {text}" for name, text in ranked.items() if text]
         sheet.add(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
-    if evaluation.fnr_check is not None:
-        sheet.add(f"FNR on exits: {evaluation.fnr_check.statement}")
-    if evaluation.exit_promises:
-        _add_promises(sheet, evaluation.exit_promises)
+    check, promises = one_verdict(evaluation)
+    if check is not None:
+        sheet.add(f"FNR on exits: {check.statement}")
+    if promises:
+        _add_promises(sheet, promises)
     if evaluation.verification is not None:
         _add_sets(sheet, evaluation.verification)
     sheet.add(evaluation.statement if evaluation.policy is None else f"guarantee: {evaluation.guarantee}")
     return sheet.text()
+
+
+def one_verdict(evaluation: Evaluation) -> tuple[FnrCheck | None, list[PromiseCheck]]:
+    """The check of the target on FNR, and the promises held: where one is judged, the same rate is not judged twice."""
+    promises, name = evaluation.exit_promises, "FNR on exits"
+    if any(one.name == name and one.outcome is not None for one in promises):
+        return None, promises
+    if evaluation.fnr_check is None:
+        return None, promises
+    return evaluation.fnr_check, [one for one in promises if one.name != name]
 
 
 def _add_sources(
@@ -350,16 +382,17 @@ def _add_sources(
 
 
 def _add_promises(sheet: Sheet, promises: Sequence[PromiseCheck]) -> None:
-    """What was promised, or only wished, and whether these rows keep it."""
-    table = grid(
-        ("promise", "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"),
-        left=("promise", "source", "outcome"),
-    )
+    """What was promised and whether these rows keep it, or what was only asked for, beside what is seen."""
+    what = "promise" if any(one.outcome for one in promises) else "asked for"
+    names = [what, "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"]
+    photos = any(one.photo_trials is not None for one in promises)
+    table = grid((*names, *(["of photos"] if photos else [])), left=(what, "source", "outcome"))
     for one in promises:
         limit, lower, upper = (f"{value:.4f}" for value in (one.limit, one.lower, one.upper))
         settle = "" if one.n_to_settle is None else str(one.n_to_settle)
         name = "all" if one.source is None else one.source[:24]
-        table.add_row(one.name, name, limit, f"{one.errors}/{one.trials}", lower, upper, one.outcome, settle)
+        cells = [one.name, name, limit, f"{one.errors}/{one.trials}", lower, upper, one.outcome or "not judged", settle]
+        table.add_row(*cells, *([f"{one.photo_errors}/{one.photo_trials}"] if photos else []))
     sheet.add(table)
 
 

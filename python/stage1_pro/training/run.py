@@ -18,7 +18,7 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import locked, recover_directory, sha256_file
 from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.policies.policy import policy_files
+from stage1_pro.policies.policy import coming_files, policy_files
 from stage1_pro.record import Record
 
 
@@ -119,7 +119,7 @@ class ExploraRecord(Record):
 OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", "train.log", "config.json",
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
              "gate.json", "tap.json", "start.json", "val_select.npz",
-             *policy_files(), "report.html")  # fmt: skip
+             *policy_files(), *coming_files(), "report.html")  # fmt: skip
 OWN_FOLDERS = ("adapter", "evaluation", "metrics")
 # What `stage1 explora` leaves in a run; trainings come and go beside it.
 EXPLORA = "explora"

@@ -262,7 +262,7 @@ def review(
     reviewer: str | None = None,
     port: int = 0,
     lease: float = LEASE_SECONDS,
-    blind: bool = False,
+    blind: bool = True,
     browser: bool = True,
     purge: bool = False,
     ready: Callable[[str], None] | None = None,

@@ -39,6 +39,7 @@ from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.files import sha256_bytes, sha256_file, write_bytes
+from stage1_pro.policies.policy import Policy
 from stage1_pro.record import Record
 
 
@@ -110,21 +111,21 @@ class Rounds:
         before = memory.get("triggers")
         triggers = TriggerState(since=champion.time) if before is None else TriggerState.model_validate(before)
         history = History.read(self.store, now)
-        view = self._view(history, bundle, champion.time)
+        policy = self.registry.load(bundle).policy
+        view = self._view(history, bundle, champion.time, policy)
         since = max(champion.time, triggers.trained_at or champion.time)
         status, after = assess(
             view.decisions, self.config.monitor, now=now, triggers_before=triggers, manual=manual,
             new_labels=sum(one.time > since for one in history.held.values()),
             missing=self._missing(history, bundle, view), evidence=view.evidence, controller=view.controller,
-            bundle=bundle,
+            bundle=bundle, policy=policy,
         )  # fmt: skip
         floor = self.config.plan.floor
         advice = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
         in_force = max(self.registry.pointer().audit_rate or 0.0, floor)
         return status.model_copy(update={"verdict": advice, "audit_rate": in_force}), after, view
 
-    def _view(self, history: History, bundle: str, since: float) -> ChampionView:
-        policy = self.registry.load(bundle).policy
+    def _view(self, history: History, bundle: str, since: float, policy: Policy) -> ChampionView:
         steer = self.config.steer and policy.steerable
         return view_champion(history, bundle, since, self.config, certified=policy.exit_threshold, steer=steer)
 
@@ -144,7 +145,7 @@ class Rounds:
         ingest(self.store, self.log)
         start = max(one.time for one in self.registry.history("champion") if one.bundle == current.champion)
         history = History.read(self.store, until)
-        view = self._view(history, current.champion, start)
+        view = self._view(history, current.champion, start, self.registry.load(current.champion).policy)
         dealt = available(self._deal(history, current.champion, view, self._used(current.number)), self._keep)
         missing = shortfall(dealt, self.config)
         if missing:

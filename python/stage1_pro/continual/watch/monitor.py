@@ -14,10 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, model_validator
 from scipy.special import ndtri
 
+from stage1_pro.arguments import check_share
 from stage1_pro.errors import InputError, need
 from stage1_pro.metrics.binomial import clopper_pearson
 from stage1_pro.metrics.probabilistic import accuracy, mcc
-from stage1_pro.policies.bounds import betting_upper, check_share
+from stage1_pro.policies.bounds import betting_upper
 from stage1_pro.record import Record
 
 # Smallest share of exits that is audited at random, in any configuration.
@@ -511,7 +512,7 @@ def triggers(
     Args:
         state: what the last call gave.
         signals: as they are now.
-        alpha: the risk that was promised.
+        alpha: the limit of the risk.
         now: seconds since the epoch, not before the state's own times.
         config: limits.
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import ndtri
 
+from stage1_pro.arguments import check_share
 from stage1_pro.continual.watch.monitor import LEAST_AUDIT_RATE, Evidence, grow
 from stage1_pro.errors import InputError
-from stage1_pro.policies.bounds import check_share
 from stage1_pro.policies.planning import binomial_power
 from stage1_pro.record import Record
 
@@ -66,7 +66,7 @@ def plan_audits(
     over simulated runs, with a noise of a few percent.
 
     Args:
-        alpha: risk that was promised, inside (0, 1).
+        alpha: limit of the risk, inside (0, 1).
         harms: true risks to see, each inside (alpha, 1); 1.5, 2, 3 and 5 times alpha by default.
         delta: chance of a false alarm.
         power: wished chance to see the harm.

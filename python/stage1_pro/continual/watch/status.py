@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from stage1_pro.continual.watch.monitor import (
 from stage1_pro.continual.watch.srt import ControllerState
 from stage1_pro.errors import DependencyError, InputError, need
 from stage1_pro.files import write_bytes, write_text
+from stage1_pro.policies.policy import Policy, Said
 from stage1_pro.record import Record
 
 Health = Literal["holds", "not shown", "watch", "alarm"]
@@ -46,7 +47,7 @@ _BLOCKS = (4, 30)
 class MonitorConfig(Record):
     """What is watched, and with which limits."""
 
-    alpha: float = Field(gt=0, lt=1, description="risk of exits that was promised")
+    alpha: float = Field(gt=0, lt=1, description="limit of the risk of exits")
     delta: float = Field(0.05, gt=0, lt=1, description="chance of any false alarm of the e-process")
     level: float = Field(0.95, gt=0, lt=1, description="of intervals")
     recent: int = Field(5000, ge=1, description="last rows that estimates, CBPE and drift are made of")
@@ -65,12 +66,17 @@ class Status(Record):
     headline: str
     sentences: list[str]
     alpha: float
+    limit: Said = Field(
+        "watched", description="what alpha is to the policy: promised by its certificate, only asked for, or neither"
+    )
+    promises: list[str] = Field([], description="all that the policy promises, in words")
     n_rows: int = Field(description="recent decisions that the figures speak of")
     n_exits: int
     exit_rate: float | None
     n_labelled: int
     threshold: float | None = Field(description="in force; null where nobody steers it. Above 1: nobody exits")
-    certified: float | None = Field(description="below it the threshold never goes")
+    certified: float | None = Field(description="threshold of the certificate; null without one")
+    calibrated: float | None = Field(None, description="threshold of the policy; labels never loosen it further")
     exit_risk: Estimate = Field(description="of exits, by Hájek's weights")
     exit_risk_horvitz_thompson: Estimate
     stage_a_error: Estimate = Field(description="of Stage A on all rows, by Hájek's weights")
@@ -97,6 +103,7 @@ def assess(
     missing: str = "",
     controller: ControllerState | None = None,
     bundle: str = "",
+    policy: Policy | None = None,
 ) -> tuple[Status, TriggerState]:
     """Look at everything once: figures of the recent rows, evidence, drift, and what the triggers make of them.
 
@@ -111,6 +118,7 @@ def assess(
         missing: what a training still needs, as ``Signals`` has it.
         controller: state of the threshold, where one steers it; its alarms count, too.
         bundle: sha256 of the manifest that serves.
+        policy: the one that serves, which says what is promised; without it nothing is said to be.
     """
     recent = rows.last(config.recent)
     known = ~np.isnan(recent.wrong)
@@ -133,19 +141,27 @@ def assess(
         answered = rolling(recent.predicted[has], recent.label[has])
     exit_risk = hajek_risk(recent.wrong[audited], recent.propensity[audited], level=config.level, alpha=config.alpha)
     health = _health(config.alpha, exit_risk, estimated, seen, evidence, verdict)
+    limit: Said = "watched" if policy is None else policy.says_of_exits(config.alpha)
+    promises = [] if policy is None else [str(one) for one in policy.promises]
+    start = None if controller is None else controller.config.certified
     status = Status(
         time=now,
         bundle=bundle,
         health=health,
-        headline=_HEADLINES[health],
-        sentences=_sentences(config.alpha, exit_risk, estimated, seen, evidence, controller, verdict),
+        headline=_HEADLINES[health][limit == "promised"],
+        sentences=_sentences(
+            config.alpha, exit_risk, estimated, seen, evidence, controller, verdict, limit=limit, promises=promises
+        ),
         alpha=config.alpha,
+        limit=limit,
+        promises=promises,
         n_rows=len(recent),
         n_exits=int(out.sum()),
         exit_rate=float(out.mean()) if len(recent) else None,
         n_labelled=int(known.sum()),
         threshold=None if controller is None else controller.threshold,
-        certified=None if controller is None else controller.config.certified,
+        certified=start if promises else None,
+        calibrated=start,
         exit_risk=exit_risk,
         exit_risk_horvitz_thompson=horvitz_thompson_risk(recent.wrong[out], recent.propensity[out], level=config.level),
         stage_a_error=hajek_risk(recent.wrong[known], recent.propensity[known], level=config.level),
@@ -216,7 +232,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
     alarms = {"alarm": [(alarm_at - start) / _DAY] if alarm_at is not None and alarm_at >= start else []}
     risk = timeline_png(
         averages(blocks), {"from audits": value, "from confidences": expected}, y="share of exits that are wrong",
-        band=(low, high), limits={"promised": status.alpha}, marks=alarms,
+        band=(low, high), limits={status.limit: status.alpha}, marks=alarms,
     )  # fmt: skip
     rates = {"exits": [float(rows.exited[part].mean()) for part in fine]}
     return [
@@ -239,7 +255,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
 
 # Every metric that is exposed: its help, and where ``Status`` has it. Each has the label ``bundle``.
 METRICS = {
-    "stage1_alpha": ("risk of exits that was promised", "alpha"),
+    "stage1_alpha": ("limit of the risk of exits", "alpha"),
     "stage1_exit_risk": ("risk of exits from audited ones (Hajek)", "exit_risk.value"),
     "stage1_exit_risk_low": ("lower end of its interval", "exit_risk.low"),
     "stage1_exit_risk_high": ("upper end of its interval", "exit_risk.high"),
@@ -251,7 +267,7 @@ METRICS = {
     "stage1_alarm": ("1 when the e-process has alarmed", "evidence.alarm"),
     "stage1_drifting": ("1 when enough detectors see a change of confidences", "drift.drifting"),
     "stage1_threshold": ("exit threshold in force", "threshold"),
-    "stage1_threshold_certified": ("threshold of the certificate", "certified"),
+    "stage1_threshold_calibrated": ("threshold of the policy, which labels never loosen further", "calibrated"),
     "stage1_exit_rate": ("share of recent decisions that exited", "exit_rate"),
     "stage1_decisions": ("recent decisions that these figures speak of", "n_rows"),
     "stage1_labels": ("of them, those with a label", "n_labelled"),
@@ -308,7 +324,7 @@ _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Risk of exits", "percentunit",
      ("stage1_exit_risk", "stage1_exit_risk_low", "stage1_exit_risk_high", "stage1_cbpe_exit_risk", "stage1_alpha")),
     ("Evidence of harm", "none", ("stage1_evidence", "stage1_evidence_limit")),
-    ("Threshold", "none", ("stage1_threshold", "stage1_threshold_certified")),
+    ("Threshold", "none", ("stage1_threshold", "stage1_threshold_calibrated")),
     ("Exits and audits", "percentunit", ("stage1_exit_rate", "stage1_audit_rate")),
     ("Stage A's error", "percentunit", ("stage1_stage_a_error", "stage1_stage_a_error_naive")),
     ("Rolling figures", "none", ("stage1_rolling_mcc", "stage1_rolling_accuracy")),
@@ -355,11 +371,20 @@ def dashboard(title: str = "stage1: is the risk kept?") -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------- helpers
 
-_HEADLINES: dict[Health, str] = {
-    "holds": "The promise holds.",
-    "not shown": "No sign of harm; too few audits to show that the promise holds.",
-    "watch": "Watch: something has changed.",
-    "alarm": "Alarm: exits are wrong more often than promised.",
+# Without and with a promise of the exit error at this very limit.
+_HEADLINES: dict[Health, tuple[str, str]] = {
+    "holds": ("Exits are wrong no more often than the limit.", "The promise holds."),
+    "not shown": (
+        "No sign of harm; too few audits to show that exits stay within the limit.",
+        "No sign of harm; too few audits to show that the promise holds.",
+    ),
+    "watch": ("Watch: something has changed.", "Watch: something has changed."),
+    "alarm": ("Alarm: exits are wrong more often than the limit.", "Alarm: exits are wrong more often than promised."),
+}
+_LIMITS: dict[Said, str] = {
+    "promised": "Promised was at most {}.",
+    "asked for": "Asked for was at most {}; nothing is promised of it.",
+    "watched": "It is watched against a limit of {}, which no policy promises.",
 }
 
 
@@ -377,36 +402,40 @@ def _health(
 
 def _sentences(
     alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence,
-    controller: ControllerState | None, verdict: Advice,
+    controller: ControllerState | None, verdict: Advice, *, limit: Said, promises: Sequence[str],
 ) -> list[str]:  # fmt: skip
     """What a person should know, in plain words."""
     said = []
+    calibrated = "certified" if promises else "calibrated"
     if risk.value is None or risk.low is None or risk.high is None:
         said.append("No exit has been audited yet, so nothing is known of the risk. Review some.")
     else:
         said.append(
             f"{risk.n} exits were checked and {risk.n_wrong} were wrong: about {_share(risk.value)} of all exits, "
-            f"between {_share(risk.low)} and {_share(risk.high)}. Promised was at most {_share(alpha)}."
+            f"between {_share(risk.low)} and {_share(risk.high)}. {_LIMITS[limit].format(_share(alpha))}"
         )
+    if limit == "watched" and promises:
+        said.append(f"The policy promises something else: {'; '.join(promises)}. This page does not test it.")
     if evidence.alarm and evidence.alarm_n is not None:
         said.append(
-            f"The alarm came after {evidence.alarm_n} checked photos that exit at the certified threshold. With "
-            f"the promise kept, it ever comes in at most {_share(evidence.delta)} of all cases."
+            f"The alarm came after {evidence.alarm_n} checked photos that exit at the {calibrated} threshold. While "
+            f"exits are wrong no more often than {_share(alpha)}, it ever comes in at most {_share(evidence.delta)} of "
+            "all cases."
         )
     if seen is not None and seen.drifting:
         said.append("Confidences have changed: other photos come than before. More is audited until that is over.")
     if estimated.low is not None and estimated.low > alpha:
-        said.append("Judged by confidences alone, exits would be wrong more often than promised.")
+        said.append("Judged by confidences alone, exits would be wrong more often than the limit.")
     if controller is not None:
         if controller.threshold > 1:
             said.append("The threshold is at its highest: nobody exits, Stage B answers every photo.")
         elif controller.threshold > controller.config.certified:
             said.append(
                 f"The threshold is tightened from {controller.config.certified:.4f} to {controller.threshold:.4f}: "
-                "fewer photos exit, and no rate is certified there."
+                "fewer photos exit, and nothing is promised there."
             )
         else:
-            said.append("The threshold is the certified one.")
+            said.append(f"The threshold is the {calibrated} one{'' if promises else ', not a certified one'}.")
     if verdict.train:
         said.append(f"Training is asked for: {', '.join(verdict.reasons)}.")
     elif verdict.waiting:

@@ -1,0 +1,458 @@
+"""Claims follow photos, counts cost none, a refusal changes nothing; units of promises, by simulation of their laws."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_certify import BINARY, files_of, gated, make_run
+
+from stage1_pro import cli
+from stage1_pro.commands.calibrate import calibrate
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.data.splits import Splits, hash_splits
+from stage1_pro.errors import InputError, NotReachableError, Stage1Error
+from stage1_pro.policies.certificate import LABELS_RIGHT
+from stage1_pro.policies.claims import Claims, close_claim, weigh_claim
+from stage1_pro.policies.policy import read_policy
+from stage1_pro.policies.possible import foresee
+from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.softmax import softmax
+from stage1_pro.policies.target import Gate, Scrc, Softmax
+
+
+def stderr(share: float, n: int) -> float:
+    return math.sqrt(share * (1 - share) / n)
+
+
+def recut(run: Path, seed: int, *, drop: int = 0, relabel: int = 0) -> None:
+    """Cut the photos of a run anew, with some dropped and some labels mended; claims.json stays."""
+    splits, predictions = Splits.read(run / "splits.json"), Predictions.load(run / "val_calib.npz")
+    rng, n = np.random.default_rng(seed), len(splits.rows)
+    keep = np.sort(rng.permutation(n)[: n - drop])
+    halves = np.where(rng.permutation(keep.size) % 2 == 0, "fit", "certify")
+    labels = predictions.labels[keep].copy()
+    labels[:relabel] = 1 - labels[:relabel]
+    rows = [
+        splits.rows[i].model_copy(update={"half": half, "label": splits.classes[label]})
+        for i, half, label in zip(keep.tolist(), halves.tolist(), labels.tolist(), strict=True)
+    ]
+    splits = splits.model_copy(update={"rows": rows, "hashes": hash_splits(rows), "seed": seed})
+    splits.write(run / "splits.json")
+    fields = ("row_ids", "groups", "sources", "logits_a", "logits_b", "gate_logits")
+    kept = {name: getattr(predictions, name)[keep] for name in fields}
+    changed = {**predictions.__dict__, **kept, "halves": halves, "labels": labels}
+    Predictions(**{**changed, "split_hash": splits.hashes["val_calib"]}).save(run / "val_calib.npz")
+
+
+# -------------------------------------------------------------------------------- counts
+
+
+def hopeless(wish: dict[str, Any], n: int, positives: int, negatives: int) -> bool:
+    """Whether not even perfect answers to all could certify it: powers of 1 - alpha, by hand."""
+    delta = wish.get("delta", 0.05) / wish.get("claims", 1)
+    if wish["policy"] == "softmax":
+        return (1 - wish["target_fnr"]) ** positives > delta
+    if wish["policy"] == "gate":
+        return (1 - wish["max_exit_error"]) ** n > delta or wish["min_coverage"] ** n > delta
+    if wish["min_coverage"] ** n > delta / 5:
+        return True
+    cells = [positives, negatives] if wish.get("cells") == "class" else [n]
+    return any((1 - wish["alpha"]) ** m > 4 * delta / 5 / len(cells) for m in cells)
+
+
+@st.composite
+def wishes(draw: st.DrawFn) -> dict[str, Any]:
+    rate = st.sampled_from([0.004, 0.01, 0.02, 0.05, 0.15, 0.4])
+    policy = draw(st.sampled_from(["softmax", "gate", "scrc"]))
+    none = draw(st.integers(0, 3)) == 0
+    wish: dict[str, Any] = {"policy": policy, "guarantee": "none" if none else "ltt"}
+    if policy == "softmax":
+        wish["target_fnr"] = draw(rate)
+    else:
+        wish["min_coverage"] = draw(st.sampled_from([0.2, 0.7, 0.95]))
+        wish["max_exit_error" if policy == "gate" else "alpha"] = draw(rate)
+    if policy == "scrc":
+        wish["cells"] = draw(st.sampled_from([None, "class", "stage"]))
+    if not none and draw(st.booleans()):
+        wish |= {"claims": draw(st.integers(1, 3)), "delta": draw(st.sampled_from([0.05, 0.2]))}
+    return {name: value for name, value in wish.items() if value is not None}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 10**6), st.sampled_from([24, 120, 700]), st.lists(wishes(), min_size=2, max_size=6))
+def test_a_refusal_changes_nothing_and_counts_cost_no_claim(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, n: int, asked: list[dict[str, Any]]
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    predictions = make_run(run, n=n, seed=seed)
+    kept = predictions.labels[predictions.halves == "certify"]
+    positives = int((kept == BINARY["classes"].index(BINARY["positive"])).sum())
+    for wish in asked:
+        before = files_of(run)
+        try:
+            calibrate(run, **wish)
+        except Stage1Error as error:
+            after = files_of(run)
+            refused, said = isinstance(error, InputError), str(error)
+        else:
+            after, refused, said = {}, False, ""
+        ltt = wish["guarantee"] == "ltt"
+        known = ltt and hopeless(wish, kept.size, positives, kept.size - positives)
+        if not after:
+            assert read_policy(run) is not None and not known
+            continue
+        assert "--guarantee none" not in said or ltt
+        if refused or "unspent" in said:
+            assert after == before
+        else:
+            assert not known, "this was known beforehand"
+        assert {**after, "claims.json": b""} == {**before, "claims.json": b""}
+
+
+def test_a_dry_run_shows_what_counts_allow_and_spends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, n=400)
+    before = files_of(tmp_path)
+    arguments = ["calibrate", "--run", str(tmp_path), "--policy", "gate", "--dry-run"]
+    assert cli.main(arguments) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    best = 1 - 0.05 ** (1 / 200)
+    assert "out of reach: exit error at most 0.01: 200 rows, of at least 299" in said and "unspent" in said
+    assert f"at best {math.ceil(best * 1e5) / 1e5:.4g} can be asked for" in said
+    assert "possible: coverage at least 0.7" in said
+    assert cli.main([*arguments, "--guarantee", "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["told"] == []
+    assert files_of(tmp_path) == before
+    calibrate(tmp_path, policy="gate", max_exit_error=0.3, min_coverage=0.3)
+    assert cli.main(arguments) == 2
+    assert "must serve one claim" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "n", "first"),
+    [
+        (Softmax(target_fnr=0.02), 149, True), (Softmax(target_fnr=0.02), 148, False),
+        (Gate(max_exit_error=0.01), 299, True), (Gate(max_exit_error=0.01), 298, False),
+        (Scrc(alpha=0.01), 321, True), (Scrc(alpha=0.01), 320, False),
+    ],
+)  # fmt: skip
+def test_the_fewest_that_can_certify(target: Any, n: int, first: bool) -> None:
+    labels = np.array([1] * (n + 1))
+    rows = Rows.of(
+        np.full((n + 1, 2), 0.5), labels, classes=["a", "b"], positive="b", groups=np.arange(n + 1),
+        halves=["fit"] + ["certify"] * n,
+    )  # fmt: skip
+    found = foresee(target, rows)
+    assert all(one.possible for one in found) == first
+    risk = found[-1]
+    assert risk.best is not None and (risk.best <= risk.promise.limit) == first
+
+
+def test_a_kill_at_any_moment_leaves_the_old_policy_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    make_run(tmp_path, n=4000)
+    old = calibrate(tmp_path, policy="softmax", guarantee="none", target_fnr=0.2)
+    seen = set()
+    for moment in range(40):
+        left = [moment]
+
+        def dying(real: Any, left: list[int] = left) -> Any:
+            def call(*given: Any, **options: Any) -> Any:
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return real(*given, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for place, name in ((os, "replace"), (os, "rename"), (Path, "replace"), (Path, "unlink"), (os, "fsync")):
+                patch.setattr(place, name, dying(getattr(place, name)))
+            try:
+                policy = calibrate(tmp_path, policy="gate", guarantee="none", max_exit_error=0.2)
+            except KeyboardInterrupt:
+                policy = None
+        stands = read_policy(tmp_path)
+        assert stands is not None
+        seen.add(stands.policy)
+        if policy is not None:
+            assert stands == policy and [one.name for one in tmp_path.glob("*thresholds.json")] == []
+            break
+        if stands.policy == "gate":
+            calibrate(tmp_path, policy="softmax", guarantee="none", target_fnr=0.2)
+            assert read_policy(tmp_path) == old
+    assert policy is not None and seen == {"softmax", "gate"}
+
+
+# -------------------------------------------------------------------------------- cuts of the same photos
+
+
+@pytest.mark.parametrize("change", [{}, {"drop": 1}, {"relabel": 1}, {"drop": 2000}])
+def test_another_cut_of_the_same_photos_is_another_claim(tmp_path: Path, change: dict[str, int]) -> None:
+    make_run(tmp_path, n=4000)
+    wish = {"policy": "gate", "max_exit_error": 0.05}
+    first = calibrate(tmp_path, **wish)
+    recut(tmp_path, 1, **change)
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match="2 cuts that share photos must serve one claim"):
+        calibrate(tmp_path, **wish)
+    assert files_of(tmp_path) == before and read_policy(tmp_path) == first
+    # Photos that were never used begin anew, and only they do.
+    make_run(tmp_path, n=4000, seed=7)
+    policy = calibrate(tmp_path, **wish)
+    assert not any("cut 2" in one for one in policy.certificate.assumptions)
+
+
+def test_cuts_share_the_delta_that_was_declared(tmp_path: Path) -> None:
+    make_run(tmp_path, n=6000)
+    wish = {"policy": "gate", "max_exit_error": 0.05}
+    for cut in range(3):
+        policy = calibrate(tmp_path, **wish, **({"claims": 3} if cut == 0 else {}))
+        assert (policy.certificate.use, policy.certificate.claims) == (cut + 1, 3)
+        assert policy.certificate.delta == pytest.approx(0.05 / 3)
+        assert any(f"this is cut {cut + 1} of these photos" in one for one in policy.certificate.assumptions) == (
+            cut > 0
+        )
+        assert LABELS_RIGHT in policy.certificate.assumptions and LABELS_RIGHT in policy.statement
+        assert calibrate(tmp_path, **wish) == policy, "the same claim on the same cut is no new one"
+        recut(tmp_path, 10 + cut)
+    with pytest.raises(InputError, match="the 3 claims declared"):
+        calibrate(tmp_path, **wish)
+
+
+def test_halves_of_an_older_version_are_taken_to_share_photos(tmp_path: Path) -> None:
+    make_run(tmp_path, n=4000)
+    calibrate(tmp_path, policy="gate", max_exit_error=0.05)
+    known = Claims.read(tmp_path / "claims.json").model_dump(mode="json")
+    del known["rows"]
+    (tmp_path / "claims.json").write_text(json.dumps(known))
+    make_run(tmp_path, n=4000, seed=7)
+    with pytest.raises(InputError, match="must serve one claim"):
+        calibrate(tmp_path, policy="gate", max_exit_error=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.frozensets(st.integers(0, 12), min_size=1, max_size=5), min_size=1, max_size=8))
+def test_cuts_are_what_photos_connect(halves: list[frozenset[int]]) -> None:
+    known = Claims()
+    for i, photos in enumerate(halves):
+        known = known.seen(str(i), [f"{one:064d}"[::-1] for one in photos])
+    for i, photos in enumerate(halves):
+        reached = set(photos)
+        for _ in halves:
+            reached |= {one for other in halves if other & reached for one in other}
+        assert known.cuts(str(i)) == [str(j) for j, other in enumerate(halves) if other & reached]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claims", [1, 10])
+def test_ten_cuts_of_one_pool_certify_falsely_as_often_as_promised(tmp_path: Path, claims: int) -> None:
+    """True exit error 1.02% everywhere, asked for 1%: any of ten cuts of the same 8,000 rows."""
+    draws, pools, false, made = 200, 8000, 0, 0
+    for draw in range(draws):
+        rng = np.random.default_rng(draw)
+        gate, labels = rng.normal(size=pools), rng.integers(0, 2, pools)
+        answer = np.where(rng.random(pools) < 0.0102, 1 - labels, labels)
+        probs, photos = np.eye(2)[answer] * 0.8 + 0.1, np.array([f"{i:016d}" for i in range(pools)])
+        probs[:, 0] += (jitter := rng.random(pools) * 1e-3)
+        probs[:, 1] -= jitter
+        run = tmp_path / str(draw)
+        run.mkdir()
+        hit = False
+        for cut in range(10):
+            certify = rng.permutation(pools) % 2 == 0
+            try:
+                stake, known = weigh_claim(
+                    run, f"half {cut}", photos[certify], policy="gate", wish="w", model_fingerprint=f"m{cut}",
+                    preprocessing_fingerprint="p", delta=None, claims=None, defaults=(0.05, claims),
+                )  # fmt: skip
+            except InputError:
+                continue
+            known.write(run / "claims.json")
+            made += 1
+            try:
+                fit_gate_policy(
+                    probs, gate, labels, **BINARY, halves=np.where(certify, "certify", "fit"), max_exit_error=0.01,
+                    min_coverage=0.3, delta=stake.delta, claims=stake.claims,
+                )  # fmt: skip
+            except NotReachableError:
+                close_claim(run, f"half {cut}", stake, "infeasible")
+            else:
+                hit = True
+        false += hit
+    share, noise = false / draws, stderr(0.05, draws)
+    print(f"ten cuts, {claims} claims: any false certificate {share:.3f}, promised .05 (se {noise:.3f})")
+    assert made == draws * claims and share <= 0.05 + 3 * noise
+
+
+# -------------------------------------------------------------------------------- units
+
+
+def clips(k: int, rng: np.random.Generator, n: int = 2000, fnr: float = 0.022) -> tuple[np.ndarray, np.ndarray]:
+    """Clips of k bit-identical rows, all positive; FNR the same at every threshold."""
+    m = math.ceil(n / k)
+    sure, missed = rng.random(m) * 3 + 0.1, rng.random(m) < fnr
+    logits = np.stack([np.where(missed, sure, -sure), np.where(missed, -sure, sure)], 1)
+    return np.repeat(logits, k, axis=0)[:n], np.ones(n, dtype=np.int64)
+
+
+def test_logits_need_groups_or_a_statement(tmp_path: Path) -> None:
+    file, rng = tmp_path / "mine.npz", np.random.default_rng(0)
+    logits, labels = clips(1, rng, 4000, fnr=0.0)
+    labels[::2] = 0
+    logits[::2] = -logits[::2]
+    np.savez(file, logits=logits, labels=labels)
+    with pytest.raises(InputError, match="groups"):
+        calibrate(logits=file)
+    assert calibrate(logits=file, guarantee="none").certificate is None
+    policy = calibrate(logits=file, rows_independent=True)
+    assert policy.certificate is not None and policy.certificate.unit == "rows"
+    assert any("as the caller states" in one for one in policy.certificate.assumptions)
+    make_run(tmp_path / "run", 40)
+    with pytest.raises(InputError, match="--run"):
+        calibrate(tmp_path / "run", rows_independent=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_identical_rows_are_never_independent(tmp_path: Path, dtype: type) -> None:
+    file, rng = tmp_path / "mine.npz", np.random.default_rng(1)
+    logits, labels = clips(10, rng, 4000, fnr=0.0)
+    logits = logits.astype(dtype)
+    half = np.where(rng.random(4000) < 0.5, "fit", "certify")
+    for more in ({}, {"groups": np.arange(4000)}):
+        np.savez(file, logits=logits, labels=labels, half=half, **more)
+        with pytest.raises(InputError, match="halves must not share"):
+            calibrate(logits=file, rows_independent=not more)
+    # Without halves copies stay together and count once.
+    np.savez(file, logits=logits, labels=labels)
+    policy = calibrate(logits=file, rows_independent=True)
+    assert policy.certificate.unit == "groups" and policy.certificate.n <= 200
+    probs, rows = softmax(logits), {"classes": ["0", "1"], "positive": "1", "halves": half}
+    with pytest.raises(InputError, match="halves must not share"):
+        fit_softmax_policy(probs, labels, **rows, guarantee="ltt", target_fnr=0.1)
+    with pytest.raises(InputError, match="halves must not share"):
+        fit_scrc_policy(probs, logits[:, 1].astype(float), probs, labels, **rows, alpha=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 3, 10, 30])
+def test_copies_certify_no_more_than_photos(tmp_path: Path, k: int) -> None:
+    """True FNR 2.2% at every threshold, asked for 2%: every certificate is false."""
+    draws, false = 200, 0
+    for draw in range(draws):
+        logits, labels = clips(k, np.random.default_rng(draw))
+        np.savez(tmp_path / "mine.npz", logits=logits, labels=labels, classes=["none", "yes"])
+        try:
+            calibrate(logits=tmp_path / "mine.npz", rows_independent=True, target_fnr=0.02)
+        except NotReachableError:
+            continue
+        false += 1
+    noise = stderr(0.05, draws)
+    print(f"clips of {k}: certified falsely {false / draws:.3f}, promised .05 (se {noise:.3f})")
+    assert false / draws <= 0.05 + 3 * noise
+
+
+def of_groups(rng: np.random.Generator, sizes: np.ndarray, risk: np.ndarray) -> dict[str, Any]:
+    """Rows of groups with these sizes, each wrong with its group's risk."""
+    names = np.repeat(np.arange(sizes.size), sizes)
+    n = names.size
+    labels = rng.integers(0, 2, n)
+    answer = np.where(rng.random(n) < risk[names], 1 - labels, labels)
+    sure = rng.random(n)
+    probs = np.eye(2)[answer] * (0.5 + 0.3 * sure[:, None]) + (0.5 - 0.3 * sure[:, None]) * 0.5
+    probs /= probs.sum(1, keepdims=True)
+    return {
+        "probs": probs, "gate_logits": rng.normal(size=n), "labels": labels, "groups": names,
+        "halves": np.where(rng.permutation(sizes.size)[names] % 2, "fit", "certify"),
+    }  # fmt: skip
+
+
+LAWS = {
+    "large groups worse": ([1, 60], [0.95, 0.05], [0.004, 0.15], 0.025, 8000),
+    "at the limit": ([1, 20], [0.8, 0.2], [0.051, 0.051], 0.05, 4000),
+    "half of the large ones": ([1, 5, 40], [0.5, 0.4, 0.1], [0.01, 0.02, 0.08], 0.06, 4000),
+    "well within": ([1, 4, 12], [0.6, 0.3, 0.1], [0.02, 0.01, 0.02], 0.05, 4000),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS)
+def test_a_promise_of_photos_is_true_or_refused(law: str) -> None:
+    sizes, shares, risks, alpha, n = LAWS[law]
+    truth = np.dot(np.multiply(sizes, shares), risks) / np.dot(sizes, shares)
+    draws, made = 100, 0
+    for draw in range(draws):
+        rng = np.random.default_rng(draw)
+        kind = rng.choice(len(sizes), n, p=shares)
+        rows = of_groups(rng, np.array(sizes)[kind], np.array(risks)[kind])
+        try:
+            policy = fit_gate_policy(
+                **rows, **BINARY, max_exit_error=alpha, min_coverage=0.2, unit="photo", largest_group=max(sizes)
+            )
+        except NotReachableError:
+            continue
+        made += 1
+        assert policy.promises[1].unit == "photo" and policy.target.largest == max(sizes)
+    false = made / draws if truth > alpha else 0.0
+    noise = stderr(0.05, draws)
+    print(
+        f"{law}: photos wrong {truth:.4f}, asked {alpha}: certified {made / draws:.2f}, falsely {false:.2f} "
+        f"(se {noise:.3f})"
+    )
+    assert false <= 0.05 + 3 * noise
+    assert law != "well within" or made > 0.5 * draws
+
+
+def test_a_promise_of_photos_is_another_promise() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([1, 4, 12], 6000, p=[0.6, 0.3, 0.1])
+    rows = of_groups(rng, sizes, np.full(sizes.size, 0.01))
+    wish = {"max_exit_error": 0.05, "min_coverage": 0.3}
+    of_photos = fit_gate_policy(**rows, **BINARY, **wish, unit="photo", largest_group=12)
+    of_groups_ = fit_gate_policy(**rows, **BINARY, **wish)
+    assert not any(one.covers(other) for one in of_groups_.promises for other in of_photos.promises)
+    assert of_photos.target.key() != of_groups_.target.key() and of_photos.certificate.unit == "photos"
+    assert "no group holds more than 12" in of_photos.statement
+    assert any("--unit photo" in one for one in of_groups_.found())
+    assert not any("--unit photo" in one for one in of_photos.found())
+    with pytest.raises(InputError, match="largest_group must be at least .* got 11 .* 12"):
+        fit_gate_policy(**rows, **BINARY, **wish, unit="photo", largest_group=11)
+    for wrong in ({"unit": "photo"}, {"largest_group": 12}):
+        with pytest.raises(InputError, match="largest_group must go with unit photo"):
+            fit_gate_policy(**rows, **BINARY, **wish, **wrong)
+    given = Rows.of(rows["probs"], rows["labels"], **BINARY, gate=rows["gate_logits"], groups=rows["groups"])
+    checks = {one.name: one for one in of_photos.check(given).promises}
+    exited = of_photos.exits(rows["probs"], rows["gate_logits"])
+    wrong = rows["probs"].argmax(1) != rows["labels"]
+    assert (checks["exit error"].errors, checks["exit error"].trials) == ((wrong & exited).sum(), exited.sum())
+    assert checks["exit error"].outcome == "PASS" and checks["exit error"].photo_trials is None
+    beside = {one.name: one for one in of_groups_.check(given).promises}["exit error"]
+    assert beside.trials < beside.photo_trials == of_groups_.exits(rows["probs"], rows["gate_logits"]).sum()
+
+
+def test_a_fail_shares_its_level_among_the_promises_of_a_policy() -> None:
+    """Each promise at its very limit: any FAIL in at most 1% of test sets."""
+    data = gated(12_000)
+    policy = fit_gate_policy(**data, **BINARY, max_exit_error=0.03, target_fnr=0.2)
+    rng, draws, n, failed = np.random.default_rng(0), 400, 400, 0
+    for _ in range(draws):
+        labels = rng.integers(0, 2, n)
+        out = rng.random(n) < policy.constraints.min_coverage
+        wrong = rng.random(n) < np.where(labels == 1, 0.06, 0.0)
+        probs = np.eye(2)[np.where(wrong, 1 - labels, labels)] * 0.8 + 0.1
+        gate = np.where(out, 1.0, -1.0) * 50 * np.sign(policy.a)
+        rows = Rows.of(probs, labels, **BINARY, gate=gate)
+        failed += any(one.outcome == "FAIL" for one in policy.check(rows).promises)
+    noise = stderr(0.01, draws)
+    print(f"three promises at their limits: FAIL in {failed / draws:.4f} of test sets, at most .01 (se {noise:.4f})")
+    assert failed / draws <= 0.01 + 3 * noise
