@@ -185,7 +185,9 @@ def test_infeasible_says_why_and_what_would_do() -> None:
     assert found.coverage_there == 0.8
     assert "error on accepted rows is 0 of 160" in found.reason
     assert "no error at all would need 299" in found.reason
-    assert found.n_needed == plan_calibration(0.01, 0.05, 0.7, 0.0)
+    # At the first threshold 80% are accepted, and 299 of them take about 375.
+    assert found.n_needed == pytest.approx(trials_needed(0, 0.01, 0.05) / 0.8, rel=0.1)
+    assert found.needed.low <= found.n_needed <= found.needed.high
     # It was the smallest: that wish passes, a smaller one does not.
     kwargs = {"delta": 0.05, "min_coverage": 0.7, "candidates": [0.2]}
     assert certify_threshold(scores, errors, alpha=found.min_certifiable_alpha + 1e-9, **kwargs).feasible
@@ -338,7 +340,9 @@ def test_every_method_is_infeasible_with_a_reason(method: str, unit: str) -> Non
     assert "error on accepted rows is 0 of" in found.reason
     assert found.min_certifiable_alpha is not None
     assert found.min_certifiable_alpha > 0.005
-    assert found.n_needed == (199 if method == "crc" else 598)
+    # Where groups are walked, the first candidate takes one in a hundred.
+    first = 100 if (unit, method) == ("group_means", "ltt_fst") else 1
+    assert found.n_needed == pytest.approx(199 if method == "crc" else 598 * first, rel=0.05)
     hopeless = certify_threshold(scores, np.ones(100), **kwargs)
     assert not hopeless.feasible
     assert hopeless.n_needed is None

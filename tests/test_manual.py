@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from PIL import Image
 import stage1_pro
 from stage1_pro import cli
 from stage1_pro.config import load_config
+from stage1_pro.policies.certificate import Method, Outcome
+from stage1_pro.policies.target import POLICIES, Promise, kind_of_target
 
 MANUAL = Path(str(files("stage1_pro"))) / "manual"
 PAGES = sorted(path.name for path in MANUAL.glob("*.md"))
@@ -83,6 +86,21 @@ def test_links_lead_to_pages_and_lines_are_short(page):
         assert (MANUAL / target).exists(), target
     assert text.startswith("# ")
     assert {kind for kind, _ in BLOCK.findall(text)} <= {"sh", "python", "yaml", "text"}
+
+
+def test_every_promise_stands_in_the_table_with_a_test_that_is_there(repository):
+    text = (MANUAL / "promises.md").read_text(encoding="utf-8")
+    tests = re.findall(r"`(test_\w+\.py)::(\w+)`", text)
+    for file, name in tests:
+        assert f"\ndef {name}(" in (repository / "tests" / file).read_text(encoding="utf-8"), (file, name)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "| test |" not in line]
+    assert all("::test_" in row for row in rows) and len(rows) > 20
+    first = {cell for row in rows for cell in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    quantities = {word.strip() for word in Promise.model_fields["quantity"].description.split(",")}
+    asked = {one.quantity for kind in POLICIES for one in kind_of_target(kind).of().promises("")}
+    tests_of_a_verdict = {"guard reward", "anchor reward", "anchor FNR", "certificate"}
+    wanted = {*quantities, *asked, *get_args(Method), *get_args(Outcome), *tests_of_a_verdict}
+    assert wanted <= first, wanted - first
 
 
 def test_the_readme_is_a_page_and_its_links_lead_somewhere(repository):

@@ -218,6 +218,31 @@ def test_pac_holds_on_scores_of_one_decimal_and_by_class() -> None:
     assert broken["naive"] / draws > 0.2, "a test that the promise can fail"
 
 
+@pytest.mark.slow
+def test_pac_holds_of_positives_alone() -> None:
+    """FNR of accepted sets <= 10% at delta .05, for the very thresholds found; 300 draws of 600 rows."""
+    rng, draws = np.random.default_rng(4), 300
+
+    def drawn(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        labels, strength = (rng.random(n) < 0.4).astype(int), rng.normal(size=n) + 1
+        p = 1 / (1 + np.exp(-(2 * labels - 1) * strength * 1.5))
+        return np.stack([1 - p, p], axis=1), np.abs(p - 0.5) + rng.normal(size=n) * 0.05, labels
+
+    probs, gate, labels = drawn(200_000)
+    found, broken = 0, 0
+    for _ in range(draws):
+        fitted = SCRC(0.6, 0.1, loss="fnr").calibrate(*drawn(600))
+        if not fitted.feasible:
+            continue
+        found += 1
+        sets, accepted = fitted.predict_sets(probs, gate)
+        chosen = accepted & (labels == 1)
+        broken += (~sets[chosen, 1]).mean() > 0.1 or accepted.mean() < 0.6
+    print(f"FNR of accepted sets: found {found / draws:.3f}, broken {broken / draws:.3f} +- .013, at most .05")
+    assert found > 0.5 * draws
+    assert broken / draws <= 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
+
+
 @pytest.mark.parametrize(("n", "xi"), [(90, 0.95), (50, 0.9), (500, 0.7)])
 def test_pac_covers_where_a_score_is_an_atom_that_was_drawn_once(n: int, xi: float) -> None:
     """A threshold above an atom loses all of it, though only one calibration row sits there."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from stage1_pro.command import Command, Count, Rate, Result, Share, keywords, option
+from stage1_pro.command import Command, Count, Part, Rate, Result, Share, keywords, option, within
 from stage1_pro.words import PolicyName
 
 if TYPE_CHECKING:
     from stage1_pro.studies.planning import CalibrationPlan
 
+Growth = Annotated[float, within(lambda x: 0 <= x <= 20, "from 0 to 20")]
+
 
 class Plan(Command, topic="plan"):
     """Say how many calibration rows a promise takes, and what rows you have can promise.
 
-    Exact binomials of the policies; units are rows, or groups where rows share clips, tracks or places.
+    Whole calibrations are simulated with the policy itself; units are rows, or groups where rows share clips, tracks
+    or places. What new photos are like is stated (--expected-error), or taken from rows that a model has answered.
     """
 
     policy: PolicyName = option("gate", "what makes the promise")
@@ -26,11 +29,16 @@ class Plan(Command, topic="plan"):
         metavar="D",
     )
     min_coverage: Share = option(0.70, "least share accepted; softmax: share expected to exit")
-    expected_error: float | None = option(None, "true risk that you hope for; half of alpha by default")
-    expected_coverage: float | None = option(
-        None, "true share accepted that you hope for, above --min-coverage; gate: its test is then counted too"
+    expected_error: Part | None = option(None, "true risk that you hope for; half of alpha by default")
+    expected_coverage: Rate | None = option(
+        None, "share of the surest answers at which you hope for it; --min-coverage by default"
     )
-    positives: Rate = option(0.5, "softmax: share of rows (or groups) that are positive")
+    growth: Growth = option(
+        3.5, "the risk grows as that share to this power: 2 where errors come early in the ranking, 5 where late"
+    )
+    run: Path | None = option(None, "trained run folder: new photos are like its val_select, instead of an expectation")
+    logits: Path | None = option(None, "the same from a .npz as `stage1 calibrate --logits` takes")
+    positives: Share = option(0.5, "softmax: share of rows (or groups) that are positive")
     power: Share = option(0.9, "chance to succeed that you want")
     cells: float | tuple[float, ...] = option(
         1,
@@ -38,6 +46,7 @@ class Plan(Command, topic="plan"):
         metavar="K",
     )
     n: Count | None = option(None, "rows (or groups) kept for the certificate that you have")
+    seed: int = option(0, "of the simulated calibrations")
     out: Path | None = option(None, "folder for plan.json and plan.png")
 
     def execute(self) -> Result:
@@ -51,7 +60,7 @@ class Plan(Command, topic="plan"):
 
 @keywords(Plan)
 def plan(policy: PolicyName = "gate", **options: Any) -> CalibrationPlan:
-    """Say how many calibration units certify a target with the wanted chance.
+    """Say how many calibration units certify a target with the wanted chance, by simulating calibrations.
 
     Raises:
         InputError: an option out of its range, or no number of units would do.

@@ -55,6 +55,8 @@ class Split(Command, topic="photos"):
 
     def execute(self) -> Result:
         """Print rows and groups of every split by class."""
+        from stage1_pro.policies.standing import in_reach
+
         splits = self.cut()
         width = max(8, *map(len, splits.classes)) + 2
         lines = [f"{'split':<12}{'groups':>8}" + "".join(f"{name:>{width}}" for name in splits.classes)]
@@ -67,7 +69,7 @@ class Split(Command, topic="photos"):
             f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); "
             f"{splits.quarantined} images in quarantine"
         )
-        lines.append(f"next: stage1 train --run {self.out}")
+        lines += [in_reach(splits), f"next: stage1 train --run {self.out}"]
         record = {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(self.out)}
         return Result("\n".join(lines), record)
 

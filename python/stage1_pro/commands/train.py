@@ -49,6 +49,8 @@ class Train(Configured, topic="train"):
         from stage1_pro.training.run import check_run
 
         check_run(self.run, config, **flags)
+        from stage1_pro.data.splits import Splits
+        from stage1_pro.policies.standing import in_reach
         from stage1_pro.training.loop import train
 
         result = train(self.run, config, **flags)
@@ -56,6 +58,7 @@ class Train(Configured, topic="train"):
         text = (
             f"trained {result.epochs} epochs in {result.seconds:.0f} s; best epoch {result.best_epoch + 1}: "
             f"accuracy {best['accuracy']:.4f}, AUROC {best['auroc']:.4f}, AUGRC {best['augrc']:.5f} on val_select\n"
+            f"{in_reach(Splits.read(result.run / 'splits.json'))}\n"
             f"wrote {result.run}/model_best.pth; next: stage1 calibrate --run {result.run}"
         )
         return Result(text, {**asdict(result), "run": str(result.run)})

@@ -20,24 +20,13 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.arguments import array, at_or_above, check_share, choice, floats, grid_of, on_grid, shown
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
-from stage1_pro.policies.candidates import (
-    JOINT,
-    Counts,
-    Means,
-    Risk,
-    choose,
-    count_at_least,
-    group_weights,
-    photo_shares,
-    ranked,
-)
+from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, photo_shares
 from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts
+from stage1_pro.policies.needed import Needed, units_needed
 from stage1_pro.policies.planning import plan_calibration
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 
 CountedAs = Literal["auto", "rows", "groups", "group_means", "photos"]
-# Beyond so many trials a refusal says how many it takes by the normal approximation, a few percent off.
-_EXACTLY = 2000
 # Without candidates, so many ranks share delta.
 _SHARING_RANKS = 20
 
@@ -77,7 +66,7 @@ class Certificate:
     delta: float
     min_coverage: float | None
     seed: int
-    plan: Callable[[], int | None] = field(repr=False, compare=False)
+    plan: Callable[[], Needed | None] = field(repr=False, compare=False)
 
     def accepts(self, scores: ArrayLike) -> NDArray[np.bool_]:
         """Say which scores are accepted, of their shape: compared as float64, whatever their dtype; NaN never is.
@@ -91,9 +80,14 @@ class Certificate:
         return at_or_above("scores", scores, self.threshold)
 
     @cached_property
+    def needed(self) -> Needed | None:
+        """Units for 90% power with the margin of what was seen here; None when feasible, or when no number would do."""
+        return None if self.feasible else self.plan()
+
+    @property
     def n_needed(self) -> int | None:
         """Units for 90% power if errors are as seen here; None when feasible, or when no number would do."""
-        return None if self.feasible else self.plan()
+        return None if self.needed is None else self.needed.n
 
     @property
     def alpha(self) -> float:
@@ -316,7 +310,15 @@ def certify(
         seed=seed,
         plan=partial(_needed_jointly, found[0], n, delta, method)
         if joint
-        else partial(_needed, values, risks, names, order, delta, min_coverage),
+        else partial(
+            units_needed,
+            values,
+            risks,
+            names,
+            delta=delta,
+            min_coverage=min_coverage,
+            start="ranks" if candidates is None or method != "ltt_fst" else float(order[0]),
+        ),
     )
 
 
@@ -390,51 +392,14 @@ def _ranks(
     return order
 
 
-def _needed(
-    values: NDArray[np.float64],
-    risks: Sequence[Risk],
-    groups: NDArray[np.generic] | None,
-    order: NDArray[np.float64],
-    delta: float,
-    min_coverage: float | None,
-) -> int | None:
-    """Units for 90% power if the errors at the wished coverage are as seen here; None when no number would do."""
-    everyone = np.ones(values.size, dtype=bool)
-    weights = group_weights(groups, everyone)
-    total = weights.sum()
-    if total == 0:
-        return None
-    thresholds = order
-    if min_coverage is not None:
-        surest = ranked(values)
-        reached = np.flatnonzero(np.cumsum(weights[surest]) / total >= min_coverage)
-        thresholds = values[surest[reached[:1]]]
-    # Without a coverage: at the candidate that seems to need least. Exact plans of all would cost more than the walk.
-    shares = [group_weights(groups, everyone if risk.trials is None else risk.trials) for risk in risks]
-    plans: list[tuple[float, list[tuple[float, float, float]]]] = []
-    for threshold in np.unique(thresholds[np.linspace(0, thresholds.size - 1, min(thresholds.size, 9)).astype(int)]):
-        taken, seen = values >= threshold, []
-        for risk, share in zip(risks, shares, strict=True):
-            m, k = float(share[taken].sum()), float(share[taken & risk.errors].sum())
-            if m == 0 or k / m >= risk.alpha:
-                break
-            seen.append((risk.alpha, min(m / total, 1.0), k / m))
-        else:
-            roughly = max(alpha * (1 - alpha) / (alpha - error) ** 2 / part for alpha, part, error in seen)
-            plans.append((roughly, seen))
-    if not plans:
-        return None
-    return max(plan_calibration(*one[:1], delta, *one[1:], exact_to=_EXACTLY) for one in min(plans)[1])
-
-
-def _needed_jointly(risk: RiskCounts, n: int, delta: float, method: Method) -> int | None:
+def _needed_jointly(risk: RiskCounts, n: int, delta: float, method: Method) -> Needed | None:
     """Units for 90% power (rcps), or for the budget (crc), if the joint share is as it was seen."""
     if n == 0 or risk.trials == 0 or risk.errors / risk.trials >= risk.alpha:
         return None
     share, error = risk.trials / n, risk.errors / risk.trials
     if method == "rcps":
-        return plan_calibration(risk.alpha, delta, share, error)
-    return math.ceil((1 - risk.alpha) / (risk.alpha - error) / share)
+        return Needed(plan_calibration(risk.alpha, delta, share, error))
+    return Needed(math.ceil((1 - risk.alpha) / (risk.alpha - error) / share))
 
 
 def _reason(

@@ -105,13 +105,7 @@ def choose_exits(
     certificate, n_tried, asked = None, 0, target.promises(rows.positive)
     if target.guarantee == "ltt":
         fit = ~rows.kept_half()
-        assert rows.halves is not None
-        certificate = certify_halves(
-            score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
-            delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, grid=grid,
-            largest_group=target.largest,
-            min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
-        )  # fmt: skip
+        certificate = _certified(target, rows, score, lowest, grid)
         if not certificate.feasible:
             raise infeasible(certificate, called or target.words())
         assert certificate.threshold is not None
@@ -135,6 +129,25 @@ def choose_exits(
         )
     sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
     return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed)
+
+
+def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float = 0.0) -> float | None:
+    """The coverage that ``choose_exits`` would certify for a target; None where it would refuse."""
+    certificate = _certified(target, rows, score, lowest, "float64", smallest=False)
+    return certificate.coverage if certificate.feasible else None
+
+
+def _certified(
+    target: Target, rows: Rows, score: NDArray[np.float64], lowest: float, grid: Grid, *, smallest: bool = True
+) -> Certificate:
+    asked = target.promises(rows.positive)
+    assert rows.halves is not None
+    return certify_halves(
+        score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
+        delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, smallest=smallest, grid=grid,
+        largest_group=target.largest,
+        min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
+    )  # fmt: skip
 
 
 def assumed(certificate: Certificate) -> str:

@@ -28,9 +28,10 @@ from stage1_pro.policies.exiting import (
     beside_groups,
     certified_bound,
     choose_exits,
+    walked,
 )
-from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
-from stage1_pro.policies.platt import fit_platt, score
+from stage1_pro.policies.planning import Planned, PlanTerms
+from stage1_pro.policies.platt import Platt, fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Gate
@@ -128,11 +129,7 @@ class GateParams(ByGate, ExitPolicy):
         half's. ``none``: the choice is the best on all rows, compared in exact integers, and promises nothing. Platt
         scaling sees the fit half alone either way. See ``Policy.fit``.
         """
-        fit = rows.fit_half()
-        if rows.gate is None:
-            raise InputError("gate must be given for the gate policy, got None; give its logit for every row")
-        platt = fit_platt(rows.gate[fit], ~rows.wrong[fit])
-        sure = score(rows.gate, platt.a, platt.b)
+        platt, sure = _sure(rows)
         if target.guarantee == "none" and np.isnan(sure).all():
             raise NotReachableError(
                 f"{target.words()} must be reachable on the calibration rows, but no gate logit is finite, so nothing "
@@ -164,24 +161,17 @@ class GateParams(ByGate, ExitPolicy):
 
     @classmethod
     def planned(cls, terms: PlanTerms) -> Planned:
-        """The power of the test of the exit error, and of the coverage if one is expected; see ``Policy.planned``."""
-        least, expected = terms.min_coverage, terms.expected_coverage
-        if expected is not None and not least < expected <= 1:
-            raise InputError(
-                f"expected_coverage must be in (min_coverage = {least:g}, 1], got {expected:g}; no number of rows "
-                "certifies a coverage that is not exceeded"
-            )
-        share, promised = (least, None) if expected is None else (expected, least)
-        test = (
-            f"the coverage there is {least:g} and its test is taken for granted; --expected-coverage counts it"
-            if expected is None
-            else f"the coverage there is {expected:g}; the exact test of at least {least:g} is counted"
-        )
+        """Platt's scaling on the fit half, and the walk on the other; see ``Policy.planned``."""
+        least, delta = terms.min_coverage, terms.delta[0]
+
+        def certifies(rows: Rows, alpha: float) -> float | None:
+            target = Gate(max_exit_error=alpha, min_coverage=least, delta=delta)
+            return walked(target, rows, _sure(rows)[1])
+
         return Planned(
-            share, terms.delta[0],
-            power=lambda n, limit, true: certify_power(n, limit, terms.delta[0], share, true, min_coverage=promised),
+            least, delta, certifies, most_trials=lambda n: n,
             wish=f"coverage at least {100 * least:g}% and exit error at most {100 * terms.alpha:g}% (gate)",
-            assumptions=[test],
+            assumptions=[],
         )  # fmt: skip
 
     @property
@@ -251,6 +241,15 @@ def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max
         exit_error=float((errors[covered] / exited[covered]).min()) if covered.any() else math.nan,
         coverage=float(exited[good].max(initial=0) / values.size),
     )
+
+
+def _sure(rows: Rows) -> tuple[Platt, NDArray[np.float64]]:
+    """Platt's scaling of the fit half's gate logits, and P(Stage A is correct) of all rows [N]."""
+    if rows.gate is None:
+        raise InputError("gate must be given for the gate policy, got None; give its logit for every row")
+    fit = rows.fit_half()
+    platt = fit_platt(rows.gate[fit], ~rows.wrong[fit])
+    return platt, score(rows.gate, platt.a, platt.b)
 
 
 def _said(found: Chosen) -> dict[str, Any]:

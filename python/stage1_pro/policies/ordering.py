@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,7 @@ from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_sh
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify, check_rows
 from stage1_pro.policies.counts import gaps
+from stage1_pro.policies.needed import units_needed
 from stage1_pro.policies.rows import check_halves, counting_unit, one_each
 
 _PHOTO_STEPS = 100
@@ -180,7 +182,13 @@ def certify_halves(
 
     alphas = [risk.alpha for risk in risks]
     found = attempt(alphas)
-    if found.feasible or not smallest:
+    if found.feasible:
+        return found
+    if not photos:
+        # Both halves say how good answers are, and the walk of more units would start elsewhere.
+        plan = partial(units_needed, values, risks, units, delta=delta, min_coverage=min_coverage, start="halves")
+        found = replace(found, plan=plan)
+    if not smallest:
         return found
     _, names_of = counting_unit(others, rest.size, "auto", False)
     everyone = np.ones(rest.size, dtype=bool)
@@ -277,14 +285,14 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
             f"The smallest {what} that could be certified is {certificate.min_certifiable_alpha:.4g}, at coverage "
             f"{certificate.coverage_there or 0:.4g}"
         )
-    needed = certificate.n_needed
+    needed = certificate.needed
     untried = [risk.name for risk in certificate.risks if risk.trials == 0]
     unit = "rows" if unit == "rows" else "groups"
     if untried:
         said += f". No {unit} kept for it that may exit tell anything of {' or '.join(untried)}: bring some that do"
     elif needed is None:
         said += f". No number of {unit} would do while so many answers are wrong: train a better Stage A"
-    elif needed <= certificate.n:
+    elif needed.n <= certificate.n:
         said += f". About {needed} {unit} kept for it succeed 9 times in 10; these {certificate.n} did not: bring more"
     else:
         said += (

@@ -119,10 +119,10 @@ class Policy(Record):
 
     @classmethod
     def planned(cls, terms: PlanTerms) -> Planned:
-        """How it would certify a target: its power and what that rests on, for ``stage1 plan``.
+        """How it would certify a target, for ``stage1 plan``, which draws calibrations and counts how many certify.
 
         Raises:
-            InputError: the policy cannot be planned, or not with these coverages.
+            InputError: the policy cannot be planned.
         """
         del terms
         name = cls.asks.model_fields["policy"].default

@@ -18,11 +18,12 @@ from scipy.special import logit
 from stage1_pro.arguments import binary, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
+from stage1_pro.policies.bounds import selection_rank
 from stage1_pro.policies.certificate import NOT_COUNTED, Cell, Outcome, SetCheck, SetRates
 from stage1_pro.policies.checks import unjudged
 from stage1_pro.policies.counts import count_exits, meets
 from stage1_pro.policies.gate import ByGate
-from stage1_pro.policies.planning import Planned, PlanTerms, scrc_power
+from stage1_pro.policies.planning import Planned, PlanTerms
 from stage1_pro.policies.platt import fit_platt, score
 from stage1_pro.policies.policy import Checked, Origin
 from stage1_pro.policies.rows import Rows
@@ -170,23 +171,33 @@ class ScrcParams(ByGate):
 
     @classmethod
     def planned(cls, terms: PlanTerms) -> Planned:
-        """The power of the budgets at the rank that selects; see ``Policy.planned``."""
-        least, (selection, risk) = terms.min_coverage, terms.delta
-        if terms.expected_coverage is not None:
-            raise InputError(
-                f"expected_coverage must be left out for policy scrc, got {terms.expected_coverage}; the rank that "
-                "selects depends on n and min_coverage alone"
-            )
-        found = ["power is the chance that the certified limit, and so the sets, are no larger than those in mind"]
-        if len(terms.cells) > 1:
-            found.append(f"cells hold shares of {', '.join(f'{share:.3g}' for share in terms.cells)} of the accepted")
-        each = "" if len(terms.cells) == 1 else f", in each of {len(terms.cells)} cells"
+        """Both scalings and the exit rule of the fit half, rank and budgets of the other; see ``Policy.planned``."""
+        least, (selection, risk), several = terms.min_coverage, terms.delta, len(terms.cells) > 1
+        most = Scrc.model_fields["max_exit_error"].default
+
+        def certifies(rows: Rows, alpha: float) -> float | None:
+            fit, first = rows.fit_half(), _answer_fit_half(rows, rows.fit_half(), most)
+            wish = SCRC(least, alpha, (selection, risk), groups="class" if several else None)
+            found = wish.calibrate(
+                first.probs[~fit], first.correct[~fit], rows.labels[~fit],
+                groups=None if rows.groups is None else rows.groups[~fit],
+            )  # fmt: skip
+            single = 1 - 1 / len(rows.classes)  # a limit up to here lets no second class in
+            wide = terms.one_class and any((cell.limit or 0.0) > single for cell in found.cells)
+            return None if wide or not found.feasible else found.accepted / found.n
+
+        def most_trials(n: int) -> int:
+            return math.floor((selection_rank(n, least, selection) or 0) * min(terms.cells))
+
+        each = f", in each of {len(terms.cells)} classes" if several else ""
+        said = [f"classes hold shares of {', '.join(f'{share:.3g}' for share in terms.cells)}"] if several else []
+        if terms.one_class:
+            said.append("it succeeds where every set that is certified has one class")
         return Planned(
-            least * min(terms.cells), risk / len(terms.cells),
-            power=lambda n, limit, true: scrc_power(n, least, limit, (selection, risk), true, terms.cells),
+            least * min(terms.cells), risk / len(terms.cells), certifies, most_trials,
             wish=f"at least {100 * least:g}% accepted and the label outside the set in at most "
             f"{100 * terms.alpha:g}% of those{each} (scrc, pac)",
-            assumptions=found,
+            assumptions=said,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------ what it decides

@@ -6,6 +6,7 @@ probability, computed in float64; the answer is the most probable class (the fir
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -24,8 +25,9 @@ from stage1_pro.policies.exiting import (
     beside_groups,
     certified_bound,
     choose_exits,
+    walked,
 )
-from stage1_pro.policies.planning import Planned, PlanTerms, certify_power
+from stage1_pro.policies.planning import Planned, PlanTerms
 from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Softmax
@@ -129,20 +131,17 @@ class Thresholds(ExitPolicy):
 
     @classmethod
     def planned(cls, terms: PlanTerms) -> Planned:
-        """The power of the test of FNR on exits, whose trials are the positives that exit; see ``Policy.planned``."""
-        coverage = terms.min_coverage if terms.expected_coverage is None else terms.expected_coverage
-        if not 0 < coverage <= 1:
-            raise InputError(f"expected_coverage must be in (0, 1], got {coverage}; it is the share that exits")
-        share = coverage * terms.positives
-        trials = (
-            f"{100 * terms.positives:g}% are positive (--positives) and {100 * coverage:g}% of those exit, so a share "
-            f"of {share:.4g} are trials of the FNR"
-        )
+        """The walk whose trials are the positives that exit; see ``Policy.planned``."""
+        delta = terms.delta[0]
+
+        def certifies(rows: Rows, alpha: float) -> float | None:
+            return walked(Softmax(target_fnr=alpha, delta=delta), rows, confidence(rows.probs), 1 / len(rows.classes))
+
         return Planned(
-            share, terms.delta[0],
-            power=lambda n, limit, true: certify_power(n, limit, terms.delta[0], share, true),
+            terms.min_coverage * terms.positives, delta, certifies,
+            most_trials=lambda n: math.floor(n * terms.positives),
             wish=f"FNR on exits at most {100 * terms.alpha:g}% (softmax)",
-            assumptions=[trials],
+            assumptions=["the threshold may let fewer exit than hoped for: nothing is asked of the coverage"],
             positives=terms.positives,
         )  # fmt: skip
 

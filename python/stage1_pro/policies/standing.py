@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stage1_pro.data.splits import SplitsSummary
+from stage1_pro.data.splits import Splits, SplitsSummary
 from stage1_pro.errors import InputError
-from stage1_pro.metrics.binomial import clopper_pearson
+from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_upper
 from stage1_pro.policies.policy import Policy
 
 
@@ -70,6 +70,27 @@ def standing(policy: Policy, splits: SplitsSummary, prior: float | None = None) 
                 f"{', '.join(overall) or 'nothing'}. {left}. Answers do not change"
             )
     return Standing(policy.guarantee, policy.statement, prior, share, stands, void, note)
+
+
+def in_reach(splits: Splits, delta: float = 0.05) -> str:
+    """Say what these splits can promise at best, from counts alone: the bounds of no error among all that may count.
+
+    Args:
+        splits: of a run.
+        delta: chance of a false certificate.
+    """
+    kept = splits.of("val_calib", "certify")
+    groups = len({row.group for row in kept})
+    positive = len({row.group for row in kept if row.label == splits.positive})
+
+    def best(n: int) -> str:
+        return f"{100 * clopper_pearson_upper(0, n, 1 - delta):.1f}%"
+
+    return (
+        f"with {groups} groups in the second half of val_calib: exit error {best(groups)} at best, if none is wrong; "
+        f"FNR on exits {best(positive)} at best, by {positive} groups with '{splits.positive}' (stage1 plan counts "
+        "errors too)"
+    )
 
 
 def check_prior(prior: float | None) -> None:

@@ -1,20 +1,34 @@
-"""plan: how many calibration rows (groups, where rows share one) a promise takes, before any are collected."""
+"""plan: how many calibration rows (groups, where rows share one) a promise takes, before any are collected.
+
+Whole calibrations are simulated: both halves are drawn from a world, and the policy itself looks for its threshold and
+certifies it. Every calibration has a seed of its own, whatever n, so that powers of different n share their noise.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
+from scipy.special import ndtri
 
 from stage1_pro.arguments import check_share
-from stage1_pro.errors import InputError
-from stage1_pro.files import write_bytes
+from stage1_pro.data.predictions import Predictions
+from stage1_pro.errors import ArtifactError, InputError
+from stage1_pro.files import load_npz, write_bytes
+from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.metrics.figures import power_png
-from stage1_pro.policies.planning import PlanTerms, smallest_alpha, smallest_n
+from stage1_pro.policies.bounds import trials_needed
+from stage1_pro.policies.planning import Planned, PlanTerms, plan_calibration
+from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import POLICIES
+from stage1_pro.progress import track
 from stage1_pro.record import Record
+from stage1_pro.studies.worlds import Resampled, Stated, World
 from stage1_pro.words import PolicyName
 
 if TYPE_CHECKING:
@@ -22,8 +36,15 @@ if TYPE_CHECKING:
 
 # Of a delta given as one number, the part that the selection of scrc takes.
 SELECTION_PART = 0.2
-_MULTIPLES = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3)
-_CURVE_POINTS = 81
+_MOST_CELLS = 100
+# Rows that the calibrations of one n may have in all, and how many there are at least and at most; beyond so many
+# units nothing is simulated.
+_ROWS, _LEAST, _MOST, _MOST_UNITS = 4_000_000, 60, 400, 100_000
+# A power this many standard errors from the wished one needs no more draws.
+_SURE = 3.0
+# The ends of the search are this near each other before n is read off between them.
+_NEAR = 1.12
+_LARGEST_ALPHA = 0.999
 
 
 class PlanPoint(Record):
@@ -31,6 +52,8 @@ class PlanPoint(Record):
 
     n: int = Field(description="units of the certify half")
     power: float = Field(description="chance to certify the wish with them, if the expectation holds")
+    draws: int | None = Field(None, description="simulated calibrations that it is a share of; null: exact, one test")
+    coverage: float | None = Field(None, description="median of those that certify; null where none does")
 
 
 class CalibrationPlan(Record):
@@ -41,71 +64,223 @@ class CalibrationPlan(Record):
     alpha: float
     delta: list[float] = Field(description="of the risk; of scrc: of the selection and of the risk")
     min_coverage: float
-    expected_error: float
-    expected_coverage: float | None
+    expected_error: float | None = Field(description="null: the world is the rows given")
+    expected_coverage: float | None = Field(description="where that error is hoped for")
+    growth: float | None = Field(None, description="the error grows as coverage to this power")
+    world: str | None = Field(None, description="file whose rows are drawn; null: the stated curve")
     positives: float | None = Field(description="share of units that are positive; of softmax alone")
     cells: list[float] = Field(description="share of each cell of scrc among the accepted")
     power: float
-    n_certify: int = Field(description="units of the certify half from which the power stays at the wished one")
+    seed: int | None = Field(None, description="of the simulated calibrations")
+    n_certify: int = Field(description="units of the certify half with which the power is the wished one")
     n_val_calib: int = Field(description="twice that: val_calib is cut in two halves")
     table: list[PlanPoint]
     n: int | None = Field(description="units that there are")
     power_at_n: float | None
     smallest_alpha_at_n: float | None = Field(description="smallest risk certifiable with them at the wished power")
-    least_alpha_at_n: float | None = Field(description="smallest risk certifiable with them if no error is seen")
+    least_alpha_at_n: float | None = Field(
+        description="smallest risk certifiable with them if all are accepted that may be, and no error is seen"
+    )
     wish: str
     assumptions: list[str]
 
 
+@dataclass(frozen=True)
+class _Calibrations:
+    """Simulated calibrations of one policy in one world; ``tick`` is called for each."""
+
+    planned: Planned
+    world: World
+    alpha: float
+    seed: int
+    pool: ThreadPoolExecutor
+    tick: Callable[[], object]
+    found: dict[int, list[float]] = field(default_factory=dict)  # by n, the coverage of each draw; NaN: refused
+
+    def power(self, n: int, draws: int = _LEAST) -> float:
+        """Share of the draws with ``n`` units that certify, of so many at least."""
+
+        def drawn(number: int) -> float | None:
+            return self.planned.certifies(self.world.rows(n, np.random.default_rng([self.seed, number])), self.alpha)
+
+        seen = self.found.setdefault(n, [])
+        for found in self.pool.map(drawn, range(len(seen), draws)):
+            seen.append(math.nan if found is None else found)
+            self.tick()
+        return float(np.mean(~np.isnan(seen)))
+
+    def reaches(self, n: int, power: float) -> bool:
+        """Whether ``n`` units reach a power, by as many draws as it takes to tell."""
+        for draws in range(_LEAST, _draws(n) + 1, 20):
+            if abs(self.power(n, draws) - power) > _SURE * math.sqrt(power * (1 - power) / draws):
+                break
+        return self.power(n) >= power
+
+    def search(self, start: int, power: float) -> int:
+        """The n with which the power is ``power``, to three digits.
+
+        Raises:
+            InputError: no number of units that is simulated reaches the power.
+        """
+        low, high, n = 0, 0, start
+        while high != 1:
+            low, high = (low, n) if self.reaches(n, power) else (n, high)
+            if low and high and (high <= low * _NEAR or high - low == 1):
+                ends = [self.power(end, _draws(end)) for end in (low, high)]
+                if ends[0] < power <= ends[1]:
+                    return _between(low, high, ends, power)
+                # With all draws both ends lie on one side.
+                low, high = (high, 0) if ends[1] < power else (0, low)
+            n = math.isqrt(low * high) if low and high else max(high // 2, 1) if high else math.ceil(1.5 * low)
+            if n > _MOST_UNITS or (low > self.plenty() and self.power(low) == 0):
+                raise InputError(
+                    f"power must be reachable, got {power:g}, which {low:,} units do not reach; the chance there is "
+                    f"{self.power(low):.2f}: hope for a smaller error or ask for less"
+                )
+        return 1
+
+    def plenty(self) -> float:
+        """Units of which a calibration in twenty would certify a risk that is no smaller than alpha."""
+        return 50 * trials_needed(0, self.alpha, self.planned.level) / self.planned.share
+
+    def point(self, n: int) -> PlanPoint:
+        """What the draws with ``n`` units said."""
+        power, seen = self.power(n), np.array(self.found[n])
+        middle = None if np.isnan(seen).all() else float(np.nanmedian(seen))
+        return PlanPoint(n=n, power=power, draws=seen.size, coverage=middle)
+
+
+def _draws(n: int) -> int:
+    """How many calibrations with ``n`` units are enough."""
+    return min(_MOST, max(_LEAST, _ROWS // (2 * n)))
+
+
+def _between(low: int, high: int, ends: list[float], power: float) -> int:
+    """Where the power lies between two n; its normal score is about linear in log n."""
+    score = ndtri(np.clip([*ends, power], 0.002, 0.998))
+    n = low * math.exp(math.log(high / low) * float((score[2] - score[0]) / (score[1] - score[0])))
+    digit = int(10 ** max(math.floor(math.log10(n)) - 2, 0))
+    return min(high, digit * math.ceil(n / digit))
+
+
 def plan(asked: Plan) -> CalibrationPlan:
-    """What ``commands.plan.plan`` does, by the exact binomials of the policies."""
+    """What ``commands.plan.plan`` does, by simulating the policy's own calibrations."""
     if asked.out is not None and asked.out.exists() and not asked.out.is_dir():
         raise InputError(f"--out must be a folder to write into, got the file {asked.out}")
     kind, power, n = POLICIES.find(asked.policy), asked.power, asked.n
     # The last promise of a target is its risk.
     risk = kind.asks.of().promises("")[-1].limit if asked.alpha is None else asked.alpha
-    error = risk / 2 if asked.expected_error is None else asked.expected_error
     delta, cells = _delta(asked, parts=kind.abstains), _cells(asked, several=kind.abstains)
-    planned = kind.planned(PlanTerms(risk, delta, asked.min_coverage, asked.expected_coverage, asked.positives, cells))
-
-    def power_at(units: int) -> float:
-        return planned.power(units, risk, error)
-
-    needed = smallest_n(power_at, power, alpha=risk, delta=planned.level, share=planned.share, expected_error=error)
-    sizes = sorted({*(max(1, round(needed * factor)) for factor in _MULTIPLES), *([] if n is None else [n])})
+    known = _rows(asked)
+    planned = kind.planned(PlanTerms(risk, delta, asked.min_coverage, asked.positives, cells, one_class=known is None))
+    world: World
+    hoped: dict[str, float | None] = dict.fromkeys(("expected_error", "expected_coverage", "growth"))
+    if known is None:
+        error = risk / 2 if asked.expected_error is None else asked.expected_error
+        where = asked.min_coverage if asked.expected_coverage is None else asked.expected_coverage
+        hoped = {"expected_error": error, "expected_coverage": where, "growth": asked.growth}
+        world = Stated(error, where, asked.growth, cells if len(cells) > 1 else (1 - asked.positives, asked.positives))
+        start = plan_calibration(risk, planned.level, planned.share, error, power)
+        said = [
+            f"of the surest share c of answers {error:g} (c / {where:g})^{asked.growth:g} are wrong, and no more",
+            *([] if asked.policy != "softmax" else [f"{100 * asked.positives:g}% of units are positive (--positives)"]),
+        ]
+        if start > _MOST_UNITS:
+            raise InputError(
+                f"expected_error must be small enough for {_MOST_UNITS:,} units, got {error:g}, which takes more than "
+                f"{start:,}; hope for a smaller error or ask for a larger alpha"
+            )
+    else:
+        check_share("power", power)
+        world = Resampled(known)
+        start = max(world.units, 30)
+        what = f"new photos are like the {world.units} units of {asked.run or asked.logits}, which are drawn again and"
+        said = [f"{what} again; what these few do not show is not counted"]
+    ticks = iter(track(range(10**9), "simulating calibrations", total=5 * _draws(start)))
+    with ThreadPoolExecutor(2) as pool:
+        run = _Calibrations(planned, world, risk, asked.seed, pool, lambda: next(ticks))
+        needed = run.search(start, power)
+        for size in {needed, *([] if n is None else [n])}:
+            run.power(size, _draws(size))
+        for size in (max(1, needed // 2), 2 * needed):
+            run.power(size)
+        least = None if n is None else clopper_pearson_upper(0, planned.most_trials(n), 1 - planned.level)
+        smallest = None if n is None or least is None else _smallest_alpha(run, n, power, least)
     found = CalibrationPlan(
         policy=asked.policy,
         alpha=risk,
         delta=delta,
         min_coverage=asked.min_coverage,
-        expected_error=error,
-        expected_coverage=asked.expected_coverage,
+        **hoped,
+        world=None if known is None else str(asked.run or asked.logits),
         positives=planned.positives,
         cells=cells,
         power=power,
+        seed=asked.seed,
         n_certify=needed,
         n_val_calib=2 * needed,
-        table=[PlanPoint(n=size, power=power_at(size)) for size in sizes],
+        table=[run.point(size) for size in sorted(run.found)],
         n=n,
-        power_at_n=None if n is None else power_at(n),
-        smallest_alpha_at_n=None if n is None else smallest_alpha(lambda a: planned.power(n, a, error), power),
-        least_alpha_at_n=None if n is None else smallest_alpha(lambda a: planned.power(n, a, 0.0), power),
+        power_at_n=None if n is None else run.power(n),
+        smallest_alpha_at_n=smallest,
+        least_alpha_at_n=None if least == 1 else least,
         wish=f"with probability {1 - sum(delta):.6g}, {planned.wish}",
-        assumptions=[
-            f"the true risk at the threshold in mind is {error:g}; nothing is promised where it is larger",
-            *planned.assumptions,
-            "the threshold was fixed on the fit half; rows of the certify half are independent, or count as groups",
-        ],
+        assumptions=[*said, *planned.assumptions, "rows of both halves are independent, or count as groups"],
     )
     if asked.out is not None:
         found.write(asked.out / "plan.json")
-        # To twice what is needed or there is.
-        ends = np.linspace(1, 2 * max(needed, n or 0), _CURVE_POINTS).round().astype(int)
-        curve = sorted({*ends.tolist(), needed})
         given = None if n is None or found.power_at_n is None else (n, found.power_at_n)
-        png = power_png(curve, [power_at(size) for size in curve], wished=power, needed=needed, given=given)
-        write_bytes(asked.out / "plan.png", png)
+        sizes, powers = [0, *(one.n for one in found.table)], [0.0, *(one.power for one in found.table)]
+        write_bytes(asked.out / "plan.png", power_png(sizes, powers, wished=power, needed=needed, given=given))
     return found
+
+
+def _smallest_alpha(run: _Calibrations, n: int, power: float, least: float) -> float | None:
+    """The smallest risk from ``least`` that ``n`` units certify with a power, to two digits; None below 1."""
+
+    def enough(alpha: float) -> bool:
+        return replace(run, alpha=alpha, found={}).reaches(n, power)
+
+    low, high = least, _LARGEST_ALPHA
+    if low >= high or not enough(high):
+        return None
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    digit = 10.0 ** (math.floor(math.log10(high)) - 1)
+    return min(round(math.ceil(high / digit) * digit, 12), _LARGEST_ALPHA)
+
+
+def _rows(asked: Plan) -> Rows | None:
+    """The rows that are the world: a run's own of val_select, or those of a file; None: the curve is stated.
+
+    Raises:
+        InputError: a file that lacks what it must hold, or an option of the stated curve beside it.
+        ArtifactError: the run has no ``val_select.npz``.
+    """
+    if asked.run is None and asked.logits is None:
+        return None
+    if asked.run is not None and asked.logits is not None:
+        raise InputError("run and logits must not both be given, got both; one of them says what photos are like")
+    stated = [name for name in ("expected_error", "expected_coverage") if getattr(asked, name) is not None]
+    if stated:
+        raise InputError(f"{stated[0]} must be left out where rows say it, got it with --run or --logits; drop one")
+    from stage1_pro.training.calibration import file_probs, run_rows
+
+    if asked.logits is not None:
+        arrays = load_npz(asked.logits)
+        probs = file_probs(asked.logits, arrays)
+        names = [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
+        return Rows.of(
+            probs, arrays.get("labels", ()), classes=names, positive=str(arrays.get("positive", names[-1])),
+            gate=arrays.get("gate_logits"), groups=arrays.get("groups"),
+            probs_b=file_probs(asked.logits, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
+        )  # fmt: skip
+    assert asked.run is not None
+    path = asked.run / "val_select.npz"
+    if not path.is_file():
+        raise ArtifactError(f"{path} must exist, but there is no such file; run `stage1 train --run {asked.run}` first")
+    return run_rows(Predictions.load(path))
 
 
 def render(found: CalibrationPlan) -> str:
@@ -116,22 +291,25 @@ def render(found: CalibrationPlan) -> str:
         f"needed: {halves}, for a chance of {found.power:g} to certify it",
         "        count groups instead of rows where rows share a clip, a track or a place: one speaks for its group",
         "",
-        f"{'certify half':>14}{'val_calib':>12}{'power':>8}",
+        f"{'certify half':>14}{'val_calib':>12}{'power':>8}{'+-':>7}{'then answers':>14}",
     ]
     for point in found.table:
         mark = "  <- needed" if point.n == found.n_certify else "  <- given" if point.n == found.n else ""
-        lines.append(f"{point.n:>14,}{2 * point.n:>12,}{point.power:>8.3f}{mark}")
+        noise = "" if point.draws is None else f"{math.sqrt(point.power * (1 - point.power) / point.draws):.3f}"
+        covered = "-" if point.coverage is None else f"{point.coverage:.0%}"
+        lines.append(f"{point.n:>14,}{2 * point.n:>12,}{point.power:>8.2f}{noise:>7}{covered:>14}{mark}")
     if found.n is not None:
-        lines += ["", f"with the given {found.n:,} in the certify half the chance is {found.power_at_n:.3f}"]
+        lines += ["", f"with the given {found.n:,} in the certify half the chance is {found.power_at_n:.2f}"]
         if found.smallest_alpha_at_n is None or found.least_alpha_at_n is None:
             lines.append(f"no risk below 1 can be certified with them at a chance of {found.power:g}")
         else:
             lines.append(
-                f"smallest alpha certifiable with them at a chance of {found.power:g}: {found.smallest_alpha_at_n:.4f} "
-                f"with a true risk of {found.expected_error:g}, {found.least_alpha_at_n:.4f} if answers are never wrong"
+                f"smallest alpha certifiable with them at a chance of {found.power:g}: "
+                f"{found.smallest_alpha_at_n:.2g}; {found.least_alpha_at_n:.4f} at best, if none is wrong "
+                "and all are answered that may be"
             )
-    lines += ["", "assumed:", *(f"  - {text}" for text in found.assumptions)]
-    return "\n".join(lines)
+    lines += ["", f"from simulated calibrations, seed {found.seed}; assumed:"]
+    return "\n".join([*lines, *(f"  - {text}" for text in found.assumptions)])
 
 
 def _delta(asked: Plan, *, parts: bool) -> list[float]:
@@ -153,10 +331,12 @@ def _cells(asked: Plan, *, several: bool) -> list[float]:
     """The share of each cell."""
     cells = asked.cells
     given = [float(value) for value in (cells if isinstance(cells, tuple) else (cells,))]
-    if not given or not all(math.isfinite(value) and 0 < value <= 100 for value in given):
-        raise InputError(f"cells must be 1 to 100 positive shares that sum to 1, or their number, got {cells}")
-    if len(given) == 1 and given[0] >= 1 and given[0] == math.floor(given[0]):
-        given = [1 / given[0]] * min(int(given[0]), 1000)
+    if len(given) == 1 and given[0] in range(1, _MOST_CELLS + 1):
+        given = [1 / given[0]] * int(given[0])
+    if not (given and all(value > 0 for value in given) and abs(sum(given) - 1) <= 1e-6):
+        raise InputError(
+            f"cells must be 1 to {_MOST_CELLS} positive shares that sum to 1, or their number, got {cells}"
+        )
     if not several and given != [1.0]:
         raise InputError(
             f"cells must be 1 for policy {asked.policy}, got {cells}; only scrc has limits of its own by cell"

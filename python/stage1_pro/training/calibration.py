@@ -221,11 +221,7 @@ def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
     else:
         given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
-    rows = Rows.of(
-        softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
-        gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
-        halves=predictions.halves if (predictions.halves != "").all() else None, told_apart=True,
-    )  # fmt: skip
+    rows = run_rows(predictions)
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
     work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin)
     if wish.guarantee == "ltt":
@@ -233,6 +229,15 @@ def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
             raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
         POLICIES.find(wish.policy).check_fit_half(rows)
     return work
+
+
+def run_rows(predictions: Predictions) -> Rows:
+    """Rows of a run's predictions, with halves where all have one."""
+    return Rows.of(
+        softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
+        gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
+        halves=predictions.halves if (predictions.halves != "").all() else None, told_apart=True,
+    )  # fmt: skip
 
 
 def _choose(work: _Work) -> Policy:
@@ -348,7 +353,7 @@ def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]
     path, positive = asked.logits, asked.positive
     assert path is not None
     arrays = load_npz(path)
-    probs = _file_probs(path, arrays)
+    probs = file_probs(path, arrays)
     if "labels" not in arrays:
         raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
     if wish.policy == "gate" and "gate_logits" not in arrays:
@@ -369,7 +374,7 @@ def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]
     rows = Rows.of(
         probs, arrays["labels"], classes=names, positive=choose_positive(names, positive),
         gate=arrays.get("gate_logits"),
-        probs_b=_file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
+        probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
         halves=cut_halves(len(probs), units) if halves is None else halves, groups=units,
         rows_independent=stated,
     )  # fmt: skip
@@ -415,7 +420,7 @@ def _is_policy(path: Path) -> bool:
     return isinstance(content, dict) and content.get("policy") in policies()
 
 
-def _file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:
+def file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:
     """Probabilities [N, K] from ``logits`` or ``probs``; one column stands for the second of two classes."""
     given = [name for name in (f"logits{end}", f"probs{end}") if name in arrays]
     if len(given) != 1:

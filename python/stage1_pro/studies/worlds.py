@@ -1,0 +1,92 @@
+"""Worlds that ``stage1 plan`` draws calibrations from: a stated curve of errors, or rows that a model has answered.
+
+A world gives ``rows(n, rng)``: Rows of 2 n units, every second one of the fit half. More units from the same seed begin
+with the same ones, so that powers of different n share their noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logit
+
+from stage1_pro.policies.rows import Rows
+
+_HALVES = np.array(["fit", "certify"])
+
+
+class World(Protocol):
+    """Where calibration rows come from."""
+
+    def rows(self, n: int, rng: np.random.Generator) -> Rows:
+        """Rows of ``n`` units for each half."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Answers whose error among the surest share c is ``error`` (c / ``coverage``)^``growth``.
+
+    An answer at depth u of the ranking, uniform in (0, 1), is wrong with chance d/dc of c times that, at most 1; its
+    class does not depend on it. Gate and probabilities rank alike.
+    """
+
+    error: float
+    coverage: float
+    growth: float
+    shares: Sequence[float]  # of classes, the positive one last
+
+    def rows(self, n: int, rng: np.random.Generator) -> Rows:
+        """See the module."""
+        depth, chance, kind = np.maximum(rng.random((2 * n, 3)), 1e-12).T
+        wrong = chance < self.error * (self.growth + 1) * (depth / self.coverage) ** self.growth
+        k = len(self.shares)
+        labels = np.minimum(np.searchsorted(np.cumsum(self.shares), kind, side="right"), k - 1)
+        sure = 1 - depth * (1 - 1 / k)
+        probs = np.repeat(((1 - sure) / (k - 1))[:, None], k, axis=1)
+        probs[np.arange(2 * n), (labels + wrong) % k] = sure
+        names = [str(i) for i in range(k)]
+        return Rows(probs, labels, names, names[-1], logit(1 - depth), halves=np.tile(_HALVES, n))
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Groups of answered rows, drawn with replacement; each time one is drawn it is a group of its own."""
+
+    known: Rows
+
+    @cached_property
+    def _groups(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Rows by group, where each group begins, and its size."""
+        names = self.known.groups
+        if names is None:
+            rows = np.arange(self.known.labels.size)
+            return rows, rows, np.ones_like(rows)
+        _, member = np.unique(names, return_inverse=True)
+        size = np.bincount(member)
+        return np.argsort(member, kind="stable"), np.cumsum(size) - size, size
+
+    @property
+    def units(self) -> int:
+        """Groups, or rows where they are independent."""
+        return self._groups[1].size
+
+    def rows(self, n: int, rng: np.random.Generator) -> Rows:
+        """See the module."""
+        order, start, size = self._groups
+        drawn = rng.integers(0, size.size, 2 * n)
+        unit = np.repeat(np.arange(2 * n), size[drawn])
+        place = np.arange(unit.size) - np.repeat(np.cumsum(size[drawn]) - size[drawn], size[drawn])
+        at, known = order[start[drawn][unit] + place], self.known
+        return Rows(
+            known.probs[at], known.labels[at], known.classes, known.positive,
+            gate=None if known.gate is None else known.gate[at],
+            probs_b=None if known.probs_b is None else known.probs_b[at],
+            halves=_HALVES[unit % 2],
+            # Numbers name groups as well as words do, and faster.
+            groups=None if known.groups is None else cast("NDArray[np.str_]", unit),
+        )  # fmt: skip
