@@ -13,6 +13,8 @@ from pydantic import Field
 from stage1_pro.command import Command, Flag, Place, Rate, Result, Share, option
 
 Browser = Annotated[bool, Flag("--no-browser")]
+Blind = Annotated[bool, Flag("--show-answers")]
+ANSWERS = "show what the cascade said; labels that follow it hide its errors from certificates"
 REVIEWER = "whose answers these are; the user's name by default"
 PORT = "port of 127.0.0.1; 0 = any free one"
 BROWSER = "print the address, open nothing"
@@ -95,9 +97,7 @@ class Review(Command, topic="loop"):
     reviewer: str | None = option(None, REVIEWER)
     port: int = option(0, PORT)
     lease: float = option(300.0, "seconds that an image is this reviewer's alone")
-    blind: Annotated[bool, Flag("--show-answers")] = option(
-        True, "show what the cascade said; labels that follow it hide its errors from certificates"
-    )
+    blind: Blind = option(True, ANSWERS)
     browser: Browser = option(True, BROWSER)
     purge: bool = option(False, "remove images whose time is over, and stop")
     as_json: Annotated[bool, Flag(hidden=True)] = False
@@ -121,6 +121,7 @@ class ReviewLoop(Loop):
 
     reviewer: str | None = option(None, REVIEWER)
     port: int = option(0, PORT)
+    blind: Blind = option(True, ANSWERS)
     browser: Browser = option(True, BROWSER)
 
     def execute(self) -> Result:
@@ -130,7 +131,8 @@ class ReviewLoop(Loop):
 
         with opened(self.root) as (config, *_):
             store, log = config.store, config.log
-        found = review(store, Path(log), reviewer=self.reviewer, port=self.port, browser=self.browser)
+        options = {name: value for name, value in self if name != "root"}
+        found = review(store, Path(log), **options)
         return Result(render(found), found)
 
 
@@ -147,6 +149,7 @@ class Labels(Loop, does="labels"):
         ".json, and what each row says for .csv",
     )
     annotator: str | None = option(None, "of rows without one")
+    blind: Blind = option(True, f"with --export to .json: {ANSWERS}")
 
 
 class Run(Loop, does="run"):

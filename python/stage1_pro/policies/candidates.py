@@ -144,7 +144,7 @@ class Means:
             return group_weights(self.member, trials) if largest is None else trials / largest
 
         self.everyone = weights(everyone)
-        self.whole = np.ones(self.n) if largest is None else np.bincount(self.member, self.everyone, self.n)
+        self.whole = np.ones(self.n) if largest is None else np.bincount(self.member, minlength=self.n) / largest
         self.trials = [everyone if risk.trials is None else risk.trials for risk in risks]
         self.shares = [weights(trials) for trials in self.trials]
         self.squares = squares

@@ -11,7 +11,7 @@ from stage1_pro.record import Record
 
 Method = Literal["ltt_fst", "bonferroni", "holm", "sgr", "rcps", "crc"]
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-LABELS_RIGHT = "the labels are right; labels that follow the model's own answers hide its errors"
+LABELS_RIGHT = "the labels are right (labels that follow the model's own answers hide its errors)"
 NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
 
 

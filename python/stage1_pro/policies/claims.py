@@ -99,13 +99,9 @@ class Stake:
 
     def assumptions(self) -> tuple[str, ...]:
         """What a certificate takes for granted of the photos that made it, which the run's files cannot show."""
-        found = "these photos certified nothing in another run folder, whose claims nobody counts here"
-        if self.cut > 1:
-            found += (
-                f"; this is cut {self.cut} of these photos here, and delta is shared by the {self.claims} claims on "
-                "all of them"
-            )
-        more = [found]
+        of = "the one claim" if self.claims == 1 else f"all {self.claims} claims"
+        cut = f"this is cut {self.cut} of these photos, and delta is for {of} on every cut of them"
+        more = [f"{cut}; they certified nothing in another run folder, whose claims nobody counts here"]
         if self.looks:
             more.append(
                 f"the wish does not come from the {self.looks} empirical choice(s) that saw these rows before it"

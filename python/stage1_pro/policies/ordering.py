@@ -21,6 +21,8 @@ from stage1_pro.policies.counts import gaps
 from stage1_pro.policies.needed import units_needed
 from stage1_pro.policies.rows import check_halves, counting_unit, one_each
 
+_PHOTO_STEPS = 100
+
 
 def order_candidates(
     scores: ArrayLike,
@@ -169,6 +171,10 @@ def certify_halves(
     def attempt(alphas: Sequence[float]) -> Certificate:
         wished = [replace(risk, alpha=alpha) for risk, alpha in zip(certain, alphas, strict=True)]
         candidates = expected.thresholds[expected.start(alphas) :]
+        if photos:
+            # Every test looks at all groups: as many thresholds as tell coverages a percent apart.
+            steps = np.linspace(0, candidates.size - 1, min(candidates.size, _PHOTO_STEPS))
+            candidates = candidates[steps.astype(np.int64)]
         return certify(
             rest, wished, delta=delta, min_coverage=min_coverage, candidates=candidates, groups=others, seed=seed,
             unit="photos" if photos else "auto", largest_group=largest_group, squares=squares,

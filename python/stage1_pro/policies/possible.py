@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stage1_pro.errors import NotReachableError
 from stage1_pro.policies.bounds import betting_p_value, coverage_p_value, crc_budget, errors_allowed, first_enough
 from stage1_pro.policies.candidates import photo_shares
+from stage1_pro.policies.ordering import mean_squares
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.scrc import SCRC
 from stage1_pro.policies.target import Promise, Scrc, Target
@@ -56,19 +57,47 @@ def foresee(target: Target, rows: Rows) -> list[Outlook]:
         rows: with halves.
 
     Raises:
-        InputError: no halves, or a group that is larger than the target states.
+        InputError: as ``Rows.kept_half``, or a group is larger than the target states.
     """
     if target.guarantee == "none":
         return []
-    kept = rows.where(~rows.fit_half())
+    kept = rows.kept_half()
     found = []
     for one in target.promises(rows.positive):
-        each = one.of == "each class"
         level = target.level(one, len(rows.classes))
-        for name in rows.classes if each else [one.label]:
-            units = _units(kept, None if name is None else kept.is_class(name), target.largest)
-            found.append(_outlook(target, one, name, units, level, rows.unit))
+        for name in rows.classes if one.of == "each class" else [one.label]:
+            trials = np.ones(kept.size, dtype=bool) if name is None else rows.is_class(name)
+            found.append(_outlook(target, one, name, _Units.of(rows, trials, kept, target.largest), level))
     return found
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Units of the kept half that have a trial; where photos are promised their trials as shares of the largest group.
+
+    ``square`` is the mean square of those shares in the other half, which bets begin with.
+    """
+
+    n: int
+    name: str
+    shares: NDArray[np.float64] | None = None
+    square: float = 1.0
+
+    @classmethod
+    def of(cls, rows: Rows, trials: NDArray[np.bool_], kept: NDArray[np.bool_], largest: int | None) -> _Units:
+        if rows.groups is None:
+            return cls(int((trials & kept).sum()), rows.unit)
+        n = np.unique(rows.groups[trials & kept]).size
+        if largest is None:
+            return cls(n, rows.unit)
+        (square,) = mean_squares(rows.groups[~kept], [trials[~kept]], largest)
+        return cls(n, rows.unit, photo_shares(rows.groups[kept], trials[kept], largest), square)
+
+    def bet(self, limit: float, level: float) -> bool:
+        """Whether betting certifies a limit where no trial is an error."""
+        assert self.shares is not None
+        nothing, variance = np.zeros(self.shares.size), limit * (1 - limit) * self.square
+        return betting_p_value(nothing, limit, level, weights=self.shares, variance=variance) <= level
 
 
 def check_possible(target: Target, rows: Rows) -> None:
@@ -83,52 +112,35 @@ def check_possible(target: Target, rows: Rows) -> None:
         )
 
 
-def _units(rows: Rows, trials: NDArray[np.bool_] | None, largest: int | None) -> tuple[int, NDArray[np.float64] | None]:
-    """Units that have a trial, and their sizes as shares of the largest group where photos are promised."""
-    if rows.groups is None:
-        return int(rows.labels.size if trials is None else trials.sum()), None
-    names = rows.groups if trials is None else rows.groups[trials]
-    shares = None if largest is None else photo_shares(rows.groups, trials, largest, seed=0)
-    return np.unique(names).size, shares
-
-
-def _outlook(
-    target: Target,
-    one: Promise,
-    label: str | None,
-    units: tuple[int, NDArray[np.float64] | None],
-    level: float,
-    unit: str,
-) -> Outlook:
-    n, shares = units
+def _outlook(target: Target, one: Promise, label: str | None, units: _Units, level: float) -> Outlook:
+    n, photos = units.n, units.shares is not None
 
     def enough(m: int, limit: float) -> bool:
         if m == 0:
             return False
         if one.bound == "at least":
-            return _covers(target, m, limit, level, shares)
-        if shares is not None:
-            nothing = np.zeros(shares.size)
-            return betting_p_value(nothing, limit, level, weights=shares, variance=None) <= level
+            return _covers(target, m, limit, level, units)
+        if photos:
+            return units.bet(limit, level)
         if one.strength == "on average":
             return crc_budget(limit, m) >= 0
         return int(errors_allowed(m, limit, level)) >= 0
 
     possible = enough(n, one.limit)
     needed = None
-    if shares is None and not possible:
+    if not photos and not possible:
         needed = first_enough(lambda m: enough(m, one.limit), max(n, 1), 10**7)
     best = _strictest(lambda limit: enough(n, limit), one.bound == "at most")
-    return Outlook(one, n, unit, label, best, needed, possible)
+    return Outlook(one, n, units.name, label, best, needed, possible)
 
 
-def _covers(target: Target, n: int, share: float, level: float, shares: NDArray[np.float64] | None) -> bool:
+def _covers(target: Target, n: int, share: float, level: float, units: _Units) -> bool:
     if isinstance(target, Scrc):
         # The statistics' own rule; T accepts everything where its rank is beyond the rows.
         delta = (level, target.level(target.promises("")[1], 2))
         return target.variant == "T" or SCRC(share, target.alpha, delta, target.variant)._rank(n) is not None
-    if shares is not None:
-        return betting_p_value(np.zeros(shares.size), 1 - share, level, weights=shares) <= level
+    if units.shares is not None:
+        return units.bet(1 - share, level)
     return float(coverage_p_value(n, n, share)) <= level
 
 

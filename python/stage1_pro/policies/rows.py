@@ -13,7 +13,7 @@ from stage1_pro.arguments import Grid, choice, flag, floats, grid_of, indices, n
 from stage1_pro.errors import InputError
 
 Unit = Literal["rows", "groups", "group_means", "photos"]
-# Among n different photos so many pairs (n^2 / this) may have one answer by the rounding of float32 alone.
+# Of n different photos so many (n^2 / this) may have another's answer by the rounding of float32 alone.
 _CHANCE = 1 << 22
 
 
@@ -32,6 +32,7 @@ class Rows:
     sources: NDArray[np.str_] | None = None
     grid: Grid = "float64"  # dtype that the probabilities came in
     units_known: bool = False
+    told_apart: bool = False
 
     @classmethod
     def of(
@@ -47,6 +48,7 @@ class Rows:
         groups: ArrayLike | None = None,
         sources: ArrayLike | None = None,
         rows_independent: bool = False,
+        told_apart: bool = False,
     ) -> Rows:
         """Check and convert; a group that has one row in every case is as good as none.
 
@@ -64,6 +66,7 @@ class Rows:
             groups: [N] clip or track of every row; nothing is certified without them or ``rows_independent``.
             sources: [N] names.
             rows_independent: the caller states that every row is a photo of its own, independent of the others.
+            told_apart: no photo is in both halves, by the contents of the photos; answers need not tell.
 
         Raises:
             InputError: an argument is not what it must be; NaN names its row.
@@ -83,7 +86,9 @@ class Rows:
         parts = None if halves is None else names("halves", halves, truth.size)
         known = None if sources is None else names("sources", sources, truth.size)
         stated = groups is not None or rows_independent
-        return cls(values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated)
+        return cls(
+            values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated, told_apart
+        )
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
@@ -132,9 +137,9 @@ class Rows:
                 "groups must be given where something is certified, got None; name the clip, track or place of every "
                 "row, or state that each is a photo of its own with rows_independent=True (--rows-independent)"
             )
-        twins = copies_of(self.labels, self.probs, self.gate, self.probs_b)
+        twins = None if self.told_apart else copies_of(self.labels, self.probs, self.gate, self.probs_b)
         both = np.empty(0) if twins is None else np.intersect1d(twins[kept], twins[~kept])
-        if both.size > self.labels.size**2 // _CHANCE:
+        if both.size:
             first, other = (np.flatnonzero(half & (twins == both[0]))[0] for half in (~kept, kept))
             raise InputError(
                 f"halves must not share bit-identical rows, got rows {first} and {other}, of which the models say the "
@@ -146,14 +151,15 @@ class Rows:
 def copies_of(labels: NDArray[np.int64], *said: NDArray[np.float64] | None) -> NDArray[np.int64] | None:
     """A number for every row [N] that bit-identical rows share; None where none are, or where they are no copies.
 
-    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies.
+    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies. Nor
+    do a few rows whose answers agree by the rounding of float32.
     """
     columns = [one.reshape(labels.size, -1) for one in said if one is not None]
     table = np.ascontiguousarray(np.concatenate(columns, axis=1))
     rows = table.view(np.dtype((np.void, table.itemsize * table.shape[1]))).ravel()
     _, first, number = np.unique(rows, return_index=True, return_inverse=True)
-    same = first.size == labels.size or bool((labels != labels[first[number]]).any())
-    return None if same else number
+    by_chance = labels.size - first.size <= labels.size**2 // _CHANCE
+    return None if by_chance or (labels != labels[first[number]]).any() else number
 
 
 def check_rows(

@@ -532,8 +532,8 @@ def _check_stages(found: FittedSCRC, answering: set[str]) -> None:
     if found.scrc.groups == "stage" and missing:
         raise NotReachableError(
             f"risk {found.scrc.alpha:g} must be certifiable for each stage, but it is INFEASIBLE: Stage "
-            f"{missing.pop()} answered none of {found.n} {found.unit} of the certify half; bring more, or "
-            "drop the cells"
+            f"{missing.pop()} answered none of {found.n} {found.unit} kept for the certificate; bring more. "
+            "No policy was written"
         )
 
 

@@ -236,7 +236,7 @@ def run_rows(predictions: Predictions) -> Rows:
     return Rows.of(
         softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
         gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
-        halves=predictions.halves if (predictions.halves != "").all() else None,
+        halves=predictions.halves if (predictions.halves != "").all() else None, told_apart=True,
     )  # fmt: skip
 
 

@@ -133,6 +133,7 @@ def export_label_studio(
     *,
     image: Callable[[Event], str] | None = None,
     sources: Collection[Source] = SOURCES,
+    blind: bool = False,
 ) -> int:
     """Write events selected for review as Label Studio tasks, with labels and the cascade's answer; give how many.
 
@@ -141,6 +142,7 @@ def export_label_studio(
         path: JSON to write, atomically.
         image: gives the URL under which Label Studio finds an event's image; its sha256 under local files otherwise.
         sources: labels of these are written as annotations.
+        blind: without what the cascade said and did, so that it sways nobody.
     """
     given: dict[str, list[Label]] = {}
     for one in read_labels(store, sources=sources):
@@ -150,11 +152,13 @@ def export_label_studio(
     for served in read_events(store):
         if not served.selected and served.id not in given:
             continue
-        answer = [] if not served.label else [{
+        answer = [] if blind or not served.label else [{
             "model_version": served.bundle[:12], "score": served.confidence, "result": [_choice(served.label)],
         }]  # fmt: skip
         tasks.append({
-            "data": {"image": url(served), "event_id": served.id, "action": served.action},
+            "data": {
+                "image": url(served), "event_id": served.id, **({} if blind else {"action": served.action}),
+            },
             "annotations": [
                 {
                     "completed_by": {"email": label.annotator},

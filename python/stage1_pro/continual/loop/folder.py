@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,7 @@ def labels(
     exported: Path | None = None,
     source: Source | None = None,
     annotator: str | None = None,
+    blind: bool = True,
 ) -> dict[str, Any]:
     """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet."""
     with opened(root) as (_, registry, parts, _loop):
@@ -229,7 +231,9 @@ def labels(
         assert exported is not None
         if exported.suffix not in (".csv", ".json"):
             return {"wrote": str(exported), **export_parquet(store, exported)}
-        write: Callable[[Store, Path], int] = export_label_studio if exported.suffix == ".json" else export_csv
+        write: Callable[[Store, Path], int] = export_csv
+        if exported.suffix == ".json":
+            write = partial(export_label_studio, blind=blind)
         return {"wrote": str(exported), "rows": write(store, exported)}
 
 

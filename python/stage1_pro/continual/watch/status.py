@@ -141,6 +141,8 @@ def assess(
         answered = rolling(recent.predicted[has], recent.label[has])
     exit_risk = hajek_risk(recent.wrong[audited], recent.propensity[audited], level=config.level, alpha=config.alpha)
     health = _health(config.alpha, exit_risk, estimated, seen, evidence, verdict)
+    if policy is not None and controller is not None:
+        policy = policy.at(controller.threshold)  # what a tightened threshold gives up is promised no more
     limit: Said = "watched" if policy is None else policy.says_of_exits(config.alpha)
     promises = [] if policy is None else [str(one) for one in policy.promises]
     start = None if controller is None else controller.config.certified

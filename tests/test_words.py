@@ -1,0 +1,191 @@
+"""Wherever a policy is shown, it is said to promise what its file holds and nothing else."""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
+from test_certify import BINARY, make_run
+
+from stage1_pro.continual.watch.monitor import Evidence, ServedColumns, TriggerState
+from stage1_pro.continual.watch.srt import ControllerConfig, ThresholdController, to_logit
+from stage1_pro.continual.watch.status import MonitorConfig, Status, assess, dashboard, exposition, write_page
+from stage1_pro.data.splits import Splits
+from stage1_pro.deploy.inspection import inspect, render_inspection
+from stage1_pro.deploy.prediction import render as render_prediction
+from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.softmax import softmax
+from stage1_pro.policies.standing import standing
+from stage1_pro.report import write_report
+from stage1_pro.training.calibration import render as render_policy
+from stage1_pro.training.evaluation import Evaluation, evaluate_predictions, render
+
+# Sentences that say that something is promised, or judge a promise.
+CLAIMS = re.compile(
+    r"\b(PASS|FAIL|INCONCLUSIVE)\b|[Pp]romised was at most|>promised: at most|[Tt]he promise holds|certified: 0"
+    r"|is the certified one|(the|each) promise kept|[Gg]uarantee: (ltt|pac|expectation)|With probability at least"
+    r"|often than promised|stage1_threshold_certified|than the promise|by (their|its) 95% bounds"
+)
+OF_EXITS = re.compile(
+    r"[Pp]romised was at most|promised: at most|[Tt]he promise holds|Is the promise kept\?|than promised"
+)
+ALPHA = 0.03
+KINDS = (
+    "softmax none",
+    "softmax ltt",
+    "gate none",
+    "gate ltt",
+    "gate other",
+    "scrc naive",
+    "scrc pac",
+    "scrc T",
+    "tightened",
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run, and predictions of a test set from where its calibration rows came."""
+    run = tmp_path_factory.mktemp("run")
+    predictions = make_run(run, 8000)
+    test = make_run(tmp_path_factory.mktemp("test"), 400, seed=5)
+    return run, (predictions, replace(test, split="val_test", halves=np.array([""] * 400)))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def shown(request: pytest.FixtureRequest, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A policy of each kind, and all texts in which it is shown."""
+    run, (rows, test) = world
+    probs = softmax(rows.logits_a)
+    given = {
+        **BINARY, "halves": rows.halves, "model_fingerprint": rows.model_fingerprint,
+        "preprocessing_fingerprint": rows.preprocessing_fingerprint,
+    }  # fmt: skip
+    kind, how = [*request.param.split(), "ltt"][:2]
+    if kind == "softmax":
+        policy: Policy = fit_softmax_policy(probs, rows.labels, **given, guarantee=how, target_fnr=0.05)
+    elif kind in ("gate", "tightened"):
+        error, how = (0.04, "ltt") if how == "other" else (ALPHA, how)
+        policy = fit_gate_policy(probs, rows.gate_logits, rows.labels, **given, guarantee=how, max_exit_error=error)
+        policy = policy.at(policy.exit_threshold + 1e-3) if kind == "tightened" else policy
+    else:
+        policy = fit_scrc_policy(probs, rows.gate_logits, probs, rows.labels, **given, variant=how, alpha=0.05)
+    return request.param, policy, texts(policy, run, test, tmp_path_factory.mktemp("shown"))
+
+
+def texts(policy: Policy, run: Path, test: Any, folder: Path) -> dict[str, str]:
+    evaluation, *_ = evaluate_predictions(test, policy, n_replicates=5)
+    evaluation.write(folder / "evaluation.json")
+    assert Evaluation.read(folder / "evaluation.json") == evaluation
+    write_report(
+        folder / "report.html", evaluation, policy=policy, pictures=[], mistakes=[], groups=[], image_root=folder
+    )
+    promise = standing(policy, Splits.read(run / "splits.json").summary())
+    found = {
+        "calibrate": render_policy(policy), "evaluate": render(evaluation),
+        "evaluation.json": evaluation.model_dump_json(), "report": (folder / "report.html").read_text(),
+        "predict": render_prediction([], None, promise), "headline": policy.headline(), "measured": policy.measured(),
+        "story": " ".join(policy.story()),
+    }  # fmt: skip
+    for wrong in (0, 3, 40):
+        status, rows = looked(policy, wrong)
+        write_page(folder / "status.html", status, rows)
+        found |= {
+            f"status {wrong}": " ".join([status.headline, *status.sentences]),
+            f"page {wrong}": (folder / "status.html").read_text(), f"metrics {wrong}": exposition(status).decode(),
+        }  # fmt: skip
+    return {name: html.unescape(re.sub(r"data:image/png;base64,[^\"]*", "", text)) for name, text in found.items()}
+
+
+def looked(policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0) -> tuple[Status, ServedColumns]:
+    rows = ServedColumns(
+        time=np.arange(n) * 10.0, exited=np.ones(n, bool), wrong=(np.arange(n) < wrong).astype(float),
+        propensity=np.ones(n), score=np.full(n, 0.99),
+    )  # fmt: skip
+    start = min(policy.exit_threshold, 0.99)
+    controller = ThresholdController(ControllerConfig(alpha=ALPHA, certified=start, audit_rate=0.3, floor=0.3)).state
+    if tighter:
+        controller = controller.at_least(to_logit(start) + tighter)
+    status, _ = assess(
+        rows, MonitorConfig(alpha=ALPHA), now=1e5, triggers_before=TriggerState(since=0.0), policy=policy,
+        evidence=Evidence(alpha=ALPHA).after(rows.wrong, propensity=rows.propensity, time=rows.time),
+        controller=controller,
+    )  # fmt: skip
+    return status, rows
+
+
+def test_nothing_is_said_to_be_promised_that_the_file_does_not_hold(shown: Any) -> None:
+    kind, policy, said = shown
+    promises = kind in ("softmax ltt", "gate ltt", "gate other", "scrc pac", "scrc T")
+    assert bool(policy.promises) == promises == (policy.guarantee != "none")
+    for name, text in said.items():
+        found = CLAIMS.search(text)
+        if not promises:
+            assert found is None, (kind, name, text[max(0, found.start() - 80) : found.end() + 80])
+        if name.split()[0] in ("status", "page", "metrics"):
+            # The watched number is the error of exits, which other policies promise nothing of.
+            assert bool(OF_EXITS.search(text)) <= (kind == "gate ltt"), (kind, name)
+    if promises:
+        assert all(CLAIMS.search(said[name]) for name in ("calibrate", "evaluate", "report", "predict"))
+        assert "the labels are right" in said["predict"]
+    else:
+        assert "romises nothing" in said["calibrate"] or "othing is promised" in said["calibrate"]
+        assert "certified: 0" not in said["page 0"] and "calibrated: 0" in said["page 0"]
+    assert bool(OF_EXITS.search(said["page 0"])) == (kind == "gate ltt")
+
+
+def test_one_rate_has_one_verdict(shown: Any) -> None:
+    kind, _, said = shown
+    page = said["report"]
+    assert ('id="fnr-check"' in page) == (kind == "softmax none")
+    rows = re.findall(r'class="name">FNR on exits</td>', page)
+    assert len(rows) == (kind == "softmax ltt")
+
+
+def test_sets_are_headlined_by_what_is_answered(shown: Any) -> None:
+    kind, _, said = shown
+    lead = said["report"].split('<section class="tiles">')[0]
+    assert ("left" in lead and "to a person" in lead) == kind.startswith("scrc")
+    assert ("Together:" in lead) != kind.startswith("scrc")
+    assert ("deployed:" in said["evaluate"]) == kind.startswith("scrc")
+
+
+def test_a_tightened_threshold_is_shown_without_the_promises_it_gives_up(shown: Any) -> None:
+    kind, policy, _ = shown
+    loose, _ = looked(policy, 0)
+    tight, _ = looked(policy, 0, tighter=1.0)
+    assert tight.threshold > loose.threshold == loose.calibrated == tight.calibrated
+    assert bool(loose.promises) == bool(policy.promises) == (loose.certified is not None)
+    if policy.steerable:
+        assert (tight.promises, tight.certified) == ([], None) and tight.limit != "promised"
+        assert not CLAIMS.search(" ".join([tight.headline, *tight.sentences])), kind
+
+
+def test_before_any_audit_there_is_no_harm_to_count(tmp_path: Path) -> None:
+    rows = ServedColumns(*(np.array([], dtype=kind) for kind in (float, bool, float, float, float)))
+    status, _ = assess(
+        rows,
+        MonitorConfig(alpha=ALPHA),
+        now=0.0,
+        triggers_before=TriggerState(since=0.0),
+        evidence=Evidence(alpha=ALPHA),
+    )
+    write_page(tmp_path / "page.html", status, rows)
+    assert "<b>no</b> evidence of harm yet" in (tmp_path / "page.html").read_text()
+    assert not CLAIMS.search((tmp_path / "page.html").read_text())
+    assert not re.search("certif|promis", str(dashboard()))
+    older = status.model_dump(mode="json")
+    for name in ("limit", "promises", "calibrated"):
+        del older[name]
+    assert Status.model_validate(older).limit == "watched"
+
+
+def test_a_bundle_that_promises_nothing_says_so(tiny: Path) -> None:
+    said = render_inspection(inspect(tiny / "bundle"))
+    assert "guarantee: none" in said and not CLAIMS.search(said)
