@@ -612,6 +612,24 @@ class TestOpenVino:
         with pytest.raises(ArtifactError, match="openvino must give the reference outputs"):
             Cascade.load(copy, "openvino")
 
+    def test_a_runtime_freed_in_another_thread_leaves_signals_alone(self, bundle: Path) -> None:
+        if importlib.util.find_spec("openvino") is None:
+            pytest.skip("openvino is not installed: the runtime cannot be run here")
+        # Python's handlers run on the stack for signals where there is one; faulthandler makes one.
+        code = (
+            "import faulthandler, gc, os, signal, sys, threading\n"
+            "from stage1_pro.deploy.cascade import Cascade\n"
+            "faulthandler.enable()\n"
+            "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+            "held = [Cascade.load(sys.argv[1], 'openvino', threads=1)]\n"
+            "thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))\n"
+            "thread.start()\n"
+            "thread.join()\n"
+            "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
     def test_weights_beside_the_graph(self, copy: Path) -> None:
         if importlib.util.find_spec("openvino") is None:
             pytest.skip("openvino is not installed: the runtime cannot be run here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -33,7 +34,7 @@ class OpenVinoRuntime(Runtime):
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         if threads < 0:
             raise InputError(f"threads must be 0 (as OpenVINO has them) or more, got {threads}")
-        core = _library().Core()
+        core = _core(_library())
         # By itself OpenVINO computes in bf16 where the CPU can, which is further from the reference than it may be.
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32",
@@ -87,6 +88,17 @@ def _library() -> Any:
         if there is None:
             sys.modules.pop("openvino_telemetry", None)
     return openvino
+
+
+@functools.cache
+def _core(library: Any) -> Any:
+    """OpenVINO's core: one for the process, and never freed.
+
+    On a CPU with tile registers (AMX) a core gives the thread that makes it another stack for signal handlers, and
+    unmaps that stack when the core is freed. Freed in another thread, by a garbage collection there say, it leaves the
+    first thread with a stack that is gone, and the next signal kills the process.
+    """
+    return library.Core()
 
 
 def _first(error: Exception) -> str:
