@@ -823,7 +823,7 @@ def make_run(run: Path, n: int = 12_000, seed: int = 0, **changes: object) -> Pr
     logits = np.zeros((n, 2), np.float32)
     logits[np.arange(n), right] = np.log1p(np.exp(data["gate_logits"])) + sure
     rows = [
-        Row(id=f"r{i}", file=f"{i}.png", label=BINARY["classes"][y], group=f"g{i}", split="val_calib", half=half,
+        Row(id=f"r{i}", file=f"{i}.png", label=BINARY["classes"][y], group=f"g{seed}-{i}", split="val_calib", half=half,
             sha256=f"{seed}-{i}")
         for i, (y, half) in enumerate(zip(data["labels"].tolist(), data["halves"].tolist(), strict=True))
     ]  # fmt: skip

@@ -115,7 +115,9 @@ def test_a_refusal_changes_nothing_and_counts_cost_no_claim(
             assert after == before
         else:
             assert not known, "this was known beforehand"
-        assert {**after, "claims.json": b""} == {**before, "claims.json": b""}
+            assert {**after, "claims.json": b""} == {**before, "claims.json": b""}
+            assert ("nothing was changed" in said) == (after == before)
+            assert ("claim is spent" in said) == (ltt and after != before)
 
 
 def test_a_dry_run_shows_what_counts_allow_and_spends_nothing(
@@ -205,7 +207,7 @@ def test_another_cut_of_the_same_photos_is_another_claim(tmp_path: Path, change:
     first = calibrate(tmp_path, **wish)
     recut(tmp_path, 1, **change)
     before = files_of(tmp_path)
-    with pytest.raises(InputError, match="2 cuts that share photos must serve one claim"):
+    with pytest.raises(InputError, match="2 cuts that share photos or groups must serve one claim"):
         calibrate(tmp_path, **wish)
     assert files_of(tmp_path) == before and read_policy(tmp_path) == first
     # Photos that were never used begin anew, and only they do.
@@ -217,14 +219,15 @@ def test_another_cut_of_the_same_photos_is_another_claim(tmp_path: Path, change:
 def test_new_splits_in_the_same_folder_remember_what_photos_certified(streets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = split(streets / "labels.csv", run)
-    Claims().seen("half", [row.sha256 for row in first.of("val_calib", "certify")]).write(run / "claims.json")
+    kept = first.of("val_calib", "certify")
+    Claims().seen("half", [row.sha256 for row in kept], [row.group for row in kept]).write(run / "claims.json")
     (run / "last.pth").write_bytes(b"trained")
     before = (run / "claims.json").read_bytes()
     again = split(streets / "labels.csv", run, seed=1, overwrite=True)
     assert not (run / "last.pth").exists() and (run / "claims.json").read_bytes() == before
-    photos = [row.sha256 for row in again.of("val_calib", "certify")]
-    shared = {row.sha256 for row in first.of("val_calib", "certify")} & set(photos)
-    assert Claims.of(run).seen("other", photos).cuts("other") == (["half", "other"] if shared else ["other"])
+    photos, groups = zip(*[(row.sha256, row.group) for row in again.of("val_calib", "certify")], strict=True)
+    shared = {one for row in kept for one in (row.sha256, row.group)} & {*photos, *groups}
+    assert Claims.of(run).seen("other", photos, groups).cuts("other") == (["half", "other"] if shared else ["other"])
 
 
 def test_cuts_share_the_delta_that_was_declared(tmp_path: Path) -> None:

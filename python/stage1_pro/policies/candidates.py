@@ -140,11 +140,13 @@ class Means:
         everyone = np.ones(values.size, dtype=bool)
 
         def weights(trials: NDArray[np.bool_]) -> NDArray[np.float64]:
-            # Of photos: sums over a group as shares of the largest. Else means: a group's rows share one.
-            return group_weights(self.member, trials) if largest is None else trials / largest
+            # Of photos: whole counts, divided by the largest group once. Else means: a group's rows share one.
+            return group_weights(self.member, trials) if largest is None else trials.astype(np.float64)
 
+        self.photos, self.scale = largest is not None, largest or 1
         self.everyone = weights(everyone)
-        self.whole = np.ones(self.n) if largest is None else np.bincount(self.member, minlength=self.n) / largest
+        self.sizes = np.bincount(self.member, minlength=self.n)
+        self.whole = np.ones(self.n) if largest is None else self.sizes / largest
         self.trials = [everyone if risk.trials is None else risk.trials for risk in risks]
         self.shares = [weights(trials) for trials in self.trials]
         self.squares = squares
@@ -152,7 +154,7 @@ class Means:
     def _means(self, i: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Each group's sum of the weights of accepted rows [G]: a mean, as they sum to 1 over all its trials."""
         rows = self.ranked[: self.ends[i]]
-        return np.minimum(np.bincount(self.member[rows], weights[rows], self.n), 1.0)
+        return np.minimum(np.bincount(self.member[rows], weights[rows], self.n) / self.scale, 1.0)
 
     def _pairs(self, risk: int, i: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Losses and weights of the groups that have trials."""
@@ -204,8 +206,11 @@ class Means:
         return int(np.count_nonzero(self._means(i, self.everyone)))
 
     def coverage_at(self, i: int) -> float:
-        """The mean of their accepted shares."""
-        return float(self._means(i, self.everyone).sum()) / max(float(self.whole.sum()), 1e-300)
+        """The mean of their accepted shares; where photos are counted, the share of accepted photos."""
+        accepted = np.bincount(self.member[self.ranked[: self.ends[i]]], minlength=self.n)
+        if self.photos:
+            return int(accepted.sum()) / max(int(self.sizes.sum()), 1)
+        return float((accepted / self.sizes).sum()) / max(self.n, 1)
 
     def crc_risk(self, risk: int, i: int) -> float:
         """(sum of losses + 1) / (groups + 1)."""

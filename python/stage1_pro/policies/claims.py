@@ -1,7 +1,8 @@
 """Uses of the rows kept for certificates, counted: one claim is a promise, the best of several is a selection.
 
-Claims follow the photos. A certify half that shares a photo with an earlier one of the same run, whatever the seed of
-the split, a row that was dropped or a label that was mended, is another cut of the same photos: all cuts share delta.
+Claims follow photos and their groups. A certify half that shares a photo or a group (clip, track, place) with an
+earlier one of the same run, whatever the seed of the split, a row that was dropped, a label that was mended, other
+frames of a clip or photos encoded anew, is another cut of the same photos: all cuts share delta.
 """
 
 from __future__ import annotations
@@ -57,27 +58,37 @@ class Claims(Record):
         description="photos of each half that was used, in the order of first use, by the first digits of their "
         "content hash; a half that is not here is of an older version and taken to share photos with all others",
     )
+    groups: dict[str, list[str]] = Field(
+        {},
+        description="groups of those photos, by the first digits of their names' hash; a half of rows that is not here "
+        "is of an older version and taken to share groups with all others",
+    )
 
     @classmethod
     def of(cls, run: Path) -> Claims:
         """Those of a run, none where it has no file; raises ArtifactError where the file is damaged."""
         return cls.read(run / CLAIMS_FILE) if (run / CLAIMS_FILE).is_file() else cls()
 
-    def seen(self, half: str, rows: Iterable[str]) -> Claims:
-        """The same with a half's photos, by their content hashes."""
+    def seen(self, half: str, rows: Iterable[str], groups: Iterable[str] = ()) -> Claims:
+        """The same with a half's photos, by their content hashes, and the names of their groups."""
         found = sorted({one[:_DIGITS] for one in rows})
-        return self.model_copy(update={"rows": {**self.rows, half: found}})
+        of = sorted({sha256_bytes(one.encode("utf-8", "surrogateescape"))[:_DIGITS] for one in groups})
+        return self.model_copy(update={"rows": {**self.rows, half: found}, "groups": {**self.groups, half: of}})
 
     def cuts(self, half: str) -> list[str]:
-        """Halves that share photos with this one, also by way of others, it among them, in the order of first use."""
+        """This half and all that share photos or groups with it, also by way of others, in the order of first use."""
         known = list(dict.fromkeys([*(one for one in (*self.halves, *self.looks) if one not in self.rows), *self.rows]))
-        photos = {one: set(self.rows[one]) if one in self.rows else None for one in known}
+        shared = {
+            one: {*(("photo", name) for name in self.rows[one]), *(("group", name) for name in self.groups[one])}
+            if one in self.rows and one in self.groups else None
+            for one in known
+        }  # fmt: skip
         found, waiting = {half}, [half]
         while waiting:
-            mine = photos.get(waiting.pop())
+            mine = shared.get(waiting.pop())
             near = [
                 one for one in known
-                if one not in found and (mine is None or (yours := photos[one]) is None or not mine.isdisjoint(yours))
+                if one not in found and (mine is None or (yours := shared[one]) is None or not mine.isdisjoint(yours))
             ]  # fmt: skip
             found.update(near)
             waiting += near
@@ -113,6 +124,7 @@ def weigh_claim(
     run: Path,
     half: str,
     rows: Iterable[str],
+    groups: Iterable[str] = (),
     *,
     policy: str,
     wish: str,
@@ -131,6 +143,7 @@ def weigh_claim(
         run: run folder.
         half: hash of the certify half.
         rows: content hash of each of its photos.
+        groups: name of the group of each.
         policy: what will be certified.
         wish: its constraints in words.
         model_fingerprint: of the weights.
@@ -143,7 +156,7 @@ def weigh_claim(
         InputError: all declared claims have been made, or delta or their number differ from what was declared.
         ArtifactError: ``claims.json`` is damaged.
     """
-    known = Claims.of(run).seen(half, rows)
+    known = Claims.of(run).seen(half, rows, groups)
     cuts = known.cuts(half)
     kin = [known.halves[one] for one in cuts if one in known.halves]
     own = known.halves.get(half)
@@ -177,9 +190,9 @@ def weigh_claim(
     return stake, known
 
 
-def note_look(run: Path, half: str, rows: Iterable[str]) -> None:
+def note_look(run: Path, half: str, rows: Iterable[str], groups: Iterable[str] = ()) -> None:
     """Count that an empirical choice, which promises nothing, saw a certify half; a later certificate says so."""
-    known = Claims.of(run).seen(half, rows)
+    known = Claims.of(run).seen(half, rows, groups)
     looks = {**known.looks, half: known.looks.get(half, 0) + 1}
     known.model_copy(update={"looks": looks}).write(run / CLAIMS_FILE)
 
@@ -200,7 +213,7 @@ def _refused(run: Path, declared: HalfClaims, kin: list[HalfClaims], policy: str
         for i, use in enumerate(uses, 1)
     )
     must = "one claim" if declared.claims == 1 else f"the {declared.claims} claims declared"
-    cuts = f", in {n_cuts} cuts that share photos" if n_cuts > 1 else ""
+    cuts = f", in {n_cuts} cuts that share photos or groups" if n_cuts > 1 else ""
     return InputError(
         f"the photos of {run} kept for the certificate{cuts} must serve {must}, which "
         f"{'was' if len(uses) == 1 else 'were'} made ({made}), got another ({policy}: {wish}). Photos that were looked "

@@ -64,7 +64,6 @@ def fit_policy(
         probs_b=None if probs_b is None else _columns("probs_b", probs_b), groups=groups,
         rows_independent=flag("rows_independent", rows_independent),
     )  # fmt: skip
-    # Copies of a row stay together as well: they are a group that nobody named.
     n = rows.labels.size
     parts = cut_halves(n, rows.groups) if halves is None else names("halves", halves, n)
     check_halves(parts, n, rows.groups)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.arguments import Grid, choice, flag, floats, grid_of, indices, names, shown, sum_slack, whole
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, NotReachableError
 
 Unit = Literal["rows", "groups", "group_means", "photos"]
 # Of n different photos so many (n^2 / this) may have another's answer by the rounding of float32 alone.
 _CHANCE = 1 << 22
+# Above this float32 has few values, so that different photos share one.
+_SATURATED = 1 - 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ class Rows:
     ) -> Rows:
         """Check and convert; a group that has one row in every case is as good as none.
 
-        Bit-identical rows are never independent: without groups, those of which the models say the very same and that
-        have one label count as one group. Only where some of them have different labels are scores taken for rounded.
+        Units are groups where they are given, else rows where their independence is stated; nothing else makes one.
 
         Args:
             probs: [N, K] probabilities of Stage A.
@@ -78,9 +80,6 @@ class Rows:
         logits = None if gate is None else floats("gate", gate)
         if logits is not None and logits.shape != truth.shape:
             raise InputError(f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}")
-        if rows_independent and groups is None:
-            twins = copies_of(truth, values, logits, second)
-            units = None if twins is None else twins.astype(np.str_)
         if halves is not None:
             check_halves(halves, truth.size, units)
         parts = None if halves is None else names("halves", halves, truth.size)
@@ -128,38 +127,83 @@ class Rows:
         """Which rows [N] are kept for a certificate.
 
         Raises:
-            InputError: there are no halves, nobody said which rows are independent, or both halves hold bit-identical
-                rows.
+            InputError: there are no halves, nobody said which rows are independent, or copies are in different units.
+            NotReachableError: as ``check_answers_differ``.
         """
         kept = ~self.fit_half()
+        self.check_answers_differ()
         if not self.units_known:
             raise InputError(
                 "groups must be given where something is certified, got None; name the clip, track or place of every "
                 "row, or state that each is a photo of its own with rows_independent=True (--rows-independent)"
             )
-        twins = None if self.told_apart else copies_of(self.labels, self.probs, self.gate, self.probs_b)
-        both = np.empty(0) if twins is None else np.intersect1d(twins[kept], twins[~kept])
-        if both.size:
-            first, other = (np.flatnonzero(half & (twins == both[0]))[0] for half in (~kept, kept))
+        if self._copies is not None:
+            first, other, n = self._copies
             raise InputError(
-                f"halves must not share bit-identical rows, got rows {first} and {other}, of which the models say the "
-                f"very same ({both.size} such); put copies into one group, or give logits that are not rounded"
+                f"groups must hold copies of a row together, got rows {first} and {other} in different units, of which "
+                f"the models say the very same ({n} such rows); give copies one group, the clip, track or place, or "
+                "give logits that are not rounded"
             )
         return kept
 
+    def check_answers_differ(self) -> None:
+        """Raise NotReachableError where the models say the very same of every row; photos of runs are not asked."""
+        n = self.labels.size
+        if n > 1 and not self.told_apart and not self._alike.any():
+            raise NotReachableError(
+                f"answers must differ between rows, got INFEASIBLE: the model says the same of all {n} rows, so "
+                "nothing tells them apart; train it further, or look for what makes its logits equal"
+            )
 
-def copies_of(labels: NDArray[np.int64], *said: NDArray[np.float64] | None) -> NDArray[np.int64] | None:
-    """A number for every row [N] that bit-identical rows share; None where none are, or where they are no copies.
+    @cached_property
+    def _alike(self) -> NDArray[np.int64]:
+        """A number for every row [N], from 0, that bit-identical rows share."""
+        said = [one for one in (self.probs, self.gate, self.probs_b) if one is not None]
+        hashes = [hash(b"".join([one.tobytes() for one in row])) for row in zip(*said, strict=True)]
+        return np.asarray(np.unique(hashes, return_inverse=True)[1], dtype=np.int64)
 
-    A photo has one label: where identical rows have different ones, scores are rounded and say nothing of copies. Nor
-    do a few rows whose answers agree by the rounding of float32.
-    """
-    columns = [one.reshape(labels.size, -1) for one in said if one is not None]
-    table = np.ascontiguousarray(np.concatenate(columns, axis=1))
-    rows = table.view(np.dtype((np.void, table.itemsize * table.shape[1]))).ravel()
-    _, first, number = np.unique(rows, return_index=True, return_inverse=True)
-    by_chance = labels.size - first.size <= labels.size**2 // _CHANCE
-    return None if by_chance or (labels != labels[first[number]]).any() else number
+    @cached_property
+    def _copies(self) -> tuple[int, int, int] | None:
+        """Two rows that are copies and lie in different units, and how many such rows there are; None: no copies.
+
+        Bit-identical rows of different units are copies unless ties explain them: a set with different labels, a
+        largest probability near 1, scores that are rounded, or so few that float32 makes them. Rows that differ in
+        the last bit are not found.
+        """
+        n, alike = self.labels.size, self._alike
+        if self.told_apart:
+            return None
+        member = np.arange(n) if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
+        # One row of each unit in each set.
+        _, rows = np.unique(alike * n + member, return_index=True)
+        size = np.bincount(alike[rows], minlength=n)
+        least, most = np.full(n, n), np.zeros(n, dtype=np.int64)
+        np.minimum.at(least, alike, self.labels)
+        np.maximum.at(most, alike, self.labels)
+        surest = self.probs.max(axis=1)
+        doubt = (size > 1) & (least == most)
+        doubt[alike[surest > _SATURATED]] = False
+        extra = int((size[doubt] - 1).sum())
+        if extra <= min(n**2 / _CHANCE, n / 100) or self._rounded(surest):
+            return None
+        twins = rows[alike[rows] == np.flatnonzero(doubt)[0]]
+        return int(twins[0]), int(twins[1]), extra + int(doubt.sum())
+
+    def _rounded(self, surest: NDArray[np.float64]) -> bool:
+        """Whether scores lie on a grid: their distinct values are further apart than random ones ever are.
+
+        The least of D random gaps is below t mean gaps but with chance exp(-D t). Probabilities and log-odds are looked
+        at, as either may be what was rounded; steps as fine as those of float32 are no grid.
+        """
+        rows = surest <= _SATURATED
+        sure = surest[rows]
+        for values in (sure, self.probs[rows, 0], self.probs[rows, -1], np.log(sure / (1 - sure))):
+            # 1 - p differs from p on the same grid in its last bits.
+            gaps = np.diff(np.unique(values.round(11)))
+            d = gaps.size + 1
+            if gaps.size and gaps.min() > max(gaps.mean() * min(d**-0.5, 10 / d), 2**-20):
+                return True
+        return False
 
 
 def check_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +24,7 @@ from stage1_pro.policies.claims import CLAIMS_FILE, Claims, Stake, close_claim, 
 from stage1_pro.policies.policy import Origin, Policy, policies, read_policy, replace_policy
 from stage1_pro.policies.possible import check_possible, foresee, told
 from stage1_pro.policies.ranking import GateChoice
-from stage1_pro.policies.rows import Rows, copies_of, cut_halves
+from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.target import POLICIES, Target, parse_target
 from stage1_pro.progress import say
@@ -94,7 +94,7 @@ def foresee_calibration(asked: Calibration, target: Target | None = None) -> For
     work = _prepare(asked.run, given, target)
     wish, claim = work.wish, "nothing is promised, so no claim is needed"
     if wish.guarantee == "ltt":
-        stake, _ = work.weigh([row.sha256 for row in work.splits.of("val_calib", "certify")])
+        stake, _ = work.weigh()
         wish = wish.model_copy(update={"delta": stake.delta, "claims": stake.claims})
         claim = f"this would be claim {stake.use} of {stake.claims} on these photos; your claim is unspent"
         if stake.made:
@@ -198,11 +198,17 @@ class _Work:
         """Hash of the half that certifies; empty where the splits have none."""
         return self.splits.hashes.get("val_calib.certify", "")
 
-    def weigh(self, photos: Sequence[str]) -> tuple[Stake, Claims]:
+    @property
+    def kept(self) -> tuple[list[str], list[str]]:
+        """Content hash and group of every photo of that half."""
+        rows = self.splits.of("val_calib", "certify")
+        return [row.sha256 for row in rows], [row.group for row in rows]
+
+    def weigh(self) -> tuple[Stake, Claims]:
         """The claim that this would be, as ``weigh_claim`` says."""
         delta, claims = self.declared
         return weigh_claim(
-            self.run, self.half, photos, policy=self.wish.policy, wish=self.wish.key(),
+            self.run, self.half, *self.kept, policy=self.wish.policy, wish=self.wish.key(),
             model_fingerprint=self.origin.model_fingerprint or "",
             preprocessing_fingerprint=self.origin.preprocessing_fingerprint or "", delta=delta, claims=claims,
             defaults=(self.wish.delta, self.wish.claims),
@@ -243,16 +249,17 @@ def run_rows(predictions: Predictions) -> Rows:
 def _choose(work: _Work) -> Policy:
     """Certify or choose, and replace the policy of the run; whatever goes wrong, the one that stands stays."""
     run, wish, stake = work.run, work.wish, None
-    photos = [row.sha256 for row in work.splits.of("val_calib", "certify")]
+    counts = run / CLAIMS_FILE
+    before = counts.read_bytes() if counts.is_file() else None
     if wish.guarantee == "ltt":
-        stake, claims = work.weigh(photos)
+        stake, claims = work.weigh()
         # Delta and claims as they were first declared.
         wish = wish.model_copy(update={"delta": stake.delta, "claims": stake.claims})
         check_possible(wish, work.rows)
         # Written down before anybody looks.
-        claims.write(run / CLAIMS_FILE)
+        claims.write(counts)
     elif work.half:
-        note_look(run, work.half, photos)
+        note_look(run, work.half, *work.kept)
     try:
         policy = POLICIES.find(wish.policy).fit(
             wish, work.rows, use=None if stake is None else stake.use, origin=work.origin
@@ -260,7 +267,8 @@ def _choose(work: _Work) -> Policy:
     except NotReachableError as error:
         if stake is not None:
             close_claim(run, work.half, stake, "infeasible")
-        raise NotReachableError(f"{error}. {_advice(stake, read_policy(run))}") from None
+        counted = counts.is_file() and counts.read_bytes() != before
+        raise NotReachableError(f"{error}. {_advice(stake, read_policy(run), counted)}") from None
     if stake is not None:
         close_claim(run, work.half, stake, "certified")
         policy = policy.assuming(*stake.assumptions())
@@ -274,16 +282,23 @@ def _choose(work: _Work) -> Policy:
     return policy
 
 
-def _advice(stake: Stake | None, standing: Policy | None) -> str:
-    """What can be done after a refusal, and what it left as it was."""
-    stands = "nothing was changed" if standing is None else f"{standing.file} stands as it was"
+def _advice(stake: Stake | None, standing: Policy | None, counted: bool) -> str:
+    """What can be done after a refusal, and what it changed: ``counted`` says whether ``claims.json`` did."""
+    left = 0 if stake is None else stake.left
+    stands = "no policy was changed" if standing is None else f"{standing.file} stands as it was"
+    if not counted:
+        stands = "nothing was changed"
+    elif stake is None:
+        stands += f"; the look at these photos is counted in {CLAIMS_FILE}"
+    else:
+        stands += f"; one claim is spent, {left or 'none'} {'is' if left < 2 else 'are'} left"
     if stake is None:
         return f"Ask for less; {stands}"
     ways = ["choose with --guarantee none, which promises nothing"]
-    if stake.left:
-        ways.insert(0, f"ask for less with one of the {stake.left} claims that are left")
-    spent = "" if stake.left else "The claim on these photos is spent, since they were looked at. "
-    return f"{spent}You can {', or '.join(ways)}; {stands}"
+    if left:
+        which = "the claim that is" if left == 1 else f"one of the {left} claims that are"
+        ways.insert(0, f"ask for less with {which} left")
+    return f"You can {', or '.join(ways)}; {stands}"
 
 
 def _check_halves(predictions: Predictions, splits: Splits) -> None:
@@ -369,15 +384,16 @@ def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]
         if name in arrays and arrays[name].dtype.kind not in "biuf":
             raise InputError(f"{name} must be numbers, got {arrays[name].dtype}")
     stated = asked.rows_independent
-    units = _identical(path, arrays, len(probs)) if stated and groups is None else groups
     halves = arrays.get("half")
     rows = Rows.of(
         probs, arrays["labels"], classes=names, positive=choose_positive(names, positive),
         gate=arrays.get("gate_logits"),
         probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
-        halves=cut_halves(len(probs), units) if halves is None else halves, groups=units,
+        halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
         rows_independent=stated,
     )  # fmt: skip
+    if wish.guarantee == "ltt":
+        rows.check_answers_differ()
     if wish.guarantee == "ltt" and (groups is None) != stated:
         raise InputError(
             f"{path} must hold groups [N], the clip, track or place of every row, or --rows-independent must state "
@@ -385,19 +401,6 @@ def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]
             "near-copies and certify nothing of each other"
         )
     return rows, {"logits": sha256_file(path)}
-
-
-def _identical(path: Path, arrays: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.int64] | None:
-    """A number for every row [N] that bit-identical rows share, which are never independent; None where none are."""
-    names = ("logits", "probs", "gate_logits", "logits_b", "probs_b")
-    said = [arrays[name].astype(np.float64) for name in names if name in arrays]
-    found = copies_of(np.zeros(n, dtype=np.int64), *said)
-    if found is not None:
-        say(
-            f"{n - np.unique(found).size} of {n} rows of {path} are bit-identical to another, so each set of them "
-            "counts as one group; different photos have different logits where these are not rounded"
-        )
-    return found
 
 
 def _place(out: Path | None, wish: Target) -> Path | None:
