@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.errors import InputError, NotReachableError, Stage1Error
 from stage1_pro.policies.certificate import LABELS_RIGHT
+from stage1_pro.policies.certify import certify_threshold
 from stage1_pro.policies.claims import Claims, close_claim, weigh_claim
+from stage1_pro.policies.fitting import fit_policy
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.policies.possible import foresee
 from stage1_pro.policies.rows import Rows
@@ -118,6 +121,29 @@ def test_a_refusal_changes_nothing_and_counts_cost_no_claim(
             assert {**after, "claims.json": b""} == {**before, "claims.json": b""}
             assert ("nothing was changed" in said) == (after == before)
             assert ("claim is spent" in said) == (ltt and after != before)
+
+
+@pytest.mark.parametrize(
+    ("more", "told", "changed"),
+    [
+        ({"claims": 3}, "one claim is spent, 2 are left", True), ({"claims": 2}, "one claim is spent, 1 is left", True),
+        ({}, "one claim is spent, none is left", True), ({"guarantee": "none"}, "the look at these photos", True),
+        ({"max_exit_error": 1e-5}, "nothing was changed", False),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_it_changed(tmp_path: Path, more: dict[str, Any], told: str, changed: bool) -> None:
+    make_run(tmp_path, n=2000)
+    before = files_of(tmp_path)
+    wish = {"policy": "gate", "max_exit_error": 0.01, "min_coverage": 0.99, **more}
+    with pytest.raises(NotReachableError, match=told) as error:
+        calibrate(tmp_path, **wish)
+    assert (files_of(tmp_path) != before) == changed == ("nothing was changed" not in str(error.value))
+    if "claims" in more:
+        # The same again is no further claim, and changes nothing.
+        before = files_of(tmp_path)
+        with pytest.raises(NotReachableError, match="nothing was changed"):
+            calibrate(tmp_path, **wish)
+        assert files_of(tmp_path) == before
 
 
 def test_a_dry_run_shows_what_counts_allow_and_spends_nothing(
@@ -256,12 +282,35 @@ def test_halves_of_an_older_version_are_taken_to_share_photos(tmp_path: Path) ->
         calibrate(tmp_path, policy="gate", max_exit_error=0.05)
 
 
+def test_other_frames_of_the_same_clips_are_another_cut(tmp_path: Path) -> None:
+    predictions = make_run(tmp_path, n=4000)
+    wish = {"policy": "gate", "max_exit_error": 0.05}
+    calibrate(tmp_path, **wish)
+    splits = Splits.read(tmp_path / "splits.json")
+    rows = [row.model_copy(update={"sha256": f"other {row.sha256}"}) for row in splits.rows]
+    splits.model_copy(update={"rows": rows, "hashes": hash_splits(rows)}).write(tmp_path / "splits.json")
+    replace(predictions, split_hash=hash_splits(rows)["val_calib"]).save(tmp_path / "val_calib.npz")
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match="2 cuts that share photos or groups must serve one claim"):
+        calibrate(tmp_path, **wish)
+    assert files_of(tmp_path) == before
+    # A file without groups is of an older version: they are taken to be the same.
+    known = json.loads((tmp_path / "claims.json").read_text())
+    del known["groups"]
+    (tmp_path / "claims.json").write_text(json.dumps(known))
+    make_run(tmp_path, n=4000, seed=7)
+    with pytest.raises(InputError, match="must serve one claim"):
+        calibrate(tmp_path, **wish)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.frozensets(st.integers(0, 12), min_size=1, max_size=5), min_size=1, max_size=8))
-def test_cuts_are_what_photos_connect(halves: list[frozenset[int]]) -> None:
+@given(st.lists(st.frozensets(st.integers(0, 12), min_size=1, max_size=5), min_size=1, max_size=8), st.integers(1, 12))
+def test_cuts_are_what_photos_and_groups_connect(halves: list[frozenset[int]], first_group: int) -> None:
+    """Numbers below ``first_group`` are photos, the others groups."""
     known = Claims()
-    for i, photos in enumerate(halves):
-        known = known.seen(str(i), [f"{one:064d}"[::-1] for one in photos])
+    for i, shared in enumerate(halves):
+        photos = [f"{one:064d}"[::-1] for one in shared if one < first_group]
+        known = known.seen(str(i), photos, [str(one) for one in shared if one >= first_group])
     for i, photos in enumerate(halves):
         reached = set(photos)
         for _ in halves:
@@ -271,8 +320,9 @@ def test_cuts_are_what_photos_connect(halves: list[frozenset[int]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("claims", [1, 10])
-def test_ten_cuts_of_one_pool_certify_falsely_as_often_as_promised(tmp_path: Path, claims: int) -> None:
-    """True exit error 1.02% everywhere, asked for 1%: any of ten cuts of the same 8,000 rows."""
+@pytest.mark.parametrize("frames", [False, True])
+def test_ten_cuts_of_one_pool_certify_falsely_as_often_as_promised(tmp_path: Path, claims: int, frames: bool) -> None:
+    """True exit error 1.02% everywhere, asked for 1%: any of ten cuts of 8,000 photos, or of one frame of each clip."""
     draws, pools, false, made = 100, 8000, 0, 0
     for draw in range(draws):
         rng = np.random.default_rng(draw)
@@ -286,9 +336,10 @@ def test_ten_cuts_of_one_pool_certify_falsely_as_often_as_promised(tmp_path: Pat
         hit = False
         for cut in range(10):
             certify = rng.permutation(pools) % 2 == 0
+            seen = [f"{cut if frames else 0:04d}{one[4:]}" for one in photos[certify]]
             try:
                 stake, known = weigh_claim(
-                    run, f"half {cut}", photos[certify], policy="gate", wish="w", model_fingerprint=f"m{cut}",
+                    run, f"half {cut}", seen, photos[certify], policy="gate", wish="w", model_fingerprint=f"m{cut}",
                     preprocessing_fingerprint="p", delta=None, claims=None, defaults=(0.05, claims),
                 )  # fmt: skip
             except InputError:
@@ -338,25 +389,84 @@ def test_logits_need_groups_or_a_statement(tmp_path: Path) -> None:
         calibrate(tmp_path / "run", rows_independent=True)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
-def test_identical_rows_are_never_independent(tmp_path: Path, dtype: type) -> None:
-    file, rng = tmp_path / "mine.npz", np.random.default_rng(1)
-    logits, labels = clips(10, rng, 4000, fnr=0.0)
-    logits = logits.astype(dtype)
-    half = np.where(rng.random(4000) < 0.5, "fit", "certify")
-    for more in ({}, {"groups": np.arange(4000)}):
-        np.savez(file, logits=logits, labels=labels, half=half, **more)
-        with pytest.raises(InputError, match="halves must not share"):
-            calibrate(logits=file, rows_independent=not more)
-    # Without halves copies stay together and count once.
-    np.savez(file, logits=logits, labels=labels)
-    policy = calibrate(logits=file, rows_independent=True)
-    assert policy.certificate.unit == "groups" and policy.certificate.n <= 200
-    probs, rows = softmax(logits), {"classes": ["0", "1"], "positive": "1", "halves": half}
-    with pytest.raises(InputError, match="halves must not share"):
-        fit_softmax_policy(probs, labels, **rows, guarantee="ltt", target_fnr=0.1)
-    with pytest.raises(InputError, match="halves must not share"):
-        fit_scrc_policy(probs, logits[:, 1].astype(float), probs, labels, **rows, alpha=0.1)
+def tie_scores(how: str, p: np.ndarray) -> np.ndarray:
+    """Probabilities [N] of the second class with ties that say nothing of copies."""
+    if how == "bfloat16":
+        return ((p.astype(np.float32).view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
+    if how == "saturated":
+        return (1 / (1 + np.exp(-8 * np.log(p / (1 - p)).astype(np.float32)))).astype(np.float32)
+    if how == "one label":
+        # As many rows as like have one answer, and their labels differ.
+        return np.where((p > 0.8) & (p < 0.9), 0.85, p)
+    rounded = {"levels": np.round(p * 15) / 15, "float16": p.astype(np.float16), "decimals": p.round(4)}
+    return rounded.get(how, p)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("how", ["levels", "float16", "bfloat16", "decimals", "saturated", "one label", "clipped gate"])
+def test_ties_of_different_photos_are_no_copies(how: str, seed: int, tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(seed), 6000
+    z = rng.normal(0, 2, n)
+    given = tie_scores(how, 1 / (1 + np.exp(-z)))
+    labels = ((given > 0.5) ^ (rng.random(n) < 0.002)).astype(np.int64)
+    gate = np.minimum(np.abs(z), 1.5) if how == "clipped gate" else np.abs(given.astype(np.float64) - 0.5)
+    for more in ({}, {"groups": np.arange(n) // 2}):
+        unit, units = ("groups", 1500) if more else ("rows", 3000)
+        policy = fit_policy("softmax", given, labels, gate=gate, target_fnr=0.05, rows_independent=not more, **more)
+        assert (policy.certificate.unit, policy.certificate.n) == (unit, units)
+        np.savez(tmp_path / "mine.npz", probs=given, labels=labels, gate_logits=gate, **more)
+        policy = calibrate(logits=tmp_path / "mine.npz", target_fnr=0.05, rows_independent=not more)
+        assert (policy.certificate.unit, policy.certificate.n) == (unit, units)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("k", [3, 10, 30])
+def test_copies_in_different_units_are_refused(tmp_path: Path, dtype: type, k: int) -> None:
+    n = 4020
+    logits, labels = clips(k, np.random.default_rng(k), n, fnr=0.0)
+    logits, clip = logits.astype(dtype), np.arange(n) // k
+    labels[0] = 0
+    probs, apart = softmax(logits), np.where(clip % 2, "fit", "certify")
+    for half in (None, apart, np.where(np.arange(n) % 2, "fit", "certify")):
+        for more in ({}, {"groups": np.arange(n)}):
+            halves = {} if half is None else {"half": half}
+            np.savez(tmp_path / "mine.npz", logits=logits, labels=labels, **more, **halves)
+            with pytest.raises(InputError, match="copies"):
+                calibrate(logits=tmp_path / "mine.npz", rows_independent=not more)
+            with pytest.raises(InputError, match="copies"):
+                fit_policy("softmax", probs, labels, halves=half, rows_independent=not more, **more, target_fnr=0.1)
+    fit = {"classes": ["0", "1"], "positive": "1", "halves": apart}
+    with pytest.raises(InputError, match="copies"):
+        fit_softmax_policy(probs, labels, **fit, guarantee="ltt", target_fnr=0.1)
+    with pytest.raises(InputError, match="copies"):
+        fit_scrc_policy(probs, logits[:, 1].astype(float), probs, labels, **fit, alpha=0.1)
+    # In one group each they count once, and nothing is said of copies where nothing is certified.
+    policy = fit_policy("softmax", probs, labels, groups=clip, target_fnr=0.2)
+    assert policy.certificate.unit == "groups" and policy.certificate.n <= n // k // 2 + 1
+    assert fit_policy("softmax", probs, labels, guarantee="none", target_fnr=0.1).certificate is None
+
+
+def test_one_answer_to_independent_photos_never_becomes_a_unit(tmp_path: Path) -> None:
+    """A quarter of the photos get one answer, a fifth of them wrongly: exit error 5%, and 1% is not certified."""
+    for seed in range(10):
+        rng, n = np.random.default_rng(seed), 8000
+        same = rng.random(n) < 0.25
+        z = np.where(same, 6.0, rng.uniform(0.5, 9, n)).astype(np.float32)
+        labels = rng.random(n) < 0.5
+        z = np.where(labels ^ (same & (rng.random(n) < 0.2)), z, -z)
+        np.savez(tmp_path / "mine.npz", logits=z, labels=labels.astype(int), gate_logits=np.abs(z))
+        wish = {"policy": "gate", "max_exit_error": 0.01, "min_coverage": 0.7}
+        with pytest.raises((InputError, NotReachableError)):
+            calibrate(logits=tmp_path / "mine.npz", rows_independent=True, **wish)
+
+
+def test_a_model_that_says_one_thing_is_not_reachable(tmp_path: Path) -> None:
+    labels = np.arange(600) % 2
+    np.savez(tmp_path / "mine.npz", logits=np.zeros((600, 2)), labels=labels, gate_logits=np.zeros(600))
+    assert cli.main(["calibrate", "--logits", str(tmp_path / "mine.npz"), "--policy", "scrc", "--alpha", "0.05"]) == 3
+    for more in ({}, {"rows_independent": True}, {"groups": np.arange(600) // 2}):
+        with pytest.raises(NotReachableError):
+            fit_policy("softmax", np.full(600, 0.5), labels, target_fnr=0.1, **more)
 
 
 @pytest.mark.slow
@@ -369,7 +479,7 @@ def test_copies_certify_no_more_than_photos(tmp_path: Path, k: int) -> None:
         np.savez(tmp_path / "mine.npz", logits=logits, labels=labels, classes=["none", "yes"])
         try:
             calibrate(logits=tmp_path / "mine.npz", rows_independent=True, target_fnr=0.02)
-        except NotReachableError:
+        except NotReachableError if k == 1 else InputError:
             continue
         false += 1
     noise = stderr(0.05, draws)
@@ -442,6 +552,21 @@ def test_the_best_that_counts_allow_is_what_perfect_answers_certify(unit: str) -
     assert risk.best is not None and 0.001 < risk.best < 0.05
     assert not foresee(Gate(max_exit_error=risk.best * 0.99, **wish), given)[1].possible
     assert fit_gate_policy(**rows, **BINARY, **wish, max_exit_error=risk.best * 1.01).coverage > 0.9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 400), st.integers(1, 60))
+def test_all_photos_of_any_groups_are_a_coverage_of_one(seed: int, n_groups: int, largest: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(n_groups), rng.integers(1, largest + 1, n_groups))
+    scores = rng.random(groups.size)
+    given = {"groups": groups, "alpha": 0.5, "delta": 0.05}
+    for more in ({"unit": "photos", "largest_group": largest}, {"unit": "group_means"}):
+        found = certify_threshold(scores, np.zeros(groups.size, bool), candidates=[0.0], **given, **more)
+        assert found.coverage == 1
+        some = certify_threshold(scores, np.zeros(groups.size, bool), candidates=[0.4], **given, **more)
+        weights = np.ones(groups.size) if "largest_group" in more else 1 / np.bincount(groups)[groups]
+        assert some.coverage == pytest.approx(weights[scores >= 0.4].sum() / weights.sum(), abs=1e-12)
 
 
 def test_a_promise_of_photos_is_another_promise() -> None:

@@ -18,6 +18,8 @@ Unit = Literal["rows", "groups", "group_means", "photos"]
 _CHANCE = 1 << 22
 # Above this float32 has few values, so that different photos share one.
 _SATURATED = 1 - 1e-3
+# So many random values are on a grid by chance in 3 of 10,000 cases.
+_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,10 @@ class Rows:
         doubt = (size > 1) & (least == most)
         doubt[alike[surest > _SATURATED]] = False
         extra = int((size[doubt] - 1).sum())
-        if extra <= min(n**2 / _CHANCE, n / 100) or self._rounded(surest):
+        # Float32 makes more ties where scores crowd: some for so many pairs of other values that are this close.
+        values = np.unique(surest[surest <= _SATURATED])
+        near = int((np.searchsorted(values, values + 2**-14, side="right") - np.arange(values.size) - 1).sum())
+        if extra <= min(max(n**2 / _CHANCE, near / 2**9), n / 100) or self._rounded(surest):
             return None
         twins = rows[alike[rows] == np.flatnonzero(doubt)[0]]
         return int(twins[0]), int(twins[1]), extra + int(doubt.sum())
@@ -192,16 +197,15 @@ class Rows:
     def _rounded(self, surest: NDArray[np.float64]) -> bool:
         """Whether scores lie on a grid: their distinct values are further apart than random ones ever are.
 
-        The least of D random gaps is below t mean gaps but with chance exp(-D t). Probabilities and log-odds are looked
-        at, as either may be what was rounded; steps as fine as those of float32 are no grid.
+        The least gap of D random values is above the mean gap / sqrt(D) with chance exp(-sqrt(D)) only. Of 1 - p and p
+        one alone may be rounded, so answers of the first and of the last class are looked at by themselves as well,
+        where they are many; steps as fine as float32's are no grid.
         """
-        rows = surest <= _SATURATED
-        sure = surest[rows]
-        for values in (sure, self.probs[rows, 0], self.probs[rows, -1], np.log(sure / (1 - sure))):
-            # 1 - p differs from p on the same grid in its last bits.
-            gaps = np.diff(np.unique(values.round(11)))
-            d = gaps.size + 1
-            if gaps.size and gaps.min() > max(gaps.mean() * min(d**-0.5, 10 / d), 2**-20):
+        answer, rows = self.probs.argmax(axis=1), surest <= _SATURATED
+        for of, least in ((rows, 1), (rows & (answer == 0), _MANY), (rows & (answer == len(self.classes) - 1), _MANY)):
+            # Sums such as 1 - p leave the grid in their last bits.
+            gaps = np.diff(np.unique(surest[of].round(11)))
+            if gaps.size >= least and gaps.min() > max(gaps.mean() / (gaps.size + 1) ** 0.5, 2**-20):
                 return True
         return False
 
