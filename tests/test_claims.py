@@ -398,12 +398,16 @@ def tie_scores(how: str, p: np.ndarray) -> np.ndarray:
     if how == "one label":
         # As many rows as like have one answer, and their labels differ.
         return np.where((p > 0.8) & (p < 0.9), 0.85, p)
+    if how == "crowded":
+        return (0.98 + 0.009 * np.tanh(np.log(p / (1 - p)) / 2)).astype(np.float32)
     rounded = {"levels": np.round(p * 15) / 15, "float16": p.astype(np.float16), "decimals": p.round(4)}
     return rounded.get(how, p)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("how", ["levels", "float16", "bfloat16", "decimals", "saturated", "one label", "clipped gate"])
+@pytest.mark.parametrize(
+    "how", ["levels", "float16", "bfloat16", "decimals", "saturated", "crowded", "one label", "clipped gate"]
+)
 def test_ties_of_different_photos_are_no_copies(how: str, seed: int, tmp_path: Path) -> None:
     rng, n = np.random.default_rng(seed), 6000
     z = rng.normal(0, 2, n)
@@ -479,7 +483,7 @@ def test_copies_certify_no_more_than_photos(tmp_path: Path, k: int) -> None:
         np.savez(tmp_path / "mine.npz", logits=logits, labels=labels, classes=["none", "yes"])
         try:
             calibrate(logits=tmp_path / "mine.npz", rows_independent=True, target_fnr=0.02)
-        except NotReachableError if k == 1 else InputError:
+        except (NotReachableError, *([InputError] if k > 1 else [])):
             continue
         false += 1
     noise = stderr(0.05, draws)

@@ -186,7 +186,7 @@ class Rows:
         doubt = (size > 1) & (least == most)
         doubt[alike[surest > _SATURATED]] = False
         extra = int((size[doubt] - 1).sum())
-        # Float32 makes more ties where scores crowd: some for so many pairs of other values that are this close.
+        # Float32 makes more ties where scores crowd: one for 2^11 pairs of values that are this close; four times that.
         values = np.unique(surest[surest <= _SATURATED])
         near = int((np.searchsorted(values, values + 2**-14, side="right") - np.arange(values.size) - 1).sum())
         if extra <= min(max(n**2 / _CHANCE, near / 2**9), n / 100) or self._rounded(surest):
