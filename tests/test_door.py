@@ -138,7 +138,7 @@ def test_a_policy_exits_what_it_counted_in_every_dtype(seed: int, name: str) -> 
     rng = np.random.default_rng(seed)
     n = 800
     labels = rng.integers(0, 2, n)
-    sure, answer = levels(rng, n, 30) / 2 + 0.5, np.where(rng.random(n) < 0.97, labels, 1 - labels)
+    sure, answer = 0.5 + rng.integers(1, 31, n) / 62, np.where(rng.random(n) < 0.97, labels, 1 - labels)
     second = np.where(answer == 1, sure, 1 - sure)
     probs = MAKERS[name](np.stack([1 - second, second], axis=1))
     halves = np.where(np.arange(n) % 2, "fit", "certify")
