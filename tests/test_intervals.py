@@ -154,6 +154,72 @@ def test_losses_hold_as_well() -> None:
     assert all(enough(share, 0.95, draws) for share in held / draws)
 
 
+def bursts(
+    groups: int, share: float, size: int, wrong: float, rng: np.random.Generator, *, surer: float = 0.0
+) -> tuple[NDArray, ...]:
+    """Confidence, error and group of rows: only bursts are ever wrong, and then every row of one."""
+    sizes = np.where(rng.random(groups) < share, size, 1)
+    group = np.repeat(np.arange(groups), sizes)
+    bad = rng.random(groups) < np.where(sizes > 1, wrong, 0.0)
+    return (rng.random(groups) + surer * (sizes > 1))[group], bad[group], group
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surer", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("groups", "share", "size", "wrong"),
+    [(1000, 0.01, 20, 0.5), (1000, 0.02, 10, 0.5), (3000, 0.01, 10, 0.3), (3000, 0.02, 30, 0.1)],
+)
+def test_errors_that_follow_the_size_of_groups(
+    groups: int, share: float, size: int, wrong: float, surer: float
+) -> None:
+    rng, draws = np.random.default_rng(8), 300
+    names = ("risk_at_coverage_1", "risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05")
+    # Rows above a confidence t: single ones uniform on [0, 1], bursts on [surer, 1 + surer].
+    t = np.linspace(0, 1 + surer, 200_001)
+    single, burst = (1 - share) * np.clip(1 - t, 0, 1), share * size * np.clip(1 + surer - t, 0, 1)
+    rows = single + burst
+    risk, coverage = wrong * burst[:-1] / rows[:-1], rows[:-1] / rows[0]
+    truth = [risk[0], risk[coverage >= 0.8][-1]]
+    truth += [max(coverage[risk <= limit * (1 + 1e-9)], default=0.0) for limit in (0.01, 0.05)]
+    held, said = np.zeros(4), np.zeros(4)
+    for seed in range(draws):
+        sure, bad, group = bursts(groups, share, size, wrong, rng, surer=surer)
+        found = bootstrap_errors(sure, bad, groups=group, metrics=names, n_replicates=2, seed=seed)
+        held += [found[name].low <= value <= found[name].high for name, value in zip(names, truth, strict=True)]
+        said += [bool(found[name].note) for name in names]
+        assert all(found[name].method == "by group" for name in names)
+    law = f"{groups} groups, {share:g} of {size}, surer by {surer:g}"
+    show("risk at coverage 1, .8; coverage at risk .01, .05", law, "covers .95", held / draws, draws)
+    show("their caution", law, "", said / draws, draws)
+    assert all(share > 0.9 or enough(hold, 0.95, draws) for hold, share in zip(held / draws, said / draws, strict=True))
+    assert all(enough(hold, 0.93, draws) for hold in held[:2] / draws)
+
+
+def test_copies_of_wrong_rows_in_large_groups_widen_the_interval() -> None:
+    """Errors in bursts alone say less than the sizes of the groups do; few wrong bursts are said."""
+    sure, bad, group = bursts(1000, 0.03, 20, 0.5, np.random.default_rng(2))
+    shuffled = bad[np.random.default_rng(0).permutation(bad.size)]
+    name = "risk_at_coverage_1"
+    ours, spread = (
+        bootstrap_errors(sure, wrong, groups=group, metrics=name, n_replicates=2)[name] for wrong in (bad, shuffled)
+    )
+    assert ours.value == pytest.approx(spread.value)
+    assert ours.high - ours.low > 1.3 * (spread.high - spread.low)
+    assert not ours.note
+    few = bootstrap_errors(sure, bad & (group <= group[bad][25]), groups=group, metrics=name, n_replicates=2)[name]
+    assert "only 2 groups with errors" in few.note
+
+
+def test_notes_count_groups_that_are_there() -> None:
+    group = np.repeat(np.arange(12), 4)
+    none = bootstrap_errors(np.arange(48), np.ones(48), groups=group, metrics="coverage_at_risk_0.05", n_replicates=2)
+    assert (none["coverage_at_risk_0.05"].value, none["coverage_at_risk_0.05"].low) == (0, 0)
+    assert "only 12 groups" in none["coverage_at_risk_0.05"].note
+    one = bootstrap_errors([1.0, 2.0], [0, 1], groups=[0, 0], metrics="risk_at_coverage_1", n_replicates=2)
+    assert "only 1 group with errors and only 1 group:" in one["risk_at_coverage_1"].note
+
+
 # ---------------------------------------------------------------------------- differences by group
 
 

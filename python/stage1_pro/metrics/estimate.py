@@ -6,6 +6,7 @@ Constructions, by what they are good for:
   the influence of every row (or group), in closed form, so no jackknife is run;
 - ``t``, of differences by group in place of ``bca``: few groups differ, and a resample of them knows no tails;
 - ``exact``, always used for Risk@Coverage and Coverage@Risk: binomial tests that hold for every threshold at once;
+  ``by group``, the same tests with the effective number of trials of groups, which is an estimate;
 - ``percentile``, for differences of those two and for what is no sum over rows;
 - ``by bin``, of the ECE, which chance makes larger, never smaller, and resampling once more;
 - ``logit``, the closed-form standard error on the logit scale (the log scale for NLL), without any resample.
@@ -30,16 +31,16 @@ from stage1_pro.metrics.table import MetricSpec
 
 # Below this the bootstrap's coverage falls under its level whatever the construction (BCa: .79 at two errors of 200).
 FEW_ERRORS = 10
-# By their effective number (NLL of 20 even groups: .89).
-FEW_GROUPS = 30
+# By their effective number (NLL of 20 and of 30 even groups: .89).
+FEW_GROUPS = 40
 
 
 @dataclass(frozen=True)
 class Interval:
     """A value with its standard error and interval; NaN where there is none, and then ``note`` says why.
 
-    ``method`` is "bca", "t", "exact", "percentile", "by bin", "logit", "clopper-pearson" or "none". ``note`` is empty
-    or a caution to show with the interval. ``replicates`` [B] are the metric of resamples.
+    ``method`` is "bca", "t", "exact", "by group", "percentile", "by bin", "logit", "clopper-pearson" or "none".
+    ``note`` is empty or a caution to show with the interval. ``replicates`` [B] are the metric of resamples.
     """
 
     value: float
@@ -174,9 +175,9 @@ class Estimate:
     def exactly(self, ends: tuple[float, float], level: float, unit: str) -> Interval:
         """The interval with ends that no resample made."""
         std = self._std()
-        note = "" if unit == "rows" else self._caution(unit, counts=False)
+        method, note = ("exact", "") if unit == "rows" else ("by group", self._caution(unit))
         low, high = min(ends[0], self.value), max(ends[1], self.value)
-        return Interval(self.value, std, low, high, level, "exact", note, self.replicates)
+        return Interval(self.value, std, low, high, level, method, note, self.replicates)
 
     def interval(self, level: float, method: str, unit: str) -> Interval:
         """Cut the interval, or say why there is none; ``unit``: rows or groups."""
@@ -261,7 +262,7 @@ class Estimate:
     def _bound(self, level: float, unit: str) -> Interval | None:
         """From Clopper and Pearson's interval of the share that the absence (or ubiquity) of events allows."""
         events = self.events
-        if events is None or events.only is None or events.units == 0:
+        if self.spec.bound is None or events is None or events.only is None or events.units == 0:
             return None
         share, tail = 0.0 if events.only == "no" else events.worth, (1 - level) / 2
         ends = self.spec.bound(*(float(binomial_ends(share, events.worth, tail, upper=end)) for end in (False, True)))
@@ -271,17 +272,18 @@ class Estimate:
             note += f"; by their unlike sizes they count as {events.worth:.0f}, and larger ones could hold more"
         return Interval(self.value, math.nan, *ends, level, "clopper-pearson", note, self.replicates)
 
-    def _caution(self, unit: str, *, counts: bool = True) -> str:
+    def _caution(self, unit: str) -> str:
         notes = []
         if self.differing is not None:
             if self.differing < FEW_ERRORS - 0.5:
                 notes.append(f"only about {self.differing:.0f} {unit} in which the two differ")
-        elif counts and self.events is not None and self.events.wrong < FEW_ERRORS:
-            one = self.events.wrong == 1
-            notes.append(f"only {self.events.wrong} {unit[:-1] if one else unit} with {self.spec.events}")
-        if unit == "groups" and self.sizes.mean < FEW_GROUPS:
-            even = self.sizes.mean > self.n_units - 0.5
-            notes.append(f"only {self.n_units} groups" if even else f"only {self.sizes.mean:.0f} groups by their sizes")
+        elif self.events is not None and self.events.units and self.events.wrong < FEW_ERRORS:
+            notes.append(f"only {_counted(self.events.wrong, unit)} with {self.spec.events}")
+        # Where nothing is accepted there are no sizes.
+        effective = self.sizes.mean or self.n_units
+        if unit == "groups" and effective < FEW_GROUPS:
+            even = effective > self.n_units - 0.5
+            notes.append(f"only {_counted(round(effective), unit)}{'' if even else ' by their sizes'}")
         return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
 
 
@@ -295,6 +297,10 @@ def cluster_t(value: float, influence: NDArray[np.float64], level: float) -> tup
     error = math.sqrt(float(squares.sum()) * influence.size / (influence.size - 1))
     width = float(stdtrit(max(worth(squares) - 1, 1.0), (1 + level) / 2)) * error
     return value - width, value + width
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit[:-1] if number == 1 else unit}"
 
 
 def reach(level: float, n: float) -> float:

@@ -41,7 +41,7 @@ class How:
     """How intervals are made.
 
     ``n_replicates`` resamples; ``level``, the nominal coverage, in (0, 1); ``method`` "bca", "percentile" or "logit"
-    (risk at coverage and coverage at risk are "exact" all the same); ``seed`` of the resamples; ``threads``, 0 = one
+    (risk at coverage and coverage at risk are "exact", or "by group", all the same); ``seed`` of the resamples; ``threads``, 0 = one
     per processor.
 
     Raises:
@@ -104,7 +104,7 @@ def bootstrap(
     for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size by their
     effective number: larger groups that were not drawn could hold more (the note says so). Risk at coverage and
     coverage at risk have exact ends that hold for all thresholds at once, 0 where too few rows are accepted to certify
-    any coverage; by groups they count groups by their effective number. Otherwise one row or group, replicates that are
+    any coverage; by groups they are not exact: groups count by an effective number that is estimated. Otherwise one row or group, replicates that are
     all equal, or no variance: NaN ends. An interval without width says so.
 
     Args:
