@@ -389,6 +389,46 @@ def test_the_calibration_error_of_a_calibrated_model_reaches_zero() -> None:
     assert over.low > 0.2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "right", "sure"), [(100, 0.95, 0.999), (200, 0.98, 0.9995), (500, 0.99, 0.9995), (1000, 0.995, 0.9999)]
+)
+@pytest.mark.parametrize("copies", [1, 5])
+def test_the_calibration_error_covers_behind_few_errors(n: int, right: float, sure: float, copies: int) -> None:
+    """One bin of rows that are surer than right; with copies every group is so many of one row."""
+    rng, draws, held, said, few = np.random.default_rng(9), 300, 0, 0, 0
+    group = np.repeat(np.arange(n), copies)
+    for seed in range(draws):
+        labels = (rng.random(n) < right).astype(int)
+        found = bootstrap_answers(
+            np.full(group.size, sure), labels[group], groups=None if copies == 1 else group, n_replicates=50, seed=seed
+        )["ece"]
+        held += found.low <= sure - right <= found.high
+        said += " with errors" in found.note
+        few += np.count_nonzero(labels == 0) < 10
+    show("ECE", f"{n} of {sure} sure, {right} right, {copies} copies", "covers .95", held / draws, draws)
+    assert enough(held / draws, 0.95, draws)
+    assert said == few
+
+
+def test_the_calibration_error_of_no_error_reaches_what_could_be() -> None:
+    """No error in 100 rows leaves a share wrong of 1 - .025^(1/100)."""
+    found = bootstrap_answers(np.full(100, 0.999), np.ones(100, int), n_replicates=20)["ece"]
+    assert (found.low, found.method) == (0, "by bin")
+    assert found.high == pytest.approx(0.001 + (1 - 0.025 ** (1 / 100)), abs=2e-3)
+    assert "only 0 rows with errors" in found.note
+
+
+def test_means_of_probabilities_count_errors_as_accuracy_does() -> None:
+    probs, labels = np.full(300, 0.9), np.ones(300, int)
+    labels[:4] = 0
+    found = bootstrap(probs, labels, metrics=["accuracy", "nll", "brier"], n_replicates=30)
+    assert {one.note for one in found.values()} == {found["accuracy"].note}
+    assert "only 4 rows with errors" in found["nll"].note
+    several = bootstrap(np.tile([0.8, 0.1, 0.1], (90, 1)), np.arange(90) // 84, metrics="brier", n_replicates=30)
+    assert "only 6 rows with errors" in several["brier"].note
+
+
 # ---------------------------------------------------------------------------- ranges
 
 

@@ -110,7 +110,8 @@ class Estimate:
     counts; None for means of other things. ``influence`` [units], for differences. ``scale`` is what the value's
     rounding is relative to. ``sizes``: what the sizes of the units leave of their number. ``differing``: of a
     difference, the effective number of units in which the two differ. ``strays`` [B]: how far each resample is from the
-    rows, in the distance that the metric is a length of.
+    rows, in the distance that the metric is a length of; ``apart``: how far below and above it the truth can be by
+    what binomial laws allow. ``paired``: a difference of two models.
     """
 
     spec: MetricSpec
@@ -124,6 +125,8 @@ class Estimate:
     scale: float = 0.0
     differing: float | None = None
     strays: NDArray[np.float64] | None = None
+    apart: tuple[float, float] = (0.0, 0.0)
+    paired: bool = False
 
     @classmethod
     def of(
@@ -162,7 +165,7 @@ class Estimate:
             events = replace(min(self.events, other.events, key=lambda one: one.wrong), only=None)
         both = replace(
             self, value=value, replicates=replicates, moments=None, events=events, influence=None,
-            scale=self.scale + other.scale, sizes=min(self.sizes, other.sizes),
+            scale=self.scale + other.scale, paired=True, sizes=min(self.sizes, other.sizes),
         )  # fmt: skip
         if self.influence is None or other.influence is None:
             return both
@@ -197,7 +200,7 @@ class Estimate:
         elif method == "logit":
             if self.moments is None or math.sqrt(self.moments[0]) <= close or not 0 < self.value < self.spec.top:
                 reason = "its standard error is 0"
-        elif defined.size == 0 or defined.max() - defined.min() <= close:
+        elif defined.size == 0 or (max(self.apart) <= close and defined.max() - defined.min() <= close):
             reason = "all replicates are equal" if defined.size else "it is undefined in every resample"
         if reason:
             return Interval(self.value, nan, nan, nan, level, "none", f"no interval: {reason}", self.replicates)
@@ -247,12 +250,13 @@ class Estimate:
         """Ends of a sum of absolute values, which noise makes larger, never smaller.
 
         The truth is no smaller than the value less what the bins stray in all, and no larger than what the value is on
-        average.
+        average. Resamples of few errors know no more of them, so binomial laws reach as far at least.
         """
         assert self.strays is not None
         far = reach(level, self.sizes.spread)
         stray = float(np.quantile(self.strays, (1 + level) / 2)) * far / float(ndtri((1 + level) / 2))
-        low, high = self.value - stray, self.value + far * float(self.replicates.std(ddof=1))
+        low = self.value - max(stray, self.apart[0])
+        high = self.value + max(far * float(self.replicates.std(ddof=1)), self.apart[1])
         return max(low, self.spec.bottom), min(high, self.spec.top)
 
     def _std(self) -> float:
@@ -279,6 +283,8 @@ class Estimate:
                 notes.append(f"only about {self.differing:.0f} {unit} in which the two differ")
         elif self.events is not None and self.events.units and self.events.wrong < FEW_ERRORS:
             notes.append(f"only {_counted(self.events.wrong, unit)} with {self.spec.events}")
+        if self.paired and self.spec.jumps:
+            notes.append("resamples of values that jump")
         # Where nothing is accepted there are no sizes.
         effective = self.sizes.mean or self.n_units
         if unit == "groups" and effective < FEW_GROUPS:

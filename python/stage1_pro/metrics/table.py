@@ -47,7 +47,8 @@ class MetricSpec:
     ``name``: of a family it ends in "_" and the target follows. ``kind``: "rows" is sorted or averaged over rows and
     measured by ``bootstrap``; "answers" is measured by ``bootstrap_answers``; "figure" is made of others.
     ``better``: "higher" or "lower". The metric lies in [``bottom``, ``top``]. ``share``: shown in per cent, others with
-    ``digits``. ``target_zero``: 0 is a target. ``events``: what it counts, in words. ``undefined``: when it is NaN.
+    ``digits``. ``target_zero``: 0 is a target. ``jumps``: few rows can move it far, so that
+    resamples tell little of it. ``events``: what it counts, in words. ``undefined``: when it is NaN.
     ``bound``: its ends where the share of events lies between two bounds, for any order of the rows; None where that
     share bounds nothing.
     ``exact(walk, target, level)``: its ends without a resample, for what is the best of all thresholds.
@@ -66,6 +67,7 @@ class MetricSpec:
     needs: tuple[Need, ...] = ()
     targets: tuple[float, ...] = ()
     target_zero: bool = False
+    jumps: bool = False
     events: str = "errors"
     undefined: str = "no row defines it"
     influence: Callable[[native.Ranked, float, float], Influence] = field(default=lambda *_: Influence(None))
@@ -240,7 +242,7 @@ for _spec in (
         exact=lambda walk, target, level: walk.risk_at_coverage(target, level),
     ),
     MetricSpec(
-        "coverage_at_risk_", "Coverage at risk", "rows", "higher", share=True, targets=RISKS, target_zero=True,
+        "coverage_at_risk_", "Coverage at risk", "rows", "higher", share=True, targets=RISKS, target_zero=True, jumps=True,
         influence=_accepted_within, exact=lambda walk, target, level: walk.coverage_at_risk(target, level),
     ),
     MetricSpec(
@@ -281,6 +283,7 @@ for _spec in (
     MetricSpec(
         "ece", "ECE (calibration)", "answers", "lower", share=True, of=lambda resampled: resampled.ece(),
         strays=lambda resampled, rows: float(np.abs(resampled.bins_apart() - rows.bins_apart()).sum()),
+        bound=None,
     ),
     MetricSpec("exit_accuracy", "Exit accuracy", "figure", "higher", share=True),
     MetricSpec("deferred_accuracy", "Deferred accuracy", "figure", "higher", share=True),
