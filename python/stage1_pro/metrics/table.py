@@ -242,8 +242,9 @@ for _spec in (
         exact=lambda walk, target, level: walk.risk_at_coverage(target, level),
     ),
     MetricSpec(
-        "coverage_at_risk_", "Coverage at risk", "rows", "higher", share=True, targets=RISKS, target_zero=True, jumps=True,
-        influence=_accepted_within, exact=lambda walk, target, level: walk.coverage_at_risk(target, level),
+        "coverage_at_risk_", "Coverage at risk", "rows", "higher", share=True, targets=RISKS, target_zero=True,
+        jumps=True, influence=_accepted_within,
+        exact=lambda walk, target, level: walk.coverage_at_risk(target, level),
     ),
     MetricSpec(
         "accuracy", "Accuracy", "rows", "higher", share=True,
