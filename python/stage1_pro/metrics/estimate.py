@@ -200,7 +200,7 @@ class Estimate:
         elif method == "logit":
             if self.moments is None or math.sqrt(self.moments[0]) <= close or not 0 < self.value < self.spec.top:
                 reason = "its standard error is 0"
-        elif defined.size == 0 or (max(self.apart) <= close and defined.max() - defined.min() <= close):
+        elif defined.size < 2 or (max(self.apart) <= close and defined.max() - defined.min() <= close):
             reason = "all replicates are equal" if defined.size else "it is undefined in every resample"
         if reason:
             return Interval(self.value, nan, nan, nan, level, "none", f"no interval: {reason}", self.replicates)
