@@ -154,6 +154,72 @@ def test_losses_hold_as_well() -> None:
     assert all(enough(share, 0.95, draws) for share in held / draws)
 
 
+def bursts(
+    groups: int, share: float, size: int, wrong: float, rng: np.random.Generator, *, surer: float = 0.0
+) -> tuple[NDArray, ...]:
+    """Confidence, error and group of rows: only bursts are ever wrong, and then every row of one."""
+    sizes = np.where(rng.random(groups) < share, size, 1)
+    group = np.repeat(np.arange(groups), sizes)
+    bad = rng.random(groups) < np.where(sizes > 1, wrong, 0.0)
+    return (rng.random(groups) + surer * (sizes > 1))[group], bad[group], group
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surer", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("groups", "share", "size", "wrong"),
+    [(1000, 0.01, 20, 0.5), (1000, 0.02, 10, 0.5), (3000, 0.01, 10, 0.3), (3000, 0.02, 30, 0.1)],
+)
+def test_errors_that_follow_the_size_of_groups(
+    groups: int, share: float, size: int, wrong: float, surer: float
+) -> None:
+    rng, draws = np.random.default_rng(8), 300
+    names = ("risk_at_coverage_1", "risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05")
+    # Rows above a confidence t: single ones uniform on [0, 1], bursts on [surer, 1 + surer].
+    t = np.linspace(0, 1 + surer, 200_001)
+    single, burst = (1 - share) * np.clip(1 - t, 0, 1), share * size * np.clip(1 + surer - t, 0, 1)
+    rows = single + burst
+    risk, coverage = wrong * burst[:-1] / rows[:-1], rows[:-1] / rows[0]
+    truth = [risk[0], risk[coverage >= 0.8][-1]]
+    truth += [max(coverage[risk <= limit * (1 + 1e-9)], default=0.0) for limit in (0.01, 0.05)]
+    held, said = np.zeros(4), np.zeros(4)
+    for seed in range(draws):
+        sure, bad, group = bursts(groups, share, size, wrong, rng, surer=surer)
+        found = bootstrap_errors(sure, bad, groups=group, metrics=names, n_replicates=2, seed=seed)
+        held += [found[name].low <= value <= found[name].high for name, value in zip(names, truth, strict=True)]
+        said += [bool(found[name].note) for name in names]
+        assert all(found[name].method == "by group" for name in names)
+    law = f"{groups} groups, {share:g} of {size}, surer by {surer:g}"
+    show("risk at coverage 1, .8; coverage at risk .01, .05", law, "covers .95", held / draws, draws)
+    show("their caution", law, "", said / draws, draws)
+    assert all(share > 0.9 or enough(hold, 0.95, draws) for hold, share in zip(held / draws, said / draws, strict=True))
+    assert all(enough(hold, 0.93, draws) for hold in held[:2] / draws)
+
+
+def test_copies_of_wrong_rows_in_large_groups_widen_the_interval() -> None:
+    """Errors in bursts alone say less than the sizes of the groups do; few wrong bursts are said."""
+    sure, bad, group = bursts(1000, 0.03, 20, 0.5, np.random.default_rng(2))
+    shuffled = bad[np.random.default_rng(0).permutation(bad.size)]
+    name = "risk_at_coverage_1"
+    ours, spread = (
+        bootstrap_errors(sure, wrong, groups=group, metrics=name, n_replicates=2)[name] for wrong in (bad, shuffled)
+    )
+    assert ours.value == pytest.approx(spread.value)
+    assert ours.high - ours.low > 1.3 * (spread.high - spread.low)
+    assert not ours.note
+    few = bootstrap_errors(sure, bad & (group <= group[bad][25]), groups=group, metrics=name, n_replicates=2)[name]
+    assert "only 2 groups with errors" in few.note
+
+
+def test_notes_count_groups_that_are_there() -> None:
+    group = np.repeat(np.arange(12), 4)
+    none = bootstrap_errors(np.arange(48), np.ones(48), groups=group, metrics="coverage_at_risk_0.05", n_replicates=2)
+    assert (none["coverage_at_risk_0.05"].value, none["coverage_at_risk_0.05"].low) == (0, 0)
+    assert "only 12 groups" in none["coverage_at_risk_0.05"].note
+    one = bootstrap_errors([1.0, 2.0], [0, 1], groups=[0, 0], metrics="risk_at_coverage_1", n_replicates=2)
+    assert "only 1 group with errors and only 1 group:" in one["risk_at_coverage_1"].note
+
+
 # ---------------------------------------------------------------------------- differences by group
 
 
@@ -210,6 +276,30 @@ def test_a_difference_says_in_how_many_units_the_two_differ() -> None:
     assert "only about 6 rows in which the two differ" in rows["accuracy"].note
     asked = compare(a, b, labels, groups=clip, metrics="accuracy", n_replicates=50, method="percentile")["accuracy"]
     assert asked.method == "percentile"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [200, 1000])
+def test_a_difference_of_coverage_at_risk_covers_or_is_said(n: int) -> None:
+    rng, draws = np.random.default_rng(10), 150
+    laws = ("risk at coverage c is c / 10", "a jump at .7")
+    names = ("coverage_at_risk_0.01", "coverage_at_risk_0.02", "risk_at_coverage_0.8")
+    truth = np.zeros(3)
+    for law, sign in zip(laws, (1, -1), strict=True):
+        coverage, risk = truths_of(law)
+        truth += sign * np.array([*(coverage[risk <= r].max() for r in (0.01, 0.02)), risk[np.argmax(coverage >= 0.8)]])
+    held, said = np.zeros(3), np.zeros(3)
+    for seed in range(draws):
+        (sure_a, a, _), (sure_b, b, _) = (thresholds_of(law, n, rng) for law in laws)
+        found = compare(
+            np.where(a, 0.1, 0.9), np.where(b, 0.1, 0.9), np.ones(n, int), confidence=(sure_a, sure_b), metrics=names,
+            n_replicates=200, seed=seed,
+        )  # fmt: skip
+        held += [found[name].low <= value <= found[name].high for name, value in zip(names, truth, strict=True)]
+        said += [bool(found[name].note) for name in names]
+    show("differences of coverage at risk .01, .02; risk at coverage .8", f"n = {n}", "or said", held / draws, draws)
+    show("their caution", f"n = {n}", "", said / draws, draws)
+    assert all(note > 0.9 or enough(hold, 0.93, draws) for hold, note in zip(held / draws, said / draws, strict=True))
 
 
 # ---------------------------------------------------------------------------- few and uneven groups
@@ -321,6 +411,46 @@ def test_the_calibration_error_of_a_calibrated_model_reaches_zero() -> None:
     assert found.value < found.high
     over = bootstrap_answers(np.full(2000, 0.99), np.arange(2000) % 10 < 7)["ece"]
     assert over.low > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "right", "sure"), [(100, 0.95, 0.999), (200, 0.98, 0.9995), (500, 0.99, 0.9995), (1000, 0.995, 0.9999)]
+)
+@pytest.mark.parametrize("copies", [1, 5])
+def test_the_calibration_error_covers_behind_few_errors(n: int, right: float, sure: float, copies: int) -> None:
+    """One bin of rows that are surer than right; with copies every group is so many of one row."""
+    rng, draws, held, said, few = np.random.default_rng(9), 300, 0, 0, 0
+    group = np.repeat(np.arange(n), copies)
+    for seed in range(draws):
+        labels = (rng.random(n) < right).astype(int)
+        found = bootstrap_answers(
+            np.full(group.size, sure), labels[group], groups=None if copies == 1 else group, n_replicates=50, seed=seed
+        )["ece"]
+        held += found.low <= sure - right <= found.high
+        said += " with errors" in found.note
+        few += np.count_nonzero(labels == 0) < 10
+    show("ECE", f"{n} of {sure} sure, {right} right, {copies} copies", "covers .95", held / draws, draws)
+    assert enough(held / draws, 0.95, draws)
+    assert said == few
+
+
+def test_the_calibration_error_of_no_error_reaches_what_could_be() -> None:
+    """No error in 100 rows leaves a share wrong of up to 1 - .025^(1/100), where .001 is expected."""
+    found = bootstrap_answers(np.full(100, 0.999), np.ones(100, int), n_replicates=20)["ece"]
+    assert (found.low, found.method) == (0, "by bin")
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 100) - 0.001)
+    assert "only 0 rows with errors" in found.note
+
+
+def test_means_of_probabilities_count_errors_as_accuracy_does() -> None:
+    probs, labels = np.full(300, 0.9), np.ones(300, int)
+    labels[:4] = 0
+    found = bootstrap(probs, labels, metrics=["accuracy", "nll", "brier"], n_replicates=30)
+    assert {one.note for one in found.values()} == {found["accuracy"].note}
+    assert "only 4 rows with errors" in found["nll"].note
+    several = bootstrap(np.tile([0.8, 0.1, 0.1], (90, 1)), np.arange(90) // 84, metrics="brier", n_replicates=30)
+    assert "only 6 rows with errors" in several["brier"].note
 
 
 # ---------------------------------------------------------------------------- ranges

@@ -169,7 +169,7 @@ def short_note(note: str) -> str:
     """A note without its counts, so that one line serves many figures; the files have them."""
     note = re.sub(r"only (?:about )?\d+ (row|group)s?( with| in which)", rf"fewer than {FEW_ERRORS} \1s\2", note)
     note = re.sub(r"they count as \d+", "they count as fewer", note)
-    note = re.sub(r"only \d+ groups( by their sizes)?", f"fewer than {FEW_GROUPS} groups", note)
+    note = re.sub(r"only \d+ groups?( by their sizes)?", f"fewer than {FEW_GROUPS} groups", note)
     return re.sub(r"(errors|exits|positives) in \d+ (row|group)s", r"\1 in any \2", note)
 
 

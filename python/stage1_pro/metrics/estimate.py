@@ -6,6 +6,7 @@ Constructions, by what they are good for:
   the influence of every row (or group), in closed form, so no jackknife is run;
 - ``t``, of differences by group in place of ``bca``: few groups differ, and a resample of them knows no tails;
 - ``exact``, always used for Risk@Coverage and Coverage@Risk: binomial tests that hold for every threshold at once;
+  ``by group``, the same tests with the effective number of trials of groups, which is an estimate;
 - ``percentile``, for differences of those two and for what is no sum over rows;
 - ``by bin``, of the ECE, which chance makes larger, never smaller, and resampling once more;
 - ``logit``, the closed-form standard error on the logit scale (the log scale for NLL), without any resample.
@@ -30,16 +31,16 @@ from stage1_pro.metrics.table import MetricSpec
 
 # Below this the bootstrap's coverage falls under its level whatever the construction (BCa: .79 at two errors of 200).
 FEW_ERRORS = 10
-# By their effective number (NLL of 20 even groups: .89).
-FEW_GROUPS = 30
+# By their effective number (NLL of 20 and of 30 even groups: .89).
+FEW_GROUPS = 40
 
 
 @dataclass(frozen=True)
 class Interval:
     """A value with its standard error and interval; NaN where there is none, and then ``note`` says why.
 
-    ``method`` is "bca", "t", "exact", "percentile", "by bin", "logit", "clopper-pearson" or "none". ``note`` is empty
-    or a caution to show with the interval. ``replicates`` [B] are the metric of resamples.
+    ``method`` is "bca", "t", "exact", "by group", "percentile", "by bin", "logit", "clopper-pearson" or "none".
+    ``note`` is empty or a caution to show with the interval. ``replicates`` [B] are the metric of resamples.
     """
 
     value: float
@@ -109,7 +110,8 @@ class Estimate:
     counts; None for means of other things. ``influence`` [units], for differences. ``scale`` is what the value's
     rounding is relative to. ``sizes``: what the sizes of the units leave of their number. ``differing``: of a
     difference, the effective number of units in which the two differ. ``strays`` [B]: how far each resample is from the
-    rows, in the distance that the metric is a length of.
+    rows, in the distance that the metric is a length of; ``apart``: how far below and above it the truth can be by
+    what binomial laws allow. ``paired``: a difference of two models.
     """
 
     spec: MetricSpec
@@ -123,6 +125,8 @@ class Estimate:
     scale: float = 0.0
     differing: float | None = None
     strays: NDArray[np.float64] | None = None
+    apart: tuple[float, float] = (0.0, 0.0)
+    paired: bool = False
 
     @classmethod
     def of(
@@ -161,7 +165,7 @@ class Estimate:
             events = replace(min(self.events, other.events, key=lambda one: one.wrong), only=None)
         both = replace(
             self, value=value, replicates=replicates, moments=None, events=events, influence=None,
-            scale=self.scale + other.scale, sizes=min(self.sizes, other.sizes),
+            scale=self.scale + other.scale, paired=True, sizes=min(self.sizes, other.sizes),
         )  # fmt: skip
         if self.influence is None or other.influence is None:
             return both
@@ -174,9 +178,9 @@ class Estimate:
     def exactly(self, ends: tuple[float, float], level: float, unit: str) -> Interval:
         """The interval with ends that no resample made."""
         std = self._std()
-        note = "" if unit == "rows" else self._caution(unit, counts=False)
+        method, note = ("exact", "") if unit == "rows" else ("by group", self._caution(unit))
         low, high = min(ends[0], self.value), max(ends[1], self.value)
-        return Interval(self.value, std, low, high, level, "exact", note, self.replicates)
+        return Interval(self.value, std, low, high, level, method, note, self.replicates)
 
     def interval(self, level: float, method: str, unit: str) -> Interval:
         """Cut the interval, or say why there is none; ``unit``: rows or groups."""
@@ -196,7 +200,7 @@ class Estimate:
         elif method == "logit":
             if self.moments is None or math.sqrt(self.moments[0]) <= close or not 0 < self.value < self.spec.top:
                 reason = "its standard error is 0"
-        elif defined.size == 0 or defined.max() - defined.min() <= close:
+        elif defined.size < 2 or (max(self.apart) <= close and defined.max() - defined.min() <= close):
             reason = "all replicates are equal" if defined.size else "it is undefined in every resample"
         if reason:
             return Interval(self.value, nan, nan, nan, level, "none", f"no interval: {reason}", self.replicates)
@@ -246,12 +250,13 @@ class Estimate:
         """Ends of a sum of absolute values, which noise makes larger, never smaller.
 
         The truth is no smaller than the value less what the bins stray in all, and no larger than what the value is on
-        average.
+        average. Resamples of few errors know no more of them, so binomial laws reach as far at least.
         """
         assert self.strays is not None
         far = reach(level, self.sizes.spread)
         stray = float(np.quantile(self.strays, (1 + level) / 2)) * far / float(ndtri((1 + level) / 2))
-        low, high = self.value - stray, self.value + far * float(self.replicates.std(ddof=1))
+        low = self.value - max(stray, self.apart[0])
+        high = self.value + max(far * float(self.replicates.std(ddof=1)), self.apart[1])
         return max(low, self.spec.bottom), min(high, self.spec.top)
 
     def _std(self) -> float:
@@ -261,7 +266,7 @@ class Estimate:
     def _bound(self, level: float, unit: str) -> Interval | None:
         """From Clopper and Pearson's interval of the share that the absence (or ubiquity) of events allows."""
         events = self.events
-        if events is None or events.only is None or events.units == 0:
+        if self.spec.bound is None or events is None or events.only is None or events.units == 0:
             return None
         share, tail = 0.0 if events.only == "no" else events.worth, (1 - level) / 2
         ends = self.spec.bound(*(float(binomial_ends(share, events.worth, tail, upper=end)) for end in (False, True)))
@@ -271,17 +276,20 @@ class Estimate:
             note += f"; by their unlike sizes they count as {events.worth:.0f}, and larger ones could hold more"
         return Interval(self.value, math.nan, *ends, level, "clopper-pearson", note, self.replicates)
 
-    def _caution(self, unit: str, *, counts: bool = True) -> str:
+    def _caution(self, unit: str) -> str:
         notes = []
         if self.differing is not None:
             if self.differing < FEW_ERRORS - 0.5:
                 notes.append(f"only about {self.differing:.0f} {unit} in which the two differ")
-        elif counts and self.events is not None and self.events.wrong < FEW_ERRORS:
-            one = self.events.wrong == 1
-            notes.append(f"only {self.events.wrong} {unit[:-1] if one else unit} with {self.spec.events}")
-        if unit == "groups" and self.sizes.mean < FEW_GROUPS:
-            even = self.sizes.mean > self.n_units - 0.5
-            notes.append(f"only {self.n_units} groups" if even else f"only {self.sizes.mean:.0f} groups by their sizes")
+        elif self.events is not None and self.events.units and self.events.wrong < FEW_ERRORS:
+            notes.append(f"only {_counted(self.events.wrong, unit)} with {self.spec.events}")
+        if self.paired and self.spec.jumps:
+            notes.append("resamples of values that jump")
+        # Where nothing is accepted there are no sizes.
+        effective = self.sizes.mean or self.n_units
+        if unit == "groups" and effective < FEW_GROUPS:
+            even = effective > self.n_units - 0.5
+            notes.append(f"only {_counted(round(effective), unit)}{'' if even else ' by their sizes'}")
         return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
 
 
@@ -295,6 +303,10 @@ def cluster_t(value: float, influence: NDArray[np.float64], level: float) -> tup
     error = math.sqrt(float(squares.sum()) * influence.size / (influence.size - 1))
     width = float(stdtrit(max(worth(squares) - 1, 1.0), (1 + level) / 2)) * error
     return value - width, value + width
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit[:-1] if number == 1 else unit}"
 
 
 def reach(level: float, n: float) -> float:

@@ -41,8 +41,8 @@ class How:
     """How intervals are made.
 
     ``n_replicates`` resamples; ``level``, the nominal coverage, in (0, 1); ``method`` "bca", "percentile" or "logit"
-    (risk at coverage and coverage at risk are "exact" all the same); ``seed`` of the resamples; ``threads``, 0 = one
-    per processor.
+    (risk at coverage and coverage at risk are "exact", or "by group", all the same); ``seed`` of the resamples;
+    ``threads``, 0 = one per processor.
 
     Raises:
         InputError: a level or method that is none.
@@ -104,8 +104,8 @@ def bootstrap(
     for one row; over groups one counts as wrong when any of its rows is, and where groups differ in size by their
     effective number: larger groups that were not drawn could hold more (the note says so). Risk at coverage and
     coverage at risk have exact ends that hold for all thresholds at once, 0 where too few rows are accepted to certify
-    any coverage; by groups they count groups by their effective number. Otherwise one row or group, replicates that are
-    all equal, or no variance: NaN ends. An interval without width says so.
+    any coverage; by groups they are not exact: groups count by an effective number that is estimated. Otherwise one row
+    or group, replicates that are all equal, or no variance: NaN ends. An interval without width says so.
 
     Args:
         probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
@@ -236,9 +236,11 @@ def bootstrap_answers(
     sizes = Sizes(n_units, n_units) if unit is None else Sizes.of(unit)
     for spec, drawn in zip(specs, replicates.T, strict=True):
         value = math.nan if spec.of is None else spec.of(unchanged)
-        estimate = Estimate(
-            spec, value, drawn, n_units, scale=max(abs(value), 1e-3), sizes=sizes, strays=strays.get(spec.name)
-        )
+        estimate = Estimate(spec, value, drawn, n_units, scale=max(abs(value), 1e-3), sizes=sizes)
+        if spec.name in strays:
+            wrong = Events.among(rows.answered != rows.truth, unit)
+            apart = unchanged.ece_reach(level, unit)
+            estimate = replace(estimate, strays=strays[spec.name], events=wrong, apart=apart)
         measured[spec.name] = estimate.interval(level, "percentile", kind)
     return Intervals(measured, n_rows=n, n_units=n_units, unit=kind)
 

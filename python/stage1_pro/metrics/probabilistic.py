@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.arguments import binary, floats, indices, sum_slack, whole
 from stage1_pro.errors import InputError
+from stage1_pro.metrics.binomial import binomial_ends
 
 # -log of it is 708.4: a certain and wrong answer costs much, but the mean stays a number.
 ECE_BINS = 15
@@ -237,6 +238,27 @@ class Resampled:
     def _apart(self) -> NDArray[np.float64]:
         sure = np.bincount(self.rows.place, self.weights * self.rows.sure, ECE_BINS)
         return np.asarray(sure - self._right @ self.rows.bins, dtype=np.float64)
+
+    def ece_reach(self, level: float, unit: NDArray[np.integer] | None) -> tuple[float, float]:
+        """How far below and above the ECE its truth can be by Clopper and Pearson's ends of every bin's share right.
+
+        Bins err apart, so their distances add in squares (Zou and Donner 2008). Rows of one ``unit`` [N] count as
+        near-copies, (sum s)^2 / sum s^2 of them.
+        """
+        place, tail = self.rows.place, (1 - level) / 2
+        count, right = np.bincount(place, self.weights, ECE_BINS), self._right @ self.rows.bins
+        there = count > 0
+        trials, share = count[there].astype(np.float64), right[there] / count[there]
+        if unit is not None:
+            bins, sizes = np.unique(np.stack([place, unit]), axis=1, return_counts=True)
+            trials = trials**2 / np.bincount(bins[0], sizes.astype(np.float64) ** 2, ECE_BINS)[there]
+        sure = share + self._apart()[there] / count[there]
+        ends = [binomial_ends(share * trials, trials, tail, upper=upper) for upper in (False, True)]
+        far = np.maximum(np.abs(ends[0] - sure), np.abs(ends[1] - sure))
+        near = np.maximum(np.maximum(ends[0] - sure, sure - ends[1]), 0)
+        weight, apart = count[there] / count.sum(), np.abs(sure - share)
+        below, above = (float(np.linalg.norm(weight * (end - apart))) for end in (near, far))
+        return below, above
 
     def auroc(self) -> float:
         """P(a positive scores above another row), ties counted half, in [0, 1]; NaN where one of both is missing."""

@@ -47,8 +47,10 @@ class MetricSpec:
     ``name``: of a family it ends in "_" and the target follows. ``kind``: "rows" is sorted or averaged over rows and
     measured by ``bootstrap``; "answers" is measured by ``bootstrap_answers``; "figure" is made of others.
     ``better``: "higher" or "lower". The metric lies in [``bottom``, ``top``]. ``share``: shown in per cent, others with
-    ``digits``. ``target_zero``: 0 is a target. ``events``: what it counts, in words. ``undefined``: when it is NaN.
-    ``bound``: its ends where the share of events lies between two bounds, for any order of the rows.
+    ``digits``. ``target_zero``: 0 is a target. ``jumps``: few rows can move it far, so that
+    resamples tell little of it. ``events``: what it counts, in words. ``undefined``: when it is NaN.
+    ``bound``: its ends where the share of events lies between two bounds, for any order of the rows; None where that
+    share bounds nothing.
     ``exact(walk, target, level)``: its ends without a resample, for what is the best of all thresholds.
     ``values(probs, labels)`` gives what it is the mean of, [N]; ``of(resampled)`` the metric of a resample;
     ``strays(resampled, rows)``: a distance that the metric of a resample can have come closer or gone further by.
@@ -65,10 +67,11 @@ class MetricSpec:
     needs: tuple[Need, ...] = ()
     targets: tuple[float, ...] = ()
     target_zero: bool = False
+    jumps: bool = False
     events: str = "errors"
     undefined: str = "no row defines it"
     influence: Callable[[native.Ranked, float, float], Influence] = field(default=lambda *_: Influence(None))
-    bound: Callable[[float, float], tuple[float, float]] = field(default=lambda low, high: (low, high))
+    bound: Callable[[float, float], tuple[float, float]] | None = field(default=lambda low, high: (low, high))
     exact: Callable[[Walk, float, float], tuple[float, float]] | None = None
     values: Callable[[Floats, NDArray[np.int64]], Floats] | None = None
     of: Callable[[Resampled], float] | None = None
@@ -149,8 +152,8 @@ def _of_errors(slope: Callable[[native.Ranked, float], Floats]) -> Callable[[nat
     return lambda ranked, value, _: Influence(slope(ranked, value), hits=ranked.error)
 
 
-def _of_mean(values: Floats, value: float) -> Influence:
-    return Influence((values - value) / values.size)
+def _of_mean(values: Floats, value: float, hits: NDArray[Any] | None = None) -> Influence:
+    return Influence((values - value) / values.size, hits=hits)
 
 
 def _aurc_slope(ranked: native.Ranked, value: float) -> Floats:
@@ -240,7 +243,8 @@ for _spec in (
     ),
     MetricSpec(
         "coverage_at_risk_", "Coverage at risk", "rows", "higher", share=True, targets=RISKS, target_zero=True,
-        influence=_accepted_within, exact=lambda walk, target, level: walk.coverage_at_risk(target, level),
+        jumps=True, influence=_accepted_within,
+        exact=lambda walk, target, level: walk.coverage_at_risk(target, level),
     ),
     MetricSpec(
         "accuracy", "Accuracy", "rows", "higher", share=True,
@@ -249,11 +253,11 @@ for _spec in (
     ),
     MetricSpec(
         "nll", "NLL", "rows", "lower", top=math.inf, digits=4, needs=("probabilities",),
-        influence=lambda ranked, value, _: _of_mean(ranked.nll, value),
+        influence=lambda ranked, value, _: _of_mean(ranked.nll, value, ranked.error), bound=None,
     ),
     MetricSpec(
         "brier", "Brier score", "rows", "lower", digits=4, needs=("probabilities",),
-        influence=lambda ranked, value, _: _of_mean(ranked.brier, value),
+        influence=lambda ranked, value, _: _of_mean(ranked.brier, value, ranked.error), bound=None,
     ),
     MetricSpec(
         "coverage", "Coverage", "rows", "higher", share=True, needs=("threshold",), events="exits", influence=_coverage
@@ -280,6 +284,7 @@ for _spec in (
     MetricSpec(
         "ece", "ECE (calibration)", "answers", "lower", share=True, of=lambda resampled: resampled.ece(),
         strays=lambda resampled, rows: float(np.abs(resampled.bins_apart() - rows.bins_apart()).sum()),
+        bound=None,
     ),
     MetricSpec("exit_accuracy", "Exit accuracy", "figure", "higher", share=True),
     MetricSpec("deferred_accuracy", "Deferred accuracy", "figure", "higher", share=True),

@@ -5,9 +5,13 @@ tails, and thresholds are walked in an order that no error decides (fixed-sequen
 2110.01052): a walk passes the true threshold only if the one test there errs. The sample's coverage is not the
 population's, which costs a fifth of the tails.
 
-Losses between 0 and 1 take e times the binomial tail (Bentkus 2004). With groups the share of rows is tested as if it
-were of so many independent units as the accepted rows are worth, (sum s)^2 / sum s^2 for s rows of each group (Kish):
-right for near-copies, and on the safe side for groups whose rows differ.
+Losses between 0 and 1 take e times the binomial tail (Bentkus 2004).
+
+With groups nothing is exact. A share of rows is tested as if it were of so many independent trials as the accepted rows
+are worth: (sum s)^2 / sum s^2 for s rows of each group (Kish), which is right for near-copies and safe for groups whose
+rows differ, or r (1 - r) over the variance of the share r by groups (Korn and Graubard 1998) where that is less: errors
+that follow the size of their group. Where few are wrong the variance says nothing, so Kish's number is made smaller by
+as much as it is too large for all rows.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ _PLACE = 0.2
 class Walk:
     """What is accepted at every threshold of sorted rows, from the strictest to the laxest; arrays [M].
 
-    ``accepted`` rows, ``risk`` among them, and the independent ``trials`` that they are worth.
+    ``accepted`` rows, ``risk`` among them, and the independent ``trials`` that they are worth; ``places``, as how many
+    trials all rows tell of the share that is accepted.
     """
 
     def __init__(self, ranked: native.Ranked, n_units: int) -> None:
@@ -40,13 +45,33 @@ class Walk:
         self.wrong: Floats = np.asarray(np.cumsum(ranked.error, dtype=np.float64)[last])
         self.risk: Floats = self.wrong / self.accepted
         self.trials: Floats = self.accepted
+        self.places: Floats = np.full(last.size, float(self.n))
         if ranked.unit.size and n_units < self.n:
-            self.trials = self.accepted**2 / np.cumsum(2 * earlier_of_unit(ranked.unit) + 1)[last]
+            self.trials, self.places = self._by_groups(ranked, last)
         self.counts = ranked.error.dtype == np.uint8
         # Of rows with 0/1 errors only those thresholds decide that an error begins or ends at.
         self.rises = np.append(True, self.wrong[1:] > self.wrong[:-1])
         if self.trials is not self.accepted or not self.counts:
             self.rises[:] = True
+
+    def _by_groups(self, ranked: native.Ranked, last: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """``trials`` and ``places`` from sums over groups of their accepted rows s and the errors w among them."""
+        error, one = ranked.error.astype(np.float64), np.ones(self.n)
+        rows, wrong = earlier_of_unit(ranked.unit, one), earlier_of_unit(ranked.unit, error)
+        square = np.cumsum(2 * rows + 1)[last]
+        both, wrongs = np.cumsum(error * (rows + 1) + wrong)[last], np.cumsum(error * (2 * wrong + error))[last]
+        kish = self.accepted**2 / square
+        design = self._worth(self.risk, wrongs - 2 * self.risk * both + self.risk**2 * square, self.accepted)
+        trials = np.minimum(kish / max(1.0, kish[-1] / design[-1]), design)
+        share, sizes = self.accepted / self.n, np.bincount(ranked.unit)[ranked.unit]
+        spread = square - 2 * share * np.cumsum(sizes)[last] + share**2 * square[-1]
+        return np.maximum(trials, 1.0), np.clip(self._worth(share, spread, float(self.n)), 1.0, kish[-1])
+
+    @staticmethod
+    def _worth(share: Floats, squares: Floats, rows: Floats | float) -> Floats:
+        """Trials with the variance of a share by groups, from its sum of ``squares``; infinite where that is 0."""
+        some = squares > 1e-9 * rows
+        return np.where(some, share * (1 - share) * rows**2 / np.where(some, squares, 1.0), np.inf)
 
     def coverage_at_risk(self, risk: float, level: float) -> tuple[float, float]:
         """Two-sided ends of the largest coverage whose selective risk is at most ``risk``."""
@@ -63,25 +88,25 @@ class Walk:
 
     def risk_at_coverage(self, coverage: float, level: float) -> tuple[float, float]:
         """Two-sided ends of the selective risk at the smallest coverage that is at least ``coverage``."""
-        tail, n = (1 - level) / 2, float(self.trials[-1])
-        share = self.accepted / self.n
+        tail = (1 - level) / 2
+        hits = self.accepted / self.n * self.places
 
         def reached(j: int) -> bool:
-            return bool(_at_most(share[j] * n, n, coverage) > _PLACE * tail)
+            return bool(_at_most(hits[j], self.places[j], coverage) > _PLACE * tail)
 
         def passed(j: int) -> bool:
-            return bool(_at_least(share[j] * n, n, coverage) <= _PLACE * tail)
+            return bool(_at_least(hits[j], self.places[j], coverage) <= _PLACE * tail)
 
         # The threshold is one of those whose share may be as large, up to the first before which it is surely larger.
-        places = range(share.size)
+        places = range(hits.size)
         first, last = bisect_left(places, True, key=reached), bisect_left(places, True, key=passed)
         wrong, rows, trials = (all_[first : last + 1] for all_ in (self.wrong, self.accepted, self.trials))
         # Of thresholds with the same errors the first has the highest upper end, the last the lowest lower one.
         new = np.append(True, wrong[1:] != wrong[:-1])
         ends = []
         for at, upper in ((new, True), (np.append(new[1:], True), False)):
-            hits = self._hits(wrong[at] / rows[at], trials[at], up=upper)
-            ends.append(binomial_ends(hits, trials[at], self._tail((1 - _PLACE) * tail), upper=upper))
+            errors = self._hits(wrong[at] / rows[at], trials[at], up=upper)
+            ends.append(binomial_ends(errors, trials[at], self._tail((1 - _PLACE) * tail), upper=upper))
         return float(ends[1].min()), float(ends[0].max())
 
     def _certified(self, risk: float, tail: float) -> int:
@@ -128,17 +153,17 @@ class Walk:
 
     def _share(self, at: int, *, upper: bool, tail: float) -> float:
         """An end of the coverage of the threshold ``at``; -1 is stricter than all."""
-        n = float(self.trials[-1])
+        n = float(self.places[at])
         hits = 0.0 if at < 0 else float(self.accepted[at]) / self.n * n
         return float(binomial_ends(hits, n, tail, upper=upper))
 
 
-def earlier_of_unit(unit: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """How many earlier rows are of each row's unit [N]."""
+def earlier_of_unit(unit: NDArray[np.uint32], values: Floats) -> Floats:
+    """The sum of ``values`` [N] over the earlier rows of each row's unit [N]."""
     place = np.argsort(unit, kind="stable")
-    sizes = np.bincount(unit)
-    earlier = np.empty(unit.size, dtype=np.int64)
-    earlier[place] = np.arange(unit.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    sizes, sums = np.bincount(unit), np.cumsum(values[place]) - values[place]
+    earlier = np.empty(unit.size)
+    earlier[place] = sums - np.repeat(sums[np.cumsum(sizes) - sizes], sizes)
     return earlier
 
 
