@@ -213,7 +213,8 @@ def betting_upper(
         bets = _bets(loss, 0.25, 1, delta)
     else:
         check_share("alpha", alpha)
-        bets = _bets(alpha * weight - loss, alpha * (1 - alpha) if variance is None else variance, 20, delta)
+        spread = check_share("variance", alpha * (1 - alpha) if variance is None else variance, most=True)
+        bets = _bets(alpha * weight - loss, spread, 20, delta)
     return _smallest(lambda ratio: _log_capital(ratio * weight - loss, bets) >= -math.log(delta))
 
 

@@ -99,8 +99,11 @@ def units_needed(
     alphas = [risk.alpha for risk in risks]
     sizes = trials_needed(0, max(alphas), delta) * np.geomspace(1, 2000, _SIZES)
 
+    # Ranks are walked from where two errors would do.
+    two = trials_needed(2, alphas[0], delta) if start == "ranks" else 0
+
     def crossing(rates: list[Rates], fits: int, sizes: NDArray[np.float64] = sizes) -> NDArray[np.float64]:
-        powers = [_power(n, shares, rates, alphas, delta, min_coverage, start, fits, rng) for n in sizes]
+        powers = [_power(n, shares, rates, alphas, delta, min_coverage, start, two, fits, rng) for n in sizes]
         return _reached(np.array(powers), sizes)
 
     n = float(crossing(seen, 40)[0])
@@ -122,6 +125,7 @@ def _power(
     delta: float,
     min_coverage: float | None,
     start: float | str,
+    two: int,
     fits: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
@@ -132,7 +136,7 @@ def _power(
         wanted = min_coverage + spread * math.sqrt(min_coverage * (1 - min_coverage) / n)
         first = min(int(np.searchsorted(shares, wanted)), size - 1)
     elif start == "ranks":
-        enough = rates[0][0] * n >= trials_needed(2, alphas[0], delta)
+        enough = rates[0][0] * n >= two
         first = np.where(enough.any(axis=1), enough.argmax(axis=1), size - 1)
     at = np.broadcast_to(np.reshape(first, (-1, 1)), (rows, 1))
     if start == "halves":

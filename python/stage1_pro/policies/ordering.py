@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc
 
-from stage1_pro.arguments import Grid, grid_of, names, number, whole
+from stage1_pro.arguments import Grid, choice, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf
 from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
@@ -58,8 +59,15 @@ def order_candidates(
     whole("n_certify", n_certify, most=MOST_UNITS)
     number("lowest", lowest)
     units = None if groups is None else names("groups", groups, values.size)
-    found = _Expected(values, risks, n_certify, min_coverage, units, lowest, grid or grid_of(scores))
+    found = _Expected(values, risks, n_certify, min_coverage, units, lowest, _grid(grid, scores))
     return found.thresholds[found.start([risk.alpha for risk in risks]) :]
+
+
+def _grid(asked: Grid | None, scores: ArrayLike) -> Grid:
+    if asked is None:
+        return grid_of(scores)
+    choice("grid", asked, get_args(Grid))
+    return asked
 
 
 class _Expected:
@@ -164,7 +172,7 @@ def certify_halves(
         squares = mean_squares(units[fit], [None, *(risk.trials for risk in part(fit))], largest_group)
     expected = _Expected(
         values[fit], part(fit), n_certify, min_coverage, None if units is None or photos else units[fit],
-        number("lowest", lowest), grid or grid_of(scores),
+        number("lowest", lowest), _grid(grid, scores),
     )  # fmt: skip
     rest, others, certain = values[~fit], None if units is None else units[~fit], part(~fit)
 

@@ -196,7 +196,10 @@ def check_rows(
 def _check_groups(groups: ArrayLike | None, n: int) -> NDArray[np.str_] | None:
     if groups is None:
         return None
-    units = names("groups", groups, n, like="probs has rows").astype(np.str_)
+    given = names("groups", groups, n, like="probs has rows")
+    # Other things than text and numbers by what Python writes of them; bytes by the one text of each.
+    listed = [one.decode("latin-1") if isinstance(one, bytes) else str(one) for one in given.tolist()]
+    units = np.array(listed) if given.dtype.kind in "OS" else given.astype(np.str_)
     return None if np.unique(units).size == units.size else units
 
 

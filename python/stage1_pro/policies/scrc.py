@@ -111,7 +111,7 @@ class SCRC:
             raise InputError(f"groups must be None, 'stage' or 'class', got {shown(self.groups)}")
         flag("allow_empty", self.allow_empty)
         if self.positive is not None:
-            whole("positive", self.positive, what="a class index", most=2**31)
+            whole("positive", self.positive, what="a class index")
         if self.loss == "fnr" and self.groups == "class":
             raise InputError("groups must not be 'class' with loss fnr, which speaks of one class; use miscoverage")
 
@@ -144,7 +144,7 @@ class SCRC:
             groups: [N] clip or track of every row.
             rows_independent: the caller states that rows of one group are independent.
             seed: of the row that speaks for its group.
-            classes: K names, which class cells and messages have; indices without them.
+            classes: K different names, which class cells and messages have; indices without them.
 
         Raises:
             InputError: an argument is not what it must be.
@@ -152,6 +152,7 @@ class SCRC:
         values, scores = _rows(probs, gate)
         truth = indices("labels", labels, *values.shape, like="probs has rows")
         stages = _stages(stage, truth.size, wanted=self.groups == "stage")
+        called = _called(classes, values.shape[1])
         unit, units = counting_unit(groups, truth.size, "auto", rows_independent)
         drawn = one_each(units, np.ones(truth.size, dtype=bool), seed)
         values, scores, truth = values[drawn], scores[drawn], truth[drawn]
@@ -161,7 +162,7 @@ class SCRC:
         threshold, above, tied = _selection(scores, rank, n, self.variant, grid_of(gate))
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
-        named = self._cells(stages, truth, values.shape[1], None if self.groups != "class" else list(classes) or None)
+        named = self._cells(stages, truth, values.shape[1], called if self.groups == "class" else None)
         cells = [self._limit(name, losses[above & member], len(named)) for name, member in named]
         feasible = threshold is not None and all(cell.limit is not None for cell in cells)
         reason, needed, smallest = "", None, None
@@ -569,6 +570,16 @@ def _rows(
     scores[~finite | ~np.isfinite(scores)] = np.nan
     values[~finite] = 1 / values.shape[1]
     return values, scores
+
+
+def _called(classes: Sequence[str], n_classes: int) -> list[str] | None:
+    """Names of the classes; None where none were given."""
+    if isinstance(classes, list | tuple) and not classes:
+        return None
+    called = [str(one) for one in names("classes", classes, n_classes, like="probs has columns")]
+    if len(set(called)) != n_classes:
+        raise InputError(f"classes must be different names, got {shown(called)}; name each class once")
+    return called
 
 
 def _stages(stage: ArrayLike | None, n: int, *, wanted: bool) -> NDArray[np.str_] | None:
