@@ -21,7 +21,7 @@ from stage1_pro.arguments import array, at_or_above, check_share, choice, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
 from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, photo_shares
-from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts
+from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts, why_independent
 from stage1_pro.policies.needed import Needed, units_needed
 from stage1_pro.policies.planning import plan_calibration
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
@@ -301,7 +301,11 @@ def certify(
         p_values=choice.p_values,
         guarantee="none: infeasible" if chosen is None else _sentence(risks, n, counted, delta, min_coverage, method),
         assumptions=_assumptions(
-            counted, names is None and groups is not None, candidates is None, method, largest_group
+            counted,
+            why_independent(grouped=groups is not None, stated=rows_independent),
+            candidates is None,
+            method,
+            largest_group,
         ),
         n=n,
         accepted=tests.accepted_at(shown),
@@ -494,7 +498,7 @@ def _sentence(
     )
 
 
-def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method, largest: int | None = None) -> tuple[str, ...]:
+def _assumptions(unit: Unit, why: str, ranks: bool, method: Method, largest: int | None = None) -> tuple[str, ...]:
     units = "rows" if unit == "rows" else "groups"
     found = [
         f"certify {units} are independent draws of what will be seen later, and nothing shifts",
@@ -502,8 +506,7 @@ def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method, largest:
         "model, wish and order of testing were fixed before anybody looked at the certify rows",
     ]
     if unit == "rows":
-        of = "rows of one group are independent" if stated else "every row is independent of the others"
-        found.append(f"{of}, as the caller states")
+        found.append(why)
     if unit == "photos":
         found.append(f"no group holds more than {largest} images")
     if unit == "groups":

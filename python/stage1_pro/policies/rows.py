@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +33,7 @@ class Rows:
     grid: Grid = "float64"  # dtype that the probabilities came in
     units_known: bool = False
     told_apart: bool = False
+    independent: bool = False  # as the caller states, without groups
 
     @classmethod
     def of(
@@ -87,8 +88,9 @@ class Rows:
         known = None if sources is None else names("sources", sources, truth.size)
         stated = groups is not None or rows_independent
         return cls(
-            values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated, told_apart
-        )
+            values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated, told_apart,
+            rows_independent and groups is None and units is None,
+        )  # fmt: skip
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
@@ -113,6 +115,12 @@ class Rows:
     def unit(self) -> str:
         """What counts once: rows, or groups where rows share one."""
         return "rows" if self.groups is None else "groups"
+
+    def given_groups(self) -> NDArray[Any] | None:
+        """Groups [N] as they were given, numbers where each has one row; None where there were none."""
+        if self.groups is None and self.units_known and not self.independent:
+            return np.arange(self.labels.size)
+        return self.groups
 
     def fit_half(self) -> NDArray[np.bool_]:
         """Which rows [N] are of the fit half.

@@ -36,7 +36,7 @@ from stage1_pro.arguments import (
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
-from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck
+from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck, why_independent
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
@@ -175,7 +175,9 @@ class SCRC:
             coverage_bound=None if threshold is None else self._coverage_bound(n, rank, accepted),
             reason=reason, n_needed=needed, min_certifiable_alpha=smallest,
             guarantee=self._sentence(n, unit, len(cells)) if feasible else "none: infeasible",
-            assumptions=self._assumptions(unit, tied),
+            assumptions=self._assumptions(
+                unit, why_independent(grouped=groups is not None, stated=rows_independent), tied
+            ),
         )  # fmt: skip
         if not feasible or self.variant == "naive":
             return fitted
@@ -317,7 +319,7 @@ class SCRC:
             f"(an expectation, nothing about these thresholds alone), {risk}."
         )
 
-    def _assumptions(self, unit: Unit, tied: bool) -> tuple[str, ...]:
+    def _assumptions(self, unit: Unit, why: str, tied: bool) -> tuple[str, ...]:
         if self.variant == "naive":
             return ()
         found = [
@@ -326,7 +328,7 @@ class SCRC:
             "model, gate and wish were fixed before anybody looked at the calibration rows",
         ]
         if unit == "rows":
-            found.append("every row is independent of the others, as the caller states")
+            found.append(why)
         if unit == "groups":
             found.append("one row speaks for its group, drawn without a look at anything; large groups count no more")
         if tied:
