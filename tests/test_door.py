@@ -362,7 +362,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "losses": SCORES, "alpha": 0.1, "delta": 0.1, "weights": np.ones(60), "variance": 0.2, "worst": 1.0,
     },
     "betting_upper": {"losses": SCORES, "delta": 0.1, "weights": np.ones(60), "alpha": 0.1, "variance": 0.2},
-    "certify": {
+    "certify_risks": {
         "scores": SCORES, "risks": [Risk("error", 0.3, WRONG)], "delta": 0.1, "min_coverage": 0.3,
         "candidates": [0.9, 0.5], "method": "ltt_fst", "groups": np.arange(60) // 2, "unit": "photos", "seed": 0,
         "rows_independent": False, "largest_group": 3, "squares": [0.5, 0.5],
@@ -370,7 +370,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "certify_halves": {
         "scores": SCORES, "risks": [Risk("error", 0.3, WRONG)], "halves": np.where(np.arange(60) % 2, "fit", "certify"),
         "delta": 0.1, "min_coverage": 0.3, "groups": np.arange(60), "lowest": 0.0, "seed": 0, "smallest": True,
-        "grid": "float64", "largest_group": 2,
+        "grid": "float64", "largest_group": 2, "rows_independent": False,
     },
     "certify_threshold": {
         "scores": SCORES, "errors": WRONG, "alpha": 0.3, "delta": 0.1, "condition": "exit&y=1", "labels": LABELS,
@@ -421,16 +421,12 @@ def resolve(name: str) -> Callable[..., Any]:
     if "." in name:
         owner, method = name.split(".")
         return getattr(owners[owner], method)
-    if name == "certify":
-        from stage1_pro.policies.certify import certify
-
-        return certify
     return getattr(metrics if name in metrics.__all__ else policies, name)
 
 
 def test_every_public_callable_is_tried() -> None:
     public = {*metrics.__all__, *policies.__all__} - RESULTS - ABOUT_FILES
-    assert public == {name for name in CALLS if "." not in name and name != "certify"}
+    assert public == {name for name in CALLS if "." not in name}
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
@@ -592,6 +588,11 @@ def test_groups_of_any_name_are_the_same_groups(named: Callable[[int], Any]) -> 
         (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, largest_group=3), "largest_group"),
         (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, groups=["a\0"] * 60), "groups"),
         (lambda: certify("squares", [0.5]), "squares"),
+        (lambda: fit_policy("softmax", PROBS, LABELS, groups=LABELS, rows_independent=True), "rows_independent"),
+        (lambda: fit_policy("gate", PROBS, LABELS, alpha=0.1, max_exit_error=0.2), "(alpha|max_exit_error) and .*"),
+        (lambda: fit_policy("softmax", PROBS, LABELS, guarantee="none", delta=0.1), "delta"),
+        (lambda: fit_policy("softmax", PROBS, LABELS, guarantee="none", claims=2), "claims"),
+        (lambda: fit_policy("softmax", PROBS, LABELS, alpha=0.1), "alpha"),
         *[(lambda size=size: certify("largest_group", size), "largest_group") for size in ("3", 2.5, math.inf, True)],
         *[
             (lambda called=called: by_class(called), "classes")
@@ -605,7 +606,7 @@ def test_what_is_refused_is_named(call: Callable[[], Any], named: str) -> None:
 
 
 def certify(argument: str, value: object) -> Any:
-    return resolve("certify")(**{**CALLS["certify"], argument: value})
+    return resolve("certify_risks")(**{**CALLS["certify_risks"], argument: value})
 
 
 def by_class(classes: Any) -> Any:
@@ -614,6 +615,37 @@ def by_class(classes: Any) -> Any:
 
 def test_classes_may_be_numbers() -> None:
     assert [cell.name for cell in by_class([1, 2]).cells] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("said", "more"),
+    [
+        ("no groups were given", {}),
+        ("as the caller states", {"rows_independent": True}),
+        ("a group of its own", {"groups": np.arange(400)}),
+        ("as the caller states", {"groups": np.arange(400) // 2, "rows_independent": True}),
+    ],
+)
+def test_an_assumption_says_who_stated_what(said: str, more: dict[str, Any]) -> None:
+    probs, labels, scores = problem(400)
+    found = certify_threshold(scores, np.zeros(400), alpha=0.1, delta=0.05, **more)
+    sets = SCRC(xi=0.5, alpha=0.2).calibrate(probs, scores, labels, **more)
+    policies_ = []
+    if more and len(more) == 1:
+        policies_ = [fit_policy("softmax", probs, labels, target_fnr=0.3, **more).certificate]  # type: ignore[attr-defined]
+    for one in (found, sets, *policies_):
+        why = ("caller", "groups were", "of its own")
+        assert [said in line for line in one.assumptions if any(word in line for word in why)] == [True]
+
+
+def test_sets_of_groups_show_what_photos_see() -> None:
+    probs, labels, _ = problem(3000)
+    groups = np.arange(3000) // 2
+    found = fit_policy("scrc", probs, labels, groups=groups, alpha=0.2)
+    seen = found.of_photos  # type: ignore[attr-defined]
+    assert seen.n > found.n and any(f"{seen.accepted} of {seen.n}" in line for line in found.found())  # type: ignore[attr-defined]
+    alone = fit_policy("scrc", probs, labels, rows_independent=True, alpha=0.2)
+    assert alone.of_photos is None  # type: ignore[attr-defined]
 
 
 # -------------------------------------------------------------------------------- promises that say nothing

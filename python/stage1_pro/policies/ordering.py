@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc
 
-from stage1_pro.arguments import Grid, choice, grid_of, names, number, whole
+from stage1_pro.arguments import Grid, choice, flag, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf
 from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
@@ -168,7 +168,7 @@ def certify_halves(
         ]
 
     n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
-    if rows_independent and units is not None:
+    if flag("rows_independent", rows_independent) and units is not None:
         raise InputError("rows_independent must be False where groups are given, got True; choose one")
     photos = largest_group is not None and units is not None and np.unique(units).size < units.size
     squares = None
