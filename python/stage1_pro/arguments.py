@@ -42,8 +42,19 @@ def array(name: str, given: object) -> NDArray[Any]:
 
 
 def floats(name: str, given: object) -> NDArray[np.float64]:
-    """Give ``array`` in float64, which holds every number of a narrower dtype exactly."""
-    return np.asarray(array(name, given), dtype=np.float64)
+    """Give ``array`` in float64, which holds every number of a narrower dtype exactly.
+
+    Raises:
+        InputError: as ``array``; or whole numbers beyond 2^53, some of which are one in float64.
+    """
+    values = array(name, given)
+    listed = given if isinstance(given, list | tuple) else ()
+    wide = values.dtype.kind in "iu" and values.dtype.itemsize == 8 and values.size
+    if (wide and (values.max() > 2**53 or values.min() < -(2**53))) or any(
+        isinstance(one, int) and abs(one) > 2**53 for one in listed
+    ):
+        raise InputError(f"{name} must be whole numbers up to 2^53, got a larger one; subtract the smallest first")
+    return np.asarray(values, dtype=np.float64)
 
 
 def binary(name: str, given: object, shape: tuple[int, ...] | None = None) -> NDArray[np.bool_]:
@@ -93,7 +104,8 @@ def names(name: str, given: object, n: int, *, like: str = "scores") -> NDArray[
     """Give a name or number for every row, [n] as ``like`` has; NaN, None and NA are no names.
 
     Raises:
-        InputError: another shape, a row without a name, a masked one, or names mixed with numbers.
+        InputError: another shape, a row without a name, a masked one, names mixed with numbers, or with a NUL at the
+            end, which NumPy drops.
     """
     if isinstance(given, list | tuple):
         # NumPy makes text of a gap among names.
@@ -102,7 +114,8 @@ def names(name: str, given: object, n: int, *, like: str = "scores") -> NDArray[
         given[:] = plain
     values = _to_numpy(name, given)
     if values.shape != (n,):
-        raise InputError(f"{name} must have shape [{n}] as {like}, got {list(values.shape)}; give one name per row")
+        got = list(values.shape) if values.shape else shown(given)
+        raise InputError(f"{name} must have shape [{n}] as {like}, got {got}; give one name for each")
     if values.dtype.kind not in "fOMm":
         return values
     listed = values.tolist()
@@ -112,8 +125,20 @@ def names(name: str, given: object, n: int, *, like: str = "scores") -> NDArray[
     if values.dtype.kind != "O":
         return values
     kinds = {str if isinstance(one, str) else float if isinstance(one, numbers.Real) else type(one) for one in listed}
-    if kinds <= {str} or kinds <= {float}:
+    if kinds <= {str}:
+        row = next((row for row, one in enumerate(listed) if one.endswith("\0")), None)
+        if row is not None:
+            raise InputError(f"{name} must be names without a NUL at the end, got {values[row]!r} at row {row}")
         return np.asarray(listed)
+    if kinds <= {float}:
+        made = np.asarray(listed)
+        if made.dtype.kind not in "fO" or all(
+            abs(int(one)) <= 2**53 for one in listed if isinstance(one, numbers.Integral)
+        ):
+            return made
+        # Beyond 2^53 float64 merges whole numbers; objects are compared as they are.
+        values[:] = [int(one) if one == one // 1 else one for one in listed]
+        return values
     try:
         np.unique(values)  # other things, such as dates, have to be comparable
     except (TypeError, ValueError):
@@ -162,7 +187,7 @@ def whole(name: str, value: object, least: int = 0, most: int | None = None, wha
     if value < least or (most is not None and value > most):
         asked = ("0 or more" if least == 0 else f"at least {least}") if most is None else f"from {least} to {most}"
         if what != "a whole number":
-            asked = f"{what} {least} to {most}"
+            asked = f"{what} from {least}" if most is None else f"{what} {least} to {most}"
         raise InputError(f"{name} must be {asked}, got {value}")
     return int(value)
 

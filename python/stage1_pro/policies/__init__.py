@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stage1_pro.policies.bounds import trials_needed as trials_needed
     from stage1_pro.policies.candidates import Risk as Risk
     from stage1_pro.policies.certify import Certificate as Certificate
+    from stage1_pro.policies.certify import certify as certify_risks  # noqa: F401
     from stage1_pro.policies.certify import certify_threshold as certify_threshold
     from stage1_pro.policies.fitting import fit_policy as fit_policy
     from stage1_pro.policies.ordering import certify_halves as certify_halves
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from stage1_pro.policies.scrc import SCRC as SCRC
     from stage1_pro.policies.scrc import FittedSCRC as FittedSCRC
 
-# The function ``certify``, for several risks at once, is in the module of its name.
+# ``certify_risks`` is ``certify`` of the module of that name, which hides it here.
 _HOMES = {
     "SCRC": "scrc",
     "Certificate": "certify",
@@ -41,6 +42,7 @@ _HOMES = {
     "betting_p_value": "bounds",
     "betting_upper": "bounds",
     "certify_halves": "ordering",
+    "certify_risks": "certify",
     "certify_threshold": "certify",
     "coverage_p_value": "bounds",
     "cut_halves": "rows",
@@ -60,7 +62,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'stage1_pro.policies' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"stage1_pro.policies.{_HOMES[name]}"), name)
+    home = import_module(f"stage1_pro.policies.{_HOMES[name]}")
+    return getattr(home, "certify" if name == "certify_risks" else name)
 
 
 def __dir__() -> list[str]:

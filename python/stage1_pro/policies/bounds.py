@@ -105,7 +105,9 @@ def trials_needed(errors: int, alpha: float, delta: float) -> int:
     whole("errors", errors, most=MOST_UNITS // 1000)
     check_share("alpha", alpha)
     check_share("delta", delta)
-    found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, 1))
+    # None at all takes log(delta) / log(1 - alpha).
+    least = math.floor(min(math.log(delta) / math.log1p(-alpha), MOST_UNITS)) - 1
+    found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, least, 1))
     assert found is not None
     return found
 
@@ -213,7 +215,8 @@ def betting_upper(
         bets = _bets(loss, 0.25, 1, delta)
     else:
         check_share("alpha", alpha)
-        bets = _bets(alpha * weight - loss, alpha * (1 - alpha) if variance is None else variance, 20, delta)
+        spread = check_share("variance", alpha * (1 - alpha) if variance is None else variance, most=True)
+        bets = _bets(alpha * weight - loss, spread, 20, delta)
     return _smallest(lambda ratio: _log_capital(ratio * weight - loss, bets) >= -math.log(delta))
 
 

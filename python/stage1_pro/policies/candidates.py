@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.arguments import binary, check_share
+from stage1_pro.arguments import binary, check_share, whole
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
@@ -310,6 +310,7 @@ def photo_shares(
     Raises:
         InputError: a group is larger than was stated.
     """
+    whole("largest_group", largest, most=bounds.MOST_UNITS)
     names, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if sizes.max(initial=0) > largest:
         raise InputError(

@@ -15,6 +15,31 @@ LABELS_RIGHT = "the labels are right (labels that follow the model's own answers
 NOT_COUNTED = "no other claim was made on the same certify rows (nobody counted: they are of no run)"
 
 
+def why_independent(*, grouped: bool, stated: bool) -> str:
+    """Why rows count as units, as an assumption.
+
+    Args:
+        grouped: groups were given.
+        stated: the caller stated that rows are independent.
+    """
+    if grouped:
+        return (
+            "rows of one group are independent, as the caller states" if stated else "every row is a group of its own"
+        )
+    if stated:
+        return "every row is independent of the others, as the caller states"
+    return "no groups were given, so every row is taken for independent of the others"
+
+
+class PhotoCounts(Record):
+    """What sets do on all photos kept for a certificate that speaks of groups."""
+
+    n: int = Field(ge=0)
+    accepted: int = Field(ge=0)
+    trials: int = Field(ge=0, description="accepted photos that the risk is a share of")
+    errors: int = Field(ge=0, description="of them, those whose set misses the label")
+
+
 class SweepRow(Record):
     """Exits at one threshold: an image exits iff its confidence is at or above it."""
 

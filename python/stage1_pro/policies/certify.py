@@ -21,7 +21,7 @@ from stage1_pro.arguments import array, at_or_above, check_share, choice, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
 from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, photo_shares
-from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts
+from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts, why_independent
 from stage1_pro.policies.needed import Needed, units_needed
 from stage1_pro.policies.planning import plan_calibration
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
@@ -145,7 +145,7 @@ def certify_threshold(
     Raises:
         InputError: an argument is not what it must be.
     """
-    trials, name, values = None, "error on accepted rows", floats("scores", scores)
+    trials, name, values = None, "error on accepted rows", _scores(scores)
     if isinstance(condition, str) and condition == "exit&y=1":
         if labels is None:
             raise InputError(
@@ -240,6 +240,9 @@ def certify(
                 f"{' and '.join(JOINT)}, got {largest_group} with {method}"
             )
         photo_shares(names, None, largest_group)
+        squares = None if squares is None else _squares(squares, 1 + len(risks))
+    elif largest_group is not None and unit != "photos":
+        raise InputError(f"largest_group must go with unit photos, got it with {unit}; drop it or ask for photos")
     if candidates is None and counted in ("group_means", "photos"):
         raise InputError(
             f"candidates must be given where the unit is {counted}, got None; rows above a rank of one row each are "
@@ -298,7 +301,11 @@ def certify(
         p_values=choice.p_values,
         guarantee="none: infeasible" if chosen is None else _sentence(risks, n, counted, delta, min_coverage, method),
         assumptions=_assumptions(
-            counted, names is None and groups is not None, candidates is None, method, largest_group
+            counted,
+            why_independent(grouped=groups is not None, stated=rows_independent),
+            candidates is None,
+            method,
+            largest_group,
         ),
         n=n,
         accepted=tests.accepted_at(shown),
@@ -326,18 +333,33 @@ def check_rows(
     scores: ArrayLike, risks: Sequence[Risk], delta: float, min_coverage: float | None
 ) -> NDArray[np.float64]:
     """Scores [N] in float64; raises InputError as ``certify`` says."""
-    values = floats("scores", scores)
-    if values.ndim != 1:
-        raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
+    values = _scores(scores)
     check_share("delta", delta)
     if min_coverage is not None:
         check_share("min_coverage", min_coverage)
     if not isinstance(risks, list | tuple) or not risks or not all(isinstance(risk, Risk) for risk in risks):
-        raise InputError("risks must name at least one risk, got none; give a list of Risk")
+        raise InputError(f"risks must be a list of at least one Risk, got {shown(risks)}; make them with Risk")
     for risk in risks:
         if risk.errors.shape != values.shape or (risk.trials is not None and risk.trials.shape != values.shape):
             raise InputError(f"{risk.name} must have shape [{values.size}] as scores, got {list(risk.errors.shape)}")
     return values
+
+
+def _scores(given: ArrayLike) -> NDArray[np.float64]:
+    values = floats("scores", given)
+    if values.ndim != 1:
+        raise InputError(f"scores must have shape [N], got {list(values.shape)}; give one score per row")
+    return values
+
+
+def _squares(given: ArrayLike, n: int) -> list[float]:
+    values = floats("squares", given)
+    if values.shape != (n,) or not ((values > 0) & (values <= 1)).all():
+        raise InputError(
+            f"squares must be {n} numbers in (0, 1], of the coverage and of each risk, got {shown(given)}; leave it "
+            "out, or take them from other rows"
+        )
+    return [float(one) for one in values]
 
 
 def _check_method(method: Method, min_coverage: float | None) -> None:
@@ -476,7 +498,7 @@ def _sentence(
     )
 
 
-def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method, largest: int | None = None) -> tuple[str, ...]:
+def _assumptions(unit: Unit, why: str, ranks: bool, method: Method, largest: int | None = None) -> tuple[str, ...]:
     units = "rows" if unit == "rows" else "groups"
     found = [
         f"certify {units} are independent draws of what will be seen later, and nothing shifts",
@@ -484,8 +506,7 @@ def _assumptions(unit: Unit, stated: bool, ranks: bool, method: Method, largest:
         "model, wish and order of testing were fixed before anybody looked at the certify rows",
     ]
     if unit == "rows":
-        of = "rows of one group are independent" if stated else "every row is independent of the others"
-        found.append(f"{of}, as the caller states")
+        found.append(why)
     if unit == "photos":
         found.append(f"no group holds more than {largest} images")
     if unit == "groups":

@@ -144,8 +144,8 @@ def _certified(
     assert rows.halves is not None
     return certify_halves(
         score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
-        delta=target.delta / target.claims, groups=rows.groups, lowest=lowest, smallest=smallest, grid=grid,
-        largest_group=target.largest,
+        delta=target.delta / target.claims, groups=rows.given_groups(), lowest=lowest, smallest=smallest, grid=grid,
+        largest_group=target.largest, rows_independent=rows.independent,
         min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
     )  # fmt: skip
 
@@ -155,13 +155,25 @@ def assumed(certificate: Certificate) -> str:
     return f"Provided that {'; '.join(certificate.assumptions)}."
 
 
-def beside_groups(certificate: CertificateRecord | None, what: str, wrong: int, n: int) -> list[str]:
-    """A line on the rate of photos beside a promise that is of groups; none where it is of photos or there is none."""
-    if certificate is None or certificate.unit not in ("groups", "group_means") or n == 0:
+def beside_groups(
+    unit: str | None, *seen: tuple[str, int, int, float | None], advice: str = ": --unit photo promises that"
+) -> list[str]:
+    """Lines on rates of photos beside promises that are of groups; none where they are of photos or there are none.
+
+    Args:
+        unit: of the certificate; None: there is none.
+        *seen: of each promise what is counted, how many photos of how many, and the rate of groups; a rate that is the
+            same is not shown.
+        advice: how to have that promised, if it can be.
+    """
+    if unit not in ("groups", "group_means"):
         return []
-    seen = f"{wrong} of {n} {what} ({wrong / n:.2%})"
     promise = "promised of one photo drawn from a new group; of all photos kept for the certificate"
-    return [f"{promise} {seen}, where large groups count more: --unit photo promises that"]
+    return [
+        f"{promise} {count} of {n} {what} ({count / n:.2%}), where large groups count more{advice}"
+        for what, count, n, rate in seen
+        if n and count / n != rate
+    ]
 
 
 def certified_bound(certificate: Certificate) -> str:

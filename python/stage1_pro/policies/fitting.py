@@ -12,7 +12,7 @@ from stage1_pro.arguments import array, choice, flag, names
 from stage1_pro.errors import InputError
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.rows import Rows, check_halves, cut_halves
-from stage1_pro.policies.target import POLICIES, Target, kind_of_target, parse_target
+from stage1_pro.policies.target import POLICIES, Target, settle_target
 
 
 def fit_policy(
@@ -32,7 +32,8 @@ def fit_policy(
     """Fit a policy on labelled rows that trained nothing, or say why it cannot be certified.
 
     Half of the rows fit it and choose the order of thresholds, the other half certifies it. What is found is the same
-    as from ``stage1 calibrate --logits`` with these rows and halves; nothing is written: ``policy.write(path)`` does.
+    as from ``stage1 calibrate --logits`` with these rows, halves and positive class; nothing is written:
+    ``policy.write(path)`` does.
 
     Args:
         policy: name of a registered policy, such as ``softmax``, ``gate`` or ``scrc``; or a target of its kind.
@@ -42,7 +43,7 @@ def fit_policy(
         probs_b: [N, K] probabilities of Stage B, for scrc; without them Stage A answers deferred rows too.
         groups: [N] clip, track or place of every row.
         rows_independent: the caller states that every row is a photo of its own; needed where something is certified
-            without groups.
+            without groups, and refused with them.
         halves: [N] of ``fit`` and ``certify``; by default cut at random, by group.
         classes: K names; by default 0, 1, ....
         positive: name of the positive class; the second of two by default. Only rates of one class need it.
@@ -54,18 +55,21 @@ def fit_policy(
         NotReachableError: the target cannot be met or certified.
     """
     asked = _target(policy, target)
+    if flag("rows_independent", rows_independent) and groups is not None:
+        raise InputError("rows_independent must be False where groups are given, got True; choose one")
     first = _columns("probs", probs)
     n_classes = np.shape(array("probs", first))[-1]
-    called = [str(one) for one in (range(n_classes) if classes is None else names("classes", classes, n_classes))]
+    given = range(n_classes) if classes is None else names("classes", classes, n_classes, like="probs has columns")
+    called = [str(one) for one in given]
     if positive is None and n_classes != 2 and any(one.label is not None for one in asked.promises("")):
         raise InputError(f"positive must name a class where a rate of it is asked for, got None; one of {called}")
     rows = Rows.of(
         first, labels, classes=called, positive=called[-1] if positive is None else str(positive), gate=gate,
         probs_b=None if probs_b is None else _columns("probs_b", probs_b), groups=groups,
-        rows_independent=flag("rows_independent", rows_independent),
+        rows_independent=rows_independent,
     )  # fmt: skip
     n = rows.labels.size
-    parts = cut_halves(n, rows.groups) if halves is None else names("halves", halves, n)
+    parts = cut_halves(n, rows.groups) if halves is None else names("halves", halves, n, like="probs has rows")
     check_halves(parts, n, rows.groups)
     return POLICIES.find(asked.policy).fit(asked, replace(rows, halves=parts))
 
@@ -86,8 +90,5 @@ def _target(policy: str | Target, fields: dict[str, Any]) -> Target:
         if fields:
             raise InputError(f"a target must be given alone, got it with {', '.join(fields)}; it says all of that")
         return policy
-    kind = kind_of_target(choice("policy", policy, list(POLICIES)))
-    plain: dict[str, Any] = {"policy": policy}
-    for name, value in fields.items():
-        plain[kind.aliases.get(name, name)] = value.item() if isinstance(value, np.generic) else value
-    return parse_target(kind.settle(plain, {}))
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in fields.items()}
+    return settle_target(None, {**plain, "policy": choice("policy", policy, list(POLICIES))})

@@ -190,10 +190,18 @@ class GateParams(ByGate, ExitPolicy):
 
     def found(self) -> list[str]:
         """The scaling, and what exits."""
-        return [
-            f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}",
-            *beside_groups(self.certificate, "exits are wrong", self.n_errors, self.n_exited),
+        said, made = [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"], self.certificate
+        if made is None:
+            return said
+        counted = [
+            ("exits are wrong", self.n_errors, self.n_exited),
+            ("exited positives are missed", self.n_false_negative, self.n_positive_exited),
         ]
+        risks = [
+            (*seen, one.errors / one.trials if one.trials else None)
+            for seen, one in zip(counted, made.risks, strict=False)
+        ]
+        return [*said, *beside_groups(made.unit, ("exit", self.n_exited, self.n_rows, made.accepted / made.n), *risks)]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from stage1_pro.policies.candidates import Risk, group_weights, ranked
 
 POWER = 0.9
 Rates = tuple[NDArray[np.float64], NDArray[np.float64]]
-# Thresholds, numbers of units that are tried, fit halves drawn for each, and draws of the rows.
-_THRESHOLDS, _SIZES, _FITS, _AGAIN = 30, 12, 3, 24
+# Thresholds, numbers of units that are tried, fit halves drawn for each (with the rows seen, and with each draw of
+# them), and draws of the rows.
+_THRESHOLDS, _SIZES, _FITS, _AGAIN = 30, 12, (24, 2), 24
 
 
 @dataclass(frozen=True)
@@ -99,54 +100,61 @@ def units_needed(
     alphas = [risk.alpha for risk in risks]
     sizes = trials_needed(0, max(alphas), delta) * np.geomspace(1, 2000, _SIZES)
 
-    def crossing(rates: list[Rates], fits: int, sizes: NDArray[np.float64] = sizes) -> NDArray[np.float64]:
-        powers = [_power(n, shares, rates, alphas, delta, min_coverage, start, fits, rng) for n in sizes]
-        return _reached(np.array(powers), sizes)
+    # Ranks are walked from where two errors would do.
+    two = trials_needed(2, alphas[0], delta) if start == "ranks" else 0
 
-    n = float(crossing(seen, 40)[0])
+    def crossing(rates: list[Rates], fits: int, sizes: NDArray[np.float64] = sizes) -> NDArray[np.float64]:
+        return _reached(_power(sizes, shares, rates, alphas, delta, min_coverage, start, two, fits, rng), sizes)
+
+    n = float(crossing(seen, _FITS[0])[0])
     if not math.isfinite(n):
         return None
     # Where no error was seen power jumps; look closer.
-    near = n * np.geomspace(sizes[0] / sizes[1], sizes[1] / sizes[0], 15)
-    n = min(float(crossing(seen, 40, near)[0]), float(near[-1]))
-    others = np.sort(crossing(again, _FITS))
+    near = n * np.geomspace(sizes[0] / sizes[1], sizes[1] / sizes[0], 11)
+    n = min(float(crossing(seen, _FITS[0], near)[0]), float(near[-1]))
+    others = np.sort(crossing(again, _FITS[1]))
     low, high = min(float(others[_AGAIN // 20]), n), max(float(others[-1 - _AGAIN // 20]), n)
     return Needed(_two_digits(n), _two_digits(low), _two_digits(high) if math.isfinite(high) else None)
 
 
 def _power(
-    n: float,
+    sizes: NDArray[np.float64],
     shares: NDArray[np.float64],
     rates: list[Rates],
     alphas: Sequence[float],
     delta: float,
     min_coverage: float | None,
     start: float | str,
+    two: int,
     fits: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """Chance that n units pass the first test, [B] for shares of trials and errors [B, T] of each risk."""
-    first, (rows, size) = 0, rates[0][0].shape
+    """Chance that units [S] pass the first test, [S, B] for shares of trials and errors [B, T] of each risk."""
+    tried, (drawn, size) = len(sizes), rates[0][0].shape
+    # A row for each number of units and each draw.
+    rows, n = tried * drawn, np.repeat(sizes, drawn)[:, None]
+    rates = [(np.tile(trials, (tried, 1)), np.tile(wrong, (tried, 1))) for trials, wrong in rates]
+    first = np.zeros((1, 1), dtype=np.int64)
     if isinstance(start, str) and min_coverage is not None:
         spread = 3 * math.sqrt(2) if start == "halves" else -float(ndtri(delta))
-        wanted = min_coverage + spread * math.sqrt(min_coverage * (1 - min_coverage) / n)
-        first = min(int(np.searchsorted(shares, wanted)), size - 1)
+        wanted = min_coverage + spread * np.sqrt(min_coverage * (1 - min_coverage) / n)
+        first = np.minimum(np.searchsorted(shares, wanted), size - 1)
     elif start == "ranks":
-        enough = rates[0][0] * n >= trials_needed(2, alphas[0], delta)
-        first = np.where(enough.any(axis=1), enough.argmax(axis=1), size - 1)
-    at = np.broadcast_to(np.reshape(first, (-1, 1)), (rows, 1))
+        enough = rates[0][0] * n >= two
+        first = np.where(enough.any(axis=1), enough.argmax(axis=1), size - 1)[:, None]
+    at = np.broadcast_to(first, (rows, 1))
     if start == "halves":
         # The fit half starts where the p-values to expect are smallest: about exp(-D) of a Poisson count.
         evidence = np.full((rows, fits, size), np.inf)
         for (trials, wrong), alpha in zip(rates, alphas, strict=True):
-            steps = np.diff(wrong, axis=1, prepend=0.0)[:, None] * n
+            steps = (np.diff(wrong, axis=1, prepend=0.0) * n)[:, None]
             errors = rng.poisson(np.broadcast_to(steps, (rows, fits, size))).cumsum(axis=2)
-            mean = trials[:, None] * n * alpha
+            mean = (trials * n * alpha)[:, None]
             fewer = np.minimum(errors, mean)
             evidence = np.minimum(evidence, xlogy(fewer, fewer / np.maximum(mean, 1e-300)) - fewer + mean)
         if min_coverage is not None:
             tail = betainc(np.maximum(shares * n, 1e-9), n - np.minimum(shares, 1 - 1e-9) * n + 1, min_coverage)
-            evidence = np.minimum(evidence, -np.log(np.maximum(tail, 1e-300)))
+            evidence = np.minimum(evidence, -np.log(np.maximum(tail, 1e-300))[:, None])
         at = np.maximum(evidence.argmax(axis=2), first)
     chance = np.ones(at.shape)
     for (trials, wrong), alpha in zip(rates, alphas, strict=True):
@@ -159,9 +167,12 @@ def _power(
         chance = chance * np.where(allowed >= 0, passed, 0.0)
     if min_coverage is not None and not isinstance(start, str):
         # A threshold that stays: its coverage is tested there.
-        rank = selection_rank(round(n), min_coverage, delta)
-        chance = chance * (0.0 if rank is None else betainc(rank, round(n) - rank + 1, shares[0]))
-    return np.asarray(chance.mean(axis=1), dtype=np.float64)
+        whole = [round(one) for one in sizes]
+        ranks = [selection_rank(one, min_coverage, delta) for one in whole]
+        pairs = zip(whole, ranks, strict=True)
+        kept = [0.0 if rank is None else betainc(rank, one - rank + 1, shares[0]) for one, rank in pairs]
+        chance = chance * np.repeat(kept, drawn)[:, None]
+    return np.asarray(chance.mean(axis=1), dtype=np.float64).reshape(tried, drawn)
 
 
 def _reached(powers: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc
 
-from stage1_pro.arguments import Grid, grid_of, names, number, whole
+from stage1_pro.arguments import Grid, choice, flag, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf
 from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
@@ -58,8 +59,15 @@ def order_candidates(
     whole("n_certify", n_certify, most=MOST_UNITS)
     number("lowest", lowest)
     units = None if groups is None else names("groups", groups, values.size)
-    found = _Expected(values, risks, n_certify, min_coverage, units, lowest, grid or grid_of(scores))
+    found = _Expected(values, risks, n_certify, min_coverage, units, lowest, _grid(grid, scores))
     return found.thresholds[found.start([risk.alpha for risk in risks]) :]
+
+
+def _grid(asked: Grid | None, scores: ArrayLike) -> Grid:
+    if asked is None:
+        return grid_of(scores)
+    choice("grid", asked, get_args(Grid))
+    return asked
 
 
 class _Expected:
@@ -128,6 +136,7 @@ def certify_halves(
     smallest: bool = True,
     grid: Grid | None = None,
     largest_group: int | None = None,
+    rows_independent: bool = False,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
 
@@ -143,6 +152,7 @@ def certify_halves(
         smallest: search for the smallest risk that can be certified, where the one wished cannot.
         grid: dtype that scores came in; that of ``scores`` by default.
         largest_group: promise shares of photos, in groups of at most so many; None: of groups.
+        rows_independent: the caller states that rows are independent, where there are no groups.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
@@ -158,15 +168,22 @@ def certify_halves(
         ]
 
     n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
-    photos = largest_group is not None and units is not None
+    if flag("rows_independent", rows_independent) and units is not None:
+        raise InputError("rows_independent must be False where groups are given, got True; choose one")
+    photos = largest_group is not None and units is not None and np.unique(units).size < units.size
     squares = None
     if largest_group is not None and units is not None:
         squares = mean_squares(units[fit], [None, *(risk.trials for risk in part(fit))], largest_group)
     expected = _Expected(
         values[fit], part(fit), n_certify, min_coverage, None if units is None or photos else units[fit],
-        number("lowest", lowest), grid or grid_of(scores),
+        number("lowest", lowest), _grid(grid, scores),
     )  # fmt: skip
-    rest, others, certain = values[~fit], None if units is None else units[~fit], part(~fit)
+    rest, others, certain = values[~fit], None, part(~fit)
+    if units is not None:
+        if largest_group is not None:
+            photo_shares(units[~fit], None, largest_group)
+        # Numbers in the order of the names: they are sorted at every attempt.
+        others = np.unique(units[~fit], return_inverse=True)[1]
 
     def attempt(alphas: Sequence[float]) -> Certificate:
         wished = [replace(risk, alpha=alpha) for risk, alpha in zip(certain, alphas, strict=True)]
@@ -177,7 +194,8 @@ def certify_halves(
             candidates = candidates[steps.astype(np.int64)]
         return certify(
             rest, wished, delta=delta, min_coverage=min_coverage, candidates=candidates, groups=others, seed=seed,
-            unit="photos" if photos else "auto", largest_group=largest_group, squares=squares,
+            unit="photos" if photos else "auto", largest_group=largest_group if photos else None,
+            squares=squares if photos else None, rows_independent=rows_independent,
         )  # fmt: skip
 
     alphas = [risk.alpha for risk in risks]

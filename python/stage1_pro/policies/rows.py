@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +38,7 @@ class Rows:
     grid: Grid = "float64"  # dtype that the probabilities came in
     units_known: bool = False
     told_apart: bool = False
+    independent: bool = False  # as the caller states, without groups
 
     @classmethod
     def of(
@@ -88,8 +89,9 @@ class Rows:
         known = None if sources is None else names("sources", sources, truth.size)
         stated = groups is not None or rows_independent
         return cls(
-            values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated, told_apart
-        )
+            values, truth, called, positive, logits, second, parts, units, known, grid_of(probs), stated, told_apart,
+            rows_independent and groups is None and units is None,
+        )  # fmt: skip
 
     def where(self, mask: NDArray[np.bool_]) -> Rows:
         """Some of the rows, without halves; ``mask`` bool [N]."""
@@ -114,6 +116,12 @@ class Rows:
     def unit(self) -> str:
         """What counts once: rows, or groups where rows share one."""
         return "rows" if self.groups is None else "groups"
+
+    def given_groups(self) -> NDArray[Any] | None:
+        """Groups [N] as they were given, numbers where each has one row; None where there were none."""
+        if self.groups is None and self.units_known and not self.independent:
+            return np.arange(self.labels.size)
+        return self.groups
 
     def fit_half(self) -> NDArray[np.bool_]:
         """Which rows [N] are of the fit half.
@@ -244,7 +252,10 @@ def check_rows(
 def _check_groups(groups: ArrayLike | None, n: int) -> NDArray[np.str_] | None:
     if groups is None:
         return None
-    units = names("groups", groups, n, like="probs has rows").astype(np.str_)
+    given = names("groups", groups, n, like="probs has rows")
+    # Other things than text and numbers by what Python writes of them; bytes by the one text of each.
+    listed = [one.decode("latin-1") if isinstance(one, bytes) else str(one) for one in given.tolist()]
+    units = np.array(listed) if given.dtype.kind in "OS" else given.astype(np.str_)
     return None if np.unique(units).size == units.size else units
 
 

@@ -36,7 +36,7 @@ from stage1_pro.arguments import (
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
-from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck
+from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck, why_independent
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
@@ -111,7 +111,7 @@ class SCRC:
             raise InputError(f"groups must be None, 'stage' or 'class', got {shown(self.groups)}")
         flag("allow_empty", self.allow_empty)
         if self.positive is not None:
-            whole("positive", self.positive, what="a class index", most=2**31)
+            whole("positive", self.positive, what="a class index")
         if self.loss == "fnr" and self.groups == "class":
             raise InputError("groups must not be 'class' with loss fnr, which speaks of one class; use miscoverage")
 
@@ -144,7 +144,7 @@ class SCRC:
             groups: [N] clip or track of every row.
             rows_independent: the caller states that rows of one group are independent.
             seed: of the row that speaks for its group.
-            classes: K names, which class cells and messages have; indices without them.
+            classes: K different names, which class cells and messages have; indices without them.
 
         Raises:
             InputError: an argument is not what it must be.
@@ -152,6 +152,7 @@ class SCRC:
         values, scores = _rows(probs, gate)
         truth = indices("labels", labels, *values.shape, like="probs has rows")
         stages = _stages(stage, truth.size, wanted=self.groups == "stage")
+        called = _called(classes, values.shape[1])
         unit, units = counting_unit(groups, truth.size, "auto", rows_independent)
         drawn = one_each(units, np.ones(truth.size, dtype=bool), seed)
         values, scores, truth = values[drawn], scores[drawn], truth[drawn]
@@ -161,7 +162,7 @@ class SCRC:
         threshold, above, tied = _selection(scores, rank, n, self.variant, grid_of(gate))
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
-        named = self._cells(stages, truth, values.shape[1], None if self.groups != "class" else list(classes) or None)
+        named = self._cells(stages, truth, values.shape[1], called if self.groups == "class" else None)
         cells = [self._limit(name, losses[above & member], len(named)) for name, member in named]
         feasible = threshold is not None and all(cell.limit is not None for cell in cells)
         reason, needed, smallest = "", None, None
@@ -174,7 +175,9 @@ class SCRC:
             coverage_bound=None if threshold is None else self._coverage_bound(n, rank, accepted),
             reason=reason, n_needed=needed, min_certifiable_alpha=smallest,
             guarantee=self._sentence(n, unit, len(cells)) if feasible else "none: infeasible",
-            assumptions=self._assumptions(unit, tied),
+            assumptions=self._assumptions(
+                unit, why_independent(grouped=groups is not None, stated=rows_independent), tied
+            ),
         )  # fmt: skip
         if not feasible or self.variant == "naive":
             return fitted
@@ -316,7 +319,7 @@ class SCRC:
             f"(an expectation, nothing about these thresholds alone), {risk}."
         )
 
-    def _assumptions(self, unit: Unit, tied: bool) -> tuple[str, ...]:
+    def _assumptions(self, unit: Unit, why: str, tied: bool) -> tuple[str, ...]:
         if self.variant == "naive":
             return ()
         found = [
@@ -325,7 +328,7 @@ class SCRC:
             "model, gate and wish were fixed before anybody looked at the calibration rows",
         ]
         if unit == "rows":
-            found.append("every row is independent of the others, as the caller states")
+            found.append(why)
         if unit == "groups":
             found.append("one row speaks for its group, drawn without a look at anything; large groups count no more")
         if tied:
@@ -569,6 +572,16 @@ def _rows(
     scores[~finite | ~np.isfinite(scores)] = np.nan
     values[~finite] = 1 / values.shape[1]
     return values, scores
+
+
+def _called(classes: Sequence[str], n_classes: int) -> list[str] | None:
+    """Names of the classes; None where none were given."""
+    if isinstance(classes, list | tuple) and not classes:
+        return None
+    called = [str(one) for one in names("classes", classes, n_classes, like="probs has columns")]
+    if len(set(called)) != n_classes:
+        raise InputError(f"classes must be different names, got {shown(called)}; name each class once")
+    return called
 
 
 def _stages(stage: ArrayLike | None, n: int, *, wanted: bool) -> NDArray[np.str_] | None:

@@ -19,9 +19,10 @@ from stage1_pro.arguments import binary, floats
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.bounds import selection_rank
-from stage1_pro.policies.certificate import NOT_COUNTED, Cell, Outcome, SetCheck, SetRates
+from stage1_pro.policies.certificate import NOT_COUNTED, Cell, Outcome, PhotoCounts, SetCheck, SetRates
 from stage1_pro.policies.checks import unjudged
 from stage1_pro.policies.counts import count_exits, meets
+from stage1_pro.policies.exiting import beside_groups
 from stage1_pro.policies.gate import ByGate
 from stage1_pro.policies.planning import Planned, PlanTerms
 from stage1_pro.policies.platt import fit_platt, score
@@ -104,6 +105,7 @@ class ScrcParams(ByGate):
     statement: str
     assumptions: list[str]
     useless: str = Field("", description="why the sets tell nothing, where they were wanted all the same")
+    of_photos: PhotoCounts | None = Field(None, description="of all photos of the certify half, where groups count")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     certify_uses: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
     n_fit_rows: int
@@ -129,10 +131,11 @@ class ScrcParams(ByGate):
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
         wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
+        groups = rows.given_groups()
         found = wish.calibrate(
             first.probs[~fit], first.correct[~fit], rows.labels[~fit],
             first.stage[~fit] if target.cells == "stage" else None,
-            groups=None if rows.groups is None else rows.groups[~fit], classes=rows.classes,
+            groups=None if groups is None else groups[~fit], rows_independent=rows.independent, classes=rows.classes,
         )  # fmt: skip
         if not found.feasible:
             raise found.infeasible()
@@ -161,6 +164,7 @@ class ScrcParams(ByGate):
             guarantee=GUARANTEES[target.variant],
             statement=_statement(found, limits),
             useless=found.useless,
+            of_photos=_of_photos(found, first, rows, ~fit) if found.unit == "groups" else None,
             assumptions=[*found.assumptions, *([NOT_COUNTED] if use is None and target.variant != "naive" else [])],
             claims=target.claims,
             certify_uses=use if target.variant != "naive" else None,
@@ -369,7 +373,20 @@ class ScrcParams(ByGate):
                 f"{cell.budget} allowed), risk bound {cell.bound:.2%}"
                 for name, cell in zip(named, self.lambda_2, strict=True)
             ),
+            *self._beside_groups(),
         ]
+
+    def _beside_groups(self) -> list[str]:
+        seen = self.of_photos
+        if seen is None or self.guarantee == "none":
+            return []
+        trials, errors = sum(cell.trials for cell in self.lambda_2), sum(cell.errors for cell in self.lambda_2)
+        return beside_groups(
+            self.unit,
+            ("are accepted", seen.accepted, seen.n, self.coverage),
+            ("sets that count miss the label", seen.errors, seen.trials, errors / trials if trials else None),
+            advice=", and nothing is promised of that",
+        )
 
     def story(self) -> list[str]:
         """What it does and promises, to whom and from which photos, for anybody."""
@@ -428,9 +445,10 @@ class ScrcParams(ByGate):
     def fingerprint_numbers(self) -> str:
         """Hex sha256 over all else: what decides, what is promised and assumed, and of which model."""
         content = self.model_dump(mode="json", exclude={"calibrator_fingerprint"})
-        if not content.get("useless"):
-            # Files of older versions do not have it.
-            content.pop("useless", None)
+        for name in ("useless", "of_photos"):
+            # Files of older versions do not have them.
+            if not content.get(name):
+                content.pop(name, None)
         data = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return sha256_bytes(data.encode())
 
@@ -535,6 +553,16 @@ def _check_stages(found: FittedSCRC, answering: set[str]) -> None:
             f"{missing.pop()} answered none of {found.n} {found.unit} kept for the certificate; bring more. "
             "No policy was written"
         )
+
+
+def _of_photos(found: FittedSCRC, first: _Cascade, rows: Rows, kept: NDArray[np.bool_]) -> PhotoCounts:
+    """What the sets do on all rows that are kept [N]."""
+    labels = rows.labels[kept]
+    stage = first.stage[kept] if found.scrc.groups == "stage" else None
+    sets, accepted = found.predict_sets(first.probs[kept], first.correct[kept], stage)
+    trials = accepted & rows.is_class(rows.positive)[kept] if found.scrc.loss == "fnr" else accepted
+    missed = trials & ~sets[np.arange(labels.size), labels]
+    return PhotoCounts(n=labels.size, accepted=int(accepted.sum()), trials=int(trials.sum()), errors=int(missed.sum()))
 
 
 def _statement(found: FittedSCRC, cells: list[Cell]) -> str:

@@ -160,7 +160,8 @@ class Thresholds(ExitPolicy):
     def found(self) -> list[str]:
         """What is seen of photos where groups are promised, and what the promise does not bound."""
         what = "exited positives are missed"
-        said = beside_groups(self.certificate, what, self.n_false_negative, self.n_positive_exited)
+        unit = None if self.certificate is None else self.certificate.unit
+        said = beside_groups(unit, (what, self.n_false_negative, self.n_positive_exited, None))
         if self.commonest is not None and self.exits_right is not None and self.commonest_rate is not None:
             said.append(
                 f"nothing is promised of exits that are wrong in another way than missing '{self.positive}': "

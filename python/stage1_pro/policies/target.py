@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from stage1_pro.command import Count, Share, refusal
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, nearest
 from stage1_pro.record import Record
 from stage1_pro.registry import Registry
 
@@ -340,3 +340,45 @@ def parse_target(values: Mapping[str, Any]) -> Target:
         InputError: a field is missing, unknown, or outside its range, or no such policy.
     """
     return kind_of_target(str(values.get("policy"))).of(**values)
+
+
+def settle_target(base: Any, given: Mapping[str, Any]) -> Target:
+    """What is asked for: the given values over a configuration's, checked before any row is looked at.
+
+    Args:
+        base: a configuration's ``calibrate``; None: the targets' own defaults.
+        given: ``policy`` and fields of its target, by their names or aliases.
+
+    Raises:
+        InputError: a field of another policy, two names of one field, or what ``parse_target`` refuses.
+    """
+    policy = given.get("policy", getattr(base, "policy", "softmax"))
+    guarantee = given.get("guarantee", getattr(base, "guarantee", "ltt"))
+    options = [*POLICIES, *([] if base is None else ["auto"])]
+    if policy not in options:
+        raise InputError(f"policy must be {' or '.join(options)}, got '{policy}'{nearest(policy, options)}")
+    kind = kind_of_target(policy)
+    named: dict[str, Any] = {"policy": policy}
+    for name, value in given.items():
+        if name == "policy":
+            continue
+        field = kind.aliases.get(name, name)
+        if field not in kind.model_fields:
+            asks = {known: kind_of_target(known) for known in POLICIES}
+            owners = [one for one in reversed(asks) if name in asks[one].model_fields]
+            others = [one for one in asks if name in asks[one].aliases]
+            if owners:
+                raise InputError(
+                    f"{name} must go with policy {' or '.join(others + owners)}, got it with {policy}; drop it or add "
+                    f"--policy {owners[-1]}"
+                )
+        if field in named or (field != name and given.get(field) is not None):
+            raise InputError(f"{name} and {field} must not both be given with policy {policy}, which calls them one")
+        named[field] = value
+    names = {field: kind.configured.get(field, field) for field in kind.model_fields if field != "policy"}
+    values = {field: getattr(base, name) for field, name in names.items() if hasattr(base, name)}
+    found = parse_target(kind.settle(named, values))
+    for name in ("delta", "claims"):
+        if found.guarantee != "ltt" and name in named:
+            raise InputError(f"{name} must go with guarantee ltt, got it with {guarantee}; nothing is promised there")
+    return found

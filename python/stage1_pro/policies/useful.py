@@ -3,9 +3,10 @@
 What is compared are shares as they were seen on the certify half, by the certificate's own unit. It can only refuse
 what was certified, so it costs no validity.
 
-- Exits: against always answering the commonest class. Where more than two classes are told apart and the promise is
-  about one of them, the answers between the others are held against the commonest of those: they must be wrong at most
-  half as often, or no more often than the promise allows of its own class.
+- Exits: against always answering the commonest class; where all are of one, nothing can be said. Where more than two
+  classes are told apart and the promise is about one of them, the answers between the others are held against the
+  commonest of those: they must be wrong at most half as often, or no more often than the promise allows of its own
+  class.
 - Sets: the share that holds the right class against always giving the commonest classes, as many on average. Sets that
   name every class say nothing, however true they are.
 """
@@ -21,6 +22,8 @@ from stage1_pro.policies.rows import Rows, Unit, one_each
 
 # Sets that name every class in so large a share of the accepted tell nobody anything.
 _NEARLY_ALL = 0.95
+# Shares that differ by less are equal.
+_ROUNDING = 1e-9
 OVERRIDE = "take it all the same with allow_useless (--allow-useless), which is put on record"
 
 
@@ -57,7 +60,8 @@ def weigh_exits(rows: Rows, exited: NDArray[np.bool_], unit: Unit, limit: float 
     share = np.bincount(truth, minlength=len(rows.classes)) / max(truth.size, 1)
     n, top = int(exits.sum()), int(share.argmax())
     found = Exits(n, float(right[exits].mean()) if n else 0.0, rows.classes[top], float(share[top]))
-    if n and found.right < found.rate:
+    # As right is no better, but of rows of one class a perfect model is right as often.
+    if n and (found.right < found.rate or (found.rate < 1 and found.right <= found.rate + _ROUNDING)):
         return Exits(**{**vars(found), "useless": found.words()})
     if limit is None or len(rows.classes) == 2:
         return found
@@ -102,7 +106,7 @@ def weigh_sets(
     hit = float(np.average(sets[np.arange(labels.size), labels][accepted], weights=weight[accepted]))
     shares = np.sort(np.bincount(labels, weight, n_classes))[::-1] / weight.sum()
     free = float(np.interp(size, np.arange(n_classes + 1), np.append(0.0, np.cumsum(shares))))
-    if hit > free + 1e-9:
+    if hit > free + _ROUNDING:
         return ""
     return (
         f"the sets hold the right class for {hit:.1%} of what is accepted, with {size:.2f} classes each on average; "

@@ -18,7 +18,7 @@ from stage1_pro.classes import choose_positive
 from stage1_pro.config import CalibrateConfig
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
-from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
+from stage1_pro.errors import ArtifactError, InputError, NotReachableError
 from stage1_pro.files import load_npz, sha256_file
 from stage1_pro.policies.claims import CLAIMS_FILE, Claims, Stake, close_claim, note_look, weigh_claim
 from stage1_pro.policies.policy import Origin, Policy, policies, read_policy, replace_policy
@@ -26,7 +26,7 @@ from stage1_pro.policies.possible import check_possible, foresee, told
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.policies.target import POLICIES, Target, parse_target
+from stage1_pro.policies.target import POLICIES, Target, settle_target
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.tables import Sheet, grid
@@ -150,38 +150,6 @@ def _grid(policy: Policy) -> str:
     return f"{sheet.text()}\n"
 
 
-def _target(base: CalibrateConfig, given: Mapping[str, Any]) -> Target:
-    """What is asked for: the given values over the configuration's, checked before any row is looked at."""
-    policy, guarantee = given.get("policy", base.policy), given.get("guarantee", base.guarantee)
-    options = [*POLICIES, "auto"]
-    if policy not in options:
-        raise InputError(f"policy must be {' or '.join(options)}, got '{policy}'{nearest(policy, options)}")
-    kind = POLICIES.find(policy).asks
-    named: dict[str, Any] = {"policy": policy}
-    for name, value in given.items():
-        if name == "policy":
-            continue
-        field = kind.aliases.get(name, name)
-        if field not in kind.model_fields:
-            asks = {known: one.asks for known, one in policies().items()}
-            owners = [one for one in reversed(asks) if name in asks[one].model_fields]
-            others = [one for one in asks if name in asks[one].aliases]
-            raise InputError(
-                f"{name} must go with policy {' or '.join(others + owners)}, got it with {policy}; drop it or add "
-                f"--policy {owners[-1]}"
-            )
-        if field in named or (field != name and given.get(field) is not None):
-            raise InputError(f"{name} and {field} must not both be given with policy {policy}, which calls them one")
-        named[field] = value
-    names = {field: kind.configured.get(field, field) for field in kind.model_fields if field != "policy"}
-    values = {field: getattr(base, name) for field, name in names.items() if hasattr(base, name)}
-    found = parse_target(kind.settle(named, values))
-    for name in ("delta", "claims"):
-        if found.guarantee != "ltt" and name in named:
-            raise InputError(f"{name} must go with guarantee ltt, got it with {guarantee}; nothing is promised there")
-    return found
-
-
 @dataclass(frozen=True)
 class _Work:
     """What a calibration of a run works on: what is asked for, the rows, and where they come from."""
@@ -223,7 +191,7 @@ def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
         base = RunConfig.read(path).config.calibrate if path.is_file() else CalibrateConfig()
         if given.get("policy", base.policy) == "auto":
             given = {**given, "policy": _better(run, predictions)}
-        wish = _target(base, given)
+        wish = settle_target(base, given)
     else:
         given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
@@ -360,7 +328,7 @@ def _better(run: Path, predictions: Predictions) -> str:
 def _target_of_logits(asked: Calibration, given: Mapping[str, Any], target: Target | None) -> Target:
     if asked.policy == "auto":
         raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
-    return target or _target(CalibrateConfig(), given)
+    return target or settle_target(CalibrateConfig(), given)
 
 
 def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]]:
