@@ -279,7 +279,7 @@ def test_the_same_seed_plans_the_same() -> None:
         ({"policy": "scrc", "delta": 1e-300}, r"delta must be at least 1e-12"),
         ({"min_coverage": 1.5}, r"min_coverage must be inside \(0, 1\), got 1.5"),
         ({"policy": "softmax", "positives": 0.0}, r"positives must be inside \(0, 1\), got 0.0"),
-        ({"n": 0}, r"n must be 1 or more, got 0"),
+        ({"n": 0}, r"n must be from 1 to 100,000, got 0"),
     ],
 )
 def test_what_is_wrong_is_said(given, message) -> None:

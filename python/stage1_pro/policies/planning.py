@@ -124,7 +124,8 @@ def plan_calibration(
         )
     spread = -ndtri(delta) * math.sqrt(alpha * (1 - alpha))
     spread += ndtri(power) * math.sqrt(expected_error * (1 - expected_error))
-    rough = float(max((spread / (alpha - expected_error)) ** 2, 1))
+    root = min(float(spread) / (alpha - expected_error), _MOST_PLANNED)
+    rough = max(root, 1.0) ** 2
     if rough / share > _MOST_PLANNED:
         raise InputError(
             f"alpha must be large enough for {_MOST_PLANNED:.0e} units, got {alpha:g} of a share of {share:g} with "

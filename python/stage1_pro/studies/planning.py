@@ -205,11 +205,9 @@ def plan(asked: Plan) -> CalibrationPlan:
     else:
         world = Resampled(known)
         start = min(max(world.units, 30), MOST_UNITS)
+        source = asked.run or asked.logits
         said = [
-            (
-                f"new photos are like the {world.units} units of {asked.run or asked.logits}, which are drawn again and "
-                "again; what these few do not show is not counted"
-            ),
+            f"new photos are like the {world.units} units of {source}, drawn again and again; no others are counted",
             *([] if asked.run is None else ["val_select chose the model, which looks better there than on new photos"]),
         ]
     least = planned.least_units(risk)
