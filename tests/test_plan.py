@@ -184,7 +184,7 @@ def test_given_units_say_the_smallest_risk_they_can_certify() -> None:
     alpha, least = found.smallest_alpha_at_n, found.least_alpha_at_n
     assert found.power_at_n < 0.9 and alpha > 0.3 > least
     assert least == pytest.approx(1 - 0.05 ** (1 / 25))
-    target = Gate(max_exit_error=alpha, min_coverage=0.5)
+    target = Gate(max_exit_error=alpha, min_coverage=0.5, allow_useless=True)
     assert certified(target, 25, 200, e=0.08, at=0.5, growth=3.5) == pytest.approx(0.9, abs=0.08)
     few = stage1_pro.plan("scrc", alpha=0.3, min_coverage=0.7, n=3)
     assert few.smallest_alpha_at_n is None
