@@ -23,6 +23,7 @@ from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.policies.target import POLICIES, Gate, Scrc, Softmax, Target
 from stage1_pro.studies.planning import CalibrationPlan, render
+from stage1_pro.studies.worlds import Stated
 
 DRAWS = 20_000
 NOISE = 4 * 0.5 / DRAWS**0.5
@@ -183,7 +184,7 @@ def test_given_units_say_the_smallest_risk_they_can_certify() -> None:
     alpha, least = found.smallest_alpha_at_n, found.least_alpha_at_n
     assert found.power_at_n < 0.9 and alpha > 0.3 > least
     assert least == pytest.approx(1 - 0.05 ** (1 / 25))
-    target = Gate(max_exit_error=alpha, min_coverage=0.5)
+    target = Gate(max_exit_error=alpha, min_coverage=0.5, allow_useless=True)
     assert certified(target, 25, 200, e=0.08, at=0.5, growth=3.5) == pytest.approx(0.9, abs=0.08)
     few = stage1_pro.plan("scrc", alpha=0.3, min_coverage=0.7, n=3)
     assert few.smallest_alpha_at_n is None
@@ -196,6 +197,54 @@ def test_what_is_hoped_for_moves_the_number_of_units() -> None:
     assert stage1_pro.plan(**SMALL, expected_coverage=0.7).n_certify < 0.8 * middle
     half, few = (stage1_pro.plan("softmax", alpha=0.1, positives=p, expected_error=0).n_certify for p in (0.5, 0.25))
     assert few == pytest.approx(2 * half, rel=0.1) and half > 2 * trials_needed(0, 0.1, 0.05)
+
+
+@pytest.mark.parametrize("policy", ["gate", "softmax", "scrc"])
+@pytest.mark.parametrize("alpha", [0.2, 0.4, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("part", [0.0, 0.1])
+def test_few_units_are_found_too(policy: str, alpha: float, part: float) -> None:
+    """The search ends where the ends are near each other, and what it names has the power."""
+    found = stage1_pro.plan(policy, alpha=alpha, min_coverage=0.5, expected_error=part * alpha)
+    powers = {point.n: point.power for point in found.table}
+    assert powers[found.n_certify] == pytest.approx(0.9, abs=0.1) and found.n_certify < 200
+
+
+def test_two_hundred_answers_are_a_world(tmp_path: Path) -> None:
+    rows = law(100, np.random.default_rng(3), 0.03, 0.5, 2)
+    file = tmp_path / "answers.npz"
+    np.savez(file, probs=rows.probs, labels=rows.labels, gate_logits=rows.gate)
+    found = stage1_pro.plan(alpha=0.2, min_coverage=0.5, logits=file)
+    assert 20 < found.n_certify < 400
+    assert "half or twice" in render(found)
+
+
+@pytest.mark.slow
+def test_a_coverage_near_all_is_planned_as_it_is_reached() -> None:
+    """Of 5,000 units nearly all calibrations prove a coverage of .999 where all are answered."""
+    found = stage1_pro.plan(alpha=0.3, min_coverage=0.999, expected_error=0.05, expected_coverage=1)
+    assert 3000 < found.n_certify < 6000
+
+
+@pytest.mark.parametrize(
+    ("error", "coverage", "growth"), [(0.3, 0.5, 3.0), (0.1, 1e-5, 2.0), (0.05, 0.7, 3.5), (0.2, 0.4, 0.0)]
+)
+def test_a_stated_curve_is_what_is_said_of_it(error: float, coverage: float, growth: float) -> None:
+    """Among the surest c, up to the depth from which all are wrong; there an answer is wrong."""
+    world = Stated(error, coverage, growth, (0.5, 0.5))
+    rows = world.rows(100_000, np.random.default_rng(0))
+    depth, wrong = 1 / (1 + np.exp(rows.gate)), rows.probs.argmax(axis=1) != rows.labels
+    for c in (world.lost / 2, world.lost):
+        surest = wrong[depth <= c]
+        expected = error * (c / coverage) ** growth
+        assert surest.mean() == pytest.approx(expected, abs=4 * np.sqrt(expected / max(surest.size, 1)) + 1e-9)
+    assert wrong[depth > world.lost].all() == (world.lost < 1 or not (depth > world.lost).any())
+
+
+def test_steep_curves_overflow_nowhere() -> None:
+    with np.errstate(all="raise"):
+        for error in (0.0, 0.1):
+            rows = Stated(error, 1e-300, 20, (0.5, 0.5)).rows(100, np.random.default_rng(0))
+            assert (rows.probs.argmax(axis=1) != rows.labels).all() == (error > 0)
 
 
 def test_the_same_seed_plans_the_same() -> None:
@@ -217,10 +266,20 @@ def test_the_same_seed_plans_the_same() -> None:
         ({"policy": "scrc", "cells": (0.5, float("nan"))}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"policy": "scrc", "cells": ()}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"policy": "scrc", "cells": (0.5, 0.2)}, r"cells must be 1 to 100 positive shares that sum to 1"),
-        ({"power": 1.0}, r"power must be inside \(0, 1\), got 1.0"),
+        ({"power": 1.0}, r"power must be from 0.05 to 0.99, got 1.0"),
+        ({"power": 1e-9}, r"power must be from"),
+        ({"power": float("nan")}, r"power must be from"),
+        ({"seed": -1}, r"seed must be 0 or more, got -1"),
+        ({"n": 10**8}, r"n must be from 1 to 100,000, got 100000000"),
+        ({"alpha": 1e-320, "expected_error": 0.0}, r"alpha must be large enough"),
+        ({"min_coverage": 1e-300}, r"alpha must be large enough"),
+        ({"policy": "softmax", "positives": 1e-300}, r"alpha must be large enough"),
+        ({"min_coverage": 0.9999999, "alpha": 0.3}, r"alpha and min_coverage must be provable with 100,000 units"),
+        ({"delta": 1e-300}, r"delta must be at least 1e-12"),
+        ({"policy": "scrc", "delta": 1e-300}, r"delta must be at least 1e-12"),
         ({"min_coverage": 1.5}, r"min_coverage must be inside \(0, 1\), got 1.5"),
         ({"policy": "softmax", "positives": 0.0}, r"positives must be inside \(0, 1\), got 0.0"),
-        ({"n": 0}, r"n must be 1 or more, got 0"),
+        ({"n": 0}, r"n must be from 1 to 100,000, got 0"),
     ],
 )
 def test_what_is_wrong_is_said(given, message) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stage1_pro.command import Command, Count, Part, Rate, Result, Share, keywords, option, within
+from stage1_pro.command import Command, Part, Rate, Result, Seed, Share, keywords, option, within
 from stage1_pro.words import PolicyName
 
 if TYPE_CHECKING:
     from stage1_pro.studies.planning import CalibrationPlan
 
+# The most units that are simulated.
+MOST_UNITS = 100_000
 Growth = Annotated[float, within(lambda x: 0 <= x <= 20, "from 0 to 20")]
+
+# A few hundred simulated calibrations tell no power nearer to 0 or 1.
+Power = Annotated[float, within(lambda x: 0.05 <= x <= 0.99, "from 0.05 to 0.99")]
+Units = Annotated[int, within(lambda x: 1 <= x <= MOST_UNITS, f"from 1 to {MOST_UNITS:,}", "more are not simulated")]
 
 
 class Plan(Command, topic="plan"):
@@ -39,14 +45,14 @@ class Plan(Command, topic="plan"):
     run: Path | None = option(None, "trained run folder: new photos are like its val_select, instead of an expectation")
     logits: Path | None = option(None, "the same from a .npz as `stage1 calibrate --logits` takes")
     positives: Share = option(0.5, "softmax: share of rows (or groups) that are positive")
-    power: Share = option(0.9, "chance to succeed that you want")
+    power: Power = option(0.9, "chance to succeed that you want")
     cells: float | tuple[float, ...] = option(
         1,
         "scrc: number of cells (classes or stages) with a limit each, or the share of each among the accepted",
         metavar="K",
     )
-    n: Count | None = option(None, "rows (or groups) kept for the certificate that you have")
-    seed: int = option(0, "of the simulated calibrations")
+    n: Units | None = option(None, "rows (or groups) kept for the certificate that you have")
+    seed: Seed = option(0, "of the simulated calibrations")
     out: Path | None = option(None, "folder for plan.json and plan.png")
 
     def execute(self) -> Result:

@@ -112,6 +112,11 @@ def trials_needed(errors: int, alpha: float, delta: float) -> int:
     return found
 
 
+def last_digit(value: float, digits: int) -> float:
+    """What one of the last digit of a positive number is worth, when it has so many: 0.01 of 1.23 with three."""
+    return float(10.0 ** (math.floor(math.log10(value)) - digits + 1))
+
+
 def first_enough(enough: Callable[[int], bool], start: int, most: float = math.inf) -> int | None:
     """The smallest number from ``start`` that is enough, when more is never less; None beyond ``most``."""
     low, high = start - 1, start

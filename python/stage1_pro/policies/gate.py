@@ -171,7 +171,7 @@ class GateParams(ByGate, ExitPolicy):
         return Planned(
             least, delta, certifies, most_trials=lambda n: n,
             wish=f"coverage at least {100 * least:g}% and exit error at most {100 * terms.alpha:g}% (gate)",
-            assumptions=[],
+            assumptions=[], coverage=(least, delta),
         )  # fmt: skip
 
     @property

@@ -14,7 +14,7 @@ from scipy.special import betainc
 
 from stage1_pro.arguments import Grid, choice, flag, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
-from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf
+from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf, last_digit
 from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify, check_rows
@@ -256,7 +256,7 @@ def _with_smallest(
         middle = math.sqrt(low * high)
         low, high = (low, middle) if passes(with_alpha(middle)) else (middle, high)
     # Upwards in the fourth digit; the walk may fail at a number between, so what is said is tried.
-    digit = 10.0 ** (math.floor(math.log10(high)) - 3)
+    digit = last_digit(high, 4)
     for step in range(20):
         said = round((math.ceil(high / digit) + step) * digit, 12)
         if said < 1 and passes(with_alpha(said)):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Beyond this many trials the normal approximation plans as well as the exact sum, to a fraction of a percent.
 _EXACT_TRIALS = 200_000
+# More units than this are not counted exactly by float64.
+_MOST_PLANNED = 1e12
 # Standard deviations around a mean that exact sums run over.
 _REACH = 8.0
 
@@ -51,6 +53,13 @@ class Planned:
     wish: str
     assumptions: list[str]
     positives: float | None = None  # share of units that are, where it matters
+    coverage: tuple[float, float] | None = None  # the least that is tested too, and at what level
+
+    def least_units(self, alpha: float) -> float:
+        """Units below which no test can pass, also where no answer is wrong and all are accepted."""
+        tests = [math.log(self.level) / math.log1p(-alpha) / self.share]
+        tests += [] if self.coverage is None else [math.log(self.coverage[1]) / math.log(self.coverage[0])]
+        return max(tests)
 
 
 def certify_power(n: int, alpha: float, delta: float, share: float, expected_error: float) -> float:
@@ -102,7 +111,8 @@ def plan_calibration(
         power: wished chance to succeed, inside (0, 1).
 
     Raises:
-        InputError: an argument outside its range; at ``expected_error >= alpha`` no number of rows would do.
+        InputError: an argument outside its range, or one that takes more than 1e12 rows; at
+            ``expected_error >= alpha`` no number of rows would do.
     """
     share = 1.0 if min_coverage is None else min_coverage
     _check(alpha, delta, share)
@@ -114,7 +124,13 @@ def plan_calibration(
         )
     spread = -ndtri(delta) * math.sqrt(alpha * (1 - alpha))
     spread += ndtri(power) * math.sqrt(expected_error * (1 - expected_error))
-    rough = float(max((spread / (alpha - expected_error)) ** 2, 1))
+    root = min(float(spread) / (alpha - expected_error), _MOST_PLANNED)
+    rough = max(root, 1.0) ** 2
+    if rough / share > _MOST_PLANNED:
+        raise InputError(
+            f"alpha must be large enough for {_MOST_PLANNED:.0e} units, got {alpha:g} of a share of {share:g} with "
+            f"expected_error {expected_error:g}; ask for a larger alpha or hope for a smaller error"
+        )
     if rough > _EXACT_TRIALS:
         return math.ceil(rough / share)
 

@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stage1_pro.errors import NotReachableError
-from stage1_pro.policies.bounds import betting_p_value, coverage_p_value, crc_budget, errors_allowed, first_enough
+from stage1_pro.policies.bounds import (
+    betting_p_value,
+    coverage_p_value,
+    crc_budget,
+    errors_allowed,
+    first_enough,
+    last_digit,
+)
 from stage1_pro.policies.candidates import photo_shares
 from stage1_pro.policies.ordering import mean_squares
 from stage1_pro.policies.rows import Rows
@@ -157,7 +164,7 @@ def _strictest(possible: Callable[[float], bool], smallest: bool) -> float | Non
         middle = (strict + lax) / 2
         strict, lax = (strict, middle) if possible(limit(middle)) else (middle, lax)
     value = limit(lax)
-    digit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    digit = last_digit(value, 4)
     said = round((math.ceil(value / digit) if smallest else math.floor(value / digit)) * digit, 12)
     return said if possible(said) else value
 

@@ -201,7 +201,7 @@ class ScrcParams(ByGate):
             least * min(terms.cells), risk / len(terms.cells), certifies, most_trials,
             wish=f"at least {100 * least:g}% accepted and the label outside the set in at most "
             f"{100 * terms.alpha:g}% of those{each} (scrc, pac)",
-            assumptions=said,
+            assumptions=said, coverage=(least, selection),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------ what it decides

@@ -17,12 +17,13 @@ from pydantic import Field
 from scipy.special import ndtri
 
 from stage1_pro.arguments import check_share
+from stage1_pro.commands.plan import MOST_UNITS
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import load_npz, write_bytes
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.metrics.figures import power_png
-from stage1_pro.policies.bounds import trials_needed
+from stage1_pro.policies.bounds import last_digit
 from stage1_pro.policies.planning import Planned, PlanTerms, plan_calibration
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import POLICIES
@@ -37,14 +38,16 @@ if TYPE_CHECKING:
 # Of a delta given as one number, the part that the selection of scrc takes.
 SELECTION_PART = 0.2
 _MOST_CELLS = 100
-# Rows that the calibrations of one n may have in all, and how many there are at least and at most; beyond so many
-# units nothing is simulated.
-_ROWS, _LEAST, _MOST, _MOST_UNITS = 4_000_000, 60, 400, 100_000
+# Rows that the calibrations of one n may have in all, and how many there are at least and at most.
+_ROWS, _LEAST, _MOST = 4_000_000, 60, 400
 # A power this many standard errors from the wished one needs no more draws.
 _SURE = 3.0
 # The ends of the search are this near each other before n is read off between them.
 _NEAR = 1.12
+# A search takes some twenty steps.
+_STEPS = 300
 _LARGEST_ALPHA = 0.999
+_LEAST_DELTA = 1e-12
 
 
 class PlanPoint(Record):
@@ -123,7 +126,7 @@ class _Calibrations:
             InputError: no number of units that is simulated reaches the power.
         """
         low, high, n = 0, 0, start
-        while high != 1:
+        for _ in range(_STEPS):
             low, high = (low, n) if self.reaches(n, power) else (n, high)
             if low and high and (high <= low * _NEAR or high - low == 1):
                 ends = [self.power(end, _draws(end)) for end in (low, high)]
@@ -131,17 +134,26 @@ class _Calibrations:
                     return _between(low, high, ends, power)
                 # With all draws both ends lie on one side.
                 low, high = (high, 0) if ends[1] < power else (0, low)
-            n = math.isqrt(low * high) if low and high else max(high // 2, 1) if high else math.ceil(1.5 * low)
-            if n > _MOST_UNITS or (low > self.plenty() and self.power(low) == 0):
+            if high == 1:
+                return 1
+            # Strictly between the ends: isqrt(low * (low + 2)) is low.
+            n = (
+                max(math.isqrt(low * high), low + 1)
+                if low and high
+                else max(high // 2, 1)
+                if high
+                else math.ceil(1.5 * low)
+            )
+            if n > MOST_UNITS or (low > self.plenty() and self.power(low) == 0):
                 raise InputError(
                     f"power must be reachable, got {power:g}, which {low:,} units do not reach; the chance there is "
                     f"{self.power(low):.2f}: hope for a smaller error or ask for less"
                 )
-        return 1
+        raise InputError(f"power must be told from others by simulation, got {power:g}; give another --seed")
 
     def plenty(self) -> float:
-        """Units of which a calibration in twenty would certify a risk that is no smaller than alpha."""
-        return 50 * trials_needed(0, self.alpha, self.planned.level) / self.planned.share
+        """Units of which a calibration in twenty would certify what does not hold."""
+        return 50 * self.planned.least_units(self.alpha)
 
     def point(self, n: int) -> PlanPoint:
         """What the draws with ``n`` units said."""
@@ -159,7 +171,7 @@ def _between(low: int, high: int, ends: list[float], power: float) -> int:
     """Where the power lies between two n; its normal score is about linear in log n."""
     score = ndtri(np.clip([*ends, power], 0.002, 0.998))
     n = low * math.exp(math.log(high / low) * float((score[2] - score[0]) / (score[1] - score[0])))
-    digit = int(10 ** max(math.floor(math.log10(n)) - 2, 0))
+    digit = max(1, round(last_digit(n, 3)))
     return min(high, digit * math.ceil(n / digit))
 
 
@@ -182,20 +194,28 @@ def plan(asked: Plan) -> CalibrationPlan:
         world = Stated(error, where, asked.growth, cells if len(cells) > 1 else (1 - asked.positives, asked.positives))
         start = plan_calibration(risk, planned.level, planned.share, error, power)
         said = [
-            f"of the surest share c of answers {error:g} (c / {where:g})^{asked.growth:g} are wrong, and no more",
+            str(world),
             *([] if asked.policy != "softmax" else [f"{100 * asked.positives:g}% of units are positive (--positives)"]),
         ]
-        if start > _MOST_UNITS:
+        if start > MOST_UNITS:
             raise InputError(
-                f"expected_error must be small enough for {_MOST_UNITS:,} units, got {error:g}, which takes more than "
+                f"expected_error must be small enough for {MOST_UNITS:,} units, got {error:g}, which takes more than "
                 f"{start:,}; hope for a smaller error or ask for a larger alpha"
             )
     else:
-        check_share("power", power)
         world = Resampled(known)
-        start = max(world.units, 30)
-        what = f"new photos are like the {world.units} units of {asked.run or asked.logits}, which are drawn again and"
-        said = [f"{what} again; what these few do not show is not counted"]
+        start = min(max(world.units, 30), MOST_UNITS)
+        source = asked.run or asked.logits
+        said = [
+            f"new photos are like the {world.units} units of {source}, drawn again and again; no others are counted",
+            *([] if asked.run is None else ["val_select chose the model, which looks better there than on new photos"]),
+        ]
+    least = planned.least_units(risk)
+    if least > MOST_UNITS:
+        raise InputError(
+            f"alpha and min_coverage must be provable with {MOST_UNITS:,} units, got {risk:g} and "
+            f"{asked.min_coverage:g}, which take {least:.3g} even without an error; ask for less"
+        )
     ticks = iter(track(range(10**9), "simulating calibrations", total=5 * _draws(start)))
     with ThreadPoolExecutor(2) as pool:
         run = _Calibrations(planned, world, risk, asked.seed, pool, lambda: next(ticks))
@@ -204,8 +224,8 @@ def plan(asked: Plan) -> CalibrationPlan:
             run.power(size, _draws(size))
         for size in (max(1, needed // 2), 2 * needed):
             run.power(size)
-        least = None if n is None else clopper_pearson_upper(0, planned.most_trials(n), 1 - planned.level)
-        smallest = None if n is None or least is None else _smallest_alpha(run, n, power, least)
+        best = None if n is None else clopper_pearson_upper(0, planned.most_trials(n), 1 - planned.level)
+        smallest = None if n is None or best is None else _smallest_alpha(run, n, power, best)
     found = CalibrationPlan(
         policy=asked.policy,
         alpha=risk,
@@ -223,7 +243,7 @@ def plan(asked: Plan) -> CalibrationPlan:
         n=n,
         power_at_n=None if n is None else run.power(n),
         smallest_alpha_at_n=smallest,
-        least_alpha_at_n=None if least == 1 else least,
+        least_alpha_at_n=None if best == 1 else best,
         wish=f"with probability {1 - sum(delta):.6g}, {planned.wish}",
         assumptions=[*said, *planned.assumptions, "rows of both halves are independent, or count as groups"],
     )
@@ -247,7 +267,7 @@ def _smallest_alpha(run: _Calibrations, n: int, power: float, least: float) -> f
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
-    digit = 10.0 ** (math.floor(math.log10(high)) - 1)
+    digit = last_digit(high, 2)
     return min(round(math.ceil(high / digit) * digit, 12), _LARGEST_ALPHA)
 
 
@@ -290,6 +310,11 @@ def render(found: CalibrationPlan) -> str:
         f"wish: {found.wish}",
         f"needed: {halves}, for a chance of {found.power:g} to certify it",
         "        count groups instead of rows where rows share a clip, a track or a place: one speaks for its group",
+        *(
+            []
+            if found.world is None
+            else ["        from few answers: with others of such photos it can be half or twice that"]
+        ),
         "",
         f"{'certify half':>14}{'val_calib':>12}{'power':>8}{'+-':>7}{'then answers':>14}",
     ]
@@ -323,7 +348,8 @@ def _delta(asked: Plan, *, parts: bool) -> list[float]:
             "only scrc has one of its own for the selection"
         )
     for value in (*given, sum(given)):
-        check_share("delta", value)
+        if check_share("delta", value) < _LEAST_DELTA:
+            raise InputError(f"delta must be at least {_LEAST_DELTA:g}, got {value:g}; rounding hides a smaller one")
     return given
 
 

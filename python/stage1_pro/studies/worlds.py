@@ -29,7 +29,7 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class Stated:
-    """Answers whose error among the surest share c is ``error`` (c / ``coverage``)^``growth``.
+    """Answers whose error among the surest share c is ``error`` (c / ``coverage``)^``growth``, up to ``lost``.
 
     An answer at depth u of the ranking, uniform in (0, 1), is wrong with chance d/dc of c times that, at most 1; its
     class does not depend on it. Gate and probabilities rank alike.
@@ -40,10 +40,22 @@ class Stated:
     growth: float
     shares: Sequence[float]  # of classes, the positive one last
 
+    @property
+    def lost(self) -> float:
+        """Depth of the ranking from which every answer is wrong, as a chance is no more than 1; 1: there is none."""
+        steep = self.error * (self.growth + 1)
+        return 1.0 if steep == 0 or self.growth == 0 else min(1.0, self.coverage * steep ** (-1 / self.growth))
+
+    def __str__(self) -> str:
+        """What is assumed, in words."""
+        said = f"of the surest share c of answers {self.error:g} (c / {self.coverage:g})^{self.growth:g} are wrong"
+        return said + (", and no more" if self.lost == 1 else f", up to c = {self.lost:.3g}; all the others are wrong")
+
     def rows(self, n: int, rng: np.random.Generator) -> Rows:
         """See the module."""
         depth, chance, kind = np.maximum(rng.random((2 * n, 3)), 1e-12).T
-        wrong = chance < self.error * (self.growth + 1) * (depth / self.coverage) ** self.growth
+        with np.errstate(over="ignore", invalid="ignore"):  # 0 of infinity is no error
+            wrong = chance < self.error * (self.growth + 1) * (depth / self.coverage) ** self.growth
         k = len(self.shares)
         labels = np.minimum(np.searchsorted(np.cumsum(self.shares), kind, side="right"), k - 1)
         sure = 1 - depth * (1 - 1 / k)
