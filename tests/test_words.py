@@ -134,6 +134,11 @@ def test_nothing_is_said_to_be_promised_that_the_file_does_not_hold(shown: Any) 
     if promises:
         assert all(CLAIMS.search(said[name]) for name in ("calibrate", "evaluate", "report", "predict"))
         assert "the labels are right" in said["predict"]
+        judged = re.compile(r"\b(PASS|FAIL|INCONCLUSIVE)\b|beyond chance")
+        for name in ("evaluate", "report"):
+            # One calibration does not refute an average.
+            assert bool(judged.search(said[name])) == (kind != "scrc T"), (kind, name)
+            assert ("on average" in said[name]) >= (kind == "scrc T")
     else:
         assert "romises nothing" in said["calibrate"] or "othing is promised" in said["calibrate"]
         assert "certified: 0" not in said["page 0"] and "calibrated: 0" in said["page 0"]
