@@ -20,6 +20,9 @@ from PIL import Image
 import stage1_pro
 from stage1_pro import cli
 from stage1_pro.config import load_config
+from stage1_pro.continual.watch.monitor import Estimate
+from stage1_pro.metrics.estimate import Interval
+from stage1_pro.metrics.intervals import Method as Resampling
 from stage1_pro.policies.certificate import Method, Outcome
 from stage1_pro.policies.target import POLICIES, Promise, kind_of_target
 
@@ -99,7 +102,10 @@ def test_every_promise_stands_in_the_table_with_a_test_that_is_there(repository)
     quantities = {word.strip() for word in Promise.model_fields["quantity"].description.split(",")}
     asked = {one.quantity for kind in POLICIES for one in kind_of_target(kind).of().promises("")}
     tests_of_a_verdict = {"guard reward", "anchor reward", "anchor FNR", "certificate"}
-    wanted = {*quantities, *asked, *get_args(Method), *get_args(Outcome), *tests_of_a_verdict}
+    methods = re.findall(r'"([\w -]+)"', re.search(r"``method`` is (.*?\.)", Interval.__doc__, re.DOTALL)[1])
+    methods += get_args(Estimate.model_fields["method"].annotation)
+    assert {"bca", "exact", "by bin", "betting"} <= set(methods) >= set(get_args(Resampling))
+    wanted = {*quantities, *asked, *get_args(Method), *get_args(Outcome), *methods, *tests_of_a_verdict}
     assert wanted <= first, wanted - first
 
 

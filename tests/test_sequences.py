@@ -26,7 +26,7 @@ from stage1_pro import cli
 from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual.loop.folder import opened
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan
-from stage1_pro.continual.serving.live import LiveCascade, Pointer, tightened
+from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
@@ -122,7 +122,11 @@ class Story:
                 self.done,
                 found and plain[max(0, found.start() - 200) :][:500],
             )
-        of_exits = any(one.quantity == "exit error" and one.limit == ALPHA for one in promises)
+        # Audits are of photos: they test no promise of groups that have several.
+        certificate = ({} if policy is None else policy.model_dump()).get("certificate") or {}
+        of_exits = certificate.get("unit") in ("rows", "photos") and any(
+            one.quantity == "exit error" and one.limit == ALPHA for one in promises
+        )
         if exits_only and not of_exits:
             assert not (found := OF_EXITS.search(plain)), (
                 self.done,
@@ -145,6 +149,8 @@ class Story:
                 limit = one["limit"]
                 near = [x for p in promises for x in (p.limit, 1 - p.limit) if x == pytest.approx(limit)]
                 assert near, (self.done, one, promises)
+            if "audit_rate" in one and "promises" in one:
+                assert bool(one["promises"]) == bool(promises), (self.done, one["promises"])
             if one.get("limit") == "promised":
                 assert of_exits, (self.done, one)
 
@@ -158,19 +164,21 @@ class Story:
             words = [word for word in words if word not in ("--variant", "I")] + ["--guarantee", "none"]
         else:
             words += ["--delta", ".4", "--claims", "4"]
-        before = self.files()
+        counts_decide = wishes is INFEASIBLE
+        before = self.files(claims=counts_decide)
         code, text, record = self.stage1("calibrate", "--run", self.run, *words, codes=(0, 2, 3))
         if code:
-            assert self.files() == before, self.done
+            assert self.files(claims=counts_decide) == before, self.done
             self.hold(None, text)
         else:
             policy = read_policy(self.run)
             assert policy is not None and (policy.guarantee == "none") == none, self.done
             self.hold(policy, text, record)
 
-    def files(self) -> dict[str, bytes]:
-        """Policy files of the run."""
-        return {name: (self.run / name).read_bytes() for name in policy_files() if (self.run / name).is_file()}
+    def files(self, *, claims: bool) -> dict[str, bytes]:
+        """Policy files of the run, and the claims: where no error at all could decide otherwise, none is spent."""
+        names = [*policy_files(), *(["claims.json"] if claims else [])]
+        return {name: (self.run / name).read_bytes() for name in names if (self.run / name).is_file()}
 
     def evaluate(self) -> None:
         """On val_test, with its report."""
@@ -197,13 +205,14 @@ class Story:
                 version = registry.alias("champion").version
                 promote(registry, registry.add(self.bundle), expected=version, now=time.time(), by="ada")
 
-    def tighten(self) -> None:
+    def tighten(self, by: float | None = None) -> None:
         """The champion's threshold, as labels would."""
         if self.root.exists():
             with opened(self.root) as (_, registry, _parts, _loop):
                 champion = registry.alias("champion").bundle
                 assert champion is not None
-                above = registry.load(champion).policy.exit_threshold + self.draw.choice([-0.01, 0.001, 0.05])
+                above = registry.load(champion).policy.exit_threshold
+                above += self.draw.choice([-0.01, 0.001, 0.05]) if by is None else by
                 with registry.store.write() as connection:
                     registry.tighten(connection, champion, above, now=time.time())
                 registry.sync()
@@ -226,16 +235,24 @@ class Story:
         live.predict(self.photos)
         miner = StreetVision(Settings.of({"loop": str(self.root)}))
         assert -1 <= miner.answer(self.photos[0].read_bytes()) <= 1
-        policy = self.in_force()
-        assert live.bundle.policy == policy, self.done
+        policy, threshold = self.in_force()
+        assert live.bundle.policy.exit_threshold == threshold, self.done
+        assert bool(live.bundle.policy.promises) == (policy is not None and bool(policy.promises)), self.done
         self.hold(policy, "".join(self.capsys.readouterr()), {
             "guarantee": live.bundle.policy.guarantee, "statement": live.bundle.policy.statement
         })  # fmt: skip
 
-    def in_force(self) -> Policy:
-        """The champion's policy file at the threshold in force."""
-        pointer = Pointer.read(self.root / "champion.json")
-        return tightened(load_bundle(self.root / "bundles" / pointer.champion).policy, pointer.threshold)
+    def in_force(self) -> tuple[Policy | None, float]:
+        """The champion's policy and threshold by its raw files; above the policy file's threshold no policy holds."""
+        pointer = json.loads((self.root / "champion.json").read_text())
+        folder = self.root / "bundles" / pointer["champion"]
+        (file,) = (folder / name for name in policy_files() if (folder / name).is_file())
+        held = json.loads(file.read_text())
+        own = next(held[name] for name in ("exit_threshold", "threshold", "t1") if name in held)
+        threshold = own if pointer["threshold"] is None else max(own, pointer["threshold"])
+        policy = read_policy(folder)
+        assert policy is not None and (held["guarantee"] == "none") == (not policy.promises), self.done
+        return (policy if threshold == own else None), threshold
 
     def status(self) -> None:
         """The loop's record, page and metrics."""
@@ -245,7 +262,7 @@ class Story:
         words = ["continual", "status", "--root", self.root, "--page", page, "--metrics", metrics]
         _, text, record = self.stage1(*words)
         for shown in (text, page.read_text(), metrics.read_text()):
-            self.hold(self.in_force(), shown, record, exits_only=True)
+            self.hold(self.in_force()[0], shown, record, exits_only=True)
 
     def go(self, steps: int) -> None:
         """Begin with something that stands, then do anything."""
@@ -268,6 +285,20 @@ def _records(value: Any) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("seed", [1])
 def test_a_short_story_shows_what_its_policy_file_holds(made, tmp_path, capsys, seed: int) -> None:
     Story(made, tmp_path, seed, capsys).go(6)
+
+
+def test_a_tightened_champion_keeps_no_promise_wherever_it_is_shown(made, tmp_path, capsys) -> None:
+    """Of clips with several photos, certified, deployed and tightened: what no draw of a story need reach."""
+    story = Story(made, tmp_path, 0, capsys)
+    story.stage1("calibrate", "--run", story.run, *FEASIBLE["gate"], "--delta", ".4")
+    story.deploy()
+    story.status()
+    held = story.in_force()[0]
+    assert held is not None and held.promises and held.model_dump()["certificate"]["unit"] == "groups"
+    story.tighten(0.01)
+    assert story.in_force()[0] is None
+    story.status()
+    story.serve()
 
 
 @pytest.mark.slow

@@ -103,18 +103,20 @@ def texts(policy: Policy, run: Path, test: Any, folder: Path) -> dict[str, str]:
     return {name: html.unescape(re.sub(r"data:image/png;base64,[^\"]*", "", text)) for name, text in found.items()}
 
 
-def looked(policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0) -> tuple[Status, ServedColumns]:
+def looked(
+    policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0, alpha: float = ALPHA
+) -> tuple[Status, ServedColumns]:
     rows = ServedColumns(
         time=np.arange(n) * 10.0, exited=np.ones(n, bool), wrong=(np.arange(n) < wrong).astype(float),
         propensity=np.ones(n), score=np.full(n, 0.99),
     )  # fmt: skip
     start = min(policy.exit_threshold, 0.99)
-    controller = ThresholdController(ControllerConfig(alpha=ALPHA, certified=start, audit_rate=0.3, floor=0.3)).state
+    controller = ThresholdController(ControllerConfig(alpha=alpha, certified=start, audit_rate=0.3, floor=0.3)).state
     if tighter:
         controller = controller.at_least(to_logit(start) + tighter)
     status, _ = assess(
-        rows, MonitorConfig(alpha=ALPHA), now=1e5, triggers_before=TriggerState(since=0.0), policy=policy,
-        evidence=Evidence(alpha=ALPHA).after(rows.wrong, propensity=rows.propensity, time=rows.time),
+        rows, MonitorConfig(alpha=alpha), now=1e5, triggers_before=TriggerState(since=0.0), policy=policy,
+        evidence=Evidence(alpha=alpha).after(rows.wrong, propensity=rows.propensity, time=rows.time),
         controller=controller,
     )  # fmt: skip
     return status, rows
@@ -134,6 +136,11 @@ def test_nothing_is_said_to_be_promised_that_the_file_does_not_hold(shown: Any) 
     if promises:
         assert all(CLAIMS.search(said[name]) for name in ("calibrate", "evaluate", "report", "predict"))
         assert "the labels are right" in said["predict"]
+        judged = re.compile(r"\b(PASS|FAIL|INCONCLUSIVE)\b|beyond chance")
+        for name in ("evaluate", "report"):
+            # One calibration does not refute an average.
+            assert bool(judged.search(said[name])) == (kind != "scrc T"), (kind, name)
+            assert ("on average" in said[name]) >= (kind == "scrc T")
     else:
         assert "romises nothing" in said["calibrate"] or "othing is promised" in said["calibrate"]
         assert "certified: 0" not in said["page 0"] and "calibrated: 0" in said["page 0"]
@@ -165,6 +172,33 @@ def test_a_tightened_threshold_is_shown_without_the_promises_it_gives_up(shown: 
     if policy.steerable:
         assert (tight.promises, tight.certified) == ([], None) and tight.limit != "promised"
         assert not CLAIMS.search(" ".join([tight.headline, *tight.sentences])), kind
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 60)])
+@pytest.mark.parametrize("alpha", [0.02, ALPHA, 0.05])
+def test_audits_of_photos_judge_a_promise_of_photos_alone(sizes: tuple[int, int], alpha: float) -> None:
+    """A certified exit error of at most 3%, of groups of one or of unlike sizes, held against limits around it."""
+    rng = np.random.default_rng(0)
+    size = np.where(rng.random(3000) < 0.05, *sizes[::-1])
+    groups = np.repeat(np.arange(size.size), size)
+    wrong = rng.random(groups.size) < np.where(size[groups] > 1, 0.15, 0.004)
+    labels, sure = rng.integers(0, 2, groups.size), rng.uniform(0.6, 0.99, groups.size)
+    positive = np.where((labels == 1) ^ wrong, sure, 1 - sure)
+    policy = fit_gate_policy(
+        np.stack([1 - positive, positive], axis=1), np.log(sure / (1 - sure)), labels, **BINARY,
+        halves=np.where(rng.random(size.size) < 0.5, "fit", "certify")[groups], model_fingerprint="m",
+        preprocessing_fingerprint="p", guarantee="ltt", max_exit_error=ALPHA, min_coverage=0.5,
+        groups=groups.astype(str),
+    )  # fmt: skip
+    of_photos = sizes == (1, 1)
+    for count in (0, 46):
+        status, _ = looked(policy, count, alpha=alpha)
+        text = " ".join([status.headline, *status.sentences])
+        assert bool(OF_EXITS.search(text)) == (of_photos and alpha == ALPHA), text
+        assert ("no policy promises" in text) == (alpha < ALPHA), text
+        assert status.health == ("alarm" if count else "holds")
+        if alpha >= ALPHA:
+            assert "at most 3%" in text and ("groups" in text) == (not of_photos), text
 
 
 def test_before_any_audit_there_is_no_harm_to_count(tmp_path: Path) -> None:

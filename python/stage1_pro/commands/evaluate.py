@@ -41,9 +41,7 @@ class Evaluate(Command, topic="certificates"):
         broken = any(one.outcome == "FAIL" for one in found.exit_promises) or (
             found.verification is not None and found.verification.outcome == "FAIL"
         )
-        # A policy without a guarantee breaks none, and one calibration refutes no average over many.
-        failed = broken and found.guarantee not in ("none", "expectation")
-        return Result(render(found), found.model_dump(mode="json"), PROMISE_FAILED if failed else 0)
+        return Result(render(found), found.model_dump(mode="json"), PROMISE_FAILED if broken else 0)
 
     def _changed(self, protocol: str) -> Result:
         from stage1_pro.training.robustness import evaluate_protocol, render

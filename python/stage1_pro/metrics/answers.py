@@ -41,7 +41,7 @@ class FnrCheck(Record):
     was not drawn could hold any number of misses.
     """
 
-    outcome: Literal["holds", "not shown", "exceeded"]
+    outcome: Literal["holds", "not shown", "exceeded"] | None = Field(description="null: nothing was promised")
     value: float | None = Field(description="null when no positive exited")
     upper_bound: float | None = Field(
         description="on the share of groups that hold a miss; higher where few large groups hold most exited positives"
@@ -160,12 +160,16 @@ def measure_fnr(source: str | None, counts: FnrCounts, interval: Interval, level
     )  # fmt: skip
 
 
-def check_fnr(measure: Measure, counts: FnrCounts, target: float, level: float) -> FnrCheck:
-    """Hold FNR on exits against the policy's target, by its upper bound on groups; arguments as in ``measure_fnr``."""
-    outcome: Literal["holds", "not shown", "exceeded"]
+def check_fnr(measure: Measure, counts: FnrCounts, target: float, level: float, *, promised: bool = True) -> FnrCheck:
+    """Hold FNR on exits against the policy's target, by its upper bound on groups; arguments as in ``measure_fnr``.
+
+    A target that is not ``promised`` stands beside what is seen, and nothing is judged.
+    """
+    outcome: Literal["holds", "not shown", "exceeded"] | None
     photos = ""
     if measure.value is None or measure.high is None:
-        outcome, words = "not shown", "not shown: no positive row exits, so nothing is known"
+        nothing = "no positive row exits, so nothing is known"
+        outcome, words = ("not shown", f"not shown: {nothing}") if promised else (None, nothing)
     else:
         photos = (
             f"of photos nothing is shown: a group larger than those here (at most {counts.largest} exited "
@@ -175,7 +179,9 @@ def check_fnr(measure: Measure, counts: FnrCounts, target: float, level: float) 
             f"{counts.missed} of {counts.n} exited positives missed ({measure.value:.2%}), in {counts.groups_missed} "
             f"of {counts.n_groups} groups, {level:.0%} upper bound on groups {measure.high:.2%}, target {target:.2%}"
         )
-        if measure.value > target:
+        if not promised:
+            outcome, words = None, figures
+        elif measure.value > target:
             outcome, words = "exceeded", f"exceeded: the measured rate itself is above the target; {figures}"
         elif measure.high <= target:
             outcome, words = "holds", f"holds by its bound, of groups: even that meets the target; {figures}; {photos}"

@@ -101,7 +101,7 @@ class PromiseCheck(Record):
     trials: int
     lower: float = Field(description="one-sided 99%, shared by the policy's own promises; above the limit: FAIL")
     upper: float = Field(description="one-sided 95%; at or below the limit: PASS")
-    outcome: Outcome | None = Field(description="null: nobody promised it, so nothing is judged")
+    outcome: Outcome | None = Field(description="null: not promised, or on average alone, so nothing is judged")
     photo_errors: int | None = Field(
         None, description="the same of all photos, where a group counts once; null elsewhere"
     )
@@ -152,7 +152,9 @@ class SetCheck(Record):
     size follows from them for two classes that never give an empty set, and otherwise from betting on size / K.
     """
 
-    outcome: Outcome | None = Field(description="FAIL when any promise fails, sources aside; null: nothing is promised")
+    outcome: Outcome | None = Field(
+        description="FAIL when any promise fails, sources aside; null: nothing is promised but averages, or nothing"
+    )
     statement: str = Field(description="the outcome in words")
     promises: list[PromiseCheck]
     n: int

@@ -231,6 +231,11 @@ class ExitPolicy(Policy):
         return 0 if self.certificate is None else self.certificate.n
 
     @property
+    def groups_are_photos(self) -> bool:
+        """Whether each photo that certified it was a group of its own."""
+        return self.certificate is not None and self.certificate.unit == "rows"
+
+    @property
     def usual_exit_rate(self) -> float | None:
         """Share of calibration rows that exit."""
         return self.coverage

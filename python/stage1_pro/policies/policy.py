@@ -7,7 +7,7 @@ entry point of the group ``stage1_pro.policies``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stage1_pro.policies.planning import Planned, PlanTerms
 
 
-Said = Literal["promised", "asked for", "watched"]
+Said = Literal["promised", "covered by a promise", "promised of groups", "asked for", "watched"]
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,30 @@ class Policy(Record):
         """All that it may be said to promise, wherever it is shown; nothing without a guarantee."""
         return () if self.guarantee == "none" else self.target.promises(self.positive)
 
-    def says_of_exits(self, limit: float) -> Said:
-        """What a limit on the exit error is to it: promised by its certificate, only asked for, or neither."""
-        kinds: tuple[tuple[Said, tuple[Promise, ...]], ...] = (
-            ("promised", self.promises),
-            ("asked for", self.target.promises(self.positive)),
-        )
-        exits = ("exit error", limit)
-        return next((said for said, found in kinds if exits in [(one.quantity, one.limit) for one in found]), "watched")
+    @property
+    def groups_are_photos(self) -> bool:
+        """Whether each photo that certified it was a group of its own, so that what it promises is of photos, too."""
+        return False
+
+    def says_of_exits(self, limit: float) -> tuple[Said, float]:
+        """What a limit on the share of photos that exit and are wrong is to it, and the policy's own limit.
+
+        A promise covers each limit that is no stricter. One of groups promises nothing of photos where groups have
+        several: its own limit is then another one, of another rate.
+        """
+
+        def own(found: Sequence[Promise]) -> float | None:
+            limits = [one.limit for one in found if one.quantity == "exit error" and one.bound == "at most"]
+            return min((one for one in limits if one <= limit), default=None)
+
+        sure = [one for one in self.promises if one.strength == "certified"]
+        of_photos = own([one for one in sure if one.unit == "photo" or self.groups_are_photos])
+        if of_photos is not None:
+            return "promised" if of_photos == limit else "covered by a promise", of_photos
+        of_groups, asked = own(sure), own(self.target.promises(self.positive))
+        if of_groups is not None:
+            return "promised of groups", of_groups
+        return ("watched", limit) if asked is None else ("asked for", asked)
 
     @property
     def fnr_target(self) -> float | None:
@@ -250,7 +266,7 @@ class Policy(Record):
         FAIL: the 99% lower bound, shared by all promises, is beyond the limit; PASS: the 95% upper bound is within it.
         A rate below the limit is no PASS, one above it no FAIL. One seeded row speaks for its group, as in a
         certificate, with the counts of all photos beside it; where photos are promised they are what is held. What was
-        only asked for has no outcome.
+        only asked for has no outcome, nor has an average over calibrations, which one of them does not show.
         """
         from stage1_pro.policies.bounds import exact
         from stage1_pro.policies.checks import check_claim, check_photos, unjudged
@@ -275,7 +291,8 @@ class Policy(Record):
             check = check_claim(name, int(errors[drawn].sum()), drawn.size, limit, n, len(asked))
             photos = {"photo_errors": int((errors & trials).sum()), "photo_trials": int(trials.sum())}
             found.append(check if names is None else check.model_copy(update=photos))
-        return Checked(found if self.promises else unjudged(found))
+        judged = [bool(self.promises) and one.strength == "certified" for one in asked]
+        return Checked([one if sure else unjudged([one])[0] for one, sure in zip(found, judged, strict=True)])
 
     def at(self, threshold: float) -> Self:
         """The policy with a stricter exit threshold; itself at its own threshold or below, where nothing is certified.

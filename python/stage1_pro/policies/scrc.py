@@ -36,8 +36,8 @@ from stage1_pro.arguments import (
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
-from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, SetCheck, why_independent
-from stage1_pro.policies.checks import check_claim, mean_size, share_of
+from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, Outcome, SetCheck, why_independent
+from stage1_pro.policies.checks import check_claim, mean_size, share_of, unjudged
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
 from stage1_pro.policies.useful import weigh_sets
@@ -452,8 +452,9 @@ class FittedSCRC:
         rows_independent: bool = False,
         seed: int = 0,
     ) -> SetCheck:
-        """Hold each promise against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
+        """Hold each certified promise against rows that calibrated nothing: PASS, FAIL or INCONCLUSIVE.
 
+        A promise on average (``T``, and the risk of ``I``) has no outcome: one calibration does not refute an average.
         FAIL: Clopper and Pearson's 99% bound breaks the promise; PASS: their 95% bound keeps it; else INCONCLUSIVE,
         with the units that would settle it if rates stay as seen. ``rate <= alpha`` is no test: a system at true 0.8%
         fails it at alpha = 1% every third time on 500 rows. One seeded row speaks for its group, as in ``calibrate``.
@@ -487,10 +488,15 @@ class FittedSCRC:
             trials = accepted & member
             name = "risk" if len(self.cells) == 1 else f"risk of {self.scrc.groups} {cell.name}"
             found.append(check_claim(name, int((missed & trials).sum()), int(trials.sum()), self.scrc.alpha, n, of))
-        outcomes = {one.outcome for one in found}
+        if self.scrc.variant == "T":
+            found = unjudged(found)
+        elif self.scrc.variant == "I":
+            found[1:] = unjudged(found[1:])
+        outcomes = {one.outcome for one in found} - {None}
+        judged: Outcome = "FAIL" if "FAIL" in outcomes else "INCONCLUSIVE" if "INCONCLUSIVE" in outcomes else "PASS"
         sizes = sets[accepted].sum(axis=1)
         return SetCheck(
-            outcome="FAIL" if "FAIL" in outcomes else "INCONCLUSIVE" if "INCONCLUSIVE" in outcomes else "PASS",
+            outcome=judged if outcomes else None,
             statement="", promises=found, n=n, unit=unit, accepted=sizes.size,
             average_set_size=mean_size(
                 sizes, self.n_classes, np.random.default_rng(seed), smallest=0 if self.scrc.allow_empty else 1

@@ -596,20 +596,24 @@ def _outcome(guarantee: str, seen: SetCheck) -> str:
         )
 
     if guarantee == "none":
-        return f"what was asked for (nothing was promised) and what is seen: {listed('PASS', 'FAIL', 'INCONCLUSIVE')}"
-
+        every = listed("PASS", "FAIL", "INCONCLUSIVE", None)
+        return f"what was asked for (nothing was promised) and what is seen: {every}"
+    average = ""
+    if guarantee == "expectation":
+        average = (
+            "promised on average over many calibrations, which this one neither shows nor refutes, and what is seen: "
+            f"{listed(None)}"
+        )
+    if seen.outcome is None:
+        return average
+    asked, average = ("the share accepted", f"; {average}") if average else (asked, "")
     if seen.outcome == "PASS":
-        return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}"
+        return f"PASS: {asked} holds on val_test by its 95% bounds: {listed('PASS')}{average}"
     if seen.outcome == "FAIL":
-        if guarantee == "expectation":
-            return (
-                f"FAIL: these thresholds are beyond their limits on val_test, by 99% bounds: {listed('FAIL')}; what "
-                "was promised is an average over many calibrations, which one of them does not refute"
-            )
-        return f"FAIL: {asked} does not hold on val_test, by its 99% bounds: {listed('FAIL')}"
+        return f"FAIL: {asked} does not hold on val_test, by its 99% bounds: {listed('FAIL')}{average}"
     needed = [one.n_to_settle for one in seen.promises if one.outcome == "INCONCLUSIVE"]
     settled = [number for number in needed if number is not None]
     words = f"INCONCLUSIVE: these rows neither show {asked} nor break it: {listed('INCONCLUSIVE')}"
     if settled and len(settled) == len(needed):
-        return f"{words}; about {max(settled)} {seen.unit} in all would settle it if rates stay as seen"
-    return f"{words}; no number of {seen.unit} is known to settle it at the rates seen"
+        return f"{words}; about {max(settled)} {seen.unit} in all would settle it if rates stay as seen{average}"
+    return f"{words}; no number of {seen.unit} is known to settle it at the rates seen{average}"

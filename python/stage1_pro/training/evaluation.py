@@ -161,7 +161,7 @@ def _under_policy(whole: Scope, policy: Policy, measures: Sequence[Measure]) -> 
     check = None
     if policy.fnr_target is not None:
         fnr = next(m for m in measures if m.metric == "fnr_on_exited")
-        check = check_fnr(fnr, fnr_counts(whole), policy.fnr_target, LEVEL)
+        check = check_fnr(fnr, fnr_counts(whole), policy.fnr_target, LEVEL, promised=bool(policy.promises))
     checked = policy.check(
         Rows.of(
             answers["stage_a"].probs, predictions.labels, classes=predictions.classes, positive=predictions.positive,
@@ -335,15 +335,15 @@ def render(evaluation: Evaluation) -> str:
     if check is not None:
         sheet.add(f"FNR on exits: {check.statement}")
     if promises:
-        _add_promises(sheet, promises)
+        _add_promises(sheet, promises, evaluation.guarantee)
     if evaluation.verification is not None:
-        _add_sets(sheet, evaluation.verification)
+        _add_sets(sheet, evaluation.verification, evaluation.guarantee)
     sheet.add(evaluation.statement if evaluation.policy is None else f"guarantee: {evaluation.guarantee}")
     return sheet.text()
 
 
 def one_verdict(evaluation: Evaluation) -> tuple[FnrCheck | None, list[PromiseCheck]]:
-    """The check of the target on FNR, and the promises held: where one is judged, the same rate is not judged twice."""
+    """The check of the target on FNR, and the promises held: a rate is shown once, judged where promised."""
     promises, name = evaluation.exit_promises, "FNR on exits"
     if any(one.name == name and one.outcome is not None for one in promises):
         return None, promises
@@ -381,9 +381,9 @@ def _add_sources(
         sheet.add(exits)
 
 
-def _add_promises(sheet: Sheet, promises: Sequence[PromiseCheck]) -> None:
+def _add_promises(sheet: Sheet, promises: Sequence[PromiseCheck], guarantee: str | None) -> None:
     """What was promised and whether these rows keep it, or what was only asked for, beside what is seen."""
-    what = "promise" if any(one.outcome for one in promises) else "asked for"
+    what = "asked for" if guarantee in (None, "none") else "promise"
     names = [what, "source", "at most", "seen", "99% lower", "95% upper", "outcome", "to settle"]
     photos = any(one.photo_trials is not None for one in promises)
     table = grid((*names, *(["of photos"] if photos else [])), left=(what, "source", "outcome"))
@@ -396,9 +396,9 @@ def _add_promises(sheet: Sheet, promises: Sequence[PromiseCheck]) -> None:
     sheet.add(table)
 
 
-def _add_sets(sheet: Sheet, check: SetCheck) -> None:
+def _add_sets(sheet: Sheet, check: SetCheck, guarantee: str | None) -> None:
     """The promises of a policy with sets, and what its sets are like."""
-    _add_promises(sheet, check.promises)
+    _add_promises(sheet, check.promises, guarantee)
     rates = {
         "rejected": check.rejection_rate,
         "ambiguous among the accepted": check.ambiguous_rate,
@@ -500,8 +500,8 @@ def _draw(
             one = replace(exits["fnr_on_exited"], value=fnr.value, low=math.nan, high=math.nan)
             png = figures.distribution_png(one, "FNR on exits", percent=True, target=policy.fnr_target, bound=fnr.high)
             caption = (
-                "Missed positives among exits, on each resample of whole groups. The target is kept by its bound when "
-                "the dotted line is left of the dashed one."
+                "Missed positives among exits, on each resample of whole groups. The dotted line is their upper bound, "
+                "the dashed one the target."
             )
             pictures.append(Picture.of("fnr_on_exited", caption, png))
         png = figures.distribution_png(

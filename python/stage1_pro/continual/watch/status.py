@@ -67,7 +67,9 @@ class Status(Record):
     sentences: list[str]
     alpha: float
     limit: Said = Field(
-        "watched", description="what alpha is to the policy: promised by its certificate, only asked for, or neither"
+        "watched",
+        description="what alpha, a limit of photos, is to the policy: promised by its certificate, covered by a "
+        "stricter promise, promised of groups, only asked for, or neither",
     )
     promises: list[str] = Field([], description="all that the policy promises, in words")
     n_rows: int = Field(description="recent decisions that the figures speak of")
@@ -143,7 +145,8 @@ def assess(
     health = _health(config.alpha, exit_risk, estimated, seen, evidence, verdict)
     if policy is not None and controller is not None:
         policy = policy.at(controller.threshold)  # what a tightened threshold gives up is promised no more
-    limit: Said = "watched" if policy is None else policy.says_of_exits(config.alpha)
+    nobodys: tuple[Said, float] = ("watched", config.alpha)
+    limit, own = nobodys if policy is None else policy.says_of_exits(config.alpha)
     promises = [] if policy is None else [str(one) for one in policy.promises]
     start = None if controller is None else controller.config.certified
     status = Status(
@@ -152,7 +155,16 @@ def assess(
         health=health,
         headline=_HEADLINES[health][limit == "promised"],
         sentences=_sentences(
-            config.alpha, exit_risk, estimated, seen, evidence, controller, verdict, limit=limit, promises=promises
+            config.alpha,
+            exit_risk,
+            estimated,
+            seen,
+            evidence,
+            controller,
+            verdict,
+            limit=_LIMITS[limit].format(own=_share(own), alpha=_share(config.alpha)),
+            others=promises if limit == "watched" else [],
+            certified=bool(promises),
         ),
         alpha=config.alpha,
         limit=limit,
@@ -390,10 +402,14 @@ _HEADLINES: dict[Health, tuple[str, str]] = {
     "watch": ("Watch: something has changed.", "Watch: something has changed."),
     "alarm": ("Alarm: exits are wrong more often than the limit.", "Alarm: exits are wrong more often than promised."),
 }
+# ``own`` is the policy's limit, ``alpha`` the one that is watched, of photos.
 _LIMITS: dict[Said, str] = {
-    "promised": "Promised was at most {}.",
-    "asked for": "Asked for was at most {}; nothing is promised of it.",
-    "watched": "It is watched against a limit of {}, which no policy promises.",
+    "promised": "Promised was at most {own}.",
+    "covered by a promise": "It is watched against a limit of {alpha}; promised is less, at most {own}.",
+    "promised of groups": "Promised of groups, one photo drawn from each: at most {own}. Watched here: photos, of "
+    "which large groups have more, against a limit of {alpha}. This page does not test the promise.",
+    "asked for": "Asked for was at most {own}; nothing is promised of it. It is watched against a limit of {alpha}.",
+    "watched": "It is watched against a limit of {alpha}, which no policy promises.",
 }
 
 
@@ -411,20 +427,20 @@ def _health(
 
 def _sentences(
     alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence,
-    controller: ControllerState | None, verdict: Advice, *, limit: Said, promises: Sequence[str],
+    controller: ControllerState | None, verdict: Advice, *, limit: str, others: Sequence[str], certified: bool,
 ) -> list[str]:  # fmt: skip
-    """What a person should know, in plain words."""
+    """What a person should know, in plain words: ``limit`` says what alpha is, ``others`` what else is promised."""
     said = []
-    calibrated = "certified" if promises else "calibrated"
+    calibrated = "certified" if certified else "calibrated"
     if risk.value is None or risk.low is None or risk.high is None:
         said.append("No exit has been audited yet, so nothing is known of the risk. Review some.")
     else:
         said.append(
             f"{risk.n} exits were checked and {risk.n_wrong} were wrong: about {_share(risk.value)} of all exits, "
-            f"between {_share(risk.low)} and {_share(risk.high)}. {_LIMITS[limit].format(_share(alpha))}"
+            f"between {_share(risk.low)} and {_share(risk.high)}. {limit}"
         )
-    if limit == "watched" and promises:
-        said.append(f"The policy promises something else: {'; '.join(promises)}. This page does not test it.")
+    if others:
+        said.append(f"The policy promises something else: {'; '.join(others)}. This page does not test it.")
     if evidence.alarm and evidence.alarm_n is not None:
         said.append(
             f"The alarm came after {evidence.alarm_n} checked photos that exit at the {calibrated} threshold. While "
@@ -444,7 +460,7 @@ def _sentences(
                 "fewer photos exit, and nothing is promised there."
             )
         else:
-            said.append(f"The threshold is the {calibrated} one{'' if promises else ', not a certified one'}.")
+            said.append(f"The threshold is the {calibrated} one{'' if certified else ', not a certified one'}.")
     if verdict.train:
         said.append(f"Training is asked for: {', '.join(verdict.reasons)}.")
     elif verdict.waiting:
