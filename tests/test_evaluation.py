@@ -909,7 +909,7 @@ def test_the_report_in_a_browser(browser: str, width: int, policy: bool, tmp_pat
     assert thumbnails and all(one["shown"] > 50 for one in thumbnails)
     words = found["text"]
     assert "AUGRC" in words and "Most confident mistakes" in words
-    assert ("Is the target on missed positives kept here?" in words) == policy
+    assert ("Missed positives: what was asked for" in words) == policy
     assert not re.search(r"\b(nan|NaN|None|Infinity|undefined:|[Ee]xception|Traceback|Error:)\b", words)
     assert "{{" not in words and "{%" not in words
 
