@@ -399,7 +399,8 @@ def tie_scores(how: str, p: np.ndarray) -> np.ndarray:
         # As many rows as like have one answer, and their labels differ.
         return np.where((p > 0.8) & (p < 0.9), 0.85, p)
     if how == "crowded":
-        return (0.98 + 0.009 * np.tanh(np.log(p / (1 - p)) / 2)).astype(np.float32)
+        sure = (0.98 + 0.009 * np.tanh(np.abs(np.log(p / (1 - p))) - 2)).astype(np.float32)
+        return np.where(p > 0.5, sure, 1 - sure)
     rounded = {"levels": np.round(p * 15) / 15, "float16": p.astype(np.float16), "decimals": p.round(4)}
     return rounded.get(how, p)
 

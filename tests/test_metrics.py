@@ -556,7 +556,7 @@ def test_what_cannot_be_measured_is_stated():
         ({"groups": ["a"]}, r"groups must have shape \[3\]"),
         ({"groups": [1, 2, 3], "stratify": True}, "groups and strata must not be given together"),
         ({"confidence": [0.1, math.nan, 0.3]}, "confidence must not be NaN, got NaN at row 1"),
-        ({"n_replicates": 0}, "n_replicates must be at least 1"),
+        ({"n_replicates": 0}, "n_replicates must be from 1"),
     ],
 )
 def test_wrong_arguments_of_the_suite_are_named(arguments, message):

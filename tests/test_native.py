@@ -448,7 +448,7 @@ def test_wrong_rows_are_named(confidence, error, message):
 def test_wrong_arguments_are_named():
     rows = ([0.5, 0.6], [0, 1])
     for arguments, message in [
-        ({"n_replicates": 0}, "n_replicates must be at least 1, got 0"),
+        ({"n_replicates": 0}, "n_replicates must be from 1"),
         ({"n_replicates": 1, "seed": -1}, "seed must be from 0"),
         ({"n_replicates": 1, "threads": -2}, "threads must be 0 or more, got -2"),
     ]:

@@ -197,7 +197,7 @@ class Rows:
         # Float32 makes more ties where scores crowd: one for 2^11 pairs of values that are this close; four times that.
         values = np.unique(surest[surest <= _SATURATED])
         near = int((np.searchsorted(values, values + 2**-14, side="right") - np.arange(values.size) - 1).sum())
-        if extra <= min(max(n**2 / _CHANCE, near / 2**9), n / 100) or self._rounded(surest):
+        if extra <= min(max(n**2 / _CHANCE, near / 2**9), n / 20) or self._rounded(surest):
             return None
         twins = rows[alike[rows] == np.flatnonzero(doubt)[0]]
         return int(twins[0]), int(twins[1]), extra + int(doubt.sum())
