@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -1145,12 +1144,11 @@ def test_the_real_sets_are_too_small_for_the_default_promise(name: str, shared, 
         classes=splits.classes, positive=splits.positive, split="val_calib", split_hash=splits.hashes["val_calib"],
         model_fingerprint="m" * 64, preprocessing_fingerprint="p" * 64,
     ).save(tmp_path / "run" / "val_calib.npz")  # fmt: skip
-    few = {"softmax": "even no error at all would need 149", "gate": "would need 299|too few to certify a coverage"}
-    for policy, words in few.items():
-        (tmp_path / "run" / "claims.json").unlink(missing_ok=True)
+    # Counts alone say so, 149 and 299 groups without an error being the least: no claim is spent.
+    for policy, least in {"softmax": "149", "gate": "299"}.items():
         with pytest.raises(NotReachableError, match="INFEASIBLE") as caught:
             calibrate(tmp_path / "run", policy=policy)
-        assert re.search(words, str(caught.value))
-        assert "groups in the certify half would do" in str(caught.value)
+        assert least in str(caught.value) and "unspent" in str(caught.value)
+        assert not (tmp_path / "run" / "claims.json").exists()
     # The softmax of a sure model is what it is: nothing above depends on the logits' size.
     assert softmax(logits).max() > 0.99
