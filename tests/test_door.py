@@ -523,11 +523,11 @@ def test_a_refusal_takes_no_longer_than_three_successes(policy: str, n: int) -> 
     def took(error: float) -> float:
         second = np.where((labels == 1) ^ (rng.random(n) < error), sure, 1 - sure)
         probs = np.stack([1 - second, second], axis=1)
-        start = time.perf_counter()
+        start = time.process_time()
         if policy == "certify_threshold":
             found = certify_threshold(sure, probs.argmax(axis=1) != labels, alpha=0.1, delta=0.05)
             assert found.feasible == (error < 0.1) and (found.n_needed is None or error > 0.1)
-            return time.perf_counter() - start
+            return time.process_time() - start
         wish = {"softmax": "target_fnr", "gate": "max_exit_error", "scrc": "alpha"}[policy]
         asked: dict[str, Any] = {wish: 0.1, "groups": np.arange(n), "halves": halves}
         try:
@@ -536,12 +536,12 @@ def test_a_refusal_takes_no_longer_than_three_successes(policy: str, n: int) -> 
             assert error > 0.1
         else:
             assert error < 0.1 or policy == "scrc"  # of two classes sets may hold both
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     pairs = [(took(0.001), took(0.2)) for _ in range(10)]
     success, refusal = (min(times) for times in zip(*pairs, strict=True))
-    # What is fixed is a few milliseconds.
-    assert refusal <= 3 * success + 0.008
+    # What is fixed is a few milliseconds, more on a busy machine.
+    assert refusal <= 3 * success + 0.015
 
 
 # -------------------------------------------------------------------------------- groups, names and ids
