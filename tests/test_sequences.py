@@ -19,24 +19,18 @@ pytest.importorskip("torch", reason="bundles are exported with [train]")
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
 from kit.loop_parts import promote
-from kit.tiny import copy_run
+from kit.tiny import copy_run, untrained_run
 
-import stage1_pro
 from stage1_pro import cli
-from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual.loop.folder import opened
 from stage1_pro.continual.serving.events import EventLog, ReviewPlan
 from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
-from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.integrations.streetvision import Settings, StreetVision
-from stage1_pro.models.model import create_model
 from stage1_pro.policies.policy import Policy, policy_files, read_policy
-from stage1_pro.training.checkpoint import save_model
-from stage1_pro.training.inference import infer_split, save_calibration
-from stage1_pro.training.run import write_config
+from stage1_pro.training.inference import save_calibration
 
 # Sentences that say that something is promised, or judge a promise.
 CLAIMS = re.compile(
@@ -70,15 +64,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a model that knows nothing, whose stored answers on val_calib are mostly right and know where not."""
     folder = tmp_path_factory.mktemp("sequences")
     run = folder / "run"
-    labels = render_pool(folder / "run" / "pool", 160, seed=3, size=48)
     fractions = {"train": 0.2, "val_select": 0.1, "val_calib": 0.6, "val_test": 0.1}
-    splits = stage1_pro.split(labels, run, seed=0, fractions=fractions)
-    config = Config(model=ModelConfig(backbone="tiny", tap=2, image_size=48))
-    model = create_model(config.model, splits.classes, splits.positive, 0)
-    write_config(run, config, splits)
-    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
-    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
-    known = infer_split(run, "val_calib")
+    known = untrained_run(run, run / "pool", fractions, 48)
     rng = np.random.default_rng(0)
     sure = rng.uniform(0.5, 4, known.labels.size).astype(np.float32)
     right = rng.random(known.labels.size) < 1 / (1 + np.exp(-2 * sure))

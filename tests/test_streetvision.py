@@ -34,7 +34,6 @@ from stage1_pro.data import protocols
 from stage1_pro.data.images import ImageError, read_image, read_opened
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits
-from stage1_pro.data.synthetic import render_pool
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.files import sha256_file
@@ -62,23 +61,14 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated run with a model that has only its starting weights."""
-    from stage1_pro.config import Config, ModelConfig
-    from stage1_pro.models.model import create_model
-    from stage1_pro.training.checkpoint import save_model
-    from stage1_pro.training.inference import infer_split, save_calibration
-    from stage1_pro.training.run import write_config
+    from kit.tiny import untrained_run
+
+    from stage1_pro.training.inference import save_calibration
 
     folder = tmp_path_factory.mktemp("streetvision")
-    labels = render_pool(folder / "pool", 160, seed=3, size=64)
     run = folder / "run"
     fractions = {"train": 0.3, "val_select": 0.1, "val_calib": 0.3, "val_test": 0.3}
-    splits = stage1_pro.split(labels, run, seed=0, fractions=fractions)
-    config = Config(model=ModelConfig(backbone="tiny", tap=2, image_size=48))
-    model = create_model(config.model, splits.classes, splits.positive, 0)
-    write_config(run, config, splits)
-    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
-    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
-    save_calibration(run, infer_split(run, "val_calib"))
+    save_calibration(run, untrained_run(run, folder / "pool", fractions, 64))
     stage1_pro.calibrate(run, guarantee="none", target_fnr=0.99)
     return run
 

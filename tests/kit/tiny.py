@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+import stage1_pro
 from stage1_pro.config import Config, ModelConfig
+from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
+from stage1_pro.data.synthetic import render_pool
 from stage1_pro.files import sha256_file
 from stage1_pro.models.model import Stage1Model, create_model
 from stage1_pro.policies.gate import GateConstraints, GateParams
 from stage1_pro.policies.softmax import Thresholds
 from stage1_pro.training.checkpoint import save_model
+from stage1_pro.training.inference import infer_split
 from stage1_pro.training.run import write_config
 from stage1_pro.words import SPLITS
 
@@ -122,6 +126,17 @@ def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
     (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
     make_policy(model, splits.hashes).write(run / "thresholds.json")
     return run
+
+
+def untrained_run(run: Path, pool: Path, fractions: dict[str, float], size: int) -> Predictions:
+    """A split run of 160 street scenes and a model with its starting weights; gives its answers on val_calib."""
+    splits = stage1_pro.split(render_pool(pool, 160, seed=3, size=size), run, seed=0, fractions=fractions)
+    config = Config(model=ModelConfig(backbone="tiny", tap=2, image_size=48))
+    model = create_model(config.model, splits.classes, splits.positive, 0)
+    write_config(run, config, splits)
+    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
+    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
+    return infer_split(run, "val_calib")
 
 
 def copy_run(run: Path, to: Path) -> Path:
