@@ -388,7 +388,8 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
     with monkeypatch.context() as patch:
         patch.setattr("stage1_pro.continual.serving.live._append_pairs", fail)
         patch.setattr("stage1_pro.continual.serving.live.say", closed)
-        assert same(live.predict(photos), Cascade.load(bundle).predict(photos))
+        assert same(live.predict(photos), Cascade.load(strict).predict(photos))
+    assert live.candidate_failures == 1
     live.candidate_failures = 0
     monkeypatch.setattr(seat.cascade.runtime, "run", fail)
     assert same(live.predict(photos), Cascade.load(bundle).predict(photos))
