@@ -547,11 +547,11 @@ def test_null_candidates_are_seldom_promoted_and_real_gains_are(bench, vault):
 
 
 @pytest.mark.slow
-def test_two_hundred_epochs_of_ten_null_candidates(bench, vault):
+def test_eighty_epochs_of_ten_null_candidates(bench, vault):
     rng = np.random.default_rng(1)
-    runs = [bench.gate_epoch(vault, f"null {k}", 0.0, rng, n=500, looks=10, differ=0.2) for k in range(200)]
-    assert np.mean([any(run) for run in runs]) <= 0.1 + 3 * (0.1 * 0.9 / 200) ** 0.5
-    gains = [bench.gate_epoch(vault, f"gain {k}", 0.1, rng, n=4000, looks=1)[0] for k in range(50)]
+    runs = [bench.gate_epoch(vault, f"null {k}", 0.0, rng, n=500, looks=10, differ=0.2) for k in range(80)]
+    assert np.mean([any(run) for run in runs]) <= 0.1 + 3 * (0.1 * 0.9 / 80) ** 0.5
+    gains = [bench.gate_epoch(vault, f"gain {k}", 0.1, rng, n=4000, looks=1)[0] for k in range(20)]
     assert np.mean(gains) >= 0.8
 
 
