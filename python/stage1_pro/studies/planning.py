@@ -313,7 +313,7 @@ def render(found: CalibrationPlan) -> str:
         *(
             []
             if found.world is None
-            else ["        from few answers: with others of such photos it can be half or twice that"]
+            else ["        from few answers: others of such photos can ask for far fewer or far more"]
         ),
         "",
         f"{'certify half':>14}{'val_calib':>12}{'power':>8}{'+-':>7}{'then answers':>14}",
