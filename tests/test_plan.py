@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,31 @@ def test_rows_that_a_model_answered_are_the_world(tmp_path: Path) -> None:
         stage1_pro.plan(alpha=0.3, min_coverage=0.5, logits=file)
     with pytest.raises(InputError, match="expected_error must be left out"):
         stage1_pro.plan(logits=file, expected_error=0.1)
+
+
+def test_the_positive_class_of_a_file_is_the_one_that_calibrate_takes(tmp_path: Path) -> None:
+    """Three in ten are of it, first or last; one that nothing tells, or an array that is missing, names the file."""
+    file, rows = tmp_path / "answers.npz", law(200, np.random.default_rng(4), 0.05, 0.5, 2, positives=0.3)
+    arrays = {"probs": rows.probs, "labels": rows.labels}
+    turned = {"probs": rows.probs[:, ::-1], "labels": 1 - rows.labels}
+    needed = []
+    for given in (
+        {**arrays, "classes": ["no", "weed"]},
+        {**turned, "classes": ["weed", "no"]},
+        {**turned, "classes": ["weed", "crop"], "positive": "weed"},
+    ):
+        np.savez(file, **given)
+        needed.append(stage1_pro.plan("softmax", alpha=0.3, min_coverage=0.5, logits=file).n_certify)
+    assert needed[0] == needed[1] == needed[2]
+    for policy, lacking in (
+        ("softmax", {**arrays, "classes": ["weed", "crop"]}),
+        ("softmax", {**arrays, "positive": "weeds"}),
+        ("softmax", {"probs": rows.probs}),
+        ("gate", arrays),
+    ):
+        np.savez(file, **lacking)
+        with pytest.raises(InputError, match=re.escape(str(file))):
+            stage1_pro.plan(policy, alpha=0.3, min_coverage=0.5, logits=file)
 
 
 def test_given_units_say_the_smallest_risk_they_can_certify() -> None:

@@ -285,17 +285,11 @@ def _rows(asked: Plan) -> Rows | None:
     stated = [name for name in ("expected_error", "expected_coverage") if getattr(asked, name) is not None]
     if stated:
         raise InputError(f"{stated[0]} must be left out where rows say it, got it with --run or --logits; drop one")
-    from stage1_pro.training.calibration import file_probs, run_rows
+    from stage1_pro.training.calibration import file_rows, run_rows
 
     if asked.logits is not None:
         arrays = load_npz(asked.logits)
-        probs = file_probs(asked.logits, arrays)
-        names = [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
-        return Rows.of(
-            probs, arrays.get("labels", ()), classes=names, positive=str(arrays.get("positive", names[-1])),
-            gate=arrays.get("gate_logits"), groups=arrays.get("groups"),
-            probs_b=file_probs(asked.logits, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
-        )  # fmt: skip
+        return file_rows(asked.logits, arrays, asked.policy, said=f"positive in {asked.logits}")
     assert asked.run is not None
     path = asked.run / "val_select.npz"
     if not path.is_file():
