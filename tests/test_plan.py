@@ -290,6 +290,7 @@ def test_the_same_seed_plans_the_same() -> None:
         ({"cells": 2}, r"cells must be 1 for policy gate, got 2"),
         ({"cells": 1.5}, r"cells must be 1 to 100 positive shares that sum to 1, or their number, got 1.5"),
         ({"policy": "scrc", "cells": (0.5, float("nan"))}, r"cells must be 1 to 100 positive shares that sum to 1"),
+        ({"policy": "scrc", "cells": (1 / 101,) * 101}, r"cells must be 1 to 100 positive shares"),
         ({"policy": "scrc", "cells": ()}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"policy": "scrc", "cells": (0.5, 0.2)}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"power": 1.0}, r"power must be from 0.05 to 0.99, got 1.0"),
@@ -328,6 +329,14 @@ def test_the_command_writes_its_plan_and_needs_no_torch(tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG")
     stage1_pro.plan("scrc", alpha=0.3, n=40, out=tmp_path / "again")
     assert (tmp_path / "again" / "plan.png").read_bytes() == picture
+
+
+def test_a_plan_of_an_older_version_is_of_exact_tests() -> None:
+    found = stage1_pro.plan(alpha=0.3, min_coverage=0.5)
+    points = [point.model_copy(update={"draws": None}) for point in found.table]
+    text = render(found.model_copy(update={"seed": None, "table": points}))
+    assert "exact tests" in text and "simulated" not in text
+    assert "seed 0" in render(found)
 
 
 def test_the_command_prints_the_answer_and_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ class PlanPoint(Record):
 
     n: int = Field(description="units of the certify half")
     power: float = Field(description="chance to certify the wish with them, if the expectation holds")
-    draws: int | None = Field(None, description="simulated calibrations that it is a share of; null: exact, one test")
+    draws: int | None = Field(None, description="calibrations that it is a share of; null: exact, of older versions")
     coverage: float | None = Field(None, description="median of those that certify; null where none does")
 
 
@@ -327,7 +327,8 @@ def render(found: CalibrationPlan) -> str:
                 f"{found.smallest_alpha_at_n:.2g}; {found.least_alpha_at_n:.4f} at best, if none is wrong "
                 "and all are answered that may be"
             )
-    lines += ["", f"from simulated calibrations, seed {found.seed}; assumed:"]
+    by = "exact tests" if found.seed is None else f"simulated calibrations, seed {found.seed}"
+    lines += ["", f"from {by}; assumed:"]
     return "\n".join([*lines, *(f"  - {text}" for text in found.assumptions)])
 
 
@@ -353,7 +354,8 @@ def _cells(asked: Plan, *, several: bool) -> list[float]:
     given = [float(value) for value in (cells if isinstance(cells, tuple) else (cells,))]
     if len(given) == 1 and given[0] in range(1, _MOST_CELLS + 1):
         given = [1 / given[0]] * int(given[0])
-    if not (given and all(value > 0 for value in given) and abs(sum(given) - 1) <= 1e-6):
+    shares = 1 <= len(given) <= _MOST_CELLS and all(value > 0 for value in given)
+    if not (shares and abs(sum(given) - 1) <= 1e-6):
         raise InputError(
             f"cells must be 1 to {_MOST_CELLS} positive shares that sum to 1, or their number, got {cells}"
         )
