@@ -306,6 +306,22 @@ def test_what_holds_of_groups_is_not_said_of_photos() -> None:
     assert single.model_validate(single.model_dump(exclude={"photos"})).photos == ""
 
 
+def test_the_bound_on_fnr_has_one_level() -> None:
+    """Missed groups are missed wholly; only where sizes differ does the bootstrap raise the bound of groups."""
+    for hit in (40, 200, 360):
+        even = check_of(np.full(400, 5), np.arange(2000) < 5 * hit, 0.2)
+        assert even.upper_bound == pytest.approx(stats.beta.ppf(0.95, hit + 1, 400 - hit))
+    sizes = np.r_[np.ones(390, int), np.full(10, 40)]
+    missed = np.repeat(np.arange(400) >= 395, sizes)
+    drawn = bootstrap(
+        np.where(missed[:, None], [0.98, 0.02], [0.02, 0.98]), np.ones(missed.size, int), threshold=0.5, positive=1,
+        groups=np.repeat([f"g{i}" for i in range(400)], sizes), metrics="fnr_on_exited", n_replicates=20, level=0.9,
+    )["fnr_on_exited"]  # fmt: skip
+    worth = sizes.sum() ** 2 / (sizes**2).sum()
+    assert drawn.high > stats.beta.ppf(0.95, drawn.value * worth + 1, (1 - drawn.value) * worth)
+    assert check_of(sizes, missed, 0.2).upper_bound == pytest.approx(drawn.high)
+
+
 @pytest.mark.slow
 def test_holds_of_groups_is_wrong_in_few_test_sets() -> None:
     """The share of groups with a miss stands a hair above the target."""
