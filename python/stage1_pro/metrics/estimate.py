@@ -87,6 +87,11 @@ def worth(weights: NDArray[np.float64]) -> float:
     return float(weights.sum()) ** 2 / total if total > 0 else 0.0
 
 
+def unit_of(n_rows: int, n_units: int) -> str:
+    """What is resampled: "rows", also as groups that hold one each, or "groups"."""
+    return "rows" if n_units == n_rows else "groups"
+
+
 class Sizes(NamedTuple):
     """How many units of one size are worth as much as units of their sizes s: for a ``mean`` by s, for its ``spread``
     by s squared.
