@@ -196,8 +196,7 @@ def test_errors_that_follow_the_size_of_groups(
     law = f"{groups} groups, {share:g} of {size}, surer by {surer:g}"
     show("risk at coverage 1, .8; coverage at risk .01, .05", law, "covers .95", held / draws, draws)
     show("their caution", law, "", said / draws, draws)
-    assert all(share > 0.9 or enough(hold, 0.95, draws) for hold, share in zip(held / draws, said / draws, strict=True))
-    assert all(enough(hold, 0.93, draws) for hold in held / draws)
+    assert all(enough(hold, 0.95, draws) for hold in held / draws)
 
 
 def test_copies_of_wrong_rows_in_large_groups_widen_the_interval() -> None:
@@ -284,7 +283,7 @@ def test_a_difference_says_in_how_many_units_the_two_differ() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [200, 1000])
-def test_a_difference_of_coverage_at_risk_covers_or_is_said(n: int) -> None:
+def test_a_difference_of_coverage_at_risk_is_said_to_cover_less_and_of_risk_at_coverage_covers(n: int) -> None:
     rng, draws = np.random.default_rng(10), 150
     laws = ("risk at coverage c is c / 10", "a jump at .7")
     names = ("coverage_at_risk_0.01", "coverage_at_risk_0.02", "risk_at_coverage_0.8")
@@ -301,9 +300,10 @@ def test_a_difference_of_coverage_at_risk_covers_or_is_said(n: int) -> None:
         )  # fmt: skip
         held += [found[name].low <= value <= found[name].high for name, value in zip(names, truth, strict=True)]
         said += [bool(found[name].note) for name in names]
-    show("differences of coverage at risk .01, .02; risk at coverage .8", f"n = {n}", "or said", held / draws, draws)
+    show("differences of coverage at risk .01, .02; risk at coverage .8", f"n = {n}", ".8 covers", held / draws, draws)
     show("their caution", f"n = {n}", "", said / draws, draws)
-    assert all(note > 0.9 or enough(hold, 0.93, draws) for hold, note in zip(held / draws, said / draws, strict=True))
+    assert said[:2].tolist() == [draws, draws]
+    assert enough(held[2] / draws, 0.93, draws)
 
 
 # ---------------------------------------------------------------------------- few and uneven groups
