@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from scipy.stats import beta, binom
 
 from stage1_pro.continual.watch.monitor import cbpe, hajek_risk, horvitz_thompson_risk, naive_risk
 from stage1_pro.metrics import bootstrap, bootstrap_answers, bootstrap_errors, compare
+from stage1_pro.metrics.estimate import Estimate, Sizes
 from stage1_pro.metrics.intervals import metric_names
-from stage1_pro.metrics.table import lookup
+from stage1_pro.metrics.probabilistic import AnswerRows
+from stage1_pro.metrics.table import METRICS, lookup
+from stage1_pro.native import order
 from stage1_pro.policies.checks import check_claim, mean_size, share_of
 
 Floats = NDArray[np.float64]
@@ -192,8 +196,7 @@ def test_errors_that_follow_the_size_of_groups(
     law = f"{groups} groups, {share:g} of {size}, surer by {surer:g}"
     show("risk at coverage 1, .8; coverage at risk .01, .05", law, "covers .95", held / draws, draws)
     show("their caution", law, "", said / draws, draws)
-    assert all(share > 0.9 or enough(hold, 0.95, draws) for hold, share in zip(held / draws, said / draws, strict=True))
-    assert all(enough(hold, 0.93, draws) for hold in held[:2] / draws)
+    assert all(enough(hold, 0.95, draws) for hold in held / draws)
 
 
 def test_copies_of_wrong_rows_in_large_groups_widen_the_interval() -> None:
@@ -280,7 +283,7 @@ def test_a_difference_says_in_how_many_units_the_two_differ() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [200, 1000])
-def test_a_difference_of_coverage_at_risk_covers_or_is_said(n: int) -> None:
+def test_a_difference_of_coverage_at_risk_is_said_to_cover_less_and_of_risk_at_coverage_covers(n: int) -> None:
     rng, draws = np.random.default_rng(10), 150
     laws = ("risk at coverage c is c / 10", "a jump at .7")
     names = ("coverage_at_risk_0.01", "coverage_at_risk_0.02", "risk_at_coverage_0.8")
@@ -297,9 +300,10 @@ def test_a_difference_of_coverage_at_risk_covers_or_is_said(n: int) -> None:
         )  # fmt: skip
         held += [found[name].low <= value <= found[name].high for name, value in zip(names, truth, strict=True)]
         said += [bool(found[name].note) for name in names]
-    show("differences of coverage at risk .01, .02; risk at coverage .8", f"n = {n}", "or said", held / draws, draws)
+    show("differences of coverage at risk .01, .02; risk at coverage .8", f"n = {n}", ".8 covers", held / draws, draws)
     show("their caution", f"n = {n}", "", said / draws, draws)
-    assert all(note > 0.9 or enough(hold, 0.93, draws) for hold, note in zip(held / draws, said / draws, strict=True))
+    assert said[:2].tolist() == [draws, draws]
+    assert enough(held[2] / draws, 0.93, draws)
 
 
 # ---------------------------------------------------------------------------- few and uneven groups
@@ -342,20 +346,56 @@ def test_cautions_count_effective_groups() -> None:
     ):
         clip = np.repeat(np.arange(sizes.size), sizes)
         p, labels = rng.random(clip.size), rng.integers(0, 2, clip.size)
-        found = bootstrap(p, labels, groups=clip, threshold=0.6, n_replicates=30)
-        found |= bootstrap_answers(p, labels, groups=clip, n_replicates=30)
-        found |= compare(p, 1 - p, labels, groups=clip, n_replicates=30)
-        for name in ("augrc", "aurc", "accuracy", "nll", "brier", "balanced_accuracy", "auroc", "ece", "mcc"):
-            assert worth in found[name].note, name
-        assert (
-            worth
-            in bootstrap(p, labels, groups=clip, metrics="coverage_at_risk_0.5", n_replicates=2)[
-                "coverage_at_risk_0.5"
-            ].note
-        )
+        means = ["augrc", "aurc", "accuracy", "nll", "brier", "coverage_at_risk_0.5"]
+        for found in (
+            bootstrap(p, labels, groups=clip, metrics=means, n_replicates=30),
+            bootstrap_answers(p, labels, groups=clip, n_replicates=30),
+            compare(p, rng.random(clip.size), labels, groups=clip, metrics=means, n_replicates=30),
+        ):
+            for name, one in found.items():
+                assert worth in one.note, (name, one)
     clip = np.repeat(np.arange(40), 3)
     p, labels = rng.random(120), rng.integers(0, 2, 120)
     assert not bootstrap(p, labels, groups=clip, metrics="nll", n_replicates=30)["nll"].note
+
+
+@pytest.mark.parametrize("n", [30, 200])
+def test_groups_of_one_row_each_are_rows(n: int) -> None:
+    """The same ends, methods and cautions, where resamples number them alike."""
+    rng = np.random.default_rng(n)
+    p, labels = rng.random(n), rng.integers(0, 2, n)
+    ranked = order(np.maximum(p, 1 - p), (p > 0.5) != labels)[0]
+    for measured, place, how in (
+        (bootstrap, ranked, {"threshold": 0.6}),
+        (bootstrap, ranked, {"method": "logit"}),
+        (bootstrap, ranked, {"metrics": "augrc"}),
+        (bootstrap_answers, AnswerRows(np.stack([1 - p, p], axis=1), labels, 1).order, {}),
+    ):
+        names = np.argsort(place)
+        rows, groups = (measured(p, labels, groups=given, n_replicates=40, **how) for given in (None, names))
+        assert (groups.n_units, groups.unit) == (rows.n_units, rows.unit) == (n, "rows")
+        for name, one in rows.items():
+            other = groups[name]
+            assert (other.method, other.note) == (one.method, one.note), name
+            assert (other.low, other.high) == pytest.approx((one.low, one.high), nan_ok=True), name
+    rows, groups = (
+        compare(p, rng.permutation(p), labels, groups=given, metrics=["accuracy", "nll"], n_replicates=40)
+        for given in (None, names)
+    )
+    assert [one.method for one in groups.values()] == [one.method for one in rows.values()] == ["bca"] * 2
+
+
+def test_one_resample_is_no_interval() -> None:
+    p, labels = np.linspace(0.1, 0.9, 50), np.arange(50) % 3 // 2
+    found = bootstrap(p, labels, metrics=["augrc", "nll"], n_replicates=1)
+    found |= bootstrap_answers(p, labels, n_replicates=1)
+    for name, one in found.items():
+        assert math.isnan(one.low) and "one resample" in one.note and "equal" not in one.note, name
+
+
+def test_a_difference_is_worth_the_less_of_both_models() -> None:
+    one = Estimate(METRICS["accuracy"], 0.9, np.zeros(2), 9, Sizes(5, 4))
+    assert one.minus(replace(one, sizes=Sizes(6, 2))).sizes == (5, 2)
 
 
 def test_without_an_error_uneven_groups_count_by_their_effective_number() -> None:

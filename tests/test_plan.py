@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,31 @@ def test_rows_that_a_model_answered_are_the_world(tmp_path: Path) -> None:
         stage1_pro.plan(logits=file, expected_error=0.1)
 
 
+def test_the_positive_class_of_a_file_is_the_one_that_calibrate_takes(tmp_path: Path) -> None:
+    """Three in ten are of it, first or last; one that nothing tells, or an array that is missing, names the file."""
+    file, rows = tmp_path / "answers.npz", law(200, np.random.default_rng(4), 0.05, 0.5, 2, positives=0.3)
+    arrays = {"probs": rows.probs, "labels": rows.labels}
+    turned = {"probs": rows.probs[:, ::-1], "labels": 1 - rows.labels}
+    needed = []
+    for given in (
+        {**arrays, "classes": ["no", "weed"]},
+        {**turned, "classes": ["weed", "no"]},
+        {**turned, "classes": ["weed", "crop"], "positive": "weed"},
+    ):
+        np.savez(file, **given)
+        needed.append(stage1_pro.plan("softmax", alpha=0.3, min_coverage=0.5, logits=file).n_certify)
+    assert needed[0] == needed[1] == needed[2]
+    for policy, lacking in (
+        ("softmax", {**arrays, "classes": ["weed", "crop"]}),
+        ("softmax", {**arrays, "positive": "weeds"}),
+        ("softmax", {"probs": rows.probs}),
+        ("gate", arrays),
+    ):
+        np.savez(file, **lacking)
+        with pytest.raises(InputError, match=re.escape(str(file))):
+            stage1_pro.plan(policy, alpha=0.3, min_coverage=0.5, logits=file)
+
+
 def test_given_units_say_the_smallest_risk_they_can_certify() -> None:
     found = stage1_pro.plan(**SMALL, n=25)
     alpha, least = found.smallest_alpha_at_n, found.least_alpha_at_n
@@ -215,7 +241,7 @@ def test_two_hundred_answers_are_a_world(tmp_path: Path) -> None:
     np.savez(file, probs=rows.probs, labels=rows.labels, gate_logits=rows.gate)
     found = stage1_pro.plan(alpha=0.2, min_coverage=0.5, logits=file)
     assert 20 < found.n_certify < 400
-    assert "half or twice" in render(found)
+    assert "from few answers" in render(found)
 
 
 @pytest.mark.slow
@@ -264,6 +290,7 @@ def test_the_same_seed_plans_the_same() -> None:
         ({"cells": 2}, r"cells must be 1 for policy gate, got 2"),
         ({"cells": 1.5}, r"cells must be 1 to 100 positive shares that sum to 1, or their number, got 1.5"),
         ({"policy": "scrc", "cells": (0.5, float("nan"))}, r"cells must be 1 to 100 positive shares that sum to 1"),
+        ({"policy": "scrc", "cells": (1 / 101,) * 101}, r"cells must be 1 to 100 positive shares"),
         ({"policy": "scrc", "cells": ()}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"policy": "scrc", "cells": (0.5, 0.2)}, r"cells must be 1 to 100 positive shares that sum to 1"),
         ({"power": 1.0}, r"power must be from 0.05 to 0.99, got 1.0"),
@@ -302,6 +329,14 @@ def test_the_command_writes_its_plan_and_needs_no_torch(tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG")
     stage1_pro.plan("scrc", alpha=0.3, n=40, out=tmp_path / "again")
     assert (tmp_path / "again" / "plan.png").read_bytes() == picture
+
+
+def test_a_plan_of_an_older_version_is_of_exact_tests() -> None:
+    found = stage1_pro.plan(alpha=0.3, min_coverage=0.5)
+    points = [point.model_copy(update={"draws": None}) for point in found.table]
+    text = render(found.model_copy(update={"seed": None, "table": points}))
+    assert "exact tests" in text and "simulated" not in text
+    assert "seed 0" in render(found)
 
 
 def test_the_command_prints_the_answer_and_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

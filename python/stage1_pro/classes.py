@@ -29,11 +29,11 @@ NEGATIVE_NAMES = frozenset(
 )
 
 
-def choose_positive(classes: Sequence[str], positive: str | None = None) -> str:
+def choose_positive(classes: Sequence[str], positive: str | None = None, *, said: str = "--positive") -> str:
     """Give the positive class: the one named, or of two classes the one beside a negative name.
 
     Negative names are ``none, no, negative, 0, false, background, …`` and the other class's name with ``no``,
-    ``not`` or ``non`` before it, in any case and with any of space, ``_`` and ``-``.
+    ``not`` or ``non`` before it, in any case and with any of space, ``_`` and ``-``. ``said`` is where it is named.
 
     Raises:
         InputError: the name is not a class, or none is given and the names do not tell.
@@ -41,14 +41,14 @@ def choose_positive(classes: Sequence[str], positive: str | None = None) -> str:
     if positive is not None:
         if positive not in classes:
             raise InputError(
-                f"--positive must be one of {', '.join(classes)}, got '{positive}'{nearest(positive, classes)}"
+                f"{said} must be one of {', '.join(classes)}, got '{positive}'{nearest(positive, classes)}"
             )
         return positive
     if len(classes) == 2:
         others = [other for name, other in (classes, classes[::-1]) if _means_none(name, other)]
         if len(others) == 1:
             return others[0]
-    raise InputError(f"--positive must name the class to be found, got none; classes: {', '.join(classes)}")
+    raise InputError(f"{said} must name the class to be found, got none; classes: {', '.join(classes)}")
 
 
 def _means_none(name: str, other: str) -> bool:

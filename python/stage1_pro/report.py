@@ -114,10 +114,8 @@ def write_report(
     """
     fixed, broken = ([row for row in changes if row["effect"] == effect] for effect in ("fixed", "broken"))
     bad = [row for row in groups if row["errors"] or row["missed_positives"]]
-    from stage1_pro.training.evaluation import one_verdict
-
     notes: list[str] = []
-    check, promises = one_verdict(evaluation)
+    check, promises = evaluation.one_verdict()
     measured = {(m.source, m.stage, m.metric): m for m in evaluation.measures}
     suite_stages = [stage for stage in STAGE_NAMES if any(m[1:] == (stage, "augrc") for m in measured)]
     html = page(

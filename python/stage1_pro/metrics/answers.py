@@ -132,7 +132,7 @@ def measure_fnr(source: str | None, counts: FnrCounts, interval: Interval, level
     Args:
         source: of the rows; None = all.
         counts: of exited positives.
-        interval: of the bootstrap by group.
+        interval: of the bootstrap by group, two-sided at ``2 * level - 1``: its upper end is one-sided at ``level``.
         level: of the bound.
     """
     if counts.n == 0:
@@ -145,7 +145,7 @@ def measure_fnr(source: str | None, counts: FnrCounts, interval: Interval, level
         "missed positive"
     )
     raised = {method: high}
-    if counts.n_groups < counts.n:
+    if counts.effective < counts.n_groups - 0.5:
         raised["clopper-pearson"] = max(
             high, float(binomial_ends(value * counts.effective, counts.effective, 1 - level, upper=True))
         )

@@ -77,14 +77,19 @@ class Events:
             only = "no"
         if unit is None:
             return cls(int(np.count_nonzero(hit)), hit.size, only, hit.size)
-        wrong, (names, rows_of) = np.unique(unit[hit > 0]).size, np.unique(unit, return_counts=True)
-        return cls(wrong, names.size, only, worth(rows_of.astype(np.float64)))
+        wrong, sizes = np.bincount(unit[hit > 0]), np.bincount(unit)
+        return cls(int(np.count_nonzero(wrong)), int(np.count_nonzero(sizes)), only, worth(sizes.astype(np.float64)))
 
 
 def worth(weights: NDArray[np.float64]) -> float:
     """How many equal weights are worth as much as these, (sum w)^2 / sum w^2 (Kish); 0 of none."""
     total = float(np.einsum("i,i->", weights, weights))
     return float(weights.sum()) ** 2 / total if total > 0 else 0.0
+
+
+def unit_of(n_rows: int, n_units: int) -> str:
+    """What is resampled: "rows", also as groups that hold one each, or "groups"."""
+    return "rows" if n_units == n_rows else "groups"
 
 
 class Sizes(NamedTuple):
@@ -165,7 +170,7 @@ class Estimate:
             events = replace(min(self.events, other.events, key=lambda one: one.wrong), only=None)
         both = replace(
             self, value=value, replicates=replicates, moments=None, events=events, influence=None,
-            scale=self.scale + other.scale, paired=True, sizes=min(self.sizes, other.sizes),
+            scale=self.scale + other.scale, paired=True, sizes=Sizes(*map(min, self.sizes, other.sizes)),
         )  # fmt: skip
         if self.influence is None or other.influence is None:
             return both
@@ -201,7 +206,8 @@ class Estimate:
             if self.moments is None or math.sqrt(self.moments[0]) <= close or not 0 < self.value < self.spec.top:
                 reason = "its standard error is 0"
         elif defined.size < 2 or (max(self.apart) <= close and defined.max() - defined.min() <= close):
-            reason = "all replicates are equal" if defined.size else "it is undefined in every resample"
+            few = ("it is undefined in every resample", "one resample gives none")
+            reason = few[defined.size] if defined.size < 2 else "all replicates are equal"
         if reason:
             return Interval(self.value, nan, nan, nan, level, "none", f"no interval: {reason}", self.replicates)
         notes = [self._caution(unit)]

@@ -17,7 +17,7 @@ from stage1_pro import native
 from stage1_pro.arguments import array, flag, floats, number, shown, whole
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.binomial import check_level
-from stage1_pro.metrics.estimate import Estimate, Events, Interval, Sizes
+from stage1_pro.metrics.estimate import Estimate, Events, Interval, Sizes, unit_of
 from stage1_pro.metrics.probabilistic import AnswerRows, Resampled, brier_rows, check_probabilities, largest, nll_rows
 from stage1_pro.metrics.table import METRICS, Need, lookup, means, names
 from stage1_pro.metrics.thresholds import Walk
@@ -63,9 +63,9 @@ class How:
 class Intervals(dict[str, Interval]):
     """Metrics by name, in a fixed order: ``intervals["augrc"].low``; ``unit`` is what was resampled, rows or groups."""
 
-    def __init__(self, intervals: Mapping[str, Interval], *, n_rows: int, n_units: int, unit: str) -> None:
+    def __init__(self, intervals: Mapping[str, Interval], *, n_rows: int, n_units: int) -> None:
         super().__init__(intervals)
-        self.n_rows, self.n_units, self.unit = n_rows, n_units, unit
+        self.n_rows, self.n_units, self.unit = n_rows, n_units, unit_of(n_rows, n_units)
 
     def __missing__(self, name: str) -> Interval:
         raise KeyError(f"{name!r} was not measured{nearest(name, self)}")
@@ -231,7 +231,7 @@ def bootstrap_answers(
             replicates[replicate, i] = spec.of(resampled) if spec.of is not None else math.nan
             if spec.strays is not None:
                 strays[spec.name][replicate] = spec.strays(resampled, unchanged)
-    kind = "rows" if groups is None else "groups"
+    kind = unit_of(n, n_units)
     measured = {}
     sizes = Sizes(n_units, n_units) if unit is None else Sizes.of(unit)
     for spec, drawn in zip(specs, replicates.T, strict=True):
@@ -242,7 +242,7 @@ def bootstrap_answers(
             apart = unchanged.ece_reach(level, unit)
             estimate = replace(estimate, strays=strays[spec.name], events=wrong, apart=apart)
         measured[spec.name] = estimate.interval(level, "percentile", kind)
-    return Intervals(measured, n_rows=n, n_units=n_units, unit=kind)
+    return Intervals(measured, n_rows=n, n_units=n_units)
 
 
 def bootstrap_augrc(
@@ -363,7 +363,7 @@ def _intervals(
     drawn = [np.empty((0, len(columns)))] * len(models)
     if how.method != "logit" or stepwise:
         drawn = suite.resample(how.n_replicates, seed=how.seed, threads=how.threads)
-    unit = "rows" if groups is None else "groups"
+    unit = unit_of(n, suite.n_units)
     result: dict[str, Interval] = {}
     walk: Walk | None = None
     for name, (spec, target) in found.items():
@@ -383,7 +383,7 @@ def _intervals(
             result[name] = one.exactly(spec.exact(walk, target or 0.0, how.level), how.level, unit)
         else:
             result[name] = one.interval(how.level, "percentile" if spec.stepwise else how.method, unit)
-    return Intervals(result, n_rows=n, n_units=suite.n_units, unit=unit)
+    return Intervals(result, n_rows=n, n_units=suite.n_units)
 
 
 def _augrc_interval(columns: native.Columns, groups: ArrayLike | None, how: How) -> Intervals:
@@ -394,11 +394,11 @@ def _augrc_interval(columns: native.Columns, groups: ArrayLike | None, how: How)
     )
     cluster = None if groups is None else native.cluster_numbers(groups, losses.size)
     n_units = losses.size if cluster is None else int(cluster.max()) + 1
-    unit = "rows" if groups is None else "groups"
+    unit = unit_of(losses.size, n_units)
     estimate = Estimate(
         METRICS["augrc"], drawn.value, drawn.replicates if how.method != "logit" else np.empty(0), n_units,
         Sizes(n_units, n_units) if cluster is None else Sizes.of(cluster), (drawn.second, drawn.third),
         Events.among(losses, cluster), scale=drawn.value,
     )  # fmt: skip
     found = {"augrc": estimate.interval(how.level, how.method, unit)}
-    return Intervals(found, n_rows=losses.size, n_units=n_units, unit=unit)
+    return Intervals(found, n_rows=losses.size, n_units=n_units)

@@ -56,8 +56,8 @@ class Walk:
 
     def _by_groups(self, ranked: native.Ranked, last: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """``trials`` and ``places`` from sums over groups of their accepted rows s and the errors w among them."""
-        error, one = ranked.error.astype(np.float64), np.ones(self.n)
-        rows, wrong = earlier_of_unit(ranked.unit, one), earlier_of_unit(ranked.unit, error)
+        error = ranked.error.astype(np.float64)
+        rows, wrong = earlier_of_unit(ranked.unit, np.stack([np.ones(self.n), error]))
         square = np.cumsum(2 * rows + 1)[last]
         both, wrongs = np.cumsum(error * (rows + 1) + wrong)[last], np.cumsum(error * (2 * wrong + error))[last]
         kish = self.accepted**2 / square
@@ -159,11 +159,11 @@ class Walk:
 
 
 def earlier_of_unit(unit: NDArray[np.uint32], values: Floats) -> Floats:
-    """The sum of ``values`` [N] over the earlier rows of each row's unit [N]."""
+    """Sums [K, N] of ``values`` [K, N] over the earlier rows of each row's unit [N]."""
     place = np.argsort(unit, kind="stable")
-    sizes, sums = np.bincount(unit), np.cumsum(values[place]) - values[place]
-    earlier = np.empty(unit.size)
-    earlier[place] = sums - np.repeat(sums[np.cumsum(sizes) - sizes], sizes)
+    sizes, sums = np.bincount(unit), np.cumsum(values[:, place], axis=1) - values[:, place]
+    earlier = np.empty(values.shape)
+    earlier[:, place] = sums - np.repeat(sums[:, np.cumsum(sizes) - sizes], sizes, axis=1)
     return earlier
 
 

@@ -198,7 +198,7 @@ def render(found: Measurement) -> str:
             "coverages; an interval that holds 0 speaks for neither."
         )
     if found.unit == "rows":
-        sheet.add("Rows are taken for independent: add a group column where several come from one clip or track.")
+        sheet.add("Rows are taken for independent: those of one clip or track must share a name in the group column.")
     return sheet.text()
 
 
@@ -208,8 +208,9 @@ def render(found: Measurement) -> str:
 def _bootstrap(table: Table, metrics: str | Sequence[str], how: dict[str, Any]) -> Intervals:
     answers, groups = table.answers, table.groups
     if not metrics:
-        n_units = len(table.error) if groups is None else np.unique(groups).size
-        return Intervals({}, n_rows=len(table.error), n_units=n_units, unit="rows" if groups is None else "groups")
+        n = len(table.error)
+        n_units = n if groups is None else np.unique(groups).size
+        return Intervals({}, n_rows=n, n_units=n_units)
     if isinstance(answers, Labelled):
         how = {**how, "confidence": table.confidence, "positive": table.index}
         return bootstrap(answers.probs, answers.labels, groups=groups, metrics=metrics, **how)

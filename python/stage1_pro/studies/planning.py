@@ -55,7 +55,7 @@ class PlanPoint(Record):
 
     n: int = Field(description="units of the certify half")
     power: float = Field(description="chance to certify the wish with them, if the expectation holds")
-    draws: int | None = Field(None, description="simulated calibrations that it is a share of; null: exact, one test")
+    draws: int | None = Field(None, description="calibrations that it is a share of; null: exact, of older versions")
     coverage: float | None = Field(None, description="median of those that certify; null where none does")
 
 
@@ -285,17 +285,11 @@ def _rows(asked: Plan) -> Rows | None:
     stated = [name for name in ("expected_error", "expected_coverage") if getattr(asked, name) is not None]
     if stated:
         raise InputError(f"{stated[0]} must be left out where rows say it, got it with --run or --logits; drop one")
-    from stage1_pro.training.calibration import file_probs, run_rows
+    from stage1_pro.training.calibration import file_rows, run_rows
 
     if asked.logits is not None:
         arrays = load_npz(asked.logits)
-        probs = file_probs(asked.logits, arrays)
-        names = [str(name) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
-        return Rows.of(
-            probs, arrays.get("labels", ()), classes=names, positive=str(arrays.get("positive", names[-1])),
-            gate=arrays.get("gate_logits"), groups=arrays.get("groups"),
-            probs_b=file_probs(asked.logits, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
-        )  # fmt: skip
+        return file_rows(asked.logits, arrays, asked.policy, said=f"positive in {asked.logits}")
     assert asked.run is not None
     path = asked.run / "val_select.npz"
     if not path.is_file():
@@ -313,7 +307,7 @@ def render(found: CalibrationPlan) -> str:
         *(
             []
             if found.world is None
-            else ["        from few answers: with others of such photos it can be half or twice that"]
+            else ["        from few answers: others of such photos can ask for far fewer or far more"]
         ),
         "",
         f"{'certify half':>14}{'val_calib':>12}{'power':>8}{'+-':>7}{'then answers':>14}",
@@ -333,7 +327,8 @@ def render(found: CalibrationPlan) -> str:
                 f"{found.smallest_alpha_at_n:.2g}; {found.least_alpha_at_n:.4f} at best, if none is wrong "
                 "and all are answered that may be"
             )
-    lines += ["", f"from simulated calibrations, seed {found.seed}; assumed:"]
+    by = "exact tests" if found.seed is None else f"simulated calibrations, seed {found.seed}"
+    lines += ["", f"from {by}; assumed:"]
     return "\n".join([*lines, *(f"  - {text}" for text in found.assumptions)])
 
 
@@ -359,7 +354,8 @@ def _cells(asked: Plan, *, several: bool) -> list[float]:
     given = [float(value) for value in (cells if isinstance(cells, tuple) else (cells,))]
     if len(given) == 1 and given[0] in range(1, _MOST_CELLS + 1):
         given = [1 / given[0]] * int(given[0])
-    if not (given and all(value > 0 for value in given) and abs(sum(given) - 1) <= 1e-6):
+    shares = 1 <= len(given) <= _MOST_CELLS and all(value > 0 for value in given)
+    if not (shares and abs(sum(given) - 1) <= 1e-6):
         raise InputError(
             f"cells must be 1 to {_MOST_CELLS} positive shares that sum to 1, or their number, got {cells}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -333,36 +333,13 @@ def _target_of_logits(asked: Calibration, given: Mapping[str, Any], target: Targ
 
 def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]]:
     """The rows of a file of logits, and the hash that the policy remembers it by."""
-    path, positive = asked.logits, asked.positive
+    path, stated = asked.logits, asked.rows_independent
     assert path is not None
     arrays = load_npz(path)
-    probs = file_probs(path, arrays)
-    if "labels" not in arrays:
-        raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
-    if wish.policy == "gate" and "gate_logits" not in arrays:
-        raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
-    own = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
-    names = list(asked.classes or map(str, own))
-    if positive is None and "positive" in arrays:
-        positive = str(arrays["positive"])
-    groups = arrays.get("groups")
-    if groups is not None and groups.shape != probs.shape[:1]:
-        raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
-    for name in ("gate_logits", "labels"):
-        if name in arrays and arrays[name].dtype.kind not in "biuf":
-            raise InputError(f"{name} must be numbers, got {arrays[name].dtype}")
-    stated = asked.rows_independent
-    halves = arrays.get("half")
-    rows = Rows.of(
-        probs, arrays["labels"], classes=names, positive=choose_positive(names, positive),
-        gate=arrays.get("gate_logits"),
-        probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
-        halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
-        rows_independent=stated,
-    )  # fmt: skip
+    rows = file_rows(path, arrays, wish.policy, asked.classes, asked.positive, rows_independent=stated)
     if wish.guarantee == "ltt":
         rows.check_answers_differ()
-    if wish.guarantee == "ltt" and (groups is None) != stated:
+    if wish.guarantee == "ltt" and ("groups" not in arrays) != stated:
         raise InputError(
             f"{path} must hold groups [N], the clip, track or place of every row, or --rows-independent must state "
             f"that each row is a photo of its own, got {'both' if stated else 'neither'}; rows of one clip are "
@@ -389,6 +366,46 @@ def _is_policy(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("policy") in policies()
+
+
+def file_rows(
+    path: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    policy: str,
+    classes: Sequence[str] | None = None,
+    positive: str | None = None,
+    *,
+    said: str = "--positive",
+    rows_independent: bool = False,
+) -> Rows:
+    """The rows of a file of logits, with what a policy needs; ``said`` is where a positive class can be named.
+
+    Raises:
+        InputError: an array is missing or not what it must be, or nothing tells the positive class.
+    """
+    probs = file_probs(path, arrays)
+    if "labels" not in arrays:
+        raise InputError(f"{path} must hold labels [N] as class indices, got {', '.join(sorted(arrays)) or 'nothing'}")
+    if policy == "gate" and "gate_logits" not in arrays:
+        raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
+    own = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
+    names = list(classes or map(str, own))
+    if positive is None and "positive" in arrays:
+        positive, said = str(arrays["positive"]), f"positive in {path}"
+    groups = arrays.get("groups")
+    if groups is not None and groups.shape != probs.shape[:1]:
+        raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
+    for name in ("gate_logits", "labels"):
+        if name in arrays and arrays[name].dtype.kind not in "biuf":
+            raise InputError(f"{name} must be numbers, got {arrays[name].dtype}")
+    halves = arrays.get("half")
+    return Rows.of(
+        probs, arrays["labels"], classes=names, positive=choose_positive(names, positive, said=said),
+        gate=arrays.get("gate_logits"),
+        probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
+        halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,
+        rows_independent=rows_independent,
+    )  # fmt: skip
 
 
 def file_probs(path: Path, arrays: Mapping[str, NDArray[Any]], end: str = "") -> NDArray[np.float64]:

@@ -94,6 +94,15 @@ class Evaluation(Record):
                 return found
         raise KeyError((metric, stage, source))
 
+    def one_verdict(self) -> tuple[FnrCheck | None, list[PromiseCheck]]:
+        """The check of the target on FNR, and the promises held: a rate is shown once, judged where promised."""
+        promises, name = self.exit_promises, "FNR on exits"
+        if any(one.name == name and one.outcome is not None for one in promises):
+            return None, promises
+        if self.fnr_check is None:
+            return None, promises
+        return self.fnr_check, [one for one in promises if one.name != name]
+
 
 def evaluate_predictions(
     predictions: Predictions,
@@ -331,7 +340,7 @@ def render(evaluation: Evaluation) -> str:
     if ranked[GATE]:
         words = [f"{RANKINGS[name]} {text}" for name, text in ranked.items() if text]
         sheet.add(f"AUGRC of Stage A's answers, ranked by {'; '.join(words)}")
-    check, promises = one_verdict(evaluation)
+    check, promises = evaluation.one_verdict()
     if check is not None:
         sheet.add(f"FNR on exits: {check.statement}")
     if promises:
@@ -340,16 +349,6 @@ def render(evaluation: Evaluation) -> str:
         _add_sets(sheet, evaluation.verification, evaluation.guarantee)
     sheet.add(evaluation.statement if evaluation.policy is None else f"guarantee: {evaluation.guarantee}")
     return sheet.text()
-
-
-def one_verdict(evaluation: Evaluation) -> tuple[FnrCheck | None, list[PromiseCheck]]:
-    """The check of the target on FNR, and the promises held: a rate is shown once, judged where promised."""
-    promises, name = evaluation.exit_promises, "FNR on exits"
-    if any(one.name == name and one.outcome is not None for one in promises):
-        return None, promises
-    if evaluation.fnr_check is None:
-        return None, promises
-    return evaluation.fnr_check, [one for one in promises if one.name != name]
 
 
 def _add_sources(

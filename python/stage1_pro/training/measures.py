@@ -140,12 +140,19 @@ def _exits(scope: Scope, found: Intervals) -> list[Measure]:
 
 
 def _exit_intervals(scope: Scope, policy: Policy) -> Intervals:
+    """Of exits; that of their FNR has its upper end at the level of a one-sided bound."""
     predictions, rows = scope.predictions, scope.rows
     scores = policy.scores(scope.answers["stage_a"].probs, predictions.gate_logits)
     # A row without a score never exits.
     scores = np.where(np.isnan(scores), -np.inf, scores)
-    return bootstrap(
-        scope.answers["stage_a"].probs[rows], predictions.labels[rows], confidence=scores[rows],
-        threshold=policy.exit_threshold, groups=predictions.groups[rows], positive=scope.positive,
-        metrics=["coverage", "exit_error", "fnr_on_exited"], **scope.how,
-    )  # fmt: skip
+
+    def measured(metrics: list[str], level: float) -> Intervals:
+        return bootstrap(
+            scope.answers["stage_a"].probs[rows], predictions.labels[rows], confidence=scores[rows],
+            threshold=policy.exit_threshold, groups=predictions.groups[rows], positive=scope.positive,
+            metrics=metrics, **{**scope.how, "level": level},
+        )  # fmt: skip
+
+    found = measured(["coverage", "exit_error"], LEVEL)
+    found |= measured(["fnr_on_exited"], 2 * LEVEL - 1)
+    return found
