@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
+from kit.claims import CLAIMS, OF_EXITS, WAS
 from test_certify import BINARY, make_run
 
 from stage1_pro.continual.watch.monitor import Evidence, ServedColumns, TriggerState
@@ -26,15 +27,6 @@ from stage1_pro.report import write_report
 from stage1_pro.training.calibration import render as render_policy
 from stage1_pro.training.evaluation import Evaluation, evaluate_predictions, render
 
-# Sentences that say that something is promised, or judge a promise.
-CLAIMS = re.compile(
-    r"\b(PASS|FAIL|INCONCLUSIVE)\b|[Pp]romised was at most|>promised: at most|[Tt]he promise holds|certified: 0"
-    r"|is the certified one|(the|each) promise kept|[Gg]uarantee: (ltt|pac|expectation)|With probability at least"
-    r"|often than promised|stage1_threshold_certified|than the promise|by (their|its) 95% bounds"
-)
-OF_EXITS = re.compile(
-    r"[Pp]romised was at most|promised: at most|[Tt]he promise holds|Is the promise kept\?|than promised"
-)
 ALPHA = 0.03
 KINDS = (
     "softmax none",
@@ -104,8 +96,9 @@ def texts(policy: Policy, run: Path, test: Any, folder: Path) -> dict[str, str]:
 
 
 def looked(
-    policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0, alpha: float = ALPHA
-) -> tuple[Status, ServedColumns]:
+    policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0, alpha: float = ALPHA, *,
+    threshold: float | None = None, steered: bool = True,
+) -> tuple[Status, ServedColumns]:  # fmt: skip
     rows = ServedColumns(
         time=np.arange(n) * 10.0, exited=np.ones(n, bool), wrong=(np.arange(n) < wrong).astype(float),
         propensity=np.ones(n), score=np.full(n, 0.99),
@@ -117,7 +110,7 @@ def looked(
     status, _ = assess(
         rows, MonitorConfig(alpha=alpha), now=1e5, triggers_before=TriggerState(since=0.0), policy=policy,
         evidence=Evidence(alpha=alpha).after(rows.wrong, propensity=rows.propensity, time=rows.time),
-        controller=controller,
+        controller=controller if steered else None, threshold=threshold,
     )  # fmt: skip
     return status, rows
 
@@ -128,6 +121,7 @@ def test_nothing_is_said_to_be_promised_that_the_file_does_not_hold(shown: Any) 
     assert bool(policy.promises) == promises == (policy.guarantee != "none")
     for name, text in said.items():
         found = CLAIMS.search(text)
+        assert not (name.split()[0] in ("status", "page", "metrics") and WAS.search(text)), (kind, name)
         if not promises:
             assert found is None, (kind, name, text[max(0, found.start() - 80) : found.end() + 80])
         if name.split()[0] in ("status", "page", "metrics"):
@@ -174,6 +168,38 @@ def test_a_tightened_threshold_is_shown_without_the_promises_it_gives_up(shown: 
         assert not CLAIMS.search(" ".join([tight.headline, *tight.sentences])), kind
 
 
+@pytest.mark.parametrize("alpha", [0.02, ALPHA, 0.05])
+@pytest.mark.parametrize("wrong", [0, 3, 40])
+@pytest.mark.parametrize("steered", [True, False])
+def test_an_alarm_speaks_of_what_was_promised_where_the_threshold_was_tightened_since(
+    shown: Any, tmp_path: Path, alpha: float, wrong: int, steered: bool
+) -> None:
+    """Evidence is against the policy as exported, whoever tightened it; what is promised now is another thing."""
+    kind, policy, _ = shown
+    if not policy.steerable:
+        return
+    above = min(policy.exit_threshold, 0.99) + 0.005
+    if above <= policy.exit_threshold:
+        return
+    tight, rows = looked(policy, wrong, alpha=alpha, tighter=1.0 if steered else 0.0, threshold=above, steered=steered)
+    assert tight.threshold >= above and (tight.threshold == above or steered)
+    assert tight.promises == [] and tight.certified is None
+    assert tight.limit == policy.at(tight.threshold).says_of_exits(alpha)[0] not in ("promised", "covered by a promise")
+    text = " ".join([tight.headline, *tight.sentences])
+    assert not CLAIMS.search(text), (kind, text)
+    if wrong == 40 and alpha == ALPHA:
+        write_page(tmp_path / "page.html", tight, rows)
+        page = re.sub(r"data:image/png;base64,[^\"]*", "", (tmp_path / "page.html").read_text())
+        assert not CLAIMS.search(page) and not OF_EXITS.search(page), (kind, page)
+    was = policy.says_of_exits(alpha)[0]
+    assert bool(WAS.search(text)) == (was in ("promised", "covered by a promise", "promised of groups")), (kind, text)
+    assert ("nothing is promised of it" in text) == (was == "asked for"), (kind, text)
+    assert ("than was promised" in text) == (was == "promised" and tight.health == "alarm"), (kind, text)
+    assert "tightened from" in text and (tight.health == "alarm") == (wrong == 40)
+    loose, _ = looked(policy, wrong, alpha=alpha)
+    assert loose.health == tight.health and not WAS.search(" ".join([loose.headline, *loose.sentences]))
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 60)])
 @pytest.mark.parametrize("alpha", [0.02, ALPHA, 0.05])
 def test_audits_of_photos_judge_a_promise_of_photos_alone(sizes: tuple[int, int], alpha: float) -> None:
@@ -213,6 +239,7 @@ def test_before_any_audit_there_is_no_harm_to_count(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", status, rows)
     assert "<b>no</b> evidence of harm yet" in (tmp_path / "page.html").read_text()
     assert not CLAIMS.search((tmp_path / "page.html").read_text())
+    assert "policy promises" not in " ".join(status.sentences)
     assert not re.search("certif|promis", str(dashboard()))
     older = status.model_dump(mode="json")
     for name in ("limit", "promises", "calibrated"):
