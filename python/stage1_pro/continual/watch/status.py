@@ -252,7 +252,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
 
     if len(rows) < 2:
         return []
-    start = float(rows.time[0])
+    start, limit = float(rows.time[0]), "promised" if status.limit == "promised" else "limit"
 
     def averages(parts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
         """The middle of each part, in days from the first row."""
@@ -269,7 +269,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
     alarms = {"alarm": [(alarm_at - start) / _DAY] if alarm_at is not None and alarm_at >= start else []}
     risk = timeline_png(
         averages(blocks), {"from audits": value, "from confidences": expected}, y="share of exits that are wrong",
-        band=(low, high), limits={status.limit: status.alpha}, marks=alarms,
+        band=(low, high), limits={limit: status.alpha}, marks=alarms,
     )  # fmt: skip
     rates = {"exits": [float(rows.exited[part].mean()) for part in fine]}
     return [
