@@ -167,7 +167,7 @@ def assess(
             thresholds=(start, in_force),
             limit=watched,
             others=promises if limit == "watched" else [],
-            certified=policy is not None and bool(policy.promises),
+            certified=None if policy is None else bool(policy.promises),
         ),
         alpha=config.alpha,
         limit=limit,
@@ -469,11 +469,11 @@ def _health(
 def _sentences(
     alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence,
     verdict: Advice, *, thresholds: tuple[float | None, float | None], limit: str, others: Sequence[str],
-    certified: bool,
+    certified: bool | None,
 ) -> list[str]:  # fmt: skip
     """What a person should know, in plain words: ``limit`` says what alpha is, ``others`` what else is promised.
 
-    ``thresholds`` are the calibrated one, ``certified`` or not, and the one in force.
+    ``thresholds`` are the calibrated one, ``certified`` or not (None: not known), and the one in force.
     """
     said = []
     calibrated = "certified" if certified else "calibrated"
@@ -506,7 +506,9 @@ def _sentences(
                 "fewer photos exit, and nothing is promised there."
             )
         else:
-            said.append(f"The threshold is the {calibrated} one{'' if certified else ', not a certified one'}.")
+            said.append(
+                f"The threshold is the {calibrated} one{', not a certified one' if certified is False else ''}."
+            )
     if verdict.train:
         said.append(f"Training is asked for: {', '.join(verdict.reasons)}.")
     elif verdict.waiting:
