@@ -6,6 +6,7 @@ import codecs
 import csv
 import gc
 import io
+import itertools
 import os
 import shutil
 import threading
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFile
 
 import stage1_pro
+from stage1_pro.arguments import check_share
 from stage1_pro.config import AugmentConfig
 from stage1_pro.data.duplicates import WHOLE, near_duplicates, read_pictures
 from stage1_pro.data.images import ImageError, PreprocessSpec, crop_geometry, preprocess, read_image, read_opened
@@ -620,9 +622,19 @@ def test_broken_files_are_listed_and_skipped(pool, tmp_path: Path) -> None:
     assert "p005.png" in (tmp_path / "other" / "quarantine.csv").read_text()
     assert not (tmp_path / "other" / "splits.json").exists()
     assert stage1_pro.split(labels, tmp_path / "other", max_quarantine=0.03).quarantined == 2
-    for wrong in ({"max_quarantine": float("nan")}, {"max_quarantine": 2.0}, {"max_component": -1.0}):
-        with pytest.raises(InputError, match="must be a share from 0 to 1"):
-            make_splits(labels, **wrong)
+    for name, wrong in itertools.product(("max_quarantine", "max_component"), (float("nan"), 2.0, -1.0, True, "0.1")):
+        with pytest.raises(InputError, match=f"^{name} must be "):
+            make_splits(labels, **{name: wrong})
+
+
+@pytest.mark.parametrize(("least", "most"), [(False, False), (False, True), (True, False), (True, True)])
+def test_shares_have_the_ends_that_are_asked_for(least: bool, most: bool) -> None:
+    for value, held in ((0.0, least), (1.0, most), (0.5, True), (float("nan"), False), (-0.1, False), (1.1, False)):
+        if held:
+            assert check_share("x", value, least=least, most=most) == value
+        else:
+            with pytest.raises(InputError, match=r"^x must be in"):
+                check_share("x", value, least=least, most=most)
 
 
 def test_splits_of_a_trained_run_stay(pool, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from stage1_pro.continual.ledger.labels import (
     resolve,
 )
 from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop import folder
 from stage1_pro.continual.serving.events import (
     SKETCH_SIZE,
     BundleFacts,
@@ -850,8 +851,15 @@ def test_label_studio_round_trip(filled: Store, tmp_path: Path) -> None:
         label("e00002", "none", "owner", "city"),
     ]
     add_labels(filled, rows)
-    assert export_label_studio(filled, tmp_path / "tasks.json", image=lambda e: f"https://x/{e.image_sha256}") == 12
-    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    how = {"image": lambda event: f"https://x/{event.image_sha256}"}
+    assert export_label_studio(filled, tmp_path / "blind.json", **how) == 12
+    assert export_label_studio(filled, tmp_path / "tasks.json", **how, blind=False) == 12
+    blind, tasks = (json.loads((tmp_path / name).read_text()) for name in ("blind.json", "tasks.json"))
+    # Without being asked a task tells nothing of the cascade; all else is the same.
+    assert all(set(one["data"]) == {"image", "event_id"} and one["predictions"] == [] for one in blind)
+    assert [{**one, "data": {**one["data"], "action": "exit"}} for one in blind] == [
+        {**one, "predictions": []} for one in tasks
+    ]
     task = next(one for one in tasks if one["data"]["event_id"] == "e00001")
     assert task["data"]["image"] == f"https://x/{make_event(1).image_sha256}"
     assert task["predictions"][0]["result"][0]["value"] == {"choices": ["none"]}
@@ -860,6 +868,17 @@ def test_label_studio_round_trip(filled: Store, tmp_path: Path) -> None:
     assert import_label_studio(other, tmp_path / "tasks.json", now=1.0, source="owner").added == 3
     assert sorted(read_labels(other), key=str) == sorted(rows, key=str)
     assert import_label_studio(other, tmp_path / "tasks.json", now=1.0, source="owner").known == 3
+    assert import_label_studio(other, tmp_path / "blind.json", now=1.0, source="owner").known == 3
+
+
+@pytest.mark.parametrize("way", [{"exported": "all.csv"}, {"exported": "all"}, {"imported": "all.json"}])
+def test_answers_are_shown_by_tasks_alone(tmp_path: Path, way: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="--show-answers"):
+        folder.labels(tmp_path, **{name: tmp_path / file for name, file in way.items()}, blind=False)
+    for chosen in ({**way, "blind": True}, {"exported": "all.json", "blind": False}):
+        given = {name: value if name == "blind" else tmp_path / value for name, value in chosen.items()}
+        with pytest.raises(InputError, match="^root must be"):  # it goes on, and there is no loop
+            folder.labels(tmp_path, **given)
 
 
 @pytest.mark.parametrize(

@@ -546,6 +546,9 @@ def test_status_says_what_is_known(harmed, tmp_path) -> None:
     assert status.exit_risk.n == audited.sum()
     assert status.exit_risk.value == pytest.approx(rows.wrong[audited].mean())
     assert status.evidence.alarm_at > rows.time[800]
+    # No policy is known: nothing is said of one.
+    assert "The threshold is the calibrated one." in status.sentences
+    assert not re.search("promis|certif|policy", " ".join(status.sentences))
     status.write(tmp_path / "status.json")
     assert Status.read(tmp_path / "status.json") == status
 

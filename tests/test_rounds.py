@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from sklearn.metrics import matthews_corrcoef
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
+from fitting import fit_gate_policy
+from kit.claims import OF_EXITS
 from kit.tiny import CLASSES, copy_run, make_images, make_model, make_run
 from PIL import Image
 
@@ -37,6 +40,7 @@ from stage1_pro.continual.watch.monitor import TriggerConfig
 from stage1_pro.continual.watch.srt import ControllerConfig, to_logit, to_score
 from stage1_pro.continual.watch.status import MonitorConfig
 from stage1_pro.data.splits import Splits, hash_splits
+from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import NotReachableError
@@ -192,6 +196,53 @@ def test_a_tightened_threshold_does_not_hide_that_the_promise_is_broken(
     for i, event in enumerate(late):
         answer(rounds, event, "none", at=3000.0 + i)
     assert watch(rounds, seen.memory, now=9000.0).threshold == (pytest.approx(safe) if alarms else certified)
+
+
+@pytest.fixture(scope="module")
+def certified(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that promises of photos that at most a tenth of the exits are wrong."""
+    run = copy_run(tiny, tmp_path_factory.mktemp("certified") / "run")
+    (run / "thresholds.json").unlink()
+    old = load_bundle(run / "bundle").policy
+    rng = np.random.default_rng(0)
+    sure, labels = rng.uniform(0.6, 0.99, 2000), rng.integers(0, 2, 2000)
+    positive = np.where(labels == 1, sure, 1 - sure)
+    fit_gate_policy(
+        np.stack([1 - positive, positive], axis=1), np.log(sure / (1 - sure)), labels, classes=CLASSES,
+        positive="roadwork", halves=np.where(rng.random(2000) < 0.5, "fit", "certify"), guarantee="ltt",
+        max_exit_error=0.1, min_coverage=0.5, split_hashes=old.split_hashes, model_fingerprint=old.model_fingerprint,
+        preprocessing_fingerprint=old.preprocessing_fingerprint,
+    ).write(run / "gateparams.json")  # fmt: skip
+    return export(run, overwrite=True)
+
+
+@pytest.mark.parametrize("steer", [True, False])
+def test_an_alarm_tells_of_the_promise_that_broke(tmp_path: Path, certified: Path, steer: bool) -> None:
+    policy = load_bundle(certified).policy
+    assert policy.says_of_exits(0.1) == ("promised", 0.1)
+    rounds = make_rounds(
+        tmp_path, certified, monitor=MonitorConfig(alpha=0.1, floor=0.5), plan=ReviewPlan(floor=0.5), steer=steer
+    )
+    for i, event in enumerate(serve(rounds, 80, threshold=policy.exit_threshold)):
+        answer(rounds, event, "roadwork" if i % 2 else "none", at=100.0 + i)
+    seen = watch(rounds, {}, now=1000.0)
+    (alarm,) = seen.alerts.values()
+    # What steers tightens at once, and nothing is promised from then on: the alarm is of what was.
+    assert alarm.kind == "alarm" and ("was promised" in alarm.title) == steer == ("was promised" in alarm.text)
+    assert ("than promised" in alarm.title) != steer and not re.search(
+        "no policy promises|nothing .* of it", alarm.text
+    )
+    if steer:
+        champion = rounds.registry.alias("champion")
+        with rounds.store.write() as connection:
+            rounds.registry.tighten(connection, champion.bundle or "", seen.threshold, now=1000.0)
+        found = rounds.status(seen.memory, champion, now=1001.0, page=tmp_path / "page.html")
+        assert (found.threshold, found.promises, found.limit) == (seen.threshold, [], "asked for")
+        assert found.headline == alarm.title and found.calibrated == policy.exit_threshold
+        page = (tmp_path / "page.html").read_text()
+        assert alarm.title in page and not OF_EXITS.search(page)
+        rounds.config = rounds.config.model_copy(update={"steer": False})  # labels steer no more; it stays in force
+        assert rounds.status(seen.memory, champion, now=1001.0).threshold == seen.threshold
 
 
 # --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
+from kit.claims import CLAIMS, OF_EXITS, WAS
 from kit.loop_parts import promote
 from kit.tiny import copy_run, untrained_run
 
@@ -32,16 +33,6 @@ from stage1_pro.integrations.streetvision import Settings, StreetVision
 from stage1_pro.policies.policy import Policy, policy_files, read_policy
 from stage1_pro.training.inference import save_calibration
 
-# Sentences that say that something is promised, or judge a promise.
-CLAIMS = re.compile(
-    r"\b(PASS|FAIL|INCONCLUSIVE)\b|[Pp]romised was at most|>promised: at most|[Tt]he promise holds"
-    r"|is the certified one|(the|each) promise kept|[Gg]uarantee: (ltt|pac|expectation)|With probability at least"
-    r"|often than promised|than the promise|risk of exits that was promised|threshold of the certificate"
-)
-# The same of the exit error, which is all that audits of exits test.
-OF_EXITS = re.compile(
-    r"[Pp]romised was at most|promised: at most|[Tt]he promise holds|than promised|exits that was promised"
-)
 SURE = re.compile(r"With probability at least")
 ALPHA = 0.3
 # What is asked for; those with small limits cannot be certified with so few groups.
@@ -100,8 +91,11 @@ class Story:
         assert code in codes, (self.done, err)
         return code, out + err, json.loads(out) if as_json and code in (0, 7) else None
 
-    def hold(self, policy: Policy | None, text: str, record: Any = None, *, exits_only: bool = False) -> None:
-        """What is shown, as text or record, is what a policy file holds."""
+    def hold(
+        self, policy: Policy | None, text: str, record: Any = None, *, exits_only: bool = False,
+        exported: Policy | None = None,
+    ) -> None:  # fmt: skip
+        """What is shown, as text or record, is what a policy file holds; of what was promised, the ``exported`` one."""
         promises = () if policy is None else policy.promises
         plain = " ".join(html.unescape(re.sub(r"data:image/png;base64,[^\"]*", "", text)).split())
         if not promises:
@@ -109,6 +103,8 @@ class Story:
                 self.done,
                 found and plain[max(0, found.start() - 200) :][:500],
             )
+        was = [] if exported is None else [one for one in exported.promises if one.quantity == "exit error"]
+        assert not exits_only or was or not WAS.search(plain), (self.done, plain)
         # Audits are of photos: they test no promise of groups that have several.
         certificate = ({} if policy is None else policy.model_dump()).get("certificate") or {}
         of_exits = certificate.get("unit") in ("rows", "photos") and any(
@@ -239,6 +235,7 @@ class Story:
         threshold = own if pointer["threshold"] is None else max(own, pointer["threshold"])
         policy = read_policy(folder)
         assert policy is not None and (held["guarantee"] == "none") == (not policy.promises), self.done
+        self.exported = policy
         return (policy if threshold == own else None), threshold
 
     def status(self) -> None:
@@ -249,7 +246,12 @@ class Story:
         words = ["continual", "status", "--root", self.root, "--page", page, "--metrics", metrics]
         _, text, record = self.stage1(*words)
         for shown in (text, page.read_text(), metrics.read_text()):
-            self.hold(self.in_force()[0], shown, record, exits_only=True)
+            policy, threshold = self.in_force()
+            self.hold(policy, shown, record, exits_only=True, exported=None if policy else self.exported)
+            moved = policy is None or json.loads((self.root / "champion.json").read_text())["threshold"] is not None
+            for one in _records(record):
+                if moved and "exit_risk" in one and "health" in one:
+                    assert one["threshold"] == threshold, self.done
 
     def go(self, steps: int) -> None:
         """Begin with something that stands, then do anything."""

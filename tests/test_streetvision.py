@@ -815,6 +815,14 @@ def test_simulated_scores_are_a_moving_average() -> None:
     assert reward == Simulator(miners=2000, rounds=300).run(rates)
 
 
+@pytest.mark.parametrize("threshold", [np.nan, -0.1, 0.0, 1.0, 2.0])
+def test_no_reward_is_simulated_at_a_threshold_that_is_none(threshold: float) -> None:
+    probs, accepted = np.array([0.1, 0.9]), np.ones(2, dtype=bool)
+    how = {"thresholds": [threshold], "bands": []}
+    with pytest.raises(ValueError, match="threshold"):
+        best_setting(probs, probs > 0.5, accepted, Simulator(miners=2, rounds=1), **how)
+
+
 def test_outcomes_and_shifts_have_stated_answers() -> None:
     probs = np.array([0.9, 0.1, 0.6, np.nan, 1.0, 0.0, 0.5])
     positive = np.array([True, True, False, True, True, True, True])

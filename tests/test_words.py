@@ -6,11 +6,12 @@ import html
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from fitting import fit_gate_policy, fit_scrc_policy, fit_softmax_policy
+from kit.claims import CLAIMS, OF_EXITS, WAS
 from test_certify import BINARY, make_run
 
 from stage1_pro.continual.watch.monitor import Evidence, ServedColumns, TriggerState
@@ -19,22 +20,13 @@ from stage1_pro.continual.watch.status import MonitorConfig, Status, assess, das
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.prediction import render as render_prediction
-from stage1_pro.policies.policy import Policy
+from stage1_pro.policies.policy import Policy, Said
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.standing import standing
 from stage1_pro.report import write_report
 from stage1_pro.training.calibration import render as render_policy
 from stage1_pro.training.evaluation import Evaluation, evaluate_predictions, render
 
-# Sentences that say that something is promised, or judge a promise.
-CLAIMS = re.compile(
-    r"\b(PASS|FAIL|INCONCLUSIVE)\b|[Pp]romised was at most|>promised: at most|[Tt]he promise holds|certified: 0"
-    r"|is the certified one|(the|each) promise kept|[Gg]uarantee: (ltt|pac|expectation)|With probability at least"
-    r"|often than promised|stage1_threshold_certified|than the promise|by (their|its) 95% bounds"
-)
-OF_EXITS = re.compile(
-    r"[Pp]romised was at most|promised: at most|[Tt]he promise holds|Is the promise kept\?|than promised"
-)
 ALPHA = 0.03
 KINDS = (
     "softmax none",
@@ -104,8 +96,9 @@ def texts(policy: Policy, run: Path, test: Any, folder: Path) -> dict[str, str]:
 
 
 def looked(
-    policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0, alpha: float = ALPHA
-) -> tuple[Status, ServedColumns]:
+    policy: Policy, wrong: int, n: int = 400, tighter: float = 0.0, alpha: float = ALPHA, *,
+    threshold: float | None = None, steered: bool = True,
+) -> tuple[Status, ServedColumns]:  # fmt: skip
     rows = ServedColumns(
         time=np.arange(n) * 10.0, exited=np.ones(n, bool), wrong=(np.arange(n) < wrong).astype(float),
         propensity=np.ones(n), score=np.full(n, 0.99),
@@ -117,7 +110,7 @@ def looked(
     status, _ = assess(
         rows, MonitorConfig(alpha=alpha), now=1e5, triggers_before=TriggerState(since=0.0), policy=policy,
         evidence=Evidence(alpha=alpha).after(rows.wrong, propensity=rows.propensity, time=rows.time),
-        controller=controller,
+        controller=controller if steered else None, threshold=threshold,
     )  # fmt: skip
     return status, rows
 
@@ -128,6 +121,7 @@ def test_nothing_is_said_to_be_promised_that_the_file_does_not_hold(shown: Any) 
     assert bool(policy.promises) == promises == (policy.guarantee != "none")
     for name, text in said.items():
         found = CLAIMS.search(text)
+        assert not (name.split()[0] in ("status", "page", "metrics") and WAS.search(text)), (kind, name)
         if not promises:
             assert found is None, (kind, name, text[max(0, found.start() - 80) : found.end() + 80])
         if name.split()[0] in ("status", "page", "metrics"):
@@ -172,6 +166,55 @@ def test_a_tightened_threshold_is_shown_without_the_promises_it_gives_up(shown: 
     if policy.steerable:
         assert (tight.promises, tight.certified) == ([], None) and tight.limit != "promised"
         assert not CLAIMS.search(" ".join([tight.headline, *tight.sentences])), kind
+
+
+@pytest.mark.parametrize("alpha", [0.02, ALPHA, 0.05])
+@pytest.mark.parametrize("wrong", [0, 3, 40])
+@pytest.mark.parametrize("steered", [True, False])
+def test_an_alarm_speaks_of_what_was_promised_where_the_threshold_was_tightened_since(
+    shown: Any, tmp_path: Path, alpha: float, wrong: int, steered: bool
+) -> None:
+    """Evidence is against the policy as exported, whoever tightened it; what is promised now is another thing."""
+    kind, policy, _ = shown
+    if not policy.steerable:
+        return
+    above = min(policy.exit_threshold, 0.99) + 0.005
+    if above <= policy.exit_threshold:
+        return
+    tight, rows = looked(policy, wrong, alpha=alpha, tighter=1.0 if steered else 0.0, threshold=above, steered=steered)
+    assert tight.threshold >= above and (tight.threshold == above or steered)
+    assert tight.promises == [] and tight.certified is None
+    assert tight.limit == policy.at(tight.threshold).says_of_exits(alpha)[0] not in ("promised", "covered by a promise")
+    text = " ".join([tight.headline, *tight.sentences])
+    assert not CLAIMS.search(text), (kind, text)
+    if wrong == 40 and alpha == ALPHA:
+        write_page(tmp_path / "page.html", tight, rows)
+        page = re.sub(r"data:image/png;base64,[^\"]*", "", (tmp_path / "page.html").read_text())
+        assert not CLAIMS.search(page) and not OF_EXITS.search(page), (kind, page)
+    was = policy.says_of_exits(alpha)[0]
+    assert bool(WAS.search(text)) == (was in ("promised", "covered by a promise", "promised of groups")), (kind, text)
+    assert ("nothing is promised of it" in text) == (was == "asked for"), (kind, text)
+    assert ("than was promised" in text) == (was == "promised" and tight.health == "alarm"), (kind, text)
+    assert "tightened from" in text and (tight.health == "alarm") == (wrong == 40)
+    loose, _ = looked(policy, wrong, alpha=alpha)
+    assert loose.health == tight.health and not WAS.search(" ".join([loose.headline, *loose.sentences]))
+
+
+def test_a_picture_calls_its_limit_promised_where_it_is(tmp_path: Path) -> None:
+    rows = ServedColumns(
+        time=np.arange(50.0), exited=np.ones(50, bool), wrong=np.zeros(50), propensity=np.ones(50),
+        score=np.full(50, 0.99),
+    )  # fmt: skip
+    status, _ = assess(
+        rows, MonitorConfig(alpha=ALPHA), now=50.0, triggers_before=TriggerState(since=0.0),
+        evidence=Evidence(alpha=ALPHA),
+    )  # fmt: skip
+    drawn = {}
+    for said in get_args(Said):
+        write_page(tmp_path / "page.html", status.model_copy(update={"limit": said}), rows)
+        drawn[said] = re.findall(r"data:image/png;base64,([^\"]*)", (tmp_path / "page.html").read_text())[0]
+    promised = drawn.pop("promised")
+    assert len(set(drawn.values())) == 1 and promised not in drawn.values()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 60)])

@@ -164,15 +164,16 @@ def number(name: str, value: object) -> float:
     return value  # type: ignore[return-value]
 
 
-def check_share(name: str, value: object, *, most: bool = False) -> float:
-    """Give a number inside (0, 1), or in (0, 1] where ``most`` says so.
+def check_share(name: str, value: object, *, least: bool = False, most: bool = False) -> float:
+    """Give a number inside (0, 1), with 0 where ``least`` says so, and with 1 where ``most`` does.
 
     Raises:
         InputError: anything else.
     """
     given = number(name, value)
-    if not (0 < given < 1 or (most and given == 1)):
-        raise InputError(f"{name} must be {'in (0, 1]' if most else 'inside (0, 1)'}, got {given}; it is a share")
+    if not (0 < given < 1 or (least and given == 0) or (most and given == 1)):
+        asked = f"in {'[' if least else '('}0, 1{']' if most else ')'}" if least or most else "inside (0, 1)"
+        raise InputError(f"{name} must be {asked}, got {given}; it is a share")
     return given
 
 

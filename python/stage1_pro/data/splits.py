@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from stage1_pro.arguments import check_share
 from stage1_pro.data.duplicates import Merging, join_groups, read_pictures
 from stage1_pro.data.images import Quarantined
 from stage1_pro.data.labels import check_contents, classes_of, positive_of, read_labels
@@ -190,8 +191,7 @@ def make_splits(
         InputError: anything wrong with the labels, or splits that cannot hold every class.
     """
     for name, limit in (("max_component", max_component), ("max_quarantine", max_quarantine)):
-        if not 0 <= limit <= 1:  # written so that NaN fails too
-            raise InputError(f"--{name.replace('_', '-')} must be a share from 0 to 1, got {limit}")
+        check_share(name, limit, least=True, most=True)
     shares = _shares(fractions, folds, fold)
     photos, entries = read_labels(labels, images)
     names = classes_of(entries, classes)

@@ -133,16 +133,16 @@ def export_label_studio(
     *,
     image: Callable[[Event], str] | None = None,
     sources: Collection[Source] = SOURCES,
-    blind: bool = False,
+    blind: bool = True,
 ) -> int:
-    """Write events selected for review as Label Studio tasks, with labels and the cascade's answer; give how many.
+    """Write events selected for review as Label Studio tasks, with their labels; give how many.
 
     Args:
         store: where from.
         path: JSON to write, atomically.
         image: gives the URL under which Label Studio finds an event's image; its sha256 under local files otherwise.
         sources: labels of these are written as annotations.
-        blind: without what the cascade said and did, so that it sways nobody.
+        blind: without what the cascade said and did, so that it sways nobody; False: with it, as predictions.
     """
     given: dict[str, list[Label]] = {}
     for one in read_labels(store, sources=sources):

@@ -216,7 +216,14 @@ def labels(
     annotator: str | None = None,
     blind: bool = True,
 ) -> dict[str, Any]:
-    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet."""
+    """Import labels from CSV or Label Studio's JSON, or export them as CSV, as JSON, or to a folder as Parquet.
+
+    Raises:
+        InputError: answers are to be shown (``blind`` is False) by anything but an export as JSON.
+    """
+    if not blind and (exported is None or exported.suffix != ".json"):
+        given = f"--import {imported}" if exported is None else f"--export {exported}"
+        raise InputError(f"--show-answers must come with --export to .json, got {given}; leave it out")
     with opened(root) as (_, registry, parts, _loop):
         store = registry.store
         ingest(store, parts.log)

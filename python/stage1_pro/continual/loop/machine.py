@@ -268,7 +268,10 @@ class Loop:
         return self.row()
 
     def run(self, *, now: float, manual: bool = False) -> list[LoopStep]:
-        """The steps that can be taken at one time, a hundred at most; a step lost to another process is followed."""
+        """The steps that can be taken at one time, a hundred at most.
+
+        Where another process moves the loop, this one follows.
+        """
         return [step for _, step in islice(self.steps(lambda: now, manual=manual), 100)]
 
     def steps(

@@ -31,7 +31,6 @@ from stage1_pro.continual.loop.watching import ChampionView, alerts_of, view_cha
 from stage1_pro.continual.serving.events import EventLog, Novelty, uniform
 from stage1_pro.continual.serving.live import novelty_path, read_pairs
 from stage1_pro.continual.watch.monitor import Evidence, TriggerState
-from stage1_pro.continual.watch.srt import to_logit
 from stage1_pro.continual.watch.status import Status, assess, write_page
 from stage1_pro.data.duplicates import cluster_copies
 from stage1_pro.data.photos import Folder
@@ -115,16 +114,12 @@ class Rounds:
         policy = self.registry.load(bundle).policy
         view = self._view(history, bundle, champion.time, policy)
         since = max(champion.time, triggers.trained_at or champion.time)
-        pointer, controller = self.registry.pointer(), view.controller
-        if pointer.threshold is not None:  # what serves, whatever labels say of it by now
-            policy = policy.at(pointer.threshold)
-            if controller is not None and controller.threshold < pointer.threshold:
-                controller = controller.at_least(math.inf if pointer.threshold > 1 else to_logit(pointer.threshold))
+        pointer = self.registry.pointer()
         status, after = assess(
             view.decisions, self.config.monitor, now=now, triggers_before=triggers, manual=manual,
             new_labels=sum(one.time > since for one in history.held.values()),
-            missing=self._missing(history, bundle, view), evidence=view.evidence, controller=controller,
-            bundle=bundle, policy=policy,
+            missing=self._missing(history, bundle, view), evidence=view.evidence,
+            controller=view.controller, threshold=pointer.threshold, bundle=bundle, policy=policy,
         )  # fmt: skip
         floor = self.config.plan.floor
         advice = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})

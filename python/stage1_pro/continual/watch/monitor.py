@@ -156,7 +156,10 @@ def hajek_risk(
     values, chance = _labelled(wrong, propensity)
     check_share("level", level)
     if not 0 < floor <= ceiling <= 1:
-        raise InputError(f"floor and ceiling must be in (0, 1] in this order, got {floor} and {ceiling}; swap or mend")
+        raise InputError(
+            f"floor and ceiling must be in (0, 1] in this order, got {floor} and {ceiling}; floor is the smallest and "
+            "ceiling the largest chance of any row"
+        )
     outside = np.flatnonzero((chance < floor) | (chance > ceiling))
     if outside.size:
         raise InputError(

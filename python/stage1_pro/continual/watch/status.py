@@ -68,16 +68,16 @@ class Status(Record):
     alpha: float
     limit: Said = Field(
         "watched",
-        description="what alpha, a limit of photos, is to the policy: promised by its certificate, covered by a "
-        "stricter promise, promised of groups, only asked for, or neither",
+        description="what alpha, a limit of photos, is to the policy at the threshold in force: promised by its "
+        "certificate, covered by a stricter promise, promised of groups, only asked for, or neither",
     )
-    promises: list[str] = Field([], description="all that the policy promises, in words")
+    promises: list[str] = Field([], description="all that the policy promises at the threshold in force, in words")
     n_rows: int = Field(description="recent decisions that the figures speak of")
     n_exits: int
     exit_rate: float | None
     n_labelled: int
-    threshold: float | None = Field(description="in force; null where nobody steers it. Above 1: nobody exits")
-    certified: float | None = Field(description="threshold of the certificate; null without one")
+    threshold: float | None = Field(description="in force; null where nobody moved the policy's. Above 1: nobody exits")
+    certified: float | None = Field(description="calibrated, where something is promised of it and it is in force")
     calibrated: float | None = Field(None, description="threshold of the policy; labels never loosen it further")
     exit_risk: Estimate = Field(description="of exits, by Hájek's weights")
     exit_risk_horvitz_thompson: Estimate
@@ -104,6 +104,7 @@ def assess(
     manual: bool = False,
     missing: str = "",
     controller: ControllerState | None = None,
+    threshold: float | None = None,
     bundle: str = "",
     policy: Policy | None = None,
 ) -> tuple[Status, TriggerState]:
@@ -120,7 +121,9 @@ def assess(
         missing: what a training still needs, as ``Signals`` has it.
         controller: state of the threshold, where one steers it; its alarms count, too.
         bundle: sha256 of the manifest that serves.
-        policy: the one that serves, which says what is promised; without it nothing is said to be.
+        threshold: that of exits which serves, where one was set; a stricter one of the controller is in force with it.
+        policy: the one that was exported, at its own threshold: it says what was promised, and what still is at the
+            threshold in force; without it nothing is said to be.
     """
     recent = rows.last(config.recent)
     known = ~np.isnan(recent.wrong)
@@ -143,28 +146,28 @@ def assess(
         answered = rolling(recent.predicted[has], recent.label[has])
     exit_risk = _risk(recent, audited, out, level=config.level, alpha=config.alpha)
     health = _health(config.alpha, exit_risk, estimated, seen, evidence, verdict)
-    if policy is not None and controller is not None:
-        policy = policy.at(controller.threshold)  # what a tightened threshold gives up is promised no more
-    nobodys: tuple[Said, float] = ("watched", config.alpha)
-    limit, own = nobodys if policy is None else policy.says_of_exits(config.alpha)
-    promises = [] if policy is None else [str(one) for one in policy.promises]
-    start = None if controller is None else controller.config.certified
+    start, in_force = _thresholds(controller, threshold, policy)
+    # Evidence and alarms are of what was promised; what a tightened threshold gives up is promised no more.
+    held = policy if policy is None or in_force is None else policy.at(in_force)
+    limit: Said = "watched" if held is None else held.says_of_exits(config.alpha)[0]
+    promises = [] if held is None else [str(one) for one in held.promises]
+    headline, watched = _words(health, config.alpha, policy, given_up=held is not policy)
     status = Status(
         time=now,
         bundle=bundle,
         health=health,
-        headline=_HEADLINES[health][limit == "promised"],
+        headline=headline,
         sentences=_sentences(
             config.alpha,
             exit_risk,
             estimated,
             seen,
             evidence,
-            controller,
             verdict,
-            limit=_LIMITS[limit].format(own=_share(own), alpha=_share(config.alpha)),
+            thresholds=(start, in_force),
+            limit=watched,
             others=promises if limit == "watched" else [],
-            certified=bool(promises),
+            certified=None if policy is None else bool(policy.promises),
         ),
         alpha=config.alpha,
         limit=limit,
@@ -173,7 +176,7 @@ def assess(
         n_exits=int(out.sum()),
         exit_rate=float(out.mean()) if len(recent) else None,
         n_labelled=int(known.sum()),
-        threshold=None if controller is None else controller.threshold,
+        threshold=in_force,
         certified=start if promises else None,
         calibrated=start,
         exit_risk=exit_risk,
@@ -187,6 +190,19 @@ def assess(
         verdict=verdict,
     )
     return status, after
+
+
+def _thresholds(
+    controller: ControllerState | None, threshold: float | None, policy: Policy | None
+) -> tuple[float | None, float | None]:
+    """The threshold that was calibrated and the one in force; both None where nobody moves it."""
+    start = None
+    if controller is not None:
+        start = controller.config.certified
+    elif threshold is not None:
+        start = threshold if policy is None else policy.exit_threshold
+    known = (start, threshold, None if controller is None else controller.threshold)
+    return start, max((one for one in known if one is not None), default=None)
 
 
 def _risk(rows: ServedColumns, labelled: NDArray[Any], among: NDArray[np.bool_], **how: float) -> Estimate:
@@ -236,7 +252,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
 
     if len(rows) < 2:
         return []
-    start = float(rows.time[0])
+    start, limit = float(rows.time[0]), "promised" if status.limit == "promised" else "limit"
 
     def averages(parts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
         """The middle of each part, in days from the first row."""
@@ -253,7 +269,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
     alarms = {"alarm": [(alarm_at - start) / _DAY] if alarm_at is not None and alarm_at >= start else []}
     risk = timeline_png(
         averages(blocks), {"from audits": value, "from confidences": expected}, y="share of exits that are wrong",
-        band=(low, high), limits={status.limit: status.alpha}, marks=alarms,
+        band=(low, high), limits={limit: status.alpha}, marks=alarms,
     )  # fmt: skip
     rates = {"exits": [float(rows.exited[part].mean()) for part in fine]}
     return [
@@ -392,16 +408,19 @@ def dashboard(title: str = "stage1: is the risk kept?") -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------- helpers
 
-# Without and with a promise of the exit error at this very limit.
-_HEADLINES: dict[Health, tuple[str, str]] = {
-    "holds": ("Exits are wrong no more often than the limit.", "The promise holds."),
-    "not shown": (
-        "No sign of harm; too few audits to show that exits stay within the limit.",
-        "No sign of harm; too few audits to show that the promise holds.",
-    ),
-    "watch": ("Watch: something has changed.", "Watch: something has changed."),
-    "alarm": ("Alarm: exits are wrong more often than the limit.", "Alarm: exits are wrong more often than promised."),
+_HEADLINES: dict[Health, str] = {
+    "holds": "Exits are wrong no more often than the limit.",
+    "not shown": "No sign of harm; too few audits to show that exits stay within the limit.",
+    "watch": "Watch: something has changed.",
+    "alarm": "Alarm: exits are wrong more often than the limit.",
 }
+# Where the exit error is promised at this very limit, and where it was until the threshold was tightened.
+_PROMISED: dict[Health, str] = _HEADLINES | {
+    "holds": "The promise holds.",
+    "not shown": "No sign of harm; too few audits to show that the promise holds.",
+    "alarm": "Alarm: exits are wrong more often than promised.",
+}
+_WAS_PROMISED: dict[Health, str] = _HEADLINES | {"alarm": "Alarm: exits are wrong more often than was promised."}
 # ``own`` is the policy's limit, ``alpha`` the one that is watched, of photos.
 _LIMITS: dict[Said, str] = {
     "promised": "Promised was at most {own}.",
@@ -411,6 +430,28 @@ _LIMITS: dict[Said, str] = {
     "asked for": "Asked for was at most {own}; nothing is promised of it. It is watched against a limit of {alpha}.",
     "watched": "It is watched against a limit of {alpha}, which no policy promises.",
 }
+# The same where the threshold has been tightened since.
+_GIVEN_UP: dict[Said, str] = _LIMITS | {
+    "promised": "At the certified threshold, at most {own} was promised.",
+    "covered by a promise": "It is watched against a limit of {alpha}; at the certified threshold, less was promised, "
+    "at most {own}.",
+    "promised of groups": "At the certified threshold, at most {own} was promised of groups, one photo drawn from "
+    "each. Watched here: photos, of which large groups have more, against a limit of {alpha}. This page does not test "
+    "what was promised.",
+}
+
+
+def _words(health: Health, alpha: float, policy: Policy | None, *, given_up: bool) -> tuple[str, str]:
+    """Headline, and what the limit is or was to the policy at its own threshold; ``given_up``: a stricter one serves.
+
+    Evidence is against the policy as it was calibrated, whatever is promised by now.
+    """
+    if policy is None:
+        return _HEADLINES[health], f"It is watched against a limit of {_share(alpha)}."
+    said, own = policy.says_of_exits(alpha)
+    headlines = _HEADLINES if said != "promised" else _WAS_PROMISED if given_up else _PROMISED
+    sentence = (_GIVEN_UP if given_up else _LIMITS)[said]
+    return headlines[health], sentence.format(own=_share(own), alpha=_share(alpha))
 
 
 def _health(
@@ -427,9 +468,13 @@ def _health(
 
 def _sentences(
     alpha: float, risk: Estimate, estimated: Cbpe, seen: Drift | None, evidence: Evidence,
-    controller: ControllerState | None, verdict: Advice, *, limit: str, others: Sequence[str], certified: bool,
+    verdict: Advice, *, thresholds: tuple[float | None, float | None], limit: str, others: Sequence[str],
+    certified: bool | None,
 ) -> list[str]:  # fmt: skip
-    """What a person should know, in plain words: ``limit`` says what alpha is, ``others`` what else is promised."""
+    """What a person should know, in plain words: ``limit`` says what alpha is, ``others`` what else is promised.
+
+    ``thresholds`` are the calibrated one, ``certified`` or not (None: not known), and the one in force.
+    """
     said = []
     calibrated = "certified" if certified else "calibrated"
     if risk.value is None or risk.low is None or risk.high is None:
@@ -451,16 +496,19 @@ def _sentences(
         said.append("Confidences have changed: other photos come than before. More is audited until that is over.")
     if estimated.low is not None and estimated.low > alpha:
         said.append("Judged by confidences alone, exits would be wrong more often than the limit.")
-    if controller is not None:
-        if controller.threshold > 1:
+    start, in_force = thresholds
+    if start is not None and in_force is not None:
+        if in_force > 1:
             said.append("The threshold is at its highest: nobody exits, Stage B answers every photo.")
-        elif controller.threshold > controller.config.certified:
+        elif in_force > start:
             said.append(
-                f"The threshold is tightened from {controller.config.certified:.4f} to {controller.threshold:.4f}: "
+                f"The threshold is tightened from {start:.4f} to {in_force:.4f}: "
                 "fewer photos exit, and nothing is promised there."
             )
         else:
-            said.append(f"The threshold is the {calibrated} one{'' if certified else ', not a certified one'}.")
+            said.append(
+                f"The threshold is the {calibrated} one{', not a certified one' if certified is False else ''}."
+            )
     if verdict.train:
         said.append(f"Training is asked for: {', '.join(verdict.reasons)}.")
     elif verdict.waiting:

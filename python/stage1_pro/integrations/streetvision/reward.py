@@ -125,7 +125,12 @@ class Setting(Record):
     on_abstain: Literal["answer", "minus_one"]
 
 
-PLAIN = Setting(threshold=0.5, answer_above=0.5, on_abstain="answer")
+def _answers_all(threshold: float) -> Setting:
+    """The setting that answers everything at a threshold."""
+    return Setting(threshold=threshold, answer_above=0.5, on_abstain="answer")
+
+
+PLAIN = _answers_all(0.5)
 
 
 def shifted(probs: ArrayLike, threshold: float, shift: float = 0.0) -> Floats:
@@ -181,7 +186,7 @@ def best_setting(
     def worth(setting: Setting) -> float:
         return simulator.run(rates_of(outcomes(probs, positive, accepted, setting), positive)).mean
 
-    plain = [PLAIN, *(PLAIN.model_copy(update={"threshold": threshold}) for threshold in thresholds)]
+    plain = [PLAIN, *map(_answers_all, thresholds)]
     banded = [
         Setting(threshold=one.threshold, answer_above=band, on_abstain="minus_one") for one in plain for band in bands
     ]
