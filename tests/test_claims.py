@@ -321,6 +321,57 @@ def test_cuts_are_what_photos_and_groups_connect(halves: list[frozenset[int]], f
         assert known.cuts(str(i)) == [str(j) for j, other in enumerate(halves) if other & reached]
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from([0.01, 0.05, 0.1]), st.integers(1, 6)), min_size=1, max_size=3),
+    st.lists(st.integers(0, 2), max_size=8),
+)
+def test_cuts_that_were_declared_apart_share_what_is_strictest(
+    tmp_path: Path, declared: list[tuple[float, int]], tries: list[int]
+) -> None:
+    """Halves of photos of their own, which a cut of all connects; each was declared by its first claim."""
+    photos, file = [[f"{i:064d}"[::-1]] for i in range(len(declared))], tmp_path / "claims.json"
+    everything = [one for half in photos for one in half]
+
+    def claim(half: str, rows: list[str], wish: str, **more: Any) -> Any:
+        stake, known = weigh_claim(
+            tmp_path, half, rows, policy="gate", wish=wish, model_fingerprint="m", preprocessing_fingerprint="p",
+            **{"delta": None, "claims": None, "defaults": (0.05, 1), **more},
+        )  # fmt: skip
+        known.write(file)
+        return stake
+
+    Claims().write(file)
+    for i, (delta, claims) in enumerate(declared):
+        stake = claim(str(i), photos[i], f"first {i}", delta=delta, claims=claims)
+        assert (stake.delta, stake.claims, stake.left) == (delta, claims, claims - 1)
+    strictest = (min(delta for delta, _ in declared), max(claims for _, claims in declared))
+    level, spent = strictest[0] / strictest[1], sum(delta / claims for delta, claims in declared)
+    known = Claims.of(tmp_path).seen("all", everything)
+    known.model_copy(update={"looks": {"all": 1}}).write(file)
+    left: int | None = None
+    for number, half in enumerate([*tries, *range(len(declared))] * 2):
+        own = half % len(declared)
+        before = file.read_bytes()
+        try:
+            stake = claim(str(own), photos[own], f"later {number}")
+        except InputError:
+            assert spent + level > strictest[0] * (1 + 1e-9) and left in (None, 0) and file.read_bytes() == before
+            continue
+        spent += level
+        assert (stake.delta, stake.claims) == strictest and spent <= strictest[0] * (1 + 1e-6)
+        assert left in (None, stake.left + 1) and not stake.made
+        left = stake.left
+        again = claim(str(own), photos[own], f"later {number}")
+        assert again.made and (again.delta, again.claims, again.left) == (*strictest, left)
+    for i in range(len(declared)):
+        again = claim(str(i), photos[i], f"first {i}")
+        assert again.made and (again.delta, again.claims) == strictest
+    for name, value in (("delta", strictest[0] / 2), ("claims", strictest[1] + 1)):
+        with pytest.raises(InputError, match=f"--{name} must be"):
+            claim("0", photos[0], "another", **{name: value})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("claims", [1, 10])
 @pytest.mark.parametrize("frames", [False, True])
