@@ -456,8 +456,11 @@ def tie_scores(how: str, p: np.ndarray) -> np.ndarray:
         sure = (0.98 + 0.009 * np.tanh(np.abs(np.log(p / (1 - p))) - 2)).astype(np.float32)
         return np.where(p > 0.5, sure, 1 - sure)
     levels = np.round(p * 15) / 15
+    eight = 0.5 + np.ceil(np.abs(p - 0.5) * 16) * 0.05
     rounded = {
         "levels": levels,
+        "eight levels": np.where(p > 0.5, eight, 1 - eight),
+        "float16 levels": np.stack([1 - levels, levels], axis=1).astype(np.float16),
         "float32 levels": levels.astype(np.float32),
         "float16": p.astype(np.float16),
         "decimals": p.round(4),
@@ -469,16 +472,17 @@ def tie_scores(how: str, p: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "how",
     [
-        "levels", "float32 levels", "float16", "bfloat16", "decimals", "saturated", "crowded", "one label",
-        "clipped gate",
+        "levels", "eight levels", "float32 levels", "float16 levels", "float16", "bfloat16", "decimals", "saturated",
+        "crowded", "one label", "clipped gate",
     ],
 )  # fmt: skip
 def test_ties_of_different_photos_are_no_copies(how: str, seed: int, tmp_path: Path) -> None:
     rng, n = np.random.default_rng(seed), 6000
     z = rng.normal(0, 2, n)
     given = tie_scores(how, 1 / (1 + np.exp(-z)))
-    labels = ((given > 0.5) ^ (rng.random(n) < 0.002)).astype(np.int64)
-    gate = np.minimum(np.abs(z), 1.5) if how == "clipped gate" else np.abs(given.astype(np.float64) - 0.5)
+    second = given if given.ndim == 1 else given[:, 1]
+    labels = ((second > 0.5) ^ (rng.random(n) < 0.002)).astype(np.int64)
+    gate = np.minimum(np.abs(z), 1.5) if how == "clipped gate" else np.abs(second.astype(np.float64) - 0.5)
     for more in ({}, {"groups": np.arange(n) // 2}):
         unit, units = ("groups", 1500) if more else ("rows", 3000)
         policy = fit_policy("softmax", given, labels, gate=gate, target_fnr=0.05, rows_independent=not more, **more)

@@ -206,10 +206,10 @@ class Rows:
         """Whether scores lie on a grid: their distinct values are further apart than random ones ever are.
 
         The least gap of D random values is above the mean gap / sqrt(D) with chance exp(-sqrt(D)) only. That is no
-        small chance for few values: all of their gaps must be multiples of one step as well, to a thousandth of it,
-        which four random values are in 1 of 100,000 cases; of two or three nothing tells. Of 1 - p and p one alone may
-        be rounded, so answers of the first and of the last class are looked at by themselves as well, where they are
-        many; steps as fine as float32's are no grid.
+        small chance for few values: all of their gaps must be multiples of one step as well, so nearly that random ones
+        would be in 1 of 10,000 cases (all but one are within r of a multiple with chance (2 r)^(D - 2)); of two or
+        three values nothing tells. Of 1 - p and p one alone may be rounded, so answers of the first and of the last
+        class are looked at by themselves as well, where they are many; steps as fine as float32's are no grid.
         """
         answer, rows = self.probs.argmax(axis=1), surest <= _SATURATED
         for of, least in ((rows, 3), (rows & (answer == 0), _MANY), (rows & (answer == len(self.classes) - 1), _MANY)):
@@ -219,8 +219,8 @@ class Rows:
             if gaps.size < least or gaps.min() <= max(gaps.mean() / (gaps.size + 1) ** 0.5, 2**-20):
                 continue
             steps = np.rint(gaps / gaps.min())
-            step = gaps.sum() / steps.sum()
-            if gaps.size >= _MANY or (np.abs(gaps - steps * step) <= 1e-3 * step).all():
+            off = np.abs(gaps * (steps.sum() / gaps.sum()) - steps).max()
+            if gaps.size >= _MANY or (2 * off) ** (gaps.size - 1) < 1e-4:
                 return True
         return False
 
