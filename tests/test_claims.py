@@ -24,8 +24,10 @@ from stage1_pro.commands.split import split
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.errors import InputError, NotReachableError, Stage1Error
+from stage1_pro.metrics.binomial import clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.certificate import LABELS_RIGHT
 from stage1_pro.policies.certify import certify_threshold
+from stage1_pro.policies.checks import check_claim
 from stage1_pro.policies.claims import Claims, close_claim, weigh_claim
 from stage1_pro.policies.fitting import fit_policy
 from stage1_pro.policies.policy import read_policy
@@ -697,19 +699,36 @@ def test_a_promise_of_photos_is_another_promise() -> None:
     assert beside.trials < beside.photo_trials == of_groups_.exits(rows["probs"], rows["gate_logits"]).sum()
 
 
-def test_a_fail_shares_its_level_among_the_promises_of_a_policy() -> None:
+@pytest.mark.parametrize("of", range(1, 6))
+def test_the_level_of_a_fail_is_shared_by_all_that_are_checked(of: int) -> None:
+    for k, n in ((0, 10), (3, 50), (40, 400), (1, 1)):
+        found = check_claim("risk", k, n, 0.05, n, of)
+        assert found.lower == pytest.approx(clopper_pearson_lower(k, n, 1 - 0.01 / of), rel=1e-12)
+        assert found.upper == clopper_pearson_upper(k, n, 0.95)
+    # One that fails alone by a hair fails no more beside others.
+    n = 10_000
+    k = next(k for k in range(500, n) if clopper_pearson_lower(k, n, 0.99) > 0.05)
+    assert check_claim("risk", k, n, 0.05, n, of).outcome == ("FAIL" if of == 1 else "INCONCLUSIVE")
+
+
+@pytest.mark.parametrize("wish", [{}, {"target_fnr": 0.2}])
+def test_a_fail_shares_its_level_among_the_promises_of_a_policy(wish: dict[str, float]) -> None:
     """Each promise at its very limit: any FAIL in at most 1% of test sets."""
     data = gated(12_000)
-    policy = fit_gate_policy(**data, **BINARY, max_exit_error=0.03, target_fnr=0.2)
-    rng, draws, n, failed = np.random.default_rng(0), 400, 400, 0
+    policy = fit_gate_policy(**data, **BINARY, max_exit_error=0.03, **wish)
+    rng, draws, n, failed, of = np.random.default_rng(0), 400, 400, 0, 2 + len(wish)
     for _ in range(draws):
         labels = rng.integers(0, 2, n)
         out = rng.random(n) < policy.constraints.min_coverage
         wrong = rng.random(n) < np.where(labels == 1, 0.06, 0.0)
         probs = np.eye(2)[np.where(wrong, 1 - labels, labels)] * 0.8 + 0.1
         gate = np.where(out, 1.0, -1.0) * 50 * np.sign(policy.a)
-        rows = Rows.of(probs, labels, **BINARY, gate=gate)
-        failed += any(one.outcome == "FAIL" for one in policy.check(rows).promises)
+        checked = policy.check(Rows.of(probs, labels, **BINARY, gate=gate)).promises
+        assert len(checked) == of
+        for one in checked:
+            lower = clopper_pearson_lower(one.errors, one.trials, 1 - 0.01 / of)
+            assert one.lower == pytest.approx(lower, rel=1e-12) and (one.outcome == "FAIL") == (lower > one.limit)
+        failed += any(one.outcome == "FAIL" for one in checked)
     noise = stderr(0.01, draws)
-    print(f"three promises at their limits: FAIL in {failed / draws:.4f} of test sets, at most .01 (se {noise:.4f})")
+    print(f"{of} promises at their limits: FAIL in {failed / draws:.4f} of test sets, at most .01 (se {noise:.4f})")
     assert failed / draws <= 0.01 + 3 * noise
