@@ -21,10 +21,13 @@ from stage1_pro.policies.bounds import (
     binomial_cdf,
     bonferroni,
     crc_budget,
+    errors_allowed,
     exact,
+    first_enough,
     fixed_sequence,
     holm,
     selection_rank,
+    trials_needed,
 )
 from stage1_pro.policies.certify import certify_threshold
 
@@ -170,3 +173,20 @@ def test_binary_search_finds_the_last_pass_in_its_budget_of_tests(size: int) -> 
         assert found == (last if last >= 0 else None)
         assert len(tested) <= steps
     assert binary_search(lambda i: 0.0, 0, 0.05) == (None, [])
+
+
+def test_a_search_finds_the_first_that_is_enough_up_to_the_most() -> None:
+    for right in range(1, 40):
+        for start in range(1, 12):
+            for most in range(1, 45):
+                found = first_enough(lambda m, right=right: m >= right, start, most)
+                assert found == (max(start, right) if max(start, right) <= most else None)
+
+
+@pytest.mark.parametrize("errors", [0, 1, 700])
+def test_trials_are_named_up_to_the_most_and_alpha_beyond(errors: int) -> None:
+    for alpha in (1e-7, 1e-9):
+        n = trials_needed(errors, alpha, 0.05)
+        assert errors_allowed([n - 1, n], alpha, 0.05).tolist() == [errors - 1, errors]
+    with pytest.raises(InputError, match="alpha must be"):
+        trials_needed(errors, 1e-13, 0.05)

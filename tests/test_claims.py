@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ from stage1_pro.commands.split import split
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.errors import InputError, NotReachableError, Stage1Error
+from stage1_pro.metrics.binomial import clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.certificate import LABELS_RIGHT
 from stage1_pro.policies.certify import certify_threshold
+from stage1_pro.policies.checks import check_claim
 from stage1_pro.policies.claims import Claims, close_claim, weigh_claim
 from stage1_pro.policies.fitting import fit_policy
 from stage1_pro.policies.policy import read_policy
@@ -253,7 +258,7 @@ def test_new_splits_in_the_same_folder_remember_what_photos_certified(streets: P
     assert not (run / "last.pth").exists() and (run / "claims.json").read_bytes() == before
     photos, groups = zip(*[(row.sha256, row.group) for row in again.of("val_calib", "certify")], strict=True)
     shared = {one for row in kept for one in (row.sha256, row.group)} & {*photos, *groups}
-    assert Claims.of(run).seen("other", photos, groups).cuts("other") == (["half", "other"] if shared else ["other"])
+    assert shared and Claims.of(run).seen("other", photos, groups).cuts("other") == ["half", "other"]
 
 
 def test_cuts_share_the_delta_that_was_declared(tmp_path: Path) -> None:
@@ -316,6 +321,57 @@ def test_cuts_are_what_photos_and_groups_connect(halves: list[frozenset[int]], f
         for _ in halves:
             reached |= {one for other in halves if other & reached for one in other}
         assert known.cuts(str(i)) == [str(j) for j, other in enumerate(halves) if other & reached]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from([0.01, 0.05, 0.1]), st.integers(1, 6)), min_size=1, max_size=3),
+    st.lists(st.integers(0, 2), max_size=8),
+)
+def test_cuts_that_were_declared_apart_share_what_is_strictest(
+    tmp_path: Path, declared: list[tuple[float, int]], tries: list[int]
+) -> None:
+    """Halves of photos of their own, which a cut of all connects; each was declared by its first claim."""
+    photos, file = [[f"{i:064d}"[::-1]] for i in range(len(declared))], tmp_path / "claims.json"
+    everything = [one for half in photos for one in half]
+
+    def claim(half: str, rows: list[str], wish: str, **more: Any) -> Any:
+        stake, known = weigh_claim(
+            tmp_path, half, rows, policy="gate", wish=wish, model_fingerprint="m", preprocessing_fingerprint="p",
+            **{"delta": None, "claims": None, "defaults": (0.05, 1), **more},
+        )  # fmt: skip
+        known.write(file)
+        return stake
+
+    Claims().write(file)
+    for i, (delta, claims) in enumerate(declared):
+        stake = claim(str(i), photos[i], f"first {i}", delta=delta, claims=claims)
+        assert (stake.delta, stake.claims, stake.left) == (delta, claims, claims - 1)
+    strictest = (min(delta for delta, _ in declared), max(claims for _, claims in declared))
+    level, spent = strictest[0] / strictest[1], sum(delta / claims for delta, claims in declared)
+    known = Claims.of(tmp_path).seen("all", everything)
+    known.model_copy(update={"looks": {"all": 1}}).write(file)
+    left: int | None = None
+    for number, half in enumerate([*tries, *range(len(declared))] * 2):
+        own = half % len(declared)
+        before = file.read_bytes()
+        try:
+            stake = claim(str(own), photos[own], f"later {number}")
+        except InputError:
+            assert spent + level > strictest[0] * (1 + 1e-9) and left in (None, 0) and file.read_bytes() == before
+            continue
+        spent += level
+        assert (stake.delta, stake.claims) == strictest and spent <= strictest[0] * (1 + 1e-6)
+        assert left in (None, stake.left + 1) and not stake.made
+        left = stake.left
+        again = claim(str(own), photos[own], f"later {number}")
+        assert again.made and (again.delta, again.claims, again.left) == (*strictest, left)
+    for i in range(len(declared)):
+        again = claim(str(i), photos[i], f"first {i}")
+        assert again.made and (again.delta, again.claims) == strictest
+    for name, value in (("delta", strictest[0] / 2), ("claims", strictest[1] + 1)):
+        with pytest.raises(InputError, match=f"--{name} must be"):
+            claim("0", photos[0], "another", **{name: value})
 
 
 @pytest.mark.slow
@@ -401,20 +457,34 @@ def tie_scores(how: str, p: np.ndarray) -> np.ndarray:
     if how == "crowded":
         sure = (0.98 + 0.009 * np.tanh(np.abs(np.log(p / (1 - p))) - 2)).astype(np.float32)
         return np.where(p > 0.5, sure, 1 - sure)
-    rounded = {"levels": np.round(p * 15) / 15, "float16": p.astype(np.float16), "decimals": p.round(4)}
+    levels = np.round(p * 15) / 15
+    eight = 0.5 + np.ceil(np.abs(p - 0.5) * 16) * 0.05
+    rounded = {
+        "levels": levels,
+        "eight levels": np.where(p > 0.5, eight, 1 - eight),
+        "float16 levels": np.stack([1 - levels, levels], axis=1).astype(np.float16),
+        "float32 levels": levels.astype(np.float32),
+        "float16": p.astype(np.float16),
+        "decimals": p.round(4),
+    }
     return rounded.get(how, p)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "how", ["levels", "float16", "bfloat16", "decimals", "saturated", "crowded", "one label", "clipped gate"]
-)
+    "how",
+    [
+        "levels", "eight levels", "float32 levels", "float16 levels", "float16", "bfloat16", "decimals", "saturated",
+        "crowded", "one label", "clipped gate",
+    ],
+)  # fmt: skip
 def test_ties_of_different_photos_are_no_copies(how: str, seed: int, tmp_path: Path) -> None:
     rng, n = np.random.default_rng(seed), 6000
     z = rng.normal(0, 2, n)
     given = tie_scores(how, 1 / (1 + np.exp(-z)))
-    labels = ((given > 0.5) ^ (rng.random(n) < 0.002)).astype(np.int64)
-    gate = np.minimum(np.abs(z), 1.5) if how == "clipped gate" else np.abs(given.astype(np.float64) - 0.5)
+    second = given if given.ndim == 1 else given[:, 1]
+    labels = ((second > 0.5) ^ (rng.random(n) < 0.002)).astype(np.int64)
+    gate = np.minimum(np.abs(z), 1.5) if how == "clipped gate" else np.abs(second.astype(np.float64) - 0.5)
     for more in ({}, {"groups": np.arange(n) // 2}):
         unit, units = ("groups", 1500) if more else ("rows", 3000)
         policy = fit_policy("softmax", given, labels, gate=gate, target_fnr=0.05, rows_independent=not more, **more)
@@ -449,6 +519,34 @@ def test_copies_in_different_units_are_refused(tmp_path: Path, dtype: type, k: i
     policy = fit_policy("softmax", probs, labels, groups=clip, target_fnr=0.2)
     assert policy.certificate.unit == "groups" and policy.certificate.n <= n // k // 2 + 1
     assert fit_policy("softmax", probs, labels, guarantee="none", target_fnr=0.1).certificate is None
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("k", [*range(2, 11), 30, 63])
+def test_few_photos_many_times_are_no_grid(dtype: type, k: int) -> None:
+    n = 400 * k
+    for seed in range(20):
+        rng = np.random.default_rng([k, seed])
+        logits = np.where(rng.random(k) < 0.5, -1, 1) * rng.uniform(0.1, 5, k)
+        second = (1 / (1 + np.exp(-logits))).astype(dtype)[rng.permutation(np.arange(n) % k)]
+        for more in ({"rows_independent": True}, {"groups": np.arange(n) // 2}):
+            with pytest.raises(InputError, match="copies"):
+                fit_policy("softmax", second, (second > 0.5).astype(int), target_fnr=0.1, **more)
+
+
+def test_the_copies_that_are_named_are_the_same_in_every_process() -> None:
+    code = (
+        "import numpy as np; from stage1_pro.policies import fit_policy; "
+        "p = np.random.default_rng(0).permutation(np.linspace(0.01, 0.99, 97) ** 1.3).repeat(40); "
+        "fit_policy('softmax', p, (p > 0.5).astype(int), target_fnr=0.1, rows_independent=True)"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stderr.splitlines()[-1]
+        for seed in ("1", "2")
+    ]
+    assert "copies" in said[0] and said[0] == said[1]
 
 
 def test_one_answer_to_independent_photos_never_becomes_a_unit(tmp_path: Path) -> None:
@@ -601,19 +699,36 @@ def test_a_promise_of_photos_is_another_promise() -> None:
     assert beside.trials < beside.photo_trials == of_groups_.exits(rows["probs"], rows["gate_logits"]).sum()
 
 
-def test_a_fail_shares_its_level_among_the_promises_of_a_policy() -> None:
+@pytest.mark.parametrize("of", range(1, 6))
+def test_the_level_of_a_fail_is_shared_by_all_that_are_checked(of: int) -> None:
+    for k, n in ((0, 10), (3, 50), (40, 400), (1, 1)):
+        found = check_claim("risk", k, n, 0.05, n, of)
+        assert found.lower == pytest.approx(clopper_pearson_lower(k, n, 1 - 0.01 / of), rel=1e-12)
+        assert found.upper == clopper_pearson_upper(k, n, 0.95)
+    # One that fails alone by a hair fails no more beside others.
+    n = 10_000
+    k = next(k for k in range(500, n) if clopper_pearson_lower(k, n, 0.99) > 0.05)
+    assert check_claim("risk", k, n, 0.05, n, of).outcome == ("FAIL" if of == 1 else "INCONCLUSIVE")
+
+
+@pytest.mark.parametrize("wish", [{}, {"target_fnr": 0.2}])
+def test_a_fail_shares_its_level_among_the_promises_of_a_policy(wish: dict[str, float]) -> None:
     """Each promise at its very limit: any FAIL in at most 1% of test sets."""
     data = gated(12_000)
-    policy = fit_gate_policy(**data, **BINARY, max_exit_error=0.03, target_fnr=0.2)
-    rng, draws, n, failed = np.random.default_rng(0), 400, 400, 0
+    policy = fit_gate_policy(**data, **BINARY, max_exit_error=0.03, **wish)
+    rng, draws, n, failed, of = np.random.default_rng(0), 400, 400, 0, 2 + len(wish)
     for _ in range(draws):
         labels = rng.integers(0, 2, n)
         out = rng.random(n) < policy.constraints.min_coverage
         wrong = rng.random(n) < np.where(labels == 1, 0.06, 0.0)
         probs = np.eye(2)[np.where(wrong, 1 - labels, labels)] * 0.8 + 0.1
         gate = np.where(out, 1.0, -1.0) * 50 * np.sign(policy.a)
-        rows = Rows.of(probs, labels, **BINARY, gate=gate)
-        failed += any(one.outcome == "FAIL" for one in policy.check(rows).promises)
+        checked = policy.check(Rows.of(probs, labels, **BINARY, gate=gate)).promises
+        assert len(checked) == of
+        for one in checked:
+            lower = clopper_pearson_lower(one.errors, one.trials, 1 - 0.01 / of)
+            assert one.lower == pytest.approx(lower, rel=1e-12) and (one.outcome == "FAIL") == (lower > one.limit)
+        failed += any(one.outcome == "FAIL" for one in checked)
     noise = stderr(0.01, draws)
-    print(f"three promises at their limits: FAIL in {failed / draws:.4f} of test sets, at most .01 (se {noise:.4f})")
+    print(f"{of} promises at their limits: FAIL in {failed / draws:.4f} of test sets, at most .01 (se {noise:.4f})")
     assert failed / draws <= 0.01 + 3 * noise

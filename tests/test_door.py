@@ -399,9 +399,11 @@ RESULTS = {
     "Sweep",
 }  # fmt: skip
 ABOUT_FILES = {"read_policy"}
+# What is no argument of anything.
+NOTHING = object()
 HOSTILE: list[Any] = [
     None, "", ".05", "yes", b"x", True, 0, -1, 3.5, 1e400, -math.inf, math.nan, 10**400, 2**64, 1j, Decimal("0.05"),
-    object(), print, {}, {"a": 1}, set(), [], [[]], [None], ["a", "b"], [[1, 2], [3]], [1, "a"], (0.1,),
+    NOTHING, print, {}, {"a": 1}, set(), [], [[]], [None], ["a", "b"], [[1, 2], [3]], [1, "a"], (0.1,),
     (0.1, 0.2, 0.3),
     np.array([]), np.zeros((2, 3, 4)), np.full(60, np.nan), np.full((60, 2), np.inf), np.full(60, 2.5), np.full(60, -1),
     np.array(["x"] * 60), np.array([None] * 60), np.array([1 + 2j] * 60), np.array([0.1, 0.2]), np.float32(0.3),
@@ -442,19 +444,21 @@ def test_hostile_values_get_one_line(name: str) -> None:
         call(**works)
     except NotReachableError:
         assert name in ("fit_policy", "dual_threshold")
-    raw = []
+    raw, taken = [], []
     for argument in works:
         for value in HOSTILE:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     call(**{**works, argument: value})
+                taken += [argument] if value is NOTHING else []
             except Stage1Error as error:
                 if "\n" in str(error) or len(str(error)) > 1500:
                     raw.append((argument, repr(value)[:60], "not one line"))
             except Exception as error:  # noqa: BLE001
                 raw.append((argument, repr(value)[:60], f"{type(error).__name__}: {error}"[:120]))
     assert not raw, raw[:12]
+    assert not taken, "what says nothing must be refused"
 
 
 def test_p_values_of_risks_are_those_of_counts_in_any_shape() -> None:
@@ -588,6 +592,8 @@ def test_groups_of_any_name_are_the_same_groups(named: Callable[[int], Any]) -> 
         (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, largest_group=3), "largest_group"),
         (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, groups=["a\0"] * 60), "groups"),
         (lambda: certify("squares", [0.5]), "squares"),
+        (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, squares=[0.5, 0.5]), "squares"),
+        (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, unit="photos", squares=[0.5] * 2), "squares"),
         (lambda: fit_policy("softmax", PROBS, LABELS, groups=LABELS, rows_independent=True), "rows_independent"),
         (lambda: fit_policy("gate", PROBS, LABELS, alpha=0.1, max_exit_error=0.2), "(alpha|max_exit_error) and .*"),
         (lambda: fit_policy("softmax", PROBS, LABELS, guarantee="none", delta=0.1), "delta"),
@@ -662,7 +668,7 @@ def test_a_constant_answer_says_nothing(seed: int) -> None:
     rows = Rows.of(probs, labels, classes=["0", "1"], positive="1")
     found = weigh_exits(rows, np.ones(n, dtype=bool), "rows", None)
     assert found.right == pytest.approx(found.rate) and found.useless
-    with pytest.raises(NotReachableError):
+    with pytest.raises(NotReachableError, match="says something"):
         fit_policy("softmax", probs, labels, positive="0", rows_independent=True, target_fnr=0.02)
 
 

@@ -206,12 +206,19 @@ def test_the_positive_class_of_a_file_is_the_one_that_calibrate_takes(tmp_path: 
 
 
 def test_given_units_say_the_smallest_risk_they_can_certify() -> None:
-    found = stage1_pro.plan(**SMALL, n=25)
+    found = stage1_pro.plan(**SMALL, n=120)
     alpha, least = found.smallest_alpha_at_n, found.least_alpha_at_n
     assert found.power_at_n < 0.9 and alpha > 0.3 > least
-    assert least == pytest.approx(1 - 0.05 ** (1 / 25))
-    target = Gate(max_exit_error=alpha, min_coverage=0.5, allow_useless=True)
-    assert certified(target, 25, 200, e=0.08, at=0.5, growth=3.5) == pytest.approx(0.9, abs=0.08)
+    assert least == pytest.approx(1 - 0.05 ** (1 / 120))
+    target = Gate(max_exit_error=alpha, min_coverage=0.5)
+    assert certified(target, 120, 200, e=0.08, at=0.5, growth=3.5) == pytest.approx(0.9, abs=0.08)
+    assert f"smallest alpha certifiable with them at a chance of 0.9: {alpha:g}; " in render(found)
+    # Of 25 nearly all certify .78, and it says nothing of most.
+    few = stage1_pro.plan(**SMALL, n=25)
+    assert few.smallest_alpha_at_n is None and few.least_alpha_at_n == pytest.approx(1 - 0.05 ** (1 / 25))
+    wished = [Gate(max_exit_error=0.78, min_coverage=0.5, allow_useless=useless) for useless in (True, False)]
+    shares = [certified(target, 25, 200, e=0.08, at=0.5, growth=3.5) for target in wished]
+    assert shares[0] == pytest.approx(0.9, abs=0.08) and shares[1] < 0.8
     few = stage1_pro.plan("scrc", alpha=0.3, min_coverage=0.7, n=3)
     assert few.smallest_alpha_at_n is None
     assert "no risk below 1 can be certified" in render(few)
@@ -230,9 +237,24 @@ def test_what_is_hoped_for_moves_the_number_of_units() -> None:
 @pytest.mark.parametrize("part", [0.0, 0.1])
 def test_few_units_are_found_too(policy: str, alpha: float, part: float) -> None:
     """The search ends where the ends are near each other, and what it names has the power."""
-    found = stage1_pro.plan(policy, alpha=alpha, min_coverage=0.5, expected_error=part * alpha)
+    wish = {"policy": policy, "alpha": alpha, "min_coverage": 0.5, "expected_error": part * alpha}
+    if policy != "scrc" and alpha == 0.9 and part:
+        # What exits is wrong as often as one answer to all.
+        with pytest.raises(InputError, match="power must be reachable"):
+            stage1_pro.plan(**wish)
+        return
+    found = stage1_pro.plan(**wish)
     powers = {point.n: point.power for point in found.table}
-    assert powers[found.n_certify] == pytest.approx(0.9, abs=0.1) and found.n_certify < 200
+    few = 200 if alpha < 0.7 or not part or policy == "scrc" else 2000
+    assert powers[found.n_certify] == pytest.approx(0.9, abs=0.1) and found.n_certify < few
+
+
+@pytest.mark.parametrize(("policy", "target"), [("gate", Gate(max_exit_error=0.5, min_coverage=0.5)), ("scrc", None)])
+def test_what_is_planned_says_something(policy: str, target: Target | None) -> None:
+    target = Scrc(alpha=0.5, min_coverage=0.5) if target is None else target
+    found = stage1_pro.plan(policy, alpha=0.5, min_coverage=0.5, expected_error=0.05)
+    share = certified(target, found.n_certify, 200, e=0.05, at=0.5, growth=3.5)
+    assert share == pytest.approx(0.9, abs=0.08)
 
 
 def test_two_hundred_answers_are_a_world(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Bounds, p-values and tests that certificates are made of: pure functions on integer counts or losses in [0, 1].
 
 NumPy and SciPy only. Each says which hypothesis it speaks of and where it comes from. Clopper and Pearson's bounds
-(one-sided and two-sided) are in ``metrics.intervals``.
+(one-sided and two-sided) are in ``metrics.binomial``.
 """
 
 from __future__ import annotations
@@ -101,14 +101,27 @@ def errors_allowed(trials: ArrayLike, alpha: float, delta: float) -> NDArray[np.
 
 
 def trials_needed(errors: int, alpha: float, delta: float) -> int:
-    """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299)."""
+    """The fewest trials that certify risk <= alpha at delta with this many errors among them (0 at 1%, 5%: 299).
+
+    Args:
+        errors: among them, from 0 to 1e9.
+        alpha: inside (0, 1).
+        delta: inside (0, 1).
+
+    Raises:
+        InputError: an argument outside its range, or an alpha that takes more than 1e12 trials.
+    """
     whole("errors", errors, most=MOST_UNITS // 1000)
     check_share("alpha", alpha)
     check_share("delta", delta)
     # None at all takes log(delta) / log(1 - alpha).
     least = math.floor(min(math.log(delta) / math.log1p(-alpha), MOST_UNITS)) - 1
-    found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, least, 1))
-    assert found is not None
+    found = first_enough(lambda m: int(errors_allowed(m, alpha, delta)) >= errors, max(errors, least, 1), MOST_UNITS)
+    if found is None:
+        raise InputError(
+            f"alpha must be large enough for {MOST_UNITS:.0e} trials at delta {delta:g}, got {alpha:g} with {errors} "
+            "errors; ask for a larger alpha"
+        )
     return found
 
 
@@ -117,13 +130,13 @@ def last_digit(value: float, digits: int) -> float:
     return float(10.0 ** (math.floor(math.log10(value)) - digits + 1))
 
 
-def first_enough(enough: Callable[[int], bool], start: int, most: float = math.inf) -> int | None:
-    """The smallest number from ``start`` that is enough, when more is never less; None beyond ``most``."""
+def first_enough(enough: Callable[[int], bool], start: int, most: int) -> int | None:
+    """The smallest number from ``start`` to ``most`` that is enough, when more is never less; None where none is."""
     low, high = start - 1, start
-    while not enough(high):
-        low, high = high, 2 * high
-        if high > most:
+    while high > most or not enough(high):
+        if high >= most:
             return None
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.arguments import binary, check_share, whole
+from stage1_pro.arguments import binary, check_share, shown, whole
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
@@ -26,7 +26,7 @@ class Risk:
     is one.
 
     Raises:
-        InputError: alpha is outside (0, 1), or errors or trials are not what they must be.
+        InputError: name is no text, alpha is outside (0, 1), or errors or trials are not what they must be.
     """
 
     name: str
@@ -35,6 +35,8 @@ class Risk:
     trials: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputError(f"name must be a text, got {shown(self.name)}; name the risk for messages")
         check_share(f"alpha of {self.name}", self.alpha)
         object.__setattr__(self, "errors", binary(f"errors of {self.name}", self.errors))
         if self.trials is not None:

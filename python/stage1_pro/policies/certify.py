@@ -241,6 +241,8 @@ def certify(
             )
         photo_shares(names, None, largest_group)
         squares = None if squares is None else _squares(squares, 1 + len(risks))
+    elif squares is not None:
+        raise InputError(f"squares must go with groups counted as photos, got them with {counted}; drop them")
     elif largest_group is not None and unit != "photos":
         raise InputError(f"largest_group must go with unit photos, got it with {unit}; drop it or ask for photos")
     if candidates is None and counted in ("group_means", "photos"):
@@ -266,7 +268,7 @@ def certify(
             joint,
             seed,
             largest_group if counted == "photos" else None,
-            squares if counted == "photos" else None,
+            squares,
         )
         if counted in ("group_means", "photos") and names is not None
         else Counts(values, risks, drawn, among, order, min_coverage, joint)

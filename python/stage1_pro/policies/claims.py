@@ -34,6 +34,7 @@ class Claim(Record):
     model_fingerprint: str
     outcome: Literal["open", "certified", "infeasible"] = "open"
     number: int | None = Field(None, description="among the claims on all cuts of its photos; null: its place")
+    level: float | None = Field(None, description="what it may spend of delta; null: its half's delta / claims")
 
 
 class HalfClaims(Record):
@@ -42,6 +43,11 @@ class HalfClaims(Record):
     delta: float = Field(gt=0, lt=1, description="for all claims together")
     claims: int = Field(ge=1)
     uses: list[Claim]
+
+    @property
+    def spent(self) -> float:
+        """Of delta, by the uses so far."""
+        return sum(self.delta / self.claims if use.level is None else use.level for use in self.uses)
 
 
 class Claims(Record):
@@ -137,7 +143,8 @@ def weigh_claim(
     """Say which claim this would be, and what ``RUN/claims.json`` would then hold; nothing is written.
 
     The very same claim (model, preprocessing, policy and wish on the same half) is no new use. The first claim on any
-    cut of these photos fixes delta and the number of claims it is divided by.
+    cut of these photos fixes delta and the number of claims it is divided by; of cuts that were declared apart and
+    share photos the least delta and the most claims hold.
 
     Args:
         run: run folder.
@@ -159,34 +166,34 @@ def weigh_claim(
     known = Claims.of(run).seen(half, rows, groups)
     cuts = known.cuts(half)
     kin = [known.halves[one] for one in cuts if one in known.halves]
-    own = known.halves.get(half)
-    # Where cuts that were declared apart turn out to share photos, the stricter declaration holds.
-    declared = own or HalfClaims(
+    # Where cuts that were declared apart turn out to share photos, the stricter declaration holds for all.
+    strictest = HalfClaims(
         delta=min((one.delta for one in kin), default=delta or defaults[0]),
         claims=max((one.claims for one in kin), default=claims or defaults[1]),
         uses=[],
     )
-    for name, given, before in (("claims", claims, declared.claims), ("delta", delta, declared.delta)):
+    own = known.halves.get(half, strictest)
+    for name, given, before in (("claims", claims, strictest.claims), ("delta", delta, strictest.delta)):
         if given is not None and given != before:
             raise InputError(
                 f"--{name} must be {before:g}, as declared at the first claim on these photos, got {given:g}; dividing "
                 "delta after looking would promise nothing"
             )
     key = sha256_bytes(f"{model_fingerprint}\n{preprocessing_fingerprint}\n{policy}\n{wish}".encode())
-    level, n_made = declared.delta / declared.claims, sum(len(one.uses) for one in kin)
-    left = (declared.delta * _ROUNDING - sum(len(one.uses) * one.delta / one.claims for one in kin)) // level
-    place = next((i for i, use in enumerate(declared.uses) if use.key == key), None)
+    level, n_made = strictest.delta / strictest.claims, sum(len(one.uses) for one in kin)
+    left = (strictest.delta * _ROUNDING - sum(one.spent for one in kin)) // level
+    place = next((i for i, use in enumerate(own.uses) if use.key == key), None)
     if place is None:
         if left < 1:
-            raise _refused(run, declared, kin, policy, wish, len(cuts))
+            raise _refused(run, strictest, kin, policy, wish, len(cuts))
         use, left = n_made + 1, left - 1
-        claim = Claim(key=key, policy=policy, wish=wish, model_fingerprint=model_fingerprint, number=use)
-        declared = declared.model_copy(update={"uses": [*declared.uses, claim]})
-        known = known.model_copy(update={"halves": {**known.halves, half: declared}})
+        claim = Claim(key=key, policy=policy, wish=wish, model_fingerprint=model_fingerprint, number=use, level=level)
+        own = own.model_copy(update={"uses": [*own.uses, claim]})
+        known = known.model_copy(update={"halves": {**known.halves, half: own}})
     else:
-        use = declared.uses[place].number or place + 1
+        use = own.uses[place].number or place + 1
     looks, cut = sum(known.looks.get(one, 0) for one in cuts), cuts.index(half) + 1
-    stake = Stake(declared.delta, declared.claims, use, key, looks, cut, max(int(left), 0), made=place is not None)
+    stake = Stake(strictest.delta, strictest.claims, use, key, looks, cut, max(int(left), 0), made=place is not None)
     return stake, known
 
 

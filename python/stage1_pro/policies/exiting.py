@@ -18,7 +18,7 @@ from stage1_pro.policies.certify import Certificate
 from stage1_pro.policies.counts import ExitCounts, count_exits, sweep_table
 from stage1_pro.policies.ordering import certify_halves, infeasible, record
 from stage1_pro.policies.policy import Origin, Policy, risk_of
-from stage1_pro.policies.rows import Rows, groups_in_error
+from stage1_pro.policies.rows import Rows, Unit, groups_in_error
 from stage1_pro.policies.target import Target
 from stage1_pro.policies.useful import OVERRIDE, Exits, weigh_exits
 
@@ -102,7 +102,7 @@ def choose_exits(
         InputError: no halves where something is to be certified.
         NotReachableError: the target cannot be met or certified.
     """
-    certificate, n_tried, asked = None, 0, target.promises(rows.positive)
+    certificate, n_tried = None, 0
     if target.guarantee == "ltt":
         fit = ~rows.kept_half()
         certificate = _certified(target, rows, score, lowest, grid)
@@ -118,10 +118,7 @@ def choose_exits(
     exited = score >= row.threshold
     if int(exited.sum()) != row.n_exited:
         raise AssertionError("the stored threshold does not decide as the sweep did")
-    of_one_class = all(one.label is not None for one in asked)
-    weighed = weigh_exits(
-        rows, exited, "groups" if certificate is None else certificate.unit, asked[0].limit if of_one_class else None
-    )
+    weighed = _weighed(target, rows, exited, "groups" if certificate is None else certificate.unit)
     if weighed.useless and certificate is not None and not target.allow_useless:
         raise NotReachableError(
             f"{called or target.words()} must be a promise that says something, but it is INFEASIBLE: "
@@ -131,10 +128,20 @@ def choose_exits(
     return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed)
 
 
-def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float = 0.0) -> float | None:
-    """The coverage that ``choose_exits`` would certify for a target; None where it would refuse."""
+def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float = 0.0) -> tuple[float, bool] | None:
+    """The coverage that ``choose_exits`` would certify for a target, and whether that says something; None: neither."""
     certificate = _certified(target, rows, score, lowest, "float64", smallest=False)
-    return certificate.coverage if certificate.feasible else None
+    if certificate.threshold is None or certificate.coverage is None:
+        return None
+    kept = ~rows.fit_half()
+    weighed = _weighed(target, rows.where(kept), score[kept] >= certificate.threshold, certificate.unit)
+    return certificate.coverage, not weighed.useless
+
+
+def _weighed(target: Target, rows: Rows, exited: NDArray[np.bool_], unit: Unit) -> Exits:
+    asked = target.promises(rows.positive)
+    of_one_class = all(one.label is not None for one in asked)
+    return weigh_exits(rows, exited, unit, asked[0].limit if of_one_class else None)
 
 
 def _certified(

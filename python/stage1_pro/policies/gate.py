@@ -164,7 +164,7 @@ class GateParams(ByGate, ExitPolicy):
         """Platt's scaling on the fit half, and the walk on the other; see ``Policy.planned``."""
         least, delta = terms.min_coverage, terms.delta[0]
 
-        def certifies(rows: Rows, alpha: float) -> float | None:
+        def certifies(rows: Rows, alpha: float) -> tuple[float, bool] | None:
             target = Gate(max_exit_error=alpha, min_coverage=least, delta=delta)
             return walked(target, rows, _sure(rows)[1])
 

@@ -48,7 +48,8 @@ class Planned:
 
     share: float  # of units that are trials of the risk, at the coverage wished
     level: float  # at which the risk is tested
-    certifies: Callable[[Rows, float], float | None]  # the coverage that rows with halves certify with a limit, or None
+    # The coverage that rows with halves certify with a limit, and whether that says something; None: they do not.
+    certifies: Callable[[Rows, float], tuple[float, bool] | None]
     most_trials: Callable[[int], int]  # of the risk, among so many units, where as many as can be are accepted
     wish: str
     assumptions: list[str]

@@ -168,9 +168,9 @@ class Rows:
     @cached_property
     def _alike(self) -> NDArray[np.int64]:
         """A number for every row [N], from 0, that bit-identical rows share."""
-        said = [one for one in (self.probs, self.gate, self.probs_b) if one is not None]
-        hashes = [hash(b"".join([one.tobytes() for one in row])) for row in zip(*said, strict=True)]
-        return np.asarray(np.unique(hashes, return_inverse=True)[1], dtype=np.int64)
+        said = np.column_stack([one for one in (self.probs, self.gate, self.probs_b) if one is not None])
+        whole = np.ascontiguousarray(said).view(np.dtype((np.void, said.itemsize * said.shape[1]))).ravel()
+        return np.asarray(np.unique(whole, return_inverse=True)[1], dtype=np.int64)
 
     @cached_property
     def _copies(self) -> tuple[int, int, int] | None:
@@ -205,15 +205,22 @@ class Rows:
     def _rounded(self, surest: NDArray[np.float64]) -> bool:
         """Whether scores lie on a grid: their distinct values are further apart than random ones ever are.
 
-        The least gap of D random values is above the mean gap / sqrt(D) with chance exp(-sqrt(D)) only. Of 1 - p and p
-        one alone may be rounded, so answers of the first and of the last class are looked at by themselves as well,
-        where they are many; steps as fine as float32's are no grid.
+        The least gap of D random values is above the mean gap / sqrt(D) with chance exp(-sqrt(D)) only. That is no
+        small chance for few values: all of their gaps must be multiples of one step as well, so nearly that random ones
+        would be in 1 of 10,000 cases (all but one are within r of a multiple with chance (2 r)^(D - 2)); of two or
+        three values nothing tells. Of 1 - p and p one alone may be rounded, so answers of the first and of the last
+        class are looked at by themselves as well, where they are many; steps as fine as float32's are no grid.
         """
         answer, rows = self.probs.argmax(axis=1), surest <= _SATURATED
-        for of, least in ((rows, 1), (rows & (answer == 0), _MANY), (rows & (answer == len(self.classes) - 1), _MANY)):
-            # Sums such as 1 - p leave the grid in their last bits.
-            gaps = np.diff(np.unique(surest[of].round(11)))
-            if gaps.size >= least and gaps.min() > max(gaps.mean() / (gaps.size + 1) ** 0.5, 2**-20):
+        for of, least in ((rows, 3), (rows & (answer == 0), _MANY), (rows & (answer == len(self.classes) - 1), _MANY)):
+            gaps = np.diff(np.unique(surest[of]))
+            # Sums such as 1 - p leave the grid in their last bits, those of float32 too.
+            gaps = gaps[gaps > 2**-22]
+            if gaps.size < least or gaps.min() <= max(gaps.mean() / (gaps.size + 1) ** 0.5, 2**-20):
+                continue
+            steps = np.rint(gaps / gaps.min())
+            off = np.abs(gaps * (steps.sum() / gaps.sum()) - steps).max()
+            if gaps.size >= _MANY or (2 * off) ** (gaps.size - 1) < 1e-4:
                 return True
         return False
 

@@ -426,9 +426,8 @@ class FittedSCRC:
             raise self.infeasible()
         values, scores = _rows(probs, gate, self.n_classes)
         accepted = self.accepts(scores)
-        if self.scrc.groups == "stage":
-            stages = _stages(stage, len(values), wanted=True)
-            assert stages is not None
+        stages = _stages(stage, len(values), wanted=self.scrc.groups == "stage")
+        if self.scrc.groups == "stage" and stages is not None:
             known = np.array([cell.name for cell in self.cells])
             other = np.flatnonzero(~np.isin(stages, known))
             if other.size:

@@ -179,7 +179,7 @@ class ScrcParams(ByGate):
         least, (selection, risk), several = terms.min_coverage, terms.delta, len(terms.cells) > 1
         most = Scrc.model_fields["max_exit_error"].default
 
-        def certifies(rows: Rows, alpha: float) -> float | None:
+        def certifies(rows: Rows, alpha: float) -> tuple[float, bool] | None:
             fit, first = rows.fit_half(), _answer_fit_half(rows, rows.fit_half(), most)
             wish = SCRC(least, alpha, (selection, risk), groups="class" if several else None)
             found = wish.calibrate(
@@ -188,7 +188,7 @@ class ScrcParams(ByGate):
             )  # fmt: skip
             single = 1 - 1 / len(rows.classes)  # a limit up to here lets no second class in
             wide = terms.one_class and any((cell.limit or 0.0) > single for cell in found.cells)
-            return None if wide or not found.feasible else found.accepted / found.n
+            return None if wide or not found.feasible else (found.accepted / found.n, not found.useless)
 
         def most_trials(n: int) -> int:
             return math.floor((selection_rank(n, least, selection) or 0) * min(terms.cells))

@@ -134,7 +134,7 @@ class Thresholds(ExitPolicy):
         """The walk whose trials are the positives that exit; see ``Policy.planned``."""
         delta = terms.delta[0]
 
-        def certifies(rows: Rows, alpha: float) -> float | None:
+        def certifies(rows: Rows, alpha: float) -> tuple[float, bool] | None:
             return walked(Softmax(target_fnr=alpha, delta=delta), rows, confidence(rows.probs), 1 / len(rows.classes))
 
         return Planned(

@@ -13,7 +13,7 @@ what was certified, so it costs no validity.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,7 @@ def weigh_exits(rows: Rows, exited: NDArray[np.bool_], unit: Unit, limit: float 
     found = Exits(n, float(right[exits].mean()) if n else 0.0, rows.classes[top], float(share[top]))
     # As right is no better, but of rows of one class a perfect model is right as often.
     if n and (found.right < found.rate or (found.rate < 1 and found.right <= found.rate + _ROUNDING)):
-        return Exits(**{**vars(found), "useless": found.words()})
+        return replace(found, useless=found.words())
     if limit is None or len(rows.classes) == 2:
         return found
     positive = rows.classes.index(rows.positive)
@@ -80,7 +80,7 @@ def weigh_exits(rows: Rows, exited: NDArray[np.bool_], unit: Unit, limit: float 
         f"the promise is about '{rows.positive}' alone, and of the other answers that exit {1 - wrong:.1%} are right, "
         f"hardly more than always answering '{rows.classes[guess]}' there, which would be right in {1 - missed:.1%}"
     )
-    return Exits(**{**vars(found), "useless": useless})
+    return replace(found, useless=useless)
 
 
 def weigh_sets(

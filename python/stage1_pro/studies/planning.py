@@ -54,7 +54,9 @@ class PlanPoint(Record):
     """Power with so many units."""
 
     n: int = Field(description="units of the certify half")
-    power: float = Field(description="chance to certify the wish with them, if the expectation holds")
+    power: float = Field(
+        description="chance to certify the wish with them, in a promise that says something, if the expectation holds"
+    )
     draws: int | None = Field(None, description="calibrations that it is a share of; null: exact, of older versions")
     coverage: float | None = Field(None, description="median of those that certify; null where none does")
 
@@ -98,26 +100,27 @@ class _Calibrations:
     seed: int
     pool: ThreadPoolExecutor
     tick: Callable[[], object]
-    found: dict[int, list[float]] = field(default_factory=dict)  # by n, the coverage of each draw; NaN: refused
+    found: dict[int, list[tuple[float, bool] | None]] = field(default_factory=dict)  # by n, what each draw certifies
 
-    def power(self, n: int, draws: int = _LEAST) -> float:
-        """Share of the draws with ``n`` units that certify, of so many at least."""
+    def power(self, n: int, draws: int = _LEAST, *, useless: bool = False) -> float:
+        """Share of the draws with ``n`` units that certify, of so many at least; ``useless``: what says nothing too."""
 
-        def drawn(number: int) -> float | None:
+        def drawn(number: int) -> tuple[float, bool] | None:
             return self.planned.certifies(self.world.rows(n, np.random.default_rng([self.seed, number])), self.alpha)
 
         seen = self.found.setdefault(n, [])
         for found in self.pool.map(drawn, range(len(seen), draws)):
-            seen.append(math.nan if found is None else found)
+            seen.append(found)
             self.tick()
-        return float(np.mean(~np.isnan(seen)))
+        return sum(one is not None and (one[1] or useless) for one in seen) / len(seen)
 
-    def reaches(self, n: int, power: float) -> bool:
+    def reaches(self, n: int, power: float, *, useless: bool = False) -> bool:
         """Whether ``n`` units reach a power, by as many draws as it takes to tell."""
         for draws in range(_LEAST, _draws(n) + 1, 20):
-            if abs(self.power(n, draws) - power) > _SURE * math.sqrt(power * (1 - power) / draws):
+            found = self.power(n, draws, useless=useless)
+            if abs(found - power) > _SURE * math.sqrt(power * (1 - power) / draws):
                 break
-        return self.power(n) >= power
+        return self.power(n, useless=useless) >= power
 
     def search(self, start: int, power: float) -> int:
         """The n with which the power is ``power``, to three digits.
@@ -144,10 +147,15 @@ class _Calibrations:
                 if high
                 else math.ceil(1.5 * low)
             )
-            if n > MOST_UNITS or (low > self.plenty() and self.power(low) == 0):
+            useless = low > 0 and self.power(low, useless=True) >= power
+            hopeless = low > 10 * self.plenty() if useless else low > self.plenty() and self.power(low) == 0
+            if n > MOST_UNITS or hopeless:
+                advice = "hope for a smaller error or ask for less"
+                if useless:
+                    advice = "they certify it, but it says no more than one answer to all: ask for a smaller alpha"
                 raise InputError(
                     f"power must be reachable, got {power:g}, which {low:,} units do not reach; the chance there is "
-                    f"{self.power(low):.2f}: hope for a smaller error or ask for less"
+                    f"{self.power(low):.2f}: {advice}"
                 )
         raise InputError(f"power must be told from others by simulation, got {power:g}; give another --seed")
 
@@ -157,9 +165,9 @@ class _Calibrations:
 
     def point(self, n: int) -> PlanPoint:
         """What the draws with ``n`` units said."""
-        power, seen = self.power(n), np.array(self.found[n])
-        middle = None if np.isnan(seen).all() else float(np.nanmedian(seen))
-        return PlanPoint(n=n, power=power, draws=seen.size, coverage=middle)
+        power, seen = self.power(n), self.found[n]
+        covered = [one[0] for one in seen if one is not None and one[1]]
+        return PlanPoint(n=n, power=power, draws=len(seen), coverage=float(np.median(covered)) if covered else None)
 
 
 def _draws(n: int) -> int:
@@ -256,19 +264,30 @@ def plan(asked: Plan) -> CalibrationPlan:
 
 
 def _smallest_alpha(run: _Calibrations, n: int, power: float, least: float) -> float | None:
-    """The smallest risk from ``least`` that ``n`` units certify with a power, to two digits; None below 1."""
+    """The smallest risk from ``least`` that ``n`` units certify with a power, to two digits; None below 1.
 
-    def enough(alpha: float) -> bool:
-        return replace(run, alpha=alpha, found={}).reaches(n, power)
+    Larger risks are certified more often, and say nothing more often.
+    """
+
+    def certifies(alpha: float) -> bool:
+        return replace(run, alpha=alpha, found={}).reaches(n, power, useless=True)
 
     low, high = least, _LARGEST_ALPHA
-    if low >= high or not enough(high):
+    if low >= high or not certifies(high):
         return None
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    digit = last_digit(high, 2)
-    return min(round(math.ceil(high / digit) * digit, 12), _LARGEST_ALPHA)
+        low, high = (low, middle) if certifies(middle) else (middle, high)
+    said = high
+    while True:
+        digit = last_digit(said, 2)
+        said = min(round(math.ceil(said / digit) * digit, 12), _LARGEST_ALPHA)
+        of = replace(run, alpha=said, found={})
+        if of.reaches(n, power):
+            return said
+        if said == _LARGEST_ALPHA or of.power(n, useless=True) - of.power(n) > 1 - power:
+            return None
+        said *= 1.02
 
 
 def _rows(asked: Plan) -> Rows | None:
@@ -319,13 +338,14 @@ def render(found: CalibrationPlan) -> str:
         lines.append(f"{point.n:>14,}{2 * point.n:>12,}{point.power:>8.2f}{noise:>7}{covered:>14}{mark}")
     if found.n is not None:
         lines += ["", f"with the given {found.n:,} in the certify half the chance is {found.power_at_n:.2f}"]
-        if found.smallest_alpha_at_n is None or found.least_alpha_at_n is None:
+        if found.least_alpha_at_n is None:
             lines.append(f"no risk below 1 can be certified with them at a chance of {found.power:g}")
         else:
+            smallest = found.smallest_alpha_at_n
+            said = "none that says something" if smallest is None else f"{smallest:.2g}"
             lines.append(
-                f"smallest alpha certifiable with them at a chance of {found.power:g}: "
-                f"{found.smallest_alpha_at_n:.2g}; {found.least_alpha_at_n:.4f} at best, if none is wrong "
-                "and all are answered that may be"
+                f"smallest alpha certifiable with them at a chance of {found.power:g}: {said}; "
+                f"{found.least_alpha_at_n:.4f} at best, if none is wrong and all are answered that may be"
             )
     by = "exact tests" if found.seed is None else f"simulated calibrations, seed {found.seed}"
     lines += ["", f"from {by}; assumed:"]
