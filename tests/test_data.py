@@ -702,6 +702,20 @@ def test_near_duplicates_are_found_by_brute_force_too() -> None:
     assert near_duplicates(both[:1], np.zeros(1, dtype=np.int64)) == []
 
 
+def test_pictures_that_differ_in_colour_alone_are_two() -> None:
+    """A red and a blue sign of one shape and one grey: whatever looks at grey alone takes them for copies."""
+    rng = np.random.default_rng(0)
+    shape = np.kron(rng.integers(0, 2, (8, 8)), np.ones((4, 4)))[..., None]
+    red, blue = np.array([150.0, 60, 60]), np.array([75.0, 85, 131])
+    weights = np.array([0.299, 0.587, 0.114])
+    blue *= (red @ weights) / (blue @ weights)
+    signs = [np.clip(200 * shape + (1 - shape) * colour, 0, 255).round().astype(np.uint8) for colour in (red, blue)]
+    whole = [(one @ weights).reshape(8, 4, 8, 4).mean((1, 3)).ravel() for one in signs]
+    assert np.corrcoef(*whole)[0, 1] > WHOLE
+    again = np.clip(signs[0].astype(int) + rng.integers(-3, 4, signs[0].shape), 0, 255).astype(np.uint8)
+    assert near_duplicates(np.stack([*signs, again]), np.arange(3)) == [(0, 2)]
+
+
 def thumb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
 
