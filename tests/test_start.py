@@ -470,11 +470,13 @@ class TestEngine:
         file.write_bytes(b"kernels")
         file.chmod(0o644)
         assert read_cache(file) == b"kernels"
-        file.chmod(0o666)
-        assert read_cache(file) is None
+        for mode in (0o664, 0o646):
+            file.chmod(mode)
+            assert read_cache(file) is None
         file.chmod(0o644)
-        folder.chmod(0o777)
-        assert read_cache(file) is None
+        for mode in (0o770, 0o707):
+            folder.chmod(mode)
+            assert read_cache(file) is None
 
 
 class Evaluator(Runtime):
