@@ -386,6 +386,12 @@ def check(splits: Splits) -> None:
         halves[row.group].add(row.half)
         assert (row.half is not None) == (row.split == "val_calib")
     assert all(len(found) == 1 for found in (*where.values(), *halves.values()))
+    by_group: dict[str, list[str]] = defaultdict(list)
+    for row in splits.of("val_calib"):
+        by_group[row.group].append(row.label)
+    assert splits.summary().group_shares == pytest.approx(
+        {name: np.mean([given.count(name) / len(given) for given in by_group.values()]) for name in splits.classes}
+    )
     for split in SPLITS:
         assert splits.counts[split] == {c: sum(r.label == c for r in splits.of(split)) for c in splits.classes}
         assert all(splits.counts[split].values())
@@ -920,6 +926,12 @@ def test_each_step_does_what_it_says() -> None:
     ratio = brighter / before
     assert ratio.std() < 1e-4
     assert abs(ratio.mean() - 1) > 0.01
+    # Contrast is about the mean grey, and one draw of brightness is the same beside it.
+    strong = augmented(dark, spec, AugmentConfig(**{**STILL, "contrast": 0.3}), 0, 0, 1)  # type: ignore[arg-type]
+    assert np.tensordot(grey, strong, 1).mean() == pytest.approx(np.tensordot(grey, before, 1).mean(), abs=1e-5)
+    assert abs(np.std(strong) / np.std(before) - 1) > 0.01
+    both = augmented(dark, spec, AugmentConfig(**{**STILL, "contrast": 0.3, "brightness": 0.3}), 0, 0, 1)  # type: ignore[arg-type]
+    np.testing.assert_allclose(both, strong * ratio.mean(), atol=1e-4)
 
 
 def test_rotation_turns_about_the_middle() -> None:
