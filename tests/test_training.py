@@ -240,7 +240,10 @@ def test_early_stopping_counts_epochs_without_a_better_augrc(run: Path) -> None:
 def test_a_training_stopped_between_two_losing_epochs_goes_on_the_same(
     run: Path, split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("train.epochs=9", "train.patience=2", "train.lr=1e-8", "train.ema_decay=0", "train.workers=0")
+    options = (
+        "train.epochs=9", "train.patience=2", "train.lr=1e-8", "train.ema_decay=0", "train.workers=0", "gate.fit=joint",
+        "model.image_size=32",
+    )  # fmt: skip
     whole = train(run, config(*options))
     other = Path(shutil.copytree(split_run, tmp_path / "other"))
     last, lost = validate.save_last, whole.epochs - 1
