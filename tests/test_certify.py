@@ -955,7 +955,8 @@ def test_wrong_wishes_cost_no_claim(tmp_path: Path, capsys: pytest.CaptureFixtur
         calibrate(tmp_path, policy="gate")
 
 
-def test_overlapping_halves_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["sha256", "group"])
+def test_overlapping_halves_are_refused(tmp_path: Path, what: str) -> None:
     predictions = make_run(tmp_path, n=40)
     replace(predictions, halves=np.roll(predictions.halves, 1)).save(tmp_path / "val_calib.npz")
     with pytest.raises(ArtifactError, match="val_calib.npz must .*splits.json.*got others"):
@@ -963,9 +964,9 @@ def test_overlapping_halves_are_refused(tmp_path: Path) -> None:
     predictions.save(tmp_path / "val_calib.npz")
     values = json.loads((tmp_path / "splits.json").read_text())
     fit, other = (next(r for r in values["rows"] if r["half"] == half) for half in ("fit", "certify"))
-    fit["sha256"] = other["sha256"]
+    fit[what] = other[what]
     (tmp_path / "splits.json").write_text(json.dumps(values))
-    with pytest.raises(ArtifactError, match="must not overlap, got the same sha256 in both"):
+    with pytest.raises(ArtifactError, match=f"must not overlap, got the same {what} in both"):
         calibrate(tmp_path)
     assert not (tmp_path / "claims.json").exists()
 

@@ -35,7 +35,7 @@ from stage1_pro.policies.gate import reach
 from stage1_pro.studies import comparing
 from stage1_pro.studies.comparing import Comparison, check_fairness, markdown, read_arms
 from stage1_pro.training.loop import train
-from stage1_pro.training.run import Start
+from stage1_pro.training.run import Start, write_config
 
 TINY = ["train.epochs=1", "train.batch_size=32", "train.workers=0", "gate.fit=joint"]
 
@@ -408,6 +408,38 @@ ARMS = {"full": config(), "linear": config("train.mode=linear")}
 
 def times(out: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in out.glob("*/seed*/*") if p.name != ".lock"}
+
+
+def test_the_chosen_arm_is_the_best_whichever_way_its_metric_points(
+    labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers are drawn, one arm wrong thrice as often; everything behind the training is the real thing."""
+
+    def drawn(run: Path, _config: Path, seed: int, _log: Path) -> str:
+        rng, splits, arm = np.random.default_rng(seed), Splits.read(run / "splits.json"), run.parent.name
+        rows = splits.of("val_select")
+        truth = np.array([splits.classes.index(row.label) for row in rows])
+        wrong, sure = rng.random(truth.size) < {"good": 0.15, "bad": 0.45}[arm], rng.random(truth.size)
+        logits = np.where(np.arange(2) == np.where(wrong, 1 - truth, truth)[:, None], sure[:, None], 0)
+        text = np.array([row.id for row in rows])
+        Predictions(
+            text, np.array([row.group for row in rows]), text, text, logits.astype(np.float32),
+            logits.astype(np.float32), (sure - wrong).astype(np.float32), truth, splits.classes, splits.positive,
+            "val_select", splits.hashes["val_select"], "", "",
+        ).save(run / "val_select.npz")  # fmt: skip
+        (run / "val_calib.npz").touch()
+        write_config(run, config(), splits)
+        START.model_copy(update={"seed": seed, "split_hashes": splits.hashes}).write(run / "start.json")
+        return ""
+
+    monkeypatch.setattr(comparing, "_train", drawn)
+    arms = {"bad": config(), "good": config("train.lr=2e-3")}
+    for metric in ("accuracy", "augrc"):
+        found, _ = compare(tmp_path / "out", labels, arms, seeds=2, test=False, n_replicates=50, metric=metric)
+        value = {arm.name: {one.metric: one.value for one in arm.metrics}[metric] for arm in found.arms}
+        assert (value["good"] > value["bad"]) is (metric == "accuracy")
+        assert found.chosen == "good"
+        assert {one.metric: one.n_better for one in found.differences} == dict.fromkeys(ARM_METRICS, 2)
 
 
 @pytest.mark.slow

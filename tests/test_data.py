@@ -388,6 +388,12 @@ def check(splits: Splits) -> None:
         halves[row.group].add(row.half)
         assert (row.half is not None) == (row.split == "val_calib")
     assert all(len(found) == 1 for found in (*where.values(), *halves.values()))
+    by_group: dict[str, list[str]] = defaultdict(list)
+    for row in splits.of("val_calib"):
+        by_group[row.group].append(row.label)
+    assert splits.summary().group_shares == pytest.approx(
+        {name: np.mean([given.count(name) / len(given) for given in by_group.values()]) for name in splits.classes}
+    )
     for split in SPLITS:
         assert splits.counts[split] == {c: sum(r.label == c for r in splits.of(split)) for c in splits.classes}
         assert all(splits.counts[split].values())
@@ -714,6 +720,20 @@ def test_near_duplicates_are_found_by_brute_force_too() -> None:
     assert near_duplicates(both[:1], np.zeros(1, dtype=np.int64)) == []
 
 
+def test_pictures_that_differ_in_colour_alone_are_two() -> None:
+    """A red and a blue sign of one shape and one grey: whatever looks at grey alone takes them for copies."""
+    rng = np.random.default_rng(0)
+    shape = np.kron(rng.integers(0, 2, (8, 8)), np.ones((4, 4)))[..., None]
+    red, blue = np.array([150.0, 60, 60]), np.array([75.0, 85, 131])
+    weights = np.array([0.299, 0.587, 0.114])
+    blue *= (red @ weights) / (blue @ weights)
+    signs = [np.clip(200 * shape + (1 - shape) * colour, 0, 255).round().astype(np.uint8) for colour in (red, blue)]
+    whole = [(one @ weights).reshape(8, 4, 8, 4).mean((1, 3)).ravel() for one in signs]
+    assert np.corrcoef(*whole)[0, 1] > WHOLE
+    again = np.clip(signs[0].astype(int) + rng.integers(-3, 4, signs[0].shape), 0, 255).astype(np.uint8)
+    assert near_duplicates(np.stack([*signs, again]), np.arange(3)) == [(0, 2)]
+
+
 def thumb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
 
@@ -918,6 +938,12 @@ def test_each_step_does_what_it_says() -> None:
     ratio = brighter / before
     assert ratio.std() < 1e-4
     assert abs(ratio.mean() - 1) > 0.01
+    # Contrast is about the mean grey, and one draw of brightness is the same beside it.
+    strong = augmented(dark, spec, AugmentConfig(**{**STILL, "contrast": 0.3}), 0, 0, 1)  # type: ignore[arg-type]
+    assert np.tensordot(grey, strong, 1).mean() == pytest.approx(np.tensordot(grey, before, 1).mean(), abs=1e-5)
+    assert abs(np.std(strong) / np.std(before) - 1) > 0.01
+    both = augmented(dark, spec, AugmentConfig(**{**STILL, "contrast": 0.3, "brightness": 0.3}), 0, 0, 1)  # type: ignore[arg-type]
+    np.testing.assert_allclose(both, strong * ratio.mean(), atol=1e-4)
 
 
 def test_rotation_turns_about_the_middle() -> None:

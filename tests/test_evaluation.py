@@ -35,6 +35,7 @@ from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.probabilistic import Resampled
 from stage1_pro.metrics.selective import augrc
 from stage1_pro.metrics.table import METRICS, MetricSpec, register
+from stage1_pro.policies.sets import percent
 from stage1_pro.policies.softmax import Thresholds, confidence, softmax
 from stage1_pro.report import training_picture
 from stage1_pro.training.answers import answer, count_groups, find_changes, find_mistakes
@@ -683,6 +684,11 @@ def test_cost_and_risk_are_those_of_the_policys_own_score(tmp_path: Path) -> Non
             wrong = np.where(exits, found["stage_a"].error, found["stage_b"].error)
             assert float(row["risk"]) == pytest.approx(wrong.mean())
     assert by_softmax != by_gate
+    exited = np.mean(scores >= gate.threshold)
+    assert abs(exited - 0.5) > 0.05, "a share and the rest of it must be told apart"
+    cost = 1 - exited / 2
+    said = f"ran {percent(cost)} of the blocks of a full pass: {1 / cost:.2f} times faster"
+    assert said in (run / "report.html").read_text(encoding="utf-8")
 
     # Another run with its tap elsewhere is drawn beside; one of other rows, or without a curve, is refused.
     other = tmp_path / "early"

@@ -14,7 +14,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from stage1_pro.errors import InputError
-from stage1_pro.files import locked
+from stage1_pro.files import atomic_directory, locked, write_text
 from stage1_pro.record import Record, read_yaml, wrong
 
 HOLD = "import os, sys, time; from stage1_pro.files import locked\nwith locked(sys.argv[1]) as lock:\n"
@@ -148,6 +148,38 @@ def test_what_is_written_has_the_mode_that_umask_leaves(tmp_path, umask):
     mode = {path.name: path.stat().st_mode & 0o777 for path in (*tmp_path.iterdir(), tmp_path / "d" / "f")}
     assert mode["a"] == mode["f"] == mode["file"] and mode["d"] == mode["folder"]
     assert mode["secret"] == 0o600
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="/proc names the file behind a descriptor")
+@pytest.mark.parametrize("before", [False, True], ids=["new", "in the place of another"])
+def test_content_is_on_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch, before):
+    """A power cut finds the old or the new, never an empty file under the new one's name."""
+    seen: list[tuple[str, str]] = []
+    sync, rename = os.fsync, Path.replace
+
+    def synced(descriptor):
+        seen.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        sync(descriptor)
+
+    def renamed(path, target):
+        seen.append((str(path), str(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    for _ in range(1 + before):
+        seen.clear()
+        write_text(tmp_path / "file", "x")
+        (temporary, _), place = next((one, k) for k, one in enumerate(seen) if one[1] == str(tmp_path / "file"))
+        assert ("sync", temporary) in seen[:place] and ("sync", str(tmp_path)) in seen[place:]
+        seen.clear()
+        with atomic_directory(tmp_path / "folder") as staging:
+            (staging / "deep").mkdir()
+            for name in ("a", "deep/b"):
+                (staging / name).write_text(name)
+        place = seen.index((str(staging), str(tmp_path / "folder")))
+        assert {("sync", str(staging / name)) for name in ("a", "deep/b")} <= set(seen[:place])
+        assert ("sync", str(tmp_path)) in seen[place:]
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,18 @@ def test_the_gate_is_the_regression_sklearn_finds() -> None:
     assert mine[-1] == pytest.approx(judge.intercept_[0], abs=5e-3)
 
 
+def test_the_gate_reads_margins_on_the_scale_of_the_trained_classifier() -> None:
+    """Ten times the logits rank no answer otherwise: the same features weigh as much, and a tenth of each margin."""
+    x, y, groups = learned()
+    one, ten = (
+        fit_gate([x], [scale * x @ LOGITS], y, groups.tolist(), np.ones(2), folds=5, seed=0) for scale in (1, 10)
+    )
+    assert (one.form, ten.form) == ("features and margin",) * 2 and abs(one.weight[-1]) > 0.01
+    scales = np.append(np.ones(x.shape[1]), 10)
+    np.testing.assert_allclose(ten.weight * scales, one.weight, rtol=1e-3, atol=1e-3)
+    assert ten.bias == pytest.approx(one.bias, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kit.rates import show
 from numpy.typing import NDArray
@@ -110,6 +110,9 @@ def walked_by_hand(wrong: list[int], risk: float, level: float) -> tuple[float, 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 400), st.sampled_from([0.02, 0.1, 0.3, 0.5]), st.floats(0, 0.6), st.integers(0, 10**6))
+@example(400, 0.1, 0.25, 3)
+@example(300, 0.1, 0.4, 4)
+@example(200, 0.3, 0.6, 2)
 def test_the_walk_is_the_exact_one(n: int, risk: float, rate: float, seed: int) -> None:
     wrong = np.random.default_rng(seed).random(n) < np.linspace(0, rate, n)
     name = f"coverage_at_risk_{risk:g}"

@@ -414,16 +414,17 @@ def test_a_verdict_that_was_changed_is_refused(tmp_path: Path, bundle: Path) -> 
 
 
 class Postman:
-    """A hook that keeps what it gets, and may fail or die."""
+    """A hook that keeps what it gets, may refuse the next few, and may die."""
 
     fingerprint = "postman"
 
     def __init__(self) -> None:
         self.got: list[Alert] = []
-        self.fails = self.dies = False
+        self.fails, self.dies = 0, False
 
     def send(self, alert: Alert) -> Delivery:
         if self.fails:
+            self.fails -= 1
             return Delivery(hook="postman", delivered=False, tries=3, reason="HTTP 503")
         self.got.append(alert)
         if self.dies:
@@ -435,10 +436,10 @@ def test_people_are_told_once_of_everything_that_needs_them(root: Path, store_ur
     loop = open_loop(root, store_url, bundle, QUICK.model_copy(update={"auto_promote": False}))
     postman, now = Postman(), 10.0
     loop.run(now=now, manual=True)
-    postman.fails = True
+    postman.fails = 1
     (failed,) = deliver(loop.store, [postman], now=now)
     assert not failed.delivered and not postman.got
-    postman.fails, postman.dies = False, True
+    postman.dies = True
     # Killed after it went out and before that was written down: it goes out again.
     with pytest.raises(KeyboardInterrupt):
         deliver(loop.store, [postman], now=now)
@@ -464,7 +465,11 @@ def test_people_are_told_once_of_everything_that_needs_them(root: Path, store_ur
     other = Postman()
     other.fingerprint = "other"
     assert deliver(loop.store, [other], now=now + 2 * OLDEST) == []
+    # One refused holds back those behind it, so that they come in their order.
+    other.fails = 1
+    assert [one.delivered for one in deliver(loop.store, [other], now=now)] == [False] and not other.got
     assert len(deliver(loop.store, [other], now=now)) == 4
+    assert [one.kind for one in other.got] == ["train", "approval", "champion", "rollback"]
     loop.store.close()
 
 

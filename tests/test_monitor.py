@@ -252,6 +252,20 @@ def test_estimates_are_the_sums_they_are_named_for() -> None:
     assert "above 1" in horvitz_thompson_risk(wrong, e).note
 
 
+@pytest.mark.parametrize("n", [1, 20, 300])
+def test_both_ends_of_a_risk_leave_out_the_same_share(n: int) -> None:
+    """The share of right answers has the interval of the share of wrong ones from the other side."""
+    rng = np.random.default_rng(n)
+    wrong, e = (rng.random(n) < 0.3).astype(float), rng.choice([0.1, 0.5, 0.8], n)
+    for risk in (
+        lambda one: hajek_risk(one, e, floor=0.1),
+        lambda one: horvitz_thompson_risk(one, np.ones(n)),
+        naive_risk,
+    ):
+        found, other = risk(wrong), risk(1 - wrong)
+        assert (1 - other.high, 1 - other.low) == pytest.approx((found.low, found.high), abs=1e-9)
+
+
 def test_labels_that_are_still_to_come_pull_horvitz_thompson_down_and_not_hajek() -> None:
     rng = np.random.default_rng(3)
     n = 4000

@@ -499,9 +499,10 @@ class TestEngines:
     def test_a_ledger_that_others_may_write(self, rich, home):
         loaded = load_bundle(rich)
         remember_built(rich / self.entry(loaded).path)
-        (home / "built_engines.json").chmod(0o666)
-        with pytest.raises(ArtifactError, match="nobody else may write, got mode 666"):
-            engine_trust(loaded, self.entry(loaded))
+        for mode in (0o620, 0o602, 0o666):
+            (home / "built_engines.json").chmod(mode)
+            with pytest.raises(ArtifactError, match=f"nobody else may write, got mode {mode:o}"):
+                engine_trust(loaded, self.entry(loaded))
 
     def test_signed_by_a_trusted_key(self, rich_copy, key, home):
         sign(rich_copy, key)
@@ -596,9 +597,10 @@ class TestSignatures:
             sign(copy, tmp_path / "nowhere")
         with pytest.raises(InputError, match=r"name the \.pub file"):
             trust.trust_key(key)
-        key.chmod(0o644)
-        with pytest.raises(InputError, match="readable by you alone"):
-            sign(copy, key)
+        for mode in (0o640, 0o604, 0o620):
+            key.chmod(mode)
+            with pytest.raises(InputError, match="readable by you alone"):
+                sign(copy, key)
         with pytest.raises(InputError, match="must be a trusted one"):
             trust.forget_key("nobody")
 

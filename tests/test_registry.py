@@ -396,6 +396,24 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
     assert live.candidate_failures == 2
 
 
+@pytest.mark.parametrize("name", ["canary", "shadow"])
+def test_what_tightens_the_champion_is_not_the_candidates(
+    local: Registry, bundle: Path, strict: Path, photos: list[Path], tmp_path: Path, name: str
+) -> None:
+    one, two = local.add(strict), local.add(bundle)
+    promote(local, one, expected=0, now=1.0, by="ada")
+    with local.store.write() as connection:
+        local.tighten(connection, one, 1.0000001, now=2.0)
+    move(local, name, two, **({"share": 1.0} if name == "canary" else {}))
+    log = EventLog(tmp_path / "log")
+    served = LiveCascade(local.root, threads=1, log=log).predict(photos)
+    own = Cascade.load(bundle, threads=1).predict(photos).exited
+    assert own.any()
+    assert served.exited.tolist() == (own if name == "canary" else np.zeros_like(own)).tolist()
+    assert [pair.candidate_exited for pair in read_pairs(log.folder, two)] == own.tolist()
+    assert not any(pair.champion_exited for pair in read_pairs(log.folder, two))
+
+
 def test_thresholds_that_served_once_are_not_kept(local: Registry, bundle: Path, photos: list[Path]) -> None:
     name = local.add(bundle)
     promote(local, name, expected=0, now=1.0, by="ada")

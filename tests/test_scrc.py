@@ -512,6 +512,11 @@ def test_cells_share_delta_and_have_their_own_limits() -> None:
     positives = SCRC(0.7, 0.02, loss="fnr").calibrate(probs, gate, labels)
     _, accepted = positives.predict_sets(probs, gate)
     assert positives.cells[0].trials == (accepted & (labels == 1)).sum()
+    by_stage = SCRC(0.7, 0.02, loss="fnr", groups="stage").calibrate(probs, gate, labels, stage)
+    _, accepted = by_stage.predict_sets(probs, gate, stage)
+    of = [int((accepted & (labels == 1) & (stage == name)).sum()) for name in "ab"]
+    assert [cell.trials for cell in by_stage.cells] == of
+    assert [claim.trials for claim in by_stage.verify(probs, gate, labels, stage).promises[1:]] == of
 
 
 def test_verification_has_three_outcomes() -> None:

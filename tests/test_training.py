@@ -32,11 +32,13 @@ from stage1_pro.metrics import augrc, aurc, bootstrap, coverage_at_risk, risk_at
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.training import losses
+from stage1_pro.training import losses, validate
 from stage1_pro.training.epochs import TIMINGS
 from stage1_pro.training.inference import infer_split
 from stage1_pro.training.loop import train
+from stage1_pro.training.resume import State
 from stage1_pro.training.run import RunConfig
+from stage1_pro.training.session import Session
 from stage1_pro.training.validate import COLUMNS
 
 SMALL = ["train.epochs=2", "train.batch_size=32", "train.workers=1", "train.save_every_steps=2"]
@@ -233,6 +235,32 @@ def test_early_stopping_counts_epochs_without_a_better_augrc(run: Path) -> None:
     result = train(run, config("train.epochs=30", "train.patience=1", "train.lr=1e-8", "train.ema_decay=0"))
     assert result.epochs < 30
     assert result.best_epoch < result.epochs - 1
+
+
+def test_a_training_stopped_between_two_losing_epochs_goes_on_the_same(
+    run: Path, split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (
+        "train.epochs=9", "train.patience=2", "train.lr=1e-8", "train.ema_decay=0", "train.workers=0", "gate.fit=joint",
+        "model.image_size=32",
+    )  # fmt: skip
+    whole = train(run, config(*options))
+    other = Path(shutil.copytree(split_run, tmp_path / "other"))
+    last, lost = validate.save_last, whole.epochs - 1
+
+    def stops(session: Session, state: State) -> None:
+        last(session, state)
+        if state.epoch == lost:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validate, "save_last", stops)
+        with pytest.raises(KeyboardInterrupt):
+            train(other, config(*options))
+    assert train(other, resume=True).epochs == whole.epochs < 9
+    for name in ("last.pth", "model_best.pth", "val_calib.npz"):
+        assert (other / name).read_bytes() == (run / name).read_bytes(), name
+    assert without_timings(other / "metrics.csv") == without_timings(run / "metrics.csv")
 
 
 def test_class_weights_average_to_one_over_the_rows() -> None:
