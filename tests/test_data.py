@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import shutil
+import struct
 import threading
 import warnings
 from collections import Counter, defaultdict
@@ -96,8 +97,52 @@ def test_grey_of_8_and_16_bits() -> None:
     np.testing.assert_array_equal(pixels_of(encode(Image.fromarray(ramp > 99)))[:, :, 0], np.where(ramp > 99, 255, 0))
 
 
+def grey_tiff(values: np.ndarray, bits: int, *, white_is_zero: bool, kind: int) -> bytes:
+    """A little-endian grey TIFF made by hand; kind 1: unsigned, 2: signed, 3: floating-point."""
+    if bits == 12:
+        high, low = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+        triples = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], axis=2)
+        data = triples.astype(np.uint8).tobytes()
+    else:
+        data = values.astype(f"<{' uif'[kind]}{bits // 8}").tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: height,
+            279: len(data), 339: kind}  # fmt: skip
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items()
+    )
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(8, 1), (8, 2), (12, 1), (12, 2), (16, 1), (16, 2), (32, 1), (32, 2), (32, 3)]
+)
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_grey_is_read_by_the_range_that_a_file_states_or_not_at_all(bits: int, white_is_zero: bool, kind: int) -> None:
+    top = 2 ** (min(bits, 31) - (kind == 2)) - 1
+    values = np.tile(np.linspace(0, top, 64).round(), (8, 1))
+    data = grey_tiff(values, bits, white_is_zero=white_is_zero, kind=kind)
+    if kind == 1 and bits <= 16 and not (bits == 12 and white_is_zero):  # Pillow does not know that one
+        wanted = values[0] / top * 255
+        assert np.abs(pixels_of(data)[0, :, 1] - (255 - wanted if white_is_zero else wanted)).max() <= 1.1
+    else:
+        with pytest.raises(ImageError):
+            read_image(data)
+
+
+def test_whole_numbers_of_no_file_have_no_range() -> None:
+    with pytest.raises(ImageError, match="unsupported"):
+        read_opened(Image.fromarray(np.zeros((8, 8), np.int32)))
+
+
+def test_16_bit_grey_that_is_transparent_lies_on_white() -> None:
+    values = np.full((8, 8), 9000, dtype=np.uint16)
+    values[:, 4:] = 300
+    data = encode(Image.fromarray(values), "PNG", transparency=300)
+    assert pixels_of(data)[0, :, 0].tolist() == [9000 >> 8] * 4 + [255] * 4
+
+
 def test_16_bit_colour() -> None:
-    import struct
     import zlib
 
     values = np.random.default_rng(0).integers(0, 65536, (5, 4, 3)).astype(">u2")

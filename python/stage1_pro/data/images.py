@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from pydantic import Field
 
 from stage1_pro.data.photos import ImageFile, Photo, open_file
@@ -50,12 +50,13 @@ Reason = Literal["unreadable", "empty", "not an image", "truncated", "damaged", 
 MAX_PIXELS = 64_000_000
 # Enlarging the short side of a longer strip would take gigabytes.
 MAX_ASPECT = 1000
-# Raster formats that Pillow decodes itself: an EPS, for one, would start an external program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+# Raster formats that Pillow decodes itself: an EPS, for one, would start an external program. An ICO is decoded when it
+# is opened, before its size is known.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 # fmt: off
 SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
-    ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".ico", ".mpo",
+    ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".mpo",
 })
 # fmt: on
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -89,8 +90,8 @@ def read_image(source: ImageFile | BinaryIO | bytes, max_pixels: float = MAX_PIX
     """Read the first frame of an image as 8-bit RGB, the right way up.
 
     EXIF orientation is applied. Grey, CMYK (Adobe's inverted kind too) and palette images are converted;
-    16-bit grey keeps its upper 8 bits (``>> 8``, as Pillow does for 16-bit colour); transparent pixels are
-    laid on white. Colour profiles are not applied.
+    grey of 9 to 16 bits keeps its upper 8 (as Pillow does for 16-bit colour); transparent pixels are laid on white.
+    Pixels whose range no file states are refused: signed, of 32 bits, floating-point. Colour profiles are not applied.
 
     Args:
         source: path, photo of a source, binary file (read from its start, left open) or encoded bytes.
@@ -189,15 +190,29 @@ def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    tags: dict[int, Any] = dict(getattr(image, "tag_v2", {}))
+    if image.mode == "F" or set(tags.get(ExifTags.Base.SampleFormat, ())) - {1, 4}:  # unsigned or unknown
+        raise ImageError(name, "unsupported", "signed or floating-point pixels have no stated range")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError(name, "unsupported", "floating-point pixels have no stated range")
+        return Image.fromarray(_upper_bits(image, name, tags)).convert("RGB")
     if image.has_transparency_data:
         overlay = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", overlay.size, "white"), overlay).convert("RGB")
     return image.convert("RGB")
+
+
+def _upper_bits(image: Image.Image, name: str, tags: dict[int, Any]) -> NDArray[np.uint8]:
+    """Grey of more than 8 bits as [H, W] uint8; ``tags`` is what a TIFF says of itself."""
+    stated = 16 if image.mode != "I" or image.format in ("PNG", "PPM") else 32
+    bits = int(tags.get(ExifTags.Base.BitsPerSample, (stated,))[0])
+    if bits > 16:
+        raise ImageError(name, "unsupported", f"pixels of {bits} bits have no stated range")
+    values = np.asarray(image).astype(np.int64)
+    grey = np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0
+        grey = 255 - grey
+    clear = image.info.get("transparency")
+    return np.where(values == clear, np.uint8(255), grey) if isinstance(clear, int) else grey
 
 
 class _Quiet:
