@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
+from stage1_pro.config import load_config
 from stage1_pro.errors import InputError
 from stage1_pro.files import atomic_directory, locked, write_text
-from stage1_pro.record import Record, read_yaml, wrong
+from stage1_pro.record import Record, parse_yaml, read_yaml, wrong
 
 HOLD = "import os, sys, time; from stage1_pro.files import locked\nwith locked(sys.argv[1]) as lock:\n"
 
@@ -238,3 +244,63 @@ def test_a_wrong_value_is_told_with_its_place(values, told):
     with pytest.raises(ValidationError) as error:
         Whole.model_validate(values)
     assert wrong(error.value) == told
+
+
+BOMB = "\n".join(
+    ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    + [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghi")]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "a reference to another place"),
+        ("model: " + "[" * 5000, "more than 40 levels"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+        ("seed: 1\ntrain: {}\nseed: 2\n", "the key seed more than once"),
+        ("train: {epochs: 1, epochs: 2}", "the key epochs more than once"),
+        ("#" * (1 << 20) + "#", "bytes"),
+        ("a: !!python/object/apply:os.system [x]", "python/object"),
+        ("a: [", "expected"),
+    ],
+)  # fmt: skip
+def test_yaml_that_would_cost_or_hide_something_is_refused_at_once(tmp_path, text, words):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(InputError, match=words) as caught:
+        read_yaml(path)
+    assert time.process_time() - began < 2
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    if words != "bytes":
+        with pytest.raises(InputError):
+            load_config(None, [f"train={text}"])
+
+
+def test_yaml_that_is_no_plain_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", tmp_path, Path("/dev/zero")):
+        with pytest.raises(InputError):
+            read_yaml(path)
+
+
+def test_times_and_names_are_no_numbers():
+    found = parse_yaml("[1:30, 1_000, 010, .5, 1.5e+3, 0x10, -.inf, 12, -3.5, yes]")
+    assert found == ["1:30", "1_000", "010", 0.5, 1500, 16, -math.inf, 12, -3.5, True]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+        max_leaves=20,
+    )
+)
+def test_what_is_dumped_is_read_as_it_was(value):
+    assert parse_yaml(yaml.dump(value, Dumper=NoReferences)) == value
+
+
+class NoReferences(yaml.SafeDumper):
+    def ignore_aliases(self, _):
+        return True

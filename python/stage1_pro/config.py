@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from stage1_pro.errors import InputError
-from stage1_pro.record import read_yaml, wrong
+from stage1_pro.errors import InputError, printable
+from stage1_pro.record import parse_yaml, read_yaml, wrong
 from stage1_pro.words import Precision
 
 
@@ -344,9 +344,9 @@ def load_config(
         if not separator or not key:
             raise InputError(f"--set must be SECTION.KEY=VALUE, got '{item}'")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"--set {key} must have a YAML value, got '{text}'") from None
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise InputError(f"--set {key} must have a YAML value, got '{printable(text)}': {error}") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(values, value)

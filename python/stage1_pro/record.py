@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -108,22 +109,79 @@ def _shown(value: object) -> str:
     return printable(repr(value))
 
 
+_LARGEST_YAML = 1 << 20
+_DEEPEST_YAML = 40
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of YAML, in which every key stands once, nothing refers to another place, and 1:30 is text.
+
+    Raises:
+        ValueError: it is none, or is nested more than 40 deep.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, _yaml_loader())  # noqa: S506  a kind of the safe one
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(printable(" ".join(str(error).split()))) from None
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            # A few references to references make gigabytes of a few hundred bytes.
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                raise yaml.YAMLError(f"a reference to another place, *{event.anchor}{event.start_mark}; write it out")
+            self.depth += 1
+            if self.depth > _DEEPEST_YAML:
+                raise yaml.YAMLError(f"more than {_DEEPEST_YAML} levels{self.peek_event().start_mark}")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):
+                names = [key.value for key, _ in node.value]
+                twice = next((name for name in names if names.count(name) > 1), names[0])
+                raise yaml.YAMLError(f"the key {twice} more than once{node.start_mark}; remove one of them")
+            return found
+
+    # YAML 1.1 reads 1:30 as ninety and 1_000 as a thousand; who writes so means a time or a name.
+    numbers = {
+        "int": r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)",
+        "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    }
+    ours = {f"tag:yaml.org,2002:{kind}" for kind in numbers}
+    known = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    Loader.yaml_implicit_resolvers = {first: [one for one in found if one[0] not in ours] for first, found in known}
+    for kind, pattern in numbers.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), list("-+0123456789."))
+    return Loader
+
+
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """Keys and values of a YAML or JSON file; an empty one has none.
 
     Raises:
         InputError: the file cannot be read, or holds something else.
     """
-    import yaml
-
+    path = Path(path)
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} must exist, but there is no such file") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path} must be a readable YAML file, got: {printable(' '.join(str(error).split()))}"
-        ) from None
+        if not path.exists():
+            raise InputError(f"{path} must exist, but there is no such file")
+        if not path.is_file() or path.stat().st_size > _LARGEST_YAML:
+            raise ValueError(f"no plain file of at most {_LARGEST_YAML} bytes")
+        found = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be a readable YAML file, got: {error}") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
