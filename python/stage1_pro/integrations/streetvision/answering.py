@@ -143,16 +143,22 @@ class StreetVision:
         Args:
             image: encoded bytes, their base64 text, or a PIL image.
         """
-        future = self._worker.submit(self._answer, image)
+        future = self._worker.submit(self._surely, image)
         try:
             return future.result(self.settings.timeout_s)
         except TimeoutError:
             future.cancel()
             _LOG.warning("no answer within %g s", self.settings.timeout_s)
+        return NO_ANSWER
+
+    def _surely(self, image: Any) -> float:
+        # Caught here: what a future hands on holds the frames it came from, with the decoded photo, until a collection.
+        try:
+            return self._answer(image)
         # Whatever a photo sets off, the miner goes on: that is what -1 is for.
         except Exception as error:  # noqa: BLE001
             _LOG.warning("no answer: %s: %s", type(error).__name__, error)
-        return NO_ANSWER
+            return NO_ANSWER
 
     def _answer(self, image: Any) -> float:
         settings = self.settings
