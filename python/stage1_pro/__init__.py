@@ -7,7 +7,17 @@ Everything is imported on first use, so that serving needs no torch.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Libraries that tell their makers of their use: read when they are imported, hence here. What is set already holds.
+for _name, _value in {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
     from stage1_pro.commands.calibrate import calibrate as calibrate

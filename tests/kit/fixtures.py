@@ -66,3 +66,12 @@ def streets_run(once: Callable[[str, Make], Path], streets: Path) -> Path:
     import stage1_pro
 
     return once("streets_run", lambda folder: stage1_pro.split(streets / "labels.csv", folder, seed=0))
+
+
+@pytest.fixture(scope="session")
+def world(once: Callable[[str, Make], Path]) -> Path:
+    """What the manual's pages speak of; see ``kit.world``."""
+    pytest.importorskip("torch")
+    from kit.world import make_world
+
+    return once("world", make_world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from stage1_pro.deploy.trained import Trained
 
 _JOINED = "full.onnx"
+# The variable is read when onnxruntime is loaded, and somebody may have loaded it before stage1_pro was.
+if os.environ["ORT_DISABLE_TELEMETRY"] == "1":
+    onnxruntime.disable_telemetry_events()
 
 
 class OnnxRuntime(Runtime):

@@ -5,22 +5,50 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.probabilistic import calibration_bins
 from stage1_pro.metrics.selective import relative_cost, risk_coverage
+
+
+@contextlib.contextmanager
+def _nothing_at_home() -> Iterator[None]:
+    """Let matplotlib, which writes a list of fonts into the home where it is loaded, do so in a folder that goes again.
+
+    Where it has folders of its own already it uses them, with the settings in them.
+    """
+    homes = [os.environ.get("XDG_CACHE_HOME", "~/.cache"), os.environ.get("XDG_CONFIG_HOME", "~/.config"), "~"]
+    names = ("matplotlib", "matplotlib", ".matplotlib")
+    known = [Path(os.path.expanduser(home), name) for home, name in zip(homes, names, strict=True)]  # noqa: PTH111
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ or any(one.is_dir() for one in known):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="stage1-fonts-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
+with _nothing_at_home():
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
 COLORS = (BLUE, VERMILION, GREEN, ORANGE)

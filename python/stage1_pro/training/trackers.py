@@ -26,8 +26,6 @@ def _wandb(folder: Path) -> GeneralTracker:
 
 
 def _mlflow(folder: Path) -> GeneralTracker:
-    # Read when mlflow is imported.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
     place = folder.resolve()
