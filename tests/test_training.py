@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -24,17 +26,20 @@ from transformers import Dinov2Config, Dinov2Model
 
 import stage1_pro
 from stage1_pro.config import Config, TrainConfig, load_config
+from stage1_pro.data.images import PreprocessSpec
+from stage1_pro.data.loader import Batch
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.synthetic import render_pool
-from stage1_pro.errors import ArtifactError, DependencyError, InputError, TrainingError
+from stage1_pro.errors import ArtifactError, DependencyError, InputError, TemporaryError, TrainingError
 from stage1_pro.metrics import augrc, aurc, bootstrap, coverage_at_risk, risk_at_coverage
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.training import losses, validate
+from stage1_pro.stopping import Terminated
+from stage1_pro.training import loop, losses, validate
 from stage1_pro.training.epochs import TIMINGS
-from stage1_pro.training.inference import infer_split
+from stage1_pro.training.inference import infer_split, run_over
 from stage1_pro.training.loop import train
 from stage1_pro.training.resume import State
 from stage1_pro.training.run import RunConfig
@@ -237,6 +242,41 @@ def test_early_stopping_counts_epochs_without_a_better_augrc(run: Path) -> None:
     assert result.best_epoch < result.epochs - 1
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+def test_memory_that_runs_out_in_the_optimizers_step_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise kind("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(TrainingError, match="optimizer's step"):
+        train(run, config("train.epochs=1"))
+
+
+@pytest.mark.parametrize("most", [1, 5, 0])
+def test_inference_goes_on_with_fewer_rows_where_memory_is_short(split_run: Path, most: int) -> None:
+    splits, spec, sizes = Splits.read(split_run / "splits.json"), PreprocessSpec(height=8, width=8), []
+    photos = splits.photos_of(splits.of("val_select"))[:11]
+
+    def forward(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if len(pixels) > most:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+        sizes.append(len(pixels))
+        return {"mean": pixels.mean((1, 2, 3))}
+
+    if not most:
+        with pytest.raises(TemporaryError, match="a single image"):
+            run_over(forward, photos, spec, device=torch.device("cpu"), workers=0)
+        return
+    found = run_over(forward, photos, spec, device=torch.device("cpu"), workers=0)
+    assert max(sizes) <= most and sum(sizes) == 11
+    wanted = run_over(
+        lambda pixels: {"mean": pixels.mean((1, 2, 3))}, photos, spec, device=torch.device("cpu"), workers=0
+    )
+    np.testing.assert_allclose(found["mean"], wanted["mean"], rtol=1e-6)
+
+
 def test_a_training_stopped_between_two_losing_epochs_goes_on_the_same(
     run: Path, split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +301,49 @@ def test_a_training_stopped_between_two_losing_epochs_goes_on_the_same(
     for name in ("last.pth", "model_best.pth", "val_calib.npz"):
         assert (other / name).read_bytes() == (run / name).read_bytes(), name
     assert without_timings(other / "metrics.csv") == without_timings(run / "metrics.csv")
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_training_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(
+    run: Path, split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[BaseException]
+) -> None:
+    options = ("train.epochs=2", "train.save_every_steps=1000", "gate.fit=joint", "model.image_size=32")
+    train(run, config(*options))
+    other, learn, steps = Path(shutil.copytree(split_run, tmp_path / "other")), loop.learn, 0
+
+    def asked(session: Session, state: State, batch: Batch) -> None:
+        nonlocal steps
+        learn(session, state, batch)
+        steps += 1
+        if steps == 2:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learn", asked)
+        with pytest.raises(kind):
+            train(other, config(*options))
+    assert steps == 2 and signal.getsignal(number) is before
+    assert torch.load(other / "last.pth", weights_only=True)["progress"]["step_in_epoch"] == 2
+    train(other, resume=True)
+    for name in ("last.pth", "model_best.pth", "val_calib.npz"):
+        assert (other / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_asked_twice_a_training_stops_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second signal must stop it")
+
+    monkeypatch.setattr(loop, "learn", asked)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, config("train.epochs=1", "train.workers=2"))
+    assert not (run / "last.pth").exists()
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children(), "decoders must end with the training"
 
 
 def test_class_weights_average_to_one_over_the_rows() -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from stage1_pro.commands import COMMANDS, FAMILIES, load, outside
-from stage1_pro.errors import DependencyError, InputError, NotReachableError, Stage1Error, nearest, need
+from stage1_pro.errors import NotReachableError, Stage1Error, explain, nearest
+from stage1_pro.stopping import Terminated, terminable
 
-_EXTRAS = {
-    "train": ("torch", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxscript", "sklearn"),
-    "continual": ("sqlalchemy", "psycopg", "pyarrow", "river", "prometheus_client", "alembic"),
-}
 _EPILOG = """\
 the usual way: split, train, calibrate, evaluate, export, predict.
 See: stage1 help tutorial, or stage1 help for all pages; stage1 help exit-codes
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(named)
     options = parser.parse_args(arguments)
+    _ready_streams()
     if options.version:
         from stage1_pro import __version__
 
@@ -106,42 +108,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        found = options.command.of_flags(vars(options)).execute()
+        with terminable():
+            found = options.command.of_flags(vars(options)).execute()
         if options.as_json:
             print(json.dumps(_strict(found.record), default=str, allow_nan=False))
         elif found.text:
             print(found.text)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        again = "; --resume goes on" if "resume" in options.command.model_fields else ""
+        print(f"{word}; what was finished is kept{again}", file=sys.stderr)
+        return code
     except BrokenPipeError:
-        sys.stderr.close()
+        _give_up_stdout()
         return 0
-    except (Stage1Error, ImportError, OSError) as error:
-        return _fail(_known(error), as_json=options.as_json)
+    except Exception as error:  # noqa: BLE001  whatever it is, it is one line and a code
+        if os.environ.get("STAGE1_TRACEBACK"):
+            traceback.print_exc()
+        return _fail(explain(error), as_json=options.as_json)
     return int(found.exit_code)
 
 
-def _known(error: Exception) -> Stage1Error:
-    """The error of ours that says what an import or the operating system refused."""
-    if isinstance(error, Stage1Error):
-        return error
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").split(".")[0]
-        extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
-        if extra is None:
-            raise error
-        return need(extra, package)
-    if isinstance(error, ImportError):
-        return DependencyError(f"a library cannot be loaded: {error}; see `stage1 doctor`")
-    assert isinstance(error, OSError)
-    where = f"{error.filename} " if error.filename else ""
-    return InputError(f"{where}cannot be used: {error.strerror or error}")
+def _ready_streams() -> None:
+    """Let output take every file name, and no file that is opened later take the place of a closed stream."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_stdout() -> None:
+    """Let what is still to be written go nowhere, or Python fails once more when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Stage1Error, *, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+    try:
+        if as_json:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+        sys.stdout.flush()
+    except OSError:  # standard output may be what failed
+        _give_up_stdout()
     kind = "not reachable" if isinstance(error, NotReachableError) else "error"
     print(f"stage1: {kind}: {error}", file=sys.stderr)
     return error.exit_code

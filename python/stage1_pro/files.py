@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import getpass
 import hashlib
 import io
 import math
@@ -20,6 +21,22 @@ from stage1_pro.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+def user_name() -> str:
+    """The user's name, or ``uid:12345`` where the system knows none: containers run under any number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return f"uid:{os.getuid()}"
+
+
+def home_folder(variable: str) -> Path:
+    """The user's home; raises InputError, which names the variable to set, where there is none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise InputError(f"{variable} must name a folder, for this user has no home; set it") from None
 
 
 def permit(path: Path, mode: int = 0o666) -> None:
@@ -49,6 +66,9 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
         permit(temporary, mode)
         temporary.replace(path)
         _sync_directory(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write to a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

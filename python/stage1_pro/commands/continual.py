@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from stage1_pro.command import Command, Flag, Place, Rate, Result, Share, option
+from stage1_pro.files import user_name
 
 Browser = Annotated[bool, Flag("--no-browser")]
 Blind = Annotated[bool, Flag("--show-answers")]
@@ -68,7 +68,7 @@ class Init(Loop, does="init"):
     store: Place | None = option(None, "postgresql://…, or a folder or file for SQLite; ROOT by default")
     log: Path | None = option(None, "folder that serving logs to; ROOT/log by default")
     config: Path | None = option(None, "YAML with loop:, rounds:, alerts: and metrics: of ROOT/loop.json")
-    by: str = Field(default_factory=getpass.getuser, description=BY)
+    by: str = Field(default_factory=user_name, description=BY)
 
 
 class Ingest(Loop, does="ingest_log"):
@@ -177,14 +177,14 @@ class Promote(Loop, does="promote"):
     """Approve the candidate in the shadow."""
 
     candidate: str | None = option(None, "first digits of its hash, to be sure")
-    by: str = Field(default_factory=getpass.getuser, description=BY)
+    by: str = Field(default_factory=user_name, description=BY)
 
 
 class Rollback(Loop, does="rollback"):
     """Bring back the champion before, at once."""
 
     to: str | None = option(None, "hash of an earlier champion; the one before by default")
-    by: str = Field(default_factory=getpass.getuser, description=BY)
+    by: str = Field(default_factory=user_name, description=BY)
 
 
 class Audit(Loop, does="audit"):

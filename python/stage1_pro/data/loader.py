@@ -10,6 +10,7 @@ import functools
 import gc
 import math
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -229,12 +230,14 @@ def _loader(images: _Images, plan: _Plan, workers: int, size: int, *, persistent
 
 
 def _leave_inherited(_: int) -> None:
-    """Keep a forked worker from collecting what its parent has dropped.
+    """Keep a forked worker from collecting what its parent has dropped, and from signals that are its parent's.
 
     Only the parent's threads can take it down: an onnxruntime session that the worker destroyed would wait for threads
-    that no fork copies, for ever.
+    that no fork copies, for ever. Ctrl-C reaches every process of a terminal, and the parent needs its step's batches.
     """
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _shared_memory() -> int:

@@ -23,7 +23,7 @@ from stage1_pro.deploy.engine import EngineTarget, import_builder, read_engine
 from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.deploy.runtime import Arrays, How, Runtime, Source, bundle_of
 from stage1_pro.errors import ArtifactError, DependencyError, DeviceError, need
-from stage1_pro.files import sha256_bytes, write_bytes
+from stage1_pro.files import home_folder, sha256_bytes, write_bytes
 from stage1_pro.words import StageName
 
 if TYPE_CHECKING:
@@ -189,7 +189,8 @@ def cache_folder() -> Path:
     """The user's own folder for kernels compiled on this machine: ``$XDG_CACHE_HOME/stage1_pro/kernels``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification asks for a relative one to be ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "stage1_pro" / "kernels"
+    cache = Path(base) if Path(base).is_absolute() else home_folder("XDG_CACHE_HOME") / ".cache"
+    return cache / "stage1_pro" / "kernels"
 
 
 def read_cache(path: Path) -> bytes | None:

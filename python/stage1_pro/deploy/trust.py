@@ -24,7 +24,7 @@ from pydantic import Field
 from stage1_pro.deploy.bundle import SIGNATURE, Bundle, check_hash, read_plain
 from stage1_pro.deploy.manifest import EngineEntry
 from stage1_pro.errors import ArtifactError, InputError, need, printable
-from stage1_pro.files import locked, sha256_bytes, sha256_file, write_text
+from stage1_pro.files import home_folder, locked, sha256_bytes, sha256_file, write_text
 from stage1_pro.record import Record
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def config_folder() -> Path:
     if named:
         return Path(named)
     base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "stage1_pro"
+    return (Path(base) if base else home_folder("STAGE1_CONFIG") / ".config") / "stage1_pro"
 
 
 def _load(kind: type[T], name: str) -> T:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from stage1_pro.files import write_csv
+from stage1_pro.stopping import Stop
 
 # They differ from run to run, so no checkpoint holds them.
 TIMINGS = ("seconds", "images_per_second")
@@ -69,6 +70,7 @@ def run_epoch(
     *,
     steps: int,
     save_every: int,
+    stop: Stop,
     processes: int = 1,
     shown: bool = True,
 ) -> dict[str, float]:
@@ -81,16 +83,23 @@ def run_epoch(
         position: where the training stands.
         steps: of an epoch.
         save_every: steps between two calls of ``save``.
+        stop: asked, the step at hand is saved and the epoch stops.
         processes: how many learn from as many rows each.
         shown: whether this process shows a bar where there is a terminal.
+
+    Raises:
+        KeyboardInterrupt: the epoch was stopped.
     """
     began, before = time.monotonic(), position.seen
     with _bar(position, steps, processes, shown=shown) as advance:
         for batch in batches:
             learn(batch)
             advance()
-            if position.step_in_epoch < steps and position.step_in_epoch % save_every == 0:
+            # After the last step the epoch is validated first, and its end is saved.
+            if position.step_in_epoch < steps and (stop or position.step_in_epoch % save_every == 0):
                 save()
+                if stop:
+                    stop.now()
     seconds = time.monotonic() - began
     rate = (position.seen - before) * processes / max(seconds, 1e-9)
     return {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}

@@ -24,12 +24,13 @@ from stage1_pro.config import AugmentConfig, Config, ExploraConfig
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.loader import Batch, TrainLoader, iterate
 from stage1_pro.data.photos import ImageFile
-from stage1_pro.errors import ArtifactError, InputError, TrainingError
+from stage1_pro.errors import ArtifactError, InputError, TrainingError, out_of_memory
 from stage1_pro.files import write_bytes
 from stage1_pro.models.adapters import insert_lora
 from stage1_pro.models.backbone import Backbone
 from stage1_pro.models.masked import Pretext, draw_orders
 from stage1_pro.progress import say
+from stage1_pro.stopping import Stop, between_steps
 from stage1_pro.training import checkpoint
 from stage1_pro.training.epochs import (
     TrainingPosition,
@@ -177,19 +178,22 @@ class Explorer:
         if (self.folder / "last.pth").is_file():
             self._restore()
         self.trackers.open()
-        while self.at.epoch < self.options.epochs:
-            self._epoch()
+        with between_steps() as stop:
+            while self.at.epoch < self.options.epochs:
+                self._epoch(stop)
+                if stop:
+                    stop.now()
         if self.options.objective in ("mae", "simmim"):
             write_bytes(self.folder / "reconstructions.png", self._picture())
         self.at.write(self.folder / "metrics.csv", COLUMNS)
         return merge(self.pretext.backbone, whole)
 
-    def _epoch(self) -> None:
+    def _epoch(self, stop: Stop) -> None:
         options, at = self.options, self.at
         frozen = at.epoch < options.decoder_warmup_epochs
         timings = run_epoch(
             self.loader.epoch(at.epoch, at.step_in_epoch), lambda batch: self._learn(batch, frozen=frozen), self._save,
-            at, steps=self.loader.steps_per_epoch, save_every=options.save_every_steps,
+            at, steps=self.loader.steps_per_epoch, save_every=options.save_every_steps, stop=stop,
         )  # fmt: skip
         loss, held = at.loss_sum / at.seen, self._held_out_loss()
         row = {
@@ -225,7 +229,9 @@ class Explorer:
                     f"explora.lr (last.pth is as it was); the batch was: {', '.join(batch.files[:8])}"
                 )
             torch.autograd.backward(losses.mean())
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             raise TrainingError(
                 f"out of memory at {len(batch.pixels)} images; lower explora.batch_size or model.image_size"
             ) from error

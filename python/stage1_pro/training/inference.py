@@ -15,6 +15,7 @@ from stage1_pro.data.loader import iterate
 from stage1_pro.data.photos import ImageFile
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
+from stage1_pro.errors import TemporaryError, out_of_memory
 from stage1_pro.models.model import Gate, Outputs, Stage1Model
 from stage1_pro.training.checkpoint import load_joint_gate, load_run_model, save
 from stage1_pro.words import SplitName
@@ -42,9 +43,29 @@ def run_over(
     parts: dict[str, list[NDArray[np.float32]]] = {}
     with torch.inference_mode():
         for pixels in iterate(photos, spec, workers=workers, description=description, draw=draw):
-            for name, value in forward(pixels.to(device)).items():
-                parts.setdefault(name, []).append(value.float().cpu().numpy())
+            for name, value in _outputs(forward, pixels, device).items():
+                parts.setdefault(name, []).append(value)
     return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _outputs(
+    forward: Callable[[torch.Tensor], dict[str, torch.Tensor]], pixels: torch.Tensor, device: torch.device
+) -> Arrays:
+    """The outputs on a batch; half of it at a time where memory does not suffice for the whole."""
+    try:
+        return {name: value.float().cpu().numpy() for name, value in forward(pixels.to(device)).items()}
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(pixels) == 1:
+            raise TemporaryError(
+                "memory ran out at a single image; free some of it, or use a smaller model.image_size or backbone"
+            ) from error
+    # Out of the handler, so that what the failed pass held is free.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    halves = [_outputs(forward, half, device) for half in pixels.chunk(2)]
+    return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
 
 def named_logits(outputs: Outputs) -> dict[str, torch.Tensor]:

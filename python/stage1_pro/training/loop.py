@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from stage1_pro.config import Config
 from stage1_pro.data.loader import Batch
-from stage1_pro.errors import TrainingError
+from stage1_pro.errors import TrainingError, out_of_memory
 from stage1_pro.models.model import Outputs
+from stage1_pro.stopping import Stop, between_steps
 from stage1_pro.training.epochs import run_epoch
 from stage1_pro.training.losses import Part
 from stage1_pro.training.resume import State, restore, save_last
@@ -91,8 +92,12 @@ def train(
         try:
             if session.main:
                 session.trackers.open()
-            while not state.finished:
-                _epoch(session, state)
+            # One process of several cannot know at which step the others stop.
+            with between_steps(wait=session.world == 1) as stop:
+                while not state.finished:
+                    _epoch(session, state, stop)
+                    if stop:
+                        stop.now()
         finally:
             session.source.close()
             session.trackers.close()
@@ -117,7 +122,7 @@ def _take_over(session: Session, *, resuming: bool) -> None:
         session.describe_start().write(run / "start.json")
 
 
-def _epoch(session: Session, state: State) -> None:
+def _epoch(session: Session, state: State, stop: Stop) -> None:
     session.log(f"epoch {state.epoch} train from step {state.step_in_epoch}")
     session.trained.train()
     if session.config.train.mode == "linear":
@@ -126,7 +131,7 @@ def _epoch(session: Session, state: State) -> None:
         session.source.epoch(state.epoch, state.step_in_epoch),
         lambda batch: learn(session, state, batch),
         lambda: save_last(session, state),
-        state, steps=session.source.steps_per_epoch, save_every=session.config.train.save_every_steps,
+        state, steps=session.source.steps_per_epoch, save_every=session.config.train.save_every_steps, stop=stop,
         processes=session.world, shown=session.main,
     )  # fmt: skip
     end_epoch(session, state, timings)
@@ -143,15 +148,23 @@ def learn(session: Session, state: State, batch: Batch) -> None:
         try:
             loss, correct = _accumulate(session, state, batch)
             break
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             _shrink(session, state, error)
             torch.set_rng_state(before)
             session.optimizer.zero_grad(set_to_none=True)
-    for parameters in session.clipped:
-        session.accelerator.clip_grad_norm_(parameters, session.config.train.grad_clip)
-    session.optimizer.step()
+    try:
+        for parameters in session.clipped:
+            session.accelerator.clip_grad_norm_(parameters, session.config.train.grad_clip)
+        session.optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory in the optimizer's step, which keeps two more values for every weight that is trained; use "
+            "train.mode=lora or linear, or a smaller backbone (last.pth is as it was)"
+        ) from error
     session.scheduler.step()
     session.optimizer.zero_grad(set_to_none=True)
     if session.ema is not None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import hmac
 import io
 import json
 import os
 import secrets
-import signal
-import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
@@ -31,8 +28,10 @@ from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.data.images import ImageError, read_image
 from stage1_pro.errors import InputError
+from stage1_pro.files import user_name
 from stage1_pro.progress import say
 from stage1_pro.record import Record
+from stage1_pro.stopping import terminable
 
 _TYPES = {"review.html": "text/html", "review.css": "text/css", "review.js": "text/javascript"}
 # Only what this server sends is shown or run, and nobody frames it.
@@ -300,7 +299,7 @@ def review(
         result["ingested"] = found.events
         for line in found.torn:
             say(f"{log}: a line is no event and was passed over, {line}")
-        name = reviewer or getpass.getuser()
+        name = reviewer or user_name()
         queue = ReviewQueue(kept, events.images, lease=lease)
         more = partial(ingest, kept, events)
         with ReviewServer(queue, name, clock=time.time, port=port, blind=blind, refresh=more) as page:
@@ -309,7 +308,7 @@ def review(
                 ready(page.url)
             if browser and (os.name == "nt" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 webbrowser.open(page.url)
-            with _terminated_as_interrupted():
+            with terminable():
                 try:
                     page.serve()
                 except KeyboardInterrupt:
@@ -317,19 +316,6 @@ def review(
         result["progress"] = queue.progress(name, time.time()).model_dump()
         result["disagreement"] = disagreement(kept).model_dump()
     return result
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let whoever stops a process in the background end the page as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def render(result: dict[str, Any]) -> str:
