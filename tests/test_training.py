@@ -324,7 +324,7 @@ def test_a_training_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same
         with pytest.raises(kind):
             train(other, config(*options))
     assert steps == 2 and signal.getsignal(number) is before
-    assert torch.load(other / "last.pth", weights_only=True)["progress"]["step_in_epoch"] == 2
+    assert torch.load(other / "last.pth", weights_only=True)["sampler_state"]["step_in_epoch"] == 2
     train(other, resume=True)
     for name in ("last.pth", "model_best.pth", "val_calib.npz"):
         assert (other / name).read_bytes() == (run / name).read_bytes(), name
