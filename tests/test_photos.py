@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
 import pickle
 import shutil
 import tarfile
+import tempfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from stage1_pro.cli import main
 from stage1_pro.data.images import ImageError, PreprocessSpec, read_image
 from stage1_pro.data.labels import gather
-from stage1_pro.data.photos import Folder, Photo, Photos, Tar, open_photos
+from stage1_pro.data.photos import Folder, Passed, Photo, Photos, Tar, look, open_photos
 from stage1_pro.data.pool import read_pool
 from stage1_pro.data.splits import Splits, make_splits
+from stage1_pro.deploy.cascade import Cascade
+from stage1_pro.deploy.prediction import predict
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, sha256_file
 
@@ -329,3 +338,151 @@ def test_a_folder_waits_for_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ImageError, match="not a regular file"):
         read_image(Photo(Folder(str(tmp_path)), "a.png"))
+
+
+# -------------------------------------------------------------------------------- nothing is left out silently
+
+
+def crowded(root: Path) -> Path:
+    """A folder of two classes with everything that people's folders hold."""
+    rng = np.random.default_rng(0)
+
+    def save(path: Path, kind: str | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path, kind)
+
+    for k in range(40):
+        save(root / ("none", "work")[k % 2] / f"{k}.png")
+    save(root / "work" / "no suffix", "JPEG")
+    save(root / "work" / "wrong.dat", "PNG")
+    save(root / "work" / "LOUD.JPEG", "JPEG")
+    save(root / "work" / "a" / "b" / "c" / "deep.png")
+    save(root / "work" / unicodedata.normalize("NFD", "Straße für.png"))
+    for name in (".hidden.png", "._1.png", ".thumbnails/1.png", "@eaDir/1.png/2.png", "__MACOSX/3.png"):
+        save(root / "work" / name)
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "clip.mp4", "empty"):
+        (root / "none" / name).write_bytes(b"" if name == "empty" else b"x" * 40)
+    (root / "readme.md").write_text("beside the classes")
+    save(root.parent / "elsewhere" / "far.png")
+    (root / "work" / "far").symlink_to(root.parent / "elsewhere")
+    (root / "work" / "again").symlink_to(root.parent / "elsewhere")
+    (root / "work" / "nearer").symlink_to(root / "none")
+    (root / "work" / "up").symlink_to("..")
+    (root / "work" / "self").symlink_to("self")
+    (root / "work" / "one.png").symlink_to(root / "work" / "1.png")
+    (root / "work" / "gone.png").symlink_to("nothing.png")
+    os.mkfifo(root / "work" / "pipe.png")
+    return root
+
+
+def entries_of(root: Path) -> set[str]:
+    """What ``find`` sees that is no folder, with what lies behind the one link that is entered."""
+    found = set()
+    for place, folders, files in os.walk(root):
+        found |= {os.path.relpath(Path(place) / name, root) for name in files}
+        found |= {os.path.relpath(path, root) for name in folders if (path := Path(place) / name).is_symlink()}
+    return found
+
+
+def test_what_is_taken_named_and_counted_is_all_there_is(tmp_path):
+    root = crowded(tmp_path / "set")
+    found = look(Folder(str(root)))
+    held = [*found.keys, *(one.key for one in found.passed)]
+    assert len(held) == len(set(held))
+    # Of the two links to one folder the first is entered, so it is its photo that counts.
+    assert set(held) == (entries_of(root) - {"work/again"}) | {"work/again/far.png"}
+    pictures = [key for key in found.keys if not key.endswith(".png")]
+    assert sorted(pictures) == ["work/LOUD.JPEG", "work/no suffix", "work/wrong.dat"]
+    assert "work/a/b/c/deep.png" in found.keys and "work/one.png" in found.keys
+    why = {one.key: one.why for one in found.passed}
+    assert "already" in why["work/nearer"] and "around" in why["work/up"]
+    assert found.counts() == {"hidden": 4, "no picture (.md)": 1, "no picture (.mp4)": 1, "no picture (.txt)": 1,
+                              "no picture (no suffix)": 1, "of the system": 3}  # fmt: skip
+    assert {one.key for one in found.passed if one.may_be_photos} == {"work/gone.png", "work/self"}
+    assert all(printed.isprintable() for printed in [found.words()])
+
+
+def test_commands_say_what_they_passed_over(tmp_path, tiny, capsys):
+    root = crowded(tmp_path / "set")
+    held = look(Folder(str(root)))
+    assert main(["split", "--labels", str(root), "--out", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = len(Splits.read(tmp_path / "run" / "splits.json").rows)
+    counted = sum(told["passed_over"]["counts"].values()) + len(told["passed_over"]["named"])
+    assert rows + told["quarantined"] == len(held.keys) and counted == len(held.passed)
+    assert main(["predict", "--bundle", str(tiny / "bundle"), str(root), "--json"]) == 1
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert len(told["rows"]) == len(held.keys) and told["failures"] == 0
+    assert told["passed_over"] == {
+        "counts": held.counts(),
+        "named": [{"file": str(root / one.key), "why": one.why} for one in held.named()],
+    }
+    assert f"passed over {len(held.passed)}" in said.err
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_no_success(tmp_path, tiny):
+    """As a user who is not root, whom no folder is closed to."""
+    root = crowded(tmp_path / "set")
+    closed = root / "none"
+    before = os.scandir
+
+    def scandir(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return before(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.scandir", scandir)
+        found = look(Folder(str(root)))
+        assert Passed("none", "a folder that cannot be read: Permission denied") in found.passed
+        assert main(["predict", "--bundle", str(tiny / "bundle"), str(root), "--out", str(tmp_path / "o.csv")]) == 1
+
+
+def test_photos_beside_the_table_are_counted(tmp_path, capsys):
+    root = crowded(tmp_path / "set")
+    (root / "labels.csv").write_text(
+        "file,label\n" + "".join(f"{('none', 'work')[k % 2]}/{k}.png,{k % 2}\n" for k in range(30))
+    )
+    assert main(["split", "--labels", str(root), "--out", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["passed_over"]
+    assert told["counts"]["not in the table"] == len(look(Folder(str(root))).keys) - 30
+    assert not any("csv" in one for one in told["counts"])
+
+
+def test_a_name_is_found_in_either_composition(tmp_path, tiny):
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        place = tmp_path / form / unicodedata.normalize(form, "Größe")
+        place.mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(place / unicodedata.normalize(form, "für.png"))
+        listed = tmp_path / form / "list.csv"
+        listed.write_text(f"file\n{unicodedata.normalize(other, 'Größe/für.png')}\n", encoding="utf-8")
+        rows, failures = predict(Cascade.load(tiny / "bundle"), [listed])
+        assert failures == 0 and rows[0]["label"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text("a.@~ é", min_size=1, max_size=3), st.sampled_from(["file", "folder", "link", "txt"])),
+        max_size=9,
+    )
+)
+def test_any_tree_is_told_whole(parts):
+    with tempfile.TemporaryDirectory() as folder:
+        root, place = Path(folder) / "root", Path(folder) / "root"
+        root.mkdir()
+        for name, kind in parts:
+            path = place / name.strip(". ") if name.strip(". ") else place / "x"
+            if os.path.lexists(path):
+                continue
+            if kind == "folder":
+                path.mkdir()
+                place = path
+            elif kind == "link":
+                path.symlink_to(root.parent / "nothing")
+            else:
+                path.write_bytes(b"\xff\xd8\xff" if kind == "file" else b"text")
+        found = look(Folder(str(root)))
+        assert {*found.keys, *(one.key for one in found.passed)} == entries_of(root)
+        assert [*Folder(str(root)).keys()] == sorted(Folder(str(root)).keys(), key=lambda key: key.split("/"))

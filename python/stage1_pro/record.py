@@ -137,11 +137,11 @@ def _yaml_loader() -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             # A few references to references make gigabytes of a few hundred bytes.
             if self.check_event(yaml.AliasEvent):
-                event = self.peek_event()
+                event: Any = self.peek_event()  # type: ignore[no-untyped-call]
                 raise yaml.YAMLError(f"a reference to another place, *{event.anchor}{event.start_mark}; write it out")
             self.depth += 1
             if self.depth > _DEEPEST_YAML:
-                raise yaml.YAMLError(f"more than {_DEEPEST_YAML} levels{self.peek_event().start_mark}")
+                raise yaml.YAMLError(f"more than {_DEEPEST_YAML} levels{parent.start_mark if parent else ''}")
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node

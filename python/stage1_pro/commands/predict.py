@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from stage1_pro.command import Command, Count, Flag, Place, Result, option
 from stage1_pro.deploy.runtime import NAMES
 from stage1_pro.words import SplitName
+
+if TYPE_CHECKING:
+    from stage1_pro.data.photos import Found
 
 INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|TAR|CSV")
 
@@ -22,12 +25,16 @@ class Answering(Command):
         None, "share of positives where this serves; says what of the promise is void there, answers do not change"
     )
 
-    def _told(self, source: Path, rows: list[dict[str, Any]], failures: int, **more: Any) -> Result:
+    def _told(self, source: Path, rows: list[dict[str, Any]], failures: int, given: Found, **more: Any) -> Result:
         from stage1_pro.deploy.prediction import count, promised, render
 
         found = promised(source, self.prior)
-        record = {"rows": rows, "failures": failures, **count(rows), "promise": asdict(found), **more}
-        return Result(render(rows, self.out, found), record, int(failures > 0))
+        record = {
+            "rows": rows, "failures": failures, **count(rows), "passed_over": given.record(), "promise": asdict(found),
+            **more,
+        }  # fmt: skip
+        lost = failures > 0 or any(one.may_be_photos for one in given.passed)
+        return Result(render(rows, self.out, found), record, int(lost))
 
 
 class Predict(Answering, topic="engines"):
@@ -45,14 +52,16 @@ class Predict(Answering, topic="engines"):
 
     def execute(self) -> Result:
         """Print a row for every image, and what of the promise holds here."""
+        from stage1_pro.data.labels import gather
+        from stage1_pro.data.photos import Found
         from stage1_pro.deploy.prediction import load, predict
         from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
-        cascade = load(self.bundle, self.runtime, trust_engines=self.trust_engines)
-        rows, failures = predict(cascade, self.inputs, out=self.out, batch_size=self.batch_size, log=self.log)
-        steps = [asdict(step) for step in cascade.steps]
-        return self._told(self.bundle, rows, failures, runtime=cascade.runtime.name, steps=steps)
+        cascade, given = load(self.bundle, self.runtime, trust_engines=self.trust_engines), gather(self.inputs)
+        rows, failures = predict(cascade, given, out=self.out, batch_size=self.batch_size, log=self.log)
+        steps, beside = [asdict(step) for step in cascade.steps], Found([], given.passed)
+        return self._told(self.bundle, rows, failures, beside, runtime=cascade.runtime.name, steps=steps)
 
 
 class Infer(Answering, topic="engines"):
@@ -66,9 +75,13 @@ class Infer(Answering, topic="engines"):
 
     def execute(self) -> Result:
         """Print a row for every image."""
+        from stage1_pro.data.labels import gather
+        from stage1_pro.data.photos import Found
         from stage1_pro.deploy.prediction import infer
         from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
-        rows, failures = infer(self.run, self.inputs, split=self.split, out=self.out, batch_size=self.batch_size)
-        return self._told(self.run, rows, failures)
+        given = gather(self.inputs) if self.inputs and self.split is None else None
+        asked = self.inputs if given is None else given
+        rows, failures = infer(self.run, asked, split=self.split, out=self.out, batch_size=self.batch_size)
+        return self._told(self.run, rows, failures, Found([], [] if given is None else given.passed))

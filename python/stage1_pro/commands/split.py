@@ -12,6 +12,7 @@ from stage1_pro.errors import InputError
 from stage1_pro.progress import say
 
 if TYPE_CHECKING:
+    from stage1_pro.data.photos import Found
     from stage1_pro.data.splits import Splits
 
 
@@ -57,7 +58,7 @@ class Split(Command, topic="photos"):
         """Print rows and groups of every split by class."""
         from stage1_pro.policies.standing import in_reach
 
-        splits = self.cut()
+        splits, beside = self.cut()
         width = max(8, *map(len, splits.classes)) + 2
         lines = [f"{'split':<12}{'groups':>8}" + "".join(f"{name:>{width}}" for name in splits.classes)]
         for name, counts in splits.counts.items():
@@ -71,11 +72,16 @@ class Split(Command, topic="photos"):
         )
         lines += [in_reach(splits), f"next: stage1 train --run {self.out}"]
         record = {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(self.out)}
+        record["passed_over"] = beside.record()
         return Result("\n".join(lines), record)
 
-    def cut(self) -> Splits:
-        """Write ``splits.json`` and ``quarantine.csv``, the latter also when too many files are broken."""
+    def cut(self) -> tuple[Splits, Found]:
+        """Write ``splits.json`` and ``quarantine.csv``, the latter also when too many files are broken.
+
+        Gives the splits, and what lies in the labels' folder and is in neither.
+        """
         from stage1_pro.data.images import write_quarantine
+        from stage1_pro.data.labels import left_out
         from stage1_pro.data.splits import QuarantineError, make_splits
         from stage1_pro.training.run import exclusive, forget_training
 
@@ -100,7 +106,11 @@ class Split(Command, topic="photos"):
             write_quarantine(out / "quarantine.csv", quarantined)
             splits.write(out / "splits.json")
         say(f"wrote {out / 'splits.json'} and {out / 'quarantine.csv'}")
-        return splits
+        known = {row.file for row in splits.rows} | {one.file for one in quarantined}
+        beside = left_out(self.labels, self.images, known)
+        if beside.passed:
+            say(beside.words())
+        return splits, beside
 
 
 @keywords(Split)
@@ -111,4 +121,4 @@ def split(labels: Path | str, out: Path | str, **options: Any) -> Splits:
         InputError: wrong labels, too many broken files, a class that cannot be in every split, or a run that has been
             trained on its splits already and ``overwrite`` is not set.
     """
-    return Split.of(labels=labels, out=out, **options).cut()
+    return Split.of(labels=labels, out=out, **options).cut()[0]

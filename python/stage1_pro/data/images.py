@@ -53,12 +53,6 @@ MAX_ASPECT = 1000
 # Raster formats that Pillow decodes itself: an EPS, for one, would start an external program. An ICO is decoded when it
 # is opened, before its size is known.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
-# fmt: off
-SUFFIXES = frozenset({
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
-    ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".mpo",
-})
-# fmt: on
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # What EXIF says of how a picture lies; 1, the first of its orientations, is upright.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stage1_pro.classes import choose_positive
-from stage1_pro.data.images import SUFFIXES
-from stage1_pro.data.photos import Folder, ImageFile, Photo, Photos, in_tar, is_address, is_source, open_photos
+from stage1_pro.data.photos import (
+    Folder,
+    Found,
+    ImageFile,
+    Passed,
+    Photo,
+    Photos,
+    in_tar,
+    is_address,
+    is_source,
+    look,
+    open_photos,
+)  # fmt: skip
 from stage1_pro.data.tables import read_table, slashes
 from stage1_pro.errors import InputError, nearest
 
@@ -78,9 +89,25 @@ def _opened(root: Path | str) -> Photos:
     return open_photos(root if is_address(root) else Path(root).resolve())
 
 
+def left_out(labels: Path | str, images: Path | str | None, files: Collection[str]) -> Found:
+    """What lies in the folder, tar or address that was given for labels or images, and is none of the files.
+
+    Nothing is looked for beside a CSV whose photos' folder was not named.
+    """
+    named = images if images is not None else labels
+    if not is_source(named):
+        return Found([], [])
+    found = look(_opened(named))
+    own = {TABLE} if images is None else set()
+    rest = [one for one in found.passed if one.key not in own]
+    tabled = images is not None or len(rest) < len(found.passed)
+    why = "not in the table" if tabled else "in no folder of a class"
+    return Found(found.keys, rest).but(keys=[key for key in found.keys if key in files], why=why)
+
+
 def _read_folders(photos: Photos) -> list[Labelled]:
     entries = []
-    for key in photos.keys():  # noqa: SIM118 - a source is no dictionary
+    for key in look(photos).keys:
         folder, slash, _ = key.partition("/")
         if slash:
             entries.append(Labelled(key, folder, folder, key, "", f"folder {folder}"))
@@ -182,34 +209,43 @@ def check_contents(entries: Sequence[Labelled], contents: Mapping[str, str], nam
             raise InputError(f"every class must have readable images, got none of '{name}'; add some or leave it out")
 
 
-def gather(inputs: Sequence[Path | str]) -> list[tuple[str, ImageFile]]:
-    """Name to show and place of every image of the inputs, in order.
+@dataclass(frozen=True)
+class Gathered:
+    """Name to show and place of every image of the inputs, in order, and what their folders hold besides."""
+
+    files: list[tuple[str, ImageFile]]
+    passed: list[Passed]
+
+
+def gather(inputs: Sequence[Path | str]) -> Gathered:
+    """Find every image of files, folders, tars, addresses and CSV files with a column ``file``.
 
     Raises:
         InputError: an input does not exist or holds no image, or there are none.
     """
     files: list[tuple[str, ImageFile]] = []
+    passed: list[Passed] = []
     for given in inputs:
         path = Path(given)
-        found: Sequence[ImageFile]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif is_source(given):
+        if is_source(given):
             photos = open_photos(given)
-            found = [Photo(photos, key) for key in photos.keys() if Path(key).suffix.lower() in SUFFIXES]  # noqa: SIM118
+            found = look(photos)
+            if not found.keys:
+                words = found.words() or "nothing is in it"
+                raise InputError(f"inputs must hold images, got {given} with none; {words}")
+            taken = [Photo(photos, key) for key in found.keys]
+            files += [(str(one), one) for one in taken]
+            passed += [replace(one, key=str(Photo(photos, one.key))) for one in found.passed]
         elif path.suffix.lower() == ".csv" and path.exists():
-            files += [(row["file"], path.parent / row["file"]) for row in read_list(path)]
-            continue
+            beside = Folder(str(path.parent))
+            files += [(row["file"], Photo(beside, row["file"])) for row in read_list(path)]
         elif path.exists() or in_tar(path):
-            found = [path]
+            files.append((str(path), path))
         else:
             raise InputError(f"inputs must exist, got {path}, and there is no such file or folder")
-        if not found:
-            raise InputError(f"inputs must hold images, got {given} with none ({' '.join(sorted(SUFFIXES))})")
-        files += [(str(one), one) for one in found]
     if not files:
         raise InputError("inputs must name at least one image, folder, tar or CSV file, got none")
-    return files
+    return Gathered(files, passed)
 
 
 def read_list(path: Path) -> list[dict[str, str]]:

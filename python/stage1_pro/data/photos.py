@@ -13,6 +13,8 @@ import os
 import posixpath
 import re
 import tarfile
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,79 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://.+", re.DOTALL)
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 
 
+# fmt: off
+SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".mpo", ".heic", ".heif",
+})
+# fmt: on
+# How a picture begins, whatever it is called.
+_PICTURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{12}|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(avi|hei|hev|mif|msf)"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|P[1-6]\s",
+    re.DOTALL,
+)
+# Folders in which systems keep small or deleted copies of photos, in lower case.
+_SYSTEM_FOLDERS = frozenset({"@eadir", "__macosx", "$recycle.bin", "#recycle", "lost+found", "@__thumb", "thumbnails"})
+_UNREADABLE, _NOWHERE = "a folder that cannot be read", "a link that leads nowhere"
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Something that lies in a source and is no photo to it: its name there, and why."""
+
+    key: str
+    why: str
+
+    @property
+    def may_be_photos(self) -> bool:
+        """Whether photos may have been lost with it."""
+        return self.why.startswith((_UNREADABLE, _NOWHERE))
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that lies in a source: the keys of photos, by their names or how they begin, and what was passed over."""
+
+    keys: list[str]
+    passed: list[Passed]
+
+    def but(self, *, keys: list[str], why: str) -> Found:
+        """The same with fewer keys; the others are passed over for a reason."""
+        kept = set(keys)
+        return Found(keys, [*self.passed, *(Passed(key, why) for key in self.keys if key not in kept)])
+
+    def counts(self) -> dict[str, int]:
+        """How many were passed over for each reason that is told by its count."""
+        found = Counter(one.why for one in self.passed if not self._is_named(one))
+        return dict(sorted(found.items()))
+
+    def named(self) -> list[Passed]:
+        """What was passed over and is told by its name."""
+        return [one for one in self.passed if self._is_named(one)]
+
+    def _is_named(self, one: Passed) -> bool:
+        return one.may_be_photos or one.why.startswith(("a link", "no plain file"))
+
+    def words(self) -> str:
+        """What was passed over, in one line; empty where that is nothing."""
+        if not self.passed:
+            return ""
+        named = [f"{printable(one.key)} ({one.why})" for one in self.named()]
+        more = [f"and {len(named) - 5} more"] if len(named) > 5 else []
+        counted = [f"{count} {why}" for why, count in self.counts().items()]
+        return f"passed over {len(self.passed)}: " + ", ".join([*counted, *named[:5], *more])
+
+    def record(self) -> dict[str, Any]:
+        """The same for ``--json``."""
+        return {"counts": self.counts(), "named": [{"file": one.key, "why": one.why} for one in self.named()]}
+
+
 class Photos(Protocol):
-    """A source of photos; keys are names with ``/`` between their parts, such as ``roadwork/0001.jpg``."""
+    """A source of photos; keys are names with ``/`` between their parts, such as ``roadwork/0001.jpg``.
+
+    A source may have ``entries()`` as well, as ``Folder`` has; without it nobody knows what it holds beside ``keys``.
+    """
 
     @property
     def root(self) -> str:
@@ -108,6 +181,29 @@ def _from_outside(scheme: str, address: str) -> Photos:
     return PHOTOS.find(scheme)(address)
 
 
+def look(photos: Photos) -> Found:
+    """Which files of a source are photos, by their suffix or else by how they begin, and what else lies there."""
+    entries: Callable[[], Iterator[tuple[str, str]]] | None = getattr(photos, "entries", None)
+    keys, passed = [], []
+    for key, why in ((key, "") for key in photos.keys()) if entries is None else entries():  # noqa: SIM118
+        suffix = posixpath.splitext(key)[1].lower()
+        if why:
+            passed.append(Passed(key, why))
+        elif suffix in SUFFIXES or _begins_as_a_picture(Photo(photos, key)):
+            keys.append(key)
+        else:
+            passed.append(Passed(key, f"no picture ({printable(suffix) or 'no suffix'})"))
+    return Found(keys, passed)
+
+
+def _begins_as_a_picture(photo: Photo) -> bool:
+    try:
+        with photo.open() as file:
+            return _PICTURE.match(file.read(16)) is not None
+    except OSError:
+        return True  # whoever reads it says why it cannot be read
+
+
 def open_file(path: Path | str) -> BinaryIO:
     """A file on disk, or a member of a tar named as if that were a folder; raises OSError."""
     path = Path(path)
@@ -138,22 +234,24 @@ def read_file(image: ImageFile) -> bytes:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder with photos at any depth; links to folders are followed at its top alone."""
+    """A folder with photos at any depth; a folder that several links lead to is entered once."""
 
     root: str
 
     def keys(self) -> Iterator[str]:
         """Names of files relative to the folder."""
-        root = Path(self.root)
-        for top in sorted(root.iterdir()):
-            for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-                key = path.relative_to(root).as_posix()
-                if not _hidden(key) and not path.is_dir():
-                    yield key
+        return (key for key, why in self.entries() if not why)
+
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """Every entry that is no folder, and folders that cannot be entered, with why it is no file to be read."""
+        return iter(sorted(_walk(self.root), key=lambda entry: entry[0].split("/")))
 
     def open(self, key: str) -> BinaryIO:
-        """A file of the folder; raises OSError."""
-        return open_file(Path(self.root) / key)
+        """A file of the folder, also where its name is composed otherwise (NFC, NFD) there; raises OSError."""
+        try:
+            return open_file(Path(self.root) / key)
+        except FileNotFoundError:
+            return open_file(_respelled(Path(self.root), key))
 
     def read(self, key: str) -> bytes:
         """A file's bytes; raises OSError."""
@@ -186,7 +284,11 @@ class Tar:
 
     def keys(self) -> Iterator[str]:
         """Names of plain files in the tar."""
-        return (key for key in sorted(self._index()) if not _hidden(key))
+        return (key for key, why in self.entries() if not why)
+
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """Names of plain files in the tar, with why one is not to be read."""
+        return ((key, next(filter(None, map(_hidden, key.split("/"))), "")) for key in sorted(self._index()))
 
     def open(self, key: str) -> BinaryIO:
         """A member, read where it lies in the tar; raises OSError."""
@@ -273,9 +375,57 @@ def _add_member(found: dict[str, tuple[int, int]], member: tarfile.TarInfo, root
     found[name] = (member.offset_data, member.size)
 
 
-def _hidden(key: str) -> bool:
-    *folders, name = key.split("/")
-    return name in _SYSTEM_FILES or any(part.startswith(".") for part in (*folders, name))
+def _hidden(name: str) -> str:
+    """Why a file or folder of this name is none of the user's photos; empty where it may be."""
+    if name.startswith("."):
+        return "hidden"
+    return "of the system" if name in _SYSTEM_FILES or name.lower() in _SYSTEM_FOLDERS else ""
+
+
+def _walk(root: str) -> Iterator[tuple[str, str]]:
+    """What ``Folder.entries`` gives, in any order. Folders that lie here are entered before those links lead to."""
+    seen: dict[tuple[int, int], str] = {}
+    folders, links = [(root, "", "")], list[tuple[str, str, str]]()
+    while folders or links:
+        path, key, why = folders.pop() if folders else links.pop(0)
+        try:
+            info = os.stat(path)  # noqa: PTH116
+            known = seen.setdefault((info.st_dev, info.st_ino), key or ".")
+            if known != (key or "."):
+                yield key, f"a link into a folder that is here already, {printable(known)}"
+                continue
+            with os.scandir(path) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name)
+        except OSError as error:
+            yield key or ".", f"{_UNREADABLE}: {error.strerror}"
+            continue
+        for entry in entries:
+            name, here = f"{key}/{entry.name}".lstrip("/"), why or _hidden(entry.name)
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((entry.path, name, here))
+                elif entry.is_dir() and Path(root).resolve().is_relative_to(Path(entry.path).resolve()):
+                    yield name, "a link to a folder around this one"
+                elif entry.is_dir():
+                    links.append((entry.path, name, here))
+                elif entry.is_file():
+                    yield name, here
+                else:
+                    yield name, _NOWHERE if entry.is_symlink() else "no plain file"
+            except OSError as error:  # a link to itself, or one behind a folder that is closed
+                yield name, f"{_NOWHERE}: {error.strerror}"
+
+
+def _respelled(root: Path, key: str) -> Path:
+    """Where a file lies whose name has other code points for the same letters; the path as it is where nothing does."""
+    found = root
+    for part in key.split("/"):
+        names: list[str] = []
+        if not os.path.lexists(found / part) and found.is_dir():
+            wanted = unicodedata.normalize("NFC", part)
+            names = [one.name for one in found.iterdir() if unicodedata.normalize("NFC", one.name) == wanted]
+        found /= names[0] if len(names) == 1 else part
+    return found
 
 
 def _fingerprint(sizes: Iterator[tuple[str, int]]) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 
 from stage1_pro.data.duplicates import near_duplicates, read_pictures
 from stage1_pro.data.images import Quarantined
-from stage1_pro.data.labels import TABLE, gather, read_list
-from stage1_pro.data.photos import Photo, Photos, is_source, open_photos
+from stage1_pro.data.labels import TABLE, read_list
+from stage1_pro.data.photos import Photo, Photos, is_source, look, open_photos
 from stage1_pro.data.splits import Row
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes
@@ -50,8 +50,10 @@ def read_pool(images: Path | str, unseen: Sequence[Row], shown_in: Photos) -> Po
         photos, group_of = open_photos(place.parent), {row["file"]: row.get("group", "") for row in read_list(place)}
     elif is_source(images):
         photos = open_photos(images)
-        root = photos.root.rstrip("/") + "/"
-        group_of = {str(name).removeprefix(root): "" for name, _ in gather([images])}
+        held = look(photos)
+        group_of = dict.fromkeys(held.keys, "")
+        if held.passed:
+            say(held.words())
     else:
         raise InputError(f"--images must be a folder, a tar or a CSV with a column 'file', got {images}")
     files = sorted(group_of)

@@ -621,7 +621,7 @@ def _photos(source: Path | str | None, seed: int) -> tuple[list[bytes], str]:
     if source is None:
         width, height = PHOTO_SIZE
         return timing.draw_photos(8, PHOTO_SIZE, seed), f"8 drawn JPEGs of {width} x {height}, quality 90, seed {seed}"
-    files = [file for _, file in gather([source])][:64]
+    files = [file for _, file in gather([source]).files][:64]
     return [read_file(file) for file in files], f"{len(files)} of {Path(source).resolve().name}"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.data.images import ImageError
-from stage1_pro.data.labels import gather
-from stage1_pro.data.photos import ImageFile
+from stage1_pro.data.labels import Gathered, gather
+from stage1_pro.data.photos import Found, ImageFile
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
@@ -27,7 +27,7 @@ SEPARATOR = "|"
 
 def predict(
     cascade: Cascade,
-    inputs: Sequence[Path | str],
+    inputs: Sequence[Path | str] | Gathered,
     *,
     out: Path | str | None = None,
     batch_size: int = 32,
@@ -38,7 +38,7 @@ def predict(
     Args:
         cascade: what answers.
         inputs: images, folders (searched through, in name order) and CSV files with a ``file`` column
-            (relative to the CSV's folder).
+            (relative to the CSV's folder), or what ``gather`` found in them.
         out: CSV to write, atomically.
         batch_size: images per batch.
         log: folder to log every decision to (``continual.events.EventLog``).
@@ -53,7 +53,7 @@ def predict(
         InputError: an input does not exist, is of no known kind, or nothing is in it.
     """
     _check(batch_size, out)
-    files = gather(inputs)
+    files = _files(inputs)
     if log is None:
         return _answer_all(cascade, files, out, batch_size, "predict")
     from stage1_pro.continual.serving.events import EventLog
@@ -74,7 +74,7 @@ def load(bundle: Path | str, runtime: str, *, trust_engines: bool = False) -> Ca
 
 def infer(
     run: Path | str,
-    inputs: Sequence[Path | str] = (),
+    inputs: Sequence[Path | str] | Gathered = (),
     *,
     split: SplitName | None = None,
     out: Path | str | None = None,
@@ -97,7 +97,7 @@ def infer(
         got = "neither" if split is None else "both"
         raise InputError(f"infer must get images or --split, got {got}; for example --split val_test")
     if split is None:
-        files = gather(inputs)
+        files = _files(inputs)
     else:
         splits = Splits.read(Path(run) / "splits.json")
         files = [(photo.key, photo) for photo in splits.photos_of(splits.of(split))]
@@ -125,6 +125,13 @@ def promised(source: Path | str, prior: float | None = None) -> Standing:
     if policy is None:
         raise InputError(f"{source} must hold a policy, got none; run `stage1 calibrate` first")
     return standing(policy, Splits.read(Path(source) / "splits.json").summary(), prior)
+
+
+def _files(inputs: Sequence[Path | str] | Gathered) -> list[tuple[str, ImageFile]]:
+    found = inputs if isinstance(inputs, Gathered) else gather(inputs)
+    if found.passed:
+        say(Found([], found.passed).words())
+    return found.files
 
 
 def _check(batch_size: int, out: Path | str | None) -> None:
