@@ -548,10 +548,11 @@ def test_folder_of_class_folders(pool, tmp_path: Path) -> None:
         shutil.copy(root / str(row["file"]), folder / str(row["file"]))
     (tmp_path / "photos" / "work" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "photos" / "work" / "notes.txt").write_text("not a picture")
+    (tmp_path / "photos" / "work" / "broken.png").write_text("not a picture")
     splits, quarantined = make_splits(tmp_path / "photos")
     check(splits)
     assert (splits.classes, splits.positive, len(splits.rows)) == (["none", "work"], "work", 90)
-    assert [(q.file, q.reason.split(":")[0]) for q in quarantined] == [("work/notes.txt", "not an image")]
+    assert [(q.file, q.reason.split(":")[0]) for q in quarantined] == [("work/broken.png", "not an image")]
     assert all(row.group == row.file and row.file.startswith(f"{row.label}/deep/") for row in splits.rows)
 
 

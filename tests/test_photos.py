@@ -22,7 +22,7 @@ from PIL import Image
 
 from stage1_pro.cli import main
 from stage1_pro.data.images import ImageError, PreprocessSpec, read_image
-from stage1_pro.data.labels import gather
+from stage1_pro.data.labels import gather, left_out
 from stage1_pro.data.photos import Folder, Passed, Photo, Photos, Tar, look, open_photos
 from stage1_pro.data.pool import read_pool
 from stage1_pro.data.splits import Splits, make_splits
@@ -104,8 +104,15 @@ def facts(splits: Splits) -> dict:
 def test_splits_of_a_tar_are_those_of_its_folder(folder, tar):
     here, there = make_splits(folder), make_splits(tar)
     assert facts(here[0]) == facts(there[0]) and here[0].hashes == there[0].hashes
-    assert [(q.file, q.reason) for q in here[1]] == [(q.file, q.reason) for q in there[1]]
-    assert [q.file for q in here[1]] == ["work/notes ä.txt"]
+    assert here[1] == there[1] == []
+    known = {row.file for row in here[0].rows}
+    beside = left_out(folder, None, known)
+    assert beside == left_out(tar, None, known)
+    assert [(one.key, one.why) for one in beside.passed] == [
+        ("readme.md", "no picture (.md)"),
+        ("work/.DS_Store", "hidden"),
+        ("work/notes ä.txt", "no picture (.txt)"),
+    ]
     assert (here[0].root, there[0].root) == (str(folder), str(tar))
     for splits, _ in (here, there):
         photos = splits.photos_of(splits.rows)
@@ -118,7 +125,7 @@ def test_splits_of_a_tar_are_those_of_its_folder(folder, tar):
 def test_a_source_from_outside_is_one_module(folder, zipped):
     here, there = make_splits(folder), make_splits(zipped)
     assert facts(here[0]) == facts(there[0]) and there[0].root == zipped
-    names = [name for name, _ in gather([zipped])]
+    names = [name for name, _ in gather([zipped]).files]
     assert len(names) == 60 and names[0] == f"{zipped}/none/deep/p00.png"
     photo = there[0].photos_of(there[0].rows)[0]
     assert np.array_equal(read_image(photo), read_image(folder / photo.key))
@@ -149,14 +156,14 @@ def test_a_table_names_files_in_a_tar(folder, tar, tmp_path):
 
 
 def test_inputs_of_predict_are_the_same_photos(folder, tar, tmp_path):
-    here, there = gather([folder]), gather([tar])
+    here, there = gather([folder]).files, gather([tar]).files
     assert [name.removeprefix(str(folder)) for name, _ in here] == [name.removeprefix(str(tar)) for name, _ in there]
     for (_, one), (_, other) in zip(here, there, strict=True):
         assert np.array_equal(read_image(one), read_image(other))
     # A member is named as if the tar were a folder, in a list or alone.
     (tmp_path / "list.csv").write_text(f"file\n{Path(os.path.relpath(tar, tmp_path), 'work', 'p01.png')}\n")
     for inputs in ([tar / "work" / "p01.png"], [tmp_path / "list.csv"]):
-        ((_, one),) = gather(inputs)
+        ((_, one),) = gather(inputs).files
         assert np.array_equal(read_image(one), read_image(folder / "work" / "p01.png"))
     with pytest.raises(ImageError, match="No such file"):
         read_image(tar / "work" / "none.png")
