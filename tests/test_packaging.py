@@ -164,3 +164,17 @@ def test_a_pure_install_needs_no_compiler_and_says_so(repository, tmp_path):
     assert where.startswith(str(tmp_path)), ran.stderr
     assert backend == "reference | stage1_pro._core is not built; NumPy computes the same, more slowly"
     assert figures == "0.1875 True"
+
+
+def test_modules_of_the_loop_are_found_under_their_first_names():
+    pytest.importorskip("sqlalchemy")
+    from stage1_pro.continual import _MOVED
+
+    code = "\n".join(
+        f"import {home}, stage1_pro.continual.{name} as old; assert old is {home}, old; "
+        f"assert old.__spec__.name == '{home}'"
+        for name, home in _MOVED.items()
+    )
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("DeprecationWarning: stage1_pro.continual.") == len(_MOVED)
