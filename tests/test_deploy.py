@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
+import pickle
 import shutil
 import subprocess
 import sys
@@ -61,6 +63,7 @@ from stage1_pro.deploy.trained import TorchRuntime
 from stage1_pro.errors import ArtifactError, DependencyError, InputError
 from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.models.model import Stage1Model
+from stage1_pro.policies.softmax import Thresholds
 from stage1_pro.record import FileEntry
 from stage1_pro.training.checkpoint import save_model
 
@@ -819,6 +822,32 @@ def same_decisions(one: Any, other: Any) -> None:
         assert getattr(one, name).tolist() == getattr(other, name).tolist(), name
     np.testing.assert_allclose(one.prob, other.prob, atol=1e-5)
     np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["bundle", "run"])
+def test_a_cascade_is_pickled_as_where_it_came_from(run: Path, tmp_path: Path, how: str) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    photos = sorted((folder / "images").iterdir())
+    cascade = Cascade.load(folder / "bundle", threads=1) if how == "bundle" else Cascade.from_run(folder)
+    sent = pickle.dumps(cascade)
+    assert len(sent) < 5000
+    got, wanted = pickle.loads(sent).predict(photos), cascade.predict(photos)
+    np.testing.assert_array_equal(got.prob, wanted.prob)
+    assert got.label.tolist() == wanted.label.tolist() and pickle.loads(sent).runtime.name == cascade.runtime.name
+    # Spawned workers, which have nothing of this process.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(Cascade.predict, (cascade, photos))
+    np.testing.assert_array_equal(found.prob, wanted.prob)
+    policy = Thresholds.read(folder / "thresholds.json")
+    stricter = policy.model_copy(update={"exit_threshold": policy.exit_threshold / 2 + 0.5})
+    if how == "bundle":
+        set_policy(folder / "bundle", stricter)
+    else:
+        stricter.write(folder / "thresholds.json")
+    with pytest.raises(ArtifactError, match="has changed"):
+        pickle.loads(sent)
+    with pytest.raises(InputError, match="to be pickled"):
+        pickle.dumps(Cascade(cascade.bundle, cascade.runtime))
 
 
 class TestTorchRuntime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 import signal
@@ -119,7 +120,8 @@ def run(place: Path, words: str, how: str) -> None:
     assert process.returncode in wanted, f"{words}: {errors}"
     assert not told.exists(), f"{words}: {told.read_text()}"
     assert not list(files(place / "home")), f"{words} wrote into the home"
-    assert not list(files(place / "tmp")), f"{words} left temporary files"
+    # PyTorch makes an empty folder there as it is loaded.
+    assert not [name for name in files(place / "tmp") if name != f"torchinductor_{getpass.getuser()}"], words
     after = {name for name in files(here) if not name.startswith(("run", "out"))}
     assert after == before, f"{words} wrote beside what it was given"
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from stage1_pro.command import Command, Count, Flag, Place, Result, option
+from stage1_pro.command import Command, Count, Flag, Place, Result, option, within
 from stage1_pro.deploy.runtime import NAMES
 from stage1_pro.words import SplitName
 
@@ -46,6 +46,9 @@ class Predict(Answering, topic="engines"):
     inputs: Annotated[tuple[Place, ...], INPUTS] = option(..., "what to answer for")
     log: Path | None = option(None, "folder to log every decision to, as an event; see `stage1 review`")
     runtime: str = option("onnxruntime", f"what executes the stages: {NAMES}; see `stage1 help engines`")
+    threads: Annotated[int, within(lambda x: x >= 0, "0 or more")] = option(
+        0, "threads of a runtime on the CPU; 0: as many as there are cores", metavar="N"
+    )
     trust_engines: bool = option(
         False, "run engines that were neither built here nor signed by a trusted key; an engine is a program"
     )
@@ -58,7 +61,8 @@ class Predict(Answering, topic="engines"):
         from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
-        cascade, given = load(self.bundle, self.runtime, trust_engines=self.trust_engines), gather(self.inputs)
+        given = gather(self.inputs)
+        cascade = load(self.bundle, self.runtime, threads=self.threads, trust_engines=self.trust_engines)
         rows, failures = predict(cascade, given, out=self.out, batch_size=self.batch_size, log=self.log)
         steps, beside = [asdict(step) for step in cascade.steps], Found([], given.passed)
         return self._told(self.bundle, rows, failures, beside, runtime=cascade.runtime.name, steps=steps)

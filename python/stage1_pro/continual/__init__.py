@@ -27,7 +27,7 @@ _MOVED = {
 class _Moved(MetaPathFinder, Loader):
     """Gives a module under its first name too, with a warning."""
 
-    def find_spec(self, fullname: str, *_: Sequence[str] | ModuleType | None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_rest: Sequence[str] | ModuleType | None) -> ModuleSpec | None:
         parent, _, name = fullname.rpartition(".")
         return ModuleSpec(fullname, self) if parent == __name__ and name in _MOVED else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,8 @@ from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.runtime import Arrays, How, Runtime
 from stage1_pro.deploy.start import Step, start
-from stage1_pro.errors import InputError, need
+from stage1_pro.errors import ArtifactError, InputError, need
+from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.sets import close
 from stage1_pro.policies.softmax import confidence, softmax
 
@@ -152,8 +153,22 @@ class Cascade(Answering):
     >>> decisions = Cascade.load("run/bundle").predict(["a.jpg", "b.jpg"])  # doctest: +SKIP
     """
 
-    def __init__(self, bundle: Bundle | Trained, runtime: Runtime, steps: Sequence[Step] = ()) -> None:
-        self.bundle, self.runtime, self.steps = bundle, runtime, tuple(steps)
+    def __init__(
+        self,
+        bundle: Bundle | Trained,
+        runtime: Runtime,
+        steps: Sequence[Step] = (),
+        *,
+        asked: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.bundle, self.runtime, self.steps, self._asked = bundle, runtime, tuple(steps), asked
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Where it came from and how it was asked for: another process loads it anew, and it must be the same one."""
+        if self._asked is None:
+            raise InputError("a cascade must come from Cascade.load or Cascade.from_run to be pickled")
+        make = type(self).load if isinstance(self.bundle, Bundle) else type(self).from_run
+        return _again, (make, self.bundle.path.resolve(), dict(self._asked), _identity(self.bundle))
 
     @classmethod
     def load(
@@ -174,7 +189,8 @@ class Cascade(Answering):
             DependencyError: the named runtime lacks a library, a driver or a GPU.
         """
         loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        return cls(loaded, *start(loaded, runtime, threads=threads, trust_engines=trust_engines))
+        asked = {"runtime": runtime, "threads": threads, "trust_engines": trust_engines}
+        return cls(loaded, *start(loaded, runtime, threads=threads, trust_engines=trust_engines), asked=asked)
 
     @classmethod
     def from_run(cls, run: Path | str, *, threads: int = 0, device: str = "cpu") -> Cascade:
@@ -195,7 +211,9 @@ class Cascade(Answering):
         except ImportError as error:
             raise need("train", error.name or "torch") from error
         trained = load_trained(run)
-        return cls(trained, TorchRuntime.open(trained, How(threads, device)))
+        return cls(
+            trained, TorchRuntime.open(trained, How(threads, device)), asked={"threads": threads, "device": device}
+        )
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model's input [3, H, W]; raises as ``Prepared.pixels`` does."""
@@ -310,3 +328,14 @@ def open_image(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return read_opened(image)
     raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")
+
+
+def _identity(source: Bundle | Trained) -> str:
+    return sha256_bytes(source.raw) if isinstance(source, Bundle) else source.policy.fingerprint()
+
+
+def _again(make: Callable[..., Cascade], path: Path, asked: dict[str, Any], identity: str) -> Cascade:
+    found = make(path, **asked)
+    if _identity(found.bundle) != identity:
+        raise ArtifactError(f"{path} must be as it was when the cascade was pickled, but it has changed; load it anew")
+    return found

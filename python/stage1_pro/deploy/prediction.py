@@ -63,9 +63,9 @@ def predict(
         return _answer_all(Served(cascade, events), files, out, batch_size, "predict")
 
 
-def load(bundle: Path | str, runtime: str, *, trust_engines: bool = False) -> Cascade:
+def load(bundle: Path | str, runtime: str, *, threads: int = 0, trust_engines: bool = False) -> Cascade:
     """Load a bundle as ``Cascade.load`` does; say what was stepped down from, and what answers instead."""
-    cascade = Cascade.load(bundle, runtime, trust_engines=trust_engines)
+    cascade = Cascade.load(bundle, runtime, threads=threads, trust_engines=trust_engines)
     for step in cascade.steps:
         if runtime == "auto" or len(cascade.steps) > 1:
             say(f"{'answers with' if step.ready else 'stepped down from'} {step}")
