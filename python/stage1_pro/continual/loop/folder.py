@@ -30,13 +30,13 @@ from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
 from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import EventLog
-from stage1_pro.continual.serving.live import PLAN
+from stage1_pro.continual.serving.live import BUNDLES, PLAN, POINTER
 from stage1_pro.continual.watch.alerts import Alert
 from stage1_pro.continual.watch.outbox import AlertsConfig, deliver
 from stage1_pro.continual.watch.status import dashboard, write_textfile
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
-from stage1_pro.files import write_text
+from stage1_pro.files import sweep, write_text
 from stage1_pro.progress import say
 from stage1_pro.record import Record, read_yaml
 
@@ -99,6 +99,8 @@ def init(
 ) -> dict[str, Any]:
     """Begin a loop: the run's bundle is the first champion. Options are those of ``stage1 continual init``.
 
+    Where an earlier call was killed, this one goes on with the same bundle and writes ``loop.json`` anew.
+
     Args:
         root: a new folder.
         run: trained and calibrated run, which proposals start from.
@@ -114,8 +116,10 @@ def init(
         InputError: the loop has begun, alpha is in no policy, or an unknown key.
         ArtifactError: the bundle is damaged, or another run's.
     """
-    if (root / CONFIG).is_file():
-        raise InputError(f"root must be a new folder, got {root}, where a loop has begun")
+    if (root / CONFIG).is_file() and (root / POINTER).is_file():
+        raise InputError(
+            f"root must be a new folder, got {root}, where a loop has begun; `stage1 continual status` shows it"
+        )
     loaded = load_bundle(run / "bundle" if bundle is None else bundle)
     policy, model = loaded.policy, loaded.manifest.provenance.model_fingerprint
     if policy.model_fingerprint != model or not (run / "splits.json").is_file():
@@ -146,17 +150,28 @@ def init(
     kept = Store(file.store)
     try:
         registry = Registry(root, kept)
+        for folder in (root, root / "runs", root / BUNDLES, Path(file.log)):
+            sweep(folder)
         EventLog(file.log)
         name = registry.add(loaded.path)
         remember_run(root, name, run, model)
         file.rounds.plan.write(root / PLAN)
-        pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by)
+        again = _begun_here(root, file)
+        # Before the loop's first row, so that there is no row that no command finds. Its URLs may hold secrets.
+        file.write(root / CONFIG, mode=0o600)
+        pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by, again=again)
     finally:
         kept.close()
-    # A database's URL or a hook may hold a secret.
-    file.write(root / CONFIG, mode=0o600)
     shown = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
     return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": shown, "log": file.log}
+
+
+def _begun_here(root: Path, file: LoopFile) -> bool:
+    """Whether a row in the store can only be of an ``init`` of this folder that was killed, not of another loop."""
+    if (root / CONFIG).is_file():
+        return LoopFile.read(root / CONFIG).store == file.store
+    # An older version wrote loop.json last.
+    return (root / POINTER).is_file() or file.store == str(root.absolute())
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
