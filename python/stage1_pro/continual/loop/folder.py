@@ -35,7 +35,7 @@ from stage1_pro.continual.watch.alerts import Alert
 from stage1_pro.continual.watch.outbox import AlertsConfig, deliver
 from stage1_pro.continual.watch.status import dashboard, write_textfile
 from stage1_pro.deploy.bundle import load_bundle
-from stage1_pro.errors import ArtifactError, InputError, Stage1Error
+from stage1_pro.errors import ArtifactError, InputError, Stage1Error, explain
 from stage1_pro.files import sweep, write_text
 from stage1_pro.progress import say
 from stage1_pro.record import Record, read_yaml
@@ -58,8 +58,12 @@ class LoopFile(Record):
 
 
 @contextmanager
-def opened(root: Path | str) -> Iterator[tuple[LoopFile, Registry, Rounds, Loop]]:
+def opened(
+    root: Path | str, *, read_only: bool = False, busy: float = 30.0
+) -> Iterator[tuple[LoopFile, Registry, Rounds, Loop]]:
     """A loop that has begun, and its parts.
+
+    With ``read_only`` nothing is written and nothing ingested; ``busy`` is how many seconds SQLite's writers wait.
 
     Raises:
         InputError: no loop's folder.
@@ -69,11 +73,11 @@ def opened(root: Path | str) -> Iterator[tuple[LoopFile, Registry, Rounds, Loop]
     if not (root / CONFIG).is_file():
         raise InputError(f"root must be a loop's folder, got {root}; `stage1 continual init` makes one")
     config = LoopFile.read(root / CONFIG)
-    store = Store(config.store)
+    store = Store(config.store, read_only=read_only, busy=busy)
     try:
         registry = Registry(root, store)
         executor = make_executor(config.loop.executor)
-        parts = Rounds(registry, EventLog(config.log), executor, config.rounds)
+        parts = Rounds(registry, EventLog(config.log, read_only=read_only), executor, config.rounds)
         yield config, registry, parts, Loop(registry, parts, executor, config.loop, observe=_observe)
     finally:
         store.close()
@@ -187,6 +191,21 @@ def ingest_log(root: Path) -> dict[str, Any]:
         return ingest(registry.store, parts.log).model_dump(mode="json")
 
 
+def _catch_up(root: Path) -> str | None:
+    """Ingest what was served and write ``champion.json``; why that cannot be, where a disk or store takes no more."""
+    try:
+        with opened(root, busy=2.0) as (_, registry, parts, _loop):
+            parts.ingest()
+            registry.sync()
+    except ArtifactError:
+        raise
+    except (Stage1Error, OSError, SQLAlchemyError) as error:
+        if not (root / CONFIG).is_file():
+            raise
+        return str(explain(error))
+    return None
+
+
 def status(
     root: Path,
     *,
@@ -195,15 +214,16 @@ def status(
     grafana: Path | None = None,
     test_alert: bool = False,
 ) -> dict[str, Any]:
-    """Where the loop is, what serves, and how it is doing.
+    """Where the loop is, what serves, and how it is doing; where nothing can be written, as far as it is known.
 
     Raises:
         InputError: a test alert without hooks, or another ending than .prom.
     """
-    with opened(root) as (config, registry, parts, loop):
+    behind = _catch_up(root)
+    with opened(root, read_only=True) as (config, registry, parts, loop):
         if test_alert and not config.alerts.hooks:
             raise InputError(f"alerts of {root / CONFIG} must name webhooks or commands to test, got none")
-        row, now = loop.resume(), time.time()
+        row, now = loop.row(), time.time()
         seen = parts.status(row.memory, registry.alias("champion"), now=now, page=page)
         if metrics is not None:
             write_textfile(metrics, seen)
@@ -213,9 +233,10 @@ def status(
         sent = [hook.send(test) for hook in config.alerts.hooks] if test_alert else []
         return {
             "deliveries": [one.model_dump(mode="json") for one in sent],
+            "behind": behind,
             "state": row.state,
             "round": row.round.model_dump(mode="json"),
-            "pointer": registry.sync().model_dump(mode="json"),
+            "pointer": registry.pointer().model_dump(mode="json"),
             "champions": [one.model_dump(mode="json") for one in registry.history("champion")],
             "monitor": seen.model_dump(mode="json"),
             "audit": chain.verify(registry.store).model_dump(mode="json"),
@@ -241,7 +262,7 @@ def labels(
         raise InputError(f"--show-answers must come with --export to .json, got {given}; leave it out")
     with opened(root) as (_, registry, parts, _loop):
         store = registry.store
-        ingest(store, parts.log)
+        parts.ingest()
         now = time.time()
         if imported is not None:
             if imported.suffix == ".json":
@@ -346,7 +367,7 @@ def audit(
     if file is not None:
         found, last = chain.verify_file(file, head=head), []
     else:
-        with opened(root) as (_, registry, _parts, _loop):
+        with opened(root, read_only=True) as (_, registry, _parts, _loop):
             found = chain.verify(registry.store, head=head)
             last = [
                 {"seq": row.seq, "time": row.time, "kind": row.kind, **_brief(row.body)}
@@ -394,6 +415,8 @@ def render(what: str, found: dict[str, Any]) -> str:
             f"audit: {found['audit']['rows']} rows, "
             + (f"whole, head {found['audit']['head'][:12]}" if found["audit"]["ok"] else found["audit"]["reason"]),
         ]
+        if found["behind"]:
+            lines.insert(0, f"what was served since the last look is not counted: {found['behind']}")
         return "\n".join(lines)
     if what == "evaluate":
         verdict = found["verdict"]
