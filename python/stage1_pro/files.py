@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +52,11 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed over it, ``mode`` less the umask.
 
     A process killed at any moment leaves either the old file or the new one. Leftovers of
-    killed writers are named ``.<name>.*.tmp`` and never read.
+    killed writers are named ``.<name>.*.tmp``, are never read, and go with the next ``sweep``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary, mark = _marked(lambda: Path(_closed(tempfile.mkstemp(".tmp", f".{path.name}.", path.parent))))
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -71,6 +69,7 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(mark)
 
 
 @contextlib.contextmanager
@@ -82,7 +81,8 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_directory(path)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    sweep(path.parent, path.name)
+    staging, mark = _marked(lambda: Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent)))
     try:
         yield staging
         for file in staging.rglob("*"):
@@ -91,15 +91,63 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
                     os.fsync(opened.fileno())
         permit(staging, 0o777)
         if path.exists():
-            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            aside, kept = _marked(lambda: Path(tempfile.mkdtemp(".old", f".{path.name}.", path.parent)))
             path.replace(aside / path.name)
             staging.replace(path)
             shutil.rmtree(aside)
+            os.close(kept)
         else:
             staging.replace(path)
         _sync_directory(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(mark)
+
+
+def _closed(made: tuple[int, str]) -> str:
+    os.close(made[0])
+    return made[1]
+
+
+def _marked(make: Callable[[], Path]) -> tuple[Path, int]:
+    """Make a temporary file or folder that says by a lock, which ends with this process, that it is being written."""
+    while True:
+        path = make()
+        try:
+            mark = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # a sweep came in between
+        if _claim(mark) is not False and os.fstat(mark).st_nlink:
+            return path, mark
+        os.close(mark)
+
+
+def _claim(descriptor: int) -> bool | None:
+    """Lock what is open, at once; False where another holds it, None where the system or its disk has no such locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers of ``name`` left in a folder; what a living one writes stays."""
+    for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")):
+        target = folder / leftover.name[1:].rsplit(".", 2)[0]
+        if leftover.suffix == ".old" and not target.exists():
+            continue  # the only copy: `recover_directory` puts it back
+        with contextlib.suppress(OSError):
+            mark = os.open(leftover, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if _claim(mark):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            finally:
+                os.close(mark)
 
 
 @contextlib.contextmanager

@@ -67,8 +67,6 @@ def explora(
         )
     folder.mkdir(exist_ok=True)
     with exclusive(folder):
-        for leftover in folder.glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if resume and (folder / "explora.json").is_file():
             say(f"{folder}/explora.json is finished; {images} was not read, and nothing was done")
             return ExploraRecord.read(folder / "explora.json")

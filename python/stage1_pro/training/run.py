@@ -16,7 +16,7 @@ from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import locked, recover_directory, sha256_file
+from stage1_pro.files import locked, recover_directory, sha256_file, sweep
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.policy import coming_files, policy_files
 from stage1_pro.record import Record
@@ -253,13 +253,8 @@ def exclusive(run: Path) -> Iterator[None]:
     """
     busy = f"{run} must not be in use, but another process is at work in it (training or calibrating); wait for it"
     with locked(run / ".lock", wait=0, busy=busy):
-        for name in OWN_FILES:
-            for leftover in run.glob(f".{name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
         for name in OWN_FOLDERS:
             recover_directory(run / name)
-            for leftover in (*run.glob(f".{name}.*.tmp"), *run.glob(f".{name}.*.old")):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in (run / name).glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            sweep(run / name)
+        sweep(run)
         yield

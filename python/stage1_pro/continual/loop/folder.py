@@ -30,13 +30,13 @@ from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
 from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
 from stage1_pro.continual.serving.events import EventLog
-from stage1_pro.continual.serving.live import PLAN
+from stage1_pro.continual.serving.live import BUNDLES, PLAN, POINTER
 from stage1_pro.continual.watch.alerts import Alert
 from stage1_pro.continual.watch.outbox import AlertsConfig, deliver
 from stage1_pro.continual.watch.status import dashboard, write_textfile
 from stage1_pro.deploy.bundle import load_bundle
-from stage1_pro.errors import ArtifactError, InputError, Stage1Error
-from stage1_pro.files import write_text
+from stage1_pro.errors import ArtifactError, InputError, Stage1Error, explain
+from stage1_pro.files import sweep, write_text
 from stage1_pro.progress import say
 from stage1_pro.record import Record, read_yaml
 
@@ -58,8 +58,12 @@ class LoopFile(Record):
 
 
 @contextmanager
-def opened(root: Path | str) -> Iterator[tuple[LoopFile, Registry, Rounds, Loop]]:
+def opened(
+    root: Path | str, *, read_only: bool = False, busy: float = 30.0
+) -> Iterator[tuple[LoopFile, Registry, Rounds, Loop]]:
     """A loop that has begun, and its parts.
+
+    With ``read_only`` nothing is written and nothing ingested; ``busy`` is how many seconds SQLite's writers wait.
 
     Raises:
         InputError: no loop's folder.
@@ -69,11 +73,11 @@ def opened(root: Path | str) -> Iterator[tuple[LoopFile, Registry, Rounds, Loop]
     if not (root / CONFIG).is_file():
         raise InputError(f"root must be a loop's folder, got {root}; `stage1 continual init` makes one")
     config = LoopFile.read(root / CONFIG)
-    store = Store(config.store)
+    store = Store(config.store, read_only=read_only, busy=busy)
     try:
         registry = Registry(root, store)
         executor = make_executor(config.loop.executor)
-        parts = Rounds(registry, EventLog(config.log), executor, config.rounds)
+        parts = Rounds(registry, EventLog(config.log, read_only=read_only), executor, config.rounds)
         yield config, registry, parts, Loop(registry, parts, executor, config.loop, observe=_observe)
     finally:
         store.close()
@@ -99,6 +103,8 @@ def init(
 ) -> dict[str, Any]:
     """Begin a loop: the run's bundle is the first champion. Options are those of ``stage1 continual init``.
 
+    Where an earlier call was killed, this one goes on with the same bundle and writes ``loop.json`` anew.
+
     Args:
         root: a new folder.
         run: trained and calibrated run, which proposals start from.
@@ -114,8 +120,10 @@ def init(
         InputError: the loop has begun, alpha is in no policy, or an unknown key.
         ArtifactError: the bundle is damaged, or another run's.
     """
-    if (root / CONFIG).is_file():
-        raise InputError(f"root must be a new folder, got {root}, where a loop has begun")
+    if (root / CONFIG).is_file() and (root / POINTER).is_file():
+        raise InputError(
+            f"root must be a new folder, got {root}, where a loop has begun; `stage1 continual status` shows it"
+        )
     loaded = load_bundle(run / "bundle" if bundle is None else bundle)
     policy, model = loaded.policy, loaded.manifest.provenance.model_fingerprint
     if policy.model_fingerprint != model or not (run / "splits.json").is_file():
@@ -146,17 +154,28 @@ def init(
     kept = Store(file.store)
     try:
         registry = Registry(root, kept)
+        for folder in (root, root / "runs", root / BUNDLES, Path(file.log)):
+            sweep(folder)
         EventLog(file.log)
         name = registry.add(loaded.path)
         remember_run(root, name, run, model)
         file.rounds.plan.write(root / PLAN)
-        pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by)
+        again = _begun_here(root, file)
+        # Before the loop's first row, so that there is no row that no command finds. Its URLs may hold secrets.
+        file.write(root / CONFIG, mode=0o600)
+        pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by, again=again)
     finally:
         kept.close()
-    # A database's URL or a hook may hold a secret.
-    file.write(root / CONFIG, mode=0o600)
     shown = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
     return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": shown, "log": file.log}
+
+
+def _begun_here(root: Path, file: LoopFile) -> bool:
+    """Whether a row in the store can only be of an ``init`` of this folder that was killed, not of another loop."""
+    if (root / CONFIG).is_file():
+        return LoopFile.read(root / CONFIG).store == file.store
+    # An older version wrote loop.json last.
+    return (root / POINTER).is_file() or file.store == str(root.absolute())
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -172,6 +191,21 @@ def ingest_log(root: Path) -> dict[str, Any]:
         return ingest(registry.store, parts.log).model_dump(mode="json")
 
 
+def _catch_up(root: Path) -> str | None:
+    """Ingest what was served and write ``champion.json``; why that cannot be, where a disk or store takes no more."""
+    try:
+        with opened(root, busy=2.0) as (_, registry, parts, _loop):
+            parts.ingest()
+            registry.sync()
+    except ArtifactError:
+        raise
+    except (Stage1Error, OSError, SQLAlchemyError) as error:
+        if not (root / CONFIG).is_file():
+            raise
+        return str(explain(error))
+    return None
+
+
 def status(
     root: Path,
     *,
@@ -180,15 +214,16 @@ def status(
     grafana: Path | None = None,
     test_alert: bool = False,
 ) -> dict[str, Any]:
-    """Where the loop is, what serves, and how it is doing.
+    """Where the loop is, what serves, and how it is doing; where nothing can be written, as far as it is known.
 
     Raises:
         InputError: a test alert without hooks, or another ending than .prom.
     """
-    with opened(root) as (config, registry, parts, loop):
+    behind = _catch_up(root)
+    with opened(root, read_only=True) as (config, registry, parts, loop):
         if test_alert and not config.alerts.hooks:
             raise InputError(f"alerts of {root / CONFIG} must name webhooks or commands to test, got none")
-        row, now = loop.resume(), time.time()
+        row, now = loop.row(), time.time()
         seen = parts.status(row.memory, registry.alias("champion"), now=now, page=page)
         if metrics is not None:
             write_textfile(metrics, seen)
@@ -198,9 +233,10 @@ def status(
         sent = [hook.send(test) for hook in config.alerts.hooks] if test_alert else []
         return {
             "deliveries": [one.model_dump(mode="json") for one in sent],
+            "behind": behind,
             "state": row.state,
             "round": row.round.model_dump(mode="json"),
-            "pointer": registry.sync().model_dump(mode="json"),
+            "pointer": registry.pointer().model_dump(mode="json"),
             "champions": [one.model_dump(mode="json") for one in registry.history("champion")],
             "monitor": seen.model_dump(mode="json"),
             "audit": chain.verify(registry.store).model_dump(mode="json"),
@@ -226,7 +262,7 @@ def labels(
         raise InputError(f"--show-answers must come with --export to .json, got {given}; leave it out")
     with opened(root) as (_, registry, parts, _loop):
         store = registry.store
-        ingest(store, parts.log)
+        parts.ingest()
         now = time.time()
         if imported is not None:
             if imported.suffix == ".json":
@@ -331,7 +367,7 @@ def audit(
     if file is not None:
         found, last = chain.verify_file(file, head=head), []
     else:
-        with opened(root) as (_, registry, _parts, _loop):
+        with opened(root, read_only=True) as (_, registry, _parts, _loop):
             found = chain.verify(registry.store, head=head)
             last = [
                 {"seq": row.seq, "time": row.time, "kind": row.kind, **_brief(row.body)}
@@ -379,6 +415,8 @@ def render(what: str, found: dict[str, Any]) -> str:
             f"audit: {found['audit']['rows']} rows, "
             + (f"whole, head {found['audit']['head'][:12]}" if found["audit"]["ok"] else found["audit"]["reason"]),
         ]
+        if found["behind"]:
+            lines.insert(0, f"what was served since the last look is not counted: {found['behind']}")
         return "\n".join(lines)
     if what == "evaluate":
         verdict = found["verdict"]

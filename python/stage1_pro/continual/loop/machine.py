@@ -231,8 +231,11 @@ class Loop:
         self._observe = observe or (lambda _: None)
 
     @staticmethod
-    def begin(registry: Registry, bundle: str, *, now: float, by: str) -> Pointer:
+    def begin(registry: Registry, bundle: str, *, now: float, by: str, again: bool = False) -> Pointer:
         """Make a bundle of the registry the first champion, and the row of the loop.
+
+        With ``again`` a row that was begun with the same bundle and has taken no step stays, and ``champion.json``
+        follows it: so goes on what was killed.
 
         Raises:
             InputError: the loop has begun.
@@ -244,10 +247,17 @@ class Loop:
             made = connection.execute(
                 insert(store, _row).on_conflict_do_nothing().returning(_row.c.id), [{"id": 1, **_columns(row)}]
             ).all()
-            if not made:
-                raise InputError(f"root must be a new loop's, got {registry.root}, where one has begun")
-            registry.move(connection, "champion", bundle, expected=0, now=now, by=by)
-            audit.append(connection, store, "begin", {"champion": bundle, "by": by}, now)
+            if made:
+                registry.move(connection, "champion", bundle, expected=0, now=now, by=by)
+                audit.append(connection, store, "begin", {"champion": bundle, "by": by}, now)
+            else:
+                champion = registry.alias("champion", connection)
+                version = connection.execute(select(_row.c.version)).scalar_one()
+                if not again or (version, champion.version, champion.bundle) != (1, 1, bundle):
+                    raise InputError(
+                        f"root must be a new loop's, got {registry.root}, where one has begun with the bundle "
+                        f"{(champion.bundle or 'none')[:12]}; `stage1 continual status` shows it"
+                    )
         return registry.sync()
 
     def row(self) -> LoopRow:

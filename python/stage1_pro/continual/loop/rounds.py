@@ -61,6 +61,11 @@ class Rounds:
         self.seen: Status | None = None
         """What the last ``watch`` saw."""
 
+    def ingest(self) -> None:
+        """Put what serving logged into the store, unless the log was opened to be read only."""
+        if not self.log.read_only:
+            ingest(self.store, self.log)
+
     # ---------------------------------------------------------------------------- monitor
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
@@ -105,7 +110,7 @@ class Rounds:
     def _look(
         self, memory: Mapping[str, Any], champion: Alias, now: float, manual: bool
     ) -> tuple[Status, TriggerState, ChampionView]:
-        ingest(self.store, self.log)
+        self.ingest()
         bundle = champion.bundle
         assert bundle is not None
         before = memory.get("triggers")
@@ -143,7 +148,7 @@ class Rounds:
             NotReachableError: too few labelled images for a role.
         """
         until = current.entered
-        ingest(self.store, self.log)
+        self.ingest()
         start = max(one.time for one in self.registry.history("champion") if one.bundle == current.champion)
         history = History.read(self.store, until)
         view = self._view(history, current.champion, start, self.registry.load(current.champion).policy)
@@ -285,7 +290,7 @@ class Rounds:
         """
         assert current.candidate is not None
         since = current.shadow_since or 0.0
-        ingest(self.store, self.log)
+        self.ingest()
         events = {(one.image_sha256, one.time): one for one in read_events(self.store, since=since) if one.selected}
         held = resolve(self.store, sources=GUARD_SOURCES)
         count, differ, audits = 0, 0, []

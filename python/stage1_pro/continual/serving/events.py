@@ -284,6 +284,7 @@ class EventLog:
         image_ttl: seconds that images are kept; of a new log 30 days, of an old one what it was made with.
         sync_seconds: 0 syncs every append.
         segment_bytes: size from which another file is begun.
+        read_only: nothing is made or locked; the log must be there.
 
     Raises:
         InputError: an argument out of range, or another ``image_ttl`` than the log's.
@@ -297,6 +298,7 @@ class EventLog:
         image_ttl: float | None = None,
         sync_seconds: float = 1.0,
         segment_bytes: int = 64 * 2**20,
+        read_only: bool = False,
     ) -> None:
         if not sync_seconds >= 0:
             raise InputError(f"sync_seconds must be 0 or more, got {sync_seconds}")
@@ -304,13 +306,14 @@ class EventLog:
             raise InputError(f"segment_bytes must be 1 or more, got {segment_bytes}")
         if image_ttl is not None and not (image_ttl > 0 and math.isfinite(image_ttl)):
             raise InputError(f"image_ttl must be a positive number of seconds, got {image_ttl}")
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.read_only = Path(folder), read_only
         path = self.folder / "log.json"
-        with _locked(self.folder / ".lock"):
-            if not path.is_file():
-                LogInfo(id=uuid.uuid4().hex, image_ttl=30 * 86400.0 if image_ttl is None else image_ttl).write(path)
-            self.info = LogInfo.read(path)
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / ".lock"):
+                if not path.is_file():
+                    LogInfo(id=uuid.uuid4().hex, image_ttl=30 * 86400.0 if image_ttl is None else image_ttl).write(path)
+        self.info = LogInfo.read(path)
         own = self.info.image_ttl
         if image_ttl is not None and image_ttl != own:
             raise InputError(f"image_ttl must be the log's own, {own:g} s, got {image_ttl:g}; leave it out")

@@ -1,0 +1,157 @@
+"""Killed is normal: after `kill -9` at any durable step, the same command finishes, and nothing is left lying about."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import faults, leftovers
+
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.folder import init, opened
+from stage1_pro.continual.serving.events import SKETCH_SIZE, Event, EventLog
+from stage1_pro.continual.serving.live import POINTER
+from stage1_pro.errors import InputError
+from stage1_pro.files import sweep
+
+
+@pytest.mark.slow
+def test_init_finishes_what_it_began(tiny: Path, tmp_path: Path) -> None:
+    root = tmp_path / "loop"
+    words = ("continual", "init", "--root", root, "--run", tiny, "--alpha", ".1")
+    with faults("stage1_pro.continual.loop.folder") as children:
+        late = 0
+        for number, ended in children.each(words):
+            if ended.rc == -9:
+                again = children.run(words)
+                # Only the last fsync and its tidying come after all that a loop needs.
+                done = again.rc == 2 and "stage1 continual status" in again.err and (root / POINTER).is_file()
+                assert again.rc == 0 or done, (number, ended.steps[-1], again.err)
+                late += done
+            assert leftovers(root) == []
+            with opened(root) as (_, registry, _parts, loop):
+                assert loop.resume().state == "MONITOR" and registry.alias("champion").version == 1
+            assert children.run(words).rc == 2, "a loop that has begun begins once"
+            shutil.rmtree(root)
+        assert ended.rc == 0 and late <= 2
+        assert {"commit", "os.fsync"} < set(ended.steps) and any(POINTER in one for one in ended.steps)
+
+
+def test_a_sweep_takes_what_the_dead_left_and_not_what_the_living_write(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from stage1_pro.files import atomic_directory, atomic_path\n"
+        "root = Path(sys.argv[1])\n"
+        "with atomic_path(root / 'file'), atomic_directory(root / 'folder'):\n"
+        "    print('writes', flush=True); sys.stdin.readline(); os.kill(os.getpid(), 9) if sys.argv[2] else None\n"
+    )
+    for dies in ("", "yes"):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path, dies], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as writer:
+            assert writer.stdout is not None and writer.stdout.readline() == "writes\n"
+            sweep(tmp_path)
+            assert len(leftovers(tmp_path)) == 2
+            writer.communicate("\n")
+        assert writer.returncode == (-9 if dies else 0) and len(leftovers(tmp_path)) == (2 if dies else 0)
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    # The only copy of a folder that was moved aside stays for `recover_directory`.
+    (tmp_path / ".gone.x.old" / "gone").mkdir(parents=True)
+    sweep(tmp_path)
+    assert (tmp_path / ".gone.x.old" / "gone").is_dir()
+
+
+@pytest.fixture
+def served(tiny: Path, tmp_path: Path) -> Path:
+    """A loop whose log has three events that no look has seen."""
+    root = tmp_path / "loop"
+    begun = init(root, tiny, alpha=0.1, by="ada")
+    with EventLog(root / "log") as log:
+        log.append([
+            Event(
+                id=str(number), time=time.time(), bundle=begun["champion"], image_sha256=f"{number:064x}",
+                action="exit", stage="A", label="none", prob_a=0.1, prob_b=None, confidence=0.9, gate_logit=None,
+                exit_score=0.9, threshold=0.8, propensity=1.0, selected=False, sketch=(0.0,) * SKETCH_SIZE,
+            )
+            for number in range(3)
+        ])  # fmt: skip
+    return root
+
+
+def shown(root: Path, *, before: Sequence[str] = ()) -> dict[str, Any]:
+    """What ``status`` says as JSON; ``audit`` finds the chain whole at the same moment."""
+    found: list[dict[str, Any]] = []
+    for command in ("status", "audit"):
+        words = [*before, sys.executable, "-m", "stage1_pro.cli", "continual", command, "--root", str(root), "--json"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        found.append(json.loads(done.stdout))
+    assert found[0]["state"] == "MONITOR" and found[1]["ok"]
+    return found[0]
+
+
+PLACES = {
+    "read only": 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"',
+    "full": 'cp -a "$0" "$0.copy" && mount -t tmpfs -o size=32m none "$0" && cp -a "$0.copy/." "$0" && rm -r "$0.copy"'
+    ' && ! head -c 40m /dev/zero 2>/dev/null > "$0/fill"',
+}
+
+
+def within(root: Path, place: str) -> Sequence[str]:
+    """Words before a command that show it the folder on a disk that takes nothing."""
+    before = ("unshare", "--mount", "--map-root-user", "sh", "-c", f'{PLACES[place]} && exec "$@"', str(root))
+    if shutil.which("unshare") is None or subprocess.run([*before, "true"], check=False).returncode:
+        pytest.skip("this system lets nobody mount a folder")
+    return before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_status_is_to_be_had_where_nothing_can_be_written(served: Path, place: str) -> None:
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in served.rglob("*") if path.is_file()}
+
+    before, kept = within(served, place), contents()
+    found = shown(served, before=before)
+    assert found["behind"] and found["monitor"]["n_rows"] == 0 and contents() == kept
+    found = shown(served)
+    assert found["behind"] is None and found["monitor"]["n_rows"] == 3
+    assert shown(served, before=before)["monitor"]["n_rows"] == 3
+
+
+@pytest.mark.slow
+def test_status_is_to_be_had_beside_a_writer(served: Path) -> None:
+    with contextlib.closing(sqlite3.connect(served / "loop.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        found = shown(served)
+        assert "locked" in found["behind"] and found["monitor"]["n_rows"] == 0 and time.monotonic() - began < 25
+        writer.execute("ROLLBACK")
+        # What a writer that was killed has in its log counts, and no write is needed to see it.
+        writer.execute("PRAGMA wal_autocheckpoint=0")
+        assert shown(served)["monitor"]["n_rows"] == 3
+        copy = shutil.copytree(served, served.parent / "copy", ignore=shutil.ignore_patterns("*-shm"))
+    assert (copy / "loop.db-wal").stat().st_size
+    config = copy / "loop.json"
+    config.write_text(config.read_text().replace(f'"{served}', f'"{copy}'))
+    assert shown(copy, before=within(copy, "read only"))["monitor"]["n_rows"] == 3
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["never made", "of another version"])
+def test_a_store_that_is_not_there_to_be_read_is_not_made(tmp_path: Path, old: bool) -> None:
+    if old:
+        sqlite3.connect(tmp_path / "loop.db").close()
+        (tmp_path / "loop.db").touch()
+    with pytest.raises(InputError):
+        Store(tmp_path / "loop.db", read_only=True)
+    assert not old or (tmp_path / "loop.db").stat().st_size == 0
+    assert len(list(tmp_path.iterdir())) == old
