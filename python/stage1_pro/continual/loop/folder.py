@@ -234,7 +234,7 @@ def labels(
                 found = import_label_studio(store, imported, now=now, source=source, annotator=annotator)
             else:
                 found = import_csv(store, imported, now=now, source=source, annotator=annotator)
-            return {"added": found.added, "known": found.known}
+            return {"added": found.added, "known": found.known, "withdrawn": found.withdrawn}
         assert exported is not None
         if exported.suffix not in (".csv", ".json"):
             return {"wrote": str(exported), **export_parquet(store, exported)}
