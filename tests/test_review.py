@@ -26,7 +26,7 @@ from sqlalchemy import text
 
 from stage1_pro.continual.ledger.labels import Label, add_labels, disagreement, ingest, read_labels, resolve
 from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue
-from stage1_pro.continual.ledger.reviewing import ReviewServer, review
+from stage1_pro.continual.ledger.reviewing import ReviewServer, render, review
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, uniform
 from stage1_pro.errors import InputError
@@ -618,3 +618,11 @@ def test_the_command_purges_and_refuses(tmp_path: Path, log: EventLog) -> None:
     log.images.put(sha256_bytes(b"x"), b"x", time.time() - 31 * 86400)
     log.images.put(sha256_bytes(b"y"), b"y", time.time() - 29 * 86400)
     assert review(str(tmp_path), purge=True) == {"purged": 1}
+
+
+def test_a_purge_under_a_clock_in_doubt_says_what_would_go(tmp_path: Path, log: EventLog) -> None:
+    fill(log, 3)
+    found = review(str(tmp_path), purge=True)
+    assert (found["purged"], found["in_doubt"]) == (0, 3) and "3" in render(found) and "--yes" in render(found)
+    assert all(sha256_bytes(photo(index)) in log.images for index in range(3))
+    assert review(str(tmp_path), purge=True, yes=True) == {"purged": 3}

@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from stage1_pro.continual.ledger.labels import disagreement, ingest
 from stage1_pro.continual.ledger.review import LEASE_SECONDS, LeaseLostError, ReviewQueue
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.continual.serving.events import EventLog, Purged
 from stage1_pro.data.images import ImageError, read_image
 from stage1_pro.errors import InputError
 from stage1_pro.files import user_name
@@ -264,6 +264,7 @@ def review(
     blind: bool = True,
     browser: bool = True,
     purge: bool = False,
+    yes: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Purge old images, ingest the log, and serve the page until Ctrl-C or SIGTERM; ingest again when nothing is left.
@@ -277,10 +278,12 @@ def review(
         blind: show nothing of what the cascade said, so that it sways nobody.
         browser: open the page.
         purge: do not serve.
+        yes: remove images also where the clock is far past the newest event.
         ready: is given the page's address once it is served.
 
     Returns:
-        Counts: images purged, events ingested, and after a session its progress and reviewers' disagreement.
+        Counts: images purged, those that a clock in doubt keeps and why, events ingested, and after a session its
+        progress and reviewers' disagreement.
 
     Raises:
         InputError: no such log, no such store, or an argument out of range.
@@ -291,7 +294,10 @@ def review(
     if not (log / "log.json").is_file():
         raise InputError(f"log must be a folder that serving logged to, got {log}; name it with --log")
     events = EventLog(log)
-    result: dict[str, Any] = {"purged": events.images.purge(time.time())}
+    purged = events.purge(time.time(), asked=purge and yes)
+    result: dict[str, Any] = {"purged": purged.removed}
+    if purged.in_doubt:
+        result |= {"in_doubt": purged.in_doubt, "reason": purged.reason}
     if purge:
         return result
     with contextlib.closing(Store(store)) as kept:
@@ -320,7 +326,8 @@ def review(
 
 def render(result: dict[str, Any]) -> str:
     """Lines for people."""
-    lines = [f"purged {result['purged']} images whose time was over"]
+    doubt = {"in_doubt": result.get("in_doubt", 0), "reason": result.get("reason", "")}
+    lines = [str(Purged(removed=result["purged"], **doubt))]
     if "progress" in result:
         progress, double = result["progress"], result["disagreement"]
         lines.append(
