@@ -504,7 +504,7 @@ def _fsync(path: Path) -> None:
 
 
 class ImageStore:
-    """Images of events selected for review, under their sha256, for ``ttl`` seconds."""
+    """Images of events selected for review, under their sha256, for ``ttl`` seconds; for their owner alone."""
 
     def __init__(self, folder: Path | str, ttl: float) -> None:
         self.folder, self.ttl = Path(folder), ttl
@@ -518,8 +518,11 @@ class ImageStore:
         """Keep an encoded image until ``now + ttl``; one that is there is kept anew."""
         path = self._path(sha256)
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, data)
+            for folder in (self.folder, path.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+                if folder.stat().st_mode & 0o077:  # new, or of an older version; its parents are as the umask says
+                    folder.chmod(0o700)
+            write_bytes(path, data, mode=0o600)
         os.utime(path, (now, now))
 
     def get(self, sha256: str) -> bytes | None:
