@@ -252,6 +252,50 @@ def test_images_are_kept_for_their_time(log: EventLog) -> None:
         kept.get("../../etc/passwd")
 
 
+def test_a_clock_that_leaps_removes_nothing_unasked(tmp_path: Path) -> None:
+    day, log = 86400.0, EventLog(tmp_path / "log", image_ttl=30 * 86400.0)
+    for index in range(40):
+        data = b"%d" % index
+        log.append([make_event(index, time=index * day)])
+        log.images.put(sha256_bytes(data), data, index * day)
+    there = lambda: {index for index in range(40) if sha256_bytes(b"%d" % index) in log.images}  # noqa: E731
+    found = log.purge(40 * day)
+    assert (found.removed, found.in_doubt) == (11, 0) and there() == set(range(11, 40))
+    for leap in (31, 90, 10_000):
+        found = log.purge((39 + leap) * day)
+        assert found.removed == 0 and found.in_doubt == min(29, leap - 30 + 28) and there() == set(range(11, 40))
+    assert log.purge(129 * day, asked=True).removed == 29 and not there()
+
+
+def test_serving_removes_old_images_now_and_then(
+    cascade: Cascade, log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stage1_pro.continual.serving.served.PURGE_SECONDS", 0.0)
+    day, old = 86400.0, sha256_bytes(b"old")
+    log.images.put(old, b"old", 0.0)
+    served = Served(cascade, log, plan=ReviewPlan(floor=1.0))
+    paths = photos(tmp_path, [30, 200])
+    served.predict(paths, now=10 * day)
+    for at in range(11, 30):
+        served.predict(paths, now=at * day)
+    assert old in log.images
+    served.predict(paths, now=31 * day)
+    assert old not in log.images
+    mine = sha256_bytes(paths[0].read_bytes())
+    late = photos(tmp_path / "late", [90])
+    # A leap is no end of a photo's time, and stays none when its own events are in the log.
+    for at in (100.0, 101.0, 102.0):
+        served.predict(late, now=at * day)
+        assert mine in log.images and log.purge(at * day).in_doubt == 2
+    served.predict(late, now=140 * day)
+    assert log.purge(140 * day).in_doubt == 2 and log.purge(140 * day, asked=True).removed == 2
+    # Once it is put right, time goes on.
+    log.images.put(old, b"old", 141 * day)
+    served.predict(late, now=141 * day)
+    log.purge(300 * day)
+    assert log.purge(142 * day).in_doubt == 0 and old in log.images
+
+
 def test_a_log_keeps_its_time_to_live(tmp_path: Path) -> None:
     first = EventLog(tmp_path, image_ttl=3600.0)
     again = EventLog(tmp_path)

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -201,5 +202,11 @@ def test_a_loop_is_read_and_served_on(files: Path, tmp_path: Path, done: Any) ->
     served = LiveCascade(root, threads=1, log=EventLog(root / "log")).predict(photos)
     assert len(served.label) == 4
     assert done("continual", "ingest", "--root", root)["events"] == 4
+    # A look removes photos whose time is over; nobody need open the page.
+    images, now = EventLog(root / "log").images, time.time()
+    for name, days in (("a" * 64, 31), ("b" * 64, 29)):
+        images.put(name, b"photo", now - days * 86400)
+    (root / "log" / "leap").unlink(missing_ok=True)
     # Its hour of hold was over an hour after it was made.
     assert done("continual", "run", "--root", root)["state"] == "MONITOR"
+    assert "a" * 64 not in images and "b" * 64 in images

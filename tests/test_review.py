@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import queue as queue_module
 import select
 import shutil
 import signal
@@ -15,18 +16,20 @@ import subprocess
 import sys
 import threading
 import time
+import webbrowser
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from stage1_pro.continual.ledger.labels import Label, add_labels, disagreement, ingest, read_labels, resolve
 from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue
-from stage1_pro.continual.ledger.reviewing import ReviewServer, review
+from stage1_pro.continual.ledger.reviewing import ReviewServer, opened, render, review
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, uniform
 from stage1_pro.errors import InputError
@@ -261,7 +264,7 @@ def local(tmp_path: Path, log: EventLog) -> Iterator[Store]:
 
 def ask(page: ReviewServer, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
-    given = {"Cookie": f"stage1-review-{page.port}={page.token}", "Content-Type": "application/json"} | {
+    given = {"Cookie": f"stage1-review-{page.port}={page.session}", "Content-Type": "application/json"} | {
         name.replace("_", "-"): value for name, value in headers.items()
     }
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -289,9 +292,14 @@ def test_only_the_token_opens_the_page(local: Store, log: EventLog) -> None:
     with serving(local, log) as page:
         status, headers, _ = ask(page, f"/?token={page.token}", Cookie="")
         assert status == 303 and headers["Location"] == "/"
-        assert "HttpOnly" in headers["Set-Cookie"] and "SameSite=Strict" in headers["Set-Cookie"]
+        assert "HttpOnly" in headers["Set-Cookie"] and "SameSite=Lax" in headers["Set-Cookie"]
+        assert page.token not in headers["Set-Cookie"]
+        # Whoever sees the address later, in a process list or a history, finds it spent; the one who has it goes on.
+        assert ask(page, f"/?token={page.token}", Cookie="")[0] == 403
+        assert ask(page, f"/?token={page.token}")[0] == 303
+        assert ask(page, "/", Cookie=f"stage1-review-{page.port}={page.token}")[0] == 403
         status, headers, body = ask(page, "/")
-        assert status == 200 and b"<title>Review</title>" in body and page.token.encode() not in body
+        assert status == 200 and b"<title>Review</title>" in body and page.session.encode() not in body
         assert (
             "default-src 'none'" in headers["Content-Security-Policy"]
             and "unsafe" not in headers["Content-Security-Policy"]
@@ -592,7 +600,8 @@ def test_the_command_serves_ingests_and_ends(tmp_path: Path, log: EventLog) -> N
         pass
 
     page: Any = Page()
-    page.port, page.token = port, token
+    page.port, page.session = port, ""
+    page.session = ask(page, f"/?token={token}")[1]["Set-Cookie"].split(";")[0].split("=")[1]
     state = json.loads(ask(page, "/next", {})[2])
     assert state["item"]["event_id"] == "e00000"
     state = json.loads(ask(page, "/answer", {"event_id": "e00000", "label": "none"})[2])
@@ -618,3 +627,102 @@ def test_the_command_purges_and_refuses(tmp_path: Path, log: EventLog) -> None:
     log.images.put(sha256_bytes(b"x"), b"x", time.time() - 31 * 86400)
     log.images.put(sha256_bytes(b"y"), b"y", time.time() - 29 * 86400)
     assert review(str(tmp_path), purge=True) == {"purged": 1}
+
+
+def test_a_purge_under_a_clock_in_doubt_says_what_would_go(tmp_path: Path, log: EventLog) -> None:
+    fill(log, 3)
+    found = review(str(tmp_path), purge=True)
+    assert (found["purged"], found["in_doubt"]) == (0, 3) and "3" in render(found) and "--yes" in render(found)
+    assert all(sha256_bytes(photo(index)) in log.images for index in range(3))
+    assert review(str(tmp_path), purge=True, yes=True) == {"purged": 3}
+
+
+def test_two_who_have_the_address_do_not_both_get_in(local: Store, log: EventLog) -> None:
+    with serving(local, log) as page, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: ask(page, f"/?token={page.token}", Cookie="")[0], range(16)))
+    assert sorted(found) == [303, *[403] * 15]
+
+
+def test_no_token_stands_in_a_process_list(tmp_path: Path, log: EventLog) -> None:
+    """The browser, which here writes down what it is given, opens a file that only its user reads."""
+    fill(log, 1, time=time.time())
+    browser, seen = tmp_path / "browser", tmp_path / "seen.json"
+    browser.write_text(
+        f"#!{sys.executable}\nimport json, os, sys, time, urllib.parse\n"
+        "path = urllib.parse.urlsplit(sys.argv[1]).path\n"
+        "modes = [os.stat(p).st_mode & 0o777 for p in (path, os.path.dirname(path))]\n"
+        f"open({str(tmp_path / 'part')!r}, 'w').write(json.dumps([sys.argv[1:], modes, open(path).read()]))\n"
+        f"os.rename({str(tmp_path / 'part')!r}, {str(seen)!r})\ntime.sleep(60)\n"
+    )
+    browser.chmod(0o755)
+    environment = {**os.environ, "BROWSER": f"{browser} %s", "DISPLAY": ":0", "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stage1_pro.cli", "review", "--store", str(tmp_path), "--json"], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        printed = json.loads(process.stdout.readline())["url"]
+        end = time.monotonic() + 60
+        while not seen.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        arguments, modes, text = json.loads(seen.read_text())
+        address = text.split("url=")[1].split('"')[0]
+        assert "token=" not in str(arguments) and modes == [0o600, 0o700]
+        assert address.split("token=")[0] == printed.split("token=")[0] and address != printed
+        page: Any = type("Page", (), {"port": int(printed.split(":")[2].split("/")[0]), "session": ""})
+        # A browser that does not end holds up nobody; each address opens the page once.
+        for url in (address, printed):
+            path = "/" + url.split("/", 3)[3]
+            assert [ask(page, path)[0] for _ in range(2)] == [303, 403]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert not list(tmp_path.glob("stage1-review-*"))
+
+
+def test_a_database_that_is_gone_acknowledges_nothing(tmp_path: Path, log: EventLog, store_url: str) -> None:
+    fill(log, 2)
+    store = Store(store_url)
+    ingest(store, log, double_share=0.0)
+    with serving(store, log) as page:
+        assert ask(page, "/next", {})[0] == 200
+        lost = store.engine.url
+        broken = "sqlite:////nowhere/at/all.db" if store.is_sqlite else lost.set(query={"host": str(tmp_path)})
+        whole, store.engine = store.engine, create_engine(broken)
+        for what in ("answer", "skip", "undo", "next"):
+            status, _, body = ask(page, f"/{what}", {"event_id": "e00000", "label": "none"})
+            assert status == 503 and "try again" in json.loads(body)["error"]
+        assert ask(page, "/image?event=e00000")[0] == 503
+        store.engine = whole
+        assert resolve(store) == {}
+        assert ask(page, "/answer", {"event_id": "e00000", "label": "none"})[0] == 200
+        assert resolve(store)["e00000"].label == "none"
+    store.close()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_photos_for_review_are_their_owners_alone(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "log" / "images").mkdir(parents=True, mode=0o755)  # as older versions made it
+    before = os.umask(umask)
+    try:
+        images = EventLog(tmp_path / "log").images
+        images.put("a" * 64, b"photo", 5.0)
+    finally:
+        os.umask(before)
+    modes = [
+        path.stat().st_mode & 0o777 for path in (images.folder, images.folder / "aa", images.folder / "aa" / ("a" * 64))
+    ]
+    assert modes == [0o700, 0o700, 0o600]
+    assert (tmp_path / "log" / "log.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_the_redirecting_file_opens_the_page_in_a_browser(
+    local: Store, log: EventLog, chromium: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses: queue_module.Queue[str] = queue_module.Queue()
+    monkeypatch.setattr(webbrowser, "open", addresses.put)
+    with serving(local, log) as page, opened(page):
+        chromium.open(addresses.get(timeout=10))
+        shown(chromium, "e00000")
+        assert chromium.run("location.href") == f"http://127.0.0.1:{page.port}/"

@@ -100,6 +100,7 @@ class Review(Command, topic="loop"):
     blind: Blind = option(True, ANSWERS)
     browser: Browser = option(True, BROWSER)
     purge: bool = option(False, "remove images whose time is over, and stop")
+    yes: bool = option(False, "with --purge: also where the clock is far past the newest event")
     as_json: Annotated[bool, Flag(hidden=True)] = False
 
     def execute(self) -> Result:

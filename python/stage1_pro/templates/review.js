@@ -69,11 +69,11 @@ async function act(what, label) {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
     });
     const state = await reply.json().catch(() => ({ error: `the server said ${reply.status}` }));
-    if (!reply.ok) throw new Error(state.error);
+    if (!reply.ok) throw new Error(reply.status === 503 ? state.error : `Nothing was saved: ${state.error}`);
     show(state);
   } catch (error) {
     const gone = error instanceof TypeError;
-    get("note").textContent = gone ? "The server does not answer: is `stage1 review` still running?" : `Nothing was saved: ${error.message}`;
+    get("note").textContent = gone ? "The server does not answer: is `stage1 review` still running?" : error.message;
     get("note").className = "wrong";
   } finally {
     busy = false;

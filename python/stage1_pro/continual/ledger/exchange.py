@@ -17,9 +17,11 @@ from stage1_pro.continual.ledger.labels import (
     TRUST,
     Added,
     Label,
+    Outside,
     Source,
-    add_labels,
+    add_outside,
     events,
+    label_records,
     labels,
     read_events,
     read_labels,
@@ -34,6 +36,8 @@ from stage1_pro.record import wrong
 
 COLUMNS = tuple(Label.model_fields)
 _SIZE_LIMIT = 2**30
+# What annotations keep of the answers that they were exported from.
+_EXPORTED = ("label", "source", "annotator", "time")
 
 
 # --------------------------------------------------------------------------------------------
@@ -50,7 +54,10 @@ def export_csv(store: Store, path: Path | str, *, sources: Collection[Source] = 
 def import_csv(
     store: Store, path: Path | str, *, now: float, source: Source | None = None, annotator: str | None = None
 ) -> Added:
-    """Add the labels of a CSV, all or none; a label that is there already is not added twice.
+    """Add the labels of a CSV, all or none; imported again it adds nothing, and changes no time.
+
+    A row with a time is one answer of its annotator: with another label later it takes the first one's place. Rows
+    without a time are the annotator's last word on the event.
 
     Args:
         store: where to.
@@ -72,17 +79,20 @@ def import_csv(
                 f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{name}'{nearest(name, COLUMNS)}"
             )
     given = [
-        _label(
-            where,
-            event_id=cells["event_id"],
-            label=cells["label"],
-            source=_believed(cells.get("source"), source),
-            annotator=cells.get("annotator") or annotator,
-            time=_time(where, cells.get("time") or now),
+        Outside(
+            _label(
+                where,
+                event_id=cells["event_id"],
+                label=cells["label"],
+                source=_believed(cells.get("source"), source),
+                annotator=cells.get("annotator") or annotator,
+                time=_time(where, cells.get("time") or now),
+            ),
+            timed=bool(cells.get("time")),
         )
         for where, cells in table
     ]
-    return add_labels(store, given)
+    return add_outside(store, given)
 
 
 def _label(where: str, **values: Any) -> Label:
@@ -164,7 +174,9 @@ def export_label_studio(
                     "completed_by": {"email": label.annotator},
                     "created_at": datetime.fromtimestamp(label.time, UTC).isoformat(),
                     "was_cancelled": False,
-                    "result": [_choice(label.label, meta={"source": label.source, "time": label.time})],
+                    "result": [
+                        _choice(label.label, meta={name: getattr(label, name) for name in _EXPORTED}),
+                    ],
                 }
                 for label in given.get(served.id, [])
             ],
@@ -181,12 +193,16 @@ def _choice(label: str, **more: Any) -> dict[str, Any]:
 def import_label_studio(
     store: Store, path: Path | str, *, now: float, source: Source = "review", annotator: str | None = None
 ) -> Added:
-    """Add the annotations of a Label Studio export (JSON, not JSON-MIN), all or none, each once; not cancelled ones.
+    """Bring labels to the state of a Label Studio export (JSON, not JSON-MIN), all or none; again, it adds nothing.
+
+    An annotation (its project, task and id) takes the place of what it was at an earlier import, unless that is
+    newer by ``updated_at``; a cancelled one, and one that a task has no more, is withdrawn. Without an id it is an
+    answer of its annotator at its time, as in a CSV.
 
     Args:
         store: where to.
         path: a list of tasks whose ``data`` has the ``event_id`` they were exported with.
-        now: time of annotations without ``created_at``.
+        now: time of annotations without ``updated_at`` and ``created_at``.
         source: the most that the file's labels are believed; an annotation may say less.
         annotator: of annotations without ``completed_by``.
 
@@ -203,7 +219,8 @@ def import_label_studio(
         raise InputError(f"labels must be a readable JSON file, got {path}: {error}") from None
     if not isinstance(tasks, list):
         raise InputError(f"{path.name} must be a list of tasks, got {type(tasks).__name__}; export it as JSON")
-    given: list[Label] = []
+    given: list[Outside] = []
+    known = _read_records(store)
     for index, task in enumerate(tasks):
         where = f"{path.name} task {index}"
         data = task.get("data") if isinstance(task, Mapping) else None
@@ -215,25 +232,76 @@ def import_label_studio(
         for one in annotations:
             if not isinstance(one, Mapping):
                 raise InputError(f"{where} must have annotations that are objects, got {type(one).__name__}")
-            if one.get("was_cancelled"):
-                continue
-            label, meta = _chosen(where, one.get("result"))
-            # A number, or an object with an email and an id.
-            by = one.get("completed_by")
-            by = by.get("email") or by.get("id") if isinstance(by, Mapping) else by
-            who = None if by is None else str(by)
-            given.append(
-                _label(
-                    where,
-                    event_id=data["event_id"],
-                    label=label,
-                    source=_believed(meta.get("source"), source),
-                    annotator=who or annotator,
-                    # Text times are rounded to microseconds; ours came with the number.
-                    time=_time(where, meta.get("time") or one.get("created_at") or now),
-                )
-            )
-    return add_labels(store, given)
+            record = _record(task, one)
+            if not one.get("was_cancelled"):
+                given.append(_annotated(where, data["event_id"], one, record, now, source, annotator))
+            elif (last := known.get(data["event_id"], {}).get(record)) is not None:
+                given.append(_withdrawn(where, last, record, one.get("updated_at") or now))
+        given += _gone(where, task, annotations, known.get(data["event_id"], {}))
+    return add_outside(store, given)
+
+
+def _record(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> str | None:
+    """What Label Studio calls an annotation; None where it has no id."""
+    if annotation.get("id") is None:
+        return None
+    project = task.get("project", annotation.get("project"))
+    return f"label-studio/{project}/{task.get('id', annotation.get('task'))}/{annotation['id']}"
+
+
+def _read_records(store: Store) -> dict[str, dict[str | None, Label]]:
+    """The last answer of every annotation that was imported before, by event and name."""
+    joined = labels.join(label_records, label_records.c.label_id == labels.c.id)
+    query = select(labels, label_records.c.record).select_from(joined).order_by(labels.c.id)
+    found: dict[str, dict[str | None, Label]] = {}
+    with store.read() as connection:
+        for row in connection.execute(query).mappings():
+            found.setdefault(row["event_id"], {})[row["record"]] = Label(**{name: row[name] for name in COLUMNS})
+    return found
+
+
+def _annotated(
+    where: str, event_id: str, one: Mapping[str, Any], record: str | None, now: float, source: Source,
+    annotator: str | None,
+) -> Outside:  # fmt: skip
+    """An annotation's answer; what it was exported from, or imported as by its ``created_at``, is the earlier one."""
+    label, meta = _chosen(where, one.get("result"))
+    # A number, or an object with an email and an id.
+    by = one.get("completed_by")
+    by = by.get("email") or by.get("id") if isinstance(by, Mapping) else by
+    created = one.get("created_at")
+    # Text times are rounded to microseconds; ours came with the number.
+    time = (None if record else meta.get("time")) or one.get("updated_at") or created
+    values = {"event_id": event_id, "label": label, "source": _believed(meta.get("source"), source)}
+    new = _label(
+        where, **values, annotator=(None if by is None else str(by)) or annotator, time=_time(where, time or now)
+    )
+    earlier = None
+    if record and (meta.get("time") or created):
+        who = meta.get("annotator") if isinstance(meta.get("annotator"), str) else new.annotator
+        earlier = _label(where, **values, annotator=who, time=_time(where, meta.get("time") or created))
+    unchanged = earlier is not None and meta.get("label") == label
+    return Outside(new, record, bool(time), earlier, unchanged)
+
+
+def _withdrawn(where: str, last: Label, record: str | None, time: Any) -> Outside:
+    return Outside(last.model_copy(update={"time": _time(where, time)}), record, withdrawn=True)
+
+
+def _gone(
+    where: str, task: Mapping[str, Any], annotations: list[Any], known: Mapping[str | None, Label]
+) -> list[Outside]:
+    """Annotations that a task had at an earlier import and has no more; a task that tells no time tells nothing."""
+    total, given = task.get("total_annotations"), sum(not one.get("was_cancelled") for one in annotations)
+    whole = "annotations" in task and not (isinstance(total, int) and total > given)
+    if task.get("id") is None or not task.get("updated_at") or not whole:
+        return []
+    mine, there = str(_record(task, {"id": ""})), {_record(task, one) for one in annotations}
+    return [
+        _withdrawn(where, last, record, task["updated_at"])
+        for record, last in known.items()
+        if str(record).startswith(mine) and record not in there
+    ]
 
 
 def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:

@@ -85,6 +85,13 @@ labels = Table(
     sqlite_autoincrement=True,
 )
 
+label_records = Table(
+    "label_records",
+    metadata,
+    Column("label_id", Integer, ForeignKey("labels.id"), primary_key=True, autoincrement=False),
+    Column("record", Text, nullable=False, comment="what another tool calls the answer it was imported from"),
+)
+
 bundles = Table(
     "served_bundles", metadata, Column("bundle", String(64), primary_key=True), Column("facts", Text, nullable=False)
 )
@@ -99,6 +106,7 @@ log_positions = Table(
 
 append_only(events, ignores=True)
 append_only(labels)
+append_only(label_records)
 
 
 def insert(store: Store, table: Table) -> Any:
@@ -249,43 +257,163 @@ class Label(Record):
 
 
 @dataclass(frozen=True)
+class Outside:
+    """A label as another tool has it.
+
+    Args:
+        label: the answer; of a withdrawn one only event and time are used.
+        record: what the other tool calls the answer. Without it an answer is its event, source, annotator and time.
+        timed: the time is the tool's own. Otherwise it is that of the import, and no part of the identity.
+        earlier: the answer that stands here in this one's place while ``record`` is not known.
+        unchanged: the tool was given ``earlier``, and still has it.
+        withdrawn: the tool has it no more.
+    """
+
+    label: Label
+    record: str | None = None
+    timed: bool = True
+    earlier: Label | None = None
+    unchanged: bool = False
+    withdrawn: bool = False
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal of all states of one answer."""
+        one = self.label
+        if self.record is not None:
+            return one.event_id, self.record
+        return one.event_id, one.source, one.annotator, one.time if self.timed else None
+
+
+@dataclass(frozen=True)
 class Added:
-    """How many labels were added, and how many were there already, word for word."""
+    """How many labels were added, how many were there already or are older than what is there, how many withdrawn."""
 
     added: int
     known: int
+    withdrawn: int = 0
 
 
 def add_labels(store: Store, new: Iterable[Label]) -> Added:
-    """Append labels; all of them or, on an error, none.
+    """Append labels, each known by event, source, annotator and time; all of them or, on an error, none.
 
     Raises:
         InputError: an event the store does not have, or a label that is no class of the bundle that served it.
     """
-    given = list(new)
+    return add_outside(store, [Outside(one) for one in new])
+
+
+def add_outside(store: Store, new: Sequence[Outside]) -> Added:
+    """Bring answers to the state that another tool shows, by rows that supersede; all of them or, on an error, none.
+
+    Of several states of one answer the last counts. A state that is there already, was undone here, or is older than
+    what is there adds nothing, so that nothing is known later for having been imported again.
+
+    Raises:
+        InputError: as ``add_labels``.
+    """
+    # Answers without a time last: they are later than all that have one.
+    groups = (
+        [one for one in new if one.record is None and one.timed],
+        [one for one in new if one.record is not None],
+        [one for one in new if one.record is None and not one.timed],
+    )
     facts = read_bundles(store)
-    added = 0
+    added = withdrawn = 0
     with store.write() as connection:
         store.serialise(connection)
-        for start in range(0, len(given), 500):
-            part = given[start : start + 500]
-            wanted = {one.event_id for one in part}
-            query = select(events.c.id, events.c.bundle).where(events.c.id.in_(wanted))
-            served = {row.id: row.bundle for row in connection.execute(query)}
-            _check_labels(part, served, facts)
-            columns = (labels.c[name] for name in Label.model_fields)
-            answers = select(*columns).where(labels.c.event_id.in_(wanted), labels.c.kind == "answer")
-            known = {tuple(row) for row in connection.execute(answers)}
-            rows = []
-            for one in part:
-                key = tuple(dict(one).values())
-                if key not in known:
-                    known.add(key)
-                    rows.append({**dict(one), "kind": "answer", "trust": TRUST[one.source]})
-            if rows:
-                connection.execute(labels.insert(), rows)
-            added += len(rows)
-    return Added(added, len(given) - added)
+        for start in range(0, len(new), 500):
+            part = [one.label for one in new[start : start + 500] if not one.withdrawn]
+            query = select(events.c.id, events.c.bundle).where(events.c.id.in_({one.event_id for one in part}))
+            _check_labels(part, {row.id: row.bundle for row in connection.execute(query)}, facts)
+        for group in groups:
+            # What is left has one state of each identity, so that no row depends on another of its group.
+            states = list({one.identity: one for one in group}.values())
+            for start in range(0, len(states), 500):
+                now = states[start : start + 500]
+                known = _Answers(connection, {one.label.event_id for one in now})
+                rows = [(one, row) for one in now if (row := known.row_for(one)) is not None]
+                _append(connection, rows)
+                gone = sum(one.withdrawn for one, _ in rows)
+                added, withdrawn = added + len(rows) - gone, withdrawn + gone
+    return Added(added, sum(not one.withdrawn for one in new) - added, withdrawn)
+
+
+def _append(connection: Connection, rows: Sequence[tuple[Outside, Mapping[str, Any]]]) -> None:
+    plain = [row for one, row in rows if one.record is None]
+    if plain:
+        connection.execute(labels.insert(), plain)
+    for one, row in rows:
+        if one.record is not None:
+            written = connection.execute(labels.insert().values(row).returning(labels.c.id)).scalar_one()
+            if not one.withdrawn:
+                connection.execute(label_records.insert(), {"label_id": written, "record": one.record})
+
+
+class _Answers:
+    """All rows of ``labels`` on some events, to see what an outside answer changes."""
+
+    def __init__(self, connection: Connection, event_ids: Collection[str]) -> None:
+        joined = labels.outerjoin(label_records, label_records.c.label_id == labels.c.id)
+        query = select(labels, label_records.c.record).select_from(joined).where(labels.c.event_id.in_(event_ids))
+        self._superseded: dict[int, Any] = {}
+        self._rows: dict[str, list[Any]] = {}
+        for row in connection.execute(query.order_by(labels.c.id)):
+            self._rows.setdefault(row.event_id, []).append(row)
+            if row.supersedes is not None:
+                self._superseded[row.supersedes] = row
+
+    def row_for(self, one: Outside) -> dict[str, Any] | None:
+        """The row to append, or None where nothing is to be said."""
+        there = self._rows.get(one.label.event_id, [])
+        answers = [row for row in there if row.kind == "answer"]
+        if one.record is not None:
+            mine = [row for row in there if row.record == one.record]
+            return self._of_record(one, mine[-1]) if mine else self._first_of_record(one, answers)
+        new = one.label
+        by = [row for row in answers if (row.source, row.annotator) == (new.source, new.annotator)]
+        if one.timed:
+            by = [row for row in by if row.time == new.time]
+        elif any(row.label == new.label and row.id not in self._superseded for row in by):
+            return None
+        last = by[-1] if by else None
+        return None if last is not None and last.label == new.label else self._answer(new, last)
+
+    def _of_record(self, one: Outside, last: Any) -> dict[str, Any] | None:
+        # Undone here or withdrawn there: that is the state, from its own time on.
+        undone = self._superseded.get(last.id)
+        state = undone if undone is not None and undone.kind == "undo" else last
+        new = one.label
+        if one.timed and new.time < state.time:
+            return None
+        if one.withdrawn:
+            return None if last.id in self._superseded else _undo(last, new.time)
+        if state.kind == "undo":
+            again = new.time > state.time if one.timed else new.label != last.label
+            return self._answer(new, None) if again else None
+        same = state.label == new.label and TRUST[new.source] <= state.trust
+        return None if same else self._answer(new, state)
+
+    def _first_of_record(self, one: Outside, answers: Sequence[Any]) -> dict[str, Any] | None:
+        before = one.earlier
+        if one.withdrawn:
+            return None
+        if before is None:
+            return self._answer(one.label, None)
+        key = (before.source, before.annotator, before.time)
+        same = [row for row in answers if (row.source, row.annotator, row.time) == key and row.record is None]
+        if same and same[-1].label == one.label.label:
+            return None
+        return self._answer(before if one.unchanged and not same else one.label, same[-1] if same else None)
+
+    def _answer(self, new: Label, last: Any) -> dict[str, Any]:
+        takes = None if last is None or last.id in self._superseded else last.id
+        return {**dict(new), "kind": "answer", "trust": TRUST[new.source], "supersedes": takes}
+
+
+def _undo(row: Any, now: float) -> dict[str, Any]:
+    kept = {column.name: getattr(row, column.name) for column in labels.columns if column.name != "id"}
+    return {**kept, "kind": "undo", "label": None, "time": now, "supersedes": row.id}
 
 
 def _check_labels(part: Sequence[Label], served: Mapping[str, str], facts: Mapping[str, BundleFacts]) -> None:
@@ -304,7 +432,7 @@ def _check_labels(part: Sequence[Label], served: Mapping[str, str], facts: Mappi
 
 @dataclass(frozen=True)
 class Resolved:
-    """The label that holds for an event, whose it is, and how many answers there are in all."""
+    """The label that holds for an event, whose it is, and how many answered: an annotator once for each source."""
 
     label: str
     source: Source
@@ -346,8 +474,9 @@ def resolve(store: Store, *, sources: Collection[Source] = SOURCES, until: float
         for row in connection.execute(query):
             found.setdefault(row.event_id, []).append(row)
     return {
-        name: Resolved(rows[0].label, rows[0].source, rows[0].trust, rows[0].time, len(rows))
+        name: Resolved(one.label, one.source, one.trust, one.time, len({(row.source, row.annotator) for row in rows}))
         for name, rows in found.items()
+        for one in rows[:1]
     }
 
 
@@ -398,6 +527,6 @@ class Disagreement(Record):
 def disagreement(store: Store) -> Disagreement:
     """How often reviewers of the same event disagree, over answers that stand; each reviewer's last one counts."""
     given: dict[str, dict[str, str]] = {}
-    for one in read_labels(store, sources=["review"]):
+    for one in sorted(read_labels(store, sources=["review"]), key=lambda one: one.time):
         given.setdefault(one.event_id, {})[one.annotator] = one.label
     return Disagreement.of({name: list(by.values()) for name, by in given.items() if len(by) > 1})

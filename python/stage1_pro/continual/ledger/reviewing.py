@@ -8,9 +8,11 @@ import io
 import json
 import os
 import secrets
+import tempfile
+import threading
 import time
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
@@ -21,14 +23,15 @@ from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from stage1_pro.continual.ledger.labels import disagreement, ingest
 from stage1_pro.continual.ledger.review import LEASE_SECONDS, LeaseLostError, ReviewQueue
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.continual.serving.events import EventLog, Purged
 from stage1_pro.data.images import ImageError, read_image
-from stage1_pro.errors import InputError
-from stage1_pro.files import user_name
+from stage1_pro.errors import InputError, explain
+from stage1_pro.files import user_name, write_text
 from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.stopping import terminable
@@ -49,7 +52,7 @@ class _Request(Record):
 
 
 class ReviewServer:
-    """The page for one reviewer, on 127.0.0.1 alone, for whoever has the random token of ``url``.
+    """The page for one reviewer, on 127.0.0.1 alone, for the first who comes with the random token of ``url``.
 
     Args:
         queue: what to review.
@@ -76,7 +79,9 @@ class ReviewServer:
         if not reviewer.strip():
             raise InputError(f"reviewer must be a name, got '{reviewer}'")
         self.queue, self.reviewer, self.clock, self.blind, self.refresh = queue, reviewer, clock, blind, refresh
-        self.token = secrets.token_urlsafe(24)
+        self._tokens: set[str] = set()
+        self._lock = threading.Lock()
+        self.token, self.session = self.issue(), secrets.token_urlsafe(24)
         try:
             self._server = _Server(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
@@ -84,10 +89,28 @@ class ReviewServer:
         self._server.page = self
         self.port = int(self._server.server_address[1])
 
+    def issue(self) -> str:
+        """A new token, which opens the page once."""
+        token = secrets.token_urlsafe(24)
+        with self._lock:
+            self._tokens.add(token)
+        return token
+
+    def spend(self, token: str) -> bool:
+        """Whether a token opens the page; it never does so again."""
+        with self._lock:
+            found = [one for one in self._tokens if hmac.compare_digest(one.encode(), token.encode())]
+            self._tokens.difference_update(found)
+        return bool(found)
+
     @property
     def url(self) -> str:
-        """What to open; the token in it becomes a cookie and leaves the address bar."""
-        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+        """What to open, once; the token in it is exchanged for the session's cookie and leaves the address bar."""
+        return self.address(self.token)
+
+    def address(self, token: str) -> str:
+        """What to open with a token."""
+        return f"http://127.0.0.1:{self.port}/?token={token}"
 
     def serve(self) -> None:
         """Serve until ``close`` or an interrupt."""
@@ -121,7 +144,7 @@ class ReviewServer:
                 other = "Undone; somebody else has it now." if undone else "There is nothing to undo."
                 note = "Undone; answer again." if item else other
         except LeaseLostError:
-            note = "That one has been answered by somebody else; nothing was changed."
+            note = "That one has been answered already, or is another's; nothing was changed."
         item = item or self.queue.take(self.reviewer, now)
         if item is None and self.refresh is not None:
             self.refresh()
@@ -180,8 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_local():
             self._refuse(HTTPStatus.FORBIDDEN)
         elif path == "/" and given:
-            if hmac.compare_digest(given.encode(), self.server.page.token.encode()):
-                cookie = f"{self._cookie_name}={self.server.page.token}; HttpOnly; SameSite=Strict; Path=/"
+            if self._is_known():
+                self._send(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/"})
+            elif self.server.page.spend(given):
+                # Not Strict: a browser that comes from the redirecting file would not send it to where it is led.
+                cookie = f"{self._cookie_name}={self.server.page.session}; HttpOnly; SameSite=Lax; Path=/"
                 self._send(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie})
             else:
                 self._refuse(HTTPStatus.FORBIDDEN)
@@ -192,10 +218,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, f"{_TYPES[name]}; charset=utf-8", data)
         elif path == "/favicon.ico":
             self._send(HTTPStatus.NO_CONTENT, "image/x-icon", b"")
-        elif path == "/image" and (found := self.server.page.image(self.query.get("event", ""))):
-            self._send(HTTPStatus.OK, *found)
+        elif path == "/image":
+            self._image()
         else:
             self._refuse(HTTPStatus.NOT_FOUND)
+
+    def _image(self) -> None:
+        try:
+            found = self.server.page.image(self.query.get("event", ""))
+        except (SQLAlchemyError, OSError):
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        else:
+            self._send(HTTPStatus.OK, *found) if found else self._refuse(HTTPStatus.NOT_FOUND)
 
     def do_POST(self) -> None:
         what = self.path.lstrip("/")
@@ -210,11 +244,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             try:
                 request = _Request.model_validate_json(self.rfile.read(int(size)))
-                self._json(HTTPStatus.OK, self.server.page.act(what, request))
+                found = self.server.page.act(what, request)
             except ValidationError:
                 self._json(HTTPStatus.BAD_REQUEST, {"error": "the request is not what this page sends"})
             except InputError as error:
                 self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+            except (SQLAlchemyError, OSError) as error:
+                say(f"not stored: {explain(error)}")
+                self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the database cannot be reached; try again"})
+            else:
+                self._json(HTTPStatus.OK, found)
 
     @property
     def _cookie_name(self) -> str:
@@ -232,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
             found = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie_name)
         except CookieError:
             found = None
-        return found is not None and hmac.compare_digest(found.value.encode(), self.server.page.token.encode())
+        return found is not None and hmac.compare_digest(found.value.encode(), self.server.page.session.encode())
 
     def _json(self, status: HTTPStatus, data: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(data).encode())
@@ -254,6 +293,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+@contextlib.contextmanager
+def opened(page: ReviewServer) -> Iterator[None]:
+    """Have the browser open the page, by a file that only this user reads: all users read a process's arguments."""
+    with tempfile.TemporaryDirectory(prefix="stage1-review-") as folder:
+        file = Path(folder) / "open.html"
+        address = page.address(page.issue())
+        write_text(file, f'<meta http-equiv="refresh" content="0;url={address}">\n', mode=0o600)
+        # A browser in the terminal ends when its reader does.
+        threading.Thread(target=webbrowser.open, args=(file.as_uri(),), daemon=True).start()
+        yield
+
+
 def review(
     store: str,
     log: Path | None = None,
@@ -264,6 +315,7 @@ def review(
     blind: bool = True,
     browser: bool = True,
     purge: bool = False,
+    yes: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Purge old images, ingest the log, and serve the page until Ctrl-C or SIGTERM; ingest again when nothing is left.
@@ -277,10 +329,12 @@ def review(
         blind: show nothing of what the cascade said, so that it sways nobody.
         browser: open the page.
         purge: do not serve.
+        yes: remove images also where the clock is far past the newest event.
         ready: is given the page's address once it is served.
 
     Returns:
-        Counts: images purged, events ingested, and after a session its progress and reviewers' disagreement.
+        Counts: images purged, those that a clock in doubt keeps and why, events ingested, and after a session its
+        progress and reviewers' disagreement.
 
     Raises:
         InputError: no such log, no such store, or an argument out of range.
@@ -291,7 +345,10 @@ def review(
     if not (log / "log.json").is_file():
         raise InputError(f"log must be a folder that serving logged to, got {log}; name it with --log")
     events = EventLog(log)
-    result: dict[str, Any] = {"purged": events.images.purge(time.time())}
+    purged = events.purge(time.time(), asked=purge and yes)
+    result: dict[str, Any] = {"purged": purged.removed}
+    if purged.in_doubt:
+        result |= {"in_doubt": purged.in_doubt, "reason": purged.reason}
     if purge:
         return result
     with contextlib.closing(Store(store)) as kept:
@@ -302,12 +359,15 @@ def review(
         name = reviewer or user_name()
         queue = ReviewQueue(kept, events.images, lease=lease)
         more = partial(ingest, kept, events)
-        with ReviewServer(queue, name, clock=time.time, port=port, blind=blind, refresh=more) as page:
+        with (
+            contextlib.ExitStack() as opening,
+            ReviewServer(queue, name, clock=time.time, port=port, blind=blind, refresh=more) as page,
+        ):
             say(f"review as {name}: {page.url}   (Ctrl-C ends)")
             if ready is not None:
                 ready(page.url)
             if browser and (os.name == "nt" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-                webbrowser.open(page.url)
+                opening.enter_context(opened(page))
             with terminable():
                 try:
                     page.serve()
@@ -320,7 +380,8 @@ def review(
 
 def render(result: dict[str, Any]) -> str:
     """Lines for people."""
-    lines = [f"purged {result['purged']} images whose time was over"]
+    doubt = {"in_doubt": result.get("in_doubt", 0), "reason": result.get("reason", "")}
+    lines = [str(Purged(removed=result["purged"], **doubt))]
     if "progress" in result:
         progress, double = result["progress"], result["disagreement"]
         lines.append(

@@ -270,7 +270,7 @@ def labels(
                 found = import_label_studio(store, imported, now=now, source=source, annotator=annotator)
             else:
                 found = import_csv(store, imported, now=now, source=source, annotator=annotator)
-            return {"added": found.added, "known": found.known}
+            return {"added": found.added, "known": found.known, "withdrawn": found.withdrawn}
         assert exported is not None
         if exported.suffix not in (".csv", ".json"):
             return {"wrote": str(exported), **export_parquet(store, exported)}
@@ -288,6 +288,7 @@ def run(root: Path, *, manual: bool = False, every: float | None = None, until: 
     with opened(root) as (config, _registry, parts, loop):
         while True:
             try:
+                _purge(parts.log)
                 found = _steps(loop, manual, until, lambda: _report(config, parts))
             except (Stage1Error, OSError, SQLAlchemyError) as error:
                 if every is None:
@@ -298,6 +299,17 @@ def run(root: Path, *, manual: bool = False, every: float | None = None, until: 
                     return found
             manual = False
             time.sleep(every)
+
+
+def _purge(log: EventLog) -> None:
+    """Remove photos whose time is over, and say so; one who opens the page need not come."""
+    try:
+        found = log.purge(time.time())
+    except OSError as error:
+        say(f"photos not purged: {error}; tried again at the next look")
+        return
+    if found.removed or found.in_doubt:
+        say(str(found))
 
 
 def _report(config: LoopFile, parts: Rounds) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import locked, write_bytes
+from stage1_pro.files import locked, write_bytes, write_text
 from stage1_pro.record import Record
 
 SKETCH_SIZE = 64
@@ -30,6 +30,8 @@ _HAS_FLOCK = find_spec("fcntl") is not None
 # Least share of exits that is audited at random: without these audits nobody sees what Stage A gets wrong.
 LEAST_FLOOR = 0.02
 _SHA256 = r"^[0-9a-f]{64}$"
+# Bytes of a log's end in which its last events are: one is about 1 KB.
+_TAIL = 64 * 2**10
 _SEGMENT = re.compile(r"events-(\d{8})\.jsonl")
 
 Action = Literal["exit", "defer", "abstain"]
@@ -271,6 +273,20 @@ class Tail:
     pending: int
 
 
+class Purged(Record):
+    """How many images were removed, and how many were not, as the clock is in doubt."""
+
+    removed: int
+    in_doubt: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        said = f"purged {self.removed} images whose time was over"
+        if not self.in_doubt:
+            return said
+        return f"{said}; {self.in_doubt} more are kept, for {self.reason}: `stage1 review --purge --yes` removes them"
+
+
 class EventLog:
     """An append-only log in a folder, for any number of writing and reading processes.
 
@@ -396,6 +412,41 @@ class EventLog:
             yield from tail.events
             tail = self.read(tail.position)
 
+    def newest(self) -> float | None:
+        """Latest time among the events that were written last; None where there is none."""
+        for path in reversed(self._segments().values()):
+            times = []
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - _TAIL))
+                for line in file:
+                    with contextlib.suppress(ValidationError):
+                        times.append(Event.model_validate_json(line).time)
+            if times:
+                return max(times)
+        return None
+
+    def purge(self, now: float, *, asked: bool = False) -> Purged:
+        """Remove images whose time is over, unless the clock is in doubt: more than their time past the newest event.
+
+        Args:
+            now: seconds since the epoch.
+            asked: a person said that the clock is right.
+        """
+        newest, leap = self.newest(), self.folder / "leap"
+        if asked:
+            leap.unlink(missing_ok=True)
+        elif newest is not None and now - newest > self.info.image_ttl and not leap.exists():
+            # The events to come have the clock's time; what was served before them is in doubt until a person says.
+            write_text(leap, repr(newest))
+        known = float(leap.read_text()) if leap.exists() else None
+        if known is not None and now - known <= self.info.image_ttl:
+            leap.unlink(missing_ok=True)
+            known = None
+        since = -math.inf if known is None else known
+        in_doubt = sum(image for _, image in self.images.over(now, until=since)) if known is not None else 0
+        reason = f"the clock leapt {(now - since) / 86400:.0f} days past an event" if in_doubt else ""
+        return Purged(removed=self.images.purge(now, since=since), in_doubt=in_doubt, reason=reason)
+
     def describe(self, facts: BundleFacts) -> None:
         """Keep what readers must know about a bundle, once."""
         path = self.folder / "bundles" / f"{facts.bundle}.json"
@@ -456,7 +507,7 @@ def _fsync(path: Path) -> None:
 
 
 class ImageStore:
-    """Images of events selected for review, under their sha256, for ``ttl`` seconds."""
+    """Images of events selected for review, under their sha256, for ``ttl`` seconds; for their owner alone."""
 
     def __init__(self, folder: Path | str, ttl: float) -> None:
         self.folder, self.ttl = Path(folder), ttl
@@ -470,8 +521,11 @@ class ImageStore:
         """Keep an encoded image until ``now + ttl``; one that is there is kept anew."""
         path = self._path(sha256)
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, data)
+            for folder in (self.folder, path.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+                if folder.stat().st_mode & 0o077:  # new, or of an older version; its parents are as the umask says
+                    folder.chmod(0o700)
+            write_bytes(path, data, mode=0o600)
         os.utime(path, (now, now))
 
     def get(self, sha256: str) -> bytes | None:
@@ -484,13 +538,24 @@ class ImageStore:
     def __contains__(self, sha256: str) -> bool:
         return self._path(sha256).is_file()
 
-    def purge(self, now: float) -> int:
-        """Remove images whose time is over, and what killed writers left; give how many."""
-        removed = 0
+    def over(self, now: float, *, since: float = -math.inf, until: float = math.inf) -> Iterator[tuple[Path, bool]]:
+        """Images whose time is over, kept in (since, until]; and what killed writers left (False)."""
         for path in self.folder.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):
-                leftover = re.fullmatch(_SHA256, path.name) is None
-                if path.stat().st_mtime <= now - (3600 if leftover else self.ttl):
-                    path.unlink()
-                    removed += not leftover
+                image, kept = re.fullmatch(_SHA256, path.name) is not None, path.stat().st_mtime
+                if since < kept <= min(until, now - (self.ttl if image else 3600)):
+                    yield path, image
+
+    def purge(self, now: float, *, since: float = -math.inf) -> int:
+        """Remove images whose time is over, and what killed writers left; give how many.
+
+        Args:
+            now: seconds since the epoch.
+            since: what was kept up to then stays.
+        """
+        removed = 0
+        for path, image in self.over(now, since=since):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                removed += image
         return removed

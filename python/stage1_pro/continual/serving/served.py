@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -21,6 +22,9 @@ from stage1_pro.deploy.bundle import MANIFEST, Bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, ImageLike, Prepared, Trace, open_image
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes, sha256_file
+
+# Images whose time is over are looked for this often, in seconds.
+PURGE_SECONDS = 3600.0
 
 
 class Served(Answering):
@@ -56,6 +60,7 @@ class Served(Answering):
         self.plan = plan or ReviewPlan()
         self._on_failure, self._writer = on_failure, writer or uuid.uuid4().hex
         self._count = 0
+        self._purged = self._last = -math.inf
         self._bundle = sha256_file(cascade.bundle.path / MANIFEST)
         classes, positive = cascade.bundle.classes, cascade.bundle.positive
         log.describe(BundleFacts(bundle=self._bundle, classes=tuple(classes), positive=positive))
@@ -93,6 +98,7 @@ class Served(Answering):
         if traces:
             try:
                 events = self._events(decisions, traces[0], [identify(photo.image) for photo in photos], now)
+                self._purge(now)
                 for event, photo in zip(events, photos, strict=True):
                     if event.selected:
                         self.log.images.put(event.image_sha256, _encode(photo.image), now)
@@ -102,6 +108,14 @@ class Served(Answering):
                     raise
                 self._on_failure(error)
         return decisions
+
+    def _purge(self, now: float) -> None:
+        """Remove old images now and then, and see a clock that leaps before its time is an event's."""
+        leapt, self._last = now - self._last > self.log.info.image_ttl, now
+        if leapt or time.monotonic() - self._purged >= PURGE_SECONDS:
+            self._purged = time.monotonic()
+            with contextlib.suppress(OSError):  # it is no reason to answer nobody; every look of the loop says it
+                self.log.purge(now)
 
     def _events(self, decisions: Decisions, trace: Trace, images: Sequence[str], now: float) -> list[Event]:
         policy, classes = self.cascade.bundle.policy, self.cascade.bundle.classes
