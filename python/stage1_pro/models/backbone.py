@@ -21,6 +21,7 @@ from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError, nearest
 from stage1_pro.files import permit, write_text
 from stage1_pro.models.architecture import BackboneInfo
+from stage1_pro.models.weights import check_loaded, find_weights
 from stage1_pro.registry import Registry
 
 Context = tuple[Tensor, Tensor] | None
@@ -324,7 +325,7 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
 
     Raises:
         InputError: no such preset or folder, or a model of a type that no family reads.
-        ArtifactError: the weights miss keys, have unexpected ones or other shapes.
+        ArtifactError: weights that are not whole, or not exactly those of the model in the configuration.
     """
     if source in PRESETS:
         size = image_size or int(PRESETS[source]["image_size"])
@@ -348,21 +349,28 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
     config = getattr(config, "vision_config", config)
     if hasattr(config, "pos_embed_rescale"):
         config.pos_embed_rescale = pos_embed_rescale
-    kind = family.model_class
+    kind, paths = family.model_class, find_weights(name)
     try:
         with _quiet():
             hf, report = kind.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True, **family.model_options
             )
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                plain = kind(config, **family.model_options)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"weights of '{source}' cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ArtifactError(
+            f"weights of '{source}' cannot be loaded from {paths[0]}: {str(error).splitlines()[0]}; take config.json "
+            "and weights of one and the same model"
+        ) from None
     # A classifier checkpoint's own head may be left over; a missing key would silently stay random.
     missing = sorted(k for k in report["missing_keys"] if "mask_token" not in k)
     if missing or report["mismatched_keys"]:
         raise ArtifactError(
-            f"weights of '{source}' must fit {kind.__name__}: missing {missing[:5]}, "
-            f"other shapes {[str(k) for k in sorted(report['mismatched_keys'])[:5]]}"
+            f"weights of '{source}' in {paths[0]} must fit {kind.__name__}: missing {missing[:5]}, "
+            f"other shapes {[str(k) for k in sorted(report['mismatched_keys'])[:5]]}; take config.json and weights of "
+            "one and the same model"
         )
+    check_loaded(hf, plain, sorted(report["unexpected_keys"]), paths)
     if not image_size:
         # The height in a folder's processor file, else the multiple of the patch nearest to 224.
         stated, patch = _processor(source).get("size"), int(config.patch_size)

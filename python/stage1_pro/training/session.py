@@ -25,7 +25,7 @@ from stage1_pro.config import ADAPTER_MODES, Config
 from stage1_pro.data.loader import Batch, TrainLoader, epoch_order
 from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.data.splits import Row, Splits
-from stage1_pro.errors import InputError
+from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import load_npz, save_npz, sha256_bytes
 from stage1_pro.models.adapters import Adaptation, adapt
 from stage1_pro.models.backbone import PRESETS
@@ -100,6 +100,7 @@ class Session:
 
     Raises:
         InputError: a configuration that does not fit the model, the splits or the number of processes.
+        ArtifactError: weights that do not fit, or a backbone that mode full would train in part.
         DependencyError: a tracker's library is missing.
     """
 
@@ -131,6 +132,8 @@ class Session:
         self.model.heads.gate.stop_features = config.gate.stop_features
         if (mask_token := self.model.backbone.mask_token) is not None:
             mask_token.requires_grad_(False)
+        if options.mode == "full":
+            self._check_all_is_trained()
         if options.gradient_checkpointing:
             self.model.backbone.checkpoint_activations()
         self.model.to(self.device)
@@ -250,6 +253,15 @@ class Session:
             self.model = create_model(asked.model_copy(update={"tap": self.tap_choice.tap}), *of)
         resolved = {"image_size": self.architecture.image_size, "tap": self.architecture.tap}
         self.config = self.config.model_copy(update={"model": asked.model_copy(update=resolved)})
+
+    def _check_all_is_trained(self) -> None:
+        own = self.model.backbone.named_parameters()
+        frozen = [name for name, one in own if not one.requires_grad and one is not self.model.backbone.mask_token]
+        if frozen:
+            raise ArtifactError(
+                f"all weights of {self.architecture.backbone.source} must be trained in mode full, got {len(frozen)} "
+                f"frozen tensors such as {frozen[0]}; use train.mode=linear, or a backbone that freezes nothing"
+            )
 
     def _measure_taps(self) -> TapChoice:
         """Probe the candidates on the starting backbone; the main process's choice holds for all."""
