@@ -83,14 +83,14 @@ def test_an_annotator_who_corrects_himself_is_one_answer(kept: Store, tmp_path: 
     assert resolve(kept)["e0"].label == "work"
     # Saved again without a change nothing is known later.
     assert imports(kept, tmp_path / "x", task(annotation("work", 50.0))) == (0, 1, 0)
-    assert resolve(kept)["e0"].time == 7.0
+    assert resolve(kept)["e0"].time == 7.0 and resolve(kept)["e0"].agree
     assert disagreement(kept).doubled == 0
 
 
 def test_annotations_of_others_are_answers_of_their_own(kept: Store, tmp_path: Path) -> None:
     two = task(annotation("work", 5.0), annotation("none", 6.0, number=10, by=2))
     assert imports(kept, tmp_path / "x", two) == (2, 0, 0)
-    assert resolve(kept)["e0"].answers == 2 and disagreement(kept).disagreeing == 1
+    assert resolve(kept)["e0"].answers == 2 and not resolve(kept)["e0"].agree and disagreement(kept).disagreeing == 1
     elsewhere = task(annotation("work", 7.0)) | {"project": 5}
     assert imports(kept, tmp_path / "x", elsewhere) == (1, 0, 0)
 

@@ -432,13 +432,16 @@ def _check_labels(part: Sequence[Label], served: Mapping[str, str], facts: Mappi
 
 @dataclass(frozen=True)
 class Resolved:
-    """The label that holds for an event, whose it is, and how many answered: an annotator once for each source."""
+    """The label that holds for an event, whose it is, how many answered, an annotator once for each source, and whether
+    the last answers of all of them are this one.
+    """
 
     label: str
     source: Source
     trust: int
     time: float
     answers: int
+    agree: bool
 
 
 def read_labels(store: Store, *, sources: Collection[Source] = SOURCES) -> list[Label]:
@@ -473,11 +476,15 @@ def resolve(store: Store, *, sources: Collection[Source] = SOURCES, until: float
     with store.read() as connection:
         for row in connection.execute(query):
             found.setdefault(row.event_id, []).append(row)
-    return {
-        name: Resolved(one.label, one.source, one.trust, one.time, len({(row.source, row.annotator) for row in rows}))
-        for name, rows in found.items()
-        for one in rows[:1]
-    }
+    return {name: _resolved(rows) for name, rows in found.items()}
+
+
+def _resolved(rows: Sequence[Any]) -> Resolved:
+    """Of the answers of an event, the one that holds first and later ones of an annotator before earlier ones."""
+    one, last = rows[0], dict[tuple[str, str], str]()
+    for row in rows:
+        last.setdefault((row.source, row.annotator), row.label)
+    return Resolved(one.label, one.source, one.trust, one.time, len(last), set(last.values()) == {one.label})
 
 
 def _sources(sources: Collection[Source]) -> list[Source]:
