@@ -115,9 +115,9 @@ def run(place: Path, words: str, how: str) -> None:
     )  # fmt: skip
     if "until stopped" in how:
         time.sleep(6)
-        process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=900)
-    wanted = {2, 3, 4, 5} if "refused" in how else {130} if "until stopped" in how else {0}
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    wanted = {2, 3, 4, 5} if "refused" in how else {143} if "until stopped" in how else {0}
     wanted |= {0} if "or refused" in how or "until stopped" in how else set()
     assert process.returncode in wanted, f"{words}: {errors}"
     assert not told.exists(), f"{words}: {told.read_text()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -13,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +39,7 @@ from stage1_pro.metrics import augrc, aurc, bootstrap, coverage_at_risk, risk_at
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies.softmax import softmax
-from stage1_pro.stopping import Terminated
+from stage1_pro.stopping import Terminated, between_steps
 from stage1_pro.training import loop, losses, validate
 from stage1_pro.training.epochs import TIMINGS
 from stage1_pro.training.inference import infer_split, run_over
@@ -303,6 +306,27 @@ def test_a_training_stopped_between_two_losing_epochs_goes_on_the_same(
     assert without_timings(other / "metrics.csv") == without_timings(run / "metrics.csv")
 
 
+@contextlib.contextmanager
+def heard(number: int) -> Iterator[Any]:
+    """Hear a signal by its usual handler, also where the tests run in the background, which hears no Ctrl-C."""
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)
+    try:
+        yield usual
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_a_process_was_told_to_ignore_stops_nothing() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with between_steps() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_training_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(
     run: Path, split_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[BaseException]
@@ -318,12 +342,11 @@ def test_a_training_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same
         if steps == 2:
             os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
+    with heard(number) as before, monkeypatch.context() as patch:
         patch.setattr(loop, "learn", asked)
         with pytest.raises(kind):
             train(other, config(*options))
-    assert steps == 2 and signal.getsignal(number) is before
+        assert steps == 2 and signal.getsignal(number) is before
     assert torch.load(other / "last.pth", weights_only=True)["sampler_state"]["step_in_epoch"] == 2
     train(other, resume=True)
     for name in ("last.pth", "model_best.pth", "val_calib.npz"):
@@ -337,7 +360,7 @@ def test_asked_twice_a_training_stops_at_once(run: Path, monkeypatch: pytest.Mon
         raise AssertionError("the second signal must stop it")
 
     monkeypatch.setattr(loop, "learn", asked)
-    with pytest.raises(KeyboardInterrupt):
+    with heard(signal.SIGINT), pytest.raises(KeyboardInterrupt):
         train(run, config("train.epochs=1", "train.workers=2"))
     assert not (run / "last.pth").exists()
     deadline = time.monotonic() + 10

@@ -18,7 +18,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int], None], *numbers: int) -> Iterator[None]:
-    """Let ``handler`` answer signals in this process; forked children end by theirs, and other threads hear of none."""
+    """Let ``handler`` answer signals in this process, but those that it was told to ignore, as ``nohup`` does.
+
+    Forked children end by theirs, and other threads hear of none.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -31,7 +34,8 @@ def _handled(handler: Callable[[int], None], *numbers: int) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    before = {number: signal.signal(number, answer) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, answer) for number in heard}
     try:
         yield
     finally:
