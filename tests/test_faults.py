@@ -48,6 +48,25 @@ def test_init_finishes_what_it_began(tiny: Path, tmp_path: Path) -> None:
         assert {"commit", "os.fsync"} < set(ended.steps) and any(POINTER in one for one in ended.steps)
 
 
+@pytest.mark.slow
+def test_split_finishes_what_it_began(streets: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    words = ("split", "--labels", streets / "labels.csv", "--out")
+    with faults("stage1_pro.data.splits") as children:
+        assert children.run((*words, whole)).rc == 0
+        for number, ended in children.each((*words, run)):
+            if ended.rc == -9:
+                if (run / "splits.json").exists():
+                    assert (run / "splits.json").read_bytes() == (whole / "splits.json").read_bytes()
+                again = children.run((*words, run))
+                assert again.rc == 0, (number, ended.steps[-1], again.err)
+            assert leftovers(run) == []
+            for name in ("splits.json", "quarantine.csv"):
+                assert (run / name).read_bytes() == (whole / name).read_bytes()
+            shutil.rmtree(run)
+        assert ended.rc == 0 and number > 3
+
+
 def test_a_sweep_takes_what_the_dead_left_and_not_what_the_living_write(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from stage1_pro.files import atomic_directory, atomic_path\n"
