@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -22,18 +23,19 @@ from fitting import fit_gate_policy
 import stage1_pro
 from stage1_pro import native
 from stage1_pro.cli import main
-from stage1_pro.commands.compare import compare
+from stage1_pro.commands.compare import Compare, compare
 from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, resplit
 from stage1_pro.data.synthetic import render_pool
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, TrainingError
+from stage1_pro.files import write_csv
 from stage1_pro.metrics import augrc, mcc
 from stage1_pro.metrics import compare as compare_rows
 from stage1_pro.metrics.seeds import ARM_METRICS, SeedRows, _Ranked, compare_seeds
 from stage1_pro.policies.gate import reach
 from stage1_pro.studies import comparing
-from stage1_pro.studies.comparing import Comparison, check_fairness, markdown, read_arms
+from stage1_pro.studies.comparing import Comparison, _split_all, check_fairness, markdown, read_arms
 from stage1_pro.training.loop import train
 from stage1_pro.training.run import Start, write_config
 
@@ -393,6 +395,22 @@ def test_no_comparison_is_refused_before_anything_is_trained(labels: Path, tmp_p
 
 
 # ---------------------------------------------------------------------------------------------- the whole way
+
+
+def test_near_duplicates_that_are_too_many_can_be_accepted_as_told(labels: Path, tmp_path: Path) -> None:
+    pool = shutil.copytree(labels.parent, tmp_path / "pool")
+    rows = list(csv.DictReader(labels.read_text().splitlines()))
+    more = [{**rows[0], "file": f"{number}.jpg", "group": f"copy {number}"} for number in range(20)]
+    for row in more:
+        shutil.copy(pool / rows[0]["file"], pool / row["file"])
+    write_csv(pool / "labels.csv", [*rows, *more], list(rows[0]))
+    given = Compare.of(data=pool / "labels.csv", out=tmp_path / "out")
+    arms = {"a": config(), "b": config()}
+    with pytest.raises(InputError, match=r"--max-component 0\.\d+") as refused:
+        _split_all(given, arms, [0])
+    share = float(str(refused.value).rpartition("--max-component ")[2])
+    _split_all(given.model_copy(update={"max_component": share}), arms, [0])
+    assert (tmp_path / "out" / "a" / "seed0" / "splits.json").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 from faults import faults, leftovers
 
+import stage1_pro
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.folder import init, opened
 from stage1_pro.continual.serving.events import SKETCH_SIZE, Event, EventLog
 from stage1_pro.continual.serving.live import POINTER
+from stage1_pro.data.splits import Splits
 from stage1_pro.errors import InputError
-from stage1_pro.files import sweep
+from stage1_pro.files import sha256_file, sweep
 
 
 @pytest.mark.slow
@@ -44,6 +46,25 @@ def test_init_finishes_what_it_began(tiny: Path, tmp_path: Path) -> None:
             shutil.rmtree(root)
         assert ended.rc == 0 and late <= 2
         assert {"commit", "os.fsync"} < set(ended.steps) and any(POINTER in one for one in ended.steps)
+
+
+@pytest.mark.slow
+def test_split_finishes_what_it_began(streets: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    words = ("split", "--labels", streets / "labels.csv", "--out")
+    with faults("stage1_pro.data.splits") as children:
+        assert children.run((*words, whole)).rc == 0
+        for number, ended in children.each((*words, run)):
+            if ended.rc == -9:
+                if (run / "splits.json").exists():
+                    assert (run / "splits.json").read_bytes() == (whole / "splits.json").read_bytes()
+                again = children.run((*words, run))
+                assert again.rc == 0, (number, ended.steps[-1], again.err)
+            assert leftovers(run) == []
+            for name in ("splits.json", "quarantine.csv"):
+                assert (run / name).read_bytes() == (whole / name).read_bytes()
+            shutil.rmtree(run)
+        assert ended.rc == 0 and number > 3
 
 
 def test_a_sweep_takes_what_the_dead_left_and_not_what_the_living_write(tmp_path: Path) -> None:
@@ -155,3 +176,32 @@ def test_a_store_that_is_not_there_to_be_read_is_not_made(tmp_path: Path, old: b
         Store(tmp_path / "loop.db", read_only=True)
     assert not old or (tmp_path / "loop.db").stat().st_size == 0
     assert len(list(tmp_path.iterdir())) == old
+
+
+def test_photos_that_moved_keep_the_model(streets: Path, streets_run: Path, tmp_path: Path) -> None:
+    run, photos = shutil.copytree(streets_run, tmp_path / "run"), shutil.copytree(streets, tmp_path / "photos")
+    before = Splits.read(run / "splits.json")
+    for name in ("model_best.pth", "last.pth", "thresholds.json"):
+        (run / name).write_text(name)
+    stage1_pro.split(photos / "labels.csv", run, seed=0)
+    after = Splits.read(run / "splits.json").verify()
+    assert after.root != before.root and Path(after.root).samefile(photos)
+    assert after.model_copy(update={"root": before.root}) == before
+    # Under other names they are the same photos.
+    (photos / "below").mkdir()
+    text = (photos / "labels.csv").read_text()
+    for row in before.rows:
+        (photos / row.file).rename(photos / "below" / Path(row.file).name)
+        text = text.replace(f"{row.file},", f"below/{Path(row.file).name},")
+    (photos / "labels.csv").write_text(text)
+    stage1_pro.split(photos / "labels.csv", run, seed=0)
+    found = Splits.read(run / "splits.json").verify()
+    assert [row.sha256 for row in found.rows] == [row.sha256 for row in before.rows]
+    assert all(sha256_file(photos / row.file) == row.sha256 for row in found.rows)
+    assert all((run / name).read_text() == name for name in ("model_best.pth", "last.pth", "thresholds.json"))
+    # Other splits are other splits.
+    with pytest.raises(InputError, match="--overwrite"):
+        stage1_pro.split(photos / "labels.csv", run, seed=1)
+    assert (run / "model_best.pth").is_file()
+    stage1_pro.split(photos / "labels.csv", run, seed=1, overwrite=True)
+    assert not any((run / name).exists() for name in ("model_best.pth", "last.pth", "thresholds.json"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage1_pro.command import Command, Count, Result, Share, Words, keywords, option
+from stage1_pro.command import Command, Count, Part, Result, Share, Words, keywords, option
 from stage1_pro.commands.split import Fractions
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Compare(Command, topic="compare"):
     images: Path | None = option(None, "folder that `file` is relative to; the CSV's own by default")
     positive: str | None = option(None, "name of the positive class, as for split")
     fractions: Fractions | None = option(None, "share of rows per split, as for split; its defaults otherwise")
+    max_component: Part = option(0.05, "largest share of rows that near-duplicates may join, as for split")
     hold_split: bool = option(False, "one split for all seeds; only training differs")
     metric: str = option(
         "augrc", "what the best is chosen by, its mean over seeds on val_select: accuracy, mcc, augrc or gate_augrc"

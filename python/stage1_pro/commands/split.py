@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
 
 from stage1_pro.command import Command, Part, Place, Result, Words, keywords, option
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, Stage1Error
 from stage1_pro.progress import say
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ Fractions = Annotated[dict[str, float], BeforeValidator(_shares)]
 class Split(Command, topic="photos"):
     """Cut labelled images into train, val_select, val_calib and val_test.
 
-    Rows of one group, and near-duplicates across groups, stay together, so that the splits cannot leak.
+    Rows of one group, and near-duplicates across groups, stay together, so that the splits cannot leak. Of a run that
+    was trained on the same splits, photos may have moved: it is told where they lie now, and stays as it is.
     """
 
     labels: Place = option(
@@ -82,27 +85,37 @@ class Split(Command, topic="photos"):
         """
         from stage1_pro.data.images import write_quarantine
         from stage1_pro.data.labels import left_out
-        from stage1_pro.data.splits import QuarantineError, make_splits
+        from stage1_pro.data.splits import QuarantineError, Splits, make_splits
         from stage1_pro.training.run import exclusive, forget_training
 
         out = self.out
         if out.exists() and not out.is_dir():
             raise InputError(f"--out must be a folder, got the file {out}")
         trained = next((name for name in ("model_best.pth", "last.pth", "config.json") if (out / name).exists()), None)
-        if trained and not self.overwrite:
-            raise InputError(
-                f"--out must be a run that has not been trained, got {out} with {trained}; "
-                "name another folder, or replace its splits with --overwrite and train again"
-            )
         try:
             splits, quarantined = make_splits(**self.model_dump(exclude={"out", "overwrite"}))
         except QuarantineError as error:
             write_quarantine(out / "quarantine.csv", error.quarantined)
             raise InputError(f"{error}; the whole list is in {out / 'quarantine.csv'}") from None
+        moved = None
+        if trained:
+            with contextlib.suppress(Stage1Error):  # damaged splits are none that anything can be kept of
+                moved = _moved(Splits.read(out / "splits.json").verify(), splits)
+        if trained and moved is None and not self.overwrite:
+            raise InputError(
+                f"--out must be a run of these very splits or one that has not been trained, got {out} with "
+                f"{trained}; name another folder, or replace its splits with --overwrite and train again"
+            )
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out):
-            # What was trained on other splits must not be taken for this split's: some of its rows may be tests now.
-            forget_training(out)
+            if moved is not None:
+                splits = moved
+                say(f"the splits are those that {out} was trained on, so all of it is kept")
+            else:
+                # What was trained on other splits must not be taken for these: some of its rows may be tests now.
+                gone = forget_training(out)
+                if gone:
+                    say(f"removed what was trained on other splits: {', '.join(gone)}")
             write_quarantine(out / "quarantine.csv", quarantined)
             splits.write(out / "splits.json")
         say(f"wrote {out / 'splits.json'} and {out / 'quarantine.csv'}")
@@ -111,6 +124,17 @@ class Split(Command, topic="photos"):
         if beside.passed:
             say(beside.words())
         return splits, beside
+
+
+def _moved(old: Splits, new: Splits) -> Splits | None:
+    """The old splits with the photos where they lie now; None where these are other splits."""
+    if (old.hashes, old.classes, old.positive) != (new.hashes, new.classes, new.positive):
+        return None
+    files: dict[str, list[str]] = defaultdict(list)
+    for row in reversed(new.rows):
+        files[row.sha256].append(row.file)
+    rows = [row.model_copy(update={"file": files[row.sha256].pop()}) for row in old.rows]
+    return old.model_copy(update={"root": new.root, "rows": rows})
 
 
 @keywords(Split)

@@ -175,7 +175,10 @@ class _Images(Dataset[Any]):
             try:
                 image = self._image(row)
             except ImageError as error:
-                return f"{error}; it was readable when the data was split, so restore it or run `stage1 split` again"
+                return (
+                    f"{error}; it was readable when the data was split, so restore it, or say where the photos lie now "
+                    "by the same `stage1 split`, which keeps what was trained"
+                )
             if self._augment is None:
                 pixels[:] = preprocess(image, spec)
             else:

@@ -301,6 +301,8 @@ def _plan(asked: Compare) -> ComparisonPlan:
             "images": None if asked.images is None else str(asked.images.resolve()),
             "positive": asked.positive,
             **{f"fraction of {name}": share for name, share in (asked.fractions or {}).items()},
+            # Plans of older versions know only the default.
+            **({"max_component": asked.max_component} if asked.max_component != 0.05 else {}),
         },
         hold_split=asked.hold_split,
         min_coverage=asked.min_coverage,
@@ -360,7 +362,8 @@ def _split_all(asked: Compare, arms: Mapping[str, Config], seeds: Sequence[int])
     out = asked.out
     base = out / "splits" / "seed0"
     if not (base / "splits.json").is_file():
-        Split(**asked.model_dump(include={"images", "positive", "fractions"}), labels=asked.data, out=base).cut()
+        given = asked.model_dump(include={"images", "positive", "fractions", "max_component"})
+        Split(**given, labels=asked.data, out=base).cut()
     first = Splits.read(base / "splits.json").verify()
     for seed in seeds:
         path = out / "splits" / f"seed{seed}" / "splits.json"

@@ -165,12 +165,14 @@ def check_run(
     return splits, stored.config if config is None else resumed(config, stored.config)
 
 
-def forget_training(run: Path) -> None:
-    """Remove what an earlier training and the stations after it wrote."""
+def forget_training(run: Path) -> list[str]:
+    """Remove what an earlier training and the stations after it wrote; give its names."""
+    gone = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (run / name).exists()]
     for name in OWN_FILES:
         (run / name).unlink(missing_ok=True)
     for name in OWN_FOLDERS:
         shutil.rmtree(run / name, ignore_errors=True)
+    return gone
 
 
 def write_config(run: Path, config: Config, splits: Splits) -> None:
