@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from itertools import pairwise
@@ -20,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from stage1_pro.config import load_config
 from stage1_pro.errors import InputError
-from stage1_pro.files import atomic_directory, locked, write_text
+from stage1_pro.files import atomic_directory, locked, write_csv, write_text
 from stage1_pro.record import Record, parse_yaml, read_yaml, wrong
 
 HOLD = "import os, sys, time; from stage1_pro.files import locked\nwith locked(sys.argv[1]) as lock:\n"
@@ -304,3 +306,32 @@ def test_what_is_dumped_is_read_as_it_was(value):
 class NoReferences(yaml.SafeDumper):
     def ignore_aliases(self, _):
         return True
+
+
+@given(st.lists(st.one_of(
+    st.text(alphabet="'=+-@\ta1.", max_size=6),
+    st.sampled_from(["=cmd|' /C calc'!A0", "@SUM(1).jpg", "+1.jpg", "-3", "+1e5", "'=x", "a=b", "-"]),
+), min_size=1, max_size=8))  # fmt: skip
+def test_no_cell_is_run_by_a_spreadsheet_and_all_come_back(cells: list[str]) -> None:
+    from stage1_pro.data.tables import read_table
+
+    cells = [cell.strip() or "x" for cell in cells]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.csv"
+        write_csv(path, [{"file": cell, "n": -1.5} for cell in cells], ["file", "n"])
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                assert row["n"] == "-1.5"
+                if row["file"][0] in "=+-@\t\r":
+                    float(row["file"])
+        assert read_table(path, ["file", "n"]).column("file") == cells
+
+
+@pytest.mark.parametrize(
+    "name", ["esc\x1b[31mred.jpg", "two\nlines.jpg", "\u202egpj.jpg", "a\u2066b.jpg", "c\x9bd.jpg"]
+)
+def test_names_reach_a_terminal_as_one_plain_line(name: str) -> None:
+    from stage1_pro.deploy.prediction import COLUMNS, render
+
+    said = render([dict.fromkeys(COLUMNS) | {"file": name, "error": f"{name}: is no image"}])
+    assert all(line.isprintable() for line in said.split("\n")) and len(said.split("\n")) == 3

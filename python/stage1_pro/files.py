@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -218,7 +219,7 @@ def write_text(path: Path | str, text: str, *, mode: int = 0o666) -> None:
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Write rows under the given columns atomically; ``None`` and NaN become empty cells."""
+    """Write rows under the given columns atomically; ``None`` and NaN become empty cells, formulas text."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
@@ -232,7 +233,27 @@ def _cell(value: object) -> object:
         return ""
     if isinstance(value, float):
         return repr(float(value))
-    return value
+    return shield(value) if isinstance(value, str) else value
+
+
+# What a spreadsheet runs as a formula, behind any number of the apostrophes that keep it from doing so.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def shield(text: str) -> str:
+    """A cell that a spreadsheet shows and never runs: an apostrophe before what looks like a formula, not a number."""
+    if _FORMULA.match(text) is None:
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return "'" + text
+    return text
+
+
+def unshield(cell: str) -> str:
+    """The text that ``shield`` was given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stage1_pro.data.photos import ImageFile, read_file
 from stage1_pro.errors import InputError, nearest, printable
+from stage1_pro.files import unshield
 
 DELIMITERS = ",;\t"
 
@@ -66,7 +67,7 @@ def read_table(file: ImageFile, names: Collection[str], *, required: Collection[
                     f"{reader.line_num}; quote cells that hold a '{delimiter}'"
                 )
             short = len(row) < len(columns)
-            cells.append([cell.strip() for cell in row] + [""] * (len(columns) - len(row)))
+            cells.append([unshield(cell.strip()) for cell in row] + [""] * (len(columns) - len(row)))
             lines.append(reader.line_num)
         if short and not text.endswith(("\n", "\r")):
             raise InputError(f"{file} must be whole, but its last line {reader.line_num} ends early; copy it again")

@@ -14,7 +14,7 @@ from stage1_pro.data.photos import Found, ImageFile
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, printable
 from stage1_pro.files import write_csv
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.policies.standing import Standing, standing
@@ -181,6 +181,8 @@ def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promis
         summary += f"; {counts['ambiguous']} have a set of several classes"
     if out is not None:
         return f"{summary}; wrote {out}{end}"
+    # A name may hold what a terminal obeys, or a line of its own.
+    rows = [{k: printable(v, 5000) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     width = max((len(row["file"]) for row in rows), default=4)
     names = max([5, *(len(row["label"] or "") for row in rows)])
     # The set says more than the label only where there are others.
