@@ -251,7 +251,8 @@ class Session:
         if asked.tap == "auto":
             self.tap_choice = self._measure_taps()
             self.model = create_model(asked.model_copy(update={"tap": self.tap_choice.tap}), *of)
-        resolved = {"image_size": self.architecture.image_size, "tap": self.architecture.tap}
+        found = self.architecture
+        resolved = {"image_size": found.image_size, "tap": found.tap, "resize": found.preprocessing.resize}
         self.config = self.config.model_copy(update={"model": asked.model_copy(update=resolved)})
 
     def _check_all_is_trained(self) -> None:
