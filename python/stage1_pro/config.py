@@ -30,10 +30,14 @@ class ModelConfig(Section):
     image_size: int | None = Field(
         None,
         gt=0,
-        description="input side in pixels, a multiple of the patch; null = 48 for presets, else 224 or what the folder "
-        "was adapted at",
+        description="input side in pixels, a multiple of the patch; null = 48 for presets, else what the backbone's "
+        "processor file says, or about 224",
     )
-    resize: Literal["stretch", "crop"] = Field("stretch", description="crop loses the sides of wide street photos")
+    resize: Literal["stretch", "crop"] | None = Field(
+        None,
+        description="crop loses the sides of wide street photos; null = as the backbone's processor file says, stretch "
+        "without one",
+    )
     tap: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
         description="block whose tokens Stage A reads, 1..L; null = the last one; auto = the cheapest of L/3, L/2, "

@@ -21,7 +21,8 @@ from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError, nearest
 from stage1_pro.files import permit, write_text
 from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.models.weights import check_loaded, find_weights
+from stage1_pro.models.processor import PROCESSOR, RESAMPLE, Processor
+from stage1_pro.models.weights import check_loaded, find_file, find_weights
 from stage1_pro.registry import Registry
 
 Context = tuple[Tensor, Tensor] | None
@@ -244,8 +245,8 @@ class Backbone(nn.Module, ABC):
     def info(self, source: str) -> BackboneInfo:
         """Facts for manifests; ``source`` is where the weights came from."""
         preset = source in PRESETS
-        written = Path(source).expanduser() / INFO_FILE
-        if not preset and written.is_file():
+        written = None if preset else find_file(str(Path(source).expanduser()), INFO_FILE)
+        if written is not None:
             return BackboneInfo.read(written)
         return BackboneInfo(
             source=source if preset else Path(source).name if Path(source).is_dir() else source,
@@ -372,10 +373,9 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
         )
     check_loaded(hf, plain, sorted(report["unexpected_keys"]), paths)
     if not image_size:
-        # The height in a folder's processor file, else the multiple of the patch nearest to 224.
-        stated, patch = _processor(source).get("size"), int(config.patch_size)
-        height = stated.get("height") if isinstance(stated, dict) else None
-        image_size = int(height) if height else round(224 / patch) * patch
+        # Of its processor file, else the multiple of the patch nearest to 224.
+        patch = int(config.patch_size)
+        image_size = Processor(name).side() or round(224 / patch) * patch
     return family(hf, image_size)
 
 
@@ -393,14 +393,23 @@ def backbone_from_config(values: dict[str, Any], image_size: int, seed: int = 0)
         return family(hf, image_size)
 
 
-def normalisation(source: str, family: type[Backbone] | Backbone) -> dict[str, tuple[float, float, float]]:
-    """Mean and std a backbone expects: of its own processor file, the SAT values, or its family's."""
-    values = _processor(source)
-    if "image_mean" in values and "image_std" in values:
-        return {"mean": tuple(values["image_mean"]), "std": tuple(values["image_std"])}
-    if "sat493m" in source:
-        return {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
-    return {"mean": family.mean, "std": family.std}
+def stated_pixels(source: str, family: type[Backbone] | Backbone, resize: str | None) -> dict[str, Any]:
+    """Arguments of ``PreprocessSpec`` besides its size: of a backbone's processor file, else its family's.
+
+    Args:
+        source: preset, folder or hub id.
+        family: its class.
+        resize: ``stretch`` or ``crop`` whatever the file says; None leaves it to the file, ``stretch`` without one.
+
+    Raises:
+        ArtifactError: a processor file that cannot be followed.
+    """
+    values: dict[str, Any] = {"resample": family.resample, "mean": family.mean, "std": family.std}
+    if source not in PRESETS:
+        if "sat493m" in source:
+            values |= {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
+        values |= Processor(str(Path(source).expanduser())).spec(resize)
+    return {**values, "resize": resize or values.get("resize", "stretch")}
 
 
 def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: PreprocessSpec) -> None:
@@ -414,25 +423,14 @@ def save_backbone(folder: Path, backbone: Backbone, info: BackboneInfo, spec: Pr
         backbone.hf.save_pretrained(folder)
     for file in folder.iterdir():
         permit(file)  # safetensors writes for the owner alone
+    size = {"height": spec.height, "width": spec.width}
+    shorter = {"shortest_edge": round(spec.height * spec.crop_ratio)}
+    crop = {"do_center_crop": True, "crop_size": size, "size": shorter} if spec.resize == "crop" else {"size": size}
     processor = {
         "do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255,
         "image_mean": list(spec.mean), "image_std": list(spec.std),
-        "resample": {"bilinear": 2, "bicubic": 3}[spec.resample],
-        "size": {"height": spec.height, "width": spec.width},
+        "resample": next(number for number, name in RESAMPLE.items() if name == spec.resample),
+        **crop,
     }  # fmt: skip
-    write_text(folder / _PROCESSOR, json.dumps(processor, indent=2) + "\n")
+    write_text(folder / PROCESSOR, json.dumps(processor, indent=2) + "\n")
     info.write(folder / INFO_FILE)
-
-
-_PROCESSOR = "preprocessor_config.json"
-
-
-def _processor(source: str) -> dict[str, Any]:
-    path = Path(source).expanduser() / _PROCESSOR
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} must be JSON, got: {error}") from None
-    return values if isinstance(values, dict) else {}

@@ -15,7 +15,7 @@ from stage1_pro.config import ModelConfig
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.models.architecture import BackboneInfo
-from stage1_pro.models.backbone import Backbone, backbone_from_config, hash_tensors, load_backbone, normalisation
+from stage1_pro.models.backbone import Backbone, backbone_from_config, hash_tensors, load_backbone, stated_pixels
 from stage1_pro.record import Record
 
 
@@ -206,11 +206,7 @@ def create_model(config: ModelConfig, classes: list[str], positive: str, seed: i
 def input_spec(config: ModelConfig, backbone: Backbone) -> PreprocessSpec:
     """How pixels become the input of a configured backbone."""
     return PreprocessSpec(
-        height=backbone.image_size,
-        width=backbone.image_size,
-        resize=config.resize,
-        resample=backbone.resample,
-        **normalisation(config.backbone, backbone),
+        height=backbone.image_size, width=backbone.image_size, **stated_pixels(config.backbone, backbone, config.resize)
     )
 
 

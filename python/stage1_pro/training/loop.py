@@ -24,6 +24,7 @@ from stage1_pro.data.loader import Batch
 from stage1_pro.errors import TrainingError, out_of_memory
 from stage1_pro.models.model import Outputs
 from stage1_pro.stopping import Stop, between_steps
+from stage1_pro.training.environment import check_environment
 from stage1_pro.training.epochs import run_epoch
 from stage1_pro.training.losses import Part
 from stage1_pro.training.resume import State, restore, save_last
@@ -72,11 +73,13 @@ def train(
         explora: start from the backbone that ``stage1 explora`` left in the run; a resumed training keeps its own.
 
     Raises:
-        InputError: no splits, an earlier training in the way, or a resumed configuration that differs.
+        InputError: an environment that would change the training, no splits, an earlier training in the way, or a
+            resumed configuration that differs.
         ArtifactError: a checkpoint that does not fit.
         TrainingError: out of memory at the smallest batch, or a loss that is not finite.
     """
     run = Path(run)
+    check_environment()
     splits, config = check_run(run, config, resume=resume, overwrite=overwrite, explora=explora)
     with exclusive(run) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
         session = Session(run, splits, config)

@@ -45,6 +45,9 @@ class Start(Record):
     n_parameters: int
     base_fingerprint: str = Field(description="sha256 of the backbone's starting weights")
     versions: dict[str, str]
+    environment: dict[str, str] = Field(
+        {}, description="device, torch's switches and variables of its libraries that may change results"
+    )
 
 
 class RunConfig(Record):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,6 +31,7 @@ from stage1_pro.models.adapters import Adaptation, adapt
 from stage1_pro.models.backbone import PRESETS
 from stage1_pro.models.model import Architecture, create_model
 from stage1_pro.progress import say
+from stage1_pro.training.environment import check_environment, describe_environment
 from stage1_pro.training.epochs import group_parameters, seed_everything, uses_bf16, warm_cosine
 from stage1_pro.training.inference import Arrays, Draw, run_over
 from stage1_pro.training.losses import Objective, balanced_weights
@@ -105,6 +106,7 @@ class Session:
     """
 
     def __init__(self, run: Path, splits: Splits, config: Config) -> None:
+        check_environment()
         self.run, self.splits, self.config = run, splits, config
         options = config.train
         self.trackers = Trackers(options.trackers, run)
@@ -224,6 +226,7 @@ class Session:
             n_parameters=sum(p.numel() for p in self.model.parameters()),
             base_fingerprint=self.base_fingerprint or self.model.backbone.fingerprint(),
             versions=versions(),
+            environment=describe_environment(self.device),
         )
 
     # ---------------------------------------------------------------------------- building
@@ -233,7 +236,9 @@ class Session:
         # It would hold a process to the precision of its first training.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if uses_bf16(options.precision) else "no"
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="bf16" if uses_bf16(options.precision) else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
@@ -251,7 +256,8 @@ class Session:
         if asked.tap == "auto":
             self.tap_choice = self._measure_taps()
             self.model = create_model(asked.model_copy(update={"tap": self.tap_choice.tap}), *of)
-        resolved = {"image_size": self.architecture.image_size, "tap": self.architecture.tap}
+        found = self.architecture
+        resolved = {"image_size": found.image_size, "tap": found.tap, "resize": found.preprocessing.resize}
         self.config = self.config.model_copy(update={"model": asked.model_copy(update=resolved)})
 
     def _check_all_is_trained(self) -> None:
