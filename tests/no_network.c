@@ -1,5 +1,5 @@
-// Preloaded, writes every look-up of a name and every address outside this machine that a process turns to into the file
-// that STAGE1_OUTSIDE names, and refuses both.
+// Preloaded, writes every look-up of a name and every address outside this machine that a process turns to into the
+// file that STAGE1_OUTSIDE names, and refuses both.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <dlfcn.h>
