@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
 import os
 from abc import abstractmethod
@@ -36,6 +37,17 @@ def _commas(value: Any) -> Any:
     return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
 
 
+def _pairs(value: Any) -> Any:
+    """Our names and a table's from ``file=path,label=class``; a pair with a comma in it stands in double quotes."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in next(csv.reader([value], skipinitialspace=True), [])]
+    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(found) != len(pairs) or not all(equals and ours.strip() for ours, equals, _ in pairs):
+        raise ValueError(f"must be like file=path,label=class, each name once, got '{value}'")
+    return found
+
+
 Share = Annotated[float, within(lambda x: 0 < x < 1, "inside (0, 1)")]
 Rate = Annotated[float, within(lambda x: 0 < x <= 1, "in (0, 1]")]
 Part = Annotated[float, within(lambda x: 0 <= x <= 1, "from 0 to 1")]
@@ -44,6 +56,7 @@ Seed = Annotated[int, within(lambda x: x >= 0, "0 or more")]
 Count = Annotated[int, within(lambda x: x >= 1, "1 or more")]
 Place = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_commas)]
+Columns = Annotated[dict[str, str], BeforeValidator(_pairs)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,11 @@ def option(default: Any, text: str, **flag: Any) -> Any:
     field: FieldInfo = Field(default, description=text)
     field.metadata += [Flag(**flag)] if flag else []
     return field
+
+
+def table_columns(text: str = "what the table calls its columns, such as file=path,label=class") -> Any:
+    """The option ``--columns`` of a command that reads a table."""
+    return option(None, text, metavar="NAME=COLUMN,…")
 
 
 class Command(BaseModel):

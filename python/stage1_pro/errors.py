@@ -70,10 +70,15 @@ class UnforeseenError(Stage1Error):
     exit_code = 70
 
 
+def closest(word: str, options: Iterable[str]) -> str | None:
+    """The option that is spelled most like a word; None where none is near."""
+    return next(iter(difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)), None)
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest option, or an empty string."""
-    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = closest(word, options)
+    return "" if close is None else f"; did you mean '{close}'?"
 
 
 def need(extra: str, package: str) -> DependencyError:

@@ -12,15 +12,18 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, printable
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -281,19 +284,91 @@ def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
-    """Read every array of an ``.npz`` without pickle; raise InputError when it is not one."""
+def load_npz(path: Path | str, *, most: int | None = None) -> dict[str, NDArray[Any]]:
+    """Read every array of an ``.npz`` without pickle, once their headers say that they are plain and not too large.
+
+    Together they may be 64 MiB or 50 times the file, whatever is more: numbers do not pack better.
+
+    Args:
+        path: the file.
+        most: bytes of all arrays together that nothing is read beyond.
+
+    Raises:
+        InputError: it is no such file, or its arrays are larger.
+    """
     import numpy as np
 
+    path = Path(path)
     try:
-        data = np.load(path, allow_pickle=False)
-        if isinstance(data, np.ndarray):
-            raise InputError(f"{path} must be a NumPy .npz file with named arrays, got a single array")
-        with data:
-            return {name: data[name] for name in data.files}
-    except InputError:
-        raise
+        if path.exists() and not path.is_file():
+            raise ValueError("no plain file")
+        with _Sparing(path) as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise ValueError("a single array; save named ones with numpy.savez")
+            limit = min(max(2**26, 50 * path.stat().st_size), most or sys.maxsize)
+            with zipfile.ZipFile(file) as archive:
+                heads = read_heads(archive)
+                total = sum(head.info.file_size for head in heads.values())
+                if total > limit:
+                    raise ValueError(f"arrays of {total:,} bytes, and {limit:,} are the most that is read of this file")
+                found = {}
+                for name, head in heads.items():
+                    with archive.open(head.info) as opened:
+                        found[name] = np.lib.format.read_array(opened, allow_pickle=False)
+                return found
     except FileNotFoundError:
         raise InputError(f"{path} must exist, but there is no such file") from None
     except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy each raise kinds of their own on damage
-        raise InputError(f"{path} must be a NumPy .npz file without pickled objects, got: {error}") from None
+        raise InputError(
+            f"{path} must be a NumPy .npz file without pickled objects, got: {printable(str(error))}"
+        ) from None
+
+
+class _Sparing(io.FileIO):
+    """A file of which nobody reads a MiB at once: the directory of a zip is read whole before anything is known."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > 2**20:
+            raise ValueError(f"a piece of {size:,} bytes that has to be read at once")
+        return super().read(size)
+
+
+@dataclass(frozen=True)
+class ArrayHead:
+    """What one array of an ``.npz`` says of itself."""
+
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def read_heads(archive: zipfile.ZipFile) -> dict[str, ArrayHead]:
+    """What the arrays of an ``.npz`` say of themselves, by name; none of them is read.
+
+    Raises:
+        ValueError: more than 64 arrays, two of one name, one that is no plain array of numbers, text or times, or is
+            of another size than its shape says.
+    """
+    import numpy as np
+
+    members = archive.infolist()
+    names = [member.filename.removesuffix(".npy") for member in members]
+    if len(members) > 64 or len(set(names)) != len(names):
+        raise ValueError("more than 64 arrays, or two of one name")
+    found = {}
+    for name, member in zip(names, members, strict=True):
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
+            raise ValueError(f"{name} encrypted, or packed in another way than deflate")
+        with archive.open(member) as opened:
+            head = io.BytesIO(opened.read(2**16))
+        version = np.lib.format.read_magic(head)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read:
+            raise ValueError(f"{name} in version {version} of the format, which plain arrays do not need")
+        shape, _, dtype = read[version](head)
+        if dtype.hasobject or dtype.kind not in "biufcSUmM" or min(shape, default=0) < 0:
+            raise ValueError(f"{name} of objects or structures, {dtype}, instead of numbers or text")
+        if math.prod(shape) * dtype.itemsize != member.file_size - head.tell():
+            raise ValueError(f"{name} of another size than its shape {shape} says")
+        found[name] = ArrayHead(member, shape, dtype)
+    return found

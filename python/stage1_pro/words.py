@@ -6,6 +6,15 @@ from typing import Literal
 
 SplitName = Literal["train", "val_select", "val_calib", "val_test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val_select", "val_calib", "val_test")
+# What a split may be called where it is given: what it becomes, less protected first.
+GIVEN_SPLITS: dict[str, tuple[SplitName, ...]] = {
+    **dict.fromkeys(("train", "training"), ("train",)),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), ("val_select", "val_calib")),
+    **dict.fromkeys(("test", "testing"), ("val_test",)),
+    "val_select": ("val_select",),
+    "val_calib": ("val_calib",),
+    "val_test": ("val_test",),
+}
 Half = Literal["fit", "certify"]
 HALVES: tuple[Half, ...] = ("fit", "certify")
 PolicyName = Literal["softmax", "gate", "scrc"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
-from stage1_pro.command import Command, Count, Flag, Result, Share, Words, keywords, option
+from stage1_pro.command import Columns, Command, Count, Flag, Result, Share, Words, keywords, option
 from stage1_pro.policies.target import POLICIES, Target, kind_of_target
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Calibration(Command, topic="certificates"):
     logits: Annotated[Path | None, _SOURCE] = option(
         None,
         ".npz with logits [N, K] (or probs) and labels [N], optional gate_logits, logits_b, groups, half, "
-        "classes, positive",
+        "classes, positive; or a CSV as `stage1 metrics` reads it, also with gate_logits and half",
     )
     policy: str | None = option(
         None,
@@ -45,6 +45,9 @@ class Calibration(Command, topic="certificates"):
     )
     claims: Count | None = option(None, "ltt: claims that delta is divided for, fixed by the first; 1 by default")
     out: Annotated[Path | None, _OWN] = option(None, "where to write the policy, a folder or a .json file")
+    columns: Annotated[Columns | None, Flag(group="with --logits", metavar="NAME=COLUMN,…")] = option(
+        None, "what a CSV calls its columns, such as label=truth,prob=score"
+    )
     positive: Annotated[str | None, _OWN] = option(None, "name of the positive class")
     classes: Annotated[Words | None, _OWN] = option(
         None, "comma-separated names of the classes; the file's own, else 0, 1, … by default"
@@ -59,7 +62,7 @@ class Calibration(Command, topic="certificates"):
 
     def asked_for(self) -> dict[str, Any]:
         """Options of targets that were given."""
-        own = {"run", "logits", "out", "positive", "classes", "rows_independent", "dry_run"}
+        own = {"run", "logits", "out", "columns", "positive", "classes", "rows_independent", "dry_run"}
         return {name: value for name, value in self if name not in own and value is not None}
 
     def execute(self) -> Result:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage1_pro.command import Command, Count, Part, Result, Share, Words, keywords, option
+from stage1_pro.command import Columns, Command, Count, Part, Result, Share, Words, keywords, option, table_columns
 from stage1_pro.commands.split import Fractions
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Compare(Command, topic="compare"):
         metavar="[NAME:]KEY=VALUE",
         repeated=True,
     )
+    columns: Columns | None = table_columns()
     images: Path | None = option(None, "folder that `file` is relative to; the CSV's own by default")
     positive: str | None = option(None, "name of the positive class, as for split")
     fractions: Fractions | None = option(None, "share of rows per split, as for split; its defaults otherwise")

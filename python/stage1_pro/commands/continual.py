@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stage1_pro.command import Command, Flag, Place, Rate, Result, Share, option
+from stage1_pro.command import Columns, Command, Flag, Place, Rate, Result, Share, option, table_columns
 from stage1_pro.files import user_name
 
 Browser = Annotated[bool, Flag("--no-browser")]
@@ -144,6 +144,7 @@ class Labels(Loop, does="labels"):
     exported: Path | None = option(
         None, ".csv, .json; a folder: Parquet", name="--export", one_of="way", metavar="FILE"
     )
+    columns: Columns | None = table_columns("with --import of a CSV: what it calls its columns, such as label=class")
     source: Literal["owner", "review", "match", "model"] | None = option(
         None,
         "the most that a file's labels are believed, whatever it says of itself; by default review for "

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from stage1_pro.command import Command, Count, Result, Share, Words, keywords, option, within
+from stage1_pro.command import Columns, Command, Count, Result, Share, Words, keywords, option, table_columns, within
 
 if TYPE_CHECKING:
     from stage1_pro.studies.measuring import Measurement
@@ -26,6 +26,7 @@ class Metrics(Command, topic="metrics"):
     compare_with: Path | None = option(
         None, "predictions on the same rows: FILE.csv minus these", name="--compare", metavar="FILE"
     )
+    columns: Columns | None = table_columns("what a CSV calls its columns, such as label=truth,prob=score")
     positive: str | None = option(None, "name of the positive class; 1 of labels 0 and 1")
     threshold: Finite | None = option(None, "a row exits at or above it; adds coverage and errors of exits")
     n_replicates: Count = option(1000, "bootstrap replicates of an interval", name="--replicates")

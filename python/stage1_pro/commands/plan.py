@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stage1_pro.command import Command, Part, Rate, Result, Seed, Share, keywords, option, within
+from stage1_pro.command import (
+    Columns,
+    Command,
+    Part,
+    Rate,
+    Result,
+    Seed,
+    Share,
+    keywords,
+    option,
+    table_columns,
+    within,
+)
 from stage1_pro.words import PolicyName
 
 if TYPE_CHECKING:
@@ -43,7 +55,8 @@ class Plan(Command, topic="plan"):
         3.5, "the risk grows as that share to this power: 2 where errors come early in the ranking, 5 where late"
     )
     run: Path | None = option(None, "trained run folder: new photos are like its val_select, instead of an expectation")
-    logits: Path | None = option(None, "the same from a .npz as `stage1 calibrate --logits` takes")
+    logits: Path | None = option(None, "the same from a file as `stage1 calibrate --logits` takes")
+    columns: Columns | None = table_columns("what a CSV of --logits calls its columns, such as label=truth,prob=score")
     positives: Share = option(0.5, "softmax: share of rows (or groups) that are positive")
     power: Power = option(0.9, "chance to succeed that you want")
     cells: float | tuple[float, ...] = option(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from stage1_pro.command import Command, Count, Flag, Place, Result, option, within
+from stage1_pro.command import Columns, Command, Count, Flag, Place, Result, option, table_columns, within
 from stage1_pro.deploy.runtime import NAMES
 from stage1_pro.words import SplitName
 
@@ -19,6 +19,7 @@ INPUTS = Flag(positional=True, metavar="IMAGE|FOLDER|TAR|CSV")
 class Answering(Command):
     """What predict and infer share."""
 
+    columns: Columns | None = table_columns("what a CSV among the inputs calls its column file: file=path")
     out: Path | None = option(None, "CSV to write; a table on stdout otherwise")
     batch_size: Count = option(32, "images per batch")
     prior: float | None = option(
@@ -61,7 +62,7 @@ class Predict(Answering, topic="engines"):
         from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
-        given = gather(self.inputs)
+        given = gather(self.inputs, self.columns)
         cascade = load(self.bundle, self.runtime, threads=self.threads, trust_engines=self.trust_engines)
         rows, failures = predict(cascade, given, out=self.out, batch_size=self.batch_size, log=self.log)
         steps, beside = [asdict(step) for step in cascade.steps], Found([], given.passed)
@@ -85,7 +86,7 @@ class Infer(Answering, topic="engines"):
         from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
-        given = gather(self.inputs) if self.inputs and self.split is None else None
+        given = gather(self.inputs, self.columns) if self.inputs and self.split is None else None
         asked = self.inputs if given is None else given
         rows, failures = infer(self.run, asked, split=self.split, out=self.out, batch_size=self.batch_size)
         return self._told(self.run, rows, failures, Found([], [] if given is None else given.passed))

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
 
-from stage1_pro.command import Command, Part, Place, Result, Words, keywords, option
+from stage1_pro.command import Columns, Command, Part, Place, Result, Words, keywords, option, table_columns
 from stage1_pro.errors import InputError, Stage1Error
 from stage1_pro.progress import say
 
 if TYPE_CHECKING:
     from stage1_pro.data.photos import Found
-    from stage1_pro.data.splits import Splits
+    from stage1_pro.data.splits import Given, Splits
 
 
 def _shares(value: Any) -> Any:
@@ -39,8 +39,11 @@ class Split(Command, topic="photos"):
     """
 
     labels: Place = option(
-        ..., "CSV with file,label[,label_name,group,source], or a folder or tar with one sub-folder per class"
+        ...,
+        "CSV with file,label[,label_name,group,source,split], or a folder or tar with one sub-folder per class, also "
+        "below train, val and test",
     )
+    columns: Columns | None = table_columns()
     images: Place | None = option(None, "folder or tar that `file` is relative to; the CSV's own folder by default")
     out: Path = option(..., "run folder to write")
     positive: str | None = option(
@@ -73,6 +76,8 @@ class Split(Command, topic="photos"):
             f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); "
             f"{splits.quarantined} images in quarantine"
         )
+        if splits.given is not None:
+            lines.append(_told(splits.given))
         lines += [in_reach(splits), f"next: stage1 train --run {self.out}"]
         record = {**splits.model_dump(mode="json", exclude={"rows"}), "run": str(self.out)}
         record["passed_over"] = beside.record()
@@ -124,6 +129,15 @@ class Split(Command, topic="photos"):
         if beside.passed:
             say(beside.words())
         return splits, beside
+
+
+def _told(given: Given) -> str:
+    became = ", ".join(f"{name} became {' and '.join(parts)}" for name, parts in given.became.items())
+    n = given.shared_groups + given.near_copies
+    return (
+        f"given splits: {became}; {n} images in quarantine as they would leak ({given.shared_groups} by their group, "
+        f"{given.near_copies} as near-copies)"
+    )
 
 
 def _moved(old: Splits, new: Splits) -> Splits | None:

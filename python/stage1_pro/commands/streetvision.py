@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Literal
 
-from stage1_pro.command import Command, Count, Result, option
+from stage1_pro.command import Columns, Command, Count, Result, option, table_columns
 from stage1_pro.errors import InputError, Stage1Error
 
 
@@ -16,6 +16,7 @@ class Tune(Command, topic="streetvision"):
     run: Path | None = option(None, "calibrated run folder", one_of="source")
     bundle: Path | None = option(None, "bundle folder; needs --labels and --out", one_of="source")
     labels: Path | None = option(None, "with --bundle: CSV with file,label[,group] of photos not trained on")
+    columns: Columns | None = table_columns()
     train_prior: float | None = option(None, "share of positives in training; the run's own by default")
     serve_prior: float = option(0.5, "share of positives that is asked")
     out: Path | None = option(None, "record to write; RUN/streetvision.json by default")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from stage1_pro.command import Command, Flag, Place, Result, option
+from stage1_pro.command import Columns, Command, Flag, Place, Result, option, table_columns
 from stage1_pro.config import Config, Mode, describe, load_config
 
 Overrides = Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE", repeated=True)]
@@ -68,6 +68,7 @@ class Explora(Configured, topic="explora"):
     """Adapt the backbone to unlabelled images, and keep it where that helps."""
 
     images: Place = option(..., "the pool: a folder or tar, or a CSV with file[,group]")
+    columns: Columns | None = table_columns()
     run: Path = option(..., "run folder with splits.json")
     base: Place | None = option(None, "backbone to adapt: preset, folder or hub id; model.backbone otherwise")
     overwrite: bool = option(False, "forget an earlier adaptation of this run")
@@ -77,6 +78,7 @@ class Explora(Configured, topic="explora"):
         from stage1_pro.training.exploration import explora, render
 
         record = explora(
-            self.images, self.run, self.given(), base=self.base, resume=self.resume, overwrite=self.overwrite
-        )
+            self.images, self.run, self.given(), columns=self.columns, base=self.base, resume=self.resume,
+            overwrite=self.overwrite,
+        )  # fmt: skip
         return Result(render(record, self.run), record.model_dump(mode="json"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stage1_pro.classes import choose_positive
+from stage1_pro.classes import check_names, choose_positive, known_as, spelled
 from stage1_pro.data.photos import (
     Folder,
     Found,
@@ -22,17 +24,22 @@ from stage1_pro.data.photos import (
     look,
     open_photos,
 )  # fmt: skip
-from stage1_pro.data.tables import read_table, slashes
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.data.tables import is_table, read_table, slashes
+from stage1_pro.errors import InputError, nearest, printable
+from stage1_pro.progress import say
+from stage1_pro.words import GIVEN_SPLITS
 
-COLUMNS = ("file", "label", "label_name", "group", "source")
+COLUMNS = ("file", "label", "label_name", "group", "source", "split")
 TABLE = "labels.csv"
 _ONE_CLASS = "labels must have two classes or more, got one class only: '{}'; add images of another"
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One labelled file as the user gave it; ``where`` is its place in the labels, for messages."""
+    """One labelled file as the user gave it; ``where`` is its place in the labels, for messages.
+
+    ``split`` is a key of ``GIVEN_SPLITS``; empty where no splits are given.
+    """
 
     file: str
     label: str
@@ -40,15 +47,25 @@ class Labelled:
     group: str
     source: str
     where: str
+    split: str = ""
 
 
-def read_labels(labels: Path | str, images: Path | str | None = None) -> tuple[Photos, list[Labelled]]:
+def read_labels(
+    labels: Path | str,
+    images: Path | str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[Photos, list[Labelled]]:
     """Where the photos lie, and every labelled file, ordered by name.
 
     Args:
-        labels: CSV with ``file, label`` and optional ``label_name, group, source``, or a folder, tar or address with
-            one sub-folder of images per class; its ``labels.csv`` is taken where there is one.
+        labels: CSV with ``file, label`` and optional ``label_name, group, source, split``, or a folder, tar or address
+            with one sub-folder of images per class, or with folders ``train``, ``val``, ``test`` of such ones; its
+            ``labels.csv`` is taken where there is one.
         images: folder, tar or address that ``file`` is relative to; what holds the CSV by default.
+        columns: what the CSV calls its columns.
+        classes: the classes that the user has named: a folder ``train`` is one where it is among them.
 
     Raises:
         InputError: no such labels, or anything wrong in them.
@@ -67,21 +84,16 @@ def read_labels(labels: Path | str, images: Path | str | None = None) -> tuple[P
             "exist"
         )
     if table is None:
-        entries = _read_folders(photos)
+        if columns:
+            raise InputError(f"--columns must go with a CSV, got it with {labels}, which holds none")
+        entries = _read_folders(photos, classes or ())
     else:
         if images is not None:
             if not is_source(images):
                 raise InputError(f"--images must be a folder or a tar, got {images}")
             photos = _opened(images)
-        entries = _read_csv(table, photos.root)
-    seen: dict[str, Labelled] = {}
-    for entry in entries:
-        if entry.file in seen:
-            raise InputError(
-                f"every file must be listed once, got {entry.file} in {seen[entry.file].where} and {entry.where}; "
-                "remove one of them"
-            )
-        seen[entry.file] = entry
+        entries = _read_csv(table, photos.root, columns)
+        _check_once(entries)
     return photos, sorted(entries, key=lambda entry: entry.file)
 
 
@@ -102,25 +114,75 @@ def left_out(labels: Path | str, images: Path | str | None, files: Collection[st
     rest = [one for one in found.passed if one.key not in own]
     tabled = images is not None or len(rest) < len(found.passed)
     why = "not in the table" if tabled else "in no folder of a class"
-    return Found(found.keys, rest).but(keys=[key for key in found.keys if key in files], why=why)
+    known = {unicodedata.normalize("NFC", file) for file in files}
+    kept = [key for key in found.keys if unicodedata.normalize("NFC", key) in known]
+    return Found(found.keys, rest).but(keys=kept, why=why)
 
 
-def _read_folders(photos: Photos) -> list[Labelled]:
-    entries = []
-    for key in look(photos).keys:
-        folder, slash, _ = key.partition("/")
-        if slash:
-            entries.append(Labelled(key, folder, folder, key, "", f"folder {folder}"))
-    if not entries:
+def _check_once(entries: Sequence[Labelled]) -> None:
+    seen: dict[str, Labelled] = {}
+    for entry in entries:
+        # A name in two compositions (NFC, NFD) is one file: either way it is found.
+        other = seen.setdefault(unicodedata.normalize("NFC", entry.file), entry)
+        if other is not entry:
+            raise InputError(
+                f"every file must be listed once, got {entry.file} in {other.where} and {entry.where}; remove one of "
+                "them"
+            )
+
+
+def _read_folders(photos: Photos, classes: Collection[str]) -> list[Labelled]:
+    keys = [key for key in look(photos).keys if "/" in key]
+    if not keys:
         raise InputError(f"--labels must hold one sub-folder of images per class, got {photos.root} without any")
+    given = _given_folders(photos.root, keys, classes)
+    entries = []
+    for key in keys:
+        folder, _, rest = key.partition("/")
+        split, folder = (folder, rest.partition("/")[0]) if given else ("", folder)
+        name = unicodedata.normalize("NFC", folder)
+        entries.append(Labelled(key, name, name, key, "", f"folder {folder}", split.lower()))
     return entries
 
 
-def _read_csv(table: ImageFile, root: str) -> list[Labelled]:
-    sheet = read_table(table, COLUMNS, required=("file", "label"))
+def _given_folders(root: str, keys: Sequence[str], classes: Collection[str]) -> bool:
+    """Whether the top folders are splits with folders of classes, and not classes; says so where that is a question.
+
+    Raises:
+        InputError: ``train`` holds folders of classes, but what lies beside it is no split or is not sorted by class.
+    """
+    direct: dict[str, bool] = defaultdict(bool)
+    for key in keys:
+        direct[key.partition("/")[0]] |= key.count("/") == 1
+    called = {top: GIVEN_SPLITS[top.lower()] for top in direct if top.lower() in GIVEN_SPLITS}
+    train = [top for top, parts in called.items() if parts == ("train",)]
+    if not train or set(direct) & set(classes):
+        return False
+    shown = printable(", ".join(sorted(called)))
+    if any(direct[top] for top in train):
+        if len(called) > 1:
+            say(f"read {shown} as classes: photos lie in {train[0]} itself, not in folders of classes")
+        return False
+    wrong = next((top for top in sorted(direct) if top not in called or direct[top]), None)
+    if wrong is None:
+        say(f"read {shown} as given splits, and the folders in them as classes")
+        return True
+    if len(called) == 1:
+        return False
+    what = "photos that are in no folder of a class" if wrong in called else "no name of a split (train, val, test)"
+    raise InputError(
+        f"--labels must hold splits of folders of classes throughout, got {root} with {shown}, and in "
+        f"{printable(wrong)} {what}; move it out, or list the classes with --classes if these folders are classes"
+    )
+
+
+def _read_csv(table: ImageFile, root: str, columns: Mapping[str, str] | None) -> list[Labelled]:
+    sheet = read_table(table, COLUMNS, required=("file", "label"), columns=columns)
     if not sheet.cells:
         raise InputError(f"{table} must have at least one row under its header, got none")
     entries = [_labelled(cells, where, root) for where, cells in sheet]
+    if "split" in sheet.columns:
+        say(f"read the column split as given splits: {', '.join(sorted({entry.split for entry in entries}))}")
     if not any(entry.name for entry in entries):
         return [replace(entry, name=entry.label) for entry in entries]
     for entry in entries:
@@ -145,7 +207,13 @@ def _labelled(cells: Mapping[str, str], where: str, root: str) -> Labelled:
             raise InputError(f"{column} must not be empty, got an empty {column} in {where}")
     file = _relative(cells["file"], where, root)
     group = cells.get("group") or file
-    return Labelled(file, cells["label"], cells.get("label_name", ""), group, cells.get("source", ""), where)
+    split = cells.get("split", "").lower()
+    if "split" in cells and split not in GIVEN_SPLITS:
+        raise InputError(
+            f"split must be one of {', '.join(GIVEN_SPLITS)}, got '{printable(cells['split'])}' in {where}"
+            f"{nearest(split, GIVEN_SPLITS)}; pass the column over with --columns split="
+        )
+    return Labelled(file, cells["label"], cells.get("label_name", ""), group, cells.get("source", ""), where, split)
 
 
 def _relative(text: str, where: str, root: str) -> str:
@@ -167,16 +235,17 @@ def classes_of(entries: Sequence[Labelled], given: Sequence[str] | None) -> list
     """
     label_of = {entry.name: entry.label for entry in entries}
     if given is None:
-        numeric = all(re.fullmatch(r"[+-]?\d+", label) for label in label_of.values())
+        numeric = all(re.fullmatch(r"[+-]?\d{1,100}", label) for label in label_of.values())
+        check_names([*label_of], "labels")
         names = sorted(label_of, key=lambda name: (int(label_of[name]), name) if numeric else (0, label_of[name]))
     else:
-        names = [str(name).strip() for name in given]
-        if len(set(names)) != len(names) or not all(names):
-            raise InputError(f"--classes must be different names, got {', '.join(names)}")
+        plain = [unicodedata.normalize("NFC", str(name)).strip() for name in given]
+        names = [name if name in label_of else spelled(name) for name in plain]
+        check_names(names, "--classes", stated=True)
         for entry in entries:
             if entry.name not in names:
                 raise InputError(
-                    f"unknown label '{entry.name}' in {entry.where}{nearest(entry.name, names)}; "
+                    f"unknown label '{printable(entry.name)}' in {entry.where}{nearest(entry.name, names)}; "
                     f"classes: {', '.join(names)}"
                 )
     if len(names) < 2:
@@ -186,8 +255,8 @@ def classes_of(entries: Sequence[Labelled], given: Sequence[str] | None) -> list
 
 def positive_of(given: str | None, names: Sequence[str], entries: Sequence[Labelled]) -> str:
     """The positive class by its name, or by the label it has in the CSV; raises InputError."""
-    if given is not None and given not in names:
-        given = next((entry.name for entry in entries if entry.label == given), given)
+    if given is not None and known_as(given, names) is None:
+        given = next((entry.name for entry in entries if entry.label == spelled(given)), given)
     return choose_positive(names, given)
 
 
@@ -217,12 +286,16 @@ class Gathered:
     passed: list[Passed]
 
 
-def gather(inputs: Sequence[Path | str]) -> Gathered:
+def gather(inputs: Sequence[Path | str], columns: Mapping[str, str] | None = None) -> Gathered:
     """Find every image of files, folders, tars, addresses and CSV files with a column ``file``.
+
+    ``columns`` says what the CSV files call it.
 
     Raises:
         InputError: an input does not exist or holds no image, or there are none.
     """
+    if columns and not any(is_table(given) and not is_source(given) for given in inputs):
+        raise InputError("--columns must go with a CSV, got none among the inputs; leave it out")
     files: list[tuple[str, ImageFile]] = []
     passed: list[Passed] = []
     for given in inputs:
@@ -236,9 +309,9 @@ def gather(inputs: Sequence[Path | str]) -> Gathered:
             taken = [Photo(photos, key) for key in found.keys]
             files += [(str(one), one) for one in taken]
             passed += [replace(one, key=str(Photo(photos, one.key))) for one in found.passed]
-        elif path.suffix.lower() == ".csv" and path.exists():
+        elif is_table(path) and path.exists():
             beside = Folder(str(path.parent))
-            files += [(row["file"], Photo(beside, row["file"])) for row in read_list(path)]
+            files += [(row["file"], Photo(beside, row["file"])) for row in read_list(path, columns)]
         elif path.exists() or in_tar(path):
             files.append((str(path), path))
         else:
@@ -248,14 +321,16 @@ def gather(inputs: Sequence[Path | str]) -> Gathered:
     return Gathered(files, passed)
 
 
-def read_list(path: Path) -> list[dict[str, str]]:
+def read_list(path: Path, columns: Mapping[str, str] | None = None) -> list[dict[str, str]]:
     """Rows of a CSV with a column ``file``, relative to the CSV's folder, as text by column.
+
+    ``columns`` says what the CSV calls them.
 
     Raises:
         InputError: the CSV cannot be read, lists no image, or has a row that names none.
     """
     rows = []
-    for where, cells in read_table(path, COLUMNS, required=("file",)):
+    for where, cells in read_table(path, COLUMNS, required=("file",), columns=columns):
         if not cells["file"]:
             raise InputError(f"file must not be empty, got an empty file in {where}")
         rows.append({**cells, "file": slashes(cells["file"])})

@@ -291,8 +291,13 @@ class Tar:
         return ((key, next(filter(None, map(_hidden, key.split("/"))), "")) for key in sorted(self._index()))
 
     def open(self, key: str) -> BinaryIO:
-        """A member, read where it lies in the tar; raises OSError."""
-        place = self._index().get(key)
+        """A member, read where it lies in the tar, also one whose name is composed otherwise there; raises OSError."""
+        index = self._index()
+        place = index.get(key)
+        if place is None:
+            wanted = unicodedata.normalize("NFC", key)
+            alike = [there for name, there in index.items() if unicodedata.normalize("NFC", name) == wanted]
+            place = alike[0] if len(alike) == 1 else None
         if place is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.root}/{key}")
         return cast("BinaryIO", io.BufferedReader(_Part(open_file(self.root), *place)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from stage1_pro.data.images import Quarantined
 from stage1_pro.data.labels import TABLE, read_list
 from stage1_pro.data.photos import Photo, Photos, is_source, look, open_photos
 from stage1_pro.data.splits import Row
+from stage1_pro.data.tables import is_table
 from stage1_pro.errors import InputError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.progress import say
@@ -30,7 +31,9 @@ class Pool:
     n_not_compared: int
 
 
-def read_pool(images: Path | str, unseen: Sequence[Row], shown_in: Photos) -> Pool:
+def read_pool(
+    images: Path | str, unseen: Sequence[Row], shown_in: Photos, columns: Mapping[str, str] | None = None
+) -> Pool:
     """Read a folder, tar or address of images, or a CSV with ``file[,group]`` (``labels.csv`` of a folder is taken).
 
     Left out and counted: images of the same content as one before them, and what shows rows that must stay unseen:
@@ -39,6 +42,7 @@ def read_pool(images: Path | str, unseen: Sequence[Row], shown_in: Photos) -> Po
     of it; two sets that merely use the same names, such as "1", want the folder instead of the CSV).
 
     Unseen rows that cannot be read in ``shown_in`` are told by content and group alone; ``n_not_compared`` counts them.
+    ``columns`` says what the CSV calls its columns.
 
     Raises:
         InputError: no such pool, or nothing in it that can be used.
@@ -46,8 +50,11 @@ def read_pool(images: Path | str, unseen: Sequence[Row], shown_in: Photos) -> Po
     place = Path(images)
     if place.is_dir() and (place / TABLE).is_file():
         place = place / TABLE
-    if place.is_file() and place.suffix.lower() == ".csv":
-        photos, group_of = open_photos(place.parent), {row["file"]: row.get("group", "") for row in read_list(place)}
+    if place.is_file() and is_table(place):
+        listed = read_list(place, columns)
+        photos, group_of = open_photos(place.parent), {row["file"]: row.get("group", "") for row in listed}
+    elif columns:
+        raise InputError(f"--columns must go with a CSV, got it with {images}, which is none; leave it out")
     elif is_source(images):
         photos = open_photos(images)
         held = look(photos)

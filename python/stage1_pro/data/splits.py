@@ -10,21 +10,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self, TypedDict, TypeVar
+from typing import Any, Literal, Self, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from stage1_pro.arguments import check_share
 from stage1_pro.data.duplicates import Merging, join_groups, read_pictures
 from stage1_pro.data.images import Quarantined
-from stage1_pro.data.labels import check_contents, classes_of, positive_of, read_labels
+from stage1_pro.data.labels import Labelled, check_contents, classes_of, positive_of, read_labels
 from stage1_pro.data.photos import Photo, Photos, is_address, open_photos
-from stage1_pro.errors import ArtifactError, InputError, nearest
+from stage1_pro.errors import ArtifactError, InputError, nearest, printable
 from stage1_pro.files import sha256_bytes
 from stage1_pro.record import Record
-from stage1_pro.words import HALVES, SPLITS, Half, SplitName
+from stage1_pro.words import GIVEN_SPLITS, HALVES, SPLITS, Half, SplitName
 
 
 class Row(Record):
@@ -38,6 +38,14 @@ class Row(Record):
     split: SplitName
     half: Half | None = None
     sha256: str
+
+
+class Given(Record):
+    """Splits that the user gave, by name: what each became, and rows in quarantine so that none leaks into another."""
+
+    became: dict[str, list[SplitName]]
+    shared_groups: int = Field(ge=0, description="rows of a group that a better protected split has, too")
+    near_copies: int = Field(ge=0, description="rows that near-copies tie to a better protected split")
 
 
 class Splits(Record):
@@ -59,7 +67,15 @@ class Splits(Record):
     hashes: dict[str, str]
     quarantined: int = 0
     merging: Merging
+    given: Given | None = None
     rows: list[Row]
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if values.get("given", ...) is None:
+            del values["given"]
+        return values
 
     def of(self, split: SplitName, half: Half | None = None) -> list[Row]:
         """Rows of one split (or one half of ``val_calib``), in file order."""
@@ -168,6 +184,7 @@ def make_splits(
     labels: Path | str,
     *,
     images: Path | str | None = None,
+    columns: Mapping[str, str] | None = None,
     positive: str | None = None,
     classes: Sequence[str] | None = None,
     fractions: Mapping[str, float] | None = None,
@@ -180,8 +197,9 @@ def make_splits(
     """Cut labelled images into train, val_select, val_calib (fit and certify halves) and val_test.
 
     A row's ``group`` in the result is the unit of splits, certificates and intervals: the group given (the file
-    itself when none is), or, where near-duplicates join several, the first of their names. Options are those of
-    ``stage1 split``.
+    itself when none is), or, where near-duplicates join several, the first of their names. Splits that are given stay
+    what they are: ``train`` is train, ``test`` is val_test, ``val`` is cut into val_select and val_calib, and what is
+    missing is cut from ``train``. Options are those of ``stage1 split``.
 
     Returns:
         The splits, and the files left out with their reasons.
@@ -193,7 +211,7 @@ def make_splits(
     for name, limit in (("max_component", max_component), ("max_quarantine", max_quarantine)):
         check_share(name, limit, least=True, most=True)
     shares = _shares(fractions, folds, fold)
-    photos, entries = read_labels(labels, images)
+    photos, entries = read_labels(labels, images, columns=columns, classes=classes)
     names = classes_of(entries, classes)
     target = positive_of(positive, names, entries)
 
@@ -211,36 +229,32 @@ def make_splits(
 
     files = [entry.file for entry in entries]
     units, merging = join_groups(files, [entry.group for entry in entries], pictures, max_component)
+    given = None
+    if any(entry.split for entry in entries):
+        if folds is not None:
+            raise InputError("--folds must go with photos whose splits are not given, got given ones; leave it out")
+        entries, units, leaks, given = _without_leaks(entries, units)
+        quarantined = sorted(quarantined + leaks, key=lambda one: one.file)
     classes_in = _unit_counts(units, [entry.name for entry in entries], names)
-    split_of = _assign_splits(classes_in, names, shares, seed, folds, fold)
+    if given is None:
+        split_of = _assign_splits(classes_in, names, shares, seed, folds, fold)
+    else:
+        pool_of = {unit: _pool(entry.split) for entry, unit in zip(entries, units, strict=True)}
+        split_of = _assign_given(classes_in, pool_of, given.became, names, shares, seed)
     inside = {unit: count for unit, count in classes_in.items() if split_of[unit] == "val_calib"}
     half_of = assign(inside, dict.fromkeys(HALVES, 0.5), f"{seed}:halves")
     rows = [
         Row(
-            id=sha256_bytes(entry.file.encode("utf-8", "surrogateescape"))[:16],
-            file=entry.file,
-            label=entry.name,
-            group=unit,
-            source=entry.source,
-            split=split_of[unit],
-            half=half_of.get(unit),
+            id=sha256_bytes(entry.file.encode("utf-8", "surrogateescape"))[:16], file=entry.file, label=entry.name,
+            group=unit, source=entry.source, split=split_of[unit], half=half_of.get(unit),
             sha256=pictures[entry.file].sha256,
         )
         for entry, unit in zip(entries, units, strict=True)
-    ]
+    ]  # fmt: skip
     splits = Splits(
-        root=photos.root,
-        classes=names,
-        positive=target,
-        seed=seed,
-        fractions=shares,
-        folds=folds,
-        fold=fold,
-        **facts_of(rows, names),
-        quarantined=len(quarantined),
-        merging=merging,
-        rows=rows,
-    )
+        root=photos.root, classes=names, positive=target, seed=seed, fractions=shares, folds=folds, fold=fold,
+        **facts_of(rows, names), quarantined=len(quarantined), merging=merging, given=given, rows=rows,
+    )  # fmt: skip
     return splits.apart(), quarantined
 
 
@@ -275,17 +289,24 @@ def resplit(splits: Splits, seed: int) -> Splits:
     """Cut everything but ``val_test`` anew, by the same groups and shares; the splits' own seed gives other rows too.
 
     ``val_test`` keeps its rows, so that a choice on the ``val_select`` of many seeds has seen none of them. No image is
-    read: near-duplicates were joined into groups when the data was split first.
+    read: near-duplicates were joined into groups when the data was split first. Of given splits, each is cut anew into
+    what it became.
 
     Raises:
         InputError: a class that cannot be in every split.
     """
     rest = [row for row in splits.rows if row.split != "val_test"]
-    shares = {name: share for name, share in splits.fractions.items() if name != "val_test"}
-    total = sum(shares.values())
     text = f"{splits.seed}:but val_test:{seed}"
     classes_in = _unit_counts([row.group for row in rest], [row.label for row in rest], splits.classes)
-    split_of = assign(classes_in, {name: share / total for name, share in shares.items()}, f"{text}:splits")
+    pools = {"": list(SPLITS)} if splits.given is None else splits.given.became
+    split_of: dict[str, SplitName] = {}
+    for pool, parts in pools.items():
+        units = {row.group for row in rest if row.split in parts}
+        shares = {name: share for name, share in splits.fractions.items() if name in parts and name != "val_test"}
+        total = sum(shares.values())
+        part = {unit: count for unit, count in classes_in.items() if unit in units}
+        key = f"{text}:splits{pool and ':'}{pool}"
+        split_of |= assign(part, {name: share / total for name, share in shares.items()}, key)
     inside = {unit: count for unit, count in classes_in.items() if split_of[unit] == "val_calib"}
     half_of = assign(inside, dict.fromkeys(HALVES, 0.5), f"{text}:halves")
     rows = [
@@ -339,16 +360,8 @@ def _assign_splits(
     folds: int | None,
     fold: int | None,
 ) -> dict[str, SplitName]:
-    parts = len(SPLITS) if folds is None else max(folds, len(SPLITS))
-    for k, name in enumerate(names):
-        holding = sum(bool(count[k]) for count in counts.values())
-        if holding < parts:
-            where = "every split" if folds is None else f"each of {folds} folds and every split"
-            raise InputError(
-                f"class '{name}' must be in at least {parts} groups, so that {where} can have it, got {holding} "
-                f"({sum(int(count[k]) for count in counts.values())} rows); add groups of it, or cut its groups into "
-                "finer ones if they are independent"
-            )
+    where = "every split" if folds is None else f"each of {folds} folds and every split"
+    _check_holding(counts, names, len(SPLITS) if folds is None else max(folds, len(SPLITS)), where)
     if folds is None:
         return assign(counts, shares, f"{seed}:splits")
     fold_of = assign(counts, dict.fromkeys(range(folds), 1 / folds), f"{seed}:folds:{folds}")
@@ -357,6 +370,83 @@ def _assign_splits(
     others = {name: share for name, share in shares.items() if name != "val_test"}
     total = sum(others.values())
     return result | assign(rest, {name: share / total for name, share in others.items()}, f"{seed}:fold:{folds}:{fold}")
+
+
+def _check_holding(counts: Mapping[str, NDArray[np.int64]], names: Sequence[str], parts: int, where: str) -> None:
+    for k, name in enumerate(names):
+        holding = sum(bool(count[k]) for count in counts.values())
+        if holding < parts:
+            raise InputError(
+                f"class '{name}' must be in at least {parts} groups, so that {where} can have it, got {holding} "
+                f"({sum(int(count[k]) for count in counts.values())} rows); add groups of it, or cut its groups into "
+                "finer ones if they are independent"
+            )
+
+
+def _pool(given: str) -> str:
+    """The first of the names that mean the same given split."""
+    return next(name for name, parts in GIVEN_SPLITS.items() if parts == GIVEN_SPLITS[given])
+
+
+def _given_parts(given: set[str]) -> dict[str, list[SplitName]]:
+    """What each given split becomes; no split comes from two of them. Raises InputError where train is not given."""
+    own = {_pool(name): GIVEN_SPLITS[_pool(name)] for name in sorted(given)}
+    if "train" not in own:
+        raise InputError(f"given splits must have train, got {', '.join(sorted(given))}; add it")
+    single = {parts[0] for parts in own.values() if len(parts) == 1}
+    if "val" in own and single >= set(own["val"]):
+        raise InputError("given splits must be val, or val_select and val_calib, got all three; rename val")
+    became = {name: [one for one in parts if len(parts) == 1 or one not in single] for name, parts in own.items()}
+    missing = [name for name in SPLITS if not any(name in parts for parts in became.values())]
+    became["train"] += missing
+    return became
+
+
+def _without_leaks(
+    entries: Sequence[Labelled], units: Sequence[str]
+) -> tuple[list[Labelled], list[str], list[Quarantined], Given]:
+    """The rows whose unit is in one given split alone, or in none that is better protected, and those left out."""
+    became = _given_parts({entry.split for entry in entries})
+    level = {name: 0 if name == "train" else max(map(SPLITS.index, parts)) for name, parts in became.items()}
+    best: dict[str, str] = {}
+    holders: dict[tuple[str, str], str] = {}
+    for entry, unit in zip(entries, units, strict=True):
+        pool = _pool(entry.split)
+        best[unit] = max(best.get(unit, pool), pool, key=lambda name: level[name])
+        holders.setdefault((entry.group, pool), entry.file)
+    leaks: list[Quarantined] = []
+    shared = 0
+    for entry, unit in zip(entries, units, strict=True):
+        above = best[unit]
+        if _pool(entry.split) == above:
+            continue
+        same = holders.get((entry.group, above))
+        shared += same is not None
+        tie = f"near-copies tie it to photos of {above}"
+        if same is not None:
+            tie = f"its group {printable(entry.group, 80)} is in {above}, too ({printable(same, 80)})"
+        leaks.append(Quarantined(entry.file, f"leak: given as {entry.split}, but {tie}"))
+    gone = {one.file for one in leaks}
+    kept = [(entry, unit) for entry, unit in zip(entries, units, strict=True) if entry.file not in gone]
+    given = Given(became=became, shared_groups=shared, near_copies=len(leaks) - shared)
+    return [entry for entry, _ in kept], [unit for _, unit in kept], leaks, given
+
+
+def _assign_given(
+    counts: Mapping[str, NDArray[np.int64]],
+    pool_of: Mapping[str, str],
+    became: Mapping[str, Sequence[SplitName]],
+    names: Sequence[str],
+    shares: Mapping[SplitName, float],
+    seed: int,
+) -> dict[str, SplitName]:
+    result: dict[str, SplitName] = {}
+    for pool, parts in became.items():
+        inside = {unit: count for unit, count in counts.items() if pool_of[unit] == pool}
+        _check_holding(inside, names, len(parts), f"{' and '.join(parts)} of the given {pool}")
+        total = sum(shares[part] for part in parts)
+        result |= assign(inside, {part: shares[part] / total for part in parts}, f"{seed}:given:{pool}")
+    return result
 
 
 def assign(counts: Mapping[str, NDArray[np.int64]], shares: Mapping[Key, float], seed: str) -> dict[str, Key]:

@@ -18,14 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
+from stage1_pro.classes import check_names
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.manifest import FORMAT, BundleManifest, EngineEntry, Provenance, StageEntry, upgrade
 from stage1_pro.errors import ArtifactError, InputError, printable
-from stage1_pro.files import atomic_directory, recover_directory, sha256_bytes, write_text
+from stage1_pro.files import atomic_directory, read_heads, recover_directory, sha256_bytes, write_text
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.target import POLICIES
@@ -51,12 +50,10 @@ JSON_DEPTH = 32
 _TEXT_LENGTH = 2**16
 FILES = 1000
 _DEPTH = 6
-_CLASSES, _CLASS_LENGTH = 10_000, 200
 _TENSOR_NUMBERS = 2**28
 # What a terminal obeys, what turns text around, and halves of characters: messages and reports show these texts.
 # A line break would let a text stand for a line of `stage1 verify`.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_ARRAYS = 64
 
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
 
@@ -460,10 +457,10 @@ def _check_relations(manifest: BundleManifest) -> None:
             f"classes must be two or more different names with the positive one, got {printable(str(classes))}, "
             f"positive '{printable(manifest.positive)}'"
         )
-    if len(classes) > _CLASSES or not all(0 < len(name) <= _CLASS_LENGTH and name.isprintable() for name in classes):
-        raise ArtifactError(
-            f"classes must be at most {_CLASSES} printable names of at most {_CLASS_LENGTH} characters, got others"
-        )
+    try:
+        check_names(classes, stored=True)
+    except InputError as error:
+        raise ArtifactError(str(error)) from None
     if set(manifest.stages) != set(STAGES):
         raise ArtifactError(f"stages must be {' and '.join(STAGES)}, got {', '.join(manifest.stages) or 'none'}")
     if not 1 <= manifest.tap <= manifest.backbone.n_blocks:
@@ -539,24 +536,12 @@ def _check_contents(folder: Path, manifest: BundleManifest) -> None:
 
 
 def _check_arrays(file: io.BufferedReader, name: str) -> None:
-    """Refuse an ``.npz`` that is packed, holds objects, or whose arrays claim to be larger than they are."""
+    """Refuse an ``.npz`` that is packed, holds objects or text, or whose arrays claim to be larger than they are."""
     try:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            if len(members) > _ARRAYS or len({member.filename for member in members}) != len(members):
-                raise ValueError(f"more than {_ARRAYS} arrays, or two of one name")
-            for member in members:
-                if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-                    raise ValueError(f"{member.filename} packed or encrypted")
-                with archive.open(member) as opened:
-                    head = io.BytesIO(opened.read(2**16))
-                version = np.lib.format.read_magic(head)
-                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, _, dtype = read[version](head)
-                if dtype.hasobject or dtype.kind not in "biuf" or min(shape, default=0) < 0:
-                    raise ValueError(f"{member.filename} of something else than numbers")
-                if math.prod(shape) * dtype.itemsize != member.file_size - head.tell():
-                    raise ValueError(f"{member.filename} of another size than its shape says")
+            for array, head in read_heads(archive).items():
+                if head.info.compress_type != zipfile.ZIP_STORED or head.dtype.kind not in "biuf":
+                    raise ValueError(f"{array} packed, or of something else than numbers")
     except Exception as error:  # noqa: BLE001 - zipfile and NumPy each raise kinds of their own on damage
         raise ArtifactError(
             f"{name} must be an .npz of plain, unpacked numbers, got: {printable(str(error))}"

@@ -362,7 +362,7 @@ def _split_all(asked: Compare, arms: Mapping[str, Config], seeds: Sequence[int])
     out = asked.out
     base = out / "splits" / "seed0"
     if not (base / "splits.json").is_file():
-        given = asked.model_dump(include={"images", "positive", "fractions", "max_component"})
+        given = asked.model_dump(include={"columns", "images", "positive", "fractions", "max_component"})
         Split(**given, labels=asked.data, out=base).cut()
     first = Splits.read(base / "splits.json").verify()
     for seed in seeds:

@@ -18,9 +18,10 @@ from scipy.special import ndtri
 
 from stage1_pro.arguments import check_share
 from stage1_pro.commands.plan import MOST_UNITS
+from stage1_pro.data.given import read_arrays
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import load_npz, write_bytes
+from stage1_pro.files import write_bytes
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.metrics.figures import power_png
 from stage1_pro.policies.bounds import last_digit
@@ -307,7 +308,7 @@ def _rows(asked: Plan) -> Rows | None:
     from stage1_pro.training.calibration import file_rows, run_rows
 
     if asked.logits is not None:
-        arrays = load_npz(asked.logits)
+        arrays = read_arrays(asked.logits, columns=asked.columns)
         return file_rows(asked.logits, arrays, asked.policy, said=f"positive in {asked.logits}")
     assert asked.run is not None
     path = asked.run / "val_select.npz"

@@ -14,12 +14,14 @@ from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stage1_pro.classes import choose_positive
+from stage1_pro.classes import check_names, choose_positive, spelled
 from stage1_pro.config import CalibrateConfig
+from stage1_pro.data.given import read_arrays
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
+from stage1_pro.data.tables import is_table
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
-from stage1_pro.files import load_npz, sha256_file
+from stage1_pro.files import sha256_file
 from stage1_pro.policies.claims import CLAIMS_FILE, Claims, Stake, close_claim, note_look, weigh_claim
 from stage1_pro.policies.policy import Origin, Policy, policies, read_policy, replace_policy
 from stage1_pro.policies.possible import check_possible, foresee, told
@@ -60,6 +62,8 @@ def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
     if asked.run is not None:
         if asked.out is not None or asked.positive is not None or asked.classes is not None:
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
+        if asked.columns is not None:
+            raise InputError("columns must go with --logits, got it with --run; a run's rows are its own")
         if asked.rows_independent:
             raise InputError("rows_independent must go with --logits, got it with --run; a run's splits have groups")
         work = _prepare(asked.run, given, target)
@@ -335,7 +339,12 @@ def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]
     """The rows of a file of logits, and the hash that the policy remembers it by."""
     path, stated = asked.logits, asked.rows_independent
     assert path is not None
-    arrays = load_npz(path)
+    arrays = read_arrays(path, positive=asked.positive, columns=asked.columns)
+    if is_table(path) and asked.classes is not None and list(asked.classes) != arrays["classes"].tolist():
+        raise InputError(
+            f"--classes must be left out beside a CSV, which names its own ({', '.join(arrays['classes'])}), got "
+            f"{', '.join(asked.classes)}"
+        )
     rows = file_rows(path, arrays, wish.policy, asked.classes, asked.positive, rows_independent=stated)
     if wish.guarantee == "ltt":
         rows.check_answers_differ()
@@ -389,7 +398,8 @@ def file_rows(
     if policy == "gate" and "gate_logits" not in arrays:
         raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
     own = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
-    names = list(classes or map(str, own))
+    names = list(classes or (spelled(str(name)) for name in own))
+    check_names(names, "--classes" if classes else "classes", stated=bool(classes))
     if positive is None and "positive" in arrays:
         positive, said = str(arrays["positive"]), f"positive in {path}"
     groups = arrays.get("groups")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def explora(
     run: Path | str,
     config: Config | None = None,
     *,
+    columns: Mapping[str, str] | None = None,
     base: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -46,6 +47,7 @@ def explora(
         images: the pool: a folder or tar, or a CSV with ``file[,group]``.
         run: folder with ``splits.json``; its ``train`` rows are what the judgement is made on.
         config: the configuration; sections ``model``, ``explora``, ``seed`` and, of ``train``, workers and precision.
+        columns: what the CSV calls its columns, where that is not so.
         base: preset, folder or hub id to adapt instead of ``config.model.backbone``.
         resume: go on from ``last.pth``; the result is that of a run never interrupted.
         overwrite: forget an earlier adaptation.
@@ -70,10 +72,12 @@ def explora(
         if resume and (folder / "explora.json").is_file():
             say(f"{folder}/explora.json is finished; {images} was not read, and nothing was done")
             return ExploraRecord.read(folder / "explora.json")
-        return _explore(images, folder, splits, config, resume=resume)
+        return _explore(images, folder, splits, config, columns=columns, resume=resume)
 
 
-def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *, resume: bool) -> ExploraRecord:
+def _explore(
+    images: Path | str, folder: Path, splits: Splits, config: Config, *, columns: Mapping[str, str] | None, resume: bool
+) -> ExploraRecord:
     from stage1_pro.models.backbone import load_backbone, save_backbone
     from stage1_pro.models.model import input_spec
     from stage1_pro.training.explora import Explorer
@@ -92,7 +96,7 @@ def _explore(images: Path | str, folder: Path, splits: Splits, config: Config, *
         )
     spec = input_spec(model, backbone)
     info, start = backbone.info(model.backbone), backbone.fingerprint()
-    pool = read_pool(images, [row for row in splits.rows if row.split != "train"], splits.photos())
+    pool = read_pool(images, [row for row in splits.rows if row.split != "train"], splits.photos(), columns)
     rows = splits.of("train")
     labels, groups = splits.indices(rows), [row.group for row in rows]
 

@@ -30,7 +30,7 @@ from stage1_pro.continual.ledger.labels import (
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import SKETCH_SIZE, Event
 from stage1_pro.data.tables import read_table
-from stage1_pro.errors import InputError, nearest, need
+from stage1_pro.errors import InputError, nearest, need, printable
 from stage1_pro.files import atomic_path, write_csv, write_text
 from stage1_pro.record import wrong
 
@@ -52,7 +52,13 @@ def export_csv(store: Store, path: Path | str, *, sources: Collection[Source] = 
 
 
 def import_csv(
-    store: Store, path: Path | str, *, now: float, source: Source | None = None, annotator: str | None = None
+    store: Store,
+    path: Path | str,
+    *,
+    now: float,
+    columns: Mapping[str, str] | None = None,
+    source: Source | None = None,
+    annotator: str | None = None,
 ) -> Added:
     """Add the labels of a CSV, all or none; imported again it adds nothing, and changes no time.
 
@@ -64,6 +70,7 @@ def import_csv(
         path: CSV with ``event_id`` and ``label``, and optional ``source``, ``annotator``, ``time`` (seconds since the
             epoch, or ISO 8601 with its offset).
         now: time of rows without one.
+        columns: what the file calls its columns, where that is not so.
         source: the most that the file's labels are believed; a row may say less. None: what each row says.
         annotator: of rows without one.
 
@@ -72,11 +79,12 @@ def import_csv(
             store does not have, or a label that is no class.
     """
     path = Path(path)
-    table = read_table(path, COLUMNS, required=("event_id", "label"))
+    table = read_table(path, COLUMNS, required=("event_id", "label"), columns=columns)
     for name in table.columns:
-        if name not in COLUMNS:
+        if name and name not in COLUMNS:
             raise InputError(
-                f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{name}'{nearest(name, COLUMNS)}"
+                f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{printable(name)}'"
+                f"{nearest(name, COLUMNS)}; leave it out"
             )
     given = [
         Outside(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
+from stage1_pro.classes import known_as
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, pack_floats, uniform
@@ -312,21 +313,21 @@ def add_outside(store: Store, new: Sequence[Outside]) -> Added:
     Raises:
         InputError: as ``add_labels``.
     """
-    # Answers without a time last: they are later than all that have one.
-    groups = (
-        [one for one in new if one.record is None and one.timed],
-        [one for one in new if one.record is not None],
-        [one for one in new if one.record is None and not one.timed],
-    )
     facts = read_bundles(store)
     added = withdrawn = 0
     with store.write() as connection:
         store.serialise(connection)
+        named: list[Outside] = []
         for start in range(0, len(new), 500):
-            part = [one.label for one in new[start : start + 500] if not one.withdrawn]
-            query = select(events.c.id, events.c.bundle).where(events.c.id.in_({one.event_id for one in part}))
-            _check_labels(part, {row.id: row.bundle for row in connection.execute(query)}, facts)
-        for group in groups:
+            part = new[start : start + 500]
+            query = select(events.c.id, events.c.bundle).where(events.c.id.in_({one.label.event_id for one in part}))
+            named += _named(part, {row.id: row.bundle for row in connection.execute(query)}, facts)
+        # Answers without a time last: they are later than all that have one.
+        for group in (
+            [one for one in named if one.record is None and one.timed],
+            [one for one in named if one.record is not None],
+            [one for one in named if one.record is None and not one.timed],
+        ):
             # What is left has one state of each identity, so that no row depends on another of its group.
             states = list({one.identity: one for one in group}.values())
             for start in range(0, len(states), 500):
@@ -416,18 +417,27 @@ def _undo(row: Any, now: float) -> dict[str, Any]:
     return {**kept, "kind": "undo", "label": None, "time": now, "supersedes": row.id}
 
 
-def _check_labels(part: Sequence[Label], served: Mapping[str, str], facts: Mapping[str, BundleFacts]) -> None:
+def _named(part: Sequence[Outside], served: Mapping[str, str], facts: Mapping[str, BundleFacts]) -> list[Outside]:
+    """The same with every label as the bundle that served its event spells the class."""
+    found = []
     for one in part:
-        if one.event_id not in served:
+        label = one.label
+        known = facts.get(served.get(label.event_id, ""))
+        name = label.label if known is None or one.withdrawn else known_as(label.label, known.classes)
+        if label.event_id not in served and not one.withdrawn:
             raise InputError(
-                f"event_id must be one of the store's events, got '{one.event_id}'; ingest the log that has it first"
+                f"event_id must be one of the store's events, got '{label.event_id}'; ingest the log that has it first"
             )
-        known = facts.get(served[one.event_id])
-        if known is not None and one.label not in known.classes:
+        if known is not None and name is None:
             raise InputError(
-                f"label must be one of {', '.join(known.classes)}, got '{one.label}' for event {one.event_id}"
-                f"{nearest(one.label, known.classes)}"
+                f"label must be one of {', '.join(known.classes)}, got '{label.label}' for event {label.event_id}"
+                f"{nearest(label.label, known.classes)}"
             )
+        if name != label.label:
+            earlier = None if one.earlier is None else one.earlier.model_copy(update={"label": name})
+            one = replace(one, label=label.model_copy(update={"label": name}), earlier=earlier)  # noqa: PLW2901
+        found.append(one)
+    return found
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ def labels(
     *,
     imported: Path | None = None,
     exported: Path | None = None,
+    columns: Mapping[str, str] | None = None,
     source: Source | None = None,
     annotator: str | None = None,
     blind: bool = True,
@@ -260,6 +261,8 @@ def labels(
     if not blind and (exported is None or exported.suffix != ".json"):
         given = f"--import {imported}" if exported is None else f"--export {exported}"
         raise InputError(f"--show-answers must come with --export to .json, got {given}; leave it out")
+    if columns and (imported is None or imported.suffix == ".json"):
+        raise InputError("--columns must come with --import of a CSV, got it without; leave it out")
     with opened(root) as (_, registry, parts, _loop):
         store = registry.store
         parts.ingest()
@@ -269,7 +272,7 @@ def labels(
                 source = source or "review"
                 found = import_label_studio(store, imported, now=now, source=source, annotator=annotator)
             else:
-                found = import_csv(store, imported, now=now, source=source, annotator=annotator)
+                found = import_csv(store, imported, now=now, columns=columns, source=source, annotator=annotator)
             return {"added": found.added, "known": found.known, "withdrawn": found.withdrawn}
         assert exported is not None
         if exported.suffix not in (".csv", ".json"):

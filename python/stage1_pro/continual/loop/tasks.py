@@ -174,6 +174,7 @@ def extend_run(inputs: Mapping[str, Any], out: Path) -> Path:
     splits = old.model_copy(
         update={
             "root": "/",
+            "given": None,
             "rows": rows,
             "hashes": hash_splits(rows),
             "counts": {

@@ -100,4 +100,4 @@ def _split(found: Splits, old: list[Row], seed: int) -> Splits:
                 f"data must have photos of every class for every split of the past, got no {absent}; add some"
             )
     facts = facts_of(rows, found.classes)
-    return found.model_copy(update={**facts, "rows": rows, "seed": seed, "fractions": _SHARES}).apart()
+    return found.model_copy(update={**facts, "rows": rows, "seed": seed, "fractions": _SHARES, "given": None}).apart()

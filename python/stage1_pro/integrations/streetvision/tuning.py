@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import expit, logit
 
+from stage1_pro.classes import known_as
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.labels import read_list
+from stage1_pro.data.photos import Folder, Photo
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST
 from stage1_pro.deploy.cascade import Cascade
@@ -128,7 +130,7 @@ def tune(asked: Tune) -> MinerTuning:
     else:
         if asked.bundle is None or asked.labels is None or asked.out is None:
             raise InputError("a bundle must come with labels and out, got one missing: it holds no rows of its own")
-        source, rows, out = asked.bundle, _of_bundle(asked.bundle, asked.labels), asked.out
+        source, rows, out = asked.bundle, _of_bundle(asked.bundle, asked.labels, asked.columns), asked.out
     record = _search(rows, str(source), asked)
     record.write(out)
     say(f"wrote {out}")
@@ -163,18 +165,21 @@ def _of_run(run: Path) -> _HeldOut:
     )
 
 
-def _of_bundle(folder: Path, labels: Path) -> _HeldOut:
+def _of_bundle(folder: Path, labels: Path, columns: Mapping[str, str] | None) -> _HeldOut:
     cascade = Cascade.load(folder)
-    bundle, listed = cascade.bundle, read_list(labels)
-    names = [row.get("label_name") or row.get("label", "") for row in listed]
-    for name in names:
-        if name not in bundle.classes:
+    bundle, listed = cascade.bundle, read_list(labels, columns)
+    names = []
+    for row in listed:
+        name = row.get("label_name") or row.get("label", "")
+        found = known_as(name, bundle.classes)
+        if found is None:
             known = ", ".join(bundle.classes)
             raise InputError(f"label in {labels} must be one of {known}, got '{name}'{nearest(name, bundle.classes)}")
-    parts = []
+        names.append(found)
+    parts, beside = [], Folder(str(labels.parent))
     for row in track(listed, "held-out photos"):
         try:
-            parts.append(cascade.decide(cascade.pixels(labels.parent / row["file"])[None]))
+            parts.append(cascade.decide(cascade.pixels(Photo(beside, row["file"]))[None]))
         except ImageError as error:
             raise InputError(f"{error}; leave its row out of {labels}") from None
     return _HeldOut(
