@@ -116,7 +116,7 @@ def read_arrays(
     if "prob" in sheet.columns and table.positive is not None:
         found["positive"] = np.asarray(table.positive)
     if "gate_logits" in sheet.columns:
-        found["gate_logits"] = _numbers(path, _pointed(path, sheet, ["gate_logits"]), "gate_logits")
+        found["gate_logits"] = _numbers(path, _pointed(path, sheet.by_column(), ["gate_logits"]), "gate_logits")
     if "half" in sheet.columns:
         found["half"] = np.asarray(sheet.column("half"))
     return found
@@ -128,7 +128,7 @@ def _refuse_pairs(path: Path, columns: Mapping[str, str] | None) -> None:
 
 
 def _of_sheet(path: Path, table: Sheet, positive: str | None) -> Table:
-    columns = {name: table.column(name) for name in table.columns if name}
+    columns = table.by_column()
     if not columns:
         raise InputError(f"{path} must have a header line with {WAYS}, got an empty file")
     if not len(table):
@@ -136,15 +136,15 @@ def _of_sheet(path: Path, table: Sheet, positive: str | None) -> Table:
             f"{path} must hold at least one row below its header, got none; a metric of no rows is undefined"
         )
     by_class = [name for name in columns if name.startswith("prob_")]
-    columns |= _pointed(path, table, [*by_class, *(one for one in ("prob", "error", "confidence") if one in columns)])
+    check_names(classes := [spelled(name.removeprefix("prob_")) for name in by_class])
+    columns |= _pointed(path, columns, [*by_class, *(one for one in ("prob", "error", "confidence") if one in columns)])
     confidence = _numbers(path, columns, "confidence") if "confidence" in columns else None
     answers: Labelled | NDArray[np.float64]
     if "label" in columns and ("prob" in columns or by_class):
         if "prob" in columns and by_class:
             raise InputError(f"{path} must have either prob or prob_<class> columns, got both; drop one of them")
         if by_class:
-            labels, classes = columns["label"], [spelled(name.removeprefix("prob_")) for name in by_class]
-            check_names(classes)
+            labels = columns["label"]
             if len(classes) < 2:
                 raise InputError(
                     f"{path} must have a prob_<class> column of every class, got {by_class[0]} alone; name it prob for "
@@ -264,13 +264,13 @@ def _array(path: Path, name: str, values: NDArray[Any], dimensions: tuple[int, .
     return numbers
 
 
-def _pointed(path: Path, table: Sheet, names: Sequence[str]) -> dict[str, list[str]]:
+def _pointed(path: Path, columns: Mapping[str, list[str]], names: Sequence[str]) -> dict[str, list[str]]:
     """Cells of columns of numbers with decimal points, where the table has decimal commas throughout.
 
     Raises:
         InputError: points and commas both occur, or the commas may part thousands.
     """
-    found = {name: table.column(name) for name in names}
+    found = {name: columns[name] for name in names}
     with_comma = [(at, cell) for cells in found.values() for at, cell in enumerate(cells) if "," in cell]
     if not with_comma:
         return found

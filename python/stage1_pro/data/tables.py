@@ -7,6 +7,7 @@ import csv
 import io
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ class Sheet:
         """All cells of one column, from the top."""
         place = self.columns.index(name)
         return [cells[place] for cells in self.cells]
+
+    def by_column(self) -> dict[str, list[str]]:
+        """All cells of every column that has a name."""
+        turned = zip(*self.cells, strict=True) if self.cells else iter([()] * len(self.columns))
+        return {name: list(cells) for name, cells in zip(self.columns, turned, strict=True) if name}
 
 
 def is_table(path: Path | str) -> bool:
@@ -214,7 +220,7 @@ def _check_heads(file: ImageFile, heads: list[str], names: Collection[str], requ
             free = [head for head in heads if head and not _is_one_of(head, names)]
             advice = f"; name it with --columns {name}={printable(closest(name, free) or 'COLUMN')}" if heads else ""
             raise InputError(f"{file} must have a column '{name}', got {_shown(heads)}{nearest(name, free)}{advice}")
-    twice = next((name for name in heads if name and heads.count(name) > 1), None)
+    twice = next((name for name, count in Counter(heads).items() if name and count > 1), None)
     if twice is not None:
         raise InputError(
             f"{file} must name every column once, got '{printable(twice)}' more than once; rename one of them"
