@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stage1_pro.command import Command, Count, Place, Result, keywords, option
+from stage1_pro.command import Columns, Command, Count, Place, Result, keywords, option, table_columns
 from stage1_pro.studies.simulated import Simulation, SimulationConfig
 
 QUICK: dict[str, Any] = {"days": 6, "per_day": 120, "shift_day": 2, "min_labels": 150, "least_certify": 100}
@@ -15,6 +15,7 @@ class Simulate(SimulationConfig, Command, topic="loop"):
     """Let the loop live through days of your photos on a simulated clock."""
 
     data: Path = option(..., "folder with labels.csv, a CSV, or a folder per class")
+    columns: Columns | None = table_columns()
     out: Path = option(..., "new folder for simulation.json, figures, run and loop")
     run: Path | None = option(None, "OUT/run of an earlier simulation of these photos and seed; not trained")
     positive: str | None = option(None, "name of the positive class, where it cannot be found")

@@ -77,8 +77,8 @@ def simulate(asked: Simulate) -> Simulation:
     if data.is_dir() and (data / "labels.csv").is_file():
         data = data / "labels.csv"
     world = World(
-        data, positive=asked.positive, past_share=config.past_share, judged=config.judged, protocol=config.protocol,
-        level=config.level, seed=config.seed,
+        data, columns=asked.columns, positive=asked.positive, past_share=config.past_share, judged=config.judged,
+        protocol=config.protocol, level=config.level, seed=config.seed,
     )  # fmt: skip
     if config.per_day == 0:
         config = config.model_copy(update={"per_day": len(world.stream) // config.days})

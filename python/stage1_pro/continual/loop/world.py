@@ -7,6 +7,7 @@ day. Results hold for this stream and say nothing of new places.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -37,6 +38,7 @@ class World:
         self,
         data: Path | str,
         *,
+        columns: Mapping[str, str] | None = None,
         positive: str | None = None,
         past_share: float = 0.3,
         judged: int = 300,
@@ -45,7 +47,7 @@ class World:
         seed: int = 0,
     ) -> None:
         self.protocol, self.level, self.seed = protocol, level, seed
-        found, _ = make_splits(data, positive=positive, max_component=1.0)
+        found, _ = make_splits(data, columns=columns, positive=positive, max_component=1.0)
         contents: dict[str, Row] = {}
         for row in found.rows:
             contents.setdefault(row.sha256, row)
