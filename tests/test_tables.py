@@ -304,3 +304,23 @@ def test_a_list_names_a_file_in_every_row(tmp_path):
     (tmp_path / "l.csv").write_text("file,label\na.png,0\n,1\n")
     with pytest.raises(InputError, match="empty file in l.csv line 3"):
         read_list(tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x07ile,label\na,b\n", "file,label\na\x1b[2Jb,x\na\x1b[2Jb,x\n", "label,prob\n1,.5\x07\n", '"a\x1b"x,label\n',
+        "file,label,label_name\na,1\x1b,x\nb,1\x1b,y\n", "file,label,split\na,1,tr\x1bain\n",
+        "error,confid\x9bence\n1,1\n", "file,file\x1b\n", "label,label\u202e,label\u202e\n",
+    ],
+)  # fmt: skip
+def test_messages_about_tables_hold_nothing_that_a_terminal_obeys(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    said = []
+    for reader in (read_labels, read_list, read_predictions, read_arrays):
+        try:
+            reader(path)
+        except InputError as error:
+            said.append(str(error))
+    assert said and "".join(said).isprintable()

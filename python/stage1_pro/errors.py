@@ -78,7 +78,7 @@ def closest(word: str, options: Iterable[str]) -> str | None:
 def nearest(word: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest option, or an empty string."""
     close = closest(word, options)
-    return "" if close is None else f"; did you mean '{close}'?"
+    return "" if close is None else f"; did you mean '{printable(close, 80)}'?"
 
 
 def need(extra: str, package: str) -> DependencyError:

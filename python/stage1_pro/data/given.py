@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stage1_pro.classes import MOST_CLASSES, NEGATIVE_NAMES, check_names, choose_positive, spelled
 from stage1_pro.data.tables import Sheet, is_table, read_table
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.errors import InputError, nearest, printable
 from stage1_pro.files import load_npz
 from stage1_pro.policies.softmax import softmax
 
@@ -179,7 +179,8 @@ def _refuse_columns(path: Path, columns: list[str]) -> NoReturn:
     pair = max(pairs, key=lambda names: sum(2 * (name in columns) + close[name] for name in names))
     missing = next(name for name in pair if name not in columns)
     raise InputError(
-        f"{path} must have a column '{missing}', got {', '.join(columns)}{nearest(missing, columns)}; it needs {WAYS}"
+        f"{path} must have a column '{missing}', got {printable(', '.join(columns))}{nearest(missing, columns)}; it "
+        f"needs {WAYS}"
     )
 
 
@@ -374,5 +375,6 @@ def row_name(path: Path, index: int) -> str:
 
 def _wrong(path: Path, what: str, expected: str, got: str, at: int, advice: str = "") -> NoReturn:
     raise InputError(
-        f"{what} must be {expected}, got {got} in {row_name(path, at)} of {path}; {advice or 'mend or drop the row'}"
+        f"{what} must be {expected}, got {printable(got)} in {row_name(path, at)} of {path}; "
+        f"{advice or 'mend or drop the row'}"
     )

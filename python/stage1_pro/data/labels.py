@@ -126,8 +126,8 @@ def _check_once(entries: Sequence[Labelled]) -> None:
         other = seen.setdefault(unicodedata.normalize("NFC", entry.file), entry)
         if other is not entry:
             raise InputError(
-                f"every file must be listed once, got {entry.file} in {other.where} and {entry.where}; remove one of "
-                "them"
+                f"every file must be listed once, got {printable(entry.file)} in {other.where} and {entry.where}; "
+                "remove one of them"
             )
 
 
@@ -194,9 +194,10 @@ def _read_csv(table: ImageFile, root: str, columns: Mapping[str, str] | None) ->
         for known, key in ((by_label, entry.label), (by_name, entry.name)):
             other = known.setdefault(key, entry)
             if (other.label, other.name) != (entry.label, entry.name):
+                ours, theirs = (printable(f"{one.label} = '{one.name}'") for one in (other, entry))
                 raise InputError(
-                    f"label and label_name must be one to one, got {other.label} = '{other.name}' in {other.where} "
-                    f"and {entry.label} = '{entry.name}' in {entry.where}"
+                    f"label and label_name must be one to one, got {ours} in {other.where} and {theirs} in "
+                    f"{entry.where}"
                 )
     return entries
 

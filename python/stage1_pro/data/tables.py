@@ -97,7 +97,7 @@ def read_table(
             if len(row) > len(heads):
                 raise InputError(
                     f"{file} must have {len(heads)} cells in every row, as its header has, got {len(row)} in line "
-                    f"{line}; quote cells that hold a '{delimiter}'"
+                    f"{line}; quote cells that hold a '{printable(delimiter)}'"
                 )
             short = len(row) < len(heads)
             whole = [*row, *[""] * (len(heads) - len(row))]
@@ -106,7 +106,9 @@ def read_table(
         if short and not text.endswith(("\n", "\r")):
             raise InputError(f"{file} must be whole, but its last line {lines[-1]} ends early; copy it again")
     except csv.Error as error:
-        raise InputError(f"{file} must be a CSV, got in line {reader.line_num + skipped}: {error}") from None
+        raise InputError(
+            f"{file} must be a CSV, got in line {reader.line_num + skipped}: {printable(str(error))}"
+        ) from None
     return Sheet(file, tuple(heads), cells, lines)
 
 

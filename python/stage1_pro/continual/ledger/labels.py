@@ -32,7 +32,7 @@ from stage1_pro.classes import known_as
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, pack_floats, uniform
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.errors import InputError, nearest, printable
 from stage1_pro.record import Record
 
 Source = Literal["owner", "review", "match", "model"]
@@ -426,12 +426,13 @@ def _named(part: Sequence[Outside], served: Mapping[str, str], facts: Mapping[st
         name = label.label if known is None or one.withdrawn else known_as(label.label, known.classes)
         if label.event_id not in served and not one.withdrawn:
             raise InputError(
-                f"event_id must be one of the store's events, got '{label.event_id}'; ingest the log that has it first"
+                f"event_id must be one of the store's events, got '{printable(label.event_id)}'; ingest the log that "
+                "has it first"
             )
         if known is not None and name is None:
             raise InputError(
-                f"label must be one of {', '.join(known.classes)}, got '{label.label}' for event {label.event_id}"
-                f"{nearest(label.label, known.classes)}"
+                f"label must be one of {', '.join(known.classes)}, got '{printable(label.label)}' for event "
+                f"{label.event_id}{nearest(label.label, known.classes)}"
             )
         if name != label.label:
             earlier = None if one.earlier is None else one.earlier.model_copy(update={"label": name})

@@ -20,7 +20,7 @@ from stage1_pro.data.photos import Folder, Photo
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.bundle import MANIFEST
 from stage1_pro.deploy.cascade import Cascade
-from stage1_pro.errors import InputError, nearest
+from stage1_pro.errors import InputError, nearest, printable
 from stage1_pro.files import write_text
 from stage1_pro.integrations.streetvision.answering import Settings
 from stage1_pro.integrations.streetvision.reward import (
@@ -174,7 +174,8 @@ def _of_bundle(folder: Path, labels: Path, columns: Mapping[str, str] | None) ->
         found = known_as(name, bundle.classes)
         if found is None:
             known = ", ".join(bundle.classes)
-            raise InputError(f"label in {labels} must be one of {known}, got '{name}'{nearest(name, bundle.classes)}")
+            got = f"'{printable(name)}'{nearest(name, bundle.classes)}"
+            raise InputError(f"label in {labels} must be one of {known}, got {got}")
         names.append(found)
     parts, beside = [], Folder(str(labels.parent))
     for row in track(listed, "held-out photos"):
