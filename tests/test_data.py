@@ -905,7 +905,7 @@ def test_skipped_batches_are_not_decoded(files: list[Path], tmp_path: Path) -> N
     assert same(load(moved, [(0, 1)]), load(files, [(0, 1)]))
     for workers in (0, 2):
         with pytest.raises(
-            InputError, match=r"gone.png must be a readable image, got: unreadable.*the same `stage1 split`.*keeps"
+            InputError, match=r"gone.png must be a readable image, got: unreadable.*where they lie now by --images"
         ) as error:
             load(moved, [(0, 0)], workers=workers)
         assert "Traceback" not in str(error.value)

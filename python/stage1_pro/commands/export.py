@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from stage1_pro.command import Command, Result, option
+from stage1_pro.commands.evaluate import OfRun
 from stage1_pro.words import Precision
 
 
@@ -27,7 +28,7 @@ class Engines(Command):
         return Result(f"wrote {bundle}; next: {after}", inspect(bundle))
 
 
-class Export(Engines, topic="engines"):
+class Export(OfRun, Engines, topic="engines"):
     """Write the bundle: ONNX per stage, engines, exactly one policy."""
 
     run: Path = option(..., "trained and calibrated run folder")
@@ -43,7 +44,8 @@ class Export(Engines, topic="engines"):
         """Print where the bundle is."""
         from stage1_pro.deploy.exporting import export
 
-        bundle = export(**dict(self))
+        self.settle()
+        bundle = export(**self.model_dump(exclude={"images"}))
         return self._told(bundle, f"stage1 predict --bundle {bundle} IMAGES")
 
 

@@ -19,6 +19,7 @@ from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import locked, recover_directory, sha256_file, sweep
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.policy import coming_files, policy_files
+from stage1_pro.progress import say
 from stage1_pro.record import Record
 
 
@@ -245,6 +246,21 @@ def _changed(key: str, value: object, kept: object) -> InputError:
         f"--resume must keep the run's configuration, got {key} = {value} instead of {kept}; "
         "start anew with --overwrite"
     )
+
+
+def settle(run: Path, images: str | None) -> None:
+    """Have a run look for its photos at another place from now on; None: nothing is changed.
+
+    Raises:
+        InputError: no run, or a photo of it that is not there.
+    """
+    if images is None:
+        return
+    if not (run / "splits.json").is_file():
+        raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
+    with exclusive(run):
+        Splits.read(run / "splits.json").verify().moved_to(images).write(run / "splits.json")
+    say(f"{run} looks for its photos in {images} from now on")
 
 
 @contextlib.contextmanager
