@@ -13,7 +13,9 @@ from stage1_pro.words import Precision
 class Engines(Command):
     """What export and build ask of engines."""
 
-    recipe: Path | None = option(None, "YAML engine recipe, see engines/; the default recipe otherwise")
+    recipe: Path | None = option(
+        None, "engine recipe: a YAML file, or the name of one that comes along, such as rtx-res32"
+    )
     precisions: tuple[Precision, ...] = option(
         (),
         "fp32, res32 (fp16 products on an fp32 residual stream), fp16 or bf16: the first is of the "
