@@ -117,6 +117,7 @@ class ExploraRecord(Record):
     split_hashes: dict[str, str]
     seed: int
     versions: dict[str, str]
+    environment: dict[str, str] = Field({}, description="as in ``start.json``")
 
 
 # What one training writes; a new one in the same folder starts without them. A bundle is its own thing and stays.
