@@ -88,6 +88,13 @@ def test_two_arms_draw_identical_heads_orders_and_augmentations(split_run: Path,
     assert turned.batch_inputs != base.batch_inputs
     (said,) = check_fairness({"a": base, "turned": turned}, 0)
     assert "other pixels: a | turned" in said
+    elsewhere = base.model_copy(
+        update={"environment": {**base.environment, "get_num_threads": "96", "MKL_CBWR": "AVX"}}
+    )
+    (said,) = check_fairness({"a": base, "b": elsewhere}, 0)
+    assert said.endswith("differ in MKL_CBWR, get_num_threads")
+    unknown = base.model_copy(update={"environment": {}})
+    assert check_fairness({"a": base, "b": unknown}, 0) == []
 
 
 def test_start_is_of_what_training_reads_and_resume_leaves_it(split_run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import struct
+import sys
 import threading
 import warnings
 from collections import Counter, defaultdict
@@ -24,6 +25,7 @@ from PIL import Image, ImageEnhance, ImageFile
 import stage1_pro
 from stage1_pro.arguments import check_share
 from stage1_pro.config import AugmentConfig
+from stage1_pro.data import images
 from stage1_pro.data.duplicates import WHOLE, near_duplicates, read_pictures
 from stage1_pro.data.images import ImageError, PreprocessSpec, crop_geometry, preprocess, read_image, read_opened
 from stage1_pro.data.photos import Folder
@@ -182,6 +184,55 @@ def test_transparency_is_laid_on_white() -> None:
     assert pixels_of(encode(palette, transparency=b"\x80\xff"))[0, 0].tolist() == [255, 127, 127]
     keyed = Image.new("RGB", (4, 4), (9, 9, 9))
     assert pixels_of(encode(keyed, transparency=(9, 9, 9)))[0, 0].tolist() == [255] * 3
+
+
+HEIC = Path(__file__).parent / "data" / "heic"
+
+
+@pytest.mark.parametrize("name", ["upright", "turned5", "turned6", "alpha"])
+def test_heic_is_read_upright_and_on_white(name: str) -> None:
+    """Files of pillow-heif's encoder, lossless: a ramp of colours, lying as EXIF may say, or clear on the right."""
+    pytest.importorskip("pi_heif", reason="HEIC is read by the extra [heif]")
+    y, x = np.mgrid[:48, :64]
+    wanted = np.stack([x * 3, y * 4, (x + y) * 2], axis=2).clip(0, 255).astype(np.uint8)
+    if name == "alpha":
+        wanted[:, 32:] = 255
+    picture = Image.fromarray(wanted)
+    if name.startswith("turned"):
+        turns = {"5": Image.Transpose.TRANSPOSE, "6": Image.Transpose.ROTATE_270}
+        picture = picture.transpose(turns[name[-1]])
+    wanted = np.asarray(picture).astype(int)
+    path = HEIC / f"{name}.heic"
+    for source in (path, path.read_bytes(), io.BytesIO(path.read_bytes())):
+        found = np.asarray(read_image(source)).astype(int)
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max() <= 2
+    with pytest.raises(ImageError, match="oversized"):
+        read_image(path, max_pixels=1000)
+
+
+def test_a_heic_larger_than_its_header_says_is_refused() -> None:
+    """A header that says 8 x 8 of a picture of 64 x 48; libheif decodes nothing far larger than that."""
+    pytest.importorskip("pi_heif", reason="HEIC is read by the extra [heif]")
+    content = (HEIC / "upright.heic").read_bytes()
+    place = content.index(b"ispe") + 8
+    small = content[:place] + struct.pack(">II", 8, 8) + content[place + 8 :]
+    with pytest.raises(ImageError, match="size"):
+        read_image(small)
+
+
+@pytest.mark.parametrize("cut", [12, 40, 400, 2000, -1])
+def test_a_damaged_heic_has_a_reason(cut: int) -> None:
+    with pytest.raises(ImageError):
+        read_image((HEIC / "upright.heic").read_bytes()[:cut])
+
+
+def test_heic_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    images._heif.cache_clear()
+    with pytest.raises(ImageError, match=r"unsupported.*stage1_pro\[heif\]"):
+        read_image(HEIC / "upright.heic")
+    images._heif.cache_clear()
 
 
 def test_first_frame_of_an_animation() -> None:
@@ -905,7 +956,7 @@ def test_skipped_batches_are_not_decoded(files: list[Path], tmp_path: Path) -> N
     assert same(load(moved, [(0, 1)]), load(files, [(0, 1)]))
     for workers in (0, 2):
         with pytest.raises(
-            InputError, match=r"gone.png must be a readable image, got: unreadable.*the same `stage1 split`.*keeps"
+            InputError, match=r"gone.png must be a readable image, got: unreadable.*where they lie now by --images"
         ) as error:
             load(moved, [(0, 0)], workers=workers)
         assert "Traceback" not in str(error.value)

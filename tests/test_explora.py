@@ -394,6 +394,23 @@ def test_a_configuration_mistake_costs_nothing(explored: tuple[Path, ExploraReco
     assert [path.name for path in (run / "explora").iterdir()] == [".lock"]
 
 
+def test_no_setting_of_the_process_changes_an_adaptation_unseen(
+    explored: tuple[Path, ExploraRecord], scenes: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert explored[1].environment["device"]
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    with pytest.raises(InputError, match="ACCELERATE_DYNAMO_BACKEND"):
+        stage1_pro.explora(scenes / "pool" / "images", run, config(scenes))
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(InputError, match="float32"):
+            stage1_pro.explora(scenes / "pool" / "images", run, config(scenes))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not (run / "explora" / "last.pth").exists()
+
+
 @pytest.mark.parametrize("objective", ["simmim", "latent", "diet"])
 def test_other_objectives_run(scenes: Path, run: Path, objective: str) -> None:
     record = stage1_pro.explora(

@@ -116,6 +116,26 @@ def test_every_dependency_is_pinned_in_the_constraints(project, repository):
         assert name == "stage1-pro" or name in names, f"{line} has no pin"
 
 
+@pytest.mark.parametrize("lock", ["constraints.serve.lock", "constraints.lock"])
+def test_locks_have_the_hashes_of_the_pinned_versions(project, repository, lock):
+    def pins(text):
+        found = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", text, re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+    text = (repository / lock).read_text()
+    pinned, locked = pins((repository / "constraints.txt").read_text()), pins(text)
+    assert not {name: version for name, version in locked.items() if pinned.get(name, version) != version}
+    entries = re.split(r"\n(?=[A-Za-z0-9])", text.partition("\n")[2].strip())
+    assert len(entries) == len(locked)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+    extras = project["project"]["optional-dependencies"]
+    asked = ["sign", "heif", *([] if "serve" in lock else ["continual", "openvino", "rtx", "train"])]
+    for line in [*project["project"]["dependencies"], *(one for key in asked for one in extras[key])]:
+        name = re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9_.-]", line)[0]).lower()
+        assert name in locked, line
+    assert "://" not in text
+
+
 def test_the_installed_package_is_whole():
     folder = Path(stage1_pro.__file__).parent
     for name in ("py.typed", "_core.pyi", "studies/modes.yaml", "studies/explora.yaml"):
@@ -154,16 +174,23 @@ def test_a_pure_install_needs_no_compiler_and_says_so(repository, tmp_path):
         "import stage1_pro; from stage1_pro import native; from stage1_pro.metrics import augrc, bootstrap_augrc\n"
         "print(stage1_pro.__file__); print(native.backend(), '|', native.why())\n"
         "print(augrc([.9, .8, .7, .6], [0, 1, 0, 1]), bootstrap_augrc([.9, .8, .7, .6], [0, 1, 0, 1]).low >= 0)\n"
+        "from stage1_pro.deploy.engine import load_recipe, recipes\n"
+        "print(load_recipe('rtx-res32') == load_recipe('engines/rtx-res32.yaml'), *recipes().values(), sep='|')\n"
     )
     # -S leaves out the editable finder of a development install, which would win over the path.
     paths = os.pathsep.join([str(tmp_path / "site"), *(p for p in sys.path if p.endswith("-packages"))])
     ran = subprocess.run(
         [sys.executable, "-S", "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
     )
-    where, backend, figures = ran.stdout.splitlines()
+    where, backend, figures, recipes = ran.stdout.splitlines()
     assert where.startswith(str(tmp_path)), ran.stderr
     assert backend == "reference | stage1_pro._core is not built; NumPy computes the same, more slowly"
     assert figures == "0.1875 True"
+    same, *files = recipes.split("|")
+    assert same == "True"
+    # Those of the checkout came along.
+    assert {Path(one).name for one in files} == {one.name for one in (repository / "engines").glob("*.yaml")}
+    assert all(one.startswith(str(tmp_path)) for one in files)
 
 
 def test_modules_of_the_loop_are_found_under_their_first_names():

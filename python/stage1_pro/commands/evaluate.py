@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stage1_pro.command import Command, Count, Result, option
+from stage1_pro.command import Command, Count, Place, Result, option
 from stage1_pro.errors import PROMISE_FAILED, InputError
 from stage1_pro.words import ProtocolName
 
 
-class Evaluate(Command, topic="certificates"):
-    """Measure the best model and its policy on val_test, once it is final."""
+class OfRun(Command):
+    """What commands share that read the photos of a run."""
 
     run: Path = option(..., "trained run folder")
+    images: Place | None = option(None, "where the run's photos lie now, if they moved; the run remembers it")
+
+    def settle(self) -> None:
+        """Have the run look there for its photos."""
+        if self.images is not None:
+            from stage1_pro.training.run import settle
+
+            settle(self.run, self.images)
+
+
+class Evaluate(OfRun, topic="certificates"):
+    """Measure the best model and its policy on val_test, once it is final."""
+
     n_replicates: Count = option(1000, "bootstrap replicates of an interval", name="--replicates")
     seed: int = option(0, "seed of the bootstrap")
     beside: tuple[Path, ...] = option(
@@ -29,12 +42,15 @@ class Evaluate(Command, topic="certificates"):
 
     def execute(self) -> Result:
         """Print figures and verdicts; the exit code says whether a promise fails."""
-        if self.protocol is not None:
-            return self._changed(self.protocol)
-        if self.photo_seed is not None:
+        if self.protocol is None and self.photo_seed is not None:
             raise InputError(
                 "--photo-seed must stand beside --protocol, got no protocol; photos are not changed without one"
             )
+        if self.protocol is not None and self.beside:
+            raise InputError("--beside must stand without --protocol, got both; costs do not depend on the photos")
+        self.settle()
+        if self.protocol is not None:
+            return self._changed(self.protocol)
         from stage1_pro.training.evaluation import evaluate, render
 
         found = evaluate(self.run, n_replicates=self.n_replicates, seed=self.seed, beside=self.beside)
@@ -46,8 +62,6 @@ class Evaluate(Command, topic="certificates"):
     def _changed(self, protocol: str) -> Result:
         from stage1_pro.training.robustness import evaluate_protocol, render
 
-        if self.beside:
-            raise InputError("--beside must stand without --protocol, got both; costs do not depend on the photos")
         found = evaluate_protocol(
             self.run, protocol, n_replicates=self.n_replicates, seed=self.seed, photo_seed=self.photo_seed or 0
         )

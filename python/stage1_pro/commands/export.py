@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 from stage1_pro.command import Command, Result, option
+from stage1_pro.commands.evaluate import OfRun
 from stage1_pro.words import Precision
 
 
 class Engines(Command):
     """What export and build ask of engines."""
 
-    recipe: Path | None = option(None, "YAML engine recipe, see engines/; the default recipe otherwise")
+    recipe: Path | None = option(
+        None, "engine recipe: a YAML file, or the name of one that comes along, such as rtx-res32"
+    )
     precisions: tuple[Precision, ...] = option(
         (),
         "fp32, res32 (fp16 products on an fp32 residual stream), fp16 or bf16: the first is of the "
@@ -27,7 +30,7 @@ class Engines(Command):
         return Result(f"wrote {bundle}; next: {after}", inspect(bundle))
 
 
-class Export(Engines, topic="engines"):
+class Export(OfRun, Engines, topic="engines"):
     """Write the bundle: ONNX per stage, engines, exactly one policy."""
 
     run: Path = option(..., "trained and calibrated run folder")
@@ -43,7 +46,8 @@ class Export(Engines, topic="engines"):
         """Print where the bundle is."""
         from stage1_pro.deploy.exporting import export
 
-        bundle = export(**dict(self))
+        self.settle()
+        bundle = export(**self.model_dump(exclude={"images"}))
         return self._told(bundle, f"stage1 predict --bundle {bundle} IMAGES")
 
 

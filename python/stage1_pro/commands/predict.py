@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from stage1_pro.command import Columns, Command, Count, Flag, Place, Result, option, table_columns, within
+from stage1_pro.commands.evaluate import OfRun
 from stage1_pro.deploy.runtime import NAMES
+from stage1_pro.errors import InputError
 from stage1_pro.words import SplitName
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Predict(Answering, topic="engines"):
         return self._told(self.bundle, rows, failures, beside, runtime=cascade.runtime.name, steps=steps)
 
 
-class Infer(Answering, topic="engines"):
+class Infer(OfRun, Answering, topic="engines"):
     """Answer for images or a split with a run's own model in torch, before any export."""
 
     hints: ClassVar = {"--bundle": "infer takes --run; of a bundle: stage1 predict"}
@@ -87,6 +89,9 @@ class Infer(Answering, topic="engines"):
 
         check_prior(self.prior)
         given = gather(self.inputs, self.columns) if self.inputs and self.split is None else None
+        if self.images is not None and self.split is None:
+            raise InputError("--images must stand beside --split, got no split; photos to answer for need no flag")
+        self.settle()
         asked = self.inputs if given is None else given
         rows, failures = infer(self.run, asked, split=self.split, out=self.out, batch_size=self.batch_size)
         return self._told(self.run, rows, failures, Found([], [] if given is None else given.passed))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from stage1_pro.command import Columns, Command, Flag, Place, Result, option, table_columns
+from stage1_pro.commands.evaluate import OfRun
 from stage1_pro.config import Config, Mode, describe, load_config
 
 Overrides = Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE", repeated=True)]
@@ -33,7 +34,7 @@ class Configured(Command):
         return f"configuration keys (YAML sections or --set KEY=VALUE) and their defaults:\n{table}\n"
 
 
-class Train(Configured, topic="train"):
+class Train(OfRun, Configured, topic="train"):
     """Train both stages on the splits of a run."""
 
     run: Path = option(..., "run folder with splits.json", also="--run-folder")
@@ -49,6 +50,7 @@ class Train(Configured, topic="train"):
         from stage1_pro.training.run import check_run
 
         check_run(self.run, config, **flags)
+        self.settle()
         from stage1_pro.data.splits import Splits
         from stage1_pro.policies.standing import in_reach
         from stage1_pro.training.loop import train

@@ -6,7 +6,9 @@ No torch in here. Whatever a file holds, reading it gives an 8-bit RGB picture t
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -53,6 +55,7 @@ MAX_ASPECT = 1000
 # Raster formats that Pillow decodes itself: an EPS, for one, would start an external program. An ICO is decoded when it
 # is opened, before its size is known.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+_HEIC = re.compile(rb"....ftyp(he[iv][cxms]|mif1|msf1)", re.DOTALL)
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # What EXIF says of how a picture lies; 1, the first of its orientations, is upright.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -108,9 +111,32 @@ def read_image(source: ImageFile | BinaryIO | bytes, max_pixels: float = MAX_PIX
 
 
 def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
-    with _explained(name, file), Image.open(file, formats=FORMATS) as image:
+    with _explained(name, file), Image.open(file, formats=_formats(file)) as image:
         _check_size(image.size, name, max_pixels)
         return upright_rgb(image, name)
+
+
+def _formats(file: BinaryIO) -> tuple[str, ...]:
+    """The formats that a file may be of; HEIC's decoder is an extra, which loads when the first one is met."""
+    return (*FORMATS, *_heif()) if _is_heic(file) else FORMATS
+
+
+def _is_heic(file: BinaryIO) -> bool:
+    file.seek(0)
+    start = file.read(12)
+    file.seek(0)
+    return _HEIC.match(start) is not None
+
+
+@functools.cache
+def _heif() -> tuple[str, ...]:
+    try:
+        import pi_heif
+    except ImportError:
+        return ()
+    # Its library refuses a picture that is larger than its header says. One thread: callers have theirs.
+    pi_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    return ("HEIF",)
 
 
 def read_opened(image: Image.Image, name: str = "image", max_pixels: float = MAX_PIXELS) -> Image.Image:
@@ -120,7 +146,7 @@ def read_opened(image: Image.Image, name: str = "image", max_pixels: float = MAX
         ImageError: it does not give a whole picture, or is of a format that ``read_image`` does not open.
     """
     # MPO: how a JPEG plugin calls a JPEG with several pictures.
-    if image.format not in (None, "MPO", *FORMATS):
+    if image.format not in (None, "MPO", "HEIF", *FORMATS):
         raise ImageError(name, "unsupported", f"the format {image.format}")
     with _explained(name, io.BytesIO(b"opened")):
         _check_size(image.size, name, max_pixels)
@@ -158,6 +184,8 @@ def _explain(error: Exception, file: BinaryIO) -> tuple[Reason, str]:
             file.seek(0)
             if not file.read(1):
                 return "empty", "the file has no content"
+            if _is_heic(file) and not _heif():
+                return "unsupported", "HEIC is read by an extra: pip install 'stage1_pro[heif]'"
         return "not an image", "no known image format"
     if isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "not large enough", "end of")):
         return "truncated", text

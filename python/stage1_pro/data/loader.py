@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stage1_pro.config import AugmentConfig
 from stage1_pro.data.images import ImageError, PreprocessSpec, normalise, preprocess, read_image
-from stage1_pro.data.photos import ImageFile
+from stage1_pro.data.photos import MOVED, ImageFile
 from stage1_pro.errors import InputError
 from stage1_pro.progress import track
 
@@ -175,10 +175,7 @@ class _Images(Dataset[Any]):
             try:
                 image = self._image(row)
             except ImageError as error:
-                return (
-                    f"{error}; it was readable when the data was split, so restore it, or say where the photos lie now "
-                    "by the same `stage1 split`, which keeps what was trained"
-                )
+                return f"{error}; it was readable when the data was split, so restore it; if photos moved, {MOVED}"
             if self._augment is None:
                 pixels[:] = preprocess(image, spec)
             else:

@@ -27,6 +27,7 @@ from stage1_pro.registry import Registry
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://.+", re.DOTALL)
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 
+MOVED = "say where they lie now by --images of evaluate, infer, export or train"
 
 # fmt: off
 SUFFIXES = frozenset({
@@ -118,10 +119,11 @@ class Photos(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One photo of a source; its text is what messages call it."""
+    """One photo of a source; its text is what messages call it. With ``sha256`` another content is none of its."""
 
     photos: Photos
     key: str
+    sha256: str = ""
 
     def __str__(self) -> str:
         return os.path.join(self.photos.root, self.key)  # noqa: PTH118 - a root may be no path
@@ -129,16 +131,19 @@ class Photo:
     def open(self) -> BinaryIO:
         """The file, to be read from its start and closed; raises OSError."""
         opening: Callable[[str], BinaryIO] | None = getattr(self.photos, "open", None)
-        return io.BytesIO(self.read()) if opening is None else opening(self.key)
+        return io.BytesIO(self.read()) if opening is None or self.sha256 else opening(self.key)
 
     def read(self) -> bytes:
         """The file's bytes; raises OSError."""
         try:
-            return self.photos.read(self.key)
+            content = self.photos.read(self.key)
         except OSError:
             raise
         except Exception as error:  # a source from outside may raise anything
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(self)) from error
+        if self.sha256 and sha256_bytes(content) != self.sha256:
+            raise OSError(errno.EIO, "its content is not the one that was split", str(self))
+        return content
 
 
 ImageFile = Path | str | Photo

@@ -6,8 +6,10 @@ picture is on both sides of a border. The result depends on the files, their lab
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, TypeVar
@@ -20,9 +22,10 @@ from stage1_pro.arguments import check_share
 from stage1_pro.data.duplicates import Merging, join_groups, read_pictures
 from stage1_pro.data.images import Quarantined
 from stage1_pro.data.labels import Labelled, check_contents, classes_of, positive_of, read_labels
-from stage1_pro.data.photos import Photo, Photos, is_address, open_photos
+from stage1_pro.data.photos import MOVED, Photo, Photos, is_address, is_source, look, open_photos
 from stage1_pro.errors import ArtifactError, InputError, nearest, printable
 from stage1_pro.files import sha256_bytes
+from stage1_pro.progress import track
 from stage1_pro.record import Record
 from stage1_pro.words import GIVEN_SPLITS, HALVES, SPLITS, Half, SplitName
 
@@ -56,6 +59,7 @@ class Splits(Record):
 
     format_version: Literal[1] = 1
     root: str
+    beside: str | None = Field(None, description="the same as seen from this file, which both may move with")
     classes: list[str]
     positive: str
     seed: int
@@ -76,6 +80,46 @@ class Splits(Record):
         if values.get("given", ...) is None:
             del values["given"]
         return values
+
+    def write(self, path: Path | str, *, mode: int = 0o666) -> None:
+        """Write as indented JSON, atomically, with the way from there to the photos."""
+        beside = None if is_address(self.root) else os.path.relpath(self.root, Path(path).resolve().parent)
+        Record.write(self.model_copy(update={"beside": beside}), path, mode=mode)
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """Read and validate; photos that moved together with the file are found where they lie now."""
+        found = super().read(path)
+        root = os.path.normpath(Path(path).resolve().parent / (found.beside or ""))
+        moved = found.beside is not None and not is_source(found.root) and is_source(root)
+        return found.model_copy(update={"root": root if moved else found.root, "beside": None})
+
+    def moved_to(self, images: Path | str) -> Self:
+        """The same splits with their photos at another place, each found by its content, under any name.
+
+        Raises:
+            InputError: no such place, or a photo that is not there.
+        """
+        if not is_source(images):
+            raise InputError(f"--images must be a folder or a tar, got {images}")
+        photos = open_photos(images if is_address(images) else Path(images).resolve())
+        files: dict[str, list[str]] = defaultdict(list)
+        named = {row.file for row in self.rows}
+        keys = sorted(look(photos).keys, key=lambda key: key not in named)
+        for key in track(keys, "looking for the run's photos"):
+            with contextlib.suppress(OSError):
+                files[sha256_bytes(Photo(photos, key).read())].append(key)
+        lost = [row.file for row in self.rows if row.sha256 not in files]
+        if lost:
+            raise InputError(
+                f"--images must hold the {len(self.rows)} photos that were split, unchanged, got {images} without "
+                f"{len(lost)} of them, such as {lost[0]}; nothing was changed"
+            )
+        rows = []
+        for row in self.rows:
+            held = files[row.sha256]
+            rows.append(row if row.file in held else row.model_copy(update={"file": held[0]}))
+        return self.model_copy(update={"root": photos.root, "rows": rows})
 
     def of(self, split: SplitName, half: Half | None = None) -> list[Row]:
         """Rows of one split (or one half of ``val_calib``), in file order."""
@@ -103,13 +147,15 @@ class Splits(Record):
         return self
 
     def photos(self) -> Photos:
-        """Where the rows' photos lie; raises InputError when they cannot be read there."""
+        """Where the rows' photos lie; raises InputError when they are not there or cannot be read."""
+        if not is_source(self.root):
+            raise InputError(f"the run's photos must lie in {self.root}, which is not there; {MOVED}")
         return open_photos(self.root)
 
     def photos_of(self, rows: Sequence[Row]) -> list[Photo]:
-        """The photo of each row, which any reader of images takes."""
+        """The photo of each row, which any reader of images takes; another content than was split is unreadable."""
         photos = self.photos()
-        return [Photo(photos, row.file) for row in rows]
+        return [Photo(photos, row.file, row.sha256) for row in rows]
 
     def path(self, row: Row) -> Path:
         """Where the row's photo is on disk, also inside a tar.

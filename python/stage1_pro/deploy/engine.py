@@ -126,8 +126,23 @@ class BuildRecord(Record):
     log: list[str] = Field(description="the builder's messages from INFO up, without folders of the machine")
 
 
+def recipes() -> dict[str, Path]:
+    """The recipes that come along, by name: of the installed package, or of its checkout."""
+    package = Path(__file__).parents[1]
+    folder = next(one for one in (package / "engines", package.parents[1] / "engines") if one.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def load_recipe(path: Path | str) -> EngineRecipe:
-    """Read a recipe; raise InputError naming the wrong key and the nearest right one."""
+    """Read a recipe, a file or one that comes along; raise InputError naming the wrong key and the nearest one."""
+    named = Path(path)
+    if not named.exists() and str(named.parent) in (".", "engines"):
+        known = recipes()
+        if named.stem not in known:
+            raise InputError(
+                f"--recipe must be a YAML file or one of {', '.join(known)}, got {path}{nearest(named.stem, known)}"
+            )
+        path = known[named.stem]
     values, options = read_yaml(path), list(EngineRecipe.model_fields)
     for key in values:
         if key not in options:
@@ -145,7 +160,7 @@ def choose_recipe(
 
     Args:
         target: builder; the recipe's when None.
-        recipe: recipe or its YAML file; the default one when None.
+        recipe: recipe, its YAML file or the name of one that comes along, such as ``rtx-res32``; None: the default.
         precisions: in place of the recipe's precision (the first) and its fallbacks (the others).
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,13 +60,34 @@ def in_precision(model: Stage1Model, precision: Precision) -> Stage1Model | Thro
 
 def measure_peaks(model: Stage1Model, batches: Iterable[Tensor]) -> dict[StageName, list[Peaks]]:
     """Largest absolute values of every block of both stages over batches of pixels [N, 3, H, W]."""
-    plain = Rewritten(model, torch.float32)
-    peaks = [cast("_Block", block).watch() for block in plain.blocks]
-    with torch.no_grad():
+    plain: Stage1Model | Rewritten = Rewritten(model, torch.float32) if model.backbone.transformer else model
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        if isinstance(plain, Rewritten):
+            peaks = [cast("_Block", block).watch() for block in plain.blocks]
+        else:
+            peaks = [_watch(block, hooks) for block in plain.backbone.blocks]
         for pixels in batches:
             plain.stage_b(plain.stage_a(pixels)[2])
     found = [Peaks(**values) for values in peaks]
     return {"stage_a": found[: model.tap], "stage_b": found[model.tap :]}
+
+
+def _watch(block: nn.Module, hooks: contextlib.ExitStack) -> dict[str, float]:
+    """Note the largest absolute values that a block and the modules in it give, until the hooks are closed."""
+    peaks = {"branch": 0.0, "residual": 0.0}
+
+    def note(module: nn.Module, _: Any, out: Tensor) -> None:
+        _raise(peaks, "residual" if module is block else "branch", out)
+
+    for module in block.modules():
+        hooks.callback(module.register_forward_hook(note).remove)
+    return peaks
+
+
+def _raise(peaks: dict[str, float], place: str, values: Tensor) -> None:
+    # torch.max keeps NaN, max() would lose it.
+    largest = values.abs().max()
+    peaks[place] = float(torch.maximum(largest, largest.new_tensor(peaks[place])))
 
 
 class Throughout(nn.Module):
@@ -226,9 +248,7 @@ class _Block(nn.Module):
 
     def _note(self, values: Tensor, place: str = "branch") -> Tensor:
         if self.peaks is not None:
-            # torch.max keeps NaN, max() would lose it.
-            largest = values.abs().max()
-            self.peaks[place] = float(torch.maximum(largest, largest.new_tensor(self.peaks[place])))
+            _raise(self.peaks, place, values)
         return values
 
 

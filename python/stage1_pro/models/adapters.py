@@ -41,7 +41,6 @@ from stage1_pro.record import FileEntry, Record, list_files
 RECORD = "adapter.json"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
-_ATTENTION: tuple[Target, ...] = ("q", "k", "v", "o")
 _BODY = "backbone.hf."
 _PEFT = "base_model.model."
 
@@ -145,7 +144,7 @@ def adapt(model: Stage1Model, mode: AdapterMode, options: AdapterConfig, seed: i
 
 def _insert(backbone: Backbone, mode: AdapterMode, options: AdapterConfig, blocks: int, seed: int) -> PeftModel:
     """Put peft's layers into the first ``blocks`` blocks."""
-    names = _projections(backbone, options.targets or _ATTENTION, blocks)
+    names = _projections(backbone, options.targets or backbone.adapted, blocks)
     narrow = min(min(cast("nn.Linear", backbone.body.get_submodule(name)).weight.shape) for name in names)
     if options.rank > narrow:
         raise InputError(f"adapter.rank must be at most the {narrow} features of a projection, got {options.rank}")

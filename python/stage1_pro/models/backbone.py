@@ -1,4 +1,4 @@
-"""``Backbone``: what every family of vision transformers offers, and one door to them: preset, folder or hub id."""
+"""``Backbone``: what every family of backbones offers, and one door to them: preset, folder or hub id."""
 
 from __future__ import annotations
 
@@ -76,6 +76,8 @@ class Backbone(nn.Module, ABC):
         n_prefix: tokens before the patches; the first of them is the CLS token.
         reader: pools normed tokens [N, T, D] to [N, D] where there is no CLS token.
         any_size: no table of positions fixes the size it was trained at.
+        transformer: its blocks are a transformer's: patches can be left out (ExPLoRA), blocks rewritten (res32).
+        adapted: projections that adapters change unless the configuration names others.
 
     Raises:
         InputError: an image size that is no multiple of the patch.
@@ -90,11 +92,13 @@ class Backbone(nn.Module, ABC):
     mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)
     std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
     any_size: ClassVar[bool] = False
+    transformer: ClassVar[bool] = True
+    adapted: ClassVar[tuple[Target, ...]] = ("q", "k", "v", "o")
 
     def __init__(self, hf: Any, image_size: int) -> None:
         super().__init__()
         config = hf.config
-        patch = int(config.patch_size)
+        patch, width, heads = self.sizes(config)
         if image_size % patch or image_size < patch:
             lower = max(patch, image_size // patch * patch)
             raise InputError(
@@ -102,13 +106,17 @@ class Backbone(nn.Module, ABC):
                 f"use {lower} or {image_size // patch * patch + patch}"
             )
         self.hf = hf
-        self.image_size, self.patch_size, self.hidden_size = image_size, patch, int(config.hidden_size)
-        self.n_heads = int(config.num_attention_heads)
+        self.image_size, self.patch_size, self.hidden_size, self.n_heads = image_size, patch, width, heads
         self.n_prefix = 1 + int(getattr(config, "num_register_tokens", 0))
         self.n_blocks = len(self.blocks)
         self.n_patches = (image_size // patch) ** 2
 
     # ---------------------------------------------------------------------------- what a family says
+
+    @classmethod
+    def sizes(cls, config: Any) -> tuple[int, int, int]:
+        """Side of a patch in pixels, width of a token after the last block, and attention heads."""
+        return int(config.patch_size), int(config.hidden_size), int(config.num_attention_heads)
 
     @property
     @abstractmethod
@@ -127,6 +135,10 @@ class Backbone(nn.Module, ABC):
     def context(self, pixels: Tensor | None = None) -> Context:  # noqa: ARG002 - families with rotary tables read it
         """What blocks share besides tokens: rotary tables, or None."""
         return None
+
+    def width(self, tap: int) -> int:  # noqa: ARG002 - blocks of a transformer are of one width
+        """Width of tokens after block ``tap``, counted from 1."""
+        return self.hidden_size
 
     def run_block(self, block: nn.Module, tokens: Tensor, context: Context) -> Tensor:
         """One block on tokens [N, T, D]."""
@@ -277,6 +289,7 @@ BACKBONES: Registry[type[Backbone]] = Registry(
     "stage1_pro.backbones",
     {
         "dinov3_vit": "stage1_pro.models.transformers_vit:Dinov3",
+        "dinov3_convnext": "stage1_pro.models.convnext:Dinov3ConvNext",
         "dinov2": "stage1_pro.models.transformers_vit:Dinov2",
         "dinov2_with_registers": "stage1_pro.models.transformers_vit:Dinov2Registers",
         "vit": "stage1_pro.models.transformers_vit:Vit",
@@ -374,7 +387,7 @@ def load_backbone(source: str, image_size: int | None, *, pos_embed_rescale: flo
     check_loaded(hf, plain, sorted(report["unexpected_keys"]), paths)
     if not image_size:
         # Of its processor file, else the multiple of the patch nearest to 224.
-        patch = int(config.patch_size)
+        patch = family.sizes(config)[0]
         image_size = Processor(name).side() or round(224 / patch) * patch
     return family(hf, image_size)
 

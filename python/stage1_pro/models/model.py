@@ -37,7 +37,8 @@ class Architecture(Record):
 class Outputs:
     """What one forward pass gives.
 
-    ``logits_a, logits_b`` [N, K]; ``gate_logit`` [N]; ``features_a, features_b`` [N, 2D] (CLS and mean patch token).
+    ``logits_a, logits_b`` [N, K]; ``gate_logit`` [N]; ``features_a, features_b`` [N, 2D] (CLS and mean patch token),
+    each with its stage's own width D.
     """
 
     logits_a: Tensor
@@ -74,15 +75,18 @@ class Heads(nn.Module):
     """The three heads on given features; what linear mode trains.
 
     ``classifier`` is Stage A's and linear, ``auxiliary`` Stage B's and stronger, through one hidden layer: both from
-    features [N, F] to logits [N, K].
+    features [N, F] of their stage to logits [N, K].
     """
 
-    def __init__(self, features: int, classes: int, auxiliary_hidden: int, dropout: float) -> None:
+    def __init__(self, features_a: int, features_b: int, classes: int, auxiliary_hidden: int, dropout: float) -> None:
         super().__init__()
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, classes))
-        self.gate = Gate(features)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features_a, classes))
+        self.gate = Gate(features_a)
         self.auxiliary = nn.Sequential(
-            nn.Linear(features, auxiliary_hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(auxiliary_hidden, classes)
+            nn.Linear(features_b, auxiliary_hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(auxiliary_hidden, classes),
         )
 
     def forward(self, features_a: Tensor, features_b: Tensor) -> Outputs:
@@ -99,13 +103,17 @@ class Stage1Model(nn.Module):
         self.architecture = architecture
         self.backbone = backbone
         self.tap = architecture.tap
-        width = backbone.hidden_size
+        width = backbone.width(self.tap)
         self.norm_a = nn.LayerNorm(width, eps=1e-6) if self.tap < backbone.n_blocks else nn.Identity()
         # Heads have a stream of their own: arms with other backbones or adapters start from the same ones.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.heads = Heads(
-                2 * width, len(architecture.classes), architecture.auxiliary_hidden, architecture.dropout
+                2 * width,
+                2 * backbone.hidden_size,
+                len(architecture.classes),
+                architecture.auxiliary_hidden,
+                architecture.dropout,
             )
 
     def to_tap(self, pixels: Tensor) -> tuple[Tensor, Tensor, Any]:

@@ -467,7 +467,8 @@ def check_fairness(starts: Mapping[str, Start], seed: int) -> list[str]:
     """Refuse arms of one seed that did not start alike; give the exceptions, where they cannot.
 
     Seeds, splits and row order must be the same in all. Heads must be where they have the same shapes, rows of the
-    first batches where the batch size is the same, and their pixels where preprocessing and augmentation are too.
+    first batches where the batch size is the same, and their pixels where preprocessing and augmentation are too. What
+    of the environments differs is an exception as well.
 
     Raises:
         ArtifactError: naming two arms and what differs.
@@ -498,6 +499,10 @@ def check_fairness(starts: Mapping[str, Start], seed: int) -> list[str]:
          "heads of other shapes cannot be the same")  # fmt: skip
     same("rows in the first batches", lambda s: s.batch_rows, lambda s: s.batch_size,
          "other batch sizes have other batches")  # fmt: skip
+    told = [{**start.versions, **start.environment} for start in starts.values() if start.environment]
+    unlike = sorted({key for one in told for key in one if len({json.dumps(other.get(key)) for other in told}) > 1})
+    if unlike:
+        exceptions.append(f"trained in environments that differ in {', '.join(unlike)}")
     seeing = {name: start for name, start in starts.items() if start.batch_inputs is not None}
     blind = [name for name in starts if name not in seeing]
     if blind:

@@ -70,8 +70,14 @@ def make_trainable(backbone: Backbone, config: ExploraConfig, seed: int) -> Trai
     """Freeze a backbone but for what is to be trained, and put LoRA into it; its outputs stay the same.
 
     Raises:
-        InputError: the trainable share is outside 0.1% to 10% (``explora.train: full`` has no limit).
+        InputError: a backbone without patches to leave out, or a trainable share outside 0.1% to 10%
+            (``explora.train: full`` has no limit).
     """
+    if not backbone.transformer:
+        raise InputError(
+            "explora must have a vision transformer, of which patches can be left out, got "
+            f"{type(backbone.hf).__name__}; choose another model.backbone"
+        )
     body = backbone.body
     total = sum(p.numel() for p in body.parameters())
     body.requires_grad_(config.train == "full")

@@ -80,9 +80,11 @@ def _explore(
 ) -> ExploraRecord:
     from stage1_pro.models.backbone import load_backbone, save_backbone
     from stage1_pro.models.model import input_spec
+    from stage1_pro.training.environment import check_environment, describe_environment
     from stage1_pro.training.explora import Explorer
     from stage1_pro.training.probes import judge, probe, verdict
 
+    check_environment()
     model, options = config.model, config.explora
 
     def load() -> Any:
@@ -123,6 +125,7 @@ def _explore(
         write_config(folder, config, splits)
         write_quarantine(folder / "quarantine.csv", pool.quarantined)
         adapted = explorer.run()
+    environment = describe_environment(explorer.device)
     whole, history = explorer.trainable, explorer.at.history
     n_trained, n_held_out = len(explorer.trained_on), len(explorer.held_out)
     del explorer  # its decoder, teacher and moments would stay on the device beside the probe
@@ -158,6 +161,7 @@ def _explore(
         base=info, base_fingerprint=start, backbone_fingerprint=chosen.fingerprint(),
         weights_sha256=sha256_file(folder / "backbone" / "model.safetensors"),
         preprocessing=spec, split_hashes=splits.hashes, seed=config.seed, versions=versions(),
+        environment=environment,
     )  # fmt: skip
     record.write(folder / "explora.json")
     say(f"kept the {'adapted backbone' if kept else 'base'}: {reason}")

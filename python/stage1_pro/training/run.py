@@ -19,6 +19,7 @@ from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import locked, recover_directory, sha256_file, sweep
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.policy import coming_files, policy_files
+from stage1_pro.progress import say
 from stage1_pro.record import Record
 
 
@@ -116,6 +117,7 @@ class ExploraRecord(Record):
     split_hashes: dict[str, str]
     seed: int
     versions: dict[str, str]
+    environment: dict[str, str] = Field({}, description="as in ``start.json``")
 
 
 # What one training writes; a new one in the same folder starts without them. A bundle is its own thing and stays.
@@ -245,6 +247,21 @@ def _changed(key: str, value: object, kept: object) -> InputError:
         f"--resume must keep the run's configuration, got {key} = {value} instead of {kept}; "
         "start anew with --overwrite"
     )
+
+
+def settle(run: Path, images: str | None) -> None:
+    """Have a run look for its photos at another place from now on; None: nothing is changed.
+
+    Raises:
+        InputError: no run, or a photo of it that is not there.
+    """
+    if images is None:
+        return
+    if not (run / "splits.json").is_file():
+        raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
+    with exclusive(run):
+        Splits.read(run / "splits.json").verify().moved_to(images).write(run / "splits.json")
+    say(f"{run} looks for its photos in {images} from now on")
 
 
 @contextlib.contextmanager
