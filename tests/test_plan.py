@@ -161,7 +161,7 @@ def test_the_units_that_refusals_name_certify_as_often_as_said(target, n, of, ca
 def test_a_refusal_names_an_interval_of_units() -> None:
     (one,) = refusals(Gate(max_exit_error=0.2, min_coverage=0.5), 40, 1, e=0.05, at=0.5, growth=2)
     assert 40 < one.n_needed == one.needed.n and one.needed.low < one.needed.n < one.needed.high
-    assert str(one.needed) in str(infeasible(one, "this"))
+    assert str(one.needed) in str(infeasible(one, "this", halved=True))
 
 
 def test_rows_that_a_model_answered_are_the_world(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_splits_say_what_they_could_promise(streets: Path, tmp_path: Path, capsy
     assert cli.main(["split", "--labels", str(streets / "labels.csv"), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     splits = Splits.read(tmp_path / "run" / "splits.json")
-    kept = splits.of("val_calib", "certify")
+    kept = splits.of("val_calib")
     for rows in (kept, [row for row in kept if row.label == splits.positive]):
         n = len({row.group for row in rows})
         assert f"{100 * (1 - 0.05 ** (1 / n)):.1f}% at best" in said and f"{n} groups" in said
