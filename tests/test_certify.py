@@ -622,10 +622,10 @@ def test_platt_solves_its_equations_and_survives_separation() -> None:
 @pytest.mark.parametrize(
     ("logit", "correct", "reason"),
     [
-        ([1.0, 2.0], [1, 1], "only right answers in the fit half"),
-        ([1.0, 2.0], [0, 0], "only wrong answers in the fit half"),
-        ([np.nan, np.inf], [0, 1], "no rows in the fit half"),
-        ([0.1] * 30, [0, 1] * 15, "all gate logits of the fit half are equal"),
+        ([1.0, 2.0], [1, 1], "only right answers among the rows that fit it"),
+        ([1.0, 2.0], [0, 0], "only wrong answers among the rows that fit it"),
+        ([np.nan, np.inf], [0, 1], "no rows among the rows that fit it"),
+        ([0.1] * 30, [0, 1] * 15, "all gate logits of the rows that fit it are equal"),
     ],
 )
 def test_platt_says_where_nothing_can_be_fitted(logit: list[float], correct: list[int], reason: str) -> None:

@@ -274,14 +274,14 @@ class CalibrateConfig(Section):
         "better on val_select, as gate.json says",
     )
     guarantee: Literal["ltt", "none"] = Field(
-        "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
+        "ltt", description="ltt = certified, or refused; none = empirical, promises nothing"
     )
     target_fnr: float = Field(0.02, gt=0, lt=1, description="softmax: largest false negative rate among exits")
     max_exit_error: float = Field(
         0.01,
         gt=0,
         lt=1,
-        description="gate: largest share of wrong answers among exits; scrc: of the fit half, for its exit rule",
+        description="gate: largest share of wrong answers among exits; scrc: of the rows that fit its exit rule",
     )
     min_coverage: float = Field(
         0.70, gt=0, lt=1, description="gate: least share of images that exit; scrc: that are accepted"

@@ -396,13 +396,13 @@ def power_png(
     """Draw the chance to certify a wish against calibration units, with the wished chance and where it is reached.
 
     Args:
-        n: units of the certify half.
+        n: units that certify.
         power: chance at each, in [0, 1].
         wished: the chance asked for.
         needed: units from which it stays there.
         given: units that there are and the chance with them, to mark.
     """
-    figure, axes = _canvas("rows of the certify half (groups, where rows share one)", "chance to certify the wish")
+    figure, axes = _canvas("rows of val_calib (groups, where rows share one)", "chance to certify the wish")
     axes.plot(n, power, color=BLUE, linewidth=2, label="power")
     axes.axhline(wished, color=GREY, linestyle="--", linewidth=1.2, label=f"wished: {wished:.4g}")
     axes.plot(needed, np.interp(needed, n, power), "o", color=GREEN, markersize=8, label=f"needed: {needed:,}")

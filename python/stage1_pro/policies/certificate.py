@@ -70,15 +70,17 @@ class CertificateRecord(Record):
     method: Method
     delta: float = Field(gt=0, lt=1, description="of this claim: what was declared, divided by claims")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
-    use: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
+    use: int | None = Field(
+        description="which claim on the rows kept for the certificate this is; null when nobody counted"
+    )
     min_coverage: float | None
     risks: list[RiskCounts] = Field(min_length=1)
     unit: Unit
-    n: int = Field(description="units of the certify half")
+    n: int = Field(description="units kept for the certificate")
     accepted: int
     coverage: float = Field(ge=0, le=1, description="accepted / n")
     threshold: float
-    first_candidate: float = Field(description="where the walk began, from the fit half alone")
+    first_candidate: float = Field(description="where the walk began, from rows that certify nothing")
     n_tested: int = Field(description="candidates tested, the first that failed among them")
     p_value: float | None = Field(
         ge=0, le=1, description="the largest of all constraints, at the threshold; null for crc"

@@ -27,7 +27,7 @@ BOUND_LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Chosen:
-    """A threshold and what it does on the rows that its figures are of: the certify half's, or all."""
+    """A threshold and what it does on the rows that its figures are of: those kept for the certificate, or all."""
 
     rows: Rows
     row: SweepRow
@@ -107,7 +107,7 @@ def choose_exits(
         fit = ~rows.kept_half()
         certificate = _certified(target, rows, score, lowest, grid)
         if not certificate.feasible:
-            raise infeasible(certificate, called or target.words())
+            raise infeasible(certificate, called or target.words(), halved=rows.halved)
         assert certificate.threshold is not None
         rows, score = rows.where(~fit), score[~fit]
         counts = count_exits(rows, score, lowest=lowest, grid=grid)
@@ -186,12 +186,12 @@ def beside_groups(
 def certified_bound(certificate: Certificate) -> str:
     """How the bounds of a certified policy came about, in words."""
     if certificate.unit == "photos":
-        return f"betting on sums over groups, one-sided at level {1 - certificate.delta:g}, on the certify half"
+        return f"betting on sums over groups, one-sided at level {1 - certificate.delta:g}, on what was kept for it"
     drawn = ", one row drawn from each group" if certificate.unit == "groups" else ""
     counts = ", ".join(f"{risk.name} {risk.errors} of {risk.trials}" for risk in certificate.risks)
     return (
-        f"Clopper-Pearson, one-sided at level {1 - certificate.delta:g}, on {certificate.unit} of the certify "
-        f"half{drawn} ({counts})"
+        f"Clopper-Pearson, one-sided at level {1 - certificate.delta:g}, on {certificate.unit} kept for the "
+        f"certificate{drawn} ({counts})"
     )
 
 

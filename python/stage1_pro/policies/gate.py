@@ -1,7 +1,7 @@
 """The gate exit policy: Stage A answers when the gate's calibrated P(Stage A is correct) is at or above a threshold.
 
 NumPy only. An image exits iff ``sigmoid(a * gate_logit + b) >= threshold``, computed in float64 by ``score`` alone, in
-calibration, evaluation and the cascade. ``a`` and ``b`` are Platt's, from the fit half of ``val_calib``.
+calibration, evaluation and the cascade. ``a`` and ``b`` are Platt's, from ``val_select`` or a half of ``val_calib``.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class GateParams(ByGate, ExitPolicy):
     """``gateparams.json``: the gate exit policy.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
-    counts are those of the calibration rows (with ``ltt`` of their certify half); ``a`` and ``b`` come from the fit
-    half.
+    counts are those of the calibration rows (with ``ltt`` of those kept for the certificate); ``a`` and ``b`` come
+    from rows that certify nothing.
     """
 
     file: ClassVar[str] = "gateparams.json"
@@ -99,7 +99,9 @@ class GateParams(ByGate, ExitPolicy):
     constraints: GateConstraints
     guarantee: Literal["none", "ltt"]
     certificate: CertificateRecord | None = Field(description="null with guarantee none")
-    certify_uses: int | None = Field(description="claims on the certify half so far, with this one; null: not counted")
+    certify_uses: int | None = Field(
+        description="claims on the rows kept for the certificate so far, with this one; null: not counted"
+    )
     statement: str
     exit_error_upper_bound: float = Field(ge=0, le=1)
     fnr_upper_bound: float | None = Field(ge=0, le=1, description="null when no positive exits, or none was asked for")
@@ -124,10 +126,10 @@ class GateParams(ByGate, ExitPolicy):
         """Choose the gate's threshold of largest coverage under all constraints at once, certified or empirically.
 
         Coverage at least ``min_coverage``, exit error P(wrong | exit) at most ``max_exit_error`` and, when asked for,
-        FNR on exits at most ``target_fnr``. ``ltt``: candidates and their order come from the fit half, the certify
-        half tests them in a fixed sequence by exact binomials, by group, and the record's figures are the certify
-        half's. ``none``: the choice is the best on all rows, compared in exact integers, and promises nothing. Platt
-        scaling sees the fit half alone either way. See ``Policy.fit``.
+        FNR on exits at most ``target_fnr``. ``ltt``: candidates and their order come from the fit rows, the others test
+        them in a fixed sequence by exact binomials, by group, and the record's figures are those of the others.
+        ``none``: the choice is the best on all rows, compared in exact integers, and promises nothing. Platt scaling
+        sees the fit rows alone either way. See ``Policy.fit``.
         """
         platt, sure = _sure(rows)
         if target.guarantee == "none" and np.isnan(sure).all():
@@ -152,16 +154,16 @@ class GateParams(ByGate, ExitPolicy):
 
     @classmethod
     def check_fit_half(cls, rows: Rows) -> None:
-        """Raise NotReachableError where no gate logit of the fit half is finite."""
+        """Raise NotReachableError where no gate logit of the fit rows is finite."""
         if rows.gate is not None and not np.isfinite(rows.gate[rows.fit_half()]).any():
             raise NotReachableError(
-                "gate logits of the fit half must be finite in one row at least, got none, so nothing may exit; train "
-                "again. No policy was written, and no claim was made"
+                "gate logits of the rows that fix the order must be finite in one at least, got none, so nothing may "
+                "exit; train again. No policy was written, and no claim was made"
             )
 
     @classmethod
     def planned(cls, terms: PlanTerms) -> Planned:
-        """Platt's scaling on the fit half, and the walk on the other; see ``Policy.planned``."""
+        """Platt's scaling on the fit rows, and the walk on the others; see ``Policy.planned``."""
         least, delta = terms.min_coverage, terms.delta[0]
 
         def certifies(rows: Rows, alpha: float) -> tuple[float, bool] | None:
@@ -252,7 +254,7 @@ def reach(score: ArrayLike, wrong: ArrayLike, *, min_coverage: float = 0.70, max
 
 
 def _sure(rows: Rows) -> tuple[Platt, NDArray[np.float64]]:
-    """Platt's scaling of the fit half's gate logits, and P(Stage A is correct) of all rows [N]."""
+    """Platt's scaling of the fit rows' gate logits, and P(Stage A is correct) of all rows [N]."""
     if rows.gate is None:
         raise InputError("gate must be given for the gate policy, got None; give its logit for every row")
     fit = rows.fit_half()
@@ -273,8 +275,8 @@ def _said(found: Chosen) -> dict[str, Any]:
             out, n_all, errors, unit = row.n_exited, rows.labels.size, found.n_errors, "photos"
         return counts | {
             "statement": (
-                f"{certificate.guarantee} {out} of {n_all} {unit} exited on the certify half, "
-                f"{errors} of them wrong; its rows chose nothing. {assumed(certificate)}"
+                f"{certificate.guarantee} {out} of {n_all} {unit} of those kept for the certificate "
+                f"exited, {errors} of them wrong; they chose nothing. {assumed(certificate)}"
                 f"{found.caution}"
             ),
             "exit_error_upper_bound": certificate.risks[0].bound,

@@ -1,4 +1,4 @@
-"""Candidates and their order from the fit half, the certificate from the other; what is stored of it, and refusals."""
+"""Candidates and their order from some rows, the certificate from others; what is stored of it, and refusals."""
 
 from __future__ import annotations
 
@@ -288,14 +288,17 @@ def record(
     return CertificateRecord(**{**same, **more, "claims": claims, "use": use, "largest_group": largest_group})
 
 
-def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
+def infeasible(certificate: Certificate, wish: str, *, halved: bool) -> NotReachableError:
     """Build the error of a wish that cannot be certified: why, what could be, and how many rows it takes.
 
     Args:
         certificate: an infeasible one.
         wish: what was asked for, in words.
+        halved: a half of the rows given fixed the order.
     """
-    said = f"{wish} must be certifiable on the second half of val_calib, but it is INFEASIBLE: {certificate.reason}. "
+    said = (
+        f"{wish} must be certifiable on the rows kept for the certificate, but it is INFEASIBLE: {certificate.reason}. "
+    )
     what, unit = certificate.smallest_of, certificate.unit
     if certificate.min_certifiable_alpha is None:
         said += f"No {what} at all could be certified there"
@@ -314,8 +317,7 @@ def infeasible(certificate: Certificate, wish: str) -> NotReachableError:
     elif needed.n <= certificate.n:
         said += f". About {needed} {unit} kept for it succeed 9 times in 10; these {certificate.n} did not: bring more"
     else:
-        said += (
-            f". With answers as good as these about {needed} {unit} kept for it would do (there are {certificate.n}; "
-            "val_calib is cut in two, so twice that there)"
-        )
+        twice = "; twice that in all, since half of them fix the order" if halved else ""
+        said += f". With answers as good as these about {needed} {unit} kept for it would do (there are "
+        said += f"{certificate.n}{twice})"
     return NotReachableError(f"{said}. No policy was written")

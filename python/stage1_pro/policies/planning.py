@@ -48,7 +48,7 @@ class Planned:
 
     share: float  # of units that are trials of the risk, at the coverage wished
     level: float  # at which the risk is tested
-    # The coverage that rows with halves certify with a limit, and whether that says something; None: they do not.
+    # The coverage that rows certify with a limit, and whether that says something; None: they do not.
     certifies: Callable[[Rows, float], tuple[float, bool] | None]
     most_trials: Callable[[int], int]  # of the risk, among so many units, where as many as can be are accepted
     wish: str
@@ -71,7 +71,7 @@ def certify_power(n: int, alpha: float, delta: float, share: float, expected_err
     ``stage1 plan`` simulates it.
 
     Args:
-        n: rows of the certify half; groups, where rows share one.
+        n: rows that certify; groups, where rows share one.
         alpha: largest risk, inside (0, 1).
         delta: largest chance of a false certificate, inside (0, 1).
         share: share of units that are trials, in (0, 1].
@@ -98,11 +98,10 @@ def plan_calibration(
 ) -> int:
     """How many rows (groups, where rows share one) one exact test takes to certify risk <= alpha; fewer is cheaper.
 
-    The smallest n from which ``certify_power`` stays at ``power``, which saws a little with n. It is of a single
-    binomial test, at a threshold fixed beforehand whose coverage needs no proof. A policy has to find its threshold and
-    proves its coverage too, which takes up to twice as many: ``stage1_pro.plan`` simulates that. ``val_calib`` is
-    halved, so it needs twice what its half does. Where the normal approximation asks for more than 200,000 trials its
-    answer stands.
+    The smallest n from which ``certify_power`` stays at ``power``, which saws a little with n. It is of one binomial
+    test, at a threshold fixed beforehand whose coverage needs no proof. A policy has to find its threshold and proves
+    its coverage too, which takes up to twice as many: ``stage1_pro.plan`` simulates that. Where the normal
+    approximation asks for more than 200,000 trials its answer stands.
 
     Args:
         alpha: largest risk, inside (0, 1).

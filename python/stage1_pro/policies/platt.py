@@ -50,11 +50,13 @@ def fit_platt(logit: ArrayLike, correct: ArrayLike) -> Platt:
     n_right, n = int(right.sum()), right.size
     if n_right in (0, n):
         what = "no rows" if n == 0 else "only right answers" if n_right else "only wrong answers"
-        return Platt(1.0, 0.0, False, f"{what} in the fit half, so the gate's own sigmoid stands", n)
+        return Platt(1.0, 0.0, False, f"{what} among the rows that fit it, so the gate's own sigmoid stands", n)
     center, spread = float(values.mean()), float(values.std())
     # Of equal numbers the mean rounds, and so do their differences from it.
     if not spread > 1e-12 * max(1.0, abs(center)):
-        return Platt(1.0, 0.0, False, "all gate logits of the fit half are equal, so the gate's own sigmoid stands", n)
+        return Platt(
+            1.0, 0.0, False, "all gate logits of the rows that fit it are equal, so the gate's own sigmoid stands", n
+        )
     x = (values - center) / spread
     target = np.where(right, (n_right + 1) / (n_right + 2), 1 / (n - n_right + 2))
     slope, offset = 0.0, float(np.log((n_right + 1) / (n - n_right + 1)))
@@ -79,9 +81,9 @@ def fit_platt(logit: ArrayLike, correct: ArrayLike) -> Platt:
             break
     a = slope / spread
     if not a > 0:
-        why = f"the gate's logit does not rise with being right on the fit half (slope {a:.3g})"
+        why = f"the gate's logit does not rise with being right on the rows that fit it (slope {a:.3g})"
         return Platt(1.0, 0.0, False, f"{why}, so its own sigmoid stands", n)
-    said = f"Platt scaling on {n} rows of the fit half, {n_right} answered rightly"
+    said = f"Platt scaling on {n} rows that certify nothing, {n_right} answered rightly"
     return Platt(a, offset - a * center, True, said, n)
 
 

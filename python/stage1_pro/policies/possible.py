@@ -57,7 +57,7 @@ class Outlook:
 
 
 def foresee(target: Target, rows: Rows) -> list[Outlook]:
-    """Say of every promise of a target whether the certify half can certify it, by counts alone.
+    """Say of every promise of a target whether the rows kept for the certificate can certify it, by counts alone.
 
     Args:
         target: what is asked for; nothing is foreseen of what promises nothing.
@@ -113,8 +113,8 @@ def check_possible(target: Target, rows: Rows) -> None:
     if missing:
         said = "; ".join(map(str, missing))
         raise NotReachableError(
-            f"{target.words()} must be certifiable on the second half of val_calib, but it is INFEASIBLE by the number "
-            f"of its photos alone, even if no answer is wrong: {said}. Nothing was looked at; your claim "
+            f"{target.words()} must be certifiable on the rows kept for the certificate, but it is INFEASIBLE by the "
+            f"number of photos alone, even if no answer is wrong: {said}. Nothing was looked at; your claim "
             "is unspent and nothing was changed. Bring more such photos, or ask for what these can certify"
         )
 

@@ -39,6 +39,7 @@ class Rows:
     units_known: bool = False
     told_apart: bool = False
     independent: bool = False  # as the caller states, without groups
+    halved: bool = True  # those of the fit half are of the same split as those that certify
 
     @classmethod
     def of(

@@ -59,8 +59,9 @@ class ScrcParams(ByGate):
     logit of Stage B's largest probability. The image is accepted iff it is at or above ``lambda_1``, and then gets the
     set of classes whose nonconformity is at or below its cell's limit in ``lambda_2``; otherwise nobody answers.
 
-    Both Platt scalings and the exit rule come from the fit half, ``lambda_1``, ``lambda_2`` and all counts and bounds
-    from the certify half. ``calibrator_fingerprint`` is recomputed on reading: other numbers void the certificate.
+    Both Platt scalings and the exit rule come from rows that certify nothing, ``lambda_1``, ``lambda_2`` and all counts
+    and bounds from those kept for the certificate. ``calibrator_fingerprint`` is recomputed on reading: other numbers
+    void the certificate.
     """
 
     file: ClassVar[str] = "scrcparams.json"
@@ -71,9 +72,9 @@ class ScrcParams(ByGate):
 
     policy: Literal["scrc"] = "scrc"
     exit_threshold: float = Field(ge=0, le=NOBODY_EXITS, description="just above 1: nobody exits")
-    max_exit_error: float = Field(gt=0, lt=1, description="what the exit rule was asked for, on the fit half")
-    exit_error: float | None = Field(ge=0, le=1, description="of the fit half; null when nobody exits")
-    exit_rate: float = Field(ge=0, le=1, description="of the fit half")
+    max_exit_error: float = Field(gt=0, lt=1, description="what the exit rule was asked for, on the rows that fit it")
+    exit_error: float | None = Field(ge=0, le=1, description="of the rows that fit it; null when nobody exits")
+    exit_rate: float = Field(ge=0, le=1, description="of the same rows")
     a_b: float
     b_b: float
     platt_b: str = Field(description="how a_b and b_b came about")
@@ -91,10 +92,10 @@ class ScrcParams(ByGate):
     rank: int = Field(
         ge=1, description="of the certify units' scores: the last one accepted (pac), or the first one that is not"
     )
-    n: int = Field(ge=1, description="units of the certify half")
+    n: int = Field(ge=1, description="units kept for the certificate")
     unit: Literal["rows", "groups"]
     seed: int = Field(description="of the row that speaks for its group")
-    accepted: int = Field(ge=0, description="units of the certify half")
+    accepted: int = Field(ge=0, description="of them")
     coverage: float = Field(ge=0, le=1, description="accepted / n")
     coverage_bound: float | None = Field(description="lower, at 1 - delta[0]; null for T and naive")
     risk_bound: float = Field(ge=0, le=1, description="the largest of all cells")
@@ -105,9 +106,13 @@ class ScrcParams(ByGate):
     statement: str
     assumptions: list[str]
     useless: str = Field("", description="why the sets tell nothing, where they were wanted all the same")
-    of_photos: PhotoCounts | None = Field(None, description="of all photos of the certify half, where groups count")
+    of_photos: PhotoCounts | None = Field(
+        None, description="of all photos kept for the certificate, where groups count"
+    )
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
-    certify_uses: int | None = Field(description="which claim on the certify half this is; null when nobody counted")
+    certify_uses: int | None = Field(
+        description="which claim on the rows kept for the certificate this is; null when nobody counted"
+    )
     n_fit_rows: int
     grouped: bool
     split_hashes: dict[str, str]
@@ -117,11 +122,11 @@ class ScrcParams(ByGate):
 
     @classmethod
     def fit(cls, target: Scrc, rows: Rows, *, use: int | None = None, origin: Origin | None = None) -> Self:
-        """Fit both Platt scalings and the exit rule on the fit half, and both risk-controlled thresholds on the other.
+        """Fit both Platt scalings and the exit rule on the fit rows, and both risk-controlled thresholds on the others.
 
-        The exit rule is the laxest one whose exit error on the fit half is at most ``max_exit_error``, in exact
+        The exit rule is the laxest one whose exit error on the fit rows is at most ``max_exit_error``, in exact
         integers; where there is none nobody exits. It may be poor without harm: what is promised is counted on the
-        certify half, on what this very cascade answers there. Stage B's scaling sees the deferred rows of the fit half,
+        others, on what this very cascade answers there. Stage B's scaling sees the deferred ones of the fit rows,
         all of them where those are answered only rightly or only wrongly. Without gate logits the logit of Stage A's
         largest probability stands in; without Stage B there is one stage, which answers deferred rows too.
 
@@ -175,7 +180,7 @@ class ScrcParams(ByGate):
 
     @classmethod
     def planned(cls, terms: PlanTerms) -> Planned:
-        """Both scalings and the exit rule of the fit half, rank and budgets of the other; see ``Policy.planned``."""
+        """Both scalings and the exit rule of the fit rows, rank and budgets of the others; see ``Policy.planned``."""
         least, (selection, risk), several = terms.min_coverage, terms.delta, len(terms.cells) > 1
         most = Scrc.model_fields["max_exit_error"].default
 
@@ -332,7 +337,7 @@ class ScrcParams(ByGate):
 
     @property
     def usual_exit_rate(self) -> float:
-        """Share of the fit half that exits."""
+        """Share that exits of the rows that fit the exit rule."""
         return self.exit_rate
 
     def rule(self) -> str:
@@ -353,20 +358,20 @@ class ScrcParams(ByGate):
         return f"scrc policy, variant {self.variant}, positive class '{self.positive}', {self.target.words()}"
 
     def found(self) -> list[str]:
-        """What the fit half and the certify half gave."""
+        """What the rows that fit it and those kept for the certificate gave."""
         rate = "-" if self.exit_error is None else f"{self.exit_error:.2%}"
         bound = "" if self.coverage_bound is None else f", lower bound {self.coverage_bound:.1%}"
         named = ["sets" if self.cells is None else f"{self.cells} {cell.name}" for cell in self.lambda_2]
         return [
             (
-                f"fit half ({self.n_fit_rows} rows): exits {self.exit_rate:.1%}, exit error {rate} (at most "
-                f"{self.max_exit_error:g} asked for)"
+                f"of the {self.n_fit_rows} rows that fit the exit rule: exits {self.exit_rate:.1%}, exit error {rate} "
+                f"(at most {self.max_exit_error:g} asked for)"
             ),
             f"  gate: {self.platt}",
             f"  Stage B: {self.platt_b}",
             (
-                f"certify half ({self.n} {self.unit}): accepted {self.accepted} ({self.coverage:.1%}{bound}), at "
-                f"P(answer correct) >= {self.lambda_1:.6g}"
+                f"of the {self.n} {self.unit} kept for the certificate: accepted {self.accepted} "
+                f"({self.coverage:.1%}{bound}), at P(answer correct) >= {self.lambda_1:.6g}"
             ),
             *(
                 f"  {name}: {self.score} limit {cell.limit:.6g}, {cell.errors} of {cell.trials} wrong (at most "
@@ -414,7 +419,7 @@ class ScrcParams(ByGate):
         }[self.guarantee]
         kept = "the risk of each class" if self.cells == "class" else "the risk" if self.loss == "fnr" else ""
         source = (
-            f"It comes from {self.n} {unit} of the certify half of val_calib, which neither trained the model nor "
+            f"It comes from {self.n} {unit} kept for the certificate, which neither trained the model nor "
             "chose who exits, and it speaks of new photos like those: the same cameras and places, the same mix of "
             "classes. "
             + (
@@ -433,8 +438,8 @@ class ScrcParams(ByGate):
             f"{cell.name} {cell.errors} of {cell.trials} (bound {cell.bound:.2%})" for cell in self.lambda_2
         )
         return (
-            f"accepted {self.coverage:.1%} of {self.n} {self.unit} of the certify half{bound}, wished {self.xi:.1%}; "
-            f"risk {risks}, wished {self.alpha:.2%}; exits on the fit half {self.exit_rate:.1%}"
+            f"accepted {self.coverage:.1%} of {self.n} {self.unit} kept for the certificate{bound}, "
+            f"wished {self.xi:.1%}; risk {risks}, wished {self.alpha:.2%}; exits elsewhere {self.exit_rate:.1%}"
         )
 
     @classmethod
@@ -502,7 +507,7 @@ def _wish(of: Scrc | ScrcParams, xi: float, delta: tuple[float, float], positive
 
 @dataclass(frozen=True)
 class _Cascade:
-    """What the fit half decided, as fields of the record, and how all rows [N] are answered by it."""
+    """What the fit rows decided, as fields of the record, and how all rows [N] are answered by it."""
 
     fields: dict[str, Any]
     stage: NDArray[np.str_]
@@ -545,7 +550,7 @@ def _exit_threshold(rows: Rows, sure: NDArray[np.float64], most: float) -> float
 
 
 def _check_stages(found: FittedSCRC, answering: set[str]) -> None:
-    """Raise NotReachableError where a stage that may answer answered nothing of the certify half."""
+    """Raise NotReachableError where a stage that may answer answered nothing of what was kept for the certificate."""
     missing = answering - {cell.name for cell in found.cells}
     if found.scrc.groups == "stage" and missing:
         raise NotReachableError(
@@ -571,7 +576,7 @@ def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
         for cell in cells
     )
     counted = (
-        f"On the certify half, whose rows fitted nothing else, {found.accepted} of {found.n} {found.unit} are accepted "
+        f"Of {found.n} {found.unit} kept for the certificate, which fitted nothing else, {found.accepted} are accepted "
         f"and of the sets that count {missed} miss at the limit."
     )
     if found.scrc.variant == "naive":

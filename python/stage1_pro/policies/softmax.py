@@ -102,9 +102,9 @@ class Thresholds(ExitPolicy):
         undefined and the target counts as missed.
 
         ``none`` tries all thresholds on the given rows, compared in exact integers: it promises nothing.
-        ``ltt`` takes candidates and their order from the fit half and certifies on the other, by exact binomial
+        ``ltt`` takes candidates and their order from the fit rows and certifies on the others, by exact binomial
         tests in a fixed sequence, by group: with probability 1 - delta the FNR on exits of new images is at
-        most the target. The record's figures are then those of the certify half. See ``Policy.fit``.
+        most the target. The record's figures are then those of the others. See ``Policy.fit``.
         """
 
         def best(counts: ExitCounts) -> int:
@@ -187,7 +187,7 @@ def _said(found: Chosen) -> dict[str, Any]:
         return {
             "statement": (
                 f"{certificate.guarantee} {missed} of {trials} exited positive {unit} were "
-                f"answered negative on the certify half, whose rows chose nothing. {assumed(certificate)}"
+                f"answered negative among those kept for the certificate, which chose nothing. {assumed(certificate)}"
                 f"{found.caution}"
             ),
             "fnr_upper_bound": certificate.risks[0].bound,

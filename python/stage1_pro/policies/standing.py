@@ -79,7 +79,7 @@ def in_reach(splits: Splits, delta: float = 0.05) -> str:
         splits: of a run.
         delta: chance of a false certificate.
     """
-    kept = splits.of("val_calib", "certify")
+    kept = splits.of("val_calib")
     groups = len({row.group for row in kept})
     positive = len({row.group for row in kept if row.label == splits.positive})
 
@@ -87,7 +87,7 @@ def in_reach(splits: Splits, delta: float = 0.05) -> str:
         return f"{100 * clopper_pearson_upper(0, n, 1 - delta):.1f}%"
 
     return (
-        f"with {groups} groups in the second half of val_calib: exit error {best(groups)} at best, if none is wrong; "
+        f"with {groups} groups in val_calib: exit error {best(groups)} at best, if none is wrong; "
         f"FNR on exits {best(positive)} at best, by {positive} groups with '{splits.positive}' (stage1 plan counts "
         "errors too)"
     )

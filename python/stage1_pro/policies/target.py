@@ -82,9 +82,7 @@ class Target(Record):
     configured: ClassVar[Mapping[str, str]] = {}  # fields that the configuration's ``calibrate`` calls otherwise
 
     policy: str
-    guarantee: Guarantee = Field(
-        "ltt", description="ltt = certified on the certify half, or refused; none = empirical, promises nothing"
-    )
+    guarantee: Guarantee = Field("ltt", description="ltt = certified, or refused; none = empirical, promises nothing")
     delta: Share = Field(0.05, description="largest chance of a false certificate, all claims together")
     claims: Count = Field(1, le=10**6, description="claims that delta is divided for, before the first")
     allow_useless: bool = Field(
@@ -249,7 +247,9 @@ class Scrc(Target):
     )
     allow_empty: bool = Field(False, description="let sets be empty")
     raps: tuple[float, int] = Field((0.01, 2), description="penalty for each rank beyond the second number")
-    max_exit_error: Share = Field(0.01, description="of the exit rule on the fit half; it promises nothing of its own")
+    max_exit_error: Share = Field(
+        0.01, description="of the exit rule on the rows that fit it; it promises nothing of its own"
+    )
 
     @classmethod
     def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

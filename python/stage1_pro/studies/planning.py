@@ -1,7 +1,8 @@
 """plan: how many calibration rows (groups, where rows share one) a promise takes, before any are collected.
 
-Whole calibrations are simulated: both halves are drawn from a world, and the policy itself looks for its threshold and
-certifies it. Every calibration has a seed of its own, whatever n, so that powers of different n share their noise.
+Whole calibrations are simulated: rows that order and rows that certify are drawn from a world, and the policy itself
+looks for its threshold and certifies it. Every calibration has a seed of its own, whatever n, so that powers of
+different n share their noise.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _LEAST_DELTA = 1e-12
 class PlanPoint(Record):
     """Power with so many units."""
 
-    n: int = Field(description="units of the certify half")
+    n: int = Field(description="units that certify")
     power: float = Field(
         description="chance to certify the wish with them, in a promise that says something, if the expectation holds"
     )
@@ -78,8 +79,8 @@ class CalibrationPlan(Record):
     cells: list[float] = Field(description="share of each cell of scrc among the accepted")
     power: float
     seed: int | None = Field(None, description="of the simulated calibrations")
-    n_certify: int = Field(description="units of the certify half with which the power is the wished one")
-    n_val_calib: int = Field(description="twice that: val_calib is cut in two halves")
+    n_certify: int = Field(description="units that certify, with which the power is the wished one")
+    n_val_calib: int = Field(description="the same; twice that in plans of older versions, which halved val_calib")
     table: list[PlanPoint]
     n: int | None = Field(description="units that there are")
     power_at_n: float | None
@@ -247,14 +248,19 @@ def plan(asked: Plan) -> CalibrationPlan:
         power=power,
         seed=asked.seed,
         n_certify=needed,
-        n_val_calib=2 * needed,
+        n_val_calib=needed,
         table=[run.point(size) for size in sorted(run.found)],
         n=n,
         power_at_n=None if n is None else run.power(n),
         smallest_alpha_at_n=smallest,
         least_alpha_at_n=None if best == 1 else best,
         wish=f"with probability {1 - sum(delta):.6g}, {planned.wish}",
-        assumptions=[*said, *planned.assumptions, "rows of both halves are independent, or count as groups"],
+        assumptions=[
+            *said,
+            *planned.assumptions,
+            "rows are independent, or count as groups",
+            "val_select holds two thirds as many and fixes the order; a val_calib that is halved takes twice as many",
+        ],
     )
     if asked.out is not None:
         found.write(asked.out / "plan.json")
@@ -319,10 +325,9 @@ def _rows(asked: Plan) -> Rows | None:
 
 def render(found: CalibrationPlan) -> str:
     """The answer, the table, and what it rests on."""
-    halves = f"{found.n_certify:,} rows in the certify half, {found.n_val_calib:,} in val_calib (it is cut in two)"
     lines = [
         f"wish: {found.wish}",
-        f"needed: {halves}, for a chance of {found.power:g} to certify it",
+        f"needed: {found.n_certify:,} rows in val_calib, for a chance of {found.power:g} to certify it",
         "        count groups instead of rows where rows share a clip, a track or a place: one speaks for its group",
         *(
             []
@@ -330,15 +335,15 @@ def render(found: CalibrationPlan) -> str:
             else ["        from few answers: others of such photos can ask for far fewer or far more"]
         ),
         "",
-        f"{'certify half':>14}{'val_calib':>12}{'power':>8}{'+-':>7}{'then answers':>14}",
+        f"{'val_calib':>14}{'power':>8}{'+-':>7}{'then answers':>14}",
     ]
     for point in found.table:
         mark = "  <- needed" if point.n == found.n_certify else "  <- given" if point.n == found.n else ""
         noise = "" if point.draws is None else f"{math.sqrt(point.power * (1 - point.power) / point.draws):.3f}"
         covered = "-" if point.coverage is None else f"{point.coverage:.0%}"
-        lines.append(f"{point.n:>14,}{2 * point.n:>12,}{point.power:>8.2f}{noise:>7}{covered:>14}{mark}")
+        lines.append(f"{point.n:>14,}{point.power:>8.2f}{noise:>7}{covered:>14}{mark}")
     if found.n is not None:
-        lines += ["", f"with the given {found.n:,} in the certify half the chance is {found.power_at_n:.2f}"]
+        lines += ["", f"with the given {found.n:,} the chance is {found.power_at_n:.2f}"]
         if found.least_alpha_at_n is None:
             lines.append(f"no risk below 1 can be certified with them at a chance of {found.power:g}")
         else:

@@ -1,7 +1,8 @@
 """Worlds that ``stage1 plan`` draws calibrations from: a stated curve of errors, or rows that a model has answered.
 
-A world gives ``rows(n, rng)``: Rows of 2 n units, every second one of the fit half. More units from the same seed begin
-with the same ones, so that powers of different n share their noise.
+A world gives ``rows(n, rng)``: n units that certify and two thirds as many that fix the order, as ``val_calib`` and
+``val_select`` have them by default. More units from the same seed begin with the same ones, so that powers of different
+n share their noise.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from scipy.special import logit
 
 from stage1_pro.policies.rows import Rows
 
-_HALVES = np.array(["fit", "certify"])
+_PATTERN = np.array(["certify", "fit", "certify", "fit", "certify"])
+
+
+def parts(n: int) -> NDArray[np.str_]:
+    """``certify`` or ``fit`` of every unit [N], of which n certify and at least one does not."""
+    rounds, rest = divmod(n, 3)
+    return np.resize(_PATTERN, max(5 * rounds + (0, 1, 3)[rest], 2))
 
 
 class World(Protocol):
     """Where calibration rows come from."""
 
     def rows(self, n: int, rng: np.random.Generator) -> Rows:
-        """Rows of ``n`` units for each half."""
+        """Rows of ``n`` units that certify, and of others."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,17 @@ class Stated:
 
     def rows(self, n: int, rng: np.random.Generator) -> Rows:
         """See the module."""
-        depth, chance, kind = np.maximum(rng.random((2 * n, 3)), 1e-12).T
+        halves = parts(n)
+        depth, chance, kind = np.maximum(rng.random((halves.size, 3)), 1e-12).T
         with np.errstate(over="ignore", invalid="ignore"):  # 0 of infinity is no error
             wrong = chance < self.error * (self.growth + 1) * (depth / self.coverage) ** self.growth
         k = len(self.shares)
         labels = np.minimum(np.searchsorted(np.cumsum(self.shares), kind, side="right"), k - 1)
         sure = 1 - depth * (1 - 1 / k)
         probs = np.repeat(((1 - sure) / (k - 1))[:, None], k, axis=1)
-        probs[np.arange(2 * n), (labels + wrong) % k] = sure
+        probs[np.arange(halves.size), (labels + wrong) % k] = sure
         names = [str(i) for i in range(k)]
-        return Rows(probs, labels, names, names[-1], logit(1 - depth), halves=np.tile(_HALVES, n))
+        return Rows(probs, labels, names, names[-1], logit(1 - depth), halves=halves)
 
 
 @dataclass(frozen=True)
@@ -90,15 +98,16 @@ class Resampled:
     def rows(self, n: int, rng: np.random.Generator) -> Rows:
         """See the module."""
         order, start, size = self._groups
-        drawn = rng.integers(0, size.size, 2 * n)
-        unit = np.repeat(np.arange(2 * n), size[drawn])
+        halves = parts(n)
+        drawn = rng.integers(0, size.size, halves.size)
+        unit = np.repeat(np.arange(halves.size), size[drawn])
         place = np.arange(unit.size) - np.repeat(np.cumsum(size[drawn]) - size[drawn], size[drawn])
         at, known = order[start[drawn][unit] + place], self.known
         return Rows(
             known.probs[at], known.labels[at], known.classes, known.positive,
             gate=None if known.gate is None else known.gate[at],
             probs_b=None if known.probs_b is None else known.probs_b[at],
-            halves=_HALVES[unit % 2],
+            halves=halves[unit],
             # Numbers name groups as well as words do, and faster.
             groups=None if known.groups is None else cast("NDArray[np.str_]", unit),
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,7 +52,7 @@ def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
         target: what is asked for, instead of the options of a policy and of the configuration.
 
     Raises:
-        InputError: an option or array is not what it must be, or the certify half has been used up.
+        InputError: an option or array is not what it must be, or the rows kept for the certificate have been used up.
         ArtifactError: ``val_calib.npz`` is missing, damaged, or of other splits.
         NotReachableError: the target cannot be met or certified; the policy that stands stays.
     """
@@ -167,14 +167,25 @@ class _Work:
 
     @property
     def half(self) -> str:
-        """Hash of the half that certifies; empty where the splits have none."""
-        return self.splits.hashes.get("val_calib.certify", "")
+        """Hash of the rows that certify, ``val_calib`` or its second half; empty where the splits have none."""
+        return self.splits.hashes.get("val_calib.certify" if self.rows.halved else "val_calib", "")
 
     @property
     def kept(self) -> tuple[list[str], list[str]]:
-        """Content hash and group of every photo of that half."""
-        rows = self.splits.of("val_calib", "certify")
+        """Content hash and group of every photo that certifies."""
+        rows = self.splits.of("val_calib", "certify" if self.rows.halved else None)
         return [row.sha256 for row in rows], [row.group for row in rows]
+
+    @property
+    def order(self) -> str:
+        """Which rows fixed the order of thresholds, as an assumption of the certificate."""
+        if self.rows.halved:
+            return "the order of thresholds comes from the other half of val_calib, which shares no photo and no group"
+        n, of = len(self.splits.of("val_select")), len(self.splits.of("val_calib"))
+        return (
+            f"the order of thresholds comes from the {n} photos of val_select, which share no photo and no group with "
+            f"the {of} of val_calib that certify"
+        )
 
     def weigh(self) -> tuple[Stake, Claims]:
         """The claim that this would be, as ``weigh_claim`` says."""
@@ -199,23 +210,63 @@ def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
     else:
         given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
-    rows = run_rows(predictions)
+    rows = run_rows(predictions, read_order(run, predictions, splits) if wish.guarantee == "ltt" else None)
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
     work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin)
     if wish.guarantee == "ltt":
         if not work.half:
-            raise ArtifactError(f"{run / 'splits.json'} must have the hash of val_calib.certify, got none; split again")
+            raise ArtifactError(
+                f"{run / 'splits.json'} must have the hash of the rows that certify, got none; split again"
+            )
         POLICIES.find(wish.policy).check_fit_half(rows)
     return work
 
 
-def run_rows(predictions: Predictions) -> Rows:
-    """Rows of a run's predictions, with halves where all have one."""
-    return Rows.of(
-        softmax(predictions.logits_a), predictions.labels, classes=predictions.classes, positive=predictions.positive,
-        gate=predictions.gate_logits, probs_b=softmax(predictions.logits_b), groups=predictions.groups,
-        halves=predictions.halves if (predictions.halves != "").all() else None, told_apart=True,
+def run_rows(predictions: Predictions, order: Predictions | None = None) -> Rows:
+    """Rows of a run's predictions, with halves where all have one.
+
+    With ``order``, those of ``val_select``, its rows are the fit half and all of the others certify.
+    """
+    parts = [predictions] if order is None else [order, predictions]
+    halves = predictions.halves if (predictions.halves != "").all() else None
+    if order is not None:
+        halves = np.repeat(HALVES, [order.labels.size, predictions.labels.size])
+
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(one, name) for one in parts])
+
+    rows = Rows.of(
+        softmax(joined("logits_a")), joined("labels"), classes=predictions.classes, positive=predictions.positive,
+        gate=joined("gate_logits"), probs_b=softmax(joined("logits_b")), groups=joined("groups"), halves=halves,
+        told_apart=True,
     )  # fmt: skip
+    return replace(rows, halved=order is None)
+
+
+def read_order(run: Path, predictions: Predictions, splits: Splits) -> Predictions | None:
+    """Read ``RUN/val_select.npz``, whose rows fix the order of thresholds and certify nothing; None without it.
+
+    A run that has claimed the second half of ``val_calib`` keeps its halves, so that its claim can be repeated.
+
+    Raises:
+        ArtifactError: it is damaged, of other splits, or of another model than ``predictions``.
+    """
+    path = run / "val_select.npz"
+    if not path.is_file() or splits.hashes.get("val_calib.certify") in Claims.of(run).halves:
+        return None
+    try:
+        found = Predictions.load(path)
+    except InputError as error:
+        raise ArtifactError(str(error)) from None
+    same_rows = found.row_ids.tolist() == [row.id for row in splits.of("val_select")]
+    if (
+        found.model_fingerprint != predictions.model_fingerprint
+        or found.classes != predictions.classes
+        or not same_rows
+    ):
+        raise ArtifactError(f"{path} must be of the model and splits that gave val_calib.npz, got others; train again")
+    splits.apart()
+    return found
 
 
 def _choose(work: _Work) -> Policy:
@@ -243,7 +294,7 @@ def _choose(work: _Work) -> Policy:
         raise NotReachableError(f"{error}. {_advice(stake, read_policy(run), counted)}") from None
     if stake is not None:
         close_claim(run, work.half, stake, "certified")
-        policy = policy.assuming(*stake.assumptions())
+        policy = policy.assuming(work.order, *stake.assumptions())
         if stake.looks:
             say(
                 f"--guarantee none saw these photos {stake.looks} time(s) before; the certificate holds only if this "

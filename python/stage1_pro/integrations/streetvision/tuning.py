@@ -38,7 +38,7 @@ from stage1_pro.policies.platt import fit_platt
 from stage1_pro.progress import say, track
 from stage1_pro.record import Record
 from stage1_pro.training.answers import answer, policy_of
-from stage1_pro.training.calibration import read_calibration
+from stage1_pro.training.calibration import read_calibration, read_order
 
 if TYPE_CHECKING:
     from stage1_pro.commands.streetvision import Tune
@@ -107,12 +107,12 @@ class _HeldOut:
 def tune(asked: Tune) -> MinerTuning:
     """Pick threshold and abstain band by the simulated steady state of the reward; keep the plain ones unless it shows.
 
-    Rows are those of the fit half of a run's ``val_calib`` (``val_calib.npz``; its exit policy has seen them, the
-    certify half keeps its one claim, and ``val_test`` is never read), or labelled photos that trained nothing, answered
-    by a bundle. The threshold is .5 or where Platt scaling of these rows puts even odds; it and the band are chosen by
-    the simulated reward. Labels decide what was right, so probabilities that are too sure of themselves win nothing.
-    The gain is measured on groups that the choice had not seen (five folds), its interval by resampling groups; the
-    tuned setting is chosen when that interval lies above 0.
+    Rows are those of a run's ``val_select`` (its exit policy has seen them; ``val_calib`` keeps its one claim, and
+    ``val_test`` is never read), or labelled photos that trained nothing, answered by a bundle. The threshold is .5
+    or where Platt scaling of these rows puts even odds; it and the band are chosen by the simulated reward. Labels
+    decide what was right, so probabilities that are too sure of themselves win nothing. The gain is measured on
+    groups that the choice had not seen (five folds), its interval by resampling groups; the tuned setting is chosen
+    when that interval lies above 0.
 
     Raises:
         InputError: an option out of range, rows of one label alone, or too few groups.
@@ -150,16 +150,17 @@ def _of_run(run: Path) -> _HeldOut:
     policy = policy_of(run, splits)
     if policy is None:
         raise InputError(f"run must be calibrated, got {run}; run `stage1 calibrate --run {run}` first")
-    predictions = read_calibration(run)
+    calibration = read_calibration(run)
+    predictions = read_order(run, calibration, splits) or calibration
     cascade = answer(predictions, policy)["cascade"]
     _, accepted = policy.answer(cascade.probs, cascade.exited, predictions.gate_logits)
-    fit = predictions.halves == "fit"
+    fit = predictions.halves != "certify"
     return _HeldOut(
         probs=cascade.probability[fit],
         positive=(predictions.labels == predictions.classes.index(predictions.positive))[fit],
         accepted=accepted[fit],
         groups=predictions.groups[fit],
-        name="val_calib.fit",
+        name=predictions.split if predictions is not calibration else "val_calib.fit",
         model_fingerprint=predictions.model_fingerprint,
         train_prior=_share(splits.counts["train"], splits.positive),
     )
