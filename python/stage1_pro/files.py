@@ -16,11 +16,12 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, printable
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -281,19 +282,98 @@ def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def load_npz(path: Path | str) -> dict[str, NDArray[Any]]:
-    """Read every array of an ``.npz`` without pickle; raise InputError when it is not one."""
+_ARRAYS = 4096
+_HEAD = 2**16
+# What a packed file may unpack to: real predictions pack to a half or a third.
+_PACKED, _PACKED_TIMES = 2**28, 16
+_NUMBERS, _TEXTS = "biuf", "USMmc"
+
+
+class _Sparing:
+    """A file that is never read by more than some megabytes at once, whatever is written in it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        most = 2**24
+        data = self._file.read(min(size, most + 1) if size >= 0 else most + 1)
+        if len(data) > most:
+            raise ValueError(f"a part of more than {most} bytes")
+        return data
+
+
+def npz_arrays(file: IO[bytes], *, plain: bool = False) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Kind and shape of every array of an ``.npz``, by its headers alone; what it claims is what it holds.
+
+    Args:
+        file: read from anywhere, left open.
+        plain: refuse packed arrays, and text.
+
+    Raises:
+        Exception: of many kinds, where it is damaged, holds objects, or would take far more memory than it is large.
+    """
     import numpy as np
 
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    with zipfile.ZipFile(cast("IO[bytes]", _Sparing(file))) as archive:
+        members = archive.infolist()
+        if len(members) > _ARRAYS:
+            raise ValueError(f"more than {_ARRAYS} arrays")
+        whole = file.seek(0, os.SEEK_END)
+        if sum(member.file_size for member in members) > max(_PACKED, _PACKED_TIMES * whole):
+            raise ValueError(f"arrays that unpack to more than {_PACKED_TIMES} times the file's size")
+        for member in members:
+            if member.flag_bits & 1 or (plain and member.compress_type != zipfile.ZIP_STORED):
+                raise ValueError(f"{member.filename} packed or encrypted")
+            with archive.open(member) as opened:
+                head = io.BytesIO(opened.read(_HEAD))
+            version = np.lib.format.read_magic(head)
+            shape, _, dtype = headers[version](head)
+            if dtype.kind not in (_NUMBERS if plain else _NUMBERS + _TEXTS) or min(shape, default=0) < 0:
+                raise ValueError(f"{member.filename} of something else than numbers{'' if plain else ' or text'}")
+            if math.prod(shape) * dtype.itemsize != member.file_size - head.tell():
+                raise ValueError(f"{member.filename} of another size than its shape says")
+            # An axis of no length beside a long one: rows without end in no bytes.
+            if math.prod(max(1, size) for size in shape) * max(1, dtype.itemsize) > max(_PACKED, member.file_size):
+                raise ValueError(f"{member.filename} of a shape that no array has")
+            name = member.filename.removesuffix(".npy")
+            if name in found:
+                raise ValueError(f"two arrays of the name {name}")
+            found[name] = dtype, shape
+    return found
+
+
+def load_npz(source: Path | str | bytes) -> dict[str, NDArray[Any]]:
+    """Read every array of an ``.npz``, by its path or from its bytes, without pickle.
+
+    Raises:
+        InputError: it is none, or its arrays are packed to less than a sixteenth of their size.
+    """
+    import numpy as np
+
+    path = "bytes" if isinstance(source, bytes) else Path(source)
     try:
-        data = np.load(path, allow_pickle=False)
-        if isinstance(data, np.ndarray):
-            raise InputError(f"{path} must be a NumPy .npz file with named arrays, got a single array")
-        with data:
-            return {name: data[name] for name in data.files}
+        if isinstance(path, Path) and path.exists() and not path.is_file():
+            raise ValueError("no plain file")
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
+                raise InputError(f"{path} must be a NumPy .npz file with named arrays, got a single array")
+            names = npz_arrays(file)
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as data:
+                return {name: data[name] for name in names}
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path} must exist, but there is no such file") from None
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy each raise kinds of their own on damage
-        raise InputError(f"{path} must be a NumPy .npz file without pickled objects, got: {error}") from None
+        raise InputError(
+            f"{path} must be a NumPy .npz file without pickled objects, got: {printable(str(error))}"
+        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.target import POLICIES, Target, settle_target
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, parse_json
 from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, exclusive
 from stage1_pro.words import HALVES
@@ -362,8 +361,8 @@ def _place(out: Path | None, wish: Target) -> Path | None:
 
 def _is_policy(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = parse_json(path.read_bytes(), str(path), InputError, values=10**6, depth=100)
+    except (OSError, InputError):
         return False
     return isinstance(content, dict) and content.get("policy") in policies()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +31,13 @@ from stage1_pro.continual.ledger.labels import (
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import SKETCH_SIZE, Event
 from stage1_pro.data.tables import read_table
-from stage1_pro.errors import InputError, nearest, need
+from stage1_pro.errors import InputError, nearest, need, printable
 from stage1_pro.files import atomic_path, write_csv, write_text
-from stage1_pro.record import wrong
+from stage1_pro.record import parse_json, wrong
 
 COLUMNS = tuple(Label.model_fields)
-_SIZE_LIMIT = 2**30
+# Some hundred thousand tasks; as objects in memory they take ten times as much as in their file.
+_SIZE_LIMIT, _VALUES_LIMIT, _DEPTH_LIMIT = 2**28, 2**22, 64
 # What annotations keep of the answers that they were exported from.
 _EXPORTED = ("label", "source", "annotator", "time")
 
@@ -76,7 +78,8 @@ def import_csv(
     for name in table.columns:
         if name not in COLUMNS:
             raise InputError(
-                f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{name}'{nearest(name, COLUMNS)}"
+                f"{path.name} must have columns of {', '.join(COLUMNS)}, got '{printable(name)}'"
+                f"{nearest(name, COLUMNS)}"
             )
     given = [
         Outside(
@@ -125,11 +128,12 @@ def _time(where: str, value: Any) -> float:
             moment = None
         if moment is None or moment.tzinfo is None:
             raise InputError(
-                f"{where}: time must be seconds since the epoch or ISO 8601 with its offset (…Z), got '{value}'"
+                f"{where}: time must be seconds since the epoch or ISO 8601 with its offset (…Z), "
+                f"got '{printable(str(value))}'"
             ) from None
         found = moment.timestamp()
     if not math.isfinite(found):
-        raise InputError(f"{where}: time must be finite, got '{value}'")
+        raise InputError(f"{where}: time must be finite, got '{printable(str(value))}'")
     return found
 
 
@@ -212,11 +216,13 @@ def import_label_studio(
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _SIZE_LIMIT:
-            raise InputError(f"{path.name} must be at most {_SIZE_LIMIT} bytes, got {path.stat().st_size}; split it")
-        tasks = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"labels must be a readable JSON file, got {path}: {error}") from None
+        size = path.stat().st_size
+        if not path.is_file() or size > _SIZE_LIMIT:
+            raise InputError(f"{path.name} must be a plain file of at most {_SIZE_LIMIT} bytes, got {size}; split it")
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"labels must be a readable JSON file, got {path}: {error.strerror}") from None
+    tasks = parse_json(content.removeprefix(BOM_UTF8), path.name, InputError, values=_VALUES_LIMIT, depth=_DEPTH_LIMIT)
     if not isinstance(tasks, list):
         raise InputError(f"{path.name} must be a list of tasks, got {type(tasks).__name__}; export it as JSON")
     given: list[Outside] = []
@@ -314,7 +320,7 @@ def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:
             meta = one.get("meta")
             found += [(name, meta if isinstance(meta, Mapping) else {}) for name in (choices or [])]
     if len(found) != 1 or not isinstance(found[0][0], str):
-        got = ", ".join(str(name) for name, _ in found) or "none"
+        got = printable(", ".join(str(name) for name, _ in found)) or "none"
         raise InputError(f"{where} must have exactly one choice in each annotation, got {got}; answer it or cancel it")
     return found[0]
 
