@@ -285,7 +285,7 @@ def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
 _ARRAYS = 4096
 _HEAD = 2**16
 # What a packed file may unpack to: real predictions pack to a half or a third.
-_PACKED, _PACKED_TIMES = 2**28, 16
+_PACKED, _PACKED_TIMES = 2**26, 32
 _NUMBERS, _TEXTS = "biuf", "USMmc"
 
 
@@ -352,7 +352,7 @@ def load_npz(source: Path | str | bytes) -> dict[str, NDArray[Any]]:
     """Read every array of an ``.npz``, by its path or from its bytes, without pickle.
 
     Raises:
-        InputError: it is none, or its arrays are packed to less than a sixteenth of their size.
+        InputError: it is none, or its arrays are packed to less than a thirtieth of their size.
     """
     import numpy as np
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
@@ -38,6 +37,8 @@ from stage1_pro.record import parse_json, wrong
 COLUMNS = tuple(Label.model_fields)
 # Some hundred thousand tasks; as objects in memory they take ten times as much as in their file.
 _SIZE_LIMIT, _VALUES_LIMIT, _DEPTH_LIMIT = 2**28, 2**22, 64
+_NAME_LIMIT = 200
+_YEAR_10000 = 253402300800.0
 # What annotations keep of the answers that they were exported from.
 _EXPORTED = ("label", "source", "annotator", "time")
 
@@ -103,6 +104,8 @@ def _label(where: str, **values: Any) -> Label:
         if value is None or value == "":
             hint = f"; give {name}= for rows that have none" if name in ("source", "annotator") else ""
             raise InputError(f"{where} must have a value for {name}, got none{hint}")
+    if not str(values["annotator"]).isprintable() or len(str(values["annotator"])) > _NAME_LIMIT:
+        raise InputError(f"{where} must name its annotator in at most {_NAME_LIMIT} printable characters, got another")
     try:
         return Label(**values)
     except ValidationError as error:
@@ -121,7 +124,7 @@ def _time(where: str, value: Any) -> float:
     """Seconds since the epoch from a number, or from ISO 8601 with an offset."""
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         try:
             moment = datetime.fromisoformat(str(value))
         except ValueError:
@@ -132,8 +135,8 @@ def _time(where: str, value: Any) -> float:
                 f"got '{printable(str(value))}'"
             ) from None
         found = moment.timestamp()
-    if not math.isfinite(found):
-        raise InputError(f"{where}: time must be finite, got '{printable(str(value))}'")
+    if not 0 <= found < _YEAR_10000:
+        raise InputError(f"{where}: time must be from 1970 on and before the year 10000, got '{printable(str(value))}'")
     return found
 
 
@@ -238,6 +241,7 @@ def import_label_studio(
         for one in annotations:
             if not isinstance(one, Mapping):
                 raise InputError(f"{where} must have annotations that are objects, got {type(one).__name__}")
+            _check_names(where, task, one)
             record = _record(task, one)
             if not one.get("was_cancelled"):
                 given.append(_annotated(where, data["event_id"], one, record, now, source, annotator))
@@ -245,6 +249,16 @@ def import_label_studio(
                 given.append(_withdrawn(where, last, record, one.get("updated_at") or now))
         given += _gone(where, task, annotations, known.get(data["event_id"], {}))
     return add_outside(store, given)
+
+
+def _check_names(where: str, task: Mapping[str, Any], annotation: Mapping[str, Any]) -> None:
+    names = (task.get("id"), task.get("project"), *(annotation.get(name) for name in ("id", "task", "project")))
+    for name in names:
+        if (
+            not (name is None or type(name) is int or (isinstance(name, str) and name.isprintable()))
+            or len(str(name)) > 99
+        ):
+            raise InputError(f"{where} must have numbers or short texts as id, project and task, got {name!r}")
 
 
 def _record(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> str | None:
@@ -312,13 +326,14 @@ def _gone(
 
 def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:
     """The one choice of an annotation, and what this package added to it."""
-    found = []
+    found: list[tuple[Any, Mapping[str, Any]]] = []
     for one in result if isinstance(result, list) else []:
         if isinstance(one, Mapping) and one.get("type") == "choices":
             value = one.get("value")
             choices = value.get("choices") if isinstance(value, Mapping) else None
             meta = one.get("meta")
-            found += [(name, meta if isinstance(meta, Mapping) else {}) for name in (choices or [])]
+            kept = meta if isinstance(meta, Mapping) else {}
+            found += [(name, kept) for name in (choices if isinstance(choices, list) else [])]
     if len(found) != 1 or not isinstance(found[0][0], str):
         got = printable(", ".join(str(name) for name, _ in found)) or "none"
         raise InputError(f"{where} must have exactly one choice in each annotation, got {got}; answer it or cancel it")
