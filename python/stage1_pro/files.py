@@ -286,7 +286,7 @@ _ARRAYS = 4096
 _HEAD = 2**16
 # What a packed file may unpack to: real predictions pack to a half or a third.
 _PACKED, _PACKED_TIMES = 2**26, 32
-_NUMBERS, _TEXTS = "biuf", "USMmc"
+_NUMBERS, _TEXTS = "biuf", "USMm"
 
 
 class _Sparing:

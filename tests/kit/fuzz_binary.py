@@ -247,6 +247,9 @@ def encode(image, kind, **options):
     return buffer.getvalue()
 
 
+LARGE = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "PNG deep")
+
+
 class Images:
     """Every format that is read, with its parts mutated, and files that claim much."""
 
@@ -279,25 +282,26 @@ class Images:
             rgb.convert("LAB"), {}),
         ]  # fmt: skip
         self.seeds = [(kind, encode(image, kind, **options)) for kind, image, options in made]
-        large = Image.new("RGB", (7990, 8000))
-        self.large = [
-            ("PNG", encode(large, "PNG", compress_level=1)),
-            ("JPEG", encode(large, "JPEG", progressive=True)),
-        ]
-        large = Image.new("RGBA", (6900, 6900))
-        self.large += [
-            ("PNG", encode(large, "PNG", compress_level=1)),
-            ("WEBP", encode(large, "WEBP", lossless=True, method=0)),
-        ]
-        self.large += [
-            ("GIF", encode(large.convert("P"), "GIF")),
-            ("TIFF", encode(large, "TIFF", compression="tiff_lzw")),
-        ]
-        self.large += [("PNG", encode(Image.fromarray(np.zeros((8000, 7990), np.uint16)), "PNG", compress_level=1))]
+        self.large = {}
+
+    def largest(self, kind):
+        """A file of nearly as many pixels as are read, made when it is first asked for."""
+        if kind not in self.large:
+            wide, alpha = (7990, 8000), (6190, 6200)
+            image, options = {
+                "PNG": (Image.new("RGBA", wide), {"compress_level": 1}),
+                "JPEG": (Image.new("RGB", wide), {"progressive": True}),
+                "WEBP": (Image.new("RGBA", alpha), {"lossless": True, "method": 0}),
+                "GIF": (Image.new("P", wide), {}),
+                "TIFF": (Image.new("RGBA", wide), {"compression": "tiff_lzw"}),
+                "PNG deep": (Image.fromarray(np.zeros(wide[::-1], np.uint16)), {"compress_level": 1}),
+            }[kind]
+            self.large[kind] = encode(image, kind.split()[0], **options)
+        return kind, self.large[kind]
 
     def make(self, rng):
         large = rng.random() < 0.03
-        kind, data = rng.choice(self.large if large else self.seeds)
+        kind, data = self.largest(rng.choice(LARGE)) if large else rng.choice(self.seeds)
         kinds = [kind + (" large" if large else "")]
         change = {"PNG": self.png, "JPEG": self.jpeg, "MPO": self.jpeg, "TIFF": self.tiff, "GIF": self.gif}.get(kind)
         for _ in range(rng.choice((0, 1, 1, 2)) if not large else rng.choice((0, 1))):

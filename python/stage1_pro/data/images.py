@@ -59,8 +59,8 @@ MAX_ASPECT = 1000
 _BYTES_A_PIXEL, _LEAST_BYTES = 8, 2**24
 _HEAD_READS, _READS = 20_000, 400_000
 _SCANNED_PIXELS = 3e9
-# Its decoder holds four copies of a picture, others two.
-_WEBP_SHARE = 0.75
+# Its decoder holds three copies of a picture, others none.
+_WEBP_SHARE = 0.6
 _ROWS = 256
 # Raster formats that Pillow decodes itself: an EPS, for one, would start an external program. An ICO is decoded when it
 # is opened, before its size is known.
@@ -102,7 +102,7 @@ def read_image(source: ImageFile | BinaryIO | bytes, max_pixels: float = MAX_PIX
     Args:
         source: path, photo of a source, binary file (read from its start, left open) or encoded bytes.
         max_pixels: width x height above which the file is refused by its header, before decoding; a WEBP above three
-            quarters, since its decoder takes more. Sixteen bytes a pixel are the most that reading takes at once.
+            fifths, since its decoder takes more. Sixteen bytes a pixel are the most that reading takes at once.
 
     Raises:
         ImageError: for every file that does not give a whole picture, with its ``reason``.

@@ -364,7 +364,7 @@ def _is_policy(path: Path) -> bool:
         content = parse_json(path.read_bytes(), str(path), InputError, values=10**6, depth=100)
     except (OSError, InputError):
         return False
-    return isinstance(content, dict) and content.get("policy") in policies()
+    return isinstance(content, dict) and str(content.get("policy")) in policies()
 
 
 def file_rows(
