@@ -895,6 +895,8 @@ sys.path.insert(0, {str(repository / "tests")!r})
 import kit.fuzz_bundles as fuzz
 from pathlib import Path
 watch, folder = fuzz.Watch(), Path({str(plain)!r})
+class Unescaped(fuzz.Stage1Error):
+    __str__ = lambda self: '\\x1b[31m'
 load = fuzz.load_bundle
 evils = dict(
     nothing=lambda: None,
@@ -903,7 +905,7 @@ evils = dict(
     execute=lambda: os.system('true'),
     unpickle=lambda: pickle.loads(pickle.dumps(fuzz.Bomb())),
     other=lambda: 1 / 0,
-    message=lambda: (_ for _ in ()).throw(fuzz.Stage1Error('\\x1b[31m')),
+    message=lambda: (_ for _ in ()).throw(Unescaped()),
 )
 for name, evil in evils.items():
     fuzz.judge(folder, watch)

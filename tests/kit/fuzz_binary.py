@@ -212,7 +212,7 @@ class Npz:
                 + bytes(rng.choice((0, 8, 160, 2**20)))
             )
         np.lib.format.write_array(item, np.asarray(array), allow_pickle=True)
-        if rng.random() < 0.01:
+        if rng.random() < 0.002:
             kinds.append("bomb")
             np.lib.format.write_array(item := io.BytesIO(), np.zeros(2**25 if packed else 2**20), allow_pickle=False)
         return item.getvalue()

@@ -683,6 +683,7 @@ class Watch:
 
     def __init__(self):
         self.inside, self.seen = None, []
+        "\x1b".encode("unicode_escape")  # what messages are escaped with is imported when it is first used
         sys.addaudithook(self._hook)
 
     def _hook(self, event, arguments):

@@ -388,6 +388,8 @@ def file_rows(
     if policy == "gate" and "gate_logits" not in arrays:
         raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
     own = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
+    if own.shape != probs.shape[1:]:
+        raise InputError(f"classes must name the {probs.shape[1]} columns of {path}, got shape {list(own.shape)}")
     names = list(classes or map(str, own))
     if positive is None and "positive" in arrays:
         positive, said = str(arrays["positive"]), f"positive in {path}"
