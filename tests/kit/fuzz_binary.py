@@ -158,7 +158,9 @@ class Npz:
             arrays[key] = np.array(rng.choice((0, 1.5, "x", True, np.nan)))
         else:
             rows = rng.choice((1, 40, 10**5))
-            arrays[key] = np.broadcast_to(array if array.ndim == 0 else array[:1], (rows, *array.shape[1:]))
+            first = array if array.ndim == 0 else array[:1]
+            wanted = (rows, *array.shape[1:])
+            arrays[key] = np.broadcast_to(first, wanted) if first.size else np.zeros(wanted, array.dtype)
         return kind
 
     def item(self, rng, array, kinds, *, packed):

@@ -136,7 +136,7 @@ def _time(where: str, value: Any) -> float:
             ) from None
         found = moment.timestamp()
     if not 0 <= found < _YEAR_10000:
-        raise InputError(f"{where}: time must be from 1970 on and before the year 10000, got '{printable(str(value))}'")
+        raise InputError(f"{where}: time must be finite, from 1970 to the year 9999, got '{printable(str(value))}'")
     return found
 
 
