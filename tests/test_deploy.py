@@ -451,7 +451,7 @@ class TestBundle:
         with pytest.raises(ArtifactError, match="bundle must be a folder"):
             load_bundle(copy / "nowhere")
 
-    @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "engines/rtx/stage_a.engine"])
+    @pytest.mark.parametrize("name", ["notes.txt", "engines/rtx/stage_a.engine", "engines/README.md", "readme.onnx"])
     def test_extra_file(self, copy: Path, name: str) -> None:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("x")
@@ -531,20 +531,9 @@ class TestBundle:
         with pytest.raises(ArtifactError, match="must name files inside the bundle|control characters"):
             load_bundle(copy)
 
-    def test_links_are_refused(self, copy: Path) -> None:
-        outside = copy.parent / "outside.onnx"
-        (copy / "stage_a.onnx").rename(outside)
-        (copy / "stage_a.onnx").symlink_to(outside)
-        with pytest.raises(ArtifactError, match="got a link: stage_a.onnx"):
-            load_bundle(copy)
-
-    def test_linked_manifest_and_folder(self, copy: Path) -> None:
+    def test_a_linked_folder_that_holds_nothing_of_it(self, copy: Path) -> None:
         (copy / "engines").symlink_to(copy.parent)
-        with pytest.raises(ArtifactError, match="got a link: engines"):
-            load_bundle(copy)
-        (copy / "bundle.json").rename(copy.parent / "b.json")
-        (copy / "bundle.json").symlink_to(copy.parent / "b.json")
-        with pytest.raises(ArtifactError, match="bundle.json must be a plain file"):
+        with pytest.raises(ArtifactError, match="only the files of bundle.json, extra: engines"):
             load_bundle(copy)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 2}', "\udcff", '"' + "[" * 100000])

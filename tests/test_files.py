@@ -259,7 +259,12 @@ BOMB = "\n".join(
     [
         (BOMB, "a reference to another place"),
         ("model: " + "[" * 5000, "more than 40 levels"),
-        ("seed: " + "9" * 5000, "4300 digits"),
+        ("seed: " + "9" * 5000, "a number of 5000 digits"),
+            ("seed: 0x" + "f" * 5000, "a number of 5002 digits"),
+            ("seed: !!int ''", "list index|IndexError|string index"),
+            ("seed: !!bool x", "x"),
+            ("seed: !!timestamp x", "NoneType"),
+            ("".join(f"k{i}: 1\n" for i in range(9000)) + "k8999: 2\n", "the key k8999 more than once"),
         ("seed: 1\ntrain: {}\nseed: 2\n", "the key seed more than once"),
         ("train: {epochs: 1, epochs: 2}", "the key epochs more than once"),
         ("#" * (1 << 20) + "#", "bytes"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+import pickle
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -23,16 +25,19 @@ from onnx import TensorProto, helper
 
 import stage1_pro
 from stage1_pro import cli
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop.registry import Registry
+from stage1_pro.continual.serving.live import LiveCascade, Pointer
 from stage1_pro.deploy import bundle as bundle_module
 from stage1_pro.deploy import trust
-from stage1_pro.deploy.bundle import load_bundle
+from stage1_pro.deploy.bundle import Bundle, load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.inspection import migrate, render_findings, verify
 from stage1_pro.deploy.manifest import BundleManifest
 from stage1_pro.deploy.trust import engine_trust, remember_built, signature_status
 from stage1_pro.errors import ArtifactError, DependencyError, InputError, Stage1Error
-from stage1_pro.files import save_npz, sha256_file
+from stage1_pro.files import load_npz, save_npz, sha256_file
 
 IMAGES = [np.full((5, 7, 3), shade, np.uint8) for shade in (0, 128, 255)]
 
@@ -350,6 +355,173 @@ class TestGraphs:
             loaded.read("x")
 
 
+def as_a_hub_keeps_it(bundle, folder):
+    """Every file a link to one that is called by its content, as huggingface_hub's cache has it."""
+    for path in (p for p in bundle.rglob("*") if p.is_file()):
+        blob = folder / "blobs" / sha256_file(path)
+        link = folder / "snapshots" / "main" / path.relative_to(bundle)
+        for made in (blob, link):
+            made.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder / "snapshots" / "main"
+
+
+def as_a_volume_mounts_it(bundle, folder):
+    """Links through ``..data``, folders among them, as Kubernetes mounts configurations and secrets."""
+    shutil.copytree(bundle, folder / "..2026_12_01")
+    (folder / "..data").symlink_to("..2026_12_01")
+    for path in bundle.iterdir():
+        (folder / path.name).symlink_to(f"..data/{path.name}")
+    return folder
+
+
+class TestLinks:
+    """What counts is what a file holds, wherever a link leads; what runs are the bytes that were hashed."""
+
+    @pytest.mark.parametrize("lay", [as_a_hub_keeps_it, as_a_volume_mounts_it])
+    def test_bundles_of_links_are_bundles(self, rich, tmp_path, key, lay, capsys):
+        linked = lay(rich, tmp_path / "linked")
+        assert answers(linked) == answers(rich)
+        assert pickle.loads(pickle.dumps(Cascade.load(linked))).predict(IMAGES).to_dict() == answers(rich)
+        sign(linked, key)
+        trust.trust_key(f"{key}.pub")
+        assert verify(linked, require_signature=True)["signature"]["status"] == "trusted"
+        assert cli.main(["inspect", str(linked)]) == 0
+        capsys.readouterr()
+        # A loop keeps plain copies, the signature among them.
+        store = Store(f"sqlite:///{tmp_path / 'loop.db'}")
+        registry = Registry(tmp_path / "loop", store)
+        kept = registry.path(registry.add(linked))
+        assert not any(path.is_symlink() for path in kept.rglob("*"))
+        assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
+            *load_bundle(rich).manifest.files, "bundle.json", "bundle.sig"
+        }  # fmt: skip
+        assert signature_status(registry.load(kept.name)).status == "trusted"
+        store.close()
+        # What serves from a loop's folder takes one of links as well.
+        (tmp_path / "served" / "bundles").mkdir(parents=True)
+        (tmp_path / "served" / "bundles" / kept.name).symlink_to(linked)
+        pointer = Pointer(
+            serial=1,
+            champion=kept.name,
+            version=1,
+            previous=None,
+            threshold=None,
+            shadow=None,
+            canary=None,
+            canary_share=0,
+        )
+        pointer.write(tmp_path / "served" / "champion.json")
+        assert LiveCascade(tmp_path / "served").predict(IMAGES).to_dict() == answers(rich)
+
+    @pytest.mark.parametrize("name", ["bundle.json", "config.json", "stage_b.onnx", "stage_b.weights", "reference.npz"])
+    @pytest.mark.parametrize(
+        "target",
+        ["/etc/passwd", "/dev/zero", "/dev/tty", "/proc/self/environ", "/proc/self/pagemap", "/proc/kmsg",
+         "/sys/power/state", "/proc/self/fd/0", "pipe", "nowhere", ".", "/", "itself", "other"],
+    )  # fmt: skip
+    def test_links_to_anything_else_are_refused(self, rich_copy, tmp_path, name, target):
+        os.mkfifo(tmp_path / "pipe")
+        path = rich_copy / name
+        path.unlink()
+        path.symlink_to({"pipe": tmp_path / "pipe", "itself": name, "other": "metrics.csv"}.get(target, target))
+        began = time.monotonic()
+        with pytest.raises(ArtifactError) as caught:
+            load_bundle(rich_copy)
+        assert time.monotonic() - began < 5 and str(caught.value).isprintable()
+        assert "root:" not in str(caught.value)
+
+    def test_a_link_that_turns_after_it_was_verified(self, rich_copy, tmp_path):
+        linked = as_a_volume_mounts_it(rich_copy, tmp_path / "linked")
+        loaded = load_bundle(linked)
+        (linked / "..2027").mkdir()
+        for name in load_bundle(linked).manifest.files:
+            (linked / "..2027" / name).parent.mkdir(parents=True, exist_ok=True)
+            (linked / "..2027" / name).write_bytes(b"other")
+        (linked / "new").symlink_to("..2027")
+        (linked / "new").replace(linked / "..data")
+        for name in ("stage_a.onnx", "stage_b.weights", "reference.npz"):
+            with pytest.raises(ArtifactError, match="sha256"):
+                loaded.read(name)
+        with pytest.raises(ArtifactError, match="sha256"):
+            loaded.copy_to(tmp_path / "copy", ["stage_b.weights"])
+
+    def test_weights_beside_a_graph_are_the_bytes_that_were_hashed(self, rich_copy):
+        """onnxruntime never opens them: they may be gone once they were read."""
+        loaded, expected = load_bundle(rich_copy), answers(rich_copy)
+        read = Bundle.read
+
+        def once(bundle, name):
+            data = read(bundle, name)
+            (bundle.path / name).write_bytes(b"x" * len(data))
+            return data
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bundle, "read", once)
+            cascade = Cascade.load(loaded)
+        assert cascade.predict(IMAGES).to_dict() == expected
+
+    def test_what_hubs_and_systems_put_beside_it(self, copy, tmp_path, capsys):
+        for name in (".DS_Store", ".cache/huggingface/x.lock", "README.md", "LICENSE", "Thumbs.db", "__MACOSX/._x"):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_text("x")
+        os.mkfifo(copy / ".pipe")
+        assert load_bundle(copy).beside == (
+            ".DS_Store", ".cache", ".pipe", "LICENSE", "README.md", "Thumbs.db", "__MACOSX"
+        )  # fmt: skip
+        assert cli.main(["verify", str(copy)]) == 0
+        assert "beside      README.md: no part of the bundle, not read" in capsys.readouterr().out
+
+
+class TestSizes:
+    """Nothing is hashed or read that is larger than any bundle has reason to be."""
+
+    def holes(self, bundle, name, size):
+        with (bundle / name).open("wb") as file:
+            file.truncate(size)
+        rewrite(bundle, lambda v: v["files"].update({name: {"sha256": "0" * 64, "size": size}}))
+
+    @pytest.mark.parametrize(
+        "name", ["weights.bin", "more/x.engine", "stage_b.onnx", "metrics.csv", "x.npz", "config.json"]
+    )
+    @pytest.mark.parametrize("size", [20 * 2**30, 2**43])
+    def test_files_of_holes(self, copy, name, size):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.holes(copy, name, size)
+        except OSError:
+            pytest.skip("this file system holds no file so large")
+        began = time.process_time()
+        with pytest.raises(ArtifactError, match=r"mostly holes|must have at most \d+ bytes"):
+            load_bundle(copy)
+        assert time.process_time() - began < 2
+
+    def test_all_files_together(self, copy, monkeypatch):
+        total = sum(entry.size for entry in load_bundle(copy).manifest.files.values())
+        monkeypatch.setattr(bundle_module, "BYTES", total - 1)
+        with pytest.raises(ArtifactError, match="bundle must have at most"):
+            load_bundle(copy)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda a: a.update(more=np.zeros(3, np.float32)), "more of reference.npz must be absent"),
+            (lambda a: a.pop("stage_b.logits"), "stage_b.logits of reference.npz must be .*, got none"),
+            (lambda a: a.update(pixels=a["pixels"].astype(np.int8)), "pixels of reference.npz must be uint8"),
+            (lambda a: a.update({n: np.repeat(v, 22, axis=0) for n, v in a.items()}), "at most 64 rows, got 66"),
+            (lambda a: a.update({n: v[:0] for n, v in a.items()}), "of reference.npz must be"),
+        ],
+    )
+    def test_a_reference_holds_what_it_should(self, rich_copy, tmp_path, change, words):
+        arrays = load_npz(rich_copy / "reference.npz")
+        change(arrays)
+        save_npz(tmp_path / "r.npz", arrays)
+        forge(rich_copy, "reference.npz", (tmp_path / "r.npz").read_bytes())
+        with pytest.raises(ArtifactError, match=words):
+            load_bundle(rich_copy)
+
+
 class TestArrays:
     def put(self, bundle, data):
         forge(bundle, "reference.npz", data)
@@ -563,8 +735,9 @@ class TestSignatures:
         assert signature_status(load_bundle(copy)).status == "invalid"
         (copy / "bundle.sig").unlink()
         (copy / "bundle.sig").symlink_to("/etc/passwd")
-        with pytest.raises(ArtifactError, match="got a link"):
-            load_bundle(copy)
+        assert signature_status(load_bundle(copy)).status == "invalid"
+        with pytest.raises(ArtifactError, match="as its signer left it"):
+            verify(copy)
 
     def test_a_trusted_name_on_another_key(self, copy, key, tmp_path):
         """What is trusted is the key; its identifier in the file is only its name."""
@@ -722,6 +895,8 @@ sys.path.insert(0, {str(repository / "tests")!r})
 import kit.fuzz_bundles as fuzz
 from pathlib import Path
 watch, folder = fuzz.Watch(), Path({str(plain)!r})
+class Unescaped(fuzz.Stage1Error):
+    __str__ = lambda self: '\\x1b[31m'
 load = fuzz.load_bundle
 evils = dict(
     nothing=lambda: None,
@@ -730,7 +905,7 @@ evils = dict(
     execute=lambda: os.system('true'),
     unpickle=lambda: pickle.loads(pickle.dumps(fuzz.Bomb())),
     other=lambda: 1 / 0,
-    message=lambda: (_ for _ in ()).throw(fuzz.Stage1Error('\\x1b[31m')),
+    message=lambda: (_ for _ in ()).throw(Unescaped()),
 )
 for name, evil in evils.items():
     fuzz.judge(folder, watch)

@@ -14,9 +14,15 @@ PROMISE_FAILED = 7
 
 
 class Stage1Error(Exception):
-    """Base of all errors raised on purpose; shown as one message without a traceback."""
+    """Base of all errors raised on purpose; shown as one message without a traceback.
+
+    Its text is one line that a terminal shows as it is, whatever a file or an argument put into it.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(printable(super().__str__(), 2500), 2500)  # escaped, it is longer
 
 
 class InputError(Stage1Error):

@@ -12,13 +12,11 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from stage1_pro.errors import InputError, printable
 
@@ -284,91 +282,107 @@ def save_npz(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def load_npz(path: Path | str, *, most: int | None = None) -> dict[str, NDArray[Any]]:
-    """Read every array of an ``.npz`` without pickle, once their headers say that they are plain and not too large.
+_ARRAYS = 256
+_HEAD = 2**16
+# What a packed file may unpack to: real predictions pack to a half or a third.
+_PACKED, _PACKED_TIMES = 2**26, 32
+_NUMBERS, _TEXTS = "biuf", "USMm"
 
-    Together they may be 64 MiB or 50 times the file, whatever is more: numbers do not pack better.
+
+class _Sparing:
+    """A file of which nobody reads more than a MiB at once: a zip's directory is read before anything is known."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        most = 2**20
+        data = self._file.read(min(size, most + 1) if size >= 0 else most + 1)
+        if len(data) > most:
+            raise ValueError(f"a part of more than {most} bytes")
+        return data
+
+
+def npz_arrays(file: IO[bytes], *, plain: bool = False) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Kind and shape of every array of an ``.npz``, by its headers alone; what it claims is what it holds.
 
     Args:
-        path: the file.
-        most: bytes of all arrays together that nothing is read beyond.
+        file: read from anywhere, left open.
+        plain: refuse packed arrays, and text.
 
     Raises:
-        InputError: it is no such file, or its arrays are larger.
+        Exception: of many kinds, where it is damaged, holds objects, or would take far more memory than it is large.
     """
     import numpy as np
 
-    path = Path(path)
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    with zipfile.ZipFile(cast("IO[bytes]", _Sparing(file))) as archive:
+        members = archive.infolist()
+        if len(members) > _ARRAYS:
+            raise ValueError(f"more than {_ARRAYS} arrays")
+        whole = file.seek(0, os.SEEK_END)
+        if sum(member.file_size for member in members) > max(_PACKED, _PACKED_TIMES * whole):
+            raise ValueError(f"arrays that unpack to more than {_PACKED_TIMES} times the file's size")
+        for member in members:
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{member.filename} packed in another way than deflate")
+            if member.flag_bits & 1 or (plain and member.compress_type != zipfile.ZIP_STORED):
+                raise ValueError(f"{member.filename} packed or encrypted")
+            with archive.open(member) as opened:
+                head = io.BytesIO(opened.read(_HEAD))
+            version = np.lib.format.read_magic(head)
+            shape, _, dtype = headers[version](head)
+            if dtype.kind not in (_NUMBERS if plain else _NUMBERS + _TEXTS) or min(shape, default=0) < 0:
+                raise ValueError(f"{member.filename} of something else than numbers{'' if plain else ' or text'}")
+            if math.prod(shape) * dtype.itemsize != member.file_size - head.tell():
+                raise ValueError(f"{member.filename} of another size than its shape says")
+            # An axis of no length beside a long one: rows without end in no bytes.
+            if math.prod(max(1, size) for size in shape) * max(1, dtype.itemsize) > max(_PACKED, member.file_size):
+                raise ValueError(f"{member.filename} of a shape that no array has")
+            name = member.filename.removesuffix(".npy")
+            if name in found:
+                raise ValueError(f"two arrays of the name {name}")
+            found[name] = dtype, shape
+    return found
+
+
+def load_npz(source: Path | str | bytes, *, most: int | None = None) -> dict[str, NDArray[Any]]:
+    """Read every array of an ``.npz``, by its path or from its bytes, without pickle.
+
+    Args:
+        source: the file, or what is in it.
+        most: bytes of all arrays together that nothing is read beyond.
+
+    Raises:
+        InputError: it is none, or its arrays are larger, or packed to less than a thirtieth of their size.
+    """
+    import numpy as np
+
+    path = "bytes" if isinstance(source, bytes) else Path(source)
     try:
-        if path.exists() and not path.is_file():
+        if isinstance(path, Path) and path.exists() and not path.is_file():
             raise ValueError("no plain file")
-        with _Sparing(path) as file:
-            if file.read(6) == b"\x93NUMPY":
-                raise ValueError("a single array; save named ones with numpy.savez")
-            limit = min(max(2**26, 50 * path.stat().st_size), most or sys.maxsize)
-            with zipfile.ZipFile(file) as archive:
-                heads = read_heads(archive)
-                total = sum(head.info.file_size for head in heads.values())
-                if total > limit:
-                    raise ValueError(f"arrays of {total:,} bytes, and {limit:,} are the most that is read of this file")
-                found = {}
-                for name, head in heads.items():
-                    with archive.open(head.info) as opened:
-                        found[name] = np.lib.format.read_array(opened, allow_pickle=False)
-                return found
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
+                raise InputError(f"{path} must be a NumPy .npz file with named arrays, got a single array")
+            names = npz_arrays(file)
+            total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in names.values())
+            if most is not None and total > most:
+                raise ValueError(f"arrays of {total:,} bytes, and {most:,} are the most that is read of this file")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as data:
+                return {name: data[name] for name in names}
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} must exist, but there is no such file") from None
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy each raise kinds of their own on damage
         raise InputError(
             f"{path} must be a NumPy .npz file without pickled objects, got: {printable(str(error))}"
         ) from None
-
-
-class _Sparing(io.FileIO):
-    """A file of which nobody reads a MiB at once: the directory of a zip is read whole before anything is known."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > 2**20:
-            raise ValueError(f"a piece of {size:,} bytes that has to be read at once")
-        return super().read(size)
-
-
-@dataclass(frozen=True)
-class ArrayHead:
-    """What one array of an ``.npz`` says of itself."""
-
-    info: zipfile.ZipInfo
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
-def read_heads(archive: zipfile.ZipFile) -> dict[str, ArrayHead]:
-    """What the arrays of an ``.npz`` say of themselves, by name; none of them is read.
-
-    Raises:
-        ValueError: more than 64 arrays, two of one name, one that is no plain array of numbers, text or times, or is
-            of another size than its shape says.
-    """
-    import numpy as np
-
-    members = archive.infolist()
-    names = [member.filename.removesuffix(".npy") for member in members]
-    if len(members) > 64 or len(set(names)) != len(names):
-        raise ValueError("more than 64 arrays, or two of one name")
-    found = {}
-    for name, member in zip(names, members, strict=True):
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-            raise ValueError(f"{name} encrypted, or packed in another way than deflate")
-        with archive.open(member) as opened:
-            head = io.BytesIO(opened.read(2**16))
-        version = np.lib.format.read_magic(head)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in read:
-            raise ValueError(f"{name} in version {version} of the format, which plain arrays do not need")
-        shape, _, dtype = read[version](head)
-        if dtype.hasobject or dtype.kind not in "biufcSUmM" or min(shape, default=0) < 0:
-            raise ValueError(f"{name} of objects or structures, {dtype}, instead of numbers or text")
-        if math.prod(shape) * dtype.itemsize != member.file_size - head.tell():
-            raise ValueError(f"{name} of another size than its shape {shape} says")
-        found[name] = ArrayHead(member, shape, dtype)
-    return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stage1_pro.errors import ArtifactError, InputError, nearest, printable
+from stage1_pro.errors import ArtifactError, InputError, Stage1Error, nearest, printable
 from stage1_pro.files import sha256_bytes, sha256_file, write_text
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Record(BaseModel):
         """Read and validate; raise ArtifactError naming the file and the first wrong key."""
         path = Path(path)
         try:
+            if path.exists() and (not path.is_file() or path.stat().st_size > _LARGEST_RECORD):
+                raise ArtifactError(
+                    f"{path} must be a plain file of at most {_LARGEST_RECORD} bytes, got something else"
+                )
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise ArtifactError(f"{path} must exist, but there is no such file") from None
@@ -109,22 +114,81 @@ def _shown(value: object) -> str:
     return printable(repr(value))
 
 
-_LARGEST_YAML = 1 << 20
+# Rows of all splits of some million photos.
+_LARGEST_RECORD = 1 << 30
+
+
+def parse_json(data: bytes, name: str, kind: type[Stage1Error], *, values: int, depth: int) -> Any:
+    """The value of JSON from elsewhere, in which every key stands once and no number is NaN.
+
+    It is parsed whole into many small objects: what it asks of memory is its count of values.
+
+    Args:
+        data: UTF-8, with or without its byte order mark.
+        name: what messages call it.
+        kind: of the error.
+        values: the most that it may hold.
+        depth: the most that they may be nested.
+
+    Raises:
+        Stage1Error: of that kind, where it is none, or larger or deeper.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("the same key twice")
+        return found
+
+    def constant(text: str) -> NoReturn:
+        raise ValueError(f"{text}, which is no JSON")
+
+    # Every value but the first stands behind one of these; strings only make it count too many.
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > values:
+        raise kind(f"{name} must have at most {values} values, got more")
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise kind(f"{name} must be readable UTF-8, got: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{name} must be JSON, got: {printable(str(error))}") from None
+    if any(level > depth for _, level in parts_of(found)):
+        raise kind(f"{name} must be nested at most {depth} deep, got more")
+    return found
+
+
+def parts_of(value: Any) -> Iterator[tuple[Any, int]]:
+    """A value of JSON, and with their levels all keys and values within it; it itself is on level 1."""
+    pending = [(value, 1)]
+    while pending:
+        part, level = pending.pop()
+        yield part, level
+        if isinstance(part, dict):
+            pending += [(inner, level + 1) for pair in part.items() for inner in pair]
+        elif isinstance(part, list):
+            pending += [(inner, level + 1) for inner in part]
+
+
+# The reader of YAML is slow: this much takes some seconds.
+_LARGEST_YAML = 1 << 17
 _DEEPEST_YAML = 40
+_LONGEST_NUMBER = 100
 
 
 def parse_yaml(text: str) -> Any:
     """The value of YAML, in which every key stands once, nothing refers to another place, and 1:30 is text.
 
     Raises:
-        ValueError: it is none, or is nested more than 40 deep.
+        ValueError: it is none, longer than 128 KiB, nested more than 40 deep, or has a number of over 100 digits.
     """
     import yaml
 
+    if len(text) > _LARGEST_YAML:
+        raise ValueError(f"{len(text)} characters, more than {_LARGEST_YAML}")
     try:
         return yaml.load(text, _yaml_loader())  # noqa: S506  a kind of the safe one
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(printable(" ".join(str(error).split()))) from None
+    except Exception as error:  # noqa: BLE001 - its constructors let a dozen kinds out where a tag fits no value
+        raise ValueError(printable(" ".join(str(error).split())) or type(error).__name__) from None
 
 
 @functools.cache
@@ -149,10 +213,17 @@ def _yaml_loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             found = super().construct_mapping(node, deep)
             if len(found) < len(node.value):
-                names = [key.value for key, _ in node.value]
-                twice = next((name for name in names if names.count(name) > 1), names[0])
+                [(twice, _)] = Counter(str(key.value) for key, _ in node.value).most_common(1)
                 raise yaml.YAMLError(f"the key {twice} more than once{node.start_mark}; remove one of them")
             return found
+
+        def construct_yaml_int(self, node: Any) -> Any:
+            # Longer ones cannot be shown, and those of thousands of digits not even be told.
+            if len(str(node.value)) > _LONGEST_NUMBER:
+                raise yaml.YAMLError(f"a number of {len(str(node.value))} digits{node.start_mark}")
+            return super().construct_yaml_int(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
     # YAML 1.1 reads 1:30 as ninety and 1_000 as a thousand; who writes so means a time or a name.
     numbers = {

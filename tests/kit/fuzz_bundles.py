@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import io
 import json
@@ -41,9 +42,10 @@ from stage1_pro.deploy.inspection import inspect, render_inspection
 from stage1_pro.deploy.manifest import EngineEntry, GraphVariant, Provenance, StageEntry
 from stage1_pro.deploy.reference import write_reference
 from stage1_pro.deploy.trust import engine_trust, new_key, sign, signature_status
-from stage1_pro.errors import Stage1Error
+from stage1_pro.errors import InputError, Stage1Error
 from stage1_pro.files import sha256_bytes, sha256_file
 from stage1_pro.models.architecture import BackboneInfo
+from stage1_pro.policies import target as targets
 from stage1_pro.policies.gate import GateConstraints, GateParams
 from stage1_pro.policies.policy import Origin
 from stage1_pro.policies.rows import Rows
@@ -56,6 +58,7 @@ CLASSES = ["none", "roadwork"]
 SPEC = PreprocessSpec(height=4, width=6)
 MEMORY = 6 * 2**30
 CASE_SECONDS = 60
+SECONDS = 10  # of one case, at most
 START_SECONDS = 240  # imports, on a busy machine
 POLICIES = ("softmax", "gate", "scrc")
 
@@ -510,9 +513,13 @@ ADDED = (
 def mutate_files(rng, files, outside):
     names = sorted(files)
     name = rng.choice(names)
-    kind = rng.randrange(9)
+    kind = rng.randrange(10)
     if kind == 0:
         del files[name]
+    elif kind == 9:  # as a hub or a volume has it
+        hidden = f"..data/{len(files)}"
+        files[hidden] = files[name]
+        files[name] = lambda path: path.symlink_to(os.path.relpath(path.parents[name.count("/")] / hidden, path.parent))
     elif kind == 1:
         content = files[name] if isinstance(files[name], bytes) else b""
         files[rng.choice(ADDED)] = rng.choice((b"", b"x", pickle.dumps(Bomb()), content))
@@ -678,6 +685,7 @@ class Watch:
 
     def __init__(self):
         self.inside, self.seen = None, []
+        "\x1b".encode("unicode_escape")  # what messages are escaped with is imported when it is first used
         sys.addaudithook(self._hook)
 
     def _hook(self, event, arguments):
@@ -784,6 +792,8 @@ def work(seed, start, stop, step, scratch):
         first = judge(clean, watch)
         assert first == ("loaded", ""), first
         shutil.rmtree(clean)
+    with contextlib.suppress(InputError):
+        targets.POLICIES.find("nobody")  # the first unknown name is looked for among all that is installed here
     before, parent = snapshot(outside), os.getppid()
     for index in range(start, stop, step):
         if os.getppid() != parent:
@@ -793,14 +803,18 @@ def work(seed, start, stop, step, scratch):
         case = folder / "case"
         case.mkdir()
         lay_out(case, files)
+        began = time.process_time()
         outcome, detail = judge(case, watch)
+        seconds = time.process_time() - began
+        if outcome in ("refused", "loaded") and seconds > SECONDS:
+            outcome, detail = "slow", f"{seconds:.1f} s: {detail}"
         if snapshot(outside) != before:
             outcome, detail = "touched", "the canary folder changed"
         # What onnxruntime opens no hook sees, so such a graph must not come that far.
         graphs = [data for name, data in files.items() if name.endswith(".onnx") and isinstance(data, bytes)]
         if outcome == "loaded" and any(b"canary/file" in data or b"/etc/passwd" in data for data in graphs):
             outcome, detail = "touched", "a graph that names a file outside was loaded"
-        print("= " + json.dumps([index, outcome, kinds, right, detail]), flush=True)
+        print("= " + json.dumps([index, outcome, kinds, right, detail, round(seconds, 2), peak()]), flush=True)
         shutil.rmtree(case)
     shutil.rmtree(folder)
 
@@ -825,8 +839,15 @@ def start_worker(options, start, scratch):
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, bufsize=1)
 
 
-def run(options):
+def peak():
+    """The most megabytes of memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def run(options, start_worker=None):
     """Drive the workers; return the counts and every case that is neither refused nor loaded."""
+    start_worker = start_worker or globals()["start_worker"]
+    options.slowest = options.peak = (0, "")
     counts, reasons, findings = collections.Counter(), collections.Counter(), []
     scratch = tempfile.mkdtemp(prefix="stage1-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
     selector, last = selectors.DefaultSelector(), {}
@@ -835,7 +856,7 @@ def run(options):
     def begin(slot, start):
         if start < options.n:
             process = start_worker(options, start, scratch)
-            last[slot] = [start, time.monotonic() + START_SECONDS, process]
+            last[slot] = [start, time.monotonic() + START_SECONDS, process, False]
             selector.register(process.stdout, selectors.EVENT_READ, slot)
 
     for slot in range(options.workers):
@@ -848,8 +869,12 @@ def run(options):
                 state = last[slot]
                 if line.startswith("> "):
                     state[:2] = [int(line[2:]), time.monotonic()]
+                    state[3] = True
                 elif line.startswith("= "):
-                    index, outcome, kinds, right, detail = json.loads(line[2:])
+                    index, outcome, kinds, right, detail, *cost = json.loads(line[2:])
+                    if cost:
+                        options.slowest = max(options.slowest, (cost[0], f"case {index}, {'+'.join(kinds)}"))
+                        options.peak = max(options.peak, (cost[1], f"case {index}, {'+'.join(kinds)}"))
                     counts[(outcome, "+".join(sorted(set(kinds))), right)] += 1
                     done += 1
                     if outcome not in ("refused", "loaded"):
@@ -864,20 +889,22 @@ def run(options):
                 elif not line:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
-                    index, _, process = last.pop(slot)
+                    index, _, process, began = last.pop(slot)
                     if process.wait() != 0:
+                        if not began:
+                            raise RuntimeError("a worker must begin with its cases, but it ended before")
                         findings.append(
                             {"index": index, "outcome": "crash", "detail": f"exit status {process.returncode}"}
                         )
                         counts[("crash", "?", index % 2 == 1)] += 1
                         print(f"case {index}: crash, exit status {process.returncode}", file=sys.stderr)
                         begin(slot, index + options.workers)
-            for index, since, process in list(last.values()):
+            for index, since, process, _ in list(last.values()):
                 if time.monotonic() - since > CASE_SECONDS:
                     print(f"case {index}: no end after {CASE_SECONDS} s", file=sys.stderr)
                     process.kill()
     finally:
-        for _, _, process in last.values():
+        for _, _, process, _ in last.values():
             process.kill()
             process.wait()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -896,7 +923,11 @@ def main():
         start, stop, step, scratch = options.work
         work(options.seed, int(start), int(stop), int(step), scratch)
         return 0
-    counts, reasons, findings, seconds = run(options)
+    return report(options, *run(options))
+
+
+def report(options, counts, reasons, findings, seconds):
+    """Print what came of the cases, and write it down; 1 where something must not have happened."""
     table = collections.Counter()
     for (outcome, _, right), count in counts.items():
         table[(outcome, right)] += count
@@ -913,11 +944,14 @@ def main():
         rest = sum(count for key, count in by_kind.items() if key[0] == kind) - refused - loaded
         print(f"{kind:<12}{refused:>10}{loaded:>10}{rest:>10}")
     print(f"\n{sum(table.values())} cases of seed {options.seed} in {seconds:.0f} s; {len(findings)} findings")
+    (slowest, slow), (most, large) = options.slowest, options.peak
+    print(f"slowest {slowest:.1f} s of CPU ({slow}), most memory {most} MB ({large})")
     if options.out:
         options.out.write_text(
             json.dumps(
                 {
-                    "n": options.n, "seed": options.seed, "seconds": round(seconds, 1), "findings": findings,
+                    "n": options.n, "seed": options.seed, "seconds": round(seconds, 1),
+                    "slowest_seconds": options.slowest, "peak_megabytes": options.peak, "findings": findings,
                     "outcomes": [{"outcome": o, "hashes_right": r, "count": c} for (o, r), c in sorted(table.items())],
                     "refused_for": reasons.most_common(60),
                 },

@@ -6,15 +6,17 @@ No torch in here. Whatever a file holds, reading it gives an 8-bit RGB picture t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import io
+import logging
 import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +54,16 @@ Reason = Literal["unreadable", "empty", "not an image", "truncated", "damaged", 
 MAX_PIXELS = 64_000_000
 # Enlarging the short side of a longer strip would take gigabytes.
 MAX_ASPECT = 1000
+# What a file may ask of memory and time beside its pixels. Eight bytes a pixel are 16 bits each of red, green, blue and
+# opacity. Tags, chunks and comments are read one by one by Python: some thousands before a picture's data, and with
+# its data in pieces of 8 KiB as many as the largest PNG has. Each scan of a progressive JPEG goes over all of its
+# pixels: ordinary ones have ten.
+_BYTES_A_PIXEL, _LEAST_BYTES = 8, 2**24
+_HEAD_READS, _READS = 20_000, 400_000
+_SCANNED_PIXELS = 3e9
+# Its decoder holds three copies of a picture, others none.
+_WEBP_SHARE = 0.6
+_ROWS = 256
 # Raster formats that Pillow decodes itself: an EPS, for one, would start an external program. An ICO is decoded when it
 # is opened, before its size is known.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
@@ -92,7 +104,8 @@ def read_image(source: ImageFile | BinaryIO | bytes, max_pixels: float = MAX_PIX
 
     Args:
         source: path, photo of a source, binary file (read from its start, left open) or encoded bytes.
-        max_pixels: width x height above which the file is refused by its header, before decoding.
+        max_pixels: width x height above which the file is refused by its header, before decoding; a WEBP above three
+            fifths, since its decoder takes more. Sixteen bytes a pixel are the most that reading takes at once.
 
     Raises:
         ImageError: for every file that does not give a whole picture, with its ``reason``.
@@ -111,9 +124,30 @@ def read_image(source: ImageFile | BinaryIO | bytes, max_pixels: float = MAX_PIX
 
 
 def _read(file: BinaryIO, name: str, max_pixels: float) -> Image.Image:
-    with _explained(name, file), Image.open(file, formats=_formats(file)) as image:
-        _check_size(image.size, name, max_pixels)
-        return upright_rgb(image, name)
+    with _explained(name, file):
+        sparing = _Sparing(file, name, max(_LEAST_BYTES, _BYTES_A_PIXEL * max_pixels))
+        with Image.open(cast("BinaryIO", sparing), formats=_formats(file)) as image:
+            _check_work(image, name, max_pixels)
+            sparing.reads = _READS
+            return upright_rgb(image, name)
+
+
+class _Sparing:
+    """A file that ends a reader who asks too often, or for more than there should be."""
+
+    def __init__(self, file: BinaryIO, name: str, limit: float) -> None:
+        self.seek, self.tell, self.fileno = file.seek, file.tell, file.fileno
+        self._file, self._name, self.reads = file, name, _HEAD_READS
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        if size > limit:
+            raise ImageError(name, "oversized", f"{size} bytes, more than {limit:.0f}")
+
+    def read(self, size: int = -1) -> bytes:
+        self.reads -= 1
+        if self.reads < 0:
+            raise ImageError(self._name, "oversized", "more parts than a picture has")
+        return self._file.read(size)
 
 
 def _formats(file: BinaryIO) -> tuple[str, ...]:
@@ -149,18 +183,34 @@ def read_opened(image: Image.Image, name: str = "image", max_pixels: float = MAX
     if image.format not in (None, "MPO", "HEIF", *FORMATS):
         raise ImageError(name, "unsupported", f"the format {image.format}")
     with _explained(name, io.BytesIO(b"opened")):
-        _check_size(image.size, name, max_pixels)
+        _check_work(image, name, max_pixels)
         return upright_rgb(image, name)
 
 
-def _check_size(size: tuple[int, int], name: str, max_pixels: float) -> None:
-    width, height = size
+def _check_work(image: Image.Image, name: str, max_pixels: float) -> None:
+    """Refuse an opened image that would take too much memory or time to decode."""
+    width, height = image.size
+    max_pixels *= _WEBP_SHARE if image.format == "WEBP" else 1
     if width * height > max_pixels:
         raise ImageError(name, "oversized", f"{width} x {height} pixels, more than {max_pixels:.0f}")
     if width * height == 0:
         raise ImageError(name, "damaged", "no pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(name, "unsupported", f"{width} x {height} pixels, a strip and no picture")
+    if image.format in ("JPEG", "MPO") and getattr(image, "tile", None):  # not decoded yet
+        scans = _count(image.fp, b"\xff\xda")  # type: ignore[attr-defined]
+        if scans * width * height > _SCANNED_PIXELS:
+            raise ImageError(name, "oversized", f"{scans} scans of {width} x {height} pixels")
+
+
+def _count(file: Any, mark: bytes) -> int:
+    """How often two bytes stand in a file, but where a piece of it ends; it is left where it was."""
+    place, found = file.tell(), 0
+    file.seek(0)
+    while piece := file.read(2**20):
+        found += piece.count(mark)
+    file.seek(place)
+    return found
 
 
 @contextlib.contextmanager
@@ -217,10 +267,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(name, "unsupported", "signed or floating-point pixels have no stated range")
     if image.mode.startswith("I"):
         return Image.fromarray(_upper_bits(image, name, tags)).convert("RGB")
-    if image.has_transparency_data:
-        overlay = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", overlay.size, "white"), overlay).convert("RGB")
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # By bands: whole, it would take four pictures more.
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, _ROWS):
+        band = image.crop((0, top, image.width, min(top + _ROWS, image.height))).convert("RGBA")
+        flat.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return flat
 
 
 def _upper_bits(image: Image.Image, name: str, tags: dict[int, Any]) -> NDArray[np.uint8]:
@@ -229,12 +283,16 @@ def _upper_bits(image: Image.Image, name: str, tags: dict[int, Any]) -> NDArray[
     bits = int(tags.get(ExifTags.Base.BitsPerSample, (stated,))[0])
     if bits > 16:
         raise ImageError(name, "unsupported", f"pixels of {bits} bits have no stated range")
-    values = np.asarray(image).astype(np.int64)
-    grey = np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0
-        grey = 255 - grey
     clear = image.info.get("transparency")
-    return np.where(values == clear, np.uint8(255), grey) if isinstance(clear, int) else grey
+    whole = np.asarray(image)
+    grey = np.empty(whole.shape, np.uint8)
+    for top in range(0, len(whole), _ROWS):
+        values = whole[top : top + _ROWS].astype(np.int64)
+        band = np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)
+        if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0
+            band = 255 - band
+        grey[top : top + _ROWS] = np.where(values == clear, np.uint8(255), band) if isinstance(clear, int) else band
+    return grey
 
 
 class _Quiet:
@@ -268,6 +326,21 @@ class _Quiet:
 _QUIET = _Quiet()
 
 
+def _hush() -> None:
+    """Keep Pillow, and libtiff, which it reads TIFF with, from writing what is wrong with a file to the terminal."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    # Found among what Pillow's own library is linked with; where it is hidden there, it goes on talking.
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            hush = getattr(library, name)
+            hush.argtypes, hush.restype = [ctypes.c_void_p], ctypes.c_void_p
+            hush(None)
+
+
+_hush()
+
+
 # --------------------------------------------------------------------------------------------
 # Pixels to input
 
@@ -281,7 +354,8 @@ def preprocess(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.float32]:
     """
     if image.mode != "RGB":
         image = image.convert("RGB")
-    return normalise(np.stack([_resize(channel.convert("F"), spec) for channel in image.split()]), spec)
+    # One at a time: as floats a channel takes as much as the whole picture.
+    return normalise(np.stack([_resize(image.getchannel(band).convert("F"), spec) for band in range(3)]), spec)
 
 
 def normalise(pixels: NDArray[np.float32], spec: PreprocessSpec) -> NDArray[np.float32]:

@@ -293,7 +293,7 @@ class Tar:
 
     def entries(self) -> Iterator[tuple[str, str]]:
         """Names of plain files in the tar, with why one is not to be read."""
-        return ((key, next(filter(None, map(_hidden, key.split("/"))), "")) for key in sorted(self._index()))
+        return ((key, next(filter(None, map(hidden, key.split("/"))), "")) for key in sorted(self._index()))
 
     def open(self, key: str) -> BinaryIO:
         """A member, read where it lies in the tar, also one whose name is composed otherwise there; raises OSError."""
@@ -385,7 +385,7 @@ def _add_member(found: dict[str, tuple[int, int]], member: tarfile.TarInfo, root
     found[name] = (member.offset_data, member.size)
 
 
-def _hidden(name: str) -> str:
+def hidden(name: str) -> str:
     """Why a file or folder of this name is none of the user's photos; empty where it may be."""
     if name.startswith("."):
         return "hidden"
@@ -410,7 +410,7 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
             yield key or ".", f"{_UNREADABLE}: {error.strerror}"
             continue
         for entry in entries:
-            name, here = f"{key}/{entry.name}".lstrip("/"), why or _hidden(entry.name)
+            name, here = f"{key}/{entry.name}".lstrip("/"), why or hidden(entry.name)
             try:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append((entry.path, name, here))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -9,26 +10,27 @@ import math
 import mmap
 import os
 import re
-import shutil
 import stat
-import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
 
 from stage1_pro.classes import check_names
 from stage1_pro.data.images import PreprocessSpec
+from stage1_pro.data.photos import hidden
 from stage1_pro.data.splits import SplitsSummary
 from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.manifest import FORMAT, BundleManifest, EngineEntry, Provenance, StageEntry, upgrade
 from stage1_pro.errors import ArtifactError, InputError, printable
-from stage1_pro.files import atomic_directory, read_heads, recover_directory, sha256_bytes, write_text
+from stage1_pro.files import atomic_directory, npz_arrays, recover_directory, sha256_bytes, write_text
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.policy import Policy
 from stage1_pro.policies.target import POLICIES
-from stage1_pro.record import FileEntry, list_files
+from stage1_pro.record import FileEntry, list_files, parse_json, parts_of
 from stage1_pro.words import StageName
 
 if TYPE_CHECKING:
@@ -45,6 +47,11 @@ STAGES: tuple[StageName, ...] = ("stage_a", "stage_b")
 # What a received bundle may ask of the machine before anybody has looked at it. JSON is parsed whole into memory and
 # into many small objects, so both its bytes and its values are counted; real manifests have a few thousand.
 JSON_BYTES = 4 * 2**20
+# Of all files together, before any is hashed: three precisions and engines of the largest backbones. Protobuf holds no
+# larger graph.
+BYTES = 2**37
+_BYTES_OF = {".json": JSON_BYTES, ".csv": 2**26, ".txt": 2**24, ".onnx": 2**31}
+_SPARSE = 2**20
 JSON_VALUES = 50_000
 JSON_DEPTH = 32
 _TEXT_LENGTH = 2**16
@@ -54,6 +61,12 @@ _TENSOR_NUMBERS = 2**28
 # What a terminal obeys, what turns text around, and halves of characters: messages and reports show these texts.
 # A line break would let a text stand for a line of `stage1 verify`.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What hubs, systems and people put beside a bundle's files.
+_BESIDE = re.compile(r"(readme|licen[cs]e|notice)(\.md|\.txt)?", re.IGNORECASE)
+# Where files are made up when they are read: some have no end, some wait.
+_MADE_UP = {"proc", "sys"}
+# They are run at once on every start: what a stranger sends must not take the machine's memory.
+_REFERENCE_ROWS, _REFERENCE_NUMBERS = 64, 2**26
 
 Graphs = tuple[Mapping[StageName, StageEntry], Sequence[EngineEntry]]
 
@@ -106,6 +119,8 @@ class Bundle(Described):
     """What an older format lacks."""
     format_version: int = FORMAT
     """As it lies there; the manifest is always of today's."""
+    beside: tuple[str, ...] = ()
+    """What lies in its folder and is no part of it: never read."""
 
     def read(self, name: str) -> bytes:
         """A file's bytes, checked: what is given is what was hashed, whatever becomes of the file.
@@ -116,23 +131,17 @@ class Bundle(Described):
         entry = self.manifest.files.get(name)
         if entry is None:
             raise ArtifactError(f"{MANIFEST} must list {printable(name)!r} among its files, but it does not")
-        with _open_plain(self.path, name) as file:
-            data = file.read(entry.size + 1)
-        if len(data) != entry.size or sha256_bytes(data) != entry.sha256:
-            raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
-        return data
+        data = io.BytesIO()
+        check_hash(self.path, name, entry, data)
+        return data.getvalue()
 
     def copy_to(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy files, and check the copies: the originals could have been changed since they were verified."""
-        wanted = {name: self.manifest.files[name] for name in names}
-        for name in wanted:
+        """Copy files as plain ones, checked again: the originals could have been changed since they were verified."""
+        for name in names:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.path / name, target, follow_symlinks=False)
-        copied = list_files(folder)
-        changed = [name for name, entry in wanted.items() if copied.get(name) != entry]
-        if changed:
-            raise ArtifactError(f"bundle must stay as it was verified, got changes in {', '.join(changed)} meanwhile")
+            with target.open("xb") as copy:
+                check_hash(self.path, name, self.manifest.files[name], copy)
 
     def graph(self, stage: StageName) -> Path:
         """The ONNX file of one stage."""
@@ -208,15 +217,17 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     """Read ``bundle.json``, check every file against it, and give the bundle.
 
     Nothing in the folder is deserialised before its name, size and sha256 were found right; graphs are walked
-    (``graphs.check_graph``) before any runtime sees them. A bundle of an older format is read as what it is today,
-    and ``notes`` says what it lacks. A signature is not asked for here: see ``trust``.
+    (``graphs.check_graph``) before any runtime sees them. Files may be links to plain files, as hubs and volumes have
+    them: what counts is what they hold. Of what lies beside them, hidden names and a README pass and stand in
+    ``beside``. A bundle of an older format is read as what it is today, and ``notes`` says what it lacks. A signature
+    is not asked for here: see ``trust``.
 
     Args:
         path: the bundle's folder.
         verify: compute every sha256; without it only names, sizes and relations are checked.
 
     Raises:
-        ArtifactError: not a bundle; a file is missing, extra, changed, a link or outside the folder;
+        ArtifactError: not a bundle; a file is missing, extra, changed, or no plain file nor a link to one;
             a second policy file or none; a policy, engine or split of another model; a graph that is not plain;
             something larger than any bundle has reason to be; a format newer than this version knows.
     """
@@ -225,10 +236,10 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     if not path.is_dir():
         raise ArtifactError(f"bundle must be a folder that holds {MANIFEST}, got {printable(str(path))}")
     raw = read_plain(path, MANIFEST)
-    found, current, notes = upgrade(_parse_json(raw, MANIFEST))
+    found, current, notes = upgrade(_check_json(raw, MANIFEST))
     manifest = BundleManifest.parse(json.dumps(current), MANIFEST)
     _check_names(manifest)
-    present = _scan(path)
+    present, beside = _scan(path, manifest.files)
     _check_policy_files(manifest, present)
     _check_files(path, manifest, present, verify)
     _check_relations(manifest)
@@ -244,7 +255,7 @@ def load_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
                 f"{manifest.policy_file} must be calibrated on this run's {name}, got other rows"
                 f"{policy.void()}; run `stage1 calibrate` again and export once more"
             )
-    return Bundle(path, manifest, policy, splits, raw, notes, found)
+    return Bundle(path, manifest, policy, splits, raw, notes, found, beside)
 
 
 def check_policy_belongs(policy: Policy, about: BundleManifest | Architecture, model_fingerprint: str) -> None:
@@ -268,23 +279,29 @@ def _short(value: object) -> str:
 
 
 def _open_plain(folder: Path, name: str) -> io.BufferedReader:
-    """Open a plain file, never a link, and never wait on a pipe."""
+    """Open a plain file, or one that a link leads to, and never wait on a pipe."""
+    path = folder / name
     try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        # A device may act when it is opened, so it is looked at first, and once more when it is open.
+        if stat.S_ISREG(path.stat().st_mode) and Path(os.path.realpath(path)).parts[1] not in _MADE_UP:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return os.fdopen(descriptor, "rb")
             os.close(descriptor)
-            raise ArtifactError(f"{name} must be a plain file, got something else")
-        return os.fdopen(descriptor, "rb")
     except FileNotFoundError:
         raise ArtifactError(f"bundle must hold {name}, but {folder} does not; it is incomplete or no bundle") from None
     except OSError as error:
         raise ArtifactError(f"{name} must be a plain file that can be read, got: {error.strerror}") from None
+    raise ArtifactError(f"{name} must be a plain file, or a link to one, got something else")
 
 
 def read_plain(folder: Path, name: str, limit: int = JSON_BYTES) -> bytes:
     """A file's bytes; raise ArtifactError where it is no plain file, or longer than ``limit``."""
     with _open_plain(folder, name) as file:
-        data = file.read(limit + 1)
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise ArtifactError(f"{name} must be a file that can be read, got: {error.strerror}") from None
     if len(data) > limit:
         raise ArtifactError(f"{name} must be at most {limit} bytes, got more")
     return data
@@ -295,52 +312,20 @@ def _read_record(folder: Path, manifest: BundleManifest, name: str) -> str:
     data = read_plain(folder, name)
     if sha256_bytes(data) != manifest.files[name].sha256:
         raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
-    _parse_json(data, name)
-    return _decode(data, name)
+    _check_json(data, name)
+    return data.decode("utf-8")
 
 
-def _decode(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{name} must be readable UTF-8, got: {error}") from None
-
-
-def _parse_json(data: bytes, name: str) -> dict[str, Any]:
+def _check_json(data: bytes, name: str) -> dict[str, Any]:
     """JSON that means one thing to every reader: an object, bounded, no key twice, no NaN, no control characters."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("the same key twice")
-        return found
-
-    def constant(text: str) -> NoReturn:
-        raise ValueError(f"{text}, which is no JSON")
-
-    # Every value but the first stands behind one of these; strings only make it count too many.
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
-        raise ArtifactError(f"{name} must have at most {JSON_VALUES} values, got more")
-    try:
-        values = json.loads(_decode(data, name), object_pairs_hook=once, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{name} must be JSON, got: {printable(str(error))}") from None
+    values = parse_json(data, name, ArtifactError, values=JSON_VALUES, depth=JSON_DEPTH)
     if not isinstance(values, dict):
         raise ArtifactError(f"{name} must hold a JSON object, got another value")
-    pending: list[tuple[Any, int]] = [(values, 1)]
-    while pending:
-        value, depth = pending.pop()
-        if depth > JSON_DEPTH:
-            raise ArtifactError(f"{name} must be nested at most {JSON_DEPTH} deep, got more")
-        if isinstance(value, dict):
-            pending += [(part, depth + 1) for pair in value.items() for part in pair]
-        elif isinstance(value, list):
-            pending += [(part, depth + 1) for part in value]
-        elif isinstance(value, str):
-            if len(value) > _TEXT_LENGTH:
-                raise ArtifactError(f"{name} must hold texts of at most {_TEXT_LENGTH} characters, got {len(value)}")
-            if _UNFIT.search(value):
-                raise ArtifactError(f"{name} must hold plain text, got control characters: {printable(value, 80)}")
+    for text, _ in parts_of(values):
+        if isinstance(text, str) and len(text) > _TEXT_LENGTH:
+            raise ArtifactError(f"{name} must hold texts of at most {_TEXT_LENGTH} characters, got {len(text)}")
+        if isinstance(text, str) and _UNFIT.search(text):
+            raise ArtifactError(f"{name} must hold plain text, got control characters: {printable(text, 80)}")
     return values
 
 
@@ -375,30 +360,45 @@ def _graphs(manifest: BundleManifest) -> list[str]:
     return [*(stage.onnx for stage in stages), *(v.onnx for stage in stages for v in stage.variants.values())]
 
 
-def _scan(folder: Path) -> dict[str, int]:
-    """Every file below the folder but manifest and signature, with its size; links are refused."""
+def _scan(folder: Path, listed: Collection[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Sizes of every file below the folder but manifest and signature, and names beside them that nobody enters."""
+    folders = {str(above) for name in listed for above in PurePosixPath(name).parents}
     found: dict[str, int] = {}
-    pending, seen = [(folder, 0)], 0
+    beside: list[str] = []
+    pending, seen = [(folder, "", 0)], 0
     try:
         while pending:
-            below, depth = pending.pop()
+            below, prefix, depth = pending.pop()
             with os.scandir(below) as entries:
                 for entry in entries:
                     seen += 1
                     if seen > 2 * FILES or depth > _DEPTH:
                         raise ArtifactError(f"bundle must hold at most {FILES} files, {_DEPTH} folders deep, got more")
-                    name = Path(entry.path).relative_to(folder).as_posix()
-                    if entry.is_symlink():
-                        raise ArtifactError(f"bundle must hold plain files, got a link: {printable(name)}")
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append((Path(entry.path), depth + 1))
-                    elif not entry.is_file(follow_symlinks=False):
-                        raise ArtifactError(f"bundle must hold plain files, got something else: {printable(name)}")
+                    name = prefix + entry.name
+                    if name not in listed and name not in folders and (hidden(entry.name) or _BESIDE.fullmatch(name)):
+                        beside.append(printable(name))
+                        continue
+                    kind, size = _look(entry, name)
+                    if kind == stat.S_IFDIR and (name in folders or not entry.is_symlink()):
+                        pending.append((Path(entry.path), f"{name}/", depth + 1))
                     elif name not in (MANIFEST, SIGNATURE):
-                        found[name] = entry.stat(follow_symlinks=False).st_size
+                        found[name] = size
     except OSError as error:
         raise ArtifactError(f"bundle must be a folder that can be read, got: {error.strerror}") from None
-    return found
+    return found, tuple(sorted(beside))
+
+
+def _look(entry: os.DirEntry[str], name: str) -> tuple[int, int]:
+    """Kind and size of a file or folder, or of what a link leads to; anything else is refused."""
+    link = "a link to " if entry.is_symlink() else ""
+    try:
+        info = entry.stat()
+    except OSError as error:
+        raise ArtifactError(f"bundle must hold plain files, got {printable(name)}: {link}{error.strerror}") from None
+    kind = stat.S_IFMT(info.st_mode)
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise ArtifactError(f"bundle must hold plain files, got {link}something else: {printable(name)}")
+    return kind, info.st_size
 
 
 def _policy_kind(manifest: BundleManifest) -> type[Policy]:
@@ -438,15 +438,51 @@ def _check_files(folder: Path, manifest: BundleManifest, present: Mapping[str, i
     for name, entry in manifest.files.items():
         if present[name] != entry.size:
             raise ArtifactError(f"{name} must have {entry.size} bytes as exported, got {present[name]}; it was changed")
+        limit = _BYTES_OF.get(PurePosixPath(name).suffix.lower(), BYTES)
+        if entry.size > limit:
+            raise ArtifactError(f"{name} must have at most {limit} bytes, got {entry.size}")
+        if entry.size > _SPARSE and 2 * _stored(folder, name, entry.size) < entry.size:
+            raise ArtifactError(
+                f"{name} must hold all of its bytes, got {entry.size} that are mostly holes; get it anew"
+            )
+    total = sum(entry.size for entry in manifest.files.values())
+    if total > BYTES:
+        raise ArtifactError(f"bundle must have at most {BYTES} bytes, got {total}")
     for name, entry in manifest.files.items() if verify else ():
         check_hash(folder, name, entry)
 
 
-def check_hash(folder: Path, name: str, entry: FileEntry) -> None:
-    """Hash a file piece by piece; raises ArtifactError when it is not what the manifest says."""
+def _stored(folder: Path, name: str, size: int) -> int:
+    """Bytes of a file that lie on the disk; all of them where the system does not tell its holes."""
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    stored, place = 0, 0
     with _open_plain(folder, name) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != entry.sha256:
+        while place < size:
+            try:
+                start = os.lseek(file.fileno(), place, os.SEEK_DATA)
+                place = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            except OSError as error:
+                return stored if error.errno == errno.ENXIO else size
+            stored += place - start
+    return stored
+
+
+def check_hash(folder: Path, name: str, entry: FileEntry, copy: IO[bytes] | None = None) -> None:
+    """Read a file piece by piece, into ``copy`` too; raises ArtifactError when it is not what the manifest says."""
+    digest, left = hashlib.sha256(), entry.size + 1
+    try:
+        with _open_plain(folder, name) as file:
+            while piece := file.read(min(left, 2**20)):
+                digest.update(piece)
+                left -= len(piece)
+                if copy is not None:
+                    copy.write(piece)
+    except OSError as error:
+        if copy is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ArtifactError(f"{name} must be a file that can be read, got: {error.strerror}") from None
+    if left != 1 or digest.hexdigest() != entry.sha256:
         raise ArtifactError(f"{name} must have the sha256 it was exported with, got another; it was changed")
 
 
@@ -532,20 +568,41 @@ def _check_contents(folder: Path, manifest: BundleManifest) -> None:
         arrays.add(manifest.reference)
     for name in sorted(arrays):
         with _open_plain(folder, name) as file:
-            _check_arrays(file, name)
+            try:
+                found = npz_arrays(file, plain=True)
+            except Exception as error:  # noqa: BLE001 - zipfile and NumPy each raise kinds of their own on damage
+                raise ArtifactError(
+                    f"{name} must be an .npz of plain, unpacked numbers, got: {printable(str(error))}"
+                ) from None
+        if name == manifest.reference:
+            _check_reference(name, found, manifest)
 
 
-def _check_arrays(file: io.BufferedReader, name: str) -> None:
-    """Refuse an ``.npz`` that is packed, holds objects or text, or whose arrays claim to be larger than they are."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for array, head in read_heads(archive).items():
-                if head.info.compress_type != zipfile.ZIP_STORED or head.dtype.kind not in "biuf":
-                    raise ValueError(f"{array} packed, or of something else than numbers")
-    except Exception as error:  # noqa: BLE001 - zipfile and NumPy each raise kinds of their own on damage
-        raise ArtifactError(
-            f"{name} must be an .npz of plain, unpacked numbers, got: {printable(str(error))}"
-        ) from None
+def _check_reference(
+    name: str, found: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], manifest: BundleManifest
+) -> None:
+    """Inputs and outputs of this model's shapes, of a few rows, and nothing else."""
+    spec, k = manifest.preprocessing, len(manifest.classes)
+    pixels, logits = (3, spec.height, spec.width), (k,)
+    wanted: dict[str, tuple[int, ...]] = {"pixels": pixels, "stage_a.logits": logits, "stage_b.logits": logits}
+    # A Stage A that gave up its gate may have its logits here still.
+    if {"gate_logit", "stage_a.gate_logit"} & {*manifest.stages["stage_a"].outputs, *found}:
+        wanted["stage_a.gate_logit"] = ()
+    shape = found["pixels"][1] if "pixels" in found else ()
+    rows = shape[0] if shape else 0
+    for array in sorted({*wanted, *found}):
+        kind = np.dtype(np.uint8 if array == "pixels" else np.float32)
+        expected = f"{kind} [R, {', '.join(map(str, wanted[array]))}]" if array in wanted else "absent"
+        if array not in found or array not in wanted or found[array] != (kind, (rows, *wanted[array])) or not rows:
+            got = f"{found[array][0]} {list(found[array][1])}" if array in found else "none"
+            raise ArtifactError(f"{printable(array)} of {name} must be {expected}, got {printable(got)}")
+    held = sum(math.prod(shape) * kind.itemsize for kind, shape in found.values())
+    if manifest.files[name].size > held + len(found) * 2**12:
+        raise ArtifactError(f"{name} must be as large as its arrays, got {manifest.files[name].size} bytes")
+    # Where pixels are many, the three rows of an export.
+    limit = min(_REFERENCE_ROWS, max(3, _REFERENCE_NUMBERS // math.prod(pixels)))
+    if rows > limit:
+        raise ArtifactError(f"{name} must have at most {limit} rows, got {rows}; export the bundle anew")
 
 
 def _portable(config: Config) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
         },
         "engines": told["engines"],
         "files": dict(sorted(told["files"].items())),
+        "beside": list(loaded.beside),
         "size": sum(entry.size for entry in manifest.files.values()),
         "splits": {"seed": loaded.splits.seed, "counts": loaded.splits.counts, "groups": loaded.splits.groups},
         "provenance": told["provenance"],
@@ -84,6 +85,7 @@ def render_inspection(facts: dict[str, Any]) -> str:
         f"GPUs        {', '.join(cards) if cards else 'none: no engine in it; it runs on the CPU (onnxruntime)'}"
     )
     lines += [f"file        {name}  {size_text(entry['size'])}" for name, entry in facts["files"].items()]
+    lines += [f"beside      {name}: no part of the bundle, not read" for name in facts["beside"]]
     lines.append(
         f"made by     stage1_pro {origin['stage1_pro']}, torch {origin['torch']}, transformers "
         f"{origin['transformers']}; checkpoint {origin['checkpoint_sha256'][:12]}, "
@@ -129,6 +131,7 @@ def verify(bundle: Path | str, *, require_signature: bool = False, trust_engines
         "policy": {key: facts["policy"][key] for key in ("name", "guarantee", "statement")},
         "backbone": {key: facts["backbone"][key] for key in ("source", "licence")},
         "contents": facts["files"],
+        "beside": facts["beside"],
         "reference": loaded.manifest.reference,
         "variants": {name: sorted(entry.variants) for name, entry in loaded.manifest.stages.items()},
         "signature": asdict(signed),
@@ -153,6 +156,7 @@ def render_findings(facts: dict[str, Any]) -> str:
     if not facts["engines"]:
         lines.append("engine      none in it; it runs on onnxruntime")
     lines += [f"file        {name}  {size_text(entry['size'])}" for name, entry in facts["contents"].items()]
+    lines += [f"beside      {name}: no part of the bundle, not read" for name in facts["beside"]]
     return "\n".join(lines)
 
 

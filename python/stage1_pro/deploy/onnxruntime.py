@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -14,6 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from stage1_pro.deploy.bundle import Bundle
+from stage1_pro.deploy.graphs import check_graph
 from stage1_pro.deploy.runtime import Arrays, FullPass, How, Runtime, bundle_of, check_outputs
 from stage1_pro.errors import ArtifactError, InputError, need, printable
 from stage1_pro.words import StageName
@@ -110,13 +111,19 @@ class OnnxRuntime(Runtime):
 
 
 def open_session(
-    graph: Path, threads: int = 0, profile: Path | None = None, *, data: bytes | None = None
+    graph: Path,
+    threads: int = 0,
+    profile: Path | None = None,
+    *,
+    data: bytes | None = None,
+    weights: Mapping[str, bytes] | None = None,
 ) -> onnxruntime.InferenceSession:
     """A graph in onnxruntime on the CPU, with the options everything of this package is served and measured with.
 
     Args:
         graph: ONNX file; external weights are found beside it.
         data: its bytes where they are known already: then these are run, whatever the file holds by now.
+        weights: the same of its external weights, by their file names as the graph has them.
         threads: threads inside an operator; 0 = as many as there are cores.
         profile: prefix of a file to write the time of every operator to; ``end_profiling()`` finishes it.
 
@@ -131,8 +138,9 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    if data is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    if weights:
+        sizes = [len(one) for one in weights.values()]
+        options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), sizes)
     try:
         return onnxruntime.InferenceSession(
             str(graph) if data is None else data, options, providers=["CPUExecutionProvider"]
@@ -148,7 +156,14 @@ def reason(error: Exception) -> str:
 
 def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.InferenceSession:
     graph, entry = bundle.graph(stage), bundle.manifest.stages[stage]
-    session = open_session(graph, threads, data=bundle.read(entry.onnx))
+    data = bundle.read(entry.onnx)
+    sizes = {name: one.size for name, one in bundle.manifest.files.items()}
+    # As the graph names them, beside itself: what is run are the bytes that were hashed, and a link may lead anywhere.
+    folder = f"{PurePosixPath(entry.onnx).parent}/".removeprefix("./")
+    weights = {
+        name.removeprefix(folder): bundle.read(name) for name in check_graph(memoryview(data), entry.onnx, sizes)
+    }
+    session = open_session(graph, threads, data=data, weights=weights)
     try:
         found = shapes(session.get_inputs()), shapes(session.get_outputs())
     except UnicodeDecodeError:

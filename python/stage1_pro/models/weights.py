@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from stage1_pro.errors import ArtifactError, printable
+from stage1_pro.record import parse_json
 
 # In the order in which transformers takes them.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -43,9 +43,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     _check_fetched(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} must be JSON, got: {printable(str(error))}; {_AGAIN}") from None
+        # An index of shards has a line for every tensor.
+        values = parse_json(path.read_bytes(), str(path), ArtifactError, values=10**6, depth=64)
+    except OSError as error:
+        raise ArtifactError(f"{path} must be JSON, got: {error.strerror}; {_AGAIN}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {_AGAIN}") from None
     if not isinstance(values, dict):
         raise ArtifactError(f"{path} must be a JSON object, got {type(values).__name__}; {_AGAIN}")
     return values

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import Field
 
 from stage1_pro.commands.split import Split
@@ -32,7 +31,7 @@ from stage1_pro.metrics.table import METRICS
 from stage1_pro.policies.gate import reach
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, parse_yaml
 from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, Start
 
@@ -224,7 +223,7 @@ def read_arms(
         if study not in STUDIES:
             raise InputError(f"--study must be {' or '.join(STUDIES)}, got '{study}'{nearest(study, STUDIES)}")
         text = (files("stage1_pro") / "studies" / f"{study}.yaml").read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
         raw = {name: _merged(content["common"], arm) for name, arm in content["arms"].items()}
     else:
         given = list(names) if names else [Path(path).stem for path in paths]

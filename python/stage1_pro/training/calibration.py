@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from stage1_pro.policies.rows import Rows, cut_halves
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.target import POLICIES, Target, settle_target
 from stage1_pro.progress import say
-from stage1_pro.record import Record
+from stage1_pro.record import Record, parse_json
 from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, exclusive
 from stage1_pro.words import HALVES
@@ -422,10 +421,10 @@ def _place(out: Path | None, wish: Target) -> Path | None:
 
 def _is_policy(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = parse_json(path.read_bytes(), str(path), InputError, values=10**6, depth=100)
+    except (OSError, InputError):
         return False
-    return isinstance(content, dict) and content.get("policy") in policies()
+    return isinstance(content, dict) and str(content.get("policy")) in policies()
 
 
 def file_rows(
@@ -449,6 +448,8 @@ def file_rows(
     if policy == "gate" and "gate_logits" not in arrays:
         raise InputError(f"{path} must hold gate_logits [N] for the gate policy, got {', '.join(sorted(arrays))}")
     own = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
+    if own.shape != probs.shape[1:]:
+        raise InputError(f"classes must name the {probs.shape[1]} columns of {path}, got shape {list(own.shape)}")
     names = list(classes or (spelled(str(name)) for name in own))
     check_names(names, "--classes" if classes else "classes", stated=bool(classes))
     if positive is None and "positive" in arrays:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,10 +32,13 @@ from stage1_pro.continual.serving.events import SKETCH_SIZE, Event
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest, need, printable
 from stage1_pro.files import atomic_path, write_csv, write_text
-from stage1_pro.record import wrong
+from stage1_pro.record import parse_json, wrong
 
 COLUMNS = tuple(Label.model_fields)
-_SIZE_LIMIT = 2**30
+# Some hundred thousand tasks; as objects in memory they take ten times as much as in their file.
+_SIZE_LIMIT, _VALUES_LIMIT, _DEPTH_LIMIT = 2**28, 2**22, 64
+_NAME_LIMIT = 200
+_YEAR_10000 = 253402300800.0
 # What annotations keep of the answers that they were exported from.
 _EXPORTED = ("label", "source", "annotator", "time")
 
@@ -108,6 +111,8 @@ def _label(where: str, **values: Any) -> Label:
         if value is None or value == "":
             hint = f"; give {name}= for rows that have none" if name in ("source", "annotator") else ""
             raise InputError(f"{where} must have a value for {name}, got none{hint}")
+    if not str(values["annotator"]).isprintable() or len(str(values["annotator"])) > _NAME_LIMIT:
+        raise InputError(f"{where} must name its annotator in at most {_NAME_LIMIT} printable characters, got another")
     try:
         return Label(**values)
     except ValidationError as error:
@@ -126,18 +131,19 @@ def _time(where: str, value: Any) -> float:
     """Seconds since the epoch from a number, or from ISO 8601 with an offset."""
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         try:
             moment = datetime.fromisoformat(str(value))
         except ValueError:
             moment = None
         if moment is None or moment.tzinfo is None:
             raise InputError(
-                f"{where}: time must be seconds since the epoch or ISO 8601 with its offset (…Z), got '{value}'"
+                f"{where}: time must be seconds since the epoch or ISO 8601 with its offset (…Z), "
+                f"got '{printable(str(value))}'"
             ) from None
         found = moment.timestamp()
-    if not math.isfinite(found):
-        raise InputError(f"{where}: time must be finite, got '{value}'")
+    if not 0 <= found < _YEAR_10000:
+        raise InputError(f"{where}: time must be finite, from 1970 to the year 9999, got '{printable(str(value))}'")
     return found
 
 
@@ -220,11 +226,13 @@ def import_label_studio(
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _SIZE_LIMIT:
-            raise InputError(f"{path.name} must be at most {_SIZE_LIMIT} bytes, got {path.stat().st_size}; split it")
-        tasks = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"labels must be a readable JSON file, got {path}: {error}") from None
+        size = path.stat().st_size
+        if not path.is_file() or size > _SIZE_LIMIT:
+            raise InputError(f"{path.name} must be a plain file of at most {_SIZE_LIMIT} bytes, got {size}; split it")
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"labels must be a readable JSON file, got {path}: {error.strerror}") from None
+    tasks = parse_json(content.removeprefix(BOM_UTF8), path.name, InputError, values=_VALUES_LIMIT, depth=_DEPTH_LIMIT)
     if not isinstance(tasks, list):
         raise InputError(f"{path.name} must be a list of tasks, got {type(tasks).__name__}; export it as JSON")
     given: list[Outside] = []
@@ -240,6 +248,7 @@ def import_label_studio(
         for one in annotations:
             if not isinstance(one, Mapping):
                 raise InputError(f"{where} must have annotations that are objects, got {type(one).__name__}")
+            _check_names(where, task, one)
             record = _record(task, one)
             if not one.get("was_cancelled"):
                 given.append(_annotated(where, data["event_id"], one, record, now, source, annotator))
@@ -247,6 +256,16 @@ def import_label_studio(
                 given.append(_withdrawn(where, last, record, one.get("updated_at") or now))
         given += _gone(where, task, annotations, known.get(data["event_id"], {}))
     return add_outside(store, given)
+
+
+def _check_names(where: str, task: Mapping[str, Any], annotation: Mapping[str, Any]) -> None:
+    names = (task.get("id"), task.get("project"), *(annotation.get(name) for name in ("id", "task", "project")))
+    for name in names:
+        if (
+            not (name is None or type(name) is int or (isinstance(name, str) and name.isprintable()))
+            or len(str(name)) > 99
+        ):
+            raise InputError(f"{where} must have numbers or short texts as id, project and task, got {name!r}")
 
 
 def _record(task: Mapping[str, Any], annotation: Mapping[str, Any]) -> str | None:
@@ -314,15 +333,16 @@ def _gone(
 
 def _chosen(where: str, result: Any) -> tuple[str, Mapping[str, Any]]:
     """The one choice of an annotation, and what this package added to it."""
-    found = []
+    found: list[tuple[Any, Mapping[str, Any]]] = []
     for one in result if isinstance(result, list) else []:
         if isinstance(one, Mapping) and one.get("type") == "choices":
             value = one.get("value")
             choices = value.get("choices") if isinstance(value, Mapping) else None
             meta = one.get("meta")
-            found += [(name, meta if isinstance(meta, Mapping) else {}) for name in (choices or [])]
+            kept = meta if isinstance(meta, Mapping) else {}
+            found += [(name, kept) for name in (choices if isinstance(choices, list) else [])]
     if len(found) != 1 or not isinstance(found[0][0], str):
-        got = ", ".join(str(name) for name, _ in found) or "none"
+        got = printable(", ".join(str(name) for name, _ in found)) or "none"
         raise InputError(f"{where} must have exactly one choice in each annotation, got {got}; answer it or cancel it")
     return found[0]
 

@@ -35,7 +35,7 @@ from stage1_pro.continual.watch.alerts import Alert
 from stage1_pro.continual.watch.outbox import AlertsConfig, deliver
 from stage1_pro.continual.watch.status import dashboard, write_textfile
 from stage1_pro.deploy.bundle import load_bundle
-from stage1_pro.errors import ArtifactError, InputError, Stage1Error, explain
+from stage1_pro.errors import ArtifactError, InputError, Stage1Error, explain, printable
 from stage1_pro.files import sweep, write_text
 from stage1_pro.progress import say
 from stage1_pro.record import Record, read_yaml
@@ -135,22 +135,9 @@ def init(
             "which is what audits test: --alpha A watches it against a limit of your own"
         )
     given = dict(config) if isinstance(config, Mapping) else _read_config(config)
-    if isinstance(given.get("metrics"), str):
-        given["metrics"] = str(Path(given["metrics"]).absolute())
-    rounds = dict(given.pop("rounds", {}))
-    monitor = rounds.get("monitor", {})
-    if not isinstance(monitor, Mapping):
-        raise InputError(f"rounds.monitor must hold keys and values, got {monitor!r}")
-    rounds["monitor"] = {"alpha": alpha, **monitor}
-    where = {"store": store or str(root.absolute()), "log": str((log or root / "log").absolute())}
-    try:
-        file = LoopFile.model_validate({**where, "rounds": rounds, **given})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        # URLs of hooks are secrets.
-        got = "another value" if key.startswith("alerts") else repr(first["input"])
-        raise InputError(f"{key} must be valid, got {got}: {first['msg']}") from None
+    file = _described(
+        given, {"store": store or str(root.absolute()), "log": str((log or root / "log").absolute())}, alpha
+    )
     kept = Store(file.store)
     try:
         registry = Registry(root, kept)
@@ -183,6 +170,25 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     if any(not isinstance(found.get(key, {}), dict) for key in ("loop", "rounds")):
         raise InputError(f"config must hold the keys loop, rounds, alerts or metrics, got {path}")
     return found
+
+
+def _described(given: dict[str, Any], where: Mapping[str, str], alpha: float) -> LoopFile:
+    """``loop.json`` by what a configuration says of it."""
+    if isinstance(given.get("metrics"), str):
+        given["metrics"] = str(Path(given["metrics"]).absolute())
+    rounds = dict(given.pop("rounds", {}))
+    monitor = rounds.get("monitor", {})
+    if not isinstance(monitor, Mapping):
+        raise InputError(f"rounds.monitor must hold keys and values, got {printable(repr(monitor))}")
+    rounds["monitor"] = {"alpha": alpha, **monitor}
+    try:
+        return LoopFile.model_validate({**where, "rounds": rounds, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = printable(".".join(map(str, first["loc"])))
+        # URLs of hooks are secrets.
+        got = "another value" if key.startswith("alerts") else printable(repr(first["input"]))
+        raise InputError(f"{key} must be valid, got {got}: {printable(first['msg'])}") from None
 
 
 def ingest_log(root: Path) -> dict[str, Any]:

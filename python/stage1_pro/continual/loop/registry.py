@@ -6,7 +6,6 @@ state in whatever order writers come. Serving reads that file alone (``live``).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +17,9 @@ from stage1_pro.continual.ledger.labels import insert
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.live import BUNDLES, POINTER, Pointer, load_content
-from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
+from stage1_pro.deploy.bundle import MANIFEST, SIGNATURE, Bundle, load_bundle, read_plain
 from stage1_pro.errors import InputError, NotReachableError
-from stage1_pro.files import atomic_directory, locked, sha256_file, write_bytes
+from stage1_pro.files import atomic_directory, locked, sha256_bytes, write_bytes
 from stage1_pro.record import Record
 
 AliasName = Literal["champion", "shadow", "canary"]
@@ -90,13 +89,16 @@ class Registry:
             ArtifactError: it is damaged, or the one that is there is.
         """
         source = load_bundle(folder)
-        name = sha256_file(source.path / MANIFEST)
+        name = sha256_bytes(source.raw)
         target = self.root / BUNDLES / name
         with locked(self.root / ".lock"):
             if not target.is_dir():
                 with atomic_directory(target) as staging:
-                    shutil.copytree(source.path, staging, dirs_exist_ok=True)
-                    load_bundle(staging)
+                    source.copy_to(staging, source.manifest.files)
+                    write_bytes(staging / MANIFEST, source.raw)
+                    if (source.path / SIGNATURE).exists():
+                        write_bytes(staging / SIGNATURE, read_plain(source.path, SIGNATURE))
+                    load_bundle(staging, verify=False)  # the copies were checked
         self.load(name)
         return name
 

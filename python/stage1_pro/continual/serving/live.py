@@ -26,7 +26,7 @@ from stage1_pro.continual.serving.served import Served, identify
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, Prepared, concatenate
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
-from stage1_pro.files import sha256_file
+from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say
 from stage1_pro.record import Record
@@ -339,7 +339,7 @@ def load_content(root: Path | str, sha256: str, *, verify: bool = True) -> Bundl
     if not (path / MANIFEST).is_file():
         raise InputError(f"bundle must be one of the registry, got {sha256[:12]}, which {Path(root) / BUNDLES} lacks")
     found = load_bundle(path, verify=verify)
-    if sha256_file(path / MANIFEST) != sha256:
+    if sha256_bytes(found.raw) != sha256:
         raise ArtifactError(f"{path} must hold the bundle of that hash, got another; it was changed")
     return found
 

@@ -18,10 +18,10 @@ from PIL import Image
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Novelty, ReviewPlan, entropy, sketch
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.photos import Photo, read_file
-from stage1_pro.deploy.bundle import MANIFEST, Bundle
+from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, ImageLike, Prepared, Trace, open_image
 from stage1_pro.errors import InputError
-from stage1_pro.files import sha256_bytes, sha256_file
+from stage1_pro.files import sha256_bytes
 
 # Images whose time is over are looked for this often, in seconds.
 PURGE_SECONDS = 3600.0
@@ -61,7 +61,7 @@ class Served(Answering):
         self._on_failure, self._writer = on_failure, writer or uuid.uuid4().hex
         self._count = 0
         self._purged = self._last = -math.inf
-        self._bundle = sha256_file(cascade.bundle.path / MANIFEST)
+        self._bundle = sha256_bytes(cascade.bundle.raw)
         classes, positive = cascade.bundle.classes, cascade.bundle.positive
         log.describe(BundleFacts(bundle=self._bundle, classes=tuple(classes), positive=positive))
 

@@ -36,7 +36,7 @@ from stage1_pro.integrations.streetvision.reward import (
 )
 from stage1_pro.policies.platt import fit_platt
 from stage1_pro.progress import say, track
-from stage1_pro.record import Record
+from stage1_pro.record import Record, parse_yaml
 from stage1_pro.training.answers import answer, policy_of
 from stage1_pro.training.calibration import read_calibration, read_order
 
@@ -137,7 +137,7 @@ def tune(asked: Tune) -> MinerTuning:
     if asked.settings is not None:
         write_text(asked.settings, yaml_of(record))
         say(f"wrote {asked.settings}")
-    served = Path(yaml.safe_load(yaml_of(record))["bundle"])
+    served = Path(parse_yaml(yaml_of(record))["bundle"])
     if not (served / MANIFEST).is_file():
         say(f"the YAML's bundle {served} is not there yet: stage1 export --run {record.source}")
     return record
