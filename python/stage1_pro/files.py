@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import getpass
+import glob
 import hashlib
 import io
 import math
@@ -136,9 +137,9 @@ def _claim(descriptor: int) -> bool | None:
     return True
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what killed writers of ``name`` left in a folder; what a living one writes stays."""
-    for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")):
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers of ``name``, or of anything, left in a folder; what a living one writes stays."""
+    for leftover in (*_left(folder, name, ".tmp"), *_left(folder, name, ".old")):
         target = folder / leftover.name[1:].rsplit(".", 2)[0]
         if leftover.suffix == ".old" and not target.exists():
             continue  # the only copy: `recover_directory` puts it back
@@ -149,6 +150,10 @@ def sweep(folder: Path, name: str = "*") -> None:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             finally:
                 os.close(mark)
+
+
+def _left(folder: Path, name: str | None, suffix: str) -> list[Path]:
+    return [*folder.glob(f".{'*' if name is None else glob.escape(name)}.*{suffix}")]
 
 
 @contextlib.contextmanager
@@ -191,7 +196,7 @@ def recover_directory(path: Path) -> None:
     """Put back a folder that a writer killed between its two renames had moved aside."""
     if path.exists():
         return
-    for aside in path.parent.glob(f".{path.name}.*.old"):
+    for aside in _left(path.parent, path.name, ".old"):
         if (aside / path.name).is_dir():
             (aside / path.name).replace(path)
             aside.rmdir()
