@@ -114,7 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _show(found, as_json=options.as_json)
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        again = "; --resume goes on" if "resume" in options.command.model_fields else ""
+        fields = options.command.model_fields
+        # Where --resume goes on with a file, there must be one.
+        resumes = "resume" in fields and ("out" not in fields or hasattr(options, "out"))
+        again = "; --resume goes on" if resumes else ""
         say(f"{word}; what was finished is kept{again}")
         return code
     except Exception as error:  # noqa: BLE001  whatever it is, it is one line and a code

@@ -65,7 +65,7 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
             os.fsync(file.fileno())
         permit(temporary, mode)
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a write to a full disk does not say where
         raise
@@ -100,7 +100,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
             os.close(kept)
         else:
             staging.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(mark)
@@ -119,12 +119,12 @@ def _marked(make: Callable[[], Path]) -> tuple[Path, int]:
             mark = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             continue  # a sweep came in between
-        if _claim(mark) is not False and os.fstat(mark).st_nlink:
+        if claim(mark) is not False and os.fstat(mark).st_nlink:
             return path, mark
         os.close(mark)
 
 
-def _claim(descriptor: int) -> bool | None:
+def claim(descriptor: int) -> bool | None:
     """Lock what is open, at once; False where another holds it, None where the system or its disk has no such locks."""
     try:
         import fcntl
@@ -146,7 +146,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         with contextlib.suppress(OSError):
             mark = os.open(leftover, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             try:
-                if _claim(mark):
+                if claim(mark):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             finally:
                 os.close(mark)
@@ -203,7 +203,8 @@ def recover_directory(path: Path) -> None:
             return
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Let what was renamed in a folder outlast the machine's end."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -225,12 +226,16 @@ def write_text(path: Path | str, text: str, *, mode: int = 0o666) -> None:
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Write rows under the given columns atomically; ``None`` and NaN become empty cells, formulas text."""
+    lines = [csv_line(columns), *(csv_line([row.get(key) for key in columns]) for row in rows)]
+    write_text(path, "".join(lines))
+
+
+def csv_line(cells: Sequence[object]) -> str:
+    """One row of a CSV as ``write_csv`` writes it, with the end of its line."""
     buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(row.get(key)) for key in columns})
-    write_text(path, buffer.getvalue())
+    # Characters of the line's end are quoted, and a lone carriage return would end a row for its readers.
+    csv.writer(buffer, lineterminator="\r\n").writerow([_cell(cell) for cell in cells])
+    return buffer.getvalue()[:-2] + "\n"
 
 
 def _cell(value: object) -> object:
