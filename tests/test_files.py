@@ -349,3 +349,34 @@ def test_names_are_no_patterns(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name).is_dir()
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_that_is_replaced_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, before = tmp_path / "b", tmp_path / "b.before"
+
+    def write(text: str) -> None:
+        with atomic_directory(folder, keep=True) as staging:
+            (staging / "x").write_text(text)
+
+    write("1")
+    assert not before.exists()
+    write("2")
+    write("3")
+    assert ((folder / "x").read_text(), (before / "x").read_text()) == ("3", "2")
+    replace, moves = Path.replace, []
+
+    def dies(self: Path, to: Path) -> Path:
+        if moves:
+            raise KeyboardInterrupt
+        moves.append(to)
+        return replace(self, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", dies)
+        write("4")
+    assert not folder.exists()
+    recover_directory(folder)
+    assert (folder / "x").read_text() == "3" and not before.exists()
+    write("5")
+    assert ((folder / "x").read_text(), (before / "x").read_text()) == ("5", "3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.before"]

@@ -10,13 +10,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stage1_pro.command import Result
 from stage1_pro.commands import COMMANDS, FAMILIES, load, outside
 from stage1_pro.errors import NotReachableError, Stage1Error, explain, nearest
 from stage1_pro.progress import give_up, say
 from stage1_pro.stopping import Terminated, terminable
+
+if TYPE_CHECKING:
+    from stage1_pro.command import Result
 
 _EPILOG = """\
 the usual way: split, train, calibrate, evaluate, export, predict.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stage1_pro.errors import InputError
+from stage1_pro.progress import say
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,10 +76,11 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path | str) -> Iterator[Path]:
+def atomic_directory(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that takes its place on success.
 
-    An existing folder at ``path`` is moved aside first and removed after the new one stands.
+    An existing folder at ``path`` is moved aside first and removed after the new one stands; with ``keep`` it stays, as
+    ``<path>.before``, in place of what lay there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,13 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
         permit(staging, 0o777)
-        if path.exists():
+        before = path.with_name(f"{path.name}.before")
+        if keep and path.exists() and any(path.iterdir()):
+            say(f"what lay in {path} goes to {before}")
+            shutil.rmtree(before, ignore_errors=True)
+            path.replace(before)
+            staging.replace(path)
+        elif path.exists():
             aside, kept = _marked(lambda: Path(tempfile.mkdtemp(".old", f".{path.name}.", path.parent)))
             path.replace(aside / path.name)
             staging.replace(path)
@@ -196,6 +204,9 @@ def recover_directory(path: Path) -> None:
     """Put back a folder that a writer killed between its two renames had moved aside."""
     if path.exists():
         return
+    before = path.with_name(f"{path.name}.before")
+    if before.is_dir():
+        before.replace(path)
     for aside in _left(path.parent, path.name, ".old"):
         if (aside / path.name).is_dir():
             (aside / path.name).replace(path)
