@@ -55,10 +55,11 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed over it, ``mode`` less the umask.
 
     A process killed at any moment leaves either the old file or the new one. Leftovers of
-    killed writers are named ``.<name>.*.tmp``, are never read, and go with the next ``sweep``.
+    killed writers are named ``.<name>.*.tmp``, are never read, and go when the file is written next.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     temporary, mark = _marked(lambda: Path(_closed(tempfile.mkstemp(".tmp", f".{path.name}.", path.parent))))
     try:
         yield temporary

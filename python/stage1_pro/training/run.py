@@ -137,7 +137,8 @@ _OF_THE_MODEL = ("val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", 
 _BESIDE = ("splits.json", "quarantine.csv", CLAIMS_FILE)
 # What was set aside last; on its way there; and what lay there before.
 _BACKUPS = (".before", ".before.coming", ".before.older")
-_COSTLY = {"model_best.pth", *policy_files(), "evaluation", "val_calib.npz", "explora.json"}
+# Some of it is there where the work was finished: a training writes the first of these last.
+_FINISHED = {"val_calib_gate_logits.pt", "explora.json", "evaluation", *policy_files()}
 # What `stage1 explora` leaves in a run; trainings come and go beside it.
 EXPLORA = "explora"
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
@@ -199,14 +200,14 @@ def withdraw(run: Path) -> None:
 def set_aside(folder: Path, names: Sequence[str], *, beside: Sequence[str] = ()) -> None:
     """Move what is there of ``names`` to ``FOLDER/.before``, in place of what lay there; say so, before.
 
-    Files and folders of ``beside`` stay and are there as well, as links. Where nothing that cost work goes, all goes
-    for good and what lay in ``.before`` stays. Killed half-way, ``exclusive`` undoes it.
+    Files and folders of ``beside`` stay and are there as well, as links. Unfinished work takes nobody's place: it goes
+    for good where ``.before`` is taken, or where it has no model yet. Killed half-way, ``exclusive`` undoes it.
     """
     gone = [name for name in names if (folder / name).exists()]
     if not gone:
         return
     before, coming, older = (folder / name for name in _BACKUPS)
-    if not any(name in _COSTLY for name in gone):
+    if _FINISHED.isdisjoint(gone) and (before.exists() or "model_best.pth" not in gone):
         say(f"removed {', '.join(gone)}")
         for name in gone:
             shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
