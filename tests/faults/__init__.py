@@ -38,8 +38,8 @@ class Faults:
 
         ``where`` are its surroundings: ``stranger`` (a number of a user whom the system does not know), ``env`` (None
         takes a variable away), ``umask``, ``encoding`` of its output, ``closed`` streams, ``read_only`` (a folder), and
-        ``tmpfs`` (a folder and the size of the disk that it lies on). Steps are told without any. Where the system does
-        not allow them, ``refused`` says why.
+        ``tmpfs`` (a folder, and how many bytes are left of the disk that it lies on). Steps are told without any. Where
+        the system does not allow them, ``refused`` says why.
         """
         assert self._server.stdin is not None
         assert self._server.stdout is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -70,14 +71,23 @@ def settle(where: dict[str, Any]) -> None:
         _mount(where["read_only"], where["read_only"], None, _BIND, None)
         _mount(None, where["read_only"], None, _BIND | _REMOUNT | _READ_ONLY, None)
     if "tmpfs" in where:
-        path, size = where["tmpfs"]
-        copy = shutil.copytree(path, f"{path}.copy", symlinks=True)
-        _mount("none", path, "tmpfs", 0, f"size={size}")
-        shutil.copytree(copy, path, symlinks=True, dirs_exist_ok=True)
-        shutil.rmtree(copy)
+        _onto_a_disk(*where["tmpfs"])
     for number in where.get("closed", ()):
         os.close(number)
         setattr(sys, {1: "stdout", 2: "stderr"}[number], None)  # as Python starts without them
+
+
+def _onto_a_disk(path: str, left: int) -> None:
+    """Let a folder lie on a disk of its own that has ``left`` bytes left."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(path, copy, symlinks=True, dirs_exist_ok=True)
+        _mount("none", path, "tmpfs", 0, "size=32m")
+        shutil.copytree(copy, path, symlinks=True, dirs_exist_ok=True)
+    with (Path(path) / "fill").open("wb", buffering=0) as fill:
+        with contextlib.suppress(OSError):
+            while fill.write(bytes(1 << 16)):
+                pass
+        fill.truncate(max(0, fill.tell() - left))
 
 
 def _own_namespace(as_user: int) -> None:
@@ -115,6 +125,7 @@ def child(words: list[str], kill: int | None, where: dict[str, Any], folder: Pat
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         if "tmpfs" in where:  # it goes with this process
+            (Path(where["tmpfs"][0]) / "fill").unlink()
             shutil.copytree(where["tmpfs"][0], folder / "left", symlinks=True)
         os._exit(code)
 
@@ -137,7 +148,8 @@ def serve() -> None:
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             read = {key: _text(folder / key) for key in ("steps", "1", "2", "refused")}
             if (folder / "left").exists():
-                shutil.copytree(folder / "left", asked["where"]["tmpfs"][0], symlinks=True, dirs_exist_ok=True)
+                shutil.rmtree(asked["where"]["tmpfs"][0])
+                shutil.copytree(folder / "left", asked["where"]["tmpfs"][0], symlinks=True)
         answer = {
             "rc": code, "steps": read["steps"].splitlines(), "out": read["1"], "err": read["2"],
             "refused": read["refused"],
