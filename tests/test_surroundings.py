@@ -192,12 +192,12 @@ def test_commands_under_another_clock_or_locale(
 ) -> None:
     (work / "run" / "images" / os.fsdecode("日本.png".encode())).symlink_to(work / "run" / "images" / "00.png")
     with faults("stage1_pro.training.evaluation", "stage1_pro.continual.loop.folder", env=variables()) as children:
-        for command in COMMANDS:
+        for command, text in COMMANDS.items():
             if command != "train":
                 ended = children.run(told(command, work, streets))
                 said_plainly(command, ended)
                 # A clock that stands before what the loop has seen is refused by that name.
-                early = "--root" in COMMANDS[command] and "now must not be before" in ended.err
+                early = "--root" in text and "now must not be before" in ended.err
                 assert ended.rc == (2 if early else usual[command]), (command, ended.err)
         assert len((work / "predict.csv").read_bytes().splitlines()) == 18
     nothing_torn(work)
