@@ -7,9 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from rich.console import Console
 
 T = TypeVar("T")
