@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stage1_pro import progress
 from stage1_pro.errors import (
     PROMISE_FAILED,
     ArtifactError,
@@ -156,6 +159,48 @@ def test_closed_streams_take_nothing_away(tiny, photos, tmp_path, shell):
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()) == 3
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_work_ends_with_its_code_where_nobody_reads_what_is_said(tiny, photos, tmp_path, stream):
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    read, write = os.pipe()
+    os.close(read)
+    words = ("predict", "--bundle", tiny / "bundle", photos, "--out", tmp_path / "out.csv")
+    done = subprocess.run(
+        [sys.executable, "-m", "stage1_pro.cli", *map(str, words)],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write},
+    )
+    os.close(write)
+    assert done.returncode == 1, done.stderr
+    assert len((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()) == 4
+    assert b"Traceback" not in (done.stderr or b"") and b"Exception" not in (done.stderr or b"")
+
+
+@needs_full
+@pytest.mark.parametrize("kind", ["full", "closed", "broken", "terminal"])
+def test_a_message_that_nobody_hears_ends_no_work(kind, monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+        def isatty(self) -> bool:
+            return kind == "terminal"
+
+    with FULL.open("w") if kind in ("full", "closed") else Broken() as stream:
+        if kind == "closed":
+            stream.close()
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress.say("heard?")
+        assert list(progress.track([1, 2], "work", 2)) == [1, 2]
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "HEARTBEAT", 0.02)
+    slow = (time.sleep(0.03) or one for one in range(5))
+    assert list(progress.track(slow, "work", 105, done=100)) == [0, 1, 2, 3, 4]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(re.fullmatch(r"work: 10\d/105, \d+\.\d/s, 0:00:\d\d left", line) for line in lines), lines
 
 
 def test_a_fault_is_a_line_and_its_traceback_can_be_had(tmp_path):

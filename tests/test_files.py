@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from stage1_pro.config import load_config
 from stage1_pro.errors import InputError
-from stage1_pro.files import atomic_directory, locked, write_csv, write_text
+from stage1_pro.files import atomic_directory, locked, recover_directory, sweep, write_csv, write_text
 from stage1_pro.record import Record, parse_yaml, read_yaml, wrong
 
 HOLD = "import os, sys, time; from stage1_pro.files import locked\nwith locked(sys.argv[1]) as lock:\n"
@@ -340,3 +340,49 @@ def test_names_reach_a_terminal_as_one_plain_line(name: str) -> None:
 
     said = render([dict.fromkeys(COLUMNS) | {"file": name, "error": f"{name}: is no image"}])
     assert all(line.isprintable() for line in said.split("\n")) and len(said.split("\n")) == 3
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "what?", "[!x]", "plain"])
+def test_names_are_no_patterns(tmp_path: Path, name: str) -> None:
+    mine, others = f".{name}.x1.tmp", [".run1.x1.tmp", ".aXb.x1.tmp", ".whatX.x1.tmp", ".y.x1.tmp", ".plainer.x1.tmp"]
+    for one in (mine, *others):
+        (tmp_path / one).touch()
+    sweep(tmp_path, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    (tmp_path / f".{name}.x2.old" / name).mkdir(parents=True)
+    recover_directory(tmp_path / name)
+    assert (tmp_path / name).is_dir()
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_that_is_replaced_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, before = tmp_path / "b", tmp_path / "b.before"
+
+    def write(text: str) -> None:
+        with atomic_directory(folder, keep=True) as staging:
+            (staging / "x").write_text(text)
+
+    write("1")
+    assert not before.exists()
+    write("2")
+    write("3")
+    assert ((folder / "x").read_text(), (before / "x").read_text()) == ("3", "2")
+    replace, moves = Path.replace, []
+
+    def dies(self: Path, to: Path) -> Path:
+        if moves:
+            raise KeyboardInterrupt
+        moves.append(to)
+        return replace(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write("4")
+    assert not folder.exists()
+    recover_directory(folder)
+    assert (folder / "x").read_text() == "3" and not before.exists()
+    write("5")
+    assert ((folder / "x").read_text(), (before / "x").read_text()) == ("5", "3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.before"]

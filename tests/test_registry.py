@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -382,12 +383,11 @@ def test_a_canary_that_fails_takes_no_answer_with_it(
         raise RuntimeError("no memory")
 
     # It answers, but neither what it said nor that this failed can be written: one answer a photo all the same.
-    def closed(_: str) -> None:
-        raise BrokenPipeError
-
-    with monkeypatch.context() as patch:
+    read, write = os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patch, os.fdopen(write, "w") as closed:
         patch.setattr("stage1_pro.continual.serving.live._append_pairs", fail)
-        patch.setattr("stage1_pro.continual.serving.live.say", closed)
+        patch.setattr("sys.stderr", closed)
         assert same(live.predict(photos), Cascade.load(strict).predict(photos))
     assert live.candidate_failures == 1
     live.candidate_failures = 0

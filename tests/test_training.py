@@ -41,6 +41,7 @@ from stage1_pro.models.model import Stage1Model
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.stopping import Terminated, between_steps
 from stage1_pro.training import loop, losses, validate
+from stage1_pro.training import run as run_module
 from stage1_pro.training.epochs import TIMINGS
 from stage1_pro.training.inference import infer_split, run_over
 from stage1_pro.training.loop import train
@@ -380,9 +381,9 @@ def test_a_second_training_needs_a_word(run: Path) -> None:
     train(run, config("train.epochs=1"))
     with pytest.raises(InputError, match="--resume .*--overwrite"):
         train(run, config("train.epochs=1"))
-    for change, shown in (("train.epochs=16", "train.epochs = 16 instead of 1"), ("seed=9", "seed = 9 instead of 0")):
+    for change, shown in (("train.lr=1", "train.lr = 1.0 instead of"), ("seed=9", "seed = 9 instead of 0")):
         with pytest.raises(InputError, match=f"--resume must keep .* {shown}"):
-            train(run, load_config(None, [change]), resume=True)
+            train(run, load_config(None, [change, "train.epochs=16"]), resume=True)
     train(run, load_config(None, ["train.workers=0"]), resume=True)
     assert RunConfig.read(run / "config.json").config.train.workers == 0
     before = (run / "model_best.pth").read_bytes()
@@ -390,6 +391,122 @@ def test_a_second_training_needs_a_word(run: Path) -> None:
     assert (run / "model_best.pth").read_bytes() == before
     train(run, config("train.epochs=1", "seed=5"), overwrite=True)
     assert (run / "model_best.pth").read_bytes() != before
+
+
+QUICK = ("train.workers=0", "model.image_size=32", "gate.fit=joint")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_overwritten_is_kept_once_and_is_a_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(run, config("train.epochs=1", *QUICK))
+    (run / "thresholds.json").write_text("{}")
+    (run / "claims.json").write_text("{}")
+    first = contents(run)
+    # Killed at any of its moves it is undone by whatever works in the run next.
+    for n in range(100):
+        moves, replace = 0, Path.replace
+
+        def dies(self: Path, to: Path, n: int = n, replace: Any = replace) -> Path:
+            nonlocal moves
+            if moves == n:
+                raise KeyboardInterrupt
+            moves += 1
+            return replace(self, to)
+
+        try:
+            with run_module.exclusive(run), monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", dies)
+                run_module.forget_training(run)
+        except KeyboardInterrupt:
+            with run_module.exclusive(run):
+                assert {k: v for k, v in contents(run).items() if k != ".lock"} == {
+                    k: v for k, v in first.items() if k != ".lock"
+                }, n
+            continue
+        break
+    assert 8 < n < 40
+    assert "moved to" in capsys.readouterr().err and not (run / "model_best.pth").exists()
+    kept = {k.removeprefix(".before/"): v for k, v in contents(run).items() if k.startswith(".before/")}
+    assert kept == {k: v for k, v in first.items() if k != ".lock"}
+    assert (run / ".before" / "splits.json").samefile(run / "splits.json")
+    assert infer_split(run / ".before", "val_select").labels.size
+    # What is unfinished pushes out nothing; the next whole one does.
+    train(run, config("train.epochs=1", "seed=3", *QUICK))
+    (run / "val_calib_gate_logits.pt").unlink()
+    with run_module.exclusive(run):
+        run_module.forget_training(run)
+    assert (run / ".before" / "model_best.pth").read_bytes() == first["model_best.pth"]
+    train(run, config("train.epochs=1", "seed=3", *QUICK))
+    third = (run / "model_best.pth").read_bytes()
+    train(run, config("train.epochs=1", *QUICK), overwrite=True)
+    assert (run / ".before" / "model_best.pth").read_bytes() == third != first["model_best.pth"]
+    assert sorted(path.name for path in run.glob(".before*")) == [".before"]
+
+
+def test_a_finished_training_goes_on_with_more_epochs_to_the_same_bytes_when_killed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(run, config("train.epochs=1", *QUICK))
+    (run / "thresholds.json").write_text("{}")
+    (run / "evaluation").mkdir()
+    (run / "claims.json").write_text("{}")
+    one, other = weights(run), Path(shutil.copytree(run, tmp_path / "other"))
+    unchanged = contents(run)
+    for wish, words in (("train.lr=9", "lr = 9.0 instead"), ("seed=4", "seed = 4 instead")):
+        with pytest.raises(InputError, match=words):
+            train(run, load_config(None, [wish, "train.epochs=3"]), resume=True)
+    assert contents(run) == unchanged
+    whole = train(run, load_config(None, ["train.epochs=3"]), resume=True)
+    said = capsys.readouterr().err
+    assert "thresholds.json" in said and "not the same as so many epochs" in said
+    assert whole.epochs == 3 and (run / "claims.json").exists()
+    assert not (run / "thresholds.json").exists() and not (run / "evaluation").exists()
+    assert (run / ".before" / "thresholds.json").exists() and (run / ".before" / "model_best.pth").exists()
+    found = RunConfig.read(run / "config.json")
+    assert (found.legs, found.config.train.epochs) == ([1], 3)
+    rows = without_timings(run / "metrics.csv")
+    rates = [float(row["lr"]) for row in rows]
+    assert len(rows) == 3 and rates[0] == rates[1] > rates[2], "the leg warms up for an epoch, and falls to its floor"
+    best = [(float(row["augrc"]), float(row["nll"])) for row in rows]
+    assert whole.best_epoch == best.index(min(best))
+    last = torch.load(run / "last.pth", weights_only=True)
+    assert any(not torch.equal(one[key], last["model_state_dict"][key]) for key in one)
+    assert last["ema_state_dict"]["n_averaged"] == last["global_step"] == int(rows[2]["step"])
+    # The same, ended before its first step, within an epoch and between two.
+    learn, steps = loop.learn, 0
+    per_epoch = int(rows[0]["step"])
+
+    def dies(session: Session, state: State, batch: Batch) -> None:
+        nonlocal steps
+        if steps in (0, per_epoch - 1, per_epoch + 1):
+            steps += 1
+            raise KeyboardInterrupt
+        learn(session, state, batch)
+        steps += 1
+
+    wishes: list[str] = ["train.epochs=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learn", dies)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                train(other, load_config(None, wishes) if wishes else None, resume=True)
+            wishes = []
+            with pytest.raises(InputError, match="for a training that is finished"):
+                train(other, load_config(None, ["train.epochs=5"]), resume=True)
+    train(other, resume=True)
+    for name in ("last.pth", "model_best.pth", "val_calib.npz", "config.json", "gate.json"):
+        assert (other / name).read_bytes() == (run / name).read_bytes(), name
+    assert without_timings(other / "metrics.csv") == rows
+    assert (other / ".before" / "thresholds.json").exists(), "the second start of a leg pushes nothing out"
+    with pytest.raises(InputError, match="must add epochs to the 3 that are done"):
+        train(run, load_config(None, ["train.epochs=2"]), resume=True)
+    train(run, load_config(None, ["train.epochs=4"]), resume=True)
+    assert RunConfig.read(run / "config.json").legs == [1, 3]
 
 
 def test_a_run_with_a_foreign_checkpoint_is_refused(run: Path, split_run: Path, tmp_path: Path) -> None:

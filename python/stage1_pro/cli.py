@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import math
@@ -11,11 +10,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stage1_pro.commands import COMMANDS, FAMILIES, load, outside
 from stage1_pro.errors import NotReachableError, Stage1Error, explain, nearest
+from stage1_pro.progress import give_up, say
 from stage1_pro.stopping import Terminated, terminable
+
+if TYPE_CHECKING:
+    from stage1_pro.command import Result
 
 _EPILOG = """\
 the usual way: split, train, calibrate, evaluate, export, predict.
@@ -110,19 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable():
             found = options.command.of_flags(vars(options)).execute()
-        if options.as_json:
-            print(json.dumps(_strict(found.record), default=str, allow_nan=False))
-        elif found.text:
-            print(found.text)
-        sys.stdout.flush()
+        _show(found, as_json=options.as_json)
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        again = "; --resume goes on" if "resume" in options.command.model_fields else ""
-        print(f"{word}; what was finished is kept{again}", file=sys.stderr)
+        fields = options.command.model_fields
+        # Where --resume goes on with a file, there must be one.
+        resumes = "resume" in fields and ("out" not in fields or hasattr(options, "out"))
+        again = "; --resume goes on" if resumes else ""
+        say(f"{word}; what was finished is kept{again}")
         return code
-    except BrokenPipeError:
-        _give_up_stdout()
-        return 0
     except Exception as error:  # noqa: BLE001  whatever it is, it is one line and a code
         if os.environ.get("STAGE1_TRACEBACK"):
             traceback.print_exc()
@@ -140,10 +139,16 @@ def _ready_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _give_up_stdout() -> None:
-    """Let what is still to be written go nowhere, or Python fails once more when it ends."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _show(found: Result, *, as_json: bool) -> None:
+    """Print what a command found; who closed stdout (``| head``) has read enough, and its code stays what it is."""
+    try:
+        if as_json:
+            print(json.dumps(_strict(found.record), default=str, allow_nan=False))
+        elif found.text:
+            print(found.text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        give_up(sys.stdout)
 
 
 def _fail(error: Stage1Error, *, as_json: bool) -> int:
@@ -152,9 +157,9 @@ def _fail(error: Stage1Error, *, as_json: bool) -> int:
             print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
         sys.stdout.flush()
     except OSError:  # standard output may be what failed
-        _give_up_stdout()
+        give_up(sys.stdout)
     kind = "not reachable" if isinstance(error, NotReachableError) else "error"
-    print(f"stage1: {kind}: {error}", file=sys.stderr)
+    say(f"stage1: {kind}: {error}")
     return error.exit_code
 
 
@@ -162,7 +167,7 @@ def _strict(data: Any) -> Any:
     """The same with null for NaN and infinities, which are no JSON."""
     if isinstance(data, dict):
         return {key: _strict(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
         return [_strict(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import getpass
+import glob
 import hashlib
 import io
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from stage1_pro.errors import InputError, printable
+from stage1_pro.progress import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,10 +56,11 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed over it, ``mode`` less the umask.
 
     A process killed at any moment leaves either the old file or the new one. Leftovers of
-    killed writers are named ``.<name>.*.tmp``, are never read, and go with the next ``sweep``.
+    killed writers are named ``.<name>.*.tmp``, are never read, and go when the file is written next.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     temporary, mark = _marked(lambda: Path(_closed(tempfile.mkstemp(".tmp", f".{path.name}.", path.parent))))
     try:
         yield temporary
@@ -65,7 +68,7 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
             os.fsync(file.fileno())
         permit(temporary, mode)
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a write to a full disk does not say where
         raise
@@ -75,10 +78,11 @@ def atomic_path(path: Path | str, *, mode: int = 0o666) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path | str) -> Iterator[Path]:
+def atomic_directory(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that takes its place on success.
 
-    An existing folder at ``path`` is moved aside first and removed after the new one stands.
+    An existing folder at ``path`` is moved aside first and removed after the new one stands; with ``keep`` it stays, as
+    ``<path>.before``, in place of what lay there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,13 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
         permit(staging, 0o777)
-        if path.exists():
+        before = path.with_name(f"{path.name}.before")
+        if keep and path.exists() and any(path.iterdir()):
+            say(f"what lay in {path} goes to {before}")
+            shutil.rmtree(before, ignore_errors=True)
+            path.replace(before)
+            staging.replace(path)
+        elif path.exists():
             aside, kept = _marked(lambda: Path(tempfile.mkdtemp(".old", f".{path.name}.", path.parent)))
             path.replace(aside / path.name)
             staging.replace(path)
@@ -100,7 +110,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
             os.close(kept)
         else:
             staging.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(mark)
@@ -119,12 +129,12 @@ def _marked(make: Callable[[], Path]) -> tuple[Path, int]:
             mark = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             continue  # a sweep came in between
-        if _claim(mark) is not False and os.fstat(mark).st_nlink:
+        if claim(mark) is not False and os.fstat(mark).st_nlink:
             return path, mark
         os.close(mark)
 
 
-def _claim(descriptor: int) -> bool | None:
+def claim(descriptor: int) -> bool | None:
     """Lock what is open, at once; False where another holds it, None where the system or its disk has no such locks."""
     try:
         import fcntl
@@ -137,19 +147,23 @@ def _claim(descriptor: int) -> bool | None:
     return True
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what killed writers of ``name`` left in a folder; what a living one writes stays."""
-    for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f".{name}.*.old")):
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers of ``name``, or of anything, left in a folder; what a living one writes stays."""
+    for leftover in (*_left(folder, name, ".tmp"), *_left(folder, name, ".old")):
         target = folder / leftover.name[1:].rsplit(".", 2)[0]
         if leftover.suffix == ".old" and not target.exists():
             continue  # the only copy: `recover_directory` puts it back
         with contextlib.suppress(OSError):
             mark = os.open(leftover, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             try:
-                if _claim(mark):
+                if claim(mark):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             finally:
                 os.close(mark)
+
+
+def _left(folder: Path, name: str | None, suffix: str) -> list[Path]:
+    return [*folder.glob(f".{'*' if name is None else glob.escape(name)}.*{suffix}")]
 
 
 @contextlib.contextmanager
@@ -192,14 +206,18 @@ def recover_directory(path: Path) -> None:
     """Put back a folder that a writer killed between its two renames had moved aside."""
     if path.exists():
         return
-    for aside in path.parent.glob(f".{path.name}.*.old"):
+    before = path.with_name(f"{path.name}.before")
+    if before.is_dir():
+        before.replace(path)
+    for aside in _left(path.parent, path.name, ".old"):
         if (aside / path.name).is_dir():
             (aside / path.name).replace(path)
             aside.rmdir()
             return
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Let what was renamed in a folder outlast the machine's end."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -221,12 +239,16 @@ def write_text(path: Path | str, text: str, *, mode: int = 0o666) -> None:
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Write rows under the given columns atomically; ``None`` and NaN become empty cells, formulas text."""
+    lines = [csv_line(columns), *(csv_line([row.get(key) for key in columns]) for row in rows)]
+    write_text(path, "".join(lines))
+
+
+def csv_line(cells: Sequence[object]) -> str:
+    """One row of a CSV as ``write_csv`` writes it, with the end of its line."""
     buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(row.get(key)) for key in columns})
-    write_text(path, buffer.getvalue())
+    # Characters of the line's end are quoted, and a lone carriage return would end a row for its readers.
+    csv.writer(buffer, lineterminator="\r\n").writerow([_cell(cell) for cell in cells])
+    return buffer.getvalue()[:-2] + "\n"
 
 
 def _cell(value: object) -> object:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Ended:
     steps: list[str]
     out: str
     err: str
+    refused: str = ""
 
 
 class Faults:
@@ -31,20 +33,28 @@ class Faults:
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._server = server
 
-    def run(self, words: Sequence[object], *, kill: int | None = None) -> Ended:
-        """One command; killed before its durable step number ``kill``, counted from 0, if it takes so many."""
+    def run(self, words: Sequence[object], *, kill: int | None = None, **where: Any) -> Ended:
+        """One command; killed before its durable step number ``kill``, counted from 0, if it takes so many.
+
+        ``where`` are its surroundings: ``stranger`` (a number of a user whom the system does not know), ``env`` (None
+        takes a variable away), ``umask``, ``encoding`` of its output, ``closed`` streams, ``read_only`` (a folder), and
+        ``tmpfs`` (a folder, and how many bytes are left of the disk that it lies on). Steps are told without any. Where
+        the system does not allow them, ``refused`` says why.
+        """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"words": [str(one) for one in words], "kill": kill}) + "\n")
+        self._server.stdin.write(
+            json.dumps({"words": [str(one) for one in words], "kill": kill, "where": where}) + "\n"
+        )
         self._server.stdin.flush()
         return Ended(**json.loads(self._server.stdout.readline()))
 
-    def each(self, words: Sequence[object], *, stride: int = 1) -> Iterator[tuple[int, Ended]]:
-        """The command killed before its first step, its second one, …, and at last not at all.
+    def each(self, words: Sequence[object], *, stride: int = 1, start: int = 0) -> Iterator[tuple[int, Ended]]:
+        """The command killed before its step ``start``, and every ``stride`` later, and at last not at all.
 
         The caller brings its folders into the state before the command again, after each.
         """
-        number = 0
+        number = start
         while True:
             ended = self.run(words, kill=number)
             yield number, ended
@@ -54,12 +64,12 @@ class Faults:
 
 
 @contextlib.contextmanager
-def faults(*modules: str) -> Iterator[Faults]:
-    """A server that has loaded the command line and ``modules``, which children then need not."""
+def faults(*modules: str, env: dict[str, str] | None = None) -> Iterator[Faults]:
+    """A server, with variables of its own, that has loaded the command line and ``modules`` for its children."""
     here = Path(__file__).parent / "server.py"
     with subprocess.Popen(
         [sys.executable, here, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     ) as server:  # fmt: skip
         yield Faults(server)
         assert server.stdin is not None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,6 +19,9 @@ from sqlalchemy import Engine, event
 
 from stage1_pro.cli import main
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_NEW_USER, _NEW_MOUNTS = 0x1000_0000, 0x0002_0000
+_READ_ONLY, _REMOUNT, _BIND = 1, 32, 4096
 DURABLE = {"os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.truncate"}
 
 
@@ -52,21 +58,80 @@ def watch(kill: int | None, steps: Path) -> None:
     sys.addaudithook(hook)
 
 
-def child(words: list[str], kill: int | None, folder: Path) -> None:
+def settle(where: dict[str, Any]) -> None:
+    """Put this process into surroundings, as ``Faults.run`` describes them."""
+    if any(name in where for name in ("stranger", "tmpfs", "read_only")):
+        _own_namespace(as_user=int(where.get("stranger", 0)))
+    for name, value in where.get("env", {}).items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    os.umask(where.get("umask", 0o022))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=where.get("encoding", "utf-8"), errors="strict")  # type: ignore[union-attr]
+    if "read_only" in where:
+        _mount(where["read_only"], where["read_only"], None, _BIND, None)
+        _mount(None, where["read_only"], None, _BIND | _REMOUNT | _READ_ONLY, None)
+    if "tmpfs" in where:
+        _onto_a_disk(*where["tmpfs"])
+    for number in where.get("closed", ()):
+        os.close(number)
+        setattr(sys, {1: "stdout", 2: "stderr"}[number], None)  # as Python starts without them
+
+
+def _onto_a_disk(path: str, left: int) -> None:
+    """Let a folder lie on a disk of its own that has ``left`` bytes left."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(path, copy, symlinks=True, dirs_exist_ok=True)
+        _mount("none", path, "tmpfs", 0, "size=32m")
+        shutil.copytree(copy, path, symlinks=True, dirs_exist_ok=True)
+    with (Path(path) / "fill").open("wb", buffering=0) as fill:
+        with contextlib.suppress(OSError):
+            while fill.write(bytes(1 << 16)):
+                pass
+        fill.truncate(max(0, fill.tell() - left))
+
+
+def _own_namespace(as_user: int) -> None:
+    user, group = os.getuid(), os.getgid()
+    if _LIBC.unshare(_NEW_USER | _NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{as_user} {user} 1"), ("gid_map", f"{as_user} {group} 1")):
+        Path(f"/proc/self/{name}").write_text(text)
+
+
+def _mount(what: str | None, path: str, kind: str | None, flags: int, data: str | None) -> None:
+    words = [None if one is None else os.fsencode(one) for one in (what, path, kind, data)]
+    if _LIBC.mount(*words[:3], flags, words[3]):
+        raise OSError(ctypes.get_errno(), "mount", path)
+
+
+def child(words: list[str], kill: int | None, where: dict[str, Any], folder: Path) -> None:
     """Run a command with its output in files; never returns."""
     for number in (1, 2):
         os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    watch(kill, folder / "steps")
+    try:
+        settle(where)
+    except OSError as error:
+        (folder / "refused").write_text(str(error))
+        os._exit(0)
+    if not where:
+        watch(kill, folder / "steps")
     code = 70
     try:
         code = main(words)
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        if "tmpfs" in where:  # it goes with this process
+            (Path(where["tmpfs"][0]) / "fill").unlink()
+            shutil.copytree(where["tmpfs"][0], folder / "left", symlinks=True)
         os._exit(code)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def serve() -> None:
@@ -79,10 +144,16 @@ def serve() -> None:
             folder = Path(name)
             pid = os.fork()
             if pid == 0:
-                child(asked["words"], asked["kill"], folder)
+                child(asked["words"], asked["kill"], asked["where"], folder)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            read = {key: (folder / key).read_text(errors="replace") for key in ("steps", "1", "2")}
-        answer = {"rc": code, "steps": read["steps"].splitlines(), "out": read["1"], "err": read["2"]}
+            read = {key: _text(folder / key) for key in ("steps", "1", "2", "refused")}
+            if (folder / "left").exists():
+                shutil.rmtree(asked["where"]["tmpfs"][0])
+                shutil.copytree(folder / "left", asked["where"]["tmpfs"][0], symlinks=True)
+        answer = {
+            "rc": code, "steps": read["steps"].splitlines(), "out": read["1"], "err": read["2"],
+            "refused": read["refused"],
+        }  # fmt: skip
         print(json.dumps(answer), flush=True)
 
 

@@ -40,7 +40,7 @@ class Export(OfRun, Engines, topic="engines"):
         "rtx also compiles engines, no GPU needed; tensorrt does so for this machine's GPU, data-centre or "
         "other; the run's configuration or onnx by default",
     )
-    overwrite: bool = option(False, "replace an existing bundle")
+    overwrite: bool = option(False, "replace an existing bundle, which goes to OUT.before")
 
     def execute(self) -> Result:
         """Print where the bundle is."""
@@ -57,7 +57,7 @@ class Build(Engines, topic="engines"):
     bundle: Path = option(..., "bundle folder; it stays as it is")
     out: Path | None = option(None, "folder of the new bundle; BUNDLE-built by default")
     target: Literal["rtx", "tensorrt"] | None = option(None, "engine builder; the recipe's or rtx by default")
-    overwrite: bool = option(False, "replace an existing bundle at --out")
+    overwrite: bool = option(False, "replace an existing bundle at --out, which goes to OUT.before")
 
     def execute(self) -> Result:
         """Print where the new bundle is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -22,13 +23,23 @@ class Answering(Command):
     """What predict and infer share."""
 
     columns: Columns | None = table_columns("what a CSV among the inputs calls its column file: file=path")
-    out: Path | None = option(None, "CSV to write; a table on stdout otherwise")
+    out: Path | None = option(
+        None, "CSV to write, which grows by batches as OUT.partial until it is whole; a table on stdout otherwise"
+    )
+    resume: bool = option(False, "with --out: go on after what ended work left in OUT.partial, to the same bytes")
+    overwrite: bool = option(False, "with --out: begin anew where OUT.partial lies")
     batch_size: Count = option(32, "images per batch")
     prior: float | None = option(
         None, "share of positives where this serves; says what of the promise is void there, answers do not change"
     )
 
-    def _told(self, source: Path, rows: list[dict[str, Any]], failures: int, given: Found, **more: Any) -> Result:
+    def _written(self) -> dict[str, Any]:
+        """Where rows go, as ``predict`` and ``infer`` take it."""
+        if self.out is None and (self.resume or self.overwrite):
+            raise InputError("--resume and --overwrite must stand beside --out, got none; a table is printed whole")
+        return {**self.model_dump(include={"out", "batch_size", "resume", "overwrite"}), "lazily": True}
+
+    def _told(self, source: Path, rows: Sequence[dict[str, Any]], failures: int, given: Found, **more: Any) -> Result:
         from stage1_pro.deploy.prediction import count, promised, render
 
         found = promised(source, self.prior)
@@ -66,7 +77,7 @@ class Predict(Answering, topic="engines"):
         check_prior(self.prior)
         given = gather(self.inputs, self.columns)
         cascade = load(self.bundle, self.runtime, threads=self.threads, trust_engines=self.trust_engines)
-        rows, failures = predict(cascade, given, out=self.out, batch_size=self.batch_size, log=self.log)
+        rows, failures = predict(cascade, given, log=self.log, **self._written())
         steps, beside = [asdict(step) for step in cascade.steps], Found([], given.passed)
         return self._told(self.bundle, rows, failures, beside, runtime=cascade.runtime.name, steps=steps)
 
@@ -93,5 +104,5 @@ class Infer(OfRun, Answering, topic="engines"):
             raise InputError("--images must stand beside --split, got no split; photos to answer for need no flag")
         self.settle()
         asked = self.inputs if given is None else given
-        rows, failures = infer(self.run, asked, split=self.split, out=self.out, batch_size=self.batch_size)
+        rows, failures = infer(self.run, asked, split=self.split, **self._written())
         return self._told(self.run, rows, failures, Found([], [] if given is None else given.passed))

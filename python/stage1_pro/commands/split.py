@@ -58,7 +58,7 @@ class Split(Command, topic="photos"):
     fold: int | None = option(None, "which of the K folds (0..K-1) is val_test")
     max_component: Part = option(0.05, "largest share of rows that near-duplicates may join across groups")
     max_quarantine: Part = option(0.02, "largest share of unreadable images")
-    overwrite: bool = option(False, "replace the splits of a run that has been trained")
+    overwrite: bool = option(False, "replace the splits of a run that has been trained, which goes to OUT/.before")
 
     def execute(self) -> Result:
         """Print rows and groups of every split by class."""
@@ -118,9 +118,7 @@ class Split(Command, topic="photos"):
                 say(f"the splits are those that {out} was trained on, so all of it is kept")
             else:
                 # What was trained on other splits must not be taken for these: some of its rows may be tests now.
-                gone = forget_training(out)
-                if gone:
-                    say(f"removed what was trained on other splits: {', '.join(gone)}")
+                forget_training(out)
             write_quarantine(out / "quarantine.csv", quarantined)
             splits.write(out / "splits.json")
         say(f"wrote {out / 'splits.json'} and {out / 'quarantine.csv'}")

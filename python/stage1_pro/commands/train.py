@@ -35,11 +35,16 @@ class Configured(Command):
 
 
 class Train(OfRun, Configured, topic="train"):
-    """Train both stages on the splits of a run."""
+    """Train both stages on the splits of a run.
+
+    With --resume and more epochs (--set train.epochs=N) a finished training goes on: from its last weights, optimizer
+    and average, with a warm-up and a schedule of their own for the added epochs. That is not the same as N epochs from
+    the beginning. The best epoch of all is kept; what was made of the model before goes to RUN/.before.
+    """
 
     run: Path = option(..., "run folder with splits.json", also="--run-folder")
     mode: Mode | None = option(None, "what of the backbone is trained; short for --set train.mode=MODE")
-    overwrite: bool = option(False, "forget an earlier training in this folder")
+    overwrite: bool = option(False, "set an earlier training aside, in RUN/.before, in place of what lies there")
     explora: bool = option(False, "start from the backbone in RUN/explora/backbone")
 
     def execute(self) -> Result:
@@ -73,7 +78,7 @@ class Explora(Configured, topic="explora"):
     columns: Columns | None = table_columns()
     run: Path = option(..., "run folder with splits.json")
     base: Place | None = option(None, "backbone to adapt: preset, folder or hub id; model.backbone otherwise")
-    overwrite: bool = option(False, "forget an earlier adaptation of this run")
+    overwrite: bool = option(False, "set an earlier adaptation of this run aside, in RUN/explora/.before")
 
     def execute(self) -> Result:
         """Print what the judges said and which backbone was kept."""

@@ -182,7 +182,7 @@ def write_bundle(
             f"out must be a new folder or an existing bundle, got {out}, which holds something else; "
             "choose another folder"
         )
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, keep=True) as folder:
         stages, engines = graphs(folder)
         policy.write(folder / policy.file)
         splits.summary().write(folder / "splits.json")

@@ -148,7 +148,8 @@ class Answering(ABC):
 class Cascade(Answering):
     """A bundle, or the model of a run before any export, ready to answer.
 
-    ``runtime.name`` is what answers; ``steps`` is what was tried for it, in order, and why it stepped down.
+    ``runtime.name`` is what answers; ``steps`` is what was tried for it, in order, and why it stepped down;
+    ``asked`` is how it was loaded.
 
     >>> decisions = Cascade.load("run/bundle").predict(["a.jpg", "b.jpg"])  # doctest: +SKIP
     """
@@ -161,14 +162,14 @@ class Cascade(Answering):
         *,
         asked: Mapping[str, Any] | None = None,
     ) -> None:
-        self.bundle, self.runtime, self.steps, self._asked = bundle, runtime, tuple(steps), asked
+        self.bundle, self.runtime, self.steps, self.asked = bundle, runtime, tuple(steps), asked
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it came from and how it was asked for: another process loads it anew, and it must be the same one."""
-        if self._asked is None:
+        if self.asked is None:
             raise InputError("a cascade must come from Cascade.load or Cascade.from_run to be pickled")
         make = type(self).load if isinstance(self.bundle, Bundle) else type(self).from_run
-        return _again, (make, self.bundle.path.resolve(), dict(self._asked), _identity(self.bundle))
+        return _again, (make, self.bundle.path.resolve(), dict(self.asked), identity(self.bundle))
 
     @classmethod
     def load(
@@ -330,12 +331,13 @@ def open_image(image: ImageLike) -> Image.Image:
     raise InputError(f"an image must be a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}")
 
 
-def _identity(source: Bundle | Trained) -> str:
+def identity(source: Bundle | Trained) -> str:
+    """What tells a bundle, or what of a run decides, from any other."""
     return sha256_bytes(source.raw) if isinstance(source, Bundle) else source.policy.fingerprint()
 
 
-def _again(make: Callable[..., Cascade], path: Path, asked: dict[str, Any], identity: str) -> Cascade:
+def _again(make: Callable[..., Cascade], path: Path, asked: dict[str, Any], known: str) -> Cascade:
     found = make(path, **asked)
-    if _identity(found.bundle) != identity:
+    if identity(found.bundle) != known:
         raise ArtifactError(f"{path} must be as it was when the cascade was pickled, but it has changed; load it anew")
     return found

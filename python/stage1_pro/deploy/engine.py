@@ -7,7 +7,6 @@ import ctypes
 import importlib
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from stage1_pro.deploy.manifest import EngineEntry, StageEntry
 from stage1_pro.deploy.trust import remember_built
 from stage1_pro.errors import ArtifactError, InputError, nearest, need
 from stage1_pro.files import atomic_path, sha256_file
-from stage1_pro.progress import say
+from stage1_pro.progress import console, on_terminal, say
 from stage1_pro.record import Record, read_yaml, wrong
 from stage1_pro.words import Precision, StageName
 
@@ -520,13 +519,12 @@ def _progress(module: Any, config: Any, stage: str) -> Iterator[None]:
         trt = tensorrt
     else:
         trt = module
-    if not sys.stderr.isatty():
+    if not on_terminal():
         yield
         return
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=console(), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]

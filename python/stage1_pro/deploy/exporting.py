@@ -52,7 +52,7 @@ def export(
         recipe: engine recipe or its YAML file; the default one when None. Implies its target.
         precisions: graphs to write beside fp32. With engines the first is theirs and the others are fallbacks, in
             place of the recipe's; the recipe's when empty.
-        overwrite: replace an existing bundle.
+        overwrite: replace an existing bundle, which goes to ``<out>.before``.
 
     Returns:
         The bundle's folder.
@@ -146,7 +146,7 @@ def build(
         target: ``rtx`` (the default) or ``tensorrt``, which needs the GPU it builds for.
         recipe: engine recipe or its YAML file; the default one when None.
         precisions: the engines' precision and its fallbacks, in place of the recipe's; their graphs must be there.
-        overwrite: replace an existing bundle at ``out``.
+        overwrite: replace an existing bundle at ``out``, which goes to ``<out>.before``.
 
     Returns:
         The new bundle's folder.
@@ -166,7 +166,7 @@ def build(
         raise InputError(f"out must be new, got {out}, which holds a bundle; replace it with --overwrite")
     chosen = choose_recipe(target, recipe, precisions)
     loaded = load_bundle(bundle)
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, keep=True) as folder:
         built = {entry.path for entry in loaded.manifest.engines}
         built |= {str(PurePosixPath(name).with_suffix(".build.json")) for name in built}
         loaded.copy_to(folder, (name for name in loaded.manifest.files if name not in built))

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.labels import Gathered, gather
 from stage1_pro.data.photos import Found, ImageFile
 from stage1_pro.data.splits import Splits
+from stage1_pro.deploy.answers import COLUMNS, Answers, Begun, Filed, Row, coming
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
-from stage1_pro.deploy.cascade import Answering, Cascade, Prepared
+from stage1_pro.deploy.cascade import Answering, Cascade, Prepared, identity
 from stage1_pro.errors import InputError, printable
-from stage1_pro.files import write_csv
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.policies.standing import Standing, standing
 from stage1_pro.progress import say, track
 from stage1_pro.words import SplitName
 
-COLUMNS = ("file", "label", "set", "probability", "confidence", "decision", "stage", "error")
 SEPARATOR = "|"
 
 
@@ -32,35 +32,53 @@ def predict(
     out: Path | str | None = None,
     batch_size: int = 32,
     log: Path | str | None = None,
-) -> tuple[list[dict[str, Any]], int]:
+    resume: bool = False,
+    overwrite: bool = False,
+    lazily: bool = False,
+) -> tuple[Sequence[Row], int]:
     """Answer for every image of the inputs, in order; an unreadable one gets an error and the others go on.
 
     Args:
         cascade: what answers.
         inputs: images, folders (searched through, in name order) and CSV files with a ``file`` column
             (relative to the CSV's folder), or what ``gather`` found in them.
-        out: CSV to write, atomically.
+        out: CSV to write: it grows by batches as ``<out>.partial``, which takes its name at the end.
         batch_size: images per batch.
         log: folder to log every decision to (``continual.events.EventLog``).
+        resume: go on after what ended work left in ``<out>.partial``, to the same bytes.
+        overwrite: begin anew where such a file lies.
+        lazily: rows are read from ``out`` whenever they are gone through, and take no memory; a list otherwise.
 
     Returns:
-        A row per image with ``COLUMNS`` as keys, and how many failed. ``probability`` is P(positive) and
-        ``confidence`` the largest probability of the stage that answered; ``decision`` is ``exited``,
-        ``deferred``, or ``abstained``: policy scrc does not accept it, or, with an error, the model gave no number.
-        ``set`` is ``none|roadwork``, the label alone unless the policy is scrc; what a row lacks is None.
+        A row per image with ``COLUMNS`` as keys, and how many failed.
+        ``probability`` is P(positive) and ``confidence`` the largest probability of the stage that answered;
+        ``decision`` is ``exited``, ``deferred``, or ``abstained``: policy scrc does not accept it, or, with an error,
+        the model gave no number. ``set`` is ``none|roadwork``, the label alone unless the policy is scrc; what a row
+        lacks is None.
 
     Raises:
-        InputError: an input does not exist, is of no known kind, or nothing is in it.
+        InputError: an input does not exist, is of no known kind, or nothing is in it; ``<out>.partial`` lies there and
+            nothing is said of it, or it is of other work.
     """
     _check(batch_size, out)
-    files = _files(inputs)
+    work = _Work("predict", _files(inputs), out, batch_size, resume, overwrite, lazily)
+    asked = {"runtime": cascade.runtime.name, "threads": (cascade.asked or {}).get("threads")}
+    begun = work.begun(cascade, log=None if log is None else Path(log).absolute(), **asked)
     if log is None:
-        return _answer_all(cascade, files, out, batch_size, "predict")
+        return work.answer(begun, lambda _: cascade)
     from stage1_pro.continual.serving.events import EventLog
     from stage1_pro.continual.serving.served import Served
 
-    with EventLog(log) as events:
-        return _answer_all(Served(cascade, events), files, out, batch_size, "predict")
+    with contextlib.ExitStack() as opened:
+
+        def served(answers: Answers | None) -> Served:
+            events = opened.enter_context(EventLog(log))
+            found = Served(cascade, events, writer=begun.writer if answers is None else answers.begun.writer)
+            if answers is not None and answers.begun is not begun and answers.n_rows < len(work.files):
+                found.go_on(answers.n_decided)
+            return found
+
+        return work.answer(begun, served)
 
 
 def load(bundle: Path | str, runtime: str, *, threads: int = 0, trust_engines: bool = False) -> Cascade:
@@ -79,7 +97,10 @@ def infer(
     split: SplitName | None = None,
     out: Path | str | None = None,
     batch_size: int = 32,
-) -> tuple[list[dict[str, Any]], int]:
+    resume: bool = False,
+    overwrite: bool = False,
+    lazily: bool = False,
+) -> tuple[Sequence[Row], int]:
     """Answer for images, or for one split of the run, with a run's own model in torch: before any export.
 
     Reads pixels alone, of the one split that is named; no label, and nothing is measured or chosen.
@@ -103,7 +124,9 @@ def infer(
         files = [(photo.key, photo) for photo in splits.photos_of(splits.of(split))]
         if not files:
             raise InputError(f"split must have rows, got {split} with none; choose another one or name images")
-    return _answer_all(Cascade.from_run(run), files, out, batch_size, "infer")
+    cascade = Cascade.from_run(run)
+    work = _Work("infer", files, out, batch_size, resume, overwrite, lazily)
+    return work.answer(work.begun(cascade, split=split), lambda _: cascade)
 
 
 def promised(source: Path | str, prior: float | None = None) -> Standing:
@@ -139,35 +162,63 @@ def _check(batch_size: int, out: Path | str | None) -> None:
         raise InputError(f"batch_size must be 1 or more, got {batch_size}")
     if out is not None and Path(out).is_dir():
         raise InputError(f"--out must be a CSV file to write, got the folder {out}")
+    if out is not None and Path(out).exists() and not Path(out).is_file():
+        raise InputError(f"--out must be a CSV file to write, got {out}, which is none; leave it out for a table")
 
 
-def _answer_all(
-    answering: Answering, files: list[tuple[str, ImageFile]], out: Path | str | None, batch_size: int, description: str
-) -> tuple[list[dict[str, Any]], int]:
-    rows: list[dict[str, Any]] = []
-    remaining = iter(track(files, description, len(files)))
-    while chunk := list(islice(remaining, batch_size)):
-        rows += _answer(answering, chunk)
-    failures = sum(row["error"] is not None for row in rows)
-    if out is not None:
-        write_csv(out, rows, COLUMNS)
-        say(f"wrote {out}")
-    if failures:
-        say(f"{failures} of {len(rows)} images could not be answered; see the column error")
-    return rows, failures
+@dataclass(frozen=True)
+class _Work:
+    """All photos that one command answers for, and where its rows go."""
+
+    name: str
+    files: list[tuple[str, ImageFile]]
+    out: Path | str | None
+    batch_size: int
+    resume: bool
+    overwrite: bool
+    lazily: bool
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.files]
+
+    def begun(self, cascade: Cascade, **options: object) -> Begun:
+        return Begun.of(identity(cascade.bundle), self.names, batch_size=self.batch_size, **options)
+
+    def answer(self, begun: Begun, answering: Callable[[Answers | None], Answering]) -> tuple[Sequence[Row], int]:
+        """Rows for all photos, and how many have an error; ``answering`` is told what is answered already."""
+        rows: Sequence[Row]
+        if self.out is None:
+            rows = [row for batch in self._batches(answering(None), 0) for row in batch]
+        else:
+            how = {"resume": self.resume, "overwrite": self.overwrite}
+            with coming(Path(self.out), begun, self.names, batch_size=self.batch_size, **how) as answers:
+                for batch in self._batches(answering(answers), answers.n_rows):
+                    answers.append(batch)
+            rows = Filed(Path(self.out), len(self.files))
+            say(f"wrote {self.out}")
+        failures = sum(row["error"] is not None for row in rows)
+        if failures:
+            say(f"{failures} of {len(rows)} images could not be answered; see the column error")
+        return rows if self.lazily else list(rows), failures
+
+    def _batches(self, answering: Answering, done: int) -> Iterator[list[Row]]:
+        total = len(self.files)
+        remaining = track(islice(self.files, done, None), self.name, total, done=done)
+        while chunk := list(islice(remaining, self.batch_size)):
+            yield _answer(answering, chunk)
 
 
-def count(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+def count(rows: Sequence[Row]) -> dict[str, int]:
     """How many images exited, were deferred or abstained from, have a set of several classes, or could not be read."""
-    kinds = ("exited", "deferred", "abstained")
-    return {
-        **{kind: sum(row["decision"] == kind for row in rows) for kind in kinds},
-        "ambiguous": sum(row["set"] not in (None, "", row["label"]) for row in rows),
-        "unreadable": sum(row["decision"] is None for row in rows),
-    }
+    found = dict.fromkeys(("exited", "deferred", "abstained", "ambiguous", "unreadable"), 0)
+    for row in rows:
+        found["unreadable" if row["decision"] is None else row["decision"]] += 1
+        found["ambiguous"] += row["set"] not in (None, "", row["label"])
+    return found
 
 
-def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promise: Standing | None = None) -> str:
+def render(rows: Sequence[Row], out: Path | str | None = None, promise: Standing | None = None) -> str:
     """Lines for people: a row an image, or where the CSV is and what is in it; then the promise."""
     end = "" if promise is None else f"\nguarantee: {promise.guarantee}. {promise.statement}"
     if promise is not None and promise.prior is not None:
@@ -201,10 +252,10 @@ def render(rows: Sequence[dict[str, Any]], out: Path | str | None = None, promis
     return "\n".join([*lines, summary]) + end
 
 
-def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [dict.fromkeys(COLUMNS) | {"file": name} for name, _ in chunk]
+def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[Row]:
+    rows: list[Row] = [dict.fromkeys(COLUMNS) | {"file": name} for name, _ in chunk]
     photos: list[Prepared] = []
-    readable: list[dict[str, Any]] = []
+    readable: list[Row] = []
     for row, (_, file) in zip(rows, chunk, strict=True):
         try:
             photos.append(answering.read(file))

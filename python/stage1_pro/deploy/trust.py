@@ -244,6 +244,8 @@ def key_id(public: bytes) -> str:
 def new_key(path: Path | str) -> str:
     """Make an Ed25519 key: PEM files ``path`` (private, mode 0600) and ``path``.pub; gives the key's identifier.
 
+    A private key that lies there without its ``.pub``, as a killed process leaves it, gets that and stays.
+
     Raises:
         InputError: there is a file already.
         DependencyError: cryptography is missing.
@@ -254,14 +256,16 @@ def new_key(path: Path | str) -> str:
 
     path = Path(path)
     public_path = path.with_name(path.name + ".pub")
-    for taken in (path, public_path):
+    begun = path.is_file() and not os.path.lexists(public_path)
+    for taken in () if begun else (path, public_path):
         if os.path.lexists(taken):
             raise InputError(f"key must be a new file, got {taken}, which is there; a key is never replaced")
     pem = serialization.Encoding.PEM
-    private = ed25519.Ed25519PrivateKey.generate()
+    private = _private_key(path) if begun else ed25519.Ed25519PrivateKey.generate()
     public = private.public_key()
-    secret = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    write_text(path, secret.decode(), mode=0o600)
+    if not begun:
+        secret = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        write_text(path, secret.decode(), mode=0o600)
     write_text(public_path, public.public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo).decode())
     return key_id(public.public_bytes_raw())
 

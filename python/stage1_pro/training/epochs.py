@@ -6,7 +6,6 @@ import contextlib
 import csv
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from stage1_pro.files import write_csv
+from stage1_pro.progress import console, on_terminal
 from stage1_pro.stopping import Stop
 
 # They differ from run to run, so no checkpoint holds them.
@@ -108,10 +108,9 @@ def run_epoch(
 @contextlib.contextmanager
 def _bar(position: TrainingPosition, steps: int, processes: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     """A bar with loss and images/s on a terminal; nothing elsewhere."""
-    if not (shown and sys.stderr.isatty()):
+    if not (shown and on_terminal()):
         yield lambda: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -121,7 +120,7 @@ def _bar(position: TrainingPosition, steps: int, processes: int, *, shown: bool)
         TextColumn("loss {task.fields[loss]:.4f}, {task.fields[rate]:.0f} images/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(), transient=True) as bar:
         name, done = f"epoch {position.epoch + 1}", position.step_in_epoch
         task = bar.add_task(name, total=steps, completed=done, loss=0.0, rate=0.0)
         began, seen = time.monotonic(), position.seen

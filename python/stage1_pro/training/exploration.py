@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,16 @@ from stage1_pro.data.splits import Splits
 from stage1_pro.errors import InputError
 from stage1_pro.files import atomic_directory, sha256_file
 from stage1_pro.progress import say
-from stage1_pro.training.run import EXPLORA, ExploraRecord, PoolInfo, check_run, exclusive, versions, write_config
+from stage1_pro.training.run import (
+    EXPLORA,
+    ExploraRecord,
+    PoolInfo,
+    check_run,
+    exclusive,
+    set_aside,
+    versions,
+    write_config,
+)
 
 Probed = dict[str, NDArray[np.float64]]
 OWN_FILES = ("explora.json", "config.json", "last.pth", "metrics.csv", "reconstructions.png", "quarantine.csv")
@@ -119,9 +127,7 @@ def _explore(
     with contextlib.closing(Explorer(folder, backbone, pool.photos, spec, config, identity)) as explorer:
         # All that learns is built: no configuration is refused any more.
         if not resume:
-            for name in OWN_FILES:
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "backbone", ignore_errors=True)
+            set_aside(folder, (*OWN_FILES, "backbone"))
         write_config(folder, config, splits)
         write_quarantine(folder / "quarantine.csv", pool.quarantined)
         adapted = explorer.run()

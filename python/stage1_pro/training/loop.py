@@ -27,7 +27,7 @@ from stage1_pro.stopping import Stop, between_steps
 from stage1_pro.training.environment import check_environment
 from stage1_pro.training.epochs import run_epoch
 from stage1_pro.training.losses import Part
-from stage1_pro.training.resume import State, restore, save_last
+from stage1_pro.training.resume import State, begin_leg, legs_of, restore, save_last
 from stage1_pro.training.run import check_run, exclusive, forget_training, write_config
 from stage1_pro.training.session import Session
 from stage1_pro.training.validate import end_epoch, finish
@@ -68,8 +68,11 @@ def train(
     Args:
         run: folder with ``splits.json``.
         config: the configuration; with ``resume`` it defaults to the run's own.
-        resume: go on from ``last.pth`` (or from the start when none was written yet).
-        overwrite: forget an earlier training in this folder.
+        resume: go on from ``last.pth`` (or from the start when none was written yet). A finished training goes on
+            where the configuration has more epochs than are done: weights, optimizer and average from where they
+            ended, with a warm-up and a schedule of their own for the added epochs, which is not the same as as many
+            epochs from the beginning.
+        overwrite: set an earlier training in this folder aside, in ``RUN/.before``.
         explora: start from the backbone that ``stage1 explora`` left in the run; a resumed training keeps its own.
 
     Raises:
@@ -80,15 +83,20 @@ def train(
     """
     run = Path(run)
     check_environment()
-    splits, config = check_run(run, config, resume=resume, overwrite=overwrite, explora=explora)
+    how = {"resume": resume, "overwrite": overwrite, "explora": explora}
+    check_run(run, config, **how)
     with exclusive(run) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
-        session = Session(run, splits, config)
-        if session.main:
+        # Again: what a killed `--overwrite` had moved is back.
+        splits, config = check_run(run, config, **how)
+        legs, added = legs_of(run, config) if resume else ((), False)
+        session = Session(run, splits, config, legs)
+        if session.main and not added:
             _take_over(session, resuming=resume)
         session.accelerator.wait_for_everyone()
         options = session.config.train
         if resume and (run / "last.pth").is_file():
             state = restore(session)
+            begin_leg(session, state)
         else:
             state = State(micro_batch=options.micro_batch or options.batch_size // session.world)
         began = time.monotonic()
@@ -120,7 +128,7 @@ def _take_over(session: Session, *, resuming: bool) -> None:
         forget_training(run)
     if session.tap_choice is not None:
         session.tap_choice.write(run / "tap.json")
-    write_config(run, session.config, session.splits)
+    write_config(run, session.config, session.splits, session.legs)
     if not (run / "start.json").is_file():
         session.describe_start().write(run / "start.json")
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from stage1_pro.config import Config
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.models.model import Architecture, check_architecture, check_tensors
 from stage1_pro.training import checkpoint
 from stage1_pro.training.epochs import TrainingPosition
+from stage1_pro.training.run import RunConfig, changed, withdraw, write_config
 from stage1_pro.training.session import Session
 
 LAST_KEYS = (
@@ -131,6 +134,45 @@ def restore(session: Session) -> State:
     session.say(f"resumed at epoch {state.epoch}, step {state.step_in_epoch}")
     session.log(f"resumed at epoch {state.epoch} step {state.step_in_epoch}")
     return state
+
+
+def legs_of(run: Path, config: Config) -> tuple[list[int], bool]:
+    """The epochs at which a run's training went on after its end, and whether ``config`` adds the last one now.
+
+    Raises:
+        InputError: other epochs than the run's, where its training is not finished or has done as many.
+    """
+    stored = RunConfig.read(run / "config.json")
+    asked, planned = config.train.epochs, stored.config.train.epochs
+    if asked == planned:
+        return stored.legs, False
+    content = checkpoint.load(run / "last.pth") if (run / "last.pth").is_file() else {}
+    done = content.get("epoch", 0)
+    if not content.get("progress", {}).get("finished") or done in stored.legs[-1:]:
+        raise InputError(f"{changed('train.epochs', asked, planned)}; more epochs are for a training that is finished")
+    if asked <= done:
+        raise InputError(
+            f"--resume must add epochs to the {done} that are done, got train.epochs = {asked}; name more, or start "
+            "anew with --overwrite"
+        )
+    return [*stored.legs, done], True
+
+
+def begin_leg(session: Session, state: State) -> None:
+    """Let a training that had ended go on, where its run says that it does and it has not begun to."""
+    if not (state.finished and session.legs and session.legs[-1] == state.epoch):
+        return
+    state.finished, state.patience_counter = False, 0
+    for group, base in zip(session.optimizer.param_groups, session.scheduler.base_lrs, strict=True):
+        group["lr"] = base * session.scheduler.lr_lambdas[0](state.global_step)
+    session.scheduler._last_lr = [group["lr"] for group in session.optimizer.param_groups]
+    if session.main:
+        write_config(session.run, session.config, session.splits, session.legs)
+        withdraw(session.run)
+    session.say(
+        f"going on after {state.epoch} epochs up to {session.config.train.epochs}, with a new warm-up and schedule: "
+        "not the same as so many epochs from the beginning"
+    )
 
 
 def _learned(session: Session, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,9 @@ from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import locked, recover_directory, sha256_file, sweep
+from stage1_pro.files import locked, recover_directory, sha256_file, sweep, sync_directory
 from stage1_pro.models.architecture import BackboneInfo
+from stage1_pro.policies.claims import CLAIMS_FILE
 from stage1_pro.policies.policy import coming_files, policy_files
 from stage1_pro.progress import say
 from stage1_pro.record import Record
@@ -57,6 +59,9 @@ class RunConfig(Record):
     config: Config
     split_hashes: dict[str, str]
     versions: dict[str, str]
+    legs: list[int] = Field(
+        [], description="epochs at which a training that had ended went on, each with a schedule of its own"
+    )
 
 
 class ProbeFigure(Record):
@@ -126,6 +131,15 @@ OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", 
              "gate.json", "tap.json", "start.json", "val_select.npz",
              *policy_files(), *coming_files(), "report.html")  # fmt: skip
 OWN_FOLDERS = ("adapter", "evaluation", "metrics")
+# What they wrote of the best model, once it was chosen.
+_OF_THE_MODEL = ("val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt", "gate.json",
+                 "val_select.npz", *policy_files(), *coming_files(), "report.html", "evaluation")  # fmt: skip
+# What makes a run of what was set aside.
+_BESIDE = ("splits.json", "quarantine.csv", CLAIMS_FILE)
+# What was set aside last; on its way there; and what lay there before.
+_BACKUPS = (".before", ".before.coming", ".before.older")
+# Some of it is there where the work was finished: a training writes the first of these last.
+_FINISHED = {"val_calib_gate_logits.pt", "explora.json", "evaluation", *policy_files()}
 # What `stage1 explora` leaves in a run; trainings come and go beside it.
 EXPLORA = "explora"
 # Keys that cannot change what is learned, so that a resumed run may set them anew.
@@ -166,23 +180,79 @@ def check_run(
     if stored.split_hashes != splits.hashes:
         raise ArtifactError(f"{run}/splits.json has changed since the {what} began; start anew with --overwrite")
     if explora and use_adapted(run, splits, stored.config).model.backbone != stored.config.model.backbone:
-        raise _changed("model.backbone", str(run / EXPLORA / "backbone"), stored.config.model.backbone)
-    return splits, stored.config if config is None else resumed(config, stored.config)
+        raise changed("model.backbone", str(run / EXPLORA / "backbone"), stored.config.model.backbone)
+    return splits, stored.config if config is None else resumed(config, stored.config, more_epochs=not adapts)
 
 
-def forget_training(run: Path) -> list[str]:
-    """Remove what an earlier training and the stations after it wrote; give its names."""
-    gone = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (run / name).exists()]
-    for name in OWN_FILES:
-        (run / name).unlink(missing_ok=True)
-    for name in OWN_FOLDERS:
-        shutil.rmtree(run / name, ignore_errors=True)
-    return gone
+def forget_training(run: Path) -> None:
+    """Set aside what an earlier training and the commands after it wrote; say what that is, before."""
+    set_aside(run, [*OWN_FILES, *OWN_FOLDERS], beside=_BESIDE)
 
 
-def write_config(run: Path, config: Config, splits: Splits) -> None:
+def withdraw(run: Path) -> None:
+    """Set aside what was made of the best model, which may become another; the model itself stays."""
+    # A link to the log would grow with it; everything else is replaced, never changed.
+    stays = [name for name in (*OWN_FILES, *OWN_FOLDERS) if name not in (*_OF_THE_MODEL, "train.log")]
+    set_aside(run, _OF_THE_MODEL, beside=[*_BESIDE, *stays])
+    if (run / "bundle").exists():
+        say(f"{run / 'bundle'} stays, of the model before; `stage1 export --overwrite` makes one of the new model")
+
+
+def set_aside(folder: Path, names: Sequence[str], *, beside: Sequence[str] = ()) -> None:
+    """Move what is there of ``names`` to ``FOLDER/.before``, in place of what lay there; say so, before.
+
+    Files and folders of ``beside`` stay and are there as well, as links. Unfinished work takes nobody's place: it goes
+    for good where ``.before`` is taken, or where it has no model yet. Killed half-way, ``exclusive`` undoes it.
+    """
+    gone = [name for name in names if (folder / name).exists()]
+    if not gone:
+        return
+    before, coming, older = (folder / name for name in _BACKUPS)
+    if _FINISHED.isdisjoint(gone) and (before.exists() or "model_best.pth" not in gone):
+        say(f"removed {', '.join(gone)}")
+        for name in gone:
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+        return
+    say(f"moved to {before}{', in place of what lay there' * before.exists()}: {', '.join(gone)}")
+    coming.mkdir()
+    for name in beside:
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, coming / name, copy_function=_link)
+        elif (folder / name).exists():
+            _link(folder / name, coming / name)
+    for name in gone:
+        (folder / name).replace(coming / name)
+    if before.exists():
+        before.replace(older)
+    coming.replace(before)
+    sync_directory(folder)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def _link(one: Path | str, to: Path | str) -> None:
+    try:
+        os.link(one, to)
+    except OSError:  # a disk without links
+        shutil.copy2(one, to)
+
+
+def _undo(folder: Path) -> None:
+    """Put back what a killed ``set_aside`` had moved."""
+    before, coming, older = (folder / name for name in _BACKUPS)
+    if coming.is_dir():
+        for one in coming.iterdir():
+            if not (folder / one.name).exists():
+                one.replace(folder / one.name)
+        shutil.rmtree(coming)
+    if older.is_dir():
+        shutil.rmtree(older) if before.exists() else older.replace(before)
+
+
+def write_config(run: Path, config: Config, splits: Splits, legs: Sequence[int] = ()) -> None:
     """Write ``config.json`` with the versions of what computes."""
-    RunConfig(config=config, split_hashes=splits.hashes, versions=versions()).write(run / "config.json")
+    RunConfig(config=config, split_hashes=splits.hashes, versions=versions(), legs=list(legs)).write(
+        run / "config.json"
+    )
 
 
 def versions() -> dict[str, str]:
@@ -220,29 +290,32 @@ def use_adapted(run: Path, splits: Splits, config: Config) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def resumed(given: Config, stored: Config) -> Config:
+def resumed(given: Config, stored: Config, *, more_epochs: bool = False) -> Config:
     """The run's configuration with the free keys that were named anew.
+
+    With ``more_epochs`` those of a training are free, too; whether it can have them, ``last.pth`` says.
 
     Raises:
         InputError: any other key was named with another value.
     """
     kept = stored.model_dump()
     if "seed" in given.model_fields_set and given.seed != stored.seed:
-        raise _changed("seed", given.seed, stored.seed)
+        raise changed("seed", given.seed, stored.seed)
     for name in sorted(given.model_fields_set - {"seed"}):
         section = getattr(given, name)
         for key in sorted(section.model_fields_set):
             value = getattr(section, key)
-            if key in _FREE:
+            if key in _FREE or (more_epochs and (name, key) == ("train", "epochs")):
                 kept[name][key] = value
             elif (name, key, value) == ("model", "tap", "auto"):
                 continue  # measured when the run began; the block found is stored
             elif value != getattr(getattr(stored, name), key):
-                raise _changed(f"{name}.{key}", value, kept[name][key])
+                raise changed(f"{name}.{key}", value, kept[name][key])
     return Config.model_validate(kept)
 
 
-def _changed(key: str, value: object, kept: object) -> InputError:
+def changed(key: str, value: object, kept: object) -> InputError:
+    """The refusal of another value than the run's."""
     return InputError(
         f"--resume must keep the run's configuration, got {key} = {value} instead of {kept}; "
         "start anew with --overwrite"
@@ -279,4 +352,5 @@ def exclusive(run: Path) -> Iterator[None]:
             recover_directory(run / name)
             sweep(run / name)
         sweep(run)
+        _undo(run)
         yield

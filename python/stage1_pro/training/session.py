@@ -105,9 +105,9 @@ class Session:
         DependencyError: a tracker's library is missing.
     """
 
-    def __init__(self, run: Path, splits: Splits, config: Config) -> None:
+    def __init__(self, run: Path, splits: Splits, config: Config, legs: Sequence[int] = ()) -> None:
         check_environment()
-        self.run, self.splits, self.config = run, splits, config
+        self.run, self.splits, self.config, self.legs = run, splits, config, tuple(legs)
         options = config.train
         self.trackers = Trackers(options.trackers, run)
         seed_everything(config.seed, deterministic=options.deterministic)
@@ -352,8 +352,10 @@ class Session:
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999))
         self.total_steps = options.epochs * steps
         warmup = max(1, round(options.warmup_epochs * steps))
+        began = self.legs[-1] * steps if self.legs else 0  # the leg at hand has a schedule of its own
         self.scheduler = LambdaLR(
-            self.optimizer, lambda step: warm_cosine(step, warmup, self.total_steps, options.min_lr_ratio)
+            self.optimizer,
+            lambda step: warm_cosine(max(0, step - began), warmup, self.total_steps - began, options.min_lr_ratio),
         )
         self.ema = AveragedModel(self.trained, multi_avg_fn=_ema(options.ema_decay)) if options.ema_decay > 0 else None
         if self.ema is not None:

@@ -6,7 +6,6 @@ here before every batch. A bundle is loaded and verified before it is used, so a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -271,8 +270,7 @@ class LiveCascade(Answering):
     def _note(self, candidate: _Loaded, error: Exception) -> None:
         self.candidate_failures += 1
         if self.candidate_failures == 1:
-            with contextlib.suppress(OSError, ValueError):  # nobody may be left to be told
-                say(f"{candidate.sha256[:12]} failed beside the champion: {error}")
+            say(f"{candidate.sha256[:12]} failed beside the champion: {error}")
 
     def _raw(self) -> bytes:
         try:

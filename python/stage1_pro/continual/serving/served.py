@@ -59,7 +59,7 @@ class Served(Answering):
         self.bundle = cascade.bundle
         self.plan = plan or ReviewPlan()
         self._on_failure, self._writer = on_failure, writer or uuid.uuid4().hex
-        self._count = 0
+        self._count = self._logged = 0
         self._purged = self._last = -math.inf
         self._bundle = sha256_bytes(cascade.bundle.raw)
         classes, positive = cascade.bundle.classes, cascade.bundle.positive
@@ -83,6 +83,13 @@ class Served(Answering):
         except ImageError as error:
             raise ImageError(str(image), error.reason, error.detail) from None
 
+    def go_on(self, count: int) -> None:
+        """Go on after this writer's first ``count`` events; those beyond them that are in the log are not repeated."""
+        self._count = self._logged = count
+        for event in self.log:
+            if event.id == self._name(self._logged, event.time, event.image_sha256):
+                self._logged += 1
+
     def answer(self, photos: Sequence[Prepared], *, now: float | None = None) -> Decisions:
         """Decide for photos as one batch, and log it.
 
@@ -97,12 +104,13 @@ class Served(Answering):
         decisions = self.cascade.decide(self.cascade.stack(photos), watch=traces.append)
         if traces:
             try:
+                known = max(0, self._logged - self._count)
                 events = self._events(decisions, traces[0], [identify(photo.image) for photo in photos], now)
                 self._purge(now)
-                for event, photo in zip(events, photos, strict=True):
+                for event, photo in list(zip(events, photos, strict=True))[known:]:
                     if event.selected:
                         self.log.images.put(event.image_sha256, _encode(photo.image), now)
-                self.log.append(events)
+                self.log.append(events[known:])
             except Exception as error:
                 if self._on_failure is None:
                     raise
@@ -117,6 +125,10 @@ class Served(Answering):
             with contextlib.suppress(OSError):  # it is no reason to answer nobody; every look of the loop says it
                 self.log.purge(now)
 
+    def _name(self, count: int, now: float, image: str) -> str:
+        """The id of this writer's event number ``count``."""
+        return hashlib.sha256(f"{self._writer}/{count}/{now!r}/{self._bundle}/{image}".encode()).hexdigest()[:32]
+
     def _events(self, decisions: Decisions, trace: Trace, images: Sequence[str], now: float) -> list[Event]:
         policy, classes = self.cascade.bundle.policy, self.cascade.bundle.classes
         positive = classes.index(self.cascade.bundle.positive)
@@ -130,9 +142,8 @@ class Served(Answering):
         events = []
         for row, image in enumerate(images):
             accepted, exited = bool(decisions.accepted[row]), bool(trace.exited[row])
-            name = hashlib.sha256(f"{self._writer}/{self._count}/{now!r}/{self._bundle}/{image}".encode())
+            event_id, chance = self._name(self._count, now, image), float(chances[row])
             self._count += 1
-            event_id, chance = name.hexdigest()[:32], float(chances[row])
             events.append(
                 Event(
                     id=event_id,
