@@ -19,7 +19,7 @@ from stage1_pro.errors import ArtifactError, need
 # Every module of the package declares its tables here.
 metadata = MetaData()
 # The newest revision in ``migrations/versions``.
-HEAD = "0001"
+HEAD = "0002"
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Alembic's own layout, under a name that no other program's alembic uses in the same database.
 VERSION = Table("schema_version", metadata, Column("version_num", String(32), primary_key=True))

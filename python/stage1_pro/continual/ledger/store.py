@@ -38,7 +38,7 @@ class Store:
     """
 
     def __init__(self, url: str | Path, *, busy: float = _BUSY_SECONDS, read_only: bool = False) -> None:
-        text = str(url)
+        text, self.read_only = str(url), read_only
         if "://" not in text:
             path = Path(text)
             if path.is_dir() or path.suffix == "":

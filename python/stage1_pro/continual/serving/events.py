@@ -43,7 +43,7 @@ def _to_floats(value: Any) -> tuple[float, ...]:
         data = base64.b64decode(value, validate=True)
         if len(data) != 4 * SKETCH_SIZE:
             raise ValueError(f"must be {SKETCH_SIZE} float32 values, got {len(data)} bytes")
-        return tuple(np.frombuffer(data, dtype="<f4").tolist())
+        return unpack_floats(data)
     values = np.asarray(value, dtype=np.float32)
     if values.shape != (SKETCH_SIZE,):
         raise ValueError(f"must be {SKETCH_SIZE} values, got shape {list(values.shape)}")
@@ -53,6 +53,11 @@ def _to_floats(value: Any) -> tuple[float, ...]:
 def pack_floats(values: Sequence[float]) -> bytes:
     """Little-endian float32 bytes of a sketch."""
     return np.asarray(values, dtype="<f4").tobytes()
+
+
+def unpack_floats(data: bytes) -> tuple[float, ...]:
+    """The sketch of which these are the bytes."""
+    return tuple(np.frombuffer(data, dtype="<f4").tolist())
 
 
 def _to_base64(values: tuple[float, ...]) -> str:
@@ -537,6 +542,15 @@ class ImageStore:
 
     def __contains__(self, sha256: str) -> bool:
         return self._path(sha256).is_file()
+
+    def names(self) -> set[str]:
+        """The sha256 of every image that is there."""
+        found: set[str] = set()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as folders:
+            for folder in folders:
+                with contextlib.suppress(OSError), os.scandir(folder) as files:
+                    found.update(file.name for file in files)
+        return found
 
     def over(self, now: float, *, since: float = -math.inf, until: float = math.inf) -> Iterator[tuple[Path, bool]]:
         """Images whose time is over, kept in (since, until]; and what killed writers left (False)."""
