@@ -124,6 +124,7 @@ _answers = Table(
     Index("digest_answers_by_known", "known"),
     Index("digest_answers_by_time", "time"),
     Index("digest_answers_by_part", "part", "time"),
+    Index("digest_answers_by_image", "image_sha256"),
 )  # fmt: skip
 _drawn = Table(
     "digest_drawn",
@@ -257,10 +258,10 @@ class History:
     def _see_labels(self) -> None:
         """The label that holds now for each event that got another row, or one of whose rows is of the time between."""
         low, high = sorted((self._at.until, self.until))
-        changed = labels.c.id > self._at.labels
-        if self._begun:
-            changed = or_(changed, (labels.c.time >= low) & (labels.c.time < high))
-        names = list(self.connection.execute(select(labels.c.event_id).where(changed).distinct()).scalars())
+        # Two searches: one for both would read the table.
+        changes = [labels.c.id > self._at.labels, (labels.c.time >= low) & (labels.c.time < high)]
+        queries = [select(labels.c.event_id).where(one) for one in changes[: 1 + self._begun]]
+        names = dict.fromkeys(name for one in queries for name in self.connection.execute(one).scalars())
         for part in _parts(names):
             before = {one.id: one for one in self._rows(select(_answers).where(_answers.c.id.in_(part)))}
             held = resolve_within(self.connection, sources=GUARD_SOURCES, until=self.until, among=part)
@@ -426,22 +427,34 @@ class History:
                 count -= self.connection.execute(query.where(_answers.c.id.in_(part))).scalar_one()
         return count + sum(one.known > known for one in self._stead.values())
 
-    def answers_of(self, part: Role, since: float = -math.inf, after: float = -math.inf) -> Iterator[Answered]:
-        """Answers of a role, served from ``since`` on and later than ``after``; the last ones served come first."""
+    def answers_of(
+        self, part: Role, since: float, after: float, *, among: Collection[str] | None = None
+    ) -> Iterator[Answered]:
+        """Answers of a role, served from ``since`` on and later than ``after``; the last ones served come first.
+
+        With ``among`` only those to these images, in whatever order.
+        """
         newest = _answers.c.time.desc()
-        query = select(_answers).where(_answers.c.part == part, _answers.c.time >= since, _answers.c.time > after)
+        query = select(_answers).where(
+            _answers.c.part == part, _answers.c.selected, _answers.c.time >= since, _answers.c.time > after,
+            _answers.c.time < self.until,
+        )  # fmt: skip
+        judging = set[str]()
         if part == "learn":
+            # An image that ever judges or certifies is never learned from, whatever it is drawn for later.
             judges = select(_drawn.c.time).where(_drawn.c.image_sha256 == _answers.c.image_sha256)
             query = query.where(~judges.where(_drawn.c.time < self.until).exists())
-        judging = self._judging([one.image_sha256 for one in self._stead.values()]) if part == "learn" else set()
-        for one in chain(self._stead.values(), self._rows(query.order_by(newest))):
-            fresh = one.part == part and one.selected and since <= one.time < self.until and one.time > after
-            # An image that ever judges or certifies is never learned from, whatever it is drawn for later.
-            other = part == "learn" and (
-                one.image_sha256 in judging or self._images.get(one.image_sha256, math.inf) < self.until
-            )
-            if fresh and not other:
+            judging = {image for image, time in self._images.items() if time < self.until}
+            judging |= self._judging([one.image_sha256 for one in self._stead.values()])
+        known: Iterator[Answered] = self._rows(query.order_by(newest))
+        if among is not None:
+            parts = (_answers.c.image_sha256.in_(names) for names in _parts(among))
+            known = chain.from_iterable(self._rows(query.where(these)) for these in parts)
+        for one in self._stead.values():
+            mine = one.part == part and one.selected and since <= one.time < self.until and one.time > after
+            if mine and one.image_sha256 not in judging and (among is None or one.image_sha256 in among):
                 yield one
+        yield from (one for one in known if one.image_sha256 not in judging)
 
     def _judging(self, images: Sequence[str]) -> set[str]:
         """Of these images, those that the derived rows know to judge or certify."""

@@ -7,6 +7,7 @@ mostly of hard images, teach. An image has one role for good.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +31,8 @@ class LabelledImage(NamedTuple):
     source: str
 
 
+# Answers of a role that are read before it is asked which photos are there.
+_SOME = 1000
 Dealt = Mapping[Role, list[LabelledImage]]
 
 
@@ -86,19 +89,24 @@ def deal(history: History, *, since: Mapping[Role, float], after: float, exclude
 
 
 def count(
-    history: History, config: RoundsConfig, is_there: Callable[[str], bool], *, since: Mapping[Role, float],
-    after: float, exclude: Collection[str],
+    history: History, config: RoundsConfig, there: Collection[str], *, since: Mapping[Role, float], after: float,
+    exclude: Collection[str],
 ) -> dict[Role, int]:  # fmt: skip
-    """How many images ``deal`` would give that are there, of each role; not beyond the fewest that a round needs."""
+    """How many images ``deal`` would give that are ``there``, of each role; at most the fewest that a round needs."""
     found = {}
+    there = set(there).difference(exclude)
     for part in _roles(history, since, after):
-        images = set[str]()
-        for one in _answers(history, part, since, after):
-            if one.image_sha256 not in exclude and is_there(one.image_sha256):
+        images, least = set[str](), config.least(part)
+        for n, one in enumerate(_answers(history, part, since, after)):
+            if n > _SOME + len(there):
+                # Most photos are gone: those that are there are fewer than what was answered.
+                images = {one.image_sha256 for one in _answers(history, part, since, after, there)}
+                break
+            if one.image_sha256 in there:
                 images.add(one.image_sha256)
-                if len(images) == config.least(part):
+                if len(images) == least:
                     break
-        found[part] = len(images)
+        found[part] = min(len(images), least)
     return found
 
 
@@ -113,8 +121,11 @@ def _roles(history: History, since: Mapping[Role, float], after: float) -> tuple
     return "guard", "certify", "learn"
 
 
-def _answers(history: History, part: Role, since: Mapping[Role, float], after: float) -> Iterator[Answered]:
-    return history.answers_of(part, since[part], after) if part in since else history.answers_of(part)
+def _answers(
+    history: History, part: Role, since: Mapping[Role, float], after: float, among: Collection[str] | None = None
+) -> Iterator[Answered]:
+    fresh = (since[part], after) if part in since else (-math.inf, -math.inf)
+    return history.answers_of(part, *fresh, among=among)
 
 
 def available(dealt: Dealt, is_there: Callable[[str], bool]) -> Dealt:

@@ -192,7 +192,7 @@ class Rounds:
         """What a round begun now would lack: labels whose images are still there, or the champion's run."""
         there = self.log.images.names() | _names(self.root / "images")
         try:
-            counts = count(history, self.config, there.__contains__, **self._fresh(history, bundle, view, None))
+            counts = count(history, self.config, there, **self._fresh(history, bundle, view, None))
         except NotReachableError:
             return ""  # The round itself says it, once.
         except ArtifactError as error:

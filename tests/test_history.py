@@ -1,0 +1,308 @@
+"""What looks keep of the past changes nothing of what they see: a history is what reading everything gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
+
+from sqlalchemy import select
+
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.labels import (
+    GUARD_SOURCES,
+    Label,
+    Outside,
+    add_events,
+    add_labels,
+    add_outside,
+    bundles,
+    read_events,
+    resolve,
+)
+from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.loop import history as module
+from stage1_pro.continual.loop import roles, watching
+from stage1_pro.continual.loop.config import RoundsConfig
+from stage1_pro.continual.loop.history import History
+from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, ReviewPlan, uniform
+from stage1_pro.continual.watch.monitor import Evidence
+from stage1_pro.continual.watch.srt import ControllerConfig, Feedback, ThresholdController, to_logit
+from stage1_pro.continual.watch.status import MonitorConfig
+from stage1_pro.errors import NotReachableError
+
+BUNDLES, CLASSES, CERTIFIED = ("a" * 64, "b" * 64), ("none", "roadwork"), 0.7
+RECENT = 15
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path is taken by a few rows."""
+    monkeypatch.setattr(module, "KEEP_EVERY", 4)
+    monkeypatch.setattr(watching, "KEEP_EVERY", 4)
+    monkeypatch.setattr(module, "_CHUNK", 3)
+    monkeypatch.setattr(watching, "_USUAL", 6)
+    monkeypatch.setattr(roles, "_SOME", 2)
+
+
+def configured(floor: float = 0.4) -> RoundsConfig:
+    plan = ReviewPlan(floor=floor, seed=3)
+    return RoundsConfig(monitor=MonitorConfig(alpha=0.1, recent=RECENT, floor=floor), plan=plan, least_rows=2,
+                        least_guard=2)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- by reading everything
+
+
+@dataclass
+class Everything:
+    """All events and labels before a moment, and what the definitions say of them."""
+
+    config: RoundsConfig
+    served: list[Event]
+    held: dict[str, Any]
+
+    @classmethod
+    def read(cls, store: Store, config: RoundsConfig, until: float) -> Everything:
+        return cls(config, list(read_events(store, until=until)), resolve(store, sources=GUARD_SOURCES, until=until))
+
+    def wrong(self, one: Event) -> bool:
+        said = one.label
+        if one.action != "exit":
+            assert one.prob_a is not None
+            said = CLASSES[int(one.prob_a > 0.5)]
+        return said != self.held[one.id].label
+
+    def view(self, bundle: str, since: float) -> dict[str, Any]:
+        config, floor = self.config, self.config.plan.floor
+        served = [
+            one for one in self.served if one.bundle == bundle and one.time >= since and one.exit_score is not None
+        ]
+        feedback = sorted(
+            Feedback(self.held[one.id].time, one.id, one.exit_score or 0.0, wrong=self.wrong(one),
+                     exited=one.action == "exit", propensity=one.propensity)
+            for one in served if one.selected and one.id in self.held
+        )  # fmt: skip
+        how = ControllerConfig(alpha=0.1, certified=CERTIFIED, audit_rate=floor, floor=floor)
+        state = ThresholdController.replay(how, feedback).state
+        promised = [one for one in feedback if one.score >= CERTIFIED]
+        usual = [one.propensity for one in served if one.action == "exit"][:6]
+        reference = max(float(np.median(usual)), floor) if usual else floor
+        evidence = Evidence(alpha=0.1, delta=config.monitor.delta, reference=reference, floor=floor).after(
+            [one.wrong for one in promised], propensity=[one.propensity for one in promised],
+            time=[one.known for one in promised],
+        )  # fmt: skip
+        if evidence.alarm:
+            jumped = to_logit(CERTIFIED) + how.jump
+            state = state.at_least(max(jumped, -math.inf if state.centre is None else state.centre))
+        alarm = max((at for at in (evidence.alarm_at, state.alarm_at) if at is not None), default=-math.inf)
+        times = {one.id: one.time for one in served}
+        last = served[-RECENT:]
+        return {
+            "evidence": evidence, "controller": state,
+            "harm": max((times[one.event] for one in promised if one.known <= alarm), default=-math.inf),
+            "time": [one.time for one in last],
+            "wrong": [float(self.wrong(one)) if one.selected and one.id in self.held else None for one in last],
+            "label": [CLASSES.index(self.held[one.id].label) if one.label and one.id in self.held else -1
+                      for one in last],
+        }  # fmt: skip
+
+    def deal(self, since: dict[Any, float], after: float, exclude: set[str]) -> Any:
+        """The rows of each role; the event of another plan where there is one that counts."""
+        plan = self.config.plan
+        found: dict[str, dict[str, Any]] = {"guard": {}, "certify": {}, "learn": {}}
+        parts: dict[str, str] = {}
+        for one in self.served:
+            fresh = [part for part, time in since.items() if one.time >= time and one.time > after]
+            if fresh and (one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)):
+                return one.id
+            draw = uniform(plan.seed, "review", one.id)
+            part = roles.role(one.image_sha256, draw, self.config) if one.selected else "learn"
+            if parts.get(one.image_sha256, "learn") == "learn":
+                parts[one.image_sha256] = part
+            if one.id in self.held and one.selected and part in ("learn", *fresh):
+                label = self.held[one.id]
+                found[part].setdefault(one.image_sha256, (one.image_sha256, label.label, label.source))
+        return {
+            part: [row for name, row in sorted(rows.items()) if parts[name] == part and name not in exclude]
+            for part, rows in found.items()
+        }
+
+    def last_served(self) -> dict[str, float]:
+        return {one.image_sha256: one.time for one in self.served}
+
+
+# -------------------------------------------------------------------------------- random histories
+
+
+@dataclass
+class Past:
+    """Somebody serves, labels, imports, promotes and rolls back, in whatever order."""
+
+    store: Store
+    rng: np.random.Generator
+    now: float = 1000.0
+    config: RoundsConfig = field(default_factory=configured)
+    champion: tuple[str, float] = (BUNDLES[0], 0.0)
+    made: list[Event] = field(default_factory=list)
+    records: list[Outside] = field(default_factory=list)
+    rounds: int = 0
+
+    def image(self, number: int) -> str:
+        return f"{number:064x}"
+
+    def serve(self) -> None:
+        new = []
+        for _ in range(int(self.rng.integers(1, 9))):
+            late = self.rng.random() < 0.1  # another machine's log, or a clock that is ahead
+            chance = float(self.rng.choice([0.4, 0.6, 1.0]))
+            name = f"e{len(self.made):05d}"
+            selected = self.config.plan.selects(name, chance)
+            if self.rng.random() < 0.004:  # another review plan's
+                selected = not selected
+            action = str(self.rng.choice(["exit", "exit", "exit", "defer", "abstain"]))
+            one = Event(
+                id=name, time=self.now + float(self.rng.normal(0, 40)) if late else self.now,
+                bundle=self.champion[0] if self.rng.random() < 0.85 else BUNDLES[1],
+                image_sha256=self.image(int(self.rng.integers(40))), action=action, stage="A",
+                label="" if action == "abstain" else str(self.rng.choice(CLASSES)),
+                prob_a=float(self.rng.random()), prob_b=None, confidence=None, gate_logit=None,
+                exit_score=float(self.rng.random()) if self.rng.random() < 0.95 else None, threshold=0.5,
+                propensity=chance, selected=selected, sketch=(0.0,) * SKETCH_SIZE,
+            )  # fmt: skip
+            self.now += float(self.rng.random())
+            new.append(one)
+            self.made.append(one)
+        add_events(self.store, new)
+
+    def _when(self) -> float:
+        """Mostly now; dated back or, by a clock that is ahead, into the future."""
+        return self.now + float(self.rng.choice([0.0, 0.0, 0.0, -60.0, 30.0]) * self.rng.random())
+
+    def _label(self) -> Label:
+        one = self.made[-1 - int(min(len(self.made) - 1, self.rng.exponential(12)))]
+        return Label(
+            event_id=one.id, label=str(self.rng.choice(CLASSES, p=[0.7, 0.3])), time=self._when(),
+            source=str(self.rng.choice(["review", "review", "owner", "model"])),
+            annotator=str(self.rng.choice(["ada", "ben"])),
+        )  # fmt: skip
+
+    def label(self) -> None:
+        add_labels(self.store, [self._label() for _ in range(int(self.rng.integers(1, 7)))])
+
+    def record(self) -> None:
+        """An import: answers of another tool, the same again, changed, or withdrawn."""
+        if self.records and self.rng.random() < 0.6:
+            old = self.records[int(self.rng.integers(len(self.records)))]
+            label = old.label.model_copy(update={"time": self._when(), "label": str(self.rng.choice(CLASSES))})
+            one = Outside(label, old.record, withdrawn=bool(self.rng.random() < 0.4))
+        else:
+            one = Outside(self._label(), f"other/{len(self.records)}")
+        self.records.append(one)
+        add_outside(self.store, [one])
+
+    def promote(self) -> None:
+        """Another champion, or an earlier one again."""
+        self.champion = (str(self.rng.choice(BUNDLES)), self.now)
+
+    def freeze(self) -> None:
+        self.rounds += 1
+        until = self.now - float(self.rng.random() * 30)
+        body = {"from": "COLLECT", "to": str(self.rng.choice(["PROPOSE", "HOLD"])),
+                "round": {"number": self.rounds, "snapshot": {"until": until, "guard": f"g{self.rounds}"}}}  # fmt: skip
+        with self.store.write() as connection:
+            audit.append(connection, self.store, "edge", body, self.now)
+
+    def configure(self) -> None:
+        self.config = configured(float(self.rng.choice([0.4, 0.3])))
+
+
+def check(past: Past, until: float, store: Store) -> int:
+    """A look sees what reading everything gives; how many labels it took."""
+    config, (bundle, since) = past.config, past.champion
+    whole = Everything.read(past.store, config, until)
+    expected = whole.view(bundle, since)
+    with History.look(store, config, until) as history:
+        view, unkept = watching.view_champion(history, bundle, since, config, certified=CERTIFIED, steer=True)
+        assert (view.evidence, view.controller, view.newest_harm) == (
+            expected["evidence"], expected["controller"], expected["harm"]
+        )  # fmt: skip
+        assert view.decisions.time.tolist() == expected["time"]
+        assert [None if math.isnan(one) else one for one in view.decisions.wrong] == expected["wrong"]
+        assert view.decisions.label is not None and view.decisions.label.tolist() == expected["label"]
+        assert history.answers_since(until - 50) == sum(one.time > until - 50 for one in whole.held.values())
+        assert history.last_served([past.image(one) for one in range(40)]) == whole.last_served()
+        edges = [json.loads(row.body)["round"] for row in audit.read(past.store, kind="edge") if "PROPOSE" in row.body]
+        frozen = [(one["number"], one["snapshot"]["until"], one["snapshot"]["guard"]) for one in edges]
+        assert sorted(history.frozen()) == frozen
+        for back in (math.inf, 40.0):
+            used = {"guard": until - back, "certify": until - back / 2}
+            after, gone = max(view.newest_harm, until - 200), {past.image(one) for one in range(0, 40, 7)}
+            there = {past.image(one) for one in range(0, 40, 2 if back == 40 else 5)}
+            rows = whole.deal(used, after, gone)
+            if isinstance(rows, str):
+                with pytest.raises(NotReachableError, match=rows):
+                    roles.deal(history, since=used, after=after, exclude=gone)
+                continue
+            assert roles.deal(history, since=used, after=after, exclude=gone) == rows
+            counts = roles.count(history, config, there, since=used, after=after, exclude=gone)
+            assert counts == {part: min(sum(row[0] in there for row in rows[part]), 2) for part in rows}
+    history.keep(store, *unkept)
+    return 0 if view.controller is None else view.controller.n
+
+
+@pytest.fixture
+def past(store: Store, request: pytest.FixtureRequest) -> Past:
+    with store.write() as connection:
+        for name in BUNDLES:
+            facts = BundleFacts(bundle=name, classes=CLASSES, positive="roadwork").model_dump_json()
+            connection.execute(bundles.insert(), {"bundle": name, "facts": facts})
+    return Past(store, np.random.default_rng(request.param))
+
+
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+
+
+@pytest.mark.parametrize("past", SEEDS, indirect=True)
+def test_a_look_sees_what_reading_everything_gives(past: Past, store_url: str) -> None:
+    steps = ("serve", "label", "label", "record", "look", "look", "back", "read only", "promote", "freeze", "configure")
+    often = [0.24, 0.2, 0.14, 0.06, 0.2, 0.04, 0.04, 0.05, 0.012, 0.013, 0.005]
+    past.serve()
+    most = 0
+    for _ in range(150):
+        step = str(past.rng.choice(steps, p=often))
+        if step in ("serve", "label", "record", "promote", "freeze", "configure"):
+            getattr(past, step)()
+            continue
+        until = past.now - float(past.rng.random() * 50) * (step == "back")
+        other = Store(store_url, read_only=True) if step == "read only" else past.store
+        most = max(most, check(past, until, other))
+        if other is not past.store:
+            other.close()
+    check(past, past.now + 100, past.store)
+    assert most > 8, "few labels reached the evidence; this history tests nothing"
+
+
+@pytest.mark.parametrize("past", [9], indirect=True)
+def test_what_was_kept_by_a_look_that_others_overtook_is_not_used(past: Past) -> None:
+    """A label dated back comes between a look and its keeping."""
+    config, (bundle, since) = past.config, past.champion
+    for _ in range(12):
+        past.serve()
+        past.label()
+    with History.look(past.store, config, past.now) as history:
+        _, unkept = watching.view_champion(history, bundle, since, config, certified=CERTIFIED, steer=True)
+    first = next(one for one in past.made if one.selected and one.exit_score is not None and one.bundle == bundle)
+    add_labels(past.store, [Label(event_id=first.id, label="none", source="owner", annotator="x", time=5.0)])
+    with History.look(past.store, config, past.now + 1):
+        pass
+    history.keep(past.store, *unkept)
+    with past.store.read() as connection:
+        assert not connection.execute(select(module._kept)).all()
+    check(past, past.now + 1, past.store)
