@@ -17,8 +17,10 @@ import pytest
 from faults import faults, leftovers
 
 import stage1_pro
+from stage1_pro.cli import main
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.folder import init, opened
+from stage1_pro.continual.loop.rounds import remember_run
 from stage1_pro.continual.serving.events import SKETCH_SIZE, Event, EventLog
 from stage1_pro.continual.serving.live import POINTER
 from stage1_pro.data.splits import Splits
@@ -205,3 +207,61 @@ def test_photos_that_moved_keep_the_model(streets: Path, streets_run: Path, tmp_
     assert (run / "model_best.pth").is_file()
     stage1_pro.split(photos / "labels.csv", run, seed=1, overwrite=True)
     assert not any((run / name).exists() for name in ("model_best.pth", "last.pth", "thresholds.json"))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["as written now", "with absolute paths"])
+def test_a_loops_folder_can_move(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: bool) -> None:
+    def stage1(command: str, *words: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["continual", command, "--root", str(root), *map(str, words), "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    root, config = served, served / "loop.json"
+    if old:
+        given = json.loads(config.read_text()) | {"format_version": 1, "store": str(root), "log": str(root / "log")}
+        config.write_text(json.dumps(given))
+    else:
+        assert str(tmp_path) not in config.read_text()
+    labels = tmp_path / "labels.csv"
+    labels.write_text("event_id,label,source,annotator\n0,none,owner,ada\n")
+    assert stage1("labels", "--import", labels)["added"] == 1
+    assert stage1("run")["state"] == "MONITOR"
+    before = [stage1("status"), stage1("audit")]
+    (tmp_path / "elsewhere").mkdir()
+    root = served.rename(tmp_path / "elsewhere" / "moved")
+    after = [stage1("status"), stage1("audit")]
+    for one in (before[0], after[0]):
+        assert one["behind"] is None and one["monitor"].pop("time")
+    assert after == before and after[0]["monitor"]["n_rows"] == 3
+    with EventLog(root / "log") as log:
+        log.append([next(iter(log)).model_copy(update={"id": "later", "time": time.time()})])
+    labels.write_text("event_id,label,source,annotator\nlater,none,owner,ada\n")
+    assert stage1("labels", "--import", labels)["added"] == 1
+    assert stage1("run")["state"] == "MONITOR" and stage1("status")["monitor"]["n_rows"] == 4
+    assert stage1("propose")["state"] == "HOLD"
+    with opened(root) as (_, registry, parts, loop):
+        assert registry.root == root and parts.log.folder == root / "log" and loop.row().state == "HOLD"
+        assert Path(str(registry.store.url.database)) == root / "loop.db"
+    found = stage1("audit")
+    assert found["ok"] and found["rows"] == before[1]["rows"] + 2
+    assert not served.exists(), "nothing was made where the loop was"
+    # What is neither there nor in the folder is named, and not made.
+    config = root / "loop.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"store": str(tmp_path / "gone" / "store")}))
+    (root / "loop.db").rename(tmp_path / "loop.db")
+    assert main(["continual", "status", "--root", str(root)]) == 2
+    assert str(tmp_path / "gone") in capsys.readouterr().err and not (tmp_path / "gone").exists()
+
+
+def test_the_run_of_a_candidate_moves_with_the_loop(served: Path, tmp_path: Path) -> None:
+    place = served / "work" / "key" / "files" / "run"
+    place.mkdir(parents=True)
+    remember_run(served, "a" * 64, place, "0")
+    note = served / "runs" / f"{'a' * 64}.json"
+    for text in (note.read_text(), json.dumps(json.loads(note.read_text()) | {"run": str(place)})):
+        note.write_text(text)
+        moved = served.rename(tmp_path / "moved")
+        with opened(moved) as (_, _registry, parts, _loop):
+            assert Path(parts._run("a" * 64).run) == moved / "work" / "key" / "files" / "run"
+        moved.rename(served)

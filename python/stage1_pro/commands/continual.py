@@ -128,12 +128,12 @@ class ReviewLoop(Loop):
     def execute(self) -> Result:
         """Print what was answered, once the page is closed."""
         from stage1_pro.continual.ledger.reviewing import render, review
-        from stage1_pro.continual.loop.folder import opened
+        from stage1_pro.continual.loop.folder import find_log, find_store, opened
 
         with opened(self.root) as (config, *_):
-            store, log = config.store, config.log
+            store, log = find_store(self.root, config), find_log(self.root, config)
         options = {name: value for name, value in self if name != "root"}
-        found = review(store, Path(log), **options)
+        found = review(store, log, **options)
         return Result(render(found), found)
 
 

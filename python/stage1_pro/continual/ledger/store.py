@@ -17,6 +17,8 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 from stage1_pro.continual.ledger import schema
 from stage1_pro.errors import InputError, need
 
+# SQLite's file in a folder.
+DATABASE = "loop.db"
 _BUSY_SECONDS = 30.0
 # Any number that nobody else's program locks in the same database.
 _LOCK = 0x5354414745310001
@@ -42,7 +44,7 @@ class Store:
         if "://" not in text:
             path = Path(text)
             if path.is_dir() or path.suffix == "":
-                path = path / "loop.db"
+                path = path / DATABASE
             if not read_only:
                 path.parent.mkdir(parents=True, exist_ok=True)
             text = f"sqlite:///{path.absolute()}"

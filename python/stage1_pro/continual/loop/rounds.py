@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 from sqlalchemy import select
 
 from stage1_pro.continual.learn.rewards import Actions, verified
@@ -48,7 +49,7 @@ from stage1_pro.record import Record
 class RunOf(Record):
     """Which run a bundle of the registry came from."""
 
-    run: str
+    run: str = Field(description="its folder, relative to the loop's where it lies in that")
     model_fingerprint: str
 
 
@@ -376,7 +377,13 @@ class Rounds:
         return found
 
     def _run(self, bundle: str) -> RunOf:
-        return RunOf.read(self.root / "runs" / f"{bundle}.json")
+        """The run of a bundle; one of the loop's own work is there wherever the loop's folder was moved."""
+        found = RunOf.read(self.root / "runs" / f"{bundle}.json")
+        path = self.root / found.run
+        if not path.is_dir() and WORK in path.parts:
+            own = self.root.joinpath(*path.parts[path.parts.index(WORK) :])
+            path = own if own.is_dir() else path
+        return found.model_copy(update={"run": str(path)})
 
     def _splits(self, bundle: str) -> Splits:
         return Splits.read(Path(self._run(bundle).run) / "splits.json")
@@ -454,7 +461,13 @@ def _figures(found: Mapping[str, Any], growth: float, config: RoundsConfig) -> l
     return [*measured, timed]
 
 
+def within(root: Path | str, path: Path | str) -> str:
+    """A path as the loop's files name it: relative to the loop's folder where it lies there, so that it can move."""
+    found, folder = Path(path).absolute(), Path(root).absolute()
+    return str(found.relative_to(folder) if found.is_relative_to(folder) else found)
+
+
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:
     """Note which run a bundle came from, and the run's model; proposals for it start there."""
-    record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
-    record.write(Path(root) / "runs" / f"{bundle}.json")
+    place = within(Path(root).resolve(), Path(run).resolve())
+    RunOf(run=place, model_fingerprint=model_fingerprint).write(Path(root) / "runs" / f"{bundle}.json")
