@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
 from sqlalchemy import select
+from sqlalchemy.exc import DatabaseError
 
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import (
@@ -23,15 +25,21 @@ from stage1_pro.continual.ledger.labels import (
     add_labels,
     add_outside,
     bundles,
+    ingest,
     read_events,
     resolve,
 )
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop import history as module
 from stage1_pro.continual.loop import roles, watching
+from stage1_pro.continual.loop.compaction import compact
 from stage1_pro.continual.loop.config import RoundsConfig
+from stage1_pro.continual.loop.executors import Inline
 from stage1_pro.continual.loop.history import History
-from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, ReviewPlan, uniform
+from stage1_pro.continual.loop.machine import Loop
+from stage1_pro.continual.loop.registry import Registry
+from stage1_pro.continual.loop.rounds import Rounds, remember_run
+from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan, uniform
 from stage1_pro.continual.watch.monitor import Evidence
 from stage1_pro.continual.watch.srt import ControllerConfig, Feedback, ThresholdController, to_logit
 from stage1_pro.continual.watch.status import MonitorConfig
@@ -47,7 +55,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEEP_EVERY", 4)
     monkeypatch.setattr(watching, "KEEP_EVERY", 4)
     monkeypatch.setattr(module, "_CHUNK", 3)
-    monkeypatch.setattr(watching, "_USUAL", 6)
+    monkeypatch.setattr(watching, "USUAL", 6)
     monkeypatch.setattr(roles, "_SOME", 2)
 
 
@@ -153,6 +161,12 @@ class Past:
     made: list[Event] = field(default_factory=list)
     records: list[Outside] = field(default_factory=list)
     rounds: int = 0
+    images: int = 40
+    twin: Store | None = None
+
+    @property
+    def stores(self) -> list[Store]:
+        return [self.store, *filter(None, [self.twin])]
 
     def image(self, number: int) -> str:
         return f"{number:064x}"
@@ -161,7 +175,7 @@ class Past:
         new = []
         for _ in range(int(self.rng.integers(1, 9))):
             late = self.rng.random() < 0.1  # another machine's log, or a clock that is ahead
-            chance = float(self.rng.choice([0.4, 0.6, 1.0]))
+            chance = float(self.rng.choice([0.4, 0.6, 1.0], p=[0.6, 0.3, 0.1]))
             name = f"e{len(self.made):05d}"
             selected = self.config.plan.selects(name, chance)
             if self.rng.random() < 0.004:  # another review plan's
@@ -170,7 +184,7 @@ class Past:
             one = Event(
                 id=name, time=self.now + float(self.rng.normal(0, 40)) if late else self.now,
                 bundle=self.champion[0] if self.rng.random() < 0.85 else BUNDLES[1],
-                image_sha256=self.image(int(self.rng.integers(40))), action=action, stage="A",
+                image_sha256=self.image(int(self.rng.integers(self.images))), action=action, stage="A",
                 label="" if action == "abstain" else str(self.rng.choice(CLASSES)),
                 prob_a=float(self.rng.random()), prob_b=None, confidence=None, gate_logit=None,
                 exit_score=float(self.rng.random()) if self.rng.random() < 0.95 else None, threshold=0.5,
@@ -179,7 +193,8 @@ class Past:
             self.now += float(self.rng.random())
             new.append(one)
             self.made.append(one)
-        add_events(self.store, new)
+        for store in self.stores:
+            add_events(store, new)
 
     def _when(self) -> float:
         """Mostly now; dated back or, by a clock that is ahead, into the future."""
@@ -194,7 +209,9 @@ class Past:
         )  # fmt: skip
 
     def label(self) -> None:
-        add_labels(self.store, [self._label() for _ in range(int(self.rng.integers(1, 7)))])
+        new = [self._label() for _ in range(int(self.rng.integers(1, 7)))]
+        for store in self.stores:
+            add_labels(store, new)
 
     def record(self) -> None:
         """An import: answers of another tool, the same again, changed, or withdrawn."""
@@ -205,7 +222,8 @@ class Past:
         else:
             one = Outside(self._label(), f"other/{len(self.records)}")
         self.records.append(one)
-        add_outside(self.store, [one])
+        for store in self.stores:
+            add_outside(store, [one])
 
     def promote(self) -> None:
         """Another champion, or an earlier one again."""
@@ -216,8 +234,9 @@ class Past:
         until = self.now - float(self.rng.random() * 30)
         body = {"from": "COLLECT", "to": str(self.rng.choice(["PROPOSE", "HOLD"])),
                 "round": {"number": self.rounds, "snapshot": {"until": until, "guard": f"g{self.rounds}"}}}  # fmt: skip
-        with self.store.write() as connection:
-            audit.append(connection, self.store, "edge", body, self.now)
+        for store in self.stores:
+            with store.write() as connection:
+                audit.append(connection, store, "edge", body, self.now)
 
     def configure(self) -> None:
         self.config = configured(float(self.rng.choice([0.4, 0.3])))
@@ -237,14 +256,16 @@ def check(past: Past, until: float, store: Store) -> int:
         assert [None if math.isnan(one) else one for one in view.decisions.wrong] == expected["wrong"]
         assert view.decisions.label is not None and view.decisions.label.tolist() == expected["label"]
         assert history.answers_since(until - 50) == sum(one.time > until - 50 for one in whole.held.values())
-        assert history.last_served([past.image(one) for one in range(40)]) == whole.last_served()
+        asked = {one.image_sha256 for one in whole.served if one.selected or one.id in whole.held}
+        last = whole.last_served()
+        assert history.last_served(asked) == {image: last[image] for image in asked}
         edges = [json.loads(row.body)["round"] for row in audit.read(past.store, kind="edge") if "PROPOSE" in row.body]
         frozen = [(one["number"], one["snapshot"]["until"], one["snapshot"]["guard"]) for one in edges]
         assert sorted(history.frozen()) == frozen
         for back in (math.inf, 40.0):
             used = {"guard": until - back, "certify": until - back / 2}
-            after, gone = max(view.newest_harm, until - 200), {past.image(one) for one in range(0, 40, 7)}
-            there = {past.image(one) for one in range(0, 40, 2 if back == 40 else 5)}
+            after, gone = max(view.newest_harm, until - 200), {past.image(one) for one in range(0, past.images, 7)}
+            there = {past.image(one) for one in range(0, past.images, 2 if back == 40 else 5)}
             rows = whole.deal(used, after, gone)
             if isinstance(rows, str):
                 with pytest.raises(NotReachableError, match=rows):
@@ -306,3 +327,76 @@ def test_what_was_kept_by_a_look_that_others_overtook_is_not_used(past: Past) ->
     with past.store.read() as connection:
         assert not connection.execute(select(module._kept)).all()
     check(past, past.now + 1, past.store)
+
+
+def began(root: Path, url: str, bundle: Path, config: RoundsConfig) -> Rounds:
+    """A loop that began at 0 with a bundle."""
+    registry = Registry(root, Store(url))
+    name = registry.add(bundle)
+    Loop.begin(registry, name, now=0.0, by="ada")
+    remember_run(root, name, bundle.parent, "0")
+    log = EventLog(root / "log")
+    log.describe(BundleFacts(bundle=name, classes=CLASSES, positive="roadwork"))
+    return Rounds(registry, log, Inline(), config)
+
+
+def pictured(rounds: Rounds, past: Past) -> list[Any]:
+    """The sums that a status page draws, with so many decisions in the hour."""
+    bundle, since = past.champion
+    with History.look(rounds.store, past.config, past.now) as history:
+        return [[round(one, 6) if isinstance(one, float) else one for one in row] for row in
+                history.hours(bundle, since)]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_compacted_loop_sees_what_the_whole_one_sees(
+    store_url: str, tiny: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its twin, which nobody compacts, is read whole; derived rows that are made anew change nothing."""
+    monkeypatch.setattr(module, "HOUR", 60.0)
+    rng = np.random.default_rng(seed)
+    rounds = began(tmp_path / "loop", store_url, tiny / "bundle", configured())
+    whole = began(tmp_path / "whole", str(tmp_path / "whole.db"), tiny / "bundle", configured())
+    name = rounds.registry.alias("champion").bundle or ""
+    past = Past(whole.store, rng, champion=(name, 0.0), images=2000, twin=rounds.store)
+    ingest(rounds.store, rounds.log)
+    ingest(whole.store, whole.log)
+    steps = ("serve", "label", "look", "compact", "anew", "promote")
+    gone = 0
+    past.serve()
+    for number in range(48):
+        step = "compact" if number % 12 == 11 else str(rng.choice(steps, p=[0.6, 0.22, 0.11, 0.0, 0.03, 0.04]))
+        if step in ("serve", "label"):
+            for _ in range(2):
+                getattr(past, step)()
+        elif step == "promote" and rng.random() < 0.3:
+            past.champion = (name, past.now)
+            for one in (rounds, whole):
+                with one.store.write() as connection:
+                    version = one.registry.alias("champion", connection).version
+                    one.registry.move(connection, "champion", name, expected=version, now=past.now, by="ada")
+        elif step == "compact":
+            planned = compact(rounds, keep=15.0, now=past.now, dry_run=True)
+            found = compact(rounds, keep=15.0, now=past.now)
+            assert (planned.events, planned.left) == (found.events, found.left) and not found.note
+            assert found.left == len(list(read_events(rounds.store)))
+            assert compact(rounds, keep=15.0, now=past.now).events == 0
+            gone += found.events
+            check(past, past.now, rounds.store)
+        elif step == "anew":
+            with rounds.store.write() as connection:
+                for table in (module._place, *module._DERIVED):
+                    connection.execute(table.delete())
+            check(past, past.now, rounds.store)
+        else:
+            check(past, past.now, rounds.store)
+            assert pictured(rounds, past) == pictured(whole, past)
+    assert gone > 10
+    kept = {one.id for one in read_events(rounds.store)}
+    lost = [one for one in past.made if one.id not in kept]
+    assert len(lost) == gone and not any(one.selected for one in lost)
+    assert audit.verify(rounds.store).ok
+    with pytest.raises(DatabaseError, match="append-only"), rounds.store.write() as connection:
+        connection.exec_driver_sql("DELETE FROM events")
+    for one in (rounds, whole):
+        one.store.close()

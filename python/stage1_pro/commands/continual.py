@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from stage1_pro.command import Command, Flag, Place, Rate, Result, Share, option
+from stage1_pro.command import Command, Flag, Place, Rate, Result, Share, option, within
 from stage1_pro.files import user_name
 
+
+def _days(value: Any) -> Any:
+    """Days from a number and its unit."""
+    units = {"h": 1 / 24, "d": 1, "w": 7}
+    if isinstance(value, str) and value[-1:] in units:
+        value, unit = value[:-1], units[value[-1]]
+        with contextlib.suppress(ValueError):
+            return float(value) * unit
+    return value
+
+
+Days = Annotated[float, BeforeValidator(_days), within(lambda x: 0 <= x < float("inf"), "an age such as 90d or 12h")]
 Browser = Annotated[bool, Flag("--no-browser")]
 Blind = Annotated[bool, Flag("--show-answers")]
 ANSWERS = "show what the cascade said; labels that follow it hide its errors from certificates"
@@ -186,6 +199,13 @@ class Rollback(Loop, does="rollback"):
 
     to: str | None = option(None, "hash of an earlier champion; the one before by default")
     by: str = Field(default_factory=user_name, description=BY)
+
+
+class Compact(Loop, does="compact"):
+    """Remove what the loop no longer needs: old events nobody asks about, ingested logs, photos whose time is over."""
+
+    keep: Days = option(90.0, "for which every event stays, such as 90d, 12h or 4w; a number is of days", metavar="AGE")
+    dry_run: bool = option(False, "say what would go, and remove nothing")
 
 
 class Audit(Loop, does="audit"):

@@ -128,6 +128,21 @@ class Store:
         with self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
+    def shrink(self) -> None:
+        """Give the space of removed rows back to the disk, where it is a tenth or more; PostgreSQL does so by itself.
+
+        Raises:
+            DatabaseError: somebody reads or writes, or the disk has no room for a copy of what is left.
+        """
+        if self.is_sqlite:
+            with self.engine.connect().execution_options(begin="SELECT 1") as connection:
+                free, pages = (
+                    connection.exec_driver_sql(f"PRAGMA {name}_count").scalar_one() for name in ("freelist", "page")
+                )
+                if free * 10 >= pages:
+                    connection.exec_driver_sql("VACUUM")
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
         """Give back every connection."""
         self.engine.dispose()

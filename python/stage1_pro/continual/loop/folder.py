@@ -24,6 +24,7 @@ from stage1_pro.continual.ledger.exchange import (
 )
 from stage1_pro.continual.ledger.labels import Source, ingest
 from stage1_pro.continual.ledger.store import DATABASE, Store
+from stage1_pro.continual.loop import compaction
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
 from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
@@ -407,6 +408,13 @@ def rollback(root: Path, *, to: str | None = None, by: str) -> dict[str, Any]:
         return pointer.model_dump(mode="json")
 
 
+def compact(root: Path, *, keep: float = 90.0, dry_run: bool = False) -> dict[str, Any]:
+    """Remove what the loop no longer needs; events of the last ``keep`` days all stay."""
+    with opened(root) as (_, _registry, parts, _loop):
+        found = compaction.compact(parts, keep=keep * 86400.0, now=time.time(), dry_run=dry_run)
+        return found.model_dump(mode="json")
+
+
 def audit(
     root: Path, *, exported: Path | None = None, file: Path | None = None, head: str | None = None
 ) -> dict[str, Any]:
@@ -474,6 +482,8 @@ def render(what: str, found: dict[str, Any]) -> str:
         lines = [f"{'promoted' if verdict['promoted'] else 'not promoted'}: {verdict['reason']}"]
         lines += [f"  {'ok  ' if one['passed'] else 'FAIL'} {one['name']} {one['note']}" for one in verdict["tests"]]
         return "\n".join([*lines, f"state {found['state']}"])
+    if what == "compact":
+        return compaction.render(compaction.Compacted.model_validate(found))
     if what == "audit":
         lines = [" ".join(f"{key}={value}" for key, value in one.items()) for one in found["last"]]
         return "\n".join([*lines, f"{found['rows']} rows, whole; head {found['head']}"])

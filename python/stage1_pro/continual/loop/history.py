@@ -45,6 +45,7 @@ from stage1_pro.errors import InputError
 # Evidence is kept at every so many labels, so that a label that is dated back costs those after it and so many more.
 KEEP_EVERY = 1024
 _CHUNK = 500
+HOUR = 3600.0
 
 
 class ServedRow(NamedTuple):
@@ -92,6 +93,30 @@ class Frozen(NamedTuple):
     guard: str
 
 
+class Hour(NamedTuple):
+    """Sums of a bundle's decisions in an hour since the epoch.
+
+    ``seconds`` of their times, ``doubt`` of 1 - score over exits; ``low`` and ``high`` are the exits' propensities.
+    """
+
+    bundle: str
+    hour: int
+    n: int
+    exits: int
+    seconds: float
+    doubt: float
+    low: float | None
+    high: float | None
+
+    def plus(self, other: Hour) -> Hour:
+        """The sums of both, which are of one hour."""
+        lows, highs = ([one for one in pair if one is not None] for pair in zip(self[-2:], other[-2:], strict=True))
+        return self._replace(
+            n=self.n + other.n, exits=self.exits + other.exits, seconds=self.seconds + other.seconds,
+            doubt=self.doubt + other.doubt, low=min(lows, default=None), high=max(highs, default=None),
+        )  # fmt: skip
+
+
 class Kept(NamedTuple):
     """A state kept at a place in the order of labels: behind ``n`` of them, the last one known at ``known``."""
 
@@ -132,7 +157,7 @@ _drawn = Table(
     Column("image_sha256", String(64), primary_key=True),
     Column("time", Double, nullable=False),
 )
-_foreign = Table(
+foreign_events = Table(
     "digest_foreign",
     metadata,
     Column("id", String(64), primary_key=True),
@@ -157,13 +182,46 @@ _kept = Table(
     Column("body", Text, nullable=False),
     Column("window", LargeBinary, nullable=False),
 )
-_DERIVED = (_answers, _drawn, _foreign, _frozen, _kept)
+
+
+def _of_hours(name: str) -> Table:
+    return Table(
+        name,
+        metadata,
+        Column("bundle", String(64), primary_key=True),
+        Column("hour", Integer, primary_key=True, autoincrement=False),
+        Column("n", Integer, nullable=False),
+        Column("exits", Integer, nullable=False),
+        Column("seconds", Double, nullable=False),
+        Column("doubt", Double, nullable=False),
+        Column("low", Double),
+        Column("high", Double),
+    )
+
+
+derived_hours = _of_hours("digest_hours")
+# Of events that are gone: nothing can derive them.
+past_hours = _of_hours("past_hours")
+_DERIVED = (derived_hours, _answers, _drawn, foreign_events, _frozen, _kept)
 
 
 def _parts(names: Iterable[str]) -> Iterator[list[str]]:
     """Names in lists that a statement can hold."""
     every = list(names)
     return (every[start : start + _CHUNK] for start in range(0, len(every), _CHUNK))
+
+
+def hour_of(bundle: str, time: float, action: str, score: float, chance: float) -> Hour:
+    """The sums of one decision."""
+    out = action == "exit"
+    ends = (chance, chance) if out else (None, None)
+    return Hour(bundle, math.floor(time / HOUR), 1, int(out), time, (1 - score) * out, *ends)
+
+
+def add_hour(hours: dict[tuple[str, int], Hour], more: Hour) -> None:
+    """Add sums to those of the same hour."""
+    before = hours.get(more[:2])
+    hours[more[:2]] = more if before is None else before.plus(more)
 
 
 def _dealt(config: RoundsConfig) -> str:
@@ -200,6 +258,7 @@ class History:
     _images: dict[str, float] = field(default_factory=dict)
     _others: list[tuple[float, str]] = field(default_factory=list)
     _rounds: dict[int, Frozen] = field(default_factory=dict)
+    _sums: dict[tuple[str, int], Hour] = field(default_factory=dict)
     # Nothing that became known before has changed.
     _changed: float = math.inf
 
@@ -217,6 +276,13 @@ class History:
                     cls._read(connection, config, until, bundles)._keep()
         with store.read() as connection:
             yield cls._read(connection, config, until, bundles)
+
+    @classmethod
+    @contextlib.contextmanager
+    def within(cls, connection: Connection, config: RoundsConfig, until: float) -> Iterator[Self]:
+        """The same within a transaction that no other look shares; what the derived rows lack is kept with it."""
+        cls._read(connection, config, until, {})._keep()
+        yield cls._read(connection, config, until, {})
 
     @classmethod
     def _read(
@@ -240,20 +306,20 @@ class History:
         """Draw for events that are new: which images may judge or certify, and which events are of another plan."""
         if self._at.events == self._now.events and self._begun:
             return
-        columns = (events.c.id, events.c.time, events.c.image_sha256, events.c.propensity, events.c.selected)
-        query = select(*columns)
+        names = ("id", "time", "image_sha256", "propensity", "selected", "bundle", "action", "exit_score")
+        query = select(*(events.c[name] for name in names))
         # Events of an older version have no number.
         if self._begun:
             query = query.where(events.c.seq > self._at.events)
-        plan = self.config.plan
-        for name, time, image, chance, selected in self.connection.execute(
-            query, execution_options={"yield_per": 5000}
-        ):
+        plan, rows = self.config.plan, self.connection.execute(query, execution_options={"yield_per": 5000})
+        for name, time, image, chance, selected, bundle, action, score in rows:
             draw = uniform(plan.seed, "review", name)
             if chance < plan.floor or selected != (draw < chance):
                 self._others.append((time, name))
             if selected and draw < plan.floor and role(image, draw, self.config) != "learn":
                 self._images[image] = min(time, self._images.get(image, math.inf))
+            if score is not None:
+                add_hour(self._sums, hour_of(bundle, time, action, score, chance))
 
     def _see_labels(self) -> None:
         """The label that holds now for each event that got another row, or one of whose rows is of the time between."""
@@ -317,10 +383,16 @@ class History:
             for row in run(select(_drawn).where(_drawn.c.image_sha256.in_(part))).all():
                 self._images[row.image_sha256] = min(row.time, self._images[row.image_sha256])
             run(delete(_drawn).where(_drawn.c.image_sha256.in_(part)))
+        for name, hour in self._sums:
+            mine = (derived_hours.c.bundle == name, derived_hours.c.hour == hour)
+            for row in run(select(derived_hours).where(*mine)).all():
+                add_hour(self._sums, Hour._make(row))
+            run(delete(derived_hours).where(*mine))
         for table, rows in (
             (_answers, [one._asdict() for one in self._stead.values()]),
             (_drawn, [{"image_sha256": image, "time": time} for image, time in self._images.items()]),
-            (_foreign, [{"id": name, "time": time} for time, name in self._others]),
+            (foreign_events, [{"id": name, "time": time} for time, name in self._others]),
+            (derived_hours, [one._asdict() for one in self._sums.values()]),
             (_frozen, [{"seq": seq, **one._asdict()} for seq, one in self._rounds.items()]),
         ):
             if rows:
@@ -333,20 +405,20 @@ class History:
 
     # ---------------------------------------------------------------------------- what was served
 
-    def _served(self, bundle: str, since: float) -> tuple[Any, ...]:
+    def served(self, bundle: str, since: float) -> tuple[Any, ...]:
         """That an event is one of a bundle's decisions from a time on."""
         mine = (events.c.bundle == bundle, events.c.exit_score.is_not(None), events.c.time >= since)
         return mine if self.until == math.inf else (*mine, events.c.time < self.until)
 
     def recent(self, bundle: str, since: float, n: int) -> list[ServedRow]:
         """The last ``n`` decisions of a bundle from a time on that have an exit score, in the order of serving."""
-        query = select(*(events.c[name] for name in ServedRow._fields)).where(*self._served(bundle, since))
+        query = select(*(events.c[name] for name in ServedRow._fields)).where(*self.served(bundle, since))
         newest = query.order_by(events.c.time.desc(), events.c.id.desc()).limit(n)
         return [ServedRow._make(row) for row in self.connection.execute(newest)][::-1]
 
     def propensities(self, bundle: str, since: float, n: int) -> list[float]:
         """Chances of review of the first ``n`` exits of a bundle from a time on."""
-        query = select(events.c.propensity).where(*self._served(bundle, since), events.c.action == "exit")
+        query = select(events.c.propensity).where(*self.served(bundle, since), events.c.action == "exit")
         return list(self.connection.execute(query.order_by(events.c.time, events.c.id).limit(n)).scalars())
 
     def last_served(self, images: Collection[str]) -> dict[str, float]:
@@ -362,12 +434,26 @@ class History:
 
     def foreign(self, since: float, after: float) -> str | None:
         """The first event served from ``since`` on, and later than ``after``, that another review plan drew."""
-        query = select(_foreign.c.time, _foreign.c.id).where(_foreign.c.time >= since, _foreign.c.time > after)
-        first = query.order_by(_foreign.c.time, _foreign.c.id).limit(1)
+        query = select(foreign_events.c.time, foreign_events.c.id).where(
+            foreign_events.c.time >= since, foreign_events.c.time > after
+        )
+        first = query.order_by(foreign_events.c.time, foreign_events.c.id).limit(1)
         known = self.connection.execute(first).all() if self._begun else []
         found = [(time, name) for time, name in chain(known, self._others) if time >= since and time > after]
         time, name = min(found, default=(math.inf, None))
         return name if time < self.until else None
+
+    def hours(self, bundle: str, since: float) -> list[Hour]:
+        """Sums of a bundle's decisions from the hour of a time on, those included whose events are gone."""
+        found: dict[tuple[str, int], Hour] = {}
+        for table in (derived_hours, past_hours) if self._begun else (past_hours,):
+            query = select(table).where(table.c.bundle == bundle, table.c.hour >= math.floor(since / HOUR))
+            for row in self.connection.execute(query):
+                add_hour(found, Hour._make(row))
+        for one in self._sums.values():
+            if one.bundle == bundle and one.hour >= math.floor(since / HOUR):
+                add_hour(found, one)
+        return sorted(found.values(), key=lambda one: one.hour)
 
     # ---------------------------------------------------------------------------- what was answered
 

@@ -30,7 +30,7 @@ from stage1_pro.continual.loop.machine import WORK, Compared, Job, Round, Watche
 from stage1_pro.continual.loop.promotion import Anchor, Measured, Side, Verdict, evaluate, refuse
 from stage1_pro.continual.loop.registry import Alias, Registry
 from stage1_pro.continual.loop.roles import LabelledImage, Snapshot, available, count, deal, shortfall
-from stage1_pro.continual.loop.watching import ChampionView, Unkept, alerts_of, view_champion
+from stage1_pro.continual.loop.watching import ChampionView, Unkept, alerts_of, timeline, view_champion
 from stage1_pro.continual.serving.events import EventLog, Novelty, uniform, unpack_floats
 from stage1_pro.continual.serving.live import novelty_path, read_pairs
 from stage1_pro.continual.watch.monitor import Evidence, TriggerState
@@ -110,7 +110,9 @@ class Rounds:
         """The status that ``watch`` would see, and its page for people; nothing is changed."""
         status, _, view = self._look(memory, champion, now, manual=False)
         if page is not None:
-            write_page(page, status, view.decisions)
+            bundle = champion.bundle or ""
+            with History.look(self.store, self.config, now) as history:
+                write_page(page, status, timeline(history, bundle, champion.time, view))
         return status
 
     def _look(

@@ -23,12 +23,12 @@ from stage1_pro.continual.watch.srt import (
     ThresholdController,
     to_logit,
 )
-from stage1_pro.continual.watch.status import Status
+from stage1_pro.continual.watch.status import Status, Timeline
 from stage1_pro.files import sha256_bytes
 from stage1_pro.record import Record
 
 # Exits whose median propensity is the usual one.
-_USUAL = 200
+USUAL = 200
 # A name, and the states to keep under it.
 Unkept = tuple[str, list[Kept]]
 
@@ -85,6 +85,25 @@ def view_champion(
     return replace(view, newest_harm=history.newest_harm(bundle, since, certified, view.alarm_at)), unkept
 
 
+def timeline(history: History, bundle: str, since: float, view: ChampionView) -> Timeline:
+    """All that a champion served, to be drawn: its decisions where the view has them all, else their sums by hours."""
+    hours = history.hours(bundle, since)
+    if sum(one.n for one in hours) <= len(view.decisions):
+        return Timeline.of(view.decisions)
+    audited = sorted(
+        (one.time, float(history.error_of_a(one)), one.propensity)
+        for one in history.answered(bundle, since)
+        if one.selected and one.action == "exit" and one.exit_score is not None
+    )
+    lows, highs = ([end for one in hours if (end := getattr(one, name)) is not None] for name in ("low", "high"))
+    n = np.array([one.n for one in hours], dtype=np.float64)
+    return Timeline(
+        time=np.array([one.seconds for one in hours]) / n, n=n, exits=np.array([float(one.exits) for one in hours]),
+        doubt=np.array([one.doubt for one in hours]), chances=(min(lows), max(highs)) if lows else None,
+        audited=np.array(audited, dtype=np.float64).reshape(-1, 3),
+    )  # fmt: skip
+
+
 def _columns(history: History, bundle: str, served: Sequence[ServedRow], held: Mapping[str, Answered]) -> ServedColumns:
     """The served rows as columns; who abstained gave no answer that could be right or wrong."""
     classes = {name: index for index, name in enumerate(history.classes(bundle))}
@@ -115,7 +134,7 @@ def _fold(
     """
     monitor, floor = config.monitor, _floor(config)
     # The first ones, so that later looks bet as earlier ones.
-    usual = history.propensities(bundle, since, _USUAL)
+    usual = history.propensities(bundle, since, USUAL)
     reference = max(float(np.median(usual)), floor) if usual else floor
     evidence = Evidence(alpha=monitor.alpha, delta=monitor.delta, reference=reference, floor=floor)
     controller = None

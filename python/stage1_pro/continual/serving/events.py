@@ -417,6 +417,21 @@ class EventLog:
             yield from tail.events
             tail = self.read(tail.position)
 
+    def behind(self, position: Position) -> list[Path]:
+        """Whole files before a position, none of which holds the last event that was written."""
+        whole = [number for number in self._segments() if number < position.segment]
+        # The file that a writer has just begun may hold no event yet, and a purge asks the log for its newest.
+        return [self._segments()[number] for number in (whole if position.offset else whole[:-1])]
+
+    def discard(self, position: Position) -> int:
+        """Remove the files ``behind`` a position, up to which all events are kept elsewhere; give their bytes."""
+        gone = 0
+        with _locked(self.folder / ".lock"):
+            for path in self.behind(position):
+                gone += path.stat().st_size
+                path.unlink()
+        return gone
+
     def newest(self) -> float | None:
         """Latest time among the events that were written last; None where there is none."""
         for path in reversed(self._segments().values()):
