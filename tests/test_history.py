@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 
-from sqlalchemy import select
+from sqlalchemy import event, select
 from sqlalchemy.exc import DatabaseError
 
 from stage1_pro.continual.ledger import audit
@@ -55,12 +55,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEEP_EVERY", 4)
     monkeypatch.setattr(watching, "KEEP_EVERY", 4)
     monkeypatch.setattr(module, "_CHUNK", 3)
+    monkeypatch.setattr(module, "_FETCH", 5)
     monkeypatch.setattr(watching, "USUAL", 6)
     monkeypatch.setattr(roles, "_SOME", 2)
 
 
-def configured(floor: float = 0.4) -> RoundsConfig:
-    plan = ReviewPlan(floor=floor, seed=3)
+def configured(floor: float = 0.4, **changes: float) -> RoundsConfig:
+    plan = ReviewPlan(floor=floor, seed=3, **changes)
     return RoundsConfig(monitor=MonitorConfig(alpha=0.1, recent=RECENT, floor=floor), plan=plan, least_rows=2,
                         least_guard=2)  # fmt: skip
 
@@ -400,3 +401,63 @@ def test_a_compacted_loop_sees_what_the_whole_one_sees(
         connection.exec_driver_sql("DELETE FROM events")
     for one in (rounds, whole):
         one.store.close()
+
+
+# -------------------------------------------------------------------------------- what a look costs
+
+
+def steps_of(store: Store, work: Any) -> int:
+    """Hundreds of steps that SQLite's machine takes for some work, on every connection."""
+    count = 0
+
+    def one() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    def connected(connection: Any, *_: Any) -> None:
+        connection.set_progress_handler(one, 100)
+
+    store.engine.dispose()
+    event.listen(store.engine, "connect", connected)
+    try:
+        work()
+    finally:
+        event.remove(store.engine, "connect", connected)
+        store.engine.dispose()
+    return count
+
+
+def test_a_look_reads_what_is_new_however_much_there_was(tiny: Path, tmp_path: Path) -> None:
+    """A look at 15 times the events and labels; one that read all of either would take 15 times the steps."""
+    config, taken = configured(novelty=0.0), []
+    for number, size in enumerate((1000, 15_000)):
+        rounds = began(tmp_path / str(number), str(tmp_path / f"{number}.db"), tiny / "bundle", config)
+        champion, name = rounds.registry.alias("champion"), rounds.registry.alias("champion").bundle or ""
+        ingest(rounds.store, rounds.log)
+        rng = np.random.default_rng(5)
+        for first in range(0, size, 5000):
+            made = [
+                Event.model_construct(
+                    id=f"e{i:06d}", time=float(i + 1), bundle=name, image_sha256=f"{i:064x}", action="exit", stage="A",
+                    label="none", prob_a=0.1, prob_b=None, confidence=0.9, gate_logit=None,
+                    exit_score=float(rng.random()), threshold=0.5, propensity=0.4,
+                    selected=config.plan.selects(f"e{i:06d}", 0.4), sketch=(0.0,) * SKETCH_SIZE,
+                )
+                for i in range(first, min(first + 5000, size))
+            ]  # fmt: skip
+            add_events(rounds.store, made)
+            add_labels(rounds.store, [
+                Label(event_id=one.id, label="none", source="review", annotator="ada", time=one.time + 0.5)
+                for one in made if one.selected and rng.random() < 0.1
+            ])  # fmt: skip
+        now = size + 10.0
+        rounds.status({}, champion, now=now)
+
+        def again(rounds: Rounds = rounds, champion: Any = champion, now: float = now) -> None:
+            rounds.status({}, champion, now=now + 5)
+            rounds.watch({}, champion, now=now + 6, manual=False)
+
+        taken.append(steps_of(rounds.store, again))
+        rounds.store.close()
+    assert taken[1] < 2 * taken[0] + 50, taken

@@ -44,7 +44,7 @@ from stage1_pro.errors import InputError
 
 # Evidence is kept at every so many labels, so that a label that is dated back costs those after it and so many more.
 KEEP_EVERY = 1024
-_CHUNK = 500
+_CHUNK = _FETCH = 500
 HOUR = 3600.0
 
 
@@ -465,7 +465,7 @@ class History:
     def _rows(self, query: Any) -> Iterator[Answered]:
         """Derived rows that still hold."""
         if self._begun:
-            with self.connection.execute(query, execution_options={"yield_per": 500}) as rows:
+            with self.connection.execute(query, execution_options={"yield_per": _FETCH}) as rows:
                 yield from (Answered._make(row) for row in rows if row.id not in self._gone)
 
     def answered(self, bundle: str, since: float) -> Iterator[Answered]:
