@@ -18,14 +18,17 @@ from faults import faults, leftovers
 
 import stage1_pro
 from stage1_pro.cli import main
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.labels import read_events
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.folder import init, opened
+from stage1_pro.continual.loop.history import History
 from stage1_pro.continual.loop.rounds import remember_run
-from stage1_pro.continual.serving.events import SKETCH_SIZE, Event, EventLog
+from stage1_pro.continual.serving.events import SKETCH_SIZE, Event, EventLog, ReviewPlan
 from stage1_pro.continual.serving.live import POINTER
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import InputError
-from stage1_pro.files import sha256_file, sweep
+from stage1_pro.files import sha256_bytes, sha256_file, sweep
 
 
 @pytest.mark.slow
@@ -67,6 +70,71 @@ def test_split_finishes_what_it_began(streets: Path, tmp_path: Path) -> None:
                 assert (run / name).read_bytes() == (whole / name).read_bytes()
             shutil.rmtree(run)
         assert ended.rc == 0 and number > 3
+
+
+def decisions(bundle: str, batch: int, at: float) -> list[Event]:
+    """Forty deferrals, drawn as the loop's own plan draws."""
+    names = [f"{batch}-{number}" for number in range(40)]
+    return [
+        Event(
+            id=name, time=at + number, bundle=bundle, image_sha256=sha256_bytes(name.encode()), action="defer",
+            stage="B", label="none", prob_a=0.1, prob_b=0.1, confidence=0.9, gate_logit=None, exit_score=0.7,
+            threshold=0.8, propensity=0.2, selected=ReviewPlan().selects(name, 0.2), sketch=(0.0,) * SKETCH_SIZE,
+        )
+        for number, name in enumerate(names)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_compact_finishes_what_it_began_and_loses_nothing(tiny: Path, tmp_path: Path, store_url: str) -> None:
+    """After each kill what is left is all there, and the next call goes on; then more of the past is served."""
+    root, now = tmp_path / "loop", time.time()
+    rounds = {"monitor": {"recent": 3}, "plan": {"novelty": 0.0}}
+    champion = init(root, tiny, alpha=0.1, store=store_url, by="ada", config={"rounds": rounds}, now=now - 9e6)[
+        "champion"
+    ]
+    served: list[Event] = []
+    log = EventLog(root / "log", segment_bytes=10_000)
+
+    def serve(batch: int) -> None:
+        made = decisions(champion, batch, now - 2e6 + 1000 * batch)
+        for start in range(0, 40, 8):
+            log.append(made[start : start + 8])
+        kept = next(one for one in made if one.selected)
+        log.images.put(kept.image_sha256, b"photo", now - 3e6)
+        (log.folder / "pairs").mkdir(exist_ok=True)
+        (log.folder / "pairs" / f"{'c' * 64}.jsonl").touch()
+        served.extend(made)
+
+    def held() -> tuple[Any, ...]:
+        """What figures are of: all decisions by sums, and the rows that were selected."""
+        with opened(root) as (config, registry, parts, loop):
+            parts.ingest()
+            with History.look(registry.store, config.rounds, now) as history:
+                count = sum(one.n for one in history.hours(champion, 0.0))
+            rows = {one.id for one in read_events(registry.store) if one.selected}
+            seen = parts.status(loop.row().memory, registry.alias("champion"), now=now).model_dump()
+            return count, rows, seen, audit.verify(registry.store).ok
+
+    words = ("continual", "compact", "--root", root, "--keep", "1d", "--json")
+    with faults("stage1_pro.continual.loop.folder") as children:
+        number = 0
+        while True:
+            serve(number)
+            whole = held()
+            assert whole[0] == len(served) and whole[1] == {one.id for one in served if one.selected} and whole[3]
+            ended = children.run(words, kill=number)
+            assert held() == whole, (number, ended.steps[-1])
+            if ended.rc != -9:
+                break
+            again = children.run(words)
+            assert again.rc == 0, (number, ended.steps[-1], again.err)
+            assert held() == whole
+            number += 1
+    found = json.loads(ended.out)
+    assert ended.rc == 0 and number > 8 and {"commit"} < set(ended.steps)
+    assert found["left"] < len(served) and 0 < found["events"] < 40 and found["files"] and found["photos"] == 1
+    assert not list((log.folder / "pairs").iterdir()) and len(list(log.folder.glob("events-*"))) == 1
 
 
 def test_a_sweep_takes_what_the_dead_left_and_not_what_the_living_write(tmp_path: Path) -> None:

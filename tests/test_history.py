@@ -452,7 +452,16 @@ def test_a_look_reads_what_is_new_however_much_there_was(tiny: Path, tmp_path: P
                 for one in made if one.selected and rng.random() < 0.1
             ])  # fmt: skip
         now = size + 10.0
-        rounds.status({}, champion, now=now)
+        # `status` keeps up with what is new, and then only reads.
+        rounds.keep_up(champion, now=now)
+        reader = Store(tmp_path / f"{number}.db", read_only=True)
+        with History.look(reader, config, now + 1) as history:
+            assert not history._lacks
+            certified = rounds.registry.load(name).policy.exit_threshold
+            steer = rounds.registry.load(name).policy.steerable
+            _, (_, new) = watching.view_champion(history, name, 0.0, config, certified=certified, steer=steer)
+            assert new == []
+        reader.close()
 
         def again(rounds: Rounds = rounds, champion: Any = champion, now: float = now) -> None:
             rounds.status({}, champion, now=now + 5)

@@ -235,7 +235,7 @@ def _catch_up(root: Path) -> str | None:
     """Ingest what was served and write ``champion.json``; why that cannot be, where a disk or store takes no more."""
     try:
         with opened(root, busy=2.0) as (_, registry, parts, _loop):
-            parts.ingest()
+            parts.keep_up(registry.alias("champion"), now=time.time())
             registry.sync()
     except ArtifactError:
         raise

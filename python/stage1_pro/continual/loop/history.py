@@ -269,7 +269,9 @@ class History:
         bundles = read_bundles(store)
         if not store.read_only and until < math.inf:
             with store.read() as connection:
-                lacks = cls._read(connection, config, until, bundles)._lacks
+                seen = cls._read(connection, config, until, bundles, numbers_only=True)
+                # What is new is read once, where it is kept.
+                lacks = seen._lacks or cls._read(connection, config, until, bundles)._lacks
             if lacks:
                 with store.write() as connection:
                     store.serialise(connection)
@@ -286,7 +288,13 @@ class History:
 
     @classmethod
     def _read(
-        cls, connection: Connection, config: RoundsConfig, until: float, bundles: Mapping[str, BundleFacts]
+        cls,
+        connection: Connection,
+        config: RoundsConfig,
+        until: float,
+        bundles: Mapping[str, BundleFacts],
+        *,
+        numbers_only: bool = False,
     ) -> Self:
         row = connection.execute(select(_place)).first()
         at = _Place()
@@ -295,9 +303,10 @@ class History:
         number, label = (connection.execute(select(func.max(one))).scalar() or 0 for one in (events.c.seq, labels.c.id))
         now = _Place(number, label, audit.newest(connection), until)
         found = cls(connection, config, until, bundles, at, now)
-        found._see_events()
-        found._see_labels()
-        found._see_rounds()
+        if not numbers_only:
+            found._see_events()
+            found._see_labels()
+            found._see_rounds()
         return found
 
     # ---------------------------------------------------------------------------- what the derived rows lack

@@ -69,6 +69,15 @@ class Rounds:
         if not self.log.read_only:
             ingest(self.store, self.log)
 
+    def keep_up(self, champion: Alias, *, now: float) -> None:
+        """Ingest what was served, and keep what every later look would else find anew."""
+        self.ingest()
+        assert champion.bundle is not None
+        policy = self.registry.load(champion.bundle).policy
+        with History.look(self.store, self.config, now) as history:
+            _, unkept = self._view(history, champion.bundle, champion.time, policy)
+        history.keep(self.store, *unkept)
+
     # ---------------------------------------------------------------------------- monitor
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:

@@ -560,20 +560,22 @@ class ImageStore:
 
     def names(self) -> set[str]:
         """The sha256 of every image that is there."""
-        found: set[str] = set()
+        return {file.name for file in self._files()}
+
+    def _files(self) -> Iterator[os.DirEntry[str]]:
+        """Whatever lies where images do; every look asks for it."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as folders:
             for folder in folders:
-                with contextlib.suppress(OSError), os.scandir(folder) as files:
-                    found.update(file.name for file in files)
-        return found
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as files:
+                    yield from files
 
     def over(self, now: float, *, since: float = -math.inf, until: float = math.inf) -> Iterator[tuple[Path, bool]]:
         """Images whose time is over, kept in (since, until]; and what killed writers left (False)."""
-        for path in self.folder.glob("*/*"):
+        for file in self._files():
             with contextlib.suppress(FileNotFoundError):
-                image, kept = re.fullmatch(_SHA256, path.name) is not None, path.stat().st_mtime
+                image, kept = re.fullmatch(_SHA256, file.name) is not None, file.stat().st_mtime
                 if since < kept <= min(until, now - (self.ttl if image else 3600)):
-                    yield path, image
+                    yield Path(file.path), image
 
     def purge(self, now: float, *, since: float = -math.inf) -> int:
         """Remove images whose time is over, and what killed writers left; give how many.
