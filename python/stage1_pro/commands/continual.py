@@ -202,7 +202,7 @@ class Rollback(Loop, does="rollback"):
 
 
 class Compact(Loop, does="compact"):
-    """Remove what the loop no longer needs: old events nobody asks about, ingested logs, photos whose time is over."""
+    """Remove what the loop no longer needs."""
 
     keep: Days = option(90.0, "for which every event stays, such as 90d, 12h or 4w; a number is of days", metavar="AGE")
     dry_run: bool = option(False, "say what would go, and remove nothing")
