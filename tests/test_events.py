@@ -27,7 +27,6 @@ from stage1_pro.continual.ledger.exchange import (
     import_csv,
     import_label_studio,
 )
-from stage1_pro.continual.ledger.history import History
 from stage1_pro.continual.ledger.labels import (
     GUARD_SOURCES,
     Disagreement,
@@ -44,6 +43,8 @@ from stage1_pro.continual.ledger.labels import (
 )
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop import folder
+from stage1_pro.continual.loop.config import RoundsConfig
+from stage1_pro.continual.loop.history import History
 from stage1_pro.continual.serving.events import (
     SKETCH_SIZE,
     BundleFacts,
@@ -57,6 +58,7 @@ from stage1_pro.continual.serving.events import (
     uniform,
 )
 from stage1_pro.continual.serving.served import Served
+from stage1_pro.continual.watch.status import MonitorConfig
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.cascade import Cascade
@@ -808,10 +810,12 @@ def test_audited_rows(store: Store, log: EventLog) -> None:
     ingest(store, log)
     add_labels(store, [label(f"e{i:05d}", "roadwork", at=2000.0) for i in range(4)])
     add_labels(store, [label("e00004", "none", "match", at=2000.0)])
-    history = History.read(store)
-    assert [one.id for one in history.of(BUNDLE)] == [f"e{i:05d}" for i in range(5)]
-    assert history.errors_of_a(history.served) == {"e00000": True, "e00001": False, "e00002": True}
-    assert History.read(store, 2000.0).errors_of_a(history.served) == {}
+    config = RoundsConfig(monitor=MonitorConfig(alpha=0.1))
+    for until, wrong in ((math.inf, {"e00000": True, "e00001": False, "e00002": True}), (2000.0, {})):
+        with History.look(store, config, until) as history:
+            found = {one.id: one for one in history.answered(BUNDLE, 0.0)}
+            assert {name: history.error_of_a(one) for name, one in found.items() if one.selected} == wrong
+            assert [one.id for one in history.recent(BUNDLE, 0.0, 9)] == ["e00000", "e00001", "e00003", "e00004"]
 
 
 # --------------------------------------------------------------------------------------------

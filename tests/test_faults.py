@@ -17,13 +17,18 @@ import pytest
 from faults import faults, leftovers
 
 import stage1_pro
+from stage1_pro.cli import main
+from stage1_pro.continual.ledger import audit
+from stage1_pro.continual.ledger.labels import read_events
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.folder import init, opened
-from stage1_pro.continual.serving.events import SKETCH_SIZE, Event, EventLog
+from stage1_pro.continual.loop.history import History
+from stage1_pro.continual.loop.rounds import remember_run
+from stage1_pro.continual.serving.events import SKETCH_SIZE, Event, EventLog, ReviewPlan
 from stage1_pro.continual.serving.live import POINTER
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import InputError
-from stage1_pro.files import sha256_file, sweep
+from stage1_pro.files import sha256_bytes, sha256_file, sweep
 
 
 @pytest.mark.slow
@@ -65,6 +70,71 @@ def test_split_finishes_what_it_began(streets: Path, tmp_path: Path) -> None:
                 assert (run / name).read_bytes() == (whole / name).read_bytes()
             shutil.rmtree(run)
         assert ended.rc == 0 and number > 3
+
+
+def decisions(bundle: str, batch: int, at: float) -> list[Event]:
+    """Forty deferrals, drawn as the loop's own plan draws."""
+    names = [f"{batch}-{number}" for number in range(40)]
+    return [
+        Event(
+            id=name, time=at + number, bundle=bundle, image_sha256=sha256_bytes(name.encode()), action="defer",
+            stage="B", label="none", prob_a=0.1, prob_b=0.1, confidence=0.9, gate_logit=None, exit_score=0.7,
+            threshold=0.8, propensity=0.2, selected=ReviewPlan().selects(name, 0.2), sketch=(0.0,) * SKETCH_SIZE,
+        )
+        for number, name in enumerate(names)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_compact_finishes_what_it_began_and_loses_nothing(tiny: Path, tmp_path: Path, store_url: str) -> None:
+    """After each kill what is left is all there, and the next call goes on; then more of the past is served."""
+    root, now = tmp_path / "loop", time.time()
+    rounds = {"monitor": {"recent": 3}, "plan": {"novelty": 0.0}}
+    champion = init(root, tiny, alpha=0.1, store=store_url, by="ada", config={"rounds": rounds}, now=now - 9e6)[
+        "champion"
+    ]
+    served: list[Event] = []
+    log = EventLog(root / "log", segment_bytes=10_000)
+
+    def serve(batch: int) -> None:
+        made = decisions(champion, batch, now - 2e6 + 1000 * batch)
+        for start in range(0, 40, 8):
+            log.append(made[start : start + 8])
+        kept = next(one for one in made if one.selected)
+        log.images.put(kept.image_sha256, b"photo", now - 3e6)
+        (log.folder / "pairs").mkdir(exist_ok=True)
+        (log.folder / "pairs" / f"{'c' * 64}.jsonl").touch()
+        served.extend(made)
+
+    def held() -> tuple[Any, ...]:
+        """What figures are of: all decisions by sums, and the rows that were selected."""
+        with opened(root) as (config, registry, parts, loop):
+            parts.ingest()
+            with History.look(registry.store, config.rounds, now) as history:
+                count = sum(one.n for one in history.hours(champion, 0.0))
+            rows = {one.id for one in read_events(registry.store) if one.selected}
+            seen = parts.status(loop.row().memory, registry.alias("champion"), now=now).model_dump()
+            return count, rows, seen, audit.verify(registry.store).ok
+
+    words = ("continual", "compact", "--root", root, "--keep", "1d", "--json")
+    with faults("stage1_pro.continual.loop.folder") as children:
+        number = 0
+        while True:
+            serve(number)
+            whole = held()
+            assert whole[0] == len(served) and whole[1] == {one.id for one in served if one.selected} and whole[3]
+            ended = children.run(words, kill=number)
+            assert held() == whole, (number, ended.steps[-1])
+            if ended.rc != -9:
+                break
+            again = children.run(words)
+            assert again.rc == 0, (number, ended.steps[-1], again.err)
+            assert held() == whole
+            number += 1
+    found = json.loads(ended.out)
+    assert ended.rc == 0 and number > 8 and {"commit"} < set(ended.steps)
+    assert found["left"] < len(served) and 0 < found["events"] < 40 and found["files"] and found["photos"] == 1
+    assert not list((log.folder / "pairs").iterdir()) and len(list(log.folder.glob("events-*"))) == 1
 
 
 def test_a_sweep_takes_what_the_dead_left_and_not_what_the_living_write(tmp_path: Path) -> None:
@@ -205,3 +275,61 @@ def test_photos_that_moved_keep_the_model(streets: Path, streets_run: Path, tmp_
     assert (run / "model_best.pth").is_file()
     stage1_pro.split(photos / "labels.csv", run, seed=1, overwrite=True)
     assert not any((run / name).exists() for name in ("model_best.pth", "last.pth", "thresholds.json"))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["as written now", "with absolute paths"])
+def test_a_loops_folder_can_move(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: bool) -> None:
+    def stage1(command: str, *words: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["continual", command, "--root", str(root), *map(str, words), "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    root, config = served, served / "loop.json"
+    if old:
+        given = json.loads(config.read_text()) | {"format_version": 1, "store": str(root), "log": str(root / "log")}
+        config.write_text(json.dumps(given))
+    else:
+        assert str(tmp_path) not in config.read_text()
+    labels = tmp_path / "labels.csv"
+    labels.write_text("event_id,label,source,annotator\n0,none,owner,ada\n")
+    assert stage1("labels", "--import", labels)["added"] == 1
+    assert stage1("run")["state"] == "MONITOR"
+    before = [stage1("status"), stage1("audit")]
+    (tmp_path / "elsewhere").mkdir()
+    root = served.rename(tmp_path / "elsewhere" / "moved")
+    after = [stage1("status"), stage1("audit")]
+    for one in (before[0], after[0]):
+        assert one["behind"] is None and one["monitor"].pop("time")
+    assert after == before and after[0]["monitor"]["n_rows"] == 3
+    with EventLog(root / "log") as log:
+        log.append([next(iter(log)).model_copy(update={"id": "later", "time": time.time()})])
+    labels.write_text("event_id,label,source,annotator\nlater,none,owner,ada\n")
+    assert stage1("labels", "--import", labels)["added"] == 1
+    assert stage1("run")["state"] == "MONITOR" and stage1("status")["monitor"]["n_rows"] == 4
+    assert stage1("propose")["state"] == "HOLD"
+    with opened(root) as (_, registry, parts, loop):
+        assert registry.root == root and parts.log.folder == root / "log" and loop.row().state == "HOLD"
+        assert Path(str(registry.store.url.database)) == root / "loop.db"
+    found = stage1("audit")
+    assert found["ok"] and found["rows"] == before[1]["rows"] + 2
+    assert not served.exists(), "nothing was made where the loop was"
+    # What is neither there nor in the folder is named, and not made.
+    config = root / "loop.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"store": str(tmp_path / "gone" / "store")}))
+    (root / "loop.db").rename(tmp_path / "loop.db")
+    assert main(["continual", "status", "--root", str(root)]) == 2
+    assert str(tmp_path / "gone") in capsys.readouterr().err and not (tmp_path / "gone").exists()
+
+
+def test_the_run_of_a_candidate_moves_with_the_loop(served: Path, tmp_path: Path) -> None:
+    place = served / "work" / "key" / "files" / "run"
+    place.mkdir(parents=True)
+    remember_run(served, "a" * 64, place, "0")
+    note = served / "runs" / f"{'a' * 64}.json"
+    for text in (note.read_text(), json.dumps(json.loads(note.read_text()) | {"run": str(place)})):
+        note.write_text(text)
+        moved = served.rename(tmp_path / "moved")
+        with opened(moved) as (_, _registry, parts, _loop):
+            assert Path(parts._run("a" * 64).run) == moved / "work" / "key" / "files" / "run"
+        moved.rename(served)

@@ -52,6 +52,7 @@ continual evaluate --root out/loop  # or refused
 continual promote --root out/loop  # or refused
 continual rollback --root out/loop  # or refused
 continual audit --root out/loop
+continual compact --root out/loop
 continual review --root out/loop --no-browser  # until stopped
 review --store out/loop/loop.db --log out/loop/log --no-browser  # until stopped
 streetvision answer --settings miner.yaml photos/new/a.png

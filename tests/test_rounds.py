@@ -29,6 +29,7 @@ from stage1_pro.continual.ledger.labels import Label, add_events, add_labels
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import Inline, Work
+from stage1_pro.continual.loop.history import History
 from stage1_pro.continual.loop.machine import Loop, Round
 from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, evaluate, judge_anchor
 from stage1_pro.continual.loop.registry import Registry
@@ -352,11 +353,16 @@ def test_guard_rows_of_a_champion_before_are_not_carried_to_another(tmp_path: Pa
     frozen = {"number": 1, "snapshot": {"until": 1000.0, "guard": rounds.collect(work)["guard"]}}
     with rounds.store.write() as connection:
         audit.append(connection, rounds.store, "edge", {"from": "COLLECT", "to": "PROPOSE", "round": frozen}, 1000.0)
-    assert rounds._used(None)["guard"] == -np.inf
+
+    def used() -> float:
+        with History.look(rounds.store, rounds.config, 1e9) as history:
+            return rounds._used(history, None)["guard"]
+
+    assert used() == -np.inf
     now = rounds.registry.alias("champion")
     with rounds.store.write() as connection:
         rounds.registry.move(connection, "champion", now.bundle, expected=now.version, now=2000.0, by="ada")
-    assert rounds._used(None)["guard"] == 1000.0
+    assert used() == 1000.0
 
 
 def test_a_champion_that_lets_nobody_exit_is_watched_without_a_threshold_to_tighten(

@@ -21,12 +21,12 @@ from sqlalchemy.exc import DatabaseError
 from stage1_pro.continual.ledger import audit, guard, review, schema
 from stage1_pro.continual.ledger.labels import Label, add_labels, events, labels, read_events, resolve
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.loop import machine, registry
+from stage1_pro.continual.loop import history, machine, registry
 from stage1_pro.continual.watch import outbox
 from stage1_pro.errors import ArtifactError, InputError
 
 DATA = Path(__file__).parent / "data"
-_DECLARED = (audit, guard, review, machine, registry, outbox)
+_DECLARED = (audit, guard, review, history, machine, registry, outbox)
 
 
 def run_sql(url: str, *statements: str) -> None:
@@ -202,7 +202,7 @@ REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0002", "0001"
+revision, down_revision = "0003", "0002"
 
 
 def upgrade() -> None:
@@ -218,9 +218,9 @@ def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     def add(more: str) -> None:
         folder = tmp_path / "migrations"
         shutil.copytree(schema.MIGRATIONS, folder)
-        (folder / "versions" / "0002_camera.py").write_text(REVISION.format(more=more))
+        (folder / "versions" / "0003_camera.py").write_text(REVISION.format(more=more))
         monkeypatch.setattr(schema, "MIGRATIONS", folder)
-        monkeypatch.setattr(schema, "HEAD", "0002")
+        monkeypatch.setattr(schema, "HEAD", "0003")
 
     return add
 
@@ -240,14 +240,14 @@ class TestNextVersion:
             with pytest.raises(DatabaseError, match="append-only"), store.write() as connection:
                 connection.execute(events.update().values(time=7.0))
             store.close()
-        assert scalars(old_url, "SELECT version_num FROM schema_version") == ["0002"]
+        assert scalars(old_url, "SELECT version_num FROM schema_version") == ["0003"]
 
     def test_a_revision_that_fails_changes_nothing(self, old_url: str, next_version: Callable[[str], None]) -> None:
         Store(old_url).close()
         next_version("INSERT INTO nowhere VALUES (1)")
         with pytest.raises(ArtifactError, match="nowhere"):
             Store(old_url)
-        assert scalars(old_url, "SELECT version_num FROM schema_version") == ["0001"]
+        assert scalars(old_url, "SELECT version_num FROM schema_version") == ["0002"]
         with pytest.raises((sqlite3.Error, Exception), match="camera"):
             scalars(old_url, "SELECT camera FROM events")
 

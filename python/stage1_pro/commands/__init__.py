@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "continual evaluate": (".continual:EvaluateCandidate", "judge the candidate, and show the last verdict"),
     "continual promote": (".continual:Promote", "approve the candidate in the shadow"),
     "continual rollback": (".continual:Rollback", "bring back the champion before, at once"),
+    "continual compact": (".continual:Compact", "remove what the loop no longer needs"),
     "continual audit": (".continual:Audit", "verify the chain of all that was done"),
     "continual simulate": (".simulate:Simulate", "let the loop live through days of your photos on a simulated clock"),
     "streetvision tune": (".streetvision:Tune", "pick threshold and abstain band by the simulated reward"),

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from stage1_pro.command import Columns, Command, Flag, Place, Rate, Result, Share, option, table_columns
+from stage1_pro.command import Columns, Command, Flag, Place, Rate, Result, Share, option, table_columns, within
 from stage1_pro.files import user_name
 
+
+def _days(value: Any) -> Any:
+    """Days from a number and its unit."""
+    units = {"h": 1 / 24, "d": 1, "w": 7}
+    if isinstance(value, str) and value[-1:] in units:
+        value, unit = value[:-1], units[value[-1]]
+        with contextlib.suppress(ValueError):
+            return float(value) * unit
+    return value
+
+
+Days = Annotated[float, BeforeValidator(_days), within(lambda x: 0 <= x < float("inf"), "an age such as 90d or 12h")]
 Browser = Annotated[bool, Flag("--no-browser")]
 Blind = Annotated[bool, Flag("--show-answers")]
 ANSWERS = "show what the cascade said; labels that follow it hide its errors from certificates"
@@ -128,12 +141,12 @@ class ReviewLoop(Loop):
     def execute(self) -> Result:
         """Print what was answered, once the page is closed."""
         from stage1_pro.continual.ledger.reviewing import render, review
-        from stage1_pro.continual.loop.folder import opened
+        from stage1_pro.continual.loop.folder import find_log, find_store, opened
 
         with opened(self.root) as (config, *_):
-            store, log = config.store, config.log
+            store, log = find_store(self.root, config), find_log(self.root, config)
         options = {name: value for name, value in self if name != "root"}
-        found = review(store, Path(log), **options)
+        found = review(store, log, **options)
         return Result(render(found), found)
 
 
@@ -187,6 +200,13 @@ class Rollback(Loop, does="rollback"):
 
     to: str | None = option(None, "hash of an earlier champion; the one before by default")
     by: str = Field(default_factory=user_name, description=BY)
+
+
+class Compact(Loop, does="compact"):
+    """Remove what the loop no longer needs."""
+
+    keep: Days = option(90.0, "for which every event stays, such as 90d, 12h or 4w; a number is of days", metavar="AGE")
+    dry_run: bool = option(False, "say what would go, and remove nothing")
 
 
 class Audit(Loop, does="audit"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
-from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, select
+from sqlalchemy import Column, Connection, Double, Integer, String, Table, Text, func, select
 from sqlalchemy.exc import DatabaseError
 
 from stage1_pro.continual.ledger.schema import append_only, metadata
@@ -90,12 +90,23 @@ def append(connection: Connection, store: Store, kind: str, body: Mapping[str, A
 
 def read(store: Store, *, kind: str | None = None) -> Generator[AuditRow, None, None]:
     """Rows in their order, of one kind or all."""
-    query = select(_audit).order_by(_audit.c.seq)
+    with store.read() as connection:
+        yield from rows(connection, kind=kind)
+
+
+def rows(connection: Connection, *, kind: str | None = None, after: int = 0) -> Generator[AuditRow, None, None]:
+    """Rows behind number ``after`` within a transaction."""
+    query = select(_audit).where(_audit.c.seq > after).order_by(_audit.c.seq)
     if kind is not None:
         query = query.where(_audit.c.kind == kind)
-    with store.read() as connection, connection.execute(query, execution_options={"yield_per": 1000}) as found:
+    with connection.execute(query, execution_options={"yield_per": 1000}) as found:
         for row in found.mappings():
             yield AuditRow.model_construct(**row)
+
+
+def newest(connection: Connection) -> int:
+    """Number of the last row; 0 where there is none."""
+    return connection.execute(select(func.max(_audit.c.seq))).scalar() or 0
 
 
 def verify(store: Store, *, head: str | None = None) -> ChainCheck:
@@ -106,8 +117,8 @@ def verify(store: Store, *, head: str | None = None) -> ChainCheck:
         head: hash that was noted earlier; a chain that does not hold it was cut off.
     """
     try:
-        with contextlib.closing(read(store)) as rows:
-            return _verify(rows, head)
+        with contextlib.closing(read(store)) as found:
+            return _verify(found, head)
     except (DatabaseError, UnicodeDecodeError) as error:
         reason = str(getattr(error, "orig", error)).splitlines()[0]
         return ChainCheck(ok=False, rows=0, head=GENESIS, broken_at=1, reason=f"the database cannot be read: {reason}")
@@ -128,9 +139,9 @@ def verify_file(path: Path | str, *, head: str | None = None) -> ChainCheck:
 
 def export(store: Store, path: Path | str) -> int:
     """Write every row as a line of canonical JSON, atomically; give how many."""
-    rows = [canonical(row.model_dump()) for row in read(store)]
-    write_text(path, "".join(f"{row}\n" for row in rows))
-    return len(rows)
+    lines = [canonical(row.model_dump()) for row in read(store)]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    return len(lines)
 
 
 def _parsed(data: bytes) -> Iterator[AuditRow | str]:

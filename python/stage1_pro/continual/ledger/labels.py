@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-import numpy as np
 from pydantic import Field
 from scipy.special import betaincinv
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -24,6 +24,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    func,
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -31,7 +32,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from stage1_pro.classes import known_as
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, pack_floats, uniform
+from stage1_pro.continual.serving.events import (
+    BundleFacts,
+    Event,
+    EventLog,
+    Position,
+    pack_floats,
+    uniform,
+    unpack_floats,
+)
 from stage1_pro.errors import InputError, nearest, printable
 from stage1_pro.record import Record
 
@@ -63,10 +72,15 @@ events = Table(
     Column("selected", Boolean, nullable=False),
     Column("sketch", LargeBinary, nullable=False),
     Column("reviews", Integer, nullable=False, comment="how many reviewers are wanted"),
+    Column("seq", BigInteger, comment="in the order of ingestion; null: ingested by a version that did not count"),
     Index("events_by_time", "time", "id"),
+    Index("events_by_seq", "seq"),
+    Index("events_by_image", "image_sha256"),
 )
 Index("events_to_review", events.c.time, events.c.id, sqlite_where=events.c.reviews > 0,
       postgresql_where=events.c.reviews > 0)  # fmt: skip
+Index("events_exits", events.c.time, events.c.id, sqlite_where=events.c.action == "exit",
+      postgresql_where=events.c.action == "exit")  # fmt: skip
 
 labels = Table(
     "labels",
@@ -80,6 +94,7 @@ labels = Table(
     Column("annotator", Text, nullable=False),
     Column("time", Double, nullable=False),
     Column("supersedes", Integer, ForeignKey("labels.id"), unique=True),
+    Index("labels_by_time", "time"),
     CheckConstraint("kind IN ('answer', 'skip', 'undo')", name="labels_kind"),
     CheckConstraint("(kind = 'answer') = (label IS NOT NULL)", name="labels_answer"),
     CheckConstraint("(kind = 'undo') <= (supersedes IS NOT NULL)", name="labels_undo"),
@@ -183,6 +198,10 @@ def _row(one: Event, double_share: float, seed: int) -> dict[str, Any]:
 def _insert_events(store: Store, connection: Connection, rows: list[dict[str, Any]]) -> int:
     if not rows:
         return 0
+    # Numbers in the order of commits: whoever has seen one has seen all below.
+    store.serialise(connection)
+    last = connection.execute(select(func.max(events.c.seq))).scalar() or 0
+    rows = [{**row, "seq": seq} for seq, row in enumerate(rows, last + 1)]
     if store.is_sqlite:
         statement = insert(store, events).on_conflict_do_nothing().returning(events.c.id)
         return len(connection.execute(statement, rows).all())
@@ -233,8 +252,7 @@ def read_events(
         query = query.where(events.c.bundle == bundle)
     with store.read() as connection:
         for row in connection.execute(query, execution_options={"yield_per": 5000}).mappings():
-            sketch = tuple(np.frombuffer(row["sketch"], dtype="<f4").tolist())
-            yield Event.model_construct(**{**row, "sketch": sketch})
+            yield Event.model_construct(**{**row, "sketch": unpack_floats(row["sketch"])})
 
 
 def read_bundles(store: Store) -> dict[str, BundleFacts]:
@@ -474,9 +492,23 @@ def resolve(store: Store, *, sources: Collection[Source] = SOURCES, until: float
         sources: which are heard; ``GUARD_SOURCES`` for what guards a promotion.
         until: answers from this time on are not heard, nor are undos, so that a replay sees what was known then.
     """
+    with store.read() as connection:
+        return resolve_within(connection, sources=sources, until=until)
+
+
+def resolve_within(
+    connection: Connection,
+    *,
+    sources: Collection[Source] = SOURCES,
+    until: float = math.inf,
+    among: Collection[str] | None = None,
+) -> dict[str, Resolved]:
+    """``resolve`` within a transaction, of all events or ``among`` so many."""
     later = labels.alias()
     superseded = select(later.c.id).where(later.c.supersedes == labels.c.id)
     query = select(labels).where(labels.c.kind == "answer", labels.c.source.in_(_sources(sources)))
+    if among is not None:
+        query = query.where(labels.c.event_id.in_(among))
     if until < math.inf:
         superseded = superseded.where(later.c.time < until)
         query = query.where(labels.c.time < until)
@@ -484,9 +516,8 @@ def resolve(store: Store, *, sources: Collection[Source] = SOURCES, until: float
         labels.c.event_id, labels.c.trust.desc(), labels.c.time.desc(), labels.c.id.desc()
     )
     found: dict[str, list[Any]] = {}
-    with store.read() as connection:
-        for row in connection.execute(query):
-            found.setdefault(row.event_id, []).append(row)
+    for row in connection.execute(query):
+        found.setdefault(row.event_id, []).append(row)
     return {name: _resolved(rows) for name, rows in found.items()}
 
 

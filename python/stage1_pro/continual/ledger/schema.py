@@ -7,7 +7,8 @@ created when a store is opened by a process that declares it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stage1_pro.errors import ArtifactError, need
 # Every module of the package declares its tables here.
 metadata = MetaData()
 # The newest revision in ``migrations/versions``.
-HEAD = "0001"
+HEAD = "0002"
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Alembic's own layout, under a name that no other program's alembic uses in the same database.
 VERSION = Table("schema_version", metadata, Column("version_num", String(32), primary_key=True))
@@ -89,6 +90,17 @@ def _guard(connection: Connection, table: Table, there: Collection[str]) -> None
     missing = [f"CREATE TRIGGER {name} {rule}" for name, rule in triggers.items() if name not in there]
     for statement in [*functions, *missing] if missing else []:
         connection.execute(DDL(statement.replace("%", "%%")))  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def removable(connection: Connection, table: Table) -> Iterator[None]:
+    """Let rows of an append-only table be removed within a transaction, which nobody else sees before its end."""
+    name = f"{table.name}_no_delete"
+    there = set(connection.execute(text(_TRIGGERS[connection.dialect.name])).scalars()) - {name}
+    on = f" ON {table.name}" if connection.dialect.name == "postgresql" else ""
+    connection.execute(DDL(f"DROP TRIGGER {name}{on}"))  # type: ignore[no-untyped-call]
+    yield
+    _guard(connection, table, there)
 
 
 # -------------------------------------------------------------------------------- versions

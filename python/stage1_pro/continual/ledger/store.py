@@ -17,6 +17,8 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 from stage1_pro.continual.ledger import schema
 from stage1_pro.errors import InputError, need
 
+# SQLite's file in a folder.
+DATABASE = "loop.db"
 _BUSY_SECONDS = 30.0
 # Any number that nobody else's program locks in the same database.
 _LOCK = 0x5354414745310001
@@ -38,11 +40,11 @@ class Store:
     """
 
     def __init__(self, url: str | Path, *, busy: float = _BUSY_SECONDS, read_only: bool = False) -> None:
-        text = str(url)
+        text, self.read_only = str(url), read_only
         if "://" not in text:
             path = Path(text)
             if path.is_dir() or path.suffix == "":
-                path = path / "loop.db"
+                path = path / DATABASE
             if not read_only:
                 path.parent.mkdir(parents=True, exist_ok=True)
             text = f"sqlite:///{path.absolute()}"
@@ -125,6 +127,21 @@ class Store:
         options = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
         with self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
+
+    def shrink(self) -> None:
+        """Give the space of removed rows back to the disk, where it is a tenth or more; PostgreSQL does so by itself.
+
+        Raises:
+            DatabaseError: somebody reads or writes, or the disk has no room for a copy of what is left.
+        """
+        if self.is_sqlite:
+            with self.engine.connect().execution_options(begin="SELECT 1") as connection:
+                free, pages = (
+                    connection.exec_driver_sql(f"PRAGMA {name}_count").scalar_one() for name in ("freelist", "page")
+                )
+                if free * 10 >= pages:
+                    connection.exec_driver_sql("VACUUM")
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Give back every connection."""

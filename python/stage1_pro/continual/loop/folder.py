@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from sqlalchemy.engine import make_url
@@ -23,12 +23,13 @@ from stage1_pro.continual.ledger.exchange import (
     import_label_studio,
 )
 from stage1_pro.continual.ledger.labels import Source, ingest
-from stage1_pro.continual.ledger.store import Store
+from stage1_pro.continual.ledger.store import DATABASE, Store
+from stage1_pro.continual.loop import compaction
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.executors import make_executor
 from stage1_pro.continual.loop.machine import Loop, LoopConfig, read_verdict
 from stage1_pro.continual.loop.registry import Registry
-from stage1_pro.continual.loop.rounds import Rounds, remember_run
+from stage1_pro.continual.loop.rounds import Rounds, remember_run, within
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import BUNDLES, PLAN, POINTER
 from stage1_pro.continual.watch.alerts import Alert
@@ -44,9 +45,12 @@ CONFIG = "loop.json"
 
 
 class LoopFile(Record):
-    """``loop.json`` in the loop's folder: where things are, and every limit."""
+    """``loop.json`` in the loop's folder: where things are, and every limit.
 
-    format_version: int = 1
+    Paths in the loop's folder are relative to it, so that it can move. Those of version 1 were absolute.
+    """
+
+    format_version: Literal[1, 2] = 2
     store: str = Field(description="folder or file of SQLite, or a database's URL")
     log: str = Field(description="folder that serving logs to")
     loop: LoopConfig = LoopConfig()
@@ -54,6 +58,38 @@ class LoopFile(Record):
     alerts: AlertsConfig = AlertsConfig()
     metrics: str | None = Field(
         None, pattern=r"\.prom$", description="file for Prometheus' textfile collector that every look of `run` writes"
+    )
+
+
+def _path(root: Path, file: LoopFile, given: str) -> Path:
+    """Where a path of ``loop.json`` leads."""
+    return root.absolute() / given if file.format_version > 1 else Path(given)
+
+
+def find_store(root: Path, file: LoopFile) -> str:
+    """The store of a loop, found in its folder where that was moved.
+
+    Raises:
+        InputError: it is neither where ``loop.json`` says nor there.
+    """
+    if "://" in file.store:
+        return file.store
+    return str(_find(root, file, "store", lambda path: path.is_file() or (path / DATABASE).is_file(), root))
+
+
+def find_log(root: Path, file: LoopFile) -> Path:
+    """The folder that serving logs to, found in the loop's folder where that was moved; errors as ``find_store``."""
+    return _find(root, file, "log", lambda path: (path / "log.json").is_file(), root / "log")
+
+
+def _find(root: Path, file: LoopFile, name: str, there: Callable[[Path], bool], own: Path) -> Path:
+    named = _path(root, file, getattr(file, name))
+    for path in (named, own.absolute()):
+        if there(path):
+            return path
+    raise InputError(
+        f"{name} of {root / CONFIG} must be where it says, got {named}, which is not there; put it back, or name the "
+        "place it was moved to"
     )
 
 
@@ -73,11 +109,12 @@ def opened(
     if not (root / CONFIG).is_file():
         raise InputError(f"root must be a loop's folder, got {root}; `stage1 continual init` makes one")
     config = LoopFile.read(root / CONFIG)
-    store = Store(config.store, read_only=read_only, busy=busy)
+    store = Store(find_store(root, config), read_only=read_only, busy=busy)
     try:
         registry = Registry(root, store)
         executor = make_executor(config.loop.executor)
-        parts = Rounds(registry, EventLog(config.log, read_only=read_only), executor, config.rounds)
+        log = EventLog(find_log(root, config), read_only=read_only)
+        parts = Rounds(registry, log, executor, config.rounds)
         yield config, registry, parts, Loop(registry, parts, executor, config.loop, observe=_observe)
     finally:
         store.close()
@@ -135,15 +172,20 @@ def init(
             "which is what audits test: --alpha A watches it against a limit of your own"
         )
     given = dict(config) if isinstance(config, Mapping) else _read_config(config)
-    file = _described(
-        given, {"store": store or str(root.absolute()), "log": str((log or root / "log").absolute())}, alpha
-    )
-    kept = Store(file.store)
+    if isinstance(given.get("metrics"), str):
+        given["metrics"] = within(root, given["metrics"])
+    where = {
+        "store": store if store and "://" in store else within(root, store or root),
+        "log": within(root, log or root / "log"),
+    }
+    file = _described(given, where, alpha)
+    place, logs = file.store if "://" in file.store else _path(root, file, file.store), _path(root, file, file.log)
+    kept = Store(place)
     try:
         registry = Registry(root, kept)
-        for folder in (root, root / "runs", root / BUNDLES, Path(file.log)):
+        for folder in (root, root / "runs", root / BUNDLES, logs):
             sweep(folder)
-        EventLog(file.log)
+        EventLog(logs)
         name = registry.add(loaded.path)
         remember_run(root, name, run, model)
         file.rounds.plan.write(root / PLAN)
@@ -153,16 +195,17 @@ def init(
         pointer = Loop.begin(registry, name, now=time.time() if now is None else now, by=by, again=again)
     finally:
         kept.close()
-    shown = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else file.store
-    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": shown, "log": file.log}
+    shown = make_url(file.store).render_as_string(hide_password=True) if "://" in file.store else str(place)
+    return {"root": str(root), "champion": pointer.champion, "alpha": alpha, "store": shown, "log": str(logs)}
 
 
 def _begun_here(root: Path, file: LoopFile) -> bool:
     """Whether a row in the store can only be of an ``init`` of this folder that was killed, not of another loop."""
     if (root / CONFIG).is_file():
-        return LoopFile.read(root / CONFIG).store == file.store
+        there = LoopFile.read(root / CONFIG)
+        return there.store == file.store or _path(root, there, there.store) == _path(root, file, file.store)
     # An older version wrote loop.json last.
-    return (root / POINTER).is_file() or file.store == str(root.absolute())
+    return (root / POINTER).is_file() or file.store == "."
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -174,8 +217,6 @@ def _read_config(path: Path | None) -> dict[str, Any]:
 
 def _described(given: dict[str, Any], where: Mapping[str, str], alpha: float) -> LoopFile:
     """``loop.json`` by what a configuration says of it."""
-    if isinstance(given.get("metrics"), str):
-        given["metrics"] = str(Path(given["metrics"]).absolute())
     rounds = dict(given.pop("rounds", {}))
     monitor = rounds.get("monitor", {})
     if not isinstance(monitor, Mapping):
@@ -201,7 +242,7 @@ def _catch_up(root: Path) -> str | None:
     """Ingest what was served and write ``champion.json``; why that cannot be, where a disk or store takes no more."""
     try:
         with opened(root, busy=2.0) as (_, registry, parts, _loop):
-            parts.ingest()
+            parts.keep_up(registry.alias("champion"), now=time.time())
             registry.sync()
     except ArtifactError:
         raise
@@ -298,7 +339,7 @@ def run(root: Path, *, manual: bool = False, every: float | None = None, until: 
         while True:
             try:
                 _purge(parts.log)
-                found = _steps(loop, manual, until, lambda: _report(config, parts))
+                found = _steps(loop, manual, until, lambda: _report(root, config, parts))
             except (Stage1Error, OSError, SQLAlchemyError) as error:
                 if every is None:
                     raise
@@ -321,14 +362,14 @@ def _purge(log: EventLog) -> None:
         say(str(found))
 
 
-def _report(config: LoopFile, parts: Rounds) -> None:
+def _report(root: Path, config: LoopFile, parts: Rounds) -> None:
     """Tell hooks and Prometheus what the last look saw; what fails is said, and stops nothing."""
     for one in deliver(parts.store, config.alerts.hooks, now=time.time()):
         if not one.delivered:
             say(f"alert not delivered by {one.hook}: {one.reason}; tried again at the next look")
     if config.metrics is not None and parts.seen is not None:
         try:
-            write_textfile(config.metrics, parts.seen)
+            write_textfile(_path(root, config, config.metrics), parts.seen)
         except (Stage1Error, OSError) as error:
             say(f"metrics not written: {error}")
 
@@ -375,6 +416,13 @@ def rollback(root: Path, *, to: str | None = None, by: str) -> dict[str, Any]:
     with opened(root) as (_, _registry, _parts, loop):
         pointer = loop.rollback(now=time.time(), by=by, to=to)
         return pointer.model_dump(mode="json")
+
+
+def compact(root: Path, *, keep: float = 90.0, dry_run: bool = False) -> dict[str, Any]:
+    """Remove what the loop no longer needs; events of the last ``keep`` days all stay."""
+    with opened(root) as (_, _registry, parts, _loop):
+        found = compaction.compact(parts, keep=keep * 86400.0, now=time.time(), dry_run=dry_run)
+        return found.model_dump(mode="json")
 
 
 def audit(
@@ -444,6 +492,8 @@ def render(what: str, found: dict[str, Any]) -> str:
         lines = [f"{'promoted' if verdict['promoted'] else 'not promoted'}: {verdict['reason']}"]
         lines += [f"  {'ok  ' if one['passed'] else 'FAIL'} {one['name']} {one['note']}" for one in verdict["tests"]]
         return "\n".join([*lines, f"state {found['state']}"])
+    if what == "compact":
+        return compaction.render(compaction.Compacted.model_validate(found))
     if what == "audit":
         lines = [" ".join(f"{key}={value}" for key, value in one.items()) for one in found["last"]]
         return "\n".join([*lines, f"{found['rows']} rows, whole; head {found['head']}"])

@@ -7,17 +7,20 @@ mostly of hard images, teach. An image has one role for good.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
-from stage1_pro.continual.ledger.history import History
 from stage1_pro.continual.loop.config import Role, RoundsConfig
 from stage1_pro.continual.serving.events import uniform
 from stage1_pro.continual.serving.live import PLAN
 from stage1_pro.errors import NotReachableError
 from stage1_pro.record import Record
+
+if TYPE_CHECKING:
+    from stage1_pro.continual.loop.history import Answered, History
 
 
 class LabelledImage(NamedTuple):
@@ -28,6 +31,8 @@ class LabelledImage(NamedTuple):
     source: str
 
 
+# Answers of a role that are read before it is asked which photos are there.
+_SOME = 1000
 Dealt = Mapping[Role, list[LabelledImage]]
 
 
@@ -62,14 +67,11 @@ def role(image_sha256: str, draw: float, config: RoundsConfig) -> Role:
     return "certify" if place < config.guard_share + config.certified_share else "learn"
 
 
-def deal(
-    history: History, config: RoundsConfig, *, since: Mapping[Role, float], after: float, exclude: Collection[str]
-) -> Dealt:
+def deal(history: History, *, since: Mapping[Role, float], after: float, exclude: Collection[str]) -> Dealt:
     """Labelled images by role, in the order of their hashes.
 
     Args:
         history: what was served and labelled.
-        config: floor, seed and shares.
         since: first serving time of what may judge and what may certify; what teaches is of any time.
         after: serving time that both must be later than: of the last harm that was found.
         exclude: sha256 of images that were learned from.
@@ -77,29 +79,53 @@ def deal(
     Raises:
         NotReachableError: an event that may judge or certify was drawn by another review plan.
     """
-    plan = config.plan
-    found: dict[Role, dict[str, LabelledImage]] = {"guard": {}, "certify": {}, "learn": {}}
-    roles: dict[str, Role] = {}
-    for one in history.served:
-        fresh = [part for part, time in since.items() if one.time >= time and one.time > after]
-        if fresh and (one.propensity < plan.floor or one.selected != plan.selects(one.id, one.propensity)):
-            raise NotReachableError(
-                f"events must be drawn by the loop's own review plan, got {one.id} of another: draws below the "
-                f"floor are no plain random sample then; serve with {PLAN} of the loop's folder"
-            )
-        draw = uniform(plan.seed, "review", one.id)
-        # An image that ever judges or certifies is never learned from, whatever it is drawn for later.
-        part = role(one.image_sha256, draw, config) if one.selected else "learn"
-        if roles.get(one.image_sha256, "learn") == "learn":
-            roles[one.image_sha256] = part
-        if one.id in history.held and one.selected and part in ("learn", *fresh):
-            answer = history.held[one.id]
-            row = LabelledImage(one.image_sha256, answer.label, answer.source)
-            found[part].setdefault(one.image_sha256, row)
-    return {
-        part: [row for name, row in sorted(rows.items()) if roles[name] == part and name not in exclude]
-        for part, rows in found.items()
-    }
+    found = {}
+    for part in _roles(history, since, after):
+        rows: dict[str, LabelledImage] = {}
+        for one in sorted(_answers(history, part, since, after), key=lambda one: (one.time, one.id)):
+            rows.setdefault(one.image_sha256, LabelledImage(one.image_sha256, one.truth, one.source))
+        found[part] = [row for name, row in sorted(rows.items()) if name not in exclude]
+    return found
+
+
+def count(
+    history: History, config: RoundsConfig, there: Collection[str], *, since: Mapping[Role, float], after: float,
+    exclude: Collection[str],
+) -> dict[Role, int]:  # fmt: skip
+    """How many images ``deal`` would give that are ``there``, of each role; at most the fewest that a round needs."""
+    found = {}
+    there = set(there).difference(exclude)
+    for part in _roles(history, since, after):
+        images, least = set[str](), config.least(part)
+        for n, one in enumerate(_answers(history, part, since, after)):
+            if n > _SOME + len(there):
+                # Most photos are gone: those that are there are fewer than what was answered.
+                images = {one.image_sha256 for one in _answers(history, part, since, after, there)}
+                break
+            if one.image_sha256 in there:
+                images.add(one.image_sha256)
+                if len(images) == least:
+                    break
+        found[part] = min(len(images), least)
+    return found
+
+
+def _roles(history: History, since: Mapping[Role, float], after: float) -> tuple[Role, ...]:
+    """The roles, unless an event that may judge or certify was drawn by another plan than theirs."""
+    name = history.foreign(min(since.values()), after)
+    if name is not None:
+        raise NotReachableError(
+            f"events must be drawn by the loop's own review plan, got {name} of another: draws below the "
+            f"floor are no plain random sample then; serve with {PLAN} of the loop's folder"
+        )
+    return "guard", "certify", "learn"
+
+
+def _answers(
+    history: History, part: Role, since: Mapping[Role, float], after: float, among: Collection[str] | None = None
+) -> Iterator[Answered]:
+    fresh = (since[part], after) if part in since else (-math.inf, -math.inf)
+    return history.answers_of(part, *fresh, among=among)
 
 
 def available(dealt: Dealt, is_there: Callable[[str], bool]) -> Dealt:
@@ -107,7 +133,7 @@ def available(dealt: Dealt, is_there: Callable[[str], bool]) -> Dealt:
     return {part: [row for row in rows if is_there(row.image)] for part, rows in dealt.items()}
 
 
-def shortfall(dealt: Dealt, config: RoundsConfig) -> str:
+def shortfall(counts: Mapping[Role, int], config: RoundsConfig) -> str:
     """Which roles have too few rows for a round; empty: none."""
-    few = [(part, len(rows), config.least(part)) for part, rows in dealt.items()]
+    few = [(part, n, config.least(part)) for part, n in counts.items()]
     return ", ".join(f"{n} of {least} to {part}" for part, n, least in few if n < least)

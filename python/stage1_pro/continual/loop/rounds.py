@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
+from sqlalchemy import select
 
 from stage1_pro.continual.learn.rewards import Actions, verified
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.guard import GuardVault
-from stage1_pro.continual.ledger.history import History
-from stage1_pro.continual.ledger.labels import GUARD_SOURCES, ingest, read_events, resolve
+from stage1_pro.continual.ledger.labels import GUARD_SOURCES, events, ingest, resolve_within
 from stage1_pro.continual.loop import tasks
 from stage1_pro.continual.loop.config import Role, RoundsConfig
 from stage1_pro.continual.loop.executors import FILES, Executor, Work, do_work
+from stage1_pro.continual.loop.history import History
 from stage1_pro.continual.loop.machine import WORK, Compared, Job, Round, Watched
 from stage1_pro.continual.loop.promotion import Anchor, Measured, Side, Verdict, evaluate, refuse
 from stage1_pro.continual.loop.registry import Alias, Registry
-from stage1_pro.continual.loop.roles import Dealt, LabelledImage, Snapshot, available, deal, shortfall
-from stage1_pro.continual.loop.watching import ChampionView, alerts_of, view_champion
-from stage1_pro.continual.serving.events import EventLog, Novelty, uniform
+from stage1_pro.continual.loop.roles import LabelledImage, Snapshot, available, count, deal, shortfall
+from stage1_pro.continual.loop.watching import ChampionView, Unkept, alerts_of, timeline, view_champion
+from stage1_pro.continual.serving.events import EventLog, Novelty, uniform, unpack_floats
 from stage1_pro.continual.serving.live import novelty_path, read_pairs
 from stage1_pro.continual.watch.monitor import Evidence, TriggerState
 from stage1_pro.continual.watch.status import Status, assess, write_page
@@ -46,7 +49,7 @@ from stage1_pro.record import Record
 class RunOf(Record):
     """Which run a bundle of the registry came from."""
 
-    run: str
+    run: str = Field(description="its folder, relative to the loop's where it lies in that")
     model_fingerprint: str
 
 
@@ -66,13 +69,22 @@ class Rounds:
         if not self.log.read_only:
             ingest(self.store, self.log)
 
+    def keep_up(self, champion: Alias, *, now: float) -> None:
+        """Ingest what was served, and keep what every later look would else find anew."""
+        self.ingest()
+        assert champion.bundle is not None
+        policy = self.registry.load(champion.bundle).policy
+        with History.look(self.store, self.config, now) as history:
+            _, unkept = self._view(history, champion.bundle, champion.time, policy)
+        history.keep(self.store, *unkept)
+
     # ---------------------------------------------------------------------------- monitor
 
     def watch(self, memory: Mapping[str, Any], champion: Alias, *, now: float, manual: bool) -> Watched:
         """Ingest what was served, and look at the champion's decisions since it began to serve."""
         status, triggers, view = self._look(memory, champion, now, manual)
         self.seen = status
-        self._learn_known(champion, len(view.decisions))
+        self._learn_known(champion)
         before = memory.get("health") or {"is": None, "since": champion.time}
         health = before if before["is"] == status.health else {"is": status.health, "since": now}
         rate = status.verdict.audit_rate
@@ -88,15 +100,18 @@ class Rounds:
             facts={"health": status.health, "exit_risk": status.exit_risk.value, "n_labelled": status.n_labelled},
         )
 
-    def _learn_known(self, champion: Alias, served: int) -> None:
+    def _learn_known(self, champion: Alias) -> None:
         """Fit what counts as known to the champion's first events, once, so that serving can tell what is novel."""
         assert champion.bundle is not None
         path, least = novelty_path(self.root, champion.bundle), self.config.novelty_events
-        if self.config.plan.novelty == 0 or served < least or path.exists():
+        if self.config.plan.novelty == 0 or path.exists():
             return
-        events = read_events(self.store, since=champion.time, bundle=champion.bundle)
-        # Features that were not finite left zeros.
-        first = list(islice((one.sketch for one in events if any(one.sketch)), least))
+        served = select(events.c.sketch).where(events.c.bundle == champion.bundle, events.c.time >= champion.time)
+        # Features that were not finite left zeros; where all did, no look reads them all.
+        query = served.order_by(events.c.time, events.c.id).limit(10 * least)
+        with self.store.read() as connection:
+            sketches = (unpack_floats(data) for data in connection.execute(query).scalars())
+            first = list(islice((one for one in sketches if any(one)), least))
         if len(first) == least:
             Novelty.fit(first).write(path)
 
@@ -104,7 +119,9 @@ class Rounds:
         """The status that ``watch`` would see, and its page for people; nothing is changed."""
         status, _, view = self._look(memory, champion, now, manual=False)
         if page is not None:
-            write_page(page, status, view.decisions)
+            bundle = champion.bundle or ""
+            with History.look(self.store, self.config, now) as history:
+                write_page(page, status, timeline(history, bundle, champion.time, view))
         return status
 
     def _look(
@@ -115,23 +132,24 @@ class Rounds:
         assert bundle is not None
         before = memory.get("triggers")
         triggers = TriggerState(since=champion.time) if before is None else TriggerState.model_validate(before)
-        history = History.read(self.store, now)
         policy = self.registry.load(bundle).policy
-        view = self._view(history, bundle, champion.time, policy)
-        since = max(champion.time, triggers.trained_at or champion.time)
+        with History.look(self.store, self.config, now) as history:
+            view, unkept = self._view(history, bundle, champion.time, policy)
+            since = max(champion.time, triggers.trained_at or champion.time)
+            new_labels, missing = history.answers_since(since), self._missing(history, bundle, view)
+        history.keep(self.store, *unkept)
         pointer = self.registry.pointer()
         status, after = assess(
             view.decisions, self.config.monitor, now=now, triggers_before=triggers, manual=manual,
-            new_labels=sum(one.time > since for one in history.held.values()),
-            missing=self._missing(history, bundle, view), evidence=view.evidence,
-            controller=view.controller, threshold=pointer.threshold, bundle=bundle, policy=policy,
+            new_labels=new_labels, missing=missing, evidence=view.evidence, controller=view.controller,
+            threshold=pointer.threshold, bundle=bundle, policy=policy,
         )  # fmt: skip
         floor = self.config.plan.floor
         advice = status.verdict.model_copy(update={"audit_rate": max(status.verdict.audit_rate, floor)})
         in_force = max(pointer.audit_rate or 0.0, floor)
         return status.model_copy(update={"verdict": advice, "audit_rate": in_force}), after, view
 
-    def _view(self, history: History, bundle: str, since: float, policy: Policy) -> ChampionView:
+    def _view(self, history: History, bundle: str, since: float, policy: Policy) -> tuple[ChampionView, Unkept]:
         steer = self.config.steer and policy.steerable
         return view_champion(history, bundle, since, self.config, certified=policy.exit_threshold, steer=steer)
 
@@ -150,22 +168,24 @@ class Rounds:
         until = current.entered
         self.ingest()
         start = max(one.time for one in self.registry.history("champion") if one.bundle == current.champion)
-        history = History.read(self.store, until)
-        view = self._view(history, current.champion, start, self.registry.load(current.champion).policy)
-        dealt = available(self._deal(history, current.champion, view, self._used(current.number)), self._keep)
-        missing = shortfall(dealt, self.config)
+        policy = self.registry.load(current.champion).policy
+        with History.look(self.store, self.config, until) as history:
+            view, _ = self._view(history, current.champion, start, policy)
+            dealt = deal(history, **self._fresh(history, current.champion, view, current.number))
+            last = history.last_served([row.image for row in dealt["learn"]])
+        dealt = available(dealt, self._keep)
+        missing = shortfall({part: len(rows) for part, rows in dealt.items()}, self.config)
         if missing:
             raise NotReachableError(f"labelled images must be enough for a round, got {missing}; have more reviewed")
         # Its rows are in its name: labels dated back while this was killed make another epoch; neither has had a look.
         epoch = f"round-{current.number}-{sha256_bytes(audit.canonical(dealt['guard']).encode())[:16]}"
         self._open(epoch, dealt["guard"], until)
-        learn = {row.image for row in dealt["learn"]}
-        last = {one.image_sha256: one.time for one in history.served if one.image_sha256 in learn}
+        learn = [row.image for row in dealt["learn"]]
         # Where nothing steers, what did so before is still in force.
         threshold = self.registry.sync().threshold if view.controller is None else view.controller.threshold
         snapshot = Snapshot(
             until=until, learn=tuple(dealt["learn"]), certify=tuple(dealt["certify"]),
-            recent=tuple(sorted(last, key=lambda name: (-last[name], name))[: self.config.recent]), guard=epoch,
+            recent=tuple(sorted(learn, key=lambda name: (-last[name], name))[: self.config.recent]), guard=epoch,
             n_guard=len(dealt["guard"]), threshold=threshold,
         )  # fmt: skip
         name = snapshot.fingerprint()
@@ -173,24 +193,23 @@ class Rounds:
         return {"snapshot": name, "until": until, "guard": epoch, "n_guard": snapshot.n_guard,
                 "n_learn": len(snapshot.learn), "n_certify": len(snapshot.certify)}  # fmt: skip
 
-    def _deal(self, history: History, bundle: str, view: ChampionView, used: Mapping[Role, float]) -> Dealt:
-        """Labelled images by role; ``used`` says until when earlier rounds used rows up."""
+    def _fresh(self, history: History, bundle: str, view: ChampionView, number: int | None) -> dict[str, Any]:
+        """Which rows ``deal`` may give; rounds before this one (None: all) have used earlier ones up."""
         first = self.registry.history("champion")[0].time
+        since = {part: max(time, first) for part, time in self._used(history, number).items()}
         learned_from = {row.sha256 for row in self._splits(bundle).rows}
-        since = {part: max(time, first) for part, time in used.items()}
-        return deal(history, self.config, since=since, after=view.newest_harm, exclude=learned_from)
+        return {"since": since, "after": view.newest_harm, "exclude": learned_from}
 
     def _missing(self, history: History, bundle: str, view: ChampionView) -> str:
         """What a round begun now would lack: labels whose images are still there, or the champion's run."""
+        there = self.log.images.names() | _names(self.root / "images")
         try:
-            dealt = self._deal(history, bundle, view, self._used(None))
+            counts = count(history, self.config, there, **self._fresh(history, bundle, view, None))
         except NotReachableError:
             return ""  # The round itself says it, once.
         except ArtifactError as error:
             return str(error)  # Watching and the threshold need no run.
-        images = self.root / "images"
-        there = available(dealt, lambda image: (images / image).is_file() or image in self.log.images)
-        return shortfall(there, self.config)
+        return shortfall(counts, self.config)
 
     def proposals(self, current: Round) -> Sequence[Job]:
         """A proposal from the champion's run for every set of options.
@@ -291,26 +310,27 @@ class Rounds:
         assert current.candidate is not None
         since = current.shadow_since or 0.0
         self.ingest()
-        events = {(one.image_sha256, one.time): one for one in read_events(self.store, since=since) if one.selected}
-        held = resolve(self.store, sources=GUARD_SOURCES)
-        count, differ, audits = 0, 0, []
-        for pair in read_pairs(self.log.folder, current.candidate):
-            if pair.time < since:
-                continue
-            count += 1
-            if pair.champion_label == pair.candidate_label:
-                continue
-            differ += 1
-            event = events.get((pair.image_sha256, pair.time))
-            if event is not None and event.id in held:
-                right = [label == held[event.id].label for label in (pair.champion_label, pair.candidate_label)]
-                if sum(right) == 1:
-                    audits.append((held[event.id].time, event.id, right[0]))
+        pairs = [pair for pair in read_pairs(self.log.folder, current.candidate) if pair.time >= since]
+        differ = [pair for pair in pairs if pair.champion_label != pair.candidate_label]
+        audits = []
+        with self.store.read() as connection:
+            for start in range(0, len(differ), 500):
+                part = {(pair.image_sha256, pair.time): pair for pair in differ[start : start + 500]}
+                query = select(events.c.id, events.c.image_sha256, events.c.time).where(
+                    events.c.time.in_({time for _, time in part}), events.c.selected
+                )
+                served = {row.id: part.get((row.image_sha256, row.time)) for row in connection.execute(query)}
+                held = resolve_within(connection, sources=GUARD_SOURCES, among=list(served))
+                for name, label in held.items():
+                    if (pair := served[name]) is not None:
+                        right = [one == label.label for one in (pair.champion_label, pair.candidate_label)]
+                        if sum(right) == 1:
+                            audits.append((label.time, name, right[0]))
         evidence = Evidence(alpha=0.5, delta=delta, floor=1.0)
         if audits:
             times, _, wrong = zip(*sorted(audits), strict=True)
             evidence = evidence.after(wrong, propensity=np.ones(len(wrong)), time=times)
-        return Compared(count, differ, evidence)
+        return Compared(len(pairs), len(differ), evidence)
 
     # ---------------------------------------------------------------------------- helpers
 
@@ -338,7 +358,7 @@ class Rounds:
         for source in GUARD_SOURCES:
             self.vault.label(epoch, {row.image: row.label for row in rows if row.source == source}, source)
 
-    def _used(self, number: int | None) -> dict[Role, float]:
+    def _used(self, history: History, number: int | None) -> dict[Role, float]:
         """Until when rounds before this one (None: all) have used rows up: those that certified, those that judged.
 
         Rows of a guard epoch that was never looked at have judged nobody: they are this champion's still, if it was
@@ -346,15 +366,12 @@ class Rounds:
         """
         began = self.registry.history("champion")[-1].time
         used: dict[Role, float] = {"guard": -math.inf, "certify": -math.inf}
-        for row in audit.read(self.store, kind="edge"):
-            body = json.loads(row.body)
-            if (body["from"], body["to"]) != ("COLLECT", "PROPOSE"):
-                continue
-            earlier, frozen = body["round"]["number"], body["round"]["snapshot"]
-            if number is None or earlier < number:
-                used["certify"] = max(used["certify"], frozen["until"])
-                if frozen["until"] < began or self.vault.looks_taken(frozen["guard"]):
-                    used["guard"] = max(used["guard"], frozen["until"])
+        before = [one for one in history.frozen() if number is None or one.number < number]
+        for one in sorted(before, key=lambda one: one.until, reverse=True):
+            used["certify"] = max(used["certify"], one.until)
+            if one.until < began or self.vault.looks_taken(one.guard):
+                used["guard"] = one.until
+                break
         return used
 
     def _snapshot(self, current: Round) -> Snapshot:
@@ -371,7 +388,13 @@ class Rounds:
         return found
 
     def _run(self, bundle: str) -> RunOf:
-        return RunOf.read(self.root / "runs" / f"{bundle}.json")
+        """The run of a bundle; one of the loop's own work is there wherever the loop's folder was moved."""
+        found = RunOf.read(self.root / "runs" / f"{bundle}.json")
+        path = self.root / found.run
+        if not path.is_dir() and WORK in path.parts:
+            own = self.root.joinpath(*path.parts[path.parts.index(WORK) :])
+            path = own if own.is_dir() else path
+        return found.model_copy(update={"run": str(path)})
 
     def _splits(self, bundle: str) -> Splits:
         return Splits.read(Path(self._run(bundle).run) / "splits.json")
@@ -401,6 +424,15 @@ class Rounds:
         inputs = {"bundle": bundle, "root": str(self.root), "files": _hashed(files), "threshold": threshold}
         found = self._work("decide", inputs)
         return Actions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
+
+
+def _names(folder: Path) -> set[str]:
+    """Names of the files in a folder; none without it."""
+    try:
+        with os.scandir(folder) as found:
+            return {one.name for one in found}
+    except FileNotFoundError:
+        return set()
 
 
 def _hashed(files: Sequence[str]) -> list[list[str]]:
@@ -440,7 +472,13 @@ def _figures(found: Mapping[str, Any], growth: float, config: RoundsConfig) -> l
     return [*measured, timed]
 
 
+def within(root: Path | str, path: Path | str) -> str:
+    """A path as the loop's files name it: relative to the loop's folder where it lies there, so that it can move."""
+    found, folder = Path(path).absolute(), Path(root).absolute()
+    return str(found.relative_to(folder) if found.is_relative_to(folder) else found)
+
+
 def remember_run(root: Path | str, bundle: str, run: Path | str, model_fingerprint: str) -> None:
     """Note which run a bundle came from, and the run's model; proposals for it start there."""
-    record = RunOf(run=str(Path(run).resolve()), model_fingerprint=model_fingerprint)
-    record.write(Path(root) / "runs" / f"{bundle}.json")
+    place = within(Path(root).resolve(), Path(run).resolve())
+    RunOf(run=place, model_fingerprint=model_fingerprint).write(Path(root) / "runs" / f"{bundle}.json")

@@ -153,8 +153,14 @@ def extend_run(inputs: Mapping[str, Any], out: Path) -> Path:
     old = Splits.read(run / "splits.json").verify()
     leave_out, images = set(inputs["leave_out"]), Path(inputs["images"])
     certify = {sha256 for sha256, _, _ in inputs["certify"]}
+
+    def place_of(row: Row) -> Path:
+        path = old.path(row)
+        # The loop's folder was moved, and its photos with it.
+        return images / row.sha256 if not path.exists() and (images / row.sha256).is_file() else path
+
     rows = [
-        row.model_copy(update={"file": str(old.path(row).resolve())})
+        row.model_copy(update={"file": str(place_of(row).resolve())})
         for row in old.rows
         if row.split != "val_calib" and row.sha256 not in leave_out
     ]

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stage1_pro.continual.ledger.history import History, ServedRow
+from stage1_pro.continual.ledger.audit import canonical
 from stage1_pro.continual.loop.config import RoundsConfig
+from stage1_pro.continual.loop.history import KEEP_EVERY, Answered, History, Kept, ServedRow
 from stage1_pro.continual.loop.registry import Alias
 from stage1_pro.continual.watch.alerts import Alert
 from stage1_pro.continual.watch.monitor import Evidence, ServedColumns
@@ -22,10 +23,14 @@ from stage1_pro.continual.watch.srt import (
     ThresholdController,
     to_logit,
 )
-from stage1_pro.continual.watch.status import Status
+from stage1_pro.continual.watch.status import Status, Timeline
+from stage1_pro.files import sha256_bytes
+from stage1_pro.record import Record
 
 # Exits whose median propensity is the usual one.
-_USUAL = 200
+USUAL = 200
+# A name, and the states to keep under it.
+Unkept = tuple[str, list[Kept]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ChampionView:
     """What one look knows of a champion.
 
     Args:
-        decisions: what it served, with the labels that hold.
+        decisions: what it served last, with the labels that hold.
         evidence: the e-process against its promise.
         controller: state of its threshold; None where nothing steers it.
         newest_harm: serving time of the newest exit counted in the last alarm, -inf without one; later rows may judge a
@@ -52,58 +57,66 @@ class ChampionView:
         return max((at for at in alarms if at is not None), default=None)
 
 
+class Folded(Record):
+    """What the labels say of a champion, up to one of them: the e-process, and its threshold where labels steer it."""
+
+    evidence: Evidence
+    controller: ControllerState | None
+
+
 def view_champion(
     history: History, bundle: str, since: float, config: RoundsConfig, *, certified: float, steer: bool
-) -> ChampionView:
-    """What a bundle served since it is champion, and what the labels say of it.
+) -> tuple[ChampionView, Unkept]:
+    """What a bundle served since it is champion, and what the labels say of it; and the states to keep of the latter.
 
     ``certified`` is the threshold of its certificate, which labels may tighten where it may ``steer``.
     """
-    served = [one for one in history.of(bundle, since) if one.exit_score is not None]
-    wrong = history.errors_of_a(served)
-    decisions = _columns(history, bundle, served, wrong)
-    # All of it, every time: an answer may be dated back, or take another's place, which a state that only goes on
-    # would miss.
-    feedback = sorted(
-        Feedback(history.held[one.id].time, one.id, one.exit_score or 0.0, wrong=wrong[one.id],
-                 exited=one.action == "exit", propensity=one.propensity)
-        for one in served if one.id in wrong
-    )  # fmt: skip
-    # Nothing is stricter than a threshold at which nobody exits.
-    controller = None
-    if steer and to_logit(min(certified, 1.0)) < HIGHEST:
-        floor = _floor(config)
-        how = ControllerConfig(alpha=config.monitor.alpha, certified=min(certified, 1.0), audit_rate=floor, floor=floor)
-        controller = ThresholdController.replay(how, feedback).state
-    # What a tightened threshold defers would exit at the certified one. Its labels count for the promise as well:
-    # without them tightening would hide that the promise is broken.
-    promised = [one for one in feedback if one.score >= certified]
-    evidence = _evidence(decisions, promised, config)
+    served = history.recent(bundle, since, config.monitor.recent)
+    held = {one.id: one for one in history.answered(bundle, served[0].time)} if served else {}
+    folded, unkept = _fold(history, bundle, since, config, certified, steer=steer)
+    evidence, controller = folded.evidence, folded.controller
     if controller is not None and evidence.alarm:
         # Until the next champion: a promise that is known to be broken stays broken, however few errors came of late.
         jumped = to_logit(controller.config.certified) + controller.config.jump
         controller = controller.at_least(max(jumped, -math.inf if controller.centre is None else controller.centre))
-    view = ChampionView(decisions, evidence, controller)
+    view = ChampionView(_columns(history, bundle, served, held), evidence, controller)
     # Rows served before the alarm may be of the world before it; the rows that made it were picked by their errors.
     # Neither is a random sample of the world as it is.
-    alarm = -math.inf if view.alarm_at is None else view.alarm_at
-    times = {one.id: one.time for one in served}
-    newest = max((times[one.event] for one in promised if one.known <= alarm), default=-math.inf)
-    return replace(view, newest_harm=newest)
+    return replace(view, newest_harm=history.newest_harm(bundle, since, certified, view.alarm_at)), unkept
 
 
-def _columns(history: History, bundle: str, served: Sequence[ServedRow], wrong: Mapping[str, bool]) -> ServedColumns:
+def timeline(history: History, bundle: str, since: float, view: ChampionView) -> Timeline:
+    """All that a champion served, to be drawn: its decisions where the view has them all, else their sums by hours."""
+    hours = history.hours(bundle, since)
+    if sum(one.n for one in hours) <= len(view.decisions):
+        return Timeline.of(view.decisions)
+    audited = sorted(
+        (one.time, float(history.error_of_a(one)), one.propensity)
+        for one in history.answered(bundle, since)
+        if one.selected and one.action == "exit" and one.exit_score is not None
+    )
+    lows, highs = ([end for one in hours if (end := getattr(one, name)) is not None] for name in ("low", "high"))
+    n = np.array([one.n for one in hours], dtype=np.float64)
+    return Timeline(
+        time=np.array([one.seconds for one in hours]) / n, n=n, exits=np.array([float(one.exits) for one in hours]),
+        doubt=np.array([one.doubt for one in hours]), chances=(min(lows), max(highs)) if lows else None,
+        audited=np.array(audited, dtype=np.float64).reshape(-1, 3),
+    )  # fmt: skip
+
+
+def _columns(history: History, bundle: str, served: Sequence[ServedRow], held: Mapping[str, Answered]) -> ServedColumns:
     """The served rows as columns; who abstained gave no answer that could be right or wrong."""
     classes = {name: index for index, name in enumerate(history.classes(bundle))}
+    wrong = {name: float(history.error_of_a(one)) for name, one in held.items() if one.selected}
 
     def truth(one: ServedRow) -> int:
-        held = history.held.get(one.id)
-        return -1 if held is None or one.label not in classes else classes.get(held.label, -1)
+        answer = held.get(one.id)
+        return -1 if answer is None or one.label not in classes else classes.get(answer.truth, -1)
 
     return ServedColumns(
         time=np.array([one.time for one in served], dtype=np.float64),
         exited=np.array([one.action == "exit" for one in served], dtype=bool),
-        wrong=np.array([float(wrong.get(one.id, math.nan)) for one in served], dtype=np.float64),
+        wrong=np.array([wrong.get(one.id, math.nan) for one in served], dtype=np.float64),
         propensity=np.array([one.propensity for one in served], dtype=np.float64),
         score=np.array([one.exit_score for one in served], dtype=np.float64),
         predicted=np.array([classes.get(one.label, -1) for one in served], dtype=np.int64),
@@ -111,20 +124,56 @@ def _columns(history: History, bundle: str, served: Sequence[ServedRow], wrong: 
     )
 
 
-def _evidence(decisions: ServedColumns, promised: Sequence[Feedback], config: RoundsConfig) -> Evidence:
-    """One e-process from the champion's first day on, in the order in which labels became known.
+def _fold(
+    history: History, bundle: str, since: float, config: RoundsConfig, certified: float, *, steer: bool
+) -> tuple[Folded, Unkept]:
+    """One e-process from the champion's first day on, and its threshold, by labels in the order that they became known.
 
-    A process of the recent rows alone would begin anew at every look, and its false alarms would add up.
+    A process of the recent rows alone would begin anew at every look, and its false alarms would add up. It goes on
+    from the last state behind which nothing has changed: an answer may be dated back, or take another's place.
     """
     monitor, floor = config.monitor, _floor(config)
-    usual = decisions.propensity[decisions.exited][:_USUAL]  # The first ones, so that later looks bet as earlier ones.
-    reference = max(float(np.median(usual)), floor) if usual.size else floor
+    # The first ones, so that later looks bet as earlier ones.
+    usual = history.propensities(bundle, since, USUAL)
+    reference = max(float(np.median(usual)), floor) if usual else floor
     evidence = Evidence(alpha=monitor.alpha, delta=monitor.delta, reference=reference, floor=floor)
-    return evidence.after(
-        np.array([one.wrong for one in promised]),
-        propensity=np.array([one.propensity for one in promised]),
-        time=np.array([one.known for one in promised]),
-    )
+    controller = None
+    # Nothing is stricter than a threshold at which nobody exits.
+    if steer and to_logit(min(certified, 1.0)) < HIGHEST:
+        how = ControllerConfig(alpha=monitor.alpha, certified=min(certified, 1.0), audit_rate=floor, floor=floor)
+        controller = ThresholdController(how)
+    begun = Folded(evidence=evidence, controller=None if controller is None else controller.state)
+    key = sha256_bytes(canonical([bundle, since, certified, begun.model_dump()]).encode())
+    n, behind, states = 0, (-math.inf, ""), []
+    last = history.kept(key)
+    if last is not None:
+        n, behind = last.n, (last.known, last.event_id)
+        before = Folded.parse(last.body, "a state that was kept")
+        evidence = before.evidence
+        controller = None if before.controller is None else ThresholdController.resume(before.controller, last.window)
+    feedback = [
+        Feedback(one.known, one.id, one.exit_score or 0.0, wrong=history.error_of_a(one), exited=one.action == "exit",
+                 propensity=one.propensity)
+        for one in history.feedback(bundle, since, behind)
+    ]  # fmt: skip
+    while feedback:
+        part = feedback[: KEEP_EVERY - n % KEEP_EVERY]
+        feedback = feedback[len(part) :]
+        # What a tightened threshold defers would exit at the certified one. Its labels count for the promise as well:
+        # without them tightening would hide that the promise is broken.
+        promised = [one for one in part if one.score >= certified]
+        evidence = evidence.after(
+            np.array([one.wrong for one in promised]),
+            propensity=np.array([one.propensity for one in promised]),
+            time=np.array([one.known for one in promised]),
+        )
+        if controller is not None:
+            controller.update(part)
+        n += len(part)
+        found = Folded(evidence=evidence, controller=None if controller is None else controller.state)
+        window = b"" if controller is None else controller.window
+        states.append(Kept(n, part[-1].known, part[-1].event, found.model_dump_json(), window))
+    return Folded(evidence=evidence, controller=None if controller is None else controller.state), (key, states)
 
 
 def _floor(config: RoundsConfig) -> float:

@@ -43,7 +43,7 @@ def _to_floats(value: Any) -> tuple[float, ...]:
         data = base64.b64decode(value, validate=True)
         if len(data) != 4 * SKETCH_SIZE:
             raise ValueError(f"must be {SKETCH_SIZE} float32 values, got {len(data)} bytes")
-        return tuple(np.frombuffer(data, dtype="<f4").tolist())
+        return unpack_floats(data)
     values = np.asarray(value, dtype=np.float32)
     if values.shape != (SKETCH_SIZE,):
         raise ValueError(f"must be {SKETCH_SIZE} values, got shape {list(values.shape)}")
@@ -53,6 +53,11 @@ def _to_floats(value: Any) -> tuple[float, ...]:
 def pack_floats(values: Sequence[float]) -> bytes:
     """Little-endian float32 bytes of a sketch."""
     return np.asarray(values, dtype="<f4").tobytes()
+
+
+def unpack_floats(data: bytes) -> tuple[float, ...]:
+    """The sketch of which these are the bytes."""
+    return tuple(np.frombuffer(data, dtype="<f4").tolist())
 
 
 def _to_base64(values: tuple[float, ...]) -> str:
@@ -412,6 +417,21 @@ class EventLog:
             yield from tail.events
             tail = self.read(tail.position)
 
+    def behind(self, position: Position) -> list[Path]:
+        """Whole files before a position, none of which holds the last event that was written."""
+        whole = [number for number in self._segments() if number < position.segment]
+        # The file that a writer has just begun may hold no event yet, and a purge asks the log for its newest.
+        return [self._segments()[number] for number in (whole if position.offset else whole[:-1])]
+
+    def discard(self, position: Position) -> int:
+        """Remove the files ``behind`` a position, up to which all events are kept elsewhere; give their bytes."""
+        gone = 0
+        with _locked(self.folder / ".lock"):
+            for path in self.behind(position):
+                gone += path.stat().st_size
+                path.unlink()
+        return gone
+
     def newest(self) -> float | None:
         """Latest time among the events that were written last; None where there is none."""
         for path in reversed(self._segments().values()):
@@ -538,13 +558,24 @@ class ImageStore:
     def __contains__(self, sha256: str) -> bool:
         return self._path(sha256).is_file()
 
+    def names(self) -> set[str]:
+        """The sha256 of every image that is there."""
+        return {file.name for file in self._files()}
+
+    def _files(self) -> Iterator[os.DirEntry[str]]:
+        """Whatever lies where images do; every look asks for it."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as folders:
+            for folder in folders:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as files:
+                    yield from files
+
     def over(self, now: float, *, since: float = -math.inf, until: float = math.inf) -> Iterator[tuple[Path, bool]]:
         """Images whose time is over, kept in (since, until]; and what killed writers left (False)."""
-        for path in self.folder.glob("*/*"):
+        for file in self._files():
             with contextlib.suppress(FileNotFoundError):
-                image, kept = re.fullmatch(_SHA256, path.name) is not None, path.stat().st_mtime
+                image, kept = re.fullmatch(_SHA256, file.name) is not None, file.stat().st_mtime
                 if since < kept <= min(until, now - (self.ttl if image else 3600)):
-                    yield path, image
+                    yield Path(file.path), image
 
     def purge(self, now: float, *, since: float = -math.inf) -> int:
         """Remove images whose time is over, and what killed writers left; give how many.

@@ -164,6 +164,20 @@ class ThresholdController:
         controller.update(feedback)
         return controller
 
+    @classmethod
+    def resume(cls, state: ControllerState, window: bytes) -> ThresholdController:
+        """The controller that had this state and ``window``; it goes on as that one would."""
+        controller = cls(state.config)
+        controller.state = state
+        rows = np.frombuffer(window, dtype="<f8").reshape(-1, 3).tolist()
+        controller._window.extend((u, weight, bool(wrong)) for u, weight, wrong in rows)
+        return controller
+
+    @property
+    def window(self) -> bytes:
+        """The recent labels that the centre is made of; with ``state``, all that there is of it."""
+        return np.array(self._window, dtype="<f8").tobytes()
+
     def update(self, feedback: Iterable[Feedback]) -> None:
         """Take labels that became known since the last call, in the order of ``known`` and ``event``.
 

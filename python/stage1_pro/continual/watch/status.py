@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,7 +217,67 @@ def _risk(rows: ServedColumns, labelled: NDArray[Any], among: NDArray[np.bool_],
 # -------------------------------------------------------------------------------- the page
 
 
-def write_page(path: Path | str, status: Status, rows: ServedColumns) -> None:
+@dataclass(frozen=True)
+class Timeline:
+    """Served decisions in parts of time, in their order, of which a picture is drawn: a row each, or sums of hours.
+
+    Args:
+        time: mean serving time of each part [N], seconds since the epoch.
+        n: decisions [N].
+        exits: of them exits [N].
+        doubt: sum of 1 - score over exits [N].
+        chances: smallest and largest propensity of any exit; None without exits.
+        audited: time, wrong (0 or 1) and propensity of every exit with a label [n, 3], in the order of time.
+    """
+
+    time: NDArray[np.float64]
+    n: NDArray[np.float64]
+    exits: NDArray[np.float64]
+    doubt: NDArray[np.float64]
+    chances: tuple[float, float] | None
+    audited: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, rows: ServedColumns) -> Self:
+        """Rows, each a part."""
+        chances, known = rows.propensity[rows.exited], rows.audited
+        return cls(
+            time=rows.time, n=np.ones(len(rows)), exits=rows.exited.astype(np.float64),
+            doubt=np.where(rows.exited, 1 - rows.score, 0.0),
+            chances=(float(chances.min()), float(chances.max())) if chances.size else None,
+            audited=np.stack([rows.time[known], rows.wrong[known], rows.propensity[known]], axis=1),
+        )  # fmt: skip
+
+    def blocks(self, count: int) -> list[Timeline]:
+        """About so many pieces with about as many decisions each."""
+        place = np.floor((np.cumsum(self.n) - self.n / 2) * count / self.n.sum()).astype(np.int64)
+        starts = self.time[np.unique(place, return_index=True)[1]]
+        audited = np.searchsorted(starts[1:], self.audited[:, 0], side="right")
+        return [
+            replace(self, time=self.time[mine], n=self.n[mine], exits=self.exits[mine], doubt=self.doubt[mine],
+                    audited=self.audited[audited == number])
+            for number, mine in enumerate(place == one for one in np.unique(place))
+        ]  # fmt: skip
+
+    @property
+    def middle(self) -> float:
+        """Mean serving time."""
+        return float(self.time @ self.n / self.n.sum())
+
+    @property
+    def risk(self) -> Estimate:
+        """Of exits, by Hájek's weights."""
+        design = {} if self.chances is None else dict(zip(("floor", "ceiling"), self.chances, strict=True))
+        return hajek_risk(self.audited[:, 1], self.audited[:, 2], **design)
+
+    @property
+    def expected(self) -> float:
+        """Risk of exits by confidences alone, as ``cbpe`` has it; NaN without exits."""
+        exits = float(self.exits.sum())
+        return float(self.doubt.sum()) / exits if exits else math.nan
+
+
+def write_page(path: Path | str, status: Status, rows: ServedColumns | Timeline) -> None:
     """Write the status as one self-contained HTML page, atomically; a person sees at a glance whether all is well.
 
     Args:
@@ -239,39 +301,38 @@ def write_page(path: Path | str, status: Status, rows: ServedColumns) -> None:
         figures=[(title, found.value, found.low, found.high, note) for title, found, note in estimates],
         detectors={"adwin": "ADWIN", "page_hinkley": "Page–Hinkley", "kswin": "KSWIN"},
         closed=status.threshold is not None and status.threshold > 1,
-        pictures=_pictures(status, rows),
+        pictures=_pictures(status, Timeline.of(rows) if isinstance(rows, ServedColumns) else rows),
         level=f"{100 * one.level:.4g}%",
     )
     write_text(path, html)
 
 
-def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
+def _pictures(status: Status, served: Timeline) -> list[Any]:
     """Risk and exits over days, as report pictures; none without rows."""
     from stage1_pro.metrics.figures import timeline_png
     from stage1_pro.report import Picture
 
-    if len(rows) < 2:
+    total = int(served.n.sum())
+    if total < 2:
         return []
-    start, limit = float(rows.time[0]), "promised" if status.limit == "promised" else "limit"
+    start, limit = float(served.time[0]), "promised" if status.limit == "promised" else "limit"
 
-    def averages(parts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+    def days(parts: list[Timeline]) -> NDArray[np.float64]:
         """The middle of each part, in days from the first row."""
-        return (np.array([rows.time[part].mean() for part in parts]) - start) / _DAY
+        return (np.array([part.middle for part in parts]) - start) / _DAY
 
-    n = min(max(int(rows.audited.sum()) // _AUDITS_OF_BLOCK, _BLOCKS[0]), _BLOCKS[1], len(rows))
-    blocks = np.array_split(np.arange(len(rows)), n)
-    fine = np.array_split(np.arange(len(rows)), min(_BLOCKS[1], len(rows)))
-    audited = [part[rows.audited[part]] for part in blocks]
-    risks = [_risk(rows, part, rows.exited) for part in audited]
+    blocks = served.blocks(min(max(len(served.audited) // _AUDITS_OF_BLOCK, _BLOCKS[0]), _BLOCKS[1], total))
+    fine = served.blocks(min(_BLOCKS[1], total))
+    risks = [part.risk for part in blocks]
     value, low, high = np.array([(one.value, one.low, one.high) for one in risks], dtype=np.float64).T
-    expected = np.array([cbpe(rows.score[part], rows.exited[part]).value for part in blocks], dtype=np.float64)
+    expected = np.array([part.expected for part in blocks], dtype=np.float64)
     alarm_at = status.evidence.alarm_at
     alarms = {"alarm": [(alarm_at - start) / _DAY] if alarm_at is not None and alarm_at >= start else []}
     risk = timeline_png(
-        averages(blocks), {"from audits": value, "from confidences": expected}, y="share of exits that are wrong",
+        days(blocks), {"from audits": value, "from confidences": expected}, y="share of exits that are wrong",
         band=(low, high), limits={limit: status.alpha}, marks=alarms,
     )  # fmt: skip
-    rates = {"exits": [float(rows.exited[part].mean()) for part in fine]}
+    rates = {"exits": [float(part.exits.sum() / part.n.sum()) for part in fine]}
     return [
         Picture(
             "risk", "Risk of exits",
@@ -283,7 +344,7 @@ def _pictures(status: Status, rows: ServedColumns) -> list[Any]:
             "exits", "Exits",
             "Share of photos that Stage A answers. It falls when the threshold tightens: safety costs Stage B's "
             "time.",
-            timeline_png(averages(fine), rates, y="share of photos", marks=alarms),
+            timeline_png(days(fine), rates, y="share of photos", marks=alarms),
         ),
     ]  # fmt: skip
 
