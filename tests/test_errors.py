@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from stage1_pro import progress
+from stage1_pro import cli, progress
+from stage1_pro.command import Result
 from stage1_pro.errors import (
     PROMISE_FAILED,
     ArtifactError,
@@ -27,6 +30,7 @@ from stage1_pro.errors import (
     TemporaryError,
     UnforeseenError,
     explain,
+    legible,
     out_of_memory,
 )
 from stage1_pro.files import write_bytes
@@ -193,6 +197,19 @@ def test_a_message_that_nobody_hears_ends_no_work(kind, monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         progress.say("heard?")
         assert list(progress.track([1, 2], "work", 2)) == [1, 2]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text())
+def test_no_text_commands_a_terminal(capsys, text):
+    """Whatever names and files hold: results and messages are printed without what a terminal obeys."""
+    cli._show(Result(text, None), as_json=False)
+    progress.say(text)
+    for shown in capsys.readouterr():
+        assert shown.replace("\n", "").isprintable()
+        assert shown.count("\n") in (text.count("\n") + 1, 0)
+    assert legible("a\nÄ 日本 é") == "a\nÄ 日本 é"
+    assert legible("\x1b[31m\u202e\r\x9b") == r"\x1b[31m\u202e\r\x9b"
 
 
 def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stage1_pro.commands import COMMANDS, FAMILIES, load, outside
-from stage1_pro.errors import NotReachableError, Stage1Error, explain, nearest
+from stage1_pro.errors import NotReachableError, Stage1Error, explain, legible, nearest
 from stage1_pro.progress import give_up, say
 from stage1_pro.stopping import Terminated, terminable
 
@@ -145,7 +145,7 @@ def _show(found: Result, *, as_json: bool) -> None:
         if as_json:
             print(json.dumps(_strict(found.record), default=str, allow_nan=False))
         elif found.text:
-            print(found.text)
+            print(legible(found.text))
         sys.stdout.flush()
     except BrokenPipeError:
         give_up(sys.stdout)

@@ -94,9 +94,16 @@ def need(extra: str, package: str) -> DependencyError:
     )
 
 
+def legible(text: str) -> str:
+    """Lines of text without the control characters that a terminal obeys, or that turn text around."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def printable(text: str, limit: int = 300) -> str:
-    """Text of a file for a message: no control characters that a terminal obeys, and not a page of it."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    """Text of a file for a message: in one line, legible, and not a page of it."""
+    plain = legible(text[:limit]).replace("\n", "\\n")
     return plain + "…" if len(text) > limit else plain
 
 

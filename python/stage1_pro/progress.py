@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from stage1_pro.errors import legible
+
 if TYPE_CHECKING:
     from typing import TextIO
 
@@ -22,7 +24,7 @@ HEARTBEAT = 30.0
 def say(message: str) -> None:
     """Print one line to stderr; where that is closed or full, nobody hears it and the work goes on."""
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(legible(message), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         give_up(sys.stderr)
 
