@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import struct
+import time
 import tracemalloc
 import unicodedata
 import zipfile
@@ -235,6 +236,18 @@ def test_what_is_larger_than_stated_is_refused_and_what_is_not_is_read(tmp_path:
         assert all(np.array_equal(found[name], array) and found[name].flags.writeable for name, array in arrays.items())
         with pytest.raises(InputError, match="1,000 are the most"):
             load_npz(tmp_path / "p.npz", most=1000)
+
+
+@pytest.mark.parametrize("door", ["metrics", "calibrate"])
+def test_classes_of_another_shape_are_told_by_their_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], door: str
+) -> None:
+    np.savez(tmp_path / "p.npz", labels=[0, 1], probs=np.eye(2), classes=np.zeros((10**6, 2)))
+    begun = time.process_time()
+    given = {"metrics": ["metrics"], "calibrate": ["calibrate", "--rows-independent", "--logits"]}[door]
+    assert main([*given, str(tmp_path / "p.npz")]) == 2
+    assert "got shape [1000000, 2]" in capsys.readouterr().err
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("door", ["metrics", "calibrate", "csv"])

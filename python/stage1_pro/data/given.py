@@ -197,9 +197,12 @@ def _read_npz(path: Path, positive: str | None) -> Table:
         if len(given) == 2:
             raise InputError(f"{path} must hold exactly one of probs and logits, got both; drop one of them")
         probs = _npz_probs(path, given[0], arrays[given[0]])
-        classes = [spelled(str(name)) for name in np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))]
-        if len(classes) != probs.shape[1]:
-            raise InputError(f"classes must name the {probs.shape[1]} columns of {given[0]}, got {len(classes)} names")
+        named = np.atleast_1d(arrays.get("classes", np.arange(probs.shape[1])))
+        if named.shape != probs.shape[1:]:
+            raise InputError(
+                f"classes must name the {probs.shape[1]} columns of {given[0]}, got shape {list(named.shape)}"
+            )
+        classes = [spelled(str(name)) for name in named]
         check_names(classes)
         if positive is None and "positive" in arrays:
             positive = str(arrays["positive"])

@@ -81,7 +81,9 @@ def read_table(
     first = re.match(r'"?sep=(.)"?(\r\n|\r|\n)', text, re.IGNORECASE)  # how Excel is told
     skipped, text = (0, text) if first is None else (1, text[first.end() :])
     delimiter = _delimiter(text, {*names, *(columns or {}).values()}) if first is None else first[1]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    # A fourth of what StringIO takes.
+    opened = io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogatepass")), "utf-8", "surrogatepass", newline="")
+    reader = csv.reader(opened, delimiter=delimiter, strict=True, skipinitialspace=True)
     cells: list[list[str]] = []
     lines: list[int] = []
     short = False
