@@ -462,7 +462,7 @@ def cascade(tmp_path: Path) -> Cascade:
     (folder / "bundle.json").write_text("{}")
     spec = PreprocessSpec(height=4, width=4)
     manifest: Any = type("M", (), {"classes": classes, "positive": "roadwork", "preprocessing": spec})
-    return Cascade(Bundle(folder, manifest, policy, None), Stages())  # type: ignore[arg-type]
+    return Cascade(Bundle(folder, manifest, policy, None, raw=b"{}"), Stages())  # type: ignore[arg-type]
 
 
 def photos(folder: Path, levels: list[int]) -> list[Path]:
@@ -975,8 +975,8 @@ def one_task(event: str, choices: str = '"none"', more: str = "") -> str:
 @pytest.mark.parametrize(
     ("content", "needle"),
     [
-        ("{", "readable JSON"),
-        ("[" * 100_000, "readable JSON"),
+        ("{", "must be JSON"),
+        ("[" * 100_000, "must be JSON"),
         ('{"a": 1}', "list of tasks, got dict"),
         ("[1]", r"task 0 must have data\.event_id"),
         ('[{"data": {"image": "x"}}]', r"task 0 must have data\.event_id"),

@@ -78,12 +78,14 @@ class Heads(nn.Module):
     features [N, F] of their stage to logits [N, K].
     """
 
-    def __init__(self, features_a: int, features_b: int, classes: int, auxiliary_hidden: int, dropout: float) -> None:
+    def __init__(
+        self, features_a: int, classes: int, auxiliary_hidden: int, dropout: float, features_b: int | None = None
+    ) -> None:
         super().__init__()
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features_a, classes))
         self.gate = Gate(features_a)
         self.auxiliary = nn.Sequential(
-            nn.Linear(features_b, auxiliary_hidden),
+            nn.Linear(features_b or features_a, auxiliary_hidden),
             nn.GELU(),
             nn.Dropout(dropout),
             nn.Linear(auxiliary_hidden, classes),
@@ -109,12 +111,9 @@ class Stage1Model(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.heads = Heads(
-                2 * width,
+                2 * width, len(architecture.classes), architecture.auxiliary_hidden, architecture.dropout,
                 2 * backbone.hidden_size,
-                len(architecture.classes),
-                architecture.auxiliary_hidden,
-                architecture.dropout,
-            )
+            )  # fmt: skip
 
     def to_tap(self, pixels: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Features at the tap [N, 2D], what Stage B goes on from, and the blocks' shared context."""

@@ -16,7 +16,7 @@ from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.protocols import challenge, draw_level, levels
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import write_csv
+from stage1_pro.files import sha256_bytes, write_csv
 from stage1_pro.metrics.answers import MEASURE_COLUMNS, Measure, Stage
 from stage1_pro.metrics.intervals import compare
 from stage1_pro.metrics.measured import Metric
@@ -115,7 +115,7 @@ def evaluate_protocol(
                 photo = challenge(read_image(shot), protocol, level, seed=photo_seed, row=number)
                 digest.update(photo)
                 (Path(folder) / f"{number}.jpg").write_bytes(photo)
-                changed.append(row.model_copy(update={"file": f"{number}.jpg"}))
+                changed.append(row.model_copy(update={"file": f"{number}.jpg", "sha256": sha256_bytes(photo)}))
             there = splits.model_copy(update={"root": folder, "rows": changed})
             found[f"L{level}"] = infer(model, there, "val_test", workers=workers)
     if len(asked) > 1:
