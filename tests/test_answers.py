@@ -183,6 +183,21 @@ def command(tiny: Path, photos: Path, out: Path, *more: str) -> list[str]:
             "--threads", "1", "--batch-size", "4", "--out", str(out), *more]  # fmt: skip
 
 
+def test_the_same_names_elsewhere_are_other_photos(
+    cascade: Cascade, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["plain.png", "x1.png", "x2.png", "日本.png"]
+    for folder in ("a", "b"):
+        shutil.copytree(photos, tmp_path / folder)
+        (tmp_path / folder / "list.csv").write_text("file\n" + "".join(f"{name}\n" for name in names))
+    out = tmp_path / "out.csv"
+    ended(cascade, tmp_path / "a" / "list.csv", out, 1, monkeypatch)
+    with pytest.raises(InputError, match="other photos"):
+        predict(cascade, [tmp_path / "b" / "list.csv"], out=out, batch_size=2, resume=True)
+    predict(cascade, [tmp_path / "a" / "list.csv"], out=out, batch_size=2, resume=True)
+    assert len(out.read_text().splitlines()) == len(names) + 1
+
+
 def test_resume_needs_a_file(tiny: Path, photos: Path) -> None:
     done = subprocess.run(
         [*command(tiny, photos, Path("x"))[:-2], "--resume"], capture_output=True, text=True, check=False

@@ -388,7 +388,7 @@ def test_candidates_come_from_the_fit_half_alone() -> None:
     assert not np.isin(order, scores).any()
     wide = order_candidates(scores[:20], [Risk("e", 0.1, errors[:20])], n_certify=20, min_coverage=0.9)
     assert wide.size == 1
-    with pytest.raises(InputError, match="scores of the fit half .*NaN"):
+    with pytest.raises(InputError, match="scores of the rows that fix the order .*NaN"):
         order_candidates([np.nan], [Risk("e", 0.1, np.array([False]))], n_certify=3)
 
 

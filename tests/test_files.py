@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -382,7 +383,23 @@ def test_a_folder_that_is_replaced_is_kept_once(tmp_path: Path, monkeypatch: pyt
             write("4")
     assert not folder.exists()
     recover_directory(folder)
-    assert (folder / "x").read_text() == "3" and not before.exists()
+    assert ((folder / "x").read_text(), (before / "x").read_text()) == ("3", "2")
     write("5")
     assert ((folder / "x").read_text(), (before / "x").read_text()) == ("5", "3")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.before"]
+
+
+def test_a_folder_of_ones_own_is_never_taken_for_a_backup(tmp_path: Path) -> None:
+    folder, own = tmp_path / "b", tmp_path / "b.before"
+    own.mkdir()
+    (own / "diary").write_text("mine")
+    recover_directory(folder)
+    assert not folder.exists()
+    for keep in (False, True):
+        with atomic_directory(folder) as staging:
+            (staging / "x").write_text("1")
+        refused = pytest.raises(InputError, match="move it away") if keep else contextlib.nullcontext()
+        with refused, atomic_directory(folder, keep=keep) as staging:
+            (staging / "x").write_text("2")
+        assert (own / "diary").read_text() == "mine"
+        assert (folder / "x").read_text() == ("1" if keep else "2")

@@ -308,7 +308,7 @@ def test_a_look_sees_what_reading_everything_gives(past: Past, store_url: str) -
         if other is not past.store:
             other.close()
     check(past, past.now + 100, past.store)
-    assert most > 8, "few labels reached the evidence; this history tests nothing"
+    assert most > 5, "few labels reached the evidence; this history tests nothing"
 
 
 @pytest.mark.parametrize("past", [9], indirect=True)

@@ -19,6 +19,7 @@ from faults import Faults, faults, leftovers
 pytest.importorskip("torch")
 
 from stage1_pro.continual.serving.events import EventLog
+from stage1_pro.data.splits import Splits
 from stage1_pro.files import sha256_file
 from stage1_pro.training.epochs import TIMINGS
 
@@ -51,7 +52,7 @@ LIFE = {
     "more epochs": Command("train --run {w}/run --resume --set train.epochs=2", 9, 4),
     # A choice that is made again is another look at these rows.
     "calibrate": Command("calibrate --run {w}/run --guarantee none --target-fnr .9", 2, loose=("run/claims.json",)),
-    "evaluate": Command("evaluate --run {w}/run --replicates 20", 9),
+    "evaluate": Command("evaluate --run {w}/run --replicates 20", 13),
     "export": Command("export --run {w}/run", 23, 10),
     "infer": Command(
         "infer --run {w}/run --split val_test --out {w}/infer.csv", 2, 0, ("infer.csv.partial.json", "--resume")
@@ -60,7 +61,7 @@ LIFE = {
         "predict --bundle {w}/run/bundle {p} --threads 1 --batch-size 8 --out {w}/predict.csv --log {w}/log", 7, 0,
         ("predict.csv.partial.json", "--resume"), ("log",),
     ),
-    "metrics": Command("metrics {w}/infer.npz --replicates 20 --out {w}/metrics"),
+    "metrics": Command("metrics {w}/infer.npz --replicates 20 --out {w}/metrics", 4),
     "keys": Command("keys new {w}/key", loose=("key", "key.pub")),
     "sign": Command("sign {w}/run/bundle --key {w}/key"),
     "train anew": Command(f"train --run {{w}}/run --overwrite --set train.epochs=1 {TRAIN}", 17, 3),
@@ -123,6 +124,9 @@ def contents(work: Path, loose: tuple[str, ...]) -> dict[str, str | list[dict[st
         if path.name == "metrics.csv":
             rows = csv.DictReader(io.StringIO(path.read_text()))
             found[name] = [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+        elif path.name == "splits.json" and path.parent.name != "bundle":
+            # The way from the run to the photos is another in every folder of a test.
+            found[name] = Splits.read(path).fingerprint()
         else:
             found[name] = sha256_file(path)
     return found

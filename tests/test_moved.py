@@ -61,6 +61,17 @@ def test_where_photos_lie_is_said_once(project: Path, capsys: pytest.CaptureFixt
         assert answers(run) == before
     splits = Splits.read(run / "splits.json").verify()
     assert splits.hashes == Splits.parse(old["splits.json"].decode(), "old").hashes
+    # What is refused for another reason changes nothing either.
+    (run / "splits.json").write_bytes(old["splits.json"])
+    before_refusals = everything(run)
+    for command in (
+        ["export"],
+        ["evaluate", "--beside", str(project / "nowhere")],
+        ["infer", "--split", "val_test", "--resume"],
+    ):
+        assert main([command[0], "--run", str(run), "--images", str(there), *command[1:]]) in (2, 4), command
+        assert everything(run) == before_refusals, command
+    assert main(["infer", "--run", str(run), "--images", str(there), "--split", "val_test"]) == 0
     # One photo is lost: nothing is changed.
     lost = next(there.rglob("*.png"))
     lost.rename(project / "lost.png")

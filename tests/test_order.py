@@ -13,7 +13,7 @@ import pytest
 from scipy.special import expit, logit
 from test_certify import BINARY, files_of, make_run
 
-from stage1_pro.commands.calibrate import calibrate
+from stage1_pro.commands.calibrate import Calibrate, calibrate
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
@@ -21,6 +21,7 @@ from stage1_pro.policies.claims import Claims
 from stage1_pro.policies.gate import GateParams
 from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.target import Gate
+from stage1_pro.training.calibration import calibrate as calibrate_run
 
 WISHES: list[dict[str, Any]] = [
     {"policy": "gate", "max_exit_error": 0.03},
@@ -103,12 +104,49 @@ def test_a_val_select_of_something_else_is_refused(tmp_path: Path) -> None:
         replace(select, model_fingerprint="o" * 64),
         replace(select, row_ids=select.row_ids[::-1].copy()),
         replace(select, classes=["a", "b"], positive="b"),
+        replace(select, preprocessing_fingerprint="o" * 64),
+        replace(select, split_hash="other"),
     ):
         changed.save(tmp_path / "val_select.npz")
         before = files_of(tmp_path)
         with pytest.raises(ArtifactError, match=r"val_select\.npz must be of the model and splits"):
             calibrate(tmp_path, **WISHES[0])
         assert files_of(tmp_path) == before
+
+
+def test_another_order_is_another_claim(tmp_path: Path) -> None:
+    """The best of many orders would be certified falsely more often than promised."""
+    splits, _, select = run_of(tmp_path)
+    policy = calibrate(tmp_path, **WISHES[0])
+    replace(select, gate_logits=select.gate_logits + 0.5).save(tmp_path / "val_select.npz")
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match="must serve one claim"):
+        calibrate(tmp_path, **WISHES[0])
+    assert files_of(tmp_path) == before
+    (tmp_path / "val_select.npz").unlink()
+    with pytest.raises(ArtifactError, match="as it was when val_calib was claimed"):
+        calibrate(tmp_path, **WISHES[0])
+    select.save(tmp_path / "val_select.npz")
+    assert calibrate(tmp_path, **WISHES[0]) == policy
+    assert [len(one.uses) for one in Claims.of(tmp_path).halves.values()] == [1]
+    assert splits.hashes["val_calib"] in Claims.of(tmp_path).halves
+
+
+def test_a_look_saw_all_of_val_calib(tmp_path: Path) -> None:
+    splits, calib, _ = run_of(tmp_path)
+    calibrate(tmp_path, policy="gate", guarantee="none", max_exit_error=0.05)
+    claims = Claims.of(tmp_path)
+    assert claims.looks == {splits.hashes["val_calib"]: 1}
+    assert len(claims.rows[splits.hashes["val_calib"]]) == calib.labels.size
+    policy = calibrate(tmp_path, **WISHES[0])
+    assert any("saw" in one or "look" in one for one in policy.certificate.assumptions)
+
+
+def test_halves_can_be_asked_for(tmp_path: Path) -> None:
+    splits, _, _ = run_of(tmp_path)
+    policy = calibrate_run(Calibrate(run=tmp_path), Gate(max_exit_error=0.03), halve=True)
+    assert policy.n_certified == len(splits.of("val_calib", "certify"))
+    assert list(Claims.of(tmp_path).halves) == [splits.hashes["val_calib.certify"]]
 
 
 def test_a_run_that_claimed_its_half_can_repeat_that_claim(tmp_path: Path) -> None:
@@ -121,7 +159,7 @@ def test_a_run_that_claimed_its_half_can_repeat_that_claim(tmp_path: Path) -> No
     assert list(Claims.of(tmp_path).halves) == [splits.hashes["val_calib.certify"]]
 
 
-# P(wrong | score) of ten laws, score uniform in (0, 1); what the last two add is said below.
+# P(wrong | score) of ten laws, score uniform in (0, 1).
 LAWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "steep": lambda u: 0.5 * (1 - u) ** 6,
     "flat": lambda u: np.full_like(u, 0.018),
@@ -157,7 +195,7 @@ def test_certificates_are_true_as_often_as_promised(lucky: float, capsys: pytest
     for law, chance in LAWS.items():
         draws, deployed, false = 150, 0, 0
         for seed in range(draws):
-            rng = np.random.default_rng([seed, len(law)])
+            rng = np.random.default_rng([seed, list(LAWS).index(law)])
             parts = [draw(law, 400, rng, lucky=lucky), draw(law, 900, rng)]
             score, wrong, member = (np.concatenate(one) for one in zip(*parts, strict=True))
             member = member + np.repeat([0, 10_000], [len(parts[0][0]), len(parts[1][0])])

@@ -413,7 +413,10 @@ def policy(guarantee="ltt", target=0.05, model="m", seed=0, **options):
     return fit_softmax_policy(
         np.stack([1 - p, p], 1), labels, classes=list(CLASSES), positive="roadwork", target_fnr=target,
         guarantee=guarantee, halves=halves, model_fingerprint=model,
-        split_hashes={"val_calib.certify": f"half {options.pop('half', seed)}"}, **options,
+        split_hashes={
+            "val_calib": f"all {options.pop('whole', seed)}", "val_calib.certify": f"half {options.pop('half', seed)}",
+        },
+        **options,
     )  # fmt: skip
 
 
@@ -430,6 +433,7 @@ def test_a_certificate_of_its_own_at_the_same_limits():
         (policy(model="new", target=0.08, seed=1), "new", "FNR on exits of 'roadwork' at most 0.08"),
         (policy(model="new", delta=0.1, seed=1), "new", "delta"),
         (policy(model="new", seed=1, half=0), "new", "served their one claim"),
+        (policy(model="new", seed=1, whole=0), "new", "served their one claim"),
     ]:
         found = check_certificate(old, candidate, fingerprint)
         assert not found.passed

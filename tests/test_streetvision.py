@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,6 @@ def test_where_it_would_not_answer_it_answers_or_says_minus_one(bundle: Path, ph
 
 
 def test_a_policy_that_accepts_nothing_abstains(bundle: Path, photo: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
 
     decide = Cascade.decide
 
@@ -845,8 +845,10 @@ def tune(**options: Any) -> MinerTuning:
     return tuning.tune(Tune.of(**options))
 
 
-def make_tunable(folder: Path, n: int, strength: float, seed: int = 0, bias: float = 0.0) -> Path:
-    """A calibrated run of which the tuner needs no photo: splits, policy, and outputs on val_calib."""
+def make_tunable(
+    folder: Path, n: int, strength: float, seed: int = 0, bias: float = 0.0, *, select: bool = False
+) -> Path:
+    """A calibrated run of which the tuner needs no photo: splits, policy, outputs on val_calib, and on val_select."""
     rng = np.random.default_rng(seed)
     labels = (rng.random(n) < 0.8).astype(np.int64)
     logit_ = 2 * strength * (strength * (2 * labels - 1) + rng.standard_normal(n)) + np.log(4) + bias
@@ -860,6 +862,13 @@ def make_tunable(folder: Path, n: int, strength: float, seed: int = 0, bias: flo
     )  # fmt: skip
     folder.mkdir()
     predictions.save(folder / "val_calib.npz")
+    if select:
+        chosen = replace(
+            predictions, row_ids=np.array([f"s{i}" for i in range(n)]),
+            groups=np.array([f"s{i // 2}" for i in range(n)]), halves=np.array([""] * n), split="val_select",
+            split_hash="x",
+        )  # fmt: skip
+        chosen.save(folder / "val_select.npz")
     names = ("train", "val_select", "val_calib", "val_test")
     Splits(
         root=str(folder), classes=predictions.classes, positive="roadwork", seed=0,
@@ -867,8 +876,9 @@ def make_tunable(folder: Path, n: int, strength: float, seed: int = 0, bias: flo
         counts={s: {"none": 20, "roadwork": 80} for s in names}, groups=dict.fromkeys(names, 50),
         hashes={**dict.fromkeys(names, "x"), "val_calib": "c"},
         rows=[
-            Row(id=f"r{i}", file=f"{i}.jpg", label="none", group=groups[i], split="val_calib", sha256="0")
-            for i in range(n)
+            Row(id=f"{kind}{i}", file=f"{kind}{i}.jpg", label="none", group=group, split=split, sha256=f"{kind}{i}")
+            for kind, split in (("r", "val_calib"), ("s", "val_select"))
+            for i, group in enumerate(groups if kind == "r" else [f"s{i // 2}" for i in range(n)])
         ],
         merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0, largest_groups=[]),
     ).write(folder / "splits.json")  # fmt: skip
@@ -877,6 +887,15 @@ def make_tunable(folder: Path, n: int, strength: float, seed: int = 0, bias: flo
         split_hashes={"val_calib": "c"}, model_fingerprint="m" * 64, preprocessing_fingerprint="p" * 64,
     ).write(folder / "thresholds.json")  # fmt: skip
     return folder
+
+
+def test_tuning_reads_val_select_where_a_run_has_it(tmp_path: Path) -> None:
+    run = make_tunable(tmp_path / "run", 4000, 1.113, select=True)
+    record = tune(run=run, n_replicates=20)
+    assert (record.rows, record.n_rows) == ("val_select", 4000)
+    assert yaml.safe_load(yaml_of(record))["bundle"] == str((run / "bundle").resolve())
+    old = record.model_copy(update={"rows": "val_calib.fit"})
+    assert yaml_of(old) == yaml_of(record)
 
 
 def test_tuning_finds_the_band_and_prints_a_yaml_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,10 @@ def atomic_directory(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_directory(path)
     sweep(path.parent, path.name)
+    before = path.with_name(f"{path.name}.before")
+    keep = keep and path.is_dir() and any(path.iterdir())
+    if keep and before.exists() and {*os.listdir(before)}.isdisjoint(os.listdir(path)):  # noqa: PTH208
+        raise InputError(f"{before} must be free for what lies in {path}, got something else there; move it away")
     staging, mark = _marked(lambda: Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent)))
     try:
         yield staging
@@ -96,16 +100,14 @@ def atomic_directory(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
         permit(staging, 0o777)
-        before = path.with_name(f"{path.name}.before")
-        if keep and path.exists() and any(path.iterdir()):
-            say(f"what lay in {path} goes to {before}")
-            shutil.rmtree(before, ignore_errors=True)
-            path.replace(before)
-            staging.replace(path)
-        elif path.exists():
+        if path.exists():
             aside, kept = _marked(lambda: Path(tempfile.mkdtemp(".old", f".{path.name}.", path.parent)))
             path.replace(aside / path.name)
             staging.replace(path)
+            if keep:
+                say(f"what lay in {path} goes to {before}{', in place of what lay there' * before.exists()}")
+                shutil.rmtree(before, ignore_errors=True)
+                (aside / path.name).replace(before)
             shutil.rmtree(aside)
             os.close(kept)
         else:
@@ -206,9 +208,6 @@ def recover_directory(path: Path) -> None:
     """Put back a folder that a writer killed between its two renames had moved aside."""
     if path.exists():
         return
-    before = path.with_name(f"{path.name}.before")
-    if before.is_dir():
-        before.replace(path)
     for aside in _left(path.parent, path.name, ".old"):
         if (aside / path.name).is_dir():
             (aside / path.name).replace(path)

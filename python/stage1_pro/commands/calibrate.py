@@ -114,14 +114,14 @@ Calibrate: type[Calibration] = create_model(
 def calibrate(run: Path | str | None = None, *, target: Target | None = None, **options: Any) -> Policy:
     """Choose when Stage A may answer, and write the policy file.
 
-    With ``run`` it reads ``RUN/val_calib.npz`` alone and writes ``thresholds.json``, ``gateparams.json`` or
-    ``scrcparams.json``, the run's only policy file from then on. With ``logits`` it writes to ``out`` when that is
-    given. What is left out is taken from the run's configuration, or the defaults of ``config.CalibrateConfig``;
-    ``target`` says all of it at once.
+    With ``run`` it reads ``RUN/val_calib.npz`` and ``RUN/val_select.npz``, and writes ``thresholds.json``,
+    ``gateparams.json`` or ``scrcparams.json``, the run's only policy file from then on. With ``logits`` it writes
+    to ``out`` when that is given. What is left out is taken from the run's configuration, or the defaults of
+    ``config.CalibrateConfig``; ``target`` says all of it at once.
 
     Raises:
-        InputError: an option or array is not what it must be, or the half of val_calib kept for the certificate has
-            been used up.
+        InputError: an option or array is not what it must be, or the rows kept for the certificate have been
+            used up.
         ArtifactError: ``val_calib.npz`` is missing, damaged, or of other splits.
         NotReachableError: the target cannot be met or certified.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from stage1_pro.command import Command, Count, Place, Result, option
@@ -15,12 +16,13 @@ class OfRun(Command):
     run: Path = option(..., "trained run folder")
     images: Place | None = option(None, "where the run's photos lie now, if they moved; the run remembers it")
 
-    def settle(self) -> None:
-        """Have the run look there for its photos."""
-        if self.images is not None:
-            from stage1_pro.training.run import settle
+    def settled(self) -> AbstractContextManager[None]:
+        """Have the run look there for its photos, unless what is done then is refused."""
+        if self.images is None:
+            return nullcontext()
+        from stage1_pro.training.run import settled
 
-            settle(self.run, self.images)
+        return settled(self.run, self.images)
 
 
 class Evaluate(OfRun, topic="certificates"):
@@ -48,9 +50,10 @@ class Evaluate(OfRun, topic="certificates"):
             )
         if self.protocol is not None and self.beside:
             raise InputError("--beside must stand without --protocol, got both; costs do not depend on the photos")
-        self.settle()
-        if self.protocol is not None:
-            return self._changed(self.protocol)
+        with self.settled():
+            return self._evaluated() if self.protocol is None else self._changed(self.protocol)
+
+    def _evaluated(self) -> Result:
         from stage1_pro.training.evaluation import evaluate, render
 
         found = evaluate(self.run, n_replicates=self.n_replicates, seed=self.seed, beside=self.beside)

@@ -46,8 +46,8 @@ class Export(OfRun, Engines, topic="engines"):
         """Print where the bundle is."""
         from stage1_pro.deploy.exporting import export
 
-        self.settle()
-        bundle = export(**self.model_dump(exclude={"images"}))
+        with self.settled():
+            bundle = export(**self.model_dump(exclude={"images"}))
         return self._told(bundle, f"stage1 predict --bundle {bundle} IMAGES")
 
 

@@ -102,7 +102,9 @@ class Infer(OfRun, Answering, topic="engines"):
         given = gather(self.inputs, self.columns) if self.inputs and self.split is None else None
         if self.images is not None and self.split is None:
             raise InputError("--images must stand beside --split, got no split; photos to answer for need no flag")
-        self.settle()
+        if self.columns is not None and given is None:
+            raise InputError("--columns must stand beside a CSV of photos, got --split; a run's rows are its own")
         asked = self.inputs if given is None else given
-        rows, failures = infer(self.run, asked, split=self.split, **self._written())
+        with self.settled():
+            rows, failures = infer(self.run, asked, split=self.split, **self._written())
         return self._told(self.run, rows, failures, Found([], [] if given is None else given.passed))

@@ -55,12 +55,12 @@ class Train(OfRun, Configured, topic="train"):
         from stage1_pro.training.run import check_run
 
         check_run(self.run, config, **flags)
-        self.settle()
         from stage1_pro.data.splits import Splits
         from stage1_pro.policies.standing import in_reach
         from stage1_pro.training.loop import train
 
-        result = train(self.run, config, **flags)
+        with self.settled():
+            result = train(self.run, config, **flags)
         best = result.best
         text = (
             f"trained {result.epochs} epochs in {result.seconds:.0f} s; best epoch {result.best_epoch + 1}: "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import io
 import os
 import posixpath
@@ -27,6 +28,7 @@ from stage1_pro.registry import Registry
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://.+", re.DOTALL)
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 
+_OTHER, _LARGEST = "its content is not the one that was split", 2**30
 MOVED = "say where they lie now by --images of evaluate, infer, export or train"
 
 # fmt: off
@@ -131,19 +133,35 @@ class Photo:
     def open(self) -> BinaryIO:
         """The file, to be read from its start and closed; raises OSError."""
         opening: Callable[[str], BinaryIO] | None = getattr(self.photos, "open", None)
-        return io.BytesIO(self.read()) if opening is None or self.sha256 else opening(self.key)
+        if opening is None:
+            return io.BytesIO(self.read())
+        file = opening(self.key)
+        if self.sha256 and digest(file) != self.sha256:
+            file.close()
+            raise OSError(errno.EIO, _OTHER, str(self))
+        return file
 
     def read(self) -> bytes:
         """The file's bytes; raises OSError."""
         try:
             content = self.photos.read(self.key)
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception as error:  # a source from outside may raise anything
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(self)) from error
         if self.sha256 and sha256_bytes(content) != self.sha256:
-            raise OSError(errno.EIO, "its content is not the one that was split", str(self))
+            raise OSError(errno.EIO, _OTHER, str(self))
         return content
+
+
+def digest(file: BinaryIO) -> str:
+    """Hex sha256 of an open file from its start, read in pieces and left there; raises OSError beyond a GiB."""
+    if file.seek(0, os.SEEK_END) > _LARGEST:
+        raise OSError(errno.EFBIG, "larger than any photo")
+    file.seek(0)
+    found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # BytesIO has a stub of its own
+    file.seek(0)
+    return found
 
 
 ImageFile = Path | str | Photo

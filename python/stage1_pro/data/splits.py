@@ -22,7 +22,7 @@ from stage1_pro.arguments import check_share
 from stage1_pro.data.duplicates import Merging, join_groups, read_pictures
 from stage1_pro.data.images import Quarantined
 from stage1_pro.data.labels import Labelled, check_contents, classes_of, positive_of, read_labels
-from stage1_pro.data.photos import MOVED, Photo, Photos, is_address, is_source, look, open_photos
+from stage1_pro.data.photos import MOVED, Photo, Photos, digest, is_address, is_source, look, open_photos
 from stage1_pro.errors import ArtifactError, InputError, nearest, printable
 from stage1_pro.files import sha256_bytes
 from stage1_pro.progress import track
@@ -104,11 +104,15 @@ class Splits(Record):
             raise InputError(f"--images must be a folder or a tar, got {images}")
         photos = open_photos(images if is_address(images) else Path(images).resolve())
         files: dict[str, list[str]] = defaultdict(list)
-        named = {row.file for row in self.rows}
+        named, missing = {row.file for row in self.rows}, {row.sha256 for row in self.rows}
         keys = sorted(look(photos).keys, key=lambda key: key not in named)
         for key in track(keys, "looking for the run's photos"):
-            with contextlib.suppress(OSError):
-                files[sha256_bytes(Photo(photos, key).read())].append(key)
+            if not missing and key not in named:
+                break
+            with contextlib.suppress(OSError), Photo(photos, key).open() as file:
+                found = digest(file)
+                files[found].append(key)
+                missing.discard(found)
         lost = [row.file for row in self.rows if row.sha256 not in files]
         if lost:
             raise InputError(

@@ -28,18 +28,18 @@ class Begun(Record):
 
     format_version: Literal[1] = 1
     answering: str = Field(description="sha256 of the bundle's manifest, or fingerprint of the run's policy")
-    photos: str = Field(description="sha256 of the names of all photos, in their order")
+    photos: str = Field(description="sha256 of names and places of all photos, in their order")
     n_photos: int
     options: dict[str, str] = Field(description="what else a row, or where it is logged, depends on")
     writer: str = Field(description="this work's name in the ids of the events it logs")
 
     @classmethod
     def of(cls, answering: str, names: Sequence[str], **options: object) -> Begun:
-        """Work that begins now."""
+        """Work that begins now, on photos by name and place, one after the other."""
         photos = sha256_bytes("\0".join(names).encode("utf-8", "surrogateescape"))
         kept = {name: str(value) for name, value in options.items()}
         return cls(
-            answering=answering, photos=photos, n_photos=len(names), options=kept, writer=uuid.uuid4().hex
+            answering=answering, photos=photos, n_photos=len(names) // 2, options=kept, writer=uuid.uuid4().hex
         )  # fmt: skip
 
     def differences(self, other: Begun) -> list[str]:

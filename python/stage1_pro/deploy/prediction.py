@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.labels import Gathered, gather
-from stage1_pro.data.photos import Found, ImageFile
+from stage1_pro.data.photos import Found, ImageFile, is_address
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.answers import COLUMNS, Answers, Begun, Filed, Row, coming
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
@@ -183,7 +184,10 @@ class _Work:
         return [name for name, _ in self.files]
 
     def begun(self, cascade: Cascade, **options: object) -> Begun:
-        return Begun.of(identity(cascade.bundle), self.names, batch_size=self.batch_size, **options)
+        # Names may be relative: the same ones elsewhere are other photos.
+        places = [str(one) if is_address(str(one)) else os.path.abspath(str(one)) for _, one in self.files]  # noqa: PTH100
+        named = [part for pair in zip(self.names, places, strict=True) for part in pair]
+        return Begun.of(identity(cascade.bundle), named, batch_size=self.batch_size, **options)
 
     def answer(self, begun: Begun, answering: Callable[[Answers | None], Answering]) -> tuple[Sequence[Row], int]:
         """Rows for all photos, and how many have an error; ``answering`` is told what is answered already."""

@@ -58,7 +58,7 @@ class Claims(Record):
 
     format_version: Literal[1] = 1
     halves: dict[str, HalfClaims] = Field({})
-    looks: dict[str, int] = Field({}, description="empirical choices that saw a certify half, which promise nothing")
+    looks: dict[str, int] = Field({}, description="empirical choices that saw rows that certify, which promise nothing")
     rows: dict[str, list[str]] = Field(
         {},
         description="photos of each half that was used, in the order of first use, by the first digits of their "
@@ -139,16 +139,17 @@ def weigh_claim(
     delta: float | None,
     claims: int | None,
     defaults: tuple[float, int],
+    order: str = "",
 ) -> tuple[Stake, Claims]:
     """Say which claim this would be, and what ``RUN/claims.json`` would then hold; nothing is written.
 
-    The very same claim (model, preprocessing, policy and wish on the same half) is no new use. The first claim on any
-    cut of these photos fixes delta and the number of claims it is divided by; of cuts that were declared apart and
-    share photos the least delta and the most claims hold.
+    The very same claim (model, preprocessing, policy, wish and order on the same rows) is no new use. The first
+    claim on any cut of these photos fixes delta and the number of claims it is divided by; of cuts that were
+    declared apart and share photos the least delta and the most claims hold.
 
     Args:
         run: run folder.
-        half: hash of the certify half.
+        half: hash of the rows that certify.
         rows: content hash of each of its photos.
         groups: name of the group of each.
         policy: what will be certified.
@@ -158,6 +159,7 @@ def weigh_claim(
         delta: largest chance of a false certificate, all claims together; as declared before when None.
         claims: how many claims to divide it for; as declared before when None.
         defaults: delta and claims of a first claim that names neither.
+        order: hash of the rows of another split that fix the order of thresholds; another order is another claim.
 
     Raises:
         InputError: all declared claims have been made, or delta or their number differ from what was declared.
@@ -179,7 +181,9 @@ def weigh_claim(
                 f"--{name} must be {before:g}, as declared at the first claim on these photos, got {given:g}; dividing "
                 "delta after looking would promise nothing"
             )
-    key = sha256_bytes(f"{model_fingerprint}\n{preprocessing_fingerprint}\n{policy}\n{wish}".encode())
+    key = sha256_bytes(
+        "\n".join(filter(None, (model_fingerprint, preprocessing_fingerprint, policy, wish, order))).encode()
+    )
     level, n_made = strictest.delta / strictest.claims, sum(len(one.uses) for one in kin)
     left = (strictest.delta * _ROUNDING - sum(one.spent for one in kin)) // level
     place = next((i for i, use in enumerate(own.uses) if use.key == key), None)
@@ -198,7 +202,7 @@ def weigh_claim(
 
 
 def note_look(run: Path, half: str, rows: Iterable[str], groups: Iterable[str] = ()) -> None:
-    """Count that an empirical choice, which promises nothing, saw a certify half; a later certificate says so."""
+    """Count that an empirical choice, which promises nothing, saw rows that certify; a later certificate says so."""
     known = Claims.of(run).seen(half, rows, groups)
     looks = {**known.looks, half: known.looks.get(half, 0) + 1}
     known.model_copy(update={"looks": looks}).write(run / CLAIMS_FILE)

@@ -152,7 +152,7 @@ def _certified(
     return certify_halves(
         score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
         delta=target.delta / target.claims, groups=rows.given_groups(), lowest=lowest, smallest=smallest, grid=grid,
-        largest_group=target.largest, rows_independent=rows.independent,
+        largest_group=target.largest, rows_independent=rows.independent, alike=rows.halved,
         min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
     )  # fmt: skip
 

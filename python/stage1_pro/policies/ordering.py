@@ -87,7 +87,7 @@ class _Expected:
         weights, order = group_weights(groups, everyone), ranked(values)
         if order.size == 0:
             raise InputError(
-                "scores of the fit half must have at least one that is not NaN, got none; calibrate on more rows"
+                "scores of the rows that fix the order must have one that is not NaN, got none; calibrate on more rows"
             )
         last, self.thresholds = gaps(values[order], lowest, grid)
         n_fit = weights.sum()
@@ -137,6 +137,7 @@ def certify_halves(
     grid: Grid | None = None,
     largest_group: int | None = None,
     rows_independent: bool = False,
+    alike: bool = True,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
 
@@ -153,6 +154,7 @@ def certify_halves(
         grid: dtype that scores came in; that of ``scores`` by default.
         largest_group: promise shares of photos, in groups of at most so many; None: of groups.
         rows_independent: the caller states that rows are independent, where there are no groups.
+        alike: both halves say how good answers are; False: the fit half chose the model.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
@@ -204,8 +206,9 @@ def certify_halves(
     if found.feasible:
         return found
     if not photos:
-        # Both halves say how good answers are, and the walk of more units would start elsewhere.
-        plan = partial(units_needed, values, risks, units, delta=delta, min_coverage=min_coverage, start="halves")
+        # The walk of more units would start elsewhere.
+        seen = (values, risks, units) if alike else (rest, certain, others)
+        plan = partial(units_needed, *seen, delta=delta, min_coverage=min_coverage, start="halves")
         found = replace(found, plan=plan)
     if not smallest:
         return found

@@ -575,8 +575,9 @@ def _statement(found: FittedSCRC, cells: list[Cell]) -> str:
         f"{cell.errors} of {cell.trials}" + ("" if len(cells) == 1 else f" ({found.scrc.groups} {cell.name})")
         for cell in cells
     )
+    of = "calibrated" if found.scrc.variant == "naive" else "kept for the certificate, which fitted nothing else"
     counted = (
-        f"Of {found.n} {found.unit} kept for the certificate, which fitted nothing else, {found.accepted} are accepted "
+        f"Of {found.n} {found.unit} {of}, {found.accepted} are accepted "
         f"and of the sets that count {missed} miss at the limit."
     )
     if found.scrc.variant == "naive":

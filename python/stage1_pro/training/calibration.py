@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from stage1_pro.commands.calibrate import Calibration
 
 
-def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
+def calibrate(asked: Calibration, target: Target | None = None, *, halve: bool = False) -> Policy:
     """Choose when Stage A may answer, and write the policy file, as ``commands.calibrate`` says.
 
     With ``logits``, a file of one column means the logit of the second of two classes, and ``half`` [N] (``fit`` or
@@ -49,6 +49,8 @@ def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
         asked: options; for policy ``auto`` ``gate.json`` says whether softmax or gate ranked answers better on
             ``val_select``.
         target: what is asked for, instead of the options of a policy and of the configuration.
+        halve: let the first half of a run's ``val_calib`` fix the order of thresholds, where its ``val_select`` is of
+            other photos than are served now.
 
     Raises:
         InputError: an option or array is not what it must be, or the rows kept for the certificate have been used up.
@@ -65,7 +67,7 @@ def calibrate(asked: Calibration, target: Target | None = None) -> Policy:
             raise InputError("columns must go with --logits, got it with --run; a run's rows are its own")
         if asked.rows_independent:
             raise InputError("rows_independent must go with --logits, got it with --run; a run's splits have groups")
-        work = _prepare(asked.run, given, target)
+        work = _prepare(asked.run, given, target, halve=halve)
         # One lock from the stake to the policy: two calibrations at once would lose a claim.
         with exclusive(asked.run):
             return _choose(work)
@@ -194,10 +196,11 @@ class _Work:
             model_fingerprint=self.origin.model_fingerprint or "",
             preprocessing_fingerprint=self.origin.preprocessing_fingerprint or "", delta=delta, claims=claims,
             defaults=(self.wish.delta, self.wish.claims),
+            order="" if self.rows.halved else sha256_file(self.run / "val_select.npz"),
         )  # fmt: skip
 
 
-def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
+def _prepare(run: Path, given: dict[str, Any], wish: Target | None, *, halve: bool = False) -> _Work:
     predictions = read_calibration(run)
     path = run / "config.json"
     splits = Splits.read(run / "splits.json")
@@ -209,7 +212,8 @@ def _prepare(run: Path, given: dict[str, Any], wish: Target | None) -> _Work:
     else:
         given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
-    rows = run_rows(predictions, read_order(run, predictions, splits) if wish.guarantee == "ltt" else None)
+    certifies = wish.guarantee == "ltt" and not halve
+    rows = run_rows(predictions, read_order(run, predictions, splits) if certifies else None)
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
     work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin)
     if wish.guarantee == "ltt":
@@ -250,19 +254,21 @@ def read_order(run: Path, predictions: Predictions, splits: Splits) -> Predictio
     Raises:
         ArtifactError: it is damaged, of other splits, or of another model than ``predictions``.
     """
-    path = run / "val_select.npz"
-    if not path.is_file() or splits.hashes.get("val_calib.certify") in Claims.of(run).halves:
+    path, claimed = run / "val_select.npz", Claims.of(run).halves
+    if splits.hashes.get("val_calib.certify") in claimed:
+        return None
+    if not path.is_file():
+        if splits.hashes["val_calib"] in claimed:
+            raise ArtifactError(f"{path} must be there, as it was when val_calib was claimed; restore it from a copy")
         return None
     try:
         found = Predictions.load(path)
     except InputError as error:
         raise ArtifactError(str(error)) from None
     same_rows = found.row_ids.tolist() == [row.id for row in splits.of("val_select")]
-    if (
-        found.model_fingerprint != predictions.model_fingerprint
-        or found.classes != predictions.classes
-        or not same_rows
-    ):
+    same_rows &= (found.split, found.split_hash) == ("val_select", splits.hashes["val_select"])
+    of = ("model_fingerprint", "preprocessing_fingerprint", "classes")
+    if not same_rows or any(getattr(found, one) != getattr(predictions, one) for one in of):
         raise ArtifactError(f"{path} must be of the model and splits that gave val_calib.npz, got others; train again")
     splits.apart()
     return found
@@ -281,7 +287,8 @@ def _choose(work: _Work) -> Policy:
         # Written down before anybody looks.
         claims.write(counts)
     elif work.half:
-        note_look(run, work.half, *work.kept)
+        seen = work.splits.of("val_calib")
+        note_look(run, work.splits.hashes["val_calib"], [row.sha256 for row in seen], [row.group for row in seen])
     try:
         policy = POLICIES.find(wish.policy).fit(
             wish, work.rows, use=None if stake is None else stake.use, origin=work.origin

@@ -441,7 +441,7 @@ def _read_curve(run: Path, split_hash: str) -> tuple[str, tuple[NDArray[np.float
     if other.split_hash != split_hash:
         raise ArtifactError(
             f"{run} must be of the same val_test rows, got others; cut the same splits (stage1 split with the same "
-            "--seed) and train with another model.tap. Such runs share one certify half: certify one of them, or "
+            "--seed) and train with another model.tap. Such runs share one val_calib: certify one of them, or "
             "divide delta over all (--claims)"
         )
     try:

@@ -77,6 +77,8 @@ def explora(
         )
     folder.mkdir(exist_ok=True)
     with exclusive(folder):
+        # What a killed --overwrite had moved is back only now.
+        check_run(run, config, resume=resume, overwrite=overwrite, adapts=True)
         if resume and (folder / "explora.json").is_file():
             say(f"{folder}/explora.json is finished; {images} was not read, and nothing was done")
             return ExploraRecord.read(folder / "explora.json")

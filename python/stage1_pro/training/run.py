@@ -16,8 +16,8 @@ from pydantic import Field
 from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.data.splits import Splits
-from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import locked, recover_directory, sha256_file, sweep, sync_directory
+from stage1_pro.errors import ArtifactError, InputError, Stage1Error
+from stage1_pro.files import locked, recover_directory, sha256_file, sweep, sync_directory, write_bytes
 from stage1_pro.models.architecture import BackboneInfo
 from stage1_pro.policies.claims import CLAIMS_FILE
 from stage1_pro.policies.policy import coming_files, policy_files
@@ -171,7 +171,7 @@ def check_run(
     splits = Splits.read(run / "splits.json").verify()
     if not resume:
         if (folder / written).exists() and not overwrite:
-            raise InputError(f"{folder} holds a {what} already; go on with --resume or start anew with --overwrite")
+            raise InputError(f"{folder} holds an earlier {what}; go on with --resume or start anew with --overwrite")
         config = config or Config()
         return splits, use_adapted(run, splits, config) if explora else config
     if not (folder / "config.json").is_file():
@@ -230,6 +230,9 @@ def set_aside(folder: Path, names: Sequence[str], *, beside: Sequence[str] = ())
 
 
 def _link(one: Path | str, to: Path | str) -> None:
+    if Path(one).name == "splits.json":  # the way to the photos is another from there
+        Splits.read(one).write(to)
+        return
     try:
         os.link(one, to)
     except OSError:  # a disk without links
@@ -322,18 +325,33 @@ def changed(key: str, value: object, kept: object) -> InputError:
     )
 
 
-def settle(run: Path, images: str | None) -> None:
-    """Have a run look for its photos at another place from now on; None: nothing is changed.
+@contextlib.contextmanager
+def settled(run: Path, images: str | None) -> Iterator[None]:
+    """Have a run look for its photos at another place from now on, unless what is done then is refused.
+
+    None: at the same place.
 
     Raises:
-        InputError: no run, or a photo of it that is not there.
+        InputError: no run, a photo of it that is not there, or one of several processes.
     """
     if images is None:
+        yield
         return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--images must be said by one process, got several; say it first by stage1 infer --split")
     if not (run / "splits.json").is_file():
         raise InputError(f"--run must be a folder with splits.json, got {run}; run `stage1 split --out {run}` first")
     with exclusive(run):
+        before = (run / "splits.json").read_bytes()
         Splits.read(run / "splits.json").verify().moved_to(images).write(run / "splits.json")
+        after = (run / "splits.json").read_bytes()
+    try:
+        yield
+    except Stage1Error:
+        # A refusal changes nothing.
+        if (run / "splits.json").read_bytes() == after:
+            write_bytes(run / "splits.json", before)
+        raise
     say(f"{run} looks for its photos in {images} from now on")
 
 

@@ -491,7 +491,8 @@ def write_run(staging: Path, run: Path, state: Mapping[str, Tensor]) -> None:
     It has the splits and configuration of that run, and no policy. Answers on ``val_select`` and ``val_calib`` are of
     the new weights; the certify half's uses come along.
     """
-    for name in ("splits.json", "config.json", "metrics.csv", CLAIMS_FILE):
+    Splits.read(run / "splits.json").write(staging / "splits.json")
+    for name in ("config.json", "metrics.csv", CLAIMS_FILE):
         if (run / name).is_file():
             shutil.copy2(run / name, staging / name)
     content = checkpoint.load(run / "model_best.pth")

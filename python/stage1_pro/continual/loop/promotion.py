@@ -508,8 +508,11 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
         if lost is not None:
             said = "; ".join(map(str, given))
             problem = f"the candidate must promise what the champion does: {lost}; it promises {said}"
-        half = "val_calib.certify"
-        shared = half in champion.split_hashes and champion.split_hashes[half] == candidate.split_hashes.get(half)
+        # One or the other certified; cuts of one val_calib share rows.
+        shared = any(
+            one in champion.split_hashes and champion.split_hashes[one] == candidate.split_hashes.get(one)
+            for one in ("val_calib", "val_calib.certify")
+        )
         if not problem and shared and candidate.claims_made[0] < 2:
             problem = (
                 "the candidate was certified on the rows that certified the champion with delta undivided: they served "

@@ -62,7 +62,7 @@ class MinerTuning(Record):
 
     format_version: Literal[1] = 1
     source: str
-    rows: str = Field(description="which rows: val_calib.fit of a run, or a file of labelled photos")
+    rows: str = Field(description="which rows: val_select (or val_calib.fit) of a run, or a file of labelled photos")
     n_rows: int
     n_groups: int
     n_positives: int
@@ -154,7 +154,7 @@ def _of_run(run: Path) -> _HeldOut:
     predictions = read_order(run, calibration, splits) or calibration
     cascade = answer(predictions, policy)["cascade"]
     _, accepted = policy.answer(cascade.probs, cascade.exited, predictions.gate_logits)
-    fit = predictions.halves != "certify"
+    fit = predictions.halves == ("" if predictions is not calibration else "fit")
     return _HeldOut(
         probs=cascade.probability[fit],
         positive=(predictions.labels == predictions.classes.index(predictions.positive))[fit],
@@ -287,7 +287,7 @@ def yaml_of(record: MinerTuning) -> str:
     folder = Path(record.source).resolve()
     setting = (record.tuned if record.chosen == "tuned" else record.plain).setting
     values: dict[str, Any] = {
-        "bundle": str(folder / "bundle" if record.rows == "val_calib.fit" else folder),
+        "bundle": str(folder / "bundle" if record.rows in ("val_select", "val_calib.fit") else folder),
         "runtime": "auto",
         "timeout_s": Settings.model_fields["timeout_s"].default,
         "train_prior": round(record.train_prior, 6),
