@@ -370,7 +370,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "certify_halves": {
         "scores": SCORES, "risks": [Risk("error", 0.3, WRONG)], "halves": np.where(np.arange(60) % 2, "fit", "certify"),
         "delta": 0.1, "min_coverage": 0.3, "groups": np.arange(60), "lowest": 0.0, "seed": 0, "smallest": True,
-        "grid": "float64", "largest_group": 2, "rows_independent": False,
+        "grid": "float64", "largest_group": 2, "rows_independent": False, "alike": True,
     },
     "certify_threshold": {
         "scores": SCORES, "errors": WRONG, "alpha": 0.3, "delta": 0.1, "condition": "exit&y=1", "labels": LABELS,

@@ -432,8 +432,11 @@ def test_what_is_overwritten_is_kept_once_and_is_a_run(
     assert 8 < n < 40
     assert "moved to" in capsys.readouterr().err and not (run / "model_best.pth").exists()
     kept = {k.removeprefix(".before/"): v for k, v in contents(run).items() if k.startswith(".before/")}
-    assert kept == {k: v for k, v in first.items() if k != ".lock"}
-    assert (run / ".before" / "splits.json").samefile(run / "splits.json")
+    # The way to the photos is another from there.
+    of = [Splits.parse(files["splits.json"].decode(), "splits.json") for files in (kept, first)]
+    assert [one.model_copy(update={"beside": None}) for one in of] == [Splits.read(run / "splits.json")] * 2
+    assert {**kept, "splits.json": b""} == {**{k: v for k, v in first.items() if k != ".lock"}, "splits.json": b""}
+    assert of[0].beside == os.path.relpath(of[0].root, run / ".before")
     assert infer_split(run / ".before", "val_select").labels.size
     # What is unfinished pushes out nothing; the next whole one does.
     train(run, config("train.epochs=1", "seed=3", *QUICK))

@@ -171,6 +171,7 @@ def certify_halves(
 
     n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
     flag("smallest", smallest)
+    flag("alike", alike)
     if flag("rows_independent", rows_independent) and units is not None:
         raise InputError("rows_independent must be False where groups are given, got True; choose one")
     photos = largest_group is not None and units is not None and np.unique(units).size < units.size

@@ -221,7 +221,11 @@ def set_aside(folder: Path, names: Sequence[str], *, beside: Sequence[str] = ())
         elif (folder / name).exists():
             _link(folder / name, coming / name)
     for name in gone:
-        (folder / name).replace(coming / name)
+        if name == "splits.json":
+            _link(folder / name, coming / name)
+            (folder / name).unlink()
+        else:
+            (folder / name).replace(coming / name)
     if before.exists():
         before.replace(older)
     coming.replace(before)
