@@ -216,7 +216,11 @@ def test_killed_answers_go_on(tiny: Path, photos: Path, tmp_path: Path, number: 
     assert subprocess.run(command(tiny, many, tmp_path / "whole.csv"), capture_output=True, check=False).returncode == 1
     left, before, more = tmp_path / "out.csv.partial", 0, list[str]()
     for _ in range(2):
-        child = subprocess.Popen(command(tiny, many, out, *more), stderr=subprocess.PIPE, text=True)
+        # Where the tests run in the background Ctrl-C is ignored, and children inherit that.
+        child = subprocess.Popen(
+            command(tiny, many, out, *more), stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # noqa: PLW1509
+        )  # fmt: skip
         deadline = time.monotonic() + 60
         while not left.exists() or left.stat().st_size < before + 8000:
             assert child.poll() is None and time.monotonic() < deadline

@@ -117,7 +117,8 @@ def test_whole_calibrations_reach_the_planned_power(target, options, of, capsys)
     with capsys.disabled():
         error = (0.9 * 0.1 / draws) ** 0.5
         print(f"\n{target.policy} {options} {of}: n = {found.n_certify}, certified {share:.3f} +- {error:.3f}, .9")
-    assert share == pytest.approx(0.9, abs=0.05 + error * (not options))
+    # Both are simulated: the plan, by some hundred calibrations, and this judge.
+    assert share == pytest.approx(0.9, abs=0.05 + 2 * error)
 
 
 def refusals(target: Target, n: int, want: int, **of: float) -> list[Certificate]:

@@ -248,7 +248,7 @@ def _undo(folder: Path) -> None:
     before, coming, older = (folder / name for name in _BACKUPS)
     if coming.is_dir():
         for one in coming.iterdir():
-            if not (folder / one.name).exists():
+            if one.suffix != ".tmp" and not (folder / one.name).exists():
                 one.replace(folder / one.name)
         shutil.rmtree(coming)
     if older.is_dir():
