@@ -205,7 +205,9 @@ def _heads(file: ImageFile, header: list[str], names: Collection[str], columns: 
 
 
 def _is_one_of(name: str, names: Collection[str]) -> bool:
-    return name in names or any(one.endswith("*") and name.startswith(one[:-1]) and name != one for one in names)
+    return (name in names and not name.endswith("*")) or any(
+        one.endswith("*") and name.startswith(one[:-1]) and name != one for one in names
+    )
 
 
 def _our_name(name: str, names: Collection[str]) -> str:

@@ -206,7 +206,8 @@ def _opened(
     file: int, path: Path, about: Path, work: Begun, begun: Begun | None, *, resume: bool, overwrite: bool
 ) -> Answers:
     """What the opened file holds: answers to go on after, or nothing yet."""
-    if claim(file) is False:
+    # Whoever held the lock may have given the file its last name in between.
+    if claim(file) is False or not path.exists() or os.fstat(file).st_ino != path.stat().st_ino:
         raise InputError(f"{path} must be free, but another process writes answers into it; wait for it")
     something = about.is_file()  # its rows are begun before it, and end after it
     if not something or overwrite:

@@ -45,21 +45,24 @@ def compact(rounds: Rounds, *, keep: float, now: float, dry_run: bool = False) -
 
     Args:
         rounds: of the loop.
-        keep: seconds for which every event stays.
+        keep: seconds before the newest event for which every event stays: a clock that leapt removes nothing.
         now: seconds since the epoch.
         dry_run: only say what would go.
     """
     store, log = rounds.store, rounds.log
     if not dry_run:
         rounds.ingest()
+    leapt = log.leapt(now)
     with History.look(store, rounds.config, now) as seen:
-        gone = _unneeded(rounds, seen, now - keep)
+        newest = seen.connection.execute(select(func.max(events.c.time))).scalar()
+        until = min(now, *(one for one in (newest, leapt) if one is not None)) - keep
+        gone = _unneeded(rounds, seen, until)
         count = seen.connection.execute(select(func.count()).select_from(events).where(gone)).scalar_one()
         total = seen.connection.execute(select(func.count()).select_from(events)).scalar_one()
         place = _place(seen.connection, log.info.id)
     pairs, files = _old_pairs(rounds), log.behind(place)
     found = Compacted(
-        dry_run=dry_run, until=now - keep, events=count, left=total - count, files=len(files), pairs=len(pairs),
+        dry_run=dry_run, until=until, events=count, left=total - count, files=len(files), pairs=len(pairs),
         photos=sum(image for _, image in log.images.over(now)),
     )  # fmt: skip
     if dry_run:
@@ -71,7 +74,7 @@ def compact(rounds: Rounds, *, keep: float, now: float, dry_run: bool = False) -
         # Whoever ingests holds this row, and reads no file meanwhile.
         log.discard(_place(connection, log.info.id, hold=True))
     if count:
-        count = _remove(rounds, now - keep, now)
+        count = _remove(rounds, until, now)
     return found.model_copy(update={
         "events": count, "left": total - count, "photos": purged.removed, "note": _shrunk(rounds, purged)
     })  # fmt: skip

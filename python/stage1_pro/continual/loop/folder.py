@@ -88,8 +88,8 @@ def _find(root: Path, file: LoopFile, name: str, there: Callable[[Path], bool], 
         if there(path):
             return path
     raise InputError(
-        f"{name} of {root / CONFIG} must be where it says, got {named}, which is not there; put it back, or name the "
-        "place it was moved to"
+        f"{name} of {root / CONFIG} must be where it says, got {named}, which is not there; put it back, or write "
+        "into that file where it is"
     )
 
 

@@ -409,7 +409,10 @@ class History:
         run(delete(_kept).where(_kept.c.known >= self._changed))
         run(delete(_place))
         now = self._now
-        values = {"events": now.events, "labels": now.labels, "audit": now.audit, "until": now.until}
+        # No later than what there is: a clock that is ahead once must not hold back the looks after it.
+        ends = [run(select(func.max(one))).scalar() for one in (events.c.time, labels.c.time)]
+        until = min(now.until, max((math.nextafter(one, math.inf) for one in ends if one is not None), default=0.0))
+        values = {"events": now.events, "labels": now.labels, "audit": now.audit, "until": until}
         run(_place.insert(), {"id": 1, "dealt": _dealt(self.config), **values})
 
     # ---------------------------------------------------------------------------- what was served

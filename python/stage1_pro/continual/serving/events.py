@@ -445,6 +445,12 @@ class EventLog:
                 return max(times)
         return None
 
+    def leapt(self, now: float) -> float | None:
+        """Time of the last event before the clock leapt further than images are kept; None where it did not."""
+        leap = self.folder / "leap"
+        known = float(leap.read_text()) if leap.exists() else self.newest()
+        return known if known is not None and now - known > self.info.image_ttl else None
+
     def purge(self, now: float, *, asked: bool = False) -> Purged:
         """Remove images whose time is over, unless the clock is in doubt: more than their time past the newest event.
 
@@ -452,16 +458,15 @@ class EventLog:
             now: seconds since the epoch.
             asked: a person said that the clock is right.
         """
-        newest, leap = self.newest(), self.folder / "leap"
+        leap = self.folder / "leap"
         if asked:
             leap.unlink(missing_ok=True)
-        elif newest is not None and now - newest > self.info.image_ttl and not leap.exists():
-            # The events to come have the clock's time; what was served before them is in doubt until a person says.
-            write_text(leap, repr(newest))
-        known = float(leap.read_text()) if leap.exists() else None
-        if known is not None and now - known <= self.info.image_ttl:
+        known = None if asked else self.leapt(now)
+        if known is None:
             leap.unlink(missing_ok=True)
-            known = None
+        elif not leap.exists():
+            # The events to come have the clock's time; what was served before them is in doubt until a person says.
+            write_text(leap, repr(known))
         since = -math.inf if known is None else known
         in_doubt = sum(image for _, image in self.images.over(now, until=since)) if known is not None else 0
         reason = f"the clock leapt {(now - since) / 86400:.0f} days past an event" if in_doubt else ""
