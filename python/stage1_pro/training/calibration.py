@@ -181,7 +181,7 @@ class _Work:
     def order(self) -> str:
         """Which rows fixed the order of thresholds, as an assumption of the certificate."""
         if self.rows.halved:
-            return "the order of thresholds comes from the other half of val_calib, which shares no photo and no group"
+            return "the order of thresholds comes from the other half of val_calib: no photo and no group is in both"
         n, of = len(self.splits.of("val_select")), len(self.splits.of("val_calib"))
         return (
             f"the order of thresholds comes from the {n} photos of val_select, which share no photo and no group with "
