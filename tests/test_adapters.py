@@ -627,7 +627,7 @@ def test_the_manuals_page_runs_and_merges_what_was_trained(
     # Nothing but the size is other than as printed.
     little = {
         "train": ["--set", "train.epochs=4", "--set", "train.batch_size=32", "--set", "train.workers=0"],
-        "calibrate": ["--target-fnr", "0.99"],
+        "calibrate": ["--fnr", "0.99"],
     }
     for kind, block in blocks:
         if kind == "yaml":

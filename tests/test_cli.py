@@ -253,9 +253,9 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert again.returncode == 3 and "unspent" in again.stderr and not (run / "claims.json").exists()
     missed = smallest_fnr(run)
     empirical = ("calibrate", "--run", run, "--guarantee", "none")
-    refused = stage1(*empirical, "--target-fnr", missed / 2) if missed > 0 else None
+    refused = stage1(*empirical, "--fnr", missed / 2) if missed > 0 else None
     assert refused is None or (refused.returncode == 3 and not (run / "thresholds.json").exists()), refused
-    policy = done(*empirical, "--target-fnr", missed + 1e-3)
+    policy = done(*empirical, "--fnr", missed + 1e-3)
     assert policy["fnr_on_exited"] <= missed + 1e-3
     assert policy["guarantee"] == "none"
     assert policy["split_hashes"]["val_calib"] == json.loads((run / "splits.json").read_text())["hashes"]["val_calib"]
@@ -333,7 +333,7 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert stage1("doctor").returncode == 0
 
     # The same again with the gate: one policy takes the other's place, in the run and in the bundle.
-    gate = done(*empirical, "--policy", "gate", "--min-coverage", ".1", "--max-exit-error", ".9")
+    gate = done(*empirical, "--policy", "gate", "--least-coverage", ".1", "--exit-error", ".9")
     assert gate["policy"] == "gate" and gate["guarantee"] == "none" and gate["coverage"] >= 0.1
     assert (run / "gateparams.json").exists() and not (run / "thresholds.json").exists()
     assert done("evaluate", "--run", run, "--replicates", 20)["policy"] == "gate"
@@ -400,9 +400,9 @@ def test_walk_with_the_certified_default(tmp_path: Path) -> None:
     fnr = wrong[surer[0] & positive].mean()
     error = wrong[surer[1]].mean()
     wishes = {
-        "softmax": ("--target-fnr", min(0.9, 2 * fnr + 0.03)),
-        "gate": ("--min-coverage", 0.35, "--max-exit-error", min(0.9, 2 * error + 0.03)),
-        "scrc": ("--min-coverage", 0.35, "--alpha", min(0.9, 2 * error + 0.05)),
+        "softmax": ("--fnr", min(0.9, 2 * fnr + 0.03)),
+        "gate": ("--least-coverage", 0.35, "--exit-error", min(0.9, 2 * error + 0.03)),
+        "scrc": ("--least-coverage", 0.35, "--alpha", min(0.9, 2 * error + 0.05)),
     }
     photos = sorted((pool.parent / "images").iterdir())[:200]
     rtx = (
@@ -434,7 +434,7 @@ def test_walk_with_the_certified_default(tmp_path: Path) -> None:
             sure = calibrated["exit_threshold"]
             assert all(row["confidence"] >= sure for row in rows if row["decision"] == "exited")
         assert "with probability at least" in " ".join(stage1("inspect", run / "bundle").stdout.lower().split())
-    fourth = stage1("calibrate", "--run", run, "--policy", "gate", "--min-coverage", 0.3)
+    fourth = stage1("calibrate", "--run", run, "--policy", "gate", "--least-coverage", 0.3)
     assert fourth.returncode == 2 and "claim" in fourth.stderr
 
 

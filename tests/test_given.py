@@ -89,7 +89,7 @@ def test_a_csv_calibrates_as_its_npz_does(tmp_path: Path) -> None:
         f"{names[y]};{p};{g};{h}".replace(".", ",") for y, p, g, h in zip(labels, share, groups, halves, strict=True)
     ]
     table(tmp_path / "p.csv", "Label;score;group;half\n" + "\n".join(lines) + "\n")
-    aim = ["--policy", "softmax", "--target-fnr", ".2"]
+    aim = ["--policy", "softmax", "--fnr", ".2"]
     assert main(["calibrate", "--logits", str(tmp_path / "p.npz"), "--out", str(tmp_path / "a"), *aim]) == 0
     given = ["calibrate", "--logits", str(tmp_path / "p.csv"), "--out", str(tmp_path / "b"), *aim]
     assert main(given) == 2

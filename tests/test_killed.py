@@ -51,7 +51,7 @@ LIFE = {
     "train": Command(f"train --run {{w}}/run --set train.epochs=1 {TRAIN}", 8, 1, ("run/config.json", "--resume")),
     "more epochs": Command("train --run {w}/run --resume --set train.epochs=2", 9, 4),
     # A choice that is made again is another look at these rows.
-    "calibrate": Command("calibrate --run {w}/run --guarantee none --target-fnr .9", 2, loose=("run/claims.json",)),
+    "calibrate": Command("calibrate --run {w}/run --guarantee none --fnr .9", 2, loose=("run/claims.json",)),
     "evaluate": Command("evaluate --run {w}/run --replicates 20", 13),
     "export": Command("export --run {w}/run", 23, 10),
     "infer": Command(

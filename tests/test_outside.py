@@ -25,7 +25,7 @@ help concepts
 plan --policy gate --alpha .05 --min-coverage .5 --n 400
 split --labels photos/labels.csv --out out/fresh
 metrics predictions.csv --out out/figures --replicates 200
-calibrate --run run --guarantee none --target-fnr .5
+calibrate --run run --guarantee none --fnr .5
 evaluate --run run --replicates 100
 infer --run run photos/new
 export --run run --overwrite

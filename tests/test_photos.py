@@ -213,7 +213,7 @@ def outcome(place: Path | str, run: Path) -> dict:
     assert main(["split", "--labels", str(place), "--out", str(run), "--max-quarantine", ".1"]) == 0
     keys = ["train.epochs=1", "model.image_size=32", "train.batch_size=16", "train.workers=2"]
     assert main(["train", "--run", str(run), *(word for key in keys for word in ("--set", key))]) == 0
-    assert main(["calibrate", "--run", str(run), "--guarantee", "none", "--target-fnr", ".9"]) == 0
+    assert main(["calibrate", "--run", str(run), "--guarantee", "none", "--fnr", ".9"]) == 0
     evaluation = stage1_pro.evaluate(run, n_replicates=20)
     rows, _ = infer(run, [place])
     assert len(rows) == 60 and all(row["error"] is None for row in rows)

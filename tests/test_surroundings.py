@@ -28,7 +28,7 @@ MODULES = ("data.duplicates", "training.calibration", "training.evaluation", "de
 WRITERS = {
     "split": "split --labels {p}/labels.csv --out {w}/split",
     "train": "train --run {w}/split --set train.epochs=1 --set train.workers=0 --set model.image_size=32",
-    "calibrate": "calibrate --run {w}/run --guarantee none --target-fnr .9",
+    "calibrate": "calibrate --run {w}/run --guarantee none --fnr .9",
     "evaluate": "evaluate --run {w}/run --replicates 20",
     "predict": "predict --bundle {w}/run/bundle {w}/run/images --out {w}/predict.csv --log {w}/log --threads 1",
     "infer": "infer --run {w}/run --split val_test --out {w}/infer.csv",
@@ -46,7 +46,7 @@ READERS = {
     "status": "continual status --root {w}/loop",
     "audit": "continual audit --root {w}/loop",
     "doctor": "doctor",
-    "plan": "plan --target-fnr .05",
+    "plan": "plan --fnr .05",
 }
 COMMANDS = {**WRITERS, **READERS}
 NOBODY = dict.fromkeys(("HOME", "USER", "LOGNAME", "XDG_CONFIG_HOME"))

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from stage1_pro.errors import InputError, nearest
+from stage1_pro.progress import say
 from stage1_pro.record import expectation as expected
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,6 +73,7 @@ class Flag:
         one_of: exactly one of the options with this word must be given.
         group: heading in help under which it stands.
         hidden: it is no option of the command line.
+        older: what the option is called today; this name goes with the next version, help leaves it out.
     """
 
     name: str = ""
@@ -82,6 +84,7 @@ class Flag:
     one_of: str = ""
     group: str = ""
     hidden: bool = False
+    older: str = ""
 
     def spelled(self, field: str) -> str:
         """What a message calls the option of this field on the command line."""
@@ -137,6 +140,10 @@ class Command(BaseModel):
     def of_flags(cls, given: Mapping[str, Any]) -> Self:
         """The same for words of the command line: messages name flags; what is no option is left out."""
         fields = cls.model_fields
+        for name in fields.keys() & given.keys():
+            flag = _flag(fields[name])
+            if flag.older:
+                say(f"{flag.spelled(name)} is called {flag.older} now; the older name goes with the next version")
         return cls._made({k: v for k, v in given.items() if k in fields}, lambda k: _flag(fields[k]).spelled(k))
 
     @classmethod
@@ -170,7 +177,8 @@ class Command(BaseModel):
             elif where is None:
                 where = groups[flag.group] = parser.add_argument_group(flag.group)
             words = filter(None, (flag.spelled(name), flag.also))
-            where.add_argument(*words, help=_help(field), **_how(name, field, flag))
+            text = argparse.SUPPRESS if flag.older else _help(field)
+            where.add_argument(*words, help=text, **_how(name, field, flag))
 
     @classmethod
     def more_help(cls) -> str:

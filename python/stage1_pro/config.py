@@ -269,25 +269,28 @@ class CalibrateConfig(Section):
     """Exit policy."""
 
     policy: Literal["softmax", "gate", "scrc", "auto"] = Field(
-        "softmax",
+        "auto",
         description="scrc = sets and abstentions after the cascade; auto = softmax or gate, whichever ranked answers "
         "better on val_select, as gate.json says",
     )
     guarantee: Literal["ltt", "none"] = Field(
         "ltt", description="ltt = certified, or refused; none = empirical, promises nothing"
     )
-    target_fnr: float = Field(0.02, gt=0, lt=1, description="softmax: largest false negative rate among exits")
-    max_exit_error: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        description="gate: largest share of wrong answers among exits; scrc: of the rows that fit its exit rule",
+    exit_error: float | None = Field(
+        None, gt=0, lt=1, description="largest share of wrong answers among exits; null = .05 where no risk is limited"
     )
-    min_coverage: float = Field(
-        0.70, gt=0, lt=1, description="gate: least share of images that exit; scrc: that are accepted"
+    fnr: float | None = Field(
+        None, gt=0, lt=1, description="largest share that Stage A misses among exits of one class; null = any"
     )
-    target_fnr_exit: float | None = Field(
-        None, gt=0, lt=1, description="gate: largest false negative rate among exits; null = not asked for"
+    fnr_class: str | None = Field(None, description="that class; null = the positive one")
+    cascade_error: float | None = Field(
+        None, gt=0, lt=1, description="largest share of wrong answers of the whole cascade; null = any"
+    )
+    disagreement: float | None = Field(
+        None, gt=0, lt=1, description="largest share of exits that Stage B would answer otherwise; null = any"
+    )
+    least_coverage: float | None = Field(
+        None, gt=0, lt=1, description="least share of photos that exit; scrc: that are accepted, .70 by default"
     )
     alpha: float = Field(0.01, gt=0, lt=1, description="scrc: largest risk among the accepted")
     variant: Literal["pac", "I", "T", "naive"] | None = Field(
@@ -305,6 +308,23 @@ class CalibrateConfig(Section):
     allow_empty: bool = Field(False, description="scrc: let sets be empty")
     delta: float = Field(0.05, gt=0, lt=1, description="largest chance of a false certificate, all claims together")
     claims: int = Field(1, ge=1, description="claims that delta is divided for, before the first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_first_version(cls, given: Any) -> Any:
+        """The same by today's names; files of the first version hold the limits of every policy, whichever it is."""
+        if not isinstance(given, dict) or not any(name in given for name in _FIRST_NAMES):
+            return given
+        policy = given.get("policy", "softmax")
+        own = {"softmax": ["target_fnr"]}.get(policy, [name for name in _FIRST_NAMES if name != "target_fnr"])
+        kept = own if all(name in given for name in _FIRST_NAMES) else list(_FIRST_NAMES)
+        named = {_FIRST_NAMES[name]: given[name] for name in kept if name in given}
+        return {"policy": policy, **named, **{name: one for name, one in given.items() if name not in _FIRST_NAMES}}
+
+
+_FIRST_NAMES = {
+    "target_fnr": "fnr", "target_fnr_exit": "fnr", "max_exit_error": "exit_error", "min_coverage": "least_coverage"
+}  # fmt: skip
 
 
 class ExportConfig(Section):

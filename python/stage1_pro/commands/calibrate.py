@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -10,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from stage1_pro.command import Columns, Command, Count, Flag, Result, Share, Words, keywords, option
 from stage1_pro.policies.target import POLICIES, Target, kind_of_target
+from stage1_pro.progress import say
 
 if TYPE_CHECKING:
     from stage1_pro.policies.policy import Policy
@@ -32,7 +34,8 @@ class Calibration(Command, topic="certificates"):
     )
     policy: str | None = option(
         None,
-        "what decides an exit: softmax (by default), gate, scrc, or auto: the better of softmax and gate by gate.json",
+        "what decides an exit: softmax, gate, scrc, or auto (by default with --run): the better of softmax and gate by "
+        "gate.json",
     )
     guarantee: Literal["ltt", "none"] | None = option(
         None, "ltt (by default) = certified or refused; none = empirical choice, promises nothing"
@@ -53,6 +56,11 @@ class Calibration(Command, topic="certificates"):
         None, "comma-separated names of the classes; the file's own, else 0, 1, … by default"
     )
 
+    unlabelled: Annotated[Path | None, Flag(metavar="FOLDER")] = option(
+        None,
+        "with --run and --disagreement: photos without labels that certify, a folder, tar or CSV with file[,group]; "
+        "without groups add --rows-independent",
+    )
     rows_independent: Annotated[bool, _OWN] = option(
         False, "state that every row is a photo of its own, independent of the others, where the file has no groups"
     )
@@ -62,13 +70,15 @@ class Calibration(Command, topic="certificates"):
 
     def asked_for(self) -> dict[str, Any]:
         """Options of targets that were given."""
-        own = {"run", "logits", "out", "columns", "positive", "classes", "rows_independent", "dry_run"}
+        own = {"run", "logits", "out", "columns", "positive", "classes", "rows_independent", "dry_run", "unlabelled"}
         return {name: value for name, value in self if name not in own and value is not None}
 
     def execute(self) -> Result:
         """Print the grid with the chosen threshold in its place, and what it means."""
         from stage1_pro.training.calibration import calibrate, foresee_calibration, render
 
+        if self.policy in ("softmax", "gate") and "alpha" in self.asked_for():
+            say("--alpha of softmax and gate is called --exit-error now; the older name goes with the next version")
         if self.dry_run:
             found = foresee_calibration(self)
             return Result(found.render(), found.model_dump(mode="json"))
@@ -81,24 +91,37 @@ def _options() -> dict[str, Any]:
     kinds = {policy: kind_of_target(policy) for policy in POLICIES}
     owners: dict[str, dict[str, FieldInfo]] = {}
     for policy, kind in kinds.items():
-        for name, field in kind.model_fields.items():
+        named = {older: new for older, new in kind.aliases.items() if older in _OLDER or new in _OLDER}
+        known = {**kind.model_fields, **{name: kind.model_fields[new] for name, new in named.items()}}
+        for name, field in known.items():
             if name not in Target.model_fields:
                 owners.setdefault(name, {})[policy] = field
     made: dict[str, Any] = {}
     for name, fields in owners.items():
+        # A policy that calls it otherwise says what it is there.
         texts = {
-            policy: _text(fields[policy])
-            if policy in fields
-            else f"the same as --{kind.aliases[name].replace('_', '-')}"
+            policy: _text(kind.model_fields[kind.aliases.get(name, name)])
             for policy, kind in kinds.items()
-            if policy in fields or name in kind.aliases
+            if policy in fields or (name in kind.aliases and name not in (*_OLDER, "alpha"))
         }
         field = next(iter(fields.values()))
-        checked = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        text = "; ".join(texts.values() if len(texts) == 1 else (f"{policy}: {one}" for policy, one in texts.items()))
-        group = Flag(group=f"polic{'y' if len(texts) == 1 else 'ies'} {', '.join(texts)}")
-        made[name] = (Annotated[Optional[checked], group], Field(None, description=text))  # noqa: UP045
+        flag = next((one for one in field.metadata if isinstance(one, Flag)), Flag())
+        checks = [one for one in field.metadata if one is not flag]
+        checked = Annotated[(field.annotation, *checks)] if checks else field.annotation
+        said: dict[str, list[str]] = {}
+        for policy, one in texts.items():
+            said.setdefault(one, []).append(policy)
+        text = next(iter(said)) if len(said) == 1 else "; ".join(f"{', '.join(of)}: {one}" for one, of in said.items())
+        group = f"polic{'y' if len(texts) == 1 else 'ies'} {', '.join(texts)}"
+        made[name] = (
+            Annotated[Optional[checked], replace(flag, group=group, older=_OLDER.get(name, ""))],  # noqa: UP045
+            Field(None, description=text),
+        )
     return made
+
+
+# Names of the first version, and today's.
+_OLDER = {"target_fnr": "--fnr", "max_exit_error": "--exit-error", "min_coverage": "--least-coverage"}
 
 
 def _text(field: FieldInfo) -> str:

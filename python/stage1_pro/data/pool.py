@@ -24,6 +24,8 @@ class Pool:
     """Readable, different photos none of which shows a row that must stay unseen, in the order of their names."""
 
     photos: list[Photo]
+    hashes: list[str]
+    groups: list[str]  # that a table names; empty where it names none
     fingerprint: str
     quarantined: list[Quarantined]
     n_copies: int
@@ -32,7 +34,12 @@ class Pool:
 
 
 def read_pool(
-    images: Path | str, unseen: Sequence[Row], shown_in: Photos, columns: Mapping[str, str] | None = None
+    images: Path | str,
+    unseen: Sequence[Row],
+    shown_in: Photos,
+    columns: Mapping[str, str] | None = None,
+    *,
+    said: str = "--images",
 ) -> Pool:
     """Read a folder, tar or address of images, or a CSV with ``file[,group]`` (``labels.csv`` of a folder is taken).
 
@@ -42,7 +49,7 @@ def read_pool(
     of it; two sets that merely use the same names, such as "1", want the folder instead of the CSV).
 
     Unseen rows that cannot be read in ``shown_in`` are told by content and group alone; ``n_not_compared`` counts them.
-    ``columns`` says what the CSV calls its columns.
+    ``columns`` says what the CSV calls its columns, ``said`` what messages call the option.
 
     Raises:
         InputError: no such pool, or nothing in it that can be used.
@@ -62,7 +69,7 @@ def read_pool(
         if held.passed:
             say(held.words())
     else:
-        raise InputError(f"--images must be a folder, a tar or a CSV with a column 'file', got {images}")
+        raise InputError(f"{said} must be a folder, a tar or a CSV with a column 'file', got {images}")
     files = sorted(group_of)
     pictures, quarantined = read_pictures(photos, files)
     shown, not_shown = read_pictures(shown_in, [row.file for row in unseen])
@@ -89,10 +96,9 @@ def read_pool(
         say(f"left out {one.file}: {one.reason}")
     if len(kept) < 2:
         raise InputError(
-            f"--images must hold two usable images or more, got {len(kept)} of {len(files)} in {images} "
-            f"({len(quarantined)} unreadable, {left_out} of the run's val_select, val_calib or val_test, "
-            f"{copies} copies)"
+            f"{said} must hold two usable images or more, got {len(kept)} of {len(files)} in {images} "
+            f"({len(quarantined)} unreadable, {left_out} that show rows of the run, {copies} copies)"
         )
     fingerprint = sha256_bytes("\n".join(kept).encode())
-    usable_photos = [Photo(photos, file) for file in kept.values()]
-    return Pool(usable_photos, fingerprint, quarantined, copies, left_out, len(not_shown))
+    usable_photos, named = [Photo(photos, file) for file in kept.values()], [group_of[file] for file in kept.values()]
+    return Pool(usable_photos, list(kept), named, fingerprint, quarantined, copies, left_out, len(not_shown))

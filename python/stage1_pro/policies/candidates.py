@@ -23,7 +23,8 @@ class Risk:
     """A risk to hold below ``alpha``: the share of errors among the accepted rows that are trials.
 
     ``errors`` and ``trials`` are 0/1 or bool [N]; an error that is no trial does not count. ``trials`` None: every row
-    is one.
+    is one. With ``otherwise`` [N], the errors of rows that are not accepted, the share is of all trials, accepted or
+    not.
 
     Raises:
         InputError: name is no text, alpha is outside (0, 1), or errors or trials are not what they must be.
@@ -33,6 +34,7 @@ class Risk:
     alpha: float
     errors: NDArray[np.bool_]
     trials: NDArray[np.bool_] | None = None
+    otherwise: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -41,6 +43,37 @@ class Risk:
         object.__setattr__(self, "errors", binary(f"errors of {self.name}", self.errors))
         if self.trials is not None:
             object.__setattr__(self, "trials", binary(f"trials of {self.name}", self.trials))
+        if self.otherwise is not None:
+            object.__setattr__(self, "otherwise", binary(f"errors otherwise of {self.name}", self.otherwise))
+
+    def where(self, rows: NDArray[np.bool_]) -> Risk:
+        """The risk of some rows; ``rows`` bool [N]."""
+        trials, otherwise = (None if one is None else one[rows] for one in (self.trials, self.otherwise))
+        return replace(self, errors=self.errors[rows], trials=trials, otherwise=otherwise)
+
+    def outcomes(self, accepted: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Errors and trials [N] where these rows are accepted."""
+        trials = np.ones(accepted.shape, dtype=bool) if self.trials is None else self.trials
+        if self.otherwise is None:
+            return self.errors & trials & accepted, trials & accepted
+        return np.where(accepted, self.errors, self.otherwise) & trials, trials
+
+    def tally(
+        self, values: NDArray[np.float64], order: NDArray[np.float64], rows: NDArray[np.int64], *, joint: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Errors and trials among ``rows``, all of which are trials, at each threshold; both [T].
+
+        Args:
+            values: scores [N].
+            order: thresholds [T].
+            rows: indices.
+            joint: trials count whether accepted or not.
+        """
+        k, m = count_at_least(values[rows[self.errors[rows]]], order), count_at_least(values[rows], order)
+        if self.otherwise is None:
+            return k, np.full(order.size, rows.size) if joint else m
+        other = rows[self.otherwise[rows]]
+        return k + other.size - count_at_least(values[other], order), np.full(order.size, rows.size)
 
 
 class Counts:
@@ -63,10 +96,8 @@ class Counts:
     ) -> None:
         self.n, self.order, self.risks, self.min_coverage = drawn.size, order, risks, min_coverage
         self.accepted = count_at_least(values[drawn], order)
-        self.k = [
-            count_at_least(values[rows[risk.errors[rows]]], order) for risk, rows in zip(risks, among, strict=True)
-        ]
-        self.m = [np.full(order.size, rows.size) if joint else count_at_least(values[rows], order) for rows in among]
+        counted = [risk.tally(values, order, rows, joint=joint) for risk, rows in zip(risks, among, strict=True)]
+        self.k, self.m = [k for k, _ in counted], [m for _, m in counted]
 
     def p_coverage(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of "the coverage is below its limit" at candidates [T]; 0 where there is no limit."""
@@ -162,8 +193,13 @@ class Means:
         """Losses and weights of the groups that have trials."""
         share = self.shares[risk]
         has = np.bincount(self.member, share, self.n) > 0
-        loss = self._means(i, share * self.risks[risk].errors)[has]
-        return loss, np.ones(loss.size) if self.joint else self._means(i, share)[has]
+        loss, otherwise = self._means(i, share * self.risks[risk].errors), self.risks[risk].otherwise
+        if otherwise is not None:
+            of_all = np.bincount(self.member, share * otherwise, self.n) / self.scale
+            loss = loss + np.maximum(of_all - self._means(i, share * otherwise), 0.0)
+            whole = np.bincount(self.member, share, self.n) / self.scale
+            return np.minimum(loss, whole)[has], whole[has]
+        return loss[has], np.ones(int(has.sum())) if self.joint else self._means(i, share)[has]
 
     def p_coverage(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
         """Of "the coverage is below its limit", from the accepted share of each group."""

@@ -317,8 +317,8 @@ def certify(
         delta=delta,
         min_coverage=min_coverage,
         seed=seed,
-        plan=partial(_needed_jointly, found[0], n, delta, method)
-        if joint
+        plan=partial(_needed_jointly, found[0], n, delta, "crc" if method == "crc" else "rcps")
+        if joint or risks[0].otherwise is not None
         else partial(
             units_needed,
             values,

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from stage1_pro.arguments import Grid
+from stage1_pro.arguments import Grid, choice
 from stage1_pro.errors import NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
+from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
-from stage1_pro.policies.counts import ExitCounts, count_exits, sweep_table
+from stage1_pro.policies.checks import unjudged
+from stage1_pro.policies.counts import ExitCounts, count_exits, meets, sweep_table
 from stage1_pro.policies.ordering import certify_halves, infeasible, record
-from stage1_pro.policies.policy import Origin, Policy, risk_of
+from stage1_pro.policies.policy import Checked, Origin, Policy, risk_of
 from stage1_pro.policies.rows import Rows, Unit, groups_in_error
-from stage1_pro.policies.target import Target
+from stage1_pro.policies.target import OfExits, Target
 from stage1_pro.policies.useful import OVERRIDE, Exits, weigh_exits
+from stage1_pro.record import Record
 
 BOUND_LEVEL = 0.95
 
@@ -83,7 +88,6 @@ def choose_exits(
     best: Callable[[ExitCounts], int],
     lowest: float = 0.0,
     shown: ArrayLike = (),
-    called: str = "",
     grid: Grid = "float64",
 ) -> Chosen:
     """Choose the threshold for a target: certified on the half that chose nothing, or the best on all rows.
@@ -95,7 +99,6 @@ def choose_exits(
         best: the index to take where nothing is certified; raises NotReachableError where none will do.
         lowest: lower end of the scores' range.
         shown: thresholds to show beside those of the rows.
-        called: the target in messages.
         grid: dtype that scores came in.
 
     Raises:
@@ -107,7 +110,7 @@ def choose_exits(
         fit = ~rows.kept_half()
         certificate = _certified(target, rows, score, lowest, grid)
         if not certificate.feasible:
-            raise infeasible(certificate, called or target.words(), halved=rows.halved)
+            raise infeasible(certificate, target.words(), halved=rows.halved)
         assert certificate.threshold is not None
         rows, score = rows.where(~fit), score[~fit]
         counts = count_exits(rows, score, lowest=lowest, grid=grid)
@@ -121,7 +124,7 @@ def choose_exits(
     weighed = _weighed(target, rows, exited, "groups" if certificate is None else certificate.unit)
     if weighed.useless and certificate is not None and not target.allow_useless:
         raise NotReachableError(
-            f"{called or target.words()} must be a promise that says something, but it is INFEASIBLE: "
+            f"{target.words()} must be a promise that says something, but it is INFEASIBLE: "
             f"{weighed.useless}. Train a better Stage A, or {OVERRIDE}. No policy was written"
         )
     sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
@@ -139,7 +142,12 @@ def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float
 
 
 def _weighed(target: Target, rows: Rows, exited: NDArray[np.bool_], unit: Unit) -> Exits:
-    asked = target.promises(rows.positive)
+    asked = [one for one in target.promises(rows.positive) if one.quantity != "coverage"]
+    if all(one.quantity == "cascade error" for one in asked):
+        # What it answers is every photo, each by the stage that does.
+        assert rows.probs_b is not None
+        answered = np.where(exited[:, None], rows.probs, rows.probs_b)
+        rows, exited = replace(rows, probs=answered), np.ones(exited.size, dtype=bool)
     of_one_class = all(one.label is not None for one in asked)
     return weigh_exits(rows, exited, unit, asked[0].limit if of_one_class else None)
 
@@ -150,7 +158,7 @@ def _certified(
     asked = target.promises(rows.positive)
     assert rows.halves is not None
     return certify_halves(
-        score, [risk_of(one, rows) for one in asked if one.quantity != "coverage"], rows.halves,
+        score, _risks(target, rows), rows.halves,
         delta=target.delta / target.claims, groups=rows.given_groups(), lowest=lowest, smallest=smallest, grid=grid,
         largest_group=target.largest, rows_independent=rows.independent, alike=rows.halved,
         min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
@@ -198,7 +206,7 @@ def certified_bound(certificate: Certificate) -> str:
 # What ``inspect`` shows of a policy of exits; null where it has none.
 _FACTS = (
     "certificate", "useless", "coverage", "fnr_on_exited", "fnr_upper_bound", "bound_level", "bound_method",
-    "n_positive_groups", "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt",
+    "n_positive_groups", "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt", "limits",
 )  # fmt: skip
 
 
@@ -271,8 +279,9 @@ class ExitPolicy(Policy):
         parts = [f"coverage {self.coverage:.1%}"]
         if seen["exit_error"] is not None:
             asked = self.target.promises(self.positive)
-            limit = next((f"; wished {one.limit:.2%}" for one in asked if one.quantity == "exit error"), "")
-            parts.append(f"exit error {seen['exit_error']:.2%} ({level} {seen['exit_error_upper_bound']:.2%}{limit})")
+            notes = [] if seen["exit_error_upper_bound"] is None else [f"{level} {seen['exit_error_upper_bound']:.2%}"]
+            notes += [f"wished {one.limit:.2%}" for one in asked if one.quantity == "exit error"]
+            parts.append(f"exit error {seen['exit_error']:.2%}" + (f" ({'; '.join(notes)})" if notes else ""))
         if seen["fnr_on_exited"] is not None:
             notes = [f"{level} {seen['fnr_upper_bound']:.2%}"] if seen["fnr_upper_bound"] is not None else []
             notes.append(f"{seen['n_positive_groups']} positive groups")
@@ -284,3 +293,234 @@ class ExitPolicy(Policy):
     def _stricter(self, threshold: float, statement: str) -> Self:
         changed = {"guarantee": "none", "certificate": None, "statement": statement}
         return self.model_copy(update={self.threshold_field: threshold, **changed})
+
+
+class Limits(Record):
+    """What exits were asked for beside what the policy file of the first version had a place for; null = not."""
+
+    exit_error: float | None = Field(None, gt=0, lt=1)
+    fnr_class: str | None = None
+    cascade_error: float | None = Field(None, gt=0, lt=1)
+    disagreement: float | None = Field(None, gt=0, lt=1)
+    least_coverage: float | None = Field(None, gt=0, lt=1)
+
+    @classmethod
+    def of(cls, target: OfExits) -> Limits:
+        """Those of a target."""
+        return cls(**{name: getattr(target, name) for name in cls.model_fields})
+
+    def asked(self) -> dict[str, Any]:
+        """The same as fields of a target."""
+        return self.model_dump()
+
+
+class ByLimits(ExitPolicy):
+    """A policy of exits that is asked for limits of risks and a least coverage, whatever its score is."""
+
+    exit_error: float | None = Field(None, ge=0, le=1, description="null in files of the first version")
+    exit_error_upper_bound: float | None = Field(
+        None, ge=0, le=1, description="null where a certificate is of other risks"
+    )
+    fnr_on_exited: float | None = Field(ge=0, le=1, description="of fnr_class; null when none of it exits")
+    fnr_upper_bound: float | None = Field(
+        None, ge=0, le=1, description="null when none of the class exits, or a certificate is of other risks"
+    )
+    bound_level: float = Field(gt=0, lt=1)
+    bound_method: str
+    n_errors: int | None = None
+    unlabelled: str = Field(
+        "", description="fingerprint of the photos without labels that certified it; empty: it was val_calib"
+    )
+    n_exited_groups: int | None = None
+    n_positive_groups: int
+
+    if TYPE_CHECKING:
+        n_rows: int
+        n_exited: int
+        n_positive_exited: int
+        n_false_negative: int
+
+    @classmethod
+    def chosen(
+        cls,
+        target: OfExits,
+        rows: Rows,
+        score: NDArray[np.float64],
+        *,
+        use: int | None,
+        origin: Origin | None,
+        **how: Any,
+    ) -> tuple[Chosen, dict[str, Any]]:
+        """The threshold of largest coverage under all limits at once, and the fields that every such policy stores.
+
+        ``ltt``: candidates and their order come from the fit rows, the others test them in a fixed sequence by exact
+        binomials, by group, and figures are those of the others. ``none``: the best on all rows, compared in exact
+        integers; it promises nothing.
+
+        Args:
+            target: what is asked for.
+            rows: calibration rows.
+            score: [N] what decides, higher is surer.
+            use: which of the claims this is.
+            origin: of the rows.
+            **how: further arguments of ``choose_exits``.
+
+        Raises:
+            InputError: an argument is not what it must be.
+            NotReachableError: the target cannot be met or certified.
+        """
+        about = rows
+        if target.fnr_class is not None:
+            about = replace(rows, positive=choice("fnr_class", target.fnr_class, rows.classes))
+        found = choose_exits(target, about, score, best=lambda counts: _laxest(target, about, score, counts), **how)
+        fields = {**found.fields(target, use, origin), **_said(found, target), "positive": rows.positive}
+        fields["exit_error"] = found.n_errors / found.row.n_exited
+        if rows.unlabelled:
+            # Whatever takes labels was counted against Stage B's answers.
+            unknown = ("exit_error", "exits_right", "commonest", "commonest_rate", "fnr_on_exited", "n_errors")
+            fields |= dict.fromkeys(unknown)
+            blank = {"fnr_on_exited": None, "exit_accuracy": None}
+            fields["sweep_results"] = [row.model_copy(update=blank) for row in found.sweep]
+        return found, fields
+
+    @property
+    def _fnr_class(self) -> str:
+        asked = self.target.promises(self.positive)
+        return next((one.label for one in asked if one.label is not None), self.positive)
+
+    def check(self, rows: Rows) -> Checked:
+        """The same; what other photos certified is not judged by these."""
+        checked = super().check(rows)
+        return checked if not self.unlabelled else replace(checked, promises=unjudged(checked.promises))
+
+    def found(self) -> list[str]:
+        """What exits, what is seen of photos where groups are promised, and what the promise does not bound."""
+        error = "" if self.exit_error is None else f", exit error {self.exit_error:.2%}"
+        made = self.certificate
+        if made is None:
+            return [f"coverage {self.coverage:.1%}{error}"]
+        photos = {
+            "exit error": ("exits are wrong", self.n_errors or 0, self.n_exited),
+            "FNR on exits": (
+                f"exited photos of '{self._fnr_class}' are missed", self.n_false_negative,
+                self.n_positive_exited,
+            ),
+        }  # fmt: skip
+        seen = [
+            (*photos[one.name], one.errors / one.trials if one.trials else None)
+            for one in made.risks
+            if one.name in photos
+        ]
+        said = beside_groups(made.unit, ("exit", self.n_exited, self.n_rows, made.accepted / made.n), *seen)
+        said.insert(0, f"coverage {self.coverage:.1%}{error}")
+        of_exits = {"exit error", "cascade error"} & {one.name for one in made.risks}
+        if not of_exits and self.commonest is not None and self.exits_right is not None and self.commonest_rate:
+            said.append(
+                f"nothing is promised of exits that are wrong in another way: {self.exits_right:.1%} of the exits are "
+                f"right; always answering '{self.commonest}' would be right in {self.commonest_rate:.1%}"
+            )
+        return said
+
+
+_COUNTED = {
+    "exit error": "of {m} exits {k} were wrong",
+    "FNR on exits": "of {m} exited {unit} of '{label}' {k} were missed",
+    "cascade error": "of {m} {unit} the cascade answered {k} wrongly",
+    "disagreement": "of {m} exits Stage B would have answered {k} otherwise",
+}
+
+
+def _risks(target: Target, rows: Rows) -> list[Risk]:
+    return [risk_of(one, rows) for one in target.promises(rows.positive) if one.quantity != "coverage"]
+
+
+def _said(found: Chosen, target: Target) -> dict[str, Any]:
+    """The statement of a threshold, its bounds with how they came about, and the groups that are behind them."""
+    rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
+    wrong, n, bound = found.groups(rows.wrong, found.exited)
+    missed, n_positive, fnr_bound = found.groups(
+        rows.missed(rows.positive), found.exited & rows.is_class(rows.positive)
+    )
+    counts = {"n_errors": found.n_errors, "n_exited_groups": n, "n_positive_groups": n_positive}
+    risks = _risks(target, rows)
+
+    def told(counted: Iterable[tuple[int, int]], unit: str) -> str:
+        return "; ".join(
+            _COUNTED[risk.name].format(k=k, m=m, unit=unit, label=rows.positive)
+            for risk, (k, m) in zip(risks, counted, strict=True)
+        )
+
+    outcomes = [risk.outcomes(found.exited) for risk in risks]
+    of_photos = [(int(errors.sum()), int(trials.sum())) for errors, trials in outcomes]
+    if certificate is not None:
+        bounds = {one.name: one.bound for one in certificate.risks}
+        out, n_all, seen = certificate.accepted, certificate.n, [(one.errors, one.trials) for one in certificate.risks]
+        if certificate.unit == "photos":
+            out, n_all, seen, unit = row.n_exited, rows.labels.size, of_photos, "photos"
+        return counts | {
+            "statement": (
+                f"{certificate.guarantee} {out} of {n_all} {unit} of those kept for the certificate exited; "
+                f"{told(seen, unit)}. They chose nothing. {assumed(certificate)}{found.caution}"
+            ),
+            "exit_error_upper_bound": bounds.get("exit error"),
+            "fnr_upper_bound": bounds.get("FNR on exits") if row.n_positive_exited else None,
+            "bound_level": 1 - certificate.delta,
+            "bound_method": certified_bound(certificate),
+        }
+    shown = {"exit error": (bound, n), "FNR on exits": (fnr_bound, n_positive)}
+    asked = [(risk.name, *shown[risk.name]) for risk in risks if risk.name in shown]
+    upper = "; ".join(f"of the {name} with {of} {unit}: {100 * value:.1f}%" for name, value, of in asked)
+    groups = "" if rows.groups is None else "; a group is an error when any of its exited rows is"
+    return counts | {
+        "statement": (
+            f"Empirical choice, no guarantee: nothing is promised for new images. Of {rows.labels.size} calibration "
+            f"rows {row.n_exited} exit ({n} {unit}, taken as independent); {told(of_photos, 'rows')}. The threshold "
+            f"was chosen on the same rows as the best of {found.n_tried}, so this looks better than it is."
+            + (f" 95% upper bound {upper}, not corrected for that search." if upper else "")
+        ),
+        "exit_error_upper_bound": bound,
+        "fnr_upper_bound": fnr_bound if row.n_positive_exited else None,
+        "bound_level": BOUND_LEVEL,
+        "bound_method": (
+            f"Clopper-Pearson, one-sided, on exited {unit}{groups} (wrong {wrong} of {n}; of '{rows.positive}' missed "
+            f"{missed} of {n_positive}); not corrected for the choice on the same rows"
+        ),
+    }
+
+
+def _laxest(target: OfExits, rows: Rows, score: NDArray[np.float64], counts: ExitCounts) -> int:
+    """The laxest threshold that meets every limit on these rows, in exact integers."""
+    n, everyone = rows.labels.size, np.arange(rows.labels.size)
+    wish = f"{target.words()} must be reachable on the calibration rows, but"
+    least = target.least_coverage
+    covered = counts.n_exited >= (1 if least is None else math.ceil(exact(least) * n))
+    good, rates = covered.copy(), []
+    for risk in _risks(target, rows):
+        among = everyone if risk.trials is None else np.flatnonzero(risk.trials)
+        if among.size == 0:
+            raise NotReachableError(
+                f"{wish} none of the {n} rows is of the class '{rows.positive}', so FNR on exits is undefined; "
+                "calibrate on rows that hold some. No policy was written"
+            )
+        k, m = risk.tally(score, counts.threshold, among)
+        good &= meets(k, m, risk.alpha)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rates.append((risk, k, m, np.where(covered & (m > 0), k / m, np.inf)))
+    reached = np.flatnonzero(good)
+    if reached.size:
+        return int(reached[-1])
+    if not covered.any():
+        raise NotReachableError(
+            f"{wish} the largest coverage is {counts.n_exited[-1] / n:.4g}: the other scores are not finite; train "
+            "again. No policy was written"
+        )
+    # The risk that is furthest from its limit says why.
+    risk, k, m, rate = max(rates, key=lambda one: float(one[3].min()) / one[0].alpha)
+    # Of equal rates the one with the largest coverage, which is the last.
+    best = int(rate.size - 1 - rate[::-1].argmin())
+    raise NotReachableError(
+        f"{wish} the smallest {risk.name}{'' if least is None else ' at that coverage'} is {rate[best]:.4g} "
+        f"({int(k[best])} of {int(m[best])}), at threshold {counts.threshold[best]:.6g} with coverage "
+        f"{counts.n_exited[best] / n:.4g}. Train a better Stage A, or accept a larger error or a smaller coverage. No "
+        "policy was written"
+    )

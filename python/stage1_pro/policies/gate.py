@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,17 +19,8 @@ from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.native import sweep
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
-from stage1_pro.policies.counts import ExitCounts, meets
-from stage1_pro.policies.exiting import (
-    BOUND_LEVEL,
-    Chosen,
-    ExitPolicy,
-    assumed,
-    beside_groups,
-    certified_bound,
-    choose_exits,
-    walked,
-)
+from stage1_pro.policies.counts import meets
+from stage1_pro.policies.exiting import ByLimits, Limits, walked
 from stage1_pro.policies.planning import Planned, PlanTerms
 from stage1_pro.policies.platt import Platt, fit_platt, score
 from stage1_pro.policies.policy import Origin, Policy
@@ -43,9 +34,9 @@ GRID = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 class GateConstraints(Record):
     """What the gate policy was asked for; all at once, at one threshold."""
 
-    min_coverage: float = Field(gt=0, lt=1)
-    max_exit_error: float = Field(gt=0, lt=1)
-    target_fnr_exit: float | None = Field(default=None, gt=0, lt=1, description="null = not asked for")
+    min_coverage: float | None = Field(None, gt=0, lt=1, description="null = not asked for, here and below")
+    max_exit_error: float | None = Field(None, gt=0, lt=1)
+    target_fnr_exit: float | None = Field(None, gt=0, lt=1)
 
 
 class ByGate(Policy):
@@ -79,7 +70,7 @@ class ByGate(Policy):
         )
 
 
-class GateParams(ByGate, ExitPolicy):
+class GateParams(ByGate, ByLimits):
     """``gateparams.json``: the gate exit policy.
 
     An image exits at Stage A iff ``sigmoid(a * gate_logit + b)``, in float64, is at or above ``threshold``. Rates and
@@ -94,26 +85,18 @@ class GateParams(ByGate, ExitPolicy):
     policy: Literal["gate"] = "gate"
     threshold: float = Field(ge=0, le=1)
     coverage: float = Field(ge=0, le=1)
-    exit_error: float = Field(ge=0, le=1)
-    fnr_on_exited: float | None = Field(ge=0, le=1, description="null when no positive exits")
     constraints: GateConstraints
+    limits: Limits | None = Field(None, description="what else was asked for; null in files of the first version")
     guarantee: Literal["none", "ltt"]
     certificate: CertificateRecord | None = Field(description="null with guarantee none")
     certify_uses: int | None = Field(
         description="claims on the rows kept for the certificate so far, with this one; null: not counted"
     )
     statement: str
-    exit_error_upper_bound: float = Field(ge=0, le=1)
-    fnr_upper_bound: float | None = Field(ge=0, le=1, description="null when no positive exits, or none was asked for")
-    bound_level: float = Field(gt=0, lt=1)
-    bound_method: str
     n_rows: int
     n_exited: int
-    n_errors: int
     n_positive_exited: int
     n_false_negative: int
-    n_exited_groups: int
-    n_positive_groups: int
     n_fit_rows: int = Field(description="rows that Platt scaling saw")
     grouped: bool
     sweep_results: list[SweepRow]
@@ -123,13 +106,9 @@ class GateParams(ByGate, ExitPolicy):
 
     @classmethod
     def fit(cls, target: Gate, rows: Rows, *, use: int | None = None, origin: Origin | None = None) -> Self:
-        """Choose the gate's threshold of largest coverage under all constraints at once, certified or empirically.
+        """Choose the gate's threshold of largest coverage under all limits at once, certified or empirically.
 
-        Coverage at least ``min_coverage``, exit error P(wrong | exit) at most ``max_exit_error`` and, when asked for,
-        FNR on exits at most ``target_fnr``. ``ltt``: candidates and their order come from the fit rows, the others test
-        them in a fixed sequence by exact binomials, by group, and the record's figures are those of the others.
-        ``none``: the choice is the best on all rows, compared in exact integers, and promises nothing. Platt scaling
-        sees the fit rows alone either way. See ``Policy.fit``.
+        Platt scaling sees the fit rows alone either way. See ``ByLimits.chosen`` and ``Policy.fit``.
         """
         platt, sure = _sure(rows)
         if target.guarantee == "none" and np.isnan(sure).all():
@@ -137,19 +116,15 @@ class GateParams(ByGate, ExitPolicy):
                 f"{target.words()} must be reachable on the calibration rows, but no gate logit is finite, so nothing "
                 "may exit; train again. No policy was written"
             )
-        found = choose_exits(
-            target, rows, sure, shown=GRID, best=lambda counts: _best(counts, target, rows.labels.size)
-        )
+        found, fields = cls.chosen(target, rows, sure, use=use, origin=origin, shown=GRID)
         return cls(
-            **found.fields(target, use, origin),
-            **_said(found),
+            **fields,
             a=platt.a, b=platt.b, fitted=platt.fitted, platt=platt.reason, n_fit_rows=platt.n,
-            threshold=found.row.threshold, exit_error=found.n_errors / found.row.n_exited,
+            threshold=found.row.threshold,
             constraints=GateConstraints(
-                min_coverage=target.min_coverage, max_exit_error=target.max_exit_error,
-                target_fnr_exit=target.target_fnr,
+                min_coverage=target.least_coverage, max_exit_error=target.exit_error, target_fnr_exit=target.fnr
             ),
-            certify_uses=use if found.certificate is not None else None,
+            limits=Limits.of(target), certify_uses=use if found.certificate is not None else None,
         )  # fmt: skip
 
     @classmethod
@@ -167,7 +142,7 @@ class GateParams(ByGate, ExitPolicy):
         least, delta = terms.min_coverage, terms.delta[0]
 
         def certifies(rows: Rows, alpha: float) -> tuple[float, bool] | None:
-            target = Gate(max_exit_error=alpha, min_coverage=least, delta=delta)
+            target = Gate(exit_error=alpha, least_coverage=least, delta=delta)
             return walked(target, rows, _sure(rows)[1])
 
         return Planned(
@@ -184,26 +159,13 @@ class GateParams(ByGate, ExitPolicy):
     @property
     def target(self) -> Gate:
         """What it was asked for; delta is that of its own claim."""
-        limits = self.constraints
-        return Gate(
-            max_exit_error=limits.max_exit_error, min_coverage=limits.min_coverage, target_fnr=limits.target_fnr_exit,
-            guarantee=self.guarantee, **self.own_delta,
-        )  # fmt: skip
+        own, limits = self.constraints, {} if self.limits is None else self.limits.asked()
+        asked = {"exit_error": own.max_exit_error, "fnr": own.target_fnr_exit, "least_coverage": own.min_coverage}
+        return Gate(**{**limits, **asked}, guarantee=self.guarantee, **self.own_delta)
 
     def found(self) -> list[str]:
         """The scaling, and what exits."""
-        said, made = [f"{self.platt}; coverage {self.coverage:.1%}, exit error {self.exit_error:.2%}"], self.certificate
-        if made is None:
-            return said
-        counted = [
-            ("exits are wrong", self.n_errors, self.n_exited),
-            ("exited positives are missed", self.n_false_negative, self.n_positive_exited),
-        ]
-        risks = [
-            (*seen, one.errors / one.trials if one.trials else None)
-            for seen, one in zip(counted, made.risks, strict=False)
-        ]
-        return [*said, *beside_groups(made.unit, ("exit", self.n_exited, self.n_rows, made.accepted / made.n), *risks)]
+        return [self.platt, *super().found()]
 
 
 @dataclass(frozen=True)
@@ -260,70 +222,3 @@ def _sure(rows: Rows) -> tuple[Platt, NDArray[np.float64]]:
     fit = rows.fit_half()
     platt = fit_platt(rows.gate[fit], ~rows.wrong[fit])
     return platt, score(rows.gate, platt.a, platt.b)
-
-
-def _said(found: Chosen) -> dict[str, Any]:
-    """The statement of a threshold, and its bounds and groups with how they came about."""
-    rows, row, certificate, unit = found.rows, found.row, found.certificate, found.rows.unit
-    wrong, n, bound = found.groups(rows.wrong, found.exited)
-    _, n_positive, fnr_bound = found.groups(rows.wrong, found.exited & rows.is_class(rows.positive))
-    counts = {"n_errors": found.n_errors, "n_exited_groups": n, "n_positive_groups": n_positive}
-    if certificate is not None:
-        fnr = certificate.risks[1].bound if len(certificate.risks) > 1 else None
-        out, n_all, errors = certificate.accepted, certificate.n, certificate.errors
-        if certificate.unit == "photos":
-            out, n_all, errors, unit = row.n_exited, rows.labels.size, found.n_errors, "photos"
-        return counts | {
-            "statement": (
-                f"{certificate.guarantee} {out} of {n_all} {unit} of those kept for the certificate "
-                f"exited, {errors} of them wrong; they chose nothing. {assumed(certificate)}"
-                f"{found.caution}"
-            ),
-            "exit_error_upper_bound": certificate.risks[0].bound,
-            "fnr_upper_bound": fnr if row.n_positive_exited else None,
-            "bound_level": 1 - certificate.delta,
-            "bound_method": certified_bound(certificate),
-        }
-    groups = "" if rows.groups is None else "; a group is an error when any of its exited rows is wrong"
-    return counts | {
-        "statement": (
-            f"Empirical choice, no guarantee: nothing is promised for new images. Of {rows.labels.size} "
-            f"calibration rows {row.n_exited} exit ({n} {unit}, taken as independent) and {found.n_errors} of those "
-            "are wrong. The threshold was chosen on the same rows, so this looks better than it is. 95% upper bound of "
-            f"the exit error with {n} {unit}: {100 * bound:.1f}%, not corrected for that search."
-        ),
-        "exit_error_upper_bound": bound,
-        "fnr_upper_bound": fnr_bound if row.n_positive_exited else None,
-        "bound_level": BOUND_LEVEL,
-        "bound_method": (
-            f"Clopper-Pearson, one-sided, on exited {unit}{groups} ({wrong} of {n}); not corrected for the choice on "
-            "the same rows"
-        ),
-    }
-
-
-def _best(counts: ExitCounts, target: Gate, n: int) -> int:
-    """The laxest threshold that meets every constraint on n rows, in exact integers."""
-    wish = f"{target.words()} must be reachable on the calibration rows, but"
-    wrong = counts.n_exited - counts.n_correct
-    covered = counts.n_exited >= math.ceil(exact(target.min_coverage) * n)
-    good = covered & meets(wrong, counts.n_exited, target.max_exit_error)
-    if target.target_fnr is not None:
-        good &= meets(counts.n_false_negative, counts.n_positive, target.target_fnr)
-    reached = np.flatnonzero(good)
-    if reached.size:
-        return int(reached[-1])
-    if not covered.any():
-        raise NotReachableError(
-            f"{wish} the largest coverage is {counts.n_exited[-1] / n:.4g}: the other gate logits are not "
-            "finite; train again. No policy was written"
-        )
-    rate = np.where(covered, wrong / counts.n_exited, np.inf)
-    best = int(rate.size - 1 - rate[::-1].argmin())
-    row = counts.row(best, n, grid=False)
-    fnr = "" if row.fnr_on_exited is None else f" and FNR on exits {row.fnr_on_exited:.4g}"
-    raise NotReachableError(
-        f"{wish} the smallest exit error at that coverage is {rate[best]:.4g} ({int(wrong[best])} of {row.n_exited}), "
-        f"at threshold {row.threshold:.6g} with coverage {row.coverage:.4g}{fnr}. Train a better Stage A or gate, or "
-        "accept a larger error or a smaller coverage. No policy was written"
-    )

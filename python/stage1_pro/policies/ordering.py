@@ -95,7 +95,12 @@ class _Expected:
         self.counts, self.first = [], 0
         for risk in risks:
             share = weights if risk.trials is None else group_weights(groups, risk.trials)
-            m, k = np.cumsum(share[order])[last] * scale, np.cumsum(share[order] * risk.errors[order])[last] * scale
+            m, wrong = np.cumsum(share[order])[last], share * risk.errors
+            k = np.cumsum(wrong[order])[last]
+            if risk.otherwise is not None:
+                other = share * risk.otherwise
+                m, k = np.full(last.size, share.sum()), k + other.sum() - np.cumsum(other[order])[last]
+            m, k = m * scale, k * scale
             self.counts.append((k, m))
             changes[:-1] |= k[1:] != k[:-1]
         self.coverage = np.zeros(last.size)
@@ -164,10 +169,7 @@ def certify_halves(
     fit = check_halves(halves, values.size, units)
 
     def part(rows: NDArray[np.bool_]) -> list[Risk]:
-        return [
-            replace(risk, errors=risk.errors[rows], trials=None if risk.trials is None else risk.trials[rows])
-            for risk in risks
-        ]
+        return [risk.where(rows) for risk in risks]
 
     n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
     flag("smallest", smallest)
@@ -206,7 +208,7 @@ def certify_halves(
     found = attempt(alphas)
     if found.feasible:
         return found
-    if not photos:
+    if not photos and all(risk.otherwise is None for risk in risks):
         # The walk of more units would start elsewhere.
         seen = (values, risks, units) if alike else (rest, certain, others)
         plan = partial(units_needed, *seen, delta=delta, min_coverage=min_coverage, start="halves")

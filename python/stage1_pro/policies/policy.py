@@ -62,9 +62,16 @@ def risk_of(asked: Promise, rows: Rows) -> Risk:
 
     if asked.quantity == "exit error":
         return Risk(asked.quantity, asked.limit, rows.wrong)
+    if asked.quantity == "disagreement":
+        return Risk(asked.quantity, asked.limit, rows.probs.argmax(axis=1) != rows.answers_b)
+    if asked.quantity == "cascade error":
+        return Risk(asked.quantity, asked.limit, rows.wrong, otherwise=rows.answers_b != rows.labels)
     if asked.quantity == "FNR on exits" and asked.label is not None:
         return Risk(asked.quantity, asked.limit, rows.missed(asked.label), rows.is_class(asked.label))
-    raise InputError(f"a promise of exits must be of coverage, exit error or FNR on exits, got {asked.quantity}")
+    raise InputError(
+        "a promise of exits must be of coverage, exit error, FNR on exits, cascade error or disagreement, got "
+        f"{asked.quantity}"
+    )
 
 
 class Policy(Record):
@@ -246,9 +253,10 @@ class Policy(Record):
 
     @property
     def fnr_target(self) -> float | None:
-        """The largest FNR on exits that was asked for; None: it was not."""
+        """The largest FNR on exits that was asked for of the positive class; None: it was not."""
         asked = self.target.promises(self.positive)
-        return next((one.limit for one in asked if one.quantity == "FNR on exits"), None)
+        of = ("FNR on exits", self.positive)
+        return next((one.limit for one in asked if (one.quantity, one.label) == of), None)
 
     @property
     def claims_made(self) -> tuple[int, int | None]:
@@ -281,8 +289,8 @@ class Policy(Record):
                 limit = float(1 - exact(one.limit))
             else:
                 risk = risk_of(one, rows)
-                name, errors, among = risk.name, risk.errors, everyone if risk.trials is None else risk.trials
-                trials = among & exited
+                name, among = risk.name, everyone if risk.trials is None else risk.trials
+                errors, trials = risk.outcomes(exited)
             if self.target.largest is not None and names is not None:
                 found.append(check_photos(name, errors, trials, names, limit, self.target.largest, len(asked)))
                 continue

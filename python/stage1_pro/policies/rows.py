@@ -40,6 +40,7 @@ class Rows:
     told_apart: bool = False
     independent: bool = False  # as the caller states, without groups
     halved: bool = True  # those of the fit half are of the same split as those that certify
+    unlabelled: bool = False  # labels of those that certify are Stage B's answers
 
     @classmethod
     def of(
@@ -112,6 +113,17 @@ class Rows:
     def wrong(self) -> NDArray[np.bool_]:
         """Which rows [N] Stage A answers wrongly."""
         return np.asarray(self.probs.argmax(axis=1) != self.labels)
+
+    @property
+    def answers_b(self) -> NDArray[np.int64]:
+        """Stage B's answers [N].
+
+        Raises:
+            InputError: its probabilities were not given.
+        """
+        if self.probs_b is None:
+            raise InputError("probs_b must be given where Stage B's answers are asked about, got None (logits_b)")
+        return np.asarray(self.probs_b.argmax(axis=1))
 
     @property
     def unit(self) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from stage1_pro.command import Count, Share, refusal
+from stage1_pro.command import Count, Flag, Share, refusal
 from stage1_pro.errors import InputError, nearest
 from stage1_pro.record import Record
 from stage1_pro.registry import Registry
@@ -25,12 +25,20 @@ Strength = Literal["none", "on average", "certified"]
 _STRENGTHS: tuple[Strength, ...] = ("none", "on average", "certified")
 # Two deltas that differ by the rounding of a sum are one.
 _ROUNDING = 1 + 1e-9
+# Risks that exits can be asked to keep below a limit, by their fields, and the limit where none is.
+_RISKS = {
+    "exit_error": "exit error", "fnr": "FNR on exits", "cascade_error": "cascade error", "disagreement": "disagreement"
+}  # fmt: skip
+_EXIT_ERROR = 0.05
 
 
 class Promise(Record):
     """One guarantee of a policy: a quantity is at most, or at least, a limit."""
 
-    quantity: str = Field(description="exit error, coverage, FNR on exits, share accepted, risk, FNR of accepted sets")
+    quantity: str = Field(
+        description="exit error, coverage, FNR on exits, cascade error, disagreement, share accepted, risk, FNR of "
+        "accepted sets"
+    )
     limit: float = Field(gt=0, lt=1)
     bound: Literal["at most", "at least"] = "at most"
     of: Literal["all", "each class", "each stage", "each source"] = "all"
@@ -149,14 +157,51 @@ class Target(Record):
 
 
 class OfExits(Target):
-    """What is asked of exits: of groups, one photo drawn from each, or of photos, of which large groups hold more."""
+    """What is asked of exits: limits of risks, of which one at least, and a least coverage.
 
+    Of groups, one photo drawn from each, or of photos, of which large groups hold more.
+    """
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "alpha": "exit_error", "max_exit_error": "exit_error", "target_fnr": "fnr", "min_coverage": "least_coverage"
+    }  # fmt: skip
+
+    exit_error: Share | None = Field(
+        None, description="largest share of wrong answers among exits; .05 where no other risk is limited"
+    )
+    fnr: Share | None = Field(None, description="largest share that Stage A misses among exits of one class")
+    fnr_class: Annotated[str | None, Flag(name="--class", metavar="NAME")] = Field(
+        None, description="with fnr: that class; the positive one by default"
+    )
+    cascade_error: Share | None = Field(
+        None, description="largest share of wrong answers of the whole cascade, of all photos"
+    )
+    disagreement: Share | None = Field(
+        None, description="largest share of exits that Stage B would answer otherwise; needs no labels"
+    )
+    least_coverage: Share | None = Field(None, description="least share of photos that exit")
     unit: Literal["group", "photo"] = Field(
         "group", description="what a rate is of: one photo drawn from a new group, or any photo (needs largest_group)"
     )
     largest_group: Count | None = Field(
         None, description="with unit photo: photos of the largest group that can ever come; larger ones are refused"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """Fields by their names, for older ones and where no risk is limited."""
+        if not isinstance(given, Mapping):
+            return given
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            field = cls.aliases.get(name, name)
+            if field in values or (field != name and field in given):
+                raise ValueError(f"{name} and {field} must not both be given, which are one")
+            values[field] = value
+        if all(values.get(name) is None for name in _RISKS):
+            values["exit_error"] = _EXIT_ERROR
+        return values
 
     @model_validator(mode="after")
     def _stated(self) -> Self:
@@ -165,74 +210,73 @@ class OfExits(Target):
                 f"largest_group must go with unit photo, got {self.largest_group} with unit {self.unit}; a promise of "
                 "photos needs the size of the largest group that can ever come"
             )
+        if self.fnr_class is not None and self.fnr is None:
+            raise ValueError(f"fnr_class must go with fnr, got '{self.fnr_class}' alone; add --fnr")
         return self
+
+    @classmethod
+    def settle(cls, given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """The same; risks that are given take the place of those of a configuration."""
+        asked = any(given.get(name) is not None for name in _RISKS)
+        dropped = (*_RISKS, "fnr_class") if asked else ()
+        return {**{name: one for name, one in base.items() if name not in dropped}, **given}
+
+    def promises(self, positive: str) -> tuple[Promise, ...]:
+        """The coverage and each risk, where they were asked for."""
+        label = self.fnr_class or positive
+        least = self.least_coverage
+        found = [] if least is None else [self._promise("coverage", least, "at least")]
+        for quantity, limit in self._limits():
+            found.append(self._promise(quantity, limit, label=label if quantity == "FNR on exits" else None))
+        return tuple(found)
+
+    def _limits(self) -> list[tuple[str, float]]:
+        return [(said, limit) for name, said in _RISKS.items() if (limit := getattr(self, name)) is not None]
+
+    def watched(self) -> float | None:
+        """The largest exit error, where it is limited."""
+        return self.exit_error
 
     @property
     def largest(self) -> int | None:
         """Photos of the largest group where the promise is of photos."""
         return self.largest_group
 
+    def key(self) -> str:
+        """The target as ``claims.json`` names it."""
+        coverage = [] if self.least_coverage is None else [f"coverage >= {self.least_coverage!r}"]
+        return ", ".join([*coverage, *self._wishes(repr)]) + self._of_photos()
+
+    def words(self) -> str:
+        """The target in words."""
+        coverage = "" if self.least_coverage is None else f"coverage >= {self.least_coverage:g} with "
+        return coverage + " and ".join(self._wishes("{:g}".format)) + self._of_photos()
+
+    def _wishes(self, number: Callable[[float], str]) -> list[str]:
+        of = "" if self.fnr_class is None else f" of '{self.fnr_class}'"
+        return [f"{said}{of if said == 'FNR on exits' else ''} <= {number(limit)}" for said, limit in self._limits()]
+
     def _of_photos(self) -> str:
         return "" if self.largest is None else f", of photos in groups of at most {self.largest}"
 
 
 class Softmax(OfExits):
-    """Exit by the largest probability of Stage A, with few false negatives among exits."""
+    """Exit by the largest probability of Stage A."""
 
     policy: Literal["softmax"] = "softmax"
-    target_fnr: Share = Field(0.02, description="largest false negative rate among exits")
-
-    def promises(self, positive: str) -> tuple[Promise, ...]:
-        """FNR on exits."""
-        return (self._promise("FNR on exits", self.target_fnr, label=positive),)
-
-    def key(self) -> str:
-        """The target as ``claims.json`` names it."""
-        return f"FNR on exits <= {self.target_fnr!r}{self._of_photos()}"
-
-    def words(self) -> str:
-        """The target in words."""
-        return f"target FNR on exits {self.target_fnr:.4g}{self._of_photos()}"
 
 
 class Gate(OfExits):
-    """Exit by the gate's P(Stage A is correct), with few wrong answers among many exits."""
-
-    aliases: ClassVar[Mapping[str, str]] = {"alpha": "max_exit_error"}
-    configured: ClassVar[Mapping[str, str]] = {"target_fnr": "target_fnr_exit"}
+    """Exit by the gate's P(Stage A is correct)."""
 
     policy: Literal["gate"] = "gate"
-    max_exit_error: Share = Field(0.01, description="largest share of wrong answers among exits")
-    min_coverage: Share = Field(0.70, description="least share of images that exit")
-    target_fnr: Share | None = Field(None, description="largest false negative rate among exits; null: any")
-
-    def promises(self, positive: str) -> tuple[Promise, ...]:
-        """Coverage, exit error and, where it was asked for, FNR on exits."""
-        found = [
-            self._promise("coverage", self.min_coverage, "at least"),
-            self._promise("exit error", self.max_exit_error),
-        ]
-        if self.target_fnr is not None:
-            found.append(self._promise("FNR on exits", self.target_fnr, label=positive))
-        return tuple(found)
-
-    def watched(self) -> float | None:
-        """The largest exit error."""
-        return self.max_exit_error
-
-    def key(self) -> str:
-        """The target as ``claims.json`` names it."""
-        fnr = "" if self.target_fnr is None else f", FNR on exits <= {self.target_fnr!r}"
-        return f"coverage >= {self.min_coverage!r}, exit error <= {self.max_exit_error!r}{fnr}{self._of_photos()}"
-
-    def words(self) -> str:
-        """The target in words."""
-        fnr = "" if self.target_fnr is None else f" and FNR on exits <= {self.target_fnr:g}"
-        return f"coverage >= {self.min_coverage:g} with exit error <= {self.max_exit_error:g}{fnr}{self._of_photos()}"
 
 
 class Scrc(Target):
     """After the cascade: sets of classes for what is accepted, few of which miss the label; nobody answers the rest."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"exit_error": "max_exit_error", "least_coverage": "min_coverage"}
+    configured: ClassVar[Mapping[str, str]] = {"max_exit_error": "exit_error", "min_coverage": "least_coverage"}
 
     policy: Literal["scrc"] = "scrc"
     alpha: Share = Field(0.01, description="largest risk among the accepted")
@@ -367,16 +411,16 @@ def settle_target(base: Any, given: Mapping[str, Any]) -> Target:
             asks = {known: kind_of_target(known) for known in POLICIES}
             owners = [one for one in reversed(asks) if name in asks[one].model_fields]
             others = [one for one in asks if name in asks[one].aliases]
-            if owners:
+            if owners or others:
                 raise InputError(
                     f"{name} must go with policy {' or '.join(others + owners)}, got it with {policy}; drop it or add "
-                    f"--policy {owners[-1]}"
+                    f"--policy {(others + owners)[-1]}"
                 )
         if field in named or (field != name and given.get(field) is not None):
             raise InputError(f"{name} and {field} must not both be given with policy {policy}, which calls them one")
         named[field] = value
     names = {field: kind.configured.get(field, field) for field in kind.model_fields if field != "policy"}
-    values = {field: getattr(base, name) for field, name in names.items() if hasattr(base, name)}
+    values = {field: one for field, name in names.items() if (one := getattr(base, name, None)) is not None}
     found = parse_target(kind.settle(named, values))
     for name in ("delta", "claims"):
         if found.guarantee != "ltt" and name in named:

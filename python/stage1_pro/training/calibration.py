@@ -32,6 +32,7 @@ from stage1_pro.progress import say
 from stage1_pro.record import Record, parse_json
 from stage1_pro.tables import Sheet, grid
 from stage1_pro.training.run import RunConfig, exclusive
+from stage1_pro.training.unlabelled import Unlabelled, read_unlabelled
 from stage1_pro.words import HALVES
 
 if TYPE_CHECKING:
@@ -63,14 +64,16 @@ def calibrate(asked: Calibration, target: Target | None = None, *, halve: bool =
     if asked.run is not None:
         if asked.out is not None or asked.positive is not None or asked.classes is not None:
             raise InputError("out, positive and classes must go with --logits, got them with --run; a run has its own")
-        if asked.columns is not None:
+        if asked.columns is not None and asked.unlabelled is None:
             raise InputError("columns must go with --logits, got it with --run; a run's rows are its own")
-        if asked.rows_independent:
+        if asked.rows_independent and asked.unlabelled is None:
             raise InputError("rows_independent must go with --logits, got it with --run; a run's splits have groups")
-        work = _prepare(asked.run, given, target, halve=halve)
+        work = _prepare(asked, given, target, halve=halve)
         # One lock from the stake to the policy: two calibrations at once would lose a claim.
         with exclusive(asked.run):
             return _choose(work)
+    if asked.unlabelled is not None:
+        raise InputError("unlabelled must go with --run, whose model looks at the photos, got it with --logits")
     wish = _target_of_logits(asked, given, target)
     place = _place(asked.out, wish)
     rows, hashes = _read_logits(asked, wish)
@@ -96,7 +99,7 @@ def foresee_calibration(asked: Calibration, target: Target | None = None) -> For
         wish = _target_of_logits(asked, given, target)
         rows, _ = _read_logits(asked, wish)
         return Foreseen(target=wish.words(), claim="nobody counts claims on a file", told=told(foresee(wish, rows)))
-    work = _prepare(asked.run, given, target)
+    work = _prepare(asked, given, target)
     wish, claim = work.wish, "nothing is promised, so no claim is needed"
     if wish.guarantee == "ltt":
         stake, _ = work.weigh()
@@ -165,21 +168,28 @@ class _Work:
     rows: Rows
     splits: Splits
     origin: Origin
+    others: Unlabelled | None = None  # photos without labels, which certify in place of val_calib
 
     @property
     def half(self) -> str:
         """Hash of the rows that certify, ``val_calib`` or its second half; empty where the splits have none."""
+        if self.others is not None:
+            return self.others.fingerprint
         return self.splits.hashes.get("val_calib.certify" if self.rows.halved else "val_calib", "")
 
     @property
     def kept(self) -> tuple[list[str], list[str]]:
         """Content hash and group of every photo that certifies."""
+        if self.others is not None:
+            return self.others.hashes, self.others.groups
         rows = self.splits.of("val_calib", "certify" if self.rows.halved else None)
         return [row.sha256 for row in rows], [row.group for row in rows]
 
     @property
     def order(self) -> str:
         """Which rows fixed the order of thresholds, as an assumption of the certificate."""
+        if self.others is not None:
+            return self.others.order
         if self.rows.halved:
             return "the order of thresholds comes from the other half of val_calib: no photo and no group is in both"
         n, of = len(self.splits.of("val_select")), len(self.splits.of("val_calib"))
@@ -200,7 +210,9 @@ class _Work:
         )  # fmt: skip
 
 
-def _prepare(run: Path, given: dict[str, Any], wish: Target | None, *, halve: bool = False) -> _Work:
+def _prepare(asked: Calibration, given: dict[str, Any], wish: Target | None, *, halve: bool = False) -> _Work:
+    run = asked.run
+    assert run is not None
     predictions = read_calibration(run)
     path = run / "config.json"
     splits = Splits.read(run / "splits.json")
@@ -213,9 +225,20 @@ def _prepare(run: Path, given: dict[str, Any], wish: Target | None, *, halve: bo
         given = {"delta": wish.delta, "claims": wish.claims}
     _check_halves(predictions, splits)
     certifies = wish.guarantee == "ltt" and not halve
-    rows = run_rows(predictions, read_order(run, predictions, splits) if certifies else None)
+    order = read_order(run, predictions, splits) if certifies or asked.unlabelled is not None else None
+    others = None
+    if asked.unlabelled is not None:
+        wished = [one.quantity for one in wish.promises(predictions.positive) if one.quantity != "coverage"]
+        if wished != ["disagreement"]:
+            raise InputError(
+                f"--unlabelled must go with --disagreement alone, got {wish.words()}; other limits are about labels"
+            )
+        others = read_unlabelled(
+            run, asked.unlabelled, splits, order, columns=asked.columns, rows_independent=asked.rows_independent
+        )
+    rows = run_rows(predictions, order) if others is None else others.rows
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
-    work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin)
+    work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin, others)
     if wish.guarantee == "ltt":
         if not work.half:
             raise ArtifactError(
@@ -287,8 +310,11 @@ def _choose(work: _Work) -> Policy:
         # Written down before anybody looks.
         claims.write(counts)
     elif work.half:
-        seen = work.splits.of("val_calib")
-        note_look(run, work.splits.hashes["val_calib"], [row.sha256 for row in seen], [row.group for row in seen])
+        if work.others is not None:
+            note_look(run, work.half, *work.kept)
+        else:
+            seen = work.splits.of("val_calib")
+            note_look(run, work.splits.hashes["val_calib"], [row.sha256 for row in seen], [row.group for row in seen])
     try:
         policy = POLICIES.find(wish.policy).fit(
             wish, work.rows, use=None if stake is None else stake.use, origin=work.origin
@@ -306,6 +332,8 @@ def _choose(work: _Work) -> Policy:
                 f"--guarantee none saw these photos {stake.looks} time(s) before; the certificate holds only if this "
                 "target was not chosen by what it showed"
             )
+    if work.others is not None:
+        policy = policy.model_copy(update={"unlabelled": work.others.fingerprint})
     replace_policy(run, checked(policy))
     say(f"wrote {run / policy.file}")
     return policy
@@ -378,7 +406,8 @@ def _better(run: Path, predictions: Predictions) -> str:
     """What ranked answers better on ``val_select``: softmax or gate."""
     path = run / "gate.json"
     if not path.is_file():
-        raise ArtifactError(f"policy auto must have {path}, but there is no such file; train again, or name a policy")
+        say(f"policy softmax: {path} is not there to say whether the gate ranks answers better")
+        return "softmax"
     choice = GateChoice.read(path)
     if choice.model_fingerprint != predictions.model_fingerprint:
         raise ArtifactError(f"{path} must be of the model that gave val_calib.npz, got another's; train again")
@@ -389,7 +418,7 @@ def _better(run: Path, predictions: Predictions) -> str:
 def _target_of_logits(asked: Calibration, given: Mapping[str, Any], target: Target | None) -> Target:
     if asked.policy == "auto":
         raise InputError("policy auto must go with --run, got it with --logits; name softmax, gate or scrc")
-    return target or settle_target(CalibrateConfig(), given)
+    return target or settle_target(CalibrateConfig(), {"policy": "softmax", **given})
 
 
 def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]]:
@@ -402,7 +431,10 @@ def _read_logits(asked: Calibration, wish: Target) -> tuple[Rows, dict[str, str]
             f"--classes must be left out beside a CSV, which names its own ({', '.join(arrays['classes'])}), got "
             f"{', '.join(asked.classes)}"
         )
-    rows = file_rows(path, arrays, wish.policy, asked.classes, asked.positive, rows_independent=stated)
+    of_one = any(one.label == "" for one in wish.promises(""))
+    rows = file_rows(
+        path, arrays, wish.policy, asked.classes, asked.positive, rows_independent=stated, any_positive=not of_one
+    )
     if wish.guarantee == "ltt":
         rows.check_answers_differ()
     if wish.guarantee == "ltt" and ("groups" not in arrays) != stated:
@@ -443,8 +475,11 @@ def file_rows(
     *,
     said: str = "--positive",
     rows_independent: bool = False,
+    any_positive: bool = False,
 ) -> Rows:
     """The rows of a file of logits, with what a policy needs; ``said`` is where a positive class can be named.
+
+    With ``any_positive`` nothing depends on it, and the last class stands in where none is named.
 
     Raises:
         InputError: an array is missing or not what it must be, or nothing tells the positive class.
@@ -461,6 +496,8 @@ def file_rows(
     check_names(names, "--classes" if classes else "classes", stated=bool(classes))
     if positive is None and "positive" in arrays:
         positive, said = str(arrays["positive"]), f"positive in {path}"
+    elif positive is None and any_positive:
+        positive = names[-1]
     groups = arrays.get("groups")
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
