@@ -27,12 +27,16 @@ def _parts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def fit_softmax_policy(probs: Any, labels: Any, **options: Any) -> Thresholds:
     options = {"guarantee": "none", **options}
     rows, keywords = _parts(options)
+    if not options.keys() & {"exit_error", "fnr", "target_fnr", "cascade_error", "disagreement"}:
+        options["fnr"] = 0.02
     target = Softmax.of(**options)
     return Thresholds.fit(target, Rows.of(probs, labels, **rows), **keywords)
 
 
 def fit_gate_policy(probs: Any, gate_logits: Any, labels: Any, **options: Any) -> GateParams:
     rows, keywords = _parts(options)
+    if not options.keys() & {"least_coverage", "min_coverage"}:
+        options["least_coverage"] = 0.7
     return GateParams.fit(Gate.of(**options), Rows.of(probs, labels, gate=gate_logits, **rows), **keywords)
 
 

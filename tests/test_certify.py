@@ -793,9 +793,9 @@ def test_a_gate_policy_decides_alike_under_rounding_and_never_on_nan() -> None:
         ({"halves": ["fit", "fit", "fut", "certify"]}, "halves must be fit or certify, got 'fut' in row 2"),
         ({"groups": list("aaba")}, "halves must not share a group, got 'a' in both"),
         ({"gate_logits": [0.0]}, r"gate_logits must have shape \[4\] as probs has rows, got \[1\]"),
-        ({"max_exit_error": 0.0}, r"max_exit_error must be inside \(0, 1\), got 0.0"),
-        ({"min_coverage": 1.0}, r"min_coverage must be inside \(0, 1\), got 1.0"),
-        ({"target_fnr": 2.0}, r"target_fnr must be inside \(0, 1\), got 2.0"),
+        ({"max_exit_error": 0.0}, r"exit_error must be inside \(0, 1\), got 0.0"),
+        ({"min_coverage": 1.0}, r"least_coverage must be inside \(0, 1\), got 1.0"),
+        ({"target_fnr": 2.0}, r"fnr must be inside \(0, 1\), got 2.0"),
         ({"guarantee": "crc"}, "guarantee must be .*none.*ltt, got 'crc'"),
     ],
 )
@@ -869,11 +869,11 @@ def test_the_first_claim_is_certified_and_the_same_one_is_no_second(tmp_path: Pa
 
 def test_a_second_claim_is_refused_and_the_message_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path)
-    arguments = ["calibrate", "--run", str(tmp_path), "--policy", "gate"]
+    arguments = ["calibrate", "--run", str(tmp_path), "--policy", "gate", "--least-coverage", "0.7"]
     assert cli.main([*arguments, "--alpha", "0.02"]) == 0
     assert "claim 1 of 1 on these photos; it certifies nothing else" in capsys.readouterr().out
     before = (tmp_path / "gateparams.json").read_bytes()
-    for other in (["--max-exit-error", "0.03"], ["--alpha", "0.02", "--min-coverage", "0.6"]):
+    for other in (["--max-exit-error", "0.03"], ["--alpha", "0.02", "--fnr", "0.6"]):
         assert cli.main([*arguments, *other]) == 2
         said = capsys.readouterr().err
         assert (
@@ -919,7 +919,7 @@ def test_infeasible_is_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[st
     make_run(tmp_path, n=400)
     assert cli.main(["calibrate", "--run", str(tmp_path), "--guarantee", "none", "--target-fnr", ".3"]) == 0
     capsys.readouterr()
-    assert cli.main(["calibrate", "--run", str(tmp_path), "--policy", "gate"]) == 3
+    assert cli.main(["calibrate", "--run", str(tmp_path), "--policy", "gate", "--exit-error", ".01"]) == 3
     said = capsys.readouterr().err
     assert "INFEASIBLE" in said and "unspent" in said and "200 rows, of at least 299" in said
     before = files_of(tmp_path)
@@ -941,9 +941,9 @@ def test_wrong_wishes_cost_no_claim(tmp_path: Path, capsys: pytest.CaptureFixtur
     make_run(tmp_path)
     for wrong, message in (
         (["--policy", "gate", "--alpha", "2"], "got 2.0"),
-        (["--alpha", "0.02"], "alpha must go with policy gate or scrc, got it with softmax"),
-        (["--max-exit-error", "0.02"], "max_exit_error must go with policy scrc or gate, got it with softmax"),
-        (["--policy", "gate", "--alpha", "0.02", "--max-exit-error", "0.02"], "alpha and max_exit_error must not both"),
+        (["--variant", "T"], "variant must go with policy scrc, got it with softmax"),
+        (["--class", "roadwork"], "fnr_class must go with fnr"),
+        (["--policy", "gate", "--alpha", "0.02", "--exit-error", "0.02"], "alpha and exit_error must not both"),
         (["--guarantee", "none", "--claims", "2"], "claims must go with guarantee ltt"),
         (["--claims", "0"], "got 0"),
     ):

@@ -156,7 +156,8 @@ def test_a_dry_run_shows_what_counts_allow_and_spends_nothing(
 ) -> None:
     make_run(tmp_path, n=400)
     before = files_of(tmp_path)
-    arguments = ["calibrate", "--run", str(tmp_path), "--policy", "gate", "--dry-run"]
+    arguments = ["calibrate", "--run", str(tmp_path), "--policy", "gate", "--exit-error", ".01", "--dry-run"]
+    arguments += ["--least-coverage", ".7"]
     assert cli.main(arguments) == 0
     said = " ".join(capsys.readouterr().out.split())
     best = 1 - 0.05 ** (1 / 200)

@@ -357,7 +357,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "FittedSCRC.predict_sets": {"probs": PROBS, "gate": SCORES, "stage": LABELS},
     "FittedSCRC.accepts": {"gate": SCORES},
     "Certificate.accepts": {"scores": SCORES},
-    "Risk": {"name": "error", "alpha": 0.1, "errors": WRONG, "trials": WRONG},
+    "Risk": {"name": "error", "alpha": 0.1, "errors": WRONG, "trials": WRONG, "otherwise": WRONG},
     "betting_p_value": {
         "losses": SCORES, "alpha": 0.1, "delta": 0.1, "weights": np.ones(60), "variance": 0.2, "worst": 1.0,
     },
@@ -595,10 +595,13 @@ def test_groups_of_any_name_are_the_same_groups(named: Callable[[int], Any]) -> 
         (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, squares=[0.5, 0.5]), "squares"),
         (lambda: certify_threshold(SCORES, WRONG, alpha=0.1, delta=0.1, unit="photos", squares=[0.5] * 2), "squares"),
         (lambda: fit_policy("softmax", PROBS, LABELS, groups=LABELS, rows_independent=True), "rows_independent"),
-        (lambda: fit_policy("gate", PROBS, LABELS, alpha=0.1, max_exit_error=0.2), "(alpha|max_exit_error) and .*"),
+        (
+            lambda: fit_policy("gate", PROBS, LABELS, alpha=0.1, max_exit_error=0.2),
+            "(alpha|exit_error|max_exit_error) and .*",
+        ),
         (lambda: fit_policy("softmax", PROBS, LABELS, guarantee="none", delta=0.1), "delta"),
         (lambda: fit_policy("softmax", PROBS, LABELS, guarantee="none", claims=2), "claims"),
-        (lambda: fit_policy("softmax", PROBS, LABELS, alpha=0.1), "alpha"),
+        (lambda: fit_policy("softmax", PROBS, LABELS, variant="T"), "variant"),
         *[(lambda size=size: certify("largest_group", size), "largest_group") for size in ("3", 2.5, math.inf, True)],
         *[
             (lambda called=called: by_class(called), "classes")
@@ -704,8 +707,8 @@ def confused(n: int = 3000) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "options", "said"),
     [
-        (always, [], ["28.6%", "71.4%", "'ok'"]),
-        (confused, [], ["'fox' alone", "59.4%", "50.9%"]),
+        (always, ["--fnr", "0.02"], ["28.6%", "71.4%", "'ok'"]),
+        (confused, ["--fnr", "0.02"], ["'fox' alone", "59.4%", "50.9%"]),
         (always, ["--policy", "scrc", "--alpha", "0.01"], ["every class", "99.5%"]),
         (always, ["--policy", "scrc", "--alpha", "0.02", "--loss", "fnr"], ["right class"]),
     ],

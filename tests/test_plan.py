@@ -83,7 +83,7 @@ SMALL = {"alpha": 0.3, "min_coverage": 0.5, "expected_error": 0.08}
 def test_a_planned_calibration_certifies_as_often_as_planned() -> None:
     found = stage1_pro.plan(**SMALL, growth=3)
     assert found.n_certify > 1.2 * plan_calibration(0.3, 0.05, 0.5, 0.08)
-    target = Gate(max_exit_error=0.3, min_coverage=0.5)
+    target = Gate(exit_error=0.3, least_coverage=0.5)
     assert certified(target, found.n_certify, 200, e=0.08, at=0.5, growth=3) == pytest.approx(0.9, abs=0.07)
 
 
@@ -91,27 +91,32 @@ def test_a_planned_calibration_certifies_as_often_as_planned() -> None:
 @pytest.mark.parametrize(
     ("target", "options", "of"),
     [
-        (Gate(), {"growth": 2}, {"e": 0.005, "at": 0.7, "growth": 2}),
-        (Gate(), {"growth": 5}, {"e": 0.005, "at": 0.7, "growth": 5}),
-        (Gate(), {"growth": 5, "expected_error": 0.003}, {"e": 0.003, "at": 0.7, "growth": 5}),
+        (Gate(exit_error=0.01, least_coverage=0.7), {"growth": 2}, {"e": 0.005, "at": 0.7, "growth": 2}),
+        (Gate(exit_error=0.01, least_coverage=0.7), {"growth": 5}, {"e": 0.005, "at": 0.7, "growth": 5}),
         (
-            Gate(max_exit_error=0.05, min_coverage=0.6), {"growth": 2, "expected_error": 0.02},
+            Gate(exit_error=0.01, least_coverage=0.7), {"growth": 5, "expected_error": 0.003},
+            {"e": 0.003, "at": 0.7, "growth": 5},
+        ),
+        (
+            Gate(exit_error=0.05, least_coverage=0.6), {"growth": 2, "expected_error": 0.02},
             {"e": 0.02, "at": 0.6, "growth": 2},
         ),
-        (Gate(max_exit_error=0.1), {"growth": 3}, {"e": 0.05, "at": 0.7, "growth": 3, "sizes": 3}),
+        (Gate(exit_error=0.1, least_coverage=0.7), {"growth": 3}, {"e": 0.05, "at": 0.7, "growth": 3, "sizes": 3}),
         (
-            Softmax(target_fnr=0.05), {"growth": 3, "expected_error": 0.02, "positives": 0.3},
+            Softmax(fnr=0.05), {"growth": 3, "expected_error": 0.02, "positives": 0.3},
             {"e": 0.02, "at": 0.7, "growth": 3, "positives": 0.3},
         ),
         (Scrc(alpha=0.05), {"growth": 3}, {"e": 0.025, "at": 0.7, "growth": 3}),
         # Of other laws than the one that is taken for granted: late and early errors.
-        (Gate(), {}, {"e": 0.005, "at": 0.7, "growth": 5}),
-        (Gate(), {}, {"e": 0.005, "at": 0.7, "growth": 2}),
+        (Gate(exit_error=0.01, least_coverage=0.7), {}, {"e": 0.005, "at": 0.7, "growth": 5}),
+        (Gate(exit_error=0.01, least_coverage=0.7), {}, {"e": 0.005, "at": 0.7, "growth": 2}),
     ],
 )  # fmt: skip
 def test_whole_calibrations_reach_the_planned_power(target, options, of, capsys) -> None:
     risk = target.promises("")[-1].limit
-    found = stage1_pro.plan(target.policy, alpha=risk, min_coverage=getattr(target, "min_coverage", 0.7), **options)
+    found = stage1_pro.plan(
+        target.policy, alpha=risk, min_coverage=getattr(target, "least_coverage", None) or 0.7, **options
+    )
     draws = 300
     share = certified(target, found.n_certify, draws, **of)
     with capsys.disabled():
@@ -140,10 +145,10 @@ def refusals(target: Target, n: int, want: int, **of: float) -> list[Certificate
 @pytest.mark.parametrize(
     ("target", "n", "of"),
     [
-        (Gate(), 2000, {"e": 0.005, "at": 0.7, "growth": 2}),
-        (Gate(), 1000, {"e": 0.003, "at": 0.7, "growth": 5}),
-        (Gate(max_exit_error=0.05, min_coverage=0.6), 400, {"e": 0.02, "at": 0.6, "growth": 2}),
-        (Softmax(target_fnr=0.05), 400, {"e": 0.02, "at": 0.7, "growth": 4, "positives": 0.3}),
+        (Gate(exit_error=0.01, least_coverage=0.7), 2000, {"e": 0.005, "at": 0.7, "growth": 2}),
+        (Gate(exit_error=0.01, least_coverage=0.7), 1000, {"e": 0.003, "at": 0.7, "growth": 5}),
+        (Gate(exit_error=0.05, least_coverage=0.6), 400, {"e": 0.02, "at": 0.6, "growth": 2}),
+        (Softmax(fnr=0.05), 400, {"e": 0.02, "at": 0.7, "growth": 4, "positives": 0.3}),
     ],
 )
 def test_the_units_that_refusals_name_certify_as_often_as_said(target, n, of, capsys) -> None:
@@ -153,7 +158,7 @@ def test_the_units_that_refusals_name_certify_as_often_as_said(target, n, of, ca
     draws = 200
     share = certified(target, middle, draws, **of)
     right = stage1_pro.plan(
-        target.policy, alpha=target.promises("")[-1].limit, min_coverage=getattr(target, "min_coverage", 0.7),
+        target.policy, alpha=target.promises("")[-1].limit, min_coverage=getattr(target, "least_coverage", None) or 0.7,
         expected_error=of["e"], expected_coverage=of["at"], growth=of["growth"], positives=of.get("positives", 0.5),
     ).n_certify  # fmt: skip
     held = np.mean([one is not None and one.low <= right <= (one.high or np.inf) for one in found])
@@ -165,7 +170,7 @@ def test_the_units_that_refusals_name_certify_as_often_as_said(target, n, of, ca
 
 
 def test_a_refusal_names_an_interval_of_units() -> None:
-    (one,) = refusals(Gate(max_exit_error=0.2, min_coverage=0.5), 40, 1, e=0.05, at=0.5, growth=2)
+    (one,) = refusals(Gate(exit_error=0.2, least_coverage=0.5), 40, 1, e=0.05, at=0.5, growth=2)
     assert 40 < one.n_needed == one.needed.n and one.needed.low < one.needed.n < one.needed.high
     assert str(one.needed) in str(infeasible(one, "this", halved=True))
 
@@ -216,13 +221,13 @@ def test_given_units_say_the_smallest_risk_they_can_certify() -> None:
     alpha, least = found.smallest_alpha_at_n, found.least_alpha_at_n
     assert found.power_at_n < 0.9 and alpha > 0.3 > least
     assert least == pytest.approx(1 - 0.05 ** (1 / 120))
-    target = Gate(max_exit_error=alpha, min_coverage=0.5)
+    target = Gate(exit_error=alpha, least_coverage=0.5)
     assert certified(target, 120, 200, e=0.08, at=0.5, growth=3.5) == pytest.approx(0.9, abs=0.08)
     assert f"smallest alpha certifiable with them at a chance of 0.9: {alpha:g}; " in render(found)
     # Of 25 nearly all certify .78, and it says nothing of most.
     few = stage1_pro.plan(**SMALL, n=25)
     assert few.smallest_alpha_at_n is None and few.least_alpha_at_n == pytest.approx(1 - 0.05 ** (1 / 25))
-    wished = [Gate(max_exit_error=0.78, min_coverage=0.5, allow_useless=useless) for useless in (True, False)]
+    wished = [Gate(exit_error=0.78, least_coverage=0.5, allow_useless=useless) for useless in (True, False)]
     shares = [certified(target, 25, 200, e=0.08, at=0.5, growth=3.5) for target in wished]
     assert shares[0] == pytest.approx(0.9, abs=0.08) and shares[1] < 0.8
     few = stage1_pro.plan("scrc", alpha=0.3, min_coverage=0.7, n=3)
@@ -255,7 +260,7 @@ def test_few_units_are_found_too(policy: str, alpha: float, part: float) -> None
     assert powers[found.n_certify] == pytest.approx(0.9, abs=0.1) and found.n_certify < few
 
 
-@pytest.mark.parametrize(("policy", "target"), [("gate", Gate(max_exit_error=0.5, min_coverage=0.5)), ("scrc", None)])
+@pytest.mark.parametrize(("policy", "target"), [("gate", Gate(exit_error=0.5, least_coverage=0.5)), ("scrc", None)])
 def test_what_is_planned_says_something(policy: str, target: Target | None) -> None:
     target = Scrc(alpha=0.5, min_coverage=0.5) if target is None else target
     found = stage1_pro.plan(policy, alpha=0.5, min_coverage=0.5, expected_error=0.05)
@@ -310,7 +315,7 @@ def test_the_same_seed_plans_the_same() -> None:
     ("given", "message"),
     [
         ({"policy": "gates"}, r"policy must be one of softmax, gate, scrc, got 'gates'"),
-        ({"expected_error": 0.01}, r"expected_error must be in \[0, alpha = 0.01\), got 0.01; no number of rows"),
+        ({"expected_error": 0.05}, r"expected_error must be in \[0, alpha = 0.05\), got 0.05; no number of rows"),
         ({"expected_coverage": 1.7}, r"expected_coverage must be in \(0, 1\], got 1.7"),
         ({"growth": -1}, r"growth must be from 0 to 20, got -1"),
         ({"alpha": 1e-6}, r"expected_error must be small enough"),

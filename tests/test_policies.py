@@ -236,7 +236,7 @@ def test_the_bound_counts_groups() -> None:
     assert policy.fnr_on_exited == 1 / 200
     assert policy.fnr_upper_bound == pytest.approx(stats.beta.ppf(0.95, 2, 9))
     assert "10 groups" in policy.statement
-    assert "(1 of 10)" in policy.bound_method
+    assert "missed 1 of 10" in policy.bound_method
     alone = fit_softmax_policy(probs, labels, **BINARY)
     assert (alone.grouped, alone.n_positive_groups) == (False, 200)
     assert alone.fnr_upper_bound == pytest.approx(stats.beta.ppf(0.95, 2, 199))
@@ -272,14 +272,13 @@ def test_not_reachable_says_what_would_be() -> None:
     with pytest.raises(NotReachableError) as caught:
         fit_softmax_policy(probs, [1, 1, 1, 0], **BINARY, groups=["a", "a", "b", "c"])
     said = str(caught.value)
-    assert "target_fnr 0.02 must be reachable" in said
-    assert "the smallest FNR on exits is 0.3333, at threshold 0.6 with coverage 1" in said
-    assert "1 of 3 exited positives from 2 groups are answered negative" in said
+    assert "FNR on exits <= 0.02 must be reachable" in said
+    assert "the smallest FNR on exits is 0.3333 (1 of 3), at threshold 0.6 with coverage 1" in said
     assert caught.value.exit_code == 3
 
 
 def test_no_positive_at_all_is_not_reachable() -> None:
-    with pytest.raises(NotReachableError, match="none of the 2 rows is of the positive class 'roadwork'"):
+    with pytest.raises(NotReachableError, match="none of the 2 rows is of the class 'roadwork'"):
         fit_softmax_policy([[0.9, 0.1], [0.8, 0.2]], [0, 0], **BINARY)
 
 
@@ -311,8 +310,8 @@ def test_one_row() -> None:
             {"positive": "roadwrk"},
             "positive must be one of none, roadwork, got 'roadwrk'; did you mean 'roadwork'",
         ),
-        ([[0.5, 0.5]], [0], {"target_fnr": 1.0}, r"target_fnr must be inside \(0, 1\), got 1.0"),
-        ([[0.5, 0.5]], [0], {"target_fnr": float("nan")}, r"target_fnr must be inside \(0, 1\), got nan"),
+        ([[0.5, 0.5]], [0], {"target_fnr": 1.0}, r"fnr must be inside \(0, 1\), got 1.0"),
+        ([[0.5, 0.5]], [0], {"target_fnr": float("nan")}, r"fnr must be inside \(0, 1\), got nan"),
         ([[0.5, 0.5]], [0], {"classes": ["a", "a"]}, "classes must be at least two different names"),
     ],
 )
@@ -477,14 +476,14 @@ def test_logits_not_reachable_leaves_what_stood_there(tmp_path: Path) -> None:
         ({"logits": [["a", "b"]], "labels": [0]}, "logits must be numbers"),
         ({"logits": np.zeros((1, 2, 2)), "labels": [0]}, r"logits must have shape \[N, K\] or \[N\], got \[1, 2, 2\]"),
         ({"logits": [[0.0, np.nan]], "labels": [0]}, "probs must be free of NaN, got NaN in row 0"),
-        ({"logits": [[0.0, 1.0, 2.0]], "labels": [0]}, "positive"),
+        ({"logits": [[0.0, 1.0, 2.0]], "labels": [0]}, "--positive must name"),
     ],
 )
 def test_wrong_logit_files_are_named(tmp_path: Path, arrays: dict[str, object], message: str) -> None:
     file = tmp_path / "theirs.npz"
     np.savez(file, **arrays)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
-        calibrate(logits=file)
+        calibrate(logits=file, fnr=0.02)
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
@@ -497,8 +496,8 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         calibrate(tmp_path, policy="softmx")
     with pytest.raises(InputError, match="guarantee must be one of ltt, none, got 'lt'; did you mean 'ltt'"):
         calibrate(tmp_path, guarantee="lt")
-    with pytest.raises(InputError, match="min_coverage must go with policy scrc or gate, got it with softmax"):
-        calibrate(tmp_path, min_coverage=0.5)
+    with pytest.raises(InputError, match="fnr must go with policy gate or softmax, got it with scrc"):
+        calibrate(tmp_path, policy="scrc", fnr=0.5)
     with pytest.raises(InputError, match="claims must go with guarantee ltt, got it with none"):
         calibrate(tmp_path, guarantee="none", claims=2)
     with pytest.raises(InputError, match=r"delta must be inside \(0, 1\), got 1.5"):

@@ -190,7 +190,7 @@ def test_the_loop_watches_only_what_was_asked_of_exits(
     rows: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Gate(max_exit_error=0.03).watched() == 0.03
-    assert Softmax().watched() is None and Scrc(alpha=0.04).watched() is None
+    assert Softmax(fnr=0.02).watched() is None and Scrc(alpha=0.04).watched() is None
     policy = scrc(rows, "m")
     bundle = SimpleNamespace(
         policy=policy, path=tmp_path, manifest=SimpleNamespace(provenance=SimpleNamespace(model_fingerprint="m"))

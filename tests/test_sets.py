@@ -445,7 +445,7 @@ def test_wishes_that_contradict_are_told(tmp_path: Path, capsys: pytest.CaptureF
         (["--policy", "scrc", "--variant", "pac", "--guarantee", "none"], "guarantee must be ltt with variant pac"),
         (
             ["--policy", "scrc", "--target-fnr", ".1"],
-            "target_fnr must go with policy gate or softmax, got it with scrc",
+            "target_fnr must go with policy softmax or gate, got it with scrc",
         ),
         (["--policy", "gate", "--cells", "class"], "cells must go with policy scrc, got it with gate"),
         (["--policy", "scrc", "--variant", "naive", "--claims", "2"], "claims must go with guarantee ltt"),

@@ -40,7 +40,7 @@ class Plan(Command, topic="plan"):
     """
 
     policy: PolicyName = option("gate", "what makes the promise")
-    alpha: Share | None = option(None, "largest risk; .01 by default, of softmax .02")
+    alpha: Share | None = option(None, "largest risk; .05 by default, of scrc .01")
     delta: float | tuple[float, ...] = option(
         0.05,
         "largest chance of a false certificate; scrc: of selection and risk (one number is split 1 : 4)",

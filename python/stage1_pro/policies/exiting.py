@@ -396,9 +396,13 @@ class ByLimits(ExitPolicy):
     def found(self) -> list[str]:
         """What exits, what is seen of photos where groups are promised, and what the promise does not bound."""
         error = "" if self.exit_error is None else f", exit error {self.exit_error:.2%}"
+        return [f"coverage {self.coverage:.1%}{error}", *self._beside(), *self._unbound()]
+
+    def _beside(self) -> list[str]:
+        """What is seen of photos where groups are promised."""
         made = self.certificate
         if made is None:
-            return [f"coverage {self.coverage:.1%}{error}"]
+            return []
         photos = {
             "exit error": ("exits are wrong", self.n_errors or 0, self.n_exited),
             "FNR on exits": (
@@ -411,15 +415,19 @@ class ByLimits(ExitPolicy):
             for one in made.risks
             if one.name in photos
         ]
-        said = beside_groups(made.unit, ("exit", self.n_exited, self.n_rows, made.accepted / made.n), *seen)
-        said.insert(0, f"coverage {self.coverage:.1%}{error}")
-        of_exits = {"exit error", "cascade error"} & {one.name for one in made.risks}
-        if not of_exits and self.commonest is not None and self.exits_right is not None and self.commonest_rate:
-            said.append(
-                f"nothing is promised of exits that are wrong in another way: {self.exits_right:.1%} of the exits are "
-                f"right; always answering '{self.commonest}' would be right in {self.commonest_rate:.1%}"
-            )
-        return said
+        return beside_groups(made.unit, ("exit", self.n_exited, self.n_rows, made.accepted / made.n), *seen)
+
+    def _unbound(self) -> list[str]:
+        """What a limit of one class alone does not bound."""
+        asked = [one for one in self.target.promises(self.positive) if one.quantity != "coverage"]
+        if any(one.label is None for one in asked) or self.exits_right is None or self.commonest_rate is None:
+            return []
+        said = (
+            f"nothing is promised of exits that are wrong in another way than missing '{self._fnr_class}': "
+            f"{self.exits_right:.1%} of the exits are right; always answering '{self.commonest}' would be right in "
+            f"{self.commonest_rate:.1%}"
+        )
+        return [said]
 
 
 _COUNTED = {
