@@ -118,7 +118,7 @@ def augrc(
     if weights is None:
         return native.augrc(confidence, error)
     _, losses = native.rows(confidence, error)
-    shares = _weights(weights, losses.size)
+    shares = check_weights(weights, losses.size)
     return float(weighted_augrc(shares, losses, *native.order(confidence, error)))
 
 
@@ -205,7 +205,8 @@ def _propagates(confidence: ArrayLike, error: ArrayLike, nan_policy: NanPolicy) 
     return nan_policy == "propagate" and any(bool(np.isnan(floats(*one)).any()) for one in given.items())
 
 
-def _weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+def check_weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+    """Give weights [n] that are finite and not negative, one above 0 among them; InputError for others."""
     values = floats("weights", weights)
     if values.shape != (n,):
         raise InputError(f"weights must have shape [{n}], one per row, got {list(values.shape)}; give each row its own")
