@@ -326,7 +326,7 @@ def test_equal_weights_change_no_bit(more):
     plain = bootstrap(probs, labels, **asked)
     for weight in (1, 0.3):
         found = bootstrap(probs, labels, weights=np.full(150, weight), **asked)
-        assert {name: repr(one) for name, one in found.items()} == {name: repr(one) for name, one in plain.items()}
+        assert repr(found.to_dict()) == repr(plain.to_dict())
         assert all(np.array_equal(found[name].replicates, plain[name].replicates, equal_nan=True) for name in plain)
 
 

@@ -12,12 +12,13 @@ from stage1_pro.arguments import whole
 from stage1_pro.metrics.binomial import check_level
 from stage1_pro.metrics.estimate import FEW_GROUPS, worth
 from stage1_pro.metrics.thresholds import Walk
+from stage1_pro.notebook import Shown
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class RiskBand:
+@dataclass(frozen=True, eq=False, repr=False)
+class RiskBand(Shown):
     """The risk-coverage curve at M thresholds, the strictest first, and ends of its risk; arrays [M].
 
     ``method`` is "exact" of independent rows, "by group" where groups count by an effective number, which is an

@@ -11,13 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro import native
 from stage1_pro.arguments import array, at_or_above, floats, number
 from stage1_pro.errors import InputError
+from stage1_pro.notebook import Shown
 
 # A sum that differs by rounding alone is the same cost.
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True)
-class CostPoint:
+@dataclass(frozen=True, repr=False)
+class CostPoint(Shown):
     """The threshold of least mean cost, and what it compares with; costs are per row, in the unit of the prices.
 
     ``threshold``: a row exits iff its confidence is at or above it, inf where nobody should; ``coverage`` in [0, 1] and

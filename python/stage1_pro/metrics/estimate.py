@@ -29,6 +29,7 @@ from scipy.special import expit, logit, ndtr, ndtri, stdtrit
 from stage1_pro import native
 from stage1_pro.metrics.binomial import binomial_ends
 from stage1_pro.metrics.table import MetricSpec
+from stage1_pro.notebook import Shown
 
 # Below this the bootstrap's coverage falls under its level whatever the construction (BCa: .79 at two errors of 200).
 FEW_ERRORS = 10
@@ -36,8 +37,8 @@ FEW_ERRORS = 10
 FEW_GROUPS = 40
 
 
-@dataclass(frozen=True)
-class Interval:
+@dataclass(frozen=True, repr=False)
+class Interval(Shown):
     """A value with its standard error and interval; NaN where there is none, and then ``note`` says why.
 
     ``method`` is "bca", "t", "exact", "by group", "by weight", "percentile", "by bin", "logit", "delong",

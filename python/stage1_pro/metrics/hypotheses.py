@@ -28,7 +28,7 @@ _MOST_PATTERNS = 200_000
 _AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tested(Interval):
     """A value with its interval, and ``p_value``: how likely one as far from ``expected`` is if nothing is there.
 

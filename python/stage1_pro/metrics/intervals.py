@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,7 @@ from stage1_pro.metrics.probabilistic import AnswerRows, Resampled, brier_rows, 
 from stage1_pro.metrics.selective import check_weights
 from stage1_pro.metrics.table import METRICS, Need, lookup, means, names
 from stage1_pro.metrics.thresholds import Walk
+from stage1_pro.notebook import Shown
 
 Method = Literal["bca", "percentile", "logit"]
 _NEEDED = {"probabilities": "probabilities", "threshold": "a threshold", "positive": "the positive class"}
@@ -61,12 +62,21 @@ class How:
             raise InputError(f"method must be bca, percentile or logit, got {shown(self.method)}; bca is the usual one")
 
 
-class Intervals(dict[str, Interval]):
+class Intervals(Shown, dict[str, Interval]):
     """Metrics by name, in a fixed order: ``intervals["augrc"].low``; ``unit`` is what was resampled, rows or groups."""
 
     def __init__(self, intervals: Mapping[str, Interval], *, n_rows: int, n_units: int) -> None:
         super().__init__(intervals)
         self.n_rows, self.n_units, self.unit = n_rows, n_units, unit_of(n_rows, n_units)
+
+    def _fields(self) -> dict[str, Any]:
+        return dict(self)
+
+    def _table(self) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:
+        rows = [one._fields() for one in self.values()]
+        columns: dict[str, Sequence[Any]] = {"metric": list(self)}
+        columns |= {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        return columns, {"rows": self.n_rows, "unit": self.unit, "units": self.n_units}
 
     def __missing__(self, name: str) -> Interval:
         raise KeyError(f"{name!r} was not measured{nearest(name, self)}")

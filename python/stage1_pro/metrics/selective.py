@@ -16,14 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro import native
 from stage1_pro.arguments import binary, check_share, choice, floats, number, whole
 from stage1_pro.errors import InputError
+from stage1_pro.notebook import Shown
 
 NanPolicy = Literal["raise", "propagate"]
 # Shares that differ by rounding alone are the same share: 0.07 of 100 rows is 7 rows.
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True, eq=False)
-class RiskCoverage:
+@dataclass(frozen=True, eq=False, repr=False)
+class RiskCoverage(Shown):
     """The risk-coverage curve: one point per distinct confidence, from the highest down; all arrays [M].
 
     ``coverage`` is the share accepted, ``selective_risk`` the mean error among the accepted, and
@@ -36,8 +37,8 @@ class RiskCoverage:
     generalized_risk: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class OperatingPoint:
+@dataclass(frozen=True, repr=False)
+class OperatingPoint(Shown):
     """One achievable threshold; with nothing accepted: threshold inf, coverage 0, selective risk NaN."""
 
     threshold: float

@@ -16,14 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.arguments import array, check_share, flag, number, whole
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.probabilistic import check_probabilities
+from stage1_pro.notebook import Shown
 from stage1_pro.policies.bounds import exact
 from stage1_pro.policies.rows import counting_unit, one_each
 from stage1_pro.policies.scrc import SCRC, nonconformity
 from stage1_pro.policies.target import Score
 
 
-@dataclass(frozen=True, eq=False)
-class ConformalSets:
+@dataclass(frozen=True, eq=False, repr=False)
+class ConformalSets(Shown):
     """Nonconformity of the right class on calibration rows, sorted: ``losses`` [n], or [n_k] for each of K classes.
 
     ``unit`` is what was counted, rows or groups.
