@@ -131,6 +131,8 @@ def test_delong_of_a_pair_is_the_covariance_of_all_placements():
     assert found.p_value == pytest.approx(2 * stats.norm.sf(abs(difference) / math.sqrt(variance)))
     turned = delong(second, positive, first)
     assert (turned.value, turned.p_value) == pytest.approx((-found.value, found.p_value))
+    assert not found.note
+    assert "only 29 rows of one class" in delong(first[:100], np.arange(100) < 29).note
     copies = delong(*(np.repeat(x, 4) for x in (first, positive, second)), groups=np.repeat(np.arange(150), 4))
     assert (copies.value, copies.std) == pytest.approx((found.value, found.std), rel=0.02)
 
