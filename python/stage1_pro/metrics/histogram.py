@@ -13,7 +13,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro import native
 from stage1_pro.arguments import array
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import load_npz, save_npz
@@ -21,14 +20,17 @@ from stage1_pro.metrics.binomial import check_level
 from stage1_pro.metrics.estimate import Estimate, Events, Interval, Sizes
 from stage1_pro.metrics.intervals import Intervals
 from stage1_pro.metrics.selective import RiskCoverage
-from stage1_pro.metrics.table import METRICS, lookup, names
+from stage1_pro.metrics.table import lookup, names
 from stage1_pro.metrics.thresholds import Walk
 
+Floats = NDArray[np.float64]
 BINS = 1 << 16
 _HALF = BINS // 2
 # Of a float64 the exponent and 10 bits of the mantissa make a bin; the first is that of 2^-33.
 _SHIFT = 42
 _FIRST = int(np.float64(2.0**-33).view(np.int64)) >> _SHIFT
+# Shares that differ by rounding alone are the same share.
+_ROUNDING = 1e-12
 # Rows that are looked at at once: memory is the same whatever comes.
 _AT_ONCE = 1 << 16
 
@@ -108,35 +110,22 @@ class ConfidenceHistogram:
             InputError: no row was counted, or a level that is none.
         """
         check_level(level)
-        place, cell, count = self._cells()
-        n = int(count.sum())
-        columns = native.Columns(place, cell, weight=count * (count.size / n))
-        families = ("risk_at_coverage_", "coverage_at_risk_")
-        coverages, risks = (METRICS[family].targets for family in families)
-        suite = native.Suite([columns], coverages=coverages, risks=risks)
-        (ranked,), (values,) = suite.models, suite.values()
-        known = [*native.SUITE, *(f"{family}{target:g}" for family in families for target in METRICS[family].targets)]
-        wrong = int(count[cell == 1].sum())
-        events = Events(wrong, n, "no" if wrong == 0 else "nothing but" if wrong == n else None, n)
         rows, errors = self._through()
-        walk = Walk(rows.astype(np.float64), errors.astype(np.float64))
-        per_row, moves = count[ranked.order], self._moves()
+        n, wrong = int(rows[-1]), int(errors[-1])
+        events = Events(wrong, n, "no" if wrong == 0 else "nothing but" if wrong == n else None, n)
+        smooth, moves = _closed_forms(rows, errors), _moves(rows, errors)
+        walk = Walk(rows, errors)
         found: dict[str, Interval] = {}
         for name in names("rows", without=("probabilities", "threshold", "positive")):
-            spec, asked = lookup(name)
-            if spec.values is not None:
-                continue
-            value, target = float(values[known.index(name)]), asked or 0.0
-            influence = spec.influence_on(ranked, value, target).slope
-            moments = None
-            if influence is not None:
-                each = influence / per_row
-                moments = float((per_row * each**2).sum()), float((per_row * each**3).sum())
-            one = Estimate(spec, value, np.empty(0), n, Sizes(n, n), moments, events, scale=abs(value))
-            if spec.exact is not None:
-                found[name] = one.exactly(spec.exact(walk, target, level), level, "rows")
-            else:
+            spec, target = lookup(name)
+            if name in smooth:
+                value, square = smooth[name]
+                one = Estimate(spec, value, np.empty(0), n, Sizes(n, n), (square, 0.0), events, scale=abs(value))
                 found[name] = _apart(one.interval(level, "logit", "rows"), moves.get(name, 0.0), spec.top)
+            elif spec.exact is not None and target is not None:
+                value = _at(rows, errors, spec.name, target)
+                one = Estimate(spec, value, np.empty(0), n, Sizes(n, n))
+                found[name] = one.exactly(spec.exact(walk, target, level), level, "rows")
         return Intervals(found, n_rows=n, n_units=n)
 
     def curve(self) -> RiskCoverage:
@@ -145,11 +134,9 @@ class ConfidenceHistogram:
         Raises:
             InputError: no row was counted.
         """
-        place, *_ = self._cells()
         rows, errors = self._through()
-        return RiskCoverage(
-            _least(np.unique(place)[::-1].astype(np.int64)), rows / rows[-1], errors / rows, errors / rows[-1]
-        )
+        held = np.flatnonzero(self.counts.any(axis=0))[::-1]
+        return RiskCoverage(_least(held), rows / rows[-1], errors / rows, errors / rows[-1])
 
     def write(self, path: Path | str) -> None:
         """Write the counts as an ``.npz``, atomically; equal counts give equal bytes."""
@@ -169,34 +156,67 @@ class ConfidenceHistogram:
         except (KeyError, InputError):
             raise ArtifactError(f"{path} must hold the counts of a ConfidenceHistogram, got others") from None
 
-    def _cells(self) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.float64]]:
-        """Bin, error and count of all that is not empty, [C] each."""
-        cell, place = np.nonzero(self.counts)
-        if not place.size:
-            raise InputError("the histogram must hold at least one row, got none; a metric of no rows is undefined")
-        return place.astype(np.float64), cell.astype(np.uint8), self.counts[cell, place].astype(np.float64)
-
-    def _through(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _through(self) -> tuple[Floats, Floats]:
         """Rows and errors at or above every bin that holds a row, the surest first, [M] each."""
-        held = self.counts.sum(axis=0) > 0
-        right, wrong = np.cumsum(self.counts[:, held][:, ::-1], axis=1)
-        return right + wrong, wrong
-
-    def _moves(self) -> dict[str, float]:
-        """The most that an order of the rows within bins could change."""
-        rows, errors = (values.astype(np.float64) for values in self._through())
-        size, wrong = np.diff(rows, prepend=0), np.diff(errors, prepend=0)
-        before, failed = rows - size, errors - wrong
-        # Right rows first give the least risk within a bin, wrong rows first the largest.
-        least, last = before + size - wrong, before + wrong
-        high = np.divide(failed + wrong, last, out=np.zeros(rows.size), where=last > 0)
-        low = np.divide(failed, least, out=high.copy(), where=least > 0)
-        n = rows[-1]
-        pairs = float((wrong / n * ((size - wrong) / n)).sum()) / 2
-        return {"augrc": pairs, "aurc": float((size * (high - low)).sum() / n)}
+        held = np.flatnonzero(self.counts.any(axis=0))[::-1]
+        if not held.size:
+            raise InputError("the histogram must hold at least one row, got none; a metric of no rows is undefined")
+        errors = np.cumsum(self.counts[1, held])
+        return (np.cumsum(self.counts[0, held]) + errors).astype(np.float64), errors.astype(np.float64)
 
 
-def _places(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+def _closed_forms(rows: Floats, errors: Floats) -> dict[str, tuple[float, float]]:
+    """AUGRC, AURC and accuracy, and the sum of squares of all rows' influences on each.
+
+    Of a bin whose rows have the influence a where right and a + b where wrong that is right a² + wrong (a + b)².
+    """
+    n, share = rows[-1], errors[-1] / rows[-1]
+    found = {"accuracy": (float(1 - share), float(share * (1 - share) / n))}
+    size, wrong = np.diff(rows, prepend=0), np.diff(errors, prepend=0)
+
+    def squared(right: Floats, more: Floats) -> float:
+        return float(((size - wrong) * right**2).sum() + (wrong * (right + more) ** 2).sum())
+
+    # What a row pays for errors at or above it, and an error for the rows at or below it.
+    as_row = 2 * errors - wrong
+    value = float((size / n * (as_row / n)).sum()) / 2
+    found["augrc"] = value, squared(as_row / (2 * n * n) - 2 * value / n, (2 * (n - rows) + size) / (2 * n * n))
+    # Each risk has the weight of the trapezoids on both sides; the first is repeated down to coverage 0.
+    risk, weight = errors / rows, np.append(size[:-1] + size[1:], size[-1]) / 2
+    weight[0] += size[0] / 2
+    value = float((weight * risk).sum() / n)
+    right = (risk + np.append(risk[:1], risk[:-1])) / 2 - value - _onward(weight * risk / rows)
+    right /= n
+    found["aurc"] = value, squared(right, _onward(weight / rows) / n)
+    return found
+
+
+def _onward(values: Floats) -> Floats:
+    """Sums from each place to the end."""
+    return np.asarray(np.cumsum(values[::-1])[::-1])
+
+
+def _at(rows: Floats, errors: Floats, family: str, target: float) -> float:
+    """Risk at a coverage, or coverage at a risk, of the thresholds of the grid."""
+    if family == "risk_at_coverage_":
+        at = int(np.argmax(rows >= target * rows[-1] * (1 - _ROUNDING)))
+        return float(errors[at] / rows[at])
+    met = np.flatnonzero(errors <= target * rows * (1 + _ROUNDING))
+    return float(rows[met[-1]] / rows[-1]) if met.size else 0.0
+
+
+def _moves(rows: Floats, errors: Floats) -> dict[str, float]:
+    """The most that an order of the rows within bins could change."""
+    size, wrong = np.diff(rows, prepend=0), np.diff(errors, prepend=0)
+    pairs = float((wrong / rows[-1] * ((size - wrong) / rows[-1])).sum()) / 2
+    # Right rows first give the least risk within a bin, wrong rows first the largest.
+    least, last = rows - wrong, rows - size + wrong
+    high = np.divide(errors, last, out=np.zeros(rows.size), where=last > 0)
+    low = np.divide(errors - wrong, least, out=high.copy(), where=least > 0)
+    return {"augrc": pairs, "aurc": float((size * (high - low)).sum() / rows[-1])}
+
+
+def _places(confidence: Floats) -> NDArray[np.int64]:
     """The bin of each confidence [N], 0 to 65535; a larger confidence is never in a lower bin."""
     upper = confidence >= 0.5
     # 1 - c is exact from a half on.
@@ -206,14 +226,14 @@ def _places(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
     return places
 
 
-def _least(place: NDArray[np.int64]) -> NDArray[np.float64]:
+def _least(place: NDArray[np.int64]) -> Floats:
     """The smallest confidence of each bin."""
     upper = place >= _HALF
     key = np.where(upper, BINS - place, place)
     distance = ((key + _FIRST) << _SHIFT).view(np.float64)
     # A bin above a half ends short of where the next lower one begins.
     inner = np.where(place == _HALF, 0.5, np.nextafter(1 - distance, 1.0))
-    least: NDArray[np.float64] = np.where(upper, inner, np.where(place == 0, 0.0, distance))
+    least: Floats = np.where(upper, inner, np.where(place == 0, 0.0, distance))
     return least
 
 
