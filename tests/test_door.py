@@ -21,7 +21,17 @@ from hypothesis import strategies as st
 from stage1_pro import cli, metrics, native, policies
 from stage1_pro.arguments import at_or_above, grid_of, names, on_grid
 from stage1_pro.errors import InputError, NotReachableError, Stage1Error
-from stage1_pro.policies import SCRC, Risk, certify_halves, certify_threshold, fit_policy, read_policy, risk_p_value
+from stage1_pro.policies import (
+    SCRC,
+    AdaptiveSets,
+    Risk,
+    certify_halves,
+    certify_threshold,
+    conformal_sets,
+    fit_policy,
+    read_policy,
+    risk_p_value,
+)
 from stage1_pro.policies.bounds import binomial_cdf
 from stage1_pro.policies.candidates import group_weights, ranked
 from stage1_pro.policies.certify import Options
@@ -306,12 +316,15 @@ WRONG = PROBS.argmax(1) != LABELS
 CALLS: dict[str, dict[str, Any]] = {
     "accuracy": {"predicted": LABELS, "labels": LABELS},
     "augrc": {"confidence": SCORES, "error": WRONG, "weights": SCORES, "nan_policy": "raise"},
+    "auarc": {"confidence": SCORES, "error": WRONG},
     "aurc": {"confidence": SCORES, "error": WRONG, "nan_policy": "propagate"},
     "auroc": {"score": SCORES, "positive": LABELS},
+    "average_precision": {"score": SCORES, "positive": LABELS},
     "balanced_accuracy": {"predicted": LABELS, "labels": LABELS},
     "bootstrap": {
         "probs": PROBS, "labels": LABELS, "confidence": SCORES, "threshold": 0.7, "groups": LABELS, "metrics": "all",
-        "positive": 1, "stratify": False, "n_replicates": 5, "level": 0.9, "method": "bca", "seed": 0, "threads": 1,
+        "positive": 1, "stratify": False, "weights": 1 + LABELS, "n_replicates": 5, "level": 0.9, "method": "bca",
+        "seed": 0, "threads": 1,
     },
     "bootstrap_answers": {
         "probs": PROBS, "labels": LABELS, "groups": LABELS, "n_replicates": 3, "level": 0.9, "seed": 0, "positive": 1,
@@ -319,9 +332,24 @@ CALLS: dict[str, dict[str, Any]] = {
     "bootstrap_augrc": {"confidence": SCORES, "error": WRONG, "groups": LABELS, "n_replicates": 5, "seed": 0},
     "bootstrap_errors": {
         "confidence": SCORES, "error": WRONG, "threshold": 0.7, "groups": LABELS, "metrics": ["augrc"],
-        "n_replicates": 5,
+        "weights": 1 + LABELS, "n_replicates": 5,
     },
     "brier": {"probs": PROBS, "labels": LABELS},
+    "calibration_test": {"probs": PROBS, "labels": LABELS, "bins": 5, "n_draws": 9, "seed": 0},
+    "cheapest_threshold": {"confidence": SCORES, "error": WRONG, "wrong": 10.0, "deferral": np.ones(60)},
+    "cost_of_exits": {"confidence": SCORES, "error": WRONG, "threshold": 0.7, "wrong": 10.0, "deferral": 1.0},
+    "delong": {"score": SCORES, "positive": LABELS, "other": SCORES[::-1], "groups": np.arange(60) // 2, "level": 0.9},
+    "excess_augrc": {"confidence": SCORES, "error": WRONG},
+    "excess_aurc": {"confidence": SCORES, "error": WRONG},
+    "fpr_at_tpr": {"score": SCORES, "positive": LABELS, "tpr": 0.9},
+    "mcnemar": {"error": WRONG, "other": LABELS, "level": 0.9},
+    "permutation_test": {
+        "loss": WRONG, "other": SCORES, "groups": np.arange(60) // 2, "n_permutations": 9, "seed": 0, "level": 0.9,
+    },
+    "risk_band": {"confidence": SCORES, "error": WRONG, "groups": np.arange(60) // 2, "points": 9, "level": 0.9},
+    "ConfidenceHistogram": {"counts": np.ones((2, 1 << 16), int)},
+    "ConfidenceHistogram.add": {"confidence": SCORES, "error": WRONG},
+    "ConfidenceHistogram.measure": {"level": 0.9},
     "cascade_risks": {"confidence": SCORES, "error_a": WRONG, "error_b": WRONG},
     "clopper_pearson": {"k": 1, "n": 10, "level": 0.9},
     "clopper_pearson_lower": {"k": 1, "n": 10, "level": 0.9},
@@ -342,6 +370,17 @@ CALLS: dict[str, dict[str, Any]] = {
     "risk_at_coverage": {"confidence": SCORES, "error": WRONG, "coverage": 0.5},
     "risk_coverage": {"confidence": SCORES, "error": WRONG},
     "sweep": {"confidence": SCORES, "error": WRONG, "labels": LABELS, "predicted": LABELS, "positive": 1},
+    "conformal_sets": {
+        "probs": PROBS, "labels": LABELS, "score": "aps", "by_class": True, "raps": (0.01, 2),
+        "groups": np.arange(60) // 2, "rows_independent": False, "seed": 0,
+    },
+    "ConformalSets.p_values": {"probs": PROBS},
+    "ConformalSets.sets": {"probs": PROBS, "alpha": 0.1},
+    "AdaptiveSets": {
+        "sets": conformal_sets(PROBS, LABELS), "alpha": 0.1, "gamma": 0.1, "level": 0.2, "n": 2, "missed": 1,
+    },
+    "AdaptiveSets.predict": {"probs": PROBS},
+    "AdaptiveSets.follow": {"probs": PROBS, "labels": LABELS},
     "SCRC": {
         "xi": 0.5, "alpha": 0.1, "delta": (0.01, 0.04), "variant": "pac", "loss": "miscoverage", "score": "lac",
         "groups": None, "allow_empty": False, "positive": 1, "raps": (0.01, 2),
@@ -395,8 +434,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "trials_needed": {"errors": 1, "alpha": 0.1, "delta": 0.1},
 }  # fmt: skip
 RESULTS = {
-    "Certificate", "DualThreshold", "FittedSCRC", "Interval", "Intervals", "OperatingPoint", "Policy", "RiskCoverage",
-    "Sweep",
+    "Certificate", "ConformalSets", "CostPoint", "DualThreshold", "FittedSCRC", "Interval", "Intervals",
+    "OperatingPoint", "Policy", "RiskBand", "RiskCoverage", "Sweep", "Tested",
 }  # fmt: skip
 ABOUT_FILES = {"read_policy"}
 # What is no argument of anything.
@@ -419,6 +458,9 @@ def resolve(name: str) -> Callable[..., Any]:
         "SCRC": SCRC(xi=0.5, alpha=0.1, groups="stage"),
         "FittedSCRC": scrc.calibrate(PROBS, SCORES, LABELS),
         "Certificate": certify_threshold(SCORES, WRONG, alpha=0.5, delta=0.3),
+        "ConfidenceHistogram": metrics.ConfidenceHistogram().add(SCORES, WRONG),
+        "ConformalSets": conformal_sets(PROBS, LABELS),
+        "AdaptiveSets": AdaptiveSets(conformal_sets(PROBS, LABELS), 0.1),
     }
     if "." in name:
         owner, method = name.split(".")

@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error, nearest, printable
 from stage1_pro.files import sha256_bytes, sha256_file, write_text
+from stage1_pro.notebook import Shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-class Record(BaseModel):
+class Record(Shown, BaseModel):
     """Base of every JSON artefact: unknown keys are refused, NaN is not JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -56,6 +57,10 @@ class Record(BaseModel):
             raise ArtifactError(
                 f"{name} is not a valid {cls.__name__}: {printable(where)}: {printable(first['msg'])}"
             ) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON has them."""
+        return self.model_dump(mode="json")
 
     def fingerprint(self) -> str:
         """Hex sha256 of the canonical JSON form."""

@@ -6,7 +6,8 @@ Constructions, by what they are good for:
   the influence of every row (or group), in closed form, so no jackknife is run;
 - ``t``, of differences by group in place of ``bca``: few groups differ, and a resample of them knows no tails;
 - ``exact``, always used for Risk@Coverage and Coverage@Risk: binomial tests that hold for every threshold at once;
-  ``by group``, the same tests with the effective number of trials of groups, which is an estimate;
+  ``by group`` and ``by weight``, the same tests with the effective number of trials of groups, or of rows with weights,
+  which is an estimate;
 - ``percentile``, for differences of those two and for what is no sum over rows;
 - ``by bin``, of the ECE, which chance makes larger, never smaller, and resampling once more;
 - ``logit``, the closed-form standard error on the logit scale (the log scale for NLL), without any resample.
@@ -28,6 +29,7 @@ from scipy.special import expit, logit, ndtr, ndtri, stdtrit
 from stage1_pro import native
 from stage1_pro.metrics.binomial import binomial_ends
 from stage1_pro.metrics.table import MetricSpec
+from stage1_pro.notebook import Shown
 
 # Below this the bootstrap's coverage falls under its level whatever the construction (BCa: .79 at two errors of 200).
 FEW_ERRORS = 10
@@ -35,11 +37,12 @@ FEW_ERRORS = 10
 FEW_GROUPS = 40
 
 
-@dataclass(frozen=True)
-class Interval:
+@dataclass(frozen=True, repr=False)
+class Interval(Shown):
     """A value with its standard error and interval; NaN where there is none, and then ``note`` says why.
 
-    ``method`` is "bca", "t", "exact", "by group", "percentile", "by bin", "logit", "clopper-pearson" or "none".
+    ``method`` is "bca", "t", "exact", "by group", "by weight", "percentile", "by bin", "logit", "delong",
+    "clopper-pearson" or "none".
     ``note`` is empty or a caution to show with the interval. ``replicates`` [B] are the metric of resamples.
     """
 
@@ -68,16 +71,21 @@ class Events:
 
     @classmethod
     def among(
-        cls, hit: NDArray[Any], unit: NDArray[np.uint32] | None, rows: NDArray[np.bool_] | slice = slice(None)
+        cls,
+        hit: NDArray[Any],
+        unit: NDArray[np.uint32] | None,
+        rows: NDArray[np.bool_] | slice = slice(None),
+        weight: NDArray[np.float64] | None = None,
     ) -> Events:
         """Count hits [N] (0/1, or losses) among some rows by row, or by the unit [N] they belong to."""
         hit, unit = hit[rows], None if unit is None else unit[rows]
+        weight = None if weight is None else weight[rows]
         only: Literal["no", "nothing but"] | None = "nothing but" if hit.size and hit.min() == 1 else None
         if not hit.any():
             only = "no"
         if unit is None:
-            return cls(int(np.count_nonzero(hit)), hit.size, only, hit.size)
-        wrong, sizes = np.bincount(unit[hit > 0]), np.bincount(unit)
+            return cls(int(np.count_nonzero(hit)), hit.size, only, hit.size if weight is None else worth(weight))
+        wrong, sizes = np.bincount(unit[hit > 0]), np.bincount(unit, weight)
         return cls(int(np.count_nonzero(wrong)), int(np.count_nonzero(sizes)), only, worth(sizes.astype(np.float64)))
 
 
@@ -101,9 +109,14 @@ class Sizes(NamedTuple):
     spread: float
 
     @classmethod
-    def of(cls, unit: NDArray[np.integer], rows: NDArray[np.bool_] | slice = slice(None)) -> Sizes:
+    def of(
+        cls,
+        unit: NDArray[np.integer],
+        rows: NDArray[np.bool_] | slice = slice(None),
+        weight: NDArray[np.float64] | None = None,
+    ) -> Sizes:
         """Of the units of some rows, by each row's unit [N]."""
-        sizes = np.bincount(unit[rows]).astype(np.float64)
+        sizes = np.bincount(unit[rows], None if weight is None else weight[rows]).astype(np.float64)
         return cls(worth(sizes), worth(sizes**2))
 
 
@@ -116,7 +129,7 @@ class Estimate:
     rounding is relative to. ``sizes``: what the sizes of the units leave of their number. ``differing``: of a
     difference, the effective number of units in which the two differ. ``strays`` [B]: how far each resample is from the
     rows, in the distance that the metric is a length of; ``apart``: how far below and above it the truth can be by
-    what binomial laws allow. ``paired``: a difference of two models.
+    what binomial laws allow. ``paired``: a difference of two models. ``weighted``: rows count by their weights.
     """
 
     spec: MetricSpec
@@ -132,6 +145,7 @@ class Estimate:
     strays: NDArray[np.float64] | None = None
     apart: tuple[float, float] = (0.0, 0.0)
     paired: bool = False
+    weighted: bool = False
 
     @classmethod
     def of(
@@ -157,9 +171,15 @@ class Estimate:
             influence = influence - np.repeat(means, sizes)
         moments = None if influence is None else _moments(influence)
         grouped = unit if unit is not None and n_units < unit.size else None
-        events = None if hit is None else Events.among(hit, grouped, rows)
-        worths = Sizes(n_units, n_units) if grouped is None else Sizes.of(grouped, rows)
-        return cls(spec, float(value), replicates, n_units, worths, moments, events, influence, abs(value))
+        weight = ranked.weight if ranked.weight.size else None
+        events = None if hit is None else Events.among(hit, grouped, rows, weight)
+        worths = Sizes(n_units, n_units)
+        if grouped is not None or weight is not None:
+            worths = Sizes.of(np.arange(ranked.error.size) if grouped is None else grouped, rows, weight)
+        return cls(
+            spec, float(value), replicates, n_units, worths, moments, events, influence, abs(value),
+            weighted=weight is not None,
+        )  # fmt: skip
 
     def minus(self, other: Estimate) -> Estimate:
         """The difference of two models' metric, from their resamples in pairs."""
@@ -184,6 +204,8 @@ class Estimate:
         """The interval with ends that no resample made."""
         std = self._std()
         method, note = ("exact", "") if unit == "rows" else ("by group", self._caution(unit))
+        if self.weighted:
+            method, note = "by weight", self._caution(unit)
         low, high = min(ends[0], self.value), max(ends[1], self.value)
         return Interval(self.value, std, low, high, level, method, note, self.replicates)
 
@@ -279,7 +301,8 @@ class Estimate:
         units = unit[:-1] if events.units == 1 else unit
         note = f"{events.only} {self.spec.events} in {events.units} {units}: Clopper-Pearson, not a bootstrap"
         if events.worth < events.units - 0.5:
-            note += f"; by their unlike sizes they count as {events.worth:.0f}, and larger ones could hold more"
+            unlike = "weights" if self.weighted else "sizes"
+            note += f"; by their unlike {unlike} they count as {events.worth:.0f}, and larger ones could hold more"
         return Interval(self.value, math.nan, *ends, level, "clopper-pearson", note, self.replicates)
 
     def _caution(self, unit: str) -> str:
@@ -293,9 +316,10 @@ class Estimate:
             notes.append("resamples of values that jump")
         # Where nothing is accepted there are no sizes.
         effective = self.sizes.mean or self.n_units
-        if unit == "groups" and effective < FEW_GROUPS:
+        if (unit == "groups" or self.weighted) and effective < FEW_GROUPS:
             even = effective > self.n_units - 0.5
-            notes.append(f"only {_counted(round(effective), unit)}{'' if even else ' by their sizes'}")
+            by = "" if even else f" by their {'weights' if self.weighted else 'sizes'}"
+            notes.append(f"only {_counted(round(effective), unit)}{by}")
         return f"{' and '.join(notes)}: the interval covers less often than its level" if notes else ""
 
 

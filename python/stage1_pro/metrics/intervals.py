@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,8 +19,10 @@ from stage1_pro.errors import InputError, nearest
 from stage1_pro.metrics.binomial import check_level
 from stage1_pro.metrics.estimate import Estimate, Events, Interval, Sizes, unit_of
 from stage1_pro.metrics.probabilistic import AnswerRows, Resampled, brier_rows, check_probabilities, largest, nll_rows
+from stage1_pro.metrics.selective import check_weights
 from stage1_pro.metrics.table import METRICS, Need, lookup, means, names
 from stage1_pro.metrics.thresholds import Walk
+from stage1_pro.notebook import Shown
 
 Method = Literal["bca", "percentile", "logit"]
 _NEEDED = {"probabilities": "probabilities", "threshold": "a threshold", "positive": "the positive class"}
@@ -60,12 +62,21 @@ class How:
             raise InputError(f"method must be bca, percentile or logit, got {shown(self.method)}; bca is the usual one")
 
 
-class Intervals(dict[str, Interval]):
+class Intervals(Shown, dict[str, Interval]):
     """Metrics by name, in a fixed order: ``intervals["augrc"].low``; ``unit`` is what was resampled, rows or groups."""
 
     def __init__(self, intervals: Mapping[str, Interval], *, n_rows: int, n_units: int) -> None:
         super().__init__(intervals)
         self.n_rows, self.n_units, self.unit = n_rows, n_units, unit_of(n_rows, n_units)
+
+    def _fields(self) -> dict[str, Any]:
+        return dict(self)
+
+    def _table(self) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:
+        rows = [one._fields() for one in self.values()]
+        columns: dict[str, Sequence[Any]] = {"metric": list(self)}
+        columns |= {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        return columns, {"rows": self.n_rows, "unit": self.unit, "units": self.n_units}
 
     def __missing__(self, name: str) -> Interval:
         raise KeyError(f"{name!r} was not measured{nearest(name, self)}")
@@ -88,6 +99,7 @@ def bootstrap(
     metrics: str | Sequence[str] = "all",
     positive: int | None = None,
     stratify: bool = False,
+    weights: ArrayLike | None = None,
     **how: Unpack[HowOptions],
 ) -> Intervals:
     """Every metric of a selective classifier with its interval, from one pass over each resample.
@@ -107,6 +119,10 @@ def bootstrap(
     any coverage; by groups they are not exact: groups count by an effective number that is estimated. Otherwise one row
     or group, replicates that are all equal, or no variance: NaN ends. An interval without width says so.
 
+    With ``weights`` a row counts by its weight in every metric, as that many copies would, and is drawn as one row all
+    the same: what is measured is another mix of rows (a prior, a stratified sample), whose intervals are wider. Equal
+    weights change no bit. Resamples are then measured in NumPy, which takes longer.
+
     Args:
         probs: [N, K], rows sum to 1; or [N]: of the second of two classes.
         labels: [N] class indices 0..K-1.
@@ -116,12 +132,14 @@ def bootstrap(
         metrics: "all", or names.
         positive: index of the positive class, for FNR; of two classes the second one by default.
         stratify: resample within each class, whose size it keeps; not together with groups.
+        weights: [N], finite and not negative; 0 leaves a row out, their sum does not matter. Known, not estimated.
         **how: fields of ``How``: ``n_replicates``, ``level``, ``method``, ``seed``, ``threads``.
 
     Raises:
         InputError: an argument is not what it must be; NaN names its row.
     """
     columns, truth = _columns(probs, labels, confidence, threshold, positive, metrics)
+    columns = _with_weights(columns, weights)
     return _intervals([columns], groups, truth if flag("stratify", stratify) else None, metrics, How(**how))
 
 
@@ -132,11 +150,12 @@ def bootstrap_errors(
     threshold: float | None = None,
     groups: ArrayLike | None = None,
     metrics: str | Sequence[str] = "all",
+    weights: ArrayLike | None = None,
     **how: Unpack[HowOptions],
 ) -> Intervals:
     """The part of ``bootstrap`` that needs no probabilities: error [N] is 0/1 or a loss in [0, 1]."""
     columns = native.Columns(*native.rows(confidence, error), threshold=_threshold(threshold))
-    return _intervals([columns], groups, None, metrics, How(**how))
+    return _intervals([_with_weights(columns, weights)], groups, None, metrics, How(**how))
 
 
 def compare(
@@ -297,6 +316,18 @@ def _columns(
     ), truth
 
 
+def _with_weights(columns: native.Columns, weights: ArrayLike | None) -> native.Columns:
+    """The same rows with weights that are 1 on average; none where all are equal."""
+    if weights is None:
+        return columns
+    values = check_weights(weights, columns.confidence.size)
+    values = values / values.max()
+    if values.min() == 1:
+        return replace(columns, weight=None)
+    # In one order, so that the order of the rows changes no bit.
+    return replace(columns, weight=values * (values.size / np.sort(values).sum()))
+
+
 def _threshold(threshold: float | None) -> float | None:
     if threshold is None:
         return None
@@ -343,8 +374,14 @@ def _intervals(
 ) -> Intervals:
     """Intervals of one model's metrics, or of the difference of two."""
     wanted = _wanted(metrics, models[0])
-    n = models[0].confidence.size
-    if wanted == ["augrc"] and len(models) == 1 and strata is None:
+    n, weight = models[0].confidence.size, models[0].weight
+    if weight is not None and not weight.all():
+        kept = weight > 0
+        groups = None if groups is None else native.cluster_numbers(groups, n)[kept]
+        strata = None if strata is None else np.asarray(strata)[kept]
+        some = models[0].where(kept)
+        return _intervals([_with_weights(some, some.weight)], groups, strata, metrics, how)
+    if wanted == ["augrc"] and len(models) == 1 and strata is None and weight is None:
         return _augrc_interval(models[0], groups, how)
     found = {name: lookup(name) for name in wanted}
     if "brier" in found:
@@ -379,7 +416,7 @@ def _intervals(
         ]
         one = estimates[0] if len(estimates) == 1 else estimates[0].minus(estimates[1])
         if spec.exact is not None and len(models) == 1:
-            walk = walk or Walk(suite.models[0], suite.n_units)
+            walk = walk or Walk.of(suite.models[0], suite.n_units)
             result[name] = one.exactly(spec.exact(walk, target or 0.0, how.level), how.level, unit)
         else:
             result[name] = one.interval(how.level, "percentile" if spec.stepwise else how.method, unit)

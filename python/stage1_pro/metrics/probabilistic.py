@@ -60,9 +60,7 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float:
         score: [N], higher is more positive.
         positive: [N] booleans.
     """
-    scores, truth = floats("score", score), binary("positive", positive)
-    _one_shape("score", scores, "positive", truth)
-    _no_nan("score", scores)
+    scores, truth = scored(score, positive)
     n_positive, n_negative = int(truth.sum()), int((~truth).sum())
     if n_positive == 0 or n_negative == 0:
         return float("nan")
@@ -71,6 +69,14 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float:
     twice_rank = 2 * np.cumsum(tied) - tied + 1
     above = int(twice_rank[place[truth]].sum()) - n_positive * (n_positive + 1)
     return above / (2 * n_positive * n_negative)
+
+
+def scored(score: ArrayLike, positive: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Give scores [N] without NaN and which rows are positive [N], at least one row; InputError for others."""
+    scores, truth = floats("score", score), binary("positive", positive)
+    _one_shape("score", scores, "positive", truth)
+    _no_nan("score", scores)
+    return scores, truth
 
 
 def nll(probs: ArrayLike, labels: ArrayLike) -> float:

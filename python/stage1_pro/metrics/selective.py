@@ -16,14 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro import native
 from stage1_pro.arguments import binary, check_share, choice, floats, number, whole
 from stage1_pro.errors import InputError
+from stage1_pro.notebook import Shown
 
 NanPolicy = Literal["raise", "propagate"]
 # Shares that differ by rounding alone are the same share: 0.07 of 100 rows is 7 rows.
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True, eq=False)
-class RiskCoverage:
+@dataclass(frozen=True, eq=False, repr=False)
+class RiskCoverage(Shown):
     """The risk-coverage curve: one point per distinct confidence, from the highest down; all arrays [M].
 
     ``coverage`` is the share accepted, ``selective_risk`` the mean error among the accepted, and
@@ -36,8 +37,8 @@ class RiskCoverage:
     generalized_risk: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class OperatingPoint:
+@dataclass(frozen=True, repr=False)
+class OperatingPoint(Shown):
     """One achievable threshold; with nothing accepted: threshold inf, coverage 0, selective risk NaN."""
 
     threshold: float
@@ -118,7 +119,7 @@ def augrc(
     if weights is None:
         return native.augrc(confidence, error)
     _, losses = native.rows(confidence, error)
-    shares = _weights(weights, losses.size)
+    shares = check_weights(weights, losses.size)
     return float(weighted_augrc(shares, losses, *native.order(confidence, error)))
 
 
@@ -205,7 +206,8 @@ def _propagates(confidence: ArrayLike, error: ArrayLike, nan_policy: NanPolicy) 
     return nan_policy == "propagate" and any(bool(np.isnan(floats(*one)).any()) for one in given.items())
 
 
-def _weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+def check_weights(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+    """Give weights [n] that are finite and not negative, one above 0 among them; InputError for others."""
     values = floats("weights", weights)
     if values.shape != (n,):
         raise InputError(f"weights must have shape [{n}], one per row, got {list(values.shape)}; give each row its own")

@@ -13,10 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro import native
 from stage1_pro.arguments import Grid, binary, grid_of, indices, number, on_grid, whole
 from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.notebook import Shown
 
 
-@dataclass(frozen=True, eq=False)
-class Sweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Shown):
     """Rates and counts among accepted rows, one point per distinct confidence, from the highest down; arrays [M].
 
     ``fnr`` is false negatives over accepted positives, ``fpr`` false positives over accepted negatives; both are NaN
@@ -38,8 +39,8 @@ class Sweep:
     n_false_positive: NDArray[np.int64] | None
 
 
-@dataclass(frozen=True)
-class DualThreshold:
+@dataclass(frozen=True, repr=False)
+class DualThreshold(Shown):
     """Two thresholds on P(positive): exit as positive iff score >= upper, as negative iff score <= lower.
 
     ``coverage`` is the share of rows that exit. Among exits, ``fnr`` is positives answered negative over positives,

@@ -31,8 +31,8 @@ RISKS = (0.01, 0.02, 0.05, 0.1)
 class Influence(NamedTuple):
     """How a metric depends on its rows, in sorted order.
 
-    ``slope`` [N]: derivative along each row's weight, None for stepwise metrics. ``rows``: those that the metric speaks
-    of. ``hits`` [N]: the events it counts, None for means of other things.
+    ``slope`` [N]: derivative along how often each row is there, None for stepwise metrics. ``rows``: those that the
+    metric speaks of. ``hits`` [N]: the events it counts, None for means of other things.
     """
 
     slope: Floats | None
@@ -79,7 +79,10 @@ class MetricSpec:
 
     def influence_on(self, ranked: native.Ranked, value: float, target: float) -> Influence:
         """How the metric's ``value`` on sorted rows depends on each of them."""
-        return _of_mean(ranked.means[self.name], value) if self.values else self.influence(ranked, value, target)
+        found = _of_mean(ranked.means[self.name], value) if self.values else self.influence(ranked, value, target)
+        if found.slope is None or not ranked.weight.size:
+            return found
+        return found._replace(slope=found.slope * ranked.weight)
 
     @property
     def stepwise(self) -> bool:
@@ -163,13 +166,14 @@ def _aurc_slope(ranked: native.Ranked, value: float) -> Floats:
     widens that group's step, and moves every risk from h on by (r − ρ_g) / C_g.
     """
     # In place where it can be: new memory costs more than the arithmetic.
-    ends = ranked.ends.astype(np.float64)
+    ends = ranked.through
     repeats = np.diff(ranked.ends, prepend=np.uint32(0))
-    weight = repeats / 2
+    weight = np.diff(ends, prepend=0.0) / 2
     first = float(weight[0])
     weight[:-1] += weight[1:].copy()
     weight[0] += first
-    risk = np.cumsum(ranked.error, dtype=np.float64)[ranked.ends - np.uint32(1)]
+    losses = ranked.error * ranked.weight if ranked.weight.size else ranked.error
+    risk = np.cumsum(losses, dtype=np.float64)[ranked.ends - np.uint32(1)]
     risk /= ends
     steps = risk.copy()
     steps[1:] += risk[:-1]
@@ -190,7 +194,7 @@ def _aurc_slope(ranked: native.Ranked, value: float) -> Floats:
 
 def _accepted(ranked: native.Ranked, _value: float, target: float) -> Influence:
     """Of Risk@Coverage: the rows accepted at the point that is reported."""
-    reached = np.searchsorted(ranked.ends, target * ranked.error.size * (1 - 1e-12), side="left")
+    reached = np.searchsorted(ranked.through, target * ranked.error.size * (1 - 1e-12), side="left")
     return Influence(None, slice(0, int(ranked.ends[reached])), ranked.error)
 
 
@@ -205,7 +209,7 @@ def _coverage(ranked: native.Ranked, value: float, _: float) -> Influence:
 def _exit_error(ranked: native.Ranked, value: float, _: float) -> Influence:
     exits = ranked.n_exit or 0
     slope = np.zeros(ranked.error.size)
-    slope[:exits] = (ranked.error[:exits] - value) / max(exits, 1)
+    slope[:exits] = (ranked.error[:exits] - value) / (_amount(ranked, slice(0, exits)) or 1)
     return Influence(slope, slice(0, exits), ranked.error)
 
 
@@ -214,7 +218,7 @@ def _fnr(ranked: native.Ranked, value: float, _: float) -> Influence:
     slope = np.zeros(ranked.error.size)
     among, missed = (ranked.kind & 1) > 0, (ranked.kind & 2) > 0
     among[exits:] = False
-    slope[:exits] = among[:exits] * (missed[:exits] - value) / max(int(among.sum()), 1)
+    slope[:exits] = among[:exits] * (missed[:exits] - value) / (_amount(ranked, among) or 1)
     return Influence(slope, among, missed)
 
 
@@ -224,7 +228,15 @@ def _aurc_bound(low: float, high: float) -> tuple[float, float]:
 
 def _accepted_within(ranked: native.Ranked, value: float, _: float) -> Influence:
     """Of Coverage@Risk: the rows accepted at the point that is reported."""
-    return Influence(None, slice(0, round(value * ranked.error.size)), ranked.error)
+    if not ranked.weight.size:
+        return Influence(None, slice(0, round(value * ranked.error.size)), ranked.error)
+    through = np.cumsum(ranked.weight)
+    return Influence(None, through <= value * through[-1] * (1 + 1e-12), ranked.error)
+
+
+def _amount(ranked: native.Ranked, rows: NDArray[np.bool_] | slice) -> float:
+    """How many rows these are, or what they weigh."""
+    return float(ranked.weight[rows].sum() if ranked.weight.size else ranked.error[rows].size)
 
 
 # ---------------------------------------------------------------------------------------------- the rows
@@ -233,7 +245,11 @@ _ONE_CLASS = "only one class is there"
 for _spec in (
     MetricSpec(
         "augrc", "AUGRC", "rows", "lower", top=0.5, digits=4,
-        influence=_of_errors(lambda ranked, _: native.augrc_influence(ranked.error, ranked.ends)),
+        influence=_of_errors(
+            lambda ranked, _: native.augrc_influence(
+                ranked.error, ranked.ends, ranked.weight if ranked.weight.size else None
+            )
+        ),
         bound=lambda low, high: (low**2 / 2, high - high**2 / 2),
     ),
     MetricSpec("aurc", "AURC", "rows", "lower", digits=4, influence=_of_errors(_aurc_slope), bound=_aurc_bound),

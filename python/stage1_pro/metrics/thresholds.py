@@ -11,13 +11,14 @@ With groups nothing is exact. A share of rows is tested as if it were of so many
 are worth: (sum s)^2 / sum s^2 for s rows of each group (Kish), which is right for near-copies and safe for groups whose
 rows differ, or r (1 - r) over the variance of the share r by groups (Korn and Graubard 1998) where that is less: errors
 that follow the size of their group. Where few are wrong the variance says nothing, so Kish's number is made smaller by
-as much as it is too large for all rows.
+as much as it is too large for all rows. Rows with weights count like groups of such sizes.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,38 +35,58 @@ _PLACE = 0.2
 class Walk:
     """What is accepted at every threshold of sorted rows, from the strictest to the laxest; arrays [M].
 
-    ``accepted`` rows, ``risk`` among them, and the independent ``trials`` that they are worth; ``places``, as how many
-    trials all rows tell of the share that is accepted.
+    ``accepted`` rows (or their weight), ``risk`` among them, and the independent ``trials`` that they are worth;
+    ``places``, as how many trials all rows tell of the share that is accepted; ``n``, all rows; ``counts``: errors are
+    0/1.
     """
 
-    def __init__(self, ranked: native.Ranked, n_units: int) -> None:
-        last = ranked.ends.astype(np.int64) - 1
-        self.n = ranked.error.size
-        self.accepted: Floats = ranked.ends.astype(np.float64)
-        self.wrong: Floats = np.asarray(np.cumsum(ranked.error, dtype=np.float64)[last])
-        self.risk: Floats = self.wrong / self.accepted
-        self.trials: Floats = self.accepted
-        self.places: Floats = np.full(last.size, float(self.n))
-        if ranked.unit.size and n_units < self.n:
-            self.trials, self.places = self._by_groups(ranked, last)
-        self.counts = ranked.error.dtype == np.uint8
+    def __init__(
+        self, accepted: Floats, wrong: Floats, *, worth: tuple[Floats, Floats] | None = None, counts: bool = True
+    ) -> None:
+        self.n = float(accepted[-1])
+        self.accepted, self.wrong, self.risk = accepted, wrong, wrong / accepted
+        self.trials: Floats = accepted if worth is None else worth[0]
+        self.places: Floats = np.full(accepted.size, self.n) if worth is None else worth[1]
+        self.counts = counts
         # Of rows with 0/1 errors only those thresholds decide that an error begins or ends at.
         self.rises = np.append(True, self.wrong[1:] > self.wrong[:-1])
-        if self.trials is not self.accepted or not self.counts:
+        if worth is not None or not self.counts:
             self.rises[:] = True
 
-    def _by_groups(self, ranked: native.Ranked, last: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    @classmethod
+    def of(cls, ranked: native.Ranked, n_units: int) -> Self:
+        """Of sorted rows, which belong to so many units."""
+        last = ranked.ends.astype(np.int64) - 1
+        grouped, counts = ranked.unit.size > 0 and n_units < ranked.error.size, ranked.error.dtype == np.uint8
+        if not grouped and not ranked.weight.size:
+            return cls(ranked.through, np.cumsum(ranked.error, dtype=np.float64)[last], counts=counts)
+        weight = ranked.weight if ranked.weight.size else np.ones(ranked.error.size)
+        unit = ranked.unit if grouped else np.arange(ranked.error.size, dtype=np.uint32)
+        accepted, wrong = np.cumsum(weight)[last], np.cumsum(weight * ranked.error)[last]
+        worths = cls._by_groups(unit, weight, weight * ranked.error, last, accepted, wrong / accepted)
+        return cls(accepted, wrong, worth=worths, counts=counts)
+
+    @classmethod
+    def _by_groups(
+        cls,
+        unit: NDArray[np.uint32],
+        weight: Floats,
+        error: Floats,
+        last: NDArray[np.int64],
+        accepted: Floats,
+        risk: Floats,
+    ) -> tuple[Floats, Floats]:
         """``trials`` and ``places`` from sums over groups of their accepted rows s and the errors w among them."""
-        error = ranked.error.astype(np.float64)
-        rows, wrong = earlier_of_unit(ranked.unit, np.stack([np.ones(self.n), error]))
-        square = np.cumsum(2 * rows + 1)[last]
-        both, wrongs = np.cumsum(error * (rows + 1) + wrong)[last], np.cumsum(error * (2 * wrong + error))[last]
-        kish = self.accepted**2 / square
-        design = self._worth(self.risk, wrongs - 2 * self.risk * both + self.risk**2 * square, self.accepted)
+        rows, wrong = earlier_of_unit(unit, np.stack([weight, error]))
+        square = np.cumsum(weight * (2 * rows + weight))[last]
+        both = np.cumsum(error * (rows + weight) + weight * wrong)[last]
+        wrongs, n = np.cumsum(error * (2 * wrong + error))[last], float(accepted[-1])
+        kish = accepted**2 / square
+        design = cls._worth(risk, wrongs - 2 * risk * both + risk**2 * square, accepted)
         trials = np.minimum(kish / max(1.0, kish[-1] / design[-1]), design)
-        share, sizes = self.accepted / self.n, np.bincount(ranked.unit)[ranked.unit]
-        spread = square - 2 * share * np.cumsum(sizes)[last] + share**2 * square[-1]
-        return np.maximum(trials, 1.0), np.clip(self._worth(share, spread, float(self.n)), 1.0, kish[-1])
+        share, sizes = accepted / n, np.bincount(unit, weight)[unit]
+        spread = square - 2 * share * np.cumsum(weight * sizes)[last] + share**2 * square[-1]
+        return np.maximum(trials, 1.0), np.clip(cls._worth(share, spread, n), 1.0, kish[-1])
 
     @staticmethod
     def _worth(share: Floats, squares: Floats, rows: Floats | float) -> Floats:
@@ -108,6 +129,16 @@ class Walk:
             errors = self._hits(wrong[at] / rows[at], trials[at], up=upper)
             ends.append(binomial_ends(errors, trials[at], self._tail((1 - _PLACE) * tail), upper=upper))
         return float(ends[1].min()), float(ends[0].max())
+
+    def risk_ends(self, at: NDArray[np.int64], tail: float) -> tuple[Floats, Floats]:
+        """Ends of the risk at some thresholds, each of which has ``tail`` beyond either end."""
+        low, high = (
+            binomial_ends(
+                self._hits(self.risk[at], self.trials[at], up=upper), self.trials[at], self._tail(tail), upper=upper
+            )
+            for upper in (False, True)
+        )
+        return low, high
 
     def _certified(self, risk: float, tail: float) -> int:
         """The laxest threshold to which a walk from a start gets while "the risk is above" is rejected; -1: none.

@@ -127,17 +127,27 @@ class _Cells:
         return float(pairs) / float(2 * self.n * self.n)
 
 
-def augrc_influence(loss: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Derivative of AUGRC along the weight of each sorted row [N]; the root of the sum of squares is its SE."""
+def augrc_influence(
+    loss: NDArray[Any], ends: NDArray[np.int64], weight: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """Derivative of AUGRC along the weight of each sorted row [N], all 1 or 1 on average.
+
+    The root of the sum of its squares, each times the row's weight, is AUGRC's standard error.
+    """
     n = loss.size
     tied = np.diff(ends, prepend=0).astype(np.intp, copy=False)
-    through = np.cumsum(loss, dtype=np.float64)[ends - 1]
+    rows: NDArray[Any] = tied
+    if weight is None:
+        through = np.cumsum(loss, dtype=np.float64)[ends - 1]
+    else:
+        through = np.cumsum(weight * loss)[ends - 1]
+        rows = np.diff(np.cumsum(weight)[ends - 1], prepend=0)
     # What an accepted row pays for errors at or above it, and an error for the rows at or below it.
     as_row = 2 * through
     as_row -= np.diff(through, prepend=0)
-    as_error = 2.0 * (n - ends)
-    as_error += tied
-    value = float((tied * as_row).sum()) / (2 * n * n)
+    as_error = 2.0 * (n - (ends if weight is None else np.cumsum(rows)))
+    as_error += rows
+    value = float((rows * as_row).sum()) / (2 * n * n)
     if tied.size < n:
         as_row, as_error = np.repeat(as_row, tied), np.repeat(as_error, tied)
     influence = loss * as_error
@@ -284,7 +294,7 @@ def _sort(
     return ranked, np.append(ends, ranked.size)
 
 
-def _augrc(counts: NDArray[np.int64], loss: NDArray[Any], ends: NDArray[np.int64]) -> float:
+def _augrc(counts: NDArray[np.int64] | NDArray[np.float64], loss: NDArray[Any], ends: NDArray[np.int64]) -> float:
     """AUGRC of sorted rows under counts: Σ C_g (2 E_before + E_g) over 2 n², integers all the way for 0/1 errors."""
     accepted = np.cumsum(counts)[ends - 1]
     errors = np.cumsum(counts * loss)[ends - 1]
@@ -294,7 +304,7 @@ def _augrc(counts: NDArray[np.int64], loss: NDArray[Any], ends: NDArray[np.int64
 
 
 def measure(
-    counts: NDArray[np.int64],
+    counts: NDArray[np.int64] | NDArray[np.float64],
     loss: NDArray[Any],
     ends: NDArray[np.int64],
     kind: NDArray[np.uint8],
@@ -304,7 +314,7 @@ def measure(
     coverages: NDArray[np.float64],
     risks: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """The suite of sorted rows under counts [N], [8 + coverages + risks]: ``COLUMNS``, Risk@Coverage, Coverage@Risk.
+    """The suite of sorted rows under counts or weights [N]: ``COLUMNS``, Risk@Coverage, Coverage@Risk.
 
     Tie groups end at ``ends`` [M]; those that nobody drew are no thresholds. The rest as in ``bootstrap_suite``.
     """

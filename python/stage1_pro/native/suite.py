@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, localcontext
 from typing import Any, NamedTuple
 
@@ -72,14 +72,17 @@ def bootstrap_augrc(
     return AugrcReplicates(*found)
 
 
+_COLUMNS = ("confidence", "error", "positive", "missed", "nll", "brier", "weight")
+
+
 @dataclass(frozen=True, eq=False)
 class Columns:
     """What one model says of N rows; ``None`` where it is not known.
 
     ``confidence`` [N] and ``error`` [N] as ``rows`` gives them; ``positive`` and ``missed`` bool [N]: of the positive
     class, and of it but answered otherwise; ``nll`` and ``brier`` float64 [N], the latter at most ``brier_top``;
-    ``threshold``: a row exits iff its confidence is at or above it, both as float64. ``means``: by name, other values
-    [N] whose mean is a metric.
+    ``threshold``: a row exits iff its confidence is at or above it, both as float64. ``weight`` [N], how much each row
+    counts, above 0 and 1 on average; None: all alike. ``means``: by name, other values [N] whose mean is a metric.
     """
 
     confidence: NDArray[Any]
@@ -90,7 +93,14 @@ class Columns:
     brier: NDArray[np.float64] | None = None
     threshold: float | None = None
     brier_top: float = 1.0
+    weight: NDArray[np.float64] | None = None
     means: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def where(self, rows: NDArray[np.bool_]) -> Columns:
+        """The same of some rows [N]."""
+        given = {name: getattr(self, name) for name in _COLUMNS}
+        some: dict[str, Any] = {name: None if values is None else values[rows] for name, values in given.items()}
+        return replace(self, **some, means={name: values[rows] for name, values in self.means.items()})
 
 
 class Ranked:
@@ -98,34 +108,50 @@ class Ranked:
 
     ``order`` [N], which row stands where; ``error`` [N]; ``ends`` [M], one past each tie group; ``unit`` uint32 [N],
     which unit a row is drawn with, or [0]: row i is unit i; ``kind`` uint8 [N] or [0], 1 for a positive row and 3 for a
-    missed one; ``n_exit`` rows exit, None without a threshold; ``nll`` and ``brier`` [N] or [0]; ``means`` [N] each.
+    missed one; ``n_exit`` rows exit, None without a threshold; ``nll``, ``brier`` and ``weight`` [N] or [0]; ``means``
+    [N] each.
     """
 
     def __init__(self, columns: Columns, unit: NDArray[np.uint32] | None) -> None:
         kind = np.zeros(0, dtype=np.uint8)
         if columns.positive is not None and columns.missed is not None:
             kind = (columns.positive + 2 * (columns.missed & columns.positive)).astype(np.uint8)
-        nll, brier = (np.zeros(0) if values is None else values for values in (columns.nll, columns.brier))
+        given = columns.nll, columns.brier, columns.weight
+        nll, brier, weight = (np.zeros(0) if values is None else values for values in given)
         place, self.ends = order(columns.confidence, columns.error)
         # Rows that are tied in all that was sorted by are told apart by the rest, so that row order never matters.
-        keys = (kind, nll, brier, *columns.means.values(), unit)
+        keys = (kind, nll, brier, weight, *columns.means.values(), unit)
         minor = [values for values in keys if values is not None and values.size]
         self.order = place = _settle(place, columns.confidence, columns.error, minor)
         self.error: NDArray[Any] = columns.error[place]
         self.kind: NDArray[np.uint8] = kind[place] if kind.size else kind
         self.nll: NDArray[np.float64] = nll[place] if nll.size else nll
         self.brier: NDArray[np.float64] = brier[place] if brier.size else brier
+        self.weight: NDArray[np.float64] = weight[place] if weight.size else weight
         self.means = {name: values[place] for name, values in columns.means.items()}
         self.unit = np.zeros(0, dtype=np.uint32) if unit is None else unit[place]
         self.n_exit = None
         if columns.threshold is not None:
             self.n_exit = int(np.count_nonzero(columns.confidence.astype(np.float64) >= columns.threshold))
 
+    def times(self, counts: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """How much each row [N] counts in a resample that holds every unit so often, [units]."""
+        drawn = (counts[self.unit] if self.unit.size else counts).astype(np.float64)
+        return drawn * self.weight if self.weight.size else drawn
+
+    @functools.cached_property
+    def through(self) -> NDArray[np.float64]:
+        """Rows up to the end of each tie group, or their weight."""
+        if not self.weight.size:
+            return self.ends.astype(np.float64)
+        return np.asarray(np.cumsum(self.weight)[self.ends.astype(np.int64) - 1])
+
 
 class Suite:
     """Every selective metric of one model's rows, or of several models' answers to the same rows, and of resamples.
 
-    All models see the same resamples (paired). Neither row order nor the number of threads changes a resample.
+    All models see the same resamples (paired). Neither row order nor the number of threads changes a resample. With
+    weights a drawn row counts by its weight; that is measured in NumPy, which takes longer.
 
     Args:
         models: of the same N rows in the same order.
@@ -168,17 +194,33 @@ class Suite:
 
     def values(self) -> list[NDArray[np.float64]]:
         """The metrics of the rows themselves, [8 + coverages + risks] for each model; columns: ``SUITE``, targets."""
-        return [kernels().measure_suite(one.error, one.ends, *self._measured(one)) for one in self.models]
+        return [
+            self._weighted(one, one.weight)
+            if one.weight.size
+            else kernels().measure_suite(one.error, one.ends, *self._measured(one))
+            for one in self.models
+        ]
 
     def resample(self, n_replicates: int, *, seed: int = 0, threads: int = 0) -> list[NDArray[np.float64]]:
         """The metrics of resamples, [n_replicates, 8 + coverages + risks] for each model."""
         _check_resampling(n_replicates, seed, threads)
         drawn = np.asarray(self.sizes, dtype=np.uint32), count_tables(self.sizes)
         resamples = n_replicates, seed, _workers(threads, n_replicates)
+        if any(one.weight.size for one in self.models):
+            found = [np.empty((n_replicates, len(SUITE) + sum(map(len, self._targets)))) for _ in self.models]
+            for replicate in range(n_replicates):
+                times = resample_counts(self.sizes, 1, first=replicate, seed=seed)[0]
+                for one, rows_of in zip(self.models, found, strict=True):
+                    rows_of[replicate] = self._weighted(one, one.times(times))
+            return found
         return [
             kernels().bootstrap_suite(one.error, one.ends, one.unit, *drawn, *self._measured(one), *resamples)
             for one in self.models
         ]
+
+    def _weighted(self, one: Ranked, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The metrics of sorted rows of these weights."""
+        return _reference.measure(weight, one.error, one.ends.astype(np.int64), *self._measured(one))
 
     def _measured(self, one: Ranked) -> tuple[Any, ...]:
         return one.kind, one.n_exit, one.nll, one.brier, *self._targets
@@ -189,22 +231,24 @@ class Suite:
         for replicate in range(n_replicates):
             counts = resample_counts(self.sizes, 1, first=replicate, seed=seed)[0]
             for one, means in zip(self.models, drawn, strict=True):
-                times = (counts[one.unit] if one.unit.size else counts).astype(np.float64)
+                times = one.times(counts)
                 means.append(float((times * one.means[name]).sum() / times.sum()))
         return [
-            (float(one.means[name].mean()), np.asarray(means, dtype=np.float64))
+            (float(np.average(one.means[name], weights=one.weight if one.weight.size else None)), np.array(means))
             for one, means in zip(self.models, drawn, strict=True)
         ]
 
 
-def augrc_influence(error: NDArray[Any], ends: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """Derivative of AUGRC along the weight of each sorted row [N]; ``ends`` as ``Ranked`` has them."""
-    return _reference.augrc_influence(error, ends.astype(np.int64))
+def augrc_influence(
+    error: NDArray[Any], ends: NDArray[np.uint32], weight: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """Derivative of AUGRC along the weight of each sorted row [N]; ``ends`` and ``weight`` as ``Ranked`` has them."""
+    return _reference.augrc_influence(error, ends.astype(np.int64), weight)
 
 
 def _keys(model: Columns) -> list[NDArray[Any]]:
     """All that tells rows apart, the most important first."""
-    extra = (model.positive, model.missed, model.nll, model.brier, *model.means.values())
+    extra = (model.positive, model.missed, model.nll, model.brier, model.weight, *model.means.values())
     return [-model.confidence, model.error, *(values for values in extra if values is not None)]
 
 

@@ -1,7 +1,8 @@
 """Exit policies: which answers of Stage A stand, and what is promised of them. NumPy only, no torch.
 
-For arrays: ``certify_threshold`` certifies a threshold on anybody's scores, ``SCRC`` sets of classes, ``fit_policy``
-any registered policy; ``plan_calibration`` says how many rows a promise takes. Names are imported on first use.
+For arrays: ``certify_threshold`` certifies a threshold on anybody's scores, ``SCRC`` and ``conformal_sets`` sets of
+classes, ``fit_policy`` any registered policy; ``plan_calibration`` says how many rows a promise takes. Names are
+imported on first use.
 
 ``policy`` has the common form of policies and their registry, ``target`` what they are asked for and what they
 guarantee, ``rows`` what they are fitted on. Exactly one policy is active in a folder.
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from stage1_pro.policies.certify import Certificate as Certificate
     from stage1_pro.policies.certify import certify as certify_risks  # noqa: F401
     from stage1_pro.policies.certify import certify_threshold as certify_threshold
+    from stage1_pro.policies.conformal import AdaptiveSets as AdaptiveSets
+    from stage1_pro.policies.conformal import ConformalSets as ConformalSets
+    from stage1_pro.policies.conformal import conformal_sets as conformal_sets
     from stage1_pro.policies.fitting import fit_policy as fit_policy
     from stage1_pro.policies.ordering import certify_halves as certify_halves
     from stage1_pro.policies.ordering import order_candidates as order_candidates
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
 # ``certify_risks`` is ``certify`` of the module of that name, which hides it here.
 _HOMES = {
     "SCRC": "scrc",
+    "AdaptiveSets": "conformal",
     "Certificate": "certify",
+    "ConformalSets": "conformal",
     "FittedSCRC": "scrc",
     "Policy": "policy",
     "Risk": "candidates",
@@ -44,6 +50,7 @@ _HOMES = {
     "certify_halves": "ordering",
     "certify_risks": "certify",
     "certify_threshold": "certify",
+    "conformal_sets": "conformal",
     "coverage_p_value": "bounds",
     "cut_halves": "rows",
     "errors_allowed": "bounds",

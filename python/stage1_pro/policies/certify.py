@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stage1_pro.arguments import array, at_or_above, check_share, choice, floats, grid_of, on_grid, shown
 from stage1_pro.errors import InputError, NotReachableError
+from stage1_pro.notebook import Shown
 from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
 from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, photo_shares
 from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts, why_independent
@@ -31,8 +32,8 @@ CountedAs = Literal["auto", "rows", "groups", "group_means", "photos"]
 _SHARING_RANKS = 20
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Shown):
     """A certified threshold, or why there is none.
 
     Counts, coverage and bounds are those at ``threshold``; of an infeasible one those at the candidate where it failed:
