@@ -140,9 +140,9 @@ class SCRC:
         """Give the laxest selection threshold at which sets of one class each are likely to keep the risk; None: none.
 
         From rows that certify nothing, for ``calibrate`` on others. Likely: in four of five calibrations of ``n``
-        units, where the error rate of each cell is unknown but for what is seen here (Jeffreys' prior). Sets must also
-        say more than always giving the commonest class. Where sets may be empty none is found: a limit that is as
-        tight as can be is wished for there.
+        units, where the error rate of each cell is unknown but for what is seen here (Jeffreys' prior). They must also
+        say something: be wrong at most half as often as always giving the commonest class. Where sets may be empty none
+        is found: a limit that is as tight as can be is wished for there.
 
         Args:
             probs: [N, K], rows sum to 1.
@@ -181,7 +181,7 @@ class SCRC:
             trials = seen * n // truth.size
             allowed = np.array([self._budget(int(m), len(named)) for m in trials], dtype=np.float64)
             if not by_class:
-                allowed = np.minimum(allowed, np.ceil(trials * (rivals / truth.size)) - 1)
+                allowed = np.minimum(allowed, trials * rivals // truth.size // 2)
             rates = betaincinv(errors + 0.5, seen - errors + 0.5, _QUANTILES[:, None])
             passed = bounds.binomial_cdf(np.maximum(allowed, 0.0), trials.astype(np.float64), rates).mean(axis=0)
             chance *= np.where(allowed >= 0, passed, 0.0)
