@@ -284,7 +284,7 @@ def test_one_row_speaks_for_its_group_and_rows_alone_would_lie() -> None:
 
 
 def slow_choice(wish: SCRC, rows: tuple[np.ndarray, ...], n: int, threshold: float) -> tuple[float, bool]:
-    """The chance that single classes keep the risk of ``n`` units at a threshold, by SciPy; whether they say a thing."""
+    """The chance that single classes keep the risk of ``n`` units, by SciPy, and whether they say anything."""
     probs, gate, labels = rows
     accepted = gate >= threshold
     wrong = ~(probs == probs.max(axis=1, keepdims=True))[np.arange(labels.size), labels]
@@ -419,7 +419,7 @@ def test_the_promise_holds_and_more_is_accepted(hopeful: float, capsys: pytest.C
         )
     assert risky / draws <= 0.04 + 3 * math.sqrt(0.04 * 0.96 / draws)
     assert thin / draws <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / draws)
-    assert shares["most"].mean() > shares["least"].mean() + 0.08
+    assert shares["most"].mean() > shares["least"].mean() + 0.03
 
 
 @pytest.mark.parametrize("place", [0.35, 0.5, 0.55])
