@@ -35,6 +35,7 @@ from stage1_pro.policies.rows import Rows
 from stage1_pro.policies.sets import LIMIT_SLACK, NOBODY_EXITS, ScrcParams, confidence_logit
 from stage1_pro.policies.softmax import softmax
 from stage1_pro.policies.standing import standing
+from stage1_pro.policies.target import Scrc
 from stage1_pro.training.answers import answer, count_groups
 from stage1_pro.training.calibration import render as render_policy
 from stage1_pro.training.evaluation import Evaluation, evaluate
@@ -124,6 +125,49 @@ def test_the_rule_by_hand() -> None:
     assert missed.sum() <= cell.errors <= cell.budget
     assert cell.bound == clopper_pearson_upper(cell.errors, cell.trials, 0.96) <= 0.03
     assert policy.coverage_bound is not None and policy.coverage_bound >= 0.7
+
+
+def sure_but_for_few(n: int, k: int, *, hard: float, wrong: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [2n, k] and labels: a share of ``hard`` rows is unsure, and of those a share of ``wrong`` is."""
+    rng = np.random.default_rng(seed)
+    labels, unsure = rng.integers(0, k, 2 * n), rng.random(2 * n) < hard
+    answer = np.where(unsure & (rng.random(2 * n) < wrong), (labels + 1) % k, labels)
+    top = np.where(unsure, rng.uniform(0.4, 0.8, 2 * n), rng.uniform(0.9, 1, 2 * n))
+    probs = np.where(np.arange(k) == answer[:, None], top[:, None], ((1 - top) / (k - 1))[:, None])
+    return probs, labels
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_as_many_are_accepted_as_one_class_each_allows(alpha: float) -> None:
+    """4,000 rows of three classes, .6% answered wrongly, all among the unsurest 2.4%: 72% was accepted once."""
+    for seed in range(3):
+        probs, labels = sure_but_for_few(2000, 3, hard=0.024, wrong=0.25, seed=seed)
+        rows = Rows.of(
+            probs, labels, classes=["none", "roadwork", "cone"], positive="roadwork", rows_independent=True,
+            gate=confidence_logit(probs), halves=np.repeat(["fit", "certify"], 2000),
+        )  # fmt: skip
+        policy = ScrcParams.fit(Scrc(alpha=alpha), rows)
+        assert policy.coverage >= 0.97 and policy.xi == 0.7 and policy.coverage_bound > 0.96
+        (cell,) = policy.lambda_2
+        assert cell.bound <= alpha and cell.errors <= 0.007 * cell.trials
+        sets, accepted = policy.answer(probs, policy.exits(probs, rows.gate), rows.gate)
+        assert np.mean(sets[accepted].sum(axis=1) == 1) > 0.99
+        if alpha == 0.05:
+            assert accepted.all() and sets.sum() == labels.size
+        assert "the selection threshold were fixed before anybody looked" in policy.statement
+
+
+def test_few_groups_are_accepted_but_for_the_unsure() -> None:
+    """Four classes, 2.1% wrong, 147 groups certify in the order of as many: a quarter of them was refused once."""
+    coverage = []
+    for seed in range(10):
+        probs, labels = sure_but_for_few(147, 4, hard=0.042, wrong=0.5, seed=seed)
+        rows = Rows.of(
+            probs, labels, classes=list("abcd"), positive="b", groups=np.arange(294),
+            halves=np.repeat(["fit", "certify"], 147),
+        )  # fmt: skip
+        coverage.append(ScrcParams.fit(Scrc(alpha=0.05), rows).coverage)
+    assert min(coverage) > 0.93 and np.mean(coverage) > 0.96
 
 
 def test_each_half_decides_its_own() -> None:

@@ -4,6 +4,10 @@ An image is accepted iff its gate score is at or above a selection threshold, an
 nonconformity is at or below a limit; otherwise nobody answers. Promised are a least share accepted (xi) and a largest
 risk among the accepted (alpha): that the set misses the label. Xu, Guo & Wei (Selective Conformal Risk Control,
 2512.12844) give SCRC-T and SCRC-I; the default, SCRC-PAC, holds for the very thresholds that are shipped. NumPy only.
+
+More than xi is accepted where other rows say that single classes would keep the risk: ``choose_threshold`` looks for
+the laxest threshold on rows that certify nothing, and ``calibrate`` takes the laxer one of it and that of xi. Where
+those rows were too hopeful the sets grow, and the promise stays true.
 """
 
 from __future__ import annotations
@@ -36,14 +40,20 @@ from stage1_pro.arguments import (
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
+from stage1_pro.policies.candidates import ranked
 from stage1_pro.policies.certificate import LABELS_RIGHT, Cell, Outcome, SetCheck, why_independent
 from stage1_pro.policies.checks import check_claim, mean_size, share_of, unjudged
+from stage1_pro.policies.counts import gaps
 from stage1_pro.policies.rows import Unit, counting_unit, one_each
 from stage1_pro.policies.target import Loss, Score, Variant
 from stage1_pro.policies.useful import weigh_sets
 
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)
+# Single classes are likely to keep the risk where they would in so many of the calibrations to expect.
+_LIKELY = 0.8
+# Quantiles at which an unknown error rate is looked at.
+_QUANTILES = (np.arange(16) + 0.5) / 16
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,72 @@ class SCRC:
         if self.loss == "fnr" and self.groups == "class":
             raise InputError("groups must not be 'class' with loss fnr, which speaks of one class; use miscoverage")
 
+    def choose_threshold(
+        self,
+        probs: ArrayLike,
+        gate: ArrayLike,
+        labels: ArrayLike,
+        stage: ArrayLike | None = None,
+        *,
+        n: int,
+        groups: ArrayLike | None = None,
+        rows_independent: bool = False,
+        seed: int = 0,
+    ) -> float | None:
+        """Give the laxest selection threshold at which sets of one class each are likely to keep the risk; None: none.
+
+        From rows that certify nothing, for ``calibrate`` on others. Likely: in four of five calibrations of ``n``
+        units, where the error rate of each cell is unknown but for what is seen here (Jeffreys' prior). They must also
+        say something: be wrong at most half as often as always giving the commonest class. Where sets may be empty none
+        is found: a limit that is as tight as can be is wished for there.
+
+        Args:
+            probs: [N, K], rows sum to 1.
+            gate: [N], higher is surer.
+            labels: [N] class indices.
+            stage: [N] name of the stage that answered; needed for stage cells.
+            n: units that will calibrate.
+            groups: [N] clip or track of every row.
+            rows_independent: the caller states that rows of one group are independent.
+            seed: of the row that speaks for its group.
+
+        Raises:
+            InputError: an argument is not what it must be.
+        """
+        values, scores = _rows(probs, gate)
+        truth = indices("labels", labels, *values.shape, like="probs has rows")
+        stages = _stages(stage, truth.size, wanted=self.groups == "stage")
+        whole("n", n, most=bounds.MOST_UNITS)
+        units = counting_unit(groups, truth.size, "auto", rows_independent)[1]
+        drawn = one_each(units, np.ones(truth.size, dtype=bool), seed)
+        values, scores, truth = values[drawn], scores[drawn], truth[drawn]
+        order = ranked(scores)
+        if not order.size:
+            return None
+        wrong = nonconformity(self, values)[np.arange(truth.size), truth] > 0
+        named = self._cells(None if stages is None else stages[drawn], truth, values.shape[1], None)
+        last, thresholds = gaps(scores[order], -math.inf, grid_of(gate))
+        thresholds[-1] = on_grid(ACCEPT_ALL, grid_of(gate))
+        # Between two errors laxer is likelier.
+        ends = np.flatnonzero(np.append(np.diff(np.cumsum(wrong[order])[last]) > 0, True))
+        by_class = self.groups == "class" or self.loss == "fnr"
+        rivals = truth.size - np.bincount(truth).max()
+        chance = np.ones(ends.size)
+        for _, member in named:
+            seen, errors = np.cumsum(member[order])[last[ends]], np.cumsum((member & wrong)[order])[last[ends]]
+            trials = seen * n // truth.size
+            allowed = np.array([self._budget(int(m), len(named)) for m in trials], dtype=np.float64)
+            if not by_class:
+                allowed = np.minimum(allowed, trials * rivals // truth.size // 2)
+            rates = betaincinv(errors + 0.5, seen - errors + 0.5, _QUANTILES[:, None])
+            passed = bounds.binomial_cdf(np.maximum(allowed, 0.0), trials.astype(np.float64), rates).mean(axis=0)
+            chance *= np.where(allowed >= 0, passed, 0.0)
+        top = values == values.max(axis=1, keepdims=True)
+        for end in ends[chance >= _LIKELY][::-1]:
+            if not weigh_sets(top, scores >= thresholds[end], truth, by_class=by_class):
+                return float(thresholds[end])
+        return None
+
     def calibrate(
         self,
         probs: ArrayLike,
@@ -122,12 +198,18 @@ class SCRC:
         labels: ArrayLike,
         stage: ArrayLike | None = None,
         *,
+        threshold: float | None = None,
         groups: ArrayLike | None = None,
         rows_independent: bool = False,
         seed: int = 0,
         classes: Sequence[str] = (),
     ) -> FittedSCRC:
         """Find both thresholds on calibration rows, or say why there are none: INFEASIBLE is a result.
+
+        Accepted is the least share that certifies xi, or all that ``threshold`` lets in where that is more. It came
+        from other rows, so what lies above it are independent draws given their number; where they are too few for xi,
+        what lies above the order statistic that decides instead are independent draws given that. The limit is the
+        smallest that keeps the risk. So the promises hold whatever ``threshold`` is.
 
         Where rows share clips or tracks (``groups``) one seeded row speaks for its group, n counts groups, and the
         promise is about one image drawn from a new group.
@@ -141,6 +223,7 @@ class SCRC:
             gate: [N], higher is surer.
             labels: [N] class indices.
             stage: [N] name of the stage that answered; needed for stage cells.
+            threshold: accept at least what is at or above it; of other rows, see ``choose_threshold``.
             groups: [N] clip or track of every row.
             rows_independent: the caller states that rows of one group are independent.
             seed: of the row that speaks for its group.
@@ -158,8 +241,12 @@ class SCRC:
         values, scores, truth = values[drawn], scores[drawn], truth[drawn]
         stages = None if stages is None else stages[drawn]
         n = truth.size
-        rank = self._rank(n)
-        threshold, above, tied = _selection(scores, rank, n, self.variant, grid_of(gate))
+        rank, lax = self._rank(n), None if threshold is None else scores >= number("threshold", threshold)
+        frozen = lax is not None and rank is not None and int(lax.sum()) >= rank
+        if frozen and lax is not None:
+            rank, above, tied = int(lax.sum()) + (self.variant in ("I", "T")), lax, False
+        else:
+            threshold, above, tied = _selection(scores, rank, n, self.variant, grid_of(gate))
         accepted = 0 if threshold is None else int((scores >= threshold).sum())
         losses = nonconformity(self, values)[np.arange(n), truth]
         named = self._cells(stages, truth, values.shape[1], called if self.groups == "class" else None)
@@ -168,7 +255,7 @@ class SCRC:
         reason, needed, smallest = "", None, None
         if not feasible:
             reason, smallest = self._why_not(n, unit, threshold, cells)
-            needed = self._needed(n, accepted, cells)
+            needed = self._needed(n, accepted, cells, accepted / n if frozen else 0.0)
         fitted = FittedSCRC(
             scrc=self, n_classes=values.shape[1], n=n, unit=unit, seed=seed, rank=rank, accepted=accepted,
             threshold=threshold if feasible else None, cells=tuple(cells),
@@ -176,7 +263,7 @@ class SCRC:
             reason=reason, n_needed=needed, min_certifiable_alpha=smallest,
             guarantee=self._sentence(n, unit, len(cells)) if feasible else "none: infeasible",
             assumptions=self._assumptions(
-                unit, why_independent(grouped=groups is not None, stated=rows_independent), tied
+                unit, why_independent(grouped=groups is not None, stated=rows_independent), tied, frozen
             ),
         )  # fmt: skip
         if not feasible or self.variant == "naive":
@@ -279,8 +366,11 @@ class SCRC:
             return bounds.trials_needed(0, self.alpha, self.delta[1] / n_cells)
         return 1 if self.variant == "naive" else math.ceil(1 / bounds.exact(self.alpha)) - 1
 
-    def _needed(self, n: int, accepted: int, cells: list[Cell]) -> int | None:
-        """The fewest units that would do, with cells in the shares seen; None when a cell never is accepted."""
+    def _needed(self, n: int, accepted: int, cells: list[Cell], share: float) -> int | None:
+        """The fewest units that would do, with cells in the shares seen; None when a cell never is accepted.
+
+        ``share`` of the units is accepted at a threshold that is known.
+        """
         least = self._least_trials(len(cells))
         shares = [cell.trials / accepted for cell in cells] if accepted else [1.0]
         if min(shares) == 0:
@@ -288,7 +378,8 @@ class SCRC:
 
         def enough(units: int) -> bool:
             rank = self._rank(units)
-            return rank is not None and math.floor((rank - (self.variant != "pac")) * min(shares)) >= least
+            trials = 0 if rank is None else max(rank - (self.variant != "pac"), math.floor(share * units))
+            return rank is not None and math.floor(trials * min(shares)) >= least
 
         found = bounds.first_enough(enough, max(1, least), 10**7)
         # Enough rows alone do not mend scores that are missing.
@@ -319,13 +410,14 @@ class SCRC:
             f"(an expectation, nothing about these thresholds alone), {risk}."
         )
 
-    def _assumptions(self, unit: Unit, why: str, tied: bool) -> tuple[str, ...]:
+    def _assumptions(self, unit: Unit, why: str, tied: bool, frozen: bool) -> tuple[str, ...]:
         if self.variant == "naive":
             return ()
+        fixed = "model, gate, wish and the selection threshold" if frozen else "model, gate and wish"
         found = [
             f"calibration {unit} are independent draws of what will be seen later, and nothing shifts",
             LABELS_RIGHT,
-            "model, gate and wish were fixed before anybody looked at the calibration rows",
+            f"{fixed} were fixed before anybody looked at the calibration rows",
         ]
         if unit == "rows":
             found.append(why)

@@ -136,12 +136,7 @@ class ScrcParams(ByGate):
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
         wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
-        groups = rows.given_groups()
-        found = wish.calibrate(
-            first.probs[~fit], first.correct[~fit], rows.labels[~fit],
-            first.stage[~fit] if target.cells == "stage" else None,
-            groups=None if groups is None else groups[~fit], rows_independent=rows.independent, classes=rows.classes,
-        )  # fmt: skip
+        found = _calibrate(wish, first, rows, fit)
         if not found.feasible:
             raise found.infeasible()
         if found.useless and not target.allow_useless:
@@ -186,17 +181,15 @@ class ScrcParams(ByGate):
 
         def certifies(rows: Rows, alpha: float) -> tuple[float, bool] | None:
             fit, first = rows.fit_half(), _answer_fit_half(rows, rows.fit_half(), most)
-            wish = SCRC(least, alpha, (selection, risk), groups="class" if several else None)
-            found = wish.calibrate(
-                first.probs[~fit], first.correct[~fit], rows.labels[~fit],
-                groups=None if rows.groups is None else rows.groups[~fit],
-            )  # fmt: skip
+            found = _calibrate(
+                SCRC(least, alpha, (selection, risk), groups="class" if several else None), first, rows, fit
+            )
             single = 1 - 1 / len(rows.classes)  # a limit up to here lets no second class in
             wide = terms.one_class and any((cell.limit or 0.0) > single for cell in found.cells)
             return None if wide or not found.feasible else (found.accepted / found.n, not found.useless)
 
         def most_trials(n: int) -> int:
-            return math.floor((selection_rank(n, least, selection) or 0) * min(terms.cells))
+            return 0 if selection_rank(n, least, selection) is None else math.floor(n * min(terms.cells))
 
         each = f", in each of {len(terms.cells)} classes" if several else ""
         said = [f"classes hold shares of {', '.join(f'{share:.3g}' for share in terms.cells)}"] if several else []
@@ -538,6 +531,21 @@ def _answer_fit_half(rows: Rows, fit: NDArray[np.bool_], max_exit_error: float) 
         probs=np.where(exited[:, None], rows.probs, second),
         correct=np.where(exited, sure, score(b_logit, platt_b.a, platt_b.b)),
     )  # fmt: skip
+
+
+def _calibrate(wish: SCRC, first: _Cascade, rows: Rows, fit: NDArray[np.bool_]) -> FittedSCRC:
+    """Both thresholds from the rows that are kept; the fit rows say how many of them may be accepted."""
+    groups = rows.given_groups()
+
+    def part(of: NDArray[np.bool_]) -> dict[str, Any]:
+        return {
+            "probs": first.probs[of], "gate": first.correct[of], "labels": rows.labels[of],
+            "stage": first.stage[of] if wish.groups == "stage" else None,
+            "groups": None if groups is None else groups[of], "rows_independent": rows.independent,
+        }  # fmt: skip
+
+    n = int((~fit).sum()) if rows.groups is None else np.unique(rows.groups[~fit]).size
+    return wish.calibrate(**part(~fit), threshold=wish.choose_threshold(**part(fit), n=n), classes=rows.classes)
 
 
 def _exit_threshold(rows: Rows, sure: NDArray[np.float64], most: float) -> float:
