@@ -55,6 +55,7 @@ PICTURES = {
     "augrc": "How far AUGRC may be off",
     "reliability": "Is it as sure as it is right?",
     "confidence": "Confidence of right and wrong answers",
+    "confusion": "Which classes are taken for which",
     "fnr_on_exited": "How far FNR on exits may be off",
     "coverage": "How far coverage may be off",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stage1_pro.metrics.bands import RiskBand, risk_band
 from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
+from stage1_pro.metrics.by_class import ByClass, ClassFigures, by_class, top_k_accuracy
 from stage1_pro.metrics.costs import CostPoint, cheapest_threshold, cost_of_exits
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.histogram import ConfidenceHistogram
@@ -33,6 +34,8 @@ from stage1_pro.metrics.selective import (
 from stage1_pro.metrics.sweeps import DualThreshold, Sweep, dual_threshold, sweep
 
 __all__ = [
+    "ByClass",
+    "ClassFigures",
     "ConfidenceHistogram",
     "CostPoint",
     "DualThreshold",
@@ -55,6 +58,7 @@ __all__ = [
     "bootstrap_augrc",
     "bootstrap_errors",
     "brier",
+    "by_class",
     "calibration_test",
     "cascade_risks",
     "cheapest_threshold",
@@ -80,4 +84,5 @@ __all__ = [
     "risk_band",
     "risk_coverage",
     "sweep",
+    "top_k_accuracy",
 ]

@@ -366,6 +366,31 @@ def differences_png(
     return _png(figure)
 
 
+def confusion_png(counts: ArrayLike, classes: Sequence[str]) -> bytes:
+    """Draw how often each class [K, K] (down) is answered as each (across), in shares of its rows.
+
+    Args:
+        counts: integers [K, K].
+        classes: K names.
+    """
+    values = np.asarray(counts, dtype=np.float64)
+    shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
+    n = len(classes)
+    figure = Figure(figsize=(SIZE[0], max(SIZE[1], 0.45 * n + 1.2)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    shown = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
+    axes.set_xticks(range(n), shown, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center")
+    axes.set_yticks(range(n), shown)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("label")
+    if n <= 20:
+        for (row, column), share in np.ndenumerate(shares):
+            color = "white" if share > 0.5 else "black"
+            axes.text(column, row, f"{int(values[row, column])}", ha="center", va="center", color=color, fontsize=9)
+    return _png(figure)
+
+
 def tradeoff_png(
     points: Sequence[tuple[str, float, float, float, float]], *, x: str, y: str, log: bool = False
 ) -> bytes:

@@ -29,6 +29,7 @@ from stage1_pro.metrics.answers import (
     check_fnr,
     count_effects,
 )
+from stage1_pro.metrics.by_class import CLASS_COLUMNS, ByClass, by_class, class_rows
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
 from stage1_pro.metrics.table import names
@@ -75,6 +76,7 @@ class Evaluation(Record):
     exit_promises: list[PromiseCheck] = Field(
         default=[], description="of policies softmax and gate: each constraint held against these rows"
     )
+    by_class: dict[str, ByClass] = Field(default={}, description="of each stage; empty in files of the first version")
     effects: list[StageEffect] = Field(default=[], description="exited, then deferred rows; empty without a policy")
     tap: int | None = Field(default=None, description="block that Stage A ends with; null when it is not known")
     n_blocks: int | None = Field(default=None, description="blocks of a full pass; null when it is not known")
@@ -159,6 +161,9 @@ def evaluate_predictions(
         n_replicates=n_replicates,
         seed=seed,
         measures=measures,
+        by_class={
+            stage: by_class(one.probs, predictions.labels, predictions.classes) for stage, one in answers.items()
+        },
         **({"statement": NO_POLICY} if policy is None else _under_policy(whole, policy, found.measures)),
     )
     return evaluation, answers, found
@@ -215,8 +220,9 @@ def evaluate(
 
     Writes into ``RUN/evaluation``, which holds figures of ``val_test`` and nothing else: ``metrics.csv`` (a row a
     figure), ``evaluation.json``, ``mistakes.csv`` (wrong answers, the most confident first), ``changes.csv`` (deferred
-    rows that Stage B fixes or breaks), ``groups.csv`` (a row a group, the most errors first), ``cost_risk.csv`` (cost
-    and risk at every threshold, where the tap saves anything) and ``*.png``; and ``RUN/report.html``. ``RUN/metrics``
+    rows that Stage B fixes or breaks), ``groups.csv`` (a row a group, the most errors first), ``classes.csv`` and
+    ``confusion.csv`` (of every stage), ``cost_risk.csv`` (cost and risk at every threshold, where the tap saves
+    anything) and ``*.png``; and ``RUN/report.html``. ``RUN/metrics``
     holds training's own figures, of ``val_select``.
 
     Args:
@@ -260,6 +266,16 @@ def evaluate(
     write_csv(folder / "metrics.csv", [measure.flat() for measure in evaluation.measures], MEASURE_COLUMNS)
     for name, table in lists.items():
         write_csv(folder / f"{name}.csv", table, COLUMNS[name])
+    write_csv(
+        folder / "classes.csv", [row for one in evaluation.by_class.items() for row in class_rows(*one)], CLASS_COLUMNS
+    )
+    answered = [f"answer_{name}" for name in predictions.classes]
+    confusion = [
+        {"stage": stage, "label": name, **dict(zip(answered, counts, strict=True))}
+        for stage, one in evaluation.by_class.items()
+        for name, counts in zip(predictions.classes, one.confusion, strict=True)
+    ]
+    write_csv(folder / "confusion.csv", confusion, ["stage", "label", *answered])
     evaluation.write(folder / "evaluation.json")
     # Before anything is drawn: a process killed in those seconds leaves no curve of another policy.
     curve = _cost_curve(predictions, answers, policy, blocks)
@@ -325,6 +341,7 @@ def render(evaluation: Evaluation) -> str:
     for metric in (*metric_names(exits=False), *names("answers")):
         whole.add_row(metric, *(cells.show(metric, stage) for stage in stages))
     sheet.add(whole)
+    _add_classes(sheet, evaluation)
     _add_sources(sheet, cells, evaluation, [None, *sources], stages)
     if evaluation.policy is not None:
         sheet.add(f"accuracy of the cascade minus Stage B alone, paired: {cells.show(DIFFERENCE, 'cascade')}")
@@ -349,6 +366,23 @@ def render(evaluation: Evaluation) -> str:
         _add_sets(sheet, evaluation.verification, evaluation.guarantee)
     sheet.add(evaluation.statement if evaluation.policy is None else f"guarantee: {evaluation.guarantee}")
     return sheet.text()
+
+
+def _add_classes(sheet: Sheet, evaluation: Evaluation) -> None:
+    """Every class as what is deployed answers it, where there are more than two."""
+    stage = next((one for one in reversed(STAGES) if one in evaluation.by_class), None)
+    if stage is None or len(evaluation.classes) == 2:
+        return
+    found = evaluation.by_class[stage]
+    table = grid(
+        (f"class, {stage}", "rows", "answers", "precision", "recall", "F1", "AUROC"), left=(f"class, {stage}",)
+    )
+    for one in found.classes:
+        rates = ("-" if rate is None else f"{rate:.3f}" for rate in (one.precision, one.recall, one.f1, one.auroc))
+        table.add_row(one.name[:24], str(one.n), str(one.n_answers), *rates)
+    sheet.add(table)
+    means = {"macro F1": found.macro_f1, "macro AUROC": found.macro_auroc, "among the two most probable": found.top_2}
+    sheet.add("; ".join(f"{name} {value:.3f}" for name, value in means.items() if value is not None))
 
 
 def _add_sources(
@@ -491,6 +525,16 @@ def _draw(
             figures.confidence_png(stage_a.confidence, ~stage_a.error, threshold=threshold),
         ),
     ]
+    if len(predictions.classes) > 2:
+        stage = "cascade" if "cascade" in evaluation.by_class else "stage_a"
+        pictures.append(
+            Picture.of(
+                "confusion",
+                "How many photos of each class (down) are answered as each (across); darker is a larger share of the "
+                "class. Right answers lie on the diagonal. evaluation/classes.csv has precision, recall and F1.",
+                figures.confusion_png(evaluation.by_class[stage].confusion, predictions.classes),
+            )
+        )
     exits = found.exits
     if policy is not None and exits is not None:
         fnr = evaluation.measure("fnr_on_exited", "stage_a")
