@@ -47,7 +47,7 @@ def fit_policy(
         halves: [N] of ``fit`` and ``certify``; by default cut at random, by group.
         classes: K names; by default 0, 1, ....
         positive: name of the positive class; the second of two by default. Only rates of one class need it.
-        **target: what is asked for, by the target's fields, such as ``target_fnr`` or ``alpha``, ``delta``, ``claims``
+        **target: what is asked for, by the target's fields, such as ``exit_error`` or ``fnr``, ``delta``, ``claims``
             and ``guarantee``.
 
     Raises:
@@ -61,7 +61,7 @@ def fit_policy(
     n_classes = np.shape(array("probs", first))[-1]
     given = range(n_classes) if classes is None else names("classes", classes, n_classes, like="probs has columns")
     called = [str(one) for one in given]
-    if positive is None and n_classes != 2 and any(one.label is not None for one in asked.promises("")):
+    if positive is None and n_classes != 2 and any(one.label == "" for one in asked.promises("")):
         raise InputError(f"positive must name a class where a rate of it is asked for, got None; one of {called}")
     rows = Rows.of(
         first, labels, classes=called, positive=called[-1] if positive is None else str(positive), gate=gate,
