@@ -22,6 +22,7 @@ from stage1_pro.policies.gate import GateParams
 from stage1_pro.policies.ranking import GateChoice
 from stage1_pro.policies.sets import ScrcParams
 from stage1_pro.policies.softmax import Thresholds
+from stage1_pro.policies.target import Softmax, settle_target
 from stage1_pro.record import Record
 
 FILES = Path(__file__).parent / "files_9031a61"
@@ -90,16 +91,22 @@ def test_records_of_a_run_and_a_bundle_keep_every_value(files: Path) -> None:
     kept(Signature, files / "bundle" / "bundle.sig")
 
 
+LIMITS = ("target_fnr", "max_exit_error", "min_coverage", "target_fnr_exit")
+
+
 def test_records_of_training_keep_every_value(files: Path) -> None:
     pytest.importorskip("torch")
     from stage1_pro.training.evaluation import Evaluation
     from stage1_pro.training.run import ExploraRecord, RunConfig, Start
 
-    # The one key that has another name now: `tensorboard: true` is `trackers: [tensorboard]`.
+    # Keys that have other names now: `tensorboard: true` is `trackers: [tensorboard]`, and limits of exits.
     stored = json.loads((files / "run" / "config.json").read_text())
     flag = stored["config"]["train"].pop("tensorboard")
     found = RunConfig.read(files / "run" / "config.json")
     assert found.config.train.trackers == (("tensorboard",) if flag else ())
+    limits = {name: stored["config"]["calibrate"].pop(name) for name in LIMITS}
+    assert stored["config"]["calibrate"]["policy"] == "softmax"
+    assert settle_target(found.config.calibrate, {}) == Softmax(fnr=limits["target_fnr"])
     assert holds(json.loads(found.model_dump_json()), stored)
     kept(Start, files / "run" / "start.json")
     kept(ExploraRecord, files / "run" / "explora" / "explora.json")
