@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,6 +54,8 @@ class Shown:
         return repr(self)
 
     def _repr_html_(self) -> str:
+        import html
+
         columns, rest = self._table()
         told = ", ".join(f"{name} {_short(value)}" for name, value in rest.items() if not _says_nothing(value))
         n = max((len(column) for column in columns.values()), default=0)
