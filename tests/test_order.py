@@ -192,7 +192,7 @@ def draw(
 TARGETS = {
     "gate": Gate(max_exit_error=0.02, min_coverage=0.2),
     "softmax": Softmax(target_fnr=0.02, allow_useless=True),
-    "scrc": Scrc(alpha=0.02, min_coverage=0.4, allow_useless=True),
+    "scrc": Scrc(alpha=0.02, min_coverage=0.8, allow_useless=True),
 }
 
 
