@@ -387,7 +387,11 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "SCRC.calibrate": {
         "probs": PROBS, "gate": SCORES, "labels": LABELS, "stage": LABELS, "groups": LABELS, "rows_independent": False,
-        "seed": 0, "classes": ["none", "work"],
+        "seed": 0, "classes": ["none", "work"], "threshold": 0.6,
+    },
+    "SCRC.choose_threshold": {
+        "probs": PROBS, "gate": SCORES, "labels": LABELS, "stage": LABELS, "n": 40, "groups": LABELS,
+        "rows_independent": False, "seed": 0,
     },
     "FittedSCRC.verify": {
         "probs": PROBS, "gate": SCORES, "labels": LABELS, "stage": LABELS, "groups": LABELS, "rows_independent": False,
@@ -692,7 +696,7 @@ def test_an_assumption_says_who_stated_what(said: str, more: dict[str, Any]) -> 
 def test_sets_of_groups_show_what_photos_see() -> None:
     probs, labels, _ = problem(3000)
     groups = np.arange(3000) // 2
-    found = fit_policy("scrc", probs, labels, groups=groups, alpha=0.2)
+    found = fit_policy("scrc", probs, labels, groups=groups, alpha=0.2, allow_empty=True)
     seen = found.of_photos  # type: ignore[attr-defined]
     assert seen.n > found.n and any(f"{seen.accepted} of {seen.n}" in line for line in found.found())  # type: ignore[attr-defined]
     alone = fit_policy("scrc", probs, labels, rows_independent=True, alpha=0.2)

@@ -51,7 +51,9 @@ from stage1_pro.policies.useful import weigh_sets
 # Accepts every row that has a score, and is a number that JSON can write.
 ACCEPT_ALL = -float(np.finfo(np.float64).max)
 # Single classes are likely to keep the risk where they would in so many of the calibrations to expect.
-_LIKELY = 0.8
+_LIKELY = 0.9
+# Of more thresholds than tell shares of half a percent apart some are left out.
+_MOST_ENDS = 256
 # Quantiles at which an unknown error rate is looked at.
 _QUANTILES = (np.arange(16) + 0.5) / 16
 
@@ -139,7 +141,7 @@ class SCRC:
     ) -> float | None:
         """Give the laxest selection threshold at which sets of one class each are likely to keep the risk; None: none.
 
-        From rows that certify nothing, for ``calibrate`` on others. Likely: in four of five calibrations of ``n``
+        From rows that certify nothing, for ``calibrate`` on others. Likely: in nine of ten calibrations of ``n``
         units, where the error rate of each cell is unknown but for what is seen here (Jeffreys' prior). They must also
         say something: be wrong at most half as often as always giving the commonest class. Where sets may be empty none
         is found: a limit that is as tight as can be is wished for there.
@@ -173,6 +175,7 @@ class SCRC:
         thresholds[-1] = on_grid(ACCEPT_ALL, grid_of(gate))
         # Between two errors laxer is likelier.
         ends = np.flatnonzero(np.append(np.diff(np.cumsum(wrong[order])[last]) > 0, True))
+        ends = ends[np.linspace(0, ends.size - 1, min(ends.size, _MOST_ENDS)).astype(np.int64)]
         by_class = self.groups == "class" or self.loss == "fnr"
         rivals = truth.size - np.bincount(truth).max()
         chance = np.ones(ends.size)

@@ -175,26 +175,34 @@ class ScrcParams(ByGate):
 
     @classmethod
     def planned(cls, terms: PlanTerms) -> Planned:
-        """Both scalings and the exit rule of the fit rows, rank and budgets of the others; see ``Policy.planned``."""
+        """Both scalings and the exit rule of the fit rows, rank and budgets of the others; see ``Policy.planned``.
+
+        Of the least share alone: the threshold that accepts more is chosen so that it certifies as often.
+        """
         least, (selection, risk), several = terms.min_coverage, terms.delta, len(terms.cells) > 1
         most = Scrc.model_fields["max_exit_error"].default
 
         def certifies(rows: Rows, alpha: float) -> tuple[float, bool] | None:
             fit, first = rows.fit_half(), _answer_fit_half(rows, rows.fit_half(), most)
-            found = _calibrate(
-                SCRC(least, alpha, (selection, risk), groups="class" if several else None), first, rows, fit
-            )
+            wish = SCRC(least, alpha, (selection, risk), groups="class" if several else None)
+            found = wish.calibrate(
+                first.probs[~fit], first.correct[~fit], rows.labels[~fit],
+                groups=None if rows.groups is None else rows.groups[~fit],
+            )  # fmt: skip
             single = 1 - 1 / len(rows.classes)  # a limit up to here lets no second class in
             wide = terms.one_class and any((cell.limit or 0.0) > single for cell in found.cells)
             return None if wide or not found.feasible else (found.accepted / found.n, not found.useless)
 
         def most_trials(n: int) -> int:
-            return 0 if selection_rank(n, least, selection) is None else math.floor(n * min(terms.cells))
+            return math.floor((selection_rank(n, least, selection) or 0) * min(terms.cells))
 
         each = f", in each of {len(terms.cells)} classes" if several else ""
         said = [f"classes hold shares of {', '.join(f'{share:.3g}' for share in terms.cells)}"] if several else []
         if terms.one_class:
-            said.append("it succeeds where every set that is certified has one class")
+            said.append(
+                "it succeeds where every set that is certified has one class with the least share accepted; more is "
+                "accepted where val_select says that one class each will still do"
+            )
         return Planned(
             least * min(terms.cells), risk / len(terms.cells), certifies, most_trials,
             wish=f"at least {100 * least:g}% accepted and the label outside the set in at most "
