@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stage1_pro.policies.bets import draw_for_labelling as draw_for_labelling
     from stage1_pro.policies.bets import labelling_chances as labelling_chances
+    from stage1_pro.policies.bets import shuffle_units as shuffle_units
     from stage1_pro.policies.bounds import betting_p_value as betting_p_value
     from stage1_pro.policies.bounds import betting_upper as betting_upper
     from stage1_pro.policies.bounds import coverage_p_value as coverage_p_value
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from stage1_pro.policies.scrc import FittedSCRC as FittedSCRC
     from stage1_pro.policies.sequential import SequentialCertificate as SequentialCertificate
     from stage1_pro.policies.sequential import SequentialState as SequentialState
-    from stage1_pro.policies.sequential import shuffle_units as shuffle_units
 
 # ``certify_risks`` is ``certify`` of the module of that name, which hides it here.
 _HOMES = {
@@ -53,7 +52,6 @@ _HOMES = {
     "certify_threshold": "certify",
     "coverage_p_value": "bounds",
     "cut_halves": "rows",
-    "draw_for_labelling": "bets",
     "errors_allowed": "bounds",
     "fit_policy": "fitting",
     "labelling_chances": "bets",
@@ -61,7 +59,7 @@ _HOMES = {
     "plan_calibration": "planning",
     "read_policy": "policy",
     "risk_p_value": "bounds",
-    "shuffle_units": "sequential",
+    "shuffle_units": "bets",
     "trials_needed": "bounds",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604

@@ -21,23 +21,23 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.arguments import check_share, floats
+from stage1_pro.arguments import check_share, floats, number, shown, whole
 from stage1_pro.errors import InputError
 from stage1_pro.files import uniform
 
 # Capital is cut off here: more would say nothing new, and JSON must be able to hold it.
 MOST_CAPITAL = 1e100
 # A little of the capital bets half as much: it stays where guesses are wrong and the bold bets are ruined.
-_SHARES, _STAKES = (0.97, 0.03), np.array([1.0, 0.5])
+_SHARES, _STAKES = (0.98, 0.02), np.array([1.0, 0.5])
 # Bets to choose from, as shares of the largest that no loss can ruin.
-_BOLD = 0.99
+_BOLD = 0.995
 _STEPS = np.linspace(0.05, _BOLD, 32)
 # The guessed errors count as much as so many labelled errors.
 _PRIOR = 12.0
-# While labels of the budget are left, and the error seems to be at most this share of alpha, bets are the largest.
+# With a budget, bets are the largest as long as the error seems to be at most this share of alpha.
 _SURE = 0.75
 # How much more often likely errors are labelled, least first; without a budget _PLAIN.
-_SPREADS, _PLAIN = np.array([0.25, 0.5, 1.0, 2.0, 3.5]), 2.0
+_SPREADS, _PLAIN = np.array([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]), 2.0
 # Labels are thought to take so many times what they take if none is wrong.
 _MARGIN = 1.8
 # The growth that a forecast rests on is that of about so many photos.
@@ -78,14 +78,37 @@ def labelling_chances(
         raise InputError("p_hat must be in [0, 1], got others; it is the chance that an answer is wrong")
     check_share("floor", floor, most=True)
     check_share("alpha", alpha)
-    if not 0 <= spread < math.inf:
-        raise InputError(f"spread must be a number of at least 0, got {spread}")
+    if not 0 <= number("spread", spread) < math.inf:
+        raise InputError(f"spread must be a number of at least 0, got {spread}; the larger, the more where errors are")
     return np.minimum(floor * np.sqrt(1 + spread * guess / alpha), 1.0)
+
+
+def shuffle_units(units: Sequence[str], *, seed: int = 0) -> list[str]:
+    """The order in which units come: by a hash of seed and name, whatever order they are given in.
+
+    Raises:
+        InputError: names that are no text.
+    """
+    whole("seed", seed)
+    return sorted(texts("units", units), key=lambda unit: (uniform(seed, "certify order", unit), unit))
+
+
+def texts(name: str, given: Sequence[str]) -> list[str]:
+    """Names as a list.
+
+    Raises:
+        InputError: anything but a list of text, none of it empty.
+    """
+    listed = isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 1)
+    found = list(given) if listed else [None]
+    if not all(isinstance(one, str) and one for one in found):
+        raise InputError(f"{name} must be a list of names, got {shown(given)}; give text that is not empty")
+    return [str(one) for one in found]
 
 
 def draw_for_labelling(photos: Sequence[str], chances: ArrayLike, *, seed: int = 0) -> NDArray[np.bool_]:
     """Which photos are labelled [N]: by a hash of seed and name, so the draw can be replayed and not repeated."""
-    numbers = [uniform(seed, "certify", photo) for photo in photos]
+    numbers = [uniform(seed, "certify", photo) for photo in texts("photos", photos)]
     return np.asarray(np.array(numbers, dtype=np.float64) < floats("chances", chances), dtype=bool)
 
 
@@ -102,7 +125,7 @@ class Bets:
         capital: of both accounts [C, 2].
         photos: that exit, so far [C]; ``squares``: the same of each unit's, squared.
         guessed: sum of their guessed errors.
-        losses: of p_hat / (1 - bet / chance) for every bet to choose from [C, B].
+        losses: of p_hat / (1 - bet (1 / chance - alpha)) for every bet to choose from [C, B].
         labels: of them; ``wrong``: of those; ``expected``: guessed errors among the labelled.
         roots: sums of sqrt(1 + spread p_hat / alpha) [C, S].
         growth: log capital that a photo is expected to add.
@@ -158,14 +181,13 @@ class Bets:
     def bets(self) -> NDArray[np.float64]:
         """Bets [C] by which the log of the capital grows fastest, if errors go on as they seem; never ruinous.
 
-        Without controls its slope is alpha - E[err / (1 - bet / pi)]. A unit of several photos counts as one.
+        Without controls its slope is alpha - E[err / (1 - bet (1 / pi - alpha))]. Photos of a unit count as one.
         """
         slope = self.alpha * self.photos[:, None] - self.scale[:, None] * self.losses
         chosen = _STEPS[np.maximum((slope >= 0).sum(axis=1) - 1, 0)]
         if self.budget is not None:
-            # Growth is slow to make good for what a budget cuts off.
-            sure = (self.labels < self.budget) & (self.error <= _SURE * self.alpha)
-            chosen = np.where(sure, _BOLD, chosen)
+            # Who is in a hurry wins more by a risk than by what grows fastest in the end.
+            chosen = np.where(self.error <= _SURE * self.alpha, _BOLD, chosen)
         size = np.maximum(self.squares, 1) / np.maximum(self.photos, 1)
         return np.asarray(np.minimum(chosen / size, _BOLD / self.largest) * self._most)
 
@@ -180,7 +202,9 @@ class Bets:
         share = self.floor * self.roots / np.maximum(self.photos, 1)[:, None]
         needed = share * (_MARGIN * self.log_missing / np.log1p(self.bets * self.alpha))[:, None]
         left = self.budget - self.labels
-        fitting = np.maximum((needed <= left[:, None]).sum(axis=1) - 1, 0)
+        # The nearer the error is to alpha, the slower the growth, and the more does the place of a label matter.
+        useful = 2 + 7 * self.error[:, None] / self.alpha >= _SPREADS
+        fitting = np.maximum(((needed <= left[:, None]) & useful).sum(axis=1) - 1, 0)
         return np.asarray(np.where((left > 0) & (self.photos > 0), _SPREADS[fitting], _PLAIN))
 
     def add(
@@ -209,7 +233,7 @@ class Bets:
         size = exits.sum(axis=1)
         self.photos = self.photos + size
         self.squares = self.squares + size.astype(np.float64) ** 2
-        losses = p_hat[..., None] / (1 - _STEPS * self._most / chances[..., None])
+        losses = p_hat[..., None] / (1 - _STEPS * self._most * (1 / chances[..., None] - self.alpha))
         self.losses = self.losses + np.where(exits[..., None], losses, 0.0).sum(axis=1)
         roots = np.minimum(np.sqrt(1 + _SPREADS * p_hat[..., None] / self.alpha), 1 / self.floor)
         self.roots = self.roots + np.where(exits[..., None], roots, 0.0).sum(axis=1)

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from stage1_pro.arguments import check_share, floats, whole
+from stage1_pro.arguments import check_share, floats, shown, whole
 from stage1_pro.errors import InputError
-from stage1_pro.files import sha256_bytes, uniform
-from stage1_pro.policies.bets import Bets, draw_for_labelling, labelling_chances
+from stage1_pro.files import sha256_bytes
+from stage1_pro.policies.bets import Bets, draw_for_labelling, labelling_chances, texts
 from stage1_pro.record import Record
 
 
@@ -83,7 +83,7 @@ class SequentialCertificate:
 
     The promise is about photos of the kind that units are drawn from, independently: for single photos, or one of each
     group, P(wrong | exit) <= alpha of such a photo; for whole groups the share of all exiting photos that are wrong.
-    Every unit of the pool comes in an order drawn beforehand (``shuffle_units``), and none is left out.
+    Every unit of the pool comes in an order drawn beforehand (``bets.shuffle_units``), and none is left out.
 
     >>> proof = SequentialCertificate([0.9], alpha=0.1, floor=1.0)
     >>> for number in range(60):
@@ -117,10 +117,10 @@ class SequentialCertificate:
         check_share("alpha", alpha)
         check_share("delta", delta)
         check_share("floor", floor, most=True)
-        whole("largest_unit", largest_unit, least=1)
+        whole("largest_unit", largest_unit, least=1, most=10**6)
         whole("seed", seed)
         self._order = order
-        self._budget = None if budget is None else whole("budget", budget, least=1)
+        self._budget = None if budget is None else whole("budget", budget, least=1, most=10**12)
         self._seed = seed
         self._bets = Bets.start(order.size, alpha=alpha, delta=delta, floor=floor, largest=largest_unit, budget=budget)
         self._proven_at: list[int | None] = [None] * order.size
@@ -160,7 +160,8 @@ class SequentialCertificate:
             InputError: a name that came before, more photos than the largest unit, or another value out of range.
         """
         values, guess = np.atleast_1d(floats("scores", scores)), np.atleast_1d(floats("p_hat", p_hat))
-        called = (name,) if photos is None else tuple(photos)
+        self._check_new(name)
+        called = (name,) if photos is None else tuple(texts("photos", photos))
         if values.ndim != 1 or values.shape != guess.shape or len(called) != values.size:
             raise InputError(
                 f"scores, p_hat and photos must be of as many photos, got {list(values.shape)}, {list(guess.shape)} "
@@ -171,7 +172,6 @@ class SequentialCertificate:
                 f"largest_unit must be at least the photos of any unit, got {self._bets.largest} and {values.size} of "
                 f"{name!r}; begin again with the largest there can be"
             )
-        self._check_new(name)
         todo = self._todo
         spread = 0.0 if todo is None else float(self._bets.spread[todo])
         chances = labelling_chances(guess, self._bets.floor, alpha=self._bets.alpha, spread=spread)
@@ -191,6 +191,8 @@ class SequentialCertificate:
         Raises:
             InputError: another unit is next, its draw was changed, or there is no label for each that was drawn.
         """
+        if not isinstance(unit, UnitAsked):
+            raise InputError(f"unit must be what ask gave, got {shown(unit)}; ask for it first")
         self._check_new(unit.name)
         if unit.place != len(self._units):
             raise InputError(
@@ -222,6 +224,7 @@ class SequentialCertificate:
                     self._proven_at[at] = self._labels
 
     def _check_new(self, name: str) -> None:
+        texts("name", (name,))
         if _key(name) in self._units:
             raise InputError(f"name must be of a unit that has not come yet, got {name!r} again; each counts once")
 
@@ -270,7 +273,7 @@ class SequentialCertificate:
         if at is None:
             return 0
         growth, photos = float(self._bets.growth[at]), float(self._bets.photos[at])
-        if growth <= 0 or not photos:
+        if growth <= 0 or not photos or self._bets.error[at] >= self._bets.alpha:
             return None
         return math.ceil(float(self._bets.log_missing[at]) / growth * float(self._bets.labels[at]) / photos)
 
@@ -284,7 +287,7 @@ class SequentialCertificate:
         if not self._bets.labels[at]:
             return f"Label photos to prove {named}."
         seems = self._bets.error[at]
-        if self.more is None or seems >= alpha:
+        if self.more is None:
             return (
                 f"The error of exits at {named} looks like {seems:.2%}, above {alpha:.2%} or too near to it: give up, "
                 "or begin again with stricter thresholds and other photos."
@@ -312,11 +315,6 @@ class SequentialCertificate:
 
 # What of ``Bets`` is kept for each threshold.
 _SUMS = [one.name for one in fields(Bets) if one.name in ThresholdState.model_fields]
-
-
-def shuffle_units(units: Sequence[str], *, seed: int = 0) -> list[str]:
-    """The order in which units come: by a hash of seed and name, whatever order they are given in."""
-    return sorted(units, key=lambda unit: (uniform(seed, "certify order", unit), unit))
 
 
 def _key(name: str) -> str:
