@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -93,7 +93,7 @@ def shuffle_units(units: Sequence[str], *, seed: int = 0) -> list[str]:
     return sorted(texts("units", units), key=lambda unit: (uniform(seed, "certify order", unit), unit))
 
 
-def texts(name: str, given: Sequence[str]) -> list[str]:
+def texts(name: str, given: Any) -> list[str]:
     """Names as a list.
 
     Raises:
