@@ -355,14 +355,14 @@ def test_false_proofs_on_ten_laws(name, times, budget):
 @pytest.mark.slow
 def test_false_proofs_of_thresholds_in_an_order_that_is_not_monotone():
     """Of 0.8, 0.4 and 0.6 the second errs in just alpha: its proof is false, whatever the others do."""
-    runs, false, true = 200, 0, 0
+    runs, false, true = 150, 0, 0
     for seed in range(runs):
         rng = np.random.default_rng(seed)
         proof = SequentialCertificate([0.8, 0.4, 0.6], alpha=0.1, floor=0.4, seed=seed, budget=80)
-        for number in range(400):
+        for number in range(600):
             score = float(rng.random())
-            # Exits above 0.8 err in 4%, those above 0.4 in 10%, those above 0.6 in 8.5%.
-            chance = 0.04 if score >= 0.8 else 0.13
+            # Exits above 0.8 err in 1%, those above 0.4 in 10%, those above 0.6 in 7.75%.
+            chance = 0.01 if score >= 0.8 else 0.145
             unit = proof.ask(str(number), scores=score, p_hat=0.5 * chance)
             proof.add(unit, rng.random(int(unit.drawn.sum())) < chance)
         false += proof.threshold == 0.4
