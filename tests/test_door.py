@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -313,6 +314,8 @@ def test_missing_names_of_tables_and_mixtures_are_refused() -> None:
 PROBS, LABELS, SCORES = problem(60)
 WRONG = PROBS.argmax(1) != LABELS
 # A call that works, of every public callable that takes something; records of results are made by them alone.
+PROOF = partial(policies.SequentialCertificate, [0.5], alpha=0.1, floor=1.0, largest_unit=2)
+UNIT = PROOF().ask("one", 0.9, 0.9)
 CALLS: dict[str, dict[str, Any]] = {
     "accuracy": {"predicted": LABELS, "labels": LABELS},
     "augrc": {"confidence": SCORES, "error": WRONG, "weights": SCORES, "nan_policy": "raise"},
@@ -433,13 +436,20 @@ CALLS: dict[str, dict[str, Any]] = {
         "scores": SCORES, "risks": [Risk("error", 0.3, WRONG)], "n_certify": 60, "min_coverage": 0.3,
         "groups": LABELS, "lowest": 0.0, "grid": "float64",
     },
+    "SequentialCertificate": {
+        "thresholds": [0.9, 0.5], "alpha": 0.1, "delta": 0.1, "floor": 0.2, "largest_unit": 3, "budget": 100, "seed": 0,
+    },
+    "SequentialCertificate.ask": {"name": "clip", "scores": [0.9, 0.8], "p_hat": [0.9, 0.1], "photos": ["a", "b"]},
+    "SequentialCertificate.add": {"unit": UNIT, "wrong": [0]},
+    "labelling_chances": {"p_hat": SCORES, "floor": 0.1, "alpha": 0.01, "spread": 2.0},
+    "shuffle_units": {"units": ["a", "b"], "seed": 0},
     "plan_calibration": {"alpha": 0.1, "delta": 0.1, "min_coverage": 0.5, "expected_error": 0.02, "power": 0.8},
     "risk_p_value": {"errors": 1, "trials": 10, "alpha": 0.1},
     "trials_needed": {"errors": 1, "alpha": 0.1, "delta": 0.1},
 }  # fmt: skip
 RESULTS = {
     "Certificate", "ConformalSets", "CostPoint", "DualThreshold", "FittedSCRC", "Interval", "Intervals",
-    "OperatingPoint", "Policy", "RiskBand", "RiskCoverage", "Sweep", "Tested",
+    "OperatingPoint", "Policy", "RiskBand", "RiskCoverage", "SequentialState", "Sweep", "Tested",
 }  # fmt: skip
 ABOUT_FILES = {"read_policy"}
 # What is no argument of anything.
@@ -465,6 +475,7 @@ def resolve(name: str) -> Callable[..., Any]:
         "ConfidenceHistogram": metrics.ConfidenceHistogram().add(SCORES, WRONG),
         "ConformalSets": conformal_sets(PROBS, LABELS),
         "AdaptiveSets": AdaptiveSets(conformal_sets(PROBS, LABELS), 0.1),
+        "SequentialCertificate": PROOF(),
     }
     if "." in name:
         owner, method = name.split(".")

@@ -55,7 +55,6 @@ from stage1_pro.continual.serving.events import (
     ReviewPlan,
     entropy,
     sketch,
-    uniform,
 )
 from stage1_pro.continual.serving.served import Served
 from stage1_pro.continual.watch.status import MonitorConfig
@@ -63,7 +62,7 @@ from stage1_pro.data.images import PreprocessSpec
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import sha256_bytes, sha256_file
+from stage1_pro.files import sha256_bytes, sha256_file, uniform
 from stage1_pro.policies.softmax import Thresholds
 
 BUNDLE = "a" * 64

@@ -39,11 +39,12 @@ from stage1_pro.continual.loop.history import History
 from stage1_pro.continual.loop.machine import Loop
 from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
-from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan, uniform
+from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, EventLog, ReviewPlan
 from stage1_pro.continual.watch.monitor import Evidence
 from stage1_pro.continual.watch.srt import ControllerConfig, Feedback, ThresholdController, to_logit
 from stage1_pro.continual.watch.status import MonitorConfig
 from stage1_pro.errors import NotReachableError
+from stage1_pro.files import uniform
 
 BUNDLES, CLASSES, CERTIFIED = ("a" * 64, "b" * 64), ("none", "roadwork"), 0.7
 RECENT = 15

@@ -40,14 +40,14 @@ from stage1_pro.continual.loop.executors import (
 from stage1_pro.continual.loop.folder import LoopFile, opened
 from stage1_pro.continual.loop.machine import EDGES, Loop, LoopConfig, Watched, read_verdict
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
-from stage1_pro.continual.serving.events import EventLog, ReviewPlan, uniform
+from stage1_pro.continual.serving.events import EventLog, ReviewPlan
 from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.continual.watch.alerts import Alert, Delivery
 from stage1_pro.continual.watch.outbox import OLDEST, deliver
 from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
 from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import sha256_file
+from stage1_pro.files import sha256_file, uniform
 from stage1_pro.training.checkpoint import save_model
 from stage1_pro.training.run import write_config
 from stage1_pro.words import SPLITS

@@ -31,9 +31,9 @@ from stage1_pro.continual.ledger.labels import Label, add_labels, disagreement, 
 from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue
 from stage1_pro.continual.ledger.reviewing import ReviewServer, opened, render, review
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, uniform
+from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog
 from stage1_pro.errors import InputError
-from stage1_pro.files import sha256_bytes
+from stage1_pro.files import sha256_bytes, uniform
 
 BUNDLE = "a" * 64
 HOSTILE = '<img src=x onerror="document.title=1">'

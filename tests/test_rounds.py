@@ -35,7 +35,7 @@ from stage1_pro.continual.loop.promotion import Anchor, Side, Terms, Verdict, ev
 from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.roles import LabelledImage, Snapshot
 from stage1_pro.continual.loop.rounds import Rounds, remember_run
-from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan, uniform
+from stage1_pro.continual.serving.events import SKETCH_SIZE, BundleFacts, Event, EventLog, Novelty, ReviewPlan
 from stage1_pro.continual.serving.live import Pair, _append_pairs, novelty_path, tightened
 from stage1_pro.continual.watch.monitor import TriggerConfig
 from stage1_pro.continual.watch.srt import ControllerConfig, to_logit, to_score
@@ -45,7 +45,7 @@ from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import NotReachableError
-from stage1_pro.files import sha256_bytes, sha256_file, write_bytes
+from stage1_pro.files import sha256_bytes, sha256_file, uniform, write_bytes
 
 SKETCH = (0.0,) * SKETCH_SIZE
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stage1_pro.deploy.cascade import Cascade as Cascade
     from stage1_pro.deploy.exporting import build as build
     from stage1_pro.deploy.exporting import export as export
+    from stage1_pro.policies.sequential import SequentialCertificate as SequentialCertificate
     from stage1_pro.training.evaluation import evaluate as evaluate
     from stage1_pro.training.exploration import explora as explora
     from stage1_pro.training.loop import train as train
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "Cascade": "deploy.cascade",
+    "SequentialCertificate": "policies.sequential",
     "build": "deploy.exporting",
     "calibrate": "commands.calibrate",
     "compare": "commands.compare",

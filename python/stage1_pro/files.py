@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def uniform(seed: int, salt: str, name: str) -> float:
+    """A number in [0, 1) that depends on its arguments alone, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}/{salt}/{name}".encode()).digest()
+    return float(int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
 def user_name() -> str:
     """The user's name, or ``uid:12345`` where the system knows none: containers run under any number."""
     try:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stage1_pro.policies.bets import labelling_chances as labelling_chances
+    from stage1_pro.policies.bets import shuffle_units as shuffle_units
     from stage1_pro.policies.bounds import betting_p_value as betting_p_value
     from stage1_pro.policies.bounds import betting_upper as betting_upper
     from stage1_pro.policies.bounds import coverage_p_value as coverage_p_value
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from stage1_pro.policies.rows import cut_halves as cut_halves
     from stage1_pro.policies.scrc import SCRC as SCRC
     from stage1_pro.policies.scrc import FittedSCRC as FittedSCRC
+    from stage1_pro.policies.sequential import SequentialCertificate as SequentialCertificate
+    from stage1_pro.policies.sequential import SequentialState as SequentialState
 
 # ``certify_risks`` is ``certify`` of the module of that name, which hides it here.
 _HOMES = {
@@ -45,6 +49,8 @@ _HOMES = {
     "FittedSCRC": "scrc",
     "Policy": "policy",
     "Risk": "candidates",
+    "SequentialCertificate": "sequential",
+    "SequentialState": "sequential",
     "betting_p_value": "bounds",
     "betting_upper": "bounds",
     "certify_halves": "ordering",
@@ -55,10 +61,12 @@ _HOMES = {
     "cut_halves": "rows",
     "errors_allowed": "bounds",
     "fit_policy": "fitting",
+    "labelling_chances": "bets",
     "order_candidates": "ordering",
     "plan_calibration": "planning",
     "read_policy": "policy",
     "risk_p_value": "bounds",
+    "shuffle_units": "bets",
     "trials_needed": "bounds",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604

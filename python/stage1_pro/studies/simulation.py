@@ -24,12 +24,12 @@ from stage1_pro.continual.loop.folder import init, opened
 from stage1_pro.continual.loop.machine import Loop, read_verdict
 from stage1_pro.continual.loop.registry import Registry
 from stage1_pro.continual.loop.world import World
-from stage1_pro.continual.serving.events import EventLog, uniform
+from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import LiveCascade, tightened
 from stage1_pro.data.splits import Splits
 from stage1_pro.deploy.cascade import Cascade
 from stage1_pro.errors import InputError
-from stage1_pro.files import sha256_bytes, write_bytes
+from stage1_pro.files import sha256_bytes, uniform, write_bytes
 from stage1_pro.progress import say
 from stage1_pro.studies.simulated import LEAST_PER_DAY, Alarm, Check, Day, RoundResult, Simulation, SimulationConfig
 

@@ -41,10 +41,9 @@ from stage1_pro.continual.learn.rlvr import (
     mean_reward,
     write_run,
 )
-from stage1_pro.continual.serving.events import uniform
 from stage1_pro.data.splits import Row
 from stage1_pro.errors import InputError, NotReachableError
-from stage1_pro.files import atomic_directory
+from stage1_pro.files import atomic_directory, uniform
 from stage1_pro.models.model import fingerprint
 from stage1_pro.progress import say
 from stage1_pro.record import Record

@@ -32,16 +32,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from stage1_pro.classes import known_as
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import (
-    BundleFacts,
-    Event,
-    EventLog,
-    Position,
-    pack_floats,
-    uniform,
-    unpack_floats,
-)
+from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, pack_floats, unpack_floats
 from stage1_pro.errors import InputError, nearest, printable
+from stage1_pro.files import uniform
 from stage1_pro.record import Record
 
 Source = Literal["owner", "review", "match", "model"]

@@ -39,8 +39,9 @@ from stage1_pro.continual.ledger.schema import metadata
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.config import Role, RoundsConfig
 from stage1_pro.continual.loop.roles import role
-from stage1_pro.continual.serving.events import Action, BundleFacts, uniform
+from stage1_pro.continual.serving.events import Action, BundleFacts
 from stage1_pro.errors import InputError
+from stage1_pro.files import uniform
 
 # Evidence is kept at every so many labels, so that a label that is dated back costs those after it and so many more.
 KEEP_EVERY = 1024

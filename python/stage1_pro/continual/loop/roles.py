@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import Field
 
 from stage1_pro.continual.loop.config import Role, RoundsConfig
-from stage1_pro.continual.serving.events import uniform
 from stage1_pro.continual.serving.live import PLAN
 from stage1_pro.errors import NotReachableError
+from stage1_pro.files import uniform
 from stage1_pro.record import Record
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from stage1_pro.continual.loop.promotion import Anchor, Measured, Side, Verdict,
 from stage1_pro.continual.loop.registry import Alias, Registry
 from stage1_pro.continual.loop.roles import LabelledImage, Snapshot, available, count, deal, shortfall
 from stage1_pro.continual.loop.watching import ChampionView, Unkept, alerts_of, timeline, view_champion
-from stage1_pro.continual.serving.events import EventLog, Novelty, uniform, unpack_floats
+from stage1_pro.continual.serving.events import EventLog, Novelty, unpack_floats
 from stage1_pro.continual.serving.live import novelty_path, read_pairs
 from stage1_pro.continual.watch.monitor import Evidence, TriggerState
 from stage1_pro.continual.watch.status import Status, assess, write_page
@@ -41,7 +41,7 @@ from stage1_pro.data.splits import Row, Splits
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
-from stage1_pro.files import sha256_bytes, sha256_file, write_bytes
+from stage1_pro.files import sha256_bytes, sha256_file, uniform, write_bytes
 from stage1_pro.policies.policy import Policy
 from stage1_pro.record import Record
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.continual.learn.rewards import NOBODY, RewardSpec
-from stage1_pro.continual.serving.events import uniform
 from stage1_pro.data.splits import Row, Splits, hash_splits
 from stage1_pro.errors import ArtifactError, NotReachableError
+from stage1_pro.files import uniform
 
 # Of rows that certify, what says which threshold to certify; the test itself takes more.
 _FIT = 1 / 3

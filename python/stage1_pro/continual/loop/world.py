@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from stage1_pro.continual.serving.events import uniform
 from stage1_pro.data.protocols import challenge
 from stage1_pro.data.splits import Row, Splits, facts_of, make_splits
 from stage1_pro.errors import InputError
+from stage1_pro.files import uniform
 from stage1_pro.words import HALVES, SPLITS, ProtocolName, SplitName
 
 # Of the past. Certificates are what the loop lives on, and half of val_select is the promotion test's anchor.

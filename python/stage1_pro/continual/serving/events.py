@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from stage1_pro.errors import ArtifactError, InputError
-from stage1_pro.files import locked, write_bytes, write_text
+from stage1_pro.files import locked, uniform, write_bytes, write_text
 from stage1_pro.record import Record
 
 SKETCH_SIZE = 64
@@ -92,12 +92,6 @@ class Event(Record):
 
 # --------------------------------------------------------------------------------------------
 # Selection
-
-
-def uniform(seed: int, salt: str, event_id: str) -> float:
-    """A number in [0, 1) that depends on its arguments alone, the same on every machine."""
-    digest = hashlib.sha256(f"{seed}/{salt}/{event_id}".encode()).digest()
-    return float(int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 
 class ReviewPlan(Record):

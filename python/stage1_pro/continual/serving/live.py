@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from stage1_pro.continual.serving.events import EventLog, Novelty, ReviewPlan, uniform
+from stage1_pro.continual.serving.events import EventLog, Novelty, ReviewPlan
 from stage1_pro.continual.serving.served import Served, identify
 from stage1_pro.deploy.bundle import MANIFEST, Bundle, load_bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Decisions, Prepared, concatenate
 from stage1_pro.errors import ArtifactError, InputError, Stage1Error
-from stage1_pro.files import sha256_bytes
+from stage1_pro.files import sha256_bytes, uniform
 from stage1_pro.policies.policy import Policy
 from stage1_pro.progress import say
 from stage1_pro.record import Record

@@ -18,6 +18,7 @@ from stage1_pro.arguments import check_share
 from stage1_pro.errors import InputError, need
 from stage1_pro.metrics.binomial import clopper_pearson
 from stage1_pro.metrics.probabilistic import accuracy, mcc
+from stage1_pro.policies.bets import compound
 from stage1_pro.policies.bounds import betting_upper
 from stage1_pro.record import Record
 
@@ -28,8 +29,6 @@ _ODDS = (1.5, 2.0, 3.0, 5.0, 8.0)
 # A quarter of the capital is bet from the first audit on. The rest enters over time; half of that within 300 audits.
 _FIRST = 0.25
 _HALF = 300
-# Capital is cut off here: more would say nothing new, and JSON must be able to hold it.
-_MOST_CAPITAL = 1e100
 # A bet never risks more than this share of the capital on one audit.
 _MOST_RISKED = 0.9
 MCC_ROWS, ACCURACY_ROWS = 100, 10
@@ -302,7 +301,7 @@ def grow(
         bets: of ``Evidence``.
     """
     starting = (1 - _FIRST) * _HALF / ((n + _HALF - 1) * (n + _HALF)) + (_FIRST if n == 1 else 0.0)
-    grown = np.minimum((capital + starting) * (1 + bets * np.expand_dims(gain, -1)), _MOST_CAPITAL)
+    grown = compound(capital + starting, np.expand_dims(gain, -1), bets)
     return grown, np.asarray((1 - _FIRST) * _HALF / (n + _HALF) + grown.sum(axis=-1) / grown.shape[-1])
 
 
