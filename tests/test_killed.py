@@ -43,7 +43,8 @@ TRAIN = (
 )
 EXPLORE = (
     "explora --images {p}/images --run {w}/run --set explora.train=full --set explora.epochs=2 "
-    "--set explora.decoder_warmup_epochs=0 --set explora.save_every_steps=1 --set model.image_size=32 "
+    "--set explora.decoder_warmup_epochs=0 --set explora.batch_size=16 --set explora.keep=adapted "
+    "--set explora.save_every_steps=2 --set model.image_size=32 "
     "--set train.workers=0"
 )
 COMPARE = (
@@ -179,11 +180,11 @@ def prepared(name: str, work: Path, run: Path) -> None:
             (work / f"{one}.yaml").write_text(f"train: {{epochs: {epochs}}}\n")
     elif name == "init":
         (work / "loop.yaml").write_text(LOOP_CONFIG)
-        bright(work / "street", 240, seed=77)
+        bright(work.parent / "street", 240, seed=77)
     elif name == "ingest":
-        serve(work / "loop", work / "street", 240, name)
+        serve(work / "loop", work.parent / "street", 240, name)
     elif name == "import":
-        truth = {sha256_file(path): int(path.stem) % 2 for path in (work / "street").iterdir()}
+        truth = {sha256_file(path): int(path.stem) % 2 for path in (work.parent / "street").iterdir()}
         selected = [event for event in EventLog(work / "loop" / "log", read_only=True) if event.selected]
         rows = [
             Label(
@@ -200,7 +201,7 @@ def prepared(name: str, work: Path, run: Path) -> None:
             task["annotations"].append({"id": number, "completed_by": 7, "result": [choice]})
         (work / "answered.json").write_text(json.dumps(tasks))
     elif name in ("canary", "champion"):
-        serve(work / "loop", work / "street", 60, name)
+        serve(work / "loop", work.parent / "street", 60, name)
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,9 @@ def contents(work: Path, loose: tuple[str, ...] = ()) -> dict[str, Any]:
         if path.name == "metrics.csv":
             rows = csv.DictReader(io.StringIO(path.read_text()))
             found[name] = [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+        elif path.name in ("compare.json", "test.json"):
+            text = path.read_text()
+            found[name] = json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in COSTS})
         elif path.suffix == ".db":
             with contextlib.closing(sqlite3.connect(path)) as database:
                 found[name] = list(database.iterdump())
