@@ -147,7 +147,8 @@ def acknowledged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def children(acknowledged: Path) -> Iterator[Faults]:
     reviewer = shlex.join([sys.executable, str(Path(__file__).parent / "faults" / "reviewer.py")])
-    variables = {"BROWSER": f"{reviewer} %s", "DISPLAY": ":0", "ACKNOWLEDGED": str(acknowledged)}
+    variables = {"BROWSER": f"{reviewer} %s", "DISPLAY": ":0", "ACKNOWLEDGED": str(acknowledged),
+                 "TMPDIR": str(acknowledged.parent)}  # fmt: skip
     # Libraries that take seconds, besides.
     with faults("river.drift", "pyarrow.parquet", *(f"stage1_pro.{name}" for name in MODULES), env=variables) as found:
         yield found
@@ -247,6 +248,12 @@ def contents(work: Path, loose: tuple[str, ...] = ()) -> dict[str, Any]:
     return found
 
 
+def answered(work: Path) -> set[str]:
+    """The events that the reviewer answered or skipped, as a killed process left them."""
+    with contextlib.closing(sqlite3.connect(f"{(work / 'loop' / 'loop.db').as_uri()}?mode=ro", uri=True)) as database:
+        return {name for (name,) in database.execute("SELECT event_id FROM labels WHERE annotator = 'eva'")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_at_a_durable_step_a_command_ends_the_same(
@@ -271,6 +278,8 @@ def test_killed_at_a_durable_step_a_command_ends_the_same(
         at = number, ended.steps[-1:]
         if ended.rc == -9:
             kills += 1
+            if acknowledged.exists():
+                assert {*acknowledged.read_text().split()} <= answered(work), (at, "an answer was lost")
             there = command.again is not None and (work / command.again[0]).exists()
             again = children.run([*given, *([command.again[1]] if command.again and there else [])], clock=now)
             # It may have been killed when all was written, and some commands refuse to do that again.

@@ -84,7 +84,7 @@ class Split(Command, topic="photos"):
         return Result("\n".join(lines), record)
 
     def cut(self) -> tuple[Splits, Found]:
-        """Write ``splits.json`` and ``quarantine.csv``; where too many files are broken, the latter into a new run only.
+        """Write ``splits.json`` and ``quarantine.csv``; where too many files are broken, the latter in a new run alone.
 
         Gives the splits, and what lies in the labels' folder and is in neither.
         """
