@@ -173,7 +173,8 @@ class Rounds:
             view, _ = self._view(history, current.champion, start, policy)
             dealt = deal(history, **self._fresh(history, current.champion, view, current.number))
             last = history.last_served([row.image for row in dealt["learn"]])
-        dealt = available(dealt, self._keep)
+        there = self._there()
+        dealt = available(dealt, lambda image: image in there and self._keep(image))
         missing = shortfall({part: len(rows) for part, rows in dealt.items()}, self.config)
         if missing:
             raise NotReachableError(f"labelled images must be enough for a round, got {missing}; have more reviewed")
@@ -202,9 +203,8 @@ class Rounds:
 
     def _missing(self, history: History, bundle: str, view: ChampionView) -> str:
         """What a round begun now would lack: labels whose images are still there, or the champion's run."""
-        there = self.log.images.names() | _names(self.root / "images")
         try:
-            counts = count(history, self.config, there, **self._fresh(history, bundle, view, None))
+            counts = count(history, self.config, self._there(), **self._fresh(history, bundle, view, None))
         except NotReachableError:
             return ""  # The round itself says it, once.
         except ArtifactError as error:
@@ -334,6 +334,10 @@ class Rounds:
         return Compared(len(pairs), len(differ), evidence)
 
     # ---------------------------------------------------------------------------- helpers
+
+    def _there(self) -> set[str]:
+        """Images of the log and of the loop's own: two folders are read faster than every photo is looked for."""
+        return self.log.images.names() | _names(self.root / "images")
 
     def _keep(self, image: str) -> bool:
         """Copy an image of the log to the loop's own; whether it is there."""
