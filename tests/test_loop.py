@@ -186,9 +186,10 @@ def test_nobody_is_promoted_without_approval(tmp_path: Path, bundle: Path) -> No
     with pytest.raises(InputError, match="candidate must be the one in the shadow"):
         loop.approve(now=21.0, by="ada", candidate="zzz")
     loop.approve(now=21.0, by="ada", candidate=(loop.row().round.candidate or "")[:8])
+    assert loop.approve(now=21.0, by="bob").round.approved_by == "ada"
     assert [one.row.state for one in loop.run(now=22.0)] == ["CANARY", "CANARY"]
     assert read_pointer(root).canary_share == 0.1
-    assert [one.kind for one in audit.read(loop.store)][-2:] == ["approval", "edge"]
+    assert [one.kind for one in audit.read(loop.store)][-3:] == ["edge", "approval", "edge"]
     # What a person takes back is back at once, and the round is over.
     loop.run(now=40.0)
     new = loop.registry.alias("champion").bundle
@@ -196,6 +197,8 @@ def test_nobody_is_promoted_without_approval(tmp_path: Path, bundle: Path) -> No
     pointer = loop.rollback(now=50.0, by="ada")
     assert time.perf_counter() - took <= 1.0
     assert pointer.champion != new and loop.row().state == "ROLLBACK"
+    # Who asks again may have been killed after the first time: nothing goes two steps back.
+    assert loop.rollback(now=50.5, by="ada") == pointer
     loop.step(now=51.0)
     assert loop.row().state == "MONITOR"
     with pytest.raises(InputError, match="now must not be before"):
