@@ -108,7 +108,13 @@ RUN = {
     "merge": Command("merge --adapter {w}/lora/adapter --base tiny --out {w}/merged", 3),
     "split anew": Command("split --labels {p}/labels.csv --out {w}/run --seed 3 --overwrite", 6),
 }  # fmt: skip
-COMPARISON = {"compare": Command(f"{COMPARE} --no-test", 11, 1), "compare on val_test": Command(COMPARE, 2)}
+# What tells of time alone.
+COST = ("logs", "few/seed0/cost", "more/seed0/cost", "compare.csv", "compare.md", "figures/accuracy_seconds",
+        "figures/augrc_seconds")  # fmt: skip
+COMPARISON = {
+    "compare": Command(f"{COMPARE} --no-test", 23, 5, loose=tuple(f"compared/{name}" for name in COST)),
+    "compare on val_test": Command(COMPARE, 4),
+}
 LOOP = {
     "init": Command(
         "continual init --root {w}/loop --run {r} --alpha .05 --config {w}/loop.yaml --by ada",
