@@ -150,15 +150,24 @@ _SCHEMAS = itertools.count()
 
 
 @pytest.fixture
-def postgres_url(postgres_server: Callable[[str], str]) -> str:
-    """The URL of a new, empty schema of PostgreSQL, which is a database to whoever opens it."""
+def new_postgres_url(postgres_server: Callable[[str], str]) -> Callable[[], str]:
+    """The function that makes a new, empty schema of PostgreSQL, and gives its URL: a database to whoever opens it."""
     import psycopg
 
-    name = f"test_{next(_SCHEMAS)}"
-    address = postgres_server("public").replace("postgresql+psycopg", "postgresql")
-    with psycopg.connect(address, autocommit=True) as connection:
-        connection.execute(f"CREATE SCHEMA {name}")  # type: ignore[arg-type]
-    return postgres_server(name)
+    def make() -> str:
+        name = f"test_{next(_SCHEMAS)}"
+        address = postgres_server("public").replace("postgresql+psycopg", "postgresql")
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")  # type: ignore[arg-type]
+        return postgres_server(name)
+
+    return make
+
+
+@pytest.fixture
+def postgres_url(new_postgres_url: Callable[[], str]) -> str:
+    """The URL of one such schema."""
+    return new_postgres_url()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -724,6 +724,11 @@ def test_broken_files_are_listed_and_skipped(pool, tmp_path: Path) -> None:
         stage1_pro.split(labels, tmp_path / "other")
     assert "p005.png" in (tmp_path / "other" / "quarantine.csv").read_text()
     assert not (tmp_path / "other" / "splits.json").exists()
+    # Beside splits, of a run that may be trained, a refusal changes nothing.
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match=r"got 2 of 90.*--out has no splits yet"):
+        stage1_pro.split(labels, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert stage1_pro.split(labels, tmp_path / "other", max_quarantine=0.03).quarantined == 2
     for name, wrong in itertools.product(("max_quarantine", "max_component"), (float("nan"), 2.0, -1.0, True, "0.1")):
         with pytest.raises(InputError, match=f"^{name} must be "):

@@ -32,12 +32,14 @@ from stage1_pro.files import sha256_bytes, sha256_file, sweep
 
 
 @pytest.mark.slow
-def test_init_finishes_what_it_began(tiny: Path, tmp_path: Path) -> None:
-    root = tmp_path / "loop"
-    words = ("continual", "init", "--root", root, "--run", tiny, "--alpha", ".1")
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_init_finishes_what_it_began(tiny: Path, tmp_path: Path, database: str, request: pytest.FixtureRequest) -> None:
+    root, late, number = tmp_path / "loop", 0, 0
+    new = (lambda: root) if database == "sqlite" else request.getfixturevalue("new_postgres_url")
     with faults("stage1_pro.continual.loop.folder") as children:
-        late = 0
-        for number, ended in children.each(words):
+        while True:
+            words = ("continual", "init", "--root", root, "--run", tiny, "--alpha", ".1", "--store", new())
+            ended = children.run(words, kill=number)
             if ended.rc == -9:
                 again = children.run(words)
                 # Only the last fsync and its tidying come after all that a loop needs.
@@ -47,10 +49,14 @@ def test_init_finishes_what_it_began(tiny: Path, tmp_path: Path) -> None:
             assert leftovers(root) == []
             with opened(root) as (_, registry, _parts, loop):
                 assert loop.resume().state == "MONITOR" and registry.alias("champion").version == 1
+                assert audit.verify(registry.store).rows == 1
             assert children.run(words).rc == 2, "a loop that has begun begins once"
+            if ended.rc != -9:
+                break
             shutil.rmtree(root)
-        assert ended.rc == 0 and late <= 2
-        assert {"commit", "os.fsync"} < set(ended.steps) and any(POINTER in one for one in ended.steps)
+            number += 1
+    assert ended.rc == 0 and late <= 2
+    assert {"commit", "os.fsync"} < set(ended.steps) and any(POINTER in one for one in ended.steps)
 
 
 @pytest.mark.slow

@@ -19,11 +19,9 @@ pytest.importorskip("sqlalchemy", reason="the loop needs [continual]")
 pytest.importorskip("torch", reason="bundles are exported with [train]")
 
 from kit.loop_parts import Parts, promote, read_pointer
-from kit.tiny import CLASSES, copy_run, make_images, make_model, make_policy
-from PIL import Image
+from kit.tiny import bright, copy_run
 
 from stage1_pro.cli import main
-from stage1_pro.config import Config, ModelConfig
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import Label, add_labels, ingest, read_events
 from stage1_pro.continual.ledger.store import Store
@@ -44,13 +42,8 @@ from stage1_pro.continual.serving.events import EventLog, ReviewPlan
 from stage1_pro.continual.serving.live import LiveCascade
 from stage1_pro.continual.watch.alerts import Alert, Delivery
 from stage1_pro.continual.watch.outbox import OLDEST, deliver
-from stage1_pro.data.splits import Merging, Row, Splits, hash_splits
-from stage1_pro.deploy.exporting import export
 from stage1_pro.errors import ArtifactError, InputError
 from stage1_pro.files import sha256_file, uniform
-from stage1_pro.training.checkpoint import save_model
-from stage1_pro.training.run import write_config
-from stage1_pro.words import SPLITS
 
 FORK = multiprocessing.get_context("fork")
 QUICK = LoopConfig(auto_promote=True, shadow_seconds=5.0, canary_seconds=5.0, hold_seconds=5.0)
@@ -193,9 +186,10 @@ def test_nobody_is_promoted_without_approval(tmp_path: Path, bundle: Path) -> No
     with pytest.raises(InputError, match="candidate must be the one in the shadow"):
         loop.approve(now=21.0, by="ada", candidate="zzz")
     loop.approve(now=21.0, by="ada", candidate=(loop.row().round.candidate or "")[:8])
+    assert loop.approve(now=21.0, by="bob").round.approved_by == "ada"
     assert [one.row.state for one in loop.run(now=22.0)] == ["CANARY", "CANARY"]
     assert read_pointer(root).canary_share == 0.1
-    assert [one.kind for one in audit.read(loop.store)][-2:] == ["approval", "edge"]
+    assert [one.kind for one in audit.read(loop.store)][-3:] == ["edge", "approval", "edge"]
     # What a person takes back is back at once, and the round is over.
     loop.run(now=40.0)
     new = loop.registry.alias("champion").bundle
@@ -203,6 +197,8 @@ def test_nobody_is_promoted_without_approval(tmp_path: Path, bundle: Path) -> No
     pointer = loop.rollback(now=50.0, by="ada")
     assert time.perf_counter() - took <= 1.0
     assert pointer.champion != new and loop.row().state == "ROLLBACK"
+    # Who asks again may have been killed after the first time: nothing goes two steps back.
+    assert loop.rollback(now=50.5, by="ada") == pointer
     loop.step(now=51.0)
     assert loop.row().state == "MONITOR"
     with pytest.raises(InputError, match="now must not be before"):
@@ -493,48 +489,9 @@ def test_what_a_look_sees_is_told_once_while_a_round_waits(tmp_path: Path, bundl
 # With real bundles, events and labels
 
 
-def bright(folder: Path, count: int, seed: int) -> list[tuple[Path, str]]:
-    """Noise whose brightness is its class."""
-    found = []
-    for index, path in enumerate(make_images(folder, count, seed)):
-        with Image.open(path) as image:
-            pixels = np.asarray(image) // 2 + 127 * (index % 2)
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
-        found.append((path, CLASSES[index % 2]))
-    return found
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose heads know nothing, with its bundle."""
-    run, model = tmp_path_factory.mktemp("bright") / "run", make_model(tap=4)
-    rows = [
-        Row(
-            id=str(i), file=path.name, label=label, group=str(i), split=SPLITS[i // 2 % 4], sha256=sha256_file(path),
-            half=("fit", "certify")[i // 8 % 2] if SPLITS[i // 2 % 4] == "val_calib" else None,
-        )
-        for i, (path, label) in enumerate(bright(run / "images", 96, seed=5))
-    ]  # fmt: skip
-    splits = Splits(
-        root=str(run / "images"), classes=CLASSES, positive="roadwork", seed=0,
-        fractions=dict.fromkeys(SPLITS, 0.25), counts={name: dict.fromkeys(CLASSES, 12) for name in SPLITS},
-        groups=dict.fromkeys(SPLITS, 24), hashes=hash_splits(rows), rows=rows,
-        merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0.0, largest_groups=[]),
-    )  # fmt: skip
-    splits.write(run / "splits.json")
-    a = model.architecture
-    write_config(run, Config(model=ModelConfig(backbone="tiny", tap=a.tap, image_size=a.image_size)), splits)
-    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
-    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
-    policy = make_policy(model, splits.hashes, 0.6).model_copy(update={"target_fnr": 0.5})
-    policy.write(run / "thresholds.json")
-    export(run)
-    return run
-
-
 @pytest.mark.slow
 def test_from_served_photos_to_a_new_champion_by_the_command_line(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bright_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "loop"
     (tmp_path / "loop.yaml").write_text("""
@@ -553,8 +510,8 @@ rounds: {plan: {floor: 0.35, deferral: 0.9, entropy: 0.9, seed: 3}, least_rows: 
         assert code == 0, err
         return json.loads(out)
 
-    begun = stage1("init", "--run", str(trained), "--alpha", "0.05", "--config", str(tmp_path / "loop.yaml"))
-    assert main(["continual", "init", "--root", str(root), "--run", str(trained), "--alpha", ".05"]) == 2
+    begun = stage1("init", "--run", str(bright_run), "--alpha", "0.05", "--config", str(tmp_path / "loop.yaml"))
+    assert main(["continual", "init", "--root", str(root), "--run", str(bright_run), "--alpha", ".05"]) == 2
     assert stage1("status")["state"] == "MONITOR"
     photos = dict(bright(tmp_path / "street", 240, seed=77))
     live = LiveCascade(root, threads=1, log=EventLog(root / "log"))
@@ -607,7 +564,7 @@ rounds: {plan: {floor: 0.35, deferral: 0.9, entropy: 0.9, seed: 3}, least_rows: 
 
 
 def test_alerts_and_metrics_by_the_command_line(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hook: tuple[str, list[bytes], list[int]]
+    bright_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hook: tuple[str, list[bytes], list[int]]
 ) -> None:
     url, posted, answers = hook
     root, told = tmp_path / "loop", tmp_path / "told.jsonl"
@@ -622,7 +579,7 @@ def test_alerts_and_metrics_by_the_command_line(
         assert "SECRET" not in out + err
         return out, err
 
-    begin = ("init", "--run", str(trained), "--alpha", "0.05", "--config", str(config))
+    begin = ("init", "--run", str(bright_run), "--alpha", "0.05", "--config", str(config))
     for wrong, said in (
         ({"alerts": {"webhooks": ["ftp://host/SECRET"]}}, "url must be http:// or https://"),
         ({"alerts": {"webhooks": "https://host/SECRET"}}, "alerts.webhooks must be valid"),

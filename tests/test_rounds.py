@@ -40,6 +40,7 @@ from stage1_pro.continual.serving.live import Pair, _append_pairs, novelty_path,
 from stage1_pro.continual.watch.monitor import TriggerConfig
 from stage1_pro.continual.watch.srt import ControllerConfig, to_logit, to_score
 from stage1_pro.continual.watch.status import MonitorConfig
+from stage1_pro.data.images import ImageError
 from stage1_pro.data.splits import Splits, hash_splits
 from stage1_pro.deploy.bundle import load_bundle
 from stage1_pro.deploy.cascade import Cascade
@@ -564,19 +565,33 @@ def test_the_gate_asks_for_size_parity_and_latency(tmp_path: Path, bundle: Path,
     assert {"anchor reward, slice car", "anchor reward, slice phone"} <= names(verdict).keys()
 
 
+@pytest.mark.parametrize("judges", ["first/images", "images"], ids=["anchor", "guard"])
+def test_a_photo_that_was_changed_judges_nobody(judges: str, tmp_path: Path, bundle: Path, rival: Path) -> None:
+    rounds, work = to_judge(tmp_path, bundle, rival, largest_slowdown=None)
+    kept = rounds.vault.row_ids("one") if judges == "images" else [photo.key for photo in rounds._anchor()[1]]
+    path = tmp_path / judges / kept[0]
+    content = path.read_bytes()
+    Image.new("RGB", (60, 50)).save(path, "PNG")
+    with pytest.raises(ImageError, match=f"{path.name}.*is not the one"):
+        rounds.evaluate(work)
+    assert rounds.vault.looks_taken("one") == 0
+    path.write_bytes(content)
+    assert rounds.evaluate(work).look == 1
+
+
 def test_a_candidate_that_forgets_one_source_is_refused_though_the_whole_anchor_would_pass(
     tmp_path: Path, bundle: Path, rival: Path
 ) -> None:
     """The loop's own anchor by source: the candidate is the champion but for the photos of a phone."""
     rounds, work = to_judge(tmp_path, bundle, rival)
-    anchor, files = rounds._anchor()
+    anchor, photos = rounds._anchor()
     splits = Splits.read(tmp_path / "first/splits.json")
     sources = {str(splits.path(row)): row.source for row in splits.of("val_select")}
-    phone = np.array([sources[file] == "phone" for file in files])
+    phone = np.array([sources[str(photo)] == "phone" for photo in photos])
     assert {name: mask.tolist() for name, mask in anchor.slices.items()} == {
         "car": (~phone).tolist(), "phone": phone.tolist()
     }  # fmt: skip
-    before = rounds._decide(work.champion, files)
+    before = rounds._decide(work.champion, photos)
     right = Actions(anchor.truth.labels, before.deferred)
     forgets = Actions(np.where(phone, 1 - anchor.truth.labels, anchor.truth.labels), before.deferred)
     terms = Terms(**{**FREE, "slice_margin": 0.1})

@@ -33,9 +33,12 @@ class Faults:
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._server = server
 
-    def run(self, words: Sequence[object], *, kill: int | None = None, **where: Any) -> Ended:
+    def run(
+        self, words: Sequence[object], *, kill: int | None = None, clock: float | None = None, **where: Any
+    ) -> Ended:
         """One command; killed before its durable step number ``kill``, counted from 0, if it takes so many.
 
+        Its wall clock stands at ``clock``, so that the same command writes the same times again.
         ``where`` are its surroundings: ``stranger`` (a number of a user whom the system does not know), ``env`` (None
         takes a variable away), ``umask``, ``encoding`` of its output, ``closed`` streams, ``read_only`` (a folder), and
         ``tmpfs`` (a folder, and how many bytes are left of the disk that it lies on). Steps are told without any. Where
@@ -44,19 +47,21 @@ class Faults:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(
-            json.dumps({"words": [str(one) for one in words], "kill": kill, "where": where}) + "\n"
+            json.dumps({"words": [str(one) for one in words], "kill": kill, "clock": clock, "where": where}) + "\n"
         )
         self._server.stdin.flush()
         return Ended(**json.loads(self._server.stdout.readline()))
 
-    def each(self, words: Sequence[object], *, stride: int = 1, start: int = 0) -> Iterator[tuple[int, Ended]]:
+    def each(
+        self, words: Sequence[object], *, stride: int = 1, start: int = 0, clock: float | None = None
+    ) -> Iterator[tuple[int, Ended]]:
         """The command killed before its step ``start``, and every ``stride`` later, and at last not at all.
 
         The caller brings its folders into the state before the command again, after each.
         """
         number = start
         while True:
-            ended = self.run(words, kill=number)
+            ended = self.run(words, kill=number, clock=clock)
             yield number, ended
             if ended.rc != -9:
                 return

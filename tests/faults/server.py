@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _mount(what: str | None, path: str, kind: str | None, flags: int, data: str 
         raise OSError(ctypes.get_errno(), "mount", path)
 
 
-def child(words: list[str], kill: int | None, where: dict[str, Any], folder: Path) -> None:
+def child(words: list[str], kill: int | None, clock: float | None, where: dict[str, Any], folder: Path) -> None:
     """Run a command with its output in files; never returns."""
     for number in (1, 2):
         os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT), number)
@@ -114,6 +115,8 @@ def child(words: list[str], kill: int | None, where: dict[str, Any], folder: Pat
     except OSError as error:
         (folder / "refused").write_text(str(error))
         os._exit(0)
+    if clock is not None:
+        time.time = lambda: clock
     if not where:
         watch(kill, folder / "steps")
     code = 70
@@ -144,7 +147,7 @@ def serve() -> None:
             folder = Path(name)
             pid = os.fork()
             if pid == 0:
-                child(asked["words"], asked["kill"], asked["where"], folder)
+                child(asked["words"], asked["kill"], asked["clock"], asked["where"], folder)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             read = {key: _text(folder / key) for key in ("steps", "1", "2", "refused")}
             if (folder / "left").exists():

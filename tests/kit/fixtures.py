@@ -43,6 +43,16 @@ def tiny(once: Callable[[str, Make], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bright_run(once: Callable[[str, Make], Path]) -> Path:
+    """A run whose heads know nothing of its bright and dark photos, which are easily learned, with its bundle."""
+    pytest.importorskip("torch", reason="bundles are exported with [train]")
+    from kit.tiny import make_bright_run
+    from stage1_pro.deploy.exporting import export
+
+    return once("bright_run", lambda folder: export(make_bright_run(folder)))
+
+
+@pytest.fixture(scope="session")
 def tiny_engines(once: Callable[[str, Make], Path], tiny: Path) -> Path:
     """The bundle of ``tiny`` with engines; skipped where their builder is not installed."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx cannot be imported: no engine can be built here")

@@ -128,6 +128,43 @@ def make_run(run: Path, model: Stage1Model, seed: int = 0) -> Path:
     return run
 
 
+def bright(folder: Path, count: int, seed: int) -> list[tuple[Path, str]]:
+    """Noise whose brightness is its class."""
+    found = []
+    for index, path in enumerate(make_images(folder, count, seed)):
+        with Image.open(path) as image:
+            pixels = np.asarray(image) // 2 + 127 * (index % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        found.append((path, CLASSES[index % 2]))
+    return found
+
+
+def make_bright_run(run: Path) -> Path:
+    """A calibrated run on bright photos whose heads know nothing."""
+    model = make_model(tap=4)
+    rows = [
+        Row(
+            id=str(i), file=path.name, label=label, group=str(i), split=SPLITS[i // 2 % 4], sha256=sha256_file(path),
+            half=("fit", "certify")[i // 8 % 2] if SPLITS[i // 2 % 4] == "val_calib" else None,
+        )
+        for i, (path, label) in enumerate(bright(run / "images", 96, seed=5))
+    ]  # fmt: skip
+    splits = Splits(
+        root=str(run / "images"), classes=CLASSES, positive="roadwork", seed=0,
+        fractions=dict.fromkeys(SPLITS, 0.25), counts={name: dict.fromkeys(CLASSES, 12) for name in SPLITS},
+        groups=dict.fromkeys(SPLITS, 24), hashes=hash_splits(rows), rows=rows,
+        merging=Merging(pairs=0, components=0, largest_rows=0, largest_share=0.0, largest_groups=[]),
+    )  # fmt: skip
+    splits.write(run / "splits.json")
+    a = model.architecture
+    write_config(run, Config(model=ModelConfig(backbone="tiny", tap=a.tap, image_size=a.image_size)), splits)
+    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
+    (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
+    policy = make_policy(model, splits.hashes, 0.6).model_copy(update={"target_fnr": 0.5})
+    policy.write(run / "thresholds.json")
+    return run
+
+
 def untrained_run(run: Path, pool: Path, fractions: dict[str, float], size: int) -> Predictions:
     """A split run of 160 street scenes and a model with its starting weights; gives its answers on val_calib."""
     splits = stage1_pro.split(render_pool(pool, 160, seed=3, size=size), run, seed=0, fractions=fractions)

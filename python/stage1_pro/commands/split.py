@@ -84,7 +84,7 @@ class Split(Command, topic="photos"):
         return Result("\n".join(lines), record)
 
     def cut(self) -> tuple[Splits, Found]:
-        """Write ``splits.json`` and ``quarantine.csv``, the latter also when too many files are broken.
+        """Write ``splits.json`` and ``quarantine.csv``; where too many files are broken, the latter in a new run alone.
 
         Gives the splits, and what lies in the labels' folder and is in neither.
         """
@@ -100,6 +100,8 @@ class Split(Command, topic="photos"):
         try:
             splits, quarantined = make_splits(**self.model_dump(exclude={"out", "overwrite"}))
         except QuarantineError as error:
+            if (out / "splits.json").exists():  # a refusal leaves what belongs to them as it is
+                raise InputError(f"{error}; the whole list is written where --out has no splits yet") from None
             write_quarantine(out / "quarantine.csv", error.quarantined)
             raise InputError(f"{error}; the whole list is in {out / 'quarantine.csv'}") from None
         moved = None

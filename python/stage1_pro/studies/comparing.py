@@ -22,7 +22,7 @@ from stage1_pro.config import Config, build_config, load_config
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits, resplit
 from stage1_pro.errors import ArtifactError, InputError, TrainingError, nearest
-from stage1_pro.files import sha256_bytes, sha256_file, write_bytes, write_csv, write_text
+from stage1_pro.files import locked, sha256_bytes, sha256_file, sweep, write_bytes, write_csv, write_text
 from stage1_pro.metrics.estimate import Interval
 from stage1_pro.metrics.figures import differences_png, tradeoff_png
 from stage1_pro.metrics.measured import Metric, known
@@ -395,6 +395,9 @@ def _train_all(out: Path, configs: Mapping[str, Config], seeds: Sequence[int]) -
             run = out / name / f"seed{seed}"
             if name in failed:
                 continue
+            # A training that a killed comparison began goes on by itself, to its end.
+            with locked(run / ".lock"):
+                sweep(run)
             if _finished(run):
                 say(f"{name}, seed {seed}: finished before")
                 continue

@@ -408,7 +408,7 @@ def promote(root: Path, *, candidate: str | None = None, by: str) -> dict[str, A
     """Approve the candidate in the shadow."""
     with opened(root) as (_, _registry, _parts, loop):
         row = loop.approve(now=time.time(), by=by, candidate=candidate)
-        return {"state": row.state, "candidate": row.round.candidate, "approved_by": by, "verdict": row.round.verdict}
+        return {"state": row.state, **row.round.model_dump(include={"candidate", "approved_by", "verdict"})}
 
 
 def rollback(root: Path, *, to: str | None = None, by: str) -> dict[str, Any]:

@@ -330,7 +330,7 @@ class Loop:
             return self._edge(row, "HOLD", now, str(error), clear=True)
 
     def approve(self, *, now: float, by: str, candidate: str | None = None) -> LoopRow:
-        """Let the candidate in the shadow go on to answer images.
+        """Let the candidate in the shadow go on to answer images; one that was approved stays so, and nothing changes.
 
         Raises:
             InputError: there is none whose verdict promotes it, or it is another one.
@@ -344,16 +344,24 @@ class Loop:
             )
         if candidate is not None and not current.candidate.startswith(candidate):
             raise InputError(f"candidate must be the one in the shadow, {current.candidate[:12]}, got {candidate}")
+        if current.approved_by is not None:
+            return row
         body = {"candidate": current.candidate, "verdict": current.verdict, "by": by}
         return self._write(row, now, "approval", body, round=current.model_copy(update={"approved_by": by}))
 
     def rollback(self, *, now: float, by: str, to: str | None = None) -> Pointer:
         """Bring back the champion before this one (or an earlier one, ``to``) at once, and end the present round.
 
+        Until the loop's next step the champion that was brought back stays, however often one asks without ``to``: who
+        asks again may have been killed after the first time.
+
         Raises:
             InputError: there was none before.
         """
-        row = self.row()
+        row, champion = self.row(), self.registry.alias("champion")
+        taken = row.state == "ROLLBACK" and champion.time == row.round.entered
+        if taken and to in (None, champion.bundle):
+            return self.registry.sync()
 
         def back(connection: Connection) -> None:
             self.registry.rollback(connection, now=now, by=by, to=to)

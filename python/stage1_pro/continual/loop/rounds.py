@@ -36,12 +36,12 @@ from stage1_pro.continual.serving.live import novelty_path, read_pairs
 from stage1_pro.continual.watch.monitor import Evidence, TriggerState
 from stage1_pro.continual.watch.status import Status, assess, write_page
 from stage1_pro.data.duplicates import cluster_copies
-from stage1_pro.data.photos import Folder
+from stage1_pro.data.photos import Folder, Photo
 from stage1_pro.data.splits import Row, Splits
 from stage1_pro.deploy.bundle import Bundle
 from stage1_pro.deploy.reference import TOLERANCES
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError
-from stage1_pro.files import sha256_bytes, sha256_file, uniform, write_bytes
+from stage1_pro.files import sha256_bytes, uniform, write_bytes
 from stage1_pro.policies.policy import Policy
 from stage1_pro.record import Record
 
@@ -173,7 +173,8 @@ class Rounds:
             view, _ = self._view(history, current.champion, start, policy)
             dealt = deal(history, **self._fresh(history, current.champion, view, current.number))
             last = history.last_served([row.image for row in dealt["learn"]])
-        dealt = available(dealt, self._keep)
+        there = self._there()
+        dealt = available(dealt, lambda image: image in there and self._keep(image))
         missing = shortfall({part: len(rows) for part, rows in dealt.items()}, self.config)
         if missing:
             raise NotReachableError(f"labelled images must be enough for a round, got {missing}; have more reviewed")
@@ -202,9 +203,8 @@ class Rounds:
 
     def _missing(self, history: History, bundle: str, view: ChampionView) -> str:
         """What a round begun now would lack: labels whose images are still there, or the champion's run."""
-        there = self.log.images.names() | _names(self.root / "images")
         try:
-            counts = count(history, self.config, there, **self._fresh(history, bundle, view, None))
+            counts = count(history, self.config, self._there(), **self._fresh(history, bundle, view, None))
         except NotReachableError:
             return ""  # The round itself says it, once.
         except ArtifactError as error:
@@ -266,7 +266,8 @@ class Rounds:
         remember_run(self.root, current.candidate, run, fingerprint)
         snapshot = self._snapshot(current)
         epoch = snapshot.guard
-        guard = [str(self.root / "images" / name) for name in self.vault.row_ids(epoch)]
+        images = Folder(str(self.root / "images"))
+        guard = [Photo(images, name, name) for name in self.vault.row_ids(epoch)]
         measured = self._measured(champion, candidate, current, guard)
         spec, terms = self.config.spec, self.config.terms
         refused = refuse(
@@ -274,11 +275,11 @@ class Rounds:
         )
         if refused is not None:
             return refused
-        anchor, files = self._anchor()
+        anchor, kept = self._anchor()
 
         def side(name: str, bundle: Bundle, threshold: float | None = None) -> Side:
             fingerprint = bundle.manifest.provenance.model_fingerprint
-            guards, anchors = self._decide(name, guard, threshold), self._decide(name, files)
+            guards, anchors = self._decide(name, guard, threshold), self._decide(name, kept)
             return Side(name, guards, anchors, bundle.policy, fingerprint)
 
         return evaluate(
@@ -286,20 +287,20 @@ class Rounds:
             anchor, spec=spec, now=current.entered, terms=terms, measured=measured,
         )  # fmt: skip
 
-    def _anchor(self) -> tuple[Anchor, list[str]]:
-        """Rows of what must not be forgotten, and their files."""
+    def _anchor(self) -> tuple[Anchor, list[Photo]]:
+        """Rows of what must not be forgotten, and their photos."""
         first = self._first()
         splits = self._splits(first).verify()
         rows = _anchor_rows(splits)
-        files = [str(photo) for photo in splits.photos_of(rows)]
+        photos = splits.photos_of(rows)
         labels = splits.indices(rows)
         anchor = Anchor(
             verified(labels, "owner", classes=splits.classes, positive=splits.positive),
             np.array([row.group for row in rows], dtype=np.str_),
             {one: np.array([row.source == one for row in rows]) for one in sorted({row.source for row in rows} - {""})},
-            origin=self._decide(first, files),
+            origin=self._decide(first, photos),
         )
-        return anchor, files
+        return anchor, photos
 
     def compare(self, current: Round, *, delta: float) -> Compared:
         """Evidence that the candidate is wrong more often than right where it differs from the champion.
@@ -333,6 +334,10 @@ class Rounds:
         return Compared(len(pairs), len(differ), evidence)
 
     # ---------------------------------------------------------------------------- helpers
+
+    def _there(self) -> set[str]:
+        """Images of the log and of the loop's own: two folders are read faster than every photo is looked for."""
+        return self.log.images.names() | _names(self.root / "images")
 
     def _keep(self, image: str) -> bool:
         """Copy an image of the log to the loop's own; whether it is there."""
@@ -405,12 +410,12 @@ class Rounds:
         assert first is not None
         return first
 
-    def _measured(self, champion: Bundle, candidate: Bundle, current: Round, guard: Sequence[str]) -> list[Measured]:
+    def _measured(self, champion: Bundle, candidate: Bundle, current: Round, guard: Sequence[Photo]) -> list[Measured]:
         """Size, parity and latency; the champion only has to run, whatever its format lacks."""
         # Names of guard images are hashes: the first ones are as good a draw as any.
         inputs = {
             "champion": current.champion, "candidate": current.candidate, "root": str(self.root),
-            "files": _hashed(guard[: self.config.timed_photos]),
+            **_named(guard[: self.config.timed_photos]),
             "passes": 0 if self.config.largest_slowdown is None else self.config.timed_passes,
             "seconds": self.config.timed_seconds,
         }  # fmt: skip
@@ -420,8 +425,8 @@ class Rounds:
     def _work(self, task: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return do_work(self.root / WORK, f"{tasks.__name__}:{task}", inputs, self.executor).result
 
-    def _decide(self, bundle: str, files: Sequence[str], threshold: float | None = None) -> Actions:
-        inputs = {"bundle": bundle, "root": str(self.root), "files": _hashed(files), "threshold": threshold}
+    def _decide(self, bundle: str, photos: Sequence[Photo], threshold: float | None = None) -> Actions:
+        inputs = {"bundle": bundle, "root": str(self.root), **_named(photos), "threshold": threshold}
         found = self._work("decide", inputs)
         return Actions(np.array(found["answers"], dtype=np.int64), np.array(found["deferred"], dtype=bool))
 
@@ -435,8 +440,9 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-def _hashed(files: Sequence[str]) -> list[list[str]]:
-    return [[path, sha256_file(path)] for path in files]
+def _named(photos: Sequence[Photo]) -> dict[str, Any]:
+    """Photos of one source as work is told of them; ``tasks.photos_of`` gives them again."""
+    return {"photos": photos[0].photos.root if photos else "", "files": [[one.key, one.sha256] for one in photos]}
 
 
 def _anchor_rows(splits: Splits) -> list[Row]:

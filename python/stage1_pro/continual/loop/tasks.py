@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stage1_pro.continual.learn.rewards import NOBODY, RewardSpec
+from stage1_pro.data.photos import Photo, open_photos
 from stage1_pro.data.splits import Row, Splits, hash_splits
 from stage1_pro.errors import ArtifactError, NotReachableError
 from stage1_pro.files import uniform
@@ -21,8 +22,14 @@ from stage1_pro.files import uniform
 _FIT = 1 / 3
 
 
+def photos_of(inputs: Mapping[str, Any]) -> list[Photo]:
+    """The photos that a piece of work is of; another content than was meant is unreadable."""
+    source = open_photos(inputs["photos"])
+    return [Photo(source, key, sha256) for key, sha256 in inputs["files"]]
+
+
 def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a bundle of the registry decides on image files: class indices, -1 for nobody, and where Stage B ran.
+    """What a bundle of the registry decides on photos: class indices, -1 for nobody, and where Stage B ran.
 
     At ``threshold`` where that is stricter than its policy's.
     """
@@ -32,8 +39,7 @@ def decide(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     del folder
     bundle = load_content(inputs["root"], inputs["bundle"])
     cascade = Cascade.load(replace(bundle, policy=tightened(bundle.policy, inputs["threshold"])))
-    files = [Path(path) for path, _ in inputs["files"]]
-    found, classes = cascade.predict(files), cascade.bundle.classes
+    found, classes = cascade.predict(photos_of(inputs)), cascade.bundle.classes
     answers = [classes.index(name) if name else NOBODY for name in found.label.tolist()]
     return {"answers": answers, "deferred": (~found.exited).tolist()}
 
@@ -70,7 +76,7 @@ def measure(inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return {**found, "why": "not timed: it does not give its reference outputs"}
     if not inputs["passes"]:
         return found
-    photos = [open_image(Path(path)) for path, _ in inputs["files"]]
+    photos = [open_image(photo) for photo in photos_of(inputs)]
 
     def decides(name: str) -> Callable[[int], Mapping[str, float]]:
         cascade = Cascade(bundles[name], runtimes[name])
