@@ -338,6 +338,8 @@ CALLS: dict[str, dict[str, Any]] = {
         "weights": 1 + LABELS, "n_replicates": 5,
     },
     "brier": {"probs": PROBS, "labels": LABELS},
+    "by_class": {"probs": PROBS, "labels": LABELS, "classes": ["a", "b"]},
+    "top_k_accuracy": {"probs": PROBS, "labels": LABELS, "k": 1},
     "calibration_test": {"probs": PROBS, "labels": LABELS, "bins": 5, "n_draws": 9, "seed": 0},
     "cheapest_threshold": {"confidence": SCORES, "error": WRONG, "wrong": 10.0, "deferral": np.ones(60)},
     "cost_of_exits": {"confidence": SCORES, "error": WRONG, "threshold": 0.7, "wrong": 10.0, "deferral": 1.0},
@@ -448,8 +450,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "trials_needed": {"errors": 1, "alpha": 0.1, "delta": 0.1},
 }  # fmt: skip
 RESULTS = {
-    "Certificate", "ConformalSets", "CostPoint", "DualThreshold", "FittedSCRC", "Interval", "Intervals",
-    "OperatingPoint", "Policy", "RiskBand", "RiskCoverage", "SequentialState", "Sweep", "Tested",
+    "ByClass", "Certificate", "ClassFigures", "ConformalSets", "CostPoint", "DualThreshold", "FittedSCRC", "Interval",
+    "Intervals", "OperatingPoint", "Policy", "RiskBand", "RiskCoverage", "SequentialState", "Sweep", "Tested",
 }  # fmt: skip
 ABOUT_FILES = {"read_policy"}
 # What is no argument of anything.
