@@ -330,8 +330,9 @@ def test_reach_agrees_with_the_policy() -> None:
         halves = np.where(np.arange(n) % 2, "fit", "certify")
         try:
             policy = fit_gate_policy(
-                probs, gate, labels, halves=halves, classes=["no", "yes"], positive="yes", guarantee="none"
-            )
+                probs, gate, labels, halves=halves, classes=["no", "yes"], positive="yes", guarantee="none",
+                exit_error=0.01,
+            )  # fmt: skip
             assert found.feasible
             assert policy.coverage == found.coverage
         except NotReachableError:
