@@ -247,14 +247,14 @@ def test_walk_through_every_command(tmp_path: Path) -> None:
     assert done("train", "--run", run, *small)["epochs"] <= 10
     # Twenty seconds make no good model, and how bad it is depends on the processor's arithmetic. The wish is what this
     # model can do, so that every command is walked through; one that it cannot do is refused.
-    # So few rows certify nothing: the default is refused, and says what would do.
-    certified = stage1("calibrate", "--run", run)
+    # So few rows certify no small limit: it is refused, and the message says what would do.
+    certified = stage1("calibrate", "--run", run, "--policy", "softmax", "--fnr", ".02")
     assert certified.returncode == 3 and "INFEASIBLE" in certified.stderr and not (run / "thresholds.json").exists()
     # Counts alone say so: nothing was looked at, and another target may still be asked for.
-    again = stage1("calibrate", "--run", run, "--policy", "gate")
+    again = stage1("calibrate", "--run", run, "--policy", "gate", "--exit-error", ".01")
     assert again.returncode == 3 and "unspent" in again.stderr and not (run / "claims.json").exists()
     missed = smallest_fnr(run)
-    empirical = ("calibrate", "--run", run, "--guarantee", "none")
+    empirical = ("calibrate", "--run", run, "--guarantee", "none", "--policy", "softmax")
     refused = stage1(*empirical, "--fnr", missed / 2) if missed > 0 else None
     assert refused is None or (refused.returncode == 3 and not (run / "thresholds.json").exists()), refused
     policy = done(*empirical, "--fnr", missed + 1e-3)
