@@ -83,7 +83,8 @@ class Command:
 RUN = {
     "split": Command("split --labels {p}/labels.csv --out {w}/run"),
     "explora": Command(EXPLORE, 5, 1, ("run/explora/config.json", "--resume")),
-    "explora anew": Command(f"{EXPLORE} --overwrite --set seed=1", 7, 2),
+    # Killed when all was written, it is set aside by the one that follows.
+    "explora anew": Command(f"{EXPLORE} --overwrite --set seed=1", 7, 2, loose=("run/explora/.before",)),
     "train": Command(f"train --run {{w}}/run --set train.epochs=1 {TRAIN}", 8, 1, ("run/config.json", "--resume")),
     "more epochs": Command("train --run {w}/run --resume --set train.epochs=2", 9, 4),
     # A choice that is made again is another look at these rows.
