@@ -103,7 +103,7 @@ def test_compact_finishes_what_it_began_and_loses_nothing(tiny: Path, tmp_path: 
     log = EventLog(root / "log", segment_bytes=10_000)
 
     def serve(batch: int) -> None:
-        made = decisions(champion, batch, now - 4e6 + 1e5 * batch)
+        made = decisions(champion, batch, now - 2.4e6 + 9e4 * batch)
         for start in range(0, 40, 8):
             log.append(made[start : start + 8])
         kept = next(one for one in made if one.selected)

@@ -84,7 +84,7 @@ RUN = {
     "split": Command("split --labels {p}/labels.csv --out {w}/run"),
     "explora": Command(EXPLORE, 5, 1, ("run/explora/config.json", "--resume")),
     # Killed when all was written, it is set aside by the one that follows.
-    "explora anew": Command(f"{EXPLORE} --overwrite --set seed=1", 7, 2, loose=("run/explora/.before",)),
+    "explora anew": Command(f"{EXPLORE} --overwrite --set seed=1", 13, 2, loose=("run/explora/.before",)),
     "train": Command(f"train --run {{w}}/run --set train.epochs=1 {TRAIN}", 8, 1, ("run/config.json", "--resume")),
     "more epochs": Command("train --run {w}/run --resume --set train.epochs=2", 9, 4),
     # A choice that is made again is another look at these rows.
@@ -135,11 +135,13 @@ LOOP = {
     "promote": Command("continual promote --root {w}/loop --by ada"),
     "canary": Command("continual run --root {w}/loop"),
     "champion": Command("continual run --root {w}/loop"),
-    "status": Command("continual status --root {w}/loop --page {w}/s.html --metrics {w}/s.prom --grafana {w}/s.json"),
+    "status": Command(
+        "continual status --root {w}/loop --page {w}/s.html --metrics {w}/s.prom --grafana {w}/s.json", 5, 2
+    ),
     "rollback": Command("continual rollback --root {w}/loop --by ada"),
     "monitor": Command("continual run --root {w}/loop"),
     "export audit": Command("continual audit --root {w}/loop --export {w}/audit.jsonl"),
-    "purge": Command("review --store {w}/loop --purge --yes", 5),
+    "purge": Command("review --store {w}/loop --purge --yes", 9, 3),
 }
 LIVES = {"run": RUN, "comparison": COMPARISON, "loop": LOOP}
 NAMES = {name: life for life, commands in LIVES.items() for name in commands}
