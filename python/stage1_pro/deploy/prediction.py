@@ -24,6 +24,7 @@ from stage1_pro.progress import say, track
 from stage1_pro.words import SplitName
 
 SEPARATOR = "|"
+Opened = contextlib.AbstractContextManager[Answering]
 
 
 def predict(
@@ -66,20 +67,19 @@ def predict(
     asked = {"runtime": cascade.runtime.name, "threads": (cascade.asked or {}).get("threads")}
     begun = work.begun(cascade, log=None if log is None else Path(log).absolute(), **asked)
     if log is None:
-        return work.answer(begun, lambda _: cascade)
+        return work.answer(begun, lambda _: contextlib.nullcontext(cascade))
     from stage1_pro.continual.serving.events import EventLog
     from stage1_pro.continual.serving.served import Served
 
-    with contextlib.ExitStack() as opened:
-
-        def served(answers: Answers | None) -> Served:
-            events = opened.enter_context(EventLog(log))
+    @contextlib.contextmanager
+    def served(answers: Answers | None) -> Iterator[Served]:
+        with EventLog(log) as events:
             found = Served(cascade, events, writer=begun.writer if answers is None else answers.begun.writer)
             if answers is not None and answers.begun is not begun and answers.n_rows < len(work.files):
                 found.go_on(answers.n_decided)
-            return found
+            yield found
 
-        return work.answer(begun, served)
+    return work.answer(begun, served)
 
 
 def load(bundle: Path | str, runtime: str, *, threads: int = 0, trust_engines: bool = False) -> Cascade:
@@ -127,7 +127,7 @@ def infer(
             raise InputError(f"split must have rows, got {split} with none; choose another one or name images")
     cascade = Cascade.from_run(run)
     work = _Work("infer", files, out, batch_size, resume, overwrite, lazily)
-    return work.answer(work.begun(cascade, split=split), lambda _: cascade)
+    return work.answer(work.begun(cascade, split=split), lambda _: contextlib.nullcontext(cascade))
 
 
 def promised(source: Path | str, prior: float | None = None) -> Standing:
@@ -189,15 +189,18 @@ class _Work:
         named = [part for pair in zip(self.names, places, strict=True) for part in pair]
         return Begun.of(identity(cascade.bundle), named, batch_size=self.batch_size, **options)
 
-    def answer(self, begun: Begun, answering: Callable[[Answers | None], Answering]) -> tuple[Sequence[Row], int]:
+    def answer(self, begun: Begun, answering: Callable[[Answers | None], Opened]) -> tuple[Sequence[Row], int]:
         """Rows for all photos, and how many have an error; ``answering`` is told what is answered already."""
         rows: Sequence[Row]
         if self.out is None:
-            rows = [row for batch in self._batches(answering(None), 0) for row in batch]
+            with answering(None) as opened:
+                rows = [row for batch in self._batches(opened, 0) for row in batch]
         else:
             how = {"resume": self.resume, "overwrite": self.overwrite}
-            with coming(Path(self.out), begun, self.names, batch_size=self.batch_size, **how) as answers:
-                for batch in self._batches(answering(answers), answers.n_rows):
+            begins = coming(Path(self.out), begun, self.names, batch_size=self.batch_size, **how)
+            # A log is closed before the CSV takes its name: whoever sees that name need not begin again.
+            with begins as answers, answering(answers) as opened:
+                for batch in self._batches(opened, answers.n_rows):
                     answers.append(batch)
             rows = Filed(Path(self.out), len(self.files))
             say(f"wrote {self.out}")
