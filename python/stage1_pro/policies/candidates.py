@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stage1_pro.arguments import binary, check_share, shown, whole
+from stage1_pro.arguments import binary, check_share, floats, indices, shown, whole
 from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies import bounds
@@ -46,8 +46,8 @@ class Risk:
         if self.otherwise is not None:
             object.__setattr__(self, "otherwise", binary(f"errors otherwise of {self.name}", self.otherwise))
 
-    def where(self, rows: NDArray[np.bool_]) -> Risk:
-        """The risk of some rows; ``rows`` bool [N]."""
+    def where(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Risk:
+        """The risk of some rows; ``rows`` bool [N], or indices."""
         trials, otherwise = (None if one is None else one[rows] for one in (self.trials, self.otherwise))
         return replace(self, errors=self.errors[rows], trials=trials, otherwise=otherwise)
 
@@ -74,6 +74,82 @@ class Risk:
             return k, np.full(order.size, rows.size) if joint else m
         other = rows[self.otherwise[rows]]
         return k + other.size - count_at_least(values[other], order), np.full(order.size, rows.size)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Another mix of classes than rows come in: the share of each class [K] where it serves, and the class of rows [N].
+
+    Rows are visited in a random order, in which the class that comes next is drawn from what is left, with chances that
+    are known: by share / chance a row counts for the mix, whatever classes rows come in.
+
+    Raises:
+        InputError: shares that are no mix, or classes beyond them.
+    """
+
+    shares: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        values = floats("shares", self.shares)
+        if values.ndim != 1 or not (values >= 0).all() or abs(float(values.sum()) - 1) > 1e-9:
+            raise InputError(f"shares must be those of the classes, 0 or more and 1 in all, got {shown(self.shares)}")
+        object.__setattr__(self, "shares", values)
+        object.__setattr__(self, "labels", indices("labels", self.labels, np.size(self.labels), values.size))
+
+    @classmethod
+    def at(cls, prior: float, positive: int, labels: NDArray[np.int64], n_classes: int) -> Mix:
+        """The mix in which one class has another share, and the others share the rest as they do among rows [N]."""
+        counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
+        counts[positive] = 0
+        if not counts.any():
+            counts = np.ones(n_classes)
+            counts[positive] = 0
+        shares = (1 - prior) * counts / counts.sum()
+        shares[positive] = prior
+        return cls(shares, labels)
+
+    def where(self, rows: NDArray[np.generic]) -> Mix:
+        """The same of some rows, by mask or index."""
+        return Mix(self.shares, self.labels[rows])
+
+    @property
+    def _counts(self) -> NDArray[np.int64]:
+        return np.bincount(self.labels, minlength=self.shares.size)
+
+    @property
+    def known(self) -> bool:
+        """Whether each class of the mix is among the rows."""
+        return bool(self._counts[self.shares > 0].all())
+
+    @property
+    def effective(self) -> float:
+        """So many rows in the mix itself would tell as much."""
+        return float(1 / (self.shares**2 / np.maximum(self._counts, 1)).sum())
+
+    @property
+    def square(self) -> float:
+        """Mean square of the weights of ``visits``, by the numbers of classes alone."""
+        each = self.shares / np.maximum(self._counts, 1)
+        return float((self.shares * each).sum() / self.labels.size / each.max() ** 2)
+
+    def visits(self, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Rows [M] as they are visited, and the weight of each [M] in (0, 1], as far as each class is still to come."""
+        order = np.random.default_rng(seed).permutation(self.labels.size)
+        labels, left = self.labels[order], self._counts - np.zeros((order.size, 1), dtype=np.int64)
+        left[1:] -= np.cumsum(labels[:, None] == np.arange(self.shares.size), axis=0)[:-1]
+        some = self.shares > 0
+        n = int((left[:, some] > 0).all(axis=1).sum())
+        each = self.shares[some] / left[:n, some]
+        at = (np.cumsum(some) - 1)[labels[:n]]
+        # A class that the mix has not counts nothing.
+        weight = np.where(some[labels[:n]], each[np.arange(n), at], 0.0) / each.max(axis=1, initial=0.0)
+        return order[:n], weight
+
+    def ratios(self) -> NDArray[np.float64]:
+        """By how much every row [N] counts more in the mix than among these rows."""
+        seen = self._counts / max(self.labels.size, 1)
+        return np.asarray((self.shares / np.where(seen > 0, seen, 1.0))[self.labels])
 
 
 class Counts:
@@ -258,6 +334,73 @@ class Means:
     def within_crc(self, i: int) -> bool:
         """Whether that is within every limit."""
         return all(self.crc_risk(number, i) <= bounds.exact(risk.alpha) for number, risk in enumerate(self.risks))
+
+
+class Mixed(Means):
+    """Tests for another mix of classes, one row a unit: by betting (``Mix``), and exact within one class.
+
+    Args:
+        counts: the same as exact tests, for what is of one class alone and for what is counted.
+        drawn: the row of each unit.
+        mix: of all rows.
+    """
+
+    def __init__(
+        self, values: NDArray[np.float64], counts: Counts, drawn: NDArray[np.int64], mix: Mix, delta: float, seed: int
+    ) -> None:
+        cut = mix.where(drawn)
+        visited, weight = cut.visits(seed)
+        rows = drawn[visited]
+        self.counts, self.n, self.order, self.delta, self.joint = counts, rows.size, counts.order, delta, False
+        self.min_coverage, self.photos, self.scale = counts.min_coverage, False, 1
+        self.risks = [replace(risk.where(rows), trials=None) for risk in counts.risks]
+        self.mixed = [place for place, risk in enumerate(counts.risks) if risk.trials is None]
+        self.member, self.everyone, self.whole = np.arange(rows.size), weight, weight
+        self.ranked, self.ends = ranked(values[rows]), count_at_least(values[rows], counts.order)
+        self.shares = [weight] * len(self.risks)
+        self.values, self.ratios, self.square = values[drawn], cut.ratios(), cut.square
+        self.first = counts.risks[0].where(drawn)
+        self.squares = [self.square] * (1 + len(self.risks))
+
+    def p_risk(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of "a risk is above its limit": the largest of the risks'."""
+        return np.array([
+            max(self._p_one(risk, int(i)) if risk in self.mixed else self._exact(risk, int(i)) for risk in self._all)
+            for i in at
+        ])  # fmt: skip
+
+    @property
+    def _all(self) -> range:
+        return range(len(self.risks))
+
+    def _exact(self, risk: int, i: int) -> float:
+        return self.counts.risks_at(i, self.delta)[risk].p_value
+
+    def risks_at(self, i: int, level: float) -> tuple[RiskCounts, ...]:
+        """Counts of units as they came; bounds at 1 - level and p-values of the mix."""
+        found = list(self.counts.risks_at(i, level))
+        for number in self.mixed:
+            loss, weights = self._pairs(number, i)
+            alpha = self.risks[number].alpha
+            bound = bounds.betting_upper(
+                loss, level, weights=weights, alpha=alpha, variance=self._variance(1 + number, alpha)
+            )
+            found[number] = found[number].model_copy(update={"bound": bound, "p_value": self._p_one(number, i)})
+        return tuple(found)
+
+    def accepted_at(self, i: int) -> int:
+        """Units accepted."""
+        return self.counts.accepted_at(i)
+
+    def coverage_at(self, i: int) -> float:
+        """Their share in the mix."""
+        return float(np.average(self.values >= self.order[i], weights=self.ratios))
+
+    def rate_at(self, i: int) -> tuple[float, float]:
+        """The first risk in the mix as it was seen, and the share of units that are its trials; 0 and 0 of none."""
+        errors, trials = self.first.outcomes(self.values >= self.order[i])
+        among = float(self.ratios[trials].sum())
+        return (float(self.ratios[errors].sum()) / among, among / float(self.ratios.sum())) if among else (0.0, 0.0)
 
 
 @dataclass(frozen=True)

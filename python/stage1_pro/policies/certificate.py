@@ -89,6 +89,10 @@ class CertificateRecord(Record):
     largest_group: int | None = Field(None, description="with unit photos: rows of the largest group there is")
     guarantee: str
     assumptions: list[str]
+    mix: dict[str, float] | None = Field(
+        None, description="share of each class that it is for; the coverage is that of this mix; null: as they come"
+    )
+    mix_of: str | None = Field(None, description="the class whose share was stated")
 
 
 class PromiseCheck(Record):

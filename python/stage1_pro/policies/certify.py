@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from stage1_pro.arguments import array, at_or_above, check_share, choice, floats, grid_of, on_grid, shown
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.notebook import Shown
-from stage1_pro.policies.bounds import coverage_p_value, errors_allowed, trials_needed
-from stage1_pro.policies.candidates import JOINT, Counts, Means, Risk, choose, count_at_least, photo_shares
+from stage1_pro.policies.bounds import betting_p_value, coverage_p_value, errors_allowed, first_enough, trials_needed
+from stage1_pro.policies.candidates import JOINT, Counts, Means, Mix, Mixed, Risk, choose, count_at_least, photo_shares
 from stage1_pro.policies.certificate import LABELS_RIGHT, Method, RiskCounts, why_independent
 from stage1_pro.policies.needed import Needed, units_needed
 from stage1_pro.policies.planning import plan_calibration
@@ -118,6 +118,7 @@ class Options(TypedDict, total=False):
     rows_independent: bool
     largest_group: int | None
     squares: Sequence[float] | None
+    mix: Mix | None
 
 
 def certify_threshold(
@@ -173,6 +174,7 @@ def certify(
     rows_independent: bool = False,
     largest_group: int | None = None,
     squares: Sequence[float] | None = None,
+    mix: Mix | None = None,
 ) -> Certificate:
     """Find the last threshold that passes every constraint, walking a frozen order until one fails.
 
@@ -223,6 +225,8 @@ def certify(
         largest_group: with ``photos``: rows of the largest group that can ever come.
         squares: with ``photos``: mean square of groups' trials as shares of the largest, of the coverage and of each
             risk, which bets begin with; from other rows than these.
+        mix: promise the coverage, and risks of all rows, of another mix of classes, in which each class is as it is
+            here (label shift); one row a unit, with candidates.
 
     Raises:
         InputError: an argument is not what it must be; grouped rows are to count as rows without that statement.
@@ -246,6 +250,8 @@ def certify(
         raise InputError(f"squares must go with groups counted as photos, got them with {counted}; drop them")
     elif largest_group is not None and unit != "photos":
         raise InputError(f"largest_group must go with unit photos, got it with {unit}; drop it or ask for photos")
+    if mix is not None:
+        _check_mix(mix, values.size, drawn, counted, candidates, method)
     if candidates is None and counted in ("group_means", "photos"):
         raise InputError(
             f"candidates must be given where the unit is {counted}, got None; rows above a rank of one row each are "
@@ -258,22 +264,14 @@ def certify(
     # What a narrower dtype rounds in a comparison must be on its grid: scores of that dtype are then decided alike.
     order = on_grid(order, grid_of(scores))
     joint = method in JOINT
-    tests = (
-        Means(
-            values,
-            risks,
-            names,
-            order,
-            delta,
-            min_coverage,
-            joint,
-            seed,
-            largest_group if counted == "photos" else None,
-            squares,
-        )
-        if counted in ("group_means", "photos") and names is not None
-        else Counts(values, risks, drawn, among, order, min_coverage, joint)
-    )
+    tests: Counts | Means
+    if counted in ("group_means", "photos") and names is not None:
+        largest = largest_group if counted == "photos" else None
+        tests = Means(values, risks, names, order, delta, min_coverage, joint, seed, largest, squares)
+    else:
+        tests = Counts(values, risks, drawn, among, order, min_coverage, joint)
+        if mix is not None:
+            tests = Mixed(values, tests, drawn, mix, delta, seed)
     choice = choose(tests, method, delta)
     chosen, shown = choice.deployed, choice.shown
     found = tests.risks_at(shown, choice.level)
@@ -302,13 +300,16 @@ def certify(
         reason=reason,
         candidates=order[choice.tested],
         p_values=choice.p_values,
-        guarantee="none: infeasible" if chosen is None else _sentence(risks, n, counted, delta, min_coverage, method),
+        guarantee="none: infeasible"
+        if chosen is None
+        else _sentence(risks, n, counted, delta, min_coverage, method, mixed=mix is not None),
         assumptions=_assumptions(
             counted,
             why_independent(grouped=groups is not None, stated=rows_independent),
             candidates is None,
             method,
             largest_group,
+            mixed=mix is not None,
         ),
         n=n,
         accepted=tests.accepted_at(shown),
@@ -318,7 +319,9 @@ def certify(
         delta=delta,
         min_coverage=min_coverage,
         seed=seed,
-        plan=partial(_needed_jointly, found[0], n, delta, "crc" if method == "crc" else "rcps")
+        plan=partial(_needed_in_mix, tests, shown, delta)
+        if isinstance(tests, Mixed)
+        else partial(_needed_jointly, found[0], n, delta, "crc" if method == "crc" else "rcps")
         if joint or risks[0].otherwise is not None
         else partial(
             units_needed,
@@ -363,6 +366,23 @@ def _squares(given: ArrayLike, n: int) -> list[float]:
             "out, or take them from other rows"
         )
     return [float(one) for one in values]
+
+
+def _check_mix(
+    mix: Mix, n: int, drawn: NDArray[np.int64], unit: Unit, candidates: ArrayLike | None, method: Method
+) -> None:
+    if mix.labels.size != n:
+        raise InputError(f"labels of mix must have shape [{n}] as scores, got {mix.labels.size}; one per row")
+    if unit not in ("rows", "groups") or candidates is None or method in JOINT:
+        raise InputError(
+            f"mix must go with candidates, one row a unit, and a method other than {' and '.join(JOINT)}, got "
+            f"{'none' if candidates is None else 'them'}, {unit} and {method}"
+        )
+    if not mix.where(drawn).known:
+        raise NotReachableError(
+            "each class of mix must be among the rows that certify, got INFEASIBLE: one has none, so nothing is known "
+            "of it; bring photos of it"
+        )
 
 
 def _check_method(method: Method, min_coverage: float | None) -> None:
@@ -427,6 +447,20 @@ def _needed_jointly(risk: RiskCounts, n: int, delta: float, method: Method) -> N
     return Needed(math.ceil((1 - risk.alpha) / (risk.alpha - error) / share))
 
 
+def _needed_in_mix(tests: Mixed, at: int, delta: float) -> Needed | None:
+    """Units for 90% power in a mix: those of an exact test, times what bets take more where nothing is wrong."""
+    (error, share), alpha = tests.rate_at(at), tests.risks[0].alpha
+    if not share or error >= alpha:
+        return None
+    weight, variance = float(tests.whole.mean()), alpha * (1 - alpha) * tests.square
+    bets = first_enough(
+        lambda n: betting_p_value(np.zeros(n), alpha, delta, weights=np.full(n, weight), variance=variance) <= delta,
+        1, 10**5,
+    )  # fmt: skip
+    exact = plan_calibration(alpha, delta, share, error)
+    return None if bets is None else Needed(math.ceil(exact * bets / trials_needed(0, alpha, delta)))
+
+
 def _reason(
     risks: tuple[RiskCounts, ...],
     at: str,
@@ -469,7 +503,14 @@ _HOW: dict[Method, str] = {
 
 
 def _sentence(
-    risks: Sequence[Risk], n: int, unit: Unit, delta: float, min_coverage: float | None, method: Method
+    risks: Sequence[Risk],
+    n: int,
+    unit: Unit,
+    delta: float,
+    min_coverage: float | None,
+    method: Method,
+    *,
+    mixed: bool = False,
 ) -> str:
     image = {"rows": "a new image", "photos": "all images to come, large groups with all of theirs"}.get(
         unit, "one image drawn from a new group"
@@ -493,18 +534,23 @@ def _sentence(
     if min_coverage is not None:
         wishes.insert(0, f"coverage at least {100 * min_coverage:g}%")
     tests = {"group_means": "betting on group means", "photos": "betting on sums over groups"}.get(
-        unit, "exact binomial tests"
+        unit, "betting on rows that count by their class" if mixed else "exact binomial tests"
     )
+    if mixed:
+        image += ", in the mix of classes that was asked for"
     return (
         f"With probability at least {100 * (1 - delta):g}% over the draw of the {n} certify {units}, this holds of "
         f"{image}: {' and '.join(wishes)} ({tests} {_HOW[method]})."
     )
 
 
-def _assumptions(unit: Unit, why: str, ranks: bool, method: Method, largest: int | None = None) -> tuple[str, ...]:
+def _assumptions(
+    unit: Unit, why: str, ranks: bool, method: Method, largest: int | None = None, *, mixed: bool = False
+) -> tuple[str, ...]:
     units = "rows" if unit == "rows" else "groups"
+    shifts = "only the mix of classes shifts, as was asked for" if mixed else "nothing shifts"
     found = [
-        f"certify {units} are independent draws of what will be seen later, and nothing shifts",
+        f"certify {units} are independent draws of what will be seen later, and {shifts}",
         LABELS_RIGHT,
         "model, wish and order of testing were fixed before anybody looked at the certify rows",
     ]

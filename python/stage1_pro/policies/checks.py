@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_lower, clopper_pearson_upper
 from stage1_pro.policies.bounds import betting_upper, first_enough
+from stage1_pro.policies.candidates import Mix
 from stage1_pro.policies.certificate import Outcome, PromiseCheck, ShareOf
 
 PASS_LEVEL, FAIL_LEVEL = 0.95, 0.99
@@ -70,6 +71,26 @@ def check_photos(
         name=name, limit=limit, errors=int((errors & trials).sum()), trials=int(trials.sum()), lower=lower, upper=upper,
         outcome=outcome, n_to_settle=None,
     )  # fmt: skip
+
+
+def check_mix(
+    name: str, errors: NDArray[np.bool_], trials: NDArray[np.bool_], mix: Mix, limit: float, of: int = 1
+) -> PromiseCheck:
+    """Hold a promise of at most ``limit`` in another mix of classes against units [N]: by betting.
+
+    Errors that are no trials do not count; counts are of units as they came. Where a class is missing nothing is known.
+    """
+    counts = {"errors": int((errors & trials).sum()), "trials": int(trials.sum())}
+    lower, upper = 0.0, 1.0
+    if mix.known:
+        rows, weight = mix.visits(0)
+        of_each, wrong = (weight * one[rows] for one in (trials, errors & trials))
+        variance = limit * (1 - limit) * mix.square
+        upper = betting_upper(wrong, 1 - PASS_LEVEL, weights=of_each, alpha=limit, variance=variance)
+        right = np.maximum(of_each - wrong, 0.0)
+        lower = 1 - betting_upper(right, (1 - FAIL_LEVEL) / of, weights=of_each, alpha=1 - limit, variance=variance)
+    outcome: Outcome = "FAIL" if lower > limit else "PASS" if upper <= limit else "INCONCLUSIVE"
+    return PromiseCheck(name=name, limit=limit, **counts, lower=lower, upper=upper, outcome=outcome, n_to_settle=None)
 
 
 def unjudged(found: Sequence[PromiseCheck]) -> list[PromiseCheck]:

@@ -15,14 +15,14 @@ from stage1_pro.arguments import Grid, choice
 from stage1_pro.errors import NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.bounds import exact
-from stage1_pro.policies.candidates import Risk
+from stage1_pro.policies.candidates import Mix, Risk
 from stage1_pro.policies.certificate import CertificateRecord, SweepRow
 from stage1_pro.policies.certify import Certificate
 from stage1_pro.policies.checks import unjudged
 from stage1_pro.policies.counts import ExitCounts, count_exits, meets, sweep_table
 from stage1_pro.policies.ordering import certify_halves, infeasible, record
 from stage1_pro.policies.policy import Checked, Origin, Policy, risk_of
-from stage1_pro.policies.rows import Rows, Unit, groups_in_error
+from stage1_pro.policies.rows import Rows, Unit, groups_in_error, one_each
 from stage1_pro.policies.target import OfExits, Target
 from stage1_pro.policies.useful import OVERRIDE, Exits, weigh_exits
 from stage1_pro.record import Record
@@ -41,12 +41,25 @@ class Chosen:
     certificate: Certificate | None
     n_tried: int
     weighed: Exits
+    mix: dict[str, float] | None = None
 
     @property
     def caution(self) -> str:
         """A sentence on a promise that says nothing and was wanted all the same; empty otherwise."""
         useless = self.weighed.useless if self.certificate is not None else ""
         return f" This promise was wanted although it says nothing (allow_useless): {useless}." if useless else ""
+
+    @property
+    def mixed(self) -> str:
+        """A sentence on the mix of classes, where another one was asked for than they came in; empty otherwise."""
+        if self.mix is None:
+            return ""
+        seen = np.bincount(self.rows.labels, minlength=len(self.mix)) / self.rows.labels.size
+        told = (
+            f"'{name}' {share:.1%} (here {here:.1%})"
+            for (name, share), here in zip(self.mix.items(), seen, strict=True)
+        )
+        return f" The mix: {', '.join(told)}."
 
     @property
     def n_errors(self) -> int:
@@ -63,7 +76,8 @@ class Chosen:
         """The certificate as it is stored."""
         if self.certificate is None:
             return None
-        return record(self.certificate, claims=claims, use=use, largest_group=largest_group)
+        made = record(self.certificate, claims=claims, use=use, largest_group=largest_group)
+        return made if self.mix is None else made.model_copy(update={"mix": self.mix, "mix_of": self.rows.positive})
 
     def fields(self, target: Target, use: int | None, origin: Origin | None) -> dict[str, Any]:
         """What every policy of this package stores of it."""
@@ -105,9 +119,10 @@ def choose_exits(
         InputError: no halves where something is to be certified.
         NotReachableError: the target cannot be met or certified.
     """
-    certificate, n_tried = None, 0
+    certificate, n_tried, mix = None, 0, None
     if target.guarantee == "ltt":
         fit = ~rows.kept_half()
+        mix = mix_of(target, rows)
         certificate = _certified(target, rows, score, lowest, grid)
         if not certificate.feasible:
             raise infeasible(certificate, target.words(), halved=rows.halved)
@@ -121,14 +136,15 @@ def choose_exits(
     exited = score >= row.threshold
     if int(exited.sum()) != row.n_exited:
         raise AssertionError("the stored threshold does not decide as the sweep did")
-    weighed = _weighed(target, rows, exited, "groups" if certificate is None else certificate.unit)
+    weighed = _weighed(target, rows, exited, "groups" if certificate is None else certificate.unit, mix)
     if weighed.useless and certificate is not None and not target.allow_useless:
         raise NotReachableError(
             f"{target.words()} must be a promise that says something, but it is INFEASIBLE: "
             f"{weighed.useless}. Train a better Stage A, or {OVERRIDE}. No policy was written"
         )
     sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
-    return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed)
+    named = None if mix is None else dict(zip(rows.classes, mix.shares.tolist(), strict=True))
+    return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed, named)
 
 
 def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float = 0.0) -> tuple[float, bool] | None:
@@ -137,11 +153,23 @@ def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float
     if certificate.threshold is None or certificate.coverage is None:
         return None
     kept = ~rows.fit_half()
-    weighed = _weighed(target, rows.where(kept), score[kept] >= certificate.threshold, certificate.unit)
+    exited = score[kept] >= certificate.threshold
+    weighed = _weighed(target, rows.where(kept), exited, certificate.unit, mix_of(target, rows))
     return certificate.coverage, not weighed.useless
 
 
-def _weighed(target: Target, rows: Rows, exited: NDArray[np.bool_], unit: Unit) -> Exits:
+def mix_of(target: Target, rows: Rows) -> Mix | None:
+    """The mix of classes that a target is for, of all rows: others than the class share the rest as they certify."""
+    prior = target.served_prior
+    if prior is None:
+        return None
+    kept = ~rows.fit_half()
+    drawn = one_each(None if rows.groups is None else rows.groups[kept], np.ones(int(kept.sum()), dtype=bool), 0)
+    mix = Mix.at(prior, rows.classes.index(rows.positive), rows.labels[kept][drawn], len(rows.classes))
+    return replace(mix, labels=rows.labels)
+
+
+def _weighed(target: Target, rows: Rows, exited: NDArray[np.bool_], unit: Unit, mix: Mix | None) -> Exits:
     asked = [one for one in target.promises(rows.positive) if one.quantity != "coverage"]
     if all(one.quantity == "cascade error" for one in asked):
         # What it answers is every photo, each by the stage that does.
@@ -149,7 +177,8 @@ def _weighed(target: Target, rows: Rows, exited: NDArray[np.bool_], unit: Unit) 
         answered = np.where(exited[:, None], rows.probs, rows.probs_b)
         rows, exited = replace(rows, probs=answered), np.ones(exited.size, dtype=bool)
     of_one_class = all(one.label is not None for one in asked)
-    return weigh_exits(rows, exited, unit, asked[0].limit if of_one_class else None)
+    shares = None if mix is None else mix.shares
+    return weigh_exits(rows, exited, unit, asked[0].limit if of_one_class else None, shares=shares)
 
 
 def _certified(
@@ -161,7 +190,7 @@ def _certified(
         score, _risks(target, rows), rows.halves,
         delta=target.delta / target.claims, groups=rows.given_groups(), lowest=lowest, smallest=smallest, grid=grid,
         largest_group=target.largest, rows_independent=rows.independent, alike=rows.halved,
-        min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None),
+        min_coverage=next((one.limit for one in asked if one.quantity == "coverage"), None), mix=mix_of(target, rows),
     )  # fmt: skip
 
 
@@ -232,7 +261,10 @@ class ExitPolicy(Policy):
             return {}
         useless = {"allow_useless": True} if self.useless else {}
         largest = self.certificate.largest_group
-        of = {} if largest is None else {"unit": "photo", "largest_group": largest}
+        of: dict[str, Any] = {} if largest is None else {"unit": "photo", "largest_group": largest}
+        if self.mix is not None:
+            of["prior"] = self.mix[self.certificate.mix_of or self.positive]
+            of |= {} if self.certificate.mix_of == self.positive else {"fnr_class": self.certificate.mix_of}
         return {"delta": self.certificate.delta, **of, **useless}
 
     @property
@@ -251,9 +283,15 @@ class ExitPolicy(Policy):
         return self.certificate is not None and self.certificate.unit == "rows"
 
     @property
+    def mix(self) -> dict[str, float] | None:
+        """Share of each class that it promises for."""
+        return None if self.certificate is None else self.certificate.mix
+
+    @property
     def usual_exit_rate(self) -> float | None:
-        """Share of calibration rows that exit."""
-        return self.coverage
+        """Share of calibration rows that exit, in the mix of classes that was asked for."""
+        made = self.certificate
+        return self.coverage if made is None or made.mix is None else made.coverage
 
     @property
     def sweep(self) -> list[SweepRow]:
@@ -307,7 +345,9 @@ class Limits(Record):
     @classmethod
     def of(cls, target: OfExits) -> Limits:
         """Those of a target."""
-        return cls(**{name: getattr(target, name) for name in cls.model_fields})
+        found = cls(**{name: getattr(target, name) for name in cls.model_fields})
+        # Of a mix of classes the certificate knows it.
+        return found if target.fnr is not None else found.model_copy(update={"fnr_class": None})
 
     def asked(self) -> dict[str, Any]:
         """The same as fields of a target."""
@@ -467,8 +507,8 @@ def _said(found: Chosen, target: Target) -> dict[str, Any]:
             out, n_all, seen, unit = row.n_exited, rows.labels.size, of_photos, "photos"
         return counts | {
             "statement": (
-                f"{certificate.guarantee} {out} of {n_all} {unit} of those kept for the certificate exited; "
-                f"{told(seen, unit)}. They chose nothing. {assumed(certificate)}{found.caution}"
+                f"{certificate.guarantee}{found.mixed} {out} of {n_all} {unit} of those kept for the certificate "
+                f"exited; {told(seen, unit)}. They chose nothing. {assumed(certificate)}{found.caution}"
             ),
             "exit_error_upper_bound": bounds.get("exit error"),
             "fnr_upper_bound": bounds.get("FNR on exits") if row.n_positive_exited else None,

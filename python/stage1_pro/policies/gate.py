@@ -161,7 +161,7 @@ class GateParams(ByGate, ByLimits):
         """What it was asked for; delta is that of its own claim."""
         own, limits = self.constraints, {} if self.limits is None else self.limits.asked()
         asked = {"exit_error": own.max_exit_error, "fnr": own.target_fnr_exit, "least_coverage": own.min_coverage}
-        return Gate(**{**limits, **asked}, guarantee=self.guarantee, **self.own_delta)
+        return Gate(**{**limits, **asked, **self.own_delta}, guarantee=self.guarantee)
 
     def found(self) -> list[str]:
         """The scaling, and what exits."""

@@ -15,14 +15,14 @@ from scipy.special import betainc
 from stage1_pro.arguments import Grid, choice, flag, grid_of, names, number, whole
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf, last_digit
-from stage1_pro.policies.candidates import Counts, Risk, group_weights, photo_shares, ranked
+from stage1_pro.policies.candidates import Counts, Mix, Risk, group_weights, photo_shares, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
 from stage1_pro.policies.certify import Certificate, certify, check_rows
 from stage1_pro.policies.counts import gaps
 from stage1_pro.policies.needed import units_needed
 from stage1_pro.policies.rows import check_halves, counting_unit, one_each
 
-_PHOTO_STEPS = 100
+_BETTING_STEPS = 100
 
 
 def order_candidates(
@@ -82,9 +82,11 @@ class _Expected:
         groups: NDArray[np.generic] | None,
         lowest: float,
         grid: Grid,
+        mix: Mix | None = None,
     ) -> None:
         everyone = np.ones(values.size, dtype=bool)
-        weights, order = group_weights(groups, everyone), ranked(values)
+        counts_more = 1.0 if mix is None else mix.ratios()
+        weights, order = group_weights(groups, everyone) * counts_more, ranked(values)
         if order.size == 0:
             raise InputError(
                 "scores of the rows that fix the order must have one that is not NaN, got none; calibrate on more rows"
@@ -143,6 +145,7 @@ def certify_halves(
     largest_group: int | None = None,
     rows_independent: bool = False,
     alike: bool = True,
+    mix: Mix | None = None,
 ) -> Certificate:
     """Take candidates and their order from the fit half, and certify on the other: ``order_candidates``, ``certify``.
 
@@ -160,6 +163,7 @@ def certify_halves(
         largest_group: promise shares of photos, in groups of at most so many; None: of groups.
         rows_independent: the caller states that rows are independent, where there are no groups.
         alike: both halves say how good answers are; False: the fit half chose the model.
+        mix: of the rows of both halves: what is promised is of this mix of classes.
 
     Raises:
         InputError: a half is empty, a group is in both, or another argument is not what it must be.
@@ -172,17 +176,21 @@ def certify_halves(
         return [risk.where(rows) for risk in risks]
 
     n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
+    if mix is not None:
+        certifying = mix.where(~fit)
+        everyone = np.ones(certifying.labels.size, dtype=bool)
+        n_certify = int(certifying.where(one_each(None if units is None else units[~fit], everyone, seed)).effective)
     flag("smallest", smallest)
     flag("alike", alike)
     if flag("rows_independent", rows_independent) and units is not None:
         raise InputError("rows_independent must be False where groups are given, got True; choose one")
     photos = largest_group is not None and units is not None and np.unique(units).size < units.size
-    squares = None
+    bets, squares = photos or mix is not None, None
     if largest_group is not None and units is not None:
         squares = mean_squares(units[fit], [None, *(risk.trials for risk in part(fit))], largest_group)
     expected = _Expected(
         values[fit], part(fit), n_certify, min_coverage, None if units is None or photos else units[fit],
-        number("lowest", lowest), _grid(grid, scores),
+        number("lowest", lowest), _grid(grid, scores), None if mix is None else mix.where(fit),
     )  # fmt: skip
     rest, others, certain = values[~fit], None, part(~fit)
     if units is not None:
@@ -194,21 +202,22 @@ def certify_halves(
     def attempt(alphas: Sequence[float]) -> Certificate:
         wished = [replace(risk, alpha=alpha) for risk, alpha in zip(certain, alphas, strict=True)]
         candidates = expected.thresholds[expected.start(alphas) :]
-        if photos:
+        if bets:
             # Every test looks at all groups: as many thresholds as tell coverages a percent apart.
-            steps = np.linspace(0, candidates.size - 1, min(candidates.size, _PHOTO_STEPS))
+            steps = np.linspace(0, candidates.size - 1, min(candidates.size, _BETTING_STEPS))
             candidates = candidates[steps.astype(np.int64)]
         return certify(
             rest, wished, delta=delta, min_coverage=min_coverage, candidates=candidates, groups=others, seed=seed,
             unit="photos" if photos else "auto", largest_group=largest_group if photos else None,
             squares=squares if photos else None, rows_independent=rows_independent,
+            mix=None if mix is None else mix.where(~fit),
         )  # fmt: skip
 
     alphas = [risk.alpha for risk in risks]
     found = attempt(alphas)
     if found.feasible:
         return found
-    if not photos and all(risk.otherwise is None for risk in risks):
+    if not bets and all(risk.otherwise is None for risk in risks):
         # The walk of more units would start elsewhere.
         seen = (values, risks, units) if alike else (rest, certain, others)
         plan = partial(units_needed, *seen, delta=delta, min_coverage=min_coverage, start="halves")
@@ -223,7 +232,7 @@ def certify_halves(
 
     def passes(alphas: Sequence[float]) -> bool:
         """Whether the walk's first candidate does, which is what feasible means."""
-        if photos:
+        if bets:
             return attempt(alphas).feasible
         at = np.array([expected.start(alphas)])
         return bool(tests.accepted[at] > 0 and max(tests.p_coverage(at), tests.p_risk(at, alphas)) <= delta)

@@ -242,7 +242,7 @@ class Policy(Record):
             limits = [one.limit for one in found if one.quantity == "exit error" and one.bound == "at most"]
             return min((one for one in limits if one <= limit), default=None)
 
-        sure = [one for one in self.promises if one.strength == "certified"]
+        sure = [one for one in self.promises if one.strength == "certified" and one.prior is None]
         of_photos = own([one for one in sure if one.unit == "photo" or self.groups_are_photos])
         if of_photos is not None:
             return "promised" if of_photos == limit else "covered by a promise", of_photos
@@ -257,6 +257,11 @@ class Policy(Record):
         asked = self.target.promises(self.positive)
         of = ("FNR on exits", self.positive)
         return next((one.limit for one in asked if (one.quantity, one.label) == of), None)
+
+    @property
+    def mix(self) -> Mapping[str, float] | None:
+        """Share of each class that it promises for; None: as classes come."""
+        return None
 
     @property
     def claims_made(self) -> tuple[int, int | None]:
@@ -277,7 +282,8 @@ class Policy(Record):
         only asked for has no outcome, nor has an average over calibrations, which one of them does not show.
         """
         from stage1_pro.policies.bounds import exact
-        from stage1_pro.policies.checks import check_claim, check_photos, unjudged
+        from stage1_pro.policies.candidates import Mix
+        from stage1_pro.policies.checks import check_claim, check_mix, check_photos, unjudged
 
         exited, everyone = self.exits(rows.probs, rows.gate), np.ones(rows.labels.size, dtype=bool)
         _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
@@ -291,6 +297,12 @@ class Policy(Record):
                 risk = risk_of(one, rows)
                 name, among = risk.name, everyone if risk.trials is None else risk.trials
                 errors, trials = risk.outcomes(exited)
+            if one.prior is not None and self.mix is not None:
+                drawn = one_each(names, everyone, 0)
+                shares = np.array([self.mix.get(called, 0.0) for called in rows.classes])
+                mix = Mix(shares, rows.labels[drawn])
+                found.append(check_mix(name, errors[drawn], trials[drawn], mix, limit, len(asked)))
+                continue
             if self.target.largest is not None and names is not None:
                 found.append(check_photos(name, errors, trials, names, limit, self.target.largest, len(asked)))
                 continue

@@ -22,9 +22,10 @@ from stage1_pro.policies.bounds import (
     first_enough,
     last_digit,
 )
-from stage1_pro.policies.candidates import photo_shares
+from stage1_pro.policies.candidates import Mix, photo_shares
+from stage1_pro.policies.exiting import mix_of
 from stage1_pro.policies.ordering import mean_squares
-from stage1_pro.policies.rows import Rows
+from stage1_pro.policies.rows import Rows, one_each
 from stage1_pro.policies.scrc import SCRC
 from stage1_pro.policies.target import Promise, Scrc, Target
 
@@ -69,12 +70,15 @@ def foresee(target: Target, rows: Rows) -> list[Outlook]:
     if target.guarantee == "none":
         return []
     kept = rows.kept_half()
-    found = []
+    mix, found = mix_of(target, rows), []
     for one in target.promises(rows.positive):
         level = target.level(one, len(rows.classes))
         for name in rows.classes if one.of == "each class" else [one.label]:
             trials = np.ones(kept.size, dtype=bool) if name is None else rows.is_class(name)
-            found.append(_outlook(target, one, name, _Units.of(rows, trials, kept, target.largest), level))
+            units = _Units.of(rows, trials, kept, target.largest)
+            if mix is not None and one.prior is not None:
+                units = _Units.mixed(rows.where(kept), mix.where(kept))
+            found.append(_outlook(target, one, name, units, level))
     return found
 
 
@@ -99,6 +103,13 @@ class _Units:
             return cls(n, rows.unit)
         (square,) = mean_squares(rows.groups[~kept], [trials[~kept]], largest)
         return cls(n, rows.unit, photo_shares(rows.groups[kept], trials[kept], largest), square)
+
+    @classmethod
+    def mixed(cls, kept: Rows, mix: Mix) -> _Units:
+        """Units that count by their class."""
+        drawn = mix.where(one_each(kept.groups, np.ones(kept.labels.size, dtype=bool), 0))
+        weight = drawn.visits(0)[1] if drawn.known else np.zeros(0)
+        return cls(weight.size, f"{kept.unit} that count by their class", weight, drawn.square)
 
     def bet(self, limit: float, level: float) -> bool:
         """Whether betting certifies a limit where no trial is an error."""
@@ -147,7 +158,7 @@ def _covers(target: Target, n: int, share: float, level: float, units: _Units) -
         delta = (level, target.level(target.promises("")[1], 2))
         return target.variant == "T" or SCRC(share, target.alpha, delta, target.variant)._rank(n) is not None
     if units.shares is not None:
-        return units.bet(1 - share, level)
+        return units.n > 0 and units.bet(1 - share, level)
     return float(coverage_p_value(n, n, share)) <= level
 
 

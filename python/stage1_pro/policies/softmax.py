@@ -134,4 +134,4 @@ class Thresholds(ByLimits):
     def target(self) -> Softmax:
         """What it was asked for; delta is that of its own claim."""
         limits = {} if self.limits is None else self.limits.asked()
-        return Softmax(**{**limits, "fnr": self.target_fnr}, guarantee=self.guarantee, **self.own_delta)
+        return Softmax(**{**limits, "fnr": self.target_fnr, **self.own_delta}, guarantee=self.guarantee)

@@ -9,6 +9,9 @@ from stage1_pro.errors import InputError
 from stage1_pro.metrics.binomial import clopper_pearson, clopper_pearson_upper
 from stage1_pro.policies.policy import Policy
 
+# Shares that differ by less are one.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -44,6 +47,8 @@ def standing(policy: Policy, splits: SplitsSummary, prior: float | None = None) 
     # Where clips differ in size, rows would count some of them more than certificates do.
     share = splits.group_shares.get(policy.positive, share)
     asked = policy.target.promises(policy.positive)
+    served = None if policy.mix is None else policy.mix[policy.positive]
+    share = share if served is None else served
     within_class = tuple(one.name for one in asked if one.within_class)
     overall = tuple(one.name for one in asked if not one.within_class)
     stands: tuple[str, ...] = (*overall, *within_class)
@@ -56,10 +61,16 @@ def standing(policy: Policy, splits: SplitsSummary, prior: float | None = None) 
     else:
         low, high = clopper_pearson(round(share * n_groups), n_groups)
         calibrated = f"share of '{policy.positive}' {share:.3g} (95% interval {low:.3g} to {high:.3g})"
+        if served is not None:
+            # It was stated, not counted: there is nothing uncertain about it.
+            low, high = share * (1 - _ROUNDING), share * (1 + _ROUNDING)
+            calibrated = f"share of '{policy.positive}' {share:.3g}, as was stated"
         note = f"prior {prior:g} is inside what was calibrated on: {calibrated}"
         if not low <= prior <= high:
             stands, void = within_class, overall
-            left = "Nothing stands; calibrate on rows of the new mix, or by class (policy scrc, cells class)"
+            left = (
+                "Nothing stands; calibrate on rows of the new mix, for it (--prior), or by class (scrc, --cells class)"
+            )
             if within_class:
                 left = (
                     f"Stands: {', '.join(within_class)}, provided that images of each class are drawn as before and "

@@ -48,6 +48,10 @@ class Promise(Record):
     )
     delta: float | None = Field(None, gt=0, lt=1, description="chance that it is false; null unless certified")
     unit: Literal["group", "photo"] = Field("group", description="drawn anew: one image of a new group, or any image")
+    prior: float | None = Field(
+        None, gt=0, lt=1, description="share of a class that it holds for; null: as classes came in calibration"
+    )
+    prior_of: str | None = Field(None, description="that class")
 
     @property
     def name(self) -> str:
@@ -63,14 +67,16 @@ class Promise(Record):
         """In words, such as ``exit error at most 0.02 (certified, delta 0.05)``."""
         of = "" if self.label is None else f" of '{self.label}'"
         sure = self.strength if self.delta is None else f"{self.strength}, delta {self.delta:g}"
-        return f"{self.name}{of} {self.bound} {self.limit:g} ({sure})"
+        prior = "" if self.prior is None else f" where '{self.prior_of}' has a share of {self.prior:g}"
+        return f"{self.name}{of} {self.bound} {self.limit:g}{prior} ({sure})"
 
     def covers(self, other: Promise) -> bool:
         """Whether whoever was given ``other`` is given no less by this one.
 
         A certified limit of each class or stage covers the same limit of all: the whole is a mixture of its parts.
         """
-        if (self.quantity, self.bound, self.label, self.unit) != (other.quantity, other.bound, other.label, other.unit):
+        same = ("quantity", "bound", "label", "unit", "prior", "prior_of")
+        if any(getattr(self, name) != getattr(other, name) for name in same):
             return False
         if self.of != other.of and not (other.of == "all" and self.strength == "certified"):
             return False
@@ -145,6 +151,11 @@ class Target(Record):
         """Photos of the largest group where the promise is of photos; None where it is of groups."""
         return None
 
+    @property
+    def served_prior(self) -> float | None:
+        """Share of a class that the promise is for; None: as classes come in calibration."""
+        return None
+
     def _promise(
         self, quantity: str, limit: float, bound: Literal["at most", "at least"] = "at most", label: str | None = None
     ) -> Promise:
@@ -171,7 +182,7 @@ class OfExits(Target):
     )
     fnr: Share | None = Field(None, description="largest share that Stage A misses among exits of one class")
     fnr_class: Annotated[str | None, Flag(name="--class", metavar="NAME")] = Field(
-        None, description="with fnr: that class; the positive one by default"
+        None, description="with fnr or prior: that class; the positive one by default"
     )
     cascade_error: Share | None = Field(
         None, description="largest share of wrong answers of the whole cascade, of all photos"
@@ -185,6 +196,10 @@ class OfExits(Target):
     )
     largest_group: Count | None = Field(
         None, description="with unit photo: photos of the largest group that can ever come; larger ones are refused"
+    )
+
+    prior: Share | None = Field(
+        None, description="share of the class where it will serve; limits then hold for that mix, if only it shifts"
     )
 
     @model_validator(mode="before")
@@ -210,8 +225,13 @@ class OfExits(Target):
                 f"largest_group must go with unit photo, got {self.largest_group} with unit {self.unit}; a promise of "
                 "photos needs the size of the largest group that can ever come"
             )
-        if self.fnr_class is not None and self.fnr is None:
-            raise ValueError(f"fnr_class must go with fnr, got '{self.fnr_class}' alone; add --fnr")
+        if self.prior is not None and (self.unit == "photo" or self.guarantee == "none"):
+            raise ValueError(
+                f"prior must go with guarantee ltt and unit group, got it with {self.guarantee} and {self.unit}; what "
+                "is not certified, or is of photos, is not moved to another mix of classes"
+            )
+        if self.fnr_class is not None and self.fnr is None and self.prior is None:
+            raise ValueError(f"fnr_class must go with fnr or prior, got '{self.fnr_class}' alone; add --fnr or --prior")
         return self
 
     @classmethod
@@ -228,7 +248,9 @@ class OfExits(Target):
         found = [] if least is None else [self._promise("coverage", least, "at least")]
         for quantity, limit in self._limits():
             found.append(self._promise(quantity, limit, label=label if quantity == "FNR on exits" else None))
-        return tuple(found)
+        # Within one class the mix of classes says nothing.
+        mix = {} if self.prior is None else {"prior": self.prior, "prior_of": label}
+        return tuple(one if one.label else one.model_copy(update=mix) for one in found)
 
     def _limits(self) -> list[tuple[str, float]]:
         return [(said, limit) for name, said in _RISKS.items() if (limit := getattr(self, name)) is not None]
@@ -242,22 +264,29 @@ class OfExits(Target):
         """Photos of the largest group where the promise is of photos."""
         return self.largest_group
 
+    @property
+    def served_prior(self) -> float | None:
+        """Share of a class that the promise is for."""
+        return self.prior
+
     def key(self) -> str:
         """The target as ``claims.json`` names it."""
         coverage = [] if self.least_coverage is None else [f"coverage >= {self.least_coverage!r}"]
-        return ", ".join([*coverage, *self._wishes(repr)]) + self._of_photos()
+        return ", ".join([*coverage, *self._wishes(repr)]) + self._of_what(repr)
 
     def words(self) -> str:
         """The target in words."""
         coverage = "" if self.least_coverage is None else f"coverage >= {self.least_coverage:g} with "
-        return coverage + " and ".join(self._wishes("{:g}".format)) + self._of_photos()
+        return coverage + " and ".join(self._wishes("{:g}".format)) + self._of_what("{:g}".format)
 
     def _wishes(self, number: Callable[[float], str]) -> list[str]:
         of = "" if self.fnr_class is None else f" of '{self.fnr_class}'"
         return [f"{said}{of if said == 'FNR on exits' else ''} <= {number(limit)}" for said, limit in self._limits()]
 
-    def _of_photos(self) -> str:
-        return "" if self.largest is None else f", of photos in groups of at most {self.largest}"
+    def _of_what(self, number: Callable[[float], str]) -> str:
+        photos = "" if self.largest is None else f", of photos in groups of at most {self.largest}"
+        of = "positives" if self.fnr_class is None else f"'{self.fnr_class}'"
+        return photos if self.prior is None else f"{photos}, where {of} have a share of {number(self.prior)}"
 
 
 class Softmax(OfExits):

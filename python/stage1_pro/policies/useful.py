@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from stage1_pro.policies.candidates import Mix
 from stage1_pro.policies.rows import Rows, Unit, one_each
 
 # Sets that name every class in so large a share of the accepted tell nobody anything.
@@ -45,7 +46,15 @@ class Exits:
         )
 
 
-def weigh_exits(rows: Rows, exited: NDArray[np.bool_], unit: Unit, limit: float | None, seed: int = 0) -> Exits:
+def weigh_exits(
+    rows: Rows,
+    exited: NDArray[np.bool_],
+    unit: Unit,
+    limit: float | None,
+    seed: int = 0,
+    *,
+    shares: NDArray[np.float64] | None = None,
+) -> Exits:
     """Hold exits against always answering the commonest class.
 
     Args:
@@ -54,12 +63,15 @@ def weigh_exits(rows: Rows, exited: NDArray[np.bool_], unit: Unit, limit: float 
         unit: of the certificate; of groups one row speaks for each, as there.
         limit: of the FNR that is promised of the positive class; None: the promise is about all classes.
         seed: of the row that speaks for its group.
+        shares: of the classes [K] where it serves; as they come by default.
     """
     drawn = one_each(rows.groups if unit in ("groups", "group_means") else None, np.ones(exited.size, dtype=bool), seed)
     truth, right, exits = rows.labels[drawn], ~rows.wrong[drawn], exited[drawn]
-    share = np.bincount(truth, minlength=len(rows.classes)) / max(truth.size, 1)
+    weight = np.ones(truth.size) if shares is None else Mix(shares, truth).ratios()
+    share = np.bincount(truth, weight, minlength=len(rows.classes)) / max(float(weight.sum()), 1)
     n, top = int(exits.sum()), int(share.argmax())
-    found = Exits(n, float(right[exits].mean()) if n else 0.0, rows.classes[top], float(share[top]))
+    seen = float(np.average(right[exits], weights=weight[exits])) if n and weight[exits].any() else 0.0
+    found = Exits(n, seen, rows.classes[top], float(share[top]))
     # As right is no better, but of rows of one class a perfect model is right as often.
     if n and (found.right < found.rate or (found.rate < 1 and found.right <= found.rate + _ROUNDING)):
         return replace(found, useless=found.words())

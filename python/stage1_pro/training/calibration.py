@@ -233,6 +233,8 @@ def _prepare(asked: Calibration, given: dict[str, Any], wish: Target | None, *, 
             raise InputError(
                 f"--unlabelled must go with --disagreement alone, got {wish.words()}; other limits are about labels"
             )
+        if wish.served_prior is not None:
+            raise InputError("--prior must go without --unlabelled, got both; photos without labels have no known mix")
         others = read_unlabelled(
             run, asked.unlabelled, splits, order, columns=asked.columns, rows_independent=asked.rows_independent
         )
