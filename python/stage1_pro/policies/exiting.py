@@ -384,7 +384,7 @@ class ByLimits(ExitPolicy):
         return found, fields
 
     @property
-    def _fnr_class(self) -> str:
+    def _fnr_class(self) -> str | None:
         asked = self.target.promises(self.positive)
         return next((one.label for one in asked if one.label is not None), self.positive)
 
@@ -490,8 +490,9 @@ def _said(found: Chosen, target: Target) -> dict[str, Any]:
         "fnr_upper_bound": fnr_bound if row.n_positive_exited else None,
         "bound_level": BOUND_LEVEL,
         "bound_method": (
-            f"Clopper-Pearson, one-sided, on exited {unit}{groups} (wrong {wrong} of {n}; of '{rows.positive}' missed "
-            f"{missed} of {n_positive}); not corrected for the choice on the same rows"
+            f"Clopper-Pearson, one-sided, on exited {unit}{groups} (wrong {wrong} of {n}"
+            + ("" if rows.positive is None else f"; of '{rows.positive}' missed {missed} of {n_positive}")
+            + "); not corrected for the choice on the same rows"
         ),
     }
 
