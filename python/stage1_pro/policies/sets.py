@@ -133,6 +133,7 @@ class ScrcParams(ByGate):
 
         A fifth of delta is for the selection, the rest for the risk. See ``Policy.fit``.
         """
+        target.promises(rows.positive)  # refuses what needs a positive class
         fit = rows.fit_half() if target.variant == "naive" else ~rows.kept_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)

@@ -494,8 +494,8 @@ def file_rows(
 ) -> Rows:
     """The rows of a file of logits, with what a policy needs; ``said`` is where a positive class can be named.
 
-    Of more than two classes none is the positive one unless it is named. Of two, with ``any_positive``, nothing depends
-    on it, and the last class stands in.
+    With ``any_positive`` nothing depends on it where none is named: of two classes the last one stands in, of more none
+    is the positive one.
 
     Raises:
         InputError: an array is missing or not what it must be, or nothing tells the positive class.
@@ -514,7 +514,7 @@ def file_rows(
         positive, said = str(arrays["positive"]), f"positive in {path}"
     elif positive is None and any_positive and len(names) == 2:
         positive = names[-1]
-    if positive is not None or len(names) == 2:
+    if positive is not None or len(names) == 2 or not any_positive:
         positive = choose_positive(names, positive, said=said)
     groups = arrays.get("groups")
     if groups is not None and groups.shape != probs.shape[:1]:

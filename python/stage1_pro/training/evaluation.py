@@ -52,7 +52,7 @@ from stage1_pro.training.answers import (
 )
 from stage1_pro.training.measures import DIFFERENCE, LEVEL, Measured, Scope, fnr_counts, measure_scope, scopes
 
-NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
+NO_POLICY = "No exit policy has been calibrated: figures of exits are empty, and nothing is promised."
 COST_COLUMNS = ["threshold", "exit_rate", "cost", "risk"]
 
 
