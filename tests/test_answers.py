@@ -235,7 +235,7 @@ def test_killed_answers_go_on(tiny: Path, photos: Path, tmp_path: Path, number: 
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not left.exists()
     found = json.loads(done.stdout)
     assert len(found["rows"]) == 1501 and found["failures"] == found["unreadable"] == 1
-    assert found["rows"] == json.loads(json.dumps(list(Filed(out, 1501)))) and set(found["rows"][0]) == set(COLUMNS)
+    assert found["rows"] == json.loads(json.dumps(list(Filed(out, 1501)))) and set(COLUMNS) < set(found["rows"][0])
     assert count(found["rows"]) == {name: found[name] for name in count([])}
 
 

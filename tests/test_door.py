@@ -406,6 +406,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "FittedSCRC.accepts": {"gate": SCORES},
     "Certificate.accepts": {"scores": SCORES},
     "Risk": {"name": "error", "alpha": 0.1, "errors": WRONG, "trials": WRONG, "otherwise": WRONG},
+    "Mix": {"shares": [0.9, 0.1], "labels": LABELS},
     "betting_p_value": {
         "losses": SCORES, "alpha": 0.1, "delta": 0.1, "weights": np.ones(60), "variance": 0.2, "worst": 1.0,
     },
@@ -413,17 +414,18 @@ CALLS: dict[str, dict[str, Any]] = {
     "certify_risks": {
         "scores": SCORES, "risks": [Risk("error", 0.3, WRONG)], "delta": 0.1, "min_coverage": 0.3,
         "candidates": [0.9, 0.5], "method": "ltt_fst", "groups": np.arange(60) // 2, "unit": "photos", "seed": 0,
-        "rows_independent": False, "largest_group": 3, "squares": [0.5, 0.5],
+        "rows_independent": False, "largest_group": 3, "squares": [0.5, 0.5], "mix": None,
     },
     "certify_halves": {
         "scores": SCORES, "risks": [Risk("error", 0.3, WRONG)], "halves": np.where(np.arange(60) % 2, "fit", "certify"),
         "delta": 0.1, "min_coverage": 0.3, "groups": np.arange(60), "lowest": 0.0, "seed": 0, "smallest": True,
         "grid": "float64", "largest_group": 2, "rows_independent": False, "alike": True,
+        "mix": None,
     },
     "certify_threshold": {
         "scores": SCORES, "errors": WRONG, "alpha": 0.3, "delta": 0.1, "condition": "exit&y=1", "labels": LABELS,
         "min_coverage": 0.3, "candidates": [0.9], "method": "holm", "groups": np.arange(60), "unit": "auto",
-        "seed": 0, "rows_independent": False, "largest_group": None, "squares": None,
+        "seed": 0, "rows_independent": False, "largest_group": None, "squares": None, "mix": None,
     },
     "coverage_p_value": {"accepted": 5, "n": 10, "min_coverage": 0.3},
     "cut_halves": {"n": 60, "groups": LABELS, "seed": 0},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from stage1_pro import cli
 from stage1_pro.data.splits import SplitsSummary
@@ -20,7 +21,7 @@ from stage1_pro.policies.gate import GateParams
 from stage1_pro.policies.policy import read_policy
 from stage1_pro.policies.possible import foresee
 from stage1_pro.policies.rows import Rows
-from stage1_pro.policies.softmax import Thresholds
+from stage1_pro.policies.softmax import Thresholds, confidence
 from stage1_pro.policies.standing import standing
 from stage1_pro.policies.target import Gate, Softmax
 
@@ -152,11 +153,15 @@ def test_its_error_in_the_mix_is_below_the_limit_and_above_it_elsewhere() -> Non
 
 def test_a_limit_within_one_class_is_tested_as_without_a_mix() -> None:
     rows = rows_of(np.random.default_rng(3), 2000, 0.5)
-    both = [Thresholds.fit(Softmax(fnr=0.1, prior=prior), rows) for prior in (None, 0.05)]
-    (plain,), (mixed,) = (one.certificate.risks for one in both if one.certificate is not None)
-    assert (plain.bound <= 0.1) and (mixed.bound <= 0.1) and mixed.trials > 0
-    assert both[1].promises[0].prior is None
-    assert mixed.p_value <= 0.05
+    score, kept = confidence(rows.probs), rows.halves == "certify"
+    missed, positive = rows.missed("roadwork")[kept], rows.is_class("roadwork")[kept]
+    made = Thresholds.fit(Softmax(fnr=0.1, exit_error=0.1, prior=0.05), rows)
+    assert [one.prior for one in made.promises] == [0.05, None]
+    assert made.certificate is not None
+    exits = score[kept] >= made.exit_threshold
+    found = {one.name: one for one in made.certificate.risks}["FNR on exits"]
+    assert (found.errors, found.trials) == (int((exits & missed).sum()), int((exits & positive).sum()))
+    assert found.p_value == pytest.approx(binom.cdf(found.errors, found.trials, 0.1))
 
 
 def test_what_stands_at_which_prior() -> None:
@@ -186,7 +191,7 @@ def test_the_share_of_any_class_can_be_stated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [
-    {"guarantee": "none"}, {"unit": "photo", "largest_group": 3}, {"prior": 0.0}, {"prior": 1.0},
+    {"guarantee": "none"}, {"unit": "photo", "largest_group": 3}, {"prior": 0.0}, {"prior": 1.0}, {"fnr": 0.1},
 ])  # fmt: skip
 def test_what_has_no_other_mix_is_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="prior"):

@@ -942,7 +942,7 @@ def test_predict_gives_sets_abstentions_and_the_promise(run: Path, tmp_path: Pat
             assert (row["decision"], row["label"], row["set"], row["error"]) == ("abstained", None, None, None)
             assert row["stage"] == one["stage"] and row["probability"] == one["prob"]
     with (tmp_path / "out.csv").open(newline="") as file:
-        assert list(next(csv.reader(file))) == list(COLUMNS)
+        assert list(next(csv.reader(file))) == [*COLUMNS, *(f"prob_{name}" for name in classes)]
     counts = count(rows)
     assert counts["abstained"] > 0 and counts["ambiguous"] > 0
     again, _ = infer(run, [images])

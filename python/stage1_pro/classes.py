@@ -54,6 +54,25 @@ def choose_positive(classes: Sequence[str], positive: str | None = None, *, said
     raise InputError(f"{said} must name the class to be found, got none; classes: {', '.join(classes)}")
 
 
+def index_of(classes: Sequence[str], positive: str | None) -> int | None:
+    """Index of the positive class among the classes; None where no class is the positive one."""
+    return None if positive is None else classes.index(positive)
+
+
+def need_positive(positive: str | None, what: str) -> str:
+    """The positive class, for what cannot do without one.
+
+    Raises:
+        InputError: no class is the positive one; ``what`` is what asks for it.
+    """
+    if positive is None:
+        raise InputError(
+            f"{what} must have a positive class, got none; name it where the photos are split (stage1 split --positive "
+            "NAME), and train again"
+        )
+    return positive
+
+
 def _means_none(name: str, other: str) -> bool:
     plain, positive = (re.sub(r"[\s_-]+", "", text.casefold()) for text in (name, other))
     return plain in NEGATIVE_NAMES or plain in {f"{no}{positive}" for no in ("no", "not", "non")}

@@ -130,7 +130,7 @@ def write_report(
         measured=measured,
         sources=[None, *sorted({m.source for m in evaluation.measures if m.source is not None})],
         stages=STAGE_NAMES,
-        quality=QUALITY,
+        quality=tuple(name for name in QUALITY if (None, "stage_a", name) in measured),
         suite=_suite(evaluation, suite_stages, notes),
         suite_stages=[STAGE_NAMES[stage] for stage in suite_stages],
         suite_notes=notes,
@@ -139,7 +139,13 @@ def write_report(
             for name, title in RANKINGS.items()
             if (None, "stage_a", name) in measured
         ],
-        exits=EXITS if policy else (),
+        exits=tuple(
+            name
+            for name in EXITS
+            if policy is not None and (evaluation.positive is not None or name != "fnr_on_exited")
+        ),
+        of_one_class=policy is not None
+        and (evaluation.positive is not None or any(one.label for one in policy.target.promises(None))),
         effects=evaluation.effects,
         apart=evaluation.measure("accuracy_minus_stage_b") if policy else None,
         examples=[*fixed[:EXAMPLES], *broken[:EXAMPLES]],

@@ -30,7 +30,8 @@ class Answering(Command):
     overwrite: bool = option(False, "with --out: begin anew where OUT.partial lies")
     batch_size: Count = option(32, "images per batch")
     prior: float | None = option(
-        None, "share of positives where this serves; says what of the promise is void there, answers do not change"
+        None,
+        "share of the positive class where this serves; says what of the promise is void there, answers do not change",
     )
 
     def _written(self) -> dict[str, Any]:
@@ -71,10 +72,12 @@ class Predict(Answering, topic="engines"):
         """Print a row for every image, and what of the promise holds here."""
         from stage1_pro.data.labels import gather
         from stage1_pro.data.photos import Found
-        from stage1_pro.deploy.prediction import load, predict
+        from stage1_pro.deploy.prediction import load, predict, promised
         from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
+        if self.prior is not None:
+            promised(self.bundle, self.prior)  # refuses a prior of no class before any photo is answered for
         given = gather(self.inputs, self.columns)
         cascade = load(self.bundle, self.runtime, threads=self.threads, trust_engines=self.trust_engines)
         rows, failures = predict(cascade, given, log=self.log, **self._written())
@@ -95,10 +98,12 @@ class Infer(OfRun, Answering, topic="engines"):
         """Print a row for every image."""
         from stage1_pro.data.labels import gather
         from stage1_pro.data.photos import Found
-        from stage1_pro.deploy.prediction import infer
+        from stage1_pro.deploy.prediction import infer, promised
         from stage1_pro.policies.standing import check_prior
 
         check_prior(self.prior)
+        if self.prior is not None:
+            promised(self.run, self.prior)
         given = gather(self.inputs, self.columns) if self.inputs and self.split is None else None
         if self.images is not None and self.split is None:
             raise InputError("--images must stand beside --split, got no split; photos to answer for need no flag")

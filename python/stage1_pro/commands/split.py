@@ -47,7 +47,9 @@ class Split(Command, topic="photos"):
     images: Place | None = option(None, "folder or tar that `file` is relative to; the CSV's own folder by default")
     out: Path = option(..., "run folder to write")
     positive: str | None = option(
-        None, "name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag"
+        None,
+        "name of the positive class; two classes of which one has a negative name (none, no, 0, …) need no flag, more "
+        "than two need none at all",
     )
     classes: Words | None = option(None, "comma-separated class names that are allowed; all found by default")
     fractions: Fractions | None = option(
@@ -72,8 +74,8 @@ class Split(Command, topic="photos"):
             lines.append(f"{name:<12}{splits.groups[name]:>8}{cells}")
         merging = splits.merging
         lines.append(
-            f"positive class: {splits.positive}; {merging.pairs} near-duplicate pairs across groups, largest joined "
-            f"component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); "
+            f"positive class: {splits.positive or 'none'}; {merging.pairs} near-duplicate pairs across groups, largest "
+            f"joined component {merging.largest_rows} rows ({100 * merging.largest_share:.1f}%); "
             f"{splits.quarantined} images in quarantine"
         )
         if splits.given is not None:
@@ -91,6 +93,7 @@ class Split(Command, topic="photos"):
         from stage1_pro.data.images import write_quarantine
         from stage1_pro.data.labels import left_out
         from stage1_pro.data.splits import QuarantineError, Splits, make_splits
+        from stage1_pro.policies.standing import few_groups
         from stage1_pro.training.run import exclusive, forget_training
 
         out = self.out
@@ -124,6 +127,8 @@ class Split(Command, topic="photos"):
             write_quarantine(out / "quarantine.csv", quarantined)
             splits.write(out / "splits.json")
         say(f"wrote {out / 'splits.json'} and {out / 'quarantine.csv'}")
+        if warning := few_groups(splits):
+            say(warning)
         known = {row.file for row in splits.rows} | {one.file for one in quarantined}
         beside = left_out(self.labels, self.images, known)
         if beside.passed:

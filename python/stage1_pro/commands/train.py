@@ -58,14 +58,16 @@ class Train(OfRun, Configured, topic="train"):
         from stage1_pro.data.splits import Splits
         from stage1_pro.policies.standing import in_reach
         from stage1_pro.training.loop import train
+        from stage1_pro.training.validate import auroc_name
 
         with self.settled():
             result = train(self.run, config, **flags)
-        best = result.best
+        best, splits = result.best, Splits.read(result.run / "splits.json")
         text = (
             f"trained {result.epochs} epochs in {result.seconds:.0f} s; best epoch {result.best_epoch + 1}: "
-            f"accuracy {best['accuracy']:.4f}, AUROC {best['auroc']:.4f}, AUGRC {best['augrc']:.5f} on val_select\n"
-            f"{in_reach(Splits.read(result.run / 'splits.json'))}\n"
+            f"accuracy {best['accuracy']:.4f}, {auroc_name(splits.positive)} {best['auroc']:.4f}, AUGRC "
+            f"{best['augrc']:.5f} on val_select\n"
+            f"{in_reach(splits)}\n"
             f"wrote {result.run}/model_best.pth; next: stage1 calibrate --run {result.run}"
         )
         return Result(text, {**asdict(result), "run": str(result.run)})

@@ -94,16 +94,16 @@ def read_predictions(path: Path, *, positive: str | None = None, columns: Mappin
 def read_arrays(
     path: Path, *, positive: str | None = None, columns: Mapping[str, str] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of an ``.npz`` of logits; of a CSV as ``read_predictions`` takes it, what they would be.
+    """The arrays of an ``.npz`` of logits, or of a run's own, such as ``val_calib.npz``; of a CSV what they would be.
 
-    A CSV may have the columns ``gate_logits`` and ``half``, too.
+    A CSV is as ``read_predictions`` takes it, and may have the columns ``gate_logits`` and ``half``, too.
 
     Raises:
         InputError: the file or one of its cells is not what it must be.
     """
     if not is_table(path):
         _refuse_pairs(path, columns)
-        return load_npz(path, most=LARGEST)
+        return _load(path)
     sheet = read_table(path, (*COLUMNS, *FOR_POLICIES), columns=columns)
     table = _of_sheet(path, sheet, positive)
     if not isinstance(table.answers, Labelled):
@@ -119,6 +119,21 @@ def read_arrays(
         found["gate_logits"] = _numbers(path, _pointed(path, sheet.by_column(), ["gate_logits"]), "gate_logits")
     if "half" in sheet.columns:
         found["half"] = np.asarray(sheet.column("half"))
+    return found
+
+
+# What the files of a run call their arrays, where others say it otherwise.
+_OF_RUN = {"logits_a": "logits", "halves": "half", "row_ids": "ids"}
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an ``.npz``; those of a run's own, which are of Stage A first, by the names of all others."""
+    arrays = load_npz(path, most=LARGEST)
+    if "logits_a" not in arrays or "logits" in arrays or "probs" in arrays:
+        return arrays
+    found = {_OF_RUN.get(name, name): values for name, values in arrays.items()}
+    if "half" in found and not found["half"].astype(bool).all():
+        del found["half"]  # only val_calib has halves
     return found
 
 
@@ -185,7 +200,7 @@ def _refuse_columns(path: Path, columns: list[str]) -> NoReturn:
 
 
 def _read_npz(path: Path, positive: str | None) -> Table:
-    arrays = load_npz(path, most=LARGEST)
+    arrays = _load(path)
     names = list(arrays)
     for plural, single in (("groups", "group"), ("ids", "id"), ("error", "errors"), ("labels", "label")):
         if single in arrays and plural not in arrays:

@@ -254,8 +254,13 @@ def classes_of(entries: Sequence[Labelled], given: Sequence[str] | None) -> list
     return names
 
 
-def positive_of(given: str | None, names: Sequence[str], entries: Sequence[Labelled]) -> str:
-    """The positive class by its name, or by the label it has in the CSV; raises InputError."""
+def positive_of(given: str | None, names: Sequence[str], entries: Sequence[Labelled]) -> str | None:
+    """The positive class by its name, or by the label it has in the CSV; raises InputError.
+
+    None where none is named of more than two classes: only of two does one name tell what the other one is.
+    """
+    if given is None and len(names) > 2:
+        return None
     if given is not None and known_as(given, names) is None:
         given = next((entry.name for entry in entries if entry.label == spelled(given)), given)
     return choose_positive(names, given)

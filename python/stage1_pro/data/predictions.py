@@ -20,7 +20,8 @@ class Predictions:
     Shapes: ``row_ids, groups, sources, halves`` [N] str; ``logits_a, logits_b`` [N, K] float32;
     ``gate_logits`` [N] float32; ``labels`` [N] int64 indices into ``classes`` [K] str.
     ``positive``, ``split``, ``split_hash``, ``model_fingerprint`` and
-    ``preprocessing_fingerprint`` are 0-d strings when stored. ``halves`` is empty text outside ``val_calib``.
+    ``preprocessing_fingerprint`` are 0-d strings when stored; ``positive`` is not there where it is None: no class is
+    the positive one. ``halves`` is empty text outside ``val_calib``.
     ``joint_gate_logits`` [N] are of the gate before it was refitted; None where it was not.
     """
 
@@ -33,7 +34,7 @@ class Predictions:
     gate_logits: NDArray[np.float32]
     labels: NDArray[np.int64]
     classes: list[str]
-    positive: str
+    positive: str | None
     split: str
     split_hash: str
     model_fingerprint: str
@@ -49,11 +50,12 @@ class Predictions:
     def load(cls, path: Path | str) -> Predictions:
         """Read a file written by ``save``; nothing in it can run code."""
         arrays = load_npz(path)
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in arrays]
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in (*arrays, "positive")]
         if missing:
             raise ArtifactError(f"{path} must hold the arrays of a prediction file, missing: {', '.join(missing)}")
         values: dict[str, Any] = {f.name: arrays[f.name] for f in fields(cls) if f.name in arrays}
-        for name in ("positive", "split", "split_hash", "model_fingerprint", "preprocessing_fingerprint"):
+        for name in ("split", "split_hash", "model_fingerprint", "preprocessing_fingerprint"):
             values[name] = str(values[name])
+        values["positive"] = str(values["positive"]) if "positive" in values else None
         values["classes"] = [str(name) for name in values["classes"]]
         return cls(**values)

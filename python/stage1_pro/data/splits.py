@@ -61,7 +61,7 @@ class Splits(Record):
     root: str
     beside: str | None = Field(None, description="the same as seen from this file, which both may move with")
     classes: list[str]
-    positive: str
+    positive: str | None
     seed: int
     fractions: dict[SplitName, float]
     folds: int | None = None
@@ -206,7 +206,7 @@ class SplitsSummary(Record):
 
     format_version: Literal[1] = 1
     classes: list[str]
-    positive: str
+    positive: str | None
     seed: int
     fractions: dict[SplitName, float]
     counts: dict[SplitName, dict[str, int]]

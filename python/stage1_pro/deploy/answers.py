@@ -20,7 +20,16 @@ from stage1_pro.record import Record
 
 Row = dict[str, Any]
 COLUMNS = ("file", "label", "set", "probability", "confidence", "decision", "stage", "error")
-_NUMBERS = {"probability", "confidence"}
+_OF_CLASS = "prob_"
+_NUMBERS = ("probability", "confidence", _OF_CLASS)
+
+
+def columns_of(classes: Sequence[str]) -> list[str]:
+    """Columns of answers: ``COLUMNS``, then ``prob_<class>`` of every class, as ``stage1 metrics`` reads them.
+
+    No column begins with what a spreadsheet takes for a formula, and different classes have different ones.
+    """
+    return [*COLUMNS, *(f"{_OF_CLASS}{name}" for name in classes)]
 
 
 class Begun(Record):
@@ -31,15 +40,17 @@ class Begun(Record):
     photos: str = Field(description="sha256 of names and places of all photos, in their order")
     n_photos: int
     options: dict[str, str] = Field(description="what else a row, or where it is logged, depends on")
+    columns: list[str] = Field([], description="of the file; not there in records of older versions")
     writer: str = Field(description="this work's name in the ids of the events it logs")
 
     @classmethod
-    def of(cls, answering: str, names: Sequence[str], **options: object) -> Begun:
+    def of(cls, answering: str, names: Sequence[str], *, columns: Sequence[str], **options: object) -> Begun:
         """Work that begins now, on photos by name and place, one after the other."""
         photos = sha256_bytes("\0".join(names).encode("utf-8", "surrogateescape"))
         kept = {name: str(value) for name, value in options.items()}
         return cls(
-            answering=answering, photos=photos, n_photos=len(names) // 2, options=kept, writer=uuid.uuid4().hex
+            answering=answering, photos=photos, n_photos=len(names) // 2, options=kept, columns=list(columns),
+            writer=uuid.uuid4().hex,
         )  # fmt: skip
 
     def differences(self, other: Begun) -> list[str]:
@@ -49,6 +60,8 @@ class Begun(Record):
             found.append(f"another bundle or policy ({other.answering[:12]} instead of {self.answering[:12]})")
         if (self.photos, self.n_photos) != (other.photos, other.n_photos):
             found.append(f"other photos ({other.n_photos} instead of {self.n_photos} or other names)")
+        if self.columns != other.columns:
+            found.append("other columns, of another version of stage1")
         for name in sorted(self.options | other.options):
             mine, yours = self.options.get(name), other.options.get(name)
             if mine != yours:
@@ -68,7 +81,7 @@ class Filed(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         with self.path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             for cells in csv.DictReader(file):
-                yield {name: _value(name, cells[name]) for name in COLUMNS}
+                yield {name: _value(name, cell) for name, cell in cells.items()}
 
     def __getitem__(self, index: Any) -> Any:
         return list(self)[index]
@@ -77,7 +90,7 @@ class Filed(Sequence[Row]):
 def _value(name: str, cell: str) -> Any:
     if not cell:
         return None
-    return float(cell) if name in _NUMBERS else unshield(cell)
+    return float(cell) if name.startswith(_NUMBERS) else unshield(cell)
 
 
 class Answers:
@@ -92,7 +105,7 @@ class Answers:
 
     def append(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Write the rows of one batch; raises OSError that names the file."""
-        self._write("".join(csv_line([row[name] for name in COLUMNS]) for row in rows))
+        self._write("".join(csv_line([row[name] for name in self.begun.columns]) for row in rows))
         self.n_rows += len(rows)
         self.n_decided += sum(row["decision"] is not None for row in rows)
 
@@ -100,7 +113,7 @@ class Answers:
         """Forget every row."""
         os.ftruncate(self._file, 0)
         os.lseek(self._file, 0, os.SEEK_SET)
-        self._write(csv_line(COLUMNS))
+        self._write(csv_line(self.begun.columns))
 
     def go_on(self, names: Sequence[str], batch_size: int) -> None:
         """Take the rows of whole batches as written, and drop those after them: batches must be as they were.
@@ -108,14 +121,15 @@ class Answers:
         Raises:
             ArtifactError: a row is not of the photo in its place.
         """
-        head, end, rows, decided = csv_line(COLUMNS).encode(), 0, 0, 0
+        columns = self.begun.columns
+        head, end, rows, decided = csv_line(columns).encode(), 0, 0, 0
         for number, record in enumerate(_records(self._path)):
             if number == 0 and record == head:
                 end = len(record)
                 kept = (end, 0, 0)
                 continue
             cells = next(csv.reader(io.StringIO(record.decode("utf-8", "surrogateescape"), newline="")))
-            fits = number and rows < len(names) and len(cells) == len(COLUMNS)
+            fits = number and rows < len(names) and len(cells) == len(columns)
             if not (fits and unshield(cells[0]) == names[rows]):
                 raise ArtifactError(
                     f"{self._path} must hold a row for each photo in order, got another in row {number}; it was "

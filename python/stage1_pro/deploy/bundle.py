@@ -85,7 +85,7 @@ class Described(ABC):
         return self.about.classes
 
     @property
-    def positive(self) -> str:
+    def positive(self) -> str | None:
         """The class that must not be missed."""
         return self.about.positive
 
@@ -488,10 +488,10 @@ def check_hash(folder: Path, name: str, entry: FileEntry, copy: IO[bytes] | None
 
 def _check_relations(manifest: BundleManifest) -> None:
     classes = manifest.classes
-    if len(classes) < 2 or len(set(classes)) != len(classes) or manifest.positive not in classes:
+    if len(classes) < 2 or len(set(classes)) != len(classes) or manifest.positive not in (None, *classes):
         raise ArtifactError(
             f"classes must be two or more different names with the positive one, got {printable(str(classes))}, "
-            f"positive '{printable(manifest.positive)}'"
+            f"positive '{printable(str(manifest.positive))}'"
         )
     try:
         check_names(classes, stored=True)

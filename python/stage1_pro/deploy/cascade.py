@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from stage1_pro.classes import index_of
 from stage1_pro.data.images import ImageError, PreprocessSpec, preprocess, read_image, read_opened
 from stage1_pro.data.photos import ImageFile, Photo
 from stage1_pro.deploy.bundle import Bundle, load_bundle
@@ -33,11 +34,13 @@ ImageLike = ImageFile | bytes | Image.Image | NDArray[np.uint8]
 class Decisions:
     """What the cascade says about N images.
 
-    ``label`` [N] class names; ``prob`` [N] P(positive) and ``confidence`` [N] the largest probability, both of
-    the stage that answered, float64; ``stage`` [N] "A" or "B"; ``exited`` [N] whether Stage A answered.
+    ``label`` [N] class names; ``prob`` [N] P(positive), ``confidence`` [N] the largest probability and ``probs`` [N, K]
+    that of every class, all of the stage that answered, float64; ``prob`` is NaN where no class is the positive one;
+    ``stage`` [N] "A" or "B"; ``exited`` [N] whether Stage A answered.
     ``sets`` bool [N, K]: the classes in each image's set, the label alone unless the policy is scrc; ``accepted`` bool
     [N]. Where it is False nobody answers: ``label`` and the set are empty. Under scrc the other fields then say who
-    looked last and how sure it was; where the stage gave NaN ``stage`` is empty, ``prob`` and ``confidence`` are NaN.
+    looked last and how sure it was; where the stage gave NaN ``stage`` is empty, and ``prob``, ``confidence`` and
+    ``probs`` are NaN.
     """
 
     label: NDArray[np.str_]
@@ -47,6 +50,7 @@ class Decisions:
     exited: NDArray[np.bool_]
     sets: NDArray[np.bool_]
     accepted: NDArray[np.bool_]
+    probs: NDArray[np.float64]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -271,18 +275,21 @@ class Cascade(Answering):
             probs[deferred] = self._stage_b(pixels, first, deferred)
         if watch is not None and len(pixels):
             watch(Trace(probs_a, probs, gate, first["hidden"], exited))
-        answered = np.isfinite(probs).all(axis=1)
+        answered = np.asarray(np.isfinite(probs).all(axis=1))
         sets, accepted = self.bundle.policy.answer(probs, exited, gate)
         # argmax takes the lowest index on ties; rows of NaN are blanked below.
         best, sure = np.argmax(probs, axis=1), confidence(probs)
+        probs = np.where(answered[:, None], probs, np.nan)
+        positive = index_of(classes, self.bundle.positive)
         return Decisions(
             label=np.where(accepted, np.asarray(classes, dtype=np.str_)[best], ""),
-            prob=np.where(answered, probs[:, classes.index(self.bundle.positive)], np.nan),
+            prob=np.full(len(probs), np.nan) if positive is None else probs[:, positive],
             confidence=np.where(answered, sure, np.nan),
             stage=np.where(answered, np.where(exited, "A", "B"), ""),
             exited=exited & answered,
             sets=sets,
             accepted=accepted,
+            probs=probs,
         )
 
     # Kernels differ by the number of rows, and results by 1e-7 (in torch 1e-6), which would decide differently for the

@@ -53,7 +53,7 @@ def render_inspection(facts: dict[str, Any]) -> str:
             f"bundle      {facts['path']} (format {facts['format_version']}, {size_text(facts['size'])}, "
             "every file verified)"
         ),
-        f"answers     {' | '.join(facts['classes'])}; positive: {facts['positive']}",
+        f"answers     {' | '.join(facts['classes'])}; positive: {facts['positive'] or 'none'}",
         f"input       {spec['width']}x{spec['height']} pixels, {spec['resize']}, {spec['resample']}",
         (
             f"backbone    {backbone['source']} ({backbone['family']}, {backbone['n_blocks']} blocks of width "
@@ -146,7 +146,7 @@ def render_findings(facts: dict[str, Any]) -> str:
         f"verified    {facts['path']}: {len(facts['contents'])} files, {size_text(facts['size'])}, every hash right",
         f"format      {facts['format_version']}{older}",
         *(f"            {note}" for note in facts["notes"]),
-        f"answers     {' | '.join(facts['classes'])}; positive: {facts['positive']}",
+        f"answers     {' | '.join(facts['classes'])}; positive: {facts['positive'] or 'none'}",
         f"policy      {facts['policy']['name']}, guarantee: {facts['policy']['guarantee']}",
         f"licence     {facts['backbone']['licence']}; "
         + (f"its text is in {facts['licence_file']}" if facts["licence_file"] else "no licence file travels with it"),

@@ -84,7 +84,7 @@ class BundleManifest(Record):
     active_exit_policy: str
     policy_file: str
     classes: list[str]
-    positive: str
+    positive: str | None
     preprocessing: PreprocessSpec
     backbone: BackboneInfo
     tap: int

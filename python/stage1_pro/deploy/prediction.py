@@ -14,7 +14,7 @@ from stage1_pro.data.images import ImageError
 from stage1_pro.data.labels import Gathered, gather
 from stage1_pro.data.photos import Found, ImageFile, is_address
 from stage1_pro.data.splits import Splits
-from stage1_pro.deploy.answers import COLUMNS, Answers, Begun, Filed, Row, coming
+from stage1_pro.deploy.answers import COLUMNS, Answers, Begun, Filed, Row, columns_of, coming
 from stage1_pro.deploy.bundle import MANIFEST, load_bundle
 from stage1_pro.deploy.cascade import Answering, Cascade, Prepared, identity
 from stage1_pro.errors import InputError, printable
@@ -52,8 +52,9 @@ def predict(
         lazily: rows are read from ``out`` whenever they are gone through, and take no memory; a list otherwise.
 
     Returns:
-        A row per image with ``COLUMNS`` as keys, and how many failed.
-        ``probability`` is P(positive) and ``confidence`` the largest probability of the stage that answered;
+        A row per image with ``answers.columns_of`` its classes as keys, and how many failed.
+        ``probability`` is P(positive), None where no class is that, ``confidence`` the largest probability and
+        ``prob_<class>`` that of each class, of the stage that answered;
         ``decision`` is ``exited``, ``deferred``, or ``abstained``: policy scrc does not accept it, or, with an error,
         the model gave no number. ``set`` is ``none|roadwork``, the label alone unless the policy is scrc; what a row
         lacks is None.
@@ -187,7 +188,8 @@ class _Work:
         # Names may be relative: the same ones elsewhere are other photos.
         places = [str(one) if is_address(str(one)) else os.path.abspath(str(one)) for _, one in self.files]  # noqa: PTH100
         named = [part for pair in zip(self.names, places, strict=True) for part in pair]
-        return Begun.of(identity(cascade.bundle), named, batch_size=self.batch_size, **options)
+        columns = columns_of(cascade.bundle.classes)
+        return Begun.of(identity(cascade.bundle), named, columns=columns, batch_size=self.batch_size, **options)
 
     def answer(self, begun: Begun, answering: Callable[[Answers | None], Opened]) -> tuple[Sequence[Row], int]:
         """Rows for all photos, and how many have an error; ``answering`` is told what is answered already."""
@@ -245,22 +247,27 @@ def render(rows: Sequence[Row], out: Path | str | None = None, promise: Standing
     names = max([5, *(len(row["label"] or "") for row in rows)])
     # The set says more than the label only where there are others.
     shown = any(row["set"] != row["label"] for row in rows)
-    head = f"{'file':<{width}}  {'label':<{names}}  probability  confidence  decision   stage"
+    # P(positive), where there is such a class; of every class the CSV and --json have it.
+    positive = any(row["probability"] is not None for row in rows)
+    column = "probability  " if positive else ""
+    head = f"{'file':<{width}}  {'label':<{names}}  {column}confidence  decision   stage"
     lines = [f"{head}  set" if shown else head]
     for row in rows:
         if row["error"] is not None:
             lines.append(f"{row['file']:<{width}}  {row['error']}")
         else:
             lines.append(
-                f"{row['file']:<{width}}  {row['label'] or '':<{names}}  {row['probability']:>11.4f}  "
-                f"{row['confidence']:>10.4f}  {row['decision']:<9}  {row['stage']}"
+                f"{row['file']:<{width}}  {row['label'] or '':<{names}}  "
+                + (f"{row['probability']:>11.4f}  " if positive else "")
+                + f"{row['confidence']:>10.4f}  {row['decision']:<9}  {row['stage']}"
                 + (f"      {row['set'] or ''}" if shown else "")
             )
     return "\n".join([*lines, summary]) + end
 
 
 def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[Row]:
-    rows: list[Row] = [dict.fromkeys(COLUMNS) | {"file": name} for name, _ in chunk]
+    columns = columns_of(answering.bundle.classes)
+    rows: list[Row] = [dict.fromkeys(columns) | {"file": name} for name, _ in chunk]
     photos: list[Prepared] = []
     readable: list[Row] = []
     for row, (_, file) in zip(rows, chunk, strict=True):
@@ -273,10 +280,14 @@ def _answer(answering: Answering, chunk: list[tuple[str, ImageFile]]) -> list[Ro
         return rows
     for row, answer in zip(readable, answering.answer(photos), strict=True):
         row["decision"] = "abstained"
-        if math.isnan(answer["prob"]):
+        if math.isnan(answer["confidence"]):
             row["error"] = "the model gave no number for this image"
             continue
-        row |= {"probability": answer["prob"], "confidence": answer["confidence"], "stage": answer["stage"]}
+        row |= {
+            "confidence": answer["confidence"], "stage": answer["stage"],
+            "probability": None if math.isnan(answer["prob"]) else answer["prob"],
+            **dict(zip(columns[len(COLUMNS) :], answer["probs"], strict=True)),
+        }  # fmt: skip
         if answer["accepted"]:
             row["label"] = answer["label"]
             row["decision"] = "exited" if answer["exited"] else "deferred"

@@ -95,13 +95,13 @@ class StageEffect(Record):
 class Answers:
     """What one stage, or the cascade of both, answers on N rows.
 
-    ``probs`` [N, K]; ``prediction`` [N] class indices; ``probability`` [N] of the positive class; ``confidence`` [N]
-    of the answer; ``error`` bool [N]; ``exited`` bool [N]: answered by Stage A.
+    ``probs`` [N, K]; ``prediction`` [N] class indices; ``probability`` [N] of the positive class, if there is one;
+    ``confidence`` [N] of the answer; ``error`` bool [N]; ``exited`` bool [N]: answered by Stage A.
     """
 
     probs: NDArray[np.float64]
     prediction: NDArray[np.int64]
-    probability: NDArray[np.float64]
+    probability: NDArray[np.float64] | None
     confidence: NDArray[np.float64]
     error: NDArray[np.bool_]
     exited: NDArray[np.bool_]

@@ -14,6 +14,7 @@ from stage1_pro.errors import InputError
 from stage1_pro.metrics.probabilistic import auroc, check_probabilities
 from stage1_pro.metrics.ranking import average_precision
 from stage1_pro.record import Record
+from stage1_pro.tables import Sheet, grid
 
 CLASS_COLUMNS = (
     "stage",
@@ -88,6 +89,21 @@ def by_class(probs: ArrayLike, labels: ArrayLike, classes: Sequence[str] | None 
     )  # fmt: skip
 
 
+def macro_auroc(probs: ArrayLike, labels: ArrayLike) -> float:
+    """AUROC of each class against the rest, as a mean over the classes in which it is defined, in [0, 1]; NaN of none.
+
+    Args:
+        probs: [N, K] probabilities.
+        labels: [N] class indices.
+
+    Raises:
+        InputError: an argument is not what it must be.
+    """
+    values, truth = check_probabilities(probs, labels)
+    found = _mean([_known(auroc(column, truth == k)) for k, column in enumerate(values.T)])
+    return math.nan if found is None else found
+
+
 def top_k_accuracy(probs: ArrayLike, labels: ArrayLike, k: int) -> float:
     """Share of rows whose class is among the k most probable, in [0, 1]; of equal ones the first classes count.
 
@@ -112,6 +128,28 @@ def class_rows(stage: str, found: ByClass) -> list[dict[str, object]]:
         {"stage": stage, "class": one.name, **{name: getattr(one, name) for name in CLASS_COLUMNS[2:]}}
         for one in found.classes
     ]
+
+
+def confusion_rows(stage: str, found: ByClass) -> list[dict[str, object]]:
+    """A row of ``confusion.csv`` for every label of a stage, with how many rows of it were answered as each class."""
+    names = [one.name for one in found.classes]
+    return [
+        {"stage": stage, "label": name, **dict(zip((f"answer_{one}" for one in names), counts, strict=True))}
+        for name, counts in zip(names, found.confusion, strict=True)
+    ]
+
+
+def add_classes(sheet: Sheet, title: str, found: ByClass) -> None:
+    """Show a row a class, and the means over all classes."""
+    columns = ("rows", "answers", "precision", "recall", "F1", "AUROC", "AUPRC")
+    table = grid((title, *columns), left=(title,))
+    for one in found.classes:
+        rates = (one.precision, one.recall, one.f1, one.auroc, one.average_precision)
+        shown = ("-" if rate is None else f"{rate:.3f}" for rate in rates)
+        table.add_row(one.name[:24], str(one.n), str(one.n_answers), *shown)
+    sheet.add(table)
+    means = {"macro F1": found.macro_f1, "macro AUROC": found.macro_auroc, "among the two most probable": found.top_2}
+    sheet.add("; ".join(f"{name} {value:.3f}" for name, value in means.items() if value is not None))
 
 
 def _known(value: float) -> float | None:

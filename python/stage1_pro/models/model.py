@@ -27,7 +27,7 @@ class Architecture(Record):
     image_size: int
     tap: int
     classes: list[str]
-    positive: str
+    positive: str | None
     auxiliary_hidden: int
     dropout: float
     preprocessing: PreprocessSpec
@@ -183,7 +183,7 @@ def fingerprint(architecture: Architecture, state: Mapping[str, Tensor]) -> str:
 _UNSAID = {"_name_or_path", "id2label", "label2id", "transformers_version"}
 
 
-def create_model(config: ModelConfig, classes: list[str], positive: str, seed: int) -> Stage1Model:
+def create_model(config: ModelConfig, classes: list[str], positive: str | None, seed: int) -> Stage1Model:
     """Build the configured model with its starting weights: pretrained where the backbone is, else from ``seed``.
 
     Raises:

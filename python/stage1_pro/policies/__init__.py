@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stage1_pro.policies.bounds import errors_allowed as errors_allowed
     from stage1_pro.policies.bounds import risk_p_value as risk_p_value
     from stage1_pro.policies.bounds import trials_needed as trials_needed
+    from stage1_pro.policies.candidates import Mix as Mix
     from stage1_pro.policies.candidates import Risk as Risk
     from stage1_pro.policies.certify import Certificate as Certificate
     from stage1_pro.policies.certify import certify as certify_risks  # noqa: F401
@@ -48,6 +49,7 @@ _HOMES = {
     "ConformalSets": "conformal",
     "FittedSCRC": "scrc",
     "Policy": "policy",
+    "Mix": "candidates",
     "Risk": "candidates",
     "SequentialCertificate": "sequential",
     "SequentialState": "sequential",

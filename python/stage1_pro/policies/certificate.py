@@ -48,7 +48,7 @@ class SweepRow(Record):
     fnr_on_exited: float | None = Field(description="null when no positive exits")
     exit_accuracy: float | None = Field(description="null when nothing exits")
     n_exited: int
-    n_positive_exited: int
+    n_positive_exited: int = Field(description="0 where no class is the positive one")
     n_false_negative: int
     grid: bool = Field(description="whether the threshold belongs to the classic grid")
 

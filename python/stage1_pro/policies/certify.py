@@ -251,7 +251,7 @@ def certify(
     elif largest_group is not None and unit != "photos":
         raise InputError(f"largest_group must go with unit photos, got it with {unit}; drop it or ask for photos")
     if mix is not None:
-        _check_mix(mix, values.size, drawn, counted, candidates, method)
+        _check_mix(check_mix(mix, values.size), drawn, counted, candidates, method)
     if candidates is None and counted in ("group_means", "photos"):
         raise InputError(
             f"candidates must be given where the unit is {counted}, got None; rows above a rank of one row each are "
@@ -368,11 +368,15 @@ def _squares(given: ArrayLike, n: int) -> list[float]:
     return [float(one) for one in values]
 
 
-def _check_mix(
-    mix: Mix, n: int, drawn: NDArray[np.int64], unit: Unit, candidates: ArrayLike | None, method: Method
-) -> None:
-    if mix.labels.size != n:
-        raise InputError(f"labels of mix must have shape [{n}] as scores, got {mix.labels.size}; one per row")
+def check_mix(mix: Mix, n: int) -> Mix:
+    """The same; raises InputError where it is not of n rows."""
+    if not isinstance(mix, Mix) or mix.labels.size != n:
+        got = shown(mix) if not isinstance(mix, Mix) else f"one of {mix.labels.size}"
+        raise InputError(f"mix must be a Mix of {n} rows as scores, got {got}; make one with Mix(shares, labels)")
+    return mix
+
+
+def _check_mix(mix: Mix, drawn: NDArray[np.int64], unit: Unit, candidates: ArrayLike | None, method: Method) -> None:
     if unit not in ("rows", "groups") or candidates is None or method in JOINT:
         raise InputError(
             f"mix must go with candidates, one row a unit, and a method other than {' and '.join(JOINT)}, got "

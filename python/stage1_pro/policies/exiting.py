@@ -163,9 +163,12 @@ def mix_of(target: Target, rows: Rows) -> Mix | None:
     prior = target.served_prior
     if prior is None:
         return None
+    of = next(one.prior_of for one in target.promises(rows.positive) if one.prior_of is not None)
     kept = ~rows.fit_half()
     drawn = one_each(None if rows.groups is None else rows.groups[kept], np.ones(int(kept.sum()), dtype=bool), 0)
-    mix = Mix.at(prior, rows.classes.index(rows.positive), rows.labels[kept][drawn], len(rows.classes))
+    mix = Mix.at(
+        prior, rows.classes.index(choice("fnr_class", of, rows.classes)), rows.labels[kept][drawn], len(rows.classes)
+    )
     return replace(mix, labels=rows.labels)
 
 
@@ -263,8 +266,9 @@ class ExitPolicy(Policy):
         largest = self.certificate.largest_group
         of: dict[str, Any] = {} if largest is None else {"unit": "photo", "largest_group": largest}
         if self.mix is not None:
-            of["prior"] = self.mix[self.certificate.mix_of or self.positive]
-            of |= {} if self.certificate.mix_of == self.positive else {"fnr_class": self.certificate.mix_of}
+            name = self.certificate.mix_of
+            assert name is not None
+            of |= {"prior": self.mix[name]} | ({} if name == self.positive else {"fnr_class": name})
         return {"delta": self.certificate.delta, **of, **useless}
 
     @property
@@ -424,7 +428,7 @@ class ByLimits(ExitPolicy):
         return found, fields
 
     @property
-    def _fnr_class(self) -> str:
+    def _fnr_class(self) -> str | None:
         asked = self.target.promises(self.positive)
         return next((one.label for one in asked if one.label is not None), self.positive)
 
@@ -530,8 +534,9 @@ def _said(found: Chosen, target: Target) -> dict[str, Any]:
         "fnr_upper_bound": fnr_bound if row.n_positive_exited else None,
         "bound_level": BOUND_LEVEL,
         "bound_method": (
-            f"Clopper-Pearson, one-sided, on exited {unit}{groups} (wrong {wrong} of {n}; of '{rows.positive}' missed "
-            f"{missed} of {n_positive}); not corrected for the choice on the same rows"
+            f"Clopper-Pearson, one-sided, on exited {unit}{groups} (wrong {wrong} of {n}"
+            + ("" if rows.positive is None else f"; of '{rows.positive}' missed {missed} of {n_positive}")
+            + "); not corrected for the choice on the same rows"
         ),
     }
 

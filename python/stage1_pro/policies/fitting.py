@@ -46,7 +46,8 @@ def fit_policy(
             without groups, and refused with them.
         halves: [N] of ``fit`` and ``certify``; by default cut at random, by group.
         classes: K names; by default 0, 1, ....
-        positive: name of the positive class; the second of two by default. Only rates of one class need it.
+        positive: name of the positive class; of two the second one by default, of more none is. Only rates of one
+            class need it, and can name theirs: ``fnr_class``.
         **target: what is asked for, by the target's fields, such as ``exit_error`` or ``fnr``, ``delta``, ``claims``
             and ``guarantee``.
 
@@ -61,10 +62,10 @@ def fit_policy(
     n_classes = np.shape(array("probs", first))[-1]
     given = range(n_classes) if classes is None else names("classes", classes, n_classes, like="probs has columns")
     called = [str(one) for one in given]
-    if positive is None and n_classes != 2 and any(one.label == "" for one in asked.promises("")):
-        raise InputError(f"positive must name a class where a rate of it is asked for, got None; one of {called}")
+    if positive is None and n_classes == 2:
+        positive = called[-1]
     rows = Rows.of(
-        first, labels, classes=called, positive=called[-1] if positive is None else str(positive), gate=gate,
+        first, labels, classes=called, positive=None if positive is None else str(positive), gate=gate,
         probs_b=None if probs_b is None else _columns("probs_b", probs_b), groups=groups,
         rows_independent=rows_independent,
     )  # fmt: skip

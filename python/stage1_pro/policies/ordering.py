@@ -17,7 +17,7 @@ from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.policies.bounds import MOST_UNITS, binomial_cdf, last_digit
 from stage1_pro.policies.candidates import Counts, Mix, Risk, group_weights, photo_shares, ranked
 from stage1_pro.policies.certificate import NOT_COUNTED, CertificateRecord
-from stage1_pro.policies.certify import Certificate, certify, check_rows
+from stage1_pro.policies.certify import Certificate, certify, check_mix, check_rows
 from stage1_pro.policies.counts import gaps
 from stage1_pro.policies.needed import units_needed
 from stage1_pro.policies.rows import check_halves, counting_unit, one_each
@@ -177,7 +177,7 @@ def certify_halves(
 
     n_certify = int((~fit).sum()) if units is None else np.unique(units[~fit]).size
     if mix is not None:
-        certifying = mix.where(~fit)
+        certifying = check_mix(mix, values.size).where(~fit)
         everyone = np.ones(certifying.labels.size, dtype=bool)
         n_certify = int(certifying.where(one_each(None if units is None else units[~fit], everyone, seed)).effective)
     flag("smallest", smallest)

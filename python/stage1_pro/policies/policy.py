@@ -87,7 +87,7 @@ class Policy(Record):
     format_version: Literal[1] = 1
     policy: str
     classes: list[str] = Field(min_length=2)
-    positive: str
+    positive: str | None = Field(description="null: no class is the positive one")
 
     if TYPE_CHECKING:
         # Fields of every policy too, each where its file has it.
@@ -253,7 +253,7 @@ class Policy(Record):
 
     @property
     def fnr_target(self) -> float | None:
-        """The largest FNR on exits that was asked for of the positive class; None: it was not."""
+        """The largest FNR on exits that was asked for of the positive class; None: it was not, or there is none."""
         asked = self.target.promises(self.positive)
         of = ("FNR on exits", self.positive)
         return next((one.limit for one in asked if (one.quantity, one.label) == of), None)
@@ -357,7 +357,10 @@ class Policy(Record):
 
     def headline(self) -> str:
         """The policy and what was asked for, in a line."""
-        return f"{self.policy} policy, positive class '{self.positive}', {self.target.words()}"
+        return f"{self.policy} policy, {self._of_positive()}{self.target.words()}"
+
+    def _of_positive(self) -> str:
+        return "" if self.positive is None else f"positive class '{self.positive}', "
 
     def found(self) -> list[str]:
         """Lines on what calibration found, beside the sweep."""

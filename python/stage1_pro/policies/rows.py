@@ -29,7 +29,7 @@ class Rows:
     probs: NDArray[np.float64]
     labels: NDArray[np.int64]
     classes: list[str]
-    positive: str
+    positive: str | None
     gate: NDArray[np.float64] | None = None
     probs_b: NDArray[np.float64] | None = None
     halves: NDArray[np.str_] | None = None
@@ -49,7 +49,7 @@ class Rows:
         labels: ArrayLike,
         *,
         classes: Sequence[str],
-        positive: str,
+        positive: str | None,
         gate: ArrayLike | None = None,
         probs_b: ArrayLike | None = None,
         halves: ArrayLike | None = None,
@@ -66,7 +66,7 @@ class Rows:
             probs: [N, K] probabilities of Stage A.
             labels: [N] indices into ``classes``.
             classes: K names, K >= 2.
-            positive: name of the positive class.
+            positive: name of the positive class; None: no class is the positive one.
             gate: [N] logits; one that is not finite has no score.
             probs_b: [N, K] probabilities of Stage B.
             halves: [N] of ``fit`` and ``certify``.
@@ -81,7 +81,8 @@ class Rows:
         called = [str(name) for name in classes]
         values, truth, units = check_rows(probs, labels, groups, called)
         second = None if probs_b is None else check_rows(probs_b, labels, groups, called)[0]
-        choice("positive", positive, called)
+        if positive is not None:
+            choice("positive", positive, called)
         logits = None if gate is None else floats("gate", gate)
         if logits is not None and logits.shape != truth.shape:
             raise InputError(f"gate_logits must have shape [{truth.size}] as probs has rows, got {list(logits.shape)}")
@@ -101,12 +102,14 @@ class Rows:
         cut = {name: value[mask] if isinstance(value, np.ndarray) else value for name, value in cut.items()}
         return Rows(**{**cut, "halves": None})
 
-    def is_class(self, name: str) -> NDArray[np.bool_]:
-        """Which rows [N] are of a class."""
-        return np.asarray(self.labels == self.classes.index(name))
+    def is_class(self, name: str | None) -> NDArray[np.bool_]:
+        """Which rows [N] are of a class; of None, none. Raises InputError where it is no class of these."""
+        if name is None:
+            return np.zeros(self.labels.size, dtype=bool)
+        return np.asarray(self.labels == self.classes.index(choice("class", name, self.classes)))
 
-    def missed(self, name: str) -> NDArray[np.bool_]:
-        """Which rows [N] are of a class and answered as another by Stage A."""
+    def missed(self, name: str | None) -> NDArray[np.bool_]:
+        """Which rows [N] are of a class and answered as another by Stage A; of None, none."""
         return np.asarray(self.is_class(name) & self.wrong)
 
     @property

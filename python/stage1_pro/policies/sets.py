@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from scipy.special import logit
 
 from stage1_pro.arguments import binary, floats
+from stage1_pro.classes import index_of
 from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.policies.bounds import selection_rank
@@ -132,10 +133,11 @@ class ScrcParams(ByGate):
 
         A fifth of delta is for the selection, the rest for the risk. See ``Policy.fit``.
         """
+        target.promises(rows.positive)  # refuses what needs a positive class
         fit = rows.fit_half() if target.variant == "naive" else ~rows.kept_half()
         first = _answer_fit_half(rows, fit, target.max_exit_error)
         delta = (target.delta / 5 / target.claims, 4 * target.delta / 5 / target.claims)
-        wish = _wish(target, target.min_coverage, delta, rows.classes.index(rows.positive))
+        wish = _wish(target, target.min_coverage, delta, index_of(rows.classes, rows.positive))
         found = _calibrate(wish, first, rows, fit)
         if not found.feasible:
             raise found.infeasible()
@@ -260,8 +262,8 @@ class ScrcParams(ByGate):
     def statistics(self) -> FittedSCRC:
         """The statistics behind the record, ready to predict and to verify."""
         return FittedSCRC(
-            _wish(self, self.xi, self.delta, self.classes.index(self.positive)), len(self.classes), self.n, self.unit,
-            self.seed, self.rank, self.accepted, self.lambda_1, tuple(self.lambda_2),
+            _wish(self, self.xi, self.delta, index_of(self.classes, self.positive)), len(self.classes), self.n,
+            self.unit, self.seed, self.rank, self.accepted, self.lambda_1, tuple(self.lambda_2),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------ what it promises
@@ -356,7 +358,7 @@ class ScrcParams(ByGate):
 
     def headline(self) -> str:
         """The policy and what was asked for, in a line."""
-        return f"scrc policy, variant {self.variant}, positive class '{self.positive}', {self.target.words()}"
+        return f"scrc policy, variant {self.variant}, {self._of_positive()}{self.target.words()}"
 
     def found(self) -> list[str]:
         """What the rows that fit it and those kept for the certificate gave."""
@@ -499,7 +501,7 @@ def close(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
 # -------------------------------------------------------------------------------- fitting
 
 
-def _wish(of: Scrc | ScrcParams, xi: float, delta: tuple[float, float], positive: int) -> SCRC:
+def _wish(of: Scrc | ScrcParams, xi: float, delta: tuple[float, float], positive: int | None) -> SCRC:
     return SCRC(
         xi=xi, alpha=of.alpha, delta=delta, variant=of.variant, loss=of.loss, score=of.score, groups=of.cells,
         allow_empty=of.allow_empty, positive=positive, raps=of.raps,

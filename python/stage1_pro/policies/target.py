@@ -122,11 +122,14 @@ class Target(Record):
         return {**base, **given}
 
     @abstractmethod
-    def promises(self, positive: str) -> tuple[Promise, ...]:
+    def promises(self, positive: str | None) -> tuple[Promise, ...]:
         """What is asked for, and with what strength; what a policy certified for it guarantees.
 
         Args:
-            positive: name of the positive class.
+            positive: name of the positive class; None: no class is the positive one.
+
+        Raises:
+            InputError: something is asked of the positive class, and there is none.
         """
 
     def watched(self) -> float | None:
@@ -230,6 +233,14 @@ class OfExits(Target):
                 f"prior must go with guarantee ltt and unit group, got it with {self.guarantee} and {self.unit}; what "
                 "is not certified, or is of photos, is not moved to another mix of classes"
             )
+        if (
+            self.prior is not None
+            and [name for name, _ in self._limits()] == ["FNR on exits"]
+            and not self.least_coverage
+        ):
+            raise ValueError(
+                "prior must go with a limit of all photos, got it with fnr alone, which holds at any prior"
+            )
         if self.fnr_class is not None and self.fnr is None and self.prior is None:
             raise ValueError(f"fnr_class must go with fnr or prior, got '{self.fnr_class}' alone; add --fnr or --prior")
         return self
@@ -241,9 +252,15 @@ class OfExits(Target):
         dropped = (*_RISKS, "fnr_class") if asked else ()
         return {**{name: one for name, one in base.items() if name not in dropped}, **given}
 
-    def promises(self, positive: str) -> tuple[Promise, ...]:
+    def promises(self, positive: str | None) -> tuple[Promise, ...]:
         """The coverage and each risk, where they were asked for."""
         label = self.fnr_class or positive
+        for name in ("fnr", "prior"):
+            if (asked := getattr(self, name)) is not None and label is None:
+                raise InputError(
+                    f"{name} must say of which class it is where no class is the positive one, got {asked:g} alone; "
+                    "add --class NAME (fnr_class)"
+                )
         least = self.least_coverage
         found = [] if least is None else [self._promise("coverage", least, "at least")]
         for quantity, limit in self._limits():
@@ -352,11 +369,16 @@ class Scrc(Target):
             raise ValueError(f"guarantee must be {wanted} with variant {self.variant}; naive alone promises nothing")
         return self
 
-    def promises(self, positive: str) -> tuple[Promise, ...]:
+    def promises(self, positive: str | None) -> tuple[Promise, ...]:
         """Share accepted, and the risk of sets by its loss and cells."""
         share = self._promise("share accepted", self.min_coverage, "at least")
         risk = self._promise("risk", self.alpha)
         if self.loss == "fnr":
+            if positive is None:
+                raise InputError(
+                    "loss must be miscoverage where no class is the positive one, got fnr, which is of the positive "
+                    "class; --cells class limits the risk of each class"
+                )
             risk = self._promise("FNR of accepted sets", self.alpha, label=positive)
         if self.cells is not None:
             risk = risk.model_copy(update={"of": f"each {self.cells}"})

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from stage1_pro.classes import index_of
 from stage1_pro.policies.candidates import Mix
 from stage1_pro.policies.rows import Rows, Unit, one_each
 
@@ -75,9 +76,9 @@ def weigh_exits(
     # As right is no better, but of rows of one class a perfect model is right as often.
     if n and (found.right < found.rate or (found.rate < 1 and found.right <= found.rate + _ROUNDING)):
         return replace(found, useless=found.words())
-    if limit is None or len(rows.classes) == 2:
+    positive = index_of(rows.classes, rows.positive)
+    if limit is None or positive is None or len(rows.classes) == 2:
         return found
-    positive = rows.classes.index(rows.positive)
     others = exits & (rows.probs[drawn].argmax(axis=1) != positive)
     if not others.any():
         return found

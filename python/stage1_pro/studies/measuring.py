@@ -14,6 +14,7 @@ from pydantic import Field
 from stage1_pro.data.given import Labelled, Table, read_predictions, row_name
 from stage1_pro.errors import InputError
 from stage1_pro.files import write_bytes, write_csv
+from stage1_pro.metrics.by_class import ByClass, add_classes, by_class, class_rows, confusion_rows
 from stage1_pro.metrics.figures import (
     BAND_METRICS,
     confidence_png,
@@ -56,6 +57,8 @@ class Measurement(Record):
         default_factory=dict, description="of a difference: the metric of this file and of the other one"
     )
 
+    by_class: ByClass | None = Field(None, description="of more than two classes, and of no difference")
+
     def metric(self, name: str) -> Metric:
         """One metric; KeyError when it was not measured."""
         for found in self.metrics:
@@ -97,6 +100,7 @@ def measure(asked: Metrics) -> Measurement:
         **how,
         metrics=[*(Metric.of(name, one) for name, one in intervals.items()), *points.values()],
         values=values,
+        by_class=None if other is not None else _by_class(table),
     )
     if asked.out is not None:
         pictures = _pictures(table, how) if other is None else _difference_pictures(intervals)
@@ -127,6 +131,8 @@ def render(found: Measurement) -> str:
             "A negative difference of AUGRC, AURC, risks, NLL and Brier speaks for A, a positive one of accuracy and "
             "coverages; an interval that holds 0 speaks for neither."
         )
+    if found.by_class is not None:
+        add_classes(sheet, "class", found.by_class)
     if found.unit == "rows":
         sheet.add("Rows are taken for independent: those of one clip or track must share a name in the group column.")
     return sheet.text()
@@ -164,6 +170,14 @@ def _points(table: Table, metrics: str | Sequence[str], how: dict[str, Any]) -> 
     how = {name: how[name] for name in ("n_replicates", "level", "seed")}
     found = bootstrap_answers(answers.probs, answers.labels, groups=table.groups, positive=table.index, **how)
     return {name: Metric.of(name, found[name]) for name in wanted if name in found}
+
+
+def _by_class(table: Table) -> ByClass | None:
+    """Figures of every class where there are more than two."""
+    answers = table.answers
+    if not isinstance(answers, Labelled) or len(answers.classes) == 2:
+        return None
+    return by_class(answers.probs, answers.labels, answers.classes)
 
 
 def _labelled(table: Table) -> Labelled:
@@ -215,6 +229,10 @@ def _write(out: Path, found: Measurement, pictures: list[Picture]) -> None:
     both = ["value_a", "value_b"] if found.compared_with is not None else []
     rows = [one.model_dump() | dict(zip(both, found.values.get(one.metric, ()), strict=False)) for one in found.metrics]
     write_csv(out / "metrics.csv", rows, [*Metric.model_fields, *both])
+    if found.by_class is not None:
+        for name, listed in (("classes", class_rows), ("confusion", confusion_rows)):
+            table = listed("all", found.by_class)
+            write_csv(out / f"{name}.csv", table, list(table[0]))
     found.write(out / "metrics.json")
     for picture in pictures:
         write_bytes(out / f"{picture.name}.png", picture.png)

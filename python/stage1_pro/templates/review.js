@@ -8,6 +8,7 @@ const percent = (p) => (p === null ? "no number" : `${(100 * p).toFixed(1)}%`);
 
 function said(answer, prob, positive) {
   if (answer === null && prob === null) return "not asked";
+  if (positive === null) return answer || "no answer of its own is known";
   const chance = `P(${positive}) ${percent(prob)}`;
   return answer === null || answer === "" ? chance : `${answer}, ${chance}`;
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from stage1_pro.classes import index_of
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.errors import ArtifactError
@@ -15,6 +17,7 @@ from stage1_pro.policies.softmax import confidence, softmax
 
 # Columns of the lists, by the name of their file.
 COLUMNS = {
+    "predictions": ["id", "file", "label", "answer", "stage", "group", "source", "split"],
     "mistakes": ["file", "label", "predicted", "probability", "confidence", "stage", "group", "source", "id"],
     "changes": [
         "file", "label", "effect", "stage_a", "confidence_a", "stage_b", "confidence_b", "group", "source", "id",
@@ -33,7 +36,7 @@ def answer(predictions: Predictions, policy: Policy | None) -> Answered:
     """
     if policy is not None:
         _check_policy(predictions, policy)
-    positive = predictions.classes.index(predictions.positive)
+    positive = index_of(predictions.classes, predictions.positive)
     probs = {"stage_a": softmax(predictions.logits_a), "stage_b": softmax(predictions.logits_b)}
     for stage, values in probs.items():
         broken = np.flatnonzero(np.isnan(values).any(axis=1))
@@ -53,7 +56,7 @@ def answer(predictions: Predictions, policy: Policy | None) -> Answered:
             found[stage] = Answers(
                 probs=probs[stage],
                 prediction=given,
-                probability=probs[stage][:, positive],
+                probability=None if positive is None else probs[stage][:, positive],
                 confidence=confidence(probs[stage]),
                 error=given != predictions.labels,
                 exited=exits.get(stage, np.zeros(given.size, dtype=bool)),
@@ -78,8 +81,8 @@ def _check_policy(predictions: Predictions, policy: Policy) -> None:
             )
     if policy.classes != predictions.classes or policy.positive != predictions.positive:
         raise ArtifactError(
-            f"the policy must be of the classes {predictions.classes} with positive '{predictions.positive}', got "
-            f"{policy.classes} with '{policy.positive}'; run `stage1 calibrate` again"
+            f"the policy must be of the classes {predictions.classes} with positive class {predictions.positive!r}, "
+            f"got {policy.classes} with {policy.positive!r}; run `stage1 calibrate` again"
         )
 
 
@@ -99,7 +102,7 @@ def policy_of(run: Path, splits: Splits) -> Policy | None:
 def find_mistakes(predictions: Predictions, answers: Answered, files: list[str]) -> list[dict[str, object]]:
     """Give the wrong answers of what would be deployed, the most confident first, for relabelling.
 
-    That is the cascade, or Stage A while there is no policy. ``probability`` is the positive class's,
+    That is the cascade, or Stage A while there is no policy. ``probability`` is the positive class's, if there is one,
     ``confidence`` the given answer's.
     """
     deployed = answers.get("cascade", answers["stage_a"])
@@ -109,11 +112,31 @@ def find_mistakes(predictions: Predictions, answers: Answered, files: list[str])
         {
             **_facts(predictions, files, i),
             "predicted": predictions.classes[deployed.prediction[i]],
-            "probability": float(deployed.probability[i]),
+            "probability": None if deployed.probability is None else float(deployed.probability[i]),
             "confidence": float(deployed.confidence[i]),
             "stage": "stage_a" if deployed.exited[i] else "stage_b",
         }
         for i in ordered.tolist()
+    ]
+
+
+def list_answers(
+    predictions: Predictions, answers: Answered, files: list[str], of_class: Sequence[str]
+) -> list[dict[str, object]]:
+    """Give a row a photo, in file order: its label, the answer of what would be deployed, and its probabilities.
+
+    ``of_class`` are the columns of the classes' probabilities [K].
+    """
+    deployed = answers.get("cascade", answers["stage_a"])
+    return [
+        {
+            **_facts(predictions, files, i),
+            "answer": predictions.classes[deployed.prediction[i]],
+            "stage": "stage_a" if deployed.exited[i] else "stage_b",
+            "split": predictions.split,
+            **dict(zip(of_class, deployed.probs[i].tolist(), strict=True)),
+        }
+        for i in range(predictions.labels.size)
     ]
 
 
@@ -155,13 +178,18 @@ def count_groups(predictions: Predictions, answers: Answered, policy: Policy | N
     """Give a row a group with what went wrong in it, the most errors first.
 
     ``errors`` are of what would be deployed (the cascade, or Stage A while there is no policy); ``missed_positives``
-    are positives that exited under another name; without a policy nothing exits and both counts are null.
+    are positives that exited under another name; without a policy nothing exits and both counts are null, the latter
+    also where no class is the positive one.
     Under scrc also rows that nobody answers, accepted ones with several classes, and accepted ones whose set lacks the
     label.
     """
     deployed, exits = answers.get("cascade", answers["stage_a"]), "cascade" in answers
-    positive = predictions.classes.index(predictions.positive)
+    positive = index_of(predictions.classes, predictions.positive)
     missed = deployed.exited & (predictions.labels == positive) & (answers["stage_a"].prediction != positive)
+    unknown = {
+        *([] if exits else ["exits", "missed_positives"]),
+        *([] if positive is not None else ["missed_positives"]),
+    }
     names, first, member = np.unique(predictions.groups, return_index=True, return_inverse=True)
     counts = {
         "rows": np.bincount(member),
@@ -180,7 +208,7 @@ def count_groups(predictions: Predictions, answers: Answered, policy: Policy | N
         {
             "group": str(names[i]),
             "source": str(predictions.sources[first[i]]),
-            **{name: int(count[i]) if exits or name in ("rows", "errors") else None for name, count in counts.items()},
+            **{name: None if name in unknown else int(count[i]) for name, count in counts.items()},
         }
         for i in order.tolist()
     ]

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 from pydantic import Field
 
+from stage1_pro.arguments import choice
 from stage1_pro.classes import check_names, choose_positive, spelled
 from stage1_pro.config import CalibrateConfig
 from stage1_pro.data.given import read_arrays
@@ -137,20 +138,27 @@ def _wrap(line: str) -> str:
     return textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
 
 
+def _of_one_class(policy: Policy) -> bool:
+    """Whether some figures are of one class: the positive one, or the one that a limit is of."""
+    return policy.positive is not None or any(one.label for one in policy.target.promises(None))
+
+
 def _grid(policy: Policy) -> str:
-    names = ("threshold", "coverage", "FNR on exits", "missed/positives", "exit accuracy", "")
+    of_one = ("FNR on exits", "missed/positives") if _of_one_class(policy) else ()
+    names = ("threshold", "coverage", *of_one, "exit accuracy", "")
     table, sheet, chosen = grid(names, left=("",)), Sheet(100), False
     for row in policy.sweep:
         is_chosen = not row.grid and not chosen and row.threshold == policy.exit_threshold
         if not (row.grid or is_chosen):
             continue
         chosen = chosen or is_chosen
+        fnr = "-" if row.fnr_on_exited is None else f"{row.fnr_on_exited:.2%}"
+        missed = (fnr, f"{row.n_false_negative}/{row.n_positive_exited}")
         digits = ".6g" if is_chosen else ".3g" if row.threshold > 0.99 else ".2f"
         table.add_row(
             f"{row.threshold:{digits}}",
             f"{row.coverage:.1%}",
-            "-" if row.fnr_on_exited is None else f"{row.fnr_on_exited:.2%}",
-            f"{row.n_false_negative}/{row.n_positive_exited}",
+            *(missed if of_one else ()),
             "-" if row.exit_accuracy is None else f"{row.exit_accuracy:.2%}",
             "<- chosen" if is_chosen else "",
         )
@@ -238,6 +246,9 @@ def _prepare(asked: Calibration, given: dict[str, Any], wish: Target | None, *, 
         others = read_unlabelled(
             run, asked.unlabelled, splits, order, columns=asked.columns, rows_independent=asked.rows_independent
         )
+    for one in wish.promises(predictions.positive):  # refused before anything is looked at
+        if one.label is not None:
+            choice("class", one.label, predictions.classes)
     rows = run_rows(predictions, order) if others is None else others.rows
     origin = Origin(splits.hashes, predictions.model_fingerprint, predictions.preprocessing_fingerprint)
     work = _Work(run, wish, (given.get("delta"), given.get("claims")), rows, splits, origin, others)
@@ -485,7 +496,8 @@ def file_rows(
 ) -> Rows:
     """The rows of a file of logits, with what a policy needs; ``said`` is where a positive class can be named.
 
-    With ``any_positive`` nothing depends on it, and the last class stands in where none is named.
+    With ``any_positive`` nothing depends on it where none is named: of two classes the last one stands in, of more none
+    is the positive one.
 
     Raises:
         InputError: an array is missing or not what it must be, or nothing tells the positive class.
@@ -502,8 +514,10 @@ def file_rows(
     check_names(names, "--classes" if classes else "classes", stated=bool(classes))
     if positive is None and "positive" in arrays:
         positive, said = str(arrays["positive"]), f"positive in {path}"
-    elif positive is None and any_positive:
+    elif positive is None and any_positive and len(names) == 2:
         positive = names[-1]
+    if positive is not None or len(names) == 2 or not any_positive:
+        positive = choose_positive(names, positive, said=said)
     groups = arrays.get("groups")
     if groups is not None and groups.shape != probs.shape[:1]:
         raise InputError(f"groups must have shape [{len(probs)}] as there are rows, got {list(groups.shape)}")
@@ -512,7 +526,7 @@ def file_rows(
             raise InputError(f"{name} must be numbers, got {arrays[name].dtype}")
     halves = arrays.get("half")
     return Rows.of(
-        probs, arrays["labels"], classes=names, positive=choose_positive(names, positive, said=said),
+        probs, arrays["labels"], classes=names, positive=positive,
         gate=arrays.get("gate_logits"),
         probs_b=file_probs(path, arrays, "_b") if {"logits_b", "probs_b"} & set(arrays) else None,
         halves=cut_halves(len(probs), groups) if halves is None else halves, groups=groups,

@@ -29,7 +29,7 @@ from stage1_pro.metrics.answers import (
     check_fnr,
     count_effects,
 )
-from stage1_pro.metrics.by_class import CLASS_COLUMNS, ByClass, by_class, class_rows
+from stage1_pro.metrics.by_class import CLASS_COLUMNS, ByClass, add_classes, by_class, class_rows, confusion_rows
 from stage1_pro.metrics.intervals import metric_names
 from stage1_pro.metrics.selective import cascade_risks, relative_cost
 from stage1_pro.metrics.table import names
@@ -41,10 +41,18 @@ from stage1_pro.progress import say
 from stage1_pro.record import Record
 from stage1_pro.report import RANKINGS, Picture, short_note, training_picture, write_report
 from stage1_pro.tables import Notes, Sheet, grid, interval
-from stage1_pro.training.answers import COLUMNS, answer, count_groups, find_changes, find_mistakes, policy_of
+from stage1_pro.training.answers import (
+    COLUMNS,
+    answer,
+    count_groups,
+    find_changes,
+    find_mistakes,
+    list_answers,
+    policy_of,
+)
 from stage1_pro.training.measures import DIFFERENCE, LEVEL, Measured, Scope, fnr_counts, measure_scope, scopes
 
-NO_POLICY = "No exit policy has been calibrated: coverage and FNR on exits are empty, and nothing is promised."
+NO_POLICY = "No exit policy has been calibrated: figures of exits are empty, and nothing is promised."
 COST_COLUMNS = ["threshold", "exit_rate", "cost", "risk"]
 
 
@@ -56,7 +64,7 @@ class Evaluation(Record):
     split_hash: str
     model_fingerprint: str
     classes: list[str]
-    positive: str
+    positive: str | None
     n_rows: int
     n_groups: int
     n_exited: int | None = Field(default=None, description="null without a policy")
@@ -117,7 +125,8 @@ def evaluate_predictions(
     """Measure predictions on ``val_test``: per stage and for the cascade, over all rows and per source.
 
     For each the suite of ``metric_names`` with intervals by group, and ``balanced_accuracy, mcc, auroc`` (positive
-    against the rest) and ``ece``. Under a policy also ``coverage``, ``exit_error``, ``exit_accuracy`` and
+    against the rest) and ``ece``. Without a positive class ``auroc`` and ``fnr_on_exited`` are left out; ``by_class``
+    has the AUROC of every class and their mean. Under a policy also ``coverage``, ``exit_error``, ``exit_accuracy`` and
     ``fnr_on_exited`` of Stage A, the last with its one-sided Clopper-Pearson upper bound by group, and
     ``deferred_accuracy`` of Stage B; without one these are null. Undefined figures are null, never 0.
     ``accuracy_minus_stage_b`` of the cascade is the paired difference from Stage B answering every row (positive: the
@@ -220,10 +229,11 @@ def evaluate(
 
     Writes into ``RUN/evaluation``, which holds figures of ``val_test`` and nothing else: ``metrics.csv`` (a row a
     figure), ``evaluation.json``, ``mistakes.csv`` (wrong answers, the most confident first), ``changes.csv`` (deferred
-    rows that Stage B fixes or breaks), ``groups.csv`` (a row a group, the most errors first), ``classes.csv`` and
-    ``confusion.csv`` (of every stage), ``cost_risk.csv`` (cost and risk at every threshold, where the tap saves
-    anything) and ``*.png``; and ``RUN/report.html``. ``RUN/metrics``
-    holds training's own figures, of ``val_select``.
+    rows that Stage B fixes or breaks), ``predictions.csv`` (a row a photo: its label, the answer and the probability of
+    every class by what is deployed, as ``stage1 metrics`` reads them), ``groups.csv`` (a row a group, the most errors
+    first), ``classes.csv`` and ``confusion.csv`` (of every stage), ``cost_risk.csv`` (cost and risk at every threshold,
+    where the tap saves anything) and ``*.png``; and ``RUN/report.html``. ``RUN/metrics`` holds training's own figures,
+    of ``val_select``.
 
     Args:
         run: trained run folder.
@@ -266,16 +276,17 @@ def evaluate(
     write_csv(folder / "metrics.csv", [measure.flat() for measure in evaluation.measures], MEASURE_COLUMNS)
     for name, table in lists.items():
         write_csv(folder / f"{name}.csv", table, COLUMNS[name])
+    of_class = [f"prob_{name}" for name in predictions.classes]
+    write_csv(
+        folder / "predictions.csv",
+        list_answers(predictions, answers, files, of_class),
+        [*COLUMNS["predictions"], *of_class],
+    )
     write_csv(
         folder / "classes.csv", [row for one in evaluation.by_class.items() for row in class_rows(*one)], CLASS_COLUMNS
     )
-    answered = [f"answer_{name}" for name in predictions.classes]
-    confusion = [
-        {"stage": stage, "label": name, **dict(zip(answered, counts, strict=True))}
-        for stage, one in evaluation.by_class.items()
-        for name, counts in zip(predictions.classes, one.confusion, strict=True)
-    ]
-    write_csv(folder / "confusion.csv", confusion, ["stage", "label", *answered])
+    confusion = [row for one in evaluation.by_class.items() for row in confusion_rows(*one)]
+    write_csv(folder / "confusion.csv", confusion, list(confusion[0]))
     evaluation.write(folder / "evaluation.json")
     # Before anything is drawn: a process killed in those seconds leaves no curve of another policy.
     curve = _cost_curve(predictions, answers, policy, blocks)
@@ -326,9 +337,8 @@ class _Cells:
 def render(evaluation: Evaluation) -> str:
     """Show the main figures as text."""
     cells, sheet = _Cells(evaluation), Sheet()
-    sheet.add(
-        f"val_test: {evaluation.n_rows} rows, {evaluation.n_groups} groups, positive class '{evaluation.positive}'"
-    )
+    of = "no positive class" if evaluation.positive is None else f"positive class '{evaluation.positive}'"
+    sheet.add(f"val_test: {evaluation.n_rows} rows, {evaluation.n_groups} groups, {of}")
     if evaluation.n_answered is not None:
         sheet.add(
             f"deployed: {evaluation.n_answered} of {evaluation.n_rows} rows are answered and nobody answers the "
@@ -338,7 +348,8 @@ def render(evaluation: Evaluation) -> str:
     sources = sorted({m.source for m in evaluation.measures if m.source is not None})
     stages = [stage for stage in STAGES if any(m.stage == stage for m in evaluation.measures)]
     whole = grid(("all rows", *stages), left=("all rows", *stages), no_wrap=("all rows",))
-    for metric in (*metric_names(exits=False), *names("answers")):
+    answers = names("answers", without=("positive",) if evaluation.positive is None else ())
+    for metric in (*metric_names(exits=False), *answers):
         whole.add_row(metric, *(cells.show(metric, stage) for stage in stages))
     sheet.add(whole)
     _add_classes(sheet, evaluation)
@@ -373,40 +384,29 @@ def _add_classes(sheet: Sheet, evaluation: Evaluation) -> None:
     stage = next((one for one in reversed(STAGES) if one in evaluation.by_class), None)
     if stage is None or len(evaluation.classes) == 2:
         return
-    found = evaluation.by_class[stage]
-    table = grid(
-        (f"class, {stage}", "rows", "answers", "precision", "recall", "F1", "AUROC"), left=(f"class, {stage}",)
-    )
-    for one in found.classes:
-        rates = ("-" if rate is None else f"{rate:.3f}" for rate in (one.precision, one.recall, one.f1, one.auroc))
-        table.add_row(one.name[:24], str(one.n), str(one.n_answers), *rates)
-    sheet.add(table)
-    means = {"macro F1": found.macro_f1, "macro AUROC": found.macro_auroc, "among the two most probable": found.top_2}
-    sheet.add("; ".join(f"{name} {value:.3f}" for name, value in means.items() if value is not None))
+    add_classes(sheet, f"class, {stage}", evaluation.by_class[stage])
 
 
 def _add_sources(
     sheet: Sheet, cells: _Cells, evaluation: Evaluation, sources: Sequence[str | None], stages: Sequence[Stage]
 ) -> None:
     """Answers by source, where there are several, and exits by source, where there is a policy."""
-    answers = grid(
-        ("source", "answers", "rows", "accuracy", "balanced", "MCC", "AUROC", "AUGRC"), left=("source", "answers")
-    )
-    exits = grid(
-        ("source", "coverage", "exit accuracy", "FNR on exits", "deferred accuracy"), left=("source",), no_wrap=()
-    )
+    of_answers = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "mcc": "MCC", "auroc": "AUROC"}
+    of_exits = {"coverage": "coverage", "exit_accuracy": "exit accuracy", "fnr_on_exited": "FNR on exits"}
+    if evaluation.positive is None:
+        del of_answers["auroc"], of_exits["fnr_on_exited"]
+    answers = grid(("source", "answers", "rows", *of_answers.values(), "AUGRC"), left=("source", "answers"))
+    exits = grid(("source", *of_exits.values(), "deferred accuracy"), left=("source",), no_wrap=())
     for source in sources:
         # Names of data sets can be long; the files have them whole.
         name = "all" if source is None else source if len(source) <= 24 else source[:23] + "…"
         for stage in stages:
             first = stage == stages[0]
             n = evaluation.measure("accuracy", stage, source).n
-            shown = [
-                cells.show(m, stage, source, short=True) for m in ("accuracy", "balanced_accuracy", "mcc", "auroc")
-            ]
+            shown = [cells.show(m, stage, source, short=True) for m in of_answers]
             shown.append(cells.show("augrc", stage, source))
             answers.add_row(name if first else "", stage, str(n) if first else "", *shown)
-        shown = [cells.show(m, "stage_a", source) for m in ("coverage", "exit_accuracy", "fnr_on_exited")]
+        shown = [cells.show(m, "stage_a", source) for m in of_exits]
         exits.add_row(name, *shown, cells.show("deferred_accuracy", "stage_b", source))
     if len(sources) > 1:
         sheet.add(answers)
@@ -537,8 +537,8 @@ def _draw(
         )
     exits = found.exits
     if policy is not None and exits is not None:
-        fnr = evaluation.measure("fnr_on_exited", "stage_a")
-        if fnr.value is not None:
+        fnr = None if evaluation.positive is None else evaluation.measure("fnr_on_exited", "stage_a")
+        if fnr is not None and fnr.value is not None:
             # Its bound stands for the interval.
             one = replace(exits["fnr_on_exited"], value=fnr.value, low=math.nan, high=math.nan)
             png = figures.distribution_png(one, "FNR on exits", percent=True, target=policy.fnr_target, bound=fnr.high)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stage1_pro.classes import index_of
 from stage1_pro.config import Config
 from stage1_pro.data.images import PreprocessSpec, write_quarantine
 from stage1_pro.data.photos import ImageFile
@@ -139,7 +140,7 @@ def _explore(
     del explorer  # its decoder, teacher and moments would stay on the device beside the probe
     try:
         after = probed(adapted, "adapted")
-        positive = splits.classes.index(splits.positive)
+        positive = index_of(splits.classes, splits.positive)
         figures = judge(before, after, labels, groups, positive=positive, seed=config.seed)
         better, reason = verdict(figures)
     except InputError as error:

@@ -23,6 +23,7 @@ from stage1_pro.config import Config
 from stage1_pro.data.loader import Batch
 from stage1_pro.errors import TrainingError, out_of_memory
 from stage1_pro.models.model import Outputs
+from stage1_pro.policies.standing import few_groups
 from stage1_pro.stopping import Stop, between_steps
 from stage1_pro.training.environment import check_environment
 from stage1_pro.training.epochs import run_epoch
@@ -92,6 +93,8 @@ def train(
         session = Session(run, splits, config, legs)
         if session.main and not added:
             _take_over(session, resuming=resume)
+        if warning := few_groups(splits):
+            session.say(warning)
         session.accelerator.wait_for_everyone()
         options = session.config.train
         if resume and (run / "last.pth").is_file():

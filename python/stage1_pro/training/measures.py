@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stage1_pro.classes import index_of
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.metrics.answers import Answered, FnrCounts, Measure, Stage, measure_fnr
 from stage1_pro.metrics.estimate import Interval
@@ -34,9 +35,9 @@ class Scope:
     seed: int
 
     @property
-    def positive(self) -> int:
-        """Index of the positive class."""
-        return self.predictions.classes.index(self.predictions.positive)
+    def positive(self) -> int | None:
+        """Index of the positive class, if there is one."""
+        return index_of(self.predictions.classes, self.predictions.positive)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def measure_scope(scope: Scope, extra: Sequence[str] = ()) -> Measured:
         found |= bootstrap_answers(probs, labels, groups=groups, positive=scope.positive, **scope.how)
         measures += [scope.measure(name, stage, one, rows) for name, one in found.items()]
     if scope.policy is None:
-        return Measured([*measures, *_unknown_exits(scope.source)], of_stage["stage_a"], None)
+        return Measured([*measures, *_unknown_exits(scope)], of_stage["stage_a"], None)
     exits = _exit_intervals(scope, scope.policy)
     # Of the cascade beside Stage B alone, on the same resamples of groups.
     apart = compare(
@@ -106,9 +107,10 @@ def fnr_counts(scope: Scope) -> FnrCounts:
     return FnrCounts.of(missed, predictions.groups[among])
 
 
-def _unknown_exits(source: str | None) -> list[Measure]:
-    names: list[tuple[Stage, str]] = [("stage_a", name) for name in ("coverage", "exit_error", "exit_accuracy")]
-    names += [("stage_a", "fnr_on_exited"), ("stage_b", "deferred_accuracy")]
+def _unknown_exits(scope: Scope) -> list[Measure]:
+    source, of_positive = scope.source, [] if scope.positive is None else ["fnr_on_exited"]
+    of_a = ("coverage", "exit_error", "exit_accuracy", *of_positive)
+    names: list[tuple[Stage, str]] = [*(("stage_a", name) for name in of_a), ("stage_b", "deferred_accuracy")]
     note = "undefined: no exit policy"
     return [Measure(source=source, stage=stage, metric=name, note=note, n=0, n_groups=0) for stage, name in names]
 
@@ -134,7 +136,11 @@ def _exits(scope: Scope, found: Intervals) -> list[Measure]:
         scope.measure("coverage", "stage_a", found["coverage"], rows),
         scope.measure("exit_error", "stage_a", wrong, exited),
         scope.measure("exit_accuracy", "stage_a", right, exited),
-        measure_fnr(scope.source, fnr_counts(scope), found["fnr_on_exited"], LEVEL),
+        *(
+            []
+            if scope.positive is None
+            else [measure_fnr(scope.source, fnr_counts(scope), found["fnr_on_exited"], LEVEL)]
+        ),
         scope.measure("deferred_accuracy", "stage_b", rest, deferred),
     ]
 
@@ -154,5 +160,6 @@ def _exit_intervals(scope: Scope, policy: Policy) -> Intervals:
         )  # fmt: skip
 
     found = measured(["coverage", "exit_error"], LEVEL)
-    found |= measured(["fnr_on_exited"], 2 * LEVEL - 1)
+    if scope.positive is not None:
+        found |= measured(["fnr_on_exited"], 2 * LEVEL - 1)
     return found

@@ -74,18 +74,19 @@ def judge(
     labels: NDArray[np.int64],
     groups: Sequence[str],
     *,
-    positive: int,
+    positive: int | None,
     seed: int,
     n_replicates: int = 1000,
 ) -> list[ProbeFigure]:
     """Every figure of both probes before and after, and the difference on the same resamples of groups.
 
     ``before`` and ``after`` are probabilities [N, K] by probe, with the base and with the adapted backbone; ``labels``
-    and ``positive`` class indices, ``groups`` names [N].
+    and ``positive`` class indices, ``groups`` names [N]. Without a positive class there is no AUROC.
     """
     options: dict[str, Any] = {
         "groups": np.asarray(groups), "n_replicates": n_replicates, "seed": seed, "positive": positive,
     }  # fmt: skip
+    shown = ("balanced_accuracy",) if positive is None else ("balanced_accuracy", "auroc")
     worth = Sizes.of(np.unique(options["groups"], return_inverse=True)[1]).spread
     found = []
     for name in PROBES:
@@ -93,7 +94,7 @@ def judge(
         ours, theirs = (bootstrap_answers(probs, labels, **options) for probs in (a, b))
         apart = {"accuracy": compare(a, b, labels, metrics=["accuracy"], **options)["accuracy"]}
         # The same seed draws the same groups for both, so replicates are paired.
-        apart |= {metric: _difference(ours[metric], theirs[metric], worth) for metric in ("balanced_accuracy", "auroc")}
+        apart |= {metric: _difference(ours[metric], theirs[metric], worth) for metric in shown}
         start = {"accuracy": accuracy(b.argmax(1), labels), **{m: theirs[m].value for m in apart if m in theirs}}
         found += [_figure(name, metric, start[metric], difference) for metric, difference in apart.items()]
     return found

@@ -56,7 +56,7 @@ class ProtocolEvaluation(Record):
     model_fingerprint: str
     preprocessing_fingerprint: str
     classes: list[str]
-    positive: str
+    positive: str | None
     n_rows: int
     n_groups: int
     policy: str | None
@@ -172,11 +172,13 @@ def _measure_level(
 
 
 def _statement(policy: Policy | None, protocol: str, plain: Predictions) -> str:
-    share = float(np.mean(plain.labels == plain.classes.index(plain.positive)))
-    text = (
-        f"val_test as the validator's protocol {protocol} would send it, {share:.0%} of it positive; the validator "
-        "asks as many positives as negatives, which balanced accuracy speaks of. "
-    )
+    text = f"val_test as the validator's protocol {protocol} would send it. "
+    if plain.positive is not None:
+        share = float(np.mean(plain.labels == plain.classes.index(plain.positive)))
+        text = (
+            f"val_test as the validator's protocol {protocol} would send it, {share:.0%} of it positive; the validator "
+            "asks as many positives as negatives, which balanced accuracy speaks of. "
+        )
     if policy is None:
         return f"{text}No exit policy has been calibrated, so nothing is promised."
     if policy.guarantee == "none":
@@ -194,12 +196,14 @@ def render(evaluation: ProtocolEvaluation) -> str:
     sheet.add(
         f"val_test by {evaluation.protocol}: {evaluation.n_rows} rows, {evaluation.n_groups} groups; answers of {stage}"
     )
-    columns = ("level", "accuracy", "minus unaltered", "balanced", "MCC", "AUGRC", "exits", "FNR on exits")
+    of_exits = ("coverage",) if evaluation.positive is None else ("coverage", "fnr_on_exited")
+    titles = ("exits", "FNR on exits")[: len(of_exits)]
+    columns = ("level", "accuracy", "minus unaltered", "balanced", "MCC", "AUGRC", *titles)
     table = grid(columns, left=("level",))
     for one in evaluation.levels:
         figures = [one.measure(name, stage) for name in ("accuracy", "balanced_accuracy", "mcc", "augrc")]
-        figures += [one.measure(name, "stage_a") for name in ("coverage", "fnr_on_exited")]
-        accuracy, balanced, mcc, ranked, coverage, fnr = ("-" if f.value is None else f"{f.value:.4f}" for f in figures)
+        figures += [one.measure(name, "stage_a") for name in of_exits]
+        accuracy, *others = ("-" if f.value is None else f"{f.value:.4f}" for f in figures)
         ends = (figures[0].low, figures[0].high)
         if None not in ends:
             accuracy += f" [{ends[0]:.3f}, {ends[1]:.3f}]"
@@ -207,6 +211,6 @@ def render(evaluation: ProtocolEvaluation) -> str:
         apart = "" if one.level == "unaltered" or lost.value is None else f"{lost.value:+.4f}"
         if apart and lost.low is not None and lost.high is not None:
             apart += f" [{lost.low:+.3f}, {lost.high:+.3f}]"
-        table.add_row(one.level, accuracy, apart, balanced, mcc, ranked, coverage, fnr)
+        table.add_row(one.level, accuracy, apart, *others)
     sheet.add(table, evaluation.statement)
     return sheet.text()

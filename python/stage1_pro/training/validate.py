@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage1_pro.classes import index_of
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.errors import TrainingError
 from stage1_pro.files import write_bytes
+from stage1_pro.metrics.by_class import macro_auroc
 from stage1_pro.metrics.figures import BAND_METRICS, risk_band, risk_coverage_png
 from stage1_pro.metrics.intervals import Intervals, bootstrap, metric_names
 from stage1_pro.metrics.probabilistic import accuracy, auroc, balanced_accuracy
@@ -36,6 +38,11 @@ COLUMNS = [
     *(f"{name}{end}" for name in SUITE for end in ("", "_low", "_high")),
     "accuracy_b", "augrc_b", "gate_augrc", "best", "seconds", "images_per_second",
 ]  # fmt: skip
+
+
+def auroc_name(positive: str | None) -> str:
+    """What the column ``auroc`` of ``metrics.csv`` is: of the positive class, or the mean over all classes."""
+    return "macro AUROC" if positive is None else "AUROC"
 
 
 def end_epoch(session: Session, state: State, timings: dict[str, float]) -> None:
@@ -73,7 +80,8 @@ def end_epoch(session: Session, state: State, timings: dict[str, float]) -> None
     session.trackers.log(row, state.global_step)
     session.say(
         f"epoch {epoch + 1}/{options.epochs}: loss {row['train_loss']:.4f}, val_select accuracy "
-        f"{figures['accuracy']:.4f}, AUROC {figures['auroc']:.4f}, AUGRC {figures['augrc']:.5f} "
+        f"{figures['accuracy']:.4f}, {auroc_name(session.splits.positive)} {figures['auroc']:.4f}, AUGRC "
+        f"{figures['augrc']:.5f} "
         f"[{figures['augrc_low']:.5f}, {figures['augrc_high']:.5f}], {timings['images_per_second']:.0f} images/s"
         f"{' *' if better else ''}{'; stopped early' if stopped else ''}"
     )
@@ -116,7 +124,7 @@ def _figures(session: Session, arrays: Arrays) -> tuple[dict[str, float], Interv
     if not np.isfinite(probs_a).all() or not np.isfinite(probs_b).all():
         raise TrainingError("logits on val_select must be finite, got NaN; lower train.lr (last.pth is as it was)")
     given_a, given_b = probs_a.argmax(1), probs_b.argmax(1)
-    positive = session.splits.classes.index(session.splits.positive)
+    positive = index_of(session.splits.classes, session.splits.positive)
     intervals = bootstrap(
         probs_a, labels, confidence=confidence(probs_a),
         groups=np.asarray([row.group for row in session.rows["val_select"]]),
@@ -124,7 +132,7 @@ def _figures(session: Session, arrays: Arrays) -> tuple[dict[str, float], Interv
     )  # fmt: skip
     figures = {
         "balanced_accuracy": balanced_accuracy(given_a, labels),
-        "auroc": auroc(probs_a[:, positive], labels == positive),
+        "auroc": macro_auroc(probs_a, labels) if positive is None else auroc(probs_a[:, positive], labels == positive),
         "accuracy_b": accuracy(given_b, labels),
         "augrc_b": augrc(confidence(probs_b), given_b != labels),
         "gate_augrc": augrc(arrays["gate_logits"], given_a != labels),

@@ -54,7 +54,7 @@ class Verified:
     labels: NDArray[np.int64]
     sources: NDArray[np.str_]
     classes: tuple[str, ...]
-    positive: str
+    positive: str | None
 
     def __post_init__(self) -> None:
         n = self.labels.size
@@ -73,27 +73,29 @@ class Verified:
             raise InputError(
                 f"labels must be from 0 to {len(self.classes) - 1}, got {self.labels[outside[0]]} at row {outside[0]}"
             )
-        if self.positive not in self.classes:
+        if self.positive is not None and self.positive not in self.classes:
             raise InputError(f"positive must be one of {', '.join(self.classes)}, got '{self.positive}'")
 
     @property
     def is_positive(self) -> NDArray[np.bool_]:
-        """Which rows [N] are of the positive class."""
-        return np.asarray(self.labels == self.classes.index(self.positive), dtype=bool)
+        """Which rows [N] are of the positive class; none where there is no such class."""
+        return np.equal(self.labels, -1 if self.positive is None else self.classes.index(self.positive))
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Verified:
         """Some of the rows."""
         return Verified(self.labels[rows], self.sources[rows], self.classes, self.positive)
 
 
-def verified(labels: ArrayLike, sources: str | Sequence[str], *, classes: Sequence[str], positive: str) -> Verified:
+def verified(
+    labels: ArrayLike, sources: str | Sequence[str], *, classes: Sequence[str], positive: str | None
+) -> Verified:
     """Labels that may be rewarded.
 
     Args:
         labels: class indices [N].
         sources: of all labels, or of each [N].
         classes: names, in the order of the indices.
-        positive: name of the positive class.
+        positive: name of the positive class; None: there is none, and every wrong answer costs alike.
 
     Raises:
         InputError: as ``Verified``; above all a source such as ``model`` or ``match``.

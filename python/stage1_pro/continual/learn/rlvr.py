@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from stage1_pro.classes import index_of
 from stage1_pro.config import AugmentConfig, Config
 from stage1_pro.continual.learn.rewards import (
     UNPAID,
@@ -359,15 +360,17 @@ class Origin:
         """What every action earns where Stage B answers ``answers_b`` [N] and the truth is ``labels`` [N]."""
         splits, device = self.splits, self.device
         truth = verified(labels, sources, classes=splits.classes, positive=splits.positive)
-        positive = splits.classes.index(splits.positive)
-        says = np.zeros((answers_b.size, len(splits.classes) + 2))
-        says[:, positive] = 1.0
-        says[:, len(splits.classes)] = answers_b == positive
+        positive, says = index_of(splits.classes, splits.positive), None
+        if positive is not None:
+            chances = np.zeros((answers_b.size, len(splits.classes) + 2), dtype=np.float32)
+            chances[:, positive] = 1.0
+            chances[:, len(splits.classes)] = answers_b == positive
+            says = torch.from_numpy(chances).to(device)
         return BanditRows(
             tuple(torch.from_numpy(np.ascontiguousarray(values)).to(device) for values in inputs),
             torch.from_numpy(action_rewards(self.spec, truth, answers_b).astype(np.float32)).to(device),
-            torch.from_numpy(says.astype(np.float32)).to(device),
-            truth.is_positive,
+            says,
+            None if positive is None else truth.is_positive,
         )
 
     def rows(

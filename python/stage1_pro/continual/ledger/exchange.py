@@ -28,7 +28,7 @@ from stage1_pro.continual.ledger.labels import (
     resolve,
 )
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import SKETCH_SIZE, Event
+from stage1_pro.continual.serving.events import SKETCH_SIZE, STORED, Event
 from stage1_pro.data.tables import read_table
 from stage1_pro.errors import InputError, nearest, need, printable
 from stage1_pro.files import atomic_path, write_csv, write_text
@@ -371,7 +371,7 @@ def export_parquet(store: Store, folder: Path | str) -> dict[str, int]:
     kinds = {"sketch": pa.list_(pa.float32(), SKETCH_SIZE), "selected": pa.bool_(), "held_trust": pa.int32(),
              "answers": pa.int32()}  # fmt: skip
     kinds |= {column.name: pa.float64() for column in events.columns if column.type.python_type is float}
-    names = [*Event.model_fields, "held_label", "held_source", "held_trust", "answers"]
+    names = [*STORED, "held_label", "held_source", "held_trust", "answers"]
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
     counts = {"events": 0, "labels": 0}
     with atomic_path(folder / "events.parquet") as path, pq.ParquetWriter(path, schema) as writer:
@@ -379,7 +379,7 @@ def export_parquet(store: Store, folder: Path | str) -> dict[str, int]:
         for one in read_events(store):
             label = held.get(one.id)
             part.append({
-                **dict(one),
+                **one.model_dump(include=set(STORED)),
                 "held_label": label and label.label, "held_source": label and label.source,
                 "held_trust": label and label.trust, "answers": label.answers if label else 0,
             })  # fmt: skip

@@ -207,7 +207,7 @@ class GuardVault:
         terms: str,
         name: str,
         classes: Sequence[str],
-        positive: str,
+        positive: str | None,
         now: float,
     ) -> T:
         """Take a look and answer one question about two cascades' decisions on the rows of an epoch, in their order.
@@ -224,7 +224,7 @@ class GuardVault:
             terms: hash of all else that the answer depends on; the same decisions under other terms are another look.
             name: of the candidate, for the record.
             classes: names, in the order of the decisions' indices.
-            positive: name of the positive class.
+            positive: name of the positive class, if there is one.
             now: seconds since the epoch of the clock.
 
         Raises:
@@ -240,7 +240,7 @@ class GuardVault:
         sides = (
             part for one in (champion, candidate) for part in (one.answers.astype("<i8"), one.deferred.astype("u1"))
         )
-        words = "\n".join([*classes, positive, terms]).encode()
+        words = "\n".join([*classes, positive or "", terms]).encode()
         look = self._take(epoch, sha256_bytes(b"".join([*(side.tobytes() for side in sides), words])), name, now)
         with self._store.read() as connection:
             rows = connection.execute(select(_rows).where(_rows.c.epoch == epoch).order_by(_rows.c.place)).all()

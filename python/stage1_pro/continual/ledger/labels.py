@@ -32,7 +32,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from stage1_pro.classes import known_as
 from stage1_pro.continual.ledger.schema import append_only, metadata
 from stage1_pro.continual.ledger.store import Store
-from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Position, pack_floats, unpack_floats
+from stage1_pro.continual.serving.events import (
+    STORED,
+    BundleFacts,
+    Event,
+    EventLog,
+    Position,
+    pack_floats,
+    unpack_floats,
+)
 from stage1_pro.errors import InputError, nearest, printable
 from stage1_pro.files import uniform
 from stage1_pro.record import Record
@@ -185,7 +193,8 @@ def ingest(store: Store, log: EventLog, *, double_share: float = DOUBLE_SHARE, s
 
 def _row(one: Event, double_share: float, seed: int) -> dict[str, Any]:
     double = uniform(seed, "double", one.id) < double_share
-    return {**dict(one), "sketch": pack_floats(one.sketch), "reviews": (2 if double else 1) if one.selected else 0}
+    kept = {name: getattr(one, name) for name in STORED}
+    return {**kept, "sketch": pack_floats(one.sketch), "reviews": (2 if double else 1) if one.selected else 0}
 
 
 def _insert_events(store: Store, connection: Connection, rows: list[dict[str, Any]]) -> int:
@@ -235,8 +244,7 @@ def read_events(
         until: the same.
         bundle: sha256 of the manifest that served; all by default.
     """
-    names = list(Event.model_fields)
-    query = select(*(events.c[name] for name in names)).order_by(events.c.time, events.c.id)
+    query = select(*(events.c[name] for name in STORED)).order_by(events.c.time, events.c.id)
     if since > -math.inf:
         query = query.where(events.c.time >= since)
     if until < math.inf:

@@ -34,7 +34,7 @@ class Item(Record):
     event_id: str
     image_sha256: str
     classes: tuple[str, ...]
-    positive: str
+    positive: str | None
     action: str
     label: str = Field(description="the answer; empty where nobody answered")
     answer_a: str | None = Field(description="what Stage A says; None with more than two classes unless it answered")
@@ -243,7 +243,7 @@ class ReviewQueue:
 
 def _answer(prob: float | None, facts: BundleFacts) -> str | None:
     """The class that P(positive) means where there are two."""
-    if prob is None or len(facts.classes) != 2:
+    if prob is None or facts.positive is None or len(facts.classes) != 2:
         return None
     (negative,) = (name for name in facts.classes if name != facts.positive)
     return facts.positive if prob > 0.5 else negative

@@ -30,8 +30,8 @@ _HAS_FLOCK = find_spec("fcntl") is not None
 # Least share of exits that is audited at random: without these audits nobody sees what Stage A gets wrong.
 LEAST_FLOOR = 0.02
 _SHA256 = r"^[0-9a-f]{64}$"
-# Bytes of a log's end in which its last events are: one is about 1 KB.
-_TAIL = 64 * 2**10
+# Bytes of a log's end in which its last events are: one is about 1 KB, and 110 KB of the most classes.
+_TAIL = 256 * 2**10
 _SEGMENT = re.compile(r"events-(\d{8})\.jsonl")
 
 Action = Literal["exit", "defer", "abstain"]
@@ -69,6 +69,23 @@ Sketch = Annotated[
 ]
 
 
+def _to_probs(value: Any) -> Any:
+    """Probabilities from base64 of little-endian float32 values; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    data = base64.b64decode(value, validate=True)
+    if len(data) % 4:
+        raise ValueError(f"must be float32 values, got {len(data)} bytes")
+    return unpack_floats(data)
+
+
+Probs = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], ...],
+    BeforeValidator(_to_probs),
+    PlainSerializer(_to_base64, return_type=str, when_used="json"),
+]
+
+
 class Event(Record):
     """One served decision. None stands where there was no number, or Stage B was not asked."""
 
@@ -79,8 +96,8 @@ class Event(Record):
     action: Action
     stage: Literal["A", "B", ""] = Field(description="who looked last; empty where it gave no number")
     label: str = Field(description="the answer; empty where nobody answers")
-    prob_a: float | None = Field(ge=0, le=1, description="P(positive) of Stage A")
-    prob_b: float | None = Field(ge=0, le=1, description="P(positive) of Stage B")
+    prob_a: float | None = Field(ge=0, le=1, description="P(positive) of Stage A; null where no class is that")
+    prob_b: float | None = Field(ge=0, le=1, description="P(positive) of Stage B; null where no class is that")
     confidence: float | None = Field(ge=0, le=1, description="largest probability of the stage that looked last")
     gate_logit: float | None
     exit_score: float | None = Field(ge=0, le=1, description="what was compared with the threshold")
@@ -88,6 +105,12 @@ class Event(Record):
     propensity: float = Field(gt=0, le=1, description="chance with which this event is selected for review")
     selected: bool
     sketch: Sketch = Field(description="seeded random projection of Stage A's features, 64 float32 values")
+    probs_a: Probs | None = Field(None, description="of every class, by Stage A, float32; null in older logs")
+    probs_b: Probs | None = Field(None, description="the same by Stage B")
+
+
+# What a ledger keeps of an event; its probabilities of every class stay in the log.
+STORED = tuple(name for name in Event.model_fields if name not in ("probs_a", "probs_b"))
 
 
 # --------------------------------------------------------------------------------------------
@@ -239,7 +262,7 @@ class BundleFacts(Record):
 
     bundle: str = Field(pattern=_SHA256)
     classes: tuple[str, ...] = Field(min_length=2)
-    positive: str
+    positive: str | None
 
 
 class LogInfo(Record):

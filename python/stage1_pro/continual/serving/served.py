@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from stage1_pro.classes import index_of
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog, Novelty, ReviewPlan, entropy, sketch
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.photos import Photo, read_file
@@ -131,7 +133,11 @@ class Served(Answering):
 
     def _events(self, decisions: Decisions, trace: Trace, images: Sequence[str], now: float) -> list[Event]:
         policy, classes = self.cascade.bundle.policy, self.cascade.bundle.classes
-        positive = classes.index(self.cascade.bundle.positive)
+        positive = index_of(classes, self.cascade.bundle.positive)
+
+        def of_positive(probs: NDArray[np.float64]) -> float | None:
+            return None if positive is None else _number(probs[positive])
+
         scores = policy.scores(trace.probs_a, trace.gate_logit)
         sketches = sketch(trace.hidden)
         asked_b = ~trace.exited
@@ -153,8 +159,10 @@ class Served(Answering):
                     action=("exit" if exited else "defer") if accepted else "abstain",
                     stage=str(decisions.stage[row]),
                     label=str(decisions.label[row]),
-                    prob_a=_number(trace.probs_a[row, positive]),
-                    prob_b=None if exited else _number(trace.probs[row, positive]),
+                    prob_a=of_positive(trace.probs_a[row]),
+                    prob_b=None if exited else of_positive(trace.probs[row]),
+                    probs_a=_numbers(trace.probs_a[row]),
+                    probs_b=None if exited else _numbers(trace.probs[row]),
                     confidence=_number(decisions.confidence[row]),
                     gate_logit=_number(gate[row]),
                     exit_score=_number(scores[row]),
@@ -169,6 +177,10 @@ class Served(Answering):
 
 def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _numbers(values: NDArray[np.float64]) -> tuple[float, ...] | None:
+    return tuple(values.tolist()) if np.isfinite(values).all() else None
 
 
 def identify(image: ImageLike) -> str:

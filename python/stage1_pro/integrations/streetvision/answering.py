@@ -14,6 +14,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import Field, ValidationError
 
+from stage1_pro.classes import need_positive
 from stage1_pro.command import refusal
 from stage1_pro.continual.serving.events import EventLog
 from stage1_pro.continual.serving.live import LiveCascade
@@ -112,7 +113,8 @@ class StreetVision:
         options: any key of ``Settings``.
 
     Raises:
-        InputError: a setting that does not exist or is out of range, or a runtime that is not there.
+        InputError: a setting that does not exist or is out of range, a runtime that is not there, or a bundle of more
+            than two classes of which none is the positive one.
         ArtifactError: the bundle is damaged.
     """
 
@@ -135,6 +137,7 @@ class StreetVision:
                 self.settings.loop, self.settings.runtime, threads=self.settings.threads, log=log,
                 on_failure=_not_logged,
             )  # fmt: skip
+        need_positive(self._answering.bundle.positive, "a bundle for StreetVision")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="streetvision")
 
     def answer(self, image: bytes | bytearray | memoryview | str | Image.Image) -> float:
@@ -225,7 +228,7 @@ def _shift(settings: Settings, cascade: Cascade | None = None) -> float:
                 "train_prior must be set beside serve_prior for a run, got nothing; a bundle knows its own"
             )
         counts = cascade.bundle.splits.counts["train"]
-        train = counts[cascade.bundle.positive] / sum(counts.values())
+        train = counts[need_positive(cascade.bundle.positive, "a bundle for StreetVision")] / sum(counts.values())
     return prior_shift(train, settings.serve_prior)
 
 

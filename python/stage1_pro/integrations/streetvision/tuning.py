@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import expit, logit
 
-from stage1_pro.classes import known_as
+from stage1_pro.classes import known_as, need_positive
 from stage1_pro.data.images import ImageError
 from stage1_pro.data.labels import read_list
 from stage1_pro.data.photos import Folder, Photo
@@ -147,6 +147,7 @@ def _of_run(run: Path) -> _HeldOut:
     if not run.is_dir():
         raise InputError(f"run must be a run folder, got {run}")
     splits = Splits.read(run / "splits.json")
+    positive = need_positive(splits.positive, "a run for StreetVision")
     policy = policy_of(run, splits)
     if policy is None:
         raise InputError(f"run must be calibrated, got {run}; run `stage1 calibrate --run {run}` first")
@@ -155,20 +156,22 @@ def _of_run(run: Path) -> _HeldOut:
     cascade = answer(predictions, policy)["cascade"]
     _, accepted = policy.answer(cascade.probs, cascade.exited, predictions.gate_logits)
     fit = predictions.halves == ("" if predictions is not calibration else "fit")
+    at = predictions.classes.index(positive)
     return _HeldOut(
-        probs=cascade.probability[fit],
-        positive=(predictions.labels == predictions.classes.index(predictions.positive))[fit],
+        probs=cascade.probs[fit, at],
+        positive=(predictions.labels == at)[fit],
         accepted=accepted[fit],
         groups=predictions.groups[fit],
         name=predictions.split if predictions is not calibration else "val_calib.fit",
         model_fingerprint=predictions.model_fingerprint,
-        train_prior=_share(splits.counts["train"], splits.positive),
+        train_prior=_share(splits.counts["train"], positive),
     )
 
 
 def _of_bundle(folder: Path, labels: Path, columns: Mapping[str, str] | None) -> _HeldOut:
     cascade = Cascade.load(folder)
     bundle, listed = cascade.bundle, read_list(labels, columns)
+    positive = need_positive(bundle.positive, "a bundle for StreetVision")
     names = []
     for row in listed:
         name = row.get("label_name") or row.get("label", "")
@@ -186,12 +189,12 @@ def _of_bundle(folder: Path, labels: Path, columns: Mapping[str, str] | None) ->
             raise InputError(f"{error}; leave its row out of {labels}") from None
     return _HeldOut(
         probs=np.concatenate([part.prob for part in parts]),
-        positive=np.asarray(names) == bundle.positive,
+        positive=np.asarray(names) == positive,
         accepted=np.concatenate([part.accepted for part in parts]),
         groups=np.asarray([row.get("group") or f"row {i}" for i, row in enumerate(listed)]),
         name=str(labels),
         model_fingerprint=bundle.manifest.provenance.model_fingerprint,  # type: ignore[union-attr]  # loaded above
-        train_prior=_share(bundle.splits.counts["train"], bundle.positive),  # type: ignore[union-attr]
+        train_prior=_share(bundle.splits.counts["train"], positive),  # type: ignore[union-attr]
     )
 
 
