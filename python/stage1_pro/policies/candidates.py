@@ -95,7 +95,7 @@ class Mix:
         if values.ndim != 1 or not (values >= 0).all() or abs(float(values.sum()) - 1) > 1e-9:
             raise InputError(f"shares must be those of the classes, 0 or more and 1 in all, got {shown(self.shares)}")
         object.__setattr__(self, "shares", values)
-        object.__setattr__(self, "labels", indices("labels", self.labels, np.size(self.labels), values.size))
+        object.__setattr__(self, "labels", indices("labels", self.labels, n_classes=values.size))
 
     @classmethod
     def at(cls, prior: float, positive: int, labels: NDArray[np.int64], n_classes: int) -> Mix:
