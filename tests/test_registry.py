@@ -24,6 +24,7 @@ from kit.loop_parts import promote, read_pointer
 from kit.tiny import copy_run, rehash
 from sqlalchemy import text
 
+from stage1_pro.chain import AuditRow, canonical, verify_file
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.loop.registry import LostRaceError, Registry
@@ -549,14 +550,14 @@ def test_a_flipped_byte_is_found_and_where(store: Store, tmp_path: Path) -> None
     assert (whole.ok, whole.rows) == (True, 12)
     assert audit.export(store, tmp_path / "audit.jsonl") == 12
     data = (tmp_path / "audit.jsonl").read_bytes()
-    assert audit.verify_file(tmp_path / "audit.jsonl") == whole
+    assert verify_file(tmp_path / "audit.jsonl") == whole
     lines = np.cumsum([len(line) + 1 for line in data.split(b"\n")[:-1]])
     rng = np.random.default_rng(0)
     for place in rng.choice(len(data), 300, replace=False):
         flipped = bytearray(data)
         flipped[place] ^= 1 << int(rng.integers(8))
         (tmp_path / "flipped.jsonl").write_bytes(flipped)
-        found = audit.verify_file(tmp_path / "flipped.jsonl")
+        found = verify_file(tmp_path / "flipped.jsonl")
         row = int(np.searchsorted(lines, place, side="right")) + 1
         assert not found.ok and found.broken_at == row, (place, found)
 
@@ -582,18 +583,18 @@ def test_rows_cut_off_are_found_by_the_head(store: Store, tmp_path: Path) -> Non
     audit.export(store, tmp_path / "all.jsonl")
     lines = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut.jsonl").write_text("".join(lines[:-2]))
-    assert audit.verify_file(tmp_path / "cut.jsonl").ok
-    assert not audit.verify_file(tmp_path / "cut.jsonl", head=head).ok
+    assert verify_file(tmp_path / "cut.jsonl").ok
+    assert not verify_file(tmp_path / "cut.jsonl", head=head).ok
     (tmp_path / "hole.jsonl").write_text("".join(lines[:4] + lines[5:]))
-    assert audit.verify_file(tmp_path / "hole.jsonl").broken_at == 5
+    assert verify_file(tmp_path / "hole.jsonl").broken_at == 5
     with pytest.raises(ArtifactError, match="must be an exported audit"):
-        audit.verify_file(tmp_path / "none.jsonl")
+        verify_file(tmp_path / "none.jsonl")
     # Row 6 written anew, with a hash of its own that is right: row 7 follows another.
-    sixth = audit.AuditRow.model_validate_json(lines[5]).model_copy(update={"time": 7e9})
+    sixth = AuditRow.model_validate_json(lines[5]).model_copy(update={"time": 7e9})
     sixth = sixth.model_copy(update={"hash": sixth.expected_hash()})
-    anew = [*lines[:5], audit.canonical(sixth.model_dump()) + "\n", *lines[6:]]
+    anew = [*lines[:5], canonical(sixth.model_dump()) + "\n", *lines[6:]]
     (tmp_path / "anew.jsonl").write_text("".join(anew))
-    found = audit.verify_file(tmp_path / "anew.jsonl")
+    found = verify_file(tmp_path / "anew.jsonl")
     assert (found.ok, found.broken_at, found.reason) == (False, 7, "it does not follow the row before")
 
 

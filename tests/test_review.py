@@ -28,8 +28,9 @@ from PIL import Image
 from sqlalchemy import create_engine, text
 
 from stage1_pro.continual.ledger.labels import Label, add_labels, disagreement, ingest, read_labels, resolve
+from stage1_pro.continual.ledger.page import opened
 from stage1_pro.continual.ledger.review import LeaseLostError, ReviewQueue
-from stage1_pro.continual.ledger.reviewing import ReviewServer, opened, render, review
+from stage1_pro.continual.ledger.reviewing import ReviewServer, render, review
 from stage1_pro.continual.ledger.store import Store
 from stage1_pro.continual.serving.events import BundleFacts, Event, EventLog
 from stage1_pro.errors import InputError

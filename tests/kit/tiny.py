@@ -21,7 +21,7 @@ from stage1_pro.models.model import Stage1Model, create_model
 from stage1_pro.policies.gate import GateConstraints, GateParams
 from stage1_pro.policies.softmax import Thresholds
 from stage1_pro.training.checkpoint import save_model
-from stage1_pro.training.inference import infer_split
+from stage1_pro.training.inference import infer_split, run_over
 from stage1_pro.training.run import write_config
 from stage1_pro.words import SPLITS
 
@@ -162,6 +162,43 @@ def make_bright_run(run: Path) -> Path:
     (run / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
     policy = make_policy(model, splits.hashes, 0.6).model_copy(update={"target_fnr": 0.5})
     policy.write(run / "thresholds.json")
+    return run
+
+
+def make_solved_run(run: Path, shared: float = 0.0) -> Path:
+    """A run on bright photos whose Stage A reads their brightness, by least squares; its answers lie beside it.
+
+    A share of its photos have the other class, so that it is wrong on them.
+    """
+    make_bright_run(run)
+    splits = Splits.read(run / "splits.json")
+    rows = [
+        row.model_copy(update={"label": CLASSES[1 - CLASSES.index(row.label)]}) if int(row.id) % 100 < 100 * shared else row
+        for row in splits.rows
+    ]
+    splits = splits.model_copy(update={"rows": rows, "hashes": hash_splits(rows)})
+    splits.write(run / "splits.json")
+    model = make_model(tap=4)
+    spec, kept = model.architecture.preprocessing, splits.of("train")
+    found = run_over(
+        lambda pixels: {"features": model.features(pixels)[0]}, splits.photos_of(kept), spec,
+        device=torch.device("cpu"), workers=0,
+    )["features"]  # fmt: skip
+    signs = 2.0 * splits.indices(kept) - 1
+    wide = np.hstack([found, np.ones((len(found), 1))])
+    weights = np.linalg.solve(wide.T @ wide + 0.1 * np.eye(wide.shape[1]), wide.T @ (2 * signs))
+    with torch.no_grad():
+        last = model.heads.classifier[-1]
+        last.weight.copy_(torch.tensor(np.stack([-weights[:-1], weights[:-1]]), dtype=torch.float32))
+        last.bias.copy_(torch.tensor([-weights[-1], weights[-1]], dtype=torch.float32))
+    a = model.architecture
+    config = Config.model_validate({"model": {"backbone": "tiny", "tap": a.tap, "image_size": a.image_size},
+                                    "train": {"workers": 0}})  # fmt: skip
+    write_config(run, config, splits)
+    save_model(run / "model_best.pth", model, model.state_dict(), split_hashes=splits.hashes)
+    for name in ("val_select", "val_calib"):
+        infer_split(run, name).save(run / f"{name}.npz")
+    (run / "thresholds.json").unlink()
     return run
 
 

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": (".merge:Merge", "write the plain backbone that an adapter makes of its base"),
     "plan": (".plan:Plan", "say how many calibration rows a promise takes, and what rows you have can promise"),
     "calibrate": (".calibrate:Calibrate", "choose the exit policy on val_calib"),
+    "certify": (".certify:Certify", "label photos on a local page until a promise of the exits is proven"),
     "evaluate": (".evaluate:Evaluate", "measure the best model and its policy on val_test, once it is final"),
     "metrics": (".metrics:Metrics", "measure anybody's predictions: AUGRC and the suite with intervals, no model"),
     "infer": (".predict:Infer", "answer for images or a split with a run's own model in torch, before any export"),

@@ -31,7 +31,7 @@ def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
         "policy": {
             "name": policy.policy, "file": policy.file, "rule": policy.rule(),
             "exit_threshold": policy.exit_threshold, "guarantee": policy.guarantee, "statement": policy.statement,
-            "measured": policy.measured(), **policy.facts(),
+            "measured": policy.measured(), "outside": policy.outside, **policy.facts(),
         },
         "engines": told["engines"],
         "files": dict(sorted(told["files"].items())),
@@ -62,7 +62,7 @@ def render_inspection(facts: dict[str, Any]) -> str:
         f"licence     {backbone['licence']}{'; see ' + facts['licence_file'] if facts['licence_file'] else ''}",
         f"policy      {policy['name']}: {policy['rule']}",
         f"promise     guarantee: {policy['guarantee']}. {policy['statement']}",
-        f"on val_calib  {policy['measured']}",
+        f"{'on photos of its own' if policy['outside'] else 'on val_calib'}  {policy['measured']}",
         f"ONNX        both stages; at most {parity:.2g} away from torch when exported",
     ]
     for precision in facts["stages"]["stage_a"]["variants"]:

@@ -67,7 +67,7 @@ class RiskCounts(Record):
 class CertificateRecord(Record):
     """What a policy promises, from which counts, by which method; accepted means score >= threshold."""
 
-    method: Method
+    method: Method | Literal["sequential"] = Field(description="sequential: looked at after every label")
     delta: float = Field(gt=0, lt=1, description="of this claim: what was declared, divided by claims")
     claims: int = Field(ge=1, description="how many claims delta was divided for, before the first")
     use: int | None = Field(
@@ -87,6 +87,8 @@ class CertificateRecord(Record):
     )
     seed: int = Field(description="of the row that speaks for its group")
     largest_group: int | None = Field(None, description="with unit photos: rows of the largest group there is")
+    labelled: int | None = Field(None, description="with method sequential: of the n that were looked through")
+    log: str = Field("", description="with method sequential: hash of the row of certify/labels.jsonl that proved it")
     guarantee: str
     assumptions: list[str]
     mix: dict[str, float] | None = Field(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -373,7 +374,9 @@ class ByLimits(ExitPolicy):
     bound_method: str
     n_errors: int | None = None
     unlabelled: str = Field(
-        "", description="fingerprint of the photos without labels that certified it; empty: it was val_calib"
+        "",
+        description="fingerprint of the photos from outside the splits that certified it, without labels or labelled "
+        "until it was proven; empty: it was val_calib",
     )
     n_exited_groups: int | None = None
     n_positive_groups: int
@@ -427,6 +430,33 @@ class ByLimits(ExitPolicy):
             fields["sweep_results"] = [row.model_copy(update=blank) for row in found.sweep]
         return found, fields
 
+    @classmethod
+    @abstractmethod
+    def scored(cls, rows: Rows) -> tuple[NDArray[np.float64], float]:
+        """What decides for rows of which the fit half may fix it: scores [N], higher is surer, and their least value.
+
+        Raises:
+            InputError: rows lack what it is made of.
+        """
+
+    @classmethod
+    @abstractmethod
+    def made(cls, target: Any, rows: Rows, threshold: float, fields: Mapping[str, Any], accuracy: float | None) -> Self:
+        """The policy of a threshold, with what it has beside ``fields``, which all such policies store.
+
+        Args:
+            target: what was asked for.
+            rows: of which the fit half may fix scores.
+            threshold: that was found.
+            fields: as ``chosen`` gives them.
+            accuracy: share of exits that are answered rightly; None: unknown.
+        """
+
+    @property
+    def outside(self) -> str:
+        """Fingerprint of the photos from outside the splits that certified it."""
+        return self.unlabelled
+
     @property
     def _fnr_class(self) -> str | None:
         asked = self.target.promises(self.positive)
@@ -445,7 +475,7 @@ class ByLimits(ExitPolicy):
     def _beside(self) -> list[str]:
         """What is seen of photos where groups are promised."""
         made = self.certificate
-        if made is None:
+        if made is None or made.method == "sequential":  # likely errors were labelled more often
             return []
         photos = {
             "exit error": ("exits are wrong", self.n_errors or 0, self.n_exited),

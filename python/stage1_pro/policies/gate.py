@@ -7,8 +7,9 @@ calibration, evaluation and the cascade. ``a`` and ``b`` are Platt's, from ``val
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -110,21 +111,34 @@ class GateParams(ByGate, ByLimits):
 
         Platt scaling sees the fit rows alone either way. See ``ByLimits.chosen`` and ``Policy.fit``.
         """
-        platt, sure = _sure(rows)
+        _, sure = _sure(rows)
         if target.guarantee == "none" and np.isnan(sure).all():
             raise NotReachableError(
                 f"{target.words()} must be reachable on the calibration rows, but no gate logit is finite, so nothing "
                 "may exit; train again. No policy was written"
             )
         found, fields = cls.chosen(target, rows, sure, use=use, origin=origin, shown=GRID)
+        return cls.made(target, rows, found.row.threshold, fields, None)
+
+    @classmethod
+    def scored(cls, rows: Rows) -> tuple[NDArray[np.float64], float]:
+        """The gate's P(Stage A is correct) [N]; see ``ByLimits.scored``."""
+        return _sure(rows)[1], 0.0
+
+    @classmethod
+    def made(
+        cls, target: Gate, rows: Rows, threshold: float, fields: Mapping[str, Any], accuracy: float | None
+    ) -> Self:
+        """With Platt's scaling on the fit rows; see ``ByLimits.made``."""
+        del accuracy
+        platt, certificate = _sure(rows)[0], fields["certificate"]
         return cls(
             **fields,
-            a=platt.a, b=platt.b, fitted=platt.fitted, platt=platt.reason, n_fit_rows=platt.n,
-            threshold=found.row.threshold,
+            a=platt.a, b=platt.b, fitted=platt.fitted, platt=platt.reason, n_fit_rows=platt.n, threshold=threshold,
             constraints=GateConstraints(
                 min_coverage=target.least_coverage, max_exit_error=target.exit_error, target_fnr_exit=target.fnr
             ),
-            limits=Limits.of(target), certify_uses=use if found.certificate is not None else None,
+            limits=Limits.of(target), certify_uses=None if certificate is None else certificate.use,
         )  # fmt: skip
 
     @classmethod

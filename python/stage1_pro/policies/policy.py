@@ -227,6 +227,11 @@ class Policy(Record):
         return () if self.guarantee == "none" else self.target.promises(self.positive)
 
     @property
+    def outside(self) -> str:
+        """Fingerprint of the photos from outside the splits that certified it; empty: rows of the splits did."""
+        return ""
+
+    @property
     def groups_are_photos(self) -> bool:
         """Whether each photo that certified it was a group of its own, so that what it promises is of photos, too."""
         return False

@@ -7,6 +7,7 @@ are those of ``policies.bets``.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -143,6 +144,14 @@ class SequentialCertificate:
         made._labels, made._wrong, made._photos = state.labels, state.wrong, state.photos
         made._units = dict.fromkeys(state.units)
         made._asked = len(state.units)
+        return made
+
+    def __copy__(self) -> SequentialCertificate:
+        """The same, to go on apart from this one."""
+        made = SequentialCertificate.__new__(SequentialCertificate)
+        # Sums are replaced as they grow, never changed.
+        made.__dict__ |= {**self.__dict__, "_bets": copy.copy(self._bets)}
+        made._proven_at, made._units = [*self._proven_at], dict(self._units)
         return made
 
     # ---------------------------------------------------------------------------- labels

@@ -7,7 +7,8 @@ probability, computed in float64; the answer is the most probable class (the fir
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -90,14 +91,25 @@ class Thresholds(ByLimits):
             target, rows, confidence(rows.probs), use=use, origin=origin, lowest=1 / len(rows.classes), shown=GRID,
             grid=rows.grid,
         )  # fmt: skip
-        threshold = found.row.threshold
+        return cls.made(target, rows, found.row.threshold, fields, None if rows.unlabelled else found.row.exit_accuracy)
+
+    @classmethod
+    def scored(cls, rows: Rows) -> tuple[NDArray[np.float64], float]:
+        """The largest probability [N]; see ``ByLimits.scored``."""
+        return confidence(rows.probs), 1 / len(rows.classes)
+
+    @classmethod
+    def made(
+        cls, target: Softmax, rows: Rows, threshold: float, fields: Mapping[str, Any], accuracy: float | None
+    ) -> Self:
+        """With the threshold in its three forms; see ``ByLimits.made``."""
         return cls(
             **fields,
             exit_threshold=threshold,
             # Derived and rounded, for readers of the two-sided form; confidence >= exit_threshold decides.
             exit_lower_threshold=1 - threshold if len(rows.classes) == 2 else None,
             exit_upper_threshold=threshold,
-            exit_accuracy=None if rows.unlabelled else found.row.exit_accuracy,
+            exit_accuracy=accuracy,
             target_fnr=target.fnr,
             limits=Limits.of(target),
         )

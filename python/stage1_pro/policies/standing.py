@@ -69,6 +69,13 @@ def standing(policy: Policy, splits: SplitsSummary, prior: float | None = None) 
         note = "nothing is promised" if prior is None else "nothing is promised, so no prior can void it"
     elif prior is None or share is None:
         note = "as calibrated"
+    elif policy.outside:
+        stands, void = within_class, overall
+        note = (
+            f"prior {prior:g} cannot be held against the photos that certified it, which are of no split: the share of "
+            f"'{policy.positive}' among them is not known. Void: {', '.join(overall) or 'nothing'}. Certify on photos "
+            "drawn where it serves, and leave the prior out. Answers do not change"
+        )
     else:
         low, high = clopper_pearson(round(share * n_groups), n_groups)
         calibrated = f"share of '{policy.positive}' {share:.3g} (95% interval {low:.3g} to {high:.3g})"

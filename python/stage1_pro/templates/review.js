@@ -13,25 +13,51 @@ function said(answer, prob, positive) {
   return answer === null || answer === "" ? chance : `${answer}, ${chance}`;
 }
 
-function show(state) {
-  item = state.item;
+// Of labels that are to prove something.
+function showCertificate(state) {
+  const p = state.progress;
+  document.title = get("title").textContent = state.title;
+  get("count").textContent = p.said;
+  get("bar").max = 1;
+  get("bar").value = p.share;
+  get("bar").setAttribute("aria-label", "how much is proven");
+  get("goal").textContent = state.goal;
+  get("goal").hidden = false;
+  get("undo").disabled = !p.can_undo;
+  get("undo-empty").hidden = true;
+  if (state.done === null) return;
+  get("done").textContent = state.done.title;
+  get("rest").textContent = state.done.text;
+  get("more").textContent = "go on";
+  get("again").hidden = !state.done.more;
+  get("end").hidden = !state.done.end;
+}
+
+function showQueue(state) {
   const p = state.progress;
   get("count").textContent =
     `${state.reviewer}: ${p.answered_here} answered, ${p.skipped_here} skipped · ${p.left} left` +
     (p.lent ? ` (${p.lent} with others)` : "") + ` · ${p.finished} of ${p.selected} finished`;
   get("bar").max = Math.max(p.selected, 1);
   get("bar").value = p.finished;
+  const can = p.answered_here + p.skipped_here > 0;
+  get("undo").disabled = get("undo-empty").disabled = !can;
+  if (state.item === null) {
+    get("rest").textContent = p.lent ? `${p.lent} are with other reviewers now.`
+      : p.selected > p.finished ? `Not finished: ${p.selected - p.finished} of ${p.selected} selected events; you have answered or skipped them, or their images are gone.`
+      : "Every selected event is finished.";
+  }
+}
+
+function show(state) {
+  item = state.item;
+  (state.goal === undefined ? showQueue : showCertificate)(state);
   get("item").hidden = item === null;
   get("empty").hidden = item !== null;
   get("note").textContent = state.note;
   get("note").className = "";
-  const can = p.answered_here + p.skipped_here > 0;
-  get("undo").disabled = get("undo-empty").disabled = !can;
   if (item === null) {
     get("photo").removeAttribute("src");
-    get("rest").textContent = p.lent ? `${p.lent} are with other reviewers now.`
-      : p.selected > p.finished ? `Not finished: ${p.selected - p.finished} of ${p.selected} selected events; you have answered or skipped them, or their images are gone.`
-      : "Every selected event is finished.";
     return;
   }
   get("photo").src = `/image?event=${encodeURIComponent(item.event_id)}`;
@@ -56,9 +82,11 @@ function show(state) {
     get("result").textContent = { exit: `Stage A answered ${item.label}`, defer: `Stage B answered ${item.label}`,
       abstain: "nobody answered" }[item.action];
   }
-  get("facts").textContent = `served ${new Date(1000 * item.served).toISOString().replace("T", " ").slice(0, 19)} UTC · event ${item.event_id}` +
+  get("facts").textContent = item.facts ?? `served ${new Date(1000 * item.served).toISOString().replace("T", " ").slice(0, 19)} UTC · event ${item.event_id}` +
     (item.second ? " · second opinion" : "");
 }
+
+const again = () => (get("goal").hidden ? "next" : "more");
 
 async function act(what, label) {
   if (busy || (item === null && (what === "answer" || what === "skip"))) return;
@@ -74,7 +102,7 @@ async function act(what, label) {
     show(state);
   } catch (error) {
     const gone = error instanceof TypeError;
-    get("note").textContent = gone ? "The server does not answer: is `stage1 review` still running?" : error.message;
+    get("note").textContent = gone ? `The server does not answer: is \`stage1 ${get("goal").hidden ? "review" : "certify"}\` still running?` : error.message;
     get("note").className = "wrong";
   } finally {
     busy = false;
@@ -89,13 +117,15 @@ document.addEventListener("keydown", (event) => {
   if (key.length === 1 && index >= 0 && item !== null && index < item.classes.length) act("answer", item.classes[index]);
   else if (key === "s" && item !== null) act("skip");
   else if (key === "u") act("undo");
-  else if (key === "r" && item === null) act("next");
+  else if (key === "r" && item === null && !get("again").hidden) act(again());
+  else if (key === "e" && item === null && !get("end").hidden) act("end");
   else return;
   event.preventDefault();
 });
 get("skip").addEventListener("click", () => act("skip"));
 for (const id of ["undo", "undo-empty"]) get(id).addEventListener("click", () => act("undo"));
-get("again").addEventListener("click", () => act("next"));
+get("again").addEventListener("click", () => act(again()));
+get("end").addEventListener("click", () => act("end"));
 get("photo").addEventListener("error", () => {
   if (item === null) return;
   get("photo").hidden = true;

@@ -227,7 +227,7 @@ def _prepare(asked: Calibration, given: dict[str, Any], wish: Target | None, *, 
     if wish is None:
         base = RunConfig.read(path).config.calibrate if path.is_file() else CalibrateConfig()
         if given.get("policy", base.policy) == "auto":
-            given = {**given, "policy": _better(run, predictions, stated="policy" in given)}
+            given = {**given, "policy": better_policy(run, predictions, stated="policy" in given)}
         wish = settle_target(base, given)
     else:
         given = {"delta": wish.delta, "claims": wish.claims}
@@ -415,7 +415,7 @@ def read_calibration(run: Path) -> Predictions:
     return predictions
 
 
-def _better(run: Path, predictions: Predictions, *, stated: bool) -> str:
+def better_policy(run: Path, predictions: Predictions, *, stated: bool) -> str:
     """What ranked answers better on ``val_select``: softmax or gate; softmax where nobody asked and nothing says."""
     path = run / "gate.json"
     if not path.is_file():

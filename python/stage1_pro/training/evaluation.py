@@ -373,6 +373,8 @@ def render(evaluation: Evaluation) -> str:
         sheet.add(f"FNR on exits: {check.statement}")
     if promises:
         _add_promises(sheet, promises, evaluation.guarantee)
+        if evaluation.guarantee == "ltt" and all(one.outcome is None for one in promises):
+            sheet.add("not judged: photos of no split certified it, and those of val_test may be of another kind")
     if evaluation.verification is not None:
         _add_sets(sheet, evaluation.verification, evaluation.guarantee)
     sheet.add(evaluation.statement if evaluation.policy is None else f"guarantee: {evaluation.guarantee}")

@@ -130,10 +130,11 @@ OWN_FILES = ("last.pth", "model_best.pth", "model_best_acc.pth", "metrics.csv", 
              "val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt",
              "gate.json", "tap.json", "start.json", "val_select.npz",
              *policy_files(), *coming_files(), "report.html")  # fmt: skip
-OWN_FOLDERS = ("adapter", "evaluation", "metrics")
+OWN_FOLDERS = ("adapter", "certify", "evaluation", "metrics")
 # What they wrote of the best model, once it was chosen.
 _OF_THE_MODEL = ("val_calib.npz", "val_calib_logits.pt", "val_calib_labels.pt", "val_calib_gate_logits.pt", "gate.json",
-                 "val_select.npz", *policy_files(), *coming_files(), "report.html", "evaluation")  # fmt: skip
+                 "val_select.npz", *policy_files(), *coming_files(), "report.html", "certify",
+                 "evaluation")  # fmt: skip
 # What makes a run of what was set aside.
 _BESIDE = ("splits.json", "quarantine.csv", CLAIMS_FILE)
 # What was set aside last; on its way there; and what lay there before.

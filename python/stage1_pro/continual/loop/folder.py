@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from stage1_pro.chain import verify_file
 from stage1_pro.continual.ledger import audit as chain
 from stage1_pro.continual.ledger.exchange import (
     export_csv,
@@ -434,7 +435,7 @@ def audit(
         ArtifactError: it is not whole.
     """
     if file is not None:
-        found, last = chain.verify_file(file, head=head), []
+        found, last = verify_file(file, head=head), []
     else:
         with opened(root, read_only=True) as (_, registry, _parts, _loop):
             found = chain.verify(registry.store, head=head)

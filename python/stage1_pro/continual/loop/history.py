@@ -33,6 +33,7 @@ from sqlalchemy import (
     select,
 )
 
+from stage1_pro.chain import canonical
 from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.labels import GUARD_SOURCES, events, labels, read_bundles, resolve_within
 from stage1_pro.continual.ledger.schema import metadata
@@ -227,7 +228,7 @@ def add_hour(hours: dict[tuple[str, int], Hour], more: Hour) -> None:
 
 def _dealt(config: RoundsConfig) -> str:
     """All of a configuration that the derived rows depend on."""
-    return audit.canonical([config.plan.floor, config.plan.seed, config.guard_share, config.certified_share])
+    return canonical([config.plan.floor, config.plan.seed, config.guard_share, config.certified_share])
 
 
 @dataclass(frozen=True)

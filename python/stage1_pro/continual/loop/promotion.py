@@ -509,9 +509,12 @@ def check_certificate(champion: Policy | None, candidate: Policy | None, fingerp
             said = "; ".join(map(str, given))
             problem = f"the candidate must promise what the champion does: {lost}; it promises {said}"
         # One or the other certified; cuts of one val_calib share rows.
-        shared = any(
-            one in champion.split_hashes and champion.split_hashes[one] == candidate.split_hashes.get(one)
-            for one in ("val_calib", "val_calib.certify")
+        shared = champion.outside == candidate.outside and (
+            bool(champion.outside)
+            or any(
+                one in champion.split_hashes and champion.split_hashes[one] == candidate.split_hashes.get(one)
+                for one in ("val_calib", "val_calib.certify")
+            )
         )
         if not problem and shared and candidate.claims_made[0] < 2:
             problem = (

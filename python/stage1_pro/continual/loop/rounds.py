@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import Field
 from sqlalchemy import select
 
+from stage1_pro.chain import canonical
 from stage1_pro.continual.learn.rewards import Actions, verified
-from stage1_pro.continual.ledger import audit
 from stage1_pro.continual.ledger.guard import GuardVault
 from stage1_pro.continual.ledger.labels import GUARD_SOURCES, events, ingest, resolve_within
 from stage1_pro.continual.loop import tasks
@@ -179,7 +179,7 @@ class Rounds:
         if missing:
             raise NotReachableError(f"labelled images must be enough for a round, got {missing}; have more reviewed")
         # Its rows are in its name: labels dated back while this was killed make another epoch; neither has had a look.
-        epoch = f"round-{current.number}-{sha256_bytes(audit.canonical(dealt['guard']).encode())[:16]}"
+        epoch = f"round-{current.number}-{sha256_bytes(canonical(dealt['guard']).encode())[:16]}"
         self._open(epoch, dealt["guard"], until)
         learn = [row.image for row in dealt["learn"]]
         # Where nothing steers, what did so before is still in force.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stage1_pro.continual.ledger.audit import canonical
+from stage1_pro.chain import canonical
 from stage1_pro.continual.loop.config import RoundsConfig
 from stage1_pro.continual.loop.history import KEEP_EVERY, Answered, History, Kept, ServedRow
 from stage1_pro.continual.loop.registry import Alias
