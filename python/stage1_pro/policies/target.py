@@ -41,7 +41,7 @@ class Promise(Record):
     )
     limit: float = Field(gt=0, lt=1)
     bound: Literal["at most", "at least"] = "at most"
-    of: Literal["all", "each class", "each stage", "each source"] = "all"
+    of: Literal["all", "each class", "each answer", "each stage", "each source"] = "all"
     label: str | None = Field(None, description="the class that the quantity is a rate of; null: all classes")
     strength: Strength = Field(
         "certified", description="certified: of these very thresholds, with probability 1 - delta"
@@ -186,6 +186,11 @@ class OfExits(Target):
     unit: Literal["group", "photo"] = Field(
         "group", description="what a rate is of: one photo drawn from a new group, or any photo (needs largest_group)"
     )
+    by: Literal["class"] | None = Field(
+        None,
+        description="class: a certificate of its own for the exits with each answer, delta shared; classes that cannot "
+        "be certified never exit, the others stand",
+    )
     largest_group: Count | None = Field(
         None, description="with unit photo: photos of the largest group that can ever come; larger ones are refused"
     )
@@ -213,6 +218,10 @@ class OfExits(Target):
                 f"largest_group must go with unit photo, got {self.largest_group} with unit {self.unit}; a promise of "
                 "photos needs the size of the largest group that can ever come"
             )
+        others = ("fnr", "cascade_error", "disagreement", "least_coverage", "largest_group")
+        beside = [name for name in others if getattr(self, name) is not None]
+        if self.by is not None and (beside or self.exit_error is None):
+            raise ValueError(f"by must go with exit_error alone, of groups, got it with {', '.join(beside)}")
         if self.fnr_class is not None and self.fnr is None:
             raise ValueError(f"fnr_class must go with fnr, got '{self.fnr_class}' alone; add --fnr")
         return self
@@ -236,7 +245,13 @@ class OfExits(Target):
         found = [] if least is None else [self._promise("coverage", least, "at least")]
         for quantity, limit in self._limits():
             found.append(self._promise(quantity, limit, label=label if quantity == "FNR on exits" else None))
+        if self.by is not None:
+            found = [one.model_copy(update={"of": "each answer"}) for one in found]
         return tuple(found)
+
+    def level(self, one: Promise, n_classes: int) -> float:
+        """The share of delta that the test of one of its promises has: all of it, or that of one answer."""
+        return super().level(one, n_classes) / (1 if self.by is None else n_classes)
 
     def _limits(self) -> list[tuple[str, float]]:
         return [(said, limit) for name, said in _RISKS.items() if (limit := getattr(self, name)) is not None]
@@ -265,7 +280,8 @@ class OfExits(Target):
         return [f"{said}{of if said == 'FNR on exits' else ''} <= {number(limit)}" for said, limit in self._limits()]
 
     def _of_photos(self) -> str:
-        return "" if self.largest is None else f", of photos in groups of at most {self.largest}"
+        each = "" if self.by is None else ", for each answer"
+        return each if self.largest is None else f", of photos in groups of at most {self.largest}"
 
 
 class Softmax(OfExits):
