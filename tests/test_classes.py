@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from stage1_pro.data.given import read_arrays, read_predictions
 from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Merging, Row, Splits, SplitsSummary, hash_splits
 from stage1_pro.deploy.answers import COLUMNS, Begun, Filed, columns_of, coming
-from stage1_pro.errors import InputError
+from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.files import sha256_bytes
 from stage1_pro.metrics.intervals import bootstrap_answers
 from stage1_pro.policies import fit_policy
@@ -142,6 +143,87 @@ def test_what_needs_a_positive_class_says_how_to_name_one() -> None:
     with pytest.raises(InputError, match="fnr must say of which class"):
         Softmax(fnr=0.1).promises(None)
     assert Scrc(cells="class").promises(None)[1].of == "each class"
+
+
+def draw_answers(rng: np.random.Generator, groups: int, size: int = 1, rate: float = 0.3) -> dict[str, Any]:
+    """Answers by groups: wrong in ``rate`` (1 - confidence)^2 of cases, 'fox' in a third, however sure, 'cow' rare."""
+    n, classes = groups * size, ["cat", "dog", "fox", "cow"]
+    kind = np.repeat(rng.choice(4, groups, p=[0.4, 0.35, 0.235, 0.015]), size)
+    sure = 0.55 + 0.44 * rng.random(n)
+    wrong = rng.random(n) < np.where(kind == 2, 1 / 3, rate * (1 - sure) ** 2)
+    labels = np.where(wrong, (kind + 1) % 4, kind)
+    probs = np.repeat((1 - sure)[:, None] / 3, 4, axis=1)
+    probs[np.arange(n), kind] = sure
+    return {"probs": probs, "labels": labels, "groups": np.repeat(np.arange(groups), size), "classes": classes}
+
+
+def test_each_answer_has_a_certificate_of_its_own_and_small_ones_never_exit(tmp_path: Path) -> None:
+    given = draw_answers(np.random.default_rng(4), 3000)
+    made = fit_policy("softmax", **given, exit_error=0.05, by="class")
+    cells = {one.name: one for one in made.cells}
+    assert cells["cat"].threshold is not None and cells["dog"].threshold is not None
+    assert cells["fox"].threshold is None and "at best" in cells["fox"].refused and cells["cow"].threshold is None
+    assert made.promises[0].of == "each answer" and made.target.by == "class" and made.exit_threshold == 0.5
+    assert [one.name for one in made.certificate.risks] == ["exit error of 'cat'", "exit error of 'dog'"]
+    assert all(one.delta == 0.05 / 4 for one in made.cells) and "for 2 of 4 answers at once" in made.statement
+    text = render_policy(made)
+    assert "'fox' never exits" in text and "'cow' never" in text and "for each answer" in text
+    probs, limits = given["probs"], np.array([one.threshold or 2 for one in made.cells])
+    np.testing.assert_array_equal(made.exits(probs), probs.max(axis=1) >= limits[probs.argmax(axis=1)])
+    made.write(tmp_path / made.file)
+    assert type(made).read(tmp_path / made.file) == made
+    # As fine as floats are: at the threshold exits, one below does not; NaN never does.
+    limit = limits[0]
+    edge = np.array([[one, *[(1 - one) / 3] * 3] for one in (limit, np.nextafter(limit, 0), np.nextafter(limit, 1))])
+    assert made.exits(edge).tolist() == [True, False, True] and not made.exits(np.full((1, 4), np.nan)).any()
+    tightened = made.at(0.75)
+    assert tightened.promises == () and not (tightened.exits(probs) & ~made.exits(probs)).any()
+    rows = Rows.of(**draw_answers(np.random.default_rng(5), 3000), positive=None)
+    checked = made.check(rows).promises
+    assert [(one.name, one.outcome) for one in checked] == [
+        ("exit error of 'cat'", "PASS"),
+        ("exit error of 'dog'", "PASS"),
+    ]
+    exited, said = made.exits(rows.probs), rows.probs.argmax(axis=1)
+    assert [one.trials for one in checked] == [int((exited & (said == k)).sum()) for k in (0, 1)]
+    with pytest.raises(InputError, match="compiled router"):
+        made.compiled()
+    with pytest.raises(InputError, match="by must go with exit_error alone"):
+        fit_policy("softmax", **given, exit_error=0.05, by="class", least_coverage=0.1)
+    with pytest.raises(NotReachableError, match=r"for one answer at least.*'cat' never exits"):
+        fit_policy(
+            "softmax", **draw_answers(np.random.default_rng(4), 300), exit_error=0.02, by="class", guarantee="ltt"
+        )
+    best = fit_policy("gate", **given, gate=np.log(probs.max(1)), exit_error=0.05, by="class", guarantee="none")
+    assert best.promises == () and best.guarantee == "none"
+    for k, cell in enumerate(best.cells):
+        own = best.exits(probs, np.log(probs.max(1))) & (probs.argmax(1) == k)
+        assert (int(own.sum()), int((own & (given["labels"] != k)).sum())) == (cell.trials, cell.errors)
+        assert cell.errors <= 0.05 * cell.trials
+
+
+def test_certificates_of_each_answer_hold_together() -> None:
+    """Over draws with a known law, any cell's error is above its limit in at most delta of the calibrations."""
+
+    def false(made: Any) -> bool:
+        for k, cell in enumerate(made.cells):
+            if cell.threshold is not None:
+                # 0.8 (1 - c)^2 with c uniform from the threshold to 0.99; of 'fox' a third.
+                t = min(max(cell.threshold, 0.55), 0.98)
+                if (1 / 3 if k == 2 else 0.8 / 3 * ((1 - t) ** 3 - 0.01**3) / (0.99 - t)) > 0.05:
+                    return True
+        return False
+
+    rng, certified, empirical, exits = np.random.default_rng(7), 0, 0, 0
+    for _ in range(40):
+        given = draw_answers(rng, 1600, 2, rate=0.8)
+        empirical += false(fit_policy("softmax", **given, exit_error=0.05, by="class", guarantee="none"))
+        with contextlib.suppress(NotReachableError):
+            made = fit_policy("softmax", **given, exit_error=0.05, by="class")
+            exits += sum(cell.threshold is not None for cell in made.cells)
+            certified += false(made)
+    # 5% of 40 and two standard deviations of chance; what looks best on the same rows is false nearly always.
+    assert exits > 25 and certified <= 5 and empirical > 20, (exits, certified, empirical)
 
 
 def test_no_prior_speaks_of_no_class() -> None:
@@ -351,7 +433,8 @@ def test_four_classes_from_end_to_end_without_a_positive_one(
     assert "macro AUROC" in said and "few groups of" in said
     refused = stage1("calibrate", "--run", run, "--fnr", ".3", rc=2)
     assert "--class NAME" in refused and not (run / "claims.json").exists()
-    stage1("calibrate", "--run", run, "--policy", "softmax", "--exit-error", ".6", "--guarantee", "none")
+    by_class = ("--policy", "softmax", "--exit-error", ".6", "--guarantee", "none", "--by", "class")
+    assert "threshold of its answer" in stage1("calibrate", "--run", run, *by_class)
     said = stage1("evaluate", "--run", run)
     assert "no positive class" in said and "macro AUROC" in said
     page = (run / "report.html").read_text(encoding="utf-8")

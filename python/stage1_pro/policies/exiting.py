@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from stage1_pro.arguments import Grid, choice
-from stage1_pro.errors import NotReachableError
+from stage1_pro.errors import InputError, NotReachableError
 from stage1_pro.metrics.binomial import clopper_pearson_upper
 from stage1_pro.policies.bounds import exact
+from stage1_pro.policies.by_answer import COMMON, AnswerCell, best_cells, certify_cells, scaled
 from stage1_pro.policies.candidates import Mix, Risk
-from stage1_pro.policies.certificate import CertificateRecord, SweepRow
+from stage1_pro.policies.certificate import CertificateRecord, PromiseCheck, SweepRow
 from stage1_pro.policies.certify import Certificate
-from stage1_pro.policies.checks import unjudged
+from stage1_pro.policies.checks import check_claim, unjudged
 from stage1_pro.policies.counts import ExitCounts, count_exits, meets, sweep_table
 from stage1_pro.policies.ordering import certify_halves, infeasible, record
 from stage1_pro.policies.policy import Checked, Origin, Policy, risk_of
-from stage1_pro.policies.rows import Rows, Unit, groups_in_error, one_each
+from stage1_pro.policies.rows import Rows, Unit, counting_unit, groups_in_error, one_each
 from stage1_pro.policies.target import OfExits, Target
 from stage1_pro.policies.useful import OVERRIDE, Exits, weigh_exits
 from stage1_pro.record import Record
@@ -43,6 +44,7 @@ class Chosen:
     n_tried: int
     weighed: Exits
     mix: dict[str, float] | None = None
+    cells: list[AnswerCell] | None = None  # where each answer has a threshold of its own
 
     @property
     def caution(self) -> str:
@@ -91,6 +93,7 @@ class Chosen:
             "n_false_negative": row.n_false_negative, "grouped": rows.groups is not None,
             "sweep_results": self.sweep, **(origin or Origin()).fields(),
             "useless": "" if self.certificate is None else self.weighed.useless,
+            **({} if self.cells is None else {"cells": self.cells}),
             "commonest": self.weighed.commonest, "commonest_rate": self.weighed.rate, "exits_right": self.weighed.right,
         }  # fmt: skip
 
@@ -120,6 +123,8 @@ def choose_exits(
         InputError: no halves where something is to be certified.
         NotReachableError: the target cannot be met or certified.
     """
+    if isinstance(target, OfExits) and target.by is not None:
+        return _by_answer(target, rows, score, lowest, grid)
     certificate, n_tried, mix = None, 0, None
     if target.guarantee == "ltt":
         fit = ~rows.kept_half()
@@ -137,15 +142,45 @@ def choose_exits(
     exited = score >= row.threshold
     if int(exited.sum()) != row.n_exited:
         raise AssertionError("the stored threshold does not decide as the sweep did")
+    weighed = _useful(target, rows, exited, certificate, mix)
+    sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
+    named = None if mix is None else dict(zip(rows.classes, mix.shares.tolist(), strict=True))
+    return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed, named)
+
+
+def _useful(
+    target: Target, rows: Rows, exited: NDArray[np.bool_], certificate: Certificate | None, mix: Mix | None = None
+) -> Exits:
+    """How right exits are; raises NotReachableError where a certificate of them says nothing and that is not wanted."""
     weighed = _weighed(target, rows, exited, "groups" if certificate is None else certificate.unit, mix)
     if weighed.useless and certificate is not None and not target.allow_useless:
         raise NotReachableError(
             f"{target.words()} must be a promise that says something, but it is INFEASIBLE: "
             f"{weighed.useless}. Train a better Stage A, or {OVERRIDE}. No policy was written"
         )
-    sweep = sweep_table(counts, count_exits(rows, score, shown, lowest=lowest), row, rows.labels.size)
-    named = None if mix is None else dict(zip(rows.classes, mix.shares.tolist(), strict=True))
-    return Chosen(rows, row, sweep, exited, certificate, n_tried, weighed, named)
+    return weighed
+
+
+def _by_answer(target: OfExits, rows: Rows, score: NDArray[np.float64], lowest: float, grid: Grid) -> Chosen:
+    """The threshold of each answer, and the scores that all of them share; see ``by_answer``."""
+    limit, certificate = target.exit_error, None
+    assert limit is not None
+    if target.guarantee == "ltt":
+        cells, certificate = certify_cells(rows, score, limit, target.delta / target.claims, lowest=lowest, grid=grid)
+        kept = rows.kept_half()
+        part, own = rows.where(kept), score[kept]
+    else:
+        part, own, cells = rows, score, best_cells(rows, score, limit, lowest=lowest, grid=grid)
+    if all(cell.threshold is None for cell in cells):
+        raise NotReachableError(
+            f"{target.words()} must be reachable for one answer at least, but it is INFEASIBLE: "
+            f"{'; '.join(map(str, cells))}. Train a better Stage A, bring more photos, or ask for less. No policy was "
+            "written"
+        )
+    common = scaled(cells, part.probs, own)
+    row = count_exits(part, common, [COMMON], lowest=0.0).row(0, part.labels.size, grid=False)
+    exited = common >= COMMON
+    return Chosen(part, row, [row], exited, certificate, 0, _useful(target, part, exited, certificate), cells=cells)
 
 
 def walked(target: Target, rows: Rows, score: NDArray[np.float64], lowest: float = 0.0) -> tuple[float, bool] | None:
@@ -239,7 +274,8 @@ def certified_bound(certificate: Certificate) -> str:
 # What ``inspect`` shows of a policy of exits; null where it has none.
 _FACTS = (
     "certificate", "useless", "coverage", "fnr_on_exited", "fnr_upper_bound", "bound_level", "bound_method",
-    "n_positive_groups", "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt", "limits",
+    "n_positive_groups", "cells", "target_fnr", "exit_error", "exit_error_upper_bound", "constraints", "platt",
+    "limits",
 )  # fmt: skip
 
 
@@ -346,6 +382,7 @@ class Limits(Record):
     cascade_error: float | None = Field(None, gt=0, lt=1)
     disagreement: float | None = Field(None, gt=0, lt=1)
     least_coverage: float | None = Field(None, gt=0, lt=1)
+    by: Literal["class"] | None = None
 
     @classmethod
     def of(cls, target: OfExits) -> Limits:
@@ -380,6 +417,9 @@ class ByLimits(ExitPolicy):
     )
     n_exited_groups: int | None = None
     n_positive_groups: int
+    cells: list[AnswerCell] | None = Field(
+        None, description="a threshold for each answer; scores are scaled to a common one then. null: one for all"
+    )
 
     if TYPE_CHECKING:
         n_rows: int
@@ -463,14 +503,46 @@ class ByLimits(ExitPolicy):
         return next((one.label for one in asked if one.label is not None), self.positive)
 
     def check(self, rows: Rows) -> Checked:
-        """The same; what other photos certified is not judged by these."""
-        checked = super().check(rows)
+        """The same, for each answer that has a threshold of its own; what other photos certified is not judged here."""
+        checked = super().check(rows) if self.cells is None else Checked(self._check_cells(rows, self.cells))
         return checked if not self.unlabelled else replace(checked, promises=unjudged(checked.promises))
+
+    def _check_cells(self, rows: Rows, cells: Sequence[AnswerCell]) -> list[PromiseCheck]:
+        exited, answer = self.exits(rows.probs, rows.gate), rows.probs.argmax(axis=1)
+        _, names = counting_unit(rows.groups, rows.labels.size, "auto", False)
+        drawn = one_each(names, np.ones(rows.labels.size, dtype=bool), 0)
+        limit, found = self.target.promises(self.positive)[0].limit, []
+        named = [place for place, cell in enumerate(cells) if cell.threshold is not None]
+        for place in named:
+            trials = exited & (answer == place)
+            among, wrong = drawn[trials[drawn]], rows.wrong & trials
+            name = f"exit error of '{cells[place].name}'"
+            check = check_claim(name, int(wrong[among].sum()), among.size, limit, drawn.size, len(named))
+            photos = {"photo_errors": int(wrong.sum()), "photo_trials": int(trials.sum())}
+            found.append(check if names is None else check.model_copy(update=photos))
+        return found if self.promises else unjudged(found)
+
+    def _by_answer(self, probs: ArrayLike, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scores [N] as they are compared: those given, or scaled where each answer has a threshold of its own."""
+        return scores if self.cells is None else scaled(self.cells, self.check_probs(probs), scores)
+
+    def _check_one_threshold(self) -> None:
+        if self.cells is not None:
+            raise InputError(
+                "policy must have one threshold for the compiled router, got one for each answer; serve with Cascade"
+            )
+
+    def _rule_by_answer(self, cells: Sequence[AnswerCell]) -> str:
+        tightened = "" if self.exit_threshold == COMMON else f", tightened to {self.exit_threshold:.6g} on their scale"
+        limits = {one.name: "never" if one.threshold is None else f"{one.threshold:.6g}" for one in cells}
+        named = "; ".join(f"'{name}' {limit}" for name, limit in limits.items())
+        return f"exit when {self.score_title} is at or above the threshold of its answer: {named}{tightened}"
 
     def found(self) -> list[str]:
         """What exits, what is seen of photos where groups are promised, and what the promise does not bound."""
         error = "" if self.exit_error is None else f", exit error {self.exit_error:.2%}"
-        return [f"coverage {self.coverage:.1%}{error}", *self._beside(), *self._unbound()]
+        cells = [] if self.cells is None else [f"  {cell}" for cell in self.cells]
+        return [f"coverage {self.coverage:.1%}{error}", *cells, *self._beside(), *self._unbound()]
 
     def _beside(self) -> list[str]:
         """What is seen of photos where groups are promised."""
@@ -534,6 +606,15 @@ def _said(found: Chosen, target: Target) -> dict[str, Any]:
 
     outcomes = [risk.outcomes(found.exited) for risk in risks]
     of_photos = [(int(errors.sum()), int(trials.sum())) for errors, trials in outcomes]
+    if certificate is not None and found.cells is not None:
+        return counts | {
+            "statement": (
+                f"{certificate.guarantee} {certificate.accepted} of {certificate.n} {unit} of those kept for the "
+                f"certificate exited. They chose nothing. {assumed(certificate)}{found.caution}"
+            ),
+            "exit_error_upper_bound": certificate.risk_bound, "fnr_upper_bound": None,
+            "bound_level": 1 - certificate.delta, "bound_method": certified_bound(certificate),
+        }  # fmt: skip
     if certificate is not None:
         bounds = {one.name: one.bound for one in certificate.risks}
         out, n_all, seen = certificate.accepted, certificate.n, [(one.errors, one.trials) for one in certificate.risks]
@@ -552,12 +633,13 @@ def _said(found: Chosen, target: Target) -> dict[str, Any]:
     shown = {"exit error": (bound, n), "FNR on exits": (fnr_bound, n_positive)}
     asked = [(risk.name, *shown[risk.name]) for risk in risks if risk.name in shown]
     upper = "; ".join(f"of the {name} with {of} {unit}: {100 * value:.1f}%" for name, value, of in asked)
+    best = "" if found.cells is not None else f" as the best of {found.n_tried}"
     groups = "" if rows.groups is None else "; a group is an error when any of its exited rows is"
     return counts | {
         "statement": (
             f"Empirical choice, no guarantee: nothing is promised for new images. Of {rows.labels.size} calibration "
             f"rows {row.n_exited} exit ({n} {unit}, taken as independent); {told(of_photos, 'rows')}. The threshold "
-            f"was chosen on the same rows as the best of {found.n_tried}, so this looks better than it is."
+            f"was chosen on the same rows{best}, so this looks better than it is."
             + (f" 95% upper bound {upper}, not corrected for that search." if upper else "")
         ),
         "exit_error_upper_bound": bound,

@@ -141,6 +141,19 @@ class GateParams(ByGate, ByLimits):
             limits=Limits.of(target), certify_uses=None if certificate is None else certificate.use,
         )  # fmt: skip
 
+    def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
+        """The same, scaled where each answer has a threshold of its own."""
+        return self._by_answer(probs, super().scores(probs, gate_logits))
+
+    def rule(self) -> str:
+        """The rule in words."""
+        return super().rule() if self.cells is None else self._rule_by_answer(self.cells)
+
+    def compiled(self) -> tuple[float, float]:
+        """Scale and offset of the gate's logit."""
+        self._check_one_threshold()
+        return super().compiled()
+
     @classmethod
     def check_fit_half(cls, rows: Rows) -> None:
         """Raise NotReachableError where no gate logit of the fit rows is finite."""

@@ -107,7 +107,7 @@ class Thresholds(ByLimits):
             **fields,
             exit_threshold=threshold,
             # Derived and rounded, for readers of the two-sided form; confidence >= exit_threshold decides.
-            exit_lower_threshold=1 - threshold if len(rows.classes) == 2 else None,
+            exit_lower_threshold=1 - threshold if len(rows.classes) == 2 and target.by is None else None,
             exit_upper_threshold=threshold,
             exit_accuracy=accuracy,
             target_fnr=target.fnr,
@@ -131,15 +131,18 @@ class Thresholds(ByLimits):
         )  # fmt: skip
 
     def scores(self, probs: ArrayLike, gate_logits: ArrayLike | None = None) -> NDArray[np.float64]:
-        """The largest probability; see ``Policy.scores``."""
+        """The largest probability, scaled where each answer has a threshold of its own; see ``Policy.scores``."""
         del gate_logits
-        return confidence(self.check_probs(probs))
+        return self._by_answer(probs, confidence(self.check_probs(probs)))
 
     def compiled(self) -> None:
         """The largest probability is the score."""
+        self._check_one_threshold()
 
     def rule(self) -> str:
         """The rule in words."""
+        if self.cells is not None:
+            return self._rule_by_answer(self.cells)
         return f"exit when the largest probability of Stage A is at or above {self.exit_threshold:.6g}"
 
     @property

@@ -41,7 +41,7 @@ class Promise(Record):
     )
     limit: float = Field(gt=0, lt=1)
     bound: Literal["at most", "at least"] = "at most"
-    of: Literal["all", "each class", "each stage", "each source"] = "all"
+    of: Literal["all", "each class", "each answer", "each stage", "each source"] = "all"
     label: str | None = Field(None, description="the class that the quantity is a rate of; null: all classes")
     strength: Strength = Field(
         "certified", description="certified: of these very thresholds, with probability 1 - delta"
@@ -197,6 +197,11 @@ class OfExits(Target):
     unit: Literal["group", "photo"] = Field(
         "group", description="what a rate is of: one photo drawn from a new group, or any photo (needs largest_group)"
     )
+    by: Literal["class"] | None = Field(
+        None,
+        description="class: a certificate of its own for the exits with each answer, delta shared; classes that cannot "
+        "be certified never exit, the others stand",
+    )
     largest_group: Count | None = Field(
         None, description="with unit photo: photos of the largest group that can ever come; larger ones are refused"
     )
@@ -243,6 +248,10 @@ class OfExits(Target):
             )
         if self.fnr_class is not None and self.fnr is None and self.prior is None:
             raise ValueError(f"fnr_class must go with fnr or prior, got '{self.fnr_class}' alone; add --fnr or --prior")
+        others = ("fnr", "cascade_error", "disagreement", "least_coverage", "largest_group", "prior")
+        beside = [name for name in others if getattr(self, name) is not None]
+        if self.by is not None and (beside or self.exit_error is None):
+            raise ValueError(f"by must go with exit_error alone, of groups, got it with {', '.join(beside)}")
         return self
 
     @classmethod
@@ -267,7 +276,14 @@ class OfExits(Target):
             found.append(self._promise(quantity, limit, label=label if quantity == "FNR on exits" else None))
         # Within one class the mix of classes says nothing.
         mix = {} if self.prior is None else {"prior": self.prior, "prior_of": label}
-        return tuple(one if one.label else one.model_copy(update=mix) for one in found)
+        found = [one if one.label else one.model_copy(update=mix) for one in found]
+        if self.by is not None:
+            found = [one.model_copy(update={"of": "each answer"}) for one in found]
+        return tuple(found)
+
+    def level(self, one: Promise, n_classes: int) -> float:
+        """The share of delta that the test of one of its promises has: all of it, or that of one answer."""
+        return super().level(one, n_classes) / (1 if self.by is None else n_classes)
 
     def _limits(self) -> list[tuple[str, float]]:
         return [(said, limit) for name, said in _RISKS.items() if (limit := getattr(self, name)) is not None]
@@ -301,7 +317,8 @@ class OfExits(Target):
         return [f"{said}{of if said == 'FNR on exits' else ''} <= {number(limit)}" for said, limit in self._limits()]
 
     def _of_what(self, number: Callable[[float], str]) -> str:
-        photos = "" if self.largest is None else f", of photos in groups of at most {self.largest}"
+        each = "" if self.by is None else ", for each answer"
+        photos = each if self.largest is None else f", of photos in groups of at most {self.largest}"
         of = "positives" if self.fnr_class is None else f"'{self.fnr_class}'"
         return photos if self.prior is None else f"{photos}, where {of} have a share of {number(self.prior)}"
 
