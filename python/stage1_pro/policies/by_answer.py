@@ -114,11 +114,12 @@ def certify_cells(
     drawn = one_each(n_kept.groups, np.ones(int(kept.sum()), dtype=bool), made[0].seed)
     accepted, tested = int(exited[kept][drawn].sum()), sum(one.candidates.size for one in made)
     first, named = made[0], [cell for cell in cells if cell.threshold is not None]
+    images = "new images" if first.unit == "rows" else "images, one drawn from each new group,"
+    others = "" if len(named) == len(cells) else "; the others never exit"
     guarantee = (
-        f"With probability at least {100 * (1 - delta):g}% over the draw of the {first.n} certify {first.unit}, of "
-        f"{'new images' if first.unit == 'rows' else 'one image drawn from each new group'} that exit with any one "
-        f"answer at most {100 * limit:g}% are wrong, for {len(named)} of {len(cells)} answers at once; the others "
-        "never exit."
+        f"With probability at least {100 * (1 - delta):g}% over the draw of the {first.n} certify {first.unit}: of "
+        f"{images} that exit with any one answer at most {100 * limit:g}% are wrong, for {len(named)} of {len(cells)} "
+        f"answers at once{others}."
     )
     together = replace(
         first, threshold=COMMON, coverage=accepted / first.n, accepted=accepted, delta=delta, guarantee=guarantee,
