@@ -173,7 +173,9 @@ def make_solved_run(run: Path, shared: float = 0.0) -> Path:
     make_bright_run(run)
     splits = Splits.read(run / "splits.json")
     rows = [
-        row.model_copy(update={"label": CLASSES[1 - CLASSES.index(row.label)]}) if int(row.id) % 100 < 100 * shared else row
+        row.model_copy(update={"label": CLASSES[1 - CLASSES.index(row.label)]})
+        if int(row.id) % 100 < 100 * shared
+        else row
         for row in splits.rows
     ]
     splits = splits.model_copy(update={"rows": rows, "hashes": hash_splits(rows)})
