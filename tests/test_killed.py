@@ -35,8 +35,8 @@ from stage1_pro.files import sha256_file, write_csv
 from stage1_pro.training.epochs import TIMINGS
 
 MODULES = ("data.duplicates", "training.loop", "training.calibration", "training.evaluation", "training.exploration",
-           "training.certifying", "deploy.onnx", "deploy.exporting", "deploy.prediction", "models.adapters", "studies.measuring",
-           "studies.comparing", "continual.loop.folder", "continual.learn.rlvr")  # fmt: skip
+           "training.certifying", "deploy.onnx", "deploy.exporting", "deploy.prediction", "models.adapters",
+           "studies.measuring", "studies.comparing", "continual.loop.folder", "continual.learn.rlvr")  # fmt: skip
 TRAIN = (
     "--set train.workers=0 --set model.image_size=32 --set train.batch_size=32 --set train.save_every_steps=2 "
     "--set gate.folds=2"

@@ -31,7 +31,7 @@ from stage1_pro.policies.certificate import LABELS_RIGHT, CertificateRecord, Ris
 from stage1_pro.policies.claims import CLAIMS_FILE, Claims, Stake, close_claim, weigh_claim
 from stage1_pro.policies.exiting import ByLimits
 from stage1_pro.policies.planning import plan_calibration
-from stage1_pro.policies.policy import Policy, read_policy, replace_policy
+from stage1_pro.policies.policy import Policy, coming_files, read_policy, replace_policy
 from stage1_pro.policies.sequential import SequentialCertificate
 from stage1_pro.policies.target import POLICIES, OfExits, kind_of_target
 from stage1_pro.policies.useful import OVERRIDE, weigh_exits
@@ -263,7 +263,9 @@ class Certification(Labelling):
         policy = self.policy()
         if policy is None:
             return
-        if read_policy(self.run) != policy:
+        # One that was killed on its way there counts already, and is not done.
+        on_its_way = any((self.run / name).exists() for name in coming_files())
+        if on_its_way or read_policy(self.run) != policy:
             replace_policy(self.run, checked(policy))
             say(f"wrote {self.run / policy.file}")
         close_claim(self.run, self.plan.pool, self.plan.weigh(self.run, self.photos)[0], "certified")
