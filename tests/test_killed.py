@@ -35,8 +35,8 @@ from stage1_pro.files import sha256_file, write_csv
 from stage1_pro.training.epochs import TIMINGS
 
 MODULES = ("data.duplicates", "training.loop", "training.calibration", "training.evaluation", "training.exploration",
-           "deploy.onnx", "deploy.exporting", "deploy.prediction", "models.adapters", "studies.measuring",
-           "studies.comparing", "continual.loop.folder", "continual.learn.rlvr")  # fmt: skip
+           "training.certifying", "deploy.onnx", "deploy.exporting", "deploy.prediction", "models.adapters",
+           "studies.measuring", "studies.comparing", "continual.loop.folder", "continual.learn.rlvr")  # fmt: skip
 TRAIN = (
     "--set train.workers=0 --set model.image_size=32 --set train.batch_size=32 --set train.save_every_steps=2 "
     "--set gate.folds=2"
@@ -101,6 +101,11 @@ RUN = {
     "metrics": Command("metrics {w}/infer.npz --replicates 20 --out {w}/metrics", 4),
     "keys": Command("keys new {w}/key", loose=("key", "key.pub")),
     "sign": Command("sign {w}/run/bundle --key {w}/key"),
+    # Said again by whoever goes on; another beginning would be another claim.
+    "certify": Command(
+        "certify --run {w}/run --images {w}/pool --rows-independent --exit-error .9 --allow-useless --floor 1 "
+        "--policy softmax --labels {w}/pool.csv", 3
+    ),
     "train anew": Command(f"train --run {{w}}/run --overwrite --set train.epochs=1 {TRAIN}", 17, 3),
     "adapter": Command(
         f"train --run {{w}}/lora --mode lora --set model.tap=2 --set train.epochs=1 {TRAIN}", 18, 6,
@@ -165,6 +170,8 @@ def children(acknowledged: Path) -> Iterator[Faults]:
 
 def clock(name: str) -> float | None:
     """When a command of the loop runs; the time of photos is over at last."""
+    if name == "certify":
+        return CLOCK
     return CLOCK + 60 * list(LOOP).index(name) + 1e7 * (name == "purge") if name in LOOP else None
 
 
@@ -181,6 +188,9 @@ def prepared(name: str, work: Path, run: Path) -> None:
     if name == "metrics":
         with np.load(work / "run" / "val_select.npz") as found:
             np.savez(work / "infer.npz", logits=found["logits_a"], labels=found["labels"])
+    elif name == "certify":
+        named = bright(work / "pool", 30, seed=91)
+        write_csv(work / "pool.csv", [{"file": path.name, "label": label} for path, label in named], ["file", "label"])
     elif name == "adapter":
         (work / "lora").mkdir()
         for one in ("splits.json", "quarantine.csv"):

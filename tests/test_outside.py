@@ -27,6 +27,7 @@ split --labels photos/labels.csv --out out/fresh
 metrics predictions.csv --out out/figures --replicates 200
 calibrate --run run --guarantee none --fnr .5
 evaluate --run run --replicates 100
+certify --run run --images photos/unlabelled --rows-independent --exit-error .3 --labels seen.csv  # or refused
 infer --run run photos/new
 export --run run --overwrite
 predict --bundle run/bundle photos/new --out out/answers.csv
@@ -87,6 +88,7 @@ def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = root / "here"
     (here / "out").mkdir()
     unpack(here / "old")
+    (here / "seen.csv").write_text("file,label\n0.png,0\n1.png,1\n")
     (here / "miner.yaml").write_text("bundle: run/bundle\nlog: out/served\n")
     for mode in ("full", "linear"):
         (here / f"{mode}.yaml").write_text(f"train: {{mode: {mode}, epochs: 1, workers: 0}}\n")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+from kit.browser import Browser
 
 Make = Callable[[Path], object]
 
@@ -85,3 +88,14 @@ def world(once: Callable[[str, Make], Path]) -> Path:
     from kit.world import make_world
 
     return once("world", make_world)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, where there is one."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH to review in")
+    browser = Browser(found, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

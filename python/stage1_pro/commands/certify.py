@@ -90,11 +90,11 @@ class Certify(Command, topic="certificates"):
             found, said = check_log(self.run)
             return Result(f"{render(found)}\n{said}", {**found.model_dump(mode="json"), "checked": said})
         by = self.reviewer or user_name()
-        with opened(self) as work:
+        with opened(self) as (work, given):
             ignored = 0
             if self.labels is not None:
-                ignored = work.take(self.labels, by)
-            else:
+                ignored = work.take(given, by)
+            elif work.photo is not None:
                 from stage1_pro.continual.ledger.certify_page import CertifyPage
                 from stage1_pro.continual.ledger.page import serve
 

@@ -8,55 +8,44 @@ the policy too, is replayed from them.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from time import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import logit
 
 from stage1_pro.chain import GENESIS, AuditRow, canonical, parsed_rows, verify_rows
 from stage1_pro.classes import spelled
 from stage1_pro.data.photos import Photo, is_address, open_photos
-from stage1_pro.data.predictions import Predictions
 from stage1_pro.data.splits import Splits
 from stage1_pro.data.tables import read_table, slashes
 from stage1_pro.errors import ArtifactError, InputError, NotReachableError, nearest
-from stage1_pro.files import atomic_directory, load_npz, save_npz, sha256_file, uniform, write_text
-from stage1_pro.policies.bets import shuffle_units
+from stage1_pro.files import atomic_directory, load_npz, save_npz, sha256_file, write_text
 from stage1_pro.policies.bounds import trials_needed
-from stage1_pro.policies.candidates import Risk
 from stage1_pro.policies.certificate import LABELS_RIGHT, CertificateRecord, RiskCounts
 from stage1_pro.policies.claims import CLAIMS_FILE, Claims, Stake, close_claim, weigh_claim
 from stage1_pro.policies.exiting import ByLimits
-from stage1_pro.policies.ordering import order_candidates
 from stage1_pro.policies.planning import plan_calibration
-from stage1_pro.policies.platt import fit_platt, score
-from stage1_pro.policies.policy import Policy, read_policy, replace_policy
-from stage1_pro.policies.rows import Rows
-from stage1_pro.policies.sequential import SequentialCertificate, UnitAsked
+from stage1_pro.policies.policy import Policy, coming_files, read_policy, replace_policy
+from stage1_pro.policies.sequential import SequentialCertificate
 from stage1_pro.policies.target import POLICIES, OfExits, kind_of_target
 from stage1_pro.policies.useful import OVERRIDE, weigh_exits
 from stage1_pro.progress import say
 from stage1_pro.record import Record, parse_json
 from stage1_pro.training.calibration import better_policy, checked, read_calibration, read_order
+from stage1_pro.training.labelling import Labelling, PoolAnswers, Won
 from stage1_pro.training.run import exclusive
-from stage1_pro.training.unlabelled import beside_order, order_told, score_photos
+from stage1_pro.training.unlabelled import order_told, score_photos
 
 if TYPE_CHECKING:
     from stage1_pro.commands.certify import Certify
 
 FOLDER, _PLAN, _PHOTOS, _LOG, _HEAD = "certify", "plan.json", "photos.npz", "labels.jsonl", "head.json"
-# Thresholds that are tried, a step of coverage apart: they share most photos, so that more of them find little more.
-_STEPS = 40
 # An error this near to its limit takes labels without end.
 _NEAR = 0.9
 # Chances are computed by another machine's library in the last digits.
@@ -151,80 +140,7 @@ class Certified(Record):
     can_go_on: bool = Field(description="whether a photo is left to label")
 
 
-@dataclass(frozen=True)
-class PoolAnswers:
-    """Photos of no split and what the model says of each; the rows of ``val_select`` stand before them."""
-
-    arrays: dict[str, NDArray[Any]]  # files, sha256, groups [N] and logits, of the photos
-    rows: Rows
-    scores: NDArray[np.float64]  # of all rows; NaN never exits
-    lowest: float
-    sure: NDArray[np.float64]  # guessed chance of each photo's answer to be right [N]
-
-    @classmethod
-    def of(cls, kind: type[ByLimits], order: Predictions, arrays: dict[str, NDArray[Any]]) -> PoolAnswers:
-        """What a policy sees of them; how sure answers are is learned from ``val_select``, whose rows prove nothing."""
-        rows = beside_order(order, arrays, arrays["logits_a"].argmax(axis=1), arrays["groups"].tolist())
-        scores, lowest = kind.scored(rows)
-        fit = rows.fit_half()
-        raw = logit(np.clip(scores, 1e-9, 1 - 1e-9))
-        platt = fit_platt(raw[fit], ~rows.wrong[fit])
-        return cls(arrays, rows, scores, lowest, np.nan_to_num(score(raw[~fit], platt.a, platt.b), nan=0.0))
-
-    @cached_property
-    def of_pool(self) -> NDArray[np.float64]:
-        """Scores of the photos [N]."""
-        return self.scores[~self.rows.fit_half()]
-
-    @cached_property
-    def sha256(self) -> list[str]:
-        """Content hashes of the photos."""
-        return [str(one) for one in self.arrays["sha256"]]
-
-    @cached_property
-    def groups(self) -> list[str]:
-        """Groups of the photos."""
-        return [str(one) for one in self.arrays["groups"]]
-
-    def units(self, seed: int) -> list[int]:
-        """One photo of each group [U], drawn by seed, in the order in which they are looked through."""
-        drawn: dict[str, tuple[float, str, int]] = {}
-        for place, (name, group) in enumerate(zip(self.sha256, self.groups, strict=True)):
-            one = uniform(seed, "certify photo", name), name, place
-            drawn[group] = min(drawn.get(group, one), one)
-        places = {name: place for _, name, place in drawn.values()}
-        return [places[name] for name in shuffle_units([*places], seed=seed)]
-
-    def thresholds(self, alpha: float, n_units: int) -> NDArray[np.float64]:
-        """Thresholds in the order of testing, from ``val_select`` alone, as a calibration takes them."""
-        fit = self.rows.fit_half()
-        found = order_candidates(
-            self.scores[fit], [Risk("exit error", alpha, self.rows.wrong[fit])], n_certify=n_units,
-            groups=None if self.rows.groups is None else self.rows.groups[fit], lowest=self.lowest, grid="float64",
-        )  # fmt: skip
-        return found[np.unique(np.linspace(0, found.size - 1, min(found.size, _STEPS)).astype(np.int64))]
-
-
-@dataclass(frozen=True)
-class _Won:
-    """A proof: its threshold, and what was known at its moment."""
-
-    threshold: float
-    labels: int
-    photos: int  # looked through
-    answers: int  # in the history
-    head: str
-
-
-@dataclass(frozen=True)
-class _Answer:
-    at: int  # of the pool
-    chance: float
-    label: str | None  # None: nobody could tell
-    wrong: bool
-
-
-class Certification:
+class Certification(Labelling):
     """A certificate that labels make, where it stands: replayed from its folder, and continued.
 
     Args:
@@ -237,62 +153,42 @@ class Certification:
 
     def __init__(self, folder: Path, *, mend: bool = True) -> None:
         self.folder, self.run = folder, folder.parent
-        self.plan = CertifyPlan.read(folder / _PLAN)
+        plan = self.plan = CertifyPlan.read(folder / _PLAN)
         splits = Splits.read(self.run / "splits.json")
         order = read_order(self.run, read_calibration(self.run), splits)
         found = (splits.hashes, order and order.model_fingerprint, order and sha256_file(self.run / "val_select.npz"))
-        if order is None or found != (self.plan.split_hashes, self.plan.model_fingerprint, self.plan.order):
+        if order is None or found != (plan.split_hashes, plan.model_fingerprint, plan.order):
             raise ArtifactError(
                 f"{folder / _PLAN} must be of the model and splits in {self.run}, got others; begin anew with "
                 "--overwrite"
             )
-        if not (folder / _PHOTOS).is_file() or sha256_file(folder / _PHOTOS) != self.plan.photos:
+        if not (folder / _PHOTOS).is_file() or sha256_file(folder / _PHOTOS) != plan.photos:
             raise ArtifactError(f"{folder / _PHOTOS} must be as it was begun, got it missing or changed; restore it")
-        self.kind = _kind(self.plan.policy)
-        self.photos = PoolAnswers.of(self.kind, order, load_npz(folder / _PHOTOS))
-        self.classes = order.classes
-        self.proof = SequentialCertificate(
-            self.plan.thresholds, alpha=self.plan.exit_error, delta=self.plan.delta / self.plan.claims,
-            floor=self.plan.floor, budget=self.plan.budget, seed=self.plan.seed,
-        )  # fmt: skip
-        self.units = self.photos.units(self.plan.seed)
-        self.won: _Won | None = None
-        self.labels = self.wrong = 0
+        self.kind = _kind(plan.policy)
         self._waiting: list[AuditRow] = []
-        self._head = LogEnd(rows=0, hash=GENESIS)
-        self._history: list[_Answer] = []
-        self._place = 0
-        self._asked: UnitAsked | None = None
-        self._before: tuple[SequentialCertificate, int, UnitAsked] | None = None
-        self._advance()
-        self._tell()
+        self._head, self._head_won = LogEnd(rows=0, hash=GENESIS), ""
+        proof = SequentialCertificate(
+            plan.thresholds, alpha=plan.exit_error, delta=plan.delta / plan.claims, floor=plan.floor,
+            budget=plan.budget, seed=plan.seed,
+        )  # fmt: skip
+        photos = PoolAnswers.of(self.kind, order, load_npz(folder / _PHOTOS))
+        super().__init__(proof, photos, order.classes, seed=plan.seed, batch=plan.batch)
         self._replay(mend=mend)
         # Whoever comes back knows more than at the answer.
-        self._before = None
+        self.before = None
 
     # ---------------------------------------------------------------------------- where it stands
 
     @property
-    def photo(self) -> str | None:
-        """Content hash of the photo to label next; None: no photo is left, or all thresholds are proven."""
-        return None if self._asked is None else self._asked.name
-
-    @property
-    def can_undo(self) -> bool:
-        """Whether the last answer may be taken back: nobody has seen what came of it."""
-        return self._before is not None
-
-    @property
     def coverage(self) -> float | None:
         """Share of the photos that exit at the next threshold; None: all are proven."""
-        at = self._next
-        return None if at is None else float((self._unit_scores >= self.plan.thresholds[at]).mean())
+        return None if self.todo is None else float((self.unit_scores >= self.thresholds[self.todo]).mean())
 
     def read(self, photo: str) -> bytes | None:
         """The photo that is to be labelled, with the very content that the model saw; None: another, or gone."""
-        if photo != self.photo or self._asked is None:
+        if photo != self.photo:
             return None
-        at = self.units[self._asked.place]
+        at = self.at
         try:
             return Photo(open_photos(self.plan.root), str(self.photos.arrays["files"][at]), photo).read()
         except OSError:
@@ -300,24 +196,22 @@ class Certification:
 
     def stands(self, ignored: int = 0) -> Certified:
         """Where it stands now."""
-        won, todo, policy = self.won, self._next, self.policy()
+        won, todo, policy = self.won, self.todo, self.policy()
         return Certified(
             proven=won is not None,
             threshold=None if won is None else won.threshold,
             coverage=None if won is None else self._exits(won) / won.photos,
-            labels=self.labels, wrong=self.wrong, cannot_tell=sum(one.label is None for one in self._history),
-            photos=self._place, n_photos=len(self.units),
+            labels=self.labels, wrong=self.wrong, cannot_tell=sum(one.label is None for one in self.history),
+            photos=self.place, n_photos=len(self.units),
             progress=1.0 if todo is None else float(self.proof.progress[todo]),
             more=self.proof.more if self.labels else None, advice=self.proof.advice, head=self._head.hash,
-            policy="" if policy is None else policy.file, ignored=ignored, can_go_on=self._asked is not None,
+            policy="" if policy is None else policy.file, ignored=ignored, can_go_on=self.asked is not None,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------- labels
 
     def answer(self, photo: str, label: str | None, by: str, *, at_once: bool = True) -> bool:
         """Take the class of the photo asked for, None where nobody can tell; give whether that proved a threshold.
-
-        Who cannot tell counts as a wrong answer of the model: leaving hard photos out would hide its errors.
 
         Args:
             photo: content hash.
@@ -328,60 +222,39 @@ class Certification:
         Raises:
             InputError: another photo is asked for, or the label is no class.
         """
-        if self._asked is None or photo != self.photo:
+        if self.asked is None or photo != self.photo:
             raise InputError(f"photo must be the one that is asked for, got {photo[:12]}; take the next one")
         if label is not None and label not in self.classes:
             raise InputError(
                 f"label must be one of {', '.join(self.classes)}, got '{label}'{nearest(label, self.classes)}"
             )
-        body = {"photo": photo, "place": self._asked.place, "chance": float(self._asked.chances[0]), "by": by}
+        body = {"photo": photo, "place": self.asked.place, "chance": float(self.asked.chances[0]), "by": by}
         return self._add("cannot tell" if label is None else "answer", {**body, "label": label}, at_once=at_once)
 
     def undo(self, by: str) -> bool:
-        """Take the last answer back, if it may be; give whether it was.
+        """Take the last answer back, if it may be, and write that down; give whether it was."""
+        if self.can_undo:
+            self._add("undo", {"by": by})
+            return True
+        return False
 
-        Only as long as nobody has seen what came of it: who sees the progress fall knows that the model disagreed.
+    def take(self, given: Mapping[str, str], by: str) -> int:
+        """Answer from labels by name or content hash, as long as the photo asked for is among them.
+
+        An empty label says that nobody could tell. Give how many of them were not drawn.
         """
-        if not self.can_undo:
-            return False
-        self._add("undo", {"by": by})
-        return True
-
-    def take(self, table: Path, by: str) -> int:
-        """Answer from a table with ``sha256`` or ``file``, and ``label``, as long as it has the photo asked for.
-
-        An empty label says that nobody could tell. Give how many of its rows were not drawn.
-
-        Raises:
-            InputError: the table is not what it must be, or has two labels for a photo.
-        """
-        given: dict[str, tuple[str, str]] = {}
-        sheet = list(read_table(table, ("file", "sha256", "label"), required=("label",)))
-        for where, cells in sheet:
-            name = cells.get("sha256") or slashes(cells.get("file", ""))
-            if not name:
-                raise InputError(f"{where} must name a photo by sha256 or file, got neither")
-            label = spelled(cells["label"])
-            if given.setdefault(name, (label, where))[0] != label:
-                raise InputError(f"{where} must have the label of {given[name][1]}, got two for one photo: {name}")
-            if label and label not in self.classes:
-                raise InputError(
-                    f"label in {where} must be one of {', '.join(self.classes)} or empty (nobody can tell), got "
-                    f"'{label}'{nearest(label, self.classes)}"
-                )
         used = 0
-        while self._asked is not None:
-            file = str(self.photos.arrays["files"][self.units[self._asked.place]])
-            found = given.get(self._asked.name) or given.get(file)
-            if found is None:
+        while self.asked is not None:
+            file = str(self.photos.arrays["files"][self.at])
+            label = given.get(self.asked.name, given.get(file))
+            if label is None:
                 break
             used += 1
-            self.answer(self._asked.name, found[0] or None, by, at_once=used % _AT_ONCE == 0)
+            self.answer(self.asked.name, label or None, by, at_once=used % _AT_ONCE == 0)
         self.keep()
-        known = {*self.photos.sha256, *map(str, self.photos.arrays["files"])}
-        foreign = len(given.keys() - known)
+        foreign = len(given.keys() - {*self.photos.sha256, *map(str, self.photos.arrays["files"])})
         if foreign:
-            say(f"{foreign} rows of {table} name photos that are not among the {self.plan.n_photos} looked at")
+            say(f"{foreign} labels name photos that are not among the {self.plan.n_photos} looked at")
         return len(given) - used
 
     def keep(self) -> None:
@@ -390,13 +263,15 @@ class Certification:
         policy = self.policy()
         if policy is None:
             return
-        if read_policy(self.run) != policy:
+        # One that was killed on its way there counts already, and is not done.
+        on_its_way = any((self.run / name).exists() for name in coming_files())
+        if on_its_way or read_policy(self.run) != policy:
             replace_policy(self.run, checked(policy))
             say(f"wrote {self.run / policy.file}")
         close_claim(self.run, self.plan.pool, self.plan.weigh(self.run, self.photos)[0], "certified")
 
     def _add(self, kind: str, body: dict[str, Any], *, at_once: bool = True) -> bool:
-        row, before = AuditRow.after(self._head.rows + 1, self._head.hash, kind, body, time()), self.won
+        row, before = AuditRow.after(self._head.rows + 1, self._head.hash, kind, body, time.time()), self.won
         self._waiting.append(row)
         if at_once:
             self._store()
@@ -472,75 +347,25 @@ class Certification:
         return found
 
     def _apply(self, row: AuditRow) -> None:
-        """Do what a row says; an answer counts, and the next photo is drawn."""
+        """Do what a row says; raises ValueError where it answers what is not asked."""
         body = self._body(row)
         if row.kind == "undo":
-            if self._before is None:
+            if not self.take_back():
                 raise ValueError("an answer is taken back that stands")
-            self.proof, self._place, self._asked = self._before
-            self._before = None
-            self.labels -= 1
-            self.wrong -= self._history.pop().wrong
             return
-        unit, label = self._asked, body["label"]
-        if unit is None or row.kind not in ("answer", "cannot tell") or (label is None) != (row.kind == "cannot tell"):
+        unit, label = self.asked, body["label"]
+        if unit is None or row.kind != ("cannot tell" if label is None else "answer"):
             raise ValueError(f"nothing is asked that '{row.kind}' answers")
-        chance = float(unit.chances[0])
-        if (body["photo"], body["place"]) != (unit.name, unit.place) or not math.isclose(
-            body["chance"], chance, rel_tol=_SAME
-        ):
+        same = (body["photo"], body["place"]) == (unit.name, unit.place)
+        if not same or not math.isclose(body["chance"], float(unit.chances[0]), rel_tol=_SAME):
             raise ValueError(f"photo {str(body['photo'])[:12]} instead of {unit.name[:12]}")
-        at = self.units[unit.place]
-        answer = int(self.photos.arrays["logits_a"][at].argmax())
-        wrong = label is None or self.classes.index(label) != answer
-        self._before = copy.copy(self.proof), self._place, unit
-        self._history.append(_Answer(at, chance, label, wrong))
-        self.labels, self.wrong = self.labels + 1, self.wrong + wrong
-        self.proof.add(unit, [wrong])
-        threshold = self.proof.threshold
-        proven = threshold is not None and (self.won is None or threshold < self.won.threshold)
-        if proven and threshold is not None:
-            self.won = _Won(threshold, self.labels, self._place, len(self._history), row.hash)
-        if proven or self.labels % self.plan.batch == 0:
-            self._before = None
-            self._tell()
-        self._advance()
-
-    def _advance(self) -> None:
-        """Look through photos up to the next that is drawn."""
-        self._asked = None
-        while self._next is not None and self._place < len(self.units):
-            at = self.units[self._place]
-            unit = self.proof.ask(
-                self.photos.sha256[at], self.photos.of_pool[at], np.clip(1 - self.photos.sure[at], 0.0, 1.0)
-            )
-            self._place += 1
-            if unit.drawn.any():
-                self._asked = unit
-                return
-            self.proof.add(unit, [])
-
-    @property
-    def _next(self) -> int | None:
-        """The next threshold to prove."""
-        won = self.proof.threshold
-        at = 0 if won is None else self.plan.thresholds.index(won) + 1
-        return at if at < len(self.plan.thresholds) else None
-
-    @cached_property
-    def _unit_scores(self) -> NDArray[np.float64]:
-        return self.photos.of_pool[self.units]
-
-    def _tell(self) -> None:
-        """What may be shown of the progress until the next batch of labels."""
-        todo = self._next
-        share = 1.0 if todo is None else float(self.proof.progress[todo])
-        self.shown = {"labels": self.labels, "share": share, "more": self.proof.more if self.labels else None}
+        if self.count(label):
+            self._head_won = row.hash
 
     # ---------------------------------------------------------------------------- what follows
 
-    def _exits(self, won: _Won) -> int:
-        return int((self._unit_scores[: won.photos] >= won.threshold).sum())
+    def _exits(self, won: Won) -> int:
+        return int((self.unit_scores[: won.photos] >= won.threshold).sum())
 
     def policy(self) -> Policy | None:
         """The policy that the labels prove, of the last threshold that they did; None: none is proven."""
@@ -548,7 +373,7 @@ class Certification:
         if won is None:
             return None
         at, rows = plan.thresholds.index(won.threshold), self.photos.rows
-        exits = [one for one in self._history[: won.answers] if self.photos.of_pool[one.at] >= won.threshold]
+        exits = [one for one in self.history[: won.answers] if self.photos.of_pool[one.at] >= won.threshold]
         positive = [one for one in exits if one.label == rows.positive]
         weights = np.array([1 / one.chance for one in exits])
         # Every label stands for as many exits as its chance says.
@@ -561,7 +386,7 @@ class Certification:
             f"{100 * plan.exit_error:g}% of {kind} like those looked through (bets on labels, looked at after each; "
             "thresholds in a frozen order)."
         )
-        cannot = sum(one.label is None for one in self._history[: won.answers])
+        cannot = sum(one.label is None for one in self.history[: won.answers])
         assumptions = [
             self._order_told,
             "photos were drawn independently from where it will serve"
@@ -588,7 +413,7 @@ class Certification:
             ],
             unit="rows" if single else "groups", n=n, accepted=n_exits, coverage=n_exits / n, threshold=won.threshold,
             first_candidate=plan.thresholds[0], n_tested=at + 1, p_value=p_value, seed=plan.seed, guarantee=guarantee,
-            assumptions=assumptions, labelled=won.labels, log=won.head,
+            assumptions=assumptions, labelled=won.labels, log=self._head_won,
         )  # fmt: skip
         fields = {
             "classes": rows.classes, "positive": rows.positive, "coverage": n_exits / n, "fnr_on_exited": None,
@@ -610,9 +435,31 @@ class Certification:
         return order_told(n, self.plan.n_photos)
 
 
+def read_given(table: Path, classes: Sequence[str]) -> dict[str, str]:
+    """Labels of a table by ``sha256`` or ``file``; empty where nobody could tell.
+
+    Raises:
+        InputError: the table is not what it must be, has two labels for a photo, or one that is no class.
+    """
+    given: dict[str, tuple[str, str]] = {}
+    for where, cells in read_table(table, ("file", "sha256", "label"), required=("label",)):
+        name = cells.get("sha256") or slashes(cells.get("file", ""))
+        if not name:
+            raise InputError(f"{where} must name a photo by sha256 or file, got neither")
+        label = spelled(cells["label"])
+        if given.setdefault(name, (label, where))[0] != label:
+            raise InputError(f"{where} must have the label of {given[name][1]}, got two for one photo: {name}")
+        if label and label not in classes:
+            raise InputError(
+                f"label in {where} must be one of {', '.join(classes)} or empty (nobody can tell), got "
+                f"'{label}'{nearest(label, classes)}"
+            )
+    return {name: label for name, (label, _) in given.items()}
+
+
 @contextlib.contextmanager
-def opened(asked: Certify) -> Iterator[Certification]:
-    """Begin, or go on with what was begun, while no other process is at work in the run.
+def opened(asked: Certify) -> Iterator[tuple[Certification, dict[str, str]]]:
+    """Begin, or go on with what was begun, while no other process is at work in the run; with a table's labels.
 
     Raises:
         InputError: an option is not what it must be, or another than was begun with; or the photos certify no more.
@@ -622,6 +469,7 @@ def opened(asked: Certify) -> Iterator[Certification]:
     folder = asked.run / FOLDER
     if not (asked.run / "splits.json").is_file():
         raise InputError(f"--run must be a trained run, got {asked.run}, which has no splits.json")
+    given = {} if asked.labels is None else read_given(asked.labels, Splits.read(asked.run / "splits.json").classes)
     with exclusive(asked.run):
         if not (folder / _PLAN).is_file() or asked.overwrite:
             _begin(asked, folder)
@@ -633,7 +481,7 @@ def opened(asked: Certify) -> Iterator[Certification]:
             # Killed between the plan and the claim, before anybody saw a photo.
             claims.write(asked.run / CLAIMS_FILE)
         work.keep()
-        yield work
+        yield work, given
 
 
 def check_log(run: Path) -> tuple[Certified, str]:
@@ -705,7 +553,7 @@ def _begin(asked: Certify, folder: Path) -> None:
             f"Train a better Stage A, or {OVERRIDE}. Nothing was begun"
         )
     exits = photos.of_pool >= thresholds[0]
-    guess = float(1 - photos.sure[exits].mean()) if exits.any() else 1.0
+    guess = float(photos.p_hat[exits].mean()) if exits.any() else 1.0
     source = found.pool.photos[0].photos.root
     given = {name: one for name, one in asked.begun_with().items() if one is not None}
     with atomic_directory(folder, keep=True) as staging:
@@ -734,7 +582,7 @@ def _begin(asked: Certify, folder: Path) -> None:
             }
         )  # fmt: skip
         plan.write(staging / _PLAN)
-        row = AuditRow.after(1, GENESIS, "begun", {"plan": plan.fingerprint()}, time())
+        row = AuditRow.after(1, GENESIS, "begun", {"plan": plan.fingerprint()}, time.time())
         write_text(staging / _LOG, f"{canonical(row.model_dump())}\n")
         LogEnd(rows=1, hash=row.hash).write(staging / _HEAD)
     say(

@@ -68,11 +68,13 @@ class CertifyPage(Page):
         item = None
         if done is None:
             item = {"event_id": left, "classes": work.classes, "facts": f"photo {left[:16] if left else ''}"}
-        more = shown["more"]
-        about = "it shows after some labels how many it takes" if not shown["labels"] else (
-            "so many wrong answers that no number of labels may do: end here, or train a better Stage A"
-            if more is None else f"about {more:,} more"
-        )  # fmt: skip
+        more, about = shown["more"], "proven"
+        if not shown["labels"]:
+            about = "after some labels it is shown how many it takes"
+        elif more is None:
+            about = "so many wrong answers that labels may prove nothing: end here, or train a better Stage A"
+        elif more:
+            about = f"about {more:,} more"
         return {
             "item": item, "note": note, "reviewer": self.reviewer, "blind": True, "done": done, "title": "Certify",
             "goal": (
