@@ -1,20 +1,28 @@
 """Labels until an exit error is proven: one look at a planned number, looks after each label, and which to label.
 
     python benchmarks/sequential.py --runs 400 --wrong-guesses
+    python benchmarks/sequential.py --runs 4000 --false-proofs [--seed 1]
 
 Errors of a photo are logistic-normal with a spread sd; guessed errors are the true chances, or wrong on purpose.
+With ``--false-proofs``: how often an error of alpha itself is proven to be below it at any of 2,000 looks, on the ten
+laws of the tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import expit, logit, ndtri
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import test_sequential
 
 from stage1_pro.policies.bets import Bets
 from stage1_pro.policies.bounds import binomial_cdf, errors_allowed
@@ -100,6 +108,18 @@ def _lost(truth: NDArray[np.float64], chances: NDArray[np.float64], bet: float, 
     return float((truth * chances * wrong).mean())
 
 
+def show_false_proofs(runs: int, seed: int) -> None:
+    """Print the share of false proofs by law, in no hurry and with a budget of 150 labels, with standard errors."""
+    print(f"{runs} runs each, seed {seed}; at most 5% allowed")
+    print("| law | no budget | budget 150 |\n|---|---|---|")
+    for name in test_sequential.LAWS:
+        cells = []
+        for budget in (None, 150):
+            share = test_sequential.false_proofs(name, times=1.0, runs=runs, looks=2000, budget=budget, seed=seed)
+            cells.append(f"{share:.2%} ± {math.sqrt(share * (1 - share) / runs):.2%}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=400)
@@ -107,7 +127,13 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wrong-guesses", action="store_true", help="also with guessed errors that are wrong")
+    parser.add_argument(
+        "--false-proofs", action="store_true", help="only these; delta is .05 and alpha that of the tests"
+    )
     given = parser.parse_args()
+    if given.false_proofs:
+        show_false_proofs(given.runs, given.seed)
+        return
     common = {"alpha": given.alpha, "delta": given.delta, "runs": given.runs, "seed": given.seed}
     print(f"labels, median / 90th percentile of {given.runs} runs; shares of one look with 90% power in brackets")
     print("| true error, sd | one look | all labelled, best constant bet | drawn, best constant bet | ours | photos |")

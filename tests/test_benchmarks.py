@@ -133,6 +133,49 @@ def test_resplits_show_what_ignoring_groups_does(room):
     assert table["scrc pac"]["rows"]["deceived"] > 0.02
 
 
+def test_a_world_of_the_menu_knows_what_is_promised_and_what_is_false(room):
+    """One law in units of 1 to 12 copies, the wrong ones larger: rates of groups and of photos, by hand."""
+    menu = room("menu")
+    first, second, _, uneven = menu.laws()["uneven groups"]
+    assert first is second and uneven
+    rows = menu.draw_units(second, 4000, np.random.default_rng(0), uneven, False, "world")
+    size = np.unique(rows.groups, return_counts=True)[1]
+    assert size.size == 4000 and size.min() == 1 and size.max() == menu.LARGEST
+    everyone = np.ones(rows.wrong.size, dtype=bool)
+    of_groups, of_photos = menu.World.of(rows, False), menu.World.of(rows, True)
+    assert rows.wrong.mean() > 0.1 > of_groups.weights @ rows.wrong / 4000
+    assert of_photos.above(rows.wrong, everyone, 0.08) and not of_groups.above(rows.wrong, everyone, 0.08)
+    assert of_groups.above(rows.wrong, everyone, 0.04)
+    # 3% can be had of some exits, and not of all.
+    target = menu.parse_target({"policy": "softmax", "allow_useless": True, "exit_error": 0.03, "guarantee": "none"})
+    policy = menu.calibrate(target, menu.draw_units(second, 400, np.random.default_rng(1), uneven, False, "new"))
+    assert 0 < of_groups.breaks(target, policy)[1] < 1
+    assert of_groups.breaks(target, policy.model_copy(update={"exit_threshold": 0.0}))[0]
+
+
+def test_recuts_of_agreement_draw_clips_as_new_ones_and_count_as_certificates_do(room):
+    agreement, menu = room("agreement"), room("menu")
+    parts = [
+        menu.draw_units(menu.laws()["steep"][1], n, np.random.default_rng(n), True, False, name)
+        for n, name in ((300, "order"), (900, "new"))
+    ]
+    halves = np.repeat(menu.HALVES, [part.labels.size for part in parts])
+    rows = menu.replace(menu.joined(parts), halves=halves, halved=False)
+    photos = np.flatnonzero(halves == "certify")
+    clips = [photos[rows.groups[photos] == name] for name in np.unique(rows.groups[photos])]
+    again = agreement.some(rows, [clips[0], clips[1], clips[0]])
+    assert np.unique(again.groups[again.halves == "certify"]).size == 3
+    assert (again.halves == "fit").sum() == parts[0].labels.size
+    policy = agreement.certify(agreement.some(rows, clips), 0.08)
+    coverage, rate, k, m = agreement.measure(policy, rows, clips)
+    (check,) = policy.check(rows.where(halves == "certify")).promises
+    assert check.trials == m and 0 < coverage < 1
+    # Copies of a group are one answer.
+    assert (check.errors, rate) == (k, pytest.approx(k / m))
+    assert agreement.certify(agreement.some(rows, clips[:20]), 0.08) is None
+    assert agreement.measure(None, rows, clips) == (0.0, 0.0, 0, 0)
+
+
 def test_a_draw_of_resplits_calibrates_and_tells_the_truth_on_other_groups(room):
     resplits = room("resplits")
     pool = clustered(resplits)

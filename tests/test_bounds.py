@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from mapie.risk_control import BinaryClassificationController, precision
 from mapie.risk_control.fwer_control import control_fwer
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy import stats
@@ -77,6 +79,23 @@ def test_a_candidate_without_trials_does_not_spoil_the_others() -> None:
     assert holm(ours, 0.05).tolist() == [True, False]
     assert holm([ours[0], math.nan], 0.05).tolist() == [True, False]
     assert bonferroni([ours[0], math.nan], 0.05).tolist() == [True, False]
+
+
+def test_mapie_counts_the_frames_of_a_clip_as_photos_of_their_own() -> None:
+    """60 clips of 10 frames, each wrong in 7% of clips as a whole: that the error is at most 6% is false."""
+    draws, theirs, ours = 200, 0, 0
+    clips, scores = np.repeat(np.arange(60), 10), np.full(600, 0.9)
+    for seed in range(draws):
+        wrong = (np.random.default_rng(seed).random(60) < 0.07)[clips]
+        control = BinaryClassificationController(
+            lambda x: np.column_stack([1 - x, x]), precision, target_level=0.94, confidence_level=0.95,
+            list_predict_params=np.array([0.5]), fwer_method="bonferroni",
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(No predict parameters were found|All provided predict_params)")
+            theirs += control.calibrate(scores, (~wrong).astype(int)).best_predict_param is not None
+        ours += certify_threshold(scores, wrong, alpha=0.06, delta=0.05, candidates=[0.5], groups=clips).feasible
+    assert theirs > 0.12 * draws and ours <= stats.binom.ppf(0.999, draws, 0.05)
 
 
 def test_zugzwang_cuts_a_tie_group() -> None:
