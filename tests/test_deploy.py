@@ -987,7 +987,7 @@ class TestInfer:
                 assert mine[name] == theirs[name]
             assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
         with (tmp_path / "out.csv").open(newline="") as file:
-            assert list(next(csv.reader(file))) == list(COLUMNS)
+            assert list(next(csv.reader(file))) == [*COLUMNS, "prob_none", "prob_roadwork"]
         again, _ = infer(run, [paths[0], tmp_path / "out.csv"])
         assert failures == 0 and again[0]["label"] == rows[0]["label"] and len(again) == 1 + len(rows)
 
@@ -1021,7 +1021,7 @@ class TestPredict:
         np.testing.assert_allclose([row["probability"] for row in good[-3:]], expected.prob, atol=1e-6)
         with out.open(newline="") as file:
             written = list(csv.DictReader(file))
-        assert list(written[0]) == list(COLUMNS) and len(written) == 9
+        assert list(written[0]) == [*COLUMNS, "prob_none", "prob_roadwork"] and len(written) == 9
         assert written[1]["label"] == "" and written[1]["error"]
         assert json.loads(json.dumps(rows, allow_nan=False)) == rows
         assert "2 unreadable" in render(rows) and "bad.jpg" in render(rows) and str(out) in render(rows, out)

@@ -165,21 +165,10 @@ def make_bright_run(run: Path) -> Path:
     return run
 
 
-def make_solved_run(run: Path, shared: float = 0.0) -> Path:
-    """A run on bright photos whose Stage A reads their brightness, by least squares; its answers lie beside it.
-
-    A share of its photos have the other class, so that it is wrong on them.
-    """
+def make_solved_run(run: Path) -> Path:
+    """A run on bright photos whose Stage A reads their brightness, by least squares; its answers lie beside it."""
     make_bright_run(run)
     splits = Splits.read(run / "splits.json")
-    rows = [
-        row.model_copy(update={"label": CLASSES[1 - CLASSES.index(row.label)]})
-        if int(row.id) % 100 < 100 * shared
-        else row
-        for row in splits.rows
-    ]
-    splits = splits.model_copy(update={"rows": rows, "hashes": hash_splits(rows)})
-    splits.write(run / "splits.json")
     model = make_model(tap=4)
     spec, kept = model.architecture.preprocessing, splits.of("train")
     found = run_over(
