@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except Exception as error:  # noqa: BLE001  whatever it is, it is one line and a code
         if os.environ.get("STAGE1_TRACEBACK"):
+            import traceback
+
             traceback.print_exc()
         return _fail(explain(error), as_json=options.as_json)
     return int(found.exit_code)
@@ -143,6 +143,8 @@ def _show(found: Result, *, as_json: bool) -> None:
     """Print what a command found; who closed stdout (``| head``) has read enough, and its code stays what it is."""
     try:
         if as_json:
+            import json
+
             print(json.dumps(_strict(found.record), default=str, allow_nan=False))
         elif found.text:
             print(legible(found.text))
@@ -154,6 +156,8 @@ def _show(found: Result, *, as_json: bool) -> None:
 def _fail(error: Stage1Error, *, as_json: bool) -> int:
     try:
         if as_json:
+            import json
+
             print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
         sys.stdout.flush()
     except OSError:  # standard output may be what failed

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
-import traceback
 from collections.abc import Iterable
 
 # Exit code of ``stage1 evaluate`` where a promise fails on val_test: a result, written like any other, not an error.
@@ -78,6 +76,8 @@ class UnforeseenError(Stage1Error):
 
 def closest(word: str, options: Iterable[str]) -> str | None:
     """The option that is spelled most like a word; None where none is near."""
+    import difflib
+
     return next(iter(difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)), None)
 
 
@@ -112,10 +112,9 @@ _EXTRAS = {
     "continual": ("sqlalchemy", "psycopg", "pyarrow", "river", "prometheus_client", "alembic"),
 }
 # As Python, NumPy, PyTorch on CPU, CUDA and MPS, cuDNN, cuBLAS, onnxruntime and TensorRT spell it.
-_NO_MEMORY = re.compile(
+_NO_MEMORY = (
     r"out of memory|out_of_memory|memoryallocation|alloc_failed|bad[_ ]alloc|not enough memory"
-    r"|(cannot|can't|unable to|failed to|could not) allocate",
-    re.IGNORECASE,
+    r"|(cannot|can't|unable to|failed to|could not) allocate"
 )
 _SCARCE = {
     errno.ENOSPC: "the disk is full; free some of it",
@@ -133,7 +132,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, in any of the spellings of the libraries."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, Exception) and not isinstance(error, Stage1Error) and bool(_NO_MEMORY.search(str(error)))
+    own = isinstance(error, Stage1Error) or not isinstance(error, Exception)
+    return not own and bool(re.search(_NO_MEMORY, str(error), re.IGNORECASE))
 
 
 def explain(error: Exception) -> Stage1Error:
@@ -171,6 +171,8 @@ def explain(error: Exception) -> Stage1Error:
 
 
 def _unforeseen(error: Exception) -> UnforeseenError:
+    import traceback
+
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "stage1_pro" in frame.filename] or frames
     where = f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""  # noqa: PTH119
