@@ -221,7 +221,7 @@ def main() -> None:
         results[name] = study(rows, clips, options.recuts, options.seed)
         show(name, groups.size, np.unique(groups).size, results[name], options.recuts)
         write_text(out / "agreement.json", json.dumps(results, indent=1))
-    plot(results, out / "agreement.png")
+    plot({name: table for name, table in results.items() if "independent" not in name}, out / "agreement.png")
 
 
 if __name__ == "__main__":
