@@ -86,8 +86,8 @@ def units_needed(
     for risk in risks:
         share = group_weights(groups, everyone if risk.trials is None else risk.trials)[order]
         wrong = share * risk.errors[order]
-        cells = np.stack([np.add.reduceat(x, np.r_[0, ends[:-1] + 1]) for x in (share - wrong, wrong)])
-        cells[:, -1] -= [x[ends[-1] + 1 :].sum() for x in (share - wrong, wrong)]
+        both = np.stack([share - wrong, wrong])[:, : ends[-1] + 1]
+        cells = np.add.reduceat(both, np.r_[0, ends[:-1] + 1], axis=1)
         units = round(float(share.sum()))
         chance = np.append(cells.ravel(), max(units - cells.sum(), 0.0))
         drawn = rng.multinomial(units, chance / chance.sum(), _AGAIN) if units else np.zeros((_AGAIN, chance.size))
